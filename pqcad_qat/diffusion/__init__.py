@@ -1,0 +1,1 @@
+"""Diffusion itself: denoisers, sampling, images and full-precision calibration sets. No quantization here."""

@@ -1,0 +1,30 @@
+"""Every exception that a user can cause, under one root that the command line turns into exit code 2.
+
+Not here: our own invariants (those are asserts), and faults of the machine (those keep their traceback).
+"""
+
+from __future__ import annotations
+
+
+class PqcadError(Exception):
+    """A mistake that the user can mend; the message names what, where, the rule, and what was got."""
+
+
+class PolicyError(PqcadError):
+    """A policy file is unreadable or breaks a rule; the message lists every fault as ``file:line: key: got X; allowed Y``."""
+
+
+class PlanError(PqcadError):
+    """The rules of a policy do not fit the model: a rule matches nothing, or two rules conflict over a layer."""
+
+
+class ModelError(PqcadError):
+    """A model, data set or feature network is missing, damaged, or of a kind that cannot be used."""
+
+
+class CheckpointError(PqcadError):
+    """A checkpoint or an unfinished run is damaged, incomplete, or belongs to another policy."""
+
+
+class ExportError(PqcadError):
+    """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be converted."""

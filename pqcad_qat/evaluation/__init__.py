@@ -1,0 +1,1 @@
+"""What a run is worth: image quality, speed and size, and the report that shows them."""
