@@ -1,0 +1,288 @@
+"""What a policy may say: frozen pydantic models with the unit, default and bounds of every key, and the rules between keys.
+
+Not here: how YAML text becomes them (policy/loading.py), and what takes a model to decide, as which rule has a layer (quantization/plan.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic_core import PydanticCustomError
+
+Location = tuple[str | int, ...]  # ("quantization", "layers", 1, "weights", "bits")
+
+
+class Fault(NamedTuple):
+    """A broken rule between keys: the key at fault first, then those that it was judged by, relative to the section with the rule."""
+
+    keys: tuple[Location, ...]
+    got: str
+    allowed: str
+
+
+class Section(BaseModel):
+    """A frozen, strict part of a policy; `faults` yields the broken rules between its keys, and all of them are raised together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def faults(self) -> Iterator[Fault]:
+        return iter(())
+
+    @model_validator(mode="after")
+    def _hold_rules(self) -> Self:
+        found = list(self.faults())
+        if found:
+            message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in found).replace("{", "{{").replace("}", "}}")
+            raise PydanticCustomError("policy_rule", message, {"faults": found})
+        return self
+
+
+def _one_or_more(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+OneOrMore = BeforeValidator(_one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)])
+Ladder = Annotated[tuple[Bits, ...], Strict(False), Field(min_length=1)]
+Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), OneOrMore]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class ModelPolicy(Section):
+    """Where the full-precision model comes from."""
+
+    source: Text = Field(description="embedded:fashion-mnist, a local folder in diffusers layout, or a hub id")
+
+
+class SamplerPolicy(Section):
+    """The full-precision model's own sampler, and the quantized teacher's."""
+
+    name: Literal["ddim"] = Field("ddim", description="sampler; distillation needs a deterministic one")
+    steps: Count = Field(20, le=1000, description="denoising steps of an image, before distillation")
+    eta: float = Field(0.0, ge=0, le=0, description="share of fresh noise a step; 0, since calibration needs trajectories that repeat")
+
+
+class CalibrationPolicy(Section):
+    """The set of full-precision trajectories."""
+
+    trajectories: Count = Field(128, description="recorded trajectories, each with every state from noise to image")
+    seed: Seed = Field(0, description="seed of their noise")
+    batch_size: Count = Field(64, description="trajectories sampled at a time; memory and speed only, the noise of each is its own")
+
+
+class WeightQuantizer(Section):
+    """How a layer's weights are quantized."""
+
+    bits: Bits = Field(description="target width in bits; progressive quantization walks down to it")
+    granularity: Literal["per_channel", "per_tensor"] = Field("per_channel", description="one scale an output channel, or one a tensor")
+    symmetric: bool = Field(True, description="zero point fixed at 0")
+    scale: Literal["statistics", "learned"] = Field("statistics", description="computed from the weights each step, or a trained parameter")
+    range: Literal["min_max", "mse"] = Field("min_max", description="statistic behind the scale: the extremes, or the least squared error")
+
+
+class InputQuantizer(Section):
+    """How a layer's input tensor is quantized."""
+
+    bits: Bits = Field(description="width in bits; 8 and 4 execute in INT8 on Intel CPUs, 7, 6 and 5 are simulation only")
+    granularity: Literal["per_tensor"] = Field("per_tensor", description="one scale a tensor")
+    symmetric: bool = Field(True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower")
+    signed: bool | Literal["auto"] = Field("auto", description="auto: unsigned where the calibrated minimum is >= 0; leave auto if asymmetric")
+    scale: Literal["statistics", "learned"] = Field("learned", description="kept as calibrated, or a trained parameter that starts there")
+    range: Literal["min_max", "percentile", "mse"] = Field("min_max", description="statistic of the calibration set behind the scale")
+    percentile: float = Field(99.99, gt=50, le=100, description="percent of the values inside the range, where range is percentile")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.signed != "auto" and not self.symmetric:
+            yield Fault((("signed",), ("symmetric",)), str(self.signed).lower(), "auto, as symmetric is false")
+
+
+class LayerRule(Section):
+    """What happens to the layers that one of the patterns matches; the first rule that matches a layer wins."""
+
+    match: Patterns = Field(description="pattern or list of patterns: a glob on the module path, re:REGEX, or type:CLASS")
+    weights: WeightQuantizer | None = Field(None, description="weight quantizer; needed unless keep_float")
+    inputs: InputQuantizer | None = Field(None, description="input quantizer; needed unless keep_float")
+    keep_float: bool = Field(False, description="leave these layers in floating point on purpose")
+    execution: Literal["int8", "float"] = Field("int8", description="float: listed exceptions, quantized but free to run in floating point")
+
+    def faults(self) -> Iterator[Fault]:
+        for key, value in (("weights", self.weights), ("inputs", self.inputs)):
+            if self.keep_float and value is not None:
+                yield Fault(((key,), ("keep_float",)), "a quantizer", "none, as keep_float is true")
+            if not self.keep_float and value is None:
+                yield Fault(((key,), ("keep_float",)), "nothing", "a quantizer such as {bits: 8}, or keep_float: true for the rule")
+
+
+Rules = Annotated[tuple[LayerRule, ...], Strict(False), Field(min_length=1)]
+
+
+class QuantizationPolicy(Section):
+    """Which layers are quantized, and how."""
+
+    split_shortcuts: bool = Field(True, description="split convolutions over concatenated shortcuts: an input quantizer a half")
+    layers: Rules = Field(description="rules in order; a layer that none matches stays in floating point")
+
+    def faults(self) -> Iterator[Fault]:
+        """A pattern that stands in two rules of different content: the second can never have its way."""
+        first: dict[str, int] = {}
+        for index, rule in enumerate(self.layers):
+            for pattern in rule.match:
+                before = first.setdefault(pattern, index)
+                if self.layers[before].model_copy(update={"match": rule.match}) != rule:
+                    key, other = ("layers", index, "match"), ("layers", before)
+                    yield Fault((key, other), repr(pattern), f"a pattern once; rule [{before}] has it already, with other contents")
+
+
+class ProgressivePolicy(Section):
+    """Progressive quantization: the walk from the ladder's first width to each layer's target."""
+
+    steps: Count = Field(200, description="training steps of the stage, from high precision to the end")
+    ladder: Ladder = Field((8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target")
+    momentum: Momentum = Field(0.95, description="decay of the exponential moving averages, per step")
+    transition: Literal["blend", "jump"] = Field("blend", description="blend: the next width's share grows step by step; jump: at once")
+    plateau: float = Field(0.002, ge=0, description="relative improvement of the loss a step under which a transition is due")
+    perturbation: float = Field(0.25, gt=0, description="relative change of a layer's weights over which its transition waits")
+    layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
+    deadline: Share = Field(0.6, description="share of the steps after which every layer has been sent to its target")
+
+    def faults(self) -> Iterator[Fault]:
+        if any(low >= high for high, low in zip(self.ladder, self.ladder[1:], strict=False)):
+            yield Fault((("ladder",),), str(list(self.ladder)), "widths in strictly descending order")
+
+
+class DistillationPolicy(Section):
+    """Calibration-assisted distillation to fewer sampling steps."""
+
+    steps: Count = Field(150, description="training steps")
+    student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
+    teacher_weight: float = Field(1.0, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
+    calibration_weight: float = Field(1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.teacher_weight == 0 and self.calibration_weight == 0:
+            yield Fault((("calibration_weight",), ("teacher_weight",)), "0", "a number over 0, as teacher_weight is 0 too")
+
+
+class TrainingPolicy(Section):
+    """What both training stages share."""
+
+    batch_size: Count = Field(32, description="states a step and process, of mixed time steps")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
+    precision: Precision = Field("fp32", description="arithmetic of the forward and backward pass")
+    gradient_accumulation: Count = Field(1, description="batches a step of the optimizer")
+    ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
+    seed: Seed = Field(0, description="seed of everything random in training")
+    checkpoint_every: Count = Field(100, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+
+
+class EvaluationPolicy(Section):
+    """How the variants are compared."""
+
+    images: int = Field(512, ge=2, description="images a variant, of the same seeds for all")
+    batch_size: Count = Field(64, description="images sampled at a time")
+    features: Text = Field("embedded:fashion-mnist", description="feature network of FID with its reference statistics")
+    seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
+
+
+class ExportPolicy(Section):
+    """The deployed folder, and how its speed is measured."""
+
+    batch_size: Count = Field(1, description="fixed batch size of the exported model")
+    weights: Literal["int8", "int4"] = Field("int8", description="int8: for plain OpenVINO; int4: packed on disk, for our runtime")
+    latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
+
+
+class Policy(Section):
+    """Everything that decides a run: from a full-precision diffusion model to an INT8 OpenVINO folder."""
+
+    kind: Literal["quantize"] = Field("quantize", description="tells this kind of policy from a pretraining policy")
+    name: Name = Field(description="name of the run and of its folder")
+    model: ModelPolicy
+    sampler: SamplerPolicy = SamplerPolicy()
+    calibration: CalibrationPolicy = CalibrationPolicy()
+    quantization: QuantizationPolicy
+    progressive: ProgressivePolicy = ProgressivePolicy()
+    distillation: DistillationPolicy = DistillationPolicy()
+    training: TrainingPolicy = TrainingPolicy()
+    evaluation: EvaluationPolicy = EvaluationPolicy()
+    export: ExportPolicy = ExportPolicy()
+
+    def faults(self) -> Iterator[Fault]:
+        steps, student = self.sampler.steps, self.distillation.student_steps
+        if steps % student:
+            keys: tuple[Location, ...] = (("distillation", "student_steps"), ("sampler", "steps"))
+            yield Fault(keys, str(student), f"a divisor of sampler.steps ({steps})")
+        first = self.progressive.ladder[0]
+        for index, rule in enumerate(self.quantization.layers):
+            if rule.weights is not None and rule.weights.bits > first:
+                keys = (("quantization", "layers", index, "weights", "bits"), ("progressive", "ladder"))
+                yield Fault(keys, str(rule.weights.bits), f"at most {first}, the first width of progressive.ladder")
+
+
+class PretrainData(Section):
+    """The real images."""
+
+    source: Literal["fashion-mnist", "digits", "folder"] = Field("fashion-mnist", description="data set, or a folder of images")
+    path: Text | None = Field(None, description="folder of the images; for fashion-mnist null means Debian's dataset-fashion-mnist")
+    size: int = Field(32, ge=8, description="height and width in pixels that images are padded or scaled to")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.source == "folder" and self.path is None:
+            yield Fault((("path",), ("source",)), "nothing", "a folder of images, as source is folder")
+
+
+class PretrainScheduler(Section):
+    """The noise schedule, in diffusers' words."""
+
+    train_timesteps: int = Field(1000, ge=2, description="time steps T of the forward process")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("squaredcos_cap_v2", description="noise schedule")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field("v_prediction", description="what the model predicts")
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = Field("trailing", description="time steps a sampler visits")
+
+
+class PretrainTraining(Section):
+    """The optimizer's work."""
+
+    steps: Count = Field(6000, description="training steps")
+    batch_size: Count = Field(64, description="images a step and process")
+    learning_rate: float = Field(8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step")
+    warmup: int = Field(200, ge=0, description="steps of linear rise to the peak")
+    precision: Precision = Field("bf16", description="arithmetic of the forward and backward pass")
+    ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
+    seed: Seed = Field(0, description="seed of everything random in training")
+    checkpoint_every: Count = Field(500, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    sample_every: Count = Field(1000, description="steps between sample grids")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.warmup >= self.steps:
+            yield Fault((("warmup",), ("steps",)), str(self.warmup), f"fewer than steps ({self.steps})")
+
+
+class PretrainPolicy(Section):
+    """How a full-precision denoiser is trained from real images."""
+
+    kind: Literal["pretrain"] = Field(description="tells this kind of policy from a quantization policy")
+    name: Name = Field(description="name of the run and of its folder")
+    data: PretrainData = PretrainData()
+    model: dict[str, Any] = Field(description="class: UNet2DModel, and the arguments of its constructor")
+    scheduler: PretrainScheduler = PretrainScheduler()
+    training: PretrainTraining = PretrainTraining()
+
+    def faults(self) -> Iterator[Fault]:
+        if self.model.get("class") != "UNet2DModel":
+            yield Fault((("model", "class"),), repr(self.model.get("class", "nothing")), "UNet2DModel")
+        if self.model.get("sample_size") != self.data.size:
+            keys: tuple[Location, ...] = (("model", "sample_size"), ("data", "size"))
+            yield Fault(keys, str(self.model.get("sample_size", "nothing")), f"{self.data.size}, as data.size")
