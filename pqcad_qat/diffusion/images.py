@@ -53,8 +53,9 @@ class ImageSet:
 def load_images(source: str, path: str | None = None, size: int = 32, split: str = "train", channels: int | None = None) -> ImageSet:
     """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that cannot be.
 
-    `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them) or of pictures. Only
-    Fashion-MNIST has a test split. `channels` (1 or 3) applies to pictures; by default they are grey if every file is, else RGB.
+    `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them), or of pictures, or of
+    one folder of pictures per class. Only Fashion-MNIST has a test split. `channels` (1 or 3) applies to pictures; by default they
+    are grey if every file is, else RGB.
     """
     if source not in get_args(Source):
         raise ModelError(f"image source: got {source!r}; allowed {', '.join(get_args(Source))}")
@@ -70,7 +71,8 @@ def load_images(source: str, path: str | None = None, size: int = 32, split: str
         return image_set(pixels, labels, f"{source} {size}x{size}")
     if path is None:
         raise ModelError("image source folder: needs a path, got none")
-    return image_set(_pictures(Path(path), size, channels), None, f"{path} {size}x{size}")
+    files, classes = _picture_files(Path(path))
+    return image_set(_pictures(files, size, channels), classes, f"{Path(path).name} {size}x{size}")
 
 
 def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name: str) -> ImageSet:
@@ -103,7 +105,7 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
             header = file.read(4 + 4 * rank)
             expected = bytes((0, 0, _IDX_UNSIGNED_BYTE, rank))
             if len(header) != 4 + 4 * rank or header[:4] != expected:
-                raise ModelError(f"{path}: not IDX bytes of rank {rank}: must begin with {expected.hex()}, got {header[:4].hex() or 'nothing'}")
+                raise ModelError(f"{path}: not IDX bytes of rank {rank}: must begin {expected.hex()}, got {header[:4].hex()}")
             shape = struct.unpack(f">{rank}I", header[4:])
             count = math.prod(shape)
             data = file.read(count + 1)  # the one more shows trailing bytes, and reads the checksum of an exact file
@@ -157,15 +159,26 @@ def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.stack(resized)[:, None], digits.target.astype(np.int64)
 
 
-def _pictures(folder: Path, size: int, channels: int | None) -> NDArray[np.uint8]:
-    if channels not in (None, 1, 3):
-        raise ModelError(f"channels of pictures: got {channels}; allowed 1, 3")
+def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
+    """The pictures of a folder in the order of their names; without any, those of its subfolders, whose order gives the labels."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder of pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not paths:
-        raise ModelError(f"{folder}: no picture in it; allowed {', '.join(PICTURE_SUFFIXES)}")
-    pictures = [_picture(path, size) for path in paths]
+    if files := _suffixed(folder):
+        return files, None
+    classes = [found for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (found := _suffixed(subfolder))]
+    if not classes:
+        raise ModelError(f"{folder}: no picture in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
+    return [path for found in classes for path in found], np.repeat(np.arange(len(classes)), [len(found) for found in classes])
+
+
+def _suffixed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _pictures(files: Sequence[Path], size: int, channels: int | None) -> NDArray[np.uint8]:
+    if channels not in (None, 1, 3):
+        raise ModelError(f"channels of pictures: got {channels}; allowed 1, 3")
+    pictures = [_picture(path, size) for path in files]
     mode = {None: _common_mode(pictures), 1: "L", 3: "RGB"}[channels]
     pixels = np.stack([np.asarray(picture.convert(mode), dtype=np.uint8) for picture in pictures])
     return pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)

@@ -1,0 +1,120 @@
+"""How the feature network comes to be: a classifier of real images, trained in minutes on one core, with its provenance.
+
+Not here: the network itself and its files (evaluation/features.py), the denoiser's training (training/pretraining.py).
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.diffusion.images import ImageSet, to_float
+from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.features import FeatureConfig, FeatureNetwork, Features, save_features
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """How the network is trained: AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero."""
+
+    epochs: int = 5
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.02
+    shift: int = 2  # pixels, largest random translation of a batch
+    flip: bool = True  # mirror each image with probability one half
+    seed: int = 0
+
+
+def train_feature_network(
+    images: ImageSet, recipe: FeatureRecipe = FeatureRecipe(), progress: Callable[[int, int, float], None] | None = None
+) -> FeatureNetwork:
+    """Train a classifier of `images` by cross-entropy; the same images, recipe and number of threads give the same weights.
+
+    `progress` is called after every step with (step, steps, loss). Raises ModelError where the images have no labels.
+    """
+    labels = _labels(images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        _, channels, size, _ = images.images.shape
+        config = FeatureConfig(channels=channels, size=size, classes=int(labels.max()) + 1)
+        network = FeatureNetwork(config)
+        steps = recipe.epochs * (len(images) // min(recipe.batch_size, len(images)))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
+        for step, index in enumerate(_batches(len(images), recipe)):
+            loss = nn.functional.cross_entropy(network(_augment(to_float(images.images[index]), recipe)), labels[index])
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            if progress is not None:
+                progress(step + 1, steps, loss.item())
+    network.eval().requires_grad_(False)
+    return network
+
+
+def make_features(
+    folder: Path,
+    train: ImageSet,
+    test: ImageSet | None,
+    recipe: FeatureRecipe = FeatureRecipe(),
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Features:
+    """Train on `train`, measure on `test`, and write network, provenance and the statistics of `train` to `folder`."""
+    network = train_feature_network(train, recipe, progress)
+    provenance: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "trained_on": _record(train),
+        "tested_on": None if test is None else _record(test),
+        "accuracy": None if test is None else accuracy(network, test),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+    return save_features(folder, network, train, provenance)
+
+
+def accuracy(network: FeatureNetwork, images: ImageSet, batch_size: int = 500) -> float:
+    """Share of `images` whose class the network gets right."""
+    labels = _labels(images)
+    with torch.no_grad():
+        guesses = torch.cat([network(to_float(part)).argmax(dim=1) for part in torch.split(images.images, batch_size)])
+    return (guesses == labels).double().mean().item()
+
+
+def _record(images: ImageSet) -> dict[str, Any]:
+    return {"name": images.name, "images": len(images), "sha256": images.digest}
+
+
+def _labels(images: ImageSet) -> Tensor:
+    if images.labels is None:
+        raise ModelError(f"{images.name}: a feature network learns classes; these images have no labels")
+    return images.labels
+
+
+def _learning_rate_factor(step: int, steps: int) -> float:
+    warmup = max(1, steps // 20)
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _batches(count: int, recipe: FeatureRecipe) -> Iterator[Tensor]:
+    """Indices of every batch of the training, each epoch in an order of its own; an incomplete last batch is left out."""
+    size = min(recipe.batch_size, count)
+    for _ in range(recipe.epochs):
+        order = torch.randperm(count)
+        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+
+
+def _augment(images: Tensor, recipe: FeatureRecipe) -> Tensor:
+    """Mirror some of the images (N, C, H, W), and roll all of them by one random translation."""
+    if recipe.flip:
+        images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2,)).tolist()
+    return images.roll((down, right), dims=(2, 3))
