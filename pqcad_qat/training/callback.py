@@ -1,0 +1,86 @@
+"""What the training loop and its callbacks say to each other: the state, and the moments at which a callback is asked.
+
+Not here: the loop (trainer.py), nor any callback; a callback never imports the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes. `step` is the one clock: the number of finished steps.
+
+    Attributes:
+        model: the module whose Parameters are trained, in place.
+        optimizer: holds every trained Parameter.
+        network: what to call in a loss term: the model, wrapped for the processes that share the work.
+        step: finished steps.
+        ema: moving averages of the trained Parameters by name, None where there is no averaging.
+        ema_since: the step at which averaging (re)started.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    network: nn.Module
+    step: int = 0
+    ema: dict[str, Tensor] | None = None
+    ema_since: int = 0
+
+    def restart_ema(self) -> None:
+        """Forget averages of another function: called when the bit-widths have changed."""
+        if self.ema is not None:
+            self.ema = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+            self.ema_since = self.step
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; means over the whole batch.
+
+    Attributes:
+        loss: sum of the terms.
+        terms: each weighted loss term by name.
+        gradient_norm: before clipping.
+        learning_rate: of this step.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    gradient_norm: float
+    learning_rate: float
+
+
+@dataclass
+class Callback:
+    """The moments of a training step; the defaults do nothing.
+
+    A step is: `before_step` -> `loss_terms` of all callbacks, summed -> backward, optimizer -> `after_step`.
+    A callback that keeps state across steps gives it in `state_dict` as JSON values, and takes it back.
+    """
+
+    name: str = field(default="callback", init=False)
+
+    def before_step(self, state: TrainState) -> None:
+        """May change the model in place (bit-widths, blends); state.step is the step about to be made."""
+
+    def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
+        """Weighted scalar terms of the loss, by name."""
+        return {}
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Watches; state.step already counts the step that was made."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

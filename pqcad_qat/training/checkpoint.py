@@ -1,0 +1,160 @@
+"""Checkpoints: everything that resuming needs, as safetensors and JSON, written whole or not at all.
+
+Not here: when to write one (trainer.py). Nothing is pickled, so loading runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pqcad_qat.errors import CheckpointError
+from pqcad_qat.training.callback import Callback, TrainState
+
+FORMAT = 1
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """Where checkpoints of one training stage live, and how many are kept."""
+
+    path: Path
+    keep: int = 2
+
+
+def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> Path:
+    """Write `step_000123/` under a temporary name, with digests, and move it into place; then drop the oldest.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; older checkpoints stay as they were.
+    """
+    final = folder.path / f"step_{state.step:06d}"
+    draft = folder.path / f".{final.name}.{os.getpid()}"
+    try:
+        draft.mkdir(parents=True)
+        _write_files(draft, state, callbacks)
+        if final.exists():
+            shutil.rmtree(final)
+        draft.rename(final)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"{final}: cannot write this checkpoint: {error.strerror or error}; older checkpoints are intact") from error
+    for old in _found(folder.path)[: -folder.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write_files(draft: Path, state: TrainState, callbacks: Sequence[Callback]) -> None:
+    tensors, groups = _flatten_optimizer(state.optimizer)
+    save_file(_own(state.model.state_dict()), draft / "model.safetensors")
+    save_file(_own(state.ema or {}), draft / "ema.safetensors")
+    save_file(_own(tensors), draft / "optimizer.safetensors")
+    facts = {
+        "step": state.step,
+        "has_ema": state.ema is not None,
+        "ema_since": state.ema_since,
+        "optimizer_groups": groups,
+        "callbacks": {callback.name: callback.state_dict() for callback in callbacks},
+    }
+    (draft / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+    digests = {name: sha256(draft / name) for name in FILES}
+    (draft / "digests.json").write_text(json.dumps({"format": FORMAT, "sha256": digests}, indent=1), encoding="utf-8")
+    for path in draft.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and a message for every damaged one that was passed over."""
+    complaints: list[str] = []
+    for path in reversed(_found(folder)):
+        fault = damage(path)
+        if fault is None:
+            return path, complaints
+        complaints.append(f"{path}: {fault}; using the one before it")
+    return None, complaints
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is there and has the digest it was written with."""
+    try:
+        header = json.loads((path / "digests.json").read_text(encoding="utf-8"))
+        digests = header["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "digests.json is missing or damaged"
+    if header.get("format") != FORMAT:
+        return f"format: got {header.get('format')!r}; allowed {FORMAT}"
+    for name in FILES:
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if sha256(path / name) != digests.get(name):
+            return f"{name} is damaged: its SHA-256 is not the one it was written with"
+    return None
+
+
+def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]) -> None:
+    """Put a checkpoint into a state that was built as it was for the first step.
+
+    Raises:
+        CheckpointError: it is damaged, or it belongs to another model or other callbacks.
+    """
+    fault = damage(path)
+    if fault is not None:
+        raise CheckpointError(f"{path}: {fault}")
+    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        state.model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: belongs to another model: {error}") from error
+    _load_optimizer(state.optimizer, load_file(path / "optimizer.safetensors"), facts["optimizer_groups"])
+    state.ema = load_file(path / "ema.safetensors") if facts["has_ema"] else None
+    state.step, state.ema_since = facts["step"], facts["ema_since"]
+    names = {callback.name for callback in callbacks}
+    if names != set(facts["callbacks"]):
+        raise CheckpointError(f"{path}: callbacks: got {sorted(facts['callbacks'])}; this run has {sorted(names)}")
+    for callback in callbacks:
+        callback.load_state_dict(facts["callbacks"][callback.name])
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies that share no memory: safetensors refuses tensors that do."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    saved = optimizer.state_dict()
+    tensors = {f"{index}.{key}": torch.as_tensor(value) for index, entry in saved["state"].items() for key, value in entry.items()}
+    return tensors, [{key: value for key, value in group.items() if _is_json(value)} for group in saved["param_groups"]]
+
+
+def _is_json(value: object) -> bool:
+    return isinstance(value, bool | int | float | str | list | tuple | None)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    entries: dict[int, dict[str, Tensor]] = {}
+    for flat, value in tensors.items():
+        index, key = flat.split(".", 1)
+        entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""What one watches while a stage trains: TensorBoard, a file of numbers for the report, and one progress line.
+
+Not here: what the numbers mean; callbacks hand them over by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from pqcad_qat.training.callback import Callback, StepReport, TrainState
+
+Scalars = Callable[[], Mapping[str, float]]
+
+
+def progress_bar(console: Console) -> Progress:
+    """The one look of every progress line: name, bar, count, what is going on, time spent and left."""
+    return Progress(
+        TextColumn("[bold]{task.description:<14}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+@dataclass
+class MetricsLog(Callback):
+    """Writes each step's loss terms and the scalars of `sources` to TensorBoard and to `<folder>/<stage>.jsonl`.
+
+    Used as a context manager around `fit`. Rows of steps after the one resumed from are dropped.
+
+    Attributes:
+        stage: heads every tag and names the file.
+        folder: of TensorBoard's events and the file.
+        steps: of the stage, for the progress line.
+        sources: further scalars by name, asked after every step.
+        enabled: False on all processes but the first.
+    """
+
+    stage: str
+    folder: Path
+    steps: int
+    console: Console
+    sources: tuple[Scalars, ...] = ()
+    enabled: bool = True
+    loss: float = math.nan
+    _writer: SummaryWriter | None = field(default=None, init=False)
+    _progress: Progress | None = field(default=None, init=False)
+    _task: TaskID = field(default=TaskID(0), init=False)
+
+    def __post_init__(self) -> None:
+        self.name = f"log-{self.stage}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.stage}.jsonl"
+
+    def __enter__(self) -> MetricsLog:
+        if self.enabled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writer = SummaryWriter(str(self.folder))
+            self._progress = progress_bar(self.console)
+            self._progress.start()
+            self._task = self._progress.add_task(self.stage, total=self.steps, note="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer and self._progress:
+            self._writer.close()
+            self._progress.stop()
+
+    def start_at(self, step: int) -> None:
+        """Drop rows of steps that will be made again."""
+        if self.enabled and self.file.exists():
+            kept = [row for row in read_metrics(self.file) if row["step"] <= step]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        if not (self._writer and self._progress):
+            return
+        row: dict[str, float] = {"loss": report.loss, **{f"loss/{name}": value for name, value in report.terms.items()}}
+        row |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
+        for source in self.sources:
+            row |= source()
+        for name, value in row.items():
+            self._writer.add_scalar(f"{self.stage}/{name}", value, state.step)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.step, **row}) + "\n")
+        self._show(state.step, report.loss, row)
+
+    def _show(self, step: int, loss: float, row: Mapping[str, float]) -> None:
+        assert self._progress is not None
+        self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
+        bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
+        note = f"loss {self.loss:.5f}{bits}"
+        self._progress.update(self._task, completed=step, note=note)
+        if self._progress.disable and step % max(1, self.steps // 10) == 0:
+            self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a stage's file; a last line that a crash cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

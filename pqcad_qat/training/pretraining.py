@@ -1,0 +1,52 @@
+"""A full-precision denoiser from real images: how the embedded model was made.
+
+Not here: the loop (trainer.py), the images (diffusion/images.py), or quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pqcad_qat.diffusion.images import ImageSet, to_float
+from pqcad_qat.diffusion.sampling import NoiseSchedule, add_noise, join_prediction
+from pqcad_qat.training.callback import Batch, Callback, TrainState
+from pqcad_qat.training.trainer import BatchSource
+
+
+@dataclass
+class DenoisingLoss(Callback):
+    """Mean squared error of the prediction at a random time step (Ho et al. 2020, eq. 14), in the schedule's own parameterisation."""
+
+    def __post_init__(self) -> None:
+        self.name = "denoising"
+
+    def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
+        prediction = state.network(batch["x_t"], batch["t"]).sample
+        return {"denoising": F.mse_loss(prediction.float(), batch["target"])}
+
+
+def noisy_batches(images: ImageSet, schedule: NoiseSchedule, batch_size: int, seed: int) -> BatchSource:
+    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W)}: a pure function of seed and step.
+
+    Time steps are stratified: one in each of B equal parts of the schedule, which lowers the variance of the loss
+    (Kingma et al. 2021, appendix I.1).
+    """
+    alpha_bar = torch.from_numpy(schedule.alpha_bar)
+
+    def batch(step: int) -> Batch:
+        dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = torch.randint(0, len(images.images), (batch_size,), generator=dice)
+        x_0 = torch.from_numpy(np.asarray(to_float(images.images[chosen.numpy()])))
+        part = (torch.randperm(batch_size, generator=dice) + torch.rand(batch_size, generator=dice)) / batch_size
+        t = (part * schedule.train_timesteps).long().clamp(max=schedule.train_timesteps - 1)
+        eps = torch.randn(x_0.shape, generator=dice)
+        a = alpha_bar[t].float().view(-1, 1, 1, 1)
+        return {"x_t": add_noise(x_0, eps, a), "t": t, "target": join_prediction(x_0, eps, a, schedule.prediction_type)}
+
+    return batch

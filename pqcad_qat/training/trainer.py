@@ -1,0 +1,206 @@
+"""The training loop, and nothing but the loop, on Hugging Face Accelerate.
+
+Not here: what is learned (callbacks) or from what (the batch source); neither is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pqcad_qat.errors import CheckpointError, PqcadError
+from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
+from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
+
+BatchSource = Callable[[int], Batch]
+"""Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data position."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the loop runs.
+
+    Attributes:
+        steps: optimizer steps in all.
+        learning_rate: peak; warmed up linearly over `warmup` steps, then a cosine down to 0 (`constant`: kept).
+        ema: decay of the Parameters' moving average, 0 for none; it starts low, as min(ema, (1 + n) / (10 + n)).
+        accumulation: micro-batches that one step's batch is split into.
+        max_grad_norm: gradients are scaled down to this norm.
+        checkpoint_every: steps; one is always written at the end.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: int = 0
+    shape: Literal["cosine", "constant"] = "cosine"
+    ema: float = 0.0
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 100
+
+    def learning_rate_at(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.shape == "constant":
+            return self.learning_rate * warm
+        return self.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+
+
+class InterruptedByUserError(PqcadError):
+    """Ctrl-C: the step at hand was finished and a checkpoint written."""
+
+
+def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator, slow: Iterable[nn.Parameter] = ()) -> TrainState:
+    """A state before its first step: AdamW over all Parameters, those in `slow` at a tenth of the rate."""
+    slow_ids = {id(parameter) for parameter in slow}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in slow_ids], "rate": 1.0},
+        {"params": [p for p in trained if id(p) in slow_ids], "rate": 0.1},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, weight_decay=0.0)
+    network, prepared = accelerator.prepare(model, optimizer)
+    state = TrainState(model=model, optimizer=prepared, network=network)
+    if settings.ema:
+        state.ema = {}
+        state.restart_ema()
+    return state
+
+
+def fit(
+    state: TrainState,
+    callbacks: Sequence[Callback],
+    batches: BatchSource,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    checkpoints: CheckpointFolder | None = None,
+) -> None:
+    """Train from state.step to settings.steps; the state holds the result.
+
+    Raises:
+        PqcadError: the loss is not finite (the step and its terms are named).
+        InterruptedByUserError: Ctrl-C, after the step at hand and a checkpoint.
+        CheckpointError: a checkpoint cannot be written.
+    """
+    with _interrupts() as interrupted:
+        while state.step < settings.steps:
+            for callback in callbacks:
+                callback.before_step(state)
+            report = _step(state, callbacks, batches(state.step), settings, accelerator)
+            state.step += 1
+            _average(state, settings.ema)
+            for callback in callbacks:
+                callback.after_step(state, report)
+            stop = interrupted.is_set()
+            if checkpoints and (stop or state.step == settings.steps or state.step % settings.checkpoint_every == 0):
+                _checkpoint(checkpoints, state, callbacks, accelerator)
+            if stop and state.step < settings.steps:
+                kept = f"; checkpoint of step {state.step} written, go on with --resume" if checkpoints else ""
+                raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
+
+
+def _step(
+    state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator
+) -> StepReport:
+    rate = settings.learning_rate_at(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+    parts = list(_micro_batches(_share(batch, accelerator), settings.accumulation))
+    sums: dict[str, Tensor] = {}
+    state.network.train()
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(state.network):
+            terms: dict[str, Tensor] = {}
+            for callback in callbacks:
+                terms.update(callback.loss_terms(state, part))
+            accelerator.backward(torch.stack(list(terms.values())).sum() / len(parts))
+        for name, term in terms.items():
+            sums[name] = sums.get(name, torch.zeros_like(term.detach())) + term.detach() / len(parts)
+    norm = accelerator.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm)
+    values = {name: float(accelerator.reduce(term, "mean")) for name, term in sums.items()}
+    loss = sum(values.values())
+    if not (math.isfinite(loss) and math.isfinite(float(norm))):
+        raise PqcadError(f"step {state.step}: training diverged: terms {values}, gradient norm {float(norm)}; lower training.learning_rate")
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return StepReport(loss=loss, terms=values, gradient_norm=float(norm), learning_rate=rate)
+
+
+def _share(batch: Batch, accelerator: Accelerator) -> Batch:
+    """This process's part of the batch, on its device."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return {name: value[rank::world].to(accelerator.device) for name, value in batch.items()}
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    size = len(next(iter(batch.values())))
+    if count > size:
+        raise PqcadError(f"training.gradient_accumulation: got {count}; allowed at most {size}, the batch of one process")
+    chunks = {name: value.chunk(count) for name, value in batch.items()}
+    for number in range(len(next(iter(chunks.values())))):
+        yield {name: parts[number] for name, parts in chunks.items()}
+
+
+@torch.no_grad()
+def _average(state: TrainState, decay: float) -> None:
+    if state.ema is None:
+        return
+    since = state.step - state.ema_since
+    weight = 1.0 - min(decay, (1 + since) / (10 + since))
+    named = dict(state.model.named_parameters())
+    torch._foreach_lerp_(list(state.ema.values()), [named[name].detach() for name in state.ema], weight)
+
+
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
+    """The model with its averaged Parameters inside the block, and with its own after it."""
+    named = dict(state.model.named_parameters())
+    own = {name: named[name].detach().clone() for name in state.ema or {}}
+    with torch.no_grad():
+        for name, value in (state.ema or {}).items():
+            named[name].copy_(value)
+    try:
+        yield state.model
+    finally:
+        with torch.no_grad():
+            for name, value in own.items():
+                named[name].copy_(value)
+
+
+def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback], accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        write_checkpoint(folder, state, callbacks)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set on the first Ctrl-C; a second one ends the program at once."""
+    asked = threading.Event()
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+__all__ = ["BatchSource", "CheckpointError", "InterruptedByUserError", "LoopSettings", "averaged_weights", "fit", "new_state"]
