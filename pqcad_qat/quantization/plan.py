@@ -1,0 +1,317 @@
+"""The rules of a policy meet a model: which layer is quantized how, checked in full before anything is changed.
+
+No quantizers here, and nothing is rewritten: a plan is data, its table and its sizes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from pqcad_qat.errors import PlanError
+
+if TYPE_CHECKING:
+    from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+
+INT8_INPUT_BITS = (4, 8)  # OpenVINO's CPU plugin runs 16 and 256 input levels in INT8; any other number of levels in floating point
+KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """How one tensor of a layer is quantized. ``signed`` "auto": unsigned where calibration sees no negative value."""
+
+    bits: int
+    per_channel: bool
+    symmetric: bool
+    signed: bool | Literal["auto"]
+    learned_scale: bool
+    range: str  # min_max, mse; inputs also percentile
+    percentile: float = 100.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer that will be quantized. ``input_group`` names the layer whose input quantizer it shares: its own name if none."""
+
+    name: str
+    kind: Literal["Conv2d", "Linear"]
+    rule: str
+    rule_index: int
+    weights: QuantizerSpec
+    inputs: QuantizerSpec
+    input_group: str
+    ladder: tuple[int, ...]
+    parameters: int
+    int8_exception: bool
+
+
+def plan_layers(
+    model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: tuple[Tensor, ...]
+) -> tuple[LayerPlan, ...]:
+    """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
+
+    ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own target.
+    ``example``: inputs of one forward pass, which shows the layers that read the same tensor.
+    Raises PlanError with every fault: a pattern that matches nothing, a rule hidden by earlier ones, a planned layer that the
+    model does not call or that no integer kernel can run, and layers that read one tensor but quantize it differently.
+    """
+    layers = quantizable_layers(model)
+    matches, faults = _match(model, layers, rules)
+    first_readers, called = _read_tensors(model, layers, example)
+    plans = []
+    for name, (index, pattern) in matches.items():
+        rule = rules[index]
+        if rule.keep_float:
+            continue
+        if rule.weights is None or rule.inputs is None:
+            faults.append(f"rule {index} ({pattern!r}): layer {name} needs both weights and inputs, or keep_float: true")
+            continue
+        faults += [f"layer {name} (rule {index}, {pattern!r}): {fault}" for fault in _unfit(layers[name], name in called)]
+        plans.append(_layer_plan(name, layers[name], index, pattern, rule, rule.weights, rule.inputs, ladder))
+    plans, conflicts = _share_inputs(plans, first_readers)
+    if faults + conflicts:
+        raise PlanError("\n".join(["the policy's rules do not fit the model:", *(f"  - {fault}" for fault in faults + conflicts)]))
+    return tuple(plans)
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every nn.Conv2d and nn.Linear by path. Subclasses compute something else, and are left alone."""
+    return {name: module for name, module in model.named_modules() if type(module) in KINDS}
+
+
+def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """The convolutions and linear layers that stay in floating point."""
+    planned = {layer.name for layer in plan}
+    return tuple(name for name in quantizable_layers(model) if name not in planned)
+
+
+def executes_int8(layer: LayerPlan) -> bool:
+    """Whether OpenVINO on a CPU can run the layer in INT8; if not, its widths are a simulation on that target."""
+    return layer.inputs.bits in INT8_INPUT_BITS and not layer.int8_exception
+
+
+def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
+    """Bytes of the deployed weights: planned layers as integers (``packed``: two values a byte at 4 bits and below), the rest float32.
+
+    Each weight scale is a float32, each weight zero point a byte.
+    """
+    total = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for layer in plan:
+        weight = model.get_submodule(layer.name).weight
+        assert isinstance(weight, Tensor)
+        scales = weight.shape[0] if layer.weights.per_channel else 1
+        half = packed and layer.weights.bits <= 4
+        total += (weight.numel() + 1) // 2 if half else weight.numel()
+        total += scales * (4 if layer.weights.symmetric else 5) - 4 * weight.numel()
+    return total
+
+
+def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
+    """The plan for a terminal: layer, rule, widths, and what it will cost."""
+    table = Table(title=f"{len(plan)} layers quantized", caption=_caption(plan, model), caption_justify="left")
+    for heading in ("layer", "rule", "weights", "inputs", "shares input of", "runs in"):
+        table.add_column(heading)
+    table.add_column("parameters", justify="right")
+    for layer in plan:
+        shared = "" if layer.input_group == layer.name else layer.input_group
+        runs = "INT8" if executes_int8(layer) else ("float (exception)" if layer.int8_exception else "float (simulated width)")
+        weights = f"{' > '.join(map(str, layer.ladder))} bits {_words(layer.weights)}"
+        inputs = f"{layer.inputs.bits} bits {_words(layer.inputs)}"
+        table.add_row(layer.name, layer.rule, weights, inputs, shared, runs, f"{layer.parameters:,}")
+    for name in float_layers(model, plan):
+        table.add_row(name, "-", "float", "float", "", "float", f"{_parameters(model.get_submodule(name)):,}", style="dim")
+    return table
+
+
+def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
+    """The plan as plain data, for plan.json."""
+    return {
+        "layers": [{**asdict(layer), "ladder": list(layer.ladder), "executes_int8": executes_int8(layer)} for layer in plan],
+        "float_layers": list(float_layers(model, plan)),
+        "expected_bytes": {"float32": expected_bytes(model, (), False), "int8": expected_bytes(model, plan, False)}
+        | {"packed": expected_bytes(model, plan, True)},
+    }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients, every module's own mode restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def matches_layer(pattern: str, name: str, model: nn.Module) -> bool:
+    """Whether one pattern of a rule names the layer: a glob on its path, re:REGEX (whole path), or type:CLASS.
+
+    The halves of a split convolution also answer to the path that the convolution had.
+    """
+    if pattern.startswith("type:"):
+        return fnmatch.fnmatchcase(type(model.get_submodule(name)).__name__, pattern[5:])
+    names = [name]
+    parent = name.rpartition(".")[0]
+    if getattr(model.get_submodule(parent), "is_split_convolution", False):
+        names.append(parent)
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], candidate) for candidate in names)
+    return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in names)
+
+
+def _match(
+    model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[LayerRule]
+) -> tuple[dict[str, tuple[int, str]], list[str]]:
+    """The (rule index, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
+    claimed: dict[str, tuple[int, str]] = {}
+    faults = []
+    for index, rule in enumerate(rules):
+        before = dict(claimed)
+        for pattern in rule.match:
+            try:
+                hits = [name for name in layers if matches_layer(pattern, name, model)]
+            except re.error as error:
+                faults.append(f"rule {index}: pattern {pattern!r} is not a regular expression: {error}")
+                continue
+            if not hits:
+                faults.append(f"rule {index}: pattern {pattern!r} matches no Conv2d or Linear of the model{_suggest(pattern, layers)}")
+            elif all(name in before for name in hits):
+                owners = sorted({f"rule {before[name][0]} ({before[name][1]!r})" for name in hits})
+                faults.append(f"rule {index}: pattern {pattern!r} matches only layers that earlier rules claim: {', '.join(owners)}")
+            for name in hits:
+                claimed.setdefault(name, (index, pattern))
+    return {name: claimed[name] for name in layers if name in claimed}, faults
+
+
+def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
+    if pattern.startswith("type:"):
+        classes = sorted({type(layer).__name__ for layer in layers.values()})
+        return f"; its classes are {', '.join(classes)}"
+    bare = pattern.removeprefix("re:").strip("*.^$").replace("*", "").replace("\\", "")
+    prefixes = {name.rsplit(".", depth)[0] for name in layers for depth in range(name.count(".") + 1)}
+    ends = {name.rpartition(".")[2] for name in layers}
+    close = difflib.get_close_matches(bare, sorted(prefixes | ends), n=3, cutoff=0.5)
+    return f"; close names: {', '.join(close)}" if close else ""
+
+
+def _read_tensors(
+    model: nn.Module, layers: dict[str, nn.Module], example: tuple[Tensor, ...]
+) -> tuple[dict[str, str], set[str]]:
+    """For each layer the first layer that reads a tensor it reads, and the layers that the model calls at all."""
+    readers: dict[int, tuple[Tensor, str]] = {}  # the tensor is kept so that its id stays its own
+    first: dict[str, str] = {}
+
+    def watch(name: str, tensor: Tensor) -> None:
+        _, reader = readers.setdefault(id(tensor), (tensor, name))
+        first.setdefault(name, first.get(reader, reader))
+
+    hooks = [layer.register_forward_pre_hook(_watcher(watch, name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            model(*example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first, set(first)
+
+
+def _watcher(watch: Any, name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch(name, args[0] if args else kwargs["input"])
+
+    return hook
+
+
+def _layer_plan(
+    name: str,
+    layer: nn.Module,
+    index: int,
+    pattern: str,
+    rule: LayerRule,
+    weights: WeightQuantizer,
+    inputs: InputQuantizer,
+    ladder: Sequence[int],
+) -> LayerPlan:
+    return LayerPlan(
+        name=name,
+        kind=KINDS[type(layer)],
+        rule=pattern,
+        rule_index=index,
+        weights=QuantizerSpec(
+            bits=weights.bits,
+            per_channel=weights.granularity == "per_channel",
+            symmetric=weights.symmetric,
+            signed=weights.symmetric,
+            learned_scale=weights.scale == "learned",
+            range=weights.range,
+        ),
+        inputs=QuantizerSpec(
+            bits=inputs.bits,
+            per_channel=False,
+            symmetric=inputs.symmetric,
+            signed=inputs.signed if inputs.symmetric else False,
+            learned_scale=inputs.scale == "learned",
+            range=inputs.range,
+            percentile=inputs.percentile,
+        ),
+        input_group=name,
+        ladder=(*(rung for rung in ladder if rung > weights.bits), weights.bits),
+        parameters=_parameters(layer),
+        int8_exception=rule.execution == "float",
+    )
+
+
+def _unfit(layer: nn.Module, called: bool) -> Iterator[str]:
+    if not called:
+        yield "the model never calls it, so its input cannot be calibrated; keep_float: true leaves it alone"
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        yield f"padding_mode {layer.padding_mode!r} has no integer kernel; allowed 'zeros'"
+
+
+def _share_inputs(plans: list[LayerPlan], first_readers: dict[str, str]) -> tuple[list[LayerPlan], list[str]]:
+    """Give the layers that read one tensor the input group of the first planned of them."""
+    leaders: dict[str, LayerPlan] = {}
+    shared, conflicts = [], []
+    for layer in plans:
+        leader = leaders.setdefault(first_readers.get(layer.name, layer.name), layer)
+        if leader.inputs != layer.inputs:
+            conflicts.append(
+                f"layers {leader.name} (rule {leader.rule_index}, {leader.rule!r}) and {layer.name} (rule {layer.rule_index}, "
+                f"{layer.rule!r}) read the same tensor but their rules quantize inputs differently: {_words(leader.inputs)} at "
+                f"{leader.inputs.bits} bits, {_words(layer.inputs)} at {layer.inputs.bits} bits"
+            )
+        shared.append(LayerPlan(**{**vars(layer), "input_group": leader.name}))
+    return shared, conflicts
+
+
+def _words(spec: QuantizerSpec) -> str:
+    sign = "" if not spec.symmetric or spec.per_channel else {True: " signed", False: " unsigned", "auto": " auto-signed"}[spec.signed]
+    scale = f"{'learned' if spec.learned_scale else 'fixed'} scale from {spec.range}"
+    if spec.range == "percentile":
+        scale += f" {spec.percentile:g}"
+    return f"{'symmetric' if spec.symmetric else 'asymmetric'}{sign}, {'channel' if spec.per_channel else 'tensor'}, {scale}"
+
+
+def _caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
+    full = expected_bytes(model, (), False)
+    sizes = ((label, expected_bytes(model, plan, packed)) for label, packed in (("int8", False), ("packed", True)))
+    text = f"float32 {full / 1e6:.2f} MB; " + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes)
+    simulated = sum(not executes_int8(layer) for layer in plan)
+    return text + (f"; {simulated} layers do not run in INT8 on an Intel CPU" if simulated else "")
+
+
+def _parameters(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())
