@@ -117,19 +117,19 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
 
 
 def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
-    """The plan for a terminal: layer, rule, widths, and what it will cost."""
+    """The plan for a terminal: layer, rule, widths and parameters; below it what the rules say and what the model will cost."""
     table = Table(title=f"{len(plan)} layers quantized", caption=_caption(plan, model), caption_justify="left")
-    for heading in ("layer", "rule", "weights", "inputs", "shares input of", "runs in"):
+    table.add_column("layer", overflow="fold")
+    for heading in ("rule", "weights", "inputs", "runs in"):
         table.add_column(heading)
     table.add_column("parameters", justify="right")
     for layer in plan:
-        shared = "" if layer.input_group == layer.name else layer.input_group
-        runs = "INT8" if executes_int8(layer) else ("float (exception)" if layer.int8_exception else "float (simulated width)")
-        weights = f"{' > '.join(map(str, layer.ladder))} bits {_words(layer.weights)}"
-        inputs = f"{layer.inputs.bits} bits {_words(layer.inputs)}"
-        table.add_row(layer.name, layer.rule, weights, inputs, shared, runs, f"{layer.parameters:,}")
+        shared = "" if layer.input_group == layer.name else f" of {layer.input_group.rpartition('.')[2]}"
+        runs = "INT8" if executes_int8(layer) else ("float, exception" if layer.int8_exception else "float, simulated")
+        widths = ">".join(map(str, layer.ladder))
+        table.add_row(layer.name, layer.rule, widths, f"{layer.inputs.bits}{shared}", runs, f"{layer.parameters:,}")
     for name in float_layers(model, plan):
-        table.add_row(name, "-", "float", "float", "", "float", f"{_parameters(model.get_submodule(name)):,}", style="dim")
+        table.add_row(name, "-", "float", "float", "float", f"{_parameters(model.get_submodule(name)):,}", style="dim")
     return table
 
 
@@ -306,11 +306,15 @@ def _words(spec: QuantizerSpec) -> str:
 
 
 def _caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
+    lines = []
+    for index, pattern, weights, inputs in dict.fromkeys((p.rule_index, p.rule, p.weights, p.inputs) for p in plan):
+        lines.append(f"rule {index}, {pattern}: weights {_words(weights)}; inputs {_words(inputs)}")
     full = expected_bytes(model, (), False)
     sizes = ((label, expected_bytes(model, plan, packed)) for label, packed in (("int8", False), ("packed", True)))
-    text = f"float32 {full / 1e6:.2f} MB; " + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes)
-    simulated = sum(not executes_int8(layer) for layer in plan)
-    return text + (f"; {simulated} layers do not run in INT8 on an Intel CPU" if simulated else "")
+    lines.append(f"float32 {full / 1e6:.2f} MB; " + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes))
+    if simulated := sum(not executes_int8(layer) for layer in plan):
+        lines.append(f"{simulated} layers do not run in INT8 on an Intel CPU")
+    return "\n".join(lines)
 
 
 def _parameters(layer: nn.Module) -> int:

@@ -121,8 +121,10 @@ def _on_grid(rows: Tensor, span: Tensor, ratio: float, bits: int, symmetric: boo
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = (span / top)[:, None]
-        return scale * (rows / scale).round().clamp(-top, top)
+        symmetric_grid: Tensor = (rows / scale).round().clamp(-top, top) * scale
+        return symmetric_grid
     top = 2**bits - 1
     scale = (span / top)[:, None]
     zero_point = (-rows.amin(dim=1, keepdim=True).clamp(max=0) * ratio / scale).round().clamp(0, top)
-    return scale * ((rows / scale + zero_point).round().clamp(0, top) - zero_point)
+    grid: Tensor = ((rows / scale + zero_point).round().clamp(0, top) - zero_point) * scale
+    return grid

@@ -1,0 +1,148 @@
+"""A planned model becomes a quantized one around the same Parameters, is calibrated, held still for sampling, and turned back.
+
+Nothing about single quantizers here: that is quantizers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.plan import LayerPlan, evaluating, quantizable_layers
+from pqcad_qat.quantization.quantizers import (
+    IntegerLayer,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    estimate_weight_range,
+    float_layer,
+    integer_layer,
+    quantized_layer,
+    quantized_weight,
+    read_bits,
+    set_input_range,
+    share_input,
+)
+from pqcad_qat.quantization.ranges import InputRange, input_bounds
+from pqcad_qat.quantization.shortcut import replace_module
+
+
+def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
+    """Replace every planned layer in place by a quantized one around the same Parameters; weights start at the ladder's first rung.
+
+    Inputs have no range yet: calibrate_ranges or a loaded state gives them one, and until then a forward pass is refused.
+    """
+    layers = quantizable_layers(model)
+    if missing := [layer.name for layer in plan if layer.name not in layers]:
+        raise ModelError(f"the plan was made for another model: this one has no floating-point layer {', '.join(missing)}")
+    done: dict[str, QuantizedLayer] = {}
+    for layer in plan:
+        original = layers[layer.name]
+        assert isinstance(original, nn.Conv2d | nn.Linear)
+        done[layer.name] = quantized_layer(original, layer)
+        if layer.input_group != layer.name:
+            share_input(done[layer.name], done[layer.input_group])
+        replace_module(model, original, done[layer.name])
+    return model
+
+
+def dequantize_model(model: nn.Module) -> nn.Module:
+    """The inverse of quantize_model, in place: the floating-point layers around the same Parameters."""
+    for layer in quantized_layers(model).values():
+        replace_module(model, layer, float_layer(layer))
+    return model
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Every quantized layer by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedConv2d | QuantizedLinear)}
+
+
+def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
+    """Every quantized layer in integers, by path: what export and verification read."""
+    return {name: integer_layer(name, layer) for name, layer in quantized_layers(model).items()}
+
+
+def calibrate_ranges(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> None:
+    """Set every range: of inputs from what the layers read while the model runs unquantized, of weights from their values.
+
+    ``batches``: arguments of the model's forward. One pass finds the extremes; percentile and mse ranges take a second one.
+    Raises ModelError that names the layer whose input is NaN, infinite, zero everywhere, or never seen.
+    """
+    layers = quantized_layers(model)
+    leaders = {name: layer for name, layer in layers.items() if layer.plan.input_group == layer.plan.name}
+    if not (kept := tuple(batches)):
+        raise ModelError("calibration: there is no data; at least one batch is needed")
+    seen = {group: InputRange(group) for group in (layer.plan.name for layer in leaders.values())}
+    _watch(model, layers, kept, {group: watched.watch_extremes for group, watched in seen.items()})
+    for watched in seen.values():
+        watched.check()
+    searched = {layer.plan.name for layer in leaders.values() if layer.plan.inputs.range != "min_max"}
+    if searched:
+        _watch(model, layers, kept, {group: watched.watch_histogram for group, watched in seen.items() if group in searched})
+    for layer in leaders.values():
+        _set_range(layer, seen[layer.plan.name])
+    for layer in layers.values():
+        estimate_weight_range(layer)
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """Within, the quantized layers compute in floating point."""
+    proxies = [proxy for layer in quantized_layers(model).values() for proxy in (layer.weight_quant, layer.input_quant)]
+    before = [proxy.disable_quant for proxy in proxies]
+    try:
+        for proxy in proxies:
+            proxy.disable_quant = True
+        yield
+    finally:
+        for proxy, disabled in zip(proxies, before, strict=True):
+            proxy.disable_quant = disabled
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Within, each quantized weight is computed once and reused: for sampling and for teachers. Nothing may train meanwhile."""
+    proxies = [(layer, layer.weight_quant) for layer in quantized_layers(model).values()]
+    with ExitStack() as stack:
+        for layer, proxy in proxies:
+            stack.callback(setattr, proxy, "frozen", proxy.frozen)
+            proxy.frozen = quantized_weight(layer)
+        yield
+
+
+def _watch(
+    model: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    batches: Sequence[tuple[Tensor, ...]],
+    watchers: dict[str, Callable[[Tensor], None]],
+) -> None:
+    """Run the batches through the unquantized model and show each watcher what the layers of its group read."""
+    hooks = []
+    for layer in layers.values():
+        if (watcher := watchers.get(layer.plan.input_group)) is not None:
+            hooks.append(layer.register_forward_pre_hook(_shower(watcher), with_kwargs=True))
+    try:
+        with evaluating(model), unquantized(model):
+            for batch in batches:
+                model(*batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _shower(see: Callable[[Tensor], None]) -> Any:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args[0] if args else kwargs["input"])
+
+    return hook
+
+
+def _set_range(layer: QuantizedLayer, seen: InputRange) -> None:
+    spec = layer.plan.inputs
+    signed = seen.low < 0 if spec.signed == "auto" else spec.signed
+    set_input_range(layer, *input_bounds(seen, spec.range, spec.percentile, read_bits(layer)[1], signed, spec.symmetric))

@@ -1,0 +1,84 @@
+"""A quantized model on disk: a diffusers folder that plain diffusers reads, and beside it the quantizers that make it exact.
+
+Not here: the folder that OpenVINO runs (deployment/export.py).
+
+    unet/             the model with its weights rounded to their grid, in floating point, for plain diffusers
+    quantization/     plan.json and model.safetensors: every Parameter, scale, zero point and bit-width, for us
+    scheduler/        with the student's number of steps
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pqcad_qat.diffusion.denoiser import DiffusionModel, read_json, save_model, write_json
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
+from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
+from pqcad_qat.quantization.quantizers import quantized_weight
+from pqcad_qat.quantization.shortcut import merge_shortcuts, split_shortcuts
+
+PLAN = Path("quantization") / "plan.json"
+STATE = Path("quantization") / "model.safetensors"
+STEPS = "num_inference_steps"
+"""Key of the scheduler config that holds the steps the model was distilled for."""
+
+
+def save_quantized(
+    folder: Path, model: nn.Module, plan: Sequence[LayerPlan], splits: bool, scheduler_config: Mapping[str, Any], steps: int
+) -> None:
+    """Write a quantized model; `splits` says that its shortcuts are split, `steps` how many sampling steps it is for."""
+    save_model(_rounded(model), {**scheduler_config, STEPS: steps}, folder)
+    write_json(folder / PLAN, {"split_shortcuts": splits, "layers": [asdict(layer) for layer in plan]})
+    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, folder / STATE)
+
+
+@torch.no_grad()
+def _rounded(model: nn.Module) -> nn.Module:
+    """A floating-point copy of the original architecture whose weights are the quantized ones."""
+    copied = copy.deepcopy(model)
+    for layer in quantized_layers(copied).values():
+        layer.weight.copy_(quantized_weight(layer))
+    return merge_shortcuts(dequantize_model(copied))
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    return (folder / PLAN).is_file()
+
+
+def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...], int]:
+    """(the quantized model, its plan, its sampling steps) from a folder that `save_quantized` wrote.
+
+    Raises:
+        ModelError: the folder is incomplete or damaged, or its parts do not fit together.
+    """
+    content = read_json(folder / PLAN)
+    config = read_json(folder / "unet" / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        plan = tuple(layer_plan(entry) for entry in content["layers"])
+        denoiser = UNet2DModel.from_config(config).eval()
+        shell = DiffusionModel(denoiser, scheduler, str(folder), digest="")
+        if content["split_shortcuts"]:
+            split_shortcuts(denoiser, shell.example)
+        quantize_model(denoiser, plan)
+        denoiser.load_state_dict(load_file(folder / STATE), strict=True)
+        return shell, plan, int(scheduler[STEPS])
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: damaged folder of a quantized model: {error}") from error
+
+
+def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
+    """A LayerPlan from its JSON form."""
+    parts = {"weights": QuantizerSpec(**entry["weights"]), "inputs": QuantizerSpec(**entry["inputs"]), "ladder": tuple(entry["ladder"])}
+    return LayerPlan(**{**entry, **parts})
