@@ -9,9 +9,9 @@ multiplies x_0). Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021, eq. 12)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -193,3 +193,34 @@ def ddim_inverse(x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, pre
 def add_noise(x_0: Array, eps: Array, alpha_bar_t: Any) -> Array:
     """x_t of the forward process (Ho et al. 2020, eq. 4)."""
     return cast(Array, alpha_bar_t**0.5 * cast(Any, x_0) + (1.0 - alpha_bar_t) ** 0.5 * cast(Any, eps))
+
+
+def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """(count, *shape) standard normal x_T of images `first` to `first + count` of a seed; each image's noise is its own.
+
+    So the image of a number does not depend on how images are batched, nor on the framework that samples it.
+    """
+    rows = [np.random.default_rng((seed, number)).standard_normal(shape, dtype=np.float32) for number in range(first, first + count)]
+    return np.stack(rows)
+
+
+@dataclass(frozen=True)
+class SamplerStep(Generic[Array]):
+    """One step of a sampler: from x_t, by the prediction made there, to x_s."""
+
+    t: int
+    x_t: Array
+    prediction: Array
+    x_s: Array
+
+
+def ddim_trajectory(
+    predict: Callable[[Array, int], Array], x_t: Array, schedule: NoiseSchedule, steps: int
+) -> Iterator[SamplerStep[Array]]:
+    """The N steps of deterministic DDIM from x_t (B, C, H, W); `predict` is the denoiser as (x_t, t) -> prediction."""
+    for t in timesteps(schedule, steps):
+        prediction = predict(x_t, t)
+        alpha_bars = schedule.alpha_bar_at(t), schedule.alpha_bar_at(next_timestep(schedule, t, steps))
+        x_s = ddim_step(prediction, x_t, *alpha_bars, schedule.prediction_type, schedule.clip_sample_range)
+        yield SamplerStep(t, x_t, prediction, x_s)
+        x_t = x_s

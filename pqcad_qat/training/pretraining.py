@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +41,7 @@ def noisy_batches(images: ImageSet, schedule: NoiseSchedule, batch_size: int, se
     def batch(step: int) -> Batch:
         dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
         chosen = torch.randint(0, len(images.images), (batch_size,), generator=dice)
-        x_0 = torch.from_numpy(np.asarray(to_float(images.images[chosen.numpy()])))
+        x_0 = to_float(images.images[chosen])
         part = (torch.randperm(batch_size, generator=dice) + torch.rand(batch_size, generator=dice)) / batch_size
         t = (part * schedule.train_timesteps).long().clamp(max=schedule.train_timesteps - 1)
         eps = torch.randn(x_0.shape, generator=dice)

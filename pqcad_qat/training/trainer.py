@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pqcad_qat.errors import CheckpointError, PqcadError
+from pqcad_qat.errors import PqcadError
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
 
@@ -59,15 +59,9 @@ class InterruptedByUserError(PqcadError):
     """Ctrl-C: the step at hand was finished and a checkpoint written."""
 
 
-def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator, slow: Iterable[nn.Parameter] = ()) -> TrainState:
-    """A state before its first step: AdamW over all Parameters, those in `slow` at a tenth of the rate."""
-    slow_ids = {id(parameter) for parameter in slow}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in slow_ids], "rate": 1.0},
-        {"params": [p for p in trained if id(p) in slow_ids], "rate": 0.1},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, weight_decay=0.0)
+def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
+    """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     network, prepared = accelerator.prepare(model, optimizer)
     state = TrainState(model=model, optimizer=prepared, network=network)
     if settings.ema:
@@ -113,7 +107,7 @@ def _step(
 ) -> StepReport:
     rate = settings.learning_rate_at(state.step)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
+        group["lr"] = rate
     parts = list(_micro_batches(_share(batch, accelerator), settings.accumulation))
     sums: dict[str, Tensor] = {}
     state.network.train()
@@ -201,6 +195,3 @@ def _interrupts() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-__all__ = ["BatchSource", "CheckpointError", "InterruptedByUserError", "LoopSettings", "averaged_weights", "fit", "new_state"]

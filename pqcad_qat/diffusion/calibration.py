@@ -1,0 +1,132 @@
+"""Full-precision trajectories: recorded once by the model's own sampler, kept in safetensors, reused by name of their hash.
+
+Not here: what they are used for (ranges, training targets, parity, paired fidelity). The set never holds quantized states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
+from pqcad_qat.diffusion.sampling import ddim_trajectory, initial_noise, noise_schedule, timesteps
+from pqcad_qat.errors import ModelError
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """Everything that decides a calibration set; its hash is the set's name."""
+
+    model_digest: str
+    sampler: str
+    steps: int
+    trajectories: int
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Trajectories of the full-precision model.
+
+    Attributes:
+        states: (K, N + 1, C, H, W) float32; states[:, i] is x_t at timesteps[i], states[:, N] the image x_0.
+        predictions: (K, N, C, H, W) float32, the model's prediction at each state.
+        timesteps: the N time steps, falling.
+    """
+
+    states: Tensor
+    predictions: Tensor
+    timesteps: tuple[int, ...]
+
+    @property
+    def images(self) -> Tensor:
+        """(K, C, H, W): where the trajectories end."""
+        return self.states[:, -1]
+
+    def inputs(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`count` model inputs (x_t (B, C, H, W), t (B,)), spread evenly over trajectories and time steps."""
+        total = self.predictions.shape[0] * len(self.timesteps)
+        flat = torch.linspace(0, total - 1, min(count, total)).long()
+        flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))]
+        t = torch.tensor(self.timesteps)
+        for part in flat.split(batch_size):
+            row, column = part // len(self.timesteps), part % len(self.timesteps)
+            yield self.states[row, column], t[column]
+
+
+def calibration_set(
+    model: DiffusionModel, recipe: CalibrationRecipe, batch_size: int, cache: Path, advance: Callable[[int], None] = lambda _: None
+) -> tuple[CalibrationSet, Path]:
+    """The set of a recipe, and its folder: read from `cache`, or recorded and written there.
+
+    `advance` is told of every denoiser call of a batch as it is made (number of trajectories moved one step).
+    """
+    folder = cache / recipe.digest
+    if folder.exists():
+        return read_calibration(folder), folder
+    found = record(model, recipe, batch_size, advance)
+    draft = cache / f".{recipe.digest}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file({"states": found.states, "predictions": found.predictions}, draft / "trajectories.safetensors")
+    (draft / "recipe.json").write_text(json.dumps({**asdict(recipe), "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
+    draft.rename(folder)
+    return found, folder
+
+
+@torch.no_grad()
+def record(
+    model: DiffusionModel, recipe: CalibrationRecipe, batch_size: int, advance: Callable[[int], None] = lambda _: None
+) -> CalibrationSet:
+    """Run the sampler from seeded noise and keep every state and prediction.
+
+    Raises:
+        ModelError: the model gives values that are not finite.
+    """
+    schedule = noise_schedule(model.scheduler_config)
+    states, predictions = [], []
+    for first in range(0, recipe.trajectories, batch_size):
+        count = min(batch_size, recipe.trajectories - first)
+        x_t = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
+        walk = []
+        for step in ddim_trajectory(_caller(model.denoiser), x_t, schedule, recipe.steps):
+            walk.append(step)
+            advance(count)
+        states.append(torch.stack([*(step.x_t for step in walk), walk[-1].x_s], dim=1))
+        predictions.append(torch.stack([step.prediction for step in walk], dim=1))
+    found = CalibrationSet(torch.cat(states), torch.cat(predictions), timesteps(schedule, recipe.steps))
+    if not bool(torch.isfinite(found.states).all()):
+        raise ModelError(f"{model.source}: its full-precision trajectories hold values that are not finite")
+    return found
+
+
+def _caller(denoiser: nn.Module) -> Callable[[Tensor, int], Tensor]:
+    return lambda x_t, t: predict(denoiser, x_t, t)
+
+
+def read_calibration(folder: Path) -> CalibrationSet:
+    """Read a set that `calibration_set` wrote.
+
+    Raises:
+        ModelError: the folder is incomplete or damaged.
+    """
+    try:
+        tensors = load_file(folder / "trajectories.safetensors")
+        steps = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["timesteps"]
+        return CalibrationSet(tensors["states"], tensors["predictions"], tuple(steps))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder}: damaged calibration set: {error}; delete the folder and it is recorded anew") from error

@@ -1,0 +1,112 @@
+"""A model that samples, whatever computes it: full precision, quantized in PyTorch, or a deployed OpenVINO folder.
+
+Not here: what its images are worth (fidelity.py), nor its speed (benchmark.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.diffusion.denoiser import load_model, predict, read_json
+from pqcad_qat.diffusion.images import to_uint8
+from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
+
+Float32 = npt.NDArray[np.float32]
+Runtime = Literal["pytorch", "openvino"]
+
+DEFAULT_STEPS = 20
+"""Sampling steps of a full-precision folder that names none."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something that samples.
+
+    Attributes:
+        name: of its row in the report.
+        runtime: what computes it.
+        predict: (x_t (B, C, H, W) float32, t) -> prediction of the same shape.
+        schedule: noise schedule that it samples with.
+        steps: of its sampler.
+        sample_shape: (C, H, W).
+    """
+
+    name: str
+    runtime: Runtime
+    predict: Callable[[Float32, int], Float32]
+    schedule: NoiseSchedule
+    steps: int
+    sample_shape: tuple[int, int, int]
+
+
+def pytorch_variant(
+    name: str, denoiser: nn.Module, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int]
+) -> Variant:
+    """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
+    denoiser.eval()
+
+    @torch.no_grad()
+    def call(x_t: Float32, t: int) -> Float32:
+        with frozen_weights(denoiser):
+            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t).numpy()
+            return found
+
+    return Variant(name, "pytorch", call, noise_schedule(scheduler_config), steps, sample_shape)
+
+
+def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Variant:
+    """A deployed folder, run by our runtime from the files as they are."""
+    model = OVUNet2DModel.from_pretrained(folder)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = noise_schedule(scheduler)
+    return Variant(name, "openvino", model.predict, schedule, steps or scheduler.get(STEPS, DEFAULT_STEPS), model.sample_shape)
+
+
+def open_folder(folder: Path, steps: int | None = None) -> Variant:
+    """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model.
+
+    Raises:
+        ModelError: none of them.
+    """
+    if (folder / "manifest.json").is_file():
+        return openvino_variant(folder.name, folder, steps)
+    if is_quantized_folder(folder):
+        model, _, own = load_quantized(folder)
+        return pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
+    if (folder / "openvino" / "manifest.json").is_file():
+        return openvino_variant(folder.name, folder / "openvino", steps)
+    if (folder / "unet" / "config.json").is_file() or not folder.exists():
+        full = load_model(str(folder))
+        return pytorch_variant(folder.name, full.denoiser, full.scheduler_config, steps or DEFAULT_STEPS, full.sample_shape)
+    raise ModelError(
+        f"{folder}: got a folder with none of manifest.json, quantization/plan.json, openvino/ or unet/config.json; allowed a deployed "
+        "OpenVINO folder, a quantized student, a run, or a diffusers model"
+    )
+
+
+def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """uint8 images (count, C, H, W) of a seed; image k comes from the same noise for every variant and batch size.
+
+    `advance` is told of the images of a batch each time they are one step further.
+    """
+    done = []
+    for first in range(0, count, batch_size):
+        noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
+        x_0 = noise
+        for step in ddim_trajectory(variant.predict, noise, variant.schedule, variant.steps):
+            x_0 = np.asarray(step.x_s, dtype=np.float32)
+            advance(len(noise))
+        done.append(to_uint8(torch.from_numpy(x_0)))
+    return torch.cat(done)

@@ -1,0 +1,108 @@
+"""The folder of a run: which policy it belongs to, which stages are done, and one process at a time.
+
+Not here: what the stages do (pipeline.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pqcad_qat.errors import CheckpointError
+from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.pretraining import PretrainPolicy
+
+POLICY = "policy.yaml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run. Every stage that is done has a marker `stages/NAME.json`, written after everything else of the stage."""
+
+    path: Path
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage noted, or None where it is still to do."""
+        marker = self._marker(stage)
+        if not marker.exists():
+            return None
+        found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        return found
+
+    def finish(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
+        write_atomically(self._marker(stage), json.dumps({"seconds": seconds, **facts}, indent=1, allow_nan=False))
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of every finished stage, in the order in which they ended."""
+        markers = sorted((self.path / "stages").glob("*.json"), key=lambda marker: marker.stat().st_mtime_ns)
+        return {marker.stem: json.loads(marker.read_text(encoding="utf-8"))["seconds"] for marker in markers}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Run a stage inside the block; the marker is written at its end with what the block put into the yielded facts."""
+        facts: dict[str, Any] = {}
+        start = time.perf_counter()
+        yield facts
+        self.finish(stage, time.perf_counter() - start, facts)
+
+    def _marker(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+
+@contextmanager
+def open_run(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> Iterator[RunFolder]:
+    """Open a new run folder, or with `resume` go on with one; another process on the same folder is refused.
+
+    Raises:
+        CheckpointError: the folder holds a run and `resume` was not asked for, there is nothing to resume, or the run's policy is another
+            one (every difference is named).
+    """
+    written = path / POLICY
+    if written.exists():
+        if not resume:
+            raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
+        _check_policy(written, policy)
+    elif path.exists() and any(path.iterdir()):
+        raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not written.exists():
+            write_atomically(written, dump_policy(policy))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    with _locked(path):
+        yield RunFolder(path)
+
+
+def _check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
+    before = load_policy(written) if isinstance(policy, Policy) else load_pretrain_policy(written)
+    changes = difference(before, policy)  # type: ignore[arg-type]  # the same kind on both sides
+    if changes:
+        listed = "\n".join(f"  - {change}" for change in changes)
+        raise CheckpointError(f"{written}: the policy has changed since this run began, so it cannot be resumed:\n{listed}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{path}: another process is running this run") from None
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and move it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.rename(path)

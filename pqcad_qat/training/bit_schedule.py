@@ -1,0 +1,260 @@
+"""When, which and how layers go down in width: progressive quantization's momentum schedule, as a pure decision and a thin callback.
+
+Not here: what a width is (quantization/quantizers.py). The paper (PQCAD-DM, arXiv 2506.16776) names a momentum-based mechanism that keeps
+low precision from perturbing the weights too much; its equations are not public, so what follows is our reading of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+
+from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.quantizers import QuantizedLayer, begin_blend, blend_state, end_blend, perturbation, read_bits, set_blend, set_weight_bits
+from pqcad_qat.training.callback import Callback, StepReport, TrainState
+
+Cause = Literal["plateau", "deadline"]
+
+BLEND_ENDS_AT = 0.95
+"""Share of the next width at which a blend ends and the next width computes alone."""
+
+
+@dataclass(frozen=True)
+class BitScheduleSettings:
+    """What decides a transition.
+
+    Attributes:
+        momentum: beta of every exponential moving average, and of the blend.
+        plateau: relative improvement of the loss a step under which a transition is due.
+        perturbation: relative change of a layer's weights over which it waits.
+        layers_per_transition: share of the layers that may be in transition at once.
+        deadline: step at which every layer computes at its target width.
+        blends: False makes a transition a jump.
+    """
+
+    momentum: float
+    plateau: float
+    perturbation: float
+    layers_per_transition: float
+    deadline: int
+    blends: bool = True
+
+    @property
+    def blend_steps(self) -> int:
+        """Steps that an undisturbed blend lasts: lambda_n = 1 - beta^n reaches `BLEND_ENDS_AT`."""
+        if not self.blends or self.momentum == 0:
+            return 0
+        return math.ceil(math.log(1 - BLEND_ENDS_AT) / math.log(self.momentum))
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before the loss momentum is believed: twice the averages' horizon 1 / (1 - beta), at most an eighth of the time there is."""
+        return max(2, min(round(2 / (1 - self.momentum)), self.deadline // 8))
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """An exponential moving average with Adam's bias correction (Kingma and Ba 2015, algorithm 1)."""
+
+    beta: float
+    average: float = 0.0
+    count: int = 0
+
+    def updated(self, value: float) -> Momentum:
+        return replace(self, average=self.beta * self.average + (1 - self.beta) * value, count=self.count + 1)
+
+    @property
+    def value(self) -> float | None:
+        return self.average / (1 - self.beta**self.count) if self.count else None
+
+
+@dataclass(frozen=True)
+class LossMomentum:
+    """Momentum of the relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l at the present widths."""
+
+    smoothed: Momentum
+    improvement: Momentum
+
+    @classmethod
+    def fresh(cls, beta: float) -> LossMomentum:
+        return cls(Momentum(beta), Momentum(beta))
+
+    def updated(self, loss: float) -> LossMomentum:
+        before, smoothed = self.smoothed.value, self.smoothed.updated(loss)
+        if before is None or before == 0:
+            return replace(self, smoothed=smoothed)
+        assert smoothed.value is not None
+        return LossMomentum(smoothed, self.improvement.updated((before - smoothed.value) / before))
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """A layer as the decision sees it: its width, the rungs still below it, its perturbation momentum, and whether it is in transition."""
+
+    name: str
+    bits: int
+    rungs: tuple[int, ...]
+    perturbation: float
+    in_transition: bool
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A decided transition, as report.json's `bit_schedule` records it."""
+
+    step: int
+    layer: str
+    from_bits: int
+    to_bits: int
+    loss_momentum: float | None
+    perturbation: float
+    cause: Cause
+
+
+def decide(
+    step: int, settings: BitScheduleSettings, loss_momentum: float | None, observed: int, layers: Sequence[LayerStatus]
+) -> tuple[Transition, ...]:
+    """The transitions that begin at `step`.
+
+    Once only a blend's length is left before the deadline, every layer that is not on its way to its target is sent there at once. Before
+    that, a transition is due when nothing is in transition, the loss momentum has been observed for the warm-up and is under the plateau;
+    then the least perturbed layers go one rung down, as many as the share allows, those over the bound wait.
+
+    Args:
+        step: the clock.
+        loss_momentum: None where there is none yet.
+        observed: steps that the loss momentum has seen at the present widths.
+        layers: every planned layer.
+    """
+    waiting = [layer for layer in layers if layer.rungs and not layer.in_transition]
+    if step >= settings.deadline - settings.blend_steps:
+        return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, "deadline") for layer in waiting)
+    moving = any(layer.in_transition for layer in layers)
+    if moving or loss_momentum is None or observed < settings.warm_up or loss_momentum >= settings.plateau:
+        return ()
+    allowed = max(1, math.floor(settings.layers_per_transition * len(layers)))
+    calm = sorted((layer for layer in waiting if layer.perturbation <= settings.perturbation), key=lambda layer: layer.perturbation)
+    return tuple(_transition(step, layer, layer.rungs[0], loss_momentum, "plateau") for layer in calm[:allowed])
+
+
+def _transition(step: int, layer: LayerStatus, to_bits: int, loss_momentum: float | None, cause: Cause) -> Transition:
+    return Transition(step, layer.name, layer.bits, to_bits, loss_momentum, layer.perturbation, cause)
+
+
+def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momentum: float | None) -> float:
+    """lambda <- beta lambda + (1 - beta); it pauses while training gets worse by more than the plateau, but never past the deadline."""
+    worse = loss_momentum is not None and loss_momentum < -settings.plateau
+    if worse and step < settings.deadline - settings.blend_steps:
+        return lam
+    return settings.momentum * lam + (1 - settings.momentum)
+
+
+@dataclass
+class MomentumBitSchedule(Callback):
+    """Moves the layers of a model down their ladders while it trains.
+
+    Attributes:
+        layers: quantized layers by name.
+        plan: their plans; each layer starts on its ladder's first rung and ends on its last.
+        settings: of the decision.
+        transitions: everything that was decided so far.
+    """
+
+    layers: Mapping[str, QuantizedLayer]
+    plan: Sequence[LayerPlan]
+    settings: BitScheduleSettings
+    transitions: list[Transition] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = "bit-schedule"
+        self._ladders = {layer.name: layer.ladder for layer in self.plan}
+        self._loss = LossMomentum.fresh(self.settings.momentum)
+        self._perturbations = {layer.name: Momentum(self.settings.momentum) for layer in self.plan}
+
+    def before_step(self, state: TrainState) -> None:
+        ended = self._advance_blends(state.step)
+        self._observe_perturbations()
+        loss = self._loss.improvement
+        begun = decide(state.step, self.settings, loss.value, loss.count, self._statuses())
+        for transition in begun:
+            self._begin(transition)
+        if ended or begun:
+            self._loss = LossMomentum.fresh(self.settings.momentum)
+            state.restart_ema()
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        self._loss = self._loss.updated(report.loss)
+
+    def _advance_blends(self, step: int) -> bool:
+        """Move every blend one step on; True where one ended."""
+        ended = False
+        for name, layer in self.layers.items():
+            blend = blend_state(layer)
+            if blend is None:
+                continue
+            lam = next_lambda(blend[2], step, self.settings, self._loss.improvement.value)
+            if lam >= BLEND_ENDS_AT:
+                end_blend(layer)
+                ended = True
+                self._perturbations[name] = Momentum(self.settings.momentum)
+            else:
+                set_blend(layer, lam)
+        return ended
+
+    def _observe_perturbations(self) -> None:
+        for name, layer in self.layers.items():
+            rungs = self._rungs(name)
+            if rungs and blend_state(layer) is None:
+                self._perturbations[name] = self._perturbations[name].updated(perturbation(layer, rungs[0]))
+
+    def _rungs(self, name: str) -> tuple[int, ...]:
+        bits = read_bits(self.layers[name])[0]
+        return tuple(rung for rung in self._ladders[name] if rung < bits)
+
+    def _statuses(self) -> list[LayerStatus]:
+        return [
+            LayerStatus(name, read_bits(layer)[0], self._rungs(name), self._perturbations[name].value or 0.0, blend_state(layer) is not None)
+            for name, layer in self.layers.items()
+        ]
+
+    def _begin(self, transition: Transition) -> None:
+        layer = self.layers[transition.layer]
+        if self.settings.blends and self.settings.blend_steps:
+            begin_blend(layer, transition.to_bits)
+        else:
+            set_weight_bits(layer, transition.to_bits)
+            self._perturbations[transition.layer] = Momentum(self.settings.momentum)
+        self.transitions.append(transition)
+
+    def scalars(self) -> dict[str, float]:
+        """For the log: mean width (a blend counts as its mixture), loss momentum, mean lambda of the blends, and each layer's own."""
+        widths, lambdas, own = [], [], {}
+        for name, layer in self.layers.items():
+            blend = blend_state(layer)
+            width = float(read_bits(layer)[0]) if blend is None else (1 - blend[2]) * blend[0] + blend[2] * blend[1]
+            widths.append(width)
+            own[f"layer/{name}/bits"] = width
+            own[f"layer/{name}/perturbation"] = self._perturbations[name].value or 0.0
+            if blend is not None:
+                lambdas.append(blend[2])
+        return {
+            "mean_bits": sum(widths) / len(widths),
+            "loss_momentum": self._loss.improvement.value or 0.0,
+            "blend_lambda": sum(lambdas) / len(lambdas) if lambdas else 0.0,
+            **own,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "loss": asdict(self._loss),
+            "perturbations": {name: asdict(momentum) for name, momentum in self._perturbations.items()},
+            "transitions": [asdict(transition) for transition in self.transitions],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self._loss = LossMomentum(Momentum(**saved["loss"]["smoothed"]), Momentum(**saved["loss"]["improvement"]))
+        self._perturbations = {name: Momentum(**momentum) for name, momentum in saved["perturbations"].items()}
+        self.transitions[:] = [Transition(**transition) for transition in saved["transitions"]]

@@ -1,0 +1,49 @@
+"""Quantization-aware training on the calibration set: its batches, and the loss against the full-precision prediction.
+
+Not here: which widths are trained when (bit_schedule.py), nor the half-step student (distillation.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.training.callback import Batch, Callback, TrainState
+from pqcad_qat.training.trainer import BatchSource
+
+
+@dataclass
+class FullPrecisionMatching(Callback):
+    """Mean squared error to the full-precision model's own prediction at the same state, in its own parameterisation."""
+
+    def __post_init__(self) -> None:
+        self.name = "full-precision"
+
+    def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
+        prediction = predict(state.network, batch["x_t"], batch["t"])
+        return {"full_precision": F.mse_loss(prediction.float(), batch["target"])}
+
+
+def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int) -> BatchSource:
+    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W)} of the set: a pure function of seed and step."""
+    t = torch.tensor(calibration.timesteps)
+
+    def batch(step: int) -> Batch:
+        rows, columns = mixed_states(*calibration.predictions.shape[:2], batch_size, seed, step)
+        return {"x_t": calibration.states[rows, columns], "t": t[columns], "target": calibration.predictions[rows, columns]}
+
+    return batch
+
+
+def mixed_states(trajectories: int, steps: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """(trajectory (B,), time index (B,)) of a batch: trajectories at random, time steps stratified so that every batch mixes them."""
+    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = torch.randint(0, trajectories, (batch_size,), generator=dice)
+    part = (torch.randperm(batch_size, generator=dice) + torch.rand(batch_size, generator=dice)) / batch_size
+    return rows, (part * steps).long().clamp(max=steps - 1)

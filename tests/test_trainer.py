@@ -1,0 +1,202 @@
+"""The loop and its checkpoints: closed forms, bitwise repeats, and real faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pqcad_qat.errors import CheckpointError, PqcadError
+from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
+from pqcad_qat.training.checkpoint import CheckpointFolder, damage, latest_checkpoint, load_checkpoint
+from pqcad_qat.training.trainer import InterruptedByUserError, LoopSettings, averaged_weights, fit, new_state
+
+
+@dataclass
+class Regression(Callback):
+    """Least squares, split in two terms; remembers the losses it saw."""
+
+    stop_at: int = -1
+
+    def __post_init__(self) -> None:
+        self.name = "regression"
+        self.losses: list[float] = []
+
+    def before_step(self, state: TrainState) -> None:
+        if state.step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
+        error = (state.network(batch["x"]) - batch["y"]).square().mean()
+        return {"a": 0.25 * error, "b": 0.75 * error}
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        self.losses.append(report.loss)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, saved: Mapping[str, list[float]]) -> None:
+        self.losses = list(saved["losses"])
+
+
+def batches(step: int) -> Batch:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    return {"x": x, "y": x @ torch.tensor([[1.0], [-2.0], [0.5], [3.0]])}
+
+
+def fresh(settings: LoopSettings) -> tuple[TrainState, Accelerator]:
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    return new_state(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), settings, accelerator), accelerator
+
+
+def weights(state: TrainState) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
+
+
+SETTINGS = LoopSettings(steps=20, learning_rate=0.05, warmup=2, ema=0.9, checkpoint_every=5)
+
+
+def test_training_lowers_the_loss_and_the_terms_sum_to_it() -> None:
+    state, accelerator = fresh(SETTINGS)
+    callback = Regression()
+    fit(state, [callback], batches, SETTINGS, accelerator)
+    assert state.step == 20
+    assert callback.losses[-1] < 0.5 * callback.losses[0]
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole, accelerator = fresh(SETTINGS)
+    seen = Regression()
+    fit(whole, [seen], batches, SETTINGS, accelerator)
+
+    first, accelerator = fresh(SETTINGS)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    with pytest.raises(InterruptedByUserError, match=r"interrupted at step 8 of 20; checkpoint of step 8 written"):
+        fit(first, [Regression(stop_at=7)], batches, SETTINGS, accelerator, folder)
+
+    second, accelerator = fresh(SETTINGS)
+    resumed = Regression()
+    path, complaints = latest_checkpoint(folder.path)
+    assert path is not None
+    assert (path.name, complaints) == ("step_000008", [])
+    load_checkpoint(path, second, [resumed])
+    fit(second, [resumed], batches, SETTINGS, accelerator, folder)
+    assert torch.equal(weights(second), weights(whole))
+    assert resumed.losses == seen.losses
+    assert whole.ema is not None
+    assert second.ema is not None
+    assert all(torch.equal(second.ema[name], value) for name, value in whole.ema.items())
+
+
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch() -> None:
+    results = []
+    for accumulation in (1, 4):
+        settings = LoopSettings(steps=5, learning_rate=0.05, accumulation=accumulation)
+        state, accelerator = fresh(settings)
+        fit(state, [Regression()], batches, settings, accelerator)
+        results.append(weights(state))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_moving_average_is_its_closed_form_and_leaves_the_weights_as_they_were() -> None:
+    settings = LoopSettings(steps=3, learning_rate=0.1, shape="constant", ema=0.5)
+    state, accelerator = fresh(settings)
+    seen = [weights(state)]
+
+    class Watch(Callback):
+        def after_step(self, state: TrainState, report: StepReport) -> None:
+            seen.append(weights(state))
+
+    fit(state, [Regression(), Watch()], batches, settings, accelerator)
+    wanted = seen[0]
+    for n, value in enumerate(seen[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        wanted = decay * wanted + (1 - decay) * value
+    with averaged_weights(state):
+        torch.testing.assert_close(weights(state), wanted)
+    assert torch.equal(weights(state), seen[-1])
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    settings = LoopSettings(steps=100, learning_rate=1.0, warmup=9)
+    assert settings.learning_rate_at(0) == pytest.approx(0.1)
+    assert settings.learning_rate_at(50) == pytest.approx(0.5)
+    assert settings.learning_rate_at(99) < 1e-3
+    assert LoopSettings(steps=100, learning_rate=1.0, shape="constant").learning_rate_at(99) == 1.0
+
+
+def test_divergence_is_named_with_its_step() -> None:
+    state, accelerator = fresh(SETTINGS)
+
+    def broken(step: int) -> Batch:
+        return {name: value * (float("nan") if step == 3 else 1.0) for name, value in batches(step).items()}
+
+    with pytest.raises(PqcadError, match="step 3: training diverged"):
+        fit(state, [Regression()], broken, SETTINGS, accelerator)
+
+
+def trained(folder: CheckpointFolder) -> None:
+    state, accelerator = fresh(SETTINGS)
+    fit(state, [Regression()], batches, SETTINGS, accelerator, folder)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    trained(CheckpointFolder(tmp_path, keep=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000015", "step_000020"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "digests.json"])
+@pytest.mark.parametrize("fault", ["truncated", "missing", "changed"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, file: str, fault: str) -> None:
+    trained(CheckpointFolder(tmp_path))
+    victim = tmp_path / "step_000020" / file
+    content = victim.read_bytes()
+    if fault == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(content[: len(content) // 2] if fault == "truncated" else b"X" + content[1:])
+    path, complaints = latest_checkpoint(tmp_path)
+    assert path == tmp_path / "step_000015"
+    assert len(complaints) == 1
+    assert file in complaints[0]
+    assert "step_000020" in complaints[0]
+    state, _ = fresh(SETTINGS)
+    with pytest.raises(CheckpointError, match=file.replace(".", r"\.")):
+        load_checkpoint(tmp_path / "step_000020", state, [Regression()])
+
+
+def test_a_checkpoint_of_another_model_or_other_callbacks_is_refused(tmp_path: Path) -> None:
+    trained(CheckpointFolder(tmp_path))
+    path = tmp_path / "step_000020"
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        load_checkpoint(path, new_state(nn.Linear(4, 1), SETTINGS, accelerator), [Regression()])
+    state, _ = fresh(SETTINGS)
+    with pytest.raises(CheckpointError, match="callbacks"):
+        load_checkpoint(path, state, [])
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_and_leaves_older_checkpoints(tmp_path: Path) -> None:
+    trained(CheckpointFolder(tmp_path / "ok"))
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(CheckpointError, match="cannot write this checkpoint"):
+        trained(CheckpointFolder(blocked))
+    assert damage(tmp_path / "ok" / "step_000020") is None
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
+    trained(CheckpointFolder(tmp_path))
+    files = sorted(path.name for path in (tmp_path / "step_000020").iterdir())
+    assert files == ["digests.json", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert json.loads((tmp_path / "step_000020" / "state.json").read_text())["step"] == 20
