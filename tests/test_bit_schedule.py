@@ -1,0 +1,176 @@
+"""The momentum bit schedule: its decision without a model, and the callback on a small quantized network."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.plan import plan_layers
+from pqcad_qat.quantization.quantizers import blend_state, quantized_weight, read_bits
+from pqcad_qat.training.bit_schedule import (
+    BLEND_ENDS_AT,
+    BitScheduleSettings,
+    LayerStatus,
+    LossMomentum,
+    Momentum,
+    MomentumBitSchedule,
+    decide,
+    next_lambda,
+)
+from pqcad_qat.training.callback import StepReport, TrainState
+from pqcad_qat.training.trainer import LoopSettings, new_state
+
+SETTINGS = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=100)
+
+
+def layer(name: str, perturbation: float = 0.1, bits: int = 8, rungs: tuple[int, ...] = (6, 4), moving: bool = False) -> LayerStatus:
+    return LayerStatus(name, bits, rungs, perturbation, moving)
+
+
+def test_momentum_is_adams_bias_corrected_average() -> None:
+    momentum = Momentum(0.9)
+    assert momentum.value is None
+    values = [3.0, -1.0, 2.0]
+    for value in values:
+        momentum = momentum.updated(value)
+    weights = [0.1 * 0.9 ** (2 - i) for i in range(3)]
+    assert momentum.value == pytest.approx(sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights))
+
+
+def test_loss_momentum_of_a_geometric_loss_tends_to_its_rate() -> None:
+    momentum = LossMomentum.fresh(0.9)
+    for n in range(400):
+        momentum = momentum.updated(0.97**n)
+    assert momentum.improvement.value == pytest.approx(0.03, rel=1e-3)
+
+
+def test_loss_momentum_of_a_constant_loss_is_zero() -> None:
+    momentum = LossMomentum.fresh(0.9)
+    for _ in range(5):
+        momentum = momentum.updated(2.0)
+    assert momentum.improvement.value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_least_perturbed_layers_go_first_as_many_as_the_share_allows() -> None:
+    layers = [layer("a", 0.2), layer("b", 0.05), layer("c", 0.1), layer("d", 0.15)]
+    begun = decide(50, SETTINGS, 0.001, 99, layers)
+    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("b", 8, 6, "plateau"), ("c", 8, 6, "plateau")]
+    assert begun[0].loss_momentum == 0.001
+    assert begun[0].perturbation == 0.05
+
+
+def test_a_layer_over_the_bound_waits() -> None:
+    begun = decide(50, SETTINGS, 0.001, 99, [layer("a", 0.4), layer("b", 0.29)])
+    assert [t.layer for t in begun] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("momentum", "observed", "moving"),
+    [(0.02, 99, False), (None, 99, False), (0.001, 3, False), (0.001, 99, True)],
+    ids=["still improving", "nothing observed", "too early", "another is moving"],
+)
+def test_nothing_begins_while(momentum: float | None, observed: int, moving: bool) -> None:
+    assert decide(50, SETTINGS, momentum, observed, [layer("a"), layer("b", moving=moving)]) == ()
+
+
+def test_the_deadline_sends_every_waiting_layer_to_its_target_whatever_its_perturbation() -> None:
+    layers = [layer("a", 9.0), layer("b", rungs=(), bits=4), layer("c", bits=6, rungs=(4,)), layer("d", moving=True)]
+    begun = decide(100 - SETTINGS.blend_steps, SETTINGS, 0.5, 0, layers)
+    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("a", 8, 4, "deadline"), ("c", 6, 4, "deadline")]
+
+
+def test_lambda_follows_its_closed_form_and_takes_blend_steps() -> None:
+    lam, steps = 0.0, 0
+    while lam < BLEND_ENDS_AT:
+        lam, steps = next_lambda(lam, 0, SETTINGS, None), steps + 1
+        assert lam == pytest.approx(1 - 0.9**steps)
+    assert steps == SETTINGS.blend_steps == math.ceil(math.log(0.05) / math.log(0.9))
+
+
+def test_lambda_pauses_while_training_gets_worse_but_not_once_the_deadline_is_near() -> None:
+    assert next_lambda(0.3, 10, SETTINGS, -0.05) == 0.3
+    assert next_lambda(0.3, 10, SETTINGS, -0.005) > 0.3
+    assert next_lambda(0.3, 100 - SETTINGS.blend_steps, SETTINGS, -0.05) > 0.3
+
+
+def test_jumps_take_no_steps() -> None:
+    settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, 100, blends=False)
+    assert settings.blend_steps == 0
+    assert decide(99, settings, 0.5, 0, [layer("a")]) == ()
+    assert decide(100, settings, 0.5, 0, [layer("a")])[0].to_bits == 4
+
+
+def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    rule = LayerRule(match="type:Conv2d", weights=WeightQuantizer(bits=3, scale="learned"), inputs=InputQuantizer(bits=8))
+    example = (torch.randn(2, 1, 8, 8),)
+    plan = plan_layers(model, [rule], [8, 4], example)
+    quantize_model(model, plan)
+    calibrate_ranges(model, [example])
+    settings = BitScheduleSettings(momentum=0.5, plateau=0.01, perturbation=0.5, layers_per_transition=0.5, deadline=40)
+    state = new_state(model, LoopSettings(steps=60, learning_rate=1e-3, ema=0.9), Accelerator(cpu=True))
+    return model, state, MomentumBitSchedule(quantized_layers(model), plan, settings)
+
+
+def walk(state: TrainState, schedule: MomentumBitSchedule, upto: int, loss: float = 1.0) -> None:
+    while state.step < upto:
+        schedule.before_step(state)
+        state.step += 1
+        schedule.after_step(state, StepReport(loss, {}, 0.0, 0.0))
+
+
+def test_every_layer_walks_its_ladder_and_is_at_its_target_at_the_deadline() -> None:
+    model, state, schedule = network()
+    walk(state, schedule, 41)
+    for quantized in quantized_layers(model).values():
+        assert read_bits(quantized)[0] == 3
+        assert blend_state(quantized) is None
+    assert {(t.from_bits, t.to_bits) for t in schedule.transitions} == {(8, 4), (4, 3)}
+    assert all(t.cause == "plateau" for t in schedule.transitions)
+    assert state.ema_since > 0
+
+
+def test_a_loss_that_keeps_falling_is_called_by_the_deadline() -> None:
+    model, state, schedule = network()
+    while state.step < 41:
+        walk(state, schedule, state.step + 1, loss=0.8**state.step)
+    assert [(t.from_bits, t.to_bits, t.cause) for t in schedule.transitions] == [(8, 3, "deadline")] * 2
+    assert {read_bits(quantized)[0] for quantized in quantized_layers(model).values()} == {3}
+
+
+def test_parameters_stay_the_same_objects_through_all_transitions() -> None:
+    model, state, schedule = network()
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    walk(state, schedule, 41)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+
+
+def test_a_schedule_resumed_in_the_middle_of_a_blend_goes_on_as_the_uninterrupted_one() -> None:
+    whole, whole_state, whole_schedule = network()
+    walk(whole_state, whole_schedule, 41)
+
+    first, first_state, first_schedule = network()
+    while not any(blend_state(quantized) for quantized in quantized_layers(first).values()):
+        walk(first_state, first_schedule, first_state.step + 1)
+    second, second_state, second_schedule = network()
+    second.load_state_dict(first.state_dict(), strict=True)
+    second_schedule.load_state_dict(first_schedule.state_dict())
+    second_state.step = first_state.step
+    walk(second_state, second_schedule, 41)
+    assert second_schedule.transitions == whole_schedule.transitions
+    for one, other in zip(quantized_layers(whole).values(), quantized_layers(second).values(), strict=True):
+        assert torch.equal(quantized_weight(one), quantized_weight(other))
+
+
+def test_the_log_gets_the_mixture_of_widths() -> None:
+    _, state, schedule = network()
+    assert schedule.scalars()["mean_bits"] == 8
+    walk(state, schedule, 41)
+    assert schedule.scalars()["mean_bits"] == 3
