@@ -1,12 +1,13 @@
-"""What a policy may say: frozen pydantic models with the unit, default and bounds of every key, and the rules between keys.
+"""What a quantization policy may say: frozen pydantic models with the unit, default and bounds of every key, and the rules between keys.
 
-Not here: how YAML text becomes them (policy/loading.py), and what takes a model to decide, as which rule has a layer (quantization/plan.py).
+Not here: pretraining policies (policy/pretraining.py), YAML (policy/loading.py), and what takes a model to decide (quantization/plan.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +23,12 @@ class Fault(NamedTuple):
     allowed: str
 
 
+def known_keys(known: Collection[str], unknown: str) -> str:
+    """What is allowed in the place of an unknown key."""
+    close = get_close_matches(unknown, known, n=1)
+    return ", ".join(known) + (f" (did you mean {close[0]}?)" if close else "")
+
+
 class Section(BaseModel):
     """A frozen, strict part of a policy; `faults` yields the broken rules between its keys, and all of them are raised together."""
 
@@ -34,7 +41,7 @@ class Section(BaseModel):
     def _hold_rules(self) -> Self:
         found = list(self.faults())
         if found:
-            message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in found).replace("{", "{{").replace("}", "}}")
+            message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in found)
             raise PydanticCustomError("policy_rule", message, {"faults": found})
         return self
 
@@ -94,7 +101,7 @@ class InputQuantizer(Section):
     bits: Bits = Field(description="width in bits; 8 and 4 execute in INT8 on Intel CPUs, 7, 6 and 5 are simulation only")
     granularity: Literal["per_tensor"] = Field("per_tensor", description="one scale a tensor")
     symmetric: bool = Field(True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower")
-    signed: bool | Literal["auto"] = Field("auto", description="auto: unsigned where the calibrated minimum is >= 0; leave auto if asymmetric")
+    signed: bool | Literal["auto"] = Field("auto", description="auto: unsigned where the calibrated minimum is >= 0; auto if asymmetric")
     scale: Literal["statistics", "learned"] = Field("learned", description="kept as calibrated, or a trained parameter that starts there")
     range: Literal["min_max", "percentile", "mse"] = Field("min_max", description="statistic of the calibration set behind the scale")
     percentile: float = Field(99.99, gt=50, le=100, description="percent of the values inside the range, where range is percentile")
@@ -227,62 +234,3 @@ class Policy(Section):
             if rule.weights is not None and rule.weights.bits > first:
                 keys = (("quantization", "layers", index, "weights", "bits"), ("progressive", "ladder"))
                 yield Fault(keys, str(rule.weights.bits), f"at most {first}, the first width of progressive.ladder")
-
-
-class PretrainData(Section):
-    """The real images."""
-
-    source: Literal["fashion-mnist", "digits", "folder"] = Field("fashion-mnist", description="data set, or a folder of images")
-    path: Text | None = Field(None, description="folder of the images; for fashion-mnist null means Debian's dataset-fashion-mnist")
-    size: int = Field(32, ge=8, description="height and width in pixels that images are padded or scaled to")
-
-    def faults(self) -> Iterator[Fault]:
-        if self.source == "folder" and self.path is None:
-            yield Fault((("path",), ("source",)), "nothing", "a folder of images, as source is folder")
-
-
-class PretrainScheduler(Section):
-    """The noise schedule, in diffusers' words."""
-
-    train_timesteps: int = Field(1000, ge=2, description="time steps T of the forward process")
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("squaredcos_cap_v2", description="noise schedule")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field("v_prediction", description="what the model predicts")
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = Field("trailing", description="time steps a sampler visits")
-
-
-class PretrainTraining(Section):
-    """The optimizer's work."""
-
-    steps: Count = Field(6000, description="training steps")
-    batch_size: Count = Field(64, description="images a step and process")
-    learning_rate: float = Field(8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step")
-    warmup: int = Field(200, ge=0, description="steps of linear rise to the peak")
-    precision: Precision = Field("bf16", description="arithmetic of the forward and backward pass")
-    ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
-    seed: Seed = Field(0, description="seed of everything random in training")
-    checkpoint_every: Count = Field(500, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
-    sample_every: Count = Field(1000, description="steps between sample grids")
-
-    def faults(self) -> Iterator[Fault]:
-        if self.warmup >= self.steps:
-            yield Fault((("warmup",), ("steps",)), str(self.warmup), f"fewer than steps ({self.steps})")
-
-
-class PretrainPolicy(Section):
-    """How a full-precision denoiser is trained from real images."""
-
-    kind: Literal["pretrain"] = Field(description="tells this kind of policy from a quantization policy")
-    name: Name = Field(description="name of the run and of its folder")
-    data: PretrainData = PretrainData()
-    model: dict[str, Any] = Field(description="class: UNet2DModel, and the arguments of its constructor")
-    scheduler: PretrainScheduler = PretrainScheduler()
-    training: PretrainTraining = PretrainTraining()
-
-    def faults(self) -> Iterator[Fault]:
-        if self.model.get("class") != "UNet2DModel":
-            yield Fault((("model", "class"),), repr(self.model.get("class", "nothing")), "UNet2DModel")
-        if self.model.get("sample_size") != self.data.size:
-            keys: tuple[Location, ...] = (("model", "sample_size"), ("data", "size"))
-            yield Fault(keys, str(self.model.get("sample_size", "nothing")), f"{self.data.size}, as data.size")

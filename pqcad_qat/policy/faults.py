@@ -1,0 +1,207 @@
+"""Every fault of a policy's tree at once, in words: where it was written, what was got, what is allowed.
+
+Not here: reading files (policy/loading.py), and the rules themselves (policy/schema.py); the words come from the schema's own bounds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from pqcad_qat.policy.schema import Location, Section, known_keys
+from pqcad_qat.policy.tree import Tree, key_path
+
+Node = dict[str, Any]  # a part of a JSON Schema
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault before it is put in words; the first location is the key at fault, the others are keys that it was judged by."""
+
+    locations: tuple[Location, ...]
+    got: str
+    allowed: str
+
+    def touches(self, others: set[Location]) -> bool:
+        return any(one[: len(other)] == other[: len(one)] for one in self.locations for other in others)
+
+
+def find_faults(kind: type[Section], tree: Tree) -> list[str]:
+    """All faults, as ``file:line: key: got X; allowed Y``.
+
+    pydantic judges the rules between keys only where the keys alone are in order. So each round of faults is repaired in a copy with
+    values that the schema allows, and the copy is judged again; what then touches a repaired key says nothing about the policy.
+    """
+    schema = Schema(kind)
+    data = tree.plain()
+    found: list[Finding] = []
+    repaired: set[Location] = set()
+    while error := _validation_error(kind, data):
+        findings = list(_findings(error, schema))
+        found += [finding for finding in findings if not finding.touches(repaired)]
+        broken = {location for finding in findings for location in finding.locations} - repaired
+        if not broken or not isinstance(data, dict):
+            break
+        for location in broken:
+            schema.repair(data, location)
+        repaired |= broken
+    return [_in_words(finding, tree) for finding in found]
+
+
+def _validation_error(kind: type[Section], data: object) -> ValidationError | None:
+    try:
+        kind.model_validate(data)
+    except ValidationError as error:
+        return error
+    return None
+
+
+def _in_words(finding: Finding, tree: Tree) -> str:
+    """The origin is that of the first key that stands in the file, or of the mapping where the key at fault belongs."""
+    deepest = [(*tree.deepest(location), location) for location in finding.locations]
+    origin = next((part.origin for part, found, location in deepest if found == location), deepest[0][0].origin)
+    return f"{origin}: {key_path(finding.locations[0])}: got {finding.got}; allowed {finding.allowed}"
+
+
+def _findings(error: ValidationError, schema: Schema) -> Iterator[Finding]:
+    seen: set[Location] = set()
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "policy_rule":
+            for fault in detail["ctx"]["faults"]:
+                yield Finding(tuple((*detail["loc"], *key) for key in fault.keys), fault.got, fault.allowed)
+        elif not _spurious(detail):
+            finding = _key_finding(detail, schema)
+            if finding.locations[0] not in seen:  # a union reports once a member
+                seen.add(finding.locations[0])
+                yield finding
+
+
+def _spurious(detail: ErrorDetails) -> bool:
+    """pydantic calls a list too short when its items are faulty; the items have faults of their own."""
+    return detail["type"] == "too_short" and len(detail["input"]) > 0
+
+
+def _key_finding(detail: ErrorDetails, schema: Schema) -> Finding:
+    node, location = schema.follow(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return Finding((detail["loc"],), "an unknown key", known_keys(node["properties"], str(detail["loc"][-1])))
+    got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
+    return Finding((location,), got, schema.describe(node))
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{shown} (text, not a number)" if isinstance(value, str) and _reads_as_number(value) else shown
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Schema:
+    """The JSON Schema of a policy, read for three things: the part for a location, its description, a value that it allows."""
+
+    def __init__(self, kind: type[Section]) -> None:
+        self.root: Node = kind.model_json_schema()
+
+    def follow(self, location: Location) -> tuple[Node, Location]:
+        """The part for the location, as far as there is one; beyond it stand pydantic's names for members of a union."""
+        node = self.root
+        for depth, step in enumerate(location):
+            below = self._below(node, step)
+            if below is None:
+                return node, location[:depth]
+            node = below
+        return node, location
+
+    def _below(self, node: Node, step: str | int) -> Node | None:
+        for member in self._members(node):
+            below = member.get("items") if isinstance(step, int) else member.get("properties", {}).get(step)
+            if below is not None:
+                return self._resolve(below)
+        return None
+
+    def _members(self, node: Node) -> list[Node]:
+        return [self._resolve(member) for member in node.get("anyOf", [node])]
+
+    def _resolve(self, node: Node) -> Node:
+        if "$ref" not in node:
+            return node
+        target: Node = self.root["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        return target | {key: value for key, value in node.items() if key != "$ref"}
+
+    def describe(self, node: Node) -> str:
+        choices = [choice for member in self._members(node) for choice in self._choices(member)]
+        return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+
+    def _choices(self, node: Node) -> list[str]:
+        if "enum" in node or "const" in node:
+            return [str(choice) for choice in node.get("enum", [node.get("const")])]
+        return ["true", "false"] if node.get("type") == "boolean" else [self._describe_one(node)]
+
+    def _describe_one(self, node: Node) -> str:
+        match node.get("type"):
+            case "integer":
+                return f"a whole number{_bounds(node)}"
+            case "number":
+                return f"a number{_bounds(node)}"
+            case "string":
+                return f"text that matches {node['pattern']}" if "pattern" in node else "text"
+            case "array":
+                return f"a list of one or more, each {self.describe(self._resolve(node['items']))}"
+            case "object":
+                return f"a mapping with the keys {', '.join(node['properties'])}" if "properties" in node else "a mapping"
+            case other:
+                return str(other)
+
+    def repair(self, data: Node, location: Location) -> None:
+        """Puts a value that the schema allows at the location, or takes away a key that it does not know."""
+        holder: Any = data
+        for step in location[:-1]:
+            holder = holder.setdefault(step, {}) if isinstance(holder, dict) else holder[step]
+        node, known = self.follow(location)
+        if known == location:
+            holder[location[-1]] = self._example(node, location)
+        else:
+            holder.pop(location[-1], None)
+
+    def _example(self, node: Node, location: Location) -> Any:
+        if node.get("default") is not None:
+            return node["default"]
+        member = self._members(node)[0]
+        if "const" in member or "enum" in member:
+            return member.get("const") or member["enum"][0]
+        match member["type"]:
+            case "integer":
+                return member.get("minimum", 1)
+            case "number":
+                return member.get("minimum", member.get("maximum", 1.0))
+            case "string":
+                return key_path(location)  # differs from every other text
+            case "array":
+                return [self._example(self._resolve(member["items"]), (*location, 0))]
+            case "object":
+                required = member.get("required", [])
+                return {key: self._example(self._resolve(member["properties"][key]), (*location, key)) for key in required}
+        raise AssertionError(f"no example for {member}")
+
+
+def _bounds(node: Node) -> str:
+    """`` from 2 to 8``, `` over 0 and at most 1``, or nothing."""
+    if "minimum" in node and node["minimum"] == node.get("maximum"):
+        return f" equal to {node['minimum']:g}"
+    if "minimum" in node and "maximum" in node:
+        return f" from {node['minimum']:g} to {node['maximum']:g}"
+    words = {"minimum": "at least", "exclusiveMinimum": "over", "maximum": "at most", "exclusiveMaximum": "under"}
+    bounds = [f"{word} {node[key]:g}" for key, word in words.items() if key in node]
+    return f" {' and '.join(bounds)}" if bounds else ""

@@ -1,0 +1,152 @@
+"""A policy file becomes a Policy: `extends`, `--set`, every fault at once; and back: its YAML, its JSON Schema, what differs between two.
+
+Not here: the YAML tree (policy/tree.py), the wording of faults (policy/faults.py), what a policy may say (policy/schema.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic.json_schema import models_json_schema
+
+from pqcad_qat.errors import PolicyError
+from pqcad_qat.policy.faults import find_faults
+from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.tree import Dumper, Tree, assign, merge, parse, read_text
+
+Kind = TypeVar("Kind", Policy, PretrainPolicy)
+COMMANDS = {"quantize": "run", "pretrain": "pretrain"}  # kind of policy -> the command that takes it
+
+
+def load_policy(path: Path, overrides: Sequence[str] = ()) -> Policy:
+    """The quantization policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a line."""
+    return _load(Policy, "quantize", path, overrides)
+
+
+def load_pretrain_policy(path: Path, overrides: Sequence[str] = ()) -> PretrainPolicy:
+    """The pretraining policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a line."""
+    return _load(PretrainPolicy, "pretrain", path, overrides)
+
+
+def _load(kind: type[Kind], name: str, path: Path, overrides: Sequence[str]) -> Kind:
+    faults: list[str] = []
+    tree = _read(path, (), faults)
+    for override in overrides:
+        tree = _override(tree, override, faults)
+    if tree.children is not None or not faults:
+        _refuse_other_kind(tree, name)
+        faults += find_faults(kind, tree)
+    if faults:
+        raise PolicyError("\n".join(sorted(faults, key=_place)))
+    return kind.model_validate(tree.plain())
+
+
+def _read(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
+    """The tree of a file, merged over those that it extends; `below` holds the files that led here. Raises PolicyError without a file."""
+    tree, found = parse(read_text(path), lambda line: f"{path}:{line}")
+    faults += found
+    if tree is None:
+        if not found:
+            faults.append(f"{path}:1: top level: got an empty file; allowed a policy")
+        return Tree(None, f"{path}:1")
+    if not isinstance(tree.children, dict) or "extends" not in tree.children:
+        return tree
+    parent = _parent(tree.children.pop("extends"), path, (*below, path.resolve()), faults)
+    return tree if parent is None else merge(parent, tree)
+
+
+def _parent(extends: Tree, path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree | None:
+    name = extends.value
+    parent = path.parent / name if isinstance(name, str) else None
+    if parent is None or not parent.is_file():
+        faults.append(f"{extends.origin}: extends: got {extends.plain()}; allowed a policy file, relative to this one")
+        return None
+    if parent.resolve() in below:
+        faults.append(f"{extends.origin}: extends: got {name}, which leads back to itself; allowed no circle")
+        return None
+    return _read(parent, below, faults)
+
+
+def _override(tree: Tree, override: str, faults: list[str]) -> Tree:
+    """The tree with a ``key=value`` on top: dotted keys, indices as ``layers.0`` or ``layers[0]``, values in YAML; mappings merge."""
+    key, sign, text = override.partition("=")
+    steps = [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
+    if not sign or not steps:
+        faults.append(f"--set {override}: got no key and value; allowed key=value, such as sampler.steps=10")
+        return tree
+    origin = f"--set {key.strip()}"
+    value, found = parse(text, lambda _: origin)
+    if found:
+        faults += found
+        return tree
+    try:
+        return assign(tree, steps, value or Tree(None, origin))
+    except PolicyError as error:
+        faults.append(str(error))
+        return tree
+
+
+def _refuse_other_kind(tree: Tree, name: str) -> None:
+    """A policy for another command has one fault, not as many as it has keys."""
+    given = tree.child("kind")
+    kind = "quantize" if given is None else given.value
+    if kind in COMMANDS and kind != name and isinstance(tree.children, dict):
+        origin = (given or tree).origin
+        raise PolicyError(f"{origin}: kind: got {kind}, a policy for the command `{COMMANDS[kind]}`; allowed {name}")
+
+
+def _place(fault: str) -> tuple[str, int]:
+    """What faults are sorted by: file, line."""
+    place = re.match(r"(.*?):(\d+): ", fault)
+    return (place[1], int(place[2])) if place else (fault, 0)
+
+
+def dump_policy(policy: Policy | PretrainPolicy) -> str:
+    """The policy as YAML with every key; loading it gives an equal policy."""
+    return str(yaml.dump(policy.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+
+
+def difference(a: Policy | PretrainPolicy, b: Policy | PretrainPolicy) -> list[str]:
+    """What changed from `a` to `b`, as ``key: was X, now Y``; empty for equal policies."""
+    was, now = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
+    keys = [key for key in was | now if was.get(key) != now.get(key)]
+    return [f"{key}: was {was.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in keys]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted keys to values; a list of plain values is one value, null is none."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {k: v for index, item in enumerate(value) for k, v in _flat(item, f"{prefix}[{index}]").items()}
+    return {prefix: yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=1000).removesuffix("...\n").strip()}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of policy files of both kinds, for editors.
+
+    Keys are required only inside lists, or where no `extends` stands: a parent file may give the rest.
+    """
+    refs, schema = models_json_schema([(Policy, "validation"), (PretrainPolicy, "validation")])
+    parts = schema["$defs"]
+    for name in ("Policy", "PretrainPolicy"):
+        part = parts[name]
+        part["properties"] = {"extends": {"type": "string", "description": "policy file below this one, relative to it"}} | part[
+            "properties"
+        ]
+        part["anyOf"] = [{"required": ["extends"]}, {"required": part.pop("required")}]
+        for section in part["properties"].values():
+            parts.get(section.get("$ref", "").rsplit("/", 1)[-1], {}).pop("required", None)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "pqcad_qat policy",
+        "anyOf": list(refs.values()),
+        "$defs": parts,
+    }

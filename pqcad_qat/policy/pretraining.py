@@ -1,0 +1,85 @@
+"""What a pretraining policy may say: how a full-precision denoiser is made from real images.
+
+Not here: quantization policies (policy/schema.py), and the training itself (training/pretraining.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pqcad_qat.policy.schema import Count, Fault, Location, Momentum, Name, Precision, Section, Seed, Text, known_keys
+
+
+class PretrainData(Section):
+    """The real images."""
+
+    source: Literal["fashion-mnist", "digits", "folder"] = Field("fashion-mnist", description="data set, or a folder of images")
+    path: Text | None = Field(None, description="folder of the images; for fashion-mnist null means Debian's dataset-fashion-mnist")
+    size: int = Field(32, ge=8, description="height and width in pixels that images are padded or scaled to")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.source == "folder" and self.path is None:
+            yield Fault((("path",), ("source",)), "nothing", "a folder of images, as source is folder")
+
+
+class PretrainScheduler(Section):
+    """The noise schedule, in diffusers' words."""
+
+    train_timesteps: int = Field(1000, ge=2, description="time steps T of the forward process")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("squaredcos_cap_v2", description="noise schedule")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field("v_prediction", description="what the model predicts")
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = Field("trailing", description="time steps a sampler visits")
+
+
+class PretrainTraining(Section):
+    """The optimizer's work."""
+
+    steps: Count = Field(6000, description="training steps")
+    batch_size: Count = Field(64, description="images a step and process")
+    learning_rate: float = Field(8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step")
+    warmup: int = Field(200, ge=0, description="steps of linear rise to the peak")
+    precision: Precision = Field("bf16", description="arithmetic of the forward and backward pass")
+    ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
+    seed: Seed = Field(0, description="seed of everything random in training")
+    checkpoint_every: Count = Field(500, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    sample_every: Count = Field(1000, description="steps between sample grids")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.warmup >= self.steps:
+            yield Fault((("warmup",), ("steps",)), str(self.warmup), f"fewer than steps ({self.steps})")
+
+
+# fmt: off
+UNET_KEYS = (  # diffusers' class and the arguments of its constructor
+    "class", "sample_size", "in_channels", "out_channels", "center_input_sample", "time_embedding_type", "time_embedding_dim",
+    "freq_shift", "flip_sin_to_cos", "down_block_types", "mid_block_type", "up_block_types", "block_out_channels",
+    "layers_per_block", "mid_block_scale_factor", "downsample_padding", "downsample_type", "upsample_type", "dropout", "act_fn",
+    "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps", "resnet_time_scale_shift", "add_attention",
+    "class_embed_type", "num_class_embeds", "num_train_timesteps",
+)
+# fmt: on
+
+
+class PretrainPolicy(Section):
+    """How a full-precision denoiser is trained from real images."""
+
+    kind: Literal["pretrain"] = Field(description="tells this kind of policy from a quantization policy")
+    name: Name = Field(description="name of the run and of its folder")
+    data: PretrainData = PretrainData()
+    model: dict[str, Any] = Field(description="class: UNet2DModel, and the arguments of its constructor")
+    scheduler: PretrainScheduler = PretrainScheduler()
+    training: PretrainTraining = PretrainTraining()
+
+    def faults(self) -> Iterator[Fault]:
+        for key in (key for key in self.model if key not in UNET_KEYS):
+            yield Fault((("model", key),), "an unknown key", known_keys(UNET_KEYS, key))
+        if self.model.get("class") != "UNet2DModel":
+            yield Fault((("model", "class"),), repr(self.model.get("class", "nothing")), "UNet2DModel")
+        if self.model.get("sample_size") != self.data.size:
+            keys: tuple[Location, ...] = (("model", "sample_size"), ("data", "size"))
+            yield Fault(keys, str(self.model.get("sample_size", "nothing")), f"{self.data.size}, as data.size")
