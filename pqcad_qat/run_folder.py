@@ -17,10 +17,22 @@ from typing import Any
 
 from pqcad_qat.errors import CheckpointError
 from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
-from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.policy.schema import Policy
 
 POLICY = "policy.yaml"
+
+
+@dataclass
+class Stage:
+    """A stage at work. `new` is False where an earlier run has done it: then its results are read back."""
+
+    new: bool
+    facts: dict[str, Any] | None = None
+
+    def done(self, **facts: Any) -> None:
+        """Note what the stage found (JSON values); without this call it counts as not done."""
+        self.facts = facts
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,14 @@ class RunFolder:
         return {marker.stem: json.loads(marker.read_text(encoding="utf-8"))["seconds"] for marker in markers}
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[dict[str, Any]]:
-        """Run a stage inside the block; the marker is written at its end with what the block put into the yielded facts."""
-        facts: dict[str, Any] = {}
+    def stage(self, name: str) -> Iterator[Stage]:
+        """A stage's work goes inside the block; its marker is written at the end, once `done` has been called."""
+        known = self.finished(name)
+        stage = Stage(new=known is None)
         start = time.perf_counter()
-        yield facts
-        self.finish(stage, time.perf_counter() - start, facts)
+        yield stage
+        if stage.new and stage.facts is not None:
+            self.finish(name, time.perf_counter() - start, stage.facts)
 
     def _marker(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"
@@ -84,7 +98,7 @@ def open_run(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> Itera
 
 def _check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
     before = load_policy(written) if isinstance(policy, Policy) else load_pretrain_policy(written)
-    changes = difference(before, policy)  # type: ignore[arg-type]  # the same kind on both sides
+    changes = difference(before, policy)
     if changes:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise CheckpointError(f"{written}: the policy has changed since this run began, so it cannot be resumed:\n{listed}")

@@ -63,7 +63,7 @@ class CalibrationSet:
         flat = torch.linspace(0, total - 1, min(count, total)).long()
         flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))]
         t = torch.tensor(self.timesteps)
-        for part in flat.split(batch_size):
+        for part in torch.split(flat, batch_size):
             row, column = part // len(self.timesteps), part % len(self.timesteps)
             yield self.states[row, column], t[column]
 

@@ -61,7 +61,7 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """
     if config.get("thresholding"):
         raise ModelError("scheduler config: thresholding: got true; allowed false (dynamic thresholding is not a fixed function of x_t)")
-    alpha_bar = np.cumprod(1.0 - _betas(config))
+    alpha_bar = np.cumprod(1.0 - _betas(config), dtype=np.float64)
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in get_args(PredictionType):
         raise ModelError(f"scheduler config: prediction_type: got {prediction_type!r}; allowed {', '.join(get_args(PredictionType))}")
@@ -104,7 +104,7 @@ def _zero_terminal_snr(betas: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
     alphas = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-    return cast("npt.NDArray[np.float64]", 1.0 - alphas)
+    return 1.0 - alphas
 
 
 def timesteps(schedule: NoiseSchedule, steps: int) -> tuple[int, ...]:
@@ -129,9 +129,7 @@ def next_timestep(schedule: NoiseSchedule, t: int, steps: int) -> int:
     return t - schedule.train_timesteps // steps
 
 
-def split_prediction(
-    prediction: Array, x_t: Array, alpha_bar_t: Any, prediction_type: PredictionType
-) -> tuple[Array, Array]:
+def split_prediction(prediction: Array, x_t: Array, alpha_bar_t: Any, prediction_type: PredictionType) -> tuple[Array, Array]:
     """(x_0, eps) that a prediction at x_t stands for; alpha_bar_t is a number or broadcasts over (B, C, H, W)."""
     p, x = cast(Any, prediction), cast(Any, x_t)
     signal, noise = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5

@@ -20,6 +20,7 @@ from pqcad_qat.diffusion.denoiser import load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.benchmark import compile_latency
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
 
@@ -74,12 +75,35 @@ def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Varia
     return Variant(name, "openvino", model.predict, schedule, steps or scheduler.get(STEPS, DEFAULT_STEPS), model.sample_shape)
 
 
-def open_folder(folder: Path, steps: int | None = None) -> Variant:
+def openvino_file_variant(
+    name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
+) -> Variant:
+    """A plain OpenVINO file (inputs `sample` and `timestep`, fixed batch), with OpenVINO's own defaults: a baseline."""
+    request = compile_latency(xml, {}).create_infer_request()
+
+    def call(x_t: Float32, t: int) -> Float32:
+        parts = []
+        for first in range(0, len(x_t), batch_size):
+            part = x_t[first : first + batch_size]
+            full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), 0)])
+            request.infer({"sample": full, "timestep": np.full(batch_size, t, np.int64)})
+            parts.append(np.array(request.get_output_tensor(0).data[: len(part)]))
+        return np.concatenate(parts)
+
+    return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
+
+
+def open_folder(source: str, steps: int | None = None) -> Variant:
     """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model.
+
+    Args:
+        source: the folder, `embedded:NAME`, or a hub id.
+        steps: of the sampler; by default those the folder was made for.
 
     Raises:
         ModelError: none of them.
     """
+    folder = Path(source).expanduser()
     if (folder / "manifest.json").is_file():
         return openvino_variant(folder.name, folder, steps)
     if is_quantized_folder(folder):
@@ -88,7 +112,7 @@ def open_folder(folder: Path, steps: int | None = None) -> Variant:
     if (folder / "openvino" / "manifest.json").is_file():
         return openvino_variant(folder.name, folder / "openvino", steps)
     if (folder / "unet" / "config.json").is_file() or not folder.exists():
-        full = load_model(str(folder))
+        full = load_model(source)
         return pytorch_variant(folder.name, full.denoiser, full.scheduler_config, steps or DEFAULT_STEPS, full.sample_shape)
     raise ModelError(
         f"{folder}: got a folder with none of manifest.json, quantization/plan.json, openvino/ or unet/config.json; allowed a deployed "

@@ -11,9 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.quantization.quantizers import QuantizedLayer, begin_blend, blend_state, end_blend, perturbation, read_bits, set_blend, set_weight_bits
+from pqcad_qat.quantization.quantizers import (
+    QuantizedLayer,
+    begin_blend,
+    blend_state,
+    end_blend,
+    perturbation,
+    read_bits,
+    set_blend,
+    set_weight_bits,
+)
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 Cause = Literal["plateau", "deadline"]
@@ -51,7 +59,7 @@ class BitScheduleSettings:
 
     @property
     def warm_up(self) -> int:
-        """Steps before the loss momentum is believed: twice the averages' horizon 1 / (1 - beta), at most an eighth of the time there is."""
+        """Steps before the loss momentum is believed: twice the averages' horizon, at most an eighth of the time there is."""
         return max(2, min(round(2 / (1 - self.momentum)), self.deadline // 8))
 
 
@@ -215,10 +223,11 @@ class MomentumBitSchedule(Callback):
         return tuple(rung for rung in self._ladders[name] if rung < bits)
 
     def _statuses(self) -> list[LayerStatus]:
-        return [
-            LayerStatus(name, read_bits(layer)[0], self._rungs(name), self._perturbations[name].value or 0.0, blend_state(layer) is not None)
-            for name, layer in self.layers.items()
-        ]
+        return [self._status(name, layer) for name, layer in self.layers.items()]
+
+    def _status(self, name: str, layer: QuantizedLayer) -> LayerStatus:
+        moving = blend_state(layer) is not None
+        return LayerStatus(name, read_bits(layer)[0], self._rungs(name), self._perturbations[name].value or 0.0, moving)
 
     def _begin(self, transition: Transition) -> None:
         layer = self.layers[transition.layer]
@@ -230,7 +239,7 @@ class MomentumBitSchedule(Callback):
         self.transitions.append(transition)
 
     def scalars(self) -> dict[str, float]:
-        """For the log: mean width (a blend counts as its mixture), loss momentum, mean lambda of the blends, and each layer's own."""
+        """For the log: mean width (a blend counts as its mixture), both momenta (the perturbation's mean), lambda, and each layer's own."""
         widths, lambdas, own = [], [], {}
         for name, layer in self.layers.items():
             blend = blend_state(layer)
@@ -240,8 +249,10 @@ class MomentumBitSchedule(Callback):
             own[f"layer/{name}/perturbation"] = self._perturbations[name].value or 0.0
             if blend is not None:
                 lambdas.append(blend[2])
+        waiting = [value for name in self.layers if self._rungs(name) and (value := self._perturbations[name].value) is not None]
         return {
             "mean_bits": sum(widths) / len(widths),
+            "perturbation": sum(waiting) / len(waiting) if waiting else 0.0,
             "loss_momentum": self._loss.improvement.value or 0.0,
             "blend_lambda": sum(lambdas) / len(lambdas) if lambdas else 0.0,
             **own,

@@ -70,7 +70,7 @@ def distillation_set(
     for first, last in spans:
         landed = [
             _walk(teacher, part, calibration.timesteps[first:last], schedule, len(calibration.timesteps), advance)
-            for part in calibration.states[:, first].split(batch_size)
+            for part in torch.split(calibration.states[:, first], batch_size)
         ]
         columns.append(torch.cat(landed))
     starts = [calibration.timesteps[first] for first, _ in spans]
@@ -80,8 +80,8 @@ def distillation_set(
     a_t, a_s = (torch.tensor([schedule.alpha_bar_at(t) for t in at], dtype=torch.float64) for at in (starts, ends))
 
     def carrying(target: Tensor) -> Tensor:
-        shaped = [a.view(1, -1, 1, 1, 1) for a in (a_t, a_s)]
-        return ddim_inverse(states.double(), target.double(), *shaped, schedule.prediction_type).float()
+        t, s = (a.view(1, -1, 1, 1, 1) for a in (a_t, a_s))
+        return ddim_inverse(states.double(), target.double(), t, s, schedule.prediction_type).float()
 
     return DistillationSet(
         states=states,
@@ -98,8 +98,8 @@ def _spans(schedule: NoiseSchedule, teacher_steps: tuple[int, ...], student_step
     missing = [t for t in visited if t not in teacher_steps]
     if missing:
         raise ModelError(
-            f"distillation.student_steps: got {student_steps}, whose time steps {missing[:5]} the {len(teacher_steps)}-step teacher does not "
-            f"visit with {schedule.timestep_spacing} spacing; allowed a divisor of sampler.steps with leading or trailing spacing"
+            f"distillation.student_steps: got {student_steps}, whose time steps {missing[:5]} the {len(teacher_steps)}-step teacher does "
+            f"not visit with {schedule.timestep_spacing} spacing; allowed a divisor of sampler.steps with leading or trailing spacing"
         )
     firsts = [teacher_steps.index(t) for t in visited]
     return list(zip(firsts, [*firsts[1:], len(teacher_steps)], strict=True))
@@ -130,7 +130,7 @@ def distillation_batches(data: DistillationSet, batch_size: int, seed: int) -> B
     """Step -> {x_t, t, teacher, calibration, weight} of a batch that mixes time steps: a pure function of seed and step."""
 
     def batch(step: int) -> Batch:
-        rows, columns = mixed_states(*data.states.shape[:2], batch_size, seed, step)
+        rows, columns = mixed_states(len(data.states), len(data.timesteps), batch_size, seed, step)
         return {
             "x_t": data.states[rows, columns],
             "t": data.timesteps[columns],

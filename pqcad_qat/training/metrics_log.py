@@ -19,6 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
+LAYER = "layer/"
+"""Scalars under this head are of single layers: they go to TensorBoard, and not to the file that the report reads."""
+
 Scalars = Callable[[], Mapping[str, float]]
 
 
@@ -99,7 +102,8 @@ class MetricsLog(Callback):
         for name, value in row.items():
             self._writer.add_scalar(f"{self.stage}/{name}", value, state.step)
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.step, **row}) + "\n")
+            kept = {name: value for name, value in row.items() if not name.startswith(LAYER)}
+            file.write(json.dumps({"step": state.step, **kept}) + "\n")
         self._show(state.step, report.loss, row)
 
     def _show(self, step: int, loss: float, row: Mapping[str, float]) -> None:

@@ -35,7 +35,7 @@ def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int)
     t = torch.tensor(calibration.timesteps)
 
     def batch(step: int) -> Batch:
-        rows, columns = mixed_states(*calibration.predictions.shape[:2], batch_size, seed, step)
+        rows, columns = mixed_states(len(calibration.predictions), len(t), batch_size, seed, step)
         return {"x_t": calibration.states[rows, columns], "t": t[columns], "target": calibration.predictions[rows, columns]}
 
     return batch

@@ -102,9 +102,7 @@ def fit(
                 raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
 
 
-def _step(
-    state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator
-) -> StepReport:
+def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator) -> StepReport:
     rate = settings.learning_rate_at(state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate

@@ -1,0 +1,240 @@
+"""The command line: plain functions over the pipeline, read by Fire; what is printed, and exit codes.
+
+Not here: any work. Heavy libraries are imported inside the commands, so that `--help` and a policy's faults come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fire
+from rich.console import Console
+from rich.table import Table
+
+from pqcad_qat.errors import PolicyError, PqcadError
+from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
+
+CONSOLE = Console()
+ERRORS = Console(stderr=True)
+
+
+def run(policy: str, model: str | None = None, out: str | None = None, set: Any = (), resume: bool = False) -> None:
+    """Take a policy's full-precision model to an INT8 OpenVINO folder and a report.
+
+    Args:
+        policy: policy file, such as policies/w4a8.yaml.
+        model: overrides model.source: embedded:NAME, a local diffusers folder, or a hub id.
+        out: folder of the run; runs/NAME of the policy by default.
+        set: override of a key, as KEY=VALUE; several as --set '[A=1,B=2]' or --set A=1 --set B=2.
+        resume: go on with an unfinished run; finished stages are not repeated.
+    """
+    loaded = load_policy(Path(policy), _overrides(set, model))
+    from pqcad_qat import pipeline
+
+    folder = Path(out) if out else Path("runs") / loaded.name
+    page = pipeline.run(loaded, folder, _command_line(), CONSOLE, resume)
+    _print_result(folder)
+    CONSOLE.print(f"report:   {page}\ndeployed: {folder / 'openvino'}")
+
+
+def plan(policy: str, model: str | None = None, set: Any = ()) -> None:
+    """Show which rule quantizes which layer, to how many bits, and the expected size; trains nothing.
+
+    Args:
+        policy: policy file.
+        model: overrides model.source.
+        set: override of a key, as KEY=VALUE.
+    """
+    loaded = load_policy(Path(policy), _overrides(set, model))
+    from pqcad_qat.pipeline import prepare
+    from pqcad_qat.quantization.plan import plan_table
+
+    prepared = prepare(loaded)
+    CONSOLE.print(plan_table(prepared.plan, prepared.split))
+
+
+def pretrain(policy: str, out: str | None = None, set: Any = (), resume: bool = False) -> None:
+    """Train a full-precision denoiser from real images; the result is a diffusers folder.
+
+    Args:
+        policy: policy file of kind pretrain, such as policies/pretrain-fashion-mnist.yaml.
+        out: folder of the run; runs/NAME of the policy by default.
+        set: override of a key, as KEY=VALUE.
+        resume: go on with an unfinished run.
+    """
+    loaded = load_pretrain_policy(Path(policy), _overrides(set))
+    from pqcad_qat.pretrain import pretrain as train
+
+    CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}")
+
+
+def sample(folder: str, count: int = 64, seed: int = 0, steps: int | None = None, out: str = "grid.png") -> None:
+    """Sample images from a folder and write them as a grid.
+
+    Args:
+        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or embedded:NAME).
+        count: number of images.
+        seed: of their noise; image k of a seed starts from the same noise in every kind of folder.
+        steps: sampling steps; by default those the folder was made for.
+        out: PNG file.
+    """
+    from pqcad_qat.evaluation.grid import save_grid
+    from pqcad_qat.evaluation.variant import open_folder, sample_images
+    from pqcad_qat.training.metrics_log import progress_bar
+
+    variant = open_folder(folder, _positive("steps", steps) if steps is not None else None)
+    _positive("count", count)
+    with progress_bar(CONSOLE) as bar:
+        task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
+        images = sample_images(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
+    save_grid(images, Path(out))
+    CONSOLE.print(f"{out}: {count} images, {variant.steps} steps, {variant.runtime}")
+
+
+def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None = None, features: str = "embedded:fashion-mnist") -> None:
+    """Frechet distance of a folder's images to real ones, with its protocol.
+
+    Args:
+        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or embedded:NAME).
+        images: how many are sampled.
+        seed: of their noise.
+        steps: sampling steps; by default those the folder was made for.
+        features: feature network with its reference statistics: embedded:NAME or a folder.
+    """
+    from pqcad_qat.evaluation.features import load_features
+    from pqcad_qat.evaluation.fidelity import evaluate_images, fid_protocol
+    from pqcad_qat.evaluation.variant import open_folder, sample_images
+    from pqcad_qat.training.metrics_log import progress_bar
+
+    variant = open_folder(folder, _positive("steps", steps) if steps is not None else None)
+    network = load_features(features)
+    _positive("images", images)
+    with progress_bar(CONSOLE) as bar:
+        task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
+        found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
+    figures = evaluate_images(found, None, network)
+    protocol = fid_protocol(network, images, "ddim", variant.steps, seed)
+    CONSOLE.print_json(json.dumps({"fid_real": figures.fid_real, "fid_protocol": asdict(protocol)}))
+
+
+def benchmark(folder: str, runs: int = 100) -> None:
+    """Time a deployed folder against the same architecture in PyTorch and OpenVINO float32 and BF16, in turns in one process.
+
+    Args:
+        folder: a run or a deployed OpenVINO folder.
+        runs: timed calls of each.
+    """
+    from pqcad_qat.evaluation.comparison import compare_speed
+
+    rows = compare_speed(Path(folder), _positive("runs", runs), CONSOLE)
+    table = Table("", "median ms", "minimum ms", "quartiles ms", "ours / this", title="one denoising step")
+    ours = rows["pqcad-openvino"].median_ms
+    for name, row in rows.items():
+        spread = f"{row.lower_quartile_ms:.2f} - {row.upper_quartile_ms:.2f}"
+        table.add_row(name, f"{row.median_ms:.2f}", f"{row.minimum_ms:.2f}", spread, f"{ours / row.median_ms:.2f}x")
+    CONSOLE.print(table)
+
+
+def features(out: str, data: str = "fashion-mnist", path: str | None = None, size: int = 32) -> None:
+    """Train the feature network of FID on a labelled data set, with its reference statistics.
+
+    Args:
+        out: folder to write.
+        data: fashion-mnist, digits, or folder.
+        path: of the data, where it is not at its default place.
+        size: pixels of a side.
+    """
+    from pqcad_qat.diffusion.images import load_images
+    from pqcad_qat.evaluation.feature_training import make_features
+    from pqcad_qat.training.metrics_log import progress_bar
+
+    train = load_images(data, path, size)
+    test = load_images(data, path, size, split="test") if data == "fashion-mnist" else None
+    with progress_bar(CONSOLE) as bar:
+        task = bar.add_task("features", total=None, note="")
+        make_features(
+            Path(out), train, test, progress=lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}")
+        )
+    CONSOLE.print(f"features: {out}")
+
+
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (run, plan, pretrain, sample, evaluate, benchmark, features, schema)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("PAGER", "cat")  # Fire pages its help
+    try:
+        fire.Fire(COMMANDS, command=_joined(given), name="pqcad-qat")
+    except PqcadError as error:
+        ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        ERRORS.print("interrupted; --resume goes on from the last checkpoint", highlight=False)
+        sys.exit(130)
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Fire keeps only the last of a repeated flag, and reads its value as Python: gather every --set into one quoted list."""
+    rest: list[str] = []
+    overrides: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--set":
+            overrides.append(next(waiting, ""))
+        elif argument.startswith("--set="):
+            overrides.append(argument.removeprefix("--set="))
+        else:
+            rest.append(argument)
+    return [*rest, f"--set={json.dumps(overrides)}"] if overrides else rest
+
+
+def _overrides(given: Any, model: str | None = None) -> list[str]:
+    listed = [str(item) for item in given] if isinstance(given, list | tuple) else [str(given)]
+    return [*listed, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PolicyError(f"--{name}: got {value!r}; allowed a whole number from 1")
+    return value
+
+
+def _command_line() -> str:
+    return "python -m pqcad_qat " + shlex.join(sys.argv[1:])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _print_result(folder: Path) -> None:
+    """The report's table and targets, short."""
+    from pqcad_qat.evaluation.report import read_report
+
+    report = read_report(folder)
+    table = Table("variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=f"{report.policy['name']}: {folder}")
+    for row in report.variants:
+        bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
+        numbers = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, None if row.size_bytes is None else row.size_bytes / 1e6]
+        table.add_row(row.name, bits, str(row.steps), *("" if number is None else f"{number:.2f}" for number in numbers))
+    CONSOLE.print(table)
+    for goal in report.targets:
+        mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[goal.holds]
+        measured = "-" if goal.measured is None else f"{goal.measured:.3g}"
+        CONSOLE.print(f"  {mark}: {goal.name}: {measured} {goal.comparison} {goal.bound:g}")

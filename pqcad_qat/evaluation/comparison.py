@@ -1,0 +1,67 @@
+"""A deployed denoiser against what a user would run instead: PyTorch, OpenVINO float32 and BF16, NNCF's post-training INT8.
+
+Not here: how a call is timed (benchmark.py), nor image quality (fidelity.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers import UNet2DModel
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.diffusion.denoiser import read_json
+from pqcad_qat.evaluation.benchmark import (
+    convert_float,
+    example_inputs,
+    nncf_baseline,
+    openvino_candidate,
+    time_interleaved,
+    torch_candidate,
+)
+from pqcad_qat.evaluation.hardware import hardware
+from pqcad_qat.evaluation.record import Timing
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
+WARM_UP = 3
+
+
+def time_denoisers(denoiser: nn.Module, float_xml: Path, nncf_xml: Path, deployed: OVUNet2DModel, runs: int) -> dict[str, Timing]:
+    """Milliseconds of one call (one sampling step of a batch), every candidate in turns in this process.
+
+    Args:
+        denoiser: full precision, for PyTorch.
+        float_xml: the same, converted; run as float32, and as BF16 where that is native.
+        nncf_xml: NNCF's post-training INT8 of it.
+        deployed: our folder, called as its user calls it.
+    """
+    inputs = example_inputs(deployed.sample_shape, deployed.batch_size)
+    candidates: dict[str, Callable[[], object]] = {
+        "fp32": torch_candidate(denoiser, inputs),
+        "ov-fp32": openvino_candidate(float_xml, F32, inputs),
+        "nncf-int8": openvino_candidate(nncf_xml, {}, inputs),
+        "pqcad-openvino": lambda: deployed.predict(inputs["sample"], inputs["timestep"]),
+    }
+    if hardware().native_bf16:
+        candidates["ov-bf16"] = openvino_candidate(float_xml, BF16, inputs)
+    return time_interleaved(candidates, runs, WARM_UP)
+
+
+def compare_speed(folder: Path, runs: int, console: Console) -> dict[str, Timing]:
+    """Time a deployed folder against its own architecture with random weights, which cost what trained ones cost.
+
+    Raises:
+        ModelError: the folder (or `openvino/` in it) is not a deployed one.
+    """
+    deployed = OVUNet2DModel.from_pretrained(folder / "openvino" if (folder / "openvino").is_dir() else folder)
+    denoiser = UNet2DModel.from_config(read_json(deployed.folder / "unet" / "config.json")).eval()
+    with tempfile.TemporaryDirectory() as temporary, console.status("building the baselines, then timing in turns"):
+        plain = convert_float(denoiser, deployed.sample_shape, deployed.batch_size, Path(temporary) / "float")
+        noise = [example_inputs(deployed.sample_shape, deployed.batch_size, seed) for seed in range(16)]
+        nncf_xml = nncf_baseline(plain, noise, Path(temporary) / "nncf")
+        return time_denoisers(denoiser, Path(temporary) / "float" / nncf_xml.name, nncf_xml, deployed, runs)

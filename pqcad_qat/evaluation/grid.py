@@ -1,0 +1,31 @@
+"""A plain grid of images as a PNG, for a look at samples.
+
+Not here: the labelled sheet of a report (figures.py).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+SMALLEST_SIDE = 96
+"""Pixels a cell is enlarged to, without smoothing, so that small images can be judged."""
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write uint8 images (N, C, H, W), C 1 or 3, row by row in a nearly square grid with a pixel of white between them."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, np.uint8)
+    for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = number // columns * (height + 1), number % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    factor = max(1, SMALLEST_SIDE // max(height, width))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)

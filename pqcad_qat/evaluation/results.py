@@ -1,0 +1,230 @@
+"""From what the stages of a run noted to the rows of its report: variants, targets, layers, curves.
+
+Not here: measuring (benchmark.py, fidelity.py), the report's definition (record.py) or its looks (page.py, figures.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import pqcad_qat
+from pqcad_qat.deployment.verification import INT8
+from pqcad_qat.evaluation.record import (
+    Curves,
+    Execution,
+    FidProtocol,
+    Hardware,
+    LayerRow,
+    Parity,
+    ProfileRow,
+    Report,
+    Reproduction,
+    Series,
+    StorageRow,
+    Target,
+    Timing,
+    Transition,
+    Variant,
+    target,
+)
+from pqcad_qat.policy.loading import dump_policy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, float_layers
+from pqcad_qat.training.metrics_log import read_metrics
+
+CLEARLY = 0.95
+"""A Frechet distance under this multiple of another's counts as clearly better."""
+
+SAME = 1.02
+"""A Frechet distance within this multiple of another's counts as no worse."""
+
+LOW_BITS = 3
+"""Weights of fewer bits than this are where progressive quantization has to beat fixed-bit training."""
+
+Stages = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that a report is made of.
+
+    Attributes:
+        policy: as resolved.
+        plan: of every quantized layer.
+        model: the denoiser that the plan was made for.
+        stages: what each finished stage noted.
+        seconds: wall time by stage, in order.
+        warnings: told to the user while it ran.
+        command: that makes the run again.
+    """
+
+    policy: Policy
+    plan: Sequence[LayerPlan]
+    model: nn.Module
+    stages: Stages
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
+    command: str
+
+
+def report_of(facts: RunFacts) -> Report:
+    """The whole report; a stage that a run left out gives None where its numbers would stand."""
+    variants = tuple(_variants(facts))
+    export, evaluation, benchmark = (facts.stages.get(name, {}) for name in ("export", "evaluation", "benchmark"))
+    policy = facts.policy
+    return Report(
+        policy=policy.model_dump(mode="json"),
+        seed=policy.training.seed,
+        hardware=Hardware(**{**benchmark["hardware"], "isa": tuple(benchmark["hardware"]["isa"])}),
+        variants=variants,
+        fid_protocol=FidProtocol(
+            images=policy.evaluation.images,
+            features=evaluation["protocol"]["features"],
+            features_sha256=evaluation["protocol"]["features_sha256"],
+            reference=evaluation["protocol"]["reference"],
+            sampler=policy.sampler.name,
+            steps=policy.sampler.steps,
+            seed=policy.evaluation.seed,
+        ),
+        bit_schedule=tuple(Transition(**entry) for entry in facts.stages["pq"]["transitions"]),
+        parity=Parity(
+            **{key: export["parity"][key] for key in ("layers_checked", "layers_exact", "worst_layer", "worst_error")},
+            end_to_end_psnr=export["end_to_end_psnr"],
+        ),
+        execution=_execution(facts),
+        timings_s=facts.seconds,
+        targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
+        warnings=facts.warnings,
+        latency={name: Timing(**value) for name, value in benchmark["timings"].items()},
+        layers=tuple(_layers(facts)),
+        profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark["profiles"].items()},
+        storage=tuple(_storage(facts)),
+        reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _variants(facts: RunFacts) -> Iterator[Variant]:
+    policy, benchmark = facts.policy, facts.stages["benchmark"]
+    full, half = policy.sampler.steps, policy.distillation.student_steps
+    weights, inputs = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
+    simulated = "PyTorch, simulated"
+    rows: dict[str, tuple[str, float | None, float | None, int]] = {
+        "fp32": ("PyTorch", 32, 32, full),
+        "fp32-half": ("PyTorch", 32, 32, half),
+        "ov-fp32": ("OpenVINO", 32, 32, full),
+        "ov-bf16": ("OpenVINO", 16, 16, full),
+        "nncf-int8": ("OpenVINO", 8, 8, full),
+        "fixed-bit": (simulated, weights, inputs, full),
+        "pq": (simulated, weights, inputs, full),
+        "pq-distilled": (simulated, weights, inputs, half),
+        "pqcad": (simulated, weights, inputs, half),
+        "pqcad-openvino": ("OpenVINO", weights, inputs, half),
+    }
+    figures = facts.stages["evaluation"]["figures"]
+    for name, (runtime, weight_bits, input_bits, steps) in rows.items():
+        if name == "ov-bf16" and name not in benchmark["timings"]:
+            continue
+        # fp32 at half the steps is the same network: its step costs the same
+        timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
+        step = timing["median_ms"] / policy.export.batch_size if timing else None
+        size = benchmark["sizes"].get({"fp32-half": "fp32", "ov-bf16": "ov-fp32"}.get(name, name))
+        quality = {key: figures.get(name, {}).get(key) for key in ("fid_real", "fid_fp", "psnr_fp", "ssim_fp")}
+        yield Variant(name, runtime, weight_bits, input_bits, steps, size, step, step * steps if step else None, **quality)
+
+
+def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
+    """Mean width in bits over the planned layers, weighted by their parameters."""
+    widths = [(layer.weights.bits if weights else layer.inputs.bits, layer.parameters) for layer in plan]
+    return round(sum(bits * count for bits, count in widths) / sum(count for _, count in widths), 2)
+
+
+def _execution(facts: RunFacts) -> Execution:
+    precisions = facts.stages["export"]["precisions"]
+    integer = [name for name, precision in precisions.items() if precision in INT8]
+    left = (*(name for name in precisions if name not in integer), *float_layers(facts.model, facts.plan))
+    return Execution(planned=len(precisions), executed_int8=len(integer), float_layers=left)
+
+
+def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
+    export, sizes = facts.stages["export"], facts.stages["benchmark"]["sizes"]
+    execution = _execution(facts)
+    yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
+    parity = export["parity"]
+    yield target("layers whose integers equal PyTorch's", parity["layers_exact"], "==", parity["layers_checked"], "layers")
+    for other, bound in (("ov-bf16", 0.45), ("ov-fp32", 0.20), ("fp32", 0.10)):
+        note = "" if other in rows else "BF16 is not native on this CPU"
+        measured = _ratio(rows, "pqcad-openvino", other, "latency_ms_per_image")
+        yield target(f"milliseconds an image: pqcad-openvino / {other}", measured, "<=", bound, "x", note)
+    yield target("Frechet distance to real: pqcad / fp32", _ratio(rows, "pqcad", "fp32", "fid_real"), "<=", 1.10, "x")
+    for other in ("fp32-half", "pq-distilled"):
+        yield target(f"Frechet distance to real: pqcad / {other}", _ratio(rows, "pqcad", other, "fid_real"), "<=", CLEARLY, "x")
+    low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
+    against_fixed = _ratio(rows, "pq", "fixed-bit", "fid_real")
+    yield target("Frechet distance to real: pq / fixed-bit", against_fixed, "<=", CLEARLY if low else SAME, "x")
+    yield target("bytes packed to 4 bits, all files / float32 weights", export["packed_bytes"] / sizes["fp32"], "<=", 0.16, "x")
+
+
+def _ratio(rows: Mapping[str, Variant], one: str, other: str, figure: str) -> float | None:
+    values = [getattr(rows[name], figure) if name in rows else None for name in (one, other)]
+    return None if values[0] is None or not values[1] else float(values[0] / values[1])
+
+
+def _layers(facts: RunFacts) -> Iterator[LayerRow]:
+    precisions, exact = facts.stages["export"]["precisions"], facts.stages["export"]["parity"]["exact"]
+    for layer in facts.plan:
+        yield LayerRow(
+            layer=layer.name,
+            kind=layer.kind,
+            rule=layer.rule,
+            weight_bits=layer.weights.bits,
+            activation_bits=layer.inputs.bits,
+            ladder=layer.ladder,
+            parameters=layer.parameters,
+            planned_execution="int8" if executes_int8(layer) else "float",
+            executed=precisions.get(layer.name),
+            exact=exact.get(layer.name),
+        )
+    for name in float_layers(facts.model, facts.plan):
+        module = facts.model.get_submodule(name)
+        count = sum(parameter.numel() for parameter in module.parameters())
+        yield LayerRow(name, type(module).__name__, "-", None, None, (), count, "float")
+
+
+def _storage(facts: RunFacts) -> Iterator[StorageRow]:
+    """Bytes of the shipped weights by the model's top-level parts: integers, scales, and what stays in float32."""
+    planned = {layer.name: layer for layer in facts.plan}
+    packs = facts.policy.export.weights == "int4"
+    for group, part in facts.model.named_children():
+        integers = scales = rest = 0
+        for name, parameter in part.named_parameters():
+            owner, _, kind = f"{group}.{name}".rpartition(".")
+            if owner in planned and kind == "weight":
+                layer = planned[owner]
+                integers += (parameter.numel() + 1) // 2 if packs and layer.weights.bits <= 4 else parameter.numel()
+                scales += 4 * (parameter.shape[0] if layer.weights.per_channel else 1)
+            else:
+                rest += 4 * parameter.numel()
+        if integers + rest:
+            yield StorageRow(group, integers, scales, rest)
+
+
+def curves_of(policy: Policy, logs: Path) -> Curves:
+    """What training logged, as series for the report's pictures."""
+    losses, momenta = [], []
+    for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad"):
+        rows = read_metrics(logs / f"{stage}.jsonl")
+        losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
+        if stage == "pq":
+            momenta = [_series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits")]
+    return Curves(tuple(losses), tuple(momenta), policy.progressive.plateau, policy.progressive.perturbation)
+
+
+def _series(stage: str, name: str, key: str, rows: Sequence[Mapping[str, float]]) -> Series:
+    return Series(stage, name, tuple(int(row["step"]) for row in rows), tuple(row.get(key) for row in rows))

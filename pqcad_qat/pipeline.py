@@ -1,0 +1,448 @@
+"""The stages of a run in order: the only place where a whole Policy is taken apart.
+
+Not here: how any stage works, nor the report's rows (evaluation/results.py). A finished stage is never repeated: what it made is read back.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.runtime import GRAPH, OVUNet2DModel
+from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.diffusion.calibration import CalibrationRecipe, CalibrationSet, calibration_set
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, predict
+from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.errors import ExportError
+from pqcad_qat.evaluation.benchmark import (
+    convert_float,
+    example_inputs,
+    nncf_baseline,
+    node_profile,
+    size_bytes,
+)
+from pqcad_qat.evaluation.comparison import time_denoisers
+from pqcad_qat.evaluation.features import load_features
+from pqcad_qat.evaluation.fidelity import evaluate_images
+from pqcad_qat.evaluation.hardware import hardware
+from pqcad_qat.evaluation.report import write_report
+from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
+from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
+from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
+from pqcad_qat.quantization.shortcut import split_shortcuts
+from pqcad_qat.quantization.student_folder import STEPS, save_quantized
+from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
+from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule
+from pqcad_qat.training.callback import Callback
+from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
+from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
+from pqcad_qat.training.metrics_log import MetricsLog, progress_bar
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
+from pqcad_qat.training.trainer import BatchSource, LoopSettings, averaged_weights, fit, new_state
+
+RANGE_INPUTS = 512
+"""Model inputs of the calibration set that activation ranges are taken from."""
+
+BASELINE_INPUTS = 300
+"""Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
+
+PARITY_INPUTS = 64
+"""States on which the deployed model is compared end to end with the quantized PyTorch model."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and its plan, before anything is trained.
+
+    Attributes:
+        model: full precision, untouched.
+        split: a copy of the denoiser with its shortcuts split, on which the plan stands.
+        plan: of every layer that will be quantized.
+    """
+
+    model: DiffusionModel
+    split: nn.Module
+    plan: tuple[LayerPlan, ...]
+
+
+def prepare(policy: Policy) -> Prepared:
+    """Load the policy's model and plan its layers; nothing is written.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        PlanError: the rules do not fit it.
+    """
+    model = load_model(policy.model.source)
+    split = copy.deepcopy(model.denoiser)
+    if policy.quantization.split_shortcuts:
+        split_shortcuts(split, model.example)
+    return Prepared(model, split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example))
+
+
+def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False) -> Path:
+    """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
+
+    Raises:
+        PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
+    """
+    prepared = prepare(policy)
+    with open_run(path, policy, resume) as folder:
+        return _Run(policy, prepared, folder, console).all_stages(command)
+
+
+@dataclass
+class _Run:
+    """One run: its policy, its folder, and what stages hand on."""
+
+    policy: Policy
+    prepared: Prepared
+    folder: RunFolder
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.schedule = noise_schedule(self.prepared.model.scheduler_config)
+        self.shape = self.prepared.model.sample_shape
+        self.warnings: list[str] = []
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    def all_stages(self, command: str) -> Path:
+        write_atomically(self.path / "plan.json", json.dumps(plan_json(self.prepared.plan, self.prepared.split), indent=1))
+        calibration = self._calibrate()
+        pq, fixed = self._progressive(calibration), self._fixed_bit(calibration)
+        targets = self._targets(calibration, pq)
+        plain = self._distill("pq-distilled", calibration, pq, targets, calibration_weight=0.0)
+        student = self._distill("pqcad", calibration, pq, targets, self.policy.distillation.calibration_weight)
+        self._export(calibration, student)
+        self._baselines(calibration)
+        self._benchmark()
+        self._sample(calibration, {"pq": pq, "fixed-bit": fixed, "pq-distilled": plain, "pqcad": student})
+        self._evaluate()
+        return self._report(command)
+
+    # ---- stages ------------------------------------------------------------------------------------------------------------------
+
+    def _calibrate(self) -> CalibrationSet:
+        policy = self.policy
+        recipe = CalibrationRecipe(
+            model_digest=self.prepared.model.digest,
+            sampler=policy.sampler.name,
+            steps=policy.sampler.steps,
+            trajectories=policy.calibration.trajectories,
+            seed=policy.calibration.seed,
+        )
+        with self.folder.stage("calibration") as stage, self._bar("calibration", recipe.trajectories * recipe.steps) as advance:
+            found, folder = calibration_set(
+                self.prepared.model, recipe, policy.calibration.batch_size, self.path.parent / ".calibration", advance
+            )
+            stage.done(set=folder.name)
+        link = self.path / "calibration"
+        if not link.is_symlink():
+            link.symlink_to(Path("..") / ".calibration" / folder.name)
+        return found
+
+    def _progressive(self, calibration: CalibrationSet) -> nn.Module:
+        progressive = self.policy.progressive
+        model = self._quantized(calibration, self.prepared.plan)
+        schedule = MomentumBitSchedule(
+            layers=quantized_layers(model),
+            plan=self.prepared.plan,
+            settings=BitScheduleSettings(
+                momentum=progressive.momentum,
+                plateau=progressive.plateau,
+                perturbation=progressive.perturbation,
+                layers_per_transition=progressive.layers_per_transition,
+                deadline=round(progressive.deadline * progressive.steps),
+                blends=progressive.transition == "blend",
+            ),
+        )
+        self._train("pq", model, [schedule, FullPrecisionMatching()], self._training_batches(calibration), progressive.steps, schedule)
+        return model
+
+    def _fixed_bit(self, calibration: CalibrationSet) -> nn.Module:
+        """The control: the same seed, steps and data, at the target widths from the first step."""
+        plan = [replace(layer, ladder=(layer.weights.bits,)) for layer in self.prepared.plan]
+        model = self._quantized(calibration, plan)
+        self._train("fixed-bit", model, [FullPrecisionMatching()], self._training_batches(calibration), self.policy.progressive.steps)
+        return model
+
+    def _targets(self, calibration: CalibrationSet, teacher: nn.Module) -> DistillationSet:
+        """What both distillations learn from; the frozen teacher runs once."""
+        kept = self.path / "distillation" / "targets.safetensors"
+        states = self.policy.calibration.trajectories * self.policy.sampler.steps
+        with self.folder.stage("teacher") as stage:
+            if stage.new:
+                with self._bar("teacher", states) as advance, frozen_weights(teacher.eval()):
+                    found = distillation_set(
+                        teacher,
+                        calibration,
+                        self.schedule,
+                        self.policy.distillation.student_steps,
+                        self.policy.calibration.batch_size,
+                        advance,
+                    )
+                kept.parent.mkdir(exist_ok=True)
+                save_file(vars(found), kept)
+                stage.done()
+        return DistillationSet(**load_file(kept))
+
+    def _distill(
+        self, name: str, calibration: CalibrationSet, teacher: nn.Module, targets: DistillationSet, calibration_weight: float
+    ) -> nn.Module:
+        """A student that starts from the teacher and keeps its quantizers."""
+        policy = self.policy
+        student = copy.deepcopy(teacher)
+        teacher_weight = policy.distillation.teacher_weight or float(calibration_weight == 0)
+        callback = CalibrationAssistedDistillation(teacher_weight, calibration_weight)
+        batches = distillation_batches(targets, policy.training.batch_size, policy.training.seed)
+        self._train(name, student, [callback], batches, policy.distillation.steps)
+        return student
+
+    def _export(self, calibration: CalibrationSet, student: nn.Module) -> None:
+        with self.folder.stage("export") as stage:
+            if not stage.new:
+                return
+            policy, model = self.policy, self.prepared.model
+            steps = policy.distillation.student_steps
+            save_quantized(
+                self.path / "student", student, self.prepared.plan, policy.quantization.split_shortcuts, model.scheduler_config, steps
+            )
+            layers = integer_layers(student)
+            provenance = {"policy": policy.name, "model": model.source, "model_digest": model.digest, "sampling_steps": steps}
+            scheduler = {**model.scheduler_config, STEPS: steps}
+
+            def write(folder: Path, weights: Any) -> None:
+                export_model(student, scheduler, layers, self.shape, policy.export.batch_size, weights, folder, provenance)
+
+            shipped = self.path / "openvino"
+            with self.console.status("export: writing and verifying the OpenVINO folder"):
+                write(shipped, policy.export.weights)
+                write(self.path / "baselines" / "packed", "int4")
+                executed = execution_precision(shipped, layers)
+                self._refuse_float(executed.precisions)
+                x, t = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
+                parity = layer_parity(shipped, layers, _layer_inputs(student, x, t))
+                psnr = self._end_to_end(shipped, student, calibration)
+            stage.done(
+                precisions=dict(executed.precisions),
+                inference_precision=executed.inference_precision,
+                parity={
+                    "layers_checked": parity.layers_checked,
+                    "layers_exact": parity.layers_exact,
+                    "worst_layer": parity.worst_layer,
+                    "worst_error": parity.worst_error,
+                    "exact": {layer.name: layer.exact for layer in parity.layers},
+                },
+                end_to_end_psnr=psnr,
+                packed_bytes=size_bytes(self.path / "baselines" / "packed"),
+            )
+
+    def _refuse_float(self, precisions: Mapping[str, str]) -> None:
+        """A planned layer that left INT8 is an error, unless the policy lists it as an exception."""
+        excepted = {layer.name for layer in self.prepared.plan if layer.int8_exception}
+        floating = {name: precision for name, precision in precisions.items() if precision not in INT8}
+        left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
+        if left:
+            raise ExportError(
+                f"{self.path / 'openvino'}: planned for INT8 but executed in floating point: {', '.join(left)}; "
+                "change the rule of these layers, or list them with execution: float"
+            )
+
+    @torch.no_grad()
+    def _end_to_end(self, folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
+        """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration set."""
+        deployed = OVUNet2DModel.from_pretrained(folder)
+        ours, theirs = [], []
+        with frozen_weights(student.eval()):
+            for x, t in calibration.inputs(PARITY_INPUTS, 32):
+                theirs.append(predict(student, x, t).numpy())
+                ours.append(deployed.predict(x.numpy(), t.numpy()))
+        return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
+
+    def _baselines(self, calibration: CalibrationSet) -> None:
+        with self.folder.stage("baselines") as stage:
+            if not stage.new:
+                return
+            with self.console.status("baselines: OpenVINO float32, NNCF post-training INT8"):
+                batch, denoiser = self.policy.export.batch_size, self.prepared.model.denoiser
+                plain = convert_float(denoiser, self.shape, batch, self.path / "baselines" / "float")
+                inputs = [{"sample": x.numpy(), "timestep": t.numpy()} for x, t in calibration.inputs(BASELINE_INPUTS * batch, batch)]
+                nncf_baseline(plain, inputs, self.path / "baselines" / "nncf")
+            stage.done()
+
+    def _benchmark(self) -> None:
+        """Everything is timed in one run, in turns, from the files that ship."""
+        with self.folder.stage("benchmark") as stage:
+            if not stage.new:
+                return
+            runs = self.policy.export.latency_runs
+            files = {name: self.path / "baselines" / name / "openvino_model.xml" for name in ("float", "nncf")}
+            shipped = OVUNet2DModel.from_pretrained(self.path / "openvino")
+            with self.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
+                timings = time_denoisers(self.prepared.model.denoiser, files["float"], files["nncf"], shipped, runs)
+                inputs = example_inputs(self.shape, self.policy.export.batch_size)
+                profiles = {"nncf-int8": node_profile(files["nncf"], {}, inputs)}
+                if self.policy.export.weights == "int8":
+                    profiles["pqcad-openvino"] = node_profile(self.path / "openvino" / GRAPH, {}, inputs)
+            stage.done(
+                timings={name: asdict(value) for name, value in timings.items()},
+                profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},
+                sizes={
+                    "fp32": 4 * sum(p.numel() for p in self.prepared.model.denoiser.parameters()),
+                    "ov-fp32": size_bytes(files["float"].parent),
+                    "nncf-int8": size_bytes(files["nncf"].parent),
+                    "pqcad-openvino": size_bytes(self.path / "openvino"),
+                },
+                hardware=asdict(hardware()),
+            )
+
+    def _sample(self, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
+        """Images of every variant from the same seeds."""
+        for variant in self._variants(models):
+            with self.folder.stage(f"samples-{variant.name}") as stage:
+                if not stage.new:
+                    continue
+                count, batch = self.policy.evaluation.images, self.policy.evaluation.batch_size
+                with self._bar(f"sample {variant.name}", count * variant.steps) as advance:
+                    images = sample_images(variant, count, self.policy.evaluation.seed, batch, advance)
+                kept = self._images_file(variant.name)
+                kept.parent.mkdir(exist_ok=True)
+                save_file({"images": images}, kept)
+                stage.done(steps=variant.steps, runtime=variant.runtime)
+
+    def _variants(self, models: Mapping[str, nn.Module]) -> Iterator[Variant]:
+        full, steps, half = self.prepared.model, self.policy.sampler.steps, self.policy.distillation.student_steps
+        config = full.scheduler_config
+        yield pytorch_variant("fp32", full.denoiser, config, steps, self.shape)
+        yield pytorch_variant("fp32-half", full.denoiser, config, half, self.shape)
+        nncf = self.path / "baselines" / "nncf" / "openvino_model.xml"
+        yield openvino_file_variant("nncf-int8", nncf, config, steps, self.shape, self.policy.export.batch_size)
+        for name in ("fixed-bit", "pq"):
+            yield pytorch_variant(name, models[name], config, steps, self.shape)
+        for name in ("pq-distilled", "pqcad"):
+            yield pytorch_variant(name, models[name], config, half, self.shape)
+        yield openvino_variant("pqcad-openvino", self.path / "openvino", half)
+
+    def _evaluate(self) -> None:
+        with self.folder.stage("evaluation") as stage:
+            if not stage.new:
+                return
+            features = load_features(self.policy.evaluation.features)
+            images = {path.stem: load_file(path)["images"] for path in sorted((self.path / "samples").glob("*.safetensors"))}
+            with self.console.status("evaluation: FID, PSNR, SSIM"):
+                figures = {name: asdict(evaluate_images(found, images["fp32"], features)) for name, found in images.items()}
+            protocol = {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
+            stage.done(figures=figures, protocol=protocol)
+
+    def _report(self, command: str) -> Path:
+        stages = {name: self.folder.finished(name) or {} for name in self.folder.seconds()}
+        facts = RunFacts(self.policy, self.prepared.plan, self.prepared.split, stages, self.folder.seconds(), tuple(self.warnings), command)
+        shown = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+        samples = {name: load_file(self._images_file(name))["images"][:10].numpy() / np.float32(127.5) - 1 for name in shown}
+        write_report(self.path, report_of(facts), curves_of(self.policy, self.path / "logs"), samples)
+        return self.path / "report.html"
+
+    # ---- what stages share -------------------------------------------------------------------------------------------------------
+
+    def _images_file(self, name: str) -> Path:
+        return self.path / "samples" / f"{name}.safetensors"
+
+    def _training_batches(self, calibration: CalibrationSet) -> BatchSource:
+        return calibration_batches(calibration, self.policy.training.batch_size, self.policy.training.seed)
+
+    def _quantized(self, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
+        """The full-precision model with quantizers around its weights, ranges from the calibration set."""
+        model = quantize_model(copy.deepcopy(self.prepared.split), plan)
+        calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, self.policy.calibration.batch_size))
+        return model
+
+    def _train(
+        self,
+        name: str,
+        model: nn.Module,
+        callbacks: Sequence[Callback],
+        batches: BatchSource,
+        steps: int,
+        schedule: MomentumBitSchedule | None = None,
+    ) -> None:
+        """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights."""
+        kept = self.path / "models" / f"{name}.safetensors"
+        with self.folder.stage(name) as stage:
+            if not stage.new:
+                model.load_state_dict(load_file(kept), strict=True)
+                return
+            training = self.policy.training
+            settings = LoopSettings(
+                steps=steps,
+                learning_rate=training.learning_rate,
+                warmup=min(20, steps // 10),
+                ema=training.ema,
+                accumulation=training.gradient_accumulation,
+                max_grad_norm=training.max_grad_norm,
+                checkpoint_every=training.checkpoint_every,
+            )
+            accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(training.precision, training.precision))
+            state = new_state(model, settings, accelerator)
+            sources = (schedule.scalars,) if schedule else ()
+            log = MetricsLog(name, self.path / "logs", steps, self.console, sources, accelerator.is_main_process)
+            checkpoints = CheckpointFolder(self.path / "checkpoints" / name, training.keep_checkpoints)
+            last, complaints = latest_checkpoint(checkpoints.path)
+            for complaint in complaints:
+                self._warn(complaint)
+            everything = [*callbacks, log]
+            if last is not None:
+                load_checkpoint(last, state, everything)
+                self.console.print(f"{name}: going on from step {state.step}")
+            log.start_at(state.step)
+            with log:
+                fit(state, everything, batches, settings, accelerator, checkpoints)
+            with torch.no_grad(), averaged_weights(state):
+                kept.parent.mkdir(exist_ok=True)
+                save_file({key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}, kept)
+            model.load_state_dict(load_file(kept), strict=True)
+            stage.done(transitions=[asdict(transition) for transition in schedule.transitions] if schedule else [])
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.console.print(f"[yellow]warning:[/] {message}")
+
+    @contextmanager
+    def _bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar; the yielded function advances it."""
+        bar = progress_bar(self.console)
+        with bar:
+            task = bar.add_task(name, total=total, note="")
+            yield lambda count: bar.update(task, advance=count)
+
+
+def _layer_inputs(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """What every quantized layer reads in one forward pass, by layer."""
+    seen: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0].detach().numpy()) and None)
+        for name, layer in quantized_layers(model).items()
+    ]
+    try:
+        with torch.no_grad():
+            predict(model.eval(), x, t)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

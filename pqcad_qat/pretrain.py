@@ -1,0 +1,118 @@
+"""The pretraining run: from a policy of kind `pretrain` to a full-precision diffusers folder with its provenance.
+
+Not here: the loss and the batches (training/pretraining.py), nor the loop (training/trainer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.diffusion.denoiser import save_model, write_json
+from pqcad_qat.diffusion.images import ImageSet, load_images
+from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.errors import PolicyError
+from pqcad_qat.evaluation.grid import save_grid
+from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_images
+from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.run_folder import open_run
+from pqcad_qat.training.callback import Callback, StepReport, TrainState
+from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
+from pqcad_qat.training.metrics_log import MetricsLog
+from pqcad_qat.training.pretraining import DenoisingLoss, noisy_batches
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
+
+SAMPLES = 64
+"""Images of a sample grid."""
+
+
+def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool = False) -> Path:
+    """Train a denoiser from real images; returns the folder `model/` in diffusers layout.
+
+    Raises:
+        PqcadError: no such data, a model config that diffusers refuses, a run that cannot be resumed.
+    """
+    data, training = policy.data, policy.training
+    images = load_images(data.source, data.path, data.size)
+    model = _build(policy.model)
+    scheduler = _scheduler(policy)
+    torch.manual_seed(training.seed)
+    with open_run(path, policy, resume):
+        settings = LoopSettings(
+            steps=training.steps,
+            learning_rate=training.learning_rate,
+            warmup=training.warmup,
+            ema=training.ema,
+            max_grad_norm=training.max_grad_norm,
+            checkpoint_every=training.checkpoint_every,
+        )
+        accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(training.precision, training.precision))
+        state = new_state(model, settings, accelerator)
+        log = MetricsLog("pretrain", path / "logs", training.steps, console, enabled=accelerator.is_main_process)
+        callbacks = [DenoisingLoss(), log, SampleGrids(path / "samples", scheduler, training.sample_every)]
+        checkpoints = CheckpointFolder(path / "checkpoints", training.keep_checkpoints)
+        last, complaints = latest_checkpoint(checkpoints.path)
+        for complaint in complaints:
+            console.print(f"[yellow]warning:[/] {complaint}")
+        if last is not None:
+            load_checkpoint(last, state, callbacks)
+            console.print(f"going on from step {state.step}")
+        log.start_at(state.step)
+        batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size, training.seed)
+        with log:
+            fit(state, callbacks, batches, settings, accelerator, checkpoints)
+        with averaged_weights(state):
+            save_model(model, scheduler, path / "model")
+        write_json(path / "model" / "provenance.json", provenance(policy, images))
+    return path / "model"
+
+
+def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
+    """How a model was made: the policy in full, the data's digest, and the versions."""
+    return {
+        "made_by": "python -m pqcad_qat pretrain",
+        "policy": policy.model_dump(mode="json"),
+        "data": {"name": images.name, "images": len(images), "sha256": images.digest},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
+    }
+
+
+class SampleGrids(Callback):
+    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end."""
+
+    def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int) -> None:
+        self.name = "sample-grids"
+        self._folder, self._scheduler, self._every = folder, scheduler, every
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        if state.step % self._every:
+            return
+        with averaged_weights(state) as model:
+            config: Any = model.config
+            shape = (config.in_channels, config.sample_size, config.sample_size)
+            images = sample_images(pytorch_variant("fp32", model, self._scheduler, DEFAULT_STEPS, shape), SAMPLES, 0, SAMPLES)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save_grid(images, self._folder / f"step_{state.step:06d}.png")
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    arguments = {key: value for key, value in config.items() if key != "class"}
+    try:
+        model: nn.Module = UNet2DModel(**arguments)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"model: diffusers refuses this UNet2DModel: {error}") from error
+    return model
+
+
+def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:
+    """The policy's scheduler in diffusers' names."""
+    given = policy.scheduler.model_dump()
+    return {"_class_name": "DDIMScheduler", "num_train_timesteps": given.pop("train_timesteps"), "clip_sample": False, **given}
