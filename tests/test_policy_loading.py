@@ -71,12 +71,23 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         ("  steps: 20", "  eta: 0.5", "p.yaml:4: sampler.eta: got 0.5; allowed a number equal to 0"),
         ("  steps: 20", "  name: ddpm", 'p.yaml:4: sampler.name: got "ddpm"; allowed ddim'),
         ("sampler:\n  steps: 20", "sampler: 20", "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, eta"),
-        ("{source: embedded:fashion-mnist}", "{}", "p.yaml:2: model.source: got nothing; allowed text"),
+        ("{source: embedded:fashion-mnist}", "{}", "p.yaml:2: model.source: got nothing; allowed non-empty text"),
         ("name: good", "name: a/b", 'p.yaml:1: name: got "a/b"; allowed text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$'),
         ("{bits: 4}", "{bits: 9}", "p.yaml:11: quantization.layers[1].weights.bits: got 9; allowed a whole number from 2 to 8"),
         ("{bits: 4}", "{}", "p.yaml:11: quantization.layers[1].weights.bits: got nothing; allowed a whole number from 2 to 8"),
-        ('["type:Conv2d"]', "[3]", "p.yaml:10: quantization.layers[1].match[0]: got 3; allowed text"),
-        ('["type:Conv2d"]', "[]", "p.yaml:10: quantization.layers[1].match: got []; allowed text or a list of one or more, each text"),
+        ('["type:Conv2d"]', "[3]", "p.yaml:10: quantization.layers[1].match[0]: got 3; allowed non-empty text"),
+        ('["type:Conv2d"]', '""', 'p.yaml:10: quantization.layers[1].match[0]: got ""; allowed non-empty text'),
+        (
+            '["type:Conv2d"]',
+            "[]",
+            "p.yaml:10: quantization.layers[1].match: got []; allowed non-empty text or a list of one or more, each non-empty text",
+        ),
+        (
+            "{bits: 4}",
+            "{bits: 4, scales: learned}",
+            "p.yaml:11: quantization.layers[1].weights.scales: got an unknown key; "
+            "allowed bits, granularity, symmetric, scale, range (did you mean scale?)",
+        ),
         (
             "{bits: 4}",
             "{bits: 4, granularity: per_row}",

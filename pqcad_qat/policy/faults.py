@@ -47,7 +47,7 @@ def find_faults(kind: type[Section], tree: Tree) -> list[str]:
         broken = {location for finding in findings for location in finding.locations} - repaired
         if not broken or not isinstance(data, dict):
             break
-        for location in broken:
+        for location in sorted(broken, key=len, reverse=True):
             schema.repair(data, location)
         repaired |= broken
     return [_in_words(finding, tree) for finding in found]
@@ -89,7 +89,7 @@ def _spurious(detail: ErrorDetails) -> bool:
 def _key_finding(detail: ErrorDetails, schema: Schema) -> Finding:
     node, location = schema.follow(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return Finding((detail["loc"],), "an unknown key", known_keys(node["properties"], str(detail["loc"][-1])))
+        return Finding((detail["loc"],), "an unknown key", known_keys(schema.keys(node), str(detail["loc"][-1])))
     got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
     return Finding((location,), got, schema.describe(node))
 
@@ -140,6 +140,9 @@ class Schema:
         target: Node = self.root["$defs"][node["$ref"].rsplit("/", 1)[1]]
         return target | {key: value for key, value in node.items() if key != "$ref"}
 
+    def keys(self, node: Node) -> list[str]:
+        return [key for member in self._members(node) for key in member.get("properties", {})]
+
     def describe(self, node: Node) -> str:
         choices = [choice for member in self._members(node) for choice in self._choices(member)]
         return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
@@ -156,7 +159,7 @@ class Schema:
             case "number":
                 return f"a number{_bounds(node)}"
             case "string":
-                return f"text that matches {node['pattern']}" if "pattern" in node else "text"
+                return f"text that matches {node['pattern']}" if "pattern" in node else "non-empty text"
             case "array":
                 return f"a list of one or more, each {self.describe(self._resolve(node['items']))}"
             case "object":
@@ -167,13 +170,16 @@ class Schema:
     def repair(self, data: Node, location: Location) -> None:
         """Puts a value that the schema allows at the location, or takes away a key that it does not know."""
         holder: Any = data
-        for step in location[:-1]:
+        for depth, step in enumerate(location[:-1], start=1):
             holder = holder.setdefault(step, {}) if isinstance(holder, dict) else holder[step]
+            if not isinstance(holder, dict | list):  # a single pattern, which stands for a list of one
+                return self.repair(data, location[:depth])
         node, known = self.follow(location)
         if known == location:
             holder[location[-1]] = self._example(node, location)
         else:
             holder.pop(location[-1], None)
+        return None
 
     def _example(self, node: Node, location: Location) -> Any:
         if node.get("default") is not None:
