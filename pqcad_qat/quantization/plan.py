@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -118,7 +119,7 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
 
 def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
     """The plan for a terminal: layer, rule, widths and parameters; below it what the rules say and what the model will cost."""
-    table = Table(title=f"{len(plan)} layers quantized", caption=_caption(plan, model), caption_justify="left")
+    table = Table(title=f"{len(plan)} layers quantized", caption=_caption(plan, model), caption_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layer", overflow="fold")
     for heading in ("rule", "weights", "inputs", "runs in"):
         table.add_column(heading)

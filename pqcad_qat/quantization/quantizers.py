@@ -136,7 +136,7 @@ class InputQuant(RescalingIntQuant):
 
     def __init__(
         self,
-        int_quant: nn.Module,
+        int_quant: FusedIntQuant,
         scaling_impl: nn.Module,
         int_scaling_impl: nn.Module,
         zero_point_impl: nn.Module,
@@ -165,16 +165,16 @@ class InputQuant(RescalingIntQuant):
 class FixedScaling(ParameterScaling):
     """A scale that training leaves alone; like the learned one it is in the state dict."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, scaling_init: Tensor, restrict_scaling_impl: nn.Module, scaling_min_val: float) -> None:
+        super().__init__(scaling_init, restrict_scaling_impl=restrict_scaling_impl, scaling_min_val=scaling_min_val)
         _make_buffer(self)
 
 
 class FixedZeroPoint(ParameterZeroPoint):
     """A zero point that training leaves alone; like the learned one it is in the state dict, in units of the input."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, zero_point_init: Tensor, int_quant: FusedIntQuant, quantize_zero_point: bool) -> None:
+        super().__init__(zero_point_init, int_quant, quantize_zero_point)
         _make_buffer(self)
 
 
