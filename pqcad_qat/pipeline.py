@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.export import export_model
-from pqcad_qat.deployment.runtime import GRAPH, OVUNet2DModel
+from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationRecipe, CalibrationSet, calibration_set
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, predict
@@ -298,9 +298,8 @@ class _Run:
             with self.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
                 timings = time_denoisers(self.prepared.model.denoiser, files["float"], files["nncf"], shipped, runs)
                 inputs = example_inputs(self.shape, self.policy.export.batch_size)
-                profiles = {"nncf-int8": node_profile(files["nncf"], {}, inputs)}
-                if self.policy.export.weights == "int8":
-                    profiles["pqcad-openvino"] = node_profile(self.path / "openvino" / GRAPH, {}, inputs)
+                sources = {"nncf-int8": files["nncf"], "pqcad-openvino": self.path / "openvino"}
+                profiles = {name: node_profile(source, {}, inputs) for name, source in sources.items()}
             stage.done(
                 timings={name: asdict(value) for name, value in timings.items()},
                 profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},

@@ -26,7 +26,7 @@ from pqcad_qat.training.bit_schedule import (
 from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, new_state
 
-SETTINGS = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=100)
+SETTINGS = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120)
 
 
 def layer(name: str, perturbation: float = 0.1, bits: int = 8, rungs: tuple[int, ...] = (6, 4), moving: bool = False) -> LayerStatus:
@@ -81,7 +81,7 @@ def test_nothing_begins_while(momentum: float | None, observed: int, moving: boo
 
 def test_the_deadline_sends_every_waiting_layer_to_its_target_whatever_its_perturbation() -> None:
     layers = [layer("a", 9.0), layer("b", rungs=(), bits=4), layer("c", bits=6, rungs=(4,)), layer("d", moving=True)]
-    begun = decide(100 - SETTINGS.blend_steps, SETTINGS, 0.5, 0, layers)
+    begun = decide(SETTINGS.last_call, SETTINGS, 0.5, 0, layers)
     assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("a", 8, 4, "deadline"), ("c", 6, 4, "deadline")]
 
 
@@ -96,7 +96,27 @@ def test_lambda_follows_its_closed_form_and_takes_blend_steps() -> None:
 def test_lambda_pauses_while_training_gets_worse_but_not_once_the_deadline_is_near() -> None:
     assert next_lambda(0.3, 10, SETTINGS, -0.05) == 0.3
     assert next_lambda(0.3, 10, SETTINGS, -0.005) > 0.3
-    assert next_lambda(0.3, 100 - SETTINGS.blend_steps, SETTINGS, -0.05) > 0.3
+    assert next_lambda(0.3, SETTINGS.late_from, SETTINGS, -0.05) > 0.3
+
+
+def test_when_it_is_late_a_transition_goes_straight_to_the_target() -> None:
+    early, late = (decide(step, SETTINGS, 0.001, 99, [layer("a")])[0] for step in (SETTINGS.late_from - 1, SETTINGS.late_from))
+    assert (early.to_bits, late.to_bits, late.cause) == (6, 4, "plateau")
+
+
+@pytest.mark.parametrize("deadline", [1, 2, 7, 10, 40, 120, 1000])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95, 0.999])
+def test_however_long_the_blend_every_layer_is_at_its_target_by_the_deadline(deadline: int, momentum: float) -> None:
+    settings = BitScheduleSettings(momentum, 0.01, 0.3, 0.5, deadline)
+    assert settings.blend_steps <= max(1, deadline // 4)
+    assert settings.last_call >= 0
+    model, state, _ = network()
+    plan = [quantized.plan for quantized in quantized_layers(model).values()]
+    schedule = MomentumBitSchedule(quantized_layers(model), plan, settings)
+    while state.step <= deadline:
+        walk(state, schedule, state.step + 1, loss=1.2**min(state.step, 99))
+    assert {read_bits(quantized)[0] for quantized in quantized_layers(model).values()} == {3}
+    assert all(blend_state(quantized) is None for quantized in quantized_layers(model).values())
 
 
 def test_jumps_take_no_steps() -> None:

@@ -38,14 +38,14 @@ def time_denoisers(denoiser: nn.Module, float_xml: Path, nncf_xml: Path, deploye
         denoiser: full precision, for PyTorch.
         float_xml: the same, converted; run as float32, and as BF16 where that is native.
         nncf_xml: NNCF's post-training INT8 of it.
-        deployed: our folder, called as its user calls it.
+        deployed: our folder, as it ships.
     """
     inputs = example_inputs(deployed.sample_shape, deployed.batch_size)
     candidates: dict[str, Callable[[], object]] = {
         "fp32": torch_candidate(denoiser, inputs),
         "ov-fp32": openvino_candidate(float_xml, F32, inputs),
         "nncf-int8": openvino_candidate(nncf_xml, {}, inputs),
-        "pqcad-openvino": lambda: deployed.predict(inputs["sample"], inputs["timestep"]),
+        "pqcad-openvino": openvino_candidate(deployed.folder, {}, inputs),
     }
     if hardware().native_bf16:
         candidates["ov-bf16"] = openvino_candidate(float_xml, BF16, inputs)

@@ -20,7 +20,7 @@ from pqcad_qat.diffusion.denoiser import load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
-from pqcad_qat.evaluation.benchmark import compile_latency
+from pqcad_qat.evaluation.benchmark import compile_for_latency
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
 
@@ -79,7 +79,7 @@ def openvino_file_variant(
     name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
     """A plain OpenVINO file (inputs `sample` and `timestep`, fixed batch), with OpenVINO's own defaults: a baseline."""
-    request = compile_latency(xml, {}).create_infer_request()
+    request = compile_for_latency(xml, {}).create_infer_request()
 
     def call(x_t: Float32, t: int) -> Float32:
         parts = []

@@ -51,11 +51,26 @@ class BitScheduleSettings:
     blends: bool = True
 
     @property
+    def blend_momentum(self) -> float:
+        """beta of the blend: the momentum, or less where a blend would take more than a quarter of the steps up to the deadline."""
+        return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, self.deadline // 4))))
+
+    @property
     def blend_steps(self) -> int:
         """Steps that an undisturbed blend lasts: lambda_n = 1 - beta^n reaches `BLEND_ENDS_AT`."""
-        if not self.blends or self.momentum == 0:
+        if not self.blends or self.blend_momentum == 0:
             return 0
-        return math.ceil(math.log(1 - BLEND_ENDS_AT) / math.log(self.momentum))
+        return math.ceil(round(math.log(1 - BLEND_ENDS_AT) / math.log(self.blend_momentum), 6))
+
+    @property
+    def last_call(self) -> int:
+        """Step from which every layer that still waits must leave at once to be at its target by the deadline."""
+        return self.deadline - self.blend_steps
+
+    @property
+    def late_from(self) -> int:
+        """Step from which there is no time left for two blends, one after another: rungs are skipped and nothing pauses."""
+        return self.deadline - 2 * self.blend_steps
 
     @property
     def warm_up(self) -> int:
@@ -127,9 +142,9 @@ def decide(
 ) -> tuple[Transition, ...]:
     """The transitions that begin at `step`.
 
-    Once only a blend's length is left before the deadline, every layer that is not on its way to its target is sent there at once. Before
-    that, a transition is due when nothing is in transition, the loss momentum has been observed for the warm-up and is under the plateau;
-    then the least perturbed layers go one rung down, as many as the share allows, those over the bound wait.
+    From the last call on, every layer that is not on its way is sent to its target at once. Before that, a transition is due when nothing
+    is in transition, the loss momentum has been observed for the warm-up and is under the plateau; then the least perturbed layers go one
+    rung down (to their target when it is late), as many as the share allows; those over the bound wait.
 
     Args:
         step: the clock.
@@ -138,14 +153,15 @@ def decide(
         layers: every planned layer.
     """
     waiting = [layer for layer in layers if layer.rungs and not layer.in_transition]
-    if step >= settings.deadline - settings.blend_steps:
+    if step >= settings.last_call:
         return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, "deadline") for layer in waiting)
     moving = any(layer.in_transition for layer in layers)
     if moving or loss_momentum is None or observed < settings.warm_up or loss_momentum >= settings.plateau:
         return ()
     allowed = max(1, math.floor(settings.layers_per_transition * len(layers)))
     calm = sorted((layer for layer in waiting if layer.perturbation <= settings.perturbation), key=lambda layer: layer.perturbation)
-    return tuple(_transition(step, layer, layer.rungs[0], loss_momentum, "plateau") for layer in calm[:allowed])
+    rung = -1 if step >= settings.late_from else 0
+    return tuple(_transition(step, layer, layer.rungs[rung], loss_momentum, "plateau") for layer in calm[:allowed])
 
 
 def _transition(step: int, layer: LayerStatus, to_bits: int, loss_momentum: float | None, cause: Cause) -> Transition:
@@ -153,11 +169,11 @@ def _transition(step: int, layer: LayerStatus, to_bits: int, loss_momentum: floa
 
 
 def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momentum: float | None) -> float:
-    """lambda <- beta lambda + (1 - beta); it pauses while training gets worse by more than the plateau, but never past the deadline."""
+    """lambda <- beta lambda + (1 - beta); it pauses while training gets worse by more than the plateau, unless it is late."""
     worse = loss_momentum is not None and loss_momentum < -settings.plateau
-    if worse and step < settings.deadline - settings.blend_steps:
+    if worse and step < settings.late_from:
         return lam
-    return settings.momentum * lam + (1 - settings.momentum)
+    return settings.blend_momentum * lam + (1 - settings.blend_momentum)
 
 
 @dataclass
@@ -204,7 +220,7 @@ class MomentumBitSchedule(Callback):
             if blend is None:
                 continue
             lam = next_lambda(blend[2], step, self.settings, self._loss.improvement.value)
-            if lam >= BLEND_ENDS_AT:
+            if lam >= BLEND_ENDS_AT - 1e-4:  # lambda is kept in float32
                 end_blend(layer)
                 ended = True
                 self._perturbations[name] = Momentum(self.settings.momentum)

@@ -112,7 +112,7 @@ class MetricsLog(Callback):
         bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
         note = f"loss {self.loss:.5f}{bits}"
         self._progress.update(self._task, completed=step, note=note)
-        if self._progress.disable and step % max(1, self.steps // 10) == 0:
+        if self._progress.disable and (step * 10 // self.steps > (step - 1) * 10 // self.steps):
             self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}")
 
 
