@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from pqcad_qat.diffusion.images import ImageSet, to_float
 from pqcad_qat.errors import ModelError
@@ -46,6 +47,7 @@ def train_feature_network(
         _, channels, size, _ = images.images.shape
         config = FeatureConfig(channels=channels, size=size, classes=int(labels.max()) + 1)
         network = FeatureNetwork(config)
+        convert_conv2d_weight_memory_format(network, torch.channels_last)
         steps = recipe.epochs * (len(images) // min(recipe.batch_size, len(images)))
         optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))

@@ -105,10 +105,10 @@ def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provena
     """Write the network, its provenance and the statistics of the `real` images to `folder`; return them as `load_features` would."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / _MODEL)
-    sha256 = _sha256(folder / _MODEL)
-    _write_json(folder / _CONFIG, {"format": FORMAT, "network": asdict(network.config), "sha256": sha256, "provenance": dict(provenance)})
-    name = f"{real.name}, {len(real)} images, sha256 {real.digest}"
-    save_reference(folder, image_statistics(network, real.images), name, sha256)
+    record = {"format": FORMAT, "network": asdict(network.config), "sha256": _sha256(folder / _MODEL), "provenance": dict(provenance)}
+    _write_json(folder / _CONFIG, record)
+    loaded, sha256 = _load_network(folder)  # the statistics come through what others will load, whatever layout training left in memory
+    save_reference(folder, image_statistics(loaded, real.images), f"{real.name}, {len(real)} images, sha256 {real.digest}", sha256)
     return load_features(str(folder))
 
 
@@ -128,16 +128,9 @@ def save_reference(folder: Path, statistics: FeatureStatistics, name: str, featu
 def load_features(source: str) -> Features:
     """Load `embedded:NAME` or a folder that `save_features` wrote; raise ModelError where a file is missing or its digest differs."""
     folder = _folder(source)
-    config = _read_json(folder / _CONFIG)
-    sha256 = _verified(folder / _MODEL, config)
-    try:
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config["network"].items()}
-        network = FeatureNetwork(FeatureConfig(**fields))
-        network.load_state_dict(load_file(folder / _MODEL))
-    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder}: not a feature network of this format: {error}") from error
+    network, sha256 = _load_network(folder)
     reference, name = _load_reference(folder, sha256, network.num_features)
-    return Features(network.eval().requires_grad_(False), source, sha256, reference, name)
+    return Features(network, source, sha256, reference, name)
 
 
 class _FeatureExtractor(nn.Module):
@@ -165,6 +158,20 @@ def _folder(source: str) -> Path:
         known = ", ".join(EMBEDDED + path.name.removeprefix("features-") for path in sorted(assets.glob("features-*")))
         raise ModelError(f"feature network: got {source!r}; allowed {known}, or a folder")
     return folder
+
+
+def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
+    """The network in evaluation mode, and the digest of its weights."""
+    config = _read_json(folder / _CONFIG)
+    sha256 = _verified(folder / _MODEL, config)
+    try:
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config["network"].items()}
+        network = FeatureNetwork(FeatureConfig(**fields))
+        network.load_state_dict(load_file(folder / _MODEL))
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder}: not a feature network of this format: {error}") from error
+    network.eval().requires_grad_(False)
+    return network, sha256
 
 
 def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tuple[FeatureStatistics | None, str | None]:
