@@ -434,10 +434,14 @@ class _Run:
 def _layer_inputs(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """What every quantized layer reads in one forward pass, by layer."""
     seen: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0].detach().numpy()) and None)
-        for name, layer in quantized_layers(model).items()
-    ]
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[name] = arguments[0].detach().numpy()
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(model).items()]
     try:
         with torch.no_grad():
             predict(model.eval(), x, t)
