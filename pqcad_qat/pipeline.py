@@ -48,12 +48,12 @@ from pqcad_qat.quantization.shortcut import split_shortcuts
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule
-from pqcad_qat.training.callback import Callback
+from pqcad_qat.training.callback import BatchSource, Callback
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
 from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
 from pqcad_qat.training.metrics_log import MetricsLog, progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
-from pqcad_qat.training.trainer import BatchSource, LoopSettings, averaged_weights, fit, new_state
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""

@@ -5,7 +5,7 @@ Not here: the loop (trainer.py), nor any callback; a callback never imports the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
+
+BatchSource = Callable[[int], Batch]
+"""Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data position."""
 
 
 @dataclass

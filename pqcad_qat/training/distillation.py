@@ -16,9 +16,8 @@ from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.diffusion.sampling import NoiseSchedule, PredictionType, ddim_inverse, ddim_step, next_timestep, timesteps
 from pqcad_qat.errors import ModelError
-from pqcad_qat.training.callback import Batch, Callback, TrainState
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.quantization_aware import mixed_states
-from pqcad_qat.training.trainer import BatchSource
 
 LOW_SIGNAL = 1e-3
 """alpha_bar under which epsilon says nothing about x_0: an epsilon-predicting student is not distilled there."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pqcad_qat.diffusion.images import ImageSet, to_float
 from pqcad_qat.diffusion.sampling import NoiseSchedule, add_noise, join_prediction
-from pqcad_qat.training.callback import Batch, Callback, TrainState
-from pqcad_qat.training.trainer import BatchSource
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 
 
 @dataclass

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.denoiser import predict
-from pqcad_qat.training.callback import Batch, Callback, TrainState
-from pqcad_qat.training.trainer import BatchSource
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 
 
 @dataclass

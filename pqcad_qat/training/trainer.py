@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -19,11 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PqcadError
-from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
-
-BatchSource = Callable[[int], Batch]
-"""Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data position."""
 
 
 @dataclass(frozen=True)
