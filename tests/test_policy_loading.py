@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pqcad_qat.errors import PolicyError
 from pqcad_qat.policy.loading import difference, dump_policy, json_schema, load_policy, load_pretrain_policy
@@ -183,6 +185,31 @@ def test_all_faults_are_reported_at_once_in_the_order_of_lines(write: Write) -> 
         "p.yaml:19: progressive.momentum",
         "p.yaml:19: progressive.ladder",
     ]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every mapping or list in a value with each of its keys or indices."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []:
+        yield value, key
+        yield from places(value[key])
+
+
+def report_of(path: Path) -> str:
+    try:
+        load_policy(path)
+    except PolicyError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("junk", ["", None, {"a": [1]}])
+def test_nonsense_in_any_place_is_a_report_or_a_policy_and_no_crash(write: Write, junk: object) -> None:
+    data = yaml.safe_load(dump_policy(load_policy(write(GOOD))))
+    for holder, key in list(places(data)):
+        kept, holder[key] = holder[key], junk
+        report = report_of(write(yaml.safe_dump(data)))
+        assert all(re.match(r".*p\.yaml:\d+: \S+( \S+)?: got .*; allowed .", line) for line in report.splitlines()), report
+        holder[key] = kept
 
 
 # --- faults of the file -----------------------------------------------------------------------------------------------------------

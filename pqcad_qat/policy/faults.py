@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -37,7 +39,7 @@ def find_faults(kind: type[Section], tree: Tree) -> list[str]:
     pydantic judges the rules between keys only where the keys alone are in order. So each round of faults is repaired in a copy with
     values that the schema allows, and the copy is judged again; what then touches a repaired key says nothing about the policy.
     """
-    schema = Schema(kind)
+    schema = _schema(kind)
     data = tree.plain()
     found: list[Finding] = []
     repaired: set[Location] = set()
@@ -183,7 +185,7 @@ class Schema:
 
     def _example(self, node: Node, location: Location) -> Any:
         if node.get("default") is not None:
-            return node["default"]
+            return deepcopy(node["default"])
         member = self._members(node)[0]
         if "const" in member or "enum" in member:
             return member.get("const") or member["enum"][0]
@@ -200,6 +202,11 @@ class Schema:
                 required = member.get("required", [])
                 return {key: self._example(self._resolve(member["properties"][key]), (*location, key)) for key in required}
         raise AssertionError(f"no example for {member}")
+
+
+@cache
+def _schema(kind: type[Section]) -> Schema:
+    return Schema(kind)
 
 
 def _bounds(node: Node) -> str:
