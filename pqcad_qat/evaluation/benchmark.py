@@ -1,0 +1,205 @@
+"""Latency, size and their causes: interleaved timing, the rows' candidates, the NNCF baseline, profiles of time and bytes.
+
+Not here: image quality (fidelity.py), whether the export is right (deployment/verification.py), or how results look (report.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.deployment.modules import TimestepTable, swapped
+from pqcad_qat.deployment.runtime import MANIFEST, compile_graph, read_graph
+from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.hardware import usable_cores
+from pqcad_qat.evaluation.record import ProfileRow, Timing
+
+Inputs = Mapping[str, np.ndarray]
+F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO takes bfloat16 by itself where the CPU has it
+BF16: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "bf16"}
+XML_FILE = "openvino_model.xml"
+
+
+def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
+    """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine falls on all of them alike.
+
+    The order rotates from round to round and every second round runs backwards. Each timed call follows an untimed call of the same
+    candidate, which is how a sampler meets it: caches hold its weights, and the threads of the candidate before (torch's OpenMP and
+    OpenVINO's TBB workers spin for a while after their last job) have gone to sleep. Raises ValueError unless runs >= 1, warmup >= 0.
+    """
+    if runs < 1 or warmup < 0:
+        raise ValueError(f"runs must be at least 1 and warmup at least 0; got {runs} and {warmup}")
+    for call in candidates.values():
+        for _ in range(warmup):
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(runs):
+            for name in turn_order(tuple(candidates), turn):
+                seconds[name].append(_time_settled(candidates[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: timing(values) for name, values in seconds.items()}
+
+
+def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
+    """The order of one round: rotated by the round's number, reversed in odd rounds."""
+    shift = turn % len(names) if names else 0
+    order = (*names[shift:], *names[:shift])
+    return order[::-1] if turn % 2 else order
+
+
+def timing(seconds: Sequence[float]) -> Timing:
+    """Median, minimum and quartiles (linear interpolation) of repeated runs."""
+    lower, median, upper = (float(q) * 1e3 for q in np.percentile(seconds, (25, 50, 75)))
+    return Timing(median, min(seconds) * 1e3, lower, upper, len(seconds))
+
+
+def _time_settled(call: Callable[[], object]) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def example_inputs(sample_shape: tuple[int, int, int], batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32, timestep (B,) int64."""
+    noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
+    return {"sample": noise, "timestep": np.full(batch, 500, dtype=np.int64)}
+
+
+def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    """PyTorch eager in evaluation mode, without gradients, on every core."""
+    torch.set_num_threads(usable_cores())
+    sample, timestep = (torch.from_numpy(inputs[key]) for key in ("sample", "timestep"))
+    model.eval()
+
+    def call() -> object:
+        with torch.no_grad():
+            return predict(model, sample, timestep)
+
+    return call
+
+
+def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Inputs) -> Callable[[], object]:
+    """A model from disk, compiled once for latency, with ``config`` (F32, BF16 or {}) on top; errors as `compile_for_latency`."""
+    request = compile_for_latency(source, config).create_infer_request()
+    named = dict(inputs)
+    return lambda: request.infer(named, share_inputs=True)
+
+
+def compile_for_latency(source: Path, config: Mapping[str, object]) -> ov.CompiledModel:
+    """Compile for the CPU with one stream over as many threads as cores: a graph's xml, or a deployed folder, unpacked as our runtime does.
+
+    Raises ModelError where ``source`` is neither, or cannot be read.
+    """
+    core = ov.Core()
+    properties = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": usable_cores(), **config}
+    if (source / MANIFEST).is_file():
+        return compile_graph(read_graph(source, core), core, properties=properties)
+    if not source.is_file():
+        raise ModelError(f"{source}: got no such file; allowed an OpenVINO model's xml or a deployed folder")
+    try:
+        model = core.read_model(source)
+    except RuntimeError as error:
+        raise ModelError(f"{source}: OpenVINO cannot read it: {error}") from None
+    return compile_graph(model, core, properties=properties)
+
+
+class _Prediction(nn.Module):
+    """A denoiser whose forward returns the prediction tensor itself, which is what tracing needs."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # (B, C, H, W), (B,) -> (B, C, H, W)
+        return predict(self.denoiser, sample, timestep)
+
+
+def convert_float(
+    model: nn.Module, sample_shape: tuple[int, int, int], batch: int, folder: Path | None = None, train_timesteps: int | None = None
+) -> ov.Model:
+    """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep -> out_sample.
+
+    With ``folder`` it is saved there as openvino_model.xml, constants in float32 as they are (OpenVINO's default would round them to
+    float16). With ``train_timesteps`` the time embedding becomes a table of that length, as in our own export: BF16 rounds time step 999
+    to 1000, which would spoil a baseline's images for a reason that has nothing to do with its quantization. The model is left as it was.
+    """
+    inputs = example_inputs(sample_shape, batch)
+    example = tuple(torch.from_numpy(value) for value in inputs.values())
+    replacements: dict[str, nn.Module] = {}
+    if train_timesteps is not None and isinstance(projection := getattr(model, "time_proj", None), nn.Module):
+        replacements["time_proj"] = TimestepTable(projection, train_timesteps)
+    training = model.training
+    with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*trace")  # shapes are static here on purpose
+        converted = ov.convert_model(_Prediction(model.eval()), example_input=example, input=[list(tensor.shape) for tensor in example])
+    model.train(training)
+    for port, name in zip((*converted.inputs, converted.output(0)), (*inputs, "out_sample"), strict=True):
+        port.get_tensor().set_names({name})
+    if folder is not None:
+        save_openvino(converted, folder)
+    return converted
+
+
+def save_openvino(model: ov.Model, folder: Path) -> Path:
+    """Save as ``folder``/openvino_model.xml and .bin without rounding any constant; returns the xml's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ov.save_model(model, folder / XML_FILE, compress_to_fp16=False)
+    return folder / XML_FILE
+
+
+def nncf_baseline(float_model: ov.Model, calibration_inputs: Sequence[Inputs], folder: Path) -> Path:
+    """NNCF's post-training INT8 with its own defaults, calibrated on every one of ``calibration_inputs``; returns the saved xml.
+
+    To be timed from that file, as a user of it would run it.
+    """
+    import nncf  # takes seconds, and only this baseline needs it
+
+    if not calibration_inputs:
+        raise ModelError("NNCF's baseline needs at least one calibration input; got none")
+    dataset = nncf.Dataset([dict(item) for item in calibration_inputs])
+    quantized = nncf.quantize(float_model.clone(), dataset, subset_size=len(calibration_inputs))
+    return save_openvino(quantized, folder)
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of every file below a folder."""
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder to measure")
+    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
+    return sum(entry.stat().st_size for entry in files)
+
+
+def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, runs: int = 20) -> tuple[ProfileRow, ...]:
+    """Mean milliseconds of one call by kind of node and precision, slowest first, from the execution graph of ``runs`` calls."""
+    compiled = compile_for_latency(source, {"PERF_COUNT": True, **config})
+    request = compiled.create_infer_request()
+    for _ in range(runs):
+        request.infer(dict(inputs))
+    found: dict[tuple[str, str], list[float]] = {}
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind, precision, spent = (_text(info, key) for key in ("layerType", "runtimePrecision", "execTimeMcs"))
+        if spent.isdigit() and int(spent) > 0:
+            found.setdefault((kind, precision), []).append(int(spent) / 1e3)
+    rows = (ProfileRow(kind, precision, sum(times), len(times)) for (kind, precision), times in found.items())
+    return tuple(sorted(rows, key=lambda row: -row.milliseconds))
+
+
+def _text(info: Mapping[str, object], key: str) -> str:
+    value = dict(info.items()).get(key, "")
+    return str(getattr(value, "value", value))

@@ -1,0 +1,70 @@
+"""What machine this is, as far as it decides timings: CPU, instruction sets, cores, library versions.
+
+Not here: any timing (benchmark.py).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from pqcad_qat.evaluation.record import Hardware
+
+# the report's name of an instruction set -> the kernel's name in /proc/cpuinfo
+ISA_FLAGS: Mapping[str, str] = {
+    "avx2": "avx2",
+    "avx_vnni": "avx_vnni",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx_int8": "amx_int8",
+    "amx_bf16": "amx_bf16",
+}
+# values of ONEDNN_MAX_CPU_ISA under which OpenVINO may still compute bfloat16 in hardware
+_BF16_CAPS = ("", "ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX")
+_LIBRARIES = ("torch", "openvino", "nncf", "brevitas", "diffusers", "numpy")
+_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "DNNL_MAX_CPU_ISA")
+
+
+def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
+    """This machine. Where the system has no ``cpuinfo`` the instruction sets are unknown and left empty."""
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
+    flags = set(_field(text, "flags").split())
+    isa = tuple(name for name, flag in ISA_FLAGS.items() if flag in flags)
+    settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+    return Hardware(
+        cpu=_field(text, "model name") or platform.processor() or "unknown",
+        isa=isa,
+        cores=usable_cores(),
+        versions={"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
+        native_bf16=native_bf16(isa, settings) if text else None,
+        settings=settings,
+    )
+
+
+def native_bf16(isa: tuple[str, ...], settings: Mapping[str, str]) -> bool:
+    """Whether OpenVINO's bfloat16 runs in hardware here; elsewhere it is emulated and no baseline."""
+    cap = (settings.get("ONEDNN_MAX_CPU_ISA") or settings.get("DNNL_MAX_CPU_ISA") or "").upper()
+    return bool({"avx512_bf16", "amx_bf16"} & set(isa)) and cap in _BF16_CAPS
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _field(text: str, key: str) -> str:
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
