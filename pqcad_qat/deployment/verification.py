@@ -1,0 +1,278 @@
+"""Proof that a deployed folder is what the plan says: what each planned layer executed in, and that its integers are PyTorch's.
+
+Not here: FID and image fidelity (evaluation/). Everything is read back from the files that ship.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+import torch
+import torch.nn.functional as F
+
+from pqcad_qat.deployment.modules import effective_weights
+from pqcad_qat.deployment.runtime import OVUNet2DModel, compile_graph, read_graph, read_manifest
+from pqcad_qat.errors import ExportError
+
+if TYPE_CHECKING:
+    from pqcad_qat.quantization.quantizers import IntegerLayer
+
+INT8 = ("i8", "u8")
+MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")  # layer types in the CPU plugin's execution graph
+TIE_BAND = 2.0**-13  # in steps; float32 arithmetic on a grid of 256 steps errs by at most 2^-14 of one
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExecutionReport:
+    """What the compiled model executes.
+
+    Attributes:
+        precisions: runtime precision of each planned layer ("i8", "u8", "bf16", "f32"; "absent" where the graph has no such node).
+        node_types: (layer type, runtime precision) -> number of executed nodes.
+        inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use.
+    """
+
+    precisions: Mapping[str, str]
+    node_types: Mapping[tuple[str, str], int]
+    inference_precision: str
+
+    @property
+    def planned(self) -> int:
+        return len(self.precisions)
+
+    @property
+    def executed_int8(self) -> int:
+        return sum(precision in INT8 for precision in self.precisions.values())
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Planned layers that did not execute in INT8."""
+        return tuple(name for name, precision in self.precisions.items() if precision not in INT8)
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """One layer of the shipped file against its integers in PyTorch.
+
+    Attributes:
+        integers: accumulators compared.
+        different: how many differ.
+        worst_error: largest difference of two accumulators.
+        resolution: largest distance of a recovered accumulator from a whole number; beside 0.5 the float32 output tells them apart.
+        ties: input values that lay on a rounding boundary to within float32 error, and were moved to their grid point for both sides.
+        inputs: input values in all.
+        precision: what the layer executed in.
+    """
+
+    name: str
+    integers: int
+    different: int
+    worst_error: int
+    resolution: float
+    ties: int
+    inputs: int
+    precision: str
+
+    @property
+    def exact(self) -> bool:
+        return self.different == 0 and self.precision in INT8
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every planned layer's LayerParity; the worst is the one with the largest difference of integers."""
+
+    layers: tuple[LayerParity, ...]
+
+    @property
+    def layers_checked(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layers_exact(self) -> int:
+        return sum(layer.exact for layer in self.layers)
+
+    @property
+    def worst_layer(self) -> str:
+        return self._worst.name
+
+    @property
+    def worst_error(self) -> int:
+        return self._worst.worst_error
+
+    @property
+    def _worst(self) -> LayerParity:
+        return max(self.layers, key=lambda layer: (not layer.exact, layer.worst_error, layer.different))
+
+
+def execution_precision(folder: Path, layers: Collection[str], properties: Mapping[str, Any] | None = None) -> ExecutionReport:
+    """Compile the shipped file with the default settings and read from its execution graph what each planned layer runs in.
+
+    Args:
+        folder: a deployed folder.
+        layers: module paths of the planned layers.
+        properties: OpenVINO properties over the runtime's defaults.
+
+    Raises:
+        ModelError: a folder that cannot be loaded.
+    """
+    compiled = OVUNet2DModel.from_pretrained(folder, properties=properties).compiled
+    nodes = _executed(compiled)
+    return ExecutionReport(
+        precisions=_layer_precisions(nodes, layers),
+        node_types=Counter((kind, precision) for kind, precision, _ in nodes if kind not in ("Const", "Input", "Output")),
+        inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+    )
+
+
+def _executed(compiled: ov.CompiledModel) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(layer type, runtime precision, names of the original nodes fused into it) of every node of the execution graph."""
+    nodes = []
+    for node in compiled.get_runtime_model().get_ops():
+        info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision", "originalLayersNames")}
+        nodes.append((info["layerType"], info["runtimePrecision"], tuple(info["originalLayersNames"].split(","))))
+    return nodes
+
+
+def _layer_precisions(nodes: Sequence[tuple[str, str, tuple[str, ...]]], layers: Collection[str]) -> dict[str, str]:
+    """Runtime precision of the matrix node that each layer became; OpenVINO may leave its name to the dequantization fused into it."""
+    found = {name.partition("/Dequantization")[0]: precision for kind, precision, names in nodes if kind in MATRIX_NODES for name in names}
+    return {name: found.get(name, "absent") for name in layers}
+
+
+def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> ParityReport:
+    """Feed each planned layer of the shipped file a real input and compare its integer accumulators with exact ones.
+
+    The layers are cut out of the shipped graph from the input of their quantizer to the output of their bias, all in one graph, and
+    compiled with INFERENCE_PRECISION_HINT f32, so that nothing around the INT8 arithmetic rounds. The accumulators follow from the
+    output, round((y - bias) / (s_x s_w)), and are compared with q_x * q_w computed in float64, where such sums are exact.
+
+    Values within TIE_BAND of a rounding boundary are decided by the last bit of float32 arithmetic (PyTorch divides by the scale, OpenVINO
+    multiplies by its inverse); they are moved to their grid point on both sides, and counted.
+
+    Args:
+        folder: a deployed folder.
+        layers: every planned layer, as exported.
+        inputs: the tensor each layer reads before its quantizer, (B, C, H, W) or (..., I), any batch.
+
+    Raises:
+        ExportError: a layer has no input, or is not in the shipped graph as planned.
+        ModelError: a folder that cannot be loaded.
+    """
+    read_manifest(folder)
+    missing = [name for name in layers if name not in inputs]
+    if missing:
+        raise ExportError(f"layer_parity needs an input for every planned layer; none was given for {missing}")
+    core = ov.Core()
+    graph = read_graph(folder, core)
+    integers = {name: _quantize(layer, inputs[name]) for name, layer in layers.items()}
+    cut = _cut(graph, layers, {name: quantized.fed.shape for name, quantized in integers.items()})
+    compiled = compile_graph(cut, core, properties={"INFERENCE_PRECISION_HINT": "f32"})
+    precisions = _layer_precisions(_executed(compiled), layers)
+    outputs = compiled([integers[name].fed for name in layers])
+    return ParityReport(
+        tuple(_compare(layer, integers[name], outputs[index], precisions[name]) for index, (name, layer) in enumerate(layers.items()))
+    )
+
+
+@dataclass(frozen=True)
+class _QuantizedInput:
+    fed: npt.NDArray[np.float32]  # what both sides are given
+    integers: Float64  # q_x - zero point
+    ties: int
+
+
+def _quantize(layer: IntegerLayer, x: npt.NDArray[np.float32]) -> _QuantizedInput:
+    """An input's integers, and the input itself with the values on a rounding boundary moved to their grid point."""
+    steps = x.astype(np.float64) / layer.input_scale
+    rounded = np.rint(steps)
+    low, high = layer.input_low - layer.input_zero_point, layer.input_high - layer.input_zero_point
+    inside = (steps > low - 1) & (steps < high + 1)
+    ties = inside & (np.abs(np.abs(steps - rounded) - 0.5) < TIE_BAND)
+    integers = np.clip(rounded, low, high)
+    fed = np.where(ties, (rounded * layer.input_scale).astype(np.float32), x).astype(np.float32)
+    return _QuantizedInput(fed, integers, int(ties.sum()))
+
+
+def _cut(graph: ov.Model, layers: Mapping[str, IntegerLayer], shapes: Mapping[str, tuple[int, ...]]) -> ov.Model:
+    """The planned layers alone, each from its own Parameter to its own Result, in the order of `layers`."""
+    nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
+    parameters, results = [], []
+    for name, layer in layers.items():
+        if name not in nodes:
+            raise ExportError(f"{name}: planned, but the shipped graph has no such layer")
+        parameter = ov.opset13.parameter(list(shapes[name]), np.float32)
+        quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), parameter)
+        nodes[name].input(0).replace_source_output(quantized.output(0))
+        parameters.append(parameter)
+        results.append(ov.opset13.result(_with_bias(nodes[name], layer)))
+    return ov.Model(results, parameters)
+
+
+def _copy_quantizer(name: str, fake_quantize: ov.Node, source: ov.Node) -> ov.Node:
+    """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them."""
+    if fake_quantize.get_type_name() != "FakeQuantize":
+        raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {fake_quantize.get_type_name()}")
+    before = fake_quantize.input_value(0).get_node()
+    if before.get_type_name() == "Clamp":
+        bounds = before.get_attributes()
+        source = ov.opset13.clamp(source, bounds["min"], bounds["max"])
+    ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
+    return ov.opset13.fake_quantize(source, *ranges, fake_quantize.get_attributes()["levels"])
+
+
+def _with_bias(node: ov.Node, layer: IntegerLayer) -> ov.Node:
+    """The shipped Add of the bias, or the product itself where the layer has none."""
+    if layer.bias is None:
+        return node
+    consumers = [consumer.get_node() for consumer in node.output(0).get_target_inputs()]
+    if len(consumers) != 1 or consumers[0].get_type_name() != "Add":
+        raise ExportError(f"{layer.name}: its bias must be one Add in the shipped graph, got {[n.get_type_name() for n in consumers]}")
+    return consumers[0]
+
+
+def _compare(layer: IntegerLayer, quantized: _QuantizedInput, output: npt.NDArray[np.float32], precision: str) -> LayerParity:
+    expected = _accumulators(layer, quantized.integers)
+    channels = (-1,) + (1,) * (len(layer.stride) if layer.kind == "Conv2d" else 0)
+    scale = np.asarray(layer.weight_scale, np.float64).reshape(channels) * layer.input_scale
+    bias = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64).reshape(channels)
+    recovered = (output.astype(np.float64) - bias) / scale
+    error = np.abs(np.rint(recovered) - expected)
+    return LayerParity(
+        name=layer.name,
+        integers=expected.size,
+        different=int(np.count_nonzero(error)),
+        worst_error=int(error.max()),
+        resolution=float(np.abs(recovered - np.rint(recovered)).max()),
+        ties=quantized.ties,
+        inputs=quantized.fed.size,
+        precision=precision,
+    )
+
+
+def _accumulators(layer: IntegerLayer, integers: Float64) -> Float64:
+    """Sums of q_x * q_w, exact: below 2^53 float64 holds every whole number."""
+    x, weights = torch.from_numpy(integers), torch.from_numpy(effective_weights(layer).astype(np.float64))
+    if layer.kind == "Linear":
+        return np.asarray(F.linear(x, weights).numpy())
+    return np.asarray(F.conv2d(x, weights, None, layer.stride, layer.padding, layer.dilation, layer.groups).numpy())
+
+
+def end_to_end_psnr(predicted: npt.ArrayLike, reference: npt.ArrayLike) -> float:
+    """PSNR in dB of deployed predictions against the quantized PyTorch model's on the same states; the peak is the reference's range.
+
+    Infinite where they are equal.
+    """
+    first, second = np.asarray(predicted, np.float64), np.asarray(reference, np.float64)
+    if first.shape != second.shape:
+        raise ExportError(f"predictions and reference must have one shape, got {first.shape} and {second.shape}")
+    error = float(np.mean((first - second) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(np.ptp(second) ** 2 / error))
