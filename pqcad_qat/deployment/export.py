@@ -112,9 +112,9 @@ def convert(
     Raises:
         ExportError: as export_model.
     """
-    replacements = {model.get_submodule(name): _integer_module(layer) for name, layer in layers.items()}
+    replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
     if isinstance(time_projection := getattr(model, "time_proj", None), nn.Module):
-        replacements[time_projection] = TimestepTable(time_projection, train_timesteps)
+        replacements["time_proj"] = TimestepTable(time_projection, train_timesteps)
     example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64))
     training = model.training
     with swapped(model, replacements), torch.no_grad():

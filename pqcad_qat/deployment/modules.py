@@ -127,13 +127,14 @@ class TimestepTable(nn.Module):
 
 
 @contextmanager
-def swapped(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """The model with modules replaced wherever they hang, while the context lasts; afterwards it is as it was, the same objects."""
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The model with modules (by path) replaced wherever they hang, while the context lasts; afterwards it is as it was."""
+    news = {model.get_submodule(path): module for path, module in replacements.items()}
     children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
-    places = [(parent, name, child) for parent, name, child in children if child is not None and child in replacements]
+    places = [(parent, name, child) for parent, name, child in children if child is not None and child in news]
     try:
         for parent, name, child in places:
-            setattr(parent, name, replacements[child])
+            setattr(parent, name, news[child])
         yield
     finally:
         for parent, name, child in places:
