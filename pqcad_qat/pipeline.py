@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -53,7 +52,7 @@ from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, l
 from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
 from pqcad_qat.training.metrics_log import MetricsLog, progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_accelerator, new_state
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
@@ -397,7 +396,7 @@ class _Run:
                 max_grad_norm=training.max_grad_norm,
                 checkpoint_every=training.checkpoint_every,
             )
-            accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(training.precision, training.precision))
+            accelerator = new_accelerator(training.precision)
             state = new_state(model, settings, accelerator)
             sources = (schedule.scalars,) if schedule else ()
             log = MetricsLog(name, self.path / "logs", steps, self.console, sources, accelerator.is_main_process)

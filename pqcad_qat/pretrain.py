@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DModel
 from rich.console import Console
 from torch import nn
@@ -28,7 +27,7 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
 from pqcad_qat.training.metrics_log import MetricsLog
 from pqcad_qat.training.pretraining import DenoisingLoss, noisy_batches
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_accelerator, new_state
 
 SAMPLES = 64
 """Images of a sample grid."""
@@ -54,7 +53,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
             max_grad_norm=training.max_grad_norm,
             checkpoint_every=training.checkpoint_every,
         )
-        accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(training.precision, training.precision))
+        accelerator = new_accelerator(training.precision)
         state = new_state(model, settings, accelerator)
         log = MetricsLog("pretrain", path / "logs", training.steps, console, enabled=accelerator.is_main_process)
         callbacks = [DenoisingLoss(), log, SampleGrids(path / "samples", scheduler, training.sample_every)]

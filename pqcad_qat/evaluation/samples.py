@@ -60,7 +60,8 @@ def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
     name_font, note_font = ImageFont.load_default(17), ImageFont.load_default(11)
     for index, (name, images) in enumerate(rows.items()):
         top = (GAP + index * (height + GAP)) * factor
-        page.paste(_enlarged(_strip(images), factor), (LABEL_WIDTH, top - GAP * factor))
+        strip = _enlarged(_strip(images), factor)
+        page.paste(strip, (LABEL_WIDTH, top - GAP * factor), strip)
         draw.text((12, top + 6), name, fill="#1a2028", font=name_font)
         draw.multiline_text((12, top + 29), _wrapped(VARIANTS.get(name, "")), fill="#5b6573", font=note_font, spacing=2)
     return _png(page)
@@ -72,11 +73,12 @@ def strip_uri(images: np.ndarray) -> str:
 
 
 def _strip(images: np.ndarray) -> Image.Image:
+    """Images (K, H, W, 3) side by side, transparent between them."""
     count, height, width, _ = images.shape
-    strip = np.full((height + 2 * GAP, count * (width + GAP) + GAP, 3), 255, dtype=np.uint8)
+    strip = np.zeros((height + 2 * GAP, count * (width + GAP) + GAP, 4), dtype=np.uint8)
     for index, image in enumerate(images):
         left = GAP + index * (width + GAP)
-        strip[GAP : GAP + height, left : left + width] = image
+        strip[GAP : GAP + height, left : left + width] = np.dstack([image, np.full((height, width), 255, dtype=np.uint8)])
     return Image.fromarray(strip)
 
 

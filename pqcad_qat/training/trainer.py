@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PqcadError
@@ -54,6 +55,12 @@ class LoopSettings:
 
 class InterruptedByUserError(PqcadError):
     """Ctrl-C: the step at hand was finished and a checkpoint written."""
+
+
+def new_accelerator(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
+    """An Accelerator of this precision. Accelerate keeps the first one's settings for the whole process: they are forgotten here."""
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
 
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
