@@ -92,7 +92,7 @@ class WeightQuantizer(Section):
     granularity: Literal["per_channel", "per_tensor"] = Field("per_channel", description="one scale an output channel, or one a tensor")
     symmetric: bool = Field(True, description="zero point fixed at 0")
     scale: Literal["statistics", "learned"] = Field("statistics", description="computed from the weights each step, or a trained parameter")
-    range: Literal["min_max", "mse"] = Field("min_max", description="statistic behind the scale: the extremes, or the least squared error")
+    range: Literal["min_max", "mse"] = Field("mse", description="statistic behind the scale: the extremes, or the least squared error")
 
 
 class InputQuantizer(Section):
@@ -103,7 +103,7 @@ class InputQuantizer(Section):
     symmetric: bool = Field(True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower")
     signed: bool | Literal["auto"] = Field("auto", description="auto: unsigned where the calibrated minimum is >= 0; auto if asymmetric")
     scale: Literal["statistics", "learned"] = Field("learned", description="kept as calibrated, or a trained parameter that starts there")
-    range: Literal["min_max", "percentile", "mse"] = Field("min_max", description="statistic of the calibration set behind the scale")
+    range: Literal["min_max", "percentile", "mse"] = Field("mse", description="statistic of the calibration set behind the scale")
     percentile: float = Field(99.99, gt=50, le=100, description="percent of the values inside the range, where range is percentile")
 
     def faults(self) -> Iterator[Fault]:
