@@ -82,9 +82,12 @@ def fixture_report() -> Report:
                 ProfileRow("Convolution", "bf16", 0.07, 2),
             ),
         },
-        storage=tuple(StorageRow(block, 60_000 + 37_000 * i % 170_000, 2_400 + 300 * i, 4_100 + 700 * i) for i, block in enumerate(BLOCKS))
-        + (StorageRow("conv_in", 0, 0, 1_280), StorageRow("time_embedding", 20_480, 1_024, 1_024)),
-        reproduction=Reproduction("python -m pqcad_qat run policies/w4a8.yaml", "name: w4a8\nmodel:\n  source: embedded:fashion-mnist\n", "0.1.0"),
+        storage=(
+            *(StorageRow(block, 60_000 + 37_000 * i % 170_000, 2_400 + 300 * i, 4_100 + 700 * i) for i, block in enumerate(BLOCKS)),
+            StorageRow("conv_in", 0, 0, 1_280),
+            StorageRow("time_embedding", 20_480, 1_024, 1_024),
+        ),
+        reproduction=Reproduction("python -m pqcad_qat run policies/w4a8.yaml", "name: w4a8\nseed: 0\n", "0.1.0"),
         created="2000-01-01T00:00:00+00:00",
     )
 

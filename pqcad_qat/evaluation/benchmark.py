@@ -32,7 +32,7 @@ XML_FILE = "openvino_model.xml"
 def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
     """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine falls on all of them alike.
 
-    The order rotates from round to round and every second round runs backwards. Each timed call follows an untimed call of the same
+    The order rotates from round to round, and runs backwards in every second rotation. Each timed call follows an untimed call of the same
     candidate, which is how a sampler meets it: caches hold its weights, and the threads of the candidate before (torch's OpenMP and
     OpenVINO's TBB workers spin for a while after their last job) have gone to sleep. Raises ValueError unless runs >= 1, warmup >= 0.
     """
@@ -55,10 +55,10 @@ def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, 
 
 
 def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
-    """The order of one round: rotated by the round's number, reversed in odd rounds."""
-    shift = turn % len(names) if names else 0
+    """The order of one round: rotated by one each round, and backwards after each full rotation, so that neighbours change sides."""
+    lap, shift = divmod(turn, max(1, len(names)))
     order = (*names[shift:], *names[:shift])
-    return order[::-1] if turn % 2 else order
+    return order[::-1] if lap % 2 else order
 
 
 def timing(seconds: Sequence[float]) -> Timing:
@@ -80,13 +80,13 @@ def example_inputs(sample_shape: tuple[int, int, int], batch: int, seed: int = 0
     return {"sample": noise, "timestep": np.full(batch, 500, dtype=np.int64)}
 
 
-def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
     """PyTorch eager in evaluation mode, without gradients, on every core."""
     torch.set_num_threads(usable_cores())
     sample, timestep = (torch.from_numpy(inputs[key]) for key in ("sample", "timestep"))
     model.eval()
 
-    def call() -> object:
+    def call() -> Tensor:
         with torch.no_grad():
             return predict(model, sample, timestep)
 
@@ -139,7 +139,7 @@ def convert_float(
     to 1000, which would spoil a baseline's images for a reason that has nothing to do with its quantization. The model is left as it was.
     """
     inputs = example_inputs(sample_shape, batch)
-    example = tuple(torch.from_numpy(value) for value in inputs.values())
+    example = (torch.from_numpy(inputs["sample"]), torch.zeros(batch, dtype=torch.long))
     replacements: dict[str, nn.Module] = {}
     if train_timesteps is not None and isinstance(projection := getattr(model, "time_proj", None), nn.Module):
         replacements["time_proj"] = TimestepTable(projection, train_timesteps)
