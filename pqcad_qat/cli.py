@@ -12,27 +12,27 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import fire
 from rich.console import Console
 from rich.table import Table
 
-from pqcad_qat.errors import PolicyError, PqcadError
+from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text
+from pqcad_qat.errors import PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 
 CONSOLE = Console()
 ERRORS = Console(stderr=True)
 
 
-def run(policy: str, model: str | None = None, out: str | None = None, set: Any = (), resume: bool = False) -> None:
+def run(policy: str, model: str | None = None, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
     """Take a policy's full-precision model to an INT8 OpenVINO folder and a report.
 
     Args:
         policy: policy file, such as policies/w4a8.yaml.
         model: overrides model.source: embedded:NAME, a local diffusers folder, or a hub id.
         out: folder of the run; runs/NAME of the policy by default.
-        set: override of a key, as KEY=VALUE; several as --set '[A=1,B=2]' or --set A=1 --set B=2.
+        set: override of a key, as KEY=VALUE, such as training.seed=1; given again for each further key.
         resume: go on with an unfinished run; finished stages are not repeated.
     """
     loaded = load_policy(Path(policy), _overrides(set, model))
@@ -41,16 +41,16 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: Any 
     folder = Path(out) if out else Path("runs") / loaded.name
     page = pipeline.run(loaded, folder, _command_line(), CONSOLE, resume)
     _print_result(folder)
-    CONSOLE.print(f"report:   {page}\ndeployed: {folder / 'openvino'}")
+    CONSOLE.print(f"report:   {page}\ndeployed: {folder / 'openvino'}", soft_wrap=True)
 
 
-def plan(policy: str, model: str | None = None, set: Any = ()) -> None:
+def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
     """Show which rule quantizes which layer, to how many bits, and the expected size; trains nothing.
 
     Args:
         policy: policy file.
         model: overrides model.source.
-        set: override of a key, as KEY=VALUE.
+        set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), _overrides(set, model))
     from pqcad_qat.pipeline import prepare
@@ -60,19 +60,19 @@ def plan(policy: str, model: str | None = None, set: Any = ()) -> None:
     CONSOLE.print(plan_table(prepared.plan, prepared.split))
 
 
-def pretrain(policy: str, out: str | None = None, set: Any = (), resume: bool = False) -> None:
+def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
     """Train a full-precision denoiser from real images; the result is a diffusers folder.
 
     Args:
         policy: policy file of kind pretrain, such as policies/pretrain-fashion-mnist.yaml.
         out: folder of the run; runs/NAME of the policy by default.
-        set: override of a key, as KEY=VALUE.
+        set: override of a key, as KEY=VALUE; given again for each further key.
         resume: go on with an unfinished run.
     """
     loaded = load_pretrain_policy(Path(policy), _overrides(set))
     from pqcad_qat.pretrain import pretrain as train
 
-    CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}")
+    CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True)
 
 
 def sample(folder: str, count: int = 64, seed: int = 0, steps: int | None = None, out: str = "grid.png") -> None:
@@ -89,13 +89,14 @@ def sample(folder: str, count: int = 64, seed: int = 0, steps: int | None = None
     from pqcad_qat.evaluation.variant import open_folder, sample_images
     from pqcad_qat.training.metrics_log import progress_bar
 
-    variant = open_folder(folder, _positive("steps", steps) if steps is not None else None)
-    _positive("count", count)
+    _whole("count", count)
+    _whole("seed", seed, least=0)
+    variant = open_folder(folder, _whole("steps", steps) if steps is not None else None)
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
         images = sample_images(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
     save_grid(images, Path(out))
-    CONSOLE.print(f"{out}: {count} images, {variant.steps} steps, {variant.runtime}")
+    CONSOLE.print(f"{out}: {count} images, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
 
 
 def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None = None, features: str = "embedded:fashion-mnist") -> None:
@@ -113,9 +114,10 @@ def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None
     from pqcad_qat.evaluation.variant import open_folder, sample_images
     from pqcad_qat.training.metrics_log import progress_bar
 
-    variant = open_folder(folder, _positive("steps", steps) if steps is not None else None)
+    _whole("images", images, least=2)
+    _whole("seed", seed, least=0)
+    variant = open_folder(folder, _whole("steps", steps) if steps is not None else None)
     network = load_features(features)
-    _positive("images", images)
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
@@ -133,7 +135,7 @@ def benchmark(folder: str, runs: int = 100) -> None:
     """
     from pqcad_qat.evaluation.comparison import compare_speed
 
-    rows = compare_speed(Path(folder), _positive("runs", runs), CONSOLE)
+    rows = compare_speed(Path(folder), _whole("runs", runs), CONSOLE)
     table = Table("", "median ms", "minimum ms", "quartiles ms", "ours / this", title="one denoising step")
     ours = rows["pqcad-openvino"].median_ms
     for name, row in rows.items():
@@ -162,7 +164,7 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
         make_features(
             Path(out), train, test, progress=lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}")
         )
-    CONSOLE.print(f"features: {out}")
+    CONSOLE.print(f"features: {out}", soft_wrap=True)
 
 
 def schema() -> None:
@@ -179,8 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
+    if HELP & set(given):
+        sys.stdout.write(help_text(COMMANDS, given))
+        return
     try:
-        fire.Fire(COMMANDS, command=_joined(given), name="pqcad-qat")
+        fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
     except PqcadError as error:
         ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -189,34 +194,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """Fire keeps only the last of a repeated flag, and reads its value as Python: gather every --set into one quoted list."""
-    rest: list[str] = []
-    overrides: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument == "--set":
-            overrides.append(next(waiting, ""))
-        elif argument.startswith("--set="):
-            overrides.append(argument.removeprefix("--set="))
-        else:
-            rest.append(argument)
-    return [*rest, f"--set={json.dumps(overrides)}"] if overrides else rest
+def _overrides(given: Sequence[str], model: str | None = None) -> list[str]:
+    return [*given, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
 
 
-def _overrides(given: Any, model: str | None = None) -> list[str]:
-    listed = [str(item) for item in given] if isinstance(given, list | tuple) else [str(given)]
-    return [*listed, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PolicyError(f"--{name}: got {value!r}; allowed a whole number from 1")
+def _whole(name: str, value: int, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"--{name}: got {value!r}; allowed a whole number from {least}")
     return value
 
 
 def _command_line() -> str:
-    return "python -m pqcad_qat " + shlex.join(sys.argv[1:])
+    """What makes the run again, from its beginning."""
+    return "python -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,104 @@
+"""The command line's arguments before Fire reads them: what Fire would take wrongly is refused or rewritten, and its help made plain.
+
+Not here: the commands (cli.py). Fire runs a command first and complains of an unknown flag afterwards, when a typo has cost a whole run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, suppress
+
+import fire
+
+from pqcad_qat.errors import PqcadError
+from pqcad_qat.policy.schema import known_keys
+
+Commands = Mapping[str, Callable[..., None]]
+HELP = {"-h", "--help"}
+
+
+class UsageError(PqcadError):
+    """A command line that names a flag or a value too many, or a flag without its value."""
+
+
+def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:
+    """The arguments as Fire reads them rightly: switches spelled out, every --set in one list.
+
+    Raises:
+        UsageError: a flag that the command does not have, one without a value, or an argument too many.
+    """
+    if not given or given[0] not in commands:
+        return list(given)  # Fire says which commands there are
+    name, *rest = given
+    parameters = inspect.signature(commands[name]).parameters
+    positional: list[str] = []
+    flags: list[tuple[str, str]] = []
+    for flag, value in _pairs(name, parameters, rest):
+        if flag is None:
+            positional.append(value)
+        else:
+            flags.append((flag, value))
+    _refuse_surplus(name, parameters, positional)
+    overrides = [value for flag, value in flags if flag == "set"]
+    return [
+        name,
+        *(_literal(parameter, value) for parameter, value in zip(parameters.values(), positional, strict=False)),
+        *(f"--{flag}={_literal(parameters[flag], value)}" for flag, value in flags if flag != "set"),
+        *([f"--set={json.dumps(overrides)}"] if overrides else []),
+    ]
+
+
+def _literal(parameter: inspect.Parameter, value: str) -> str:
+    """Fire reads values as Python, so that a folder 1e3 would become a number: text is quoted."""
+    return json.dumps(value) if parameter.annotation in ("str", "str | None") else value
+
+
+def _pairs(command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+    """(flag, its value), or (None, value) for an argument without a flag."""
+    waiting = iter(rest)
+    for argument in waiting:
+        if not re.match(r"--?[A-Za-z]", argument):
+            yield None, argument
+            continue
+        spelled, sign, value = argument.partition("=")
+        flag = _flag(command, parameters, spelled)
+        if not sign and isinstance(parameters[flag].default, bool):
+            value = "True"
+        elif not sign:
+            value = next(waiting, "")
+            if not value:
+                raise UsageError(f"{spelled}: got no value; allowed {spelled} VALUE")
+        yield flag, value
+
+
+def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: str) -> str:
+    name = spelled.lstrip("-").replace("-", "_")
+    short = [known for known in parameters if known[0] == name] if not spelled.startswith("--") else []
+    if len(short) == 1:
+        return short[0]
+    if not spelled.startswith("--") or name not in parameters:
+        allowed = known_keys([f"--{known}" for known in parameters], spelled) if parameters else "none"
+        raise UsageError(f"{spelled}: got an unknown flag of `{command}`; allowed {allowed}")
+    return name
+
+
+def _refuse_surplus(command: str, parameters: Mapping[str, inspect.Parameter], positional: Sequence[str]) -> None:
+    required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    if len(positional) > len(required):
+        surplus = " ".join(positional[len(required) :])
+        wanted = " ".join(name.upper() for name in required) or "none"
+        raise UsageError(f"{surplus}: got an argument too many for `{command}`; allowed {wanted}, and flags")
+
+
+def help_text(commands: Commands, given: Sequence[str]) -> str:
+    """What --help shows: Fire's text, with types as a user would write them."""
+    text = io.StringIO()
+    named = [argument for argument in given[:1] if argument in commands]
+    with redirect_stderr(text), suppress(SystemExit):
+        fire.Fire(dict(commands), command=[*named, "--", "--help"], name="pqcad-qat")
+    plain = re.sub(r"Type: Optional\['(\w+) \| None'\]\n *Default: None", r"Type: \1", text.getvalue())
+    return re.sub(r"Type: '(.*)'", r"Type: \1", plain)
