@@ -44,10 +44,7 @@ class RunFolder:
     def finished(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage noted, or None where it is still to do."""
         marker = self._marker(stage)
-        if not marker.exists():
-            return None
-        found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
-        return found
+        return _read_marker(marker) if marker.exists() else None
 
     def finish(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
         write_atomically(self._marker(stage), json.dumps({"seconds": seconds, **facts}, indent=1, allow_nan=False))
@@ -55,7 +52,7 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """Wall time of every finished stage, in the order in which they ended."""
         markers = sorted((self.path / "stages").glob("*.json"), key=lambda marker: marker.stat().st_mtime_ns)
-        return {marker.stem: json.loads(marker.read_text(encoding="utf-8"))["seconds"] for marker in markers}
+        return {marker.stem: _read_marker(marker)["seconds"] for marker in markers}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -71,20 +68,30 @@ class RunFolder:
         return self.path / "stages" / f"{stage}.json"
 
 
+def _read_marker(marker: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{marker}: damaged: {error}; delete it and --resume does this stage again") from error
+    return found
+
+
 @contextmanager
 def open_run(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> Iterator[RunFolder]:
     """Open a new run folder, or with `resume` go on with one; another process on the same folder is refused.
 
+    With `resume` and no run there yet, one is begun: so a run that was killed in its first second goes on like any other.
+
     Raises:
-        CheckpointError: the folder holds a run and `resume` was not asked for, there is nothing to resume, or the run's policy is another
-            one (every difference is named).
+        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be written, or the
+            run's policy is another one (every difference is named).
     """
     written = path / POLICY
     if written.exists():
         if not resume:
             raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
         _check_policy(written, policy)
-    elif path.exists() and any(path.iterdir()):
+    elif path.is_dir() and any(not entry.name.startswith(f".{POLICY}.") for entry in path.iterdir()):  # a killed process's draft
         raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
