@@ -84,7 +84,12 @@ def calibration_set(
     draft.mkdir(parents=True)
     save_file({"states": found.states, "predictions": found.predictions}, draft / "trajectories.safetensors")
     (draft / "recipe.json").write_text(json.dumps({**asdict(recipe), "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
-    draft.rename(folder)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(draft)  # another run has recorded the same set meanwhile
     return found, folder
 
 

@@ -90,9 +90,13 @@ def _load_folder(folder: Path, source: str) -> DiffusionModel:
     if not weights.is_file():
         raise ModelError(f"{weights}: no such file; weights are read from safetensors only")
     try:
-        denoiser = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
+        denoiser, found = UNet2DModel.from_pretrained(
+            folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except Exception as error:  # diffusers raises anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder / 'unet'}: cannot load this model: {error}") from error
+    if found["missing_keys"] or found["unexpected_keys"]:  # diffusers warns, and leaves what is missing random
+        raise ModelError(f"{weights}: missing: {found['missing_keys']}; not of this model: {found['unexpected_keys']}")
     return _model(denoiser, scheduler, source)
 
 
@@ -112,7 +116,8 @@ def _load_hub(source: str) -> DiffusionModel:
 
 def _model(denoiser: Any, scheduler: dict[str, Any], source: str) -> DiffusionModel:
     denoiser = denoiser.float().eval()
-    digest = hashlib.sha256(json.dumps([dict(denoiser.config), scheduler], sort_keys=True, default=str).encode())
+    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (denoiser.config, scheduler)]
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -122,6 +127,9 @@ def _model(denoiser: Any, scheduler: dict[str, Any], source: str) -> DiffusionMo
 def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
     """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/, scheduler/."""
     cast(Any, denoiser).save_pretrained(folder / "unet", safe_serialization=True)
+    config = read_json(folder / "unet" / "config.json")
+    config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
+    write_json(folder / "unet" / "config.json", config)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     write_json(folder / "model_index.json", model_index())
 
