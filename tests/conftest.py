@@ -1,0 +1,143 @@
+"""What several test files share: a tiny full-precision model in diffusers layout, a policy for it, and one real run of the pipeline.
+
+Not here: any test. Nothing needs a network or a data set.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, so that repeats can be bitwise
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from rich.console import Console
+
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, save_model
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import Policy
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+POLICIES = REPOSITORY / "policies"
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes through every stage
+    "name=tiny",
+    "sampler.steps=4",
+    "distillation.student_steps=2",
+    "calibration.trajectories=4",
+    "calibration.batch_size=4",
+    "progressive.steps=9",
+    "distillation.steps=6",
+    "training.batch_size=4",
+    "training.checkpoint_every=3",
+    "evaluation.images=8",
+    "evaluation.batch_size=8",
+    "export.latency_runs=2",
+)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that was made once, for tests that only look at it.
+
+    Attributes:
+        path: folder of the run.
+        page: what the pipeline returned.
+        policy: that it ran.
+        output: what it printed.
+    """
+
+    path: Path
+    page: Path
+    policy: Policy
+    output: str
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    save_model(tiny_unet().eval(), SCHEDULER, folder)
+    return folder
+
+
+def tiny_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> DiffusionModel:
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_folder: Path) -> Policy:
+    return load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
+
+
+def tiny_overrides(model: Path, *more: str) -> list[str]:
+    return [f"model.source={model}", *TINY, *more]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """One real run from policy to report, in this process."""
+    from pqcad_qat import pipeline
+
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    page = pipeline.run(tiny_policy, path, "python -m pqcad_qat run tiny.yaml", console)
+    return FinishedRun(path, page, tiny_policy, printed.getvalue())
+
+
+CommandLine = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def command_line() -> CommandLine:
+    """Run `python -m pqcad_qat ARGUMENTS` as a process of its own."""
+
+    def call(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(program(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+
+    return call
+
+
+def program(arguments: Sequence[str | Path]) -> list[str]:
+    return [sys.executable, "-m", "pqcad_qat", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Of a subprocess: this source tree, no network, one thread, plain text."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
