@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.injectors import QuantizedConv2d, QuantizedLinear
 from pqcad_qat.quantization.plan import LayerPlan, evaluating, quantizable_layers
 from pqcad_qat.quantization.quantizers import (
     IntegerLayer,
-    QuantizedConv2d,
     QuantizedLayer,
-    QuantizedLinear,
     estimate_weight_range,
     float_layer,
     integer_layer,

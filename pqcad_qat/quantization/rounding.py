@@ -1,6 +1,6 @@
-"""Uniform quantization as one autograd function: Brevitas's IntQuant value for value, in a third of its passes over memory.
+"""Uniform quantization as one autograd function: Brevitas's values and gradients in a third of its passes and a tenth of its calls.
 
-No Brevitas, no modules and no state here: where scales, zero points and widths come from is quantizers.py.
+No Brevitas, no modules and no state here: where ranges and widths come from is quantizers.py.
 """
 
 from __future__ import annotations
@@ -10,23 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALLEST_RANGE = 1e-10  # a channel of zeros keeps a positive scale
+
+
+def integer_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
+    """The smallest and largest integer; ``narrow`` drops the smallest signed one, so that the range is symmetric."""
+    if signed:
+        return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
+    """Quantize x to the integers of ``bounds`` and dequantize: y = (clamp(round(x / scale + zero_point)) - zero_point) * scale.
+
+    x: any shape, computed in float32. span: the range, broadcastable to x; scale = |span| / levels, where the levels are -bounds[0] for
+    signed and bounds[1] for unsigned integers. low: the magnitude of the range's lower end, in span's shape, or None for a zero point of
+    0; zero_point = clamp(round(low / scale)), so zero is always on the grid. ``straight``: the gradient of x passes where x is clamped
+    too (Brevitas's TensorClampSte); otherwise it is 0 there (TensorClamp). Rounding is straight through; the gradients of span and low
+    are those of Brevitas's ParameterScaling and ParameterZeroPoint.
+    """
+    x = x.float()  # bfloat16 activations of autocast cannot tell 256 levels apart
+    if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
+        y: Tensor = _Quantize.apply(x, span, low, bounds, straight)  # type: ignore[no-untyped-call]
+        return y
+    scale, zero_point = _grid(span, low, bounds)
+    return _dequantized(_rounded(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
+
 
 class _Quantize(torch.autograd.Function):
-    """y = (clamp(round(x / scale + zero_point), low, high) - zero_point) * scale, rounding straight through.
-
-    The division, not a multiplication by the reciprocal, is what makes the values equal to Brevitas's to the last bit.
-    """
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, straight: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
+        scale, zero_point = _grid(span, low, bounds)
         rounded = _rounded(x, scale, zero_point)
-        ctx.low, ctx.high, ctx.straight = low, high, straight
+        ctx.bounds, ctx.straight = bounds, straight
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        if learns or straight or not ctx.needs_input_grad[0]:
-            y = _dequantized(rounded.clamp_(low, high), scale, zero_point)
-            ctx.save_for_backward(*((x, y, scale, zero_point) if learns else ()))
-        else:  # only the gradient of x is wanted: its mask is read off the unclamped integers
-            y = _dequantized(rounded.clamp(low, high), scale, zero_point)
+        if learns or straight:
+            y = _dequantized(rounded.clamp_(*bounds), scale, zero_point)
+            ctx.save_for_backward(*((x, y, span, low, scale, zero_point) if learns else ()))
+        else:  # only the gradient of x is wanted, and its mask is read off the unclamped integers
+            y = _dequantized(rounded.clamp(*bounds), scale, zero_point)
             ctx.save_for_backward(rounded)
         return y
 
@@ -34,29 +56,39 @@ class _Quantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         saved = ctx.saved_tensors
-        if len(saved) < 4:
-            return (_inside(gradient, saved[0], ctx.low, ctx.high) if saved else gradient, None, None, None, None, None)
-        x, y, scale, zero_point = saved
-        inside = gradient if ctx.straight else _inside(gradient, _rounded(x, scale, zero_point), ctx.low, ctx.high)
-        outside = None if ctx.straight else gradient - inside
-        return (inside, _scale_gradient(inside, outside, x, y, scale), _zero_point_gradient(outside, scale, zero_point), None, None, None)
+        if len(saved) <= 1:
+            return (_inside(gradient, saved[0], ctx.bounds) if saved else gradient), None, None, None, None
+        x, y, span, low, scale, zero_point = saved
+        if ctx.straight:
+            inside, work = gradient, torch.empty_like(y)
+            scale_gradient, zero_point_gradient = _sum(torch.sub(y, x, out=work), inside, scale).div_(scale), None
+        else:
+            work = _rounded(x, scale, zero_point)
+            inside = _inside(gradient, work, ctx.bounds)
+            # y - x before the product: both are nearly equal, and two long sums would cancel
+            scale_gradient = _sum(torch.sub(y, x, out=work), inside, scale)
+            torch.sub(gradient, inside, out=work)
+            zero_point_gradient = None if zero_point is None else work.sum_to_size(scale.shape).mul_(scale).neg_()
+            scale_gradient.add_(_sum(work, y, scale)).div_(scale)
+        low_gradient = None
+        if low is not None and zero_point_gradient is not None:
+            low_gradient, along_scale = _through_zero_point(zero_point_gradient, low, scale, ctx)
+            scale_gradient.add_(along_scale)
+        span_gradient = scale_gradient.div_(_levels(ctx.bounds)).mul_(_sign(span))
+        return inside, span_gradient, low_gradient, None, None
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, straight: bool) -> Tensor:
-    """Quantize and dequantize x onto the grid {(q - zero_point) * scale : low <= q <= high}.
+def _levels(bounds: tuple[int, int]) -> int:
+    return -bounds[0] if bounds[0] else bounds[1]
 
-    x: any shape; scale and zero_point: broadcastable to it, float32; zero_point None means 0. ``straight`` lets the gradient of x
-    through where x is clamped too (Brevitas's TensorClampSte); otherwise it is 0 there (TensorClamp). Gradients of scale and
-    zero_point are those of Brevitas: for the scale, (q - zero_point) - x / scale inside the clamp and q - zero_point outside.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        y: Tensor = _Quantize.apply(x, scale, zero_point, low, high, straight)  # type: ignore[no-untyped-call]
-        return y
-    return _dequantized(_rounded(x, scale, zero_point).clamp_(low, high), scale, zero_point)
+
+def _grid(span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    scale = span.abs().clamp_(min=SMALLEST_RANGE).div_(_levels(bounds))
+    return scale, None if low is None else low.abs().div_(scale).round_().clamp_(*bounds)
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    y = x / scale
+    y = x / scale  # not times the reciprocal: this is what makes the values equal to Brevitas's to the last bit
     if zero_point is not None:
         y.add_(zero_point)
     return y.round_()
@@ -68,26 +100,25 @@ def _dequantized(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> 
     return integers.mul_(scale)
 
 
-def _inside(gradient: Tensor, rounded: Tensor, low: int, high: int) -> Tensor:
+def _inside(gradient: Tensor, rounded: Tensor, bounds: tuple[int, int]) -> Tensor:
     # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten times as much on CPUs
-    return torch.ops.aten.hardtanh_backward(gradient, rounded, low - 0.5, high + 0.5)  # type: ignore[no-any-return]
+    inside: Tensor = torch.ops.aten.hardtanh_backward(gradient, rounded, bounds[0] - 0.5, bounds[1] + 0.5)
+    return inside
 
 
-def _scale_gradient(inside: Tensor, outside: Tensor | None, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    # y - x before the product: both are nearly equal, and two long sums would cancel
-    total = _product_sum(inside, y - x, scale)
-    if outside is not None:
-        total = total + _product_sum(outside, y, scale)
-    return total / scale
+def _sum(work: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """The sum of work * other over everything that shares a scale; work is overwritten."""
+    if scale.numel() == 1 and work.is_contiguous() and other.is_contiguous():
+        return torch.dot(work.view(-1), other.view(-1)).reshape(scale.shape)
+    return work.mul_(other).sum_to_size(scale.shape)
 
 
-def _zero_point_gradient(outside: Tensor | None, scale: Tensor, zero_point: Tensor | None) -> Tensor | None:
-    if outside is None or zero_point is None:
-        return None
-    return -(outside * scale).sum_to_size(zero_point.shape)
+def _through_zero_point(gradient: Tensor, low: Tensor, scale: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
+    """What the zero point's gradient gives to low and to scale: zero_point = clamp(round(|low| / scale))."""
+    ratio = low.abs() / scale
+    reaches = gradient / scale if ctx.straight else _inside(gradient, ratio.round(), ctx.bounds) / scale
+    return reaches * _sign(low), -reaches * ratio
 
 
-def _product_sum(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    if scale.numel() == 1:
-        return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(scale.shape)
-    return (a * b).sum_to_size(scale.shape)
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -1.0, 1.0)
