@@ -24,6 +24,9 @@ from pqcad_qat.quantization.quantizers import (
 )
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
+OBSERVE_EVERY = 5
+"""Steps between two observations of the perturbations: they change slowly, and each costs two quantizations of every weight."""
+
 Cause = Literal["plateau", "deadline"]
 
 BLEND_ENDS_AT = 0.95
@@ -200,7 +203,8 @@ class MomentumBitSchedule(Callback):
 
     def before_step(self, state: TrainState) -> None:
         ended = self._advance_blends(state.step)
-        self._observe_perturbations()
+        if ended or state.step % OBSERVE_EVERY == 0:
+            self._observe_perturbations()
         loss = self._loss.improvement
         begun = decide(state.step, self.settings, loss.value, loss.count, self._statuses())
         for transition in begun:
