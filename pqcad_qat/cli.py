@@ -5,6 +5,7 @@ Not here: any work. Heavy libraries are imported inside the commands, so that `-
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -20,6 +21,8 @@ from rich.table import Table
 from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text
 from pqcad_qat.errors import PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 CONSOLE = Console()
 ERRORS = Console(stderr=True)
@@ -180,6 +183,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _keep_freed_memory()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if HELP & set(given):
         sys.stdout.write(help_text(COMMANDS, given))
@@ -202,6 +206,16 @@ def _whole(name: str, value: int, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"--{name}: got {value!r}; allowed a whole number from {least}")
     return value
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what training frees at every step and takes again at the next: an eighth of a step's time went into page faults."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass  # another system's allocator: nothing to tell
 
 
 def _command_line() -> str:
