@@ -209,7 +209,7 @@ def _whole(name: str, value: int, least: int = 1) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep what training frees at every step and takes again at the next: an eighth of a step's time went into page faults."""
+    """Tell glibc to keep what training frees at every step and takes again at the next: page faults took an eighth of a step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
