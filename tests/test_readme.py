@@ -1,0 +1,59 @@
+"""The README says what is: its policy reference equals the schema, its file tree the files, its test command exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from pqcad_qat.policy import schema
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTIONS = {
+    "model": schema.ModelPolicy,
+    "sampler": schema.SamplerPolicy,
+    "calibration": schema.CalibrationPolicy,
+    "quantization": schema.QuantizationPolicy,
+    "quantization.layers[]": schema.LayerRule,
+    "quantization.layers[].weights": schema.WeightQuantizer,
+    "quantization.layers[].inputs": schema.InputQuantizer,
+    "progressive": schema.ProgressivePolicy,
+    "distillation": schema.DistillationPolicy,
+    "training": schema.TrainingPolicy,
+    "evaluation": schema.EvaluationPolicy,
+    "export": schema.ExportPolicy,
+}
+
+
+def policy_reference() -> list[str]:
+    """The rows of the README's table, from the schema."""
+    rows = []
+    for name, section in SECTIONS.items():
+        for key, field in section.model_fields.items():
+            default = "required" if field.default is PydanticUndefined else f"`{json.dumps(field.default)}`"
+            rows.append(f"| `{name}.{key}` | {default} | {field.description} |")
+    return rows
+
+
+def test_the_policy_reference_is_the_schema() -> None:
+    written = [line for line in README.splitlines() if re.match(r"\| `(model|sampler|[a-z]+)\.[a-z_\[\].]+` \|", line)]
+    assert written == policy_reference()
+
+
+def test_the_file_tree_lists_every_module_and_nothing_else() -> None:
+    tree = README.split("<!-- files -->")[1].split("```")[1]
+    listed = set(re.findall(r"^\s*([a-z_/]+\.py)", tree, re.MULTILINE))
+    there = {str(path.relative_to(ROOT / "pqcad_qat")) for path in (ROOT / "pqcad_qat").rglob("*.py") if not path.name.startswith("__")}
+    assert listed == there
+
+
+def test_every_shipped_policy_is_named() -> None:
+    assert {path.name for path in (ROOT / "policies").glob("*.yaml")} == set(re.findall(r"policies/([a-z0-9-]+\.yaml)`", README))
+
+
+def test_ci_finds_the_test_command() -> None:
+    command = README.split("<!-- tests -->")[1].split("```")[1]
+    assert "tox" in command
