@@ -1,0 +1,122 @@
+"""The policies that ship: what each says of itself, and its plan on the model it is for.
+
+Not here: what a policy may say (test_policy_schema.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import POLICIES
+from diffusers import UNet2DModel
+
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
+from pqcad_qat.evaluation.features import load_features
+from pqcad_qat.pipeline import prepare
+from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, plan_layers
+from pqcad_qat.quantization.shortcut import split_shortcuts
+
+PRETRAIN = "pretrain-fashion-mnist"
+WEIGHT_BITS = {  # of the layers between the first and the last
+    "w8a8": {8},
+    "w4a8": {4},
+    "w4a8-mixed": {4, 6, 8},
+    "w6a6": {6},
+    "w3a8": {3},
+    "w2a8": {2},
+    "smoke": {4},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    """The architecture that the pretraining policy describes, untrained."""
+    config = {key: value for key, value in load_pretrain_policy(POLICIES / f"{PRETRAIN}.yaml").model.items() if key != "class"}
+    torch.manual_seed(0)
+    return DiffusionModel(UNet2DModel(**config).eval(), {"num_train_timesteps": 1000}, PRETRAIN, "")
+
+
+def planned(policy: Policy, model: DiffusionModel) -> tuple[LayerPlan, ...]:
+    denoiser = copy.deepcopy(model.denoiser)
+    if policy.quantization.split_shortcuts:
+        split_shortcuts(denoiser, model.example)
+    plan = plan_layers(denoiser, policy.quantization.layers, policy.progressive.ladder, model.example)
+    assert float_layers(denoiser, plan) == ()
+    return plan
+
+
+def test_all_of_them_ship() -> None:
+    assert {path.stem for path in POLICIES.glob("*.yaml")} == {*WEIGHT_BITS, PRETRAIN}
+
+
+@pytest.mark.parametrize("path", sorted(POLICIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+    command = "pretrain" if path.stem == PRETRAIN else "run"
+    assert re.match(r"# [A-Z0-9].*[.:,]", header[0])
+    assert f"#     python -m pqcad_qat {command} policies/{path.name}" in header
+
+
+@pytest.mark.parametrize("name", WEIGHT_BITS)
+def test_each_is_named_as_its_file_and_takes_the_embedded_model_and_features(name: str) -> None:
+    policy = load_policy(POLICIES / f"{name}.yaml")
+    assert (policy.name, policy.model.source, policy.evaluation.features) == (name, "embedded:fashion-mnist", "embedded:fashion-mnist")
+    assert policy.sampler.steps == 2 * policy.distillation.student_steps
+    assert load_features(policy.evaluation.features).reference is not None
+
+
+@pytest.mark.parametrize(("name", "widths"), WEIGHT_BITS.items())
+def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_its_name(
+    model: DiffusionModel, name: str, widths: set[int]
+) -> None:
+    plan = planned(load_policy(POLICIES / f"{name}.yaml"), model)
+    edges = [layer for layer in plan if layer.name in ("conv_in", "conv_out") or layer.name.startswith("time_embedding.")]
+    inner = [layer for layer in plan if layer not in edges]
+    assert {layer.weights.bits for layer in edges} == {8}
+    assert {layer.weights.bits for layer in inner} == widths
+    assert {layer.inputs.bits for layer in inner} == {6 if name == "w6a6" else 8}
+    assert all(layer.ladder[-1] == layer.weights.bits for layer in plan)
+
+
+@pytest.mark.parametrize("name", WEIGHT_BITS)
+def test_each_plans_for_int8_execution_but_for_the_widths_that_are_simulation_only(model: DiffusionModel, name: str) -> None:
+    plan = planned(load_policy(POLICIES / f"{name}.yaml"), model)
+    assert {layer.name for layer in plan if not executes_int8(layer)} == {layer.name for layer in plan if layer.inputs.bits in (5, 6, 7)}
+    assert all(layer.int8_exception for layer in plan if not executes_int8(layer))
+
+
+def test_the_default_policy_packs_to_at_most_a_sixth_of_the_float32_weights(model: DiffusionModel) -> None:
+    policy = load_policy(POLICIES / "w4a8.yaml")
+    denoiser = split_shortcuts(copy.deepcopy(model.denoiser), model.example)
+    plan = plan_layers(denoiser, policy.quantization.layers, policy.progressive.ladder, model.example)
+    weights = 4 * sum(parameter.numel() for parameter in model.denoiser.parameters())
+    assert expected_bytes(denoiser, plan, packed=True) <= 0.16 * weights
+
+
+def test_the_pretraining_policy_describes_a_model_of_the_promised_size_with_attention(model: DiffusionModel) -> None:
+    parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    assert 2_000_000 <= parameters <= 6_000_000
+    assert model.sample_shape == (1, 32, 32)
+    assert any("attentions" in name for name, _ in model.denoiser.named_modules())
+
+
+def test_the_embedded_model_is_what_the_pretraining_policy_makes(model: DiffusionModel) -> None:
+    policy = load_pretrain_policy(POLICIES / f"{PRETRAIN}.yaml")
+    embedded = load_model("embedded:fashion-mnist")
+    found = embedded.denoiser.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in model.denoiser.state_dict().items()}
+    scheduler = embedded.scheduler_config
+    for key in ("beta_schedule", "prediction_type", "timestep_spacing"):
+        assert scheduler[key] == getattr(policy.scheduler, key)
+
+
+@pytest.mark.parametrize("name", WEIGHT_BITS)
+def test_each_is_ready_to_run_on_the_embedded_model(name: str) -> None:
+    assert prepare(load_policy(POLICIES / f"{name}.yaml")).plan
