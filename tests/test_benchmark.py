@@ -47,6 +47,10 @@ class Clock:
         self.now = 0.0
         self.calls: list[str] = []
 
+    def rest(self, seconds: float) -> None:
+        assert seconds >= 0.01, "threads of the candidate before must fall asleep"
+        self.calls.append("rest")
+
     def candidate(self, name: str, *durations: float) -> Callable[[], None]:
         remaining = list(durations)
 
@@ -61,15 +65,17 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr("pqcad_qat.evaluation.benchmark.time.perf_counter", lambda: made.now)
+    monkeypatch.setattr("pqcad_qat.evaluation.benchmark.time.sleep", made.rest)
     return made
 
 
-def test_every_candidate_is_warmed_then_timed_after_an_untimed_call_of_its_own(clock: Clock) -> None:
+def test_every_candidate_is_warmed_then_timed_after_a_rest_and_an_untimed_call_of_its_own(clock: Clock) -> None:
     time_interleaved({name: clock.candidate(name, 0.001) for name in "abc"}, runs=4, warmup=3)
     assert clock.calls[:9] == [*"aaabbbccc"]
     turns = clock.calls[9:]
-    assert Counter(turns) == {"a": 8, "b": 8, "c": 8}
-    assert turns[::2] == turns[1::2]
+    assert Counter(turns) == {"rest": 12, "a": 8, "b": 8, "c": 8}
+    assert set(turns[::3]) == {"rest"}
+    assert turns[1::3] == turns[2::3]
 
 
 def test_only_the_second_call_of_a_turn_counts(clock: Clock) -> None:

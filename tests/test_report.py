@@ -147,7 +147,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.tags.append(tag)
-        self.ids += [values["id"]] if values.get("id") else []
+        self.ids += [found for key, found in attrs if key == "id" and found]
         self.loads += [value or "" for key, value in attrs if key in ("src", "srcset", "data", "xlink:href", "href") and tag != "a"]
         self.links += [values.get("href") or ""] if tag == "a" else []
         if tag == "img":

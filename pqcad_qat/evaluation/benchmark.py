@@ -27,14 +27,17 @@ Inputs = Mapping[str, np.ndarray]
 F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO takes bfloat16 by itself where the CPU has it
 BF16: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "bf16"}
 XML_FILE = "openvino_model.xml"
+# After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor time spent while the
+# main thread slept: longer than a whole INT8 step. They spin by count: a CPU with a slower pause instruction takes about three times that.
+REST_S = 0.02
 
 
 def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
     """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine falls on all of them alike.
 
-    The order rotates from round to round, and runs backwards in every second rotation. Each timed call follows an untimed call of the same
-    candidate, which is how a sampler meets it: caches hold its weights, and the threads of the candidate before (torch's OpenMP and
-    OpenVINO's TBB workers spin for a while after their last job) have gone to sleep. Raises ValueError unless runs >= 1, warmup >= 0.
+    The order rotates from round to round, and runs backwards in every second rotation. Before each timed call come a rest of REST_S, in
+    which the threads of the candidate before fall asleep, and an untimed call of the same candidate, so that caches hold its weights, as
+    they do inside a sampler. Raises ValueError unless runs >= 1 and warmup >= 0.
     """
     if runs < 1 or warmup < 0:
         raise ValueError(f"runs must be at least 1 and warmup at least 0; got {runs} and {warmup}")
@@ -68,6 +71,7 @@ def timing(seconds: Sequence[float]) -> Timing:
 
 
 def _time_settled(call: Callable[[], object]) -> float:
+    time.sleep(REST_S)
     call()
     start = time.perf_counter()
     call()

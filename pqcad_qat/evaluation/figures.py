@@ -150,7 +150,7 @@ def _draw_momentum(
 ) -> None:
     axes.set_title(f"{name} momentum")
     if series is not None:
-        axes.plot(series.steps, _gaps(series.values), color=COLOURS["violet"])
+        axes.plot(*_points(series), color=COLOURS["violet"])
     for cause, marker, colour in _CAUSES:
         points = [(t, t.loss_momentum if name == "loss" else t.perturbation) for t in schedule if t.cause == cause]
         for transition, value in points:
@@ -163,8 +163,11 @@ def _draw_momentum(
         axes.text(0.995, bound, f"bound {bound:g}", transform=edge, ha="right", va="bottom", fontsize=8, color=COLOURS["muted"])
 
 
-def _gaps(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+def _points(series: Series, most: int = 1500) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, NaN for an unknown one; of a long series every n-th, which is more than a page has pixels for."""
+    stride = max(1, -(-len(series.steps) // most))
+    values = [np.nan if value is None else value for value in series.values[::stride]]
+    return np.array(series.steps[::stride]), np.array(values, dtype=np.float64)
 
 
 def loss_curves(curves: Curves) -> str | None:
@@ -180,8 +183,8 @@ def loss_curves(curves: Curves) -> str | None:
         panels = drawn.figure.subplots(rows, columns, squeeze=False).flat
         for axes, (stage, terms) in zip(panels, stages.items(), strict=False):
             for colour, series in zip(_SERIES, terms, strict=False):
-                values = _gaps(series.values)
-                axes.plot(series.steps, np.where(values > 0, values, np.nan), color=COLOURS[colour], label=series.name, lw=1.4)
+                steps, values = _points(series)
+                axes.plot(steps, np.where(values > 0, values, np.nan), color=COLOURS[colour], label=series.name, lw=1.4)
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
             axes.set_title(stage)

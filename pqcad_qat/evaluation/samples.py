@@ -62,8 +62,8 @@ def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
         top = (GAP + index * (height + GAP)) * factor
         strip = _enlarged(_strip(images), factor)
         page.paste(strip, (LABEL_WIDTH, top - GAP * factor), strip)
-        draw.text((12, top + 6), name, fill="#1a2028", font=name_font)
-        draw.multiline_text((12, top + 29), _wrapped(VARIANTS.get(name, "")), fill="#5b6573", font=note_font, spacing=2)
+        draw.text((12, top + 4), name, fill="#1a2028", font=name_font)
+        draw.multiline_text((12, top + 26), _wrapped(VARIANTS.get(name, "")), fill="#5b6573", font=note_font, spacing=0)
     return _png(page)
 
 
@@ -94,7 +94,7 @@ def _wrapped(text: str, width: int = 36) -> str:
     lines = [""]
     for word in text.split():
         lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
-    return "\n".join(lines[:2])
+    return "\n".join(lines[:3])
 
 
 def _png(image: Image.Image) -> bytes:
