@@ -32,7 +32,6 @@ from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
 from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range, quantize
 
-
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
 
 
@@ -205,6 +204,9 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
     plan: LayerPlan
     description: Any  # layer -> str
 
+    def reset_parameters(self) -> None:
+        """Nothing: the Parameters come from the floating-point layer, and the random generator is left alone."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
         y: Tensor = self._conv_forward(self.input_quant(x), self.weight_quant(self.weight), self.bias)
@@ -219,6 +221,9 @@ class QuantizedLinear(brevitas.nn.QuantLinear):
 
     plan: LayerPlan
     description: Any  # layer -> str
+
+    def reset_parameters(self) -> None:
+        """Nothing: the Parameters come from the floating-point layer, and the random generator is left alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""

@@ -64,9 +64,9 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
     """A Brevitas layer around the same Parameters: weights at the first rung of the plan's ladder, the input still without a range."""
     quantizers = {"weight_quant": weight_quantizer(plan, layer.weight), "input_quant": input_quantizer(plan)}
     if isinstance(layer, nn.Conv2d):
-        quantized: QuantizedLayer = QuantizedConv2d(**_geometry(layer), **quantizers)
+        quantized: QuantizedLayer = QuantizedConv2d(**_geometry(layer), device=layer.weight.device, **quantizers)
     else:
-        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", **quantizers)
+        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers)
     quantized.plan, quantized.description = plan, describe
     quantized.weight, quantized.bias = layer.weight, layer.bias  # builds the weight quantizer anew, on the weight's device
     quantized.input_quant.to(layer.weight.device)
@@ -81,7 +81,7 @@ def float_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
     """The floating-point layer around the same Parameters."""
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, QuantizedConv2d):
-        plain = nn.Conv2d(**_geometry(layer))
+        plain = nn.Conv2d(**_geometry(layer), device="meta")  # its Parameters are replaced at once
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     plain.weight, plain.bias = layer.weight, layer.bias
@@ -230,7 +230,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
     offset = 0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)  # unsigned integers moved into the range of int8
     integers = quant.int_quant.to_int(scale, zero_point, bit_width, layer.weight) - offset
     zero_point = (zero_point - offset).expand_as(scale) if offset else torch.zeros_like(scale)
-    assert integers.abs().add(integers < 0).max() <= 128, "a weight is out of int8's range"
+    assert integers.min() >= -128 and integers.max() <= 127, "a weight is out of int8's range"
     assert torch.equal((integers - zero_point) * scale, quantized_weight(layer)), "the integers do not give the weight back"
     input_scale, input_zero_point, input_low, input_high = input_parameters(layer)
     convolution = isinstance(layer, QuantizedConv2d)
@@ -285,7 +285,6 @@ def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
         "groups": layer.groups,
         "bias": layer.bias is not None,
         "padding_mode": layer.padding_mode,
-        "device": "meta",  # its Parameters are replaced at once
     }
 
 

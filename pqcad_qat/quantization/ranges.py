@@ -73,7 +73,7 @@ def input_grid(low: float, high: float, bits: int, signed: bool, symmetric: bool
     if not symmetric:
         top = 2**bits - 1
         scale = (high - low) / top
-        return scale, min(max(round(-low / scale), 0), top), 0, top
+        return scale, min(max(round(-low / scale), 0), top) if scale else 0, 0, top
     if signed:
         half = 2 ** (bits - 1)
         return max(-low / half, high / (half - 1)), 0, -half, half - 1

@@ -70,7 +70,7 @@ def find_shortcuts(model: nn.Module, example: tuple[Tensor, ...]) -> dict[nn.Con
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever the model holds ``old``; a module may hang in several places."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children gives each child once only
             if child is old:
                 setattr(parent, name, new)
 

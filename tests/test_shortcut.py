@@ -1,0 +1,94 @@
+"""Convolutions over concatenated shortcuts: found, split without a change of the function, and merged again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_unet
+from small_networks import SkipNetwork, example, skip_network
+from torch import Tensor, nn
+
+from pqcad_qat.quantization.shortcut import SplitConv2d, find_shortcuts, merge_shortcuts, split_shortcuts
+
+
+def test_direct_and_normalised_readers_of_a_concatenation_are_found() -> None:
+    model = skip_network()
+    assert find_shortcuts(model, example()) == {model.conv1: 8, model.conv_shortcut: 8}
+
+
+def test_a_split_network_computes_the_same() -> None:
+    model = skip_network()
+    before = model(*example())
+    split_shortcuts(model, example())
+    assert isinstance(model.conv1, SplitConv2d)
+    assert isinstance(model.conv_shortcut, SplitConv2d)
+    assert model.conv1.right.bias is None
+    torch.testing.assert_close(model(*example()), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_diffusers_unet_is_split_in_every_up_block_and_computes_the_same() -> None:
+    torch.manual_seed(0)
+    model = tiny_unet().eval()
+    inputs = (torch.randn(2, 1, 32, 32), torch.tensor([3, 700]))
+    with torch.no_grad():
+        before = model(*inputs).sample
+        split_shortcuts(model, inputs)
+        split = {name for name, module in model.named_modules() if isinstance(module, SplitConv2d)}
+        resnets = [f"up_blocks.{i}.resnets.{j}" for i in range(2) for j in range(2)]
+        assert split == {f"{resnet}.{conv}" for resnet in resnets for conv in ("conv1", "conv_shortcut")}
+        torch.testing.assert_close(model(*inputs).sample, before, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_gives_the_original_weights_back() -> None:
+    model, original = skip_network(), skip_network()
+    merge_shortcuts(split_shortcuts(model, example()))
+    assert model.state_dict().keys() == original.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True))
+    assert torch.equal(model(*example()), original(*example()))
+
+
+def test_gradients_reach_both_halves_like_the_whole() -> None:
+    whole, model = skip_network(), split_shortcuts(skip_network(), example())
+    assert isinstance(model, SkipNetwork)
+    for network in (whole, model):
+        network(*example()).square().mean().backward()
+    halves = torch.cat([model.conv1.left.weight.grad, model.conv1.right.weight.grad], dim=1)
+    torch.testing.assert_close(halves, whole.conv1.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+class Reused(nn.Module):
+    """A convolution that reads a concatenation once and something else once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(self.conv(torch.cat([x, x], dim=1)))
+        return y
+
+
+class Mixed(nn.Module):
+    """A concatenation along height, one of three parts, and one whose channels are mixed before the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 1, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(torch.cat([x, x], dim=2)).sum() + self.b(torch.cat([x, x, x], dim=1)).sum()
+        return y + self.c(torch.cat([x, 2 * x], dim=1).flip(1)).sum()
+
+
+@pytest.mark.parametrize("model", [Reused(), Mixed()])
+def test_other_readers_are_left_alone(model: nn.Module) -> None:
+    assert find_shortcuts(model, example()) == {}
+
+
+def test_modules_keep_their_modes() -> None:
+    model = skip_network().train()
+    model.norm.eval()
+    split_shortcuts(model, example())
+    assert model.training
+    assert model.conv1.left.training
+    assert not model.norm.training
