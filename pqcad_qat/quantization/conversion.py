@@ -27,7 +27,7 @@ from pqcad_qat.quantization.quantizers import (
     share_input,
 )
 from pqcad_qat.quantization.ranges import InputRange, input_bounds
-from pqcad_qat.quantization.shortcut import replace_module
+from pqcad_qat.quantization.shortcut import replace_modules
 
 
 def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
@@ -45,14 +45,13 @@ def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
         done[layer.name] = quantized_layer(original, layer)
         if layer.input_group != layer.name:
             share_input(done[layer.name], done[layer.input_group])
-        replace_module(model, original, done[layer.name])
+    replace_modules(model, {layers[name]: layer for name, layer in done.items()})
     return model
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
     """The inverse of quantize_model, in place: the floating-point layers around the same Parameters."""
-    for layer in quantized_layers(model).values():
-        replace_module(model, layer, float_layer(layer))
+    replace_modules(model, {layer: float_layer(layer) for layer in quantized_layers(model).values()})
     return model
 
 

@@ -230,7 +230,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
     offset = 0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)  # unsigned integers moved into the range of int8
     integers = quant.int_quant.to_int(scale, zero_point, bit_width, layer.weight) - offset
     zero_point = (zero_point - offset).expand_as(scale) if offset else torch.zeros_like(scale)
-    assert integers.min() >= -128 and integers.max() <= 127, "a weight is out of int8's range"
+    assert integers.equal(integers.clamp(-128, 127)), "a weight is out of int8's range"
     assert torch.equal((integers - zero_point) * scale, quantized_weight(layer)), "the integers do not give the weight back"
     input_scale, input_zero_point, input_low, input_high = input_parameters(layer)
     convolution = isinstance(layer, QuantizedConv2d)

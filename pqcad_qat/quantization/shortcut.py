@@ -5,7 +5,7 @@ No quantizers here: the rewrite is of the floating-point model, and changes only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,15 +47,14 @@ def split_shortcuts(model: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
 
     ``example``: inputs of one forward pass, in which the concatenations are seen.
     """
-    for layer, seam in find_shortcuts(model, example).items():
-        replace_module(model, layer, _split(layer, seam))
+    replace_modules(model, {layer: _split(layer, seam) for layer, seam in find_shortcuts(model, example).items()})
     return model
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:
     """The inverse of split_shortcuts: every SplitConv2d of floating-point halves becomes one Conv2d again, in place."""
-    for module in [module for module in model.modules() if isinstance(module, SplitConv2d)]:
-        replace_module(model, module, _merge(module.left, module.right))
+    split = [module for module in model.modules() if isinstance(module, SplitConv2d)]
+    replace_modules(model, {module: _merge(module.left, module.right) for module in split})
     return model
 
 
@@ -67,12 +66,12 @@ def find_shortcuts(model: nn.Module, example: tuple[Tensor, ...]) -> dict[nn.Con
     return watch.found
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever the model holds ``old``; a module may hang in several places."""
+def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Put the new modules wherever the model holds the old ones; a module may hang in several places."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children gives each child once only
-            if child is old:
-                setattr(parent, name, new)
+            if child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 class _SeamWatch(TorchFunctionMode):
