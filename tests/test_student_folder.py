@@ -23,7 +23,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.quantizers import quantized_weight
+from pqcad_qat.quantization.quantizers import quantized_weight, set_weight_bits
 from pqcad_qat.quantization.shortcut import merge_shortcuts, split_shortcuts
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized, save_quantized
 
@@ -32,7 +32,7 @@ PLAN = Path("quantization") / "plan.json"
 
 
 def quantized(model: DiffusionModel, source: Path, splits: bool) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    """The tiny model with the default policy's quantizers, ranges from noise."""
+    """The tiny model with the default policy's quantizers at their target widths, ranges from noise."""
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(source))
     denoiser = copy.deepcopy(model.denoiser)
     if splits:
@@ -40,6 +40,9 @@ def quantized(model: DiffusionModel, source: Path, splits: bool) -> tuple[nn.Mod
     plan = plan_layers(denoiser, policy.quantization.layers, policy.progressive.ladder, model.example)
     quantize_model(denoiser, plan)
     calibrate_ranges(denoiser, [noise(0)])
+    layers = quantized_layers(denoiser)
+    for layer in plan:
+        set_weight_bits(layers[layer.name], layer.weights.bits)
     return denoiser.eval(), plan
 
 
@@ -173,7 +176,7 @@ def test_parts_that_do_not_fit_together_are_an_error(folder: Path) -> None:
     state = load_file(folder / STATE)
     del state["conv_out.weight"]
     save_file(state, folder / STATE)
-    with pytest.raises(ModelError, match=r"damaged folder of a quantized model.*conv_out\.weight"):
+    with pytest.raises(ModelError, match=r"(?s)damaged folder of a quantized model.*conv_out\.weight"):
         load_quantized(folder)
 
 

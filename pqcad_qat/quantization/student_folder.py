@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pqcad_qat.diffusion.denoiser import DiffusionModel, read_json, save_model, write_json
-from pqcad_qat.errors import ModelError
+from pqcad_qat.errors import ModelError, PqcadError
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantizers import quantized_weight
@@ -74,7 +74,7 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
         quantize_model(denoiser, plan)
         denoiser.load_state_dict(load_file(folder / STATE), strict=True)
         return shell, plan, int(scheduler[STEPS])
-    except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (PqcadError, KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: damaged folder of a quantized model: {error}") from error
 
 
