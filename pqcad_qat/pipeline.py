@@ -281,7 +281,7 @@ class _Run:
                 return
             with self.console.status("baselines: OpenVINO float32, NNCF post-training INT8"):
                 batch, denoiser = self.policy.export.batch_size, self.prepared.model.denoiser
-                plain = convert_float(denoiser, self.shape, batch, self.path / "baselines" / "float")
+                plain = convert_float(denoiser, self.shape, batch, self.path / "baselines" / "float", self.schedule.train_timesteps)
                 inputs = [{"sample": x.numpy(), "timestep": t.numpy()} for x, t in calibration.inputs(BASELINE_INPUTS * batch, batch)]
                 nncf_baseline(plain, inputs, self.path / "baselines" / "nncf")
             stage.done()

@@ -16,6 +16,8 @@ from torch import nn
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.evaluation.benchmark import (
+    BF16,
+    F32,
     convert_float,
     example_inputs,
     nncf_baseline,
@@ -26,8 +28,6 @@ from pqcad_qat.evaluation.benchmark import (
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.record import Timing
 
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-BF16 = {"INFERENCE_PRECISION_HINT": "bf16"}
 WARM_UP = 3
 
 
