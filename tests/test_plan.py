@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import LayerRule
-from pqcad_qat.quantization.plan import executes_int8, expected_bytes, float_layers, plan_json, plan_layers, plan_table
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, plan_json, plan_layers, plan_table
 from pqcad_qat.quantization.shortcut import split_shortcuts
 
 
-def plan(*rules: LayerRule, model: nn.Module | None = None, ladder: tuple[int, ...] = (8, 6, 4)):
+def plan(*rules: LayerRule, model: nn.Module | None = None, ladder: tuple[int, ...] = (8, 6, 4)) -> tuple[LayerPlan, ...]:
     return plan_layers(model or skip_network(), rules, ladder, example())
 
 
