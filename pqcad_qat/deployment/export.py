@@ -5,6 +5,7 @@ Not here: the torch modules that are traced (modules.py), loading (runtime.py) a
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TimestepTable, effective_weights, swapped
-from pqcad_qat.deployment.runtime import GRAPH, MANIFEST, SCHEDULER_CONFIG, SCHEMA_VERSION, UNET_CONFIG, WeightFormat, pack_int4, sha256
+from pqcad_qat.deployment.runtime import (
+    GRAPH,
+    MANIFEST,
+    PACKED_GRAPH,
+    SCHEDULER_CONFIG,
+    SCHEMA_VERSION,
+    UNET_CONFIG,
+    WeightFormat,
+    pack_int4,
+    sha256,
+)
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -28,8 +39,9 @@ if TYPE_CHECKING:
 MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
 WEIGHTS_NOTE: Mapping[str, str] = {
     "int8": "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the planned layers in INT8.",
-    "int4": "Weights that fit are packed to 4 bits; pqcad_qat.deployment.runtime unpacks them at load to the graph of the int8 form, bit "
-    "for bit. Plain OpenVINO reads this file too, but runs such convolutions in floating point: export int8 weights for it.",
+    "int4": "The smallest file: weights that fit are packed to 4 bits and the graph's text is compressed. pqcad_qat.deployment.runtime "
+    "unpacks both at load to the graph of the int8 form, bit for bit. For plain OpenVINO export int8 weights: it does not read the "
+    "compressed text, and runs convolutions with 4-bit constants in floating point.",
 }
 
 
@@ -79,13 +91,14 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         staging = Path(temporary) / "new"
-        _write_graph(graph, staging)
+        written = _write_graph(graph, staging, compress=weights == "int4")
         _write_json(staging / UNET_CONFIG, _config(model))
         _write_json(staging / SCHEDULER_CONFIG, dict(scheduler_config))
         _write_json(staging / "model_index.json", _model_index(scheduler_config))
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "provenance": dict(provenance),
+            "graph": written,
             "weights": {"format": weights, "note": WEIGHTS_NOTE[weights]},
             "sample_shape": list(sample_shape),
             "batch_size": batch_size,
@@ -112,9 +125,12 @@ def convert(
     Raises:
         ExportError: as export_model.
     """
+    modules = dict(model.named_modules())
+    if unknown := [name for name in layers if name not in modules]:
+        raise ExportError(f"the model has no layer {', '.join(unknown)}")
     replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
     if isinstance(time_projection := getattr(model, "time_proj", None), nn.Module):
-        replacements["time_proj"] = TimestepTable(time_projection, train_timesteps)
+        replacements["time_proj"] = TimestepTable(time_projection, train_timesteps, layers.get("time_embedding.linear_1"))
     example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64))
     training = model.training
     with swapped(model, replacements), torch.no_grad():
@@ -214,10 +230,16 @@ def _check_target(folder: Path) -> None:
         raise ExportError(f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}")
 
 
-def _write_graph(graph: ov.Model, folder: Path) -> None:
+def _write_graph(graph: ov.Model, folder: Path, compress: bool) -> str:
+    """Write the graph's text and weights; returns the path of the text inside the folder."""
     path = folder / GRAPH
     path.parent.mkdir(parents=True)
     ov.save_model(graph, path, compress_to_fp16=False)
+    if not compress:
+        return GRAPH
+    (folder / PACKED_GRAPH).write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+    path.unlink()
+    return PACKED_GRAPH
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Not here: how the folder is made (export.py) or proved (verification.py). Needs 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Mapping
@@ -24,9 +25,13 @@ Float32 = npt.NDArray[np.float32]
 
 MANIFEST = "manifest.json"
 GRAPH = "unet/openvino_model.xml"
+PACKED_GRAPH = "unet/openvino_model.xml.gz"
+WEIGHTS = "unet/openvino_model.bin"
 UNET_CONFIG = "unet/config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 SCHEMA_VERSION = 1
+
+MANIFEST_KEYS = ("graph", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
 
 DEFAULT_PROPERTIES: Mapping[str, str] = {"PERFORMANCE_HINT": "LATENCY"}
 
@@ -64,18 +69,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{folder}: not a deployed folder: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = manifest["schema_version"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: cannot be read as a manifest: {error!r}") from error
-    if version != SCHEMA_VERSION:
+        manifest: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
         raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
-    _check_files(folder, files)
-    return dict(manifest)
+    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
+        raise ModelError(f"{path}: has no {', '.join(missing)}")
+    _check_files(folder, manifest["graph"], manifest["files"])
+    return manifest
 
 
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for required in (GRAPH, str(Path(GRAPH).with_suffix(".bin")), UNET_CONFIG, SCHEDULER_CONFIG):
+def _check_files(folder: Path, graph: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    if graph not in (GRAPH, PACKED_GRAPH):
+        raise ModelError(f"{folder / MANIFEST}: graph must be {GRAPH} or {PACKED_GRAPH}, got {graph!r}")
+    for required in (graph, WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG):
         if required not in files:
             raise ModelError(f"{folder / MANIFEST}: lists no {required}")
     for name, entry in files.items():
@@ -96,9 +104,12 @@ def read_graph(folder: Path, core: ov.Core) -> ov.Model:
         ModelError: OpenVINO cannot read the file.
     """
     try:
-        model = core.read_model(folder / GRAPH)
-    except RuntimeError as error:
-        raise ModelError(f"{folder / GRAPH}: OpenVINO cannot read it: {error}") from error
+        if (folder / GRAPH).is_file():
+            model = core.read_model(folder / GRAPH)
+        else:
+            model = core.read_model(gzip.decompress((folder / PACKED_GRAPH).read_bytes()), (folder / WEIGHTS).read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"{folder / 'unet'}: OpenVINO cannot read the graph there: {error}") from error
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i4:
             _unpack(node)

@@ -221,12 +221,22 @@ def _copy_quantizer(name: str, fake_quantize: ov.Node, source: ov.Node) -> ov.No
     """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them."""
     if fake_quantize.get_type_name() != "FakeQuantize":
         raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {fake_quantize.get_type_name()}")
+    ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
+    source = _in_its_units(source, *(float(np.asarray(constant.data).item()) for constant in ranges))
     before = fake_quantize.input_value(0).get_node()
     if before.get_type_name() == "Clamp":
         bounds = before.get_attributes()
         source = ov.opset13.clamp(source, bounds["min"], bounds["max"])
-    ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
     return ov.opset13.fake_quantize(source, *ranges, fake_quantize.get_attributes()["levels"])
+
+
+def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float, out_high: float) -> ov.Node:
+    """The source in the units that a FakeQuantize reads: OpenVINO moves a factor before it into its input range."""
+    if (in_low, in_high) == (out_low, out_high):
+        return source
+    shifted = ov.opset13.subtract(source, np.float32(out_low))
+    scaled = ov.opset13.multiply(shifted, np.float32((in_high - in_low) / (out_high - out_low)))
+    return ov.opset13.add(scaled, np.float32(in_low))
 
 
 def _with_bias(node: ov.Node, layer: IntegerLayer) -> ov.Node:
