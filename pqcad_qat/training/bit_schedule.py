@@ -209,7 +209,8 @@ class MomentumBitSchedule(Callback):
         begun = decide(state.step, self.settings, loss.value, loss.count, self._statuses())
         for transition in begun:
             self._begin(transition)
-        if ended or begun:
+        jumped = bool(begun) and not self.settings.blend_steps
+        if ended or jumped:  # a blend that begins changes nothing yet
             self._loss = LossMomentum.fresh(self.settings.momentum)
             state.restart_ema()
 
@@ -223,7 +224,7 @@ class MomentumBitSchedule(Callback):
             blend = blend_state(layer)
             if blend is None:
                 continue
-            lam = next_lambda(blend[2], step, self.settings, self._loss.improvement.value)
+            lam = next_lambda(blend.share, step, self.settings, self._believed())
             if lam >= BLEND_ENDS_AT - 1e-4:  # lambda is kept in float32
                 end_blend(layer)
                 ended = True
@@ -231,6 +232,11 @@ class MomentumBitSchedule(Callback):
             else:
                 set_blend(layer, lam)
         return ended
+
+    def _believed(self) -> float | None:
+        """The loss momentum, once it has been observed for the warm-up: before that it is the noise of a few batches."""
+        improvement = self._loss.improvement
+        return improvement.value if improvement.count >= self.settings.warm_up else None
 
     def _observe_perturbations(self) -> None:
         for name, layer in self.layers.items():
