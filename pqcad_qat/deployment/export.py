@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -133,7 +134,9 @@ def convert(
         replacements["time_proj"] = TimestepTable(time_projection, train_timesteps, layers.get("time_embedding.linear_1"))
     example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64))
     training = model.training
-    with swapped(model, replacements), torch.no_grad():
+    with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose
+        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
         traced = torch.jit.trace(_Denoiser(model).eval(), example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         graph: ov.Model = ov.convert_model(traced, example_input=example)
     model.train(training)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -207,6 +207,12 @@ class OVUNet2DModel:
 
         return torch.device("cpu")
 
+    @overload
+    def __call__(self, sample: Any, timestep: Any, return_dict: Literal[True] = True) -> UNetOutput: ...
+
+    @overload
+    def __call__(self, sample: Any, timestep: Any, return_dict: Literal[False]) -> tuple[Any]: ...
+
     def __call__(self, sample: Any, timestep: Any, return_dict: bool = True) -> UNetOutput | tuple[Any]:
         """Predict as diffusers' UNet2DModel does.
 
@@ -218,11 +224,13 @@ class OVUNet2DModel:
         Raises:
             ModelError: a shape that the graph does not take, or a time step that is no whole number in [0, T).
         """
-        prediction: Any = self.predict(np.asarray(sample, np.float32), np.asarray(timestep))
-        if not isinstance(sample, np.ndarray):
+        if isinstance(sample, np.ndarray):
+            prediction: Any = self.predict(sample, np.asarray(timestep))
+        else:
             import torch
 
-            prediction = torch.from_numpy(prediction).to(sample.dtype)
+            times = timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep
+            prediction = torch.from_numpy(self.predict(sample.detach().cpu().float().numpy(), np.asarray(times))).to(sample)
         return UNetOutput(prediction) if return_dict else (prediction,)
 
     def predict(self, sample: npt.NDArray[Any], timestep: npt.ArrayLike) -> Float32:
