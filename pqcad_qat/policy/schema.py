@@ -151,14 +151,14 @@ class QuantizationPolicy(Section):
 class ProgressivePolicy(Section):
     """Progressive quantization: the walk from the ladder's first width to each layer's target."""
 
-    steps: Count = Field(200, description="training steps of the stage, from high precision to the end")
+    steps: Count = Field(100, description="training steps of the stage, from high precision to the end")
     ladder: Ladder = Field((8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target")
-    momentum: Momentum = Field(0.95, description="decay of the exponential moving averages, per step")
+    momentum: Momentum = Field(0.9, description="decay of the exponential moving averages, per step")
     transition: Literal["blend", "jump"] = Field("blend", description="blend: the next width's share grows step by step; jump: at once")
     plateau: float = Field(0.002, ge=0, description="relative improvement of the loss a step under which a transition is due")
     perturbation: float = Field(0.25, gt=0, description="relative change of a layer's weights over which its transition waits")
     layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
-    deadline: Share = Field(0.6, description="share of the steps after which every layer has been sent to its target")
+    deadline: Share = Field(0.4, description="share of the steps after which every layer is at its target")
 
     def faults(self) -> Iterator[Fault]:
         if any(low >= high for high, low in zip(self.ladder, self.ladder[1:], strict=False)):
@@ -168,7 +168,7 @@ class ProgressivePolicy(Section):
 class DistillationPolicy(Section):
     """Calibration-assisted distillation to fewer sampling steps."""
 
-    steps: Count = Field(150, description="training steps")
+    steps: Count = Field(100, description="training steps")
     student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
     teacher_weight: float = Field(1.0, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
     calibration_weight: float = Field(1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation")
@@ -195,7 +195,7 @@ class TrainingPolicy(Section):
 class EvaluationPolicy(Section):
     """How the variants are compared."""
 
-    images: int = Field(512, ge=2, description="images a variant, of the same seeds for all")
+    images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text = Field("embedded:fashion-mnist", description="feature network of FID with its reference statistics")
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
