@@ -94,6 +94,8 @@ def sample(folder: str, count: int = 64, seed: int = 0, steps: int | None = None
 
     _whole("count", count)
     _whole("seed", seed, least=0)
+    if Path(out).suffix.lower() != ".png":
+        raise UsageError(f"--out: got {out!r}; allowed a name in .png")
     variant = open_folder(folder, _whole("steps", steps) if steps is not None else None)
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
