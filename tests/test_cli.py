@@ -1,0 +1,304 @@
+"""The command line: help that reads well, what every command prints and writes, and mistakes that cost an exit code 2 and no traceback.
+
+Not here: a whole `run` as a process (test_resume.py), the wording of a policy's faults (test_policy_loading.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, tiny_overrides
+from PIL import Image
+from rich.console import Console
+
+from pqcad_qat import cli
+from pqcad_qat.arguments import UsageError, fire_arguments
+from pqcad_qat.run_folder import open_run
+
+SMOKE = str(POLICIES / "smoke.yaml")
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    """Call the console script's function in this process, in an empty folder; (exit code, output, errors)."""
+    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        code: int | str | None = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        assert isinstance(code, int)
+        return code, printed.out, printed.err
+
+    return run
+
+
+def sets(model: Path, *more: str) -> list[str]:
+    return [f"--set={override}" for override in tiny_overrides(model, *more)]
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_help_lists_every_command_with_what_it_does(call: Call, arguments: list[str]) -> None:
+    code, output, errors = call(*arguments)
+    assert (code, errors) == (0, "")
+    for name, command in cli.COMMANDS.items():
+        assert re.search(rf"^ +{name}$", output, re.MULTILINE)
+        assert (inspect.getdoc(command) or "").splitlines()[0] in output
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_of_a_command_says_what_each_argument_is_in_plain_types(call: Call, name: str) -> None:
+    code, output, errors = call(name, "--help")
+    assert (code, errors) == (0, "")
+    for described in re.findall(r"^    \w+: (.*)$", inspect.getdoc(cli.COMMANDS[name]) or "", re.MULTILINE):
+        assert described in output
+    assert "Optional[" not in output
+    assert "FIRE" not in output
+    assert "GROUP" not in output
+
+
+def test_help_and_a_policys_faults_come_without_loading_torch() -> None:
+    script = (
+        "import sys; from pqcad_qat.cli import main; main(['run', '--help'])\n"
+        "try: main(['run', 'no-such.yaml'])\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "assert not {'torch', 'diffusers', 'brevitas', 'openvino', 'nncf'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_console_script_is_the_program() -> None:
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["pqcad-qat"].partition(":")
+    assert getattr(import_module(module), function) is cli.main
+
+
+def test_the_program_runs_from_any_folder(command_line: CommandLine, tmp_path: Path) -> None:
+    done = command_line("schema", cwd=tmp_path)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["$defs"]["Policy"]
+    assert done.stderr == ""
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no such command": (["bogus"], r"(?s)bogus.*available commands:\s+run \| plan"),
+    "a missing argument": (["run"], r"required argument: policy\nUsage: pqcad-qat run POLICY"),
+    "an unknown flag": (["run", SMOKE, "--otu", "x"], r"--otu: got an unknown flag of `run`; .*did you mean --out\?"),
+    "an argument too many": (["run", SMOKE, "runs/x"], r"runs/x: got an argument too many for `run`; allowed POLICY"),
+    "a flag without a value": (["run", SMOKE, "--out"], r"--out: got no value"),
+    "no such policy": (["run", "no-such.yaml"], r"no-such\.yaml: got No such file"),
+    "a folder for a policy": (["run", str(POLICIES)], r"policies: got "),
+    "a policy of another kind": (["run", str(POLICIES / "pretrain-fashion-mnist.yaml")], r"the command `pretrain`"),
+    "a policy of another kind, too": (["pretrain", SMOKE], r"kind: got quantize, a policy for the command `run`"),
+    "no key and value": (["run", SMOKE, "--set", "steps"], r"--set steps: got no key and value; allowed key=value"),
+    "an unknown key": (["plan", SMOKE, "--set", "sampler.stesp=4"], r"--set sampler\.stesp.*did you mean steps\?"),
+    "a value out of bounds": (["plan", SMOKE, "--set", "sampler.steps=0"], r"sampler\.steps: got 0; allowed"),
+    "an unknown embedded model": (["plan", SMOKE, "--model", "embedded:nothing"], r"got 'embedded:nothing'; allowed"),
+    "a model that is not there": (["plan", SMOKE, "--model", "./nothing"], r"got './nothing': no such folder"),
+    "no images": (["sample", "embedded:fashion-mnist", "--count", "0"], r"--count: got 0; allowed a whole number from 1"),
+    "a count that is no number": (["sample", "embedded:fashion-mnist", "--count", "many"], r"--count: got 'many'; allowed a whole number"),
+    "a negative seed": (["sample", "embedded:fashion-mnist", "--seed", "-1"], r"--seed: got -1; allowed a whole number from 0"),
+    "no steps": (["sample", "embedded:fashion-mnist", "--steps", "0"], r"--steps: got 0; allowed a whole number from 1"),
+    "a picture of no known kind": (["sample", "embedded:fashion-mnist", "--out", "2.50"], r"--out: got '2\.50'; allowed a name in \.png"),
+    "a folder without a model": (["sample", str(POLICIES)], r"policies: got a folder with none of manifest\.json"),
+    "an image too few": (["evaluate", "embedded:fashion-mnist", "--images", "1"], r"--images: got 1; allowed a whole number from 2"),
+    "no timed runs": (["benchmark", str(POLICIES), "--runs", "0"], r"--runs: got 0"),
+    "nothing to time": (["benchmark", str(POLICIES)], r"policies: not a deployed folder"),
+    "no data to pretrain on": (
+        ["pretrain", str(POLICIES / "pretrain-fashion-mnist.yaml"), "--set", "data.path=/no/such/data"],
+        r"/no/such/data",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_code_2_and_a_message_and_leaves_nothing(call: Call, tmp_path: Path, mistake: str) -> None:
+    arguments, message = MISTAKES[mistake]
+    code, output, errors = call(*arguments)
+    assert code == 2
+    assert output == ""
+    assert re.search(message, errors), errors
+    assert "Traceback" not in errors
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_typo_in_a_policy_is_named_with_file_line_and_key_from_the_shell(command_line: CommandLine, tmp_path: Path) -> None:
+    policy = tmp_path / "mine.yaml"
+    policy.write_text(f"extends: {SMOKE}\nname: mine\nsampler:\n  steps: 10\n  sped: 3\n")
+    done = command_line("run", policy, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"mine\.yaml:5: sampler\.sped: got an unknown key; allowed name, steps, eta", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rule_that_matches_nothing_is_an_error_before_any_training(call: Call, tiny_folder: Path) -> None:
+    rules = '[{match: no_such_layer, weights: {bits: 8}, inputs: {bits: 8}}, {match: "type:Conv2d", keep_float: true}]'
+    code, output, errors = call("plan", SMOKE, *sets(tiny_folder, f"quantization.layers={rules}"))
+    assert (code, output) == (2, "")
+    assert "no_such_layer" in errors
+
+
+def test_feature_networks_that_do_not_fit_are_an_error(call: Call, tiny_folder: Path) -> None:
+    code, _, errors = call("evaluate", tiny_folder, "--images", "2", "--steps", "1", "--features", "embedded:nothing")
+    assert code == 2
+    assert "feature network: got 'embedded:nothing'; allowed embedded:fashion-mnist" in errors
+
+
+def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
+    code, _, errors = call("plan", SMOKE, "--set", "nme=x", "--set=training.seed=-3", "--set", "progressive.ladder=[4, 8]")
+    assert code == 2
+    for key in ("nme", "training.seed", "progressive.ladder"):
+        assert f"--set {key}" in errors
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["run", "a.yaml", "--resume"], ["run", '"a.yaml"', "--resume=True"]),
+        (["run", "--resume", "a.yaml"], ["run", '"a.yaml"', "--resume=True"]),
+        (["run", "a.yaml", "--out", "1e3"], ["run", '"a.yaml"', '--out="1e3"']),
+        (["run", "a.yaml", "-o", "x"], ["run", '"a.yaml"', '--out="x"']),
+        (["run", "--set", "a=1", "a.yaml", "--set=b=[1, 2]"], ["run", '"a.yaml"', '--set=["a=1", "b=[1, 2]"]']),
+        (["sample", "x", "--count", "3", "--seed", "-1"], ["sample", '"x"', "--count=3", "--seed=-1"]),
+        (["schema"], ["schema"]),
+        (["bogus", "--x"], ["bogus", "--x"]),
+    ],
+)
+def test_arguments_reach_fire_so_that_it_reads_what_was_meant(given: list[str], read: list[str]) -> None:
+    assert fire_arguments(cli.COMMANDS, given) == read
+
+
+@pytest.mark.parametrize("given", [["schema", "x"], ["schema", "--x"], ["run", "a", "--set"], ["run", "a", "-x", "1"], ["run", "a", "--"]])
+def test_arguments_that_no_command_takes_are_refused(given: list[str]) -> None:
+    with pytest.raises(UsageError):
+        fire_arguments(cli.COMMANDS, given)
+
+
+def test_a_folder_whose_name_is_a_number_stays_a_name(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "1e3").symlink_to(tiny_folder)
+    code, output, _ = call("sample", "1e3", "--count", "1", "--steps", "1", "--out", "7.png")
+    assert code == 0
+    assert output.startswith("7.png: 1 images, 1 steps, pytorch")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_every_layer_with_its_rule_and_bits_and_writes_nothing(call: Call, tiny_folder: Path, tiny_run: FinishedRun) -> None:
+    code, output, _ = call("plan", SMOKE, *sets(tiny_folder))
+    assert code == 0
+    layers = json.loads((tiny_run.path / "plan.json").read_text())["layers"]
+    lines = output.splitlines()
+    for layer in layers:
+        found = [line for line in lines if re.search(rf"\b{re.escape(layer['name'])}\b", line)]
+        assert any(layer["rule"] in line and str(layer["parameters"]) in line.replace(",", "") for line in found), layer["name"]
+    assert not Path("runs").exists()
+
+
+def test_overrides_on_the_command_line_reach_the_plan(call: Call, tiny_folder: Path) -> None:
+    rules = '[{match: ["type:Conv2d", "type:Linear"], weights: {bits: 3}, inputs: {bits: 8}}]'
+    more = ["--set", f"quantization.layers={rules}", "--set", "progressive.ladder=[8, 3]"]
+    code, output, _ = call("plan", SMOKE, *sets(tiny_folder), *more)
+    assert code == 0
+    assert "type:Conv2d" in output
+    assert "conv_in" in output
+    assert "time_embedding.*" not in output
+
+
+def test_model_on_the_command_line_wins_over_the_policy(call: Call, tiny_folder: Path) -> None:
+    assert call("plan", SMOKE, "--model", tiny_folder) == call("plan", SMOKE, "--set", f"model.source={tiny_folder}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "runtime"), [("", 2, "openvino"), ("openvino", 2, "openvino"), ("student", 2, "pytorch"), ("full", 20, "pytorch")]
+)
+def test_sample_takes_every_kind_of_folder(
+    call: Call, tiny_run: FinishedRun, tiny_folder: Path, tmp_path: Path, kind: str, steps: int, runtime: str
+) -> None:
+    folder = tiny_folder if kind == "full" else tiny_run.path / kind
+    code, output, _ = call("sample", folder, "--count", "2", "--out", "deep/grid.png")
+    assert code == 0
+    assert output == f"deep/grid.png: 2 images, {steps} steps, {runtime}\n"
+    with Image.open(tmp_path / "deep" / "grid.png") as grid:
+        assert grid.size == (3 * (33 * 2 - 1), 3 * 32)
+
+
+def test_sampling_a_seed_twice_writes_the_same_bytes_and_another_seed_others(call: Call, tiny_run: FinishedRun, tmp_path: Path) -> None:
+    for name, seed in (("one", 5), ("again", 5), ("other", 6)):
+        call("sample", tiny_run.path / "student", "--count", "1", "--seed", str(seed), "--out", f"{name}.png")
+    one, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "again", "other"))
+    assert one == again != other
+
+
+def test_evaluate_prints_json_that_agrees_with_the_runs_own_report(call: Call, tiny_run: FinishedRun) -> None:
+    code, output, _ = call("evaluate", tiny_run.path, "--images", "8")
+    assert code == 0
+    found = json.loads(output)
+    report = json.loads((tiny_run.path / "report.json").read_text())
+    reported = next(row["fid_real"] for row in report["variants"] if row["name"] == "pqcad-openvino")
+    assert found["fid_real"] == pytest.approx(reported, rel=1e-3)
+    assert found["fid_protocol"].items() >= {**report["fid_protocol"], "steps": 2}.items()
+
+
+def test_benchmark_compares_in_one_table(call: Call, tiny_run: FinishedRun) -> None:
+    code, output, _ = call("benchmark", tiny_run.path, "--runs", "1")
+    assert code == 0
+    for name in ("fp32", "ov-fp32", "nncf-int8", "pqcad-openvino"):
+        assert re.search(rf"^.*\b{name}\b.*\d+\.\d\dx", output, re.MULTILINE)
+    assert re.search(r"pqcad-openvino.*1\.00x", output)
+
+
+# ---- runs that are not begun -----------------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in sorted(path.rglob("*"))}
+
+
+def test_an_existing_run_is_refused_without_resume_and_left_untouched(call: Call, tiny_run: FinishedRun, tiny_folder: Path) -> None:
+    before = content(tiny_run.path)
+    code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--out", tiny_run.path)
+    assert code == 2
+    assert "holds a run already; --resume goes on with it" in errors
+    assert content(tiny_run.path) == before
+
+
+def test_a_changed_policy_is_not_resumed_and_the_difference_shown(call: Call, tiny_run: FinishedRun, tiny_folder: Path) -> None:
+    before = content(tiny_run.path)
+    code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--set", "training.seed=1", "--out", tiny_run.path, "--resume")
+    assert code == 2
+    assert "the policy has changed since this run began" in errors
+    assert errors.count("\n  - ") == 1
+    assert "training.seed: was 0, now 1" in errors
+    assert content(tiny_run.path) == before
+
+
+def test_a_second_process_on_a_run_is_refused(call: Call, tiny_run: FinishedRun, tiny_folder: Path) -> None:
+    with open_run(tiny_run.path, tiny_run.policy, resume=True):
+        code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--out", tiny_run.path, "--resume")
+    assert code == 2
+    assert "another process is running this run" in errors
