@@ -68,9 +68,9 @@ def test_a_float_layer_in_between_does_not_break_the_group() -> None:
 
 def test_a_rule_for_a_split_convolution_claims_both_halves() -> None:
     model = split_shortcuts(skip_network(), example())
-    layers = {layer.name: layer for layer in plan(rule("conv1", bits=8), rule("re:conv_shortcut", bits=6), rule("*"), model=model)}
-    assert [layers[name].weights.bits for name in ("conv1.left", "conv1.right", "conv_shortcut.left", "down")] == [8, 8, 6, 4]
-    assert layers["conv1.left"].input_group != layers["conv1.right"].input_group
+    layers = {layer.name: layer for layer in plan(rule("conv_shortcut", bits=8), rule("re:conv1", bits=6), rule("*"), model=model)}
+    assert [layers[name].weights.bits for name in ("conv_shortcut.left", "conv_shortcut.right", "conv1", "down")] == [8, 8, 6, 4]
+    assert layers["conv_shortcut.left"].input_group != layers["conv_shortcut.right"].input_group
 
 
 def test_unmatched_and_kept_layers_stay_float() -> None:

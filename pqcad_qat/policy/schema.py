@@ -134,7 +134,7 @@ Rules = Annotated[tuple[LayerRule, ...], Strict(False), Field(min_length=1)]
 class QuantizationPolicy(Section):
     """Which layers are quantized, and how."""
 
-    split_shortcuts: bool = Field(True, description="split convolutions over concatenated shortcuts: an input quantizer a half")
+    split_shortcuts: bool = Field(True, description="split convolutions that read a concatenated shortcut: an input quantizer a half")
     layers: Rules = Field(description="rules in order; a layer that none matches stays in floating point")
 
     def faults(self) -> Iterator[Fault]:
