@@ -222,7 +222,7 @@ def curves_of(policy: Policy, logs: Path) -> Curves:
         rows = read_metrics(logs / f"{stage}.jsonl")
         losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
         if stage == "pq":
-            momenta = [_series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits")]
+            momenta = [_series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")]
     return Curves(tuple(losses), tuple(momenta), policy.progressive.plateau, policy.progressive.perturbation)
 
 
