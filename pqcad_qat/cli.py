@@ -25,9 +25,9 @@ from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_pol
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 PIPED_WIDTH = 130
-"""Columns of a table that is not shown on a terminal."""
+"""Columns of what is not shown on a terminal."""
 
-CONSOLE = Console()
+CONSOLE = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 ERRORS = Console(stderr=True)
 
 
@@ -63,8 +63,7 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
     from pqcad_qat.quantization.plan import plan_table
 
     prepared = prepare(loaded)
-    width = CONSOLE.width if CONSOLE.is_terminal else PIPED_WIDTH
-    CONSOLE.print(plan_table(prepared.plan, prepared.split), width=width)
+    CONSOLE.print(plan_table(prepared.plan, prepared.split))
 
 
 def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
