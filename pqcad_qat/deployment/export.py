@@ -257,12 +257,14 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _model_index(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model index whose unet the caller brings, since diffusers builds none but its own classes from one."""
     scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
     return {
         "_class_name": scheduler.replace("Scheduler", "Pipeline"),
         "_diffusers_version": version("diffusers"),
         "scheduler": ["diffusers", scheduler],
-        "unet": ["pqcad_qat.deployment.runtime", "OVUNet2DModel"],
+        "unet": [None, None],
+        "_unet_class": "pqcad_qat.deployment.runtime.OVUNet2DModel",
     }
 
 
