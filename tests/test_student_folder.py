@@ -51,15 +51,18 @@ def noise(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(4, 1, 32, 32, generator=generator), torch.tensor([10, 300, 600, 999])
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["split", "whole"])
+@pytest.fixture(scope="module")
 def saved(
-    request: pytest.FixtureRequest, tiny_model: DiffusionModel, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: DiffusionModel, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, nn.Module, tuple[LayerPlan, ...]]:
-    """(folder, the model that was saved, its plan), with its shortcuts split and whole."""
-    model, plan = quantized(tiny_model, tiny_folder, request.param)
-    folder = tmp_path_factory.mktemp("student") / "student"
-    save_quantized(folder, model, plan, request.param, tiny_model.scheduler_config, steps=2)
-    return folder, model, plan
+    """(folder, the model that was saved, its plan), with its shortcuts split."""
+    return save(tiny_model, tiny_folder, True, tmp_path_factory.mktemp("student") / "student")
+
+
+def save(model: DiffusionModel, source: Path, splits: bool, folder: Path) -> tuple[Path, nn.Module, tuple[LayerPlan, ...]]:
+    denoiser, plan = quantized(model, source, splits)
+    save_quantized(folder, denoiser, plan, splits, model.scheduler_config, steps=2)
+    return folder, denoiser, plan
 
 
 @pytest.fixture
@@ -77,11 +80,19 @@ def test_a_round_trip_gives_identical_predictions_the_plan_and_the_steps(saved: 
         assert torch.equal(predict(loaded.denoiser, *noise(1)), predict(model, *noise(1)))
 
 
+def test_a_model_whose_shortcuts_are_whole_comes_back_too(tiny_model: DiffusionModel, tiny_folder: Path, tmp_path: Path) -> None:
+    folder, model, plan = save(tiny_model, tiny_folder, False, tmp_path / "student")
+    assert not any(layer.name.endswith((".left", ".right")) for layer in plan)
+    loaded, loaded_plan, _ = load_quantized(folder)
+    assert loaded_plan == plan
+    with torch.no_grad():
+        assert torch.equal(predict(loaded.denoiser, *noise(1)), predict(model, *noise(1)))
+
+
 def test_a_second_round_trip_writes_the_same_bytes(saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tmp_path: Path) -> None:
     folder, _, _ = saved
     loaded, plan, steps = load_quantized(folder)
-    splits = json.loads((folder / PLAN).read_text())["split_shortcuts"]
-    save_quantized(tmp_path / "again", loaded.denoiser, plan, splits, loaded.scheduler_config, steps)
+    save_quantized(tmp_path / "again", loaded.denoiser, plan, True, loaded.scheduler_config, steps)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
     for file in files:
@@ -93,7 +104,7 @@ def test_saving_leaves_the_model_as_it_was(saved: tuple[Path, nn.Module, tuple[L
     with torch.no_grad():
         before = predict(model, *noise(2))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    save_quantized(tmp_path / "student", model, plan, any(".left" in layer.name for layer in plan), {"num_train_timesteps": 1000}, 2)
+    save_quantized(tmp_path / "student", model, plan, True, {"num_train_timesteps": 1000}, 2)
     with torch.no_grad():
         assert torch.equal(predict(model, *noise(2)), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -119,7 +130,7 @@ def test_a_split_convolution_is_one_again_with_both_halves_rounded(
 ) -> None:
     folder, model, plan = saved
     halves = sorted({layer.name.rpartition(".")[0] for layer in plan if layer.name.endswith(".left")})
-    assert bool(halves) == json.loads((folder / PLAN).read_text())["split_shortcuts"]
+    assert halves
     weights, layers = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), quantized_layers(model)
     for name in halves:
         both = torch.cat([quantized_weight(layers[f"{name}.{side}"]) for side in ("left", "right")], dim=1)

@@ -151,7 +151,8 @@ def unpack_int4(packed: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.ND
 class OVUNet2DModel:
     """A deployed denoiser, compiled: called with numpy arrays or torch tensors, it answers in kind.
 
-    It stands in for the `unet` of a diffusers pipeline: ``DDIMPipeline.from_pretrained(folder, unet=OVUNet2DModel.from_pretrained(folder))``.
+    It stands in for the `unet` of a diffusers pipeline:
+    ``DDIMPipeline.from_pretrained(folder, unet=OVUNet2DModel.from_pretrained(folder))``.
     The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last sample, which are
     cut off again: any batch works, and a multiple of `batch_size` wastes nothing.
 
