@@ -145,15 +145,21 @@ def test_sizes_are_those_of_the_integers_and_scales() -> None:
     assert expected_bytes(model, layers, packed=True) == expected_bytes(model, layers, packed=False) - down // 2
 
 
-@pytest.mark.parametrize(("bits", "runs"), [(8, True), (7, False), (6, False), (5, False), (4, True)])
-def test_input_widths_between_4_and_8_are_simulation_only(bits: int, runs: bool) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_input_width_executes_in_int8(bits: int) -> None:
     (layer,) = plan(rule("down", inputs={"bits": bits}))
+    assert executes_int8(layer)
+
+
+@pytest.mark.parametrize(("bits", "runs"), [(8, False), (7, True), (4, True)])
+def test_asymmetric_weights_of_8_bits_are_simulation_only(bits: int, runs: bool) -> None:
+    (layer,) = plan(rule("down", bits=bits, symmetric=False))
     assert executes_int8(layer) is runs
 
 
 def test_the_table_and_the_json_say_it_all() -> None:
     model = skip_network()
-    layers = plan(rule("down", inputs={"bits": 6}), rule("to_*"), model=model)
+    layers = plan(rule("down", bits=8, symmetric=False), rule("to_*"), model=model)
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(plan_table(layers, model))
     text = console.export_text()

@@ -86,10 +86,8 @@ def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_it
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)
-def test_each_plans_for_int8_execution_but_for_the_widths_that_are_simulation_only(model: DiffusionModel, name: str) -> None:
-    plan = planned(load_policy(POLICIES / f"{name}.yaml"), model)
-    assert {layer.name for layer in plan if not executes_int8(layer)} == {layer.name for layer in plan if layer.inputs.bits in (5, 6, 7)}
-    assert all(layer.int8_exception for layer in plan if not executes_int8(layer))
+def test_each_plans_every_layer_for_int8_execution(model: DiffusionModel, name: str) -> None:
+    assert all(executes_int8(layer) for layer in planned(load_policy(POLICIES / f"{name}.yaml"), model))
 
 
 def test_the_default_policy_packs_to_at_most_a_sixth_of_the_float32_weights(model: DiffusionModel) -> None:

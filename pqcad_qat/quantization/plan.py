@@ -23,7 +23,6 @@ from pqcad_qat.errors import PlanError
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
 
-INT8_INPUT_BITS = (4, 8)  # OpenVINO's CPU plugin runs 16 and 256 input levels in INT8; any other number of levels in floating point
 KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 
 
@@ -97,8 +96,13 @@ def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]
 
 
 def executes_int8(layer: LayerPlan) -> bool:
-    """Whether OpenVINO on a CPU can run the layer in INT8; if not, its widths are a simulation on that target."""
-    return layer.inputs.bits in INT8_INPUT_BITS and not layer.int8_exception
+    """Whether OpenVINO on a CPU runs the layer in INT8; if not, its widths are a simulation on that target.
+
+    Inputs of every width from 2 to 8 bits do (deployment/modules.py says how). Asymmetric weights do up to 7 bits: at 8 their
+    distance to the zero point needs a ninth.
+    """
+    wide = not layer.weights.symmetric and layer.weights.bits == 8
+    return not wide and not layer.int8_exception
 
 
 def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
