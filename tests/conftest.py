@@ -72,6 +72,12 @@ class FinishedRun:
     output: str
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Whatever an earlier test has set: sums in one order."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
@@ -115,6 +121,7 @@ def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> F
     from pqcad_qat import pipeline
 
     path = tmp_path_factory.mktemp("runs") / "tiny"
+    torch.set_num_threads(1)  # an earlier test may have timed something on all cores
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     with pytest.MonkeyPatch.context() as patch:
