@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, so that repeats can be bitwise
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to others
 
 import pytest
 import torch
@@ -24,8 +25,6 @@ from rich.console import Console
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
-
-torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLICIES = REPOSITORY / "policies"
@@ -78,6 +77,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Whatever the test before has set: a benchmark takes every core."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
@@ -120,6 +125,7 @@ def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> F
     """One real run from policy to report, in this process."""
     from pqcad_qat import pipeline
 
+    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("runs") / "tiny"
     torch.set_num_threads(1)  # an earlier test may have timed something on all cores
     printed = io.StringIO()
