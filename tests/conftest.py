@@ -73,13 +73,7 @@ class FinishedRun:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Whatever an earlier test has set: sums in one order."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Whatever the test before has set: a benchmark takes every core."""
+    """Whatever the test before has set (a benchmark takes every core): sums in one order, so that repeats can be bitwise."""
     torch.set_num_threads(1)
 
 
