@@ -118,7 +118,8 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
     except RuntimeError as error:
         raise CheckpointError(f"{path}: belongs to another model: {error}") from error
     _load_optimizer(state.optimizer, load_file(path / "optimizer.safetensors"), facts["optimizer_groups"])
-    state.ema = load_file(path / "ema.safetensors") if facts["has_ema"] else None
+    ema = {name: value.clone() for name, value in load_file(path / "ema.safetensors").items()}
+    state.ema = ema if facts["has_ema"] else None
     state.step, state.ema_since = facts["step"], facts["ema_since"]
     names = {callback.name for callback in callbacks}
     if names != set(facts["callbacks"]):
@@ -150,7 +151,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     entries: dict[int, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         index, key = flat.split(".", 1)
-        entries.setdefault(int(index), {})[key] = value
+        entries.setdefault(int(index), {})[key] = value.clone()
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 

@@ -65,7 +65,7 @@ def new_accelerator(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
     """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     network, prepared = accelerator.prepare(model, optimizer)
     state = TrainState(model=model, optimizer=prepared, network=network)
     if settings.ema:
