@@ -41,9 +41,9 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
     """
     data, training = policy.data, policy.training
     images = load_images(data.source, data.path, data.size)
+    torch.manual_seed(training.seed)  # decides the first weights
     model = _build(policy.model)
     scheduler = _scheduler(policy)
-    torch.manual_seed(training.seed)
     with open_run(path, policy, resume):
         settings = LoopSettings(
             steps=training.steps,
