@@ -48,11 +48,12 @@ from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule
 from pqcad_qat.training.callback import BatchSource, Callback
-from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
+from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
-from pqcad_qat.training.metrics_log import MetricsLog, progress_bar
+from pqcad_qat.training.metrics_log import progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_accelerator, new_state
+from pqcad_qat.training.stage import StageSettings, train_stage
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
@@ -386,36 +387,28 @@ class _Run:
             if not stage.new:
                 model.load_state_dict(load_file(kept), strict=True)
                 return
-            training = self.policy.training
-            settings = LoopSettings(
-                steps=steps,
-                learning_rate=training.learning_rate,
-                warmup=min(20, steps // 10),
-                ema=training.ema,
-                accumulation=training.gradient_accumulation,
-                max_grad_norm=training.max_grad_norm,
-                checkpoint_every=training.checkpoint_every,
-            )
-            accelerator = new_accelerator(training.precision)
-            state = new_state(model, settings, accelerator)
+            settings = self._stage_settings(name, steps)
             sources = (schedule.scalars,) if schedule else ()
-            log = MetricsLog(name, self.path / "logs", steps, self.console, sources, accelerator.is_main_process)
-            checkpoints = CheckpointFolder(self.path / "checkpoints" / name, training.keep_checkpoints)
-            last, complaints = latest_checkpoint(checkpoints.path)
-            for complaint in complaints:
-                self._warn(complaint)
-            everything = [*callbacks, log]
-            if last is not None:
-                load_checkpoint(last, state, everything)
-                self.console.print(f"{name}: going on from step {state.step}")
-            log.start_at(state.step)
-            with log:
-                fit(state, everything, batches, settings, accelerator, checkpoints)
+            state = train_stage(model, callbacks, batches, settings, self.console, sources, self._warn)
             with torch.no_grad(), averaged_weights(state):
                 kept.parent.mkdir(exist_ok=True)
                 save_file({key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}, kept)
             model.load_state_dict(load_file(kept), strict=True)
             stage.done(transitions=[asdict(transition) for transition in schedule.transitions] if schedule else [])
+
+    def _stage_settings(self, name: str, steps: int) -> StageSettings:
+        training = self.policy.training
+        loop = LoopSettings(
+            steps=steps,
+            learning_rate=training.learning_rate,
+            warmup=min(20, steps // 10),
+            ema=training.ema,
+            accumulation=training.gradient_accumulation,
+            max_grad_norm=training.max_grad_norm,
+            checkpoint_every=training.checkpoint_every,
+        )
+        checkpoints = CheckpointFolder(self.path / "checkpoints" / name, training.keep_checkpoints)
+        return StageSettings(name, loop, training.precision, checkpoints, self.path / "logs")
 
     def _warn(self, message: str) -> None:
         self.warnings.append(message)

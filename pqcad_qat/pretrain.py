@@ -24,10 +24,10 @@ from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.run_folder import open_run
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
-from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
-from pqcad_qat.training.metrics_log import MetricsLog
+from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.pretraining import DenoisingLoss, noisy_batches
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_accelerator, new_state
+from pqcad_qat.training.stage import StageSettings, train_stage
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights
 
 SAMPLES = 64
 """Images of a sample grid."""
@@ -45,7 +45,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
     model = _build(policy.model)
     scheduler = _scheduler(policy)
     with open_run(path, policy, resume):
-        settings = LoopSettings(
+        loop = LoopSettings(
             steps=training.steps,
             learning_rate=training.learning_rate,
             warmup=training.warmup,
@@ -53,21 +53,11 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
             max_grad_norm=training.max_grad_norm,
             checkpoint_every=training.checkpoint_every,
         )
-        accelerator = new_accelerator(training.precision)
-        state = new_state(model, settings, accelerator)
-        log = MetricsLog("pretrain", path / "logs", training.steps, console, enabled=accelerator.is_main_process)
-        callbacks = [DenoisingLoss(), log, SampleGrids(path / "samples", scheduler, training.sample_every)]
         checkpoints = CheckpointFolder(path / "checkpoints", training.keep_checkpoints)
-        last, complaints = latest_checkpoint(checkpoints.path)
-        for complaint in complaints:
-            console.print(f"[yellow]warning:[/] {complaint}")
-        if last is not None:
-            load_checkpoint(last, state, callbacks)
-            console.print(f"going on from step {state.step}")
-        log.start_at(state.step)
+        settings = StageSettings("pretrain", loop, training.precision, checkpoints, path / "logs")
+        callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every)]
         batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size, training.seed)
-        with log:
-            fit(state, callbacks, batches, settings, accelerator, checkpoints)
+        state = train_stage(model, callbacks, batches, settings, console, warn=lambda fault: console.print(f"[yellow]warning:[/] {fault}"))
         with averaged_weights(state):
             save_model(model, scheduler, path / "model")
         write_json(path / "model" / "provenance.json", provenance(policy, images))

@@ -114,7 +114,7 @@ def test_however_long_the_blend_every_layer_is_at_its_target_by_the_deadline(dea
     plan = [quantized.plan for quantized in quantized_layers(model).values()]
     schedule = MomentumBitSchedule(quantized_layers(model), plan, settings)
     while state.step <= deadline:
-        walk(state, schedule, state.step + 1, loss=1.2**min(state.step, 99))
+        walk(state, schedule, state.step + 1, loss=1.2 ** min(state.step, 99))
     assert {read_bits(quantized)[0] for quantized in quantized_layers(model).values()} == {3}
     assert all(blend_state(quantized) is None for quantized in quantized_layers(model).values())
 

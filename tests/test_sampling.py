@@ -46,9 +46,7 @@ def test_timesteps_equal_diffusers(spacing: str, steps: int) -> None:
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("alpha_to_one", [False, True])
 def test_a_whole_ddim_trajectory_equals_diffusers(prediction_type: Any, clip: bool, spacing: str, alpha_to_one: bool) -> None:
-    scheduler = DDIMScheduler(
-        prediction_type=prediction_type, clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=alpha_to_one
-    )
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=alpha_to_one)
     schedule = noise_schedule(scheduler.config)
     scheduler.set_timesteps(12)
     ours = theirs = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))

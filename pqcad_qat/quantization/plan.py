@@ -55,9 +55,7 @@ class LayerPlan:
     int8_exception: bool
 
 
-def plan_layers(
-    model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: tuple[Tensor, ...]
-) -> tuple[LayerPlan, ...]:
+def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: tuple[Tensor, ...]) -> tuple[LayerPlan, ...]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
 
     ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own target.
@@ -177,9 +175,7 @@ def matches_layer(pattern: str, name: str, model: nn.Module) -> bool:
     return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in names)
 
 
-def _match(
-    model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[LayerRule]
-) -> tuple[dict[str, tuple[int, str]], list[str]]:
+def _match(model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[LayerRule]) -> tuple[dict[str, tuple[int, str]], list[str]]:
     """The (rule index, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
     claimed: dict[str, tuple[int, str]] = {}
     faults = []
@@ -212,9 +208,7 @@ def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
     return f"; close names: {', '.join(close)}" if close else ""
 
 
-def _read_tensors(
-    model: nn.Module, layers: dict[str, nn.Module], example: tuple[Tensor, ...]
-) -> tuple[dict[str, str], set[str]]:
+def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: tuple[Tensor, ...]) -> tuple[dict[str, str], set[str]]:
     """For each layer the first layer that reads a tensor it reads, and the layers that the model calls at all."""
     readers: dict[int, tuple[Tensor, str]] = {}  # the tensor is kept so that its id stays its own
     first: dict[str, str] = {}
