@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 
 POLICY = "policy.yaml"
+
+DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png))\.\d+|\.(openvino|packed)-\w+")
+"""Names under which something is written before it is moved into place."""
 
 
 @dataclass
@@ -100,7 +105,17 @@ def open_run(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> Itera
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     with _locked(path):
+        _drop_drafts(path)
         yield RunFolder(path)
+
+
+def _drop_drafts(path: Path) -> None:
+    """Remove what a killed process was about to move into place: `.NAME.PID` of files and checkpoints, `.NAME-RANDOM` of exports."""
+    for draft in [entry for entry in path.rglob(".*") if DRAFT.fullmatch(entry.name)]:
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def _check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:

@@ -118,7 +118,22 @@ def test_a_killed_process_leaves_no_lock(path: Path, policy: Policy) -> None:
     with held_elsewhere(path) as process:
         process.kill()
         process.wait()
-        enter(path, policy, resume=True)
+        with open_run(path, policy, resume=True) as folder:
+            assert folder.path == path
+
+
+def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, policy: Policy) -> None:
+    drafts = [path / "checkpoints" / "pq" / ".step_000050.4242", path / ".openvino-x7_k2", path / "stages" / ".pq.json.17"]
+    for draft in drafts[:2]:
+        draft.mkdir(parents=True)
+        (draft / "half.bin").write_bytes(b"half")
+    drafts[2].parent.mkdir(exist_ok=True)
+    drafts[2].write_text("{")
+    mine = path / ".gitignore"
+    mine.write_text("*")
+    enter(path, policy, resume=True)
+    assert not any(draft.exists() for draft in drafts)
+    assert mine.exists()
 
 
 def test_a_stage_is_done_only_once_it_says_so(path: Path, policy: Policy) -> None:
