@@ -147,8 +147,10 @@ class _Run:
             steps=policy.sampler.steps,
             trajectories=policy.calibration.trajectories,
             seed=policy.calibration.seed,
+            refinement=policy.calibration.refinement,
         )
-        with self.folder.stage("calibration") as stage, self._bar("calibration", recipe.trajectories * recipe.steps) as advance:
+        calls = recipe.trajectories * recipe.steps * recipe.refinement
+        with self.folder.stage("calibration") as stage, self._bar("calibration", calls) as advance:
             found, folder = calibration_set(
                 self.prepared.model, recipe, policy.calibration.batch_size, self.path.parent / ".calibration", advance
             )

@@ -77,6 +77,22 @@ def test_noise_and_trajectories_do_not_depend_on_the_batch_size(
     torch.testing.assert_close(found.states, recorded.states, rtol=1e-4, atol=1e-4)
 
 
+def test_a_refined_set_holds_the_states_that_a_finer_sampler_visits(tiny_model: DiffusionModel, recipe: CalibrationRecipe) -> None:
+    refined = record(tiny_model, replace(recipe, refinement=2), TRAJECTORIES)
+    finer = record(tiny_model, replace(recipe, steps=2 * STEPS), TRAJECTORIES)
+    columns = [finer.timesteps.index(t) for t in refined.timesteps]
+    assert refined.states.shape == (TRAJECTORIES, STEPS + 1, 1, 32, 32)
+    assert torch.equal(refined.states[:, :-1], finer.states[:, columns])
+    assert torch.equal(refined.predictions, finer.predictions[:, columns])
+    assert torch.equal(refined.images, finer.images)
+
+
+def test_a_refinement_that_passes_by_the_samplers_time_steps_is_refused(tiny_model: DiffusionModel, recipe: CalibrationRecipe) -> None:
+    config = {**tiny_model.scheduler_config, "timestep_spacing": "linspace"}
+    with pytest.raises(ModelError, match=r"calibration\.refinement: got 2: with linspace spacing 10 steps do not visit"):
+        record(replace(tiny_model, scheduler_config=config), replace(recipe, refinement=2), 2)
+
+
 def test_recording_twice_gives_the_same_bits(tiny_model: DiffusionModel, recipe: CalibrationRecipe, recorded: CalibrationSet) -> None:
     again = record(tiny_model, recipe, TRAJECTORIES)
     assert torch.equal(again.states, recorded.states)

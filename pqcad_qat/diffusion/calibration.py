@@ -25,13 +25,23 @@ from pqcad_qat.errors import ModelError
 
 @dataclass(frozen=True)
 class CalibrationRecipe:
-    """Everything that decides a calibration set; its hash is the set's name."""
+    """Everything that decides a calibration set; its hash is the set's name.
+
+    Attributes:
+        model_digest: of the full-precision model.
+        sampler: its name.
+        steps: N, of the sampler whose states are kept.
+        trajectories: K.
+        seed: of their noise.
+        refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's own ODE.
+    """
 
     model_digest: str
     sampler: str
     steps: int
     trajectories: int
     seed: int
+    refinement: int = 1
 
     @property
     def digest(self) -> str:
@@ -97,23 +107,32 @@ def calibration_set(
 def record(
     model: DiffusionModel, recipe: CalibrationRecipe, batch_size: int, advance: Callable[[int], None] = lambda _: None
 ) -> CalibrationSet:
-    """Run the sampler from seeded noise and keep every state and prediction.
+    """Run the sampler from seeded noise and keep the state and prediction at every one of the recipe's N time steps.
 
     Raises:
-        ModelError: the model gives values that are not finite.
+        ModelError: the model gives values that are not finite, or the refined sampler passes by one of the N time steps.
     """
     schedule = noise_schedule(model.scheduler_config)
+    fine, kept = recipe.steps * recipe.refinement, timesteps(schedule, recipe.steps)
+    missed = set(kept) - set(timesteps(schedule, fine))
+    if missed:
+        raise ModelError(
+            f"calibration.refinement: got {recipe.refinement}: with {schedule.timestep_spacing} spacing {fine} steps do not visit "
+            f"{len(missed)} of the sampler's {recipe.steps} time steps; allowed 1, or more with leading or trailing spacing"
+        )
     states, predictions = [], []
     for first in range(0, recipe.trajectories, batch_size):
         count = min(batch_size, recipe.trajectories - first)
         x_t = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
-        walk = []
-        for step in ddim_trajectory(_caller(model.denoiser), x_t, schedule, recipe.steps):
-            walk.append(step)
+        walk, image = [], x_t
+        for step in ddim_trajectory(_caller(model.denoiser), x_t, schedule, fine):
+            if step.t in kept:
+                walk.append(step)
+            image = step.x_s
             advance(count)
-        states.append(torch.stack([*(step.x_t for step in walk), walk[-1].x_s], dim=1))
+        states.append(torch.stack([*(step.x_t for step in walk), image], dim=1))
         predictions.append(torch.stack([step.prediction for step in walk], dim=1))
-    found = CalibrationSet(torch.cat(states), torch.cat(predictions), timesteps(schedule, recipe.steps))
+    found = CalibrationSet(torch.cat(states), torch.cat(predictions), kept)
     if not bool(torch.isfinite(found.states).all()):
         raise ModelError(f"{model.source}: its full-precision trajectories hold values that are not finite")
     return found

@@ -82,6 +82,7 @@ class CalibrationPolicy(Section):
 
     trajectories: Count = Field(128, description="recorded trajectories, each with every state from noise to image")
     seed: Seed = Field(0, description="seed of their noise")
+    refinement: Count = Field(2, le=16, description="full-precision steps recorded where the sampler makes one; finer targets than its own")
     batch_size: Count = Field(64, description="trajectories sampled at a time; memory and speed only, the noise of each is its own")
 
 
