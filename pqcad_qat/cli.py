@@ -47,7 +47,8 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: tupl
     folder = Path(out) if out else Path("runs") / loaded.name
     page = pipeline.run(loaded, folder, _command_line(), CONSOLE, resume)
     _print_result(folder)
-    CONSOLE.print(f"report:   {page}\ndeployed: {folder / 'openvino'}", soft_wrap=True)
+    deployed = f"\ndeployed: {folder / 'openvino'}" if (folder / "openvino").exists() else ""
+    CONSOLE.print(f"report:   {page}{deployed}", soft_wrap=True)
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:

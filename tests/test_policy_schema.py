@@ -68,6 +68,8 @@ def test_a_policy_survives_json() -> None:
         ("progressive", "deadline", [0.1, 1.0, 1], [0.0, 1.1]),
         ("progressive", "perturbation", [0.1], [0.0, float("inf")]),
         ("progressive", "transition", ["blend", "jump"], ["fade"]),
+        ("progressive", "schedule", ["momentum", "fixed"], ["none"]),
+        ("evaluation", "variants", [["fp32"], ["ptq", "pqcad-openvino"]], [[], ["fp16"], "pq"]),
         ("training", "ema", [0.0, 0.999], [1.0]),
         ("training", "precision", ["fp32", "bf16", "fp16"], ["fp64"]),
         ("export", "weights", ["int8", "int4"], ["int2"]),
