@@ -152,17 +152,18 @@ def _is_one(name: str, runs: Sequence[Run]) -> bool:
 
 
 def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
-    rows = {run.report.seed: row for run in runs if (row := _variant(run, name))}
-    first = next(iter(rows.values()))
-    every = [row for run in runs if (row := _variant(run, name))]
-    figures = {figure: [value for row in every if (value := getattr(row, figure)) is not None] for figure in FIGURES}
+    rows = [(run.report.seed, row) for run in runs if (row := _variant(run, name))]
+    first = rows[0][1]
+    figures = {figure: [value for _, row in rows if (value := getattr(row, figure)) is not None] for figure in FIGURES}
+    if name in UNTRAINED:  # training seeds do not reach them: one figure, not many that agree
+        figures = {figure: values[:1] if len(set(values)) == 1 else values for figure, values in figures.items()}
     return Row(
         labels=labels,
         variant=name,
         weight_bits=first.weight_bits,
         activation_bits=first.activation_bits,
         steps=first.steps,
-        seeds=tuple(sorted(rows)),
+        seeds=tuple(sorted({seed for seed, _ in rows})),
         figures={figure: spread(values) for figure, values in figures.items() if values},
     )
 

@@ -6,6 +6,7 @@ Not here: what stands in the table (run_comparison.py).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -72,12 +73,13 @@ def protocol_text(protocol: FidProtocol | None) -> str:
     if protocol is None:
         return "No FID was measured."
     few = f" Fewer than the customary {MANY_IMAGES:,} images: they compare with one another only." if protocol.images < MANY_IMAGES else ""
-    return (
+    text = (
         f"FID: Frechet distance of {protocol.images:,} images (noise seed {protocol.seed}, sampler {protocol.sampler}) to "
-        f"{protocol.reference or 'nothing real'}, through the feature network {protocol.features} (SHA-256 "
-        f"{protocol.features_sha256[:16]}).{few} PSNR: against the full-precision images of the same noise. "
+        f"{protocol.reference or 'nothing real'}, through the feature network {protocol.features} (sha256 "
+        f"{protocol.features_sha256}).{few} PSNR: against the full-precision images of the same noise. "
         "±: standard deviation over training seeds."
     )
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -121,7 +121,7 @@ def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
     """Cells of one folder, and cells whose FIDs could not stand in one table."""
     origin = (tree.child("policies") or tree).origin
     names = [cell.name for cell in cells]
-    for name in {name for name in names if names.count(name) > 1}:
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{origin}: policies: got the cell {name} twice; allowed policies and levels whose names differ"
     for key in ("images", "features", "seed"):
         values = {str(getattr(cell.policy.evaluation, key)) for cell in cells}

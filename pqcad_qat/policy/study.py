@@ -38,9 +38,9 @@ class StudyPolicy(Section):
             yield Fault((("seeds",),), str(list(self.seeds)), "each seed once")
         places = [(("set",), self.set), *((("axes", axis, level), keys) for axis, level, keys in self._levels())]
         for place, overrides in places:
-            for key in flat_keys(overrides):
-                if key in OWN_KEYS:
-                    yield Fault(((*place, key), place), "a key that the study sets itself", "seeds: [...], or another key")
+            for keys in leaves(overrides):
+                if ".".join(keys) in OWN_KEYS:
+                    yield Fault(((*place, *keys), place), "a key that the study sets itself", "seeds: [...], or another key")
 
     def _levels(self) -> Iterator[tuple[str, str, Overrides]]:
         return ((axis, level, keys) for axis, levels in self.axes.items() for level, keys in levels.items())
@@ -57,16 +57,14 @@ class StudyPolicy(Section):
         """A key that two axes set: one of them could not have its way."""
         first: dict[str, str] = {}
         for axis, level, overrides in self._levels():
-            for key in flat_keys(overrides):
-                other = first.setdefault(key, axis)
+            for keys in leaves(overrides):
+                other = first.setdefault(".".join(keys), axis)
                 if other != axis:
-                    yield Fault((("axes", axis, level, key), ("axes", axis, level)), "a key of two axes", f"one; {other} sets it too")
+                    yield Fault((("axes", axis, level, *keys), ("axes", axis, level)), "a key of two axes", f"one; {other} sets it too")
 
 
-def flat_keys(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of overrides, however they are nested."""
+def leaves(overrides: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to every value; joined by dots they are a key of a policy, however they are nested."""
     for key, value in overrides.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        below = leaves(value) if isinstance(value, Mapping) and value else ((),)
+        yield from ((key, *keys) for keys in below)
