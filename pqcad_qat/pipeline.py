@@ -139,7 +139,6 @@ class _Run:
         self.schedule = noise_schedule(self.prepared.model.scheduler_config)
         self.shape = self.prepared.model.sample_shape
         self.warnings: list[str] = []
-
         self.made = made(self.policy.evaluation.variants)
 
     @property

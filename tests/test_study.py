@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import POLICIES, TINY
+from conftest import POLICIES, tiny_overrides
 from rich.console import Console
 
 from pqcad_qat import cli, pipeline
@@ -28,6 +27,7 @@ from pqcad_qat.policy.cells import Study, load_study
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.study import sweep
 
+STUDY = POLICIES / "studies" / "smoke.yaml"
 CELLS = ("smoke-momentum-seed0", "smoke-momentum-seed1", "smoke-fixed-seed0", "smoke-fixed-seed1")
 
 
@@ -36,32 +36,31 @@ class Swept:
     """A study that was swept once.
 
     Attributes:
-        file: of the study.
+        overrides: of the study that ships as a smoke test, for the tiny model.
         folder: of its cells and tables.
         made: how often each piece of work was done.
         output: what was printed.
     """
 
-    file: Path
+    overrides: list[str]
     folder: Path
     made: dict[str, int]
     output: str
 
     @property
     def study(self) -> Study:
-        return load_study(self.file)
+        return load_study(STUDY, self.overrides)
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["sweep", str(STUDY), "--out", str(self.folder), *(f"--set={override}" for override in self.overrides)]
 
 
 @pytest.fixture(scope="module")
 def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
     root = tmp_path_factory.mktemp("sweep")
-    overrides = dict(override.split("=") for override in TINY if not override.startswith("name"))
-    overrides |= {"model.source": str(tiny_folder), "progressive.steps": "4", "evaluation.variants": "[fp32, nncf-int8, pq]"}
-    axes = {"schedule": {"momentum": {}, "fixed": {"progressive.schedule": "fixed"}}}
-    content = {"kind": "study", "name": "tiny", "policies": [str(POLICIES / "smoke.yaml")], "axes": axes, "seeds": [0, 1]}
-    content["set"] = {key: yaml.safe_load(value) for key, value in overrides.items()}
-    (root / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    overrides = tiny_overrides(tiny_folder, "progressive.steps=4", "seeds=[0, 1]", "evaluation.variants=[fp32, nncf-int8, pq]")
     made: dict[str, int] = {}
     torch.set_num_threads(1)
     printed = io.StringIO()
@@ -69,8 +68,8 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
         for name in ("nncf_baseline", "sample_images"):
             patch.setattr(pipeline, name, counting(made, getattr(pipeline, name)))
-        sweep(load_study(root / "tiny.yaml"), root / "tiny", "python -m pqcad_qat sweep tiny.yaml", Console(file=printed, width=200))
-    return Swept(root / "tiny.yaml", root / "tiny", made, printed.getvalue())
+        sweep(load_study(STUDY, overrides), root / "tiny", "python -m pqcad_qat sweep smoke.yaml", Console(file=printed, width=200))
+    return Swept(overrides, root / "tiny", made, printed.getvalue())
 
 
 def counting(made: dict[str, int], work: Any) -> Any:
@@ -86,7 +85,7 @@ def counting(made: dict[str, int], work: Any) -> Any:
 def copied(swept: Swept, tmp_path: Path) -> Swept:
     """The swept study in a folder of one's own, to damage."""
     shutil.copytree(swept.folder, tmp_path / "tiny", symlinks=True)
-    return Swept(swept.file, tmp_path / "tiny", {}, "")
+    return Swept(swept.overrides, tmp_path / "tiny", {}, "")
 
 
 def again(swept: Swept) -> None:
@@ -125,7 +124,7 @@ def test_the_table_has_a_row_a_combination_with_the_spread_over_seeds(swept: Swe
     found = rows["momentum", "pq"]["figures"]["fid_real"]
     assert (found["mean"], found["count"]) == (pytest.approx(statistics.mean(distances)), 2)
     assert found["deviation"] == pytest.approx(statistics.stdev(distances))
-    assert (swept.folder / "study.md").read_text().startswith("From `python -m pqcad_qat sweep tiny.yaml`:")
+    assert (swept.folder / "study.md").read_text().startswith("From `python -m pqcad_qat sweep smoke.yaml`:")
 
 
 def test_finished_cells_are_not_run_again(swept: Swept, copied: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +148,7 @@ def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
 def test_a_changed_study_is_refused_before_anything_is_run(copied: Swept) -> None:
     before = times(copied.folder)
     with pytest.raises(CheckpointError) as caught:
-        sweep(load_study(copied.file, ["progressive.steps=5"]), copied.folder, "again", Console(quiet=True))
+        sweep(load_study(STUDY, [*copied.overrides, "progressive.steps=5"]), copied.folder, "again", Console(quiet=True))
     assert str(caught.value).count("progressive.steps: was 4, now 5") == len(CELLS)
     assert "--out DIR starts the study anew" in str(caught.value)
     assert times(copied.folder) == before
@@ -189,7 +188,7 @@ def test_a_dry_run_shows_every_cell_and_runs_nothing(
     (copied.folder / CELLS[0] / "report.html").unlink()
     shutil.rmtree(copied.folder / CELLS[1])
     before = times(copied.folder)
-    cli.main(["sweep", str(copied.file), "--out", str(copied.folder), "--dry-run"])
+    cli.main([*copied.arguments, "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     states = {name: next(line.split()[-2] for line in lines if name in line) for name in CELLS}
     assert states == dict(zip(CELLS, ("begun", "new", "finished", "finished"), strict=True))
@@ -203,7 +202,7 @@ def test_a_sweep_that_fails_ends_with_code_2(copied: Swept, monkeypatch: pytest.
     (copied.folder / CELLS[3] / "report.html").unlink()
     monkeypatch.setattr(study_module.pipeline, "run", fail)
     with pytest.raises(SystemExit) as end:
-        cli.main(["sweep", str(copied.file), "--out", str(copied.folder)])
+        cli.main(copied.arguments)
     assert end.value.code == 2
     assert f"{CELLS[3]}: no such layer" in capsys.readouterr().err
 

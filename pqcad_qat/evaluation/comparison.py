@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DModel
 from rich.console import Console
 from torch import nn
@@ -42,11 +43,15 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
         files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; `ov-bf16` is left out where BF16 is not native.
         inputs: of every candidate.
     """
+    threads = torch.get_num_threads()  # PyTorch is timed on every core; what comes after goes on as before
     candidates: dict[str, Callable[[], object]] = {"fp32": torch_candidate(denoiser, inputs)}
     for name, file in files.items():
         if name != "ov-bf16" or hardware().native_bf16:
             candidates[name] = openvino_candidate(file, PRECISIONS.get(name, {}), inputs)
-    return time_interleaved(candidates, runs, WARM_UP)
+    try:
+        return time_interleaved(candidates, runs, WARM_UP)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compare_speed(folder: Path, runs: int, console: Console) -> dict[str, Timing]:
