@@ -253,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        ERRORS.print("interrupted; --resume goes on from the last checkpoint", highlight=False)
+        again = "the same command" if given[:1] == ["sweep"] else "--resume"
+        ERRORS.print(f"interrupted; {again} goes on from the last checkpoint", highlight=False)
         sys.exit(130)
 
 

@@ -111,8 +111,16 @@ def test_sampling_steps_may_differ() -> None:
 
 
 def test_one_seed_of_one_policy_twice_is_refused() -> None:
-    with pytest.raises(StudyError, match="runs/a and runs/b: got seed 0 of the same policy twice"):
+    with pytest.raises(StudyError, match="runs/a and runs/b: got fixed-bit of the same policy and seed 0 twice; allowed once"):
         compare({"runs/a": report(), "runs/b": report()})
+
+
+def test_runs_of_one_policy_that_made_other_variants_are_one_run() -> None:
+    whole = report(evaluation={"variants": ["pq"]})
+    pq, rest = (replace(whole, variants=tuple(row for row in whole.variants if (row.name == "pq") == wanted)) for wanted in (True, False))
+    found = compare({"runs/a": pq, "runs/b": replace(rest, policy={**rest.policy, "evaluation": {"variants": ["pqcad"]}})})
+    assert {label for row in found.rows for label in row.labels.values()} == {"w4a8"}
+    assert [row.variant for row in found.rows] == [row.name for row in whole.variants]
 
 
 def test_the_terminal_markdown_and_page_say_the_same(two: Comparison) -> None:

@@ -121,18 +121,16 @@ def _refuse_other_protocols(runs: Sequence[Run]) -> None:
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        group = groups.setdefault((*run.labels.values(), _policy(run.report)), [])
-        for other in group:
-            if other.report.seed == run.report.seed:
-                raise StudyError(f"{other.path} and {run.path}: got seed {run.report.seed} of the same policy twice; allowed a run a seed")
-        group.append(run)
+        groups.setdefault((*run.labels.values(), _policy(run.report)), []).append(run)
     return list(groups.values())
 
 
 def _policy(report: Report) -> str:
-    """The policy without its name and its seed."""
+    """The policy without its name, its seed, and which variants it makes: what decides a variant's figures."""
     policy: dict[str, Any] = {**report.policy, "name": None}
-    return json.dumps({**policy, "training": {**policy.get("training", {}), "seed": None}}, sort_keys=True)
+    for section, key in (("training", "seed"), ("evaluation", "variants")):
+        policy[section] = {**policy.get(section, {}), key: None}
+    return json.dumps(policy, sort_keys=True)
 
 
 def _name(report: Report) -> str:
@@ -153,6 +151,8 @@ def _is_one(name: str, runs: Sequence[Run]) -> bool:
 
 def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
     rows = [(run.report.seed, row) for run in runs if (row := _variant(run, name))]
+    if name not in UNTRAINED:
+        _refuse_twice(name, runs)
     first = rows[0][1]
     figures = {figure: [value for _, row in rows if (value := getattr(row, figure)) is not None] for figure in FIGURES}
     if name in UNTRAINED:  # training seeds do not reach them: one figure, not many that agree
@@ -166,6 +166,15 @@ def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
         seeds=tuple(sorted({seed for seed, _ in rows})),
         figures={figure: spread(values) for figure, values in figures.items() if values},
     )
+
+
+def _refuse_twice(name: str, runs: Sequence[Run]) -> None:
+    """One seed of one policy counts once."""
+    first: dict[int, str] = {}
+    for run in (run for run in runs if _variant(run, name)):
+        other = first.setdefault(run.report.seed, run.path)
+        if other != run.path:
+            raise StudyError(f"{other} and {run.path}: got {name} of the same policy and seed {run.report.seed} twice; allowed once")
 
 
 def spread(values: Sequence[float]) -> Spread:
