@@ -43,10 +43,12 @@ def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:
         else:
             flags.append((flag, value))
     _refuse_surplus(name, parameters, positional)
+    places = [parameter for parameter in parameters.values() if parameter.kind is not parameter.VAR_POSITIONAL]
+    many = [parameter for parameter in parameters.values() if parameter.kind is parameter.VAR_POSITIONAL]
     overrides = [value for flag, value in flags if flag == "set"]
     return [
         name,
-        *(_literal(parameter, value) for parameter, value in zip(parameters.values(), positional, strict=False)),
+        *(_literal(parameter, value) for parameter, value in zip(many * len(positional) or places, positional, strict=False)),
         *(f"--{flag}={_literal(parameters[flag], value)}" for flag, value in flags if flag != "set"),
         *([f"--set={json.dumps(overrides)}"] if overrides else []),
     ]
@@ -77,17 +79,20 @@ def _pairs(command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequ
 
 def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: str) -> str:
     name = spelled.lstrip("-").replace("-", "_")
-    short = [known for known in parameters if known[0] == name] if not spelled.startswith("--") else []
+    flags = [known for known, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
+    short = [known for known in flags if known[0] == name] if not spelled.startswith("--") else []
     if len(short) == 1:
         return short[0]
-    if not spelled.startswith("--") or name not in parameters:
-        allowed = known_keys([f"--{known}" for known in parameters], spelled) if parameters else "none"
+    if not spelled.startswith("--") or name not in flags:
+        allowed = known_keys([f"--{known}" for known in flags], spelled) if flags else "none"
         raise UsageError(f"{spelled}: got an unknown flag of `{command}`; allowed {allowed}")
     return name
 
 
 def _refuse_surplus(command: str, parameters: Mapping[str, inspect.Parameter], positional: Sequence[str]) -> None:
     required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
+        return
     if len(positional) > len(required):
         surplus = " ".join(positional[len(required) :])
         wanted = " ".join(name.upper() for name in required) or "none"

@@ -47,7 +47,61 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: tupl
     folder = Path(out) if out else Path("runs") / loaded.name
     page = pipeline.run(loaded, folder, _command_line(), CONSOLE, resume)
     _print_result(folder)
-    CONSOLE.print(f"report:   {page}\ndeployed: {folder / 'openvino'}", soft_wrap=True)
+    deployed = f"\ndeployed: {folder / 'openvino'}" if (folder / "openvino").exists() else ""
+    CONSOLE.print(f"report:   {page}{deployed}", soft_wrap=True)
+
+
+def compare(*runs: str, out: str = "comparison.html") -> None:
+    """Put the reports of several runs into one table and picture; runs that differ in their seed alone become mean and spread.
+
+    Args:
+        runs: folders of finished runs.
+        out: page to write, with the same as .json and .md beside it; or a folder for them.
+    """
+    from pqcad_qat.evaluation.report import read_report
+    from pqcad_qat.evaluation.run_comparison import compare_runs, named_runs
+    from pqcad_qat.evaluation.run_comparison_page import comparison_table, protocol_text, write_comparison
+
+    if not runs:
+        raise UsageError("got no run; allowed one or more folders of finished runs")
+    if twice := [run for run in runs if [Path(other).resolve() for other in runs].count(Path(run).resolve()) > 1]:
+        raise UsageError(f"{twice[0]}: got the same folder twice; allowed once")
+    page = Path(out)
+    if page.suffix != ".html":
+        if page.suffix and not page.is_dir():
+            raise UsageError(f"--out: got {out!r}; allowed a name in .html, or a folder")
+        page = page / "comparison.html"
+    found = compare_runs("comparison", named_runs({run: read_report(Path(run)) for run in runs}), _command_line())
+    CONSOLE.print(comparison_table(found))
+    CONSOLE.print(protocol_text(found.protocol), highlight=False)
+    write_comparison(found, page)
+    CONSOLE.print(f"page: {page}", soft_wrap=True)
+
+
+def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), dry_run: bool = False) -> None:
+    """Run every cell of a study, each a run of its own, and put them into one table; what is finished or begun goes on.
+
+    Args:
+        study: file of kind study, such as policies/studies/smoke.yaml.
+        out: folder of the study; runs/studies/NAME by default.
+        set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each further key.
+        dry_run: show the cells and what they would do.
+    """
+    from pqcad_qat.policy.cells import load_study
+
+    loaded = load_study(Path(study), _overrides(set))
+    from pqcad_qat.evaluation.run_comparison_page import comparison_table, protocol_text
+    from pqcad_qat.study import STUDY_PAGE, cells_table
+    from pqcad_qat.study import sweep as run_cells
+
+    folder = Path(out) if out else Path("runs") / "studies" / loaded.name
+    if dry_run:
+        CONSOLE.print(cells_table(loaded, folder))
+        return
+    found = run_cells(loaded, folder, _command_line(), CONSOLE)
+    CONSOLE.print(comparison_table(found))
+    CONSOLE.print(protocol_text(found.protocol), highlight=False)
+    CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
@@ -181,7 +235,7 @@ def schema() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (run, plan, pretrain, sample, evaluate, benchmark, features, schema)
+    command.__name__: command for command in (run, plan, compare, sweep, pretrain, sample, evaluate, benchmark, features, schema)
 }
 
 
@@ -199,7 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        ERRORS.print("interrupted; --resume goes on from the last checkpoint", highlight=False)
+        again = "the same command" if given[:1] == ["sweep"] else "--resume"
+        ERRORS.print(f"interrupted; {again} goes on from the last checkpoint", highlight=False)
         sys.exit(130)
 
 

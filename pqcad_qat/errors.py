@@ -28,3 +28,7 @@ class CheckpointError(PqcadError):
 
 class ExportError(PqcadError):
     """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be converted."""
+
+
+class StudyError(PqcadError):
+    """Runs cannot stand in one table, or some cells of a study failed."""

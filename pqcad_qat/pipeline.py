@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
@@ -27,6 +32,7 @@ from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, predict
 from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import ExportError
 from pqcad_qat.evaluation.benchmark import (
+    XML_FILE,
     convert_float,
     example_inputs,
     nncf_baseline,
@@ -41,12 +47,13 @@ from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import made, stages_of
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
-from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule
+from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
 from pqcad_qat.training.callback import BatchSource, Callback
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
@@ -60,6 +67,20 @@ RANGE_INPUTS = 512
 
 BASELINE_INPUTS = 300
 """Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
+
+CALIBRATION, SHARED = ".calibration", ".shared"
+"""Folders beside the runs: what they share."""
+
+UNSAMPLED = ("ov-fp32", "ov-bf16")
+"""Timed only: they compute what `fp32` computes."""
+
+HALF_STEPS = ("fp32-half", "pq-distilled", "pqcad", "pqcad-openvino")
+"""Variants that sample in the student's steps."""
+
+SHARED_SAMPLES = ("fp32", "fp32-half", "nncf-int8")
+"""Variants that no training touches."""
+
+PROFILED = ("nncf-int8", "pqcad-openvino")
 
 PARITY_INPUTS = 64
 """States on which the deployed model is compared end to end with the quantized PyTorch model."""
@@ -118,22 +139,34 @@ class _Run:
         self.schedule = noise_schedule(self.prepared.model.scheduler_config)
         self.shape = self.prepared.model.sample_shape
         self.warnings: list[str] = []
+        self.made = made(self.policy.evaluation.variants)
 
     @property
     def path(self) -> Path:
         return self.folder.path
 
     def all_stages(self, command: str) -> Path:
+        """The stages that the policy's variants take, in order."""
+        stages = stages_of(self.policy.evaluation.variants)
         write_atomically(self.path / "plan.json", json.dumps(plan_json(self.prepared.plan, self.prepared.split), indent=1))
         calibration = self._calibrate()
-        pq, fixed = self._progressive(calibration), self._fixed_bit(calibration)
-        targets = self._targets(calibration, pq)
-        plain = self._distill("pq-distilled", calibration, pq, targets, calibration_weight=0.0)
-        student = self._distill("pqcad", calibration, pq, targets, self.policy.distillation.calibration_weight)
-        self._export(calibration, student)
-        self._baselines(calibration)
-        self._benchmark()
-        self._sample(calibration, {"pq": pq, "fixed-bit": fixed, "pq-distilled": plain, "pqcad": student})
+        models: dict[str, nn.Module] = {}
+        if "pq" in stages:
+            models["pq"] = self._progressive(calibration)
+        if "fixed-bit" in stages:
+            models["fixed-bit"] = self._fixed_bit(calibration)
+        if "teacher" in stages:
+            targets = self._targets(calibration, models["pq"])
+            weights = {"pq-distilled": 0.0, "pqcad": self.policy.distillation.calibration_weight}
+            for name in (name for name in weights if name in stages):
+                models[name] = self._distill(name, calibration, models["pq"], targets, weights[name])
+        if "export" in stages:
+            self._export(calibration, models["pqcad"])
+        if "baselines" in stages:
+            self._baselines(calibration)
+        if "benchmark" in stages:
+            self._benchmark()
+        self._sample(calibration, models)
         self._evaluate()
         return self._report(command)
 
@@ -152,12 +185,10 @@ class _Run:
         calls = recipe.trajectories * recipe.steps * recipe.refinement
         with self.folder.stage("calibration") as stage, self._bar("calibration", calls) as advance:
             found, folder = calibration_set(
-                self.prepared.model, recipe, policy.calibration.batch_size, self.path.parent / ".calibration", advance
+                self.prepared.model, recipe, policy.calibration.batch_size, self.path.parent / CALIBRATION, advance
             )
             stage.done(set=folder.name)
-        link = self.path / "calibration"
-        if not link.is_symlink():
-            link.symlink_to(Path("..") / ".calibration" / folder.name)
+        self._link("calibration", folder)
         return found
 
     def _progressive(self, calibration: CalibrationSet) -> nn.Module:
@@ -173,15 +204,19 @@ class _Run:
                 layers_per_transition=progressive.layers_per_transition,
                 deadline=round(progressive.deadline * progressive.steps),
                 blends=progressive.transition == "blend",
+                fixed=rungs(self.prepared.plan) if progressive.schedule == "fixed" else (),
             ),
         )
         self._train("pq", model, [schedule, FullPrecisionMatching()], self._training_batches(calibration), progressive.steps, schedule)
         return model
 
+    def _at_targets(self, calibration: CalibrationSet) -> nn.Module:
+        """The model at its target widths, ranges calibrated: where fixed-bit training starts, and the variant `ptq`."""
+        return self._quantized(calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in self.prepared.plan])
+
     def _fixed_bit(self, calibration: CalibrationSet) -> nn.Module:
         """The control: the same seed, steps and data, at the target widths from the first step."""
-        plan = [replace(layer, ladder=(layer.weights.bits,)) for layer in self.prepared.plan]
-        model = self._quantized(calibration, plan)
+        model = self._at_targets(calibration)
         self._train("fixed-bit", model, [FullPrecisionMatching()], self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
@@ -283,84 +318,127 @@ class _Run:
             if not stage.new:
                 return
             with self.console.status("baselines: OpenVINO float32, NNCF post-training INT8"):
-                batch, denoiser = self.policy.export.batch_size, self.prepared.model.denoiser
-                plain = convert_float(denoiser, self.shape, batch, self.path / "baselines" / "float", self.schedule.train_timesteps)
-                inputs = [{"sample": x.numpy(), "timestep": t.numpy()} for x, t in calibration.inputs(BASELINE_INPUTS * batch, batch)]
-                nncf_baseline(plain, inputs, self.path / "baselines" / "nncf")
+                self._link(
+                    "baselines/plain", kept(self.path.parent / SHARED, self._baseline_recipe(), partial(self._make_baselines, calibration))
+                )
             stage.done()
+
+    def _baseline_recipe(self) -> dict[str, Any]:
+        """All that decides the baselines' files."""
+        versions = {name: version(name) for name in ("nncf", "openvino")}
+        calibration = self.folder.finished("calibration") or {}
+        return {"baselines": versions, "calibration": calibration["set"], "inputs": BASELINE_INPUTS, "batch": self.policy.export.batch_size}
+
+    def _make_baselines(self, calibration: CalibrationSet, folder: Path) -> None:
+        batch, denoiser = self.policy.export.batch_size, self.prepared.model.denoiser
+        plain = convert_float(denoiser, self.shape, batch, folder / "float", self.schedule.train_timesteps)
+        inputs = [{"sample": x.numpy(), "timestep": t.numpy()} for x, t in calibration.inputs(BASELINE_INPUTS * batch, batch)]
+        nncf_baseline(plain, inputs, folder / "nncf")
+
+    def _openvino_files(self) -> dict[str, Path]:
+        """Variant -> what OpenVINO runs, of those that are made."""
+        plain = self.path / "baselines" / "plain"
+        files = {
+            "ov-fp32": plain / "float" / XML_FILE,
+            "ov-bf16": plain / "float" / XML_FILE,
+            "nncf-int8": plain / "nncf" / XML_FILE,
+            "pqcad-openvino": self.path / "openvino",
+        }
+        return {name: file for name, file in files.items() if name in self.made}
 
     def _benchmark(self) -> None:
         """Everything is timed in one run, in turns, from the files that ship."""
         with self.folder.stage("benchmark") as stage:
             if not stage.new:
                 return
-            runs = self.policy.export.latency_runs
-            files = {name: self.path / "baselines" / name / "openvino_model.xml" for name in ("float", "nncf")}
-            shipped = OVUNet2DModel.from_pretrained(self.path / "openvino")
+            runs, files = self.policy.export.latency_runs, self._openvino_files()
+            inputs = example_inputs(self.shape, self.policy.export.batch_size)
             with self.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
-                timings = time_denoisers(self.prepared.model.denoiser, files["float"], files["nncf"], shipped, runs)
-                inputs = example_inputs(self.shape, self.policy.export.batch_size)
-                sources = {"nncf-int8": files["nncf"], "pqcad-openvino": self.path / "openvino"}
-                profiles = {name: node_profile(source, {}, inputs) for name, source in sources.items()}
+                timings = time_denoisers(self.prepared.model.denoiser, files, inputs, runs)
+                profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
+            sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
             stage.done(
                 timings={name: asdict(value) for name, value in timings.items()},
                 profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},
-                sizes={
-                    "fp32": 4 * sum(p.numel() for p in self.prepared.model.denoiser.parameters()),
-                    "ov-fp32": size_bytes(files["float"].parent),
-                    "nncf-int8": size_bytes(files["nncf"].parent),
-                    "pqcad-openvino": size_bytes(self.path / "openvino"),
-                },
+                sizes={"fp32": 4 * sum(p.numel() for p in self.prepared.model.denoiser.parameters()), **sizes},
                 hardware=asdict(hardware()),
             )
 
     def _sample(self, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
-        """Images of every variant from the same seeds."""
-        for variant in self._variants(models):
-            with self.folder.stage(f"samples-{variant.name}") as stage:
+        """Images of every variant from the same seeds; those that training does not touch are shared by runs side by side."""
+        for name in (name for name in self.made if name not in UNSAMPLED):
+            with self.folder.stage(f"samples-{name}") as stage:
                 if not stage.new:
                     continue
-                count, batch = self.policy.evaluation.images, self.policy.evaluation.batch_size
-                with self._bar(f"sample {variant.name}", count * variant.steps) as advance:
-                    images = sample_images(variant, count, self.policy.evaluation.seed, batch, advance)
-                kept = self._images_file(variant.name)
-                kept.parent.mkdir(exist_ok=True)
-                save_file({"images": images}, kept)
-                stage.done(steps=variant.steps, runtime=variant.runtime)
+                file = self._images_file(name)
+                file.parent.mkdir(exist_ok=True)
+                make = partial(self._make_images, name, calibration, models)
+                if name in SHARED_SAMPLES:
+                    shutil.copyfile(kept(self.path.parent / SHARED, self._samples_recipe(name), make) / file.name, file)
+                else:
+                    make(file.parent)
+                stage.done(steps=self._steps(name))
 
-    def _variants(self, models: Mapping[str, nn.Module]) -> Iterator[Variant]:
-        full, steps, half = self.prepared.model, self.policy.sampler.steps, self.policy.distillation.student_steps
-        config = full.scheduler_config
-        yield pytorch_variant("fp32", full.denoiser, config, steps, self.shape)
-        yield pytorch_variant("fp32-half", full.denoiser, config, half, self.shape)
-        nncf = self.path / "baselines" / "nncf" / "openvino_model.xml"
-        yield openvino_file_variant("nncf-int8", nncf, config, steps, self.shape, self.policy.export.batch_size)
-        for name in ("fixed-bit", "pq"):
-            yield pytorch_variant(name, models[name], config, steps, self.shape)
-        for name in ("pq-distilled", "pqcad"):
-            yield pytorch_variant(name, models[name], config, half, self.shape)
-        yield openvino_variant("pqcad-openvino", self.path / "openvino", half)
+    def _make_images(self, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path) -> None:
+        variant = self._variant(name, calibration, models)
+        count, batch = self.policy.evaluation.images, self.policy.evaluation.batch_size
+        with self._bar(f"sample {name}", count * variant.steps) as advance:
+            images = sample_images(variant, count, self.policy.evaluation.seed, batch, advance)
+        save_file({"images": images}, folder / self._images_file(name).name)
+
+    def _samples_recipe(self, name: str) -> dict[str, Any]:
+        """All that decides the images of a variant that no training touches."""
+        evaluation = self.policy.evaluation
+        source = self._baseline_recipe() if name == "nncf-int8" else self.prepared.model.digest
+        decides = {"images": evaluation.images, "seed": evaluation.seed, "batch": evaluation.batch_size, "steps": self._steps(name)}
+        return {"samples": source, "sampler": self.policy.sampler.name, "variant": name, **decides}
+
+    def _steps(self, name: str) -> int:
+        return self.policy.distillation.student_steps if name in HALF_STEPS else self.policy.sampler.steps
+
+    def _variant(self, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+        full, steps = self.prepared.model, self._steps(name)
+        match name:
+            case "nncf-int8":
+                file = self._openvino_files()[name]
+                return openvino_file_variant(name, file, full.scheduler_config, steps, self.shape, self.policy.export.batch_size)
+            case "pqcad-openvino":
+                return openvino_variant(name, self._openvino_files()[name], steps)
+            case "fp32" | "fp32-half":
+                denoiser = full.denoiser
+            case "ptq":
+                denoiser = self._at_targets(calibration)
+            case _:
+                denoiser = models[name]
+        return pytorch_variant(name, denoiser, full.scheduler_config, steps, self.shape)
 
     def _evaluate(self) -> None:
         with self.folder.stage("evaluation") as stage:
             if not stage.new:
                 return
             features = load_features(self.policy.evaluation.features)
-            images = {path.stem: load_file(path)["images"] for path in sorted((self.path / "samples").glob("*.safetensors"))}
+            images = {name: load_file(self._images_file(name))["images"] for name in self.made if name not in UNSAMPLED}
             with self.console.status("evaluation: FID, PSNR, SSIM"):
                 figures = {name: asdict(evaluate_images(found, images["fp32"], features)) for name, found in images.items()}
             protocol = {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
-            stage.done(figures=figures, protocol=protocol)
+            stage.done(figures=figures, protocol=protocol, hardware=asdict(hardware()))
 
     def _report(self, command: str) -> Path:
         stages = {name: self.folder.finished(name) or {} for name in self.folder.seconds()}
         facts = RunFacts(self.policy, self.prepared.plan, self.prepared.split, stages, self.folder.seconds(), tuple(self.warnings), command)
-        shown = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+        shown: list[str] = [name for name in self.made if name not in UNSAMPLED]
         samples = {name: load_file(self._images_file(name))["images"][:10].numpy() / np.float32(127.5) - 1 for name in shown}
         write_report(self.path, report_of(facts), curves_of(self.policy, self.path / "logs"), samples)
         return self.path / "report.html"
 
     # ---- what stages share -------------------------------------------------------------------------------------------------------
+
+    def _link(self, name: str, folder: Path) -> None:
+        """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them move."""
+        link = self.path / name
+        if not link.is_symlink():
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(folder, link.parent))
 
     def _images_file(self, name: str) -> Path:
         return self.path / "samples" / f"{name}.safetensors"

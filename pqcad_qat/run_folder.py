@@ -95,7 +95,7 @@ def open_run(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> Itera
     if written.exists():
         if not resume:
             raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
-        _check_policy(written, policy)
+        check_policy(written, policy)
     elif path.is_dir() and any(not entry.name.startswith(f".{POLICY}.") for entry in path.iterdir()):  # a killed process's draft
         raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
     try:
@@ -118,7 +118,8 @@ def _drop_drafts(path: Path) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
+def check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
+    """Raise CheckpointError with every difference unless the run's policy, as written, is this one."""
     before = load_policy(written) if isinstance(policy, Policy) else load_pretrain_policy(written)
     changes = difference(before, policy)
     if changes:

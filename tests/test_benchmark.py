@@ -32,6 +32,7 @@ from pqcad_qat.evaluation.benchmark import (
     torch_candidate,
     turn_order,
 )
+from pqcad_qat.evaluation.comparison import time_denoisers
 from pqcad_qat.evaluation.hardware import hardware, native_bf16
 
 SHAPE = (1, 8, 8)
@@ -245,6 +246,16 @@ def test_nncf_baseline_leaves_the_float_model_alone(converted: tuple[ov.Model, P
 def test_nncf_baseline_needs_calibration(converted: tuple[ov.Model, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="at least one calibration input; got none"):
         nncf_baseline(converted[0], [], tmp_path)
+
+
+def test_only_what_is_asked_for_is_timed_beside_full_precision_and_torchs_threads_stay(
+    unet: UNet2DModel, converted: tuple[ov.Model, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 2)
+    inputs = example_inputs(SHAPE, 2)
+    assert set(time_denoisers(unet, {"ov-fp32": converted[1]}, inputs, runs=1)) == {"fp32", "ov-fp32"}
+    assert set(time_denoisers(unet, {}, inputs, runs=1)) == {"fp32"}
+    assert torch.get_num_threads() == 1
 
 
 def test_profile_of_a_float_model_has_no_int8_and_is_sorted(converted: tuple[ov.Model, Path]) -> None:

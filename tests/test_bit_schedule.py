@@ -22,6 +22,7 @@ from pqcad_qat.training.bit_schedule import (
     MomentumBitSchedule,
     decide,
     next_lambda,
+    rungs,
 )
 from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, new_state
@@ -124,6 +125,48 @@ def test_jumps_take_no_steps() -> None:
     assert settings.blend_steps == 0
     assert decide(99, settings, 0.5, 0, [layer("a")]) == ()
     assert decide(100, settings, 0.5, 0, [layer("a")])[0].to_bits == 4
+
+
+FIXED = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120, fixed=(6, 4))
+
+
+def test_a_fixed_schedule_moves_all_layers_at_evenly_spread_steps_whatever_the_momenta_say() -> None:
+    half = math.ceil(FIXED.last_call / 2)
+    layers = [layer("a", 9.0), layer("b", rungs=(6,)), layer("c", rungs=(), bits=8)]
+    assert decide(half - 1, FIXED, 0.0, 99, layers) == ()
+    begun = decide(half, FIXED, 0.5, 0, layers)
+    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("a", 8, 6, "fixed"), ("b", 8, 6, "fixed")]
+    assert decide(FIXED.last_call - 1, FIXED, 0.0, 99, [layer("a", bits=6, rungs=(4,))]) == ()
+    assert decide(FIXED.last_call, FIXED, None, 0, [layer("a", bits=6, rungs=(4,))])[0].to_bits == 4
+
+
+def test_a_fixed_schedule_never_pauses_a_blend() -> None:
+    assert next_lambda(0.3, 10, FIXED, -0.05) == pytest.approx(0.9 * 0.3 + 0.1)
+
+
+@pytest.mark.parametrize("deadline", [1, 2, 7, 10, 40, 120])
+@pytest.mark.parametrize("blends", [True, False])
+@pytest.mark.parametrize("widths", [(4,), (6, 4), (7, 6, 5, 4, 3, 2)])
+def test_a_fixed_schedule_is_at_its_target_by_the_deadline(deadline: int, blends: bool, widths: tuple[int, ...]) -> None:
+    settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, deadline, blends, widths)
+    bits, ends, moves = 8, -1, []
+    for step in range(deadline + 1):
+        for transition in decide(
+            step, settings, None, 0, [layer("a", bits=bits, rungs=tuple(w for w in widths if w < bits), moving=step < ends)]
+        ):
+            bits, ends = transition.to_bits, step + settings.blend_steps
+            moves.append(step)
+    assert bits == widths[-1]
+    assert ends <= deadline
+    if deadline >= 40:
+        assert len(moves) == len(widths)
+        gaps = [after - before for before, after in zip([0, *moves], moves, strict=False)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_the_rungs_of_a_plan_are_all_widths_that_layers_go_down_to() -> None:
+    _, _, schedule = network()
+    assert rungs(schedule.plan) == (4, 3)
 
 
 def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:

@@ -25,6 +25,7 @@ from pqcad_qat.arguments import UsageError, fire_arguments
 from pqcad_qat.run_folder import open_run
 
 SMOKE = str(POLICIES / "smoke.yaml")
+STUDY = str(POLICIES / "studies" / "smoke.yaml")
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -125,6 +126,12 @@ MISTAKES = {
     "an image too few": (["evaluate", "embedded:fashion-mnist", "--images", "1"], r"--images: got 1; allowed a whole number from 2"),
     "no timed runs": (["benchmark", str(POLICIES), "--runs", "0"], r"--runs: got 0"),
     "nothing to time": (["benchmark", str(POLICIES)], r"policies: not a deployed folder"),
+    "nothing to compare": (["compare"], r"got no run; allowed one or more folders of finished runs"),
+    "a run that is not finished": (["compare", "/no/such/run"], r"/no/such/run/report\.json: no such file; a finished run leaves one"),
+    "a run twice": (["compare", "runs/a", "runs/../runs/a"], r"runs/a: got the same folder twice; allowed once"),
+    "a page of no known kind": (["compare", "runs/a", "--out", "a.pdf"], r"--out: got 'a\.pdf'; allowed a name in \.html, or a folder"),
+    "a policy for a study": (["sweep", SMOKE], r"smoke\.yaml:5: kind: got quantize, a policy for the command `run`; allowed study"),
+    "a study for a policy": (["run", STUDY], r"studies/smoke\.yaml:5: kind: got study, a policy for the command `sweep`; allowed quantize"),
     "no data to pretrain on": (
         ["pretrain", str(POLICIES / "pretrain-fashion-mnist.yaml"), "--set", "data.path=/no/such/data"],
         r"/no/such/data",
@@ -184,6 +191,8 @@ def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
         (["run", "a.yaml", "-o", "x"], ["run", '"a.yaml"', '--out="x"']),
         (["run", "--set", "a=1", "a.yaml", "--set=b=[1, 2]"], ["run", '"a.yaml"', '--set=["a=1", "b=[1, 2]"]']),
         (["sample", "x", "--count", "3", "--seed", "-1"], ["sample", '"x"', "--count=3", "--seed=-1"]),
+        (["compare", "1", "a", "--out", "2", "b"], ["compare", '"1"', '"a"', '"b"', '--out="2"']),
+        (["sweep", "a.yaml", "--dry-run"], ["sweep", '"a.yaml"', "--dry_run=True"]),
         (["schema"], ["schema"]),
         (["bogus", "--x"], ["bogus", "--x"]),
     ],
@@ -192,7 +201,10 @@ def test_arguments_reach_fire_so_that_it_reads_what_was_meant(given: list[str], 
     assert fire_arguments(cli.COMMANDS, given) == read
 
 
-@pytest.mark.parametrize("given", [["schema", "x"], ["schema", "--x"], ["run", "a", "--set"], ["run", "a", "-x", "1"], ["run", "a", "--"]])
+@pytest.mark.parametrize(
+    "given",
+    [["schema", "x"], ["schema", "--x"], ["run", "a", "--set"], ["run", "a", "-x", "1"], ["run", "a", "--"], ["compare", "--runs", "a"]],
+)
 def test_arguments_that_no_command_takes_are_refused(given: list[str]) -> None:
     with pytest.raises(UsageError):
         fire_arguments(cli.COMMANDS, given)

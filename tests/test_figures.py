@@ -84,6 +84,12 @@ def test_timeline_stands_without_plan_and_without_curves() -> None:
     assert "called by deadline" in (figures.bit_timeline(report, Curves()) or "")
 
 
+def test_timeline_marks_what_a_fixed_schedule_moved() -> None:
+    report = fixture_report()
+    moves = tuple(replace(move, cause="fixed") for move in report.bit_schedule[:3])
+    assert "called by fixed" in texts(figures.bit_timeline(replace(report, bit_schedule=moves), Curves()) or "")
+
+
 def test_timeline_says_unknown_for_a_missing_momentum() -> None:
     report = fixture_report()
     report = replace(report, bit_schedule=(replace(report.bit_schedule[0], loss_momentum=None),))

@@ -21,6 +21,7 @@ import torch
 from conftest import REPOSITORY, SCHEDULER, FinishedRun
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,8 +33,9 @@ from pqcad_qat.errors import ExportError
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.evaluation.fidelity import evaluate_images
 from pqcad_qat.evaluation.record import VARIANTS
+from pqcad_qat.evaluation.samples import sheet_size
 from pqcad_qat.evaluation.variant import openvino_variant, sample_images
-from pqcad_qat.pipeline import _Run, prepare
+from pqcad_qat.pipeline import _Run, prepare, run
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import float_layers
@@ -151,7 +153,8 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
 
 
 def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    expected = [name for name in VARIANTS if name != "ov-bf16" or report["hardware"]["native_bf16"]]
+    absent = {"ptq"} | (set() if report["hardware"]["native_bf16"] else {"ov-bf16"})
+    expected = [name for name in VARIANTS if name not in absent]
     assert list(rows) == expected
     keys = {"name", "runtime", "weight_bits", "activation_bits", "steps", "size_bytes", "latency_ms_per_step", "latency_ms_per_image"}
     assert all(set(row) == keys | {"fid_real", "fid_fp", "psnr_fp", "ssim_fp"} for row in rows.values())
@@ -215,6 +218,50 @@ def test_the_page_needs_no_other_file_and_no_network(tiny_run: FinishedRun) -> N
 def test_the_report_says_how_to_make_it_again(report: Mapping[str, Any], tiny_run: FinishedRun) -> None:
     assert report["reproduction"]["command"] == "python -m pqcad_qat run tiny.yaml"
     assert report["policy"] == tiny_run.policy.model_dump(mode="json")
+
+
+# ---- runs of few variants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def partial_run(tiny_run: FinishedRun) -> Path:
+    """Beside the whole run, with the same policy but for the variants."""
+    asked = tiny_run.policy.evaluation.model_copy(update={"variants": ("fp32-half", "ptq", "fixed-bit")})
+    policy = tiny_run.policy.model_copy(update={"evaluation": asked})
+    return run(policy, tiny_run.path.with_name("partial"), "command", Console(quiet=True)).parent
+
+
+def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(partial_run: Path, rows: Mapping[str, Any]) -> None:
+    report = json.loads((partial_run / "report.json").read_text())
+    found = {row["name"]: row for row in report["variants"]}
+    assert list(found) == ["fp32", "fp32-half", "ptq", "fixed-bit"]
+    assert [path.name for path in (partial_run / "checkpoints").iterdir()] == ["fixed-bit"]
+    assert not (partial_run / "openvino").exists()
+    assert {name: found[name]["fid_real"] for name in ("fp32", "fixed-bit")} == {
+        name: rows[name]["fid_real"] for name in ("fp32", "fixed-bit")
+    }
+    assert found["ptq"]["steps"] == 4
+    assert 0 < found["ptq"]["psnr_fp"] < 60
+
+
+def test_a_report_of_few_variants_lacks_what_was_not_made(partial_run: Path) -> None:
+    report = json.loads((partial_run / "report.json").read_text())
+    assert (report["targets"], report["bit_schedule"], report["latency"], report["parity"], report["execution"]) == ([], [], {}, None, None)
+    assert {series["stage"] for series in report["curves"]["losses"]} == {"fixed-bit"}
+    page = (partial_run / "report.html").read_text()
+    assert "does not hold" not in page
+    assert 'id="costs"' not in page
+    with Image.open(partial_run / "samples.png") as picture:
+        assert picture.height == sheet_size(4, 8, 32, 32)[1]
+
+
+def test_runs_side_by_side_share_the_images_of_full_precision(tiny_run: FinishedRun, partial_run: Path) -> None:
+    shared = tiny_run.path.parent / ".shared"
+    assert sum((folder / "fp32.safetensors").exists() for folder in shared.iterdir()) == 1
+    assert not [folder for folder in shared.iterdir() if folder.name.startswith(".")]
+    for name in ("fp32", "fp32-half"):
+        one, other = (load_file(path / "samples" / f"{name}.safetensors")["images"] for path in (tiny_run.path, partial_run))
+        assert torch.equal(one, other)
 
 
 # ---- the student -----------------------------------------------------------------------------------------------------------------
@@ -321,8 +368,6 @@ def test_the_deployed_predictions_are_near_the_quantized_models(tiny_run: Finish
 
 
 def test_a_layer_that_left_int8_is_an_error_that_names_it_unless_the_policy_lists_it(tiny_run: FinishedRun) -> None:
-    from rich.console import Console
-
     prepared = prepare(tiny_run.policy)
     precisions = {layer.name: "i8" for layer in prepared.plan} | {"mid_block.resnets.0.conv1": "bf16"}
     run = _Run(tiny_run.policy, prepared, RunFolder(tiny_run.path), Console(quiet=True))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from pqcad_qat.policy.pretraining import UNET_KEYS, PretrainPolicy
 from pqcad_qat.policy.schema import Fault, LayerRule, Policy
+from pqcad_qat.policy.study import StudyPolicy
 
 RULE: dict[str, Any] = {"match": "conv_in", "weights": {"bits": 4}, "inputs": {"bits": 8}}
 SMALLEST: dict[str, Any] = {"name": "p", "model": {"source": "m"}, "quantization": {"layers": [RULE]}}
@@ -68,6 +69,8 @@ def test_a_policy_survives_json() -> None:
         ("progressive", "deadline", [0.1, 1.0, 1], [0.0, 1.1]),
         ("progressive", "perturbation", [0.1], [0.0, float("inf")]),
         ("progressive", "transition", ["blend", "jump"], ["fade"]),
+        ("progressive", "schedule", ["momentum", "fixed"], ["none"]),
+        ("evaluation", "variants", [["fp32"], ["ptq", "pqcad-openvino"]], [[], ["fp16"], "pq"]),
         ("training", "ema", [0.0, 0.999], [1.0]),
         ("training", "precision", ["fp32", "bf16", "fp16"], ["fp64"]),
         ("export", "weights", ["int8", "int4"], ["int2"]),
@@ -152,13 +155,13 @@ def test_the_models_keys_are_those_of_diffusers() -> None:
 
 
 def fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, part in [("Policy", schema), *schema["$defs"].items()]:
+    for name, part in [("Policy", schema), *schema.get("$defs", {}).items()]:
         for key, field in part["properties"].items():
             yield f"{name}.{key}", field
 
 
-@pytest.mark.parametrize("kind", [Policy, PretrainPolicy])
-def test_every_key_is_described(kind: type[Policy] | type[PretrainPolicy]) -> None:
+@pytest.mark.parametrize("kind", [Policy, PretrainPolicy, StudyPolicy])
+def test_every_key_is_described(kind: type[Policy] | type[PretrainPolicy] | type[StudyPolicy]) -> None:
     undescribed = [name for name, field in fields(kind.model_json_schema()) if "description" not in field and "$ref" not in field]
     assert undescribed == []
 

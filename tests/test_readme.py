@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from pqcad_qat.policy import schema
+from pqcad_qat.policy.cells import load_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +52,16 @@ def test_the_file_tree_lists_every_module_and_nothing_else() -> None:
 
 
 def test_every_shipped_policy_is_named() -> None:
-    assert {path.name for path in (ROOT / "policies").glob("*.yaml")} == set(re.findall(r"policies/([a-z0-9-]+\.yaml)`", README))
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "policies").rglob("*.yaml")}
+    assert shipped == set(re.findall(r"`(policies/[a-z0-9/-]+\.yaml)`", README))
+
+
+def test_the_study_that_is_shown_is_one(tmp_path: Path) -> None:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "bits.yaml").write_text(README.split("```yaml")[1].split("```")[0])
+    for name in ("w4a8.yaml", "w2a8.yaml"):
+        (tmp_path / name).write_text((ROOT / "policies" / name).read_text())
+    assert len(load_study(tmp_path / "studies" / "bits.yaml").cells) == 2 * 2 * 2 * 3
 
 
 def test_ci_finds_the_test_command() -> None:

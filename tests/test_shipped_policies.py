@@ -17,6 +17,7 @@ from diffusers import UNet2DModel
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.pipeline import prepare
+from pqcad_qat.policy.cells import load_study
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, plan_layers
@@ -30,6 +31,8 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w6a6": {6},
     "w3a8": {3},
     "w2a8": {2},
+    "w4a6": {4},
+    "w4a4": {4},
     "smoke": {4},
 }
 
@@ -55,13 +58,13 @@ def test_all_of_them_ship() -> None:
     assert {path.stem for path in POLICIES.glob("*.yaml")} == {*WEIGHT_BITS, PRETRAIN}
 
 
-@pytest.mark.parametrize("path", sorted(POLICIES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(POLICIES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     header = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
-    command = "pretrain" if path.stem == PRETRAIN else "run"
+    command = "sweep" if path.parent.name == "studies" else "pretrain" if path.stem == PRETRAIN else "run"
     assert re.match(r"# [A-Z0-9].*[.:,]", header[0])
-    assert f"#     python -m pqcad_qat {command} policies/{path.name}" in header
+    assert f"#     python -m pqcad_qat {command} policies/{path.relative_to(POLICIES)}" in header
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)
@@ -81,7 +84,7 @@ def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_it
     inner = [layer for layer in plan if layer not in edges]
     assert {layer.weights.bits for layer in edges} == {8}
     assert {layer.weights.bits for layer in inner} == widths
-    assert {layer.inputs.bits for layer in inner} == {6 if name == "w6a6" else 8}
+    assert {layer.inputs.bits for layer in inner} == {int(name[3]) if name.startswith("w") else 8}
     assert all(layer.ladder[-1] == layer.weights.bits for layer in plan)
 
 
@@ -118,3 +121,15 @@ def test_the_embedded_model_is_what_the_pretraining_policy_makes(model: Diffusio
 @pytest.mark.parametrize("name", WEIGHT_BITS)
 def test_each_is_ready_to_run_on_the_embedded_model(name: str) -> None:
     assert prepare(load_policy(POLICIES / f"{name}.yaml")).plan
+
+
+@pytest.mark.parametrize(("name", "combinations", "seeds"), [("bits", 42, 3), ("steps", 8, 3), ("momentum", 9, 3), ("smoke", 2, 1)])
+def test_each_study_is_named_as_its_file_and_has_its_cells(name: str, combinations: int, seeds: int) -> None:
+    study = load_study(POLICIES / "studies" / f"{name}.yaml")
+    assert (study.name, len(study.cells)) == (name, combinations * seeds)
+    assert {path.stem for path in (POLICIES / "studies").glob("*.yaml")} == {"bits", "steps", "momentum", "smoke"}
+
+
+def test_the_study_of_bits_has_every_combination_of_widths_that_ships() -> None:
+    policies = {cell.labels["policy"] for cell in load_study(POLICIES / "studies" / "bits.yaml").cells}
+    assert policies == set(WEIGHT_BITS) - {"smoke", "w4a8-mixed"}

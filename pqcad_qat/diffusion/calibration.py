@@ -5,10 +5,7 @@ Not here: what they are used for (ranges, training targets, parity, paired fidel
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pqcad_qat.content_store import content_digest, kept
 from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
 from pqcad_qat.diffusion.sampling import ddim_trajectory, initial_noise, noise_schedule, timesteps
 from pqcad_qat.errors import ModelError
@@ -45,7 +43,7 @@ class CalibrationRecipe:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return content_digest(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -85,22 +83,14 @@ def calibration_set(
 
     `advance` is told of every denoiser call of a batch as it is made (number of trajectories moved one step).
     """
-    folder = cache / recipe.digest
-    if folder.exists():
-        return read_calibration(folder), folder
-    found = record(model, recipe, batch_size, advance)
-    draft = cache / f".{recipe.digest}.{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file({"states": found.states, "predictions": found.predictions}, draft / "trajectories.safetensors")
-    (draft / "recipe.json").write_text(json.dumps({**asdict(recipe), "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(draft)  # another run has recorded the same set meanwhile
-    return found, folder
+
+    def make(draft: Path) -> None:
+        found = record(model, recipe, batch_size, advance)
+        save_file({"states": found.states, "predictions": found.predictions}, draft / "trajectories.safetensors")
+        (draft / "recipe.json").write_text(json.dumps({**asdict(recipe), "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
+
+    folder = kept(cache, asdict(recipe), make)
+    return read_calibration(folder), folder
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ Not here: how a call is timed (benchmark.py), nor image quality (fidelity.py).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DModel
 from rich.console import Console
 from torch import nn
@@ -18,6 +19,7 @@ from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.evaluation.benchmark import (
     BF16,
     F32,
+    Inputs,
     convert_float,
     example_inputs,
     nncf_baseline,
@@ -29,27 +31,27 @@ from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.record import Timing
 
 WARM_UP = 3
+PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
+"""What a variant asks of OpenVINO; the others take its defaults."""
 
 
-def time_denoisers(denoiser: nn.Module, float_xml: Path, nncf_xml: Path, deployed: OVUNet2DModel, runs: int) -> dict[str, Timing]:
+def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, runs: int) -> dict[str, Timing]:
     """Milliseconds of one call (one sampling step of a batch), every candidate in turns in this process.
 
     Args:
-        denoiser: full precision, for PyTorch.
-        float_xml: the same, converted; run as float32, and as BF16 where that is native.
-        nncf_xml: NNCF's post-training INT8 of it.
-        deployed: our folder, as it ships.
+        denoiser: full precision, for PyTorch: the candidate `fp32`.
+        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; `ov-bf16` is left out where BF16 is not native.
+        inputs: of every candidate.
     """
-    inputs = example_inputs(deployed.sample_shape, deployed.batch_size)
-    candidates: dict[str, Callable[[], object]] = {
-        "fp32": torch_candidate(denoiser, inputs),
-        "ov-fp32": openvino_candidate(float_xml, F32, inputs),
-        "nncf-int8": openvino_candidate(nncf_xml, {}, inputs),
-        "pqcad-openvino": openvino_candidate(deployed.folder, {}, inputs),
-    }
-    if hardware().native_bf16:
-        candidates["ov-bf16"] = openvino_candidate(float_xml, BF16, inputs)
-    return time_interleaved(candidates, runs, WARM_UP)
+    threads = torch.get_num_threads()  # PyTorch is timed on every core; what comes after goes on as before
+    candidates: dict[str, Callable[[], object]] = {"fp32": torch_candidate(denoiser, inputs)}
+    for name, file in files.items():
+        if name != "ov-bf16" or hardware().native_bf16:
+            candidates[name] = openvino_candidate(file, PRECISIONS.get(name, {}), inputs)
+    try:
+        return time_interleaved(candidates, runs, WARM_UP)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compare_speed(folder: Path, runs: int, console: Console) -> dict[str, Timing]:
@@ -64,4 +66,6 @@ def compare_speed(folder: Path, runs: int, console: Console) -> dict[str, Timing
         plain = convert_float(denoiser, deployed.sample_shape, deployed.batch_size, Path(temporary) / "float")
         noise = [example_inputs(deployed.sample_shape, deployed.batch_size, seed) for seed in range(16)]
         nncf_xml = nncf_baseline(plain, noise, Path(temporary) / "nncf")
-        return time_denoisers(denoiser, Path(temporary) / "float" / nncf_xml.name, nncf_xml, deployed, runs)
+        float_xml = Path(temporary) / "float" / nncf_xml.name
+        files = {"ov-fp32": float_xml, "ov-bf16": float_xml, "nncf-int8": nncf_xml, "pqcad-openvino": deployed.folder}
+        return time_denoisers(denoiser, files, example_inputs(deployed.sample_shape, deployed.batch_size), runs)

@@ -17,7 +17,7 @@ from pqcad_qat.evaluation.record import Curves, ProfileRow, Report, Series, Stor
 
 _PRECISIONS = {"i8": "accent", "u8": "accent", "i4": "accent", "bf16": "amber", "f16": "amber", "f32": "violet"}
 _PRECISION_NAMES = {"i8": "INT8", "u8": "INT8", "i4": "INT4", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
-_CAUSES = (("plateau", "o", "amber"), ("deadline", "D", "rose"))  # cause, marker, colour
+_CAUSES = (("plateau", "o", "amber"), ("deadline", "D", "rose"), ("fixed", "s", "violet"))  # cause, marker, colour
 _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 

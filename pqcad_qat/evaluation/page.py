@@ -59,6 +59,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
     }
     return template.render(
         report=report,
+        style=page_style(),
         name=str(report.policy.get("name") or "run"),
         summary=summary(report),
         headlines=headlines(report),
@@ -77,6 +78,11 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         unknown=UNKNOWN,
         simulated=[row.layer for row in report.layers if row.weight_bits is not None and row.planned_execution != "int8"],
     )
+
+
+def page_style() -> Markup:
+    """The style sheet of every page, to stand inside it."""
+    return Markup(files(__package__).joinpath("page_style.css").read_text(encoding="utf-8"))
 
 
 def summary(report: Report) -> str:

@@ -22,6 +22,7 @@ VARIANTS: dict[str, str] = {
     "ov-fp32": "full precision compiled by OpenVINO, float32 kernels",
     "ov-bf16": "full precision compiled by OpenVINO, bfloat16 kernels",
     "nncf-int8": "post-training INT8 by NNCF, all steps",
+    "ptq": "post-training quantization by ours: as calibrated, at the target widths, not trained",
     "fixed-bit": "quantization-aware training at one fixed width",
     "pq": "progressive quantization",
     "pq-distilled": "progressive quantization, then distillation without calibration targets",
@@ -94,7 +95,7 @@ class Transition:
     to_bits: Annotated[int, Field(alias="to")]
     loss_momentum: float | None  # averaged relative improvement of the loss
     perturbation: float | None  # averaged || Q_to(W) - Q_from(W) || / || Q_from(W) ||
-    cause: str  # "plateau" or "deadline"
+    cause: str  # "plateau", "deadline", or "fixed"
 
 
 @dataclass(frozen=True)

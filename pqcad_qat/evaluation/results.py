@@ -35,6 +35,7 @@ from pqcad_qat.evaluation.record import (
 )
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import TRAINED, VariantName, made, stages_of
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, float_layers
 from pqcad_qat.training.metrics_log import read_metrics
 
@@ -46,6 +47,8 @@ SAME = 1.02
 
 LOW_BITS = 3
 """Weights of fewer bits than this are where progressive quantization has to beat fixed-bit training."""
+
+FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to real"}
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -74,14 +77,15 @@ class RunFacts:
 
 
 def report_of(facts: RunFacts) -> Report:
-    """The whole report; a stage that a run left out gives None where its numbers would stand."""
+    """The whole report; what a run left out is absent from it: rows, targets, and the parts of stages that did not run."""
     variants = tuple(_variants(facts))
-    export, evaluation, benchmark = (facts.stages.get(name, {}) for name in ("export", "evaluation", "benchmark"))
+    evaluation, benchmark = facts.stages["evaluation"], facts.stages.get("benchmark", {})
+    machine = (benchmark or evaluation)["hardware"]
     policy = facts.policy
     return Report(
         policy=policy.model_dump(mode="json"),
         seed=policy.training.seed,
-        hardware=Hardware(**{**benchmark["hardware"], "isa": tuple(benchmark["hardware"]["isa"])}),
+        hardware=Hardware(**{**machine, "isa": tuple(machine["isa"])}),
         variants=variants,
         fid_protocol=FidProtocol(
             images=policy.evaluation.images,
@@ -92,35 +96,33 @@ def report_of(facts: RunFacts) -> Report:
             steps=policy.sampler.steps,
             seed=policy.evaluation.seed,
         ),
-        bit_schedule=tuple(Transition(**entry) for entry in facts.stages["pq"]["transitions"]),
-        parity=Parity(
-            **{key: export["parity"][key] for key in ("layers_checked", "layers_exact", "worst_layer", "worst_error")},
-            end_to_end_psnr=export["end_to_end_psnr"],
-        ),
+        bit_schedule=tuple(Transition(**entry) for entry in facts.stages.get("pq", {}).get("transitions", ())),
+        parity=_parity(facts),
         execution=_execution(facts),
         timings_s=facts.seconds,
         targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
         warnings=facts.warnings,
-        latency={name: Timing(**value) for name, value in benchmark["timings"].items()},
+        latency={name: Timing(**value) for name, value in benchmark.get("timings", {}).items()},
         layers=tuple(_layers(facts)),
-        profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark["profiles"].items()},
-        storage=tuple(_storage(facts)),
+        profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()},
+        storage=tuple(_storage(facts)) if "export" in facts.stages else (),
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
 def _variants(facts: RunFacts) -> Iterator[Variant]:
-    policy, benchmark = facts.policy, facts.stages["benchmark"]
+    policy, benchmark = facts.policy, facts.stages.get("benchmark", {"timings": {}, "sizes": {}})
     full, half = policy.sampler.steps, policy.distillation.student_steps
     weights, inputs = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
     simulated = "PyTorch, simulated"
-    rows: dict[str, tuple[str, float | None, float | None, int]] = {
+    rows: dict[VariantName, tuple[str, float, float, int]] = {
         "fp32": ("PyTorch", 32, 32, full),
         "fp32-half": ("PyTorch", 32, 32, half),
         "ov-fp32": ("OpenVINO", 32, 32, full),
         "ov-bf16": ("OpenVINO", 16, 16, full),
         "nncf-int8": ("OpenVINO", 8, 8, full),
+        "ptq": (simulated, weights, inputs, full),
         "fixed-bit": (simulated, weights, inputs, full),
         "pq": (simulated, weights, inputs, full),
         "pq-distilled": (simulated, weights, inputs, half),
@@ -128,9 +130,10 @@ def _variants(facts: RunFacts) -> Iterator[Variant]:
         "pqcad-openvino": ("OpenVINO", weights, inputs, half),
     }
     figures = facts.stages["evaluation"]["figures"]
-    for name, (runtime, weight_bits, input_bits, steps) in rows.items():
+    for name in made(policy.evaluation.variants):
         if name == "ov-bf16" and name not in benchmark["timings"]:
             continue
+        runtime, weight_bits, input_bits, steps = rows[name]
         # fp32 at half the steps is the same network: its step costs the same
         timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
         step = timing["median_ms"] / policy.export.batch_size if timing else None
@@ -145,7 +148,17 @@ def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
     return round(sum(bits * count for bits, count in widths) / sum(count for _, count in widths), 2)
 
 
-def _execution(facts: RunFacts) -> Execution:
+def _parity(facts: RunFacts) -> Parity | None:
+    if "export" not in facts.stages:
+        return None
+    export = facts.stages["export"]
+    found = {key: export["parity"][key] for key in ("layers_checked", "layers_exact", "worst_layer", "worst_error")}
+    return Parity(**found, end_to_end_psnr=export["end_to_end_psnr"])
+
+
+def _execution(facts: RunFacts) -> Execution | None:
+    if "export" not in facts.stages:
+        return None
     precisions = facts.stages["export"]["precisions"]
     integer = [name for name, precision in precisions.items() if precision in INT8]
     left = (*(name for name in precisions if name not in integer), *float_layers(facts.model, facts.plan))
@@ -153,22 +166,29 @@ def _execution(facts: RunFacts) -> Execution:
 
 
 def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
-    export, sizes = facts.stages["export"], facts.stages["benchmark"]["sizes"]
-    execution = _execution(facts)
-    yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
-    parity = export["parity"]
-    yield target("layers whose integers equal PyTorch's", parity["layers_exact"], "==", parity["layers_checked"], "layers")
-    for other, bound in (("ov-bf16", 0.45), ("ov-fp32", 0.20), ("fp32", 0.10)):
-        note = "" if other in rows else "BF16 is not native on this CPU"
-        measured = _ratio(rows, "pqcad-openvino", other, "latency_ms_per_image")
-        yield target(f"milliseconds an image: pqcad-openvino / {other}", measured, "<=", bound, "x", note)
-    yield target("Frechet distance to real: pqcad / fp32", _ratio(rows, "pqcad", "fp32", "fid_real"), "<=", 1.10, "x")
-    for other in ("fp32-half", "pq-distilled"):
-        yield target(f"Frechet distance to real: pqcad / {other}", _ratio(rows, "pqcad", other, "fid_real"), "<=", CLEARLY, "x")
+    """The promises about variants that the run was to make."""
+    execution, parity = _execution(facts), _parity(facts)
+    if execution and parity:
+        yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
+        yield target("layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, "layers")
+    asked = made(facts.policy.evaluation.variants)
     low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
-    against_fixed = _ratio(rows, "pq", "fixed-bit", "fid_real")
-    yield target("Frechet distance to real: pq / fixed-bit", against_fixed, "<=", CLEARLY if low else SAME, "x")
-    yield target("bytes packed to 4 bits, all files / float32 weights", export["packed_bytes"] / sizes["fp32"], "<=", 0.16, "x")
+    comparisons = (
+        ("pqcad-openvino", "ov-bf16", "latency_ms_per_image", 0.45),
+        ("pqcad-openvino", "ov-fp32", "latency_ms_per_image", 0.20),
+        ("pqcad-openvino", "fp32", "latency_ms_per_image", 0.10),
+        ("pqcad", "fp32", "fid_real", 1.10),
+        ("pqcad", "fp32-half", "fid_real", CLEARLY),
+        ("pqcad", "pq-distilled", "fid_real", CLEARLY),
+        ("pq", "fixed-bit", "fid_real", CLEARLY if low else SAME),
+    )
+    for one, other, figure, bound in comparisons:
+        if one in asked and other in asked:
+            note = "" if other in rows else "BF16 is not native on this CPU"
+            yield target(f"{FIGURES[figure]}: {one} / {other}", _ratio(rows, one, other, figure), "<=", bound, "x", note)
+    if execution:
+        packed = facts.stages["export"]["packed_bytes"] / facts.stages["benchmark"]["sizes"]["fp32"]
+        yield target("bytes packed to 4 bits, all files / float32 weights", packed, "<=", 0.16, "x")
 
 
 def _ratio(rows: Mapping[str, Variant], one: str, other: str, figure: str) -> float | None:
@@ -177,7 +197,8 @@ def _ratio(rows: Mapping[str, Variant], one: str, other: str, figure: str) -> fl
 
 
 def _layers(facts: RunFacts) -> Iterator[LayerRow]:
-    precisions, exact = facts.stages["export"]["precisions"], facts.stages["export"]["parity"]["exact"]
+    export = facts.stages.get("export", {"precisions": {}, "parity": {"exact": {}}})
+    precisions, exact = export["precisions"], export["parity"]["exact"]
     for layer in facts.plan:
         yield LayerRow(
             layer=layer.name,
@@ -218,7 +239,9 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
 def curves_of(policy: Policy, logs: Path) -> Curves:
     """What training logged, as series for the report's pictures."""
     losses, momenta = [], []
-    for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad"):
+    for stage in TRAINED:
+        if stage not in stages_of(policy.evaluation.variants):
+            continue
         rows = read_metrics(logs / f"{stage}.jsonl")
         losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
         if stage == "pq":

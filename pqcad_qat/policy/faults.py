@@ -128,8 +128,10 @@ class Schema:
 
     def _below(self, node: Node, step: str | int) -> Node | None:
         for member in self._members(node):
-            below = member.get("items") if isinstance(step, int) else member.get("properties", {}).get(step)
-            if below is not None:
+            below = (
+                member.get("items") if isinstance(step, int) else member.get("properties", {}).get(step, member.get("additionalProperties"))
+            )
+            if isinstance(below, dict):  # additionalProperties may be true or false
                 return self._resolve(below)
         return None
 

@@ -17,10 +17,11 @@ from pqcad_qat.errors import PolicyError
 from pqcad_qat.policy.faults import find_faults
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.study import StudyPolicy
 from pqcad_qat.policy.tree import Dumper, Tree, assign, merge, parse, read_text
 
 Kind = TypeVar("Kind", Policy, PretrainPolicy)
-COMMANDS = {"quantize": "run", "pretrain": "pretrain"}  # kind of policy -> the command that takes it
+COMMANDS = {"quantize": "run", "pretrain": "pretrain", "study": "sweep"}  # kind of policy -> the command that takes it
 
 
 def load_policy(path: Path, overrides: Sequence[str] = ()) -> Policy:
@@ -35,18 +36,18 @@ def load_pretrain_policy(path: Path, overrides: Sequence[str] = ()) -> PretrainP
 
 def _load(kind: type[Kind], name: str, path: Path, overrides: Sequence[str]) -> Kind:
     faults: list[str] = []
-    tree = _read(path, (), faults)
-    for override in overrides:
-        tree = _override(tree, override, faults)
+    tree = read_tree(path, (), faults)
+    for text in overrides:
+        tree = override(tree, text, faults)
     if tree.children is not None or not faults:
-        _refuse_other_kind(tree, name)
+        refuse_other_kind(tree, name)
         faults += find_faults(kind, tree)
     if faults:
-        raise PolicyError("\n".join(sorted(faults, key=_place)))
+        raise PolicyError("\n".join(sorted(faults, key=by_place)))
     return kind.model_validate(tree.plain())
 
 
-def _read(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
+def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
     """The tree of a file, merged over those that it extends; `below` holds the files that led here. Raises PolicyError without a file."""
     tree, found = parse(read_text(path), lambda line: f"{path}:{line}")
     faults += found
@@ -69,15 +70,15 @@ def _parent(extends: Tree, path: Path, below: tuple[Path, ...], faults: list[str
     if parent.resolve() in below:
         faults.append(f"{extends.origin}: extends: got {name}, which leads back to itself; allowed no circle")
         return None
-    return _read(parent, below, faults)
+    return read_tree(parent, below, faults)
 
 
-def _override(tree: Tree, override: str, faults: list[str]) -> Tree:
+def override(tree: Tree, given: str, faults: list[str]) -> Tree:
     """The tree with a ``key=value`` on top: dotted keys, indices as ``layers.0`` or ``layers[0]``, values in YAML; mappings merge."""
-    key, sign, text = override.partition("=")
-    steps = [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
+    key, sign, text = given.partition("=")
+    steps = key_steps(key)
     if not sign or not steps:
-        faults.append(f"--set {override}: got no key and value; allowed key=value, such as sampler.steps=10")
+        faults.append(f"--set {given}: got no key and value; allowed key=value, such as sampler.steps=10")
         return tree
     origin = f"--set {key.strip()}"
     value, found = parse(text, lambda _: origin)
@@ -91,7 +92,12 @@ def _override(tree: Tree, override: str, faults: list[str]) -> Tree:
         return tree
 
 
-def _refuse_other_kind(tree: Tree, name: str) -> None:
+def key_steps(key: str) -> list[str]:
+    """``layers[0].weights.bits`` -> its four steps."""
+    return [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
+
+
+def refuse_other_kind(tree: Tree, name: str) -> None:
     """A policy for another command has one fault, not as many as it has keys."""
     given = tree.child("kind")
     kind = "quantize" if given is None else given.value
@@ -100,7 +106,7 @@ def _refuse_other_kind(tree: Tree, name: str) -> None:
         raise PolicyError(f"{origin}: kind: got {kind}, a policy for the command `{COMMANDS[kind]}`; allowed {name}")
 
 
-def _place(fault: str) -> tuple[str, int]:
+def by_place(fault: str) -> tuple[str, int]:
     """What faults are sorted by: file, line."""
     place = re.match(r"(.*?):(\d+): ", fault)
     return (place[1], int(place[2])) if place else (fault, 0)
@@ -130,14 +136,15 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of policy files of both kinds, for editors.
+    """The JSON Schema of policy files of every kind, for editors.
 
     Keys are required only inside lists, or where no `extends` stands: a parent file may give the rest.
     """
-    refs, schema = models_json_schema([(Policy, "validation"), (PretrainPolicy, "validation")])
+    kinds = (Policy, PretrainPolicy, StudyPolicy)
+    refs, schema = models_json_schema([(kind, "validation") for kind in kinds])
     parts = schema["$defs"]
-    for name in ("Policy", "PretrainPolicy"):
-        part = parts[name]
+    for kind in kinds:
+        part = parts[kind.__name__]
         part["properties"] = {"extends": {"type": "string", "description": "policy file below this one, relative to it"}} | part[
             "properties"
         ]

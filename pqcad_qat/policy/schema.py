@@ -12,6 +12,8 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
+from pqcad_qat.policy.variants import DEFAULT_VARIANTS, VariantName
+
 Location = tuple[str | int, ...]  # ("quantization", "layers", 1, "weights", "bits")
 
 
@@ -60,6 +62,7 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 OneOrMore = BeforeValidator(_one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)])
 Ladder = Annotated[tuple[Bits, ...], Strict(False), Field(min_length=1)]
 Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), OneOrMore]
+Variants = Annotated[tuple[VariantName, ...], Strict(False), Field(min_length=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -154,6 +157,9 @@ class ProgressivePolicy(Section):
 
     steps: Count = Field(100, description="training steps of the stage, from high precision to the end")
     ladder: Ladder = Field((8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target")
+    schedule: Literal["momentum", "fixed"] = Field(
+        "momentum", description="fixed: the same rungs at evenly spread steps, all layers at once"
+    )
     momentum: Momentum = Field(0.9, description="decay of the exponential moving averages, per step")
     transition: Literal["blend", "jump"] = Field("blend", description="blend: the next width's share grows step by step; jump: at once")
     plateau: float = Field(0.002, ge=0, description="relative improvement of the loss a step under which a transition is due")
@@ -194,8 +200,9 @@ class TrainingPolicy(Section):
 
 
 class EvaluationPolicy(Section):
-    """How the variants are compared."""
+    """Which variants are made, and how they are compared."""
 
+    variants: Variants = Field(DEFAULT_VARIANTS, description="what a run makes, and so its stages; fp32 always, ptq only where listed")
     images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text = Field("embedded:fashion-mnist", description="feature network of FID with its reference statistics")

@@ -1,4 +1,4 @@
-"""When, which and how layers go down in width: progressive quantization's momentum schedule, as a pure decision and a thin callback.
+"""When, which and how layers go down in width: progressive quantization's schedules, as a pure decision and a thin callback.
 
 Not here: what a width is (quantization/quantizers.py). The paper (PQCAD-DM, arXiv 2506.16776) names a momentum-based mechanism that keeps
 low precision from perturbing the weights too much; its equations are not public, so what follows is our reading of it.
@@ -27,7 +27,7 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState
 OBSERVE_EVERY = 5
 """Steps between two observations of the perturbations: they change slowly, and each costs two quantizations of every weight."""
 
-Cause = Literal["plateau", "deadline"]
+Cause = Literal["plateau", "deadline", "fixed"]
 
 BLEND_ENDS_AT = 0.95
 """Share of the next width at which a blend ends and the next width computes alone."""
@@ -44,6 +44,7 @@ class BitScheduleSettings:
         layers_per_transition: share of the layers that may be in transition at once.
         deadline: step at which every layer computes at its target width.
         blends: False makes a transition a jump.
+        fixed: widths that all layers walk down at evenly spread steps, whatever the momenta say; empty: the momentum schedule.
     """
 
     momentum: float
@@ -52,11 +53,16 @@ class BitScheduleSettings:
     layers_per_transition: float
     deadline: int
     blends: bool = True
+    fixed: tuple[int, ...] = ()
 
     @property
     def blend_momentum(self) -> float:
-        """beta of the blend: the momentum, or less where a blend would take more than a quarter of the steps up to the deadline."""
-        return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, self.deadline // 4))))
+        """beta of the blend: the momentum, or less where a blend would take more than a quarter of the steps up to the deadline.
+
+        Of a fixed schedule with many widths less still: one blend ends before the next begins.
+        """
+        share = max(4, len(self.fixed) + 1)
+        return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, self.deadline // share))))
 
     @property
     def blend_steps(self) -> int:
@@ -69,6 +75,11 @@ class BitScheduleSettings:
     def last_call(self) -> int:
         """Step from which every layer that still waits must leave at once to be at its target by the deadline."""
         return self.deadline - self.blend_steps
+
+    def due(self, step: int) -> tuple[int, ...]:
+        """Widths of a fixed schedule whose transition has come by `step`: spread evenly, the last at the last call."""
+        count = len(self.fixed)
+        return self.fixed[: count if step >= self.last_call else step * count // self.last_call]
 
     @property
     def late_from(self) -> int:
@@ -140,6 +151,11 @@ class Transition:
     cause: Cause
 
 
+def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
+    """Every width that some layer goes down to, the widest first."""
+    return tuple(sorted({width for layer in plan for width in layer.ladder[1:]}, reverse=True))
+
+
 def decide(
     step: int, settings: BitScheduleSettings, loss_momentum: float | None, observed: int, layers: Sequence[LayerStatus]
 ) -> tuple[Transition, ...]:
@@ -149,6 +165,8 @@ def decide(
     is in transition, the loss momentum has been observed for the warm-up and is under the plateau; then the least perturbed layers go one
     rung down (to their target when it is late), as many as the share allows; those over the bound wait.
 
+    In a fixed schedule every layer goes down to the narrowest of its rungs that is due; the momenta are only recorded.
+
     Args:
         step: the clock.
         loss_momentum: None where there is none yet.
@@ -156,6 +174,10 @@ def decide(
         layers: every planned layer.
     """
     waiting = [layer for layer in layers if layer.rungs and not layer.in_transition]
+    if settings.fixed:
+        due = min(settings.due(step), default=math.inf)
+        reached = [(layer, [rung for rung in layer.rungs if rung >= due]) for layer in waiting]
+        return tuple(_transition(step, layer, passed[-1], loss_momentum, "fixed") for layer, passed in reached if passed)
     if step >= settings.last_call:
         return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, "deadline") for layer in waiting)
     moving = any(layer.in_transition for layer in layers)
@@ -172,8 +194,8 @@ def _transition(step: int, layer: LayerStatus, to_bits: int, loss_momentum: floa
 
 
 def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momentum: float | None) -> float:
-    """lambda <- beta lambda + (1 - beta); it pauses while training gets worse by more than the plateau, unless it is late."""
-    worse = loss_momentum is not None and loss_momentum < -settings.plateau
+    """lambda <- beta lambda + (1 - beta); in the momentum schedule it pauses while training gets worse than the plateau, unless late."""
+    worse = not settings.fixed and loss_momentum is not None and loss_momentum < -settings.plateau
     if worse and step < settings.late_from:
         return lam
     return settings.blend_momentum * lam + (1 - settings.blend_momentum)
