@@ -103,8 +103,8 @@ def record(
         ModelError: the model gives values that are not finite, or the refined sampler passes by one of the N time steps.
     """
     schedule = noise_schedule(model.scheduler_config)
-    fine, kept = recipe.steps * recipe.refinement, timesteps(schedule, recipe.steps)
-    missed = set(kept) - set(timesteps(schedule, fine))
+    fine, visited = recipe.steps * recipe.refinement, timesteps(schedule, recipe.steps)
+    missed = set(visited) - set(timesteps(schedule, fine))
     if missed:
         raise ModelError(
             f"calibration.refinement: got {recipe.refinement}: with {schedule.timestep_spacing} spacing {fine} steps do not visit "
@@ -116,13 +116,13 @@ def record(
         x_t = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
         walk, image = [], x_t
         for step in ddim_trajectory(_caller(model.denoiser), x_t, schedule, fine):
-            if step.t in kept:
+            if step.t in visited:
                 walk.append(step)
             image = step.x_s
             advance(count)
         states.append(torch.stack([*(step.x_t for step in walk), image], dim=1))
         predictions.append(torch.stack([step.prediction for step in walk], dim=1))
-    found = CalibrationSet(torch.cat(states), torch.cat(predictions), kept)
+    found = CalibrationSet(torch.cat(states), torch.cat(predictions), visited)
     if not bool(torch.isfinite(found.states).all()):
         raise ModelError(f"{model.source}: its full-precision trajectories hold values that are not finite")
     return found
