@@ -177,7 +177,7 @@ class DistillationPolicy(Section):
 
     steps: Count = Field(100, description="training steps")
     student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
-    teacher_weight: float = Field(1.0, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
+    teacher_weight: float = Field(0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
     calibration_weight: float = Field(1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation")
 
     def faults(self) -> Iterator[Fault]:
