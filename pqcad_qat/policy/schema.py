@@ -155,7 +155,7 @@ class QuantizationPolicy(Section):
 class ProgressivePolicy(Section):
     """Progressive quantization: the walk from the ladder's first width to each layer's target."""
 
-    steps: Count = Field(100, description="training steps of the stage, from high precision to the end")
+    steps: Count = Field(70, description="training steps of the stage, from high precision to the end")
     ladder: Ladder = Field((8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target")
     schedule: Literal["momentum", "fixed"] = Field(
         "momentum", description="fixed: the same rungs at evenly spread steps, all layers at once"
@@ -165,7 +165,7 @@ class ProgressivePolicy(Section):
     plateau: float = Field(0.002, ge=0, description="relative improvement of the loss a step under which a transition is due")
     perturbation: float = Field(0.25, gt=0, description="relative change of a layer's weights over which its transition waits")
     layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
-    deadline: Share = Field(0.4, description="share of the steps after which every layer is at its target")
+    deadline: Share = Field(0.2, description="share of the steps after which every layer is at its target")
 
     def faults(self) -> Iterator[Fault]:
         if any(low >= high for high, low in zip(self.ladder, self.ladder[1:], strict=False)):
@@ -177,7 +177,7 @@ class DistillationPolicy(Section):
 
     steps: Count = Field(100, description="training steps")
     student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
-    teacher_weight: float = Field(1.0, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
+    teacher_weight: float = Field(0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
     calibration_weight: float = Field(1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation")
 
     def faults(self) -> Iterator[Fault]:
