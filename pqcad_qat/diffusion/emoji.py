@@ -38,7 +38,7 @@ def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArra
     Raises:
         ModelError: a file is absent, or is not what it should be.
     """
-    groups, glyphs = read_groups(listing), _read_font(font)
+    glyphs, groups = _read_font(font), read_groups(listing)
     found: dict[bytes, int] = {}
     for emoji, bitmap in glyphs:
         if emoji in groups:
