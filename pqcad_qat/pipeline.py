@@ -85,6 +85,9 @@ PROFILED = ("nncf-int8", "pqcad-openvino")
 WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
 """What a trained stage leaves in a run's folder, beside its log."""
 
+WARNINGS = "warnings.json"
+"""What was told while the run trained, kept for the report of the process that ends it."""
+
 PARITY_INPUTS = 64
 """States on which the deployed model is compared end to end with the quantized PyTorch model."""
 
@@ -144,7 +147,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.schedule = noise_schedule(self.prepared.model.scheduler_config)
         self.shape = self.prepared.model.sample_shape
-        self.warnings: list[str] = []
+        told = self.path / WARNINGS
+        self.warnings: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
         self.made = made(self.policy.evaluation.variants)
 
     @property
@@ -537,6 +541,7 @@ class _Run:
 
     def _warn(self, message: str) -> None:
         self.warnings.append(message)
+        write_atomically(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
         self.console.print(f"[yellow]warning:[/] {message}")
 
     @contextmanager
