@@ -214,7 +214,8 @@ class _Run:
                 layers_per_transition=progressive.layers_per_transition,
                 deadline=round(progressive.deadline * progressive.steps),
                 blends=progressive.transition == "blend",
-                fixed=rungs(self.prepared.plan) if progressive.schedule == "fixed" else (),
+                rungs=rungs(self.prepared.plan),
+                fixed=progressive.schedule == "fixed",
             ),
         )
         self._train("pq", model, [schedule, FullPrecisionMatching()], self._training_batches(calibration), progressive.steps, schedule)
