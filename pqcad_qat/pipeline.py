@@ -61,6 +61,7 @@ from pqcad_qat.training.metrics_log import progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
 from pqcad_qat.training.trainer import LoopSettings, averaged_weights
+from pqcad_qat.training.weight_distance import WeightDistance
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
@@ -218,7 +219,8 @@ class _Run:
                 fixed=progressive.schedule == "fixed",
             ),
         )
-        self._train("pq", model, [schedule, FullPrecisionMatching()], self._training_batches(calibration), progressive.steps, schedule)
+        callbacks = [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]
+        self._train("pq", model, callbacks, self._training_batches(calibration), progressive.steps)
         return model
 
     def _at_targets(self, calibration: CalibrationSet) -> nn.Module:
@@ -228,7 +230,8 @@ class _Run:
     def _fixed_bit(self, calibration: CalibrationSet) -> nn.Module:
         """The control: the same seed, steps and data, at the target widths from the first step."""
         model = self._at_targets(calibration)
-        self._train("fixed-bit", model, [FullPrecisionMatching()], self._training_batches(calibration), self.policy.progressive.steps)
+        callbacks = [FullPrecisionMatching(), WeightDistance(quantized_layers(model))]
+        self._train("fixed-bit", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
     def _targets(self, calibration: CalibrationSet, teacher: nn.Module) -> DistillationSet:
@@ -474,12 +477,11 @@ class _Run:
         callbacks: Sequence[Callback],
         batches: BatchSource,
         steps: int,
-        schedule: MomentumBitSchedule | None = None,
     ) -> None:
         """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights."""
         with self.folder.stage(name) as stage:
             if stage.new:
-                make = partial(self._fit, name, model, callbacks, batches, steps, schedule)
+                make = partial(self._fit, name, model, callbacks, batches, steps)
                 if self.shares_training:
                     trained = kept(self.path.parent / SHARED, self._training_recipe(name), make)
                     shutil.copytree(trained, self.path, dirs_exist_ok=True)
@@ -495,17 +497,16 @@ class _Run:
         callbacks: Sequence[Callback],
         batches: BatchSource,
         steps: int,
-        schedule: MomentumBitSchedule | None,
         folder: Path,
     ) -> None:
         """Train, and leave in `folder` what a run's folder holds of a trained stage."""
-        sources = (schedule.scalars,) if schedule else ()
-        state = train_stage(model, callbacks, batches, self._stage_settings(name, steps), self.console, sources, self._warn)
+        state = train_stage(model, callbacks, batches, self._stage_settings(name, steps), self.console, self._warn)
         (folder / "models").mkdir(exist_ok=True)
         with torch.no_grad(), averaged_weights(state):
             weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
         save_file(weights, folder / WEIGHTS.format(name))
-        transitions = [asdict(transition) for transition in schedule.transitions] if schedule else []
+        schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
+        transitions = [asdict(transition) for schedule in schedules for transition in schedule.transitions]
         write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
         if folder != self.path:
             (folder / "logs").mkdir()
