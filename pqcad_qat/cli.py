@@ -21,6 +21,7 @@ from rich.table import Table
 from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text
 from pqcad_qat.errors import PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
+from pqcad_qat.policy.schema import EvaluationPolicy
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -161,7 +162,7 @@ def sample(folder: str, count: int = 64, seed: int = 0, steps: int | None = None
     CONSOLE.print(f"{out}: {count} images, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
 
 
-def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None = None, features: str = "embedded:fashion-mnist") -> None:
+def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None = None, features: str | None = None) -> None:
     """Frechet distance of a folder's images to real ones, with its protocol.
 
     Args:
@@ -169,7 +170,8 @@ def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None
         images: how many are sampled.
         seed: of their noise.
         steps: sampling steps; by default those the folder was made for.
-        features: feature network with its reference statistics: embedded:NAME or a folder.
+        features: feature network with its reference statistics: embedded:NAME or a folder; by default what a run's policy says,
+            or the one embedded for the same data as the model.
     """
     from pqcad_qat.evaluation.features import load_features
     from pqcad_qat.evaluation.fidelity import evaluate_images, fid_protocol
@@ -179,7 +181,7 @@ def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None
     _whole("images", images, least=2)
     _whole("seed", seed, least=0)
     variant = open_folder(folder, _whole("steps", steps) if steps is not None else None)
-    network = load_features(features)
+    network = load_features(features or _features_of(folder))
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
@@ -211,20 +213,21 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
 
     Args:
         out: folder to write.
-        data: fashion-mnist, digits, or folder.
+        data: fashion-mnist, digits, noto-emoji, or folder.
         path: of the data, where it is not at its default place.
         size: pixels of a side.
     """
     from pqcad_qat.diffusion.images import load_images
-    from pqcad_qat.evaluation.feature_training import make_features
+    from pqcad_qat.evaluation.feature_training import RECIPES, FeatureRecipe, make_features
     from pqcad_qat.training.metrics_log import progress_bar
 
     train = load_images(data, path, size)
     test = load_images(data, path, size, split="test") if data == "fashion-mnist" else None
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("features", total=None, note="")
+        recipe = RECIPES.get(data, FeatureRecipe())
         make_features(
-            Path(out), train, test, progress=lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}")
+            Path(out), train, test, recipe, lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}")
         )
     CONSOLE.print(f"features: {out}", soft_wrap=True)
 
@@ -260,6 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _overrides(given: Sequence[str], model: str | None = None) -> list[str]:
     return [*given, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
+
+
+def _features_of(folder: str) -> str:
+    """The feature network that belongs to a run's or an embedded model's images."""
+    from pqcad_qat.evaluation.features import embedded_features
+
+    if (policy := Path(folder) / "policy.yaml").is_file():
+        return load_policy(policy).evaluation.features
+    return folder if folder in embedded_features() else EvaluationPolicy().features
 
 
 def _whole(name: str, value: int, least: int = 1) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
@@ -42,7 +42,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
     data, training = policy.data, policy.training
     images = load_images(data.source, data.path, data.size)
     torch.manual_seed(training.seed)  # decides the first weights
-    model = _build(policy.model)
+    model = _build(policy.model, channels=images.images.shape[1])
     scheduler = _scheduler(policy)
     with open_run(path, policy, resume):
         loop = LoopSettings(
@@ -92,13 +92,16 @@ class SampleGrids(Callback):
         save_grid(images, self._folder / f"step_{state.step:06d}.png")
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
+def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
     arguments = {key: value for key, value in config.items() if key != "class"}
     try:
-        model: nn.Module = UNet2DModel(**arguments)
+        model: Any = UNet2DModel(**arguments)
     except (TypeError, ValueError) as error:
         raise PolicyError(f"model: diffusers refuses this UNet2DModel: {error}") from error
-    return model
+    for key in ("in_channels", "out_channels"):
+        if model.config[key] != channels:
+            raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
+    return cast(nn.Module, model)
 
 
 def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def test_a_rule_that_matches_nothing_is_an_error_before_any_training(call: Call,
 def test_feature_networks_that_do_not_fit_are_an_error(call: Call, tiny_folder: Path) -> None:
     code, _, errors = call("evaluate", tiny_folder, "--images", "2", "--steps", "1", "--features", "embedded:nothing")
     assert code == 2
-    assert "feature network: got 'embedded:nothing'; allowed embedded:fashion-mnist" in errors
+    assert "feature network: got 'embedded:nothing'; allowed embedded:digits, embedded:fashion-mnist" in errors
 
 
 def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
@@ -274,6 +274,12 @@ def test_evaluate_prints_json_that_agrees_with_the_runs_own_report(call: Call, t
     reported = next(row["fid_real"] for row in report["variants"] if row["name"] == "pqcad-openvino")
     assert found["fid_real"] == pytest.approx(reported, rel=1e-3)
     assert found["fid_protocol"].items() >= {**report["fid_protocol"], "steps": 2}.items()
+
+
+def test_an_embedded_model_is_evaluated_with_the_features_of_its_data(call: Call) -> None:
+    code, output, _ = call("evaluate", "embedded:digits", "--images", "2", "--steps", "1")
+    assert code == 0
+    assert json.loads(output)["fid_protocol"]["features"] == "embedded:digits"
 
 
 def test_benchmark_compares_in_one_table(call: Call, tiny_run: FinishedRun) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import torch
 
 from pqcad_qat.diffusion.images import ImageSet, image_set, load_images, to_float
 from pqcad_qat.errors import ModelError
-from pqcad_qat.evaluation.feature_training import FeatureRecipe, accuracy, make_features, train_feature_network
-from pqcad_qat.evaluation.features import image_statistics, load_features
+from pqcad_qat.evaluation.feature_training import RECIPES, FeatureRecipe, accuracy, hold_out, make_features, train_feature_network
+from pqcad_qat.evaluation.features import embedded_features, image_statistics, load_features
 
-EMBEDDED = Path(str(resources.files("pqcad_qat.assets"))) / "features-fashion-mnist"
+ASSETS = Path(str(resources.files("pqcad_qat.assets")))
 RECIPE = FeatureRecipe(epochs=3, batch_size=64, shift=0, flip=False)
 
 
@@ -65,6 +66,31 @@ def test_training_twice_gives_the_same_weights_bit_for_bit_and_leaves_the_global
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = train_feature_network(small, FeatureRecipe(epochs=1, batch_size=32, seed=4)).state_dict()
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+def test_every_fifth_image_is_held_out_and_none_is_in_both_parts() -> None:
+    train, test = hold_out(DIGITS)
+    assert (len(train), len(test)) == (1437, 360)
+    assert torch.equal(test.images, DIGITS.images[::5])
+    assert torch.equal(train.images[:5], DIGITS.images[[1, 2, 3, 4, 6]])
+    assert train.labels is not None
+    assert DIGITS.labels is not None
+    assert torch.equal(train.labels[:5], DIGITS.labels[[1, 2, 3, 4, 6]])
+    assert (train.name, test.name) == ("digits 8x8 train", "digits 8x8 held-out")
+
+
+def test_without_a_test_split_the_network_is_measured_on_what_is_held_out_and_the_reference_is_of_all(tmp_path: Path) -> None:
+    images = part(DIGITS, slice(0, 50))
+    features = make_features(tmp_path, images, recipe=FeatureRecipe(epochs=1, batch_size=16))
+    provenance = json.loads((tmp_path / "config.json").read_text())["provenance"]
+    assert (provenance["trained_on"]["images"], provenance["tested_on"]["images"]) == (40, 10)
+    assert features.reference is not None
+    assert features.reference.num_samples == 50
+
+
+def test_too_few_images_to_hold_some_out_are_refused() -> None:
+    with pytest.raises(ModelError, match="got 4 images; a feature network needs at least 5"):
+        hold_out(part(DIGITS, slice(0, 4)))
 
 
 def test_progress_hears_of_every_step() -> None:
@@ -163,19 +189,32 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(folder: Path, tmp_pat
 
 
 def test_an_unknown_source_is_answered_with_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="got 'embedded:cifar'; allowed embedded:fashion-mnist, or a folder"):
+    with pytest.raises(ModelError, match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, or a folder"):
         load_features("embedded:cifar")
     with pytest.raises(ModelError, match=r"config\.json: no such file; a feature network is a folder with"):
         load_features(str(tmp_path))
 
 
-def test_the_embedded_network_ships_small_with_its_provenance_and_the_statistics_of_all_training_images() -> None:
-    features = load_features("embedded:fashion-mnist")
-    config = json.loads((EMBEDDED / "config.json").read_text())
-    assert features.sha256 == hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
+@pytest.mark.parametrize(("name", "images", "tested", "accuracy"), [("fashion-mnist", 60_000, 10_000, 0.91), ("digits", 1797, 360, 0.97)])
+def test_each_embedded_network_ships_small_with_its_provenance_and_the_statistics_of_all_images(
+    name: str, images: int, tested: int, accuracy: float
+) -> None:
+    features, folder = load_features(f"embedded:{name}"), ASSETS / f"features-{name}"
+    config = json.loads((folder / "config.json").read_text())
+    assert features.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert features.network.num_features == 64
     assert features.reference is not None
-    assert features.reference.num_samples == 60_000
-    assert config["provenance"]["accuracy"] >= 0.91
-    assert config["provenance"]["tested_on"]["images"] == 10_000
-    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 2_000_000
+    assert features.reference.num_samples == images
+    assert config["provenance"]["accuracy"] >= accuracy
+    assert config["provenance"]["tested_on"]["images"] == tested
+    assert config["provenance"]["recipe"] == asdict(RECIPES.get(name, FeatureRecipe()))
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
+
+
+def test_the_embedded_networks_are_known_by_name() -> None:
+    assert embedded_features() == ["embedded:digits", "embedded:fashion-mnist"]
+
+
+def test_the_embedded_reference_of_the_digits_is_of_the_images_that_are_loaded() -> None:
+    features = load_features("embedded:digits")
+    assert features.reference_name == f"digits 16x16, 1797 images, sha256 {load_images('digits', size=16).digest}"

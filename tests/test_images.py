@@ -104,6 +104,14 @@ def test_digits_keep_scikit_learns_order_and_levels() -> None:
     assert load_images("digits", size=32).images.shape == (1797, 1, 32, 32)
 
 
+def test_enlarged_digits_are_smooth_and_average_to_the_originals() -> None:
+    originals, enlarged = load_images("digits", size=8).images.float(), load_images("digits", size=16).images.float()
+    smooth = torch.nn.functional.interpolate(originals, size=16, mode="bilinear")
+    blocks = torch.nn.functional.avg_pool2d(enlarged, 2)
+    assert (enlarged - smooth).abs().mean() < 8  # of 255
+    assert (blocks - originals).abs().mean() < 12
+
+
 def test_pictures_are_read_in_the_order_of_their_names_and_grey_if_all_are(tmp_path: Path) -> None:
     for name, level in (("b.png", 20), ("a.png", 10), ("c.PNG", 30)):
         Image.new("L", (12, 12), level).save(tmp_path / name)
@@ -154,7 +162,7 @@ def test_a_folder_without_readable_pictures_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "cifar"}, "got 'cifar'; allowed fashion-mnist, digits, folder"),
+        ({"source": "cifar"}, "got 'cifar'; allowed fashion-mnist, digits, noto-emoji, folder"),
         ({"source": "digits", "split": "test"}, "split of digits: got 'test'; allowed train"),
         ({"source": "fashion-mnist", "split": "validation"}, "got 'validation'; allowed train, test"),
         ({"source": "digits", "size": 0}, "got 0; allowed a positive number"),

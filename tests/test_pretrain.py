@@ -137,6 +137,13 @@ def test_a_model_that_diffusers_refuses_is_the_policys_fault_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_of_other_channels_than_the_images_is_the_policys_fault(tmp_path: Path) -> None:
+    more = MODEL.replace("}", ", in_channels: 3, out_channels: 3}")
+    with pytest.raises(PqcadError, match=r"model\.in_channels: got 3; allowed 1, as the images have"):
+        pretrain(tiny(more), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere"):
         pretrain(tiny("data.source=folder", "data.path=nowhere"), tmp_path / "run", quiet())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from conftest import POLICIES
 from diffusers import UNet2DModel
 
-from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
+from pqcad_qat.diffusion.denoiser import DiffusionModel, embedded_models, load_model
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.pipeline import prepare
 from pqcad_qat.policy.cells import load_study
@@ -23,7 +24,11 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
 
-PRETRAIN = "pretrain-fashion-mnist"
+PRETRAINED = {  # (channels, pixels), and the parameters promised, in millions
+    "fashion-mnist": ((1, 32), (2, 6)),
+    "digits": ((1, 16), (0.5, 1)),
+    "noto-emoji": ((3, 32), (2, 6)),
+}
 WEIGHT_BITS = {  # of the layers between the first and the last
     "w8a8": {8},
     "w4a8": {4},
@@ -34,15 +39,21 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a6": {4},
     "w4a4": {4},
     "smoke": {4},
+    "w4a8-digits": {4},
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> DiffusionModel:
-    """The architecture that the pretraining policy describes, untrained."""
-    config = {key: value for key, value in load_pretrain_policy(POLICIES / f"{PRETRAIN}.yaml").model.items() if key != "class"}
+def data_of(name: str) -> str:
+    """The data of the embedded model that a policy is for."""
+    return "digits" if name.endswith("-digits") else "fashion-mnist"
+
+
+@lru_cache
+def untrained(data: str) -> DiffusionModel:
+    """The architecture that a pretraining policy describes."""
+    config = {key: value for key, value in load_pretrain_policy(POLICIES / f"pretrain-{data}.yaml").model.items() if key != "class"}
     torch.manual_seed(0)
-    return DiffusionModel(UNet2DModel(**config).eval(), {"num_train_timesteps": 1000}, PRETRAIN, "")
+    return DiffusionModel(UNet2DModel(**config).eval(), {"num_train_timesteps": 1000}, data, "")
 
 
 def planned(policy: Policy, model: DiffusionModel) -> tuple[LayerPlan, ...]:
@@ -55,14 +66,14 @@ def planned(policy: Policy, model: DiffusionModel) -> tuple[LayerPlan, ...]:
 
 
 def test_all_of_them_ship() -> None:
-    assert {path.stem for path in POLICIES.glob("*.yaml")} == {*WEIGHT_BITS, PRETRAIN}
+    assert {path.stem for path in POLICIES.glob("*.yaml")} == {*WEIGHT_BITS, *(f"pretrain-{data}" for data in PRETRAINED)}
 
 
 @pytest.mark.parametrize("path", sorted(POLICIES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     header = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
-    command = "sweep" if path.parent.name == "studies" else "pretrain" if path.stem == PRETRAIN else "run"
+    command = "sweep" if path.parent.name == "studies" else "pretrain" if path.stem.startswith("pretrain-") else "run"
     assert re.match(r"# [A-Z0-9].*[.:,]", header[0])
     assert f"#     python -m pqcad_qat {command} policies/{path.relative_to(POLICIES)}" in header
 
@@ -70,16 +81,15 @@ def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
 @pytest.mark.parametrize("name", WEIGHT_BITS)
 def test_each_is_named_as_its_file_and_takes_the_embedded_model_and_features(name: str) -> None:
     policy = load_policy(POLICIES / f"{name}.yaml")
-    assert (policy.name, policy.model.source, policy.evaluation.features) == (name, "embedded:fashion-mnist", "embedded:fashion-mnist")
+    embedded = f"embedded:{data_of(name)}"
+    assert (policy.name, policy.model.source, policy.evaluation.features) == (name, embedded, embedded)
     assert policy.sampler.steps == 2 * policy.distillation.student_steps
     assert load_features(policy.evaluation.features).reference is not None
 
 
 @pytest.mark.parametrize(("name", "widths"), WEIGHT_BITS.items())
-def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_its_name(
-    model: DiffusionModel, name: str, widths: set[int]
-) -> None:
-    plan = planned(load_policy(POLICIES / f"{name}.yaml"), model)
+def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_its_name(name: str, widths: set[int]) -> None:
+    plan = planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name)))
     edges = [layer for layer in plan if layer.name == "conv_out" or layer.name.startswith("time_embedding.")]
     inner = [layer for layer in plan if layer not in edges]
     assert {layer.weights.bits for layer in edges} == {8}
@@ -89,30 +99,35 @@ def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_it
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)
-def test_each_plans_every_layer_for_int8_execution(model: DiffusionModel, name: str) -> None:
-    assert all(executes_int8(layer) for layer in planned(load_policy(POLICIES / f"{name}.yaml"), model))
+def test_each_plans_every_layer_for_int8_execution(name: str) -> None:
+    assert all(executes_int8(layer) for layer in planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name))))
 
 
-def test_the_default_policy_packs_to_at_most_a_sixth_of_the_float32_weights(model: DiffusionModel) -> None:
-    policy = load_policy(POLICIES / "w4a8.yaml")
+def test_the_default_policy_packs_to_at_most_a_sixth_of_the_float32_weights() -> None:
+    policy, model = load_policy(POLICIES / "w4a8.yaml"), untrained("fashion-mnist")
     denoiser = split_shortcuts(copy.deepcopy(model.denoiser), model.example)
     plan = plan_layers(denoiser, policy.quantization.layers, policy.progressive.ladder, model.example)
     weights = 4 * sum(parameter.numel() for parameter in model.denoiser.parameters())
     assert expected_bytes(denoiser, plan, packed=True) <= 0.16 * weights
 
 
-def test_the_pretraining_policy_describes_a_model_of_the_promised_size_with_attention(model: DiffusionModel) -> None:
-    parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    assert 2_000_000 <= parameters <= 6_000_000
-    assert model.sample_shape == (1, 32, 32)
+@pytest.mark.parametrize("data", PRETRAINED)
+def test_each_pretraining_policy_describes_a_model_of_the_promised_size_with_attention(data: str) -> None:
+    (channels, pixels), (least, most) = PRETRAINED[data]
+    model, policy = untrained(data), load_pretrain_policy(POLICIES / f"pretrain-{data}.yaml")
+    assert (policy.name, policy.data.source) == (data, data)
+    assert least <= sum(parameter.numel() for parameter in model.denoiser.parameters()) / 1e6 <= most
+    assert model.sample_shape == (channels, pixels, pixels)
     assert any("attentions" in name for name, _ in model.denoiser.named_modules())
 
 
-def test_the_embedded_model_is_what_the_pretraining_policy_makes(model: DiffusionModel) -> None:
-    policy = load_pretrain_policy(POLICIES / f"{PRETRAIN}.yaml")
-    embedded = load_model("embedded:fashion-mnist")
+@pytest.mark.parametrize("source", embedded_models())
+def test_each_embedded_model_is_what_its_pretraining_policy_makes(source: str) -> None:
+    data = source.removeprefix("embedded:")
+    policy = load_pretrain_policy(POLICIES / f"pretrain-{data}.yaml")
+    embedded = load_model(source)
     found = embedded.denoiser.state_dict()
-    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in model.denoiser.state_dict().items()}
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in untrained(data).denoiser.state_dict().items()}
     scheduler = embedded.scheduler_config
     for key in ("beta_schedule", "prediction_type", "timestep_spacing"):
         assert scheduler[key] == getattr(policy.scheduler, key)
@@ -132,4 +147,4 @@ def test_each_study_is_named_as_its_file_and_has_its_cells(name: str, combinatio
 
 def test_the_study_of_bits_has_every_combination_of_widths_that_ships() -> None:
     policies = {cell.labels["policy"] for cell in load_study(POLICIES / "studies" / "bits.yaml").cells}
-    assert policies == set(WEIGHT_BITS) - {"smoke", "w4a8-mixed"}
+    assert policies == set(WEIGHT_BITS) - {"smoke", "w4a8-mixed", "w4a8-digits"}

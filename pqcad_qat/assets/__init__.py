@@ -1,1 +1,1 @@
-"""What ships inside the package: the embedded model, the feature network and the reference statistics, each with its provenance."""
+"""What ships inside the package: the embedded models, feature networks and reference statistics, each with its provenance."""

@@ -1,6 +1,7 @@
-"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, a folder of pictures.
+"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, a folder of pictures.
 
-Not here: noise, trajectories (diffusion/calibration.py), and what images are worth (evaluation/fidelity.py).
+Not here: how emoji are read from a font (diffusion/emoji.py), noise, trajectories (diffusion/calibration.py), and what images are
+worth (evaluation/fidelity.py).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pqcad_qat.diffusion.emoji import EMOJI_LIST, NOTO_EMOJI_FONT, emoji_pictures
 from pqcad_qat.errors import ModelError
 
-Source = Literal["fashion-mnist", "digits", "folder"]
+Source = Literal["fashion-mnist", "digits", "noto-emoji", "folder"]
 Split = Literal["train", "test"]
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -54,8 +56,9 @@ def load_images(source: str, path: str | None = None, size: int = 32, split: str
     """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that cannot be.
 
     `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them), or of pictures, or of
-    one folder of pictures per class. Only Fashion-MNIST has a test split. `channels` (1 or 3) applies to pictures; by default they
-    are grey if every file is, else RGB.
+    one folder of pictures per class; or the font of the emoji (default: where fonts-noto-color-emoji puts it), with Unicode's
+    emoji-test.txt beside it or where unicode-data puts it. Only Fashion-MNIST has a test split. `channels` (1 or 3) applies to
+    pictures and emoji; by default they are grey if every one is, else RGB.
     """
     if source not in get_args(Source):
         raise ModelError(f"image source: got {source!r}; allowed {', '.join(get_args(Source))}")
@@ -69,10 +72,13 @@ def load_images(source: str, path: str | None = None, size: int = 32, split: str
     if source == "digits":
         pixels, labels = _digits(size)
         return image_set(pixels, labels, f"{source} {size}x{size}")
+    if source == "noto-emoji":
+        pictures, labels = _emoji(Path(path or NOTO_EMOJI_FONT), size)
+        return image_set(_pixels(pictures, channels), labels, f"{source} {size}x{size}")
     if path is None:
         raise ModelError("image source folder: needs a path, got none")
     files, classes = _picture_files(Path(path))
-    return image_set(_pictures(files, size, channels), classes, f"{Path(path).name} {size}x{size}")
+    return image_set(_pixels([_picture(file, size) for file in files], channels), classes, f"{Path(path).name} {size}x{size}")
 
 
 def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name: str) -> ImageSet:
@@ -175,10 +181,16 @@ def _suffixed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def _pictures(files: Sequence[Path], size: int, channels: int | None) -> NDArray[np.uint8]:
+def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """Over white, with white around to make them square, resized; mode RGB."""
+    listing = font.with_name(Path(EMOJI_LIST).name)
+    pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
+    return [ImageOps.pad(_over_white(one), (size, size), Image.Resampling.BICUBIC, color="white") for one in pictures], groups
+
+
+def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np.uint8]:
     if channels not in (None, 1, 3):
         raise ModelError(f"channels of pictures: got {channels}; allowed 1, 3")
-    pictures = [_picture(path, size) for path in files]
     mode = {None: _common_mode(pictures), 1: "L", 3: "RGB"}[channels]
     pixels = np.stack([np.asarray(picture.convert(mode), dtype=np.uint8) for picture in pictures])
     return pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)
@@ -192,10 +204,15 @@ def _picture(path: Path, size: int) -> Image.Image:
                 raise ValueError(f"channels must have 8 bits, got mode {file.mode}")
             upright = ImageOps.exif_transpose(file)
             grey = upright.mode in ("1", "L", "LA")
-            over = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+            over = _over_white(upright)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ModelError(f"{path}: not a readable picture: {error}") from error
-    return ImageOps.fit(over.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC)
+    return ImageOps.fit(over.convert("L") if grey else over, (size, size), Image.Resampling.BICUBIC)
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    """RGB, white where transparent."""
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
 
 
 def _common_mode(pictures: Sequence[Image.Image]) -> str:

@@ -133,6 +133,12 @@ def load_features(source: str) -> Features:
     return Features(network, source, sha256, reference, name)
 
 
+def embedded_features() -> list[str]:
+    """The names that `load_features` takes without files."""
+    assets = Path(str(resources.files("pqcad_qat.assets")))
+    return sorted(EMBEDDED + path.name.removeprefix("features-") for path in assets.glob("features-*"))
+
+
 class _FeatureExtractor(nn.Module):
     """What torchmetrics calls: uint8 in, float64 features out, so that its sums and its result stay in double precision."""
 
@@ -152,12 +158,9 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
 def _folder(source: str) -> Path:
     if not source.startswith(EMBEDDED):
         return Path(source)
-    assets = Path(str(resources.files("pqcad_qat.assets")))
-    folder = assets / f"features-{source.removeprefix(EMBEDDED)}"
-    if not folder.is_dir():
-        known = ", ".join(EMBEDDED + path.name.removeprefix("features-") for path in sorted(assets.glob("features-*")))
-        raise ModelError(f"feature network: got {source!r}; allowed {known}, or a folder")
-    return folder
+    if source not in embedded_features():
+        raise ModelError(f"feature network: got {source!r}; allowed {', '.join(embedded_features())}, or a folder")
+    return Path(str(resources.files("pqcad_qat.assets"))) / f"features-{source.removeprefix(EMBEDDED)}"
 
 
 def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:

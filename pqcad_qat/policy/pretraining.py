@@ -16,8 +16,10 @@ from pqcad_qat.policy.schema import Count, Fault, Location, Momentum, Name, Prec
 class PretrainData(Section):
     """The real images."""
 
-    source: Literal["fashion-mnist", "digits", "folder"] = Field("fashion-mnist", description="data set, or a folder of images")
-    path: Text | None = Field(None, description="folder of the images; for fashion-mnist null means Debian's dataset-fashion-mnist")
+    source: Literal["fashion-mnist", "digits", "noto-emoji", "folder"] = Field(
+        "fashion-mnist", description="data set, or a folder of images"
+    )
+    path: Text | None = Field(None, description="folder of the images, or font of the emoji; null means where Debian's packages put them")
     size: int = Field(32, ge=8, description="height and width in pixels that images are padded or scaled to")
 
     def faults(self) -> Iterator[Fault]:
