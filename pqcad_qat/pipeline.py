@@ -47,7 +47,7 @@ from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import made, stages_of
+from pqcad_qat.policy.variants import TRAINED, made, stages_of
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
@@ -61,6 +61,7 @@ from pqcad_qat.training.metrics_log import progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
 from pqcad_qat.training.trainer import LoopSettings, averaged_weights
+from pqcad_qat.training.weight_distance import WeightDistance
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
@@ -78,9 +79,15 @@ HALF_STEPS = ("fp32-half", "pq-distilled", "pqcad", "pqcad-openvino")
 """Variants that sample in the student's steps."""
 
 SHARED_SAMPLES = ("fp32", "fp32-half", "nncf-int8")
-"""Variants that no training touches."""
+"""Variants that no training touches: shared by all runs side by side."""
 
 PROFILED = ("nncf-int8", "pqcad-openvino")
+
+WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
+"""What a trained stage leaves in a run's folder, beside its log."""
+
+WARNINGS = "warnings.json"
+"""What was told while the run trained, kept for the report of the process that ends it."""
 
 PARITY_INPUTS = 64
 """States on which the deployed model is compared end to end with the quantized PyTorch model."""
@@ -115,15 +122,17 @@ def prepare(policy: Policy) -> Prepared:
     return Prepared(model, split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example))
 
 
-def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False) -> Path:
+def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False) -> Path:
     """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
+
+    With `shares_training` a stage that a run beside this one has trained, with all that decides it equal, is taken from there.
 
     Raises:
         PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
     """
     prepared = prepare(policy)
     with open_run(path, policy, resume) as folder:
-        return _Run(policy, prepared, folder, console).all_stages(command)
+        return _Run(policy, prepared, folder, console, shares_training).all_stages(command)
 
 
 @dataclass
@@ -134,11 +143,13 @@ class _Run:
     prepared: Prepared
     folder: RunFolder
     console: Console
+    shares_training: bool = False
 
     def __post_init__(self) -> None:
         self.schedule = noise_schedule(self.prepared.model.scheduler_config)
         self.shape = self.prepared.model.sample_shape
-        self.warnings: list[str] = []
+        told = self.path / WARNINGS
+        self.warnings: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
         self.made = made(self.policy.evaluation.variants)
 
     @property
@@ -204,10 +215,12 @@ class _Run:
                 layers_per_transition=progressive.layers_per_transition,
                 deadline=round(progressive.deadline * progressive.steps),
                 blends=progressive.transition == "blend",
-                fixed=rungs(self.prepared.plan) if progressive.schedule == "fixed" else (),
+                rungs=rungs(self.prepared.plan),
+                fixed=progressive.schedule == "fixed",
             ),
         )
-        self._train("pq", model, [schedule, FullPrecisionMatching()], self._training_batches(calibration), progressive.steps, schedule)
+        callbacks = [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]
+        self._train("pq", model, callbacks, self._training_batches(calibration), progressive.steps)
         return model
 
     def _at_targets(self, calibration: CalibrationSet) -> nn.Module:
@@ -217,7 +230,8 @@ class _Run:
     def _fixed_bit(self, calibration: CalibrationSet) -> nn.Module:
         """The control: the same seed, steps and data, at the target widths from the first step."""
         model = self._at_targets(calibration)
-        self._train("fixed-bit", model, [FullPrecisionMatching()], self._training_batches(calibration), self.policy.progressive.steps)
+        callbacks = [FullPrecisionMatching(), WeightDistance(quantized_layers(model))]
+        self._train("fixed-bit", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
     def _targets(self, calibration: CalibrationSet, teacher: nn.Module) -> DistillationSet:
@@ -373,7 +387,7 @@ class _Run:
                 file = self._images_file(name)
                 file.parent.mkdir(exist_ok=True)
                 make = partial(self._make_images, name, calibration, models)
-                if name in SHARED_SAMPLES:
+                if name in SHARED_SAMPLES or (self.shares_training and name in TRAINED):
                     shutil.copyfile(kept(self.path.parent / SHARED, self._samples_recipe(name), make) / file.name, file)
                 else:
                     make(file.parent)
@@ -387,9 +401,13 @@ class _Run:
         save_file({"images": images}, folder / self._images_file(name).name)
 
     def _samples_recipe(self, name: str) -> dict[str, Any]:
-        """All that decides the images of a variant that no training touches."""
+        """All that decides the images of a variant."""
         evaluation = self.policy.evaluation
-        source = self._baseline_recipe() if name == "nncf-int8" else self.prepared.model.digest
+        source: Any = self.prepared.model.digest
+        if name == "nncf-int8":
+            source = self._baseline_recipe()
+        elif name in TRAINED:
+            source = self._training_recipe(name)
         decides = {"images": evaluation.images, "seed": evaluation.seed, "batch": evaluation.batch_size, "steps": self._steps(name)}
         return {"samples": source, "sampler": self.policy.sampler.name, "variant": name, **decides}
 
@@ -459,22 +477,55 @@ class _Run:
         callbacks: Sequence[Callback],
         batches: BatchSource,
         steps: int,
-        schedule: MomentumBitSchedule | None = None,
     ) -> None:
         """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights."""
-        kept = self.path / "models" / f"{name}.safetensors"
         with self.folder.stage(name) as stage:
-            if not stage.new:
-                model.load_state_dict(load_file(kept), strict=True)
-                return
-            settings = self._stage_settings(name, steps)
-            sources = (schedule.scalars,) if schedule else ()
-            state = train_stage(model, callbacks, batches, settings, self.console, sources, self._warn)
-            with torch.no_grad(), averaged_weights(state):
-                kept.parent.mkdir(exist_ok=True)
-                save_file({key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}, kept)
-            model.load_state_dict(load_file(kept), strict=True)
-            stage.done(transitions=[asdict(transition) for transition in schedule.transitions] if schedule else [])
+            if stage.new:
+                make = partial(self._fit, name, model, callbacks, batches, steps)
+                if self.shares_training:
+                    trained = kept(self.path.parent / SHARED, self._training_recipe(name), make)
+                    shutil.copytree(trained, self.path, dirs_exist_ok=True)
+                else:
+                    make(self.path)
+                stage.done(transitions=json.loads((self.path / TRANSITIONS.format(name)).read_text(encoding="utf-8")))
+            model.load_state_dict(load_file(self.path / WEIGHTS.format(name)), strict=True)
+
+    def _fit(
+        self,
+        name: str,
+        model: nn.Module,
+        callbacks: Sequence[Callback],
+        batches: BatchSource,
+        steps: int,
+        folder: Path,
+    ) -> None:
+        """Train, and leave in `folder` what a run's folder holds of a trained stage."""
+        state = train_stage(model, callbacks, batches, self._stage_settings(name, steps), self.console, self._warn)
+        (folder / "models").mkdir(exist_ok=True)
+        with torch.no_grad(), averaged_weights(state):
+            weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, folder / WEIGHTS.format(name))
+        schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
+        transitions = [asdict(transition) for schedule in schedules for transition in schedule.transitions]
+        write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
+        if folder != self.path:
+            (folder / "logs").mkdir()
+            shutil.copy2(self.path / "logs" / f"{name}.jsonl", folder / "logs")
+
+    def _training_recipe(self, name: str) -> dict[str, Any]:
+        """All that decides the weights of a trained stage, those before it included."""
+        policy = self.policy
+        whole = policy.model_dump(mode="json")
+        training = {key: value for key, value in whole["training"].items() if key not in ("checkpoint_every", "keep_checkpoints")}
+        recipe = {
+            "trained": name,
+            "calibration": (self.folder.finished("calibration") or {})["set"],
+            "quantization": whole["quantization"],
+            "training": training,
+            "progressive": {"steps": policy.progressive.steps} if name == "fixed-bit" else whole["progressive"],
+            "versions": {package: version(package) for package in ("torch", "brevitas")},
+        }
+        return {**recipe, "distillation": whole["distillation"]} if name in ("pq-distilled", "pqcad") else recipe
 
     def _stage_settings(self, name: str, steps: int) -> StageSettings:
         training = self.policy.training
@@ -492,6 +543,7 @@ class _Run:
 
     def _warn(self, message: str) -> None:
         self.warnings.append(message)
+        write_atomically(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
         self.console.print(f"[yellow]warning:[/] {message}")
 
     @contextmanager

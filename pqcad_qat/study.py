@@ -61,7 +61,7 @@ def finished(path: Path) -> bool:
 
 def _run_cell(cell: Cell, folder: Path, command: str, console: Console, failed: dict[str, str]) -> None:
     try:
-        pipeline.run(cell.policy, folder / cell.name, command, console, resume=True)
+        pipeline.run(cell.policy, folder / cell.name, command, console, resume=True, shares_training=True)
     except PqcadError as error:
         failed[cell.name] = str(error)
     except Exception as error:  # a fault of this cell, whatever it is, must not lose the others

@@ -157,7 +157,12 @@ def fixture_curves() -> Curves:
         series("pq", "perturbation", PQ_STEPS, 0.05, 0.04),
         series("pq", "mean_bits", PQ_STEPS, 8, 4),
     )
-    return Curves(losses, momenta, 0.005, 0.12)
+    steps = tuple(range(1, 401, 5))
+    distances = tuple(
+        Series(stage, "weight_distance", steps, tuple(0.1 + scale * n / 400 for n in steps))
+        for stage, scale in (("pq", 0.1), ("fixed-bit", 0.2))
+    )
+    return Curves(losses, momenta, distances, 0.005, 0.12)
 
 
 def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from pqcad_qat.training.bit_schedule import (
 from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, new_state
 
-SETTINGS = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120)
+SETTINGS = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120, rungs=(6, 4))
 
 
 def layer(name: str, perturbation: float = 0.1, bits: int = 8, rungs: tuple[int, ...] = (6, 4), moving: bool = False) -> LayerStatus:
@@ -108,7 +109,7 @@ def test_when_it_is_late_a_transition_goes_straight_to_the_target() -> None:
 @pytest.mark.parametrize("deadline", [1, 2, 7, 10, 40, 120, 1000])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95, 0.999])
 def test_however_long_the_blend_every_layer_is_at_its_target_by_the_deadline(deadline: int, momentum: float) -> None:
-    settings = BitScheduleSettings(momentum, 0.01, 0.3, 0.5, deadline)
+    settings = BitScheduleSettings(momentum, 0.01, 0.3, 0.5, deadline, (4, 3))
     assert settings.blend_steps <= max(1, deadline // 4)
     assert settings.last_call >= 0
     model, state, _ = network()
@@ -120,14 +121,20 @@ def test_however_long_the_blend_every_layer_is_at_its_target_by_the_deadline(dea
     assert all(blend_state(quantized) is None for quantized in quantized_layers(model).values())
 
 
+def test_a_blend_takes_as_long_as_the_momentum_says_up_to_half_of_a_rungs_time() -> None:
+    slow = replace(SETTINGS, momentum=0.95)
+    assert [replace(slow, rungs=rungs).blend_steps for rungs in ((2,), (4, 2), (6, 4, 2))] == [59, 30, 20]
+    assert replace(SETTINGS, rungs=(2,)).blend_steps == 29
+
+
 def test_jumps_take_no_steps() -> None:
-    settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, 100, blends=False)
+    settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, 100, (6, 4), blends=False)
     assert settings.blend_steps == 0
     assert decide(99, settings, 0.5, 0, [layer("a")]) == ()
     assert decide(100, settings, 0.5, 0, [layer("a")])[0].to_bits == 4
 
 
-FIXED = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120, fixed=(6, 4))
+FIXED = replace(SETTINGS, fixed=True)
 
 
 def test_a_fixed_schedule_moves_all_layers_at_evenly_spread_steps_whatever_the_momenta_say() -> None:
@@ -148,7 +155,7 @@ def test_a_fixed_schedule_never_pauses_a_blend() -> None:
 @pytest.mark.parametrize("blends", [True, False])
 @pytest.mark.parametrize("widths", [(4,), (6, 4), (7, 6, 5, 4, 3, 2)])
 def test_a_fixed_schedule_is_at_its_target_by_the_deadline(deadline: int, blends: bool, widths: tuple[int, ...]) -> None:
-    settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, deadline, blends, widths)
+    settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, deadline, widths, blends, fixed=True)
     bits, ends, moves = 8, -1, []
     for step in range(deadline + 1):
         for transition in decide(
@@ -177,7 +184,7 @@ def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
     plan = plan_layers(model, [rule], [8, 4], example)
     quantize_model(model, plan)
     calibrate_ranges(model, [example])
-    settings = BitScheduleSettings(momentum=0.5, plateau=0.01, perturbation=0.5, layers_per_transition=0.5, deadline=40)
+    settings = BitScheduleSettings(momentum=0.5, plateau=0.01, perturbation=0.5, layers_per_transition=0.5, deadline=40, rungs=(4, 3))
     state = new_state(model, LoopSettings(steps=60, learning_rate=1e-3, ema=0.9), Accelerator(cpu=True))
     return model, state, MomentumBitSchedule(quantized_layers(model), plan, settings)
 

@@ -22,6 +22,7 @@ def charts() -> dict[str, str]:
     drawn = {
         "quality": figures.quality_latency(report),
         "timeline": figures.bit_timeline(report, curves),
+        "distance": figures.weight_distance(curves),
         "losses": figures.loss_curves(curves),
         "time": figures.time_profile(report.profiles),
         "storage": figures.storage_chart(report.storage),
@@ -128,6 +129,7 @@ def test_nothing_to_draw_draws_nothing() -> None:
     assert figures.quality_latency(report) is None
     assert figures.bit_timeline(report, Curves()) is None
     assert figures.loss_curves(Curves()) is None
+    assert figures.weight_distance(Curves()) is None
     assert figures.time_profile({}) is None
     assert figures.storage_chart(()) is None
 
@@ -138,3 +140,8 @@ def test_nothing_to_draw_draws_nothing() -> None:
 )
 def test_layer_group_is_the_block(name: str, group: str) -> None:
     assert figures.layer_group(name) == group
+
+
+def test_the_distance_of_weights_has_a_line_a_stage_and_says_where_it_ends(charts: dict[str, str]) -> None:
+    assert {"pq", "fixed-bit"} <= set(texts(charts["distance"]))
+    assert "pq ends at 0.199, fixed-bit ends at 0.298" in charts["distance"]

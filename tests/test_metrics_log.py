@@ -16,7 +16,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from pqcad_qat.training.callback import StepReport, TrainState
+from pqcad_qat.training.callback import Callback, StepReport, TrainState
 from pqcad_qat.training.metrics_log import LAYER, MetricsLog, progress_bar, read_metrics
 
 
@@ -33,8 +33,9 @@ def report(loss: float) -> StepReport:
     return StepReport(loss=loss, terms={"teacher": loss / 4, "calibration": 3 * loss / 4}, gradient_norm=0.5, learning_rate=1e-3)
 
 
-def scalars() -> Mapping[str, float]:
-    return {"mean_bits": 6.0, f"{LAYER}conv_in/bits": 8.0}
+class Widths(Callback):
+    def scalars(self) -> Mapping[str, float]:
+        return {"mean_bits": 6.0, f"{LAYER}conv_in/bits": 8.0}
 
 
 def log_steps(log: MetricsLog, steps: range) -> None:
@@ -44,8 +45,8 @@ def log_steps(log: MetricsLog, steps: range) -> None:
             log.after_step(state_at(step), report(1.0 / step))
 
 
-def test_every_step_is_a_row_with_its_terms_and_the_sources_but_not_single_layers(tmp_path: Path) -> None:
-    log = MetricsLog("pq", tmp_path, 3, quiet(), (scalars,))
+def test_every_step_is_a_row_with_its_terms_and_the_callbacks_scalars_but_not_single_layers(tmp_path: Path) -> None:
+    log = MetricsLog("pq", tmp_path, 3, quiet(), [Widths()])
     log_steps(log, range(1, 4))
     rows = read_metrics(tmp_path / "pq.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -61,7 +62,7 @@ def test_every_step_is_a_row_with_its_terms_and_the_sources_but_not_single_layer
 
 
 def test_tensorboard_gets_every_scalar_under_its_stage_single_layers_too(tmp_path: Path) -> None:
-    log_steps(MetricsLog("pq", tmp_path, 3, quiet(), (scalars,)), range(1, 4))
+    log_steps(MetricsLog("pq", tmp_path, 3, quiet(), [Widths()]), range(1, 4))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {"pq/loss", "pq/loss/teacher", "pq/mean_bits", "pq/layer/conv_in/bits"}
@@ -90,7 +91,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 
 def test_where_there_is_no_terminal_a_tenth_of_the_steps_is_one_line(tmp_path: Path) -> None:
     console = quiet()
-    log_steps(MetricsLog("pq", tmp_path, 40, console, (scalars,)), range(1, 41))
+    log_steps(MetricsLog("pq", tmp_path, 40, console, [Widths()]), range(1, 41))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 10

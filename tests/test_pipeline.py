@@ -24,6 +24,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.calibration import read_calibration
@@ -41,6 +42,8 @@ from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import float_layers
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.run_folder import RunFolder
+from pqcad_qat.training.callback import TrainState
+from pqcad_qat.training.stage import StageSettings, train_stage
 
 LEFT = (  # DESIGN section 4
     "policy.yaml",
@@ -262,6 +265,28 @@ def test_runs_side_by_side_share_the_images_of_full_precision(tiny_run: Finished
     for name in ("fp32", "fp32-half"):
         one, other = (load_file(path / "samples" / f"{name}.safetensors")["images"] for path in (tiny_run.path, partial_run))
         assert torch.equal(one, other)
+
+
+def test_runs_of_a_study_train_what_they_have_in_common_once(
+    tiny_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def counted(model: nn.Module, callbacks: Any, batches: Any, settings: StageSettings, *rest: Any) -> TrainState:
+        trained.append(settings.name)
+        return train_stage(model, callbacks, batches, settings, *rest)
+
+    monkeypatch.setattr("pqcad_qat.pipeline.train_stage", counted)
+    evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": ("fixed-bit", "pq")})
+    blends = tiny_run.policy.model_copy(update={"evaluation": evaluation})
+    jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
+    for name, policy in (("blends", blends), ("jumps", jumps)):
+        run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)
+    assert sorted(trained) == ["fixed-bit", "pq", "pq"]
+    one, other = (tmp_path / name for name in ("blends", "jumps"))
+    for file in ("models/fixed-bit.safetensors", "logs/fixed-bit.jsonl", "samples/fixed-bit.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    assert (one / "models/pq.safetensors").read_bytes() != (other / "models/pq.safetensors").read_bytes()
 
 
 # ---- the student -----------------------------------------------------------------------------------------------------------------

@@ -55,8 +55,10 @@ def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.mktemp("resume") / "tiny"
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
     command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
+    first = part(command, path, "checkpoints/pq/step_000003/digests.json", signal.SIGINT)
+    (path / "checkpoints" / "pq" / "step_000999").mkdir()  # a later one, damaged
     parts = (
-        part(command, path, "checkpoints/pq/step_000003/digests.json", signal.SIGINT),
+        first,
         part([*command, "--resume"], path, "checkpoints/fixed-bit/step_000003/digests.json", signal.SIGKILL),
         part([*command, "--resume"], path, "stages/fixed-bit.json", signal.SIGKILL),
         part([*command, "--resume"], path, "stages/samples-fp32.json", signal.SIGKILL),
@@ -102,6 +104,12 @@ def test_the_kills_came_where_they_were_meant_to(interrupted: InterruptedRun) ->
 def test_every_part_goes_on_from_the_last_checkpoint(interrupted: InterruptedRun) -> None:
     assert "pq: going on from step " in interrupted.parts[1].output
     assert "fixed-bit: going on from step " in interrupted.parts[2].output
+
+
+def test_what_an_earlier_process_was_warned_of_is_in_the_report(interrupted: InterruptedRun) -> None:
+    told = json.loads((interrupted.path / "report.json").read_text())["warnings"]
+    assert len(told) == 1
+    assert "step_000999: digests.json is missing or damaged; using the one before it" in told[0]
 
 
 def test_the_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_bit(

@@ -41,6 +41,14 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "smoke": {4},
     "w4a8-digits": {4},
 }
+STUDIES = {  # combinations, seeds
+    "bits": (42, 3),
+    "bits-digits": (15, 3),
+    "steps": (8, 3),
+    "steps-digits": (8, 3),
+    "momentum": (9, 3),
+    "smoke": (2, 1),
+}
 
 
 def data_of(name: str) -> str:
@@ -138,11 +146,12 @@ def test_each_is_ready_to_run_on_the_embedded_model(name: str) -> None:
     assert prepare(load_policy(POLICIES / f"{name}.yaml")).plan
 
 
-@pytest.mark.parametrize(("name", "combinations", "seeds"), [("bits", 42, 3), ("steps", 8, 3), ("momentum", 9, 3), ("smoke", 2, 1)])
-def test_each_study_is_named_as_its_file_and_has_its_cells(name: str, combinations: int, seeds: int) -> None:
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_study_is_named_as_its_file_and_has_its_cells(name: str) -> None:
+    combinations, seeds = STUDIES[name]
     study = load_study(POLICIES / "studies" / f"{name}.yaml")
     assert (study.name, len(study.cells)) == (name, combinations * seeds)
-    assert {path.stem for path in (POLICIES / "studies").glob("*.yaml")} == {"bits", "steps", "momentum", "smoke"}
+    assert {path.stem for path in (POLICIES / "studies").glob("*.yaml")} == set(STUDIES)
 
 
 def test_the_study_of_bits_has_every_combination_of_widths_that_ships() -> None:

@@ -32,6 +32,9 @@ class Regression(Callback):
         if state.step == self.until:
             raise KilledError
 
+    def scalars(self) -> Mapping[str, float]:
+        return {"until": float(self.until)}
+
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
         return {"squared": (state.network(batch["x"]) - batch["y"]).square().mean()}
 
@@ -64,11 +67,10 @@ def test_a_killed_stage_goes_on_past_a_damaged_checkpoint_to_the_same_weights(tm
     assert "step_000010: model.safetensors is damaged" in told[0]
 
 
-def test_the_log_has_every_step_once_and_the_sources_scalars(tmp_path: Path) -> None:
+def test_the_log_has_every_step_once_and_the_callbacks_scalars(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(tmp_path, until=13)
-    train(tmp_path, sources=(lambda: {"mean_bits": 4.0},))
+    train(tmp_path)
     rows = read_metrics(tmp_path / "logs" / "toy.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert rows[-1]["mean_bits"] == 4.0
-    assert "mean_bits" not in rows[0]
+    assert (rows[0]["until"], rows[-1]["until"]) == (13.0, -1.0)

@@ -195,6 +195,21 @@ def loss_curves(curves: Curves) -> str | None:
         return drawn.svg("Loss curves, logarithmic: " + "; ".join(f"{k}: {', '.join(s.name for s in v)}" for k, v in stages.items()))
 
 
+def weight_distance(curves: Curves) -> str | None:
+    """How far the weights that compute are from full precision, a line a stage; None where there is none."""
+    if not curves.distances:
+        return None
+    with canvas("distance", 9.6, 2.6) as drawn:
+        axes = drawn.figure.subplots()
+        for colour, series in zip(_SERIES, curves.distances, strict=False):
+            axes.plot(*_points(series), color=COLOURS[colour], label=series.stage, lw=1.4)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.legend()
+        ends = (f"{series.stage} ends at {series.values[-1]:.3f}" for series in curves.distances if series.values[-1] is not None)
+        return drawn.svg(f"Relative distance of the weights to full precision: {', '.join(ends)}")
+
+
 def time_profile(profiles: Mapping[str, Sequence[ProfileRow]]) -> str | None:
     """Milliseconds of one step by kind of node, stacked by precision, one panel a variant on one scale."""
     profiles = {name: rows for name, rows in profiles.items() if rows}

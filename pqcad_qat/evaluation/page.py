@@ -53,6 +53,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
     charts = {
         "quality": figures.quality_latency(report),
         "timeline": figures.bit_timeline(report, curves),
+        "distance": figures.weight_distance(curves),
         "losses": figures.loss_curves(curves),
         "time": figures.time_profile(report.profiles),
         "storage": figures.storage_chart(report.storage),

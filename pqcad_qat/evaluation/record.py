@@ -192,6 +192,7 @@ class Curves:
 
     losses: tuple[Series, ...] = ()  # one for each stage and term; drawn on a log scale
     momenta: tuple[Series, ...] = ()  # of stage "pq": "loss_momentum", "perturbation" (mean over layers), "mean_bits"
+    distances: tuple[Series, ...] = ()  # of "pq" and "fixed-bit": mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
     plateau: float | None = None  # the policy's bounds, drawn beside the momenta
     perturbation_bound: float | None = None
 

@@ -238,15 +238,17 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
 
 def curves_of(policy: Policy, logs: Path) -> Curves:
     """What training logged, as series for the report's pictures."""
-    losses, momenta = [], []
+    losses, momenta, distances = [], [], []
     for stage in TRAINED:
         if stage not in stages_of(policy.evaluation.variants):
             continue
         rows = read_metrics(logs / f"{stage}.jsonl")
         losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
+        if stage in ("pq", "fixed-bit"):
+            distances.append(_series(stage, "weight_distance", "weight_distance", rows))
         if stage == "pq":
             momenta = [_series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")]
-    return Curves(tuple(losses), tuple(momenta), policy.progressive.plateau, policy.progressive.perturbation)
+    return Curves(tuple(losses), tuple(momenta), tuple(distances), policy.progressive.plateau, policy.progressive.perturbation)
 
 
 def _series(stage: str, name: str, key: str, rows: Sequence[Mapping[str, float]]) -> Series:

@@ -43,8 +43,9 @@ class BitScheduleSettings:
         perturbation: relative change of a layer's weights over which it waits.
         layers_per_transition: share of the layers that may be in transition at once.
         deadline: step at which every layer computes at its target width.
+        rungs: every width that some layer goes down to, the widest first.
         blends: False makes a transition a jump.
-        fixed: widths that all layers walk down at evenly spread steps, whatever the momenta say; empty: the momentum schedule.
+        fixed: all layers take the rungs at evenly spread steps, whatever the momenta say.
     """
 
     momentum: float
@@ -52,17 +53,15 @@ class BitScheduleSettings:
     perturbation: float
     layers_per_transition: float
     deadline: int
+    rungs: tuple[int, ...]
     blends: bool = True
-    fixed: tuple[int, ...] = ()
+    fixed: bool = False
 
     @property
     def blend_momentum(self) -> float:
-        """beta of the blend: the momentum, or less where a blend would take more than a quarter of the steps up to the deadline.
-
-        Of a fixed schedule with many widths less still: one blend ends before the next begins.
-        """
-        share = max(4, len(self.fixed) + 1)
-        return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, self.deadline // share))))
+        """beta of the blend: the momentum, or less where a blend would take more than half of the time that there is for a rung."""
+        time = self.deadline // max(1, 2 * len(self.rungs))
+        return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, time))))
 
     @property
     def blend_steps(self) -> int:
@@ -78,8 +77,8 @@ class BitScheduleSettings:
 
     def due(self, step: int) -> tuple[int, ...]:
         """Widths of a fixed schedule whose transition has come by `step`: spread evenly, the last at the last call."""
-        count = len(self.fixed)
-        return self.fixed[: count if step >= self.last_call else step * count // self.last_call]
+        count = len(self.rungs)
+        return self.rungs[: count if step >= self.last_call else step * count // self.last_call]
 
     @property
     def late_from(self) -> int:

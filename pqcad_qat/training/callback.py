@@ -82,6 +82,10 @@ class Callback:
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Watches; state.step already counts the step that was made."""
 
+    def scalars(self) -> Mapping[str, float]:
+        """What to log beside the loss after a step, by name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

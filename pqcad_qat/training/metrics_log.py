@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +21,6 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 LAYER = "layer/"
 """Scalars under this head are of single layers: they go to TensorBoard, and not to the file that the report reads."""
-
-Scalars = Callable[[], Mapping[str, float]]
 
 
 def progress_bar(console: Console) -> Progress:
@@ -42,7 +40,7 @@ def progress_bar(console: Console) -> Progress:
 
 @dataclass
 class MetricsLog(Callback):
-    """Writes each step's loss terms and the scalars of `sources` to TensorBoard and to `<folder>/<stage>.jsonl`.
+    """Writes each step's loss terms and the scalars of the other callbacks to TensorBoard and to `<folder>/<stage>.jsonl`.
 
     Used as a context manager around `fit`. Rows of steps after the one resumed from are dropped.
 
@@ -50,7 +48,7 @@ class MetricsLog(Callback):
         stage: heads every tag and names the file.
         folder: of TensorBoard's events and the file.
         steps: of the stage, for the progress line.
-        sources: further scalars by name, asked after every step.
+        others: callbacks whose scalars are asked for after every step.
         enabled: False on all processes but the first.
     """
 
@@ -58,7 +56,7 @@ class MetricsLog(Callback):
     folder: Path
     steps: int
     console: Console
-    sources: tuple[Scalars, ...] = ()
+    others: Sequence[Callback] = ()
     enabled: bool = True
     loss: float = math.nan
     _writer: SummaryWriter | None = field(default=None, init=False)
@@ -97,8 +95,8 @@ class MetricsLog(Callback):
             return
         row: dict[str, float] = {"loss": report.loss, **{f"loss/{name}": value for name, value in report.terms.items()}}
         row |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
-        for source in self.sources:
-            row |= source()
+        for callback in self.others:
+            row |= callback.scalars()
         for name, value in row.items():
             self._writer.add_scalar(f"{self.stage}/{name}", value, state.step)
         with self.file.open("a", encoding="utf-8") as file:

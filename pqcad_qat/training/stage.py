@@ -15,7 +15,7 @@ from torch import nn
 
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint
-from pqcad_qat.training.metrics_log import MetricsLog, Scalars
+from pqcad_qat.training.metrics_log import MetricsLog
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
 
@@ -44,14 +44,12 @@ def train_stage(
     batches: BatchSource,
     settings: StageSettings,
     console: Console,
-    sources: tuple[Scalars, ...] = (),
     warn: Callable[[str], None] = lambda _: None,
 ) -> TrainState:
     """Train a model in place from its newest undamaged checkpoint, or from the start; the state holds its averages.
 
     Args:
-        callbacks: asked in this order, before the log.
-        sources: further scalars of every step for the log.
+        callbacks: asked in this order, before the log, which takes their scalars.
         warn: told of every damaged checkpoint that was passed over.
 
     Raises:
@@ -59,7 +57,7 @@ def train_stage(
     """
     accelerator = new_accelerator(settings.precision)
     state = new_state(model, settings.loop, accelerator)
-    log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, sources, accelerator.is_main_process)
+    log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, callbacks, accelerator.is_main_process)
     everything = [*callbacks, log]
     last, complaints = latest_checkpoint(settings.checkpoints.path)
     for complaint in complaints:

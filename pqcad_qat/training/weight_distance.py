@@ -1,0 +1,52 @@
+"""How far the weights that compute are from full precision while a stage trains: what progressive quantization is to keep small.
+
+Not here: the perturbation of one transition, which decides it (bit_schedule.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pqcad_qat.quantization.quantizers import QuantizedLayer, quantized_weight
+from pqcad_qat.training.callback import Callback, StepReport, TrainState
+
+OBSERVE_EVERY = 5
+"""Steps between two observations: each quantizes every weight once."""
+
+
+@dataclass
+class WeightDistance(Callback):
+    """Mean over the layers of || Q(W) - W_0 || / || W_0 ||, W_0 the weights it is made with; a blend counts as what it computes with.
+
+    Attributes:
+        layers: quantized layers by name, around their full-precision weights.
+    """
+
+    layers: Mapping[str, QuantizedLayer]
+
+    def __post_init__(self) -> None:
+        self.name = "weight-distance"
+        self._start = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        self._mean = self._measured()
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        if state.step % OBSERVE_EVERY == 0:
+            self._mean = self._measured()
+
+    def scalars(self) -> dict[str, float]:
+        """For the log."""
+        return {"weight_distance": self._mean}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self._mean}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self._mean = saved["mean"]
+
+    def _measured(self) -> float:
+        changes = [
+            float((quantized_weight(layer) - self._start[name]).norm() / self._start[name].norm()) for name, layer in self.layers.items()
+        ]
+        return sum(changes) / len(changes)
