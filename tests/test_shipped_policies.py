@@ -43,7 +43,7 @@ WEIGHT_BITS = {  # of the layers between the first and the last
 }
 STUDIES = {  # combinations, seeds
     "bits": (42, 3),
-    "bits-digits": (9, 3),
+    "bits-digits": (6, 3),
     "steps": (8, 3),
     "steps-digits": (8, 3),
     "momentum": (9, 3),
