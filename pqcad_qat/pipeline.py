@@ -47,7 +47,7 @@ from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import TRAINED, made, stages_of
+from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, stages_of
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
@@ -74,12 +74,6 @@ CALIBRATION, SHARED = ".calibration", ".shared"
 
 UNSAMPLED = ("ov-fp32", "ov-bf16")
 """Timed only: they compute what `fp32` computes."""
-
-HALF_STEPS = ("fp32-half", "pq-distilled", "pqcad", "pqcad-openvino")
-"""Variants that sample in the student's steps."""
-
-SHARED_SAMPLES = ("fp32", "fp32-half", "nncf-int8")
-"""Variants that no training touches: shared by all runs side by side."""
 
 PROFILED = ("nncf-int8", "pqcad-openvino")
 
@@ -387,7 +381,7 @@ class _Run:
                 file = self._images_file(name)
                 file.parent.mkdir(exist_ok=True)
                 make = partial(self._make_images, name, calibration, models)
-                if name in SHARED_SAMPLES or (self.shares_training and name in TRAINED):
+                if name in UNTRAINED or (self.shares_training and name in TRAINED):
                     shutil.copyfile(kept(self.path.parent / SHARED, self._samples_recipe(name), make) / file.name, file)
                 else:
                     make(file.parent)
@@ -470,14 +464,7 @@ class _Run:
         calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, self.policy.calibration.batch_size))
         return model
 
-    def _train(
-        self,
-        name: str,
-        model: nn.Module,
-        callbacks: Sequence[Callback],
-        batches: BatchSource,
-        steps: int,
-    ) -> None:
+    def _train(self, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int) -> None:
         """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights."""
         with self.folder.stage(name) as stage:
             if stage.new:
@@ -490,15 +477,7 @@ class _Run:
                 stage.done(transitions=json.loads((self.path / TRANSITIONS.format(name)).read_text(encoding="utf-8")))
             model.load_state_dict(load_file(self.path / WEIGHTS.format(name)), strict=True)
 
-    def _fit(
-        self,
-        name: str,
-        model: nn.Module,
-        callbacks: Sequence[Callback],
-        batches: BatchSource,
-        steps: int,
-        folder: Path,
-    ) -> None:
+    def _fit(self, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int, folder: Path) -> None:
         """Train, and leave in `folder` what a run's folder holds of a trained stage."""
         state = train_stage(model, callbacks, batches, self._stage_settings(name, steps), self.console, self._warn)
         (folder / "models").mkdir(exist_ok=True)

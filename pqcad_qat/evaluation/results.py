@@ -35,7 +35,7 @@ from pqcad_qat.evaluation.record import (
 )
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import TRAINED, VariantName, made, stages_of
+from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, VariantName, made, stages_of
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, float_layers
 from pqcad_qat.training.metrics_log import read_metrics
 
@@ -116,24 +116,25 @@ def _variants(facts: RunFacts) -> Iterator[Variant]:
     full, half = policy.sampler.steps, policy.distillation.student_steps
     weights, inputs = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
     simulated = "PyTorch, simulated"
-    rows: dict[VariantName, tuple[str, float, float, int]] = {
-        "fp32": ("PyTorch", 32, 32, full),
-        "fp32-half": ("PyTorch", 32, 32, half),
-        "ov-fp32": ("OpenVINO", 32, 32, full),
-        "ov-bf16": ("OpenVINO", 16, 16, full),
-        "nncf-int8": ("OpenVINO", 8, 8, full),
-        "ptq": (simulated, weights, inputs, full),
-        "fixed-bit": (simulated, weights, inputs, full),
-        "pq": (simulated, weights, inputs, full),
-        "pq-distilled": (simulated, weights, inputs, half),
-        "pqcad": (simulated, weights, inputs, half),
-        "pqcad-openvino": ("OpenVINO", weights, inputs, half),
+    rows: dict[VariantName, tuple[str, float, float]] = {
+        "fp32": ("PyTorch", 32, 32),
+        "fp32-half": ("PyTorch", 32, 32),
+        "ov-fp32": ("OpenVINO", 32, 32),
+        "ov-bf16": ("OpenVINO", 16, 16),
+        "nncf-int8": ("OpenVINO", 8, 8),
+        "ptq": (simulated, weights, inputs),
+        "fixed-bit": (simulated, weights, inputs),
+        "pq": (simulated, weights, inputs),
+        "pq-distilled": (simulated, weights, inputs),
+        "pqcad": (simulated, weights, inputs),
+        "pqcad-openvino": ("OpenVINO", weights, inputs),
     }
     figures = facts.stages["evaluation"]["figures"]
     for name in made(policy.evaluation.variants):
         if name == "ov-bf16" and name not in benchmark["timings"]:
             continue
-        runtime, weight_bits, input_bits, steps = rows[name]
+        runtime, weight_bits, input_bits = rows[name]
+        steps = half if name in HALF_STEPS else full
         # fp32 at half the steps is the same network: its step costs the same
         timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
         step = timing["median_ms"] / policy.export.batch_size if timing else None

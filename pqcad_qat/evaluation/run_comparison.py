@@ -13,13 +13,11 @@ from typing import Any
 
 from pqcad_qat.errors import StudyError
 from pqcad_qat.evaluation.record import VARIANTS, FidProtocol, Report, Variant
+from pqcad_qat.policy.variants import UNTRAINED
 
 FIGURES = ("fid_real", "fid_fp", "psnr_fp", "latency_ms_per_image")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """What has to be equal before two FIDs compare; steps may differ."""
-
-UNTRAINED = ("fp32", "fp32-half", "ov-fp32", "ov-bf16", "nncf-int8")
-"""Variants that no training touches: one row for all runs where they are the same."""
 
 ALL = "all"
 

@@ -30,6 +30,12 @@ REFERENCE: VariantName = "fp32"
 
 DEFAULT_VARIANTS: tuple[VariantName, ...] = tuple(name for name in get_args(VariantName) if name != "ptq")
 
+HALF_STEPS: tuple[VariantName, ...] = ("fp32-half", "pq-distilled", "pqcad", "pqcad-openvino")
+"""Variants that sample in the student's steps."""
+
+UNTRAINED: tuple[VariantName, ...] = ("fp32", "fp32-half", "ov-fp32", "ov-bf16", "nncf-int8")
+"""Variants that no training touches: the same for all runs of one model and calibration set."""
+
 EVERY_RUN: tuple[Stage, ...] = ("calibration", "samples", "evaluation")
 
 TRAINED: tuple[Stage, ...] = ("pq", "fixed-bit", "pq-distilled", "pqcad")
