@@ -2,4 +2,5 @@
 
 from pqcad_qat.cli import main
 
-main()
+if __name__ == "__main__":  # and not in the processes of a sweep, which import it
+    main()

@@ -5,11 +5,13 @@ Not here: what is kept in them.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import secrets
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -19,18 +21,40 @@ def content_digest(decides: Mapping[str, object]) -> str:
 
 
 def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None]) -> Path:
-    """The folder of what `decides`: there already, or filled by `make` under a temporary name and moved into place."""
+    """The folder of what `decides`: there already, or filled by `make` under a temporary name and moved into place.
+
+    Where another process is making it, this one waits for it rather than make the same; what a killed one left half made is dropped.
+    """
     folder = store / content_digest(decides)
-    if folder.exists():
-        return folder
-    draft = store / f".{folder.name}.{secrets.token_hex(4)}"
-    draft.mkdir(parents=True)
-    try:
-        make(draft)
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another run has made the same meanwhile
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft = store / f".{folder.name}"
+    while not folder.exists():
+        with _held(draft) as mine:
+            if not mine or folder.exists():
+                continue
+            try:
+                for left in draft.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                make(draft)
+                draft.rename(folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _held(draft: Path) -> Iterator[bool]:
+    """Wait until no other process works in the folder; False where it was moved or removed meanwhile."""
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        opened = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:  # moved into place since
+        yield False
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        same = False
+        with suppress(FileNotFoundError):
+            same = os.path.samestat(os.fstat(opened), draft.stat())
+        yield same
+    finally:
+        os.close(opened)

@@ -32,3 +32,7 @@ class ExportError(PqcadError):
 
 class StudyError(PqcadError):
     """Runs cannot stand in one table, or some cells of a study failed."""
+
+
+class InterruptedByUserError(PqcadError):
+    """Ctrl-C while training: the step at hand was finished and a checkpoint written."""

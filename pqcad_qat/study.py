@@ -1,4 +1,4 @@
-"""A study: its cells run one after another, each a run of its own; what is finished is kept, what fails does not stop the others.
+"""A study: its cells run in turn or side by side, each a run of its own; what is finished is kept, a failure does not stop the others.
 
 Not here: the expansion of a study's file into cells (policy/cells.py), the stages of a cell (pipeline.py), its table (evaluation/).
 """
@@ -6,14 +6,20 @@ Not here: the expansion of a study's file into cells (policy/cells.py), the stag
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from pqcad_qat import pipeline
-from pqcad_qat.errors import CheckpointError, PqcadError, StudyError
+from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
+from pqcad_qat.evaluation.hardware import usable_cores
 from pqcad_qat.evaluation.report import PAGE_FILE, read_report
 from pqcad_qat.evaluation.run_comparison import Comparison, Run, compare_runs
 from pqcad_qat.evaluation.run_comparison_page import write_comparison
@@ -27,30 +33,55 @@ STUDY_PAGE = "study.html"
 ERRORS = "errors"
 """Folder of the tracebacks of cells that failed by no mistake of the user's."""
 
+CONSOLES = "consoles"
+"""Folder of what cells printed that ran beside others."""
 
-def sweep(study: Study, folder: Path, command: str, console: Console) -> Comparison:
+
+def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int = 1) -> Comparison:
     """Run every cell that is not finished, then write study.json, study.html and study.md of all that are.
+
+    Args:
+        jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
 
     Raises:
         CheckpointError: a cell that is there belongs to another policy; nothing has been run.
-        StudyError: some cells failed; the others are in the table.
+        StudyError: some cells failed; the others are in the table. Or cells that time models were to run beside others.
+        KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
     """
     _refuse_changed(study, folder)
+    waiting = [cell for cell in study.cells if not finished(folder / cell.name)]
+    if jobs > 1:
+        _refuse_timings(waiting, jobs)
     failed: dict[str, str] = {}
     with progress_bar(console) as bar:
-        task = bar.add_task(f"study {study.name}", total=len(study.cells), note="")
-        for place, cell in enumerate(study.cells, start=1):
+        task = bar.add_task(f"study {study.name}", total=len(study.cells), completed=len(study.cells) - len(waiting), note="")
+
+        def begin(cell: Cell) -> None:
             bar.update(task, note=cell.name)
-            if not finished(folder / cell.name):
-                console.print(f"study {study.name}: cell {place} of {len(study.cells)}: {cell.name}")
-                _run_cell(cell, folder, command, console, failed)
+            console.print(f"study {study.name}: cell {study.cells.index(cell) + 1} of {len(study.cells)}: {cell.name}")
+
+        def end(cell: Cell, fault: str | None) -> None:
+            if fault is None:
+                _write_table(study, folder, command)
+            else:
+                failed[cell.name] = fault
+                console.print(f"[red]failed:[/] {cell.name}: {fault}", soft_wrap=True)
             bar.update(task, advance=1)
-    done = [Run(str(folder / cell.name), cell.labels, read_report(folder / cell.name)) for cell in study.cells if cell.name not in failed]
-    comparison = compare_runs(study.name, done, command)
-    write_comparison(comparison, folder / STUDY_PAGE)
+
+        (_in_turn if jobs == 1 else partial(_side_by_side, jobs=jobs))(waiting, folder, command, console, begin, end)
+    comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
         raise StudyError(f"{folder}: {len(failed)} of {len(study.cells)} cells failed; the same command tries them again:\n{listed}")
+    return comparison
+
+
+def _write_table(study: Study, folder: Path, command: str) -> Comparison:
+    """The table and page of the cells that are finished."""
+    done = [cell for cell in study.cells if finished(folder / cell.name)]
+    runs = [Run(str(folder / cell.name), cell.labels, read_report(folder / cell.name)) for cell in done]
+    comparison = compare_runs(study.name, runs, command)
+    write_comparison(comparison, folder / STUDY_PAGE)
     return comparison
 
 
@@ -59,16 +90,68 @@ def finished(path: Path) -> bool:
     return (path / PAGE_FILE).is_file()
 
 
-def _run_cell(cell: Cell, folder: Path, command: str, console: Console, failed: dict[str, str]) -> None:
+Begin = Callable[[Cell], None]
+End = Callable[[Cell, str | None], None]
+"""Told of a cell that ended, and of what was wrong with it."""
+
+
+def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End) -> None:
+    for cell in cells:
+        begin(cell)
+        end(cell, _run_cell(cell, folder, command, console))
+
+
+def _side_by_side(cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End, jobs: int) -> None:
+    threads = max(1, usable_cores() // jobs)
+    waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell = waiting.pop()
+                    begin(cell)
+                    running[pool.submit(_run_quietly, cell, folder, command, threads)] = cell
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    cell = running.pop(future)
+                    try:
+                        end(cell, future.result())
+                    except BrokenProcessPool:
+                        died = f"{folder}: the process of {cell.name} died, perhaps for want of memory"
+                        raise StudyError(f"{died}; the same command goes on, and fewer --jobs need less") from None
+        except KeyboardInterrupt:
+            console.print("interrupted: waiting for the cells at work to write their checkpoints")
+            raise
+
+
+def _run_quietly(cell: Cell, folder: Path, command: str, threads: int) -> str | None:
+    """Run a cell in this process, which has nothing else to do; what it prints goes to a file."""
+    torch.set_num_threads(threads)
+    (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
+    with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
+        return _run_cell(cell, folder, command, Console(file=file, width=160))
+
+
+def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str | None:
+    """Run a cell, or go on with it; what was wrong with it, or None."""
     try:
         pipeline.run(cell.policy, folder / cell.name, command, console, resume=True, shares_training=True)
+    except InterruptedByUserError:
+        raise KeyboardInterrupt from None
     except PqcadError as error:
-        failed[cell.name] = str(error)
+        return str(error)
     except Exception as error:  # a fault of this cell, whatever it is, must not lose the others
         write_atomically(folder / ERRORS / f"{cell.name}.txt", traceback.format_exc())
-        failed[cell.name] = f"{type(error).__name__}: {error} ({ERRORS}/{cell.name}.txt has its traceback)"
-    if cell.name in failed:
-        console.print(f"[red]failed:[/] {cell.name}: {failed[cell.name]}", soft_wrap=True)
+        return f"{type(error).__name__}: {error} ({ERRORS}/{cell.name}.txt has its traceback)"
+    return None
+
+
+def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
+    timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.evaluation.variants)]
+    if timing:
+        raise StudyError(
+            f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would disturb: {timing[0]}, ...; "
+            "allowed 1, or evaluation.variants without ov-fp32, ov-bf16, nncf-int8 and pqcad-openvino"
+        )
 
 
 def _refuse_changed(study: Study, folder: Path) -> None:

@@ -5,7 +5,9 @@ Not here: what runs keep in them (test_pipeline.py, test_study.py).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,10 +44,49 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_that_make_the_same_at_once_one_is_kept(tmp_path: Path) -> None:
-    def make(folder: Path) -> None:
-        kept(tmp_path, {}, writing("first"))
-        (folder / "file").write_text("second")
+def test_of_two_that_make_the_same_at_once_one_waits_for_the_other(tmp_path: Path) -> None:
+    begun, may_end = threading.Event(), threading.Event()
 
-    assert (kept(tmp_path, {}, make) / "file").read_text() == "first"
+    def make(folder: Path) -> None:
+        begun.set()
+        assert may_end.wait(10)
+        (folder / "file").write_text("first")
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(kept, tmp_path, {}, make)
+        assert begun.wait(10)
+        second = pool.submit(kept, tmp_path, {}, lambda _: pytest.fail("made twice"))
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        may_end.set()
+        assert first.result(10) == second.result(10) == tmp_path / content_digest({})
+    assert (first.result() / "file").read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_the_first_fails_the_one_that_waited_makes_it(tmp_path: Path) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def fail(folder: Path) -> None:
+        begun.set()
+        assert may_end.wait(10)
+        raise ValueError("disk full")
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(kept, tmp_path, {}, fail)
+        assert begun.wait(10)
+        second = pool.submit(kept, tmp_path, {}, writing("second"))
+        may_end.set()
+        with pytest.raises(ValueError, match="disk full"):
+            first.result(10)
+        assert (second.result(10) / "file").read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_half_made_is_dropped(tmp_path: Path) -> None:
+    draft = tmp_path / f".{content_digest({})}"
+    (draft / "logs").mkdir(parents=True)
+    (draft / "half").write_text("")
+    folder = kept(tmp_path, {}, writing("whole"))
+    assert [path.name for path in folder.iterdir()] == ["file"]
+    assert [*tmp_path.iterdir()] == [folder]

@@ -17,10 +17,11 @@ import pytest
 import torch
 from conftest import POLICIES, tiny_overrides
 from rich.console import Console
+from safetensors.torch import load_file
 
 from pqcad_qat import cli, pipeline
 from pqcad_qat import study as study_module
-from pqcad_qat.errors import CheckpointError, PlanError, StudyError
+from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PlanError, StudyError
 from pqcad_qat.evaluation.report import read_report
 from pqcad_qat.evaluation.variant import sample_images
 from pqcad_qat.policy.cells import Study, load_study
@@ -176,6 +177,40 @@ def test_a_cell_that_fails_does_not_lose_the_others(copied: Swept, monkeypatch: 
 def test_a_study_says_which_cell_it_is_at(swept: Swept) -> None:
     for place, name in enumerate(CELLS, start=1):
         assert f"study tiny: cell {place} of 4: {name}" in swept.output
+
+
+def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
+    untimed = [*swept.overrides, "evaluation.variants=[fp32, pq]"]
+    printed = io.StringIO()
+    sweep(load_study(STUDY, untimed), tmp_path, "beside", Console(file=printed, width=200), jobs=2)
+    for cell in swept.study.cells:
+        ours, theirs = (load_file(folder / cell.name / "models" / "pq.safetensors") for folder in (tmp_path, swept.folder))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert cell.name in printed.getvalue()
+        assert "pq: step 4 of 4" in (tmp_path / "consoles" / f"{cell.name}.txt").read_text()
+    assert len(list((tmp_path / ".calibration").iterdir())) == 1
+
+
+def test_cells_that_time_models_do_not_run_beside_others(copied: Swept) -> None:
+    (copied.folder / CELLS[0] / "report.html").unlink()
+    with pytest.raises(StudyError, match=f"--jobs: got 2, but 1 cells time models.*{CELLS[0]}"):
+        sweep(copied.study, copied.folder, "again", Console(quiet=True), jobs=2)
+
+
+def test_ctrl_c_ends_a_study_and_not_only_its_cell(
+    copied: Swept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise InterruptedByUserError("interrupted at step 3 of 4")
+
+    for name in CELLS[:2]:
+        (copied.folder / name / "report.html").unlink()
+    monkeypatch.setattr(study_module.pipeline, "run", stop)
+    with pytest.raises(SystemExit) as end:
+        cli.main(copied.arguments)
+    assert end.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------------------

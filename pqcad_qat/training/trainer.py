@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from pqcad_qat.errors import PqcadError
+from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
 
@@ -51,10 +51,6 @@ class LoopSettings:
         if self.shape == "constant":
             return self.learning_rate * warm
         return self.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
-
-
-class InterruptedByUserError(PqcadError):
-    """Ctrl-C: the step at hand was finished and a checkpoint written."""
 
 
 def new_accelerator(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
