@@ -47,7 +47,7 @@ from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, stages_of
+from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, round_name, stages_of
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
@@ -161,10 +161,9 @@ class _Run:
         if "fixed-bit" in stages:
             models["fixed-bit"] = self._fixed_bit(calibration)
         if "teacher" in stages:
-            targets = self._targets(calibration, models["pq"])
             weights = {"pq-distilled": 0.0, "pqcad": self.policy.distillation.calibration_weight}
             for name in (name for name in weights if name in stages):
-                models[name] = self._distill(name, calibration, models["pq"], targets, weights[name])
+                models[name] = self._distill(name, calibration, models["pq"], weights[name])
         if "export" in stages:
             self._export(calibration, models["pqcad"])
         if "baselines" in stages:
@@ -228,37 +227,36 @@ class _Run:
         self._train("fixed-bit", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
-    def _targets(self, calibration: CalibrationSet, teacher: nn.Module) -> DistillationSet:
-        """What both distillations learn from; the frozen teacher runs once."""
-        kept = self.path / "distillation" / "targets.safetensors"
-        states = self.policy.calibration.trajectories * self.policy.sampler.steps
-        with self.folder.stage("teacher") as stage:
+    def _distill(self, name: str, calibration: CalibrationSet, teacher: nn.Module, calibration_weight: float) -> nn.Module:
+        """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
+        distillation, training = self.policy.distillation, self.policy.training
+        teacher_weight = distillation.teacher_weight or float(calibration_weight == 0)
+        callback = CalibrationAssistedDistillation(teacher_weight, calibration_weight)
+        rounds = distillation.rounds
+        for number in range(1, rounds + 1):
+            stage = name if number == rounds else round_name(name, number)
+            targets = self._targets("teacher" if number == 1 else f"teacher-{round_name(name, number - 1)}", calibration, teacher, number)
+            student = copy.deepcopy(teacher)
+            batches = distillation_batches(targets, training.batch_size, training.seed)
+            self._train(stage, student, [callback], batches, max(1, distillation.steps // rounds))
+            teacher = student
+        return teacher
+
+    def _targets(self, name: str, calibration: CalibrationSet, teacher: nn.Module, number: int) -> DistillationSet:
+        """What the students of a round learn from; the frozen teacher runs once."""
+        policy, steps = self.policy, (self.policy.sampler.steps, *self.policy.student_steps_by_round)
+        kept = self.path / "distillation" / f"{name}.safetensors"
+        with self.folder.stage(name) as stage:
             if stage.new:
-                with self._bar("teacher", states) as advance, frozen_weights(teacher.eval()):
+                calls = policy.calibration.trajectories * steps[number - 1]
+                with self._bar(name, calls) as advance, frozen_weights(teacher.eval()):
                     found = distillation_set(
-                        teacher,
-                        calibration,
-                        self.schedule,
-                        self.policy.distillation.student_steps,
-                        self.policy.calibration.batch_size,
-                        advance,
+                        teacher, calibration, self.schedule, steps[number - 1], steps[number], policy.calibration.batch_size, advance
                     )
                 kept.parent.mkdir(exist_ok=True)
                 save_file(vars(found), kept)
                 stage.done()
         return DistillationSet(**load_file(kept))
-
-    def _distill(
-        self, name: str, calibration: CalibrationSet, teacher: nn.Module, targets: DistillationSet, calibration_weight: float
-    ) -> nn.Module:
-        """A student that starts from the teacher and keeps its quantizers."""
-        policy = self.policy
-        student = copy.deepcopy(teacher)
-        teacher_weight = policy.distillation.teacher_weight or float(calibration_weight == 0)
-        callback = CalibrationAssistedDistillation(teacher_weight, calibration_weight)
-        batches = distillation_batches(targets, policy.training.batch_size, policy.training.seed)
-        self._train(name, student, [callback], batches, policy.distillation.steps)
-        return student
 
     def _export(self, calibration: CalibrationSet, student: nn.Module) -> None:
         with self.folder.stage("export") as stage:
@@ -504,7 +502,7 @@ class _Run:
             "progressive": {"steps": policy.progressive.steps} if name == "fixed-bit" else whole["progressive"],
             "versions": {package: version(package) for package in ("torch", "brevitas")},
         }
-        return {**recipe, "distillation": whole["distillation"]} if name in ("pq-distilled", "pqcad") else recipe
+        return recipe if name in ("pq", "fixed-bit") else {**recipe, "distillation": whole["distillation"]}
 
     def _stage_settings(self, name: str, steps: int) -> StageSettings:
         training = self.policy.training

@@ -58,7 +58,7 @@ def recorded(denoiser: nn.Module, noise: NoiseSchedule, steps: int = 8) -> Calib
 def test_the_calibration_target_lands_on_the_full_precision_state(prediction: Any, spacing: str) -> None:
     noise = schedule(prediction, spacing)
     calibration = recorded(Denoiser(), noise)
-    data = distillation_set(Denoiser(0.3), calibration, noise, 4, 3)
+    data = distillation_set(Denoiser(0.3), calibration, noise, 8, 4, 3)
     for column, t in enumerate(data.timesteps.tolist()):
         s = next_timestep(noise, t, 4)
         a_t, a_s = noise.alpha_bar_at(t), noise.alpha_bar_at(s)
@@ -71,30 +71,47 @@ def test_the_calibration_target_lands_on_the_full_precision_state(prediction: An
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_full_precision_teacher_has_the_calibration_targets(prediction: str) -> None:
     noise = schedule(prediction)
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 4, 4)
+    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
     torch.testing.assert_close(data.teacher, data.calibration, rtol=1e-3, atol=1e-4)
 
 
 def test_a_student_of_as_many_steps_as_the_teacher_is_asked_for_the_teachers_own_prediction() -> None:
     noise = schedule("v_prediction")
     calibration = recorded(Denoiser(), noise)
-    data = distillation_set(Denoiser(), calibration, noise, 8, 4)
+    data = distillation_set(Denoiser(), calibration, noise, 8, 8, 4)
     torch.testing.assert_close(data.teacher, calibration.predictions, rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_teaches_the_next_rounds_in_its_own_steps() -> None:
+    noise = schedule("v_prediction")
+    student = Denoiser(0.3)
+    calibration = recorded(Denoiser(), noise)
+    data = distillation_set(student, calibration, noise, 4, 2, 4)
+    assert data.timesteps.tolist() == list(timesteps(noise, 2))
+    for column, start in enumerate(data.timesteps.tolist()):
+        x_t = calibration.states[:, calibration.timesteps.index(start)]
+        assert torch.equal(data.states[:, column], x_t)
+        for t in (start, next_timestep(noise, start, 4)):  # two of the student's four steps
+            last = next_timestep(noise, t, 4)
+            x_t = ddim_step(student(x_t, torch.full((6,), t))[0], x_t, noise.alpha_bar_at(t), noise.alpha_bar_at(last), "v_prediction")
+        ends = noise.alpha_bar_at(start), noise.alpha_bar_at(last)
+        landed = ddim_step(data.teacher[:, column].double(), data.states[:, column].double(), *ends, "v_prediction")
+        torch.testing.assert_close(landed.float(), x_t, rtol=1e-3, atol=1e-3)
 
 
 def test_epsilon_is_not_distilled_where_there_is_no_signal() -> None:
     noise = schedule("epsilon")
     assert noise.alpha_bar_at(999) < LOW_SIGNAL
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 4, 4)
+    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
     assert 999 not in data.timesteps.tolist()
     assert len(data.timesteps) == 3
-    assert 999 in distillation_set(Denoiser(), recorded(Denoiser(), schedule("v_prediction")), schedule("v_prediction"), 4, 4).timesteps
+    assert 999 in distillation_set(Denoiser(), recorded(Denoiser(), schedule("v_prediction")), schedule("v_prediction"), 8, 4, 4).timesteps
 
 
 def test_a_student_that_visits_other_times_than_its_teacher_is_refused() -> None:
     noise = schedule("v_prediction", "linspace")
     with pytest.raises(ModelError, match=r"student_steps: got 4, whose time steps .* linspace"):
-        distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 4, 4)
+        distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
 
 
 @pytest.mark.parametrize("alpha_bar", [0.01, 0.3, 0.5, 0.9])
@@ -110,7 +127,7 @@ def test_the_weight_turns_a_prediction_error_into_a_truncated_snr_error_of_x_0(a
 
 def test_every_batch_mixes_time_steps_and_repeats_bit_for_bit() -> None:
     noise = schedule("v_prediction")
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 4, 4)
+    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
     source = distillation_batches(data, 16, seed=3)
     one, again, other = source(5), source(5), source(6)
     assert sorted(set(one["t"].tolist())) == sorted(data.timesteps.tolist())
@@ -127,7 +144,7 @@ def test_stratified_time_steps_are_uniform() -> None:
 @pytest.mark.parametrize(("teacher", "calibration"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
 def test_distillation_and_both_its_ablations_train(teacher: float, calibration: float) -> None:
     noise = schedule("v_prediction")
-    data = distillation_set(Denoiser(0.3), recorded(Denoiser(), noise), noise, 4, 4)
+    data = distillation_set(Denoiser(0.3), recorded(Denoiser(), noise), noise, 8, 4, 4)
     settings = LoopSettings(steps=30, learning_rate=0.02)
     accelerator = Accelerator(cpu=True)
     state: TrainState = new_state(Denoiser(0.3), settings, accelerator)

@@ -65,3 +65,8 @@ def stages_of(listed: Collection[VariantName]) -> tuple[Stage, ...]:
     """The stages that the listed variants take, in the order in which they run."""
     needed = {*EVERY_RUN, *(stage for name in listed for stage in STAGES[name])}
     return tuple(stage for stage in get_args(Stage) if stage in needed)
+
+
+def round_name(stage: str, number: int) -> str:
+    """The stage of a distillation's round before its last."""
+    return f"{stage}-round{number}"

@@ -6,8 +6,9 @@ term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not publ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ def distillation_set(
     teacher: nn.Module,
     calibration: CalibrationSet,
     schedule: NoiseSchedule,
+    teacher_steps: int,
     student_steps: int,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -55,27 +57,26 @@ def distillation_set(
 
     Args:
         teacher: quantized denoiser, in evaluation mode.
-        calibration: N-step trajectories of the full-precision model.
-        student_steps: S; every time step of the student must be one of the teacher's.
+        calibration: trajectories of the full-precision model, with its states at every time step of the student.
+        teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an earlier round.
+        student_steps: S; every time step of the student must be one of the teacher's, and of the calibration set's.
         advance: told of the states done.
 
     Raises:
         ModelError: the spacing gives the student time steps that the teacher does not visit.
     """
-    spans = _spans(schedule, calibration.timesteps, student_steps)
+    walks = _walks(schedule, teacher_steps, calibration.timesteps, student_steps)
     if schedule.prediction_type == "epsilon":
-        spans = [span for span in spans if schedule.alpha_bar_at(calibration.timesteps[span[0]]) >= LOW_SIGNAL]
-    columns = []
-    for first, last in spans:
-        landed = [
-            _walk(teacher, part, calibration.timesteps[first:last], schedule, len(calibration.timesteps), advance)
-            for part in torch.split(calibration.states[:, first], batch_size)
-        ]
-        columns.append(torch.cat(landed))
-    starts = [calibration.timesteps[first] for first, _ in spans]
+        walks = [walk for walk in walks if schedule.alpha_bar_at(walk[0]) >= LOW_SIGNAL]
+    starts = [walk[0] for walk in walks]
     ends = [next_timestep(schedule, t, student_steps) for t in starts]
-    states = torch.stack([calibration.states[:, first] for first, _ in spans], dim=1)
-    full = torch.stack([calibration.states[:, last] for _, last in spans], dim=1)
+    recorded = [calibration.timesteps.index(t) for t in starts]
+    states = calibration.states[:, recorded]
+    full = calibration.states[:, [*recorded[1:], -1]]  # the last step ends in the image
+    columns = []
+    for index, walk in enumerate(walks):
+        landed = [_walk(teacher, part, walk, schedule, teacher_steps, advance) for part in torch.split(states[:, index], batch_size)]
+        columns.append(torch.cat(landed))
     a_t, a_s = (torch.tensor([schedule.alpha_bar_at(t) for t in at], dtype=torch.float64) for at in (starts, ends))
 
     def carrying(target: Tensor) -> Tensor:
@@ -91,17 +92,17 @@ def distillation_set(
     )
 
 
-def _spans(schedule: NoiseSchedule, teacher_steps: tuple[int, ...], student_steps: int) -> list[tuple[int, int]]:
-    """(first, last) index into the teacher's states of every student step."""
-    visited = timesteps(schedule, student_steps)
-    missing = [t for t in visited if t not in teacher_steps]
+def _walks(schedule: NoiseSchedule, teacher_steps: int, recorded: Collection[int], student_steps: int) -> list[tuple[int, ...]]:
+    """The time steps of the teacher in every step of the student."""
+    visited, teacher = timesteps(schedule, student_steps), timesteps(schedule, teacher_steps)
+    missing = [t for t in visited if t not in teacher or t not in recorded]
     if missing:
         raise ModelError(
-            f"distillation.student_steps: got {student_steps}, whose time steps {missing[:5]} the {len(teacher_steps)}-step teacher does "
+            f"distillation.student_steps: got {student_steps}, whose time steps {missing[:5]} the {teacher_steps}-step teacher does "
             f"not visit with {schedule.timestep_spacing} spacing; allowed a divisor of sampler.steps with leading or trailing spacing"
         )
-    firsts = [teacher_steps.index(t) for t in visited]
-    return list(zip(firsts, [*firsts[1:], len(teacher_steps)], strict=True))
+    firsts = [teacher.index(t) for t in visited]
+    return [teacher[first:last] for first, last in pairwise([*firsts, len(teacher)])]
 
 
 def _walk(
