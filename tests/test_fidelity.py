@@ -130,7 +130,7 @@ def test_identical_images_have_no_finite_psnr_and_the_figures_say_so_in_strict_j
     assert figures.psnr_fp is None
     assert figures.identical_to_fp
     assert figures.ssim_fp == pytest.approx(1.0, abs=1e-6)
-    assert figures.fid_fp == pytest.approx(0.0, abs=1e-6)
+    assert figures.fid_fp == 0
     assert json.loads(json.dumps(asdict(figures), allow_nan=False))["psnr_fp"] is None
 
 

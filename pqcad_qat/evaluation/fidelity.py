@@ -134,6 +134,8 @@ def _fids(images: Tensor, fp_images: Tensor | None, features: Features) -> tuple
     fid_real = None if features.reference is None else frechet_distance(statistics, features.reference)
     if fp_images is None:
         return fid_real, None
+    if torch.equal(images, fp_images):  # full precision itself: 0, and not what rounding leaves of it
+        return fid_real, 0.0
     return fid_real, frechet_distance(statistics, image_statistics(features.network, fp_images))
 
 
