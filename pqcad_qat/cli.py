@@ -122,6 +122,22 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
     CONSOLE.print(plan_table(prepared.plan, prepared.split))
 
 
+def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:
+    """Show what one training step costs by part, quantized against floating point; nothing is written.
+
+    Args:
+        policy: policy file.
+        model: overrides model.source.
+        set: override of a key, as KEY=VALUE; given again for each further key.
+        runs: timed steps of each, in turns.
+    """
+    loaded = load_policy(Path(policy), _overrides(set, model))
+    from pqcad_qat.step_costs import costs_table, step_costs
+
+    costs = step_costs(loaded, _whole("runs", runs), CONSOLE)
+    CONSOLE.print(costs_table(costs, f"{loaded.name}: one step of {loaded.training.batch_size} states"))
+
+
 def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
     """Train a full-precision denoiser from real images; the result is a diffusers folder.
 
@@ -239,7 +255,7 @@ def schema() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (run, plan, compare, sweep, pretrain, sample, evaluate, benchmark, features, schema)
+    command.__name__: command for command in (run, plan, profile, compare, sweep, pretrain, sample, evaluate, benchmark, features, schema)
 }
 
 

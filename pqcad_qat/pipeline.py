@@ -129,6 +129,22 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
         return _Run(policy, prepared, folder, console, shares_training).all_stages(command)
 
 
+def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
+    """The policy's way down, for a quantized model."""
+    progressive = policy.progressive
+    settings = BitScheduleSettings(
+        momentum=progressive.momentum,
+        plateau=progressive.plateau,
+        perturbation=progressive.perturbation,
+        layers_per_transition=progressive.layers_per_transition,
+        deadline=round(progressive.deadline * progressive.steps),
+        blends=progressive.transition == "blend",
+        rungs=rungs(plan),
+        fixed=progressive.schedule == "fixed",
+    )
+    return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings)
+
+
 @dataclass
 class _Run:
     """One run: its policy, its folder, and what stages hand on."""
@@ -196,24 +212,10 @@ class _Run:
         return found
 
     def _progressive(self, calibration: CalibrationSet) -> nn.Module:
-        progressive = self.policy.progressive
         model = self._quantized(calibration, self.prepared.plan)
-        schedule = MomentumBitSchedule(
-            layers=quantized_layers(model),
-            plan=self.prepared.plan,
-            settings=BitScheduleSettings(
-                momentum=progressive.momentum,
-                plateau=progressive.plateau,
-                perturbation=progressive.perturbation,
-                layers_per_transition=progressive.layers_per_transition,
-                deadline=round(progressive.deadline * progressive.steps),
-                blends=progressive.transition == "blend",
-                rungs=rungs(self.prepared.plan),
-                fixed=progressive.schedule == "fixed",
-            ),
-        )
+        schedule = bit_schedule(self.policy, self.prepared.plan, model)
         callbacks = [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]
-        self._train("pq", model, callbacks, self._training_batches(calibration), progressive.steps)
+        self._train("pq", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
     def _at_targets(self, calibration: CalibrationSet) -> nn.Module:

@@ -1,0 +1,81 @@
+"""What a policy's training costs a step, against training its model in floating point: the command `profile`.
+
+Not here: how a step is timed (training/step_profile.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.pipeline import bit_schedule, prepare
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.quantizers import begin_blend, set_blend, set_weight_bits
+from pqcad_qat.training.callback import Callback
+from pqcad_qat.training.metrics_log import progress_bar
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
+from pqcad_qat.training.step_profile import PARTS, WARM_UP, StepProfile, profile_steps
+from pqcad_qat.training.weight_distance import WeightDistance
+
+COLUMNS = {
+    "float": "floating point",
+    "fixed-bit": "target widths",
+    "pq": "between two widths",
+}
+"""Name of a candidate -> what its layers compute with."""
+
+STILL = 0.999
+"""Momentum of the transition that is timed: over the steps of a profile it stays where it is."""
+
+
+def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
+    """Time training steps of the policy's model, quantized and not, on noise: values do not change what a step costs.
+
+    Raises:
+        PqcadError: as `pipeline.prepare`.
+    """
+    prepared = prepare(policy)
+    noise = torch.Generator().manual_seed(0)
+    states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
+    data = CalibrationSet(states, states[:, 1:], (900, 600, 300))
+    settled, moving = (quantize_model(copy.deepcopy(prepared.split), prepared.plan) for _ in range(2))
+    for model in (settled, moving):
+        calibrate_ranges(model, data.inputs(16, 16))
+    for layer in quantized_layers(settled).values():
+        set_weight_bits(layer, layer.plan.weights.bits)
+    schedule = bit_schedule(policy, prepared.plan, moving)
+    schedule.settings = replace(schedule.settings, momentum=STILL, deadline=10**9)
+    for layer in quantized_layers(moving).values():
+        if len(layer.plan.ladder) > 1:
+            begin_blend(layer, layer.plan.ladder[1])
+            set_blend(layer, 0.5)
+    candidates: dict[str, tuple[nn.Module, list[Callback]]] = {
+        "float": (copy.deepcopy(prepared.model.denoiser), [FullPrecisionMatching()]),
+        "fixed-bit": (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
+        "pq": (moving, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]),
+    }
+    training = policy.training
+    batches = calibration_batches(data, training.batch_size, training.seed)
+    with progress_bar(console) as bar:
+        task = bar.add_task("profile", total=(runs + WARM_UP) * len(candidates), note="")
+        return profile_steps(candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done))
+
+
+def costs_table(costs: Mapping[str, StepProfile], title: str) -> Table:
+    """For the terminal."""
+    table = Table("milliseconds a step", *(f"{name}: {COLUMNS[name]}" for name in costs), title=title)
+    for part in PARTS:
+        table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
+    table.add_section()
+    table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
+    table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
+    table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
+    return table

@@ -1,0 +1,125 @@
+"""What one training step costs, by part: the loop's own steps of several models in turns, with a stopwatch around their parts.
+
+Not here: which models those are (step_costs.py), nor the speed of inference (evaluation/benchmark.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.training.callback import BatchSource, Callback, TrainState
+from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
+
+PARTS = ("batch", "schedule", "forward", "backward", "optimizer", "watch", "rest")
+"""Of a step, in order: `schedule` is what callbacks do before it and `watch` after it, `rest` the moving averages of the weights."""
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Medians over the steps that were timed.
+
+    Attributes:
+        milliseconds: part -> milliseconds a step.
+        total: milliseconds a step, the median of whole steps.
+        kept_bytes: what autograd keeps of a step from the forward to the backward pass, Parameters and buffers not counted.
+    """
+
+    milliseconds: Mapping[str, float]
+    total: float
+    kept_bytes: int
+
+
+@dataclass
+class _Stopwatch:
+    """Adds up the seconds of the parts of the step at hand."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+        return timing
+
+
+def profile_steps(
+    candidates: Mapping[str, tuple[nn.Module, Sequence[Callback]]],
+    batches: BatchSource,
+    precision: Literal["fp32", "bf16", "fp16"],
+    ema: float,
+    runs: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, StepProfile]:
+    """Train every candidate for `runs` steps, in turns, so that a slow minute of the machine falls on all of them alike.
+
+    Args:
+        candidates: name -> model, changed in place, and its callbacks.
+        batches: of all of them.
+        precision: arithmetic of the forward and backward pass.
+        ema: decay of the weights' moving averages.
+        advance: told of every step made.
+    """
+    accelerator, watch = new_accelerator(precision), _Stopwatch()
+    accelerator.backward = watch.timed("backward", accelerator.backward)
+    accelerator.clip_grad_norm_ = watch.timed("optimizer", accelerator.clip_grad_norm_)
+    timed_batches = watch.timed("batch", batches)
+    states: dict[str, TrainState] = {}
+    for name, (model, callbacks) in candidates.items():
+        states[name] = new_state(model, LoopSettings(1, learning_rate=1e-6, ema=ema), accelerator)
+        states[name].optimizer.step = watch.timed("optimizer", states[name].optimizer.step)  # type: ignore[method-assign]
+        for callback in callbacks:
+            for part, method in (("schedule", "before_step"), ("forward", "loss_terms"), ("watch", "after_step")):
+                setattr(callback, method, watch.timed(part, getattr(callback, method)))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+    kept: dict[str, int] = {}
+    for turn in range(WARM_UP + runs):
+        for name, state in states.items():
+            watch.seconds.clear()
+            loop = LoopSettings(state.step + 1, learning_rate=1e-6, shape="constant", ema=ema)
+            start = time.perf_counter()
+            step = partial(fit, state, candidates[name][1], timed_batches, loop, accelerator)
+            if turn == 0:
+                kept[name] = _kept_bytes(state.model, step)
+            else:
+                step()
+            total = time.perf_counter() - start
+            if turn >= WARM_UP:
+                found[name].append({**watch.seconds, "rest": total - sum(watch.seconds.values()), "total": total})
+            advance(1)
+    return {name: _medians(steps, kept[name]) for name, steps in found.items()}
+
+
+def _medians(steps: Sequence[Mapping[str, float]], kept: int) -> StepProfile:
+    median = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in steps) for part in (*PARTS, "total")}
+    total = median.pop("total")
+    return StepProfile(median, total, kept)
+
+
+def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
+    """Bytes of the storages that autograd saves while `step` runs, each counted once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(sizes.values())
