@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationRecipe, CalibrationSet, calibration_set
@@ -288,6 +289,7 @@ class _Run:
             stage.done(
                 precisions=dict(executed.precisions),
                 inference_precision=executed.inference_precision,
+                needs_vnni=[name for name, layer in layers.items() if needs_vnni(layer)],
                 parity={
                     "layers_checked": parity.layers_checked,
                     "layers_exact": parity.layers_exact,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from deployed_fixture import Quantized, quantized_small, quantized_unet
 
 from pqcad_qat.deployment.runtime import OVUNet2DModel
@@ -132,3 +137,40 @@ def test_psnr_is_its_closed_form() -> None:
 def test_end_to_end_the_folder_is_close_to_the_quantized_model(quantized: Quantized, folder: Path) -> None:
     prediction = OVUNet2DModel.from_pretrained(folder).predict(quantized.states.numpy(), quantized.timesteps.numpy())
     assert end_to_end_psnr(prediction, quantized.prediction) > 35
+
+
+# ---- CPUs without VNNI -----------------------------------------------------------------------------------------------------------
+
+
+UNDER_AN_OLDER_CPU = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from deployed_fixture import quantized_small
+from pqcad_qat.deployment.modules import needs_vnni
+from pqcad_qat.deployment.runtime import has_vnni
+from pqcad_qat.deployment.verification import layer_parity
+
+quantized = quantized_small({"bits": int(sys.argv[1])}, json.loads(sys.argv[2]))
+folder = quantized.export(Path(sys.argv[3]) / "openvino")
+# every input at the end of its range: the largest sums that there can be
+extreme = {n: np.full_like(quantized.inputs[n], (l.input_high - l.input_zero_point) * l.input_scale) for n, l in quantized.layers.items()}
+parity = layer_parity(folder, quantized.layers, extreme)
+needing = [name for name, layer in quantized.layers.items() if needs_vnni(layer)]
+manifest = json.loads((folder / "manifest.json").read_text())
+assert needing == [name for name, layer in manifest["layers"].items() if layer["needs_vnni"]]
+print(json.dumps({"vnni": has_vnni(), "needing": needing, "wrong": [layer.name for layer in parity.layers if not layer.exact]}))
+"""
+
+
+@pytest.mark.parametrize(("bits", "overflows"), [(8, True), (7, False), (4, False)])
+@pytest.mark.parametrize("inputs", [A8, {"bits": 8, "symmetric": True, "signed": True}], ids=["unsigned", "signed"])
+def test_layers_that_overflow_without_vnni_are_those_that_are_said_to(bits: int, overflows: bool, inputs: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", UNDER_AN_OLDER_CPU, str(bits), json.dumps(inputs), str(tmp_path)]
+    older = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}
+    done = subprocess.run(command, env=older, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["vnni"] is False
+    assert bool(found["wrong"]) == bool(found["needing"]) == overflows
+    assert set(found["wrong"]) <= set(found["needing"])

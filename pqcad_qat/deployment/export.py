@@ -20,7 +20,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TimestepTable, effective_weights, swapped
+from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TimestepTable, effective_weights, needs_vnni, swapped
 from pqcad_qat.deployment.runtime import (
     GRAPH,
     MANIFEST,
@@ -275,6 +275,7 @@ def _layer_entry(layer: IntegerLayer, packed: bool) -> dict[str, Any]:
         "stored_bits": 4 if packed else 8,
         "input_bits": layer.input_bits,
         "input_group": layer.input_group,
+        "needs_vnni": needs_vnni(layer),
     }
 
 

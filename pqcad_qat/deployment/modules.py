@@ -30,6 +30,16 @@ def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int16]:
     return np.asarray(layer.weight_int.astype(np.int16) - np.asarray(layer.weight_zero_point, np.int16))
 
 
+def needs_vnni(layer: IntegerLayer) -> bool:
+    """Whether the layer may overflow on CPUs without VNNI.
+
+    There OpenVINO adds products of an unsigned and a signed byte in pairs, in 16 bits that saturate (vpmaddubsw); signed inputs are moved
+    up by 128 first. Weights of 7 bits and fewer never reach the bound.
+    """
+    largest_input = layer.input_high + (128 if layer.input_low < 0 else 0)
+    return 2 * largest_input * int(np.abs(effective_weights(layer)).max()) > np.iinfo(np.int16).max
+
+
 class QuantizedInput(nn.Module):
     """x -> its nearest point of the layer's input grid, as a FakeQuantize that OpenVINO executes in INT8.
 

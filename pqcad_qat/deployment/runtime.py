@@ -8,6 +8,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,6 +34,9 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 SCHEMA_VERSION = 1
 
 MANIFEST_KEYS = ("graph", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
+
+CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+"""Values of ONEDNN_MAX_CPU_ISA, which keeps oneDNN, and so OpenVINO, to the instructions of an older CPU."""
 
 DEFAULT_PROPERTIES: Mapping[str, str] = {"PERFORMANCE_HINT": "LATENCY"}
 
@@ -172,6 +177,7 @@ class OVUNet2DModel:
         self.sample_shape: tuple[int, int, int] = (channels, height, width)
         self.batch_size: int = self.manifest["batch_size"]
         self._train_timesteps: int = self.manifest["train_timesteps"]
+        _warn_without_vnni(self.manifest, folder)
         self.compiled = compile_graph(read_graph(folder, core := ov.Core()), core, device, properties)
         self.inference_precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self._request = self.compiled.create_infer_request()
@@ -262,6 +268,27 @@ class OVUNet2DModel:
         inputs = [np.ascontiguousarray(sample, np.float32), np.ascontiguousarray(timesteps)]
         self._request.infer(inputs, share_inputs=True)
         return np.array(self._request.get_output_tensor(0).data[: self.batch_size - missing])
+
+
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it; None where neither is known."""
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if cap in CAPS_WITHOUT_VNNI:
+        return False
+    if not cpuinfo.is_file():
+        return None
+    flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    return "avx_vnni" in flags or ("avx512_vnni" in flags and not cap.startswith("AVX2"))
+
+
+def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
+    needing = [name for name, layer in manifest["layers"].items() if layer.get("needs_vnni")]
+    if needing and has_vnni() is False:
+        warnings.warn(
+            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may overflow, as of {needing[0]}: "
+            "predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
+            stacklevel=3,
+        )
 
 
 def compile_graph(model: ov.Model, core: ov.Core, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> ov.CompiledModel:

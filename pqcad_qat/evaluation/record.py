@@ -116,6 +116,7 @@ class Execution:
     planned: int  # layers planned for INT8
     executed_int8: int
     float_layers: tuple[str, ...] = ()  # layers that executed in floating point: left so by the plan, or listed exceptions
+    needs_vnni: tuple[str, ...] = ()  # layers whose sums may overflow on CPUs without VNNI
 
 
 @dataclass(frozen=True)

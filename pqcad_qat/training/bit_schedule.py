@@ -43,7 +43,7 @@ class BitScheduleSettings:
         perturbation: relative change of a layer's weights over which it waits.
         layers_per_transition: share of the layers that may be in transition at once.
         deadline: step at which every layer computes at its target width.
-        rungs: every width that some layer goes down to, the widest first.
+        rungs: the widths that a layer with the longest ladder goes down to, the widest first.
         blends: False makes a transition a jump.
         fixed: all layers take the rungs at evenly spread steps, whatever the momenta say.
     """
@@ -151,8 +151,9 @@ class Transition:
 
 
 def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
-    """Every width that some layer goes down to, the widest first."""
-    return tuple(sorted({width for layer in plan for width in layer.ladder[1:]}, reverse=True))
+    """The widths that the layers of the longest ladders go down to, the widest first; the others go along."""
+    longest = max((len(layer.ladder) for layer in plan), default=0)
+    return tuple(sorted({width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}, reverse=True))
 
 
 def decide(
