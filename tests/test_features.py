@@ -212,7 +212,7 @@ def test_each_embedded_network_ships_small_with_its_provenance_and_the_statistic
 
 
 def test_the_embedded_networks_are_known_by_name() -> None:
-    assert embedded_features() == ["embedded:digits", "embedded:fashion-mnist"]
+    assert embedded_features() == ["embedded:digits", "embedded:fashion-mnist", "embedded:noto-emoji"]
 
 
 def test_the_embedded_reference_of_the_digits_is_of_the_images_that_are_loaded() -> None:
