@@ -79,13 +79,14 @@ def compare(*runs: str, out: str = "comparison.html") -> None:
     CONSOLE.print(f"page: {page}", soft_wrap=True)
 
 
-def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), jobs: int = 1, dry_run: bool = False) -> None:
+def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: str = "*", jobs: int = 1, dry_run: bool = False) -> None:
     """Run every cell of a study, each a run of its own, and put them into one table; what is finished or begun goes on.
 
     Args:
         study: file of kind study, such as policies/studies/smoke.yaml.
         out: folder of the study; runs/studies/NAME by default.
         set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each further key.
+        only: glob on the names of the cells to run, as '*-seed0'; the table has all that are finished.
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
         dry_run: show the cells and what they would do.
     """
@@ -98,9 +99,9 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), jobs: i
 
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
     if dry_run:
-        CONSOLE.print(cells_table(loaded, folder))
+        CONSOLE.print(cells_table(loaded, folder, str(only)))
         return
-    found = run_cells(loaded, folder, _command_line(), CONSOLE, _whole("jobs", jobs))
+    found = run_cells(loaded, folder, _command_line(), CONSOLE, _whole("jobs", jobs), str(only))
     CONSOLE.print(comparison_table(found))
     CONSOLE.print(protocol_text(found.protocol), highlight=False)
     CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)

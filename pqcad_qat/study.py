@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from fnmatch import fnmatchcase
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,28 +38,31 @@ CONSOLES = "consoles"
 """Folder of what cells printed that ran beside others."""
 
 
-def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int = 1) -> Comparison:
-    """Run every cell that is not finished, then write study.json, study.html and study.md of all that are.
+def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int = 1, only: str = "*") -> Comparison:
+    """Run every cell that is not finished, and after each write study.json, study.html and study.md of all that are.
 
     Args:
+        only: glob on the names of the cells to run.
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
 
     Raises:
         CheckpointError: a cell that is there belongs to another policy; nothing has been run.
-        StudyError: some cells failed; the others are in the table. Or cells that time models were to run beside others.
+        StudyError: some cells failed; the others are in the table. Or cells that time models were to run beside others, or `only` matches
+            no cell.
         KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
     """
     _refuse_changed(study, folder)
-    waiting = [cell for cell in study.cells if not finished(folder / cell.name)]
+    chosen = chosen_cells(study, only)
+    waiting = [cell for cell in chosen if not finished(folder / cell.name)]
     if jobs > 1:
         _refuse_timings(waiting, jobs)
     failed: dict[str, str] = {}
     with progress_bar(console) as bar:
-        task = bar.add_task(f"study {study.name}", total=len(study.cells), completed=len(study.cells) - len(waiting), note="")
+        task = bar.add_task(f"study {study.name}", total=len(chosen), completed=len(chosen) - len(waiting), note="")
 
         def begin(cell: Cell) -> None:
             bar.update(task, note=cell.name)
-            console.print(f"study {study.name}: cell {study.cells.index(cell) + 1} of {len(study.cells)}: {cell.name}")
+            console.print(f"study {study.name}: cell {chosen.index(cell) + 1} of {len(chosen)}: {cell.name}")
 
         def end(cell: Cell, fault: str | None) -> None:
             if fault is None:
@@ -72,7 +76,7 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
     comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
-        raise StudyError(f"{folder}: {len(failed)} of {len(study.cells)} cells failed; the same command tries them again:\n{listed}")
+        raise StudyError(f"{folder}: {len(failed)} of {len(chosen)} cells failed; the same command tries them again:\n{listed}")
     return comparison
 
 
@@ -83,6 +87,20 @@ def _write_table(study: Study, folder: Path, command: str) -> Comparison:
     comparison = compare_runs(study.name, runs, command)
     write_comparison(comparison, folder / STUDY_PAGE)
     return comparison
+
+
+def chosen_cells(study: Study, only: str) -> list[Cell]:
+    """The cells whose names match a glob.
+
+    Raises:
+        StudyError: there is none.
+    """
+    chosen = [cell for cell in study.cells if fnmatchcase(cell.name, only)]
+    if not chosen:
+        raise StudyError(
+            f"--only: got {only!r}, which matches none of the {len(study.cells)} cells; allowed a glob, as of {study.cells[0].name}"
+        )
+    return chosen
 
 
 def finished(path: Path) -> bool:
@@ -166,10 +184,11 @@ def _refuse_changed(study: Study, folder: Path) -> None:
         raise CheckpointError("\n".join([*faults, "--out DIR starts the study anew in another folder"]))
 
 
-def cells_table(study: Study, folder: Path) -> Table:
+def cells_table(study: Study, folder: Path, only: str = "*") -> Table:
     """What every cell would do, and how far it is."""
-    table = Table("cell", "variants", "trains", "steps", "is", title=f"{study.name}: {len(study.cells)} cells in {folder}")
-    for cell in study.cells:
+    chosen = chosen_cells(study, only)
+    table = Table("cell", "variants", "trains", "steps", "is", title=f"{study.name}: {len(chosen)} cells in {folder}")
+    for cell in chosen:
         stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
         path = folder / cell.name
         state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"

@@ -179,6 +179,17 @@ def test_a_study_says_which_cell_it_is_at(swept: Swept) -> None:
         assert f"study tiny: cell {place} of 4: {name}" in swept.output
 
 
+def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finished(copied: Swept) -> None:
+    for name in (CELLS[0], CELLS[3]):
+        (copied.folder / name / "report.html").unlink()
+    sweep(copied.study, copied.folder, "again", Console(quiet=True), only="*-seed1")
+    assert [(copied.folder / name / "report.html").exists() for name in CELLS] == [False, True, True, True]
+    rows = json.loads((copied.folder / "study.json").read_text())["rows"]
+    assert {row["labels"]["schedule"]: row["seeds"] for row in rows if row["variant"] == "pq"} == {"momentum": [1], "fixed": [0, 1]}
+    with pytest.raises(StudyError, match=r"--only: got 'w9\*', which matches none of the 4 cells; .* smoke-momentum-seed0"):
+        sweep(copied.study, copied.folder, "again", Console(quiet=True), only="w9*")
+
+
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
     untimed = [*swept.overrides, "evaluation.variants=[fp32, pq]"]
     printed = io.StringIO()
