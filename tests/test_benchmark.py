@@ -32,8 +32,8 @@ from pqcad_qat.evaluation.benchmark import (
     torch_candidate,
     turn_order,
 )
-from pqcad_qat.evaluation.comparison import time_denoisers
 from pqcad_qat.evaluation.hardware import hardware, native_bf16
+from pqcad_qat.evaluation.speed import time_denoisers
 
 SHAPE = (1, 8, 8)
 
