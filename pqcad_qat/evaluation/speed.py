@@ -75,7 +75,8 @@ def measure_speed(
     if not timed:
         raise ModelError("; ".join(f"{isa}: {why}" for isa, why in left_out.items()))
     with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True) as bar:
-        task = bar.add_task("benchmark", total=1 + len(batches) * (1 + len(timed)), note="")
+        task = bar.add_task("benchmark", total=1 + len(batches) * (1 + len(timed)), note=f"reading {source}")
+        bar.refresh()
 
         def tell(note: str) -> None:
             bar.update(task, note=note)
@@ -83,7 +84,6 @@ def measure_speed(
             if bar.disable:
                 console.print(f"benchmark: {note}", soft_wrap=True)
 
-        tell(f"reading {source}")
         subject = open_subject(source, policy, Path(temporary))
         bar.advance(task)
         measurements: list[Measurement] = []

@@ -82,8 +82,8 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
         policy: whose quantization rules an architecture gets; not read for a folder of ours.
 
     Raises:
-        ModelError: none of them, or one that cannot be used.
-        PolicyError: no such policy, or one with faults.
+        ModelError: none of them, or one that cannot be used; or an architecture, and no such policy.
+        PolicyError: the policy has faults.
         PlanError: its rules do not fit the architecture.
     """
     path = Path(source).expanduser()
@@ -95,6 +95,8 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
             config = read_json(folder / UNET_CONFIG)
             return Subject(source, config, folder, (channels, height, width), manifest["train_timesteps"], steps, "of the folder")
     config, scheduler = _architecture(path, source)
+    if not policy.is_file():
+        raise ModelError(f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE")
     return _quantized(source, config, scheduler, load_policy(policy).quantization, temporary / "ours")
 
 
