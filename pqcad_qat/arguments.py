@@ -67,14 +67,21 @@ def _pairs(command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequ
             yield None, argument
             continue
         spelled, sign, value = argument.partition("=")
-        flag = _flag(command, parameters, spelled)
+        positive = _switched_off(parameters, spelled)
+        flag = _flag(command, parameters, positive or spelled)
         if not sign and isinstance(parameters[flag].default, bool):
-            value = "True"
+            value = str(positive is None)
         elif not sign:
             value = next(waiting, "")
             if not value:
                 raise UsageError(f"{spelled}: got no value; allowed {spelled} VALUE")
         yield flag, value
+
+
+def _switched_off(parameters: Mapping[str, inspect.Parameter], spelled: str) -> str | None:
+    """The switch that --noSWITCH turns off, where the command has it and it is on by default."""
+    name = spelled.removeprefix("--no")
+    return f"--{name}" if name in parameters and parameters[name].default is True else None
 
 
 def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: str) -> str:
@@ -107,3 +114,29 @@ def help_text(commands: Commands, given: Sequence[str]) -> str:
         fire.Fire(dict(commands), command=[*named, "--", "--help"], name="pqcad-qat")
     plain = re.sub(r"Type: Optional\['(\w+) \| None'\]\n *Default: None", r"Type: \1", text.getvalue())
     return re.sub(r"Type: '(.*)'", r"Type: \1", plain)
+
+
+def several(flag: str, given: object) -> tuple[object, ...]:
+    """The values of a flag that takes a list, as Fire has read it: one value, or a list such as [1,8].
+
+    Raises:
+        UsageError: no value, or one twice.
+    """
+    values = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not values:
+        raise UsageError(f"--{flag}: got an empty list; allowed one value or more")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise UsageError(f"--{flag}: got {twice[0]!r} twice; allowed once")
+    return values
+
+
+def one_of(flag: str, values: Sequence[object], allowed: Sequence[str]) -> list[str]:
+    """The values of a flag, each a name of a fixed set.
+
+    Raises:
+        UsageError: another one.
+    """
+    for value in values:
+        if value not in allowed:
+            raise UsageError(f"--{flag}: got {value!r}; allowed {', '.join(allowed)}")
+    return [str(value) for value in values]

@@ -18,7 +18,7 @@ import fire
 from rich.console import Console
 from rich.table import Table
 
-from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text
+from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one_of, several
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import EvaluationPolicy
@@ -208,22 +208,45 @@ def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None
     CONSOLE.print_json(json.dumps({"fid_real": figures.fid_real, "fid_protocol": asdict(protocol)}))
 
 
-def benchmark(folder: str, runs: int = 100) -> None:
-    """Time a deployed folder against the same architecture in PyTorch and OpenVINO float32 and BF16, in turns in one process.
+def benchmark(
+    source: str,
+    batches: tuple[int, ...] = (1, 8),
+    isa: tuple[str, ...] = ("native",),
+    runs: int = 100,
+    throughput: bool = True,
+    policy: str = "policies/w4a8.yaml",
+    out: str = "benchmark",
+) -> None:
+    """Time a folder of ours, or an architecture, against PyTorch, OpenVINO float32 and BF16, and NNCF's INT8, in turns in one process.
 
     Args:
-        folder: a run or a deployed OpenVINO folder.
+        source: a run or deployed OpenVINO folder; or a UNet2DModel's config.json, a folder with one, or ddpm-cifar10-32: an
+            architecture with random weights.
+        batches: images of a call, as [1,8].
+        isa: instruction sets, each but native in a process of its own: of native, avx2, avx2_vnni, avx512_core_vnni.
         runs: timed calls of each.
+        throughput: also with several calls at a time; --nothroughput leaves it out.
+        policy: whose quantization rules an architecture gets; its model and its training do not matter.
+        out: folder for benchmark.json and benchmark.html.
     """
-    from pqcad_qat.evaluation.comparison import compare_speed
+    from pqcad_qat.evaluation.hardware import INSTRUCTION_SETS
 
-    rows = compare_speed(Path(folder), _whole("runs", runs), CONSOLE)
-    table = Table("", "median ms", "minimum ms", "quartiles ms", "ours / this", title="one denoising step")
-    ours = rows["pqcad-openvino"].median_ms
-    for name, row in rows.items():
-        spread = f"{row.lower_quartile_ms:.2f} - {row.upper_quartile_ms:.2f}"
-        table.add_row(name, f"{row.median_ms:.2f}", f"{row.minimum_ms:.2f}", spread, f"{ours / row.median_ms:.2f}x")
-    CONSOLE.print(table)
+    sizes = [_whole("batches", batch) for batch in several("batches", batches)]
+    sets = one_of("isa", several("isa", isa), INSTRUCTION_SETS)
+    _whole("runs", runs)
+    if not isinstance(throughput, bool):
+        raise UsageError(f"--throughput: got {throughput!r}; allowed --throughput or --nothroughput")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
+    from pqcad_qat.evaluation.speed import measure_speed
+    from pqcad_qat.evaluation.speed_page import speed_tables, write_speed
+
+    report = measure_speed(source, Path(policy), sizes, sets, runs, throughput, _command_line(), CONSOLE)
+    for table in speed_tables(report):
+        CONSOLE.print(table)
+    for name, why in report.left_out.items():
+        CONSOLE.print(f"{name}: not timed: {why}", highlight=False)
+    CONSOLE.print(f"page: {write_speed(report, Path(out))}", soft_wrap=True)
 
 
 def features(out: str, data: str = "fashion-mnist", path: str | None = None, size: int = 32) -> None:
@@ -295,7 +318,7 @@ def _features_of(folder: str) -> str:
     return folder if folder in embedded_features() else EvaluationPolicy().features
 
 
-def _whole(name: str, value: int, least: int = 1) -> int:
+def _whole(name: str, value: object, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"--{name}: got {value!r}; allowed a whole number from {least}")
     return value

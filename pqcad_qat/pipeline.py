@@ -40,12 +40,12 @@ from pqcad_qat.evaluation.benchmark import (
     node_profile,
     size_bytes,
 )
-from pqcad_qat.evaluation.comparison import time_denoisers
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.evaluation.fidelity import evaluate_images
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
+from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, round_name, stages_of

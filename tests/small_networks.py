@@ -83,3 +83,20 @@ def convolution(seed: int = 0) -> nn.Conv2d:
         layer.weight[1] *= 20
         layer.weight[2].abs_()
     return layer
+
+
+def unet_config(**changed: Any) -> dict[str, Any]:
+    """The config of a UNet2DModel that every part of a benchmark is quick on: 8x8, one channel, attention at the lower level."""
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 16,
+        "norm_num_groups": 4,
+    }
+    return config | changed

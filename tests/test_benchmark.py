@@ -21,19 +21,22 @@ from diffusers import UNet2DModel
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import (
     F32,
+    FixedBatchError,
+    compile_for_latency,
     convert_float,
     example_inputs,
     nncf_baseline,
     node_profile,
     openvino_candidate,
+    save_openvino,
     size_bytes,
     time_interleaved,
     timing,
     torch_candidate,
     turn_order,
 )
-from pqcad_qat.evaluation.comparison import time_denoisers
-from pqcad_qat.evaluation.hardware import hardware, native_bf16
+from pqcad_qat.evaluation.hardware import hardware, lacking, native_bf16
+from pqcad_qat.evaluation.speed import time_denoisers
 
 SHAPE = (1, 8, 8)
 
@@ -167,6 +170,21 @@ def test_bf16_is_native_where_cpu_and_cap_allow(isa: tuple[str, ...], cap: str, 
     assert native_bf16(isa, {"ONEDNN_MAX_CPU_ISA": cap}) is native
 
 
+@pytest.mark.parametrize(
+    ("isa", "has", "why"),
+    [
+        ("native", ("avx2",), ""),
+        ("avx2_vnni", ("avx2", "avx_vnni"), ""),
+        ("avx2_vnni", ("avx2", "avx512_vnni"), "this CPU has no avx_vnni"),
+        ("avx512_core_vnni", ("avx2", "avx_vnni"), "this CPU has no avx512_vnni"),
+        ("avx512_core_vnni", (), ""),  # unknown
+    ],
+)
+def test_a_cap_above_the_cpus_own_instruction_set_means_nothing(tmp_path: Path, isa: str, has: tuple[str, ...], why: str) -> None:
+    machine = hardware(cpuinfo(tmp_path, " ".join(has)) if has else tmp_path / "absent")
+    assert lacking(isa, machine) == why
+
+
 # ---- float model, NNCF baseline
 
 
@@ -280,6 +298,20 @@ def test_candidates_from_missing_or_damaged_files_are_refused(tmp_path: Path) ->
     (tmp_path / "damaged.xml").write_text("<net", encoding="utf-8")
     with pytest.raises(ModelError, match=r"damaged\.xml: OpenVINO cannot read it"):
         openvino_candidate(tmp_path / "damaged.xml", {}, example_inputs(SHAPE, 1))
+
+
+def test_a_graph_that_is_free_in_its_batch_takes_another_with_the_same_results(tmp_path: Path) -> None:
+    ports = [ov.opset13.parameter([1, 4], np.float32, name="sample"), ov.opset13.parameter([1], np.int64, name="timestep")]
+    doubled = ov.opset13.multiply(ports[0], np.float32(2))
+    free = save_openvino(ov.Model([ov.opset13.result(doubled)], ports), tmp_path / "free")
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(compile_for_latency(free, F32, 3)([rows, np.zeros(3, np.int64)])[0], 2 * rows)
+    assert list(compile_for_latency(free, F32).input(0).shape) == [1, 4]
+
+
+def test_a_graph_whose_batch_is_a_constant_refuses_another(converted: tuple[ov.Model, Path]) -> None:
+    with pytest.raises(FixedBatchError, match="got a batch of 5; allowed 2, which is fixed in its graph"):
+        compile_for_latency(converted[1], F32, 5)
 
 
 def test_size_counts_all_files_below(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from conftest import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, tiny_overrides
 from PIL import Image
 from rich.console import Console
+from small_networks import unet_config
 
 from pqcad_qat import cli
 from pqcad_qat.arguments import UsageError, fire_arguments
@@ -125,7 +126,17 @@ MISTAKES = {
     "a folder without a model": (["sample", str(POLICIES)], r"policies: got a folder with none of manifest\.json"),
     "an image too few": (["evaluate", "embedded:fashion-mnist", "--images", "1"], r"--images: got 1; allowed a whole number from 2"),
     "no timed runs": (["benchmark", str(POLICIES), "--runs", "0"], r"--runs: got 0"),
-    "nothing to time": (["benchmark", str(POLICIES)], r"policies: not a deployed folder"),
+    "nothing to time": (["benchmark", str(POLICIES)], r"policies: got nothing to time; allowed a run, .*ddpm-cifar10-32"),
+    "a policy that is not there": (["benchmark", "ddpm-cifar10-32"], r"policies/w4a8\.yaml: no such file; .* --policy FILE"),
+    "no batch": (["benchmark", "x", "--batches", "[]"], r"--batches: got an empty list; allowed one value or more"),
+    "a batch of none": (["benchmark", "x", "--batches", "[1,0]"], r"--batches: got 0; allowed a whole number from 1"),
+    "a batch twice": (["benchmark", "x", "--batches", "[2,2]"], r"--batches: got 2 twice; allowed once"),
+    "an unknown instruction set": (
+        ["benchmark", "x", "--isa", "[native,sse]"],
+        r"--isa: got 'sse'; allowed native, avx2, avx2_vnni, avx512",
+    ),
+    "a switch that is no switch": (["benchmark", "x", "--throughput=3"], r"--throughput: got 3; allowed --throughput or --nothroughput"),
+    "a file for a folder": (["benchmark", "x", "--out", SMOKE], r"--out: got '.*smoke\.yaml', a file; allowed a folder"),
     "nothing to compare": (["compare"], r"got no run; allowed one or more folders of finished runs"),
     "a run that is not finished": (["compare", "/no/such/run"], r"/no/such/run/report\.json: no such file; a finished run leaves one"),
     "a run twice": (["compare", "runs/a", "runs/../runs/a"], r"runs/a: got the same folder twice; allowed once"),
@@ -193,6 +204,7 @@ def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
         (["sample", "x", "--count", "3", "--seed", "-1"], ["sample", '"x"', "--count=3", "--seed=-1"]),
         (["compare", "1", "a", "--out", "2", "b"], ["compare", '"1"', '"a"', '"b"', '--out="2"']),
         (["sweep", "a.yaml", "--dry-run"], ["sweep", '"a.yaml"', "--dry_run=True"]),
+        (["benchmark", "x", "--nothroughput", "--isa", "[avx2]"], ["benchmark", '"x"', "--throughput=False", "--isa=[avx2]"]),
         (["schema"], ["schema"]),
         (["bogus", "--x"], ["bogus", "--x"]),
     ],
@@ -203,7 +215,16 @@ def test_arguments_reach_fire_so_that_it_reads_what_was_meant(given: list[str], 
 
 @pytest.mark.parametrize(
     "given",
-    [["schema", "x"], ["schema", "--x"], ["run", "a", "--set"], ["run", "a", "-x", "1"], ["run", "a", "--"], ["compare", "--runs", "a"]],
+    [
+        ["benchmark", "x", "--noruns"],
+        ["run", "a", "--noresume"],
+        ["schema", "x"],
+        ["schema", "--x"],
+        ["run", "a", "--set"],
+        ["run", "a", "-x", "1"],
+        ["run", "a", "--"],
+        ["compare", "--runs", "a"],
+    ],
 )
 def test_arguments_that_no_command_takes_are_refused(given: list[str]) -> None:
     with pytest.raises(UsageError):
@@ -282,12 +303,30 @@ def test_an_embedded_model_is_evaluated_with_the_features_of_its_data(call: Call
     assert json.loads(output)["fid_protocol"]["features"] == "embedded:digits"
 
 
-def test_benchmark_compares_in_one_table(call: Call, tiny_run: FinishedRun) -> None:
-    code, output, _ = call("benchmark", tiny_run.path, "--runs", "1")
+def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(call: Call, tiny_run: FinishedRun, tmp_path: Path) -> None:
+    code, output, _ = call("benchmark", tiny_run.path, "--batches", "2", "--runs", "1", "--nothroughput")
     assert code == 0
     for name in ("fp32", "ov-fp32", "nncf-int8", "pqcad-openvino"):
-        assert re.search(rf"^.*\b{name}\b.*\d+\.\d\dx", output, re.MULTILINE)
-    assert re.search(r"pqcad-openvino.*1\.00x", output)
+        assert re.search(rf"^ *{name} +\d", output, re.MULTILINE)
+    assert "an image takes 2" in output
+    document = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())
+    assert document["command"].startswith("python -m pqcad_qat")
+    assert [(part["isa"], part["batch"]) for part in document["measurements"]] == [("native", 2)]
+    assert (tmp_path / "benchmark" / "benchmark.html").is_file()
+
+
+def test_benchmark_of_an_architecture_under_a_smaller_instruction_set_says_so_in_its_json(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(unet_config()))
+    flags = ["--isa", "avx2", "--batches", "1", "--runs", "1", "--nothroughput", "--policy", str(POLICIES / "w4a8.yaml"), "--out", "found"]
+    done = command_line("benchmark", "tiny.json", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    (measurement,) = json.loads((tmp_path / "found" / "benchmark.json").read_text())["measurements"]
+    assert (measurement["isa"], measurement["hardware"]["settings"]["ONEDNN_MAX_CPU_ISA"]) == ("avx2", "AVX2")
+    kernels = [kernel for row in measurement["rows"] for kernel in row["kernels"]]
+    assert kernels
+    assert not [kernel for kernel in kernels if "avx512" in kernel or "amx" in kernel]
 
 
 # ---- runs that are not begun -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,23 @@ Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class ExecutedNode:
+    """One node of the execution graph.
+
+    Attributes:
+        kind: layer type of the CPU plugin.
+        precision: what it runs in.
+        kernel: name of the code that runs it, which names its instruction set too, such as brgconv_avx512_I8.
+        names: of the original nodes that were fused into it.
+    """
+
+    kind: str
+    precision: str
+    kernel: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ExecutionReport:
     """What the compiled model executes.
 
@@ -125,26 +142,28 @@ def execution_precision(folder: Path, layers: Collection[str], properties: Mappi
         ModelError: a folder that cannot be loaded.
     """
     compiled = OVUNet2DModel.from_pretrained(folder, properties=properties).compiled
-    nodes = _executed(compiled)
+    nodes = executed_nodes(compiled)
     return ExecutionReport(
-        precisions=_layer_precisions(nodes, layers),
-        node_types=Counter((kind, precision) for kind, precision, _ in nodes if kind not in ("Const", "Input", "Output")),
+        precisions=layer_precisions(nodes, layers),
+        node_types=Counter((node.kind, node.precision) for node in nodes if node.kind not in ("Const", "Input", "Output")),
         inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
     )
 
 
-def _executed(compiled: ov.CompiledModel) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(layer type, runtime precision, names of the original nodes fused into it) of every node of the execution graph."""
+def executed_nodes(compiled: ov.CompiledModel) -> list[ExecutedNode]:
+    """Every node of the execution graph of a compiled model."""
     nodes = []
     for node in compiled.get_runtime_model().get_ops():
-        info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision", "originalLayersNames")}
-        nodes.append((info["layerType"], info["runtimePrecision"], tuple(info["originalLayersNames"].split(","))))
+        keys = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
+        kind, precision, kernel, names = (node.rt_info[key].astype(str) for key in keys)
+        nodes.append(ExecutedNode(kind, precision, kernel, tuple(names.split(","))))
     return nodes
 
 
-def _layer_precisions(nodes: Sequence[tuple[str, str, tuple[str, ...]]], layers: Collection[str]) -> dict[str, str]:
+def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> dict[str, str]:
     """Runtime precision of the matrix node that each layer became; OpenVINO may leave its name to the dequantization fused into it."""
-    found = {name.partition("/Dequantization")[0]: precision for kind, precision, names in nodes if kind in MATRIX_NODES for name in names}
+    matrices = [node for node in nodes if node.kind in MATRIX_NODES]
+    found = {name.partition("/Dequantization")[0]: node.precision for node in matrices for name in node.names}
     return {name: found.get(name, "absent") for name in layers}
 
 
@@ -176,7 +195,7 @@ def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mappi
     integers = {name: _quantize(layer, inputs[name]) for name, layer in layers.items()}
     cut = _cut(graph, layers, {name: quantized.fed.shape for name, quantized in integers.items()})
     compiled = compile_graph(cut, core, properties={"INFERENCE_PRECISION_HINT": "f32"})
-    precisions = _layer_precisions(_executed(compiled), layers)
+    precisions = layer_precisions(executed_nodes(compiled), layers)
     outputs = compiled([integers[name].fed for name in layers])
     return ParityReport(
         tuple(_compare(layer, integers[name], outputs[index], precisions[name]) for index, (name, layer) in enumerate(layers.items()))

@@ -26,10 +26,15 @@ from pqcad_qat.evaluation.record import ProfileRow, Timing
 Inputs = Mapping[str, np.ndarray]
 F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO takes bfloat16 by itself where the CPU has it
 BF16: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "bf16"}
+PROFILING: Mapping[str, object] = {"PERF_COUNT": True}
 XML_FILE = "openvino_model.xml"
 # After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor time spent while the
 # main thread slept: longer than a whole INT8 step. They spin by count: a CPU with a slower pause instruction takes about three times that.
 REST_S = 0.02
+
+
+class FixedBatchError(ModelError):
+    """A graph in which sizes that follow from the batch are written as constants."""
 
 
 def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
@@ -98,28 +103,54 @@ def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Inputs) -> Callable[[], object]:
-    """A model from disk, compiled once for latency, with ``config`` (F32, BF16 or {}) on top; errors as `compile_for_latency`."""
-    request = compile_for_latency(source, config).create_infer_request()
+    """A model from disk, compiled once for latency at the inputs' batch, with ``config`` (F32, BF16 or {}) on top.
+
+    Errors as `read_source`.
+    """
+    request = compile_for_latency(source, config, len(inputs["sample"])).create_infer_request()
     named = dict(inputs)
     return lambda: request.infer(named, share_inputs=True)
 
 
-def compile_for_latency(source: Path, config: Mapping[str, object]) -> ov.CompiledModel:
-    """Compile for the CPU with one stream over as many threads as cores: a graph's xml, or a deployed folder, unpacked as our runtime does.
+def compile_for_latency(source: Path, config: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
+    """Compile for the CPU with one stream over as many threads as cores; errors as `read_source`."""
+    return compile_source(source, {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": usable_cores(), **config}, batch)
 
-    Raises ModelError where ``source`` is neither, or cannot be read.
-    """
+
+def compile_source(source: Path, properties: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
+    """Compile what `read_source` reads; errors as there."""
     core = ov.Core()
-    properties = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": usable_cores(), **config}
+    return compile_graph(read_source(source, core, batch), core, properties=properties)
+
+
+def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Model:
+    """Read a graph's xml, or a deployed folder, unpacked as our runtime does; at its own batch unless ``batch`` is another.
+
+    Raises:
+        ModelError: ``source`` is neither, or cannot be read.
+        FixedBatchError: its graph does not take that batch.
+    """
     if (source / MANIFEST).is_file():
-        return compile_graph(read_graph(source, core), core, properties=properties)
-    if not source.is_file():
+        model = read_graph(source, core)
+    elif not source.is_file():
         raise ModelError(f"{source}: got no such file; allowed an OpenVINO model's xml or a deployed folder")
-    try:
-        model = core.read_model(source)
-    except RuntimeError as error:
-        raise ModelError(f"{source}: OpenVINO cannot read it: {error}") from None
-    return compile_graph(model, core, properties=properties)
+    else:
+        try:
+            model = core.read_model(source)
+        except RuntimeError as error:
+            raise ModelError(f"{source}: OpenVINO cannot read it: {error}") from None
+    if batch is not None:
+        _set_batch(model, batch, source)
+    return model
+
+
+def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
+    shapes = [list(port.shape) for port in model.inputs]
+    if any(shape[0] != batch for shape in shapes):
+        try:
+            model.reshape({index: [batch, *shape[1:]] for index, shape in enumerate(shapes)})
+        except RuntimeError:
+            raise FixedBatchError(f"{source}: got a batch of {batch}; allowed {shapes[0][0]}, which is fixed in its graph") from None
 
 
 class _Prediction(nn.Module):
@@ -190,7 +221,11 @@ def size_bytes(path: Path) -> int:
 
 def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, runs: int = 20) -> tuple[ProfileRow, ...]:
     """Mean milliseconds of one call by kind of node and precision, slowest first, from the execution graph of ``runs`` calls."""
-    compiled = compile_for_latency(source, {"PERF_COUNT": True, **config})
+    return profile_rows(compile_for_latency(source, {**PROFILING, **config}, len(inputs["sample"])), inputs, runs)
+
+
+def profile_rows(compiled: ov.CompiledModel, inputs: Inputs, runs: int) -> tuple[ProfileRow, ...]:
+    """The same of a model that was compiled with PROFILING."""
     request = compiled.create_infer_request()
     for _ in range(runs):
         request.infer(dict(inputs))

@@ -210,25 +210,26 @@ def weight_distance(curves: Curves) -> str | None:
         return drawn.svg(f"Relative distance of the weights to full precision: {', '.join(ends)}")
 
 
-def time_profile(profiles: Mapping[str, Sequence[ProfileRow]]) -> str | None:
-    """Milliseconds of one step by kind of node, stacked by precision, one panel a variant on one scale."""
-    profiles = {name: rows for name, rows in profiles.items() if rows}
+def time_profile(profiles: Mapping[str, Sequence[ProfileRow]], name: str = "time") -> str | None:
+    """Milliseconds of one step by kind of node, stacked by precision, one panel a variant on one scale; ``name`` is the page's id of it."""
+    profiles = {variant: rows for variant, rows in profiles.items() if rows}
     if not profiles:
         return None
-    kinds = _largest_kinds(profiles)
-    with canvas("time", 9.6, 1.2 + 0.27 * len(kinds)) as drawn:
+    kinds = largest_kinds(profiles)
+    with canvas(name, 9.6, 1.2 + 0.27 * len(kinds)) as drawn:
         panels = drawn.figure.subplots(1, len(profiles), sharey=True, sharex=True, squeeze=False)[0]
-        for axes, (name, rows) in zip(panels, profiles.items(), strict=True):
+        for axes, (variant, rows) in zip(panels, profiles.items(), strict=True):
             _draw_profile(drawn, axes, rows, kinds)
-            axes.set_title(f"{name}: {sum(row.milliseconds for row in rows):.2f} ms")
+            axes.set_title(f"{variant}: {sum(row.milliseconds for row in rows):.2f} ms")
             axes.set_xlabel("milliseconds a step")
         handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         drawn.figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=6)
-        totals = "; ".join(f"{name}: {sum(row.milliseconds for row in rows):.2f} ms" for name, rows in profiles.items())
+        totals = "; ".join(f"{key}: {sum(row.milliseconds for row in rows):.2f} ms" for key, rows in profiles.items())
         return drawn.svg(f"Time of one step by kind of node and precision. {totals}")
 
 
-def _largest_kinds(profiles: Mapping[str, Sequence[ProfileRow]], most: int = 9) -> list[str]:
+def largest_kinds(profiles: Mapping[str, Sequence[ProfileRow]], most: int = 9) -> list[str]:
+    """The kinds of node that take most time, in order; where there are more than ``most``, the last is "other"."""
     spent: dict[str, float] = {}
     for rows in profiles.values():
         for row in rows:

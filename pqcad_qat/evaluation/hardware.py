@@ -1,4 +1,4 @@
-"""What machine this is, as far as it decides timings: CPU, instruction sets, cores, library versions.
+"""What machine this is, as far as it decides timings: CPU, instruction sets and caps on them, cores, library versions.
 
 Not here: any timing (benchmark.py).
 """
@@ -22,10 +22,20 @@ ISA_FLAGS: Mapping[str, str] = {
     "amx_int8": "amx_int8",
     "amx_bf16": "amx_bf16",
 }
+NATIVE = "native"
+CAPS: Mapping[str, Mapping[str, str]] = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx2_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512_core_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+}
+"""What a process must find in its environment when it starts, to compute as on a smaller CPU: OpenVINO and PyTorch read it once."""
+
+INSTRUCTION_SETS = (NATIVE, *CAPS)
+_CAP_NEEDS: Mapping[str, str] = {"avx2": "avx2", "avx2_vnni": "avx_vnni", "avx512_core_vnni": "avx512_vnni"}
 # values of ONEDNN_MAX_CPU_ISA under which OpenVINO may still compute bfloat16 in hardware
 _BF16_CAPS = ("", "ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX")
 _LIBRARIES = ("torch", "openvino", "nncf", "brevitas", "diffusers", "numpy")
-_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "DNNL_MAX_CPU_ISA")
+_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
@@ -48,6 +58,12 @@ def native_bf16(isa: tuple[str, ...], settings: Mapping[str, str]) -> bool:
     """Whether OpenVINO's bfloat16 runs in hardware here; elsewhere it is emulated and no baseline."""
     cap = (settings.get("ONEDNN_MAX_CPU_ISA") or settings.get("DNNL_MAX_CPU_ISA") or "").upper()
     return bool({"avx512_bf16", "amx_bf16"} & set(isa)) and cap in _BF16_CAPS
+
+
+def lacking(isa: str, machine: Hardware) -> str:
+    """Why a machine cannot compute as with this instruction set, or nothing: under a cap above its own it would use another."""
+    need = _CAP_NEEDS.get(isa)
+    return "" if need is None or not machine.isa or need in machine.isa else f"this CPU has no {need}"
 
 
 def usable_cores() -> int:

@@ -55,6 +55,19 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """The distribution of one candidate's bursts, in images a second that are taken one denoising step further."""
+
+    median: float
+    maximum: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+    calls: int  # of a burst
+    in_flight: int  # calls at a time
+
+
+@dataclass(frozen=True)
 class Variant:
     """One row of the result. A number nobody measured is None, never 0."""
 

@@ -23,8 +23,11 @@ LAYER = "layer/"
 """Scalars under this head are of single layers: they go to TensorBoard, and not to the file that the report reads."""
 
 
-def progress_bar(console: Console) -> Progress:
-    """The one look of every progress line: name, bar, count, what is going on, time spent and left."""
+def progress_bar(console: Console, quiet: bool = False) -> Progress:
+    """The one look of every progress line: name, bar, count, what is going on, time spent and left.
+
+    `quiet`: drawn only when it is told to, so that it takes no time from what is being timed.
+    """
     return Progress(
         TextColumn("[bold]{task.description:<14}"),
         BarColumn(bar_width=28),
@@ -35,6 +38,7 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
+        auto_refresh=not quiet,
     )
 
 

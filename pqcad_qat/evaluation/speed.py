@@ -1,0 +1,236 @@
+"""How fast a denoiser is by every way to run it: all candidates in turns in one process, and a process for every smaller instruction set.
+
+Not here: how a call is timed (benchmark.py, throughput.py), what is timed (speed_subject.py), or how it looks (speed_page.py).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.deployment.runtime import MANIFEST, read_manifest
+from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, executed_nodes, layer_precisions
+from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.benchmark import (
+    BF16,
+    F32,
+    PROFILING,
+    FixedBatchError,
+    Inputs,
+    compile_for_latency,
+    example_inputs,
+    openvino_candidate,
+    profile_rows,
+    read_source,
+    size_bytes,
+    time_interleaved,
+    torch_candidate,
+)
+from pqcad_qat.evaluation.hardware import CAPS, NATIVE, hardware, lacking
+from pqcad_qat.evaluation.record import Hardware, Throughput, Timing
+from pqcad_qat.evaluation.speed_record import Measurement, SpeedReport, SpeedRow
+from pqcad_qat.evaluation.speed_subject import Candidates, Subject, candidates, open_subject, random_denoiser
+from pqcad_qat.evaluation.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
+from pqcad_qat.quantization.plan import quantizable_layers
+from pqcad_qat.training.metrics_log import progress_bar
+
+WARM_UP = 3
+PROFILED_CALLS = 20
+PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
+"""What a variant asks of OpenVINO; the others take its defaults."""
+
+
+def measure_speed(
+    source: str, policy: Path, batches: Sequence[int], isas: Sequence[str], runs: int, throughput: bool, command: str, console: Console
+) -> SpeedReport:
+    """Time a folder of ours, or an architecture, against what a user would run instead.
+
+    Args:
+        source, policy: as `speed_subject.open_subject`.
+        batches: images of a call.
+        isas: of hardware.INSTRUCTION_SETS; one that the CPU lacks is left out and the report says so.
+        runs: timed calls of every candidate, and calls of its bursts together.
+        throughput: whether candidates are also timed with several calls at a time.
+
+    Raises:
+        ModelError: nothing to time there, or the CPU has none of the instruction sets.
+        PolicyError, PlanError: as `open_subject`.
+    """
+    left_out = {isa: why for isa in isas if (why := lacking(isa, hardware()))}
+    timed = [isa for isa in isas if isa not in left_out]
+    if not timed:
+        raise ModelError("; ".join(f"{isa}: {why}" for isa, why in left_out.items()))
+    with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True) as bar:
+        task = bar.add_task("benchmark", total=1 + len(batches) * (1 + len(timed)), note=f"reading {source}")
+        bar.refresh()
+
+        def tell(note: str) -> None:
+            bar.update(task, note=note)
+            bar.refresh()
+            if bar.disable:
+                console.print(f"benchmark: {note}", soft_wrap=True)
+
+        subject = open_subject(source, policy, Path(temporary))
+        bar.advance(task)
+        measurements: list[Measurement] = []
+        for batch in batches:
+            tell(f"batch {batch}: making the baselines")
+            made = candidates(subject, batch, Path(temporary) / f"batch-{batch}")
+            bar.advance(task)
+            for isa in timed:
+                tell(f"batch {batch}, {isa}: timing")
+                measurements.append(measure(made, isa, runs, throughput))
+                bar.advance(task)
+    return _report(subject, measurements, left_out, command)
+
+
+def _report(subject: Subject, measurements: Sequence[Measurement], left_out: Mapping[str, str], command: str) -> SpeedReport:
+    return SpeedReport(
+        source=subject.source,
+        weights=subject.weights,
+        parameters=sum(parameter.numel() for parameter in random_denoiser(subject.config).parameters()),
+        sample_shape=subject.sample_shape,
+        steps=subject.steps,
+        measurements=tuple(measurements),
+        left_out=left_out,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def measure(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
+    """Time the candidates in this process, or in one of its own that a smaller instruction set is forced on.
+
+    Raises:
+        ModelError: a candidate cannot be run, or its process died.
+    """
+    if isa == NATIVE:
+        return measure_here(timed, isa, runs, throughput)
+    try:
+        with _environment(CAPS[isa]), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(measure_here, timed, isa, runs, throughput).result()
+    except BrokenProcessPool:
+        raise ModelError(f"{isa}: the process that timed it died, out of memory perhaps") from None
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """The environment of processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
+    """Latency, throughput and their causes of every candidate that runs on this machine at this batch."""
+    machine, inputs = hardware(), example_inputs(timed.sample_shape, timed.batch)
+    files, left_out = _runnable(timed, machine)
+    denoiser: nn.Module = random_denoiser(timed.config)
+    latencies = time_denoisers(denoiser, files, inputs, runs)
+    rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
+    known = list(quantizable_layers(denoiser))
+    executed = {
+        name: _executed(file, precision_hint(name, machine), inputs, known, min(runs, PROFILED_CALLS)) for name, file in files.items()
+    }
+    sizes = {"fp32": 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
+    sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
+    rows = [SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {})) for name, found in latencies.items()]
+    return Measurement(isa, timed.batch, machine, tuple(rows), left_out)
+
+
+def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
+    """What a variant asks of OpenVINO here. Where BF16 is emulated or capped, OpenVINO's default must be told not to take it."""
+    return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
+
+
+def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, runs: int) -> dict[str, Timing]:
+    """Milliseconds of one call (one sampling step of a batch), every candidate in turns in this process.
+
+    Args:
+        denoiser: full precision, for PyTorch: the candidate `fp32`.
+        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; `ov-bf16` is left out where BF16 is not native.
+        inputs: of every candidate.
+    """
+    machine = hardware()
+    with _torch_threads_kept():
+        found: dict[str, Callable[[], object]] = {"fp32": torch_candidate(denoiser, inputs)}
+        for name, file in files.items():
+            if name != "ov-bf16" or machine.native_bf16:
+                found[name] = openvino_candidate(file, precision_hint(name, machine), inputs)
+        return time_interleaved(found, runs, WARM_UP)
+
+
+def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Throughput]:
+    machine = hardware()
+    with _torch_threads_kept():
+        loads = {name: openvino_load(file, precision_hint(name, machine), inputs) for name, file in files.items()}
+        return throughput_in_turns({"fp32": torch_load(denoiser, inputs), **loads}, len(inputs["sample"]), calls)
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """PyTorch is timed on every core; what comes after goes on as before."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files that can be timed, and why the others cannot."""
+    files, left_out = dict(timed.files), {}
+    if not machine.native_bf16:
+        left_out["ov-bf16"] = "bfloat16 is emulated here"
+        files.pop("ov-bf16", None)
+    for name, file in list(files.items()):
+        try:
+            read_source(file, ov.Core(), timed.batch)
+        except FixedBatchError as error:
+            left_out[name] = str(error).removeprefix(f"{file}: ")
+            del files[name]
+    return files, left_out
+
+
+def _executed(file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequence[str], calls: int) -> dict[str, Any]:
+    """The fields of a SpeedRow that the execution graph of the timed file tells."""
+    compiled = compile_for_latency(file, {**PROFILING, **hint}, len(inputs["sample"]))
+    nodes = executed_nodes(compiled)
+    found: dict[str, Any] = {"layers": _layers(nodes, known)}
+    if (file / MANIFEST).is_file():
+        planned = layer_precisions(nodes, list(read_manifest(file)["layers"]))
+        missed = tuple(name for name, precision in planned.items() if precision not in INT8)
+        found = {"layers": found["layers"] | planned, "planned": len(planned), "planned_float": missed}
+    return found | {
+        "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        "kernels": dict(Counter(node.kernel for node in nodes if node.kind in MATRIX_NODES)),
+        "profile": profile_rows(compiled, inputs, calls),
+    }
+
+
+def _layers(nodes: Sequence[ExecutedNode], known: Sequence[str]) -> dict[str, str]:
+    """The precision of every layer that a matrix node is named after: by its module path as converted, or bare."""
+    found = {}
+    for node in nodes:
+        path = node.names[0].partition("/")[0].removeprefix("__module.denoiser.")
+        if node.kind in MATRIX_NODES and path in known:
+            found[path] = node.precision
+    return found

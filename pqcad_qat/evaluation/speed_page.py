@@ -1,0 +1,190 @@
+"""A benchmark on the terminal, as JSON, and as a page that stands alone.
+
+Not here: the data's definition (speed_record.py), or any measurement (speed.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from rich import box
+from rich.table import Table
+
+from pqcad_qat.evaluation.canvas import COLOURS, Canvas, canvas
+from pqcad_qat.evaluation.figures import largest_kinds, time_profile
+from pqcad_qat.evaluation.page import TIMES, UNKNOWN, number, page_style
+from pqcad_qat.evaluation.record import VARIANTS, Hardware, ProfileRow, Timing
+from pqcad_qat.evaluation.report import write_atomic
+from pqcad_qat.evaluation.speed_record import Measurement, SpeedReport, SpeedRow
+from pqcad_qat.evaluation.speed_subject import OURS
+
+JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
+
+
+def write_speed(report: SpeedReport, folder: Path) -> Path:
+    """Write benchmark.json and benchmark.html, each whole or not at all; returns the page."""
+    write_atomic(folder / JSON_FILE, json.dumps(asdict(report), indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(folder / PAGE_FILE, render(report).encode())
+    return folder / PAGE_FILE
+
+
+def headings(report: SpeedReport) -> list[str]:
+    """Of the columns of every table; of a folder that says its sampling steps, figures of whole images too."""
+    image = ["ms an image", "images/s"] if report.steps else ["image steps/s"]
+    return ["", "ms a step", "minimum", "quartiles", *image, f"ours / this, {TIMES}", "MB", "layers ran in"]
+
+
+def cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
+    """A row's texts, under `headings`; a step is one call of the network with the whole batch."""
+    found, ours = row.latency, _ours(measurement)
+    spread = f"{number(found.lower_quartile_ms)} - {number(found.upper_quartile_ms)}"
+    image = [number(found.median_ms * report.steps / measurement.batch)] if report.steps else []
+    rate = UNKNOWN if row.throughput is None else number(row.throughput.median / (report.steps or 1))
+    ratio = UNKNOWN if ours is None else number(ours.median_ms / found.median_ms)
+    size = f"{row.size_bytes / 1e6:.2f}"
+    return [row.name, number(found.median_ms), number(found.minimum_ms), spread, *image, rate, ratio, size, precisions_text(row)]
+
+
+def precisions_text(row: SpeedRow) -> str:
+    """How many convolutions and linear layers executed in which precision: ``70 u8, 1 bf16``."""
+    if not row.layers:
+        return "f32" if row.name == "fp32" else UNKNOWN
+    counted = Counter(row.layers.values()).most_common()
+    return ", ".join(f"{count} {precision}" for precision, count in counted)
+
+
+def title(report: SpeedReport, measurement: Measurement) -> str:
+    """What one table is of."""
+    image = f"; an image takes {report.steps}" if report.steps else ""
+    return f"{report.source}: batch {measurement.batch}, {measurement.isa}: one denoising step{image}"
+
+
+def remarks(measurement: Measurement) -> list[str]:
+    """What must be said under a table: which planned layers left INT8, and what was not timed."""
+    found = [f"{name}: not timed: {why}" for name, why in measurement.left_out.items()]
+    for row in measurement.rows:
+        if row.planned is not None:
+            done = row.planned - len(row.planned_float)
+            missed = f"; not: {', '.join(f'{name} ({row.layers[name]})' for name in row.planned_float)}" if row.planned_float else ""
+            found.insert(0, f"{row.name}: {done} of {row.planned} planned layers executed in INT8{missed}")
+    return found
+
+
+def machine_text(machine: Hardware) -> str:
+    """CPU, instruction sets, cores and the settings that change timings."""
+    settings = "".join(f", {name}={value}" for name, value in machine.settings.items())
+    return f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}, {' '.join(machine.isa) or UNKNOWN}{settings}"
+
+
+def speed_tables(report: SpeedReport) -> Iterator[Table]:
+    """For the terminal: of each measurement its timings, and where the time of a step went."""
+    for measurement in report.measurements:
+        caption = "\n".join([machine_text(measurement.hardware), *remarks(measurement)])
+        table = Table(title=title(report, measurement), caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+        for index, heading in enumerate(headings(report)):
+            table.add_column(heading, justify="left" if index == 0 else "right")
+        for row in measurement.rows:
+            table.add_row(*cells(report, measurement, row), style="bold" if row.name == OURS else "")
+        yield table
+        yield _profile_table(measurement)
+
+
+def _profile_table(measurement: Measurement) -> Table:
+    profiles = _profiles(measurement)
+    table = Table("kind of node", title="milliseconds of a step by kind of node", box=box.SIMPLE_HEAD)
+    for name in profiles:
+        table.add_column(name, justify="right")
+    for kind, spent in kind_milliseconds(profiles).items():
+        table.add_row(kind, *(number(value) if value else "" for value in spent))
+    return table
+
+
+def kind_milliseconds(profiles: Mapping[str, Sequence[ProfileRow]]) -> dict[str, list[float]]:
+    """Kind of node -> milliseconds of each candidate, the kinds that take most time first; the rest together as "other"."""
+    kinds = largest_kinds(profiles)
+    spent = {kind: [0.0] * len(profiles) for kind in kinds}
+    for column, rows in enumerate(profiles.values()):
+        for row in rows:
+            spent[row.kind if row.kind in spent else "other"][column] += row.milliseconds
+    return spent
+
+
+def render(report: SpeedReport) -> str:
+    """The page, self-contained."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = environment.from_string(files(__package__).joinpath("speed_template.html").read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        style=page_style(),
+        headings=headings(report),
+        sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
+        variants={row.name: VARIANTS[row.name] for measurement in report.measurements for row in measurement.rows},
+        machine=machine_text(report.measurements[0].hardware),
+        versions=report.measurements[0].hardware.versions,
+        ours=OURS,
+    )
+
+
+def _section(report: SpeedReport, index: int, measurement: Measurement) -> dict[str, object]:
+    charts = (speed_chart(report, measurement, f"speed{index}"), time_profile(_profiles(measurement), f"time{index}"))
+    return {
+        "title": f"Batch {measurement.batch}, {measurement.isa}",
+        "machine": machine_text(measurement.hardware),
+        "rows": [cells(report, measurement, row) for row in measurement.rows],
+        "remarks": remarks(measurement),
+        "charts": [Markup(chart or "") for chart in charts],  # our own SVG, its texts escaped by canvas.py
+        "kernels": {
+            row.name: ", ".join(f"{count} {kernel}" for kernel, count in row.kernels.items()) for row in measurement.rows if row.kernels
+        },
+    }
+
+
+def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str:
+    """Latency of one step with its quartiles, and throughput where it was measured, a bar a candidate."""
+    rows = measurement.rows
+    rates = [row.throughput for row in rows]
+    panels = 2 if any(rates) else 1
+    with canvas(name, 9.6, 0.9 + 0.3 * len(rows)) as drawn:
+        axes = drawn.figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+        for place, row in enumerate(rows):
+            found = row.latency
+            _bar(drawn, axes[0], place, row, (found.median_ms, found.lower_quartile_ms, found.upper_quartile_ms), "ms")
+            if row.throughput is not None:
+                rate = row.throughput
+                _bar(drawn, axes[1], place, row, (rate.median, rate.lower_quartile, rate.upper_quartile), "image steps a second")
+        axes[0].set_title("milliseconds a step (lower is better)")
+        if panels == 2:
+            axes[1].set_title("image steps a second (higher is better)")
+        axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        for panel in axes:
+            panel.tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
+            panel.grid(axis="y", visible=False)
+        told = "; ".join(f"{row.name} {number(row.latency.median_ms)} ms" for row in rows)
+        return drawn.svg(f"{title(report, measurement)}: {told}")
+
+
+def _bar(drawn: Canvas, axes: Axes, place: int, row: SpeedRow, spread: tuple[float, float, float], unit: str) -> None:
+    median, lower, upper = spread
+    colour = COLOURS["accent" if row.name == OURS else "grey" if row.name == "fp32" else "blue"]
+    bars = axes.barh([place], [median], color=colour, height=0.66)
+    drawn.tip(bars[0], f"{row.name}: {number(median)} {unit}, quartiles {number(lower)} to {number(upper)}")
+    axes.plot([lower, upper], [place, place], color=COLOURS["ink"], lw=1.2)
+    axes.annotate(number(median), (upper, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.margins(x=0.16)
+
+
+def _profiles(measurement: Measurement) -> dict[str, tuple[ProfileRow, ...]]:
+    return {row.name: row.profile for row in measurement.rows if row.profile}
+
+
+def _ours(measurement: Measurement) -> Timing | None:
+    return next((row.latency for row in measurement.rows if row.name == OURS), None)
