@@ -40,6 +40,7 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a4": {4},
     "smoke": {4},
     "w4a8-digits": {4},
+    "w4a8-noto-emoji": {4},
 }
 STUDIES = {  # combinations, seeds
     "bits": (42, 3),
@@ -55,7 +56,7 @@ STUDIES = {  # combinations, seeds
 
 def data_of(name: str) -> str:
     """The data of the embedded model that a policy is for."""
-    return "digits" if name.endswith("-digits") else "fashion-mnist"
+    return next((data for data in PRETRAINED if name.endswith(f"-{data}")), "fashion-mnist")
 
 
 @lru_cache

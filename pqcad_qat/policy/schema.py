@@ -69,7 +69,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class ModelPolicy(Section):
     """Where the full-precision model comes from."""
 
-    source: Text = Field(description="embedded:fashion-mnist, embedded:digits, a local folder in diffusers layout, or a hub id")
+    source: Text = Field(description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, or a hub id")
 
 
 class SamplerPolicy(Section):
