@@ -198,6 +198,9 @@ class TrainingPolicy(Section):
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
+        "rollback", description="back to the last good checkpoint, or on from there, at half the rate and up to 3 times; or an error"
+    )
 
 
 class EvaluationPolicy(Section):
