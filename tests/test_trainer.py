@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import CheckpointError, PqcadError
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
-from pqcad_qat.training.checkpoint import CheckpointFolder, damage, latest_checkpoint, load_checkpoint
+from pqcad_qat.training.checkpoint import (
+    CheckpointFolder,
+    checkpoints,
+    damage,
+    latest_checkpoint,
+    load_checkpoint,
+    step_of,
+    write_checkpoint,
+)
 from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
 
 
@@ -155,6 +163,16 @@ def trained(folder: CheckpointFolder) -> None:
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     trained(CheckpointFolder(tmp_path, every=5, keep=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000015", "step_000020"]
+
+
+def test_what_ctrl_c_left_is_dropped_before_the_checkpoints_at_their_own_steps(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, every=5, keep=2)
+    state, _ = fresh(SETTINGS)
+    left = []
+    for state.step in (5, 7, 8, 10, 11, 15):
+        write_checkpoint(folder, state, [])
+        left.append([step_of(path) for path in checkpoints(tmp_path)])
+    assert left == [[5], [5, 7], [5, 8], [5, 10], [5, 10, 11], [10, 15]]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "digests.json"])

@@ -15,12 +15,12 @@ from pqcad_qat.quantization.rounding import SMALLEST_RANGE, unclamped
 
 
 class GridUse(NamedTuple):
-    """A tensor on its grid.
+    """Some values of a tensor, evenly spread over it, on its grid.
 
     Attributes:
-        integers: after the clamp, in the tensor's shape.
+        integers: after the clamp, (values,).
         clipped: share of the values that round to an integer beyond the grid's ends, 0..1.
-        collapsed: the range of some row is at its smallest, or every value became zero; a tensor of zeros is never collapsed.
+        collapsed: every value became zero, or the range of some row of the tensor is at its smallest; zeros alone are no collapse.
     """
 
     integers: Tensor
@@ -28,14 +28,16 @@ class GridUse(NamedTuple):
     collapsed: bool
 
 
-def weight_use(layer: QuantizedLayer) -> GridUse:
-    """Of a layer's weights at the present width; within a blend, the width that it comes from."""
-    return _use(layer.weight, _weights(layer))
+@torch.no_grad()
+def weight_use(layer: QuantizedLayer, most: int) -> GridUse:
+    """Of at most `most` of a layer's weights at the present width; within a blend, the width that it comes from."""
+    return _use(layer.weight, _weights(layer), most)
 
 
-def input_use(layer: QuantizedLayer, x: Tensor) -> GridUse:
-    """Of what a layer reads."""
-    return _use(x, _inputs(layer))
+@torch.no_grad()
+def input_use(layer: QuantizedLayer, x: Tensor, most: int) -> GridUse:
+    """Of at most `most` of the values that a layer reads."""
+    return _use(x, _inputs(layer), most)
 
 
 @torch.no_grad()
@@ -49,22 +51,23 @@ def not_finite(layer: QuantizedLayer) -> list[str]:
     return [f"{name} ({count} of {held[name].numel()} values)" for name, count in counts.items() if count]
 
 
-@torch.no_grad()
-def _use(x: Tensor, quant: Any) -> GridUse:
+def _use(x: Tensor, quant: Any, most: int) -> GridUse:
     span, low, bounds = quant.grid(x)
-    raw, zero_point = unclamped(x, span, low, bounds)
+    count = min(most, x.numel())
+    index = torch.arange(count, device=x.device) * x.numel() // count
+    row = index // (x.numel() // span.numel())
+    values = x.reshape(-1)[index]
+    raw, zero_point = unclamped(values, span.reshape(-1)[row], None if low is None else low.reshape(-1)[row], bounds)
     integers = raw.clamp(*bounds)
-    clipped = int(torch.count_nonzero(raw != integers)) / raw.numel()
-    vanished = not bool((integers if zero_point is None else integers - zero_point).any())
-    smallest = bool((span.abs() <= SMALLEST_RANGE).any())
-    return GridUse(integers, clipped, (vanished or smallest) and _alive(x, span))
+    clipped = int(torch.count_nonzero(raw != integers)) / count
+    vanished = not bool((integers if zero_point is None else integers - zero_point).any()) and bool(values.any())
+    return GridUse(integers, clipped, vanished or _at_smallest(x, span))
 
 
-def _alive(x: Tensor, span: Tensor) -> bool:
-    """Whether a row whose range is at its smallest, or else any, holds values over it."""
-    rows = (x.reshape(span.numel(), -1) if span.numel() > 1 else x.reshape(1, -1)).abs().amax(dim=1) > SMALLEST_RANGE
-    smallest = span.abs().reshape(-1) <= SMALLEST_RANGE
-    return bool((rows & smallest).any() if smallest.any() else rows.any())
+def _at_smallest(x: Tensor, span: Tensor) -> bool:
+    """Whether some row that is not zero has the smallest range that there is."""
+    smallest = span.reshape(-1).abs() <= SMALLEST_RANGE
+    return bool(smallest.any()) and bool(x.reshape(span.numel(), -1)[smallest].abs().amax() > SMALLEST_RANGE)
 
 
 def _weights(layer: QuantizedLayer) -> Any:
