@@ -5,6 +5,7 @@ Not here: runs that are killed at chosen moments (test_resume.py).
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import POLICIES, environment, program, tiny_overrides
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pqcad_qat import cli
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
 
 PATIENCE = 600  # seconds; a busy machine is no failure
@@ -64,6 +67,31 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     again = subprocess.run([*command, "--resume"], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert again.returncode == 0, again.stderr
     assert "fixed-bit: going on from step 20" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_a_message_and_no_traceback_wherever_it_is_met(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def schema() -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "schema", schema)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["schema"])
+    assert ended.value.code == 2
+    assert "No space left on device" in capfd.readouterr().err
+
+
+def test_any_other_fault_of_the_machine_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schema() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(cli.COMMANDS, "schema", schema)
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["schema"])
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
