@@ -49,13 +49,16 @@ class StageSettings:
     on_divergence: Literal["rollback", "lower_rate", "stop"] = "stop"
 
 
+def _silent(_message: str) -> None: ...
+
+
 def train_stage(
     model: nn.Module,
     callbacks: Sequence[Callback],
     batches: BatchSource,
     settings: StageSettings,
     console: Console,
-    warn: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = _silent,
 ) -> TrainState:
     """Train a model in place from its newest undamaged checkpoint, or from the start; the state holds its averages.
 
@@ -70,6 +73,8 @@ def train_stage(
     accelerator = new_accelerator(settings.precision)
     state = new_state(model, settings.loop, accelerator)
     log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, callbacks, accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        warn = _silent
     watch = TroubleWatch(settings.name, quantized_layers(model), warn)
     everything = [*callbacks, log, watch]
     start = StageStart.of(state, everything)
@@ -88,7 +93,8 @@ def train_stage(
                 case "lower_rate":
                     _lower_rate(state, watch, trouble, settings, warn)
                 case "rollback":
-                    _roll_back(watch, trouble, settings, warn)
+                    _roll_back(state, watch, trouble, settings, warn, accelerator.is_main_process)
+                    accelerator.wait_for_everyone()
                     _enter(state, start, everything, settings, console, warn)
 
 
@@ -111,19 +117,29 @@ def _enter(
         start.restore(state, callbacks)
     if rollbacks := read_rollbacks(settings.checkpoints.path):
         state.setbacks = len(rollbacks)
-        state.held_until = min(rollbacks[-1].step, settings.loop.steps // 2)  # a transition that begins by then ends in time
+        state.held_until = _held_until(rollbacks[-1].step, settings)
 
 
-def _roll_back(watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]) -> None:
+def _held_until(diverged: int, settings: StageSettings) -> int:
+    """The step before which no transition begins; a blend takes at most half of the stage, so one that begins by then ends in time."""
+    return min(diverged, settings.loop.steps // 2)
+
+
+def _roll_back(
+    state: TrainState, watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None], writes: bool
+) -> None:
+    """Raise DivergedError where the tries are used up; otherwise the first process decides where to go back to, and writes it down."""
+    if state.setbacks < TRIES and not writes:
+        return
     rollbacks = read_rollbacks(settings.checkpoints.path)
-    if len(rollbacks) == TRIES:
+    if state.setbacks == TRIES:
         tried = ", ".join(f"from step {rollback.entered} after step {rollback.step}" for rollback in rollbacks)
         raise _used_up(trouble, f"gone back {TRIES} times ({tried})", settings)
     checkpoint = good_checkpoint(settings.checkpoints, watch.good)
     entered = step_of(checkpoint) if checkpoint else 0
     where = f"the checkpoint of step {entered}" if checkpoint else "the start of the stage"
-    rate = settings.loop.learning_rate * 0.5 ** (len(rollbacks) + 1)
-    warn(f"{settings.name}: {trouble}. Gone back to {where}, learning rate {rate:g}, no change of width before step {trouble.step}")
+    rate, held = settings.loop.learning_rate * 0.5 ** (len(rollbacks) + 1), _held_until(trouble.step, settings)
+    warn(f"{settings.name}: {trouble}. Gone back to {where}, learning rate {rate:g}, no change of width before step {held}")
     record_rollback(settings.checkpoints, [*rollbacks, Rollback(trouble.step, entered, str(trouble))])
 
 
