@@ -122,7 +122,7 @@ def _enter(
 
 def _held_until(diverged: int, settings: StageSettings) -> int:
     """The step before which no transition begins; a blend takes at most half of the stage, so one that begins by then ends in time."""
-    return min(diverged, settings.loop.steps // 2)
+    return min(diverged, (settings.loop.steps - 1) // 2)
 
 
 def _roll_back(
