@@ -6,8 +6,10 @@ Not here: any work. Heavy libraries are imported inside the commands, so that `-
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from pathlib import Path
 import fire
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one_of, several
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
@@ -299,10 +302,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PqcadError as error:
         ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        if (reason := _cannot_write(error)) is None:
+            raise
+        ERRORS.print(f"[bold red]error:[/] {_escaped(reason)}; what is finished is kept, --resume goes on", highlight=False, soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         again = "the same command" if given[:1] == ["sweep"] else "--resume"
         ERRORS.print(f"interrupted; {again} goes on from the last checkpoint", highlight=False)
         sys.exit(130)
+
+
+def _cannot_write(error: OSError | SafetensorError) -> str | None:
+    """What keeps a file from being written, if it is a disk that is full, over its quota, or read-only."""
+    known = re.search(r"os error (\d+)", str(error))  # safetensors' own error has the number in its text alone
+    number = error.errno if isinstance(error, OSError) else known and int(known[1])
+    return f"cannot write: {error}" if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
 
 
 def _overrides(given: Sequence[str], model: str | None = None) -> list[str]:

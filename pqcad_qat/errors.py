@@ -34,5 +34,18 @@ class StudyError(PqcadError):
     """Runs cannot stand in one table, or some cells of a study failed."""
 
 
+class DivergedError(PqcadError):
+    """Training diverged; the message names the step, the layer where one is known, and what to do.
+
+    Attributes:
+        step: finished steps when it was noticed.
+        stepped: False where the step at hand was not made, since its loss or a gradient is not finite.
+    """
+
+    def __init__(self, step: int, message: str, stepped: bool = True) -> None:
+        super().__init__(message)
+        self.step, self.stepped = step, stepped
+
+
 class InterruptedByUserError(PqcadError):
     """Ctrl-C while training: the step at hand was finished and a checkpoint written."""

@@ -497,7 +497,8 @@ class _Run:
         """All that decides the weights of a trained stage, those before it included."""
         policy = self.policy
         whole = policy.model_dump(mode="json")
-        training = {key: value for key, value in whole["training"].items() if key not in ("checkpoint_every", "keep_checkpoints")}
+        indifferent = ("checkpoint_every", "keep_checkpoints") if policy.training.on_divergence != "rollback" else ()
+        training = {key: value for key, value in whole["training"].items() if key not in indifferent}
         recipe = {
             "trained": name,
             "calibration": (self.folder.finished("calibration") or {})["set"],
@@ -517,12 +518,14 @@ class _Run:
             ema=training.ema,
             accumulation=training.gradient_accumulation,
             max_grad_norm=training.max_grad_norm,
-            checkpoint_every=training.checkpoint_every,
         )
-        checkpoints = CheckpointFolder(self.path / "checkpoints" / name, training.keep_checkpoints)
-        return StageSettings(name, loop, training.precision, checkpoints, self.path / "logs")
+        checkpoints = CheckpointFolder(self.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints)
+        return StageSettings(name, loop, training.precision, checkpoints, self.path / "logs", training.on_divergence)
 
     def _warn(self, message: str) -> None:
+        """Tell it once, also where a process that was killed has told it before."""
+        if message in self.warnings:
+            return
         self.warnings.append(message)
         write_atomically(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
         self.console.print(f"[yellow]warning:[/] {message}")

@@ -51,9 +51,8 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
             warmup=training.warmup,
             ema=training.ema,
             max_grad_norm=training.max_grad_norm,
-            checkpoint_every=training.checkpoint_every,
         )
-        checkpoints = CheckpointFolder(path / "checkpoints", training.keep_checkpoints)
+        checkpoints = CheckpointFolder(path / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
         settings = StageSettings("pretrain", loop, training.precision, checkpoints, path / "logs")
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every)]
         batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size, training.seed)

@@ -215,6 +215,16 @@ def test_a_loss_that_keeps_falling_is_called_by_the_deadline() -> None:
     assert {read_bits(quantized)[0] for quantized in quantized_layers(model).values()} == {3}
 
 
+def test_nothing_begins_while_transitions_are_held_and_then_the_deadline_is_made_up_for() -> None:
+    model, state, schedule = network()
+    state.held_until = 45
+    walk(state, schedule, 45)
+    assert schedule.transitions == []
+    walk(state, schedule, 45 + schedule.settings.blend_steps + 1)
+    assert [(t.step, t.from_bits, t.to_bits, t.cause) for t in schedule.transitions] == [(45, 8, 3, "deadline")] * 2
+    assert {read_bits(quantized)[0] for quantized in quantized_layers(model).values()} == {3}
+
+
 def test_parameters_stay_the_same_objects_through_all_transitions() -> None:
     model, state, schedule = network()
     before = {name: id(parameter) for name, parameter in model.named_parameters()}

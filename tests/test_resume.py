@@ -140,7 +140,7 @@ def test_finished_stages_are_never_repeated(interrupted: InterruptedRun) -> None
 
 
 def test_the_resumed_run_ships_what_the_uninterrupted_one_ships(interrupted: InterruptedRun, tiny_run: FinishedRun) -> None:
-    for file in ("openvino/unet/openvino_model.bin", "student/quantization/model.safetensors", "distillation/targets.safetensors"):
+    for file in ("openvino/unet/openvino_model.bin", "student/quantization/model.safetensors", "distillation/teacher.safetensors"):
         assert sha256(interrupted.path / file) == sha256(tiny_run.path / file), file
 
 

@@ -45,8 +45,8 @@ def batches(step: int) -> Batch:
 
 
 def settings(root: Path) -> StageSettings:
-    loop = LoopSettings(steps=20, learning_rate=0.05, ema=0.9, checkpoint_every=5)
-    return StageSettings("toy", loop, "fp32", CheckpointFolder(root / "checkpoints"), root / "logs")
+    loop = LoopSettings(steps=20, learning_rate=0.05, ema=0.9)
+    return StageSettings("toy", loop, "fp32", CheckpointFolder(root / "checkpoints", every=5), root / "logs")
 
 
 def train(root: Path, until: int = -1, **options: object) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import CheckpointError, PqcadError
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
-from pqcad_qat.training.checkpoint import CheckpointFolder, damage, latest_checkpoint, load_checkpoint
+from pqcad_qat.training.checkpoint import (
+    CheckpointFolder,
+    checkpoints,
+    damage,
+    latest_checkpoint,
+    load_checkpoint,
+    step_of,
+    write_checkpoint,
+)
 from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
 
 
@@ -65,7 +73,7 @@ def weights(state: TrainState) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
 
 
-SETTINGS = LoopSettings(steps=20, learning_rate=0.05, warmup=2, ema=0.9, checkpoint_every=5)
+SETTINGS = LoopSettings(steps=20, learning_rate=0.05, warmup=2, ema=0.9)
 
 
 def test_training_lowers_the_loss_and_the_terms_sum_to_it() -> None:
@@ -82,7 +90,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
     fit(whole, [seen], batches, SETTINGS, accelerator)
 
     first, accelerator = fresh(SETTINGS)
-    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder = CheckpointFolder(tmp_path / "checkpoints", every=5)
     with pytest.raises(KilledError):
         fit(first, [Regression(stop_at=7)], batches, SETTINGS, accelerator, folder)
 
@@ -153,14 +161,24 @@ def trained(folder: CheckpointFolder) -> None:
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
-    trained(CheckpointFolder(tmp_path, keep=2))
+    trained(CheckpointFolder(tmp_path, every=5, keep=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000015", "step_000020"]
+
+
+def test_what_ctrl_c_left_is_dropped_before_the_checkpoints_at_their_own_steps(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, every=5, keep=2)
+    state, _ = fresh(SETTINGS)
+    left = []
+    for state.step in (5, 7, 8, 10, 11, 15):
+        write_checkpoint(folder, state, [])
+        left.append([step_of(path) for path in checkpoints(tmp_path)])
+    assert left == [[5], [5, 7], [5, 8], [5, 10], [5, 10, 11], [10, 15]]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "digests.json"])
 @pytest.mark.parametrize("fault", ["truncated", "missing", "changed"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, file: str, fault: str) -> None:
-    trained(CheckpointFolder(tmp_path))
+    trained(CheckpointFolder(tmp_path, every=5))
     victim = tmp_path / "step_000020" / file
     content = victim.read_bytes()
     if fault == "missing":
@@ -178,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
 
 
 def test_a_checkpoint_of_another_model_or_other_callbacks_is_refused(tmp_path: Path) -> None:
-    trained(CheckpointFolder(tmp_path))
+    trained(CheckpointFolder(tmp_path, every=5))
     path = tmp_path / "step_000020"
     accelerator = Accelerator(cpu=True)
     with pytest.raises(CheckpointError, match="belongs to another model"):
@@ -189,16 +207,16 @@ def test_a_checkpoint_of_another_model_or_other_callbacks_is_refused(tmp_path: P
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_and_leaves_older_checkpoints(tmp_path: Path) -> None:
-    trained(CheckpointFolder(tmp_path / "ok"))
+    trained(CheckpointFolder(tmp_path / "ok", every=5))
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(CheckpointError, match="cannot write this checkpoint"):
-        trained(CheckpointFolder(blocked))
+        trained(CheckpointFolder(blocked, every=5))
     assert damage(tmp_path / "ok" / "step_000020") is None
 
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
-    trained(CheckpointFolder(tmp_path))
+    trained(CheckpointFolder(tmp_path, every=5))
     files = sorted(path.name for path in (tmp_path / "step_000020").iterdir())
     assert files == ["digests.json", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert json.loads((tmp_path / "step_000020" / "state.json").read_text())["step"] == 20

@@ -69,7 +69,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class ModelPolicy(Section):
     """Where the full-precision model comes from."""
 
-    source: Text = Field(description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, or a hub id")
+    source: Text = Field(
+        description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, or a hub id"
+    )
 
 
 class SamplerPolicy(Section):
@@ -198,6 +200,9 @@ class TrainingPolicy(Section):
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
+        "rollback", description="back to the last good checkpoint, or on from there, at half the rate and up to 3 times; or an error"
+    )
 
 
 class EvaluationPolicy(Section):

@@ -35,6 +35,10 @@ from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range, quant
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
 
 
+Grid = tuple[Tensor, Tensor | None, tuple[int, int]]
+"""What `rounding.quantize` needs: span, low, and the smallest and largest integer."""
+
+
 class BlendedQuant(RescalingIntQuant):
     """A weight's quantizer, which may be on its way from one width to the next: that state is in three buffers.
 
@@ -72,6 +76,10 @@ class BlendedQuant(RescalingIntQuant):
         span, low = self._range(x)
         return self._at(x, span * factor, None if low is None else low * factor, bits)
 
+    def grid(self, x: Tensor) -> Grid:
+        """Range, lower end and integers at the present width."""
+        return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
+
     def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
         return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
 
@@ -105,8 +113,12 @@ class InputQuant(RescalingIntQuant):
 
     def fused(self, x: Tensor) -> Tensor:
         self._require_range()
+        return quantize(x, *self.grid(x), straight=False)
+
+    def grid(self, x: Tensor) -> Grid:
+        """Range, lower end and integers; the same for every x."""
         bounds = integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), bool(_number(self, "signed")), False)
-        return quantize(x, self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds, False)
+        return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds
 
     def _require_range(self) -> None:
         if self.calibrated:

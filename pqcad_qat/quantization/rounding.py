@@ -37,6 +37,12 @@ def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int
     return _dequantized(_rounded(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
 
 
+def unclamped(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """The integers of x before they are clamped to ``bounds``, in x's shape, and the zero point; arguments as for `quantize`."""
+    scale, zero_point = _grid(span, low, bounds)
+    return _rounded(x.float(), scale, zero_point), zero_point
+
+
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:

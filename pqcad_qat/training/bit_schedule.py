@@ -203,7 +203,7 @@ def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momen
 
 @dataclass
 class MomentumBitSchedule(Callback):
-    """Moves the layers of a model down their ladders while it trains.
+    """Moves the layers of a model down their ladders while it trains. Nothing begins before `state.held_until`, not even by the deadline.
 
     Attributes:
         layers: quantized layers by name.
@@ -228,7 +228,8 @@ class MomentumBitSchedule(Callback):
         if ended or state.step % OBSERVE_EVERY == 0:
             self._observe_perturbations()
         loss = self._loss.improvement
-        begun = decide(state.step, self.settings, loss.value, loss.count, self._statuses())
+        held = state.step < state.held_until
+        begun = () if held else decide(state.step, self.settings, loss.value, loss.count, self._statuses())
         for transition in begun:
             self._begin(transition)
         jumped = bool(begun) and not self.settings.blend_steps

@@ -5,7 +5,7 @@ Not here: the loop (trainer.py), nor any callback; a callback never imports the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class TrainState:
         step: finished steps.
         ema: moving averages of the trained Parameters by name, None where there is no averaging.
         ema_since: the step at which averaging (re)started.
+        setbacks: divergences overcome so far; each has halved the learning rate.
+        held_until: the step before which no bit transition may begin, after a divergence.
     """
 
     model: nn.Module
@@ -37,6 +39,8 @@ class TrainState:
     step: int = 0
     ema: dict[str, Tensor] | None = None
     ema_since: int = 0
+    setbacks: int = 0
+    held_until: int = 0
 
     def restart_ema(self) -> None:
         """Forget averages of another function: called when the bit-widths have changed."""
@@ -81,6 +85,10 @@ class Callback:
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Watches; state.step already counts the step that was made."""
+
+    def explain(self, state: TrainState) -> Sequence[str]:
+        """Asked where the loss or a gradient is not finite, before the error is raised: what this callback sees to be the cause."""
+        return ()
 
     def scalars(self) -> Mapping[str, float]:
         """What to log beside the loss after a step, by name."""

@@ -15,21 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pqcad_qat.errors import CheckpointError
 from pqcad_qat.training.callback import Callback, TrainState
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """Where checkpoints of one training stage live, and how many are kept."""
+    """Where checkpoints of one training stage live.
+
+    Attributes:
+        every: steps between two of them; those in between (Ctrl-C, the last step) are dropped first, so that what is kept of the others
+            does not depend on them.
+        keep: the newest that are kept.
+    """
 
     path: Path
+    every: int = 100
     keep: int = 2
 
 
@@ -37,7 +45,7 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
     """Write `step_000123/` under a temporary name, with digests, and move it into place; then drop the oldest.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; older checkpoints stay as they were.
+        CheckpointError: the disk is full or the folder cannot be written; older checkpoints stay as they were, and no draft is left.
     """
     final = folder.path / f"step_{state.step:06d}"
     draft = folder.path / f".{final.name}.{os.getpid()}"
@@ -47,11 +55,15 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
         if final.exists():
             shutil.rmtree(final)
         draft.rename(final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors' own error of a full disk is no OSError
         shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"{final}: cannot write this checkpoint: {error.strerror or error}; older checkpoints are intact") from error
-    for old in _found(folder.path)[: -folder.keep]:
-        shutil.rmtree(old)
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{final}: cannot write this checkpoint: {reason}; older checkpoints are intact (--resume)") from error
+    found = checkpoints(folder.path)
+    kept = [path for path in found if step_of(path) % folder.every == 0][-folder.keep :]
+    for old in found:
+        if old not in (final, *kept):
+            shutil.rmtree(old)
     return final
 
 
@@ -64,6 +76,8 @@ def _write_files(draft: Path, state: TrainState, callbacks: Sequence[Callback]) 
         "step": state.step,
         "has_ema": state.ema is not None,
         "ema_since": state.ema_since,
+        "setbacks": state.setbacks,
+        "held_until": state.held_until,
         "optimizer_groups": groups,
         "callbacks": {callback.name: callback.state_dict() for callback in callbacks},
     }
@@ -78,7 +92,7 @@ def _write_files(draft: Path, state: TrainState, callbacks: Sequence[Callback]) 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and a message for every damaged one that was passed over."""
     complaints: list[str] = []
-    for path in reversed(_found(folder)):
+    for path in reversed(checkpoints(folder)):
         fault = damage(path)
         if fault is None:
             return path, complaints
@@ -120,7 +134,8 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
     _load_optimizer(state.optimizer, load_file(path / "optimizer.safetensors"), facts["optimizer_groups"])
     ema = {name: value.clone() for name, value in load_file(path / "ema.safetensors").items()}
     state.ema = ema if facts["has_ema"] else None
-    state.step, state.ema_since = facts["step"], facts["ema_since"]
+    for name in ("step", "ema_since", "setbacks", "held_until"):
+        setattr(state, name, facts[name])
     names = {callback.name for callback in callbacks}
     if names != set(facts["callbacks"]):
         raise CheckpointError(f"{path}: callbacks: got {sorted(facts['callbacks'])}; this run has {sorted(names)}")
@@ -128,8 +143,14 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
         callback.load_state_dict(facts["callbacks"][callback.name])
 
 
-def _found(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+def checkpoints(folder: Path) -> list[Path]:
+    """Every checkpoint, damaged ones too, the oldest first."""
+    return sorted((path for path in folder.glob("step_[0-9]*") if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Finished steps of a checkpoint, from its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

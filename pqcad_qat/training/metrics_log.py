@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -85,8 +86,9 @@ class MetricsLog(Callback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._writer and self._progress:
-            self._writer.close()
             self._progress.stop()
+            with suppress(OSError) if error else nullcontext():  # a full disk has its error already
+                self._writer.close()
 
     def start_at(self, step: int) -> None:
         """Drop rows of steps that will be made again."""

@@ -19,7 +19,7 @@ from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
 PARTS = ("batch", "schedule", "forward", "backward", "optimizer", "watch", "rest")
-"""Of a step, in order: `schedule` is what callbacks do before it and `watch` after it, `rest` the moving averages of the weights."""
+"""Of a step, in order: `schedule` is what callbacks do before it and `watch` after it, `rest` gradient norm and moving averages."""
 
 WARM_UP = 2
 
@@ -75,7 +75,6 @@ def profile_steps(
     """
     accelerator, watch = new_accelerator(precision), _Stopwatch()
     accelerator.backward = watch.timed("backward", accelerator.backward)
-    accelerator.clip_grad_norm_ = watch.timed("optimizer", accelerator.clip_grad_norm_)
     timed_batches = watch.timed("batch", batches)
     states: dict[str, TrainState] = {}
     for name, (model, callbacks) in candidates.items():

@@ -18,8 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pqcad_qat.errors import InterruptedByUserError, PqcadError
+from pqcad_qat.errors import DivergedError, InterruptedByUserError, PqcadError
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
 
@@ -34,7 +35,6 @@ class LoopSettings:
         ema: decay of the Parameters' moving average, 0 for none; it starts low, as min(ema, (1 + n) / (10 + n)).
         accumulation: micro-batches that one step's batch is split into.
         max_grad_norm: gradients are scaled down to this norm.
-        checkpoint_every: steps; one is always written at the end.
     """
 
     steps: int
@@ -44,13 +44,11 @@ class LoopSettings:
     ema: float = 0.0
     accumulation: int = 1
     max_grad_norm: float = 1.0
-    checkpoint_every: int = 100
 
-    def learning_rate_at(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / (self.warmup + 1))
-        if self.shape == "constant":
-            return self.learning_rate * warm
-        return self.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+    def learning_rate_at(self, step: int, setbacks: int = 0) -> float:
+        """The rate of a step, halved for every divergence overcome before it."""
+        rate = self.learning_rate * 0.5**setbacks * min(1.0, (step + 1) / (self.warmup + 1))
+        return rate if self.shape == "constant" else rate * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
 
 
 def new_accelerator(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
@@ -81,7 +79,7 @@ def fit(
     """Train from state.step to settings.steps; the state holds the result.
 
     Raises:
-        PqcadError: the loss is not finite (the step and its terms are named).
+        DivergedError: the loss or a gradient is not finite (the step, its terms, and the causes that callbacks see); no weight has changed.
         InterruptedByUserError: Ctrl-C, after the step at hand and a checkpoint.
         CheckpointError: a checkpoint cannot be written.
     """
@@ -95,7 +93,7 @@ def fit(
             for callback in callbacks:
                 callback.after_step(state, report)
             stop = interrupted.is_set()
-            if checkpoints and (stop or state.step == settings.steps or state.step % settings.checkpoint_every == 0):
+            if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
                 _checkpoint(checkpoints, state, callbacks, accelerator)
             if stop and state.step < settings.steps:
                 kept = f"; checkpoint of step {state.step} written, go on with --resume" if checkpoints else ""
@@ -103,7 +101,7 @@ def fit(
 
 
 def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator) -> StepReport:
-    rate = settings.learning_rate_at(state.step)
+    rate = settings.learning_rate_at(state.step, state.setbacks)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     parts = list(_micro_batches(_share(batch, accelerator), settings.accumulation))
@@ -118,14 +116,23 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
             accelerator.backward(torch.stack(list(terms.values())).sum() / len(parts))
         for name, term in terms.items():
             sums[name] = sums.get(name, torch.zeros_like(term.detach())) + term.detach() / len(parts)
-    norm = accelerator.clip_grad_norm_(state.model.parameters(), settings.max_grad_norm)
+    accelerator.unscale_gradients()
+    norm = get_total_norm([parameter.grad for parameter in state.model.parameters() if parameter.grad is not None])
     values = {name: float(accelerator.reduce(term, "mean")) for name, term in sums.items()}
     loss = sum(values.values())
     if not (math.isfinite(loss) and math.isfinite(float(norm))):
-        raise PqcadError(f"step {state.step}: training diverged: terms {values}, gradient norm {float(norm)}; lower training.learning_rate")
+        raise DivergedError(state.step, _divergence(state, callbacks, values, float(norm)), stepped=False)
+    clip_grads_with_norm_(state.model.parameters(), settings.max_grad_norm, norm)
     state.optimizer.step()
     state.optimizer.zero_grad()
     return StepReport(loss=loss, terms=values, gradient_norm=float(norm), learning_rate=rate)
+
+
+def _divergence(state: TrainState, callbacks: Sequence[Callback], values: dict[str, float], norm: float) -> str:
+    """What is not finite, and why; the gradients are still as they came."""
+    terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    causes = [cause for callback in callbacks for cause in callback.explain(state)]
+    return f"step {state.step}: training diverged: loss terms {terms}, gradient norm {norm:g}" + "".join(f"; {cause}" for cause in causes)
 
 
 def _share(batch: Batch, accelerator: Accelerator) -> Batch:
