@@ -150,7 +150,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     assert set(report["fid_protocol"]) == {"images", "features", "features_sha256", "reference", "sampler", "steps", "seed"}
     assert set(report["bit_schedule"][0]) == {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"}
     assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
-    assert set(report["execution"]) == {"planned", "executed_int8", "float_layers"}
+    assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni"}
     stages = {"calibration", "pq", "fixed-bit", "teacher", "pq-distilled", "pqcad", "export", "baselines", "benchmark", "evaluation"}
     assert set(report["timings_s"]) >= stages
 
@@ -167,7 +167,7 @@ def test_every_planned_layer_executed_in_int8_and_gave_pytorchs_integers(
     tiny_run: FinishedRun, report: Mapping[str, Any], plan: Mapping[str, Any]
 ) -> None:
     left = float_layers(prepare(tiny_run.policy).split, prepare(tiny_run.policy).plan)
-    assert report["execution"] == {"planned": len(plan), "executed_int8": len(plan), "float_layers": list(left)}
+    assert report["execution"] == {"planned": len(plan), "executed_int8": len(plan), "float_layers": list(left), "needs_vnni": []}
     assert report["parity"]["layers_checked"] == report["parity"]["layers_exact"] == len(plan)
     assert report["parity"]["worst_error"] == 0
     assert report["parity"]["end_to_end_psnr"] > 30
