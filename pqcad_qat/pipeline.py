@@ -138,7 +138,7 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
         plateau=progressive.plateau,
         perturbation=progressive.perturbation,
         layers_per_transition=progressive.layers_per_transition,
-        deadline=round(progressive.deadline * progressive.steps),
+        deadline=min(round(progressive.deadline * progressive.steps), progressive.steps - 1),  # the last step is made at the targets
         blends=progressive.transition == "blend",
         rungs=rungs(plan),
         fixed=progressive.schedule == "fixed",

@@ -38,8 +38,9 @@ from pqcad_qat.evaluation.samples import sheet_size
 from pqcad_qat.evaluation.variant import openvino_variant, sample_images
 from pqcad_qat.pipeline import _Run, prepare, run
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import float_layers
+from pqcad_qat.quantization.quantizers import blend_state, read_bits
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.run_folder import RunFolder
 from pqcad_qat.training.callback import TrainState
@@ -221,6 +222,20 @@ def test_the_page_needs_no_other_file_and_no_network(tiny_run: FinishedRun) -> N
 def test_the_report_says_how_to_make_it_again(report: Mapping[str, Any], tiny_run: FinishedRun) -> None:
     assert report["reproduction"]["command"] == "python -m pqcad_qat run tiny.yaml"
     assert report["policy"] == tiny_run.policy.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("momentum", 9), ("fixed", 9), ("momentum", 1)])
+def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, tmp_path: Path, schedule: str, steps: int) -> None:
+    policy = tiny_run.policy
+    progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
+    evaluation = policy.evaluation.model_copy(update={"variants": ("pq",)})
+    late = policy.model_copy(update={"progressive": progressive, "evaluation": evaluation})
+    path = run(late, tmp_path / "late", "command", Console(quiet=True)).parent
+    prepared = prepare(late)
+    model = quantize_model(prepared.split, prepared.plan)
+    model.load_state_dict(load_file(path / "models" / "pq.safetensors"))
+    layers = quantized_layers(model).values()
+    assert all(blend_state(layer) is None and read_bits(layer)[0] == layer.plan.weights.bits for layer in layers)
 
 
 # ---- runs of few variants --------------------------------------------------------------------------------------------------------

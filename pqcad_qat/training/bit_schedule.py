@@ -66,7 +66,7 @@ class BitScheduleSettings:
     @property
     def blend_steps(self) -> int:
         """Steps that an undisturbed blend lasts: lambda_n = 1 - beta^n reaches `BLEND_ENDS_AT`."""
-        if not self.blends or self.blend_momentum == 0:
+        if not self.blends or self.blend_momentum == 0 or self.deadline <= 0:
             return 0
         return math.ceil(round(math.log(1 - BLEND_ENDS_AT) / math.log(self.blend_momentum), 6))
 
