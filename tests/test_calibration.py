@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,18 +153,19 @@ def test_a_damaged_set_is_an_error_that_says_what_to_do(
         read_calibration(folder)
 
 
-def test_a_set_that_was_recorded_by_two_runs_at_once_is_used_by_both(
-    tiny_model: DiffusionModel, recipe: CalibrationRecipe, tmp_path: Path
-) -> None:
+def test_a_set_that_another_run_is_recording_is_waited_for(tiny_model: DiffusionModel, recipe: CalibrationRecipe, tmp_path: Path) -> None:
     small = replace(recipe, trajectories=1, steps=2)
+    others: list[Future[tuple[CalibrationSet, Path]]] = []
+    with ThreadPoolExecutor() as pool:
 
-    def meanwhile(_moved: int) -> None:
-        """Another process finishes the same set first."""
-        if not (tmp_path / small.digest).exists():
-            calibration_set(tiny_model, small, 1, tmp_path)
+        def meanwhile(_moved: int) -> None:
+            if not others:
+                others.append(pool.submit(calibration_set, tiny_model, small, 1, tmp_path, lambda _: pytest.fail("recorded twice")))
 
-    found, folder = calibration_set(tiny_model, small, 1, tmp_path, meanwhile)
-    assert torch.equal(found.states, read_calibration(folder).states)
+        found, folder = calibration_set(tiny_model, small, 1, tmp_path, meanwhile)
+        other, same = others[0].result(60)
+    assert folder == same
+    assert torch.equal(found.states, other.states)
     assert [path.name for path in tmp_path.iterdir()] == [small.digest]
 
 
