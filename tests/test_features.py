@@ -189,7 +189,9 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(folder: Path, tmp_pat
 
 
 def test_an_unknown_source_is_answered_with_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, or a folder"):
+    with pytest.raises(
+        ModelError, match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder"
+    ):
         load_features("embedded:cifar")
     with pytest.raises(ModelError, match=r"config\.json: no such file; a feature network is a folder with"):
         load_features(str(tmp_path))

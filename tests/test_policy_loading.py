@@ -405,7 +405,7 @@ def test_shipped_policies_open_with_their_purpose_and_command_and_are_named_afte
 
 
 def test_the_policies_that_ship() -> None:
-    widths = ["w2a8", "w3a8", "w4a4", "w4a6", "w4a8", "w4a8-digits", "w4a8-mixed", "w6a6", "w8a8"]
+    widths = ["w2a8", "w3a8", "w4a4", "w4a6", "w4a8", "w4a8-digits", "w4a8-mixed", "w4a8-noto-emoji", "w6a6", "w8a8"]
     models = ["pretrain-digits", "pretrain-fashion-mnist", "pretrain-noto-emoji"]
     assert sorted(f"{name}.yaml" for name in [*widths, *models, "smoke"]) == SHIPPED
 
