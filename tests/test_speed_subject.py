@@ -41,7 +41,7 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def test_an_architecture_is_quantized_by_the_policys_rules_and_deployed_by_our_exporter(architecture: Subject) -> None:
     layers = read_manifest(architecture.folder)["layers"]
     assert {entry["weight_bits"] for name, entry in layers.items() if name.startswith("mid_block")} == {4}
-    assert layers["conv_out"]["weight_bits"] == 8
+    assert layers["conv_out"]["weight_bits"] == 7
     assert "conv_in" not in layers
     assert "up_blocks.1.resnets.0.conv_shortcut.left" in layers
     assert execution_precision(architecture.folder, layers).float_layers == ()
