@@ -21,7 +21,8 @@ from pqcad_qat.deployment.runtime import read_manifest
 from pqcad_qat.deployment.verification import execution_precision
 from pqcad_qat.errors import ModelError, PlanError, PolicyError
 from pqcad_qat.evaluation.benchmark import size_bytes
-from pqcad_qat.evaluation.speed_subject import OURS, Subject, architectures, candidates, open_subject, random_denoiser
+from pqcad_qat.evaluation.record import OURS
+from pqcad_qat.evaluation.speed_subject import Subject, architectures, candidates, open_subject, random_denoiser
 
 POLICY = POLICIES / "w4a8.yaml"
 

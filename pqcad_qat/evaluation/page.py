@@ -11,16 +11,15 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from pqcad_qat.evaluation import figures
-from pqcad_qat.evaluation.record import VARIANTS, Curves, Report, Target, Timing, Variant
+from pqcad_qat.evaluation.record import OURS, VARIANTS, Curves, Report, Target, Timing, Variant
 from pqcad_qat.evaluation.samples import STRIP_IMAGES, ordered, strip_uri
 
 MANY_IMAGES = 10_000  # with fewer, an FID depends on their number and compares only within one report
 BASELINES = {"ov-bf16": "OpenVINO BF16", "ov-fp32": "OpenVINO FP32", "fp32": "PyTorch FP32"}
-OURS = "pqcad-openvino"
 UNKNOWN = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -47,9 +46,7 @@ class Bar:
 
 def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> str:
     """The whole page, self-contained; a part that the record lacks is left out of it. Errors of samples as `samples.ordered`."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(number=number, size=size, duration=duration, bits=bits)
-    template = environment.from_string(files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
+    template = page_template("report_template.html")
     charts = {
         "quality": figures.quality_latency(report),
         "timeline": figures.bit_timeline(report, curves),
@@ -60,7 +57,6 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
     }
     return template.render(
         report=report,
-        style=page_style(),
         name=str(report.policy.get("name") or "run"),
         summary=summary(report),
         headlines=headlines(report),
@@ -81,9 +77,16 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
     )
 
 
-def page_style() -> Markup:
-    """The style sheet of every page, to stand inside it."""
-    return Markup(files(__package__).joinpath("page_style.css").read_text(encoding="utf-8"))
+def page_template(name: str) -> Template:
+    """A page's template, which finds the style sheet of every page as `style`."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(number=number, size=size, duration=duration, bits=bits)
+    environment.globals["style"] = Markup(_text("page_style.css"))
+    return environment.from_string(_text(name))
+
+
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def summary(report: Report) -> str:

@@ -30,6 +30,9 @@ VARIANTS: dict[str, str] = {
     "pqcad-openvino": "pqcad exported and executed by OpenVINO in INT8",
 }
 
+OURS = "pqcad-openvino"
+"""The variant that is deployed."""
+
 
 @dataclass(frozen=True)
 class Hardware:

@@ -9,16 +9,14 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from rich.table import Table
 
 from pqcad_qat.evaluation.canvas import COLOURS, Canvas, canvas
-from pqcad_qat.evaluation.page import MANY_IMAGES, UNKNOWN, number, page_style
+from pqcad_qat.evaluation.page import MANY_IMAGES, UNKNOWN, number, page_template
 from pqcad_qat.evaluation.record import VARIANTS, FidProtocol
 from pqcad_qat.evaluation.report import write_atomic
 from pqcad_qat.evaluation.run_comparison import ALL, Comparison, Row, Spread
@@ -100,11 +98,8 @@ def markdown(comparison: Comparison) -> str:
 
 def render(comparison: Comparison) -> str:
     """The page, self-contained."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(files(__package__).joinpath("run_comparison_template.html").read_text(encoding="utf-8"))
-    return template.render(
+    return page_template("run_comparison_template.html").render(
         comparison=comparison,
-        style=page_style(),
         headings=headings(comparison),
         labels=len(comparison.headings) + 1,
         rows=[cells(comparison, row) for row in comparison.rows],

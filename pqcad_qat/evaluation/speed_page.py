@@ -9,10 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from rich import box
@@ -20,11 +18,10 @@ from rich.table import Table
 
 from pqcad_qat.evaluation.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.evaluation.figures import largest_kinds, time_profile
-from pqcad_qat.evaluation.page import TIMES, UNKNOWN, number, page_style
-from pqcad_qat.evaluation.record import VARIANTS, Hardware, ProfileRow, Timing
+from pqcad_qat.evaluation.page import TIMES, UNKNOWN, number, page_template
+from pqcad_qat.evaluation.record import OURS, VARIANTS, Hardware, ProfileRow, Timing
 from pqcad_qat.evaluation.report import write_atomic
 from pqcad_qat.evaluation.speed_record import Measurement, SpeedReport, SpeedRow
-from pqcad_qat.evaluation.speed_subject import OURS
 
 JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
 
@@ -119,11 +116,8 @@ def kind_milliseconds(profiles: Mapping[str, Sequence[ProfileRow]]) -> dict[str,
 
 def render(report: SpeedReport) -> str:
     """The page, self-contained."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(files(__package__).joinpath("speed_template.html").read_text(encoding="utf-8"))
-    return template.render(
+    return page_template("speed_template.html").render(
         report=report,
-        style=page_style(),
         headings=headings(report),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
         variants={row.name: VARIANTS[row.name] for measurement in report.measurements for row in measurement.rows},

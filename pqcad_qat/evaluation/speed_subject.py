@@ -21,6 +21,7 @@ from pqcad_qat.deployment.runtime import MANIFEST, UNET_CONFIG, read_manifest
 from pqcad_qat.diffusion.denoiser import DiffusionModel, predict, read_json
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline
+from pqcad_qat.evaluation.record import OURS
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import QuantizationPolicy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
@@ -28,7 +29,6 @@ from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
 
 ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
-OURS = "pqcad-openvino"
 
 CALIBRATION_STATES = 16
 """Noise states that ranges are taken from, ours and NNCF's; with random weights they mean nothing, and cost no speed."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pqcad_qat.quantization.quantizers import QuantizedLayer
+from pqcad_qat.quantization.quantizers import QuantizedLayer, input_quantizer_of, weight_quantizer_of
 from pqcad_qat.quantization.rounding import SMALLEST_RANGE, unclamped
 
 
@@ -31,20 +31,20 @@ class GridUse(NamedTuple):
 @torch.no_grad()
 def weight_use(layer: QuantizedLayer, most: int) -> GridUse:
     """Of at most `most` of a layer's weights at the present width; within a blend, the width that it comes from."""
-    return _use(layer.weight, _weights(layer), most)
+    return _use(layer.weight, weight_quantizer_of(layer), most)
 
 
 @torch.no_grad()
 def input_use(layer: QuantizedLayer, x: Tensor, most: int) -> GridUse:
     """Of at most `most` of the values that a layer reads."""
-    return _use(x, _inputs(layer), most)
+    return _use(x, input_quantizer_of(layer), most)
 
 
 @torch.no_grad()
 def not_finite(layer: QuantizedLayer) -> list[str]:
     """What of a layer holds NaN or infinity, each in a few words: weights, bias, and the ranges of both quantizers."""
     held = {"weights": layer.weight, "bias": layer.bias}
-    for kind, quant in (("weights", _weights(layer)), ("input", _inputs(layer))):
+    for kind, quant in (("weights", weight_quantizer_of(layer)), ("input", input_quantizer_of(layer))):
         span, low, _ = quant.grid(layer.weight)
         held |= {f"range of the {kind}": span, f"lower end of the range of the {kind}": low}
     counts = {name: int((~value.isfinite()).sum()) for name, value in held.items() if value is not None}
@@ -68,11 +68,3 @@ def _at_smallest(x: Tensor, span: Tensor) -> bool:
     """Whether some row that is not zero has the smallest range that there is."""
     smallest = span.reshape(-1).abs() <= SMALLEST_RANGE
     return bool(smallest.any()) and bool(x.reshape(span.numel(), -1)[smallest].abs().amax() > SMALLEST_RANGE)
-
-
-def _weights(layer: QuantizedLayer) -> Any:
-    return layer.weight_quant.tensor_quant
-
-
-def _inputs(layer: QuantizedLayer) -> Any:
-    return layer.input_quant.fused_activation_quant_proxy.tensor_quant

@@ -112,7 +112,9 @@ def describe(layer: QuantizedLayer) -> str:
 
 def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
     """(weight bits, input bits); during a transition the width that it comes from."""
-    return int(_weights(layer).msb_clamp_bit_width_impl.bit_width), int(_inputs(layer).msb_clamp_bit_width_impl.bit_width)
+    return int(weight_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width), int(
+        input_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width
+    )
 
 
 def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -> None:
@@ -121,20 +123,20 @@ def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -
     A learned scale is rewritten in place: the Parameter, its gradient and the optimizer's state stay.
     """
     _clear_blend(layer)
-    _weights(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
+    weight_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
     if reestimate:
         estimate_weight_range(layer)
 
 
 def set_input_bits(layer: QuantizedLayer, bits: int) -> None:
     """Another input width over the same range, for every layer that shares the quantizer."""
-    _inputs(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
+    input_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
 
 
 def begin_blend(layer: QuantizedLayer, to_bits: int) -> None:
     """Begin the transition to another width with a share of 0: the layer still computes what it did."""
     assert blend_state(layer) is None, "the layer is in a transition already"
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     quant.next_range.copy_(_range_factor(layer, to_bits))
     quant.blend_share.zero_()
     quant.next_bit_width.fill_(to_bits)
@@ -143,14 +145,14 @@ def begin_blend(layer: QuantizedLayer, to_bits: int) -> None:
 def set_blend(layer: QuantizedLayer, share: float) -> None:
     """Set the share (lambda, 0..1) of the next width in a transition under way."""
     assert blend_state(layer) is not None, "the layer is in no transition"
-    _weights(layer).blend_share.fill_(share)
+    weight_quantizer_of(layer).blend_share.fill_(share)
 
 
 def end_blend(layer: QuantizedLayer) -> None:
     """End the transition on the next width alone, whatever the share is: afterwards the layer is a plain one of that width."""
     blend = blend_state(layer)
     assert blend is not None, "the layer is in no transition"
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     with torch.no_grad():
         for name, value in _range_tensors(layer).items():
             value.mul_(quant.next_range.reshape(value.shape) if name != "ratio" else quant.next_range.reshape(-1))
@@ -160,7 +162,7 @@ def end_blend(layer: QuantizedLayer) -> None:
 
 def blend_state(layer: QuantizedLayer) -> BlendState | None:
     """The transition under way, if any."""
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     next_bits = int(quant.next_bit_width)
     return BlendState(read_bits(layer)[0], next_bits, float(quant.blend_share)) if next_bits else None
 
@@ -168,7 +170,7 @@ def blend_state(layer: QuantizedLayer) -> BlendState | None:
 @torch.no_grad()
 def perturbation(layer: QuantizedLayer, to_bits: int) -> float:
     """|| Q_next(W) - Q_now(W) || / || Q_now(W) ||, with the range that the next width would get."""
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     now = quant.fused(layer.weight)
     following = quant.at(layer.weight, to_bits, _range_factor(layer, to_bits))
     return float((following - now).norm() / now.norm().clamp(min=SMALLEST_RANGE))
@@ -177,7 +179,7 @@ def perturbation(layer: QuantizedLayer, to_bits: int) -> float:
 @torch.no_grad()
 def quantized_weight(layer: QuantizedLayer) -> Tensor:
     """The weight that the layer computes with, detached."""
-    weight: Tensor = _weights(layer).fused(layer.weight)
+    weight: Tensor = weight_quantizer_of(layer).fused(layer.weight)
     return weight
 
 
@@ -199,7 +201,7 @@ def set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
     Zero is always on the grid (padding needs it): an asymmetric zero point is the rounded integer, not the real one. The range stays fixed,
     or is where a learned scale (and, if asymmetric, a learned lower end) starts.
     """
-    spec, quant = layer.plan.inputs, _inputs(layer)
+    spec, quant = layer.plan.inputs, input_quantizer_of(layer)
     bits = read_bits(layer)[1]
     signed = (low < 0) if spec.signed == "auto" else spec.signed
     scale, _, _, largest = input_grid(low, high, bits, signed, spec.symmetric)
@@ -213,7 +215,7 @@ def set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
 
 def is_calibrated(layer: QuantizedLayer) -> bool:
     """Whether the layer's input has a range."""
-    return math.isfinite(_inputs(layer).scaling_impl.value.item())
+    return math.isfinite(input_quantizer_of(layer).scaling_impl.value.item())
 
 
 # ---- integers --------------------------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
     blend = blend_state(layer)
     if blend is not None:
         raise ExportError(f"layer {name} is between {blend.bits} and {blend.next_bits} bits: end the transition before taking its integers")
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     _, scale, zero_point, bit_width = quant(layer.weight)
     offset = 0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)  # unsigned integers moved into the range of int8
     integers = quant.int_quant.to_int(scale, zero_point, bit_width, layer.weight) - offset
@@ -258,7 +260,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
 @torch.no_grad()
 def input_parameters(layer: QuantizedLayer) -> tuple[float, int, int, int]:
     """(scale, zero point, smallest and largest integer) of the layer's input quantizer."""
-    quant = _inputs(layer)
+    quant = input_quantizer_of(layer)
     _, scale, zero_point, bit_width = quant(torch.zeros((), device=layer.weight.device))
     return float(scale), int(zero_point), *integer_range(int(bit_width), quant.int_quant.signed, narrow=False)
 
@@ -291,16 +293,16 @@ def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
 # ---- reading and writing the state -----------------------------------------------------------------------------------------------
 
 
-def _weights(layer: QuantizedLayer) -> Any:
+def weight_quantizer_of(layer: QuantizedLayer) -> Any:
     return layer.weight_quant.tensor_quant
 
 
-def _inputs(layer: QuantizedLayer) -> Any:
+def input_quantizer_of(layer: QuantizedLayer) -> Any:
     return layer.input_quant.fused_activation_quant_proxy.tensor_quant
 
 
 def _clear_blend(layer: QuantizedLayer) -> None:
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     quant.next_bit_width.zero_()
     quant.blend_share.zero_()
     quant.next_range.fill_(1.0)
@@ -316,7 +318,7 @@ def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Ten
 
 def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     """The tensors that hold the range of the weights, to be written in place: learned ones, or shares of the full span."""
-    quant = _weights(layer)
+    quant = weight_quantizer_of(layer)
     if layer.plan.weights.learned_scale:
         learned = {"scale": quant.scaling_impl.value}
         return learned if layer.plan.weights.symmetric else learned | {"zero_point": quant.zero_point_impl.value}
@@ -333,7 +335,7 @@ def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
     held = _range_tensors(layer)
     present = held["scale"].abs().reshape(-1) if "scale" in held else span * held.get("ratio", torch.ones_like(span))
     factor = span * ratio / present.clamp(min=SMALLEST_RANGE)
-    return factor.reshape(_weights(layer).next_range.shape)
+    return factor.reshape(weight_quantizer_of(layer).next_range.shape)
 
 
 def _kind(spec: QuantizerSpec) -> str:
