@@ -64,7 +64,7 @@ def compare(*runs: str, out: str = "comparison.html") -> None:
     """
     from pqcad_qat.evaluation.report import read_report
     from pqcad_qat.evaluation.run_comparison import compare_runs, named_runs
-    from pqcad_qat.evaluation.run_comparison_page import comparison_table, protocol_text, write_comparison
+    from pqcad_qat.evaluation.run_comparison_page import comparison_tables, write_comparison
 
     if not runs:
         raise UsageError("got no run; allowed one or more folders of finished runs")
@@ -76,8 +76,7 @@ def compare(*runs: str, out: str = "comparison.html") -> None:
             raise UsageError(f"--out: got {out!r}; allowed a name in .html, or a folder")
         page = page / "comparison.html"
     found = compare_runs("comparison", named_runs({run: read_report(Path(run)) for run in runs}), _command_line())
-    CONSOLE.print(comparison_table(found))
-    CONSOLE.print(protocol_text(found.protocol), highlight=False)
+    CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
     write_comparison(found, page)
     CONSOLE.print(f"page: {page}", soft_wrap=True)
 
@@ -96,7 +95,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
     from pqcad_qat.policy.cells import load_study
 
     loaded = load_study(Path(study), _overrides(set))
-    from pqcad_qat.evaluation.run_comparison_page import comparison_table, protocol_text
+    from pqcad_qat.evaluation.run_comparison_page import comparison_tables
     from pqcad_qat.study import STUDY_PAGE, cells_table
     from pqcad_qat.study import sweep as run_cells
 
@@ -105,8 +104,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
         CONSOLE.print(cells_table(loaded, folder, str(only)))
         return
     found = run_cells(loaded, folder, _command_line(), CONSOLE, _whole("jobs", jobs), str(only))
-    CONSOLE.print(comparison_table(found))
-    CONSOLE.print(protocol_text(found.protocol), highlight=False)
+    CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
     CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Reports of several runs as one table: those that differ in their seed alone as mean and spread; FIDs that do not compare are refused.
+"""Reports of several runs as a table a model: those of other seeds alone as mean and spread; FIDs that do not compare are refused.
 
 Not here: how the table looks (run_comparison_page.py), or where the reports lie (report.py).
 """
@@ -9,7 +9,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from pqcad_qat.errors import StudyError
 from pqcad_qat.evaluation.record import VARIANTS, FidProtocol, Report, Variant
@@ -60,16 +60,34 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows whose figures compare: those of one full-precision model.
+
+    Attributes:
+        model: its source, as the policies name it.
+        protocol: of its FIDs; None where none was measured.
+    """
+
+    model: str
+    protocol: FidProtocol | None
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All that a table of runs says."""
 
     title: str
     headings: tuple[str, ...]  # of the labels
-    rows: tuple[Row, ...]
-    protocol: FidProtocol | None
+    parts: tuple[Part, ...]
     machines: tuple[str, ...]
     runs: tuple[str, ...]
     command: str
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of all parts, in order."""
+        return tuple(row for part in self.parts for row in part.rows)
 
 
 def named_runs(reports: Mapping[str, Report]) -> list[Run]:
@@ -81,11 +99,25 @@ def named_runs(reports: Mapping[str, Report]) -> list[Run]:
 
 
 def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
-    """One row a variant of the runs that differ in their seed alone.
+    """A part for every model, in it one row a variant of the runs that differ in their seed alone.
 
     Raises:
-        StudyError: two runs have FIDs of different protocols, or the same policy and seed.
+        StudyError: two runs of one model have FIDs of different protocols, or the same policy and seed.
     """
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        models.setdefault(_model(run.report), []).append(run)
+    return Comparison(
+        title=title,
+        headings=tuple(runs[0].labels) if runs else (),
+        parts=tuple(_part(model, found) for model, found in models.items()),
+        machines=tuple(dict.fromkeys(run.report.hardware.cpu for run in runs)),
+        runs=tuple(run.path for run in runs),
+        command=command,
+    )
+
+
+def _part(model: str, runs: Sequence[Run]) -> Part:
     _refuse_other_protocols(runs)
     groups = _groups(runs)
     common = [name for name in UNTRAINED if len(groups) > 1 and _is_one(name, runs)]
@@ -93,15 +125,7 @@ def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
     for group in groups:
         found = {row.name for run in group for row in run.report.variants} - {*common}
         rows += [_row(group[0].labels, name, group) for name in VARIANTS if name in found]
-    return Comparison(
-        title=title,
-        headings=tuple(runs[0].labels) if runs else (),
-        rows=tuple(rows),
-        protocol=next((run.report.fid_protocol for run in runs if run.report.fid_protocol), None),
-        machines=tuple(dict.fromkeys(run.report.hardware.cpu for run in runs)),
-        runs=tuple(run.path for run in runs),
-        command=command,
-    )
+    return Part(model, next((run.report.fid_protocol for run in runs if run.report.fid_protocol), None), tuple(rows))
 
 
 def _refuse_other_protocols(runs: Sequence[Run]) -> None:
@@ -133,6 +157,10 @@ def _policy(report: Report) -> str:
 
 def _name(report: Report) -> str:
     return str(report.policy.get("name", "run"))
+
+
+def _model(report: Report) -> str:
+    return str(cast(dict[str, Any], report.policy["model"])["source"])
 
 
 def _variant(run: Run, name: str) -> Variant | None:
