@@ -70,6 +70,21 @@ def test_what_training_does_not_touch_has_no_spread_over_its_seeds(seeds: Compar
     assert row(seeds, "nncf-int8").figures["fid_real"] == Spread(9.88, None, 1)
 
 
+def test_figures_that_differ_in_their_last_digits_alone_are_one() -> None:
+    """As a distance of 0 does, which rounding may leave at 1e-11."""
+    first, second = (
+        replace(found, variants=tuple(replace(row, fid_fp=distance) if row.name == "fp32" else row for row in found.variants))
+        for found, distance in ((report(), 0.0), (report("w2a8"), 1.3e-11))
+    )
+    found = row(compare({"a": first, "b": second}), "fp32")
+    assert (found.labels, found.figures["fid_fp"].mean) == ({"run": "all"}, 0.0)
+
+
+def test_a_spread_is_told_as_its_mean_is() -> None:
+    assert spread_text(Spread(2.684e-4, 3.2e-6, 3)) == "2.68e-04 ± 3.2e-06"
+    assert spread_text(Spread(2.684, 0.126, 3)) == "2.68 ± 0.13"
+
+
 def test_what_was_not_measured_is_absent(seeds: Comparison) -> None:
     assert set(row(seeds, "ov-fp32").figures) == {"latency_ms_per_image"}
     assert set(row(seeds, "pq").figures) == {"fid_real", "fid_fp", "psnr_fp"}

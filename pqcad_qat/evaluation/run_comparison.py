@@ -6,16 +6,18 @@ Not here: how the table looks (run_comparison_page.py), or where the reports lie
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from pqcad_qat.errors import StudyError
 from pqcad_qat.evaluation.record import VARIANTS, FidProtocol, Report, Variant
 from pqcad_qat.policy.variants import UNTRAINED
 
-FIGURES = ("fid_real", "fid_fp", "psnr_fp", "latency_ms_per_image")
+QUALITY = ("fid_real", "fid_fp", "psnr_fp")
+FIGURES = (*QUALITY, "latency_ms_per_image")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """What has to be equal before two FIDs compare; steps may differ."""
 
@@ -168,11 +170,19 @@ def _variant(run: Run, name: str) -> Variant | None:
 
 
 def _is_one(name: str, runs: Sequence[Run]) -> bool:
-    """Every run that has the variant has the same: all but its timing and the size of its files is equal."""
-    rows = [
-        replace(row, latency_ms_per_step=None, latency_ms_per_image=None, size_bytes=None) for run in runs if (row := _variant(run, name))
-    ]
-    return len(rows) > 1 and all(row == rows[0] for row in rows)
+    """Every run that has the variant has the same: widths, steps, and figures of quality but for their last digits."""
+    rows = [row for run in runs if (row := _variant(run, name))]
+    return len(rows) > 1 and all(_alike(row, rows[0]) for row in rows)
+
+
+def _alike(a: Variant, b: Variant) -> bool:
+    same = (a.weight_bits, a.activation_bits, a.steps) == (b.weight_bits, b.activation_bits, b.steps)
+    return same and all(_agree(getattr(a, figure), getattr(b, figure)) for figure in QUALITY)
+
+
+def _agree(a: float | None, b: float | None) -> bool:
+    """Equal but for rounding, which differs with the number of threads."""
+    return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6))
 
 
 def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
@@ -182,7 +192,10 @@ def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
     first = rows[0][1]
     figures = {figure: [value for _, row in rows if (value := getattr(row, figure)) is not None] for figure in FIGURES}
     if name in UNTRAINED:  # training seeds do not reach them: one figure, not many that agree
-        figures = {figure: values[:1] if len(set(values)) == 1 else values for figure, values in figures.items()}
+        figures = {
+            figure: [min(values)] if values and all(_agree(value, values[0]) for value in values) else values
+            for figure, values in figures.items()
+        }
     return Row(
         labels=labels,
         variant=name,

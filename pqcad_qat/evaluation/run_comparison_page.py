@@ -63,6 +63,8 @@ def spread_text(spread: Spread | None) -> str:
     mean = number(spread.mean)
     if spread.deviation is None:
         return mean
+    if "e" in mean:
+        return f"{mean} ± {spread.deviation:.1e}"
     return f"{mean} ± {spread.deviation:.{len(mean.partition('.')[2])}f}"
 
 
