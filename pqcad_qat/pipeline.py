@@ -49,19 +49,20 @@ from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, round_name, stages_of
+from pqcad_qat.processes import agreed, is_first, process_count
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
-from pqcad_qat.training.callback import BatchSource, Callback
+from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
 from pqcad_qat.training.metrics_log import progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights
+from pqcad_qat.training.trainer import LoopSettings, averaged_weights, new_accelerator
 from pqcad_qat.training.weight_distance import WeightDistance
 
 RANGE_INPUTS = 512
@@ -125,7 +126,9 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
     Raises:
         PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
     """
-    prepared = prepare(policy)
+    with agreed():
+        new_accelerator(policy.training.precision)
+        prepared = prepare(policy)
     with open_run(path, policy, resume) as folder:
         return _Run(policy, prepared, folder, console, shares_training).all_stages(command)
 
@@ -170,7 +173,9 @@ class _Run:
     def all_stages(self, command: str) -> Path:
         """The stages that the policy's variants take, in order."""
         stages = stages_of(self.policy.evaluation.variants)
-        write_atomically(self.path / "plan.json", json.dumps(plan_json(self.prepared.plan, self.prepared.split), indent=1))
+        with agreed() as first:
+            if first:
+                write_atomically(self.path / "plan.json", json.dumps(plan_json(self.prepared.plan, self.prepared.split), indent=1))
         calibration = self._calibrate()
         models: dict[str, nn.Module] = {}
         if "pq" in stages:
@@ -208,8 +213,9 @@ class _Run:
             found, folder = calibration_set(
                 self.prepared.model, recipe, policy.calibration.batch_size, self.path.parent / CALIBRATION, advance
             )
+            if is_first():
+                self._link("calibration", folder)
             stage.done(set=folder.name)
-        self._link("calibration", folder)
         return found
 
     def _progressive(self, calibration: CalibrationSet) -> nn.Module:
@@ -232,7 +238,7 @@ class _Run:
 
     def _distill(self, name: str, calibration: CalibrationSet, teacher: nn.Module, calibration_weight: float) -> nn.Module:
         """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
-        distillation, training = self.policy.distillation, self.policy.training
+        distillation = self.policy.distillation
         teacher_weight = distillation.teacher_weight or float(calibration_weight == 0)
         callback = CalibrationAssistedDistillation(teacher_weight, calibration_weight)
         rounds = distillation.rounds
@@ -240,7 +246,7 @@ class _Run:
             stage = name if number == rounds else round_name(name, number)
             targets = self._targets("teacher" if number == 1 else f"teacher-{round_name(name, number - 1)}", calibration, teacher, number)
             student = copy.deepcopy(teacher)
-            batches = distillation_batches(targets, training.batch_size, training.seed)
+            batches = distillation_batches(targets, self._whole_batch, self.policy.training.seed)
             self._train(stage, student, [callback], batches, max(1, distillation.steps // rounds))
             teacher = student
         return teacher
@@ -438,12 +444,17 @@ class _Run:
             stage.done(figures=figures, protocol=protocol, hardware=asdict(hardware()))
 
     def _report(self, command: str) -> Path:
+        with agreed() as first:
+            if first:
+                self._write_report(command)
+        return self.path / "report.html"
+
+    def _write_report(self, command: str) -> None:
         stages = {name: self.folder.finished(name) or {} for name in self.folder.seconds()}
         facts = RunFacts(self.policy, self.prepared.plan, self.prepared.split, stages, self.folder.seconds(), tuple(self.warnings), command)
         shown: list[str] = [name for name in self.made if name not in UNSAMPLED]
         samples = {name: load_file(self._images_file(name))["images"][:10].numpy() / np.float32(127.5) - 1 for name in shown}
         write_report(self.path, report_of(facts), curves_of(self.policy, self.path / "logs"), samples)
-        return self.path / "report.html"
 
     # ---- what stages share -------------------------------------------------------------------------------------------------------
 
@@ -457,8 +468,14 @@ class _Run:
     def _images_file(self, name: str) -> Path:
         return self.path / "samples" / f"{name}.safetensors"
 
+    @property
+    def _whole_batch(self) -> int:
+        """States that one step of the optimizer learns from: every process adds its batches."""
+        training = self.policy.training
+        return training.batch_size * training.gradient_accumulation * process_count()
+
     def _training_batches(self, calibration: CalibrationSet) -> BatchSource:
-        return calibration_batches(calibration, self.policy.training.batch_size, self.policy.training.seed)
+        return calibration_batches(calibration, self._whole_batch, self.policy.training.seed)
 
     def _quantized(self, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
         """The full-precision model with quantizers around its weights, ranges from the calibration set."""
@@ -467,8 +484,8 @@ class _Run:
         return model
 
     def _train(self, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int) -> None:
-        """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights."""
-        with self.folder.stage(name) as stage:
+        """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the CPU."""
+        with self.folder.stage(name, together=True) as stage:
             if stage.new:
                 make = partial(self._fit, name, model, callbacks, batches, steps)
                 if self.shares_training:
@@ -478,16 +495,22 @@ class _Run:
                     make(self.path)
                 stage.done(transitions=json.loads((self.path / TRANSITIONS.format(name)).read_text(encoding="utf-8")))
             model.load_state_dict(load_file(self.path / WEIGHTS.format(name)), strict=True)
+            model.cpu()
 
     def _fit(self, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int, folder: Path) -> None:
         """Train, and leave in `folder` what a run's folder holds of a trained stage."""
         state = train_stage(model, callbacks, batches, self._stage_settings(name, steps), self.console, self._warn)
-        (folder / "models").mkdir(exist_ok=True)
-        with torch.no_grad(), averaged_weights(state):
-            weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS.format(name))
         schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
         transitions = [asdict(transition) for schedule in schedules for transition in schedule.transitions]
+        with agreed() as first:
+            if first:
+                self._keep_trained(name, state, transitions, folder)
+
+    def _keep_trained(self, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        (folder / "models").mkdir(exist_ok=True)
+        with torch.no_grad(), averaged_weights(state) as model:
+            weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, folder / WEIGHTS.format(name))
         write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
         if folder != self.path:
             (folder / "logs").mkdir()

@@ -193,7 +193,7 @@ def walk(state: TrainState, schedule: MomentumBitSchedule, upto: int, loss: floa
     while state.step < upto:
         schedule.before_step(state)
         state.step += 1
-        schedule.after_step(state, StepReport(loss, {}, 0.0, 0.0))
+        schedule.after_step(state, StepReport(loss, {}, 0.0, 0.0, 8))
 
 
 def test_every_layer_walks_its_ladder_and_is_at_its_target_at_the_deadline() -> None:

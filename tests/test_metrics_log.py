@@ -30,7 +30,7 @@ def state_at(step: int) -> TrainState:
 
 
 def report(loss: float) -> StepReport:
-    return StepReport(loss=loss, terms={"teacher": loss / 4, "calibration": 3 * loss / 4}, gradient_norm=0.5, learning_rate=1e-3)
+    return StepReport(loss=loss, terms={"teacher": loss / 4, "calibration": 3 * loss / 4}, gradient_norm=0.5, learning_rate=1e-3, samples=8)
 
 
 class Widths(Callback):

@@ -31,6 +31,7 @@ class TrainState:
         ema_since: the step at which averaging (re)started.
         setbacks: divergences overcome so far; each has halved the learning rate.
         held_until: the step before which no bit transition may begin, after a divergence.
+        scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class TrainState:
     ema_since: int = 0
     setbacks: int = 0
     held_until: int = 0
+    scaler: torch.amp.GradScaler | None = None
 
     def restart_ema(self) -> None:
         """Forget averages of another function: called when the bit-widths have changed."""
@@ -58,12 +60,14 @@ class StepReport:
         terms: each weighted loss term by name.
         gradient_norm: before clipping.
         learning_rate: of this step.
+        samples: states of the whole batch.
     """
 
     loss: float
     terms: dict[str, float]
     gradient_norm: float
     learning_rate: float
+    samples: int
 
 
 @dataclass

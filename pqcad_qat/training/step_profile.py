@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.policy.schema import Precision
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
@@ -59,7 +60,7 @@ class _Stopwatch:
 def profile_steps(
     candidates: Mapping[str, tuple[nn.Module, Sequence[Callback]]],
     batches: BatchSource,
-    precision: Literal["fp32", "bf16", "fp16"],
+    precision: Precision,
     ema: float,
     runs: int,
     advance: Callable[[int], None] = lambda _: None,
