@@ -24,11 +24,11 @@ from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.processes import agreed, is_first, process_count
 from pqcad_qat.run_folder import open_run
-from pqcad_qat.training.callback import Callback, StepReport, TrainState
+from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.pretraining import DenoisingLoss, noisy_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights, new_accelerator
+from pqcad_qat.training.trainer import LoopSettings, new_accelerator
 
 SAMPLES = 64
 """Images of a sample grid."""

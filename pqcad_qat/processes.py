@@ -95,7 +95,7 @@ def agreed() -> Iterator[bool]:
         error = raised
     failed = [bool(row[0]) for row in exchanged(error is not None)]
     if error is not None:
-        if 0 < launched()[0] == failed.index(True):
+        if 0 < _state().process_index == failed.index(True):
             error.speaks = True  # type: ignore[attr-defined]
         raise error
     if any(failed):

@@ -5,7 +5,8 @@ Not here: the loop (trainer.py), nor any callback; a callback never imports the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,22 @@ class TrainState:
         if self.ema is not None:
             self.ema = {name: value.detach().clone() for name, value in self.model.named_parameters()}
             self.ema_since = self.step
+
+
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
+    """The model with its averaged Parameters inside the block, and with its own after it."""
+    named = dict(state.model.named_parameters())
+    own = {name: named[name].detach().clone() for name in state.ema or {}}
+    with torch.no_grad():
+        for name, value in (state.ema or {}).items():
+            named[name].copy_(value)
+    try:
+        yield state.model
+    finally:
+        with torch.no_grad():
+            for name, value in own.items():
+                named[name].copy_(value)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,10 @@ class Callback:
 
     def scalars(self) -> Mapping[str, float]:
         """What to log beside the loss after a step, by name."""
+        return {}
+
+    def images(self) -> Mapping[str, Tensor]:
+        """What to show after a step, by name: uint8 (N, C, H, W); usually nothing."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
+from pqcad_qat.diffusion.denoiser import recomputed_activations
 from pqcad_qat.errors import DivergedError
 from pqcad_qat.policy.schema import Precision
 from pqcad_qat.processes import agreed
@@ -42,6 +43,7 @@ class StageSettings:
         on_divergence: "rollback" goes back to the last good checkpoint and holds bit transitions until the step of the divergence (no
             longer than half of the stage), "lower_rate" goes on from where it is, past a step whose loss or gradient is not finite; both
             at half the learning rate, and `TRIES` times at most. "stop" is an error.
+        activation_checkpointing: less memory for more time.
     """
 
     name: str
@@ -50,6 +52,7 @@ class StageSettings:
     checkpoints: CheckpointFolder
     logs: Path
     on_divergence: Literal["rollback", "lower_rate", "stop"] = "stop"
+    activation_checkpointing: bool = False
 
 
 def _silent(_message: str) -> None: ...
@@ -76,7 +79,8 @@ def train_stage(
     accelerator = new_accelerator(settings.precision)
     state = new_state(model, settings.loop, accelerator)
     try:
-        _train(state, callbacks, batches, settings, console, warn if accelerator.is_main_process else _silent, accelerator)
+        with recomputed_activations(model, settings.activation_checkpointing):
+            _train(state, callbacks, batches, settings, console, warn if accelerator.is_main_process else _silent, accelerator)
     finally:
         released(state, accelerator)
     return state

@@ -203,22 +203,6 @@ def _average(state: TrainState, decay: float) -> None:
     torch._foreach_lerp_(list(state.ema.values()), [named[name].detach() for name in state.ema], weight)
 
 
-@contextmanager
-def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
-    """The model with its averaged Parameters inside the block, and with its own after it."""
-    named = dict(state.model.named_parameters())
-    own = {name: named[name].detach().clone() for name in state.ema or {}}
-    with torch.no_grad():
-        for name, value in (state.ema or {}).items():
-            named[name].copy_(value)
-    try:
-        yield state.model
-    finally:
-        with torch.no_grad():
-            for name, value in own.items():
-                named[name].copy_(value)
-
-
 def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> None:
     if process_count() > 1:
         refuse_drift(f"step {state.step}", {name: float(value.double().sum()) for name, value in state.model.state_dict().items()})
