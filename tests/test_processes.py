@@ -36,7 +36,7 @@ from pqcad_qat.training.metrics_log import read_metrics
 
 PATIENCE = 600  # seconds; a busy machine is no failure
 
-FLOATING = {"rtol": 1e-4, "atol": 1e-6}
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
 """Of weights after a stage in floating point; its losses agree to 1e-5."""
 
 QUANTIZED = 0.05
@@ -83,7 +83,7 @@ def test_floating_point_training_is_that_of_one_process_with_the_whole_batch(way
     alone, weights = stage(tmp_path, floating=True)
     assert pair.ended(way)[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for name, value in pair.weights(way).items():
-        torch.testing.assert_close(value, weights[name], **FLOATING)
+        torch.testing.assert_close(value, weights[name], rtol=RELATIVE, atol=ABSOLUTE)
 
 
 def test_quantized_training_makes_the_transitions_of_one_process_with_the_whole_batch_and_its_losses(pair: Pair, tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ def main(folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"] = str(PartialState(cpu=True).process_index)  # as launchers do
     assert process_count() == 2
-    found, weights = {}, {}
+    found: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
     for name, scenario in scenarios(Path(folder)).items():
         found[name], values = scenario(Path(folder) / name)
         weights |= {f"{name}/{key}": value for key, value in values.items()}

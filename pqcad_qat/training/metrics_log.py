@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -86,7 +86,7 @@ class MetricsLog(Callback):
             self._progress = progress_bar(self.console)
             self._progress.start()
             self._task = self._progress.add_task(self.stage, total=self.steps, note="")
-            self._began, self._steps = time.monotonic(), 0
+            self._began, self._steps = monotonic(), 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -122,7 +122,7 @@ class MetricsLog(Callback):
         self.loss = report.loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * report.loss
         bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
         self._steps += 1
-        seconds = (time.monotonic() - self._began) / self._steps  # a step
+        seconds = (monotonic() - self._began) / self._steps  # a step
         note = f"loss {self.loss:.5f}{bits} {report.samples / seconds:.3g} images/s"
         self._progress.update(self._task, completed=step, note=note)
         if self._progress.disable and (step * 10 // self.steps > (step - 1) * 10 // self.steps):
