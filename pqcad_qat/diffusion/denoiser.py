@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -57,6 +59,29 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int) -> Tensor:
     """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,)."""
     steps = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
     return cast(Tensor, denoiser(x_t, steps, return_dict=False)[0])
+
+
+@contextmanager
+def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass (Chen et al. 2016).
+
+    Raises:
+        ModelError: diffusers cannot do so for this architecture, or for some of its blocks.
+    """
+    if not wanted:
+        yield
+        return
+    model = cast(Any, denoiser)
+    blocks = {name: block for name, block in denoiser.named_modules() if re.fullmatch(r"(down_blocks|up_blocks)\.\d+|mid_block", name)}
+    without = [f"{name} ({type(block).__name__})" for name, block in blocks.items() if not hasattr(block, "gradient_checkpointing")]
+    if not getattr(model, "_supports_gradient_checkpointing", False) or not blocks or without:
+        what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
+        raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
 
 
 def load_model(source: str) -> DiffusionModel:

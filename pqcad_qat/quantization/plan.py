@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -138,6 +140,14 @@ def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
     for name in float_layers(model, plan):
         table.add_row(name, "-", "float", "float", "float", f"{_parameters(model.get_submodule(name)):,}", style="dim")
     return table
+
+
+def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
+    """The same table as plain text."""
+    console = Console(file=io.StringIO(), width=160)
+    with console.capture() as captured:
+        console.print(plan_table(plan, model))
+    return captured.get()
 
 
 def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
