@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ def executes_int8(layer: LayerPlan) -> bool:
 
 
 def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
-    """Bytes of the deployed weights: planned layers as integers (``packed``: two values a byte at 4 bits and below), the rest float32.
+    """Bytes of the deployed weights: planned layers as integers (``packed``: of 4 bits and fewer as they are), the rest float32.
 
     Each weight scale is a float32, each weight zero point a byte.
     """
@@ -113,8 +114,8 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
         scales = weight.shape[0] if layer.weights.per_channel else 1
-        half = packed and layer.weights.bits <= 4
-        total += (weight.numel() + 1) // 2 if half else weight.numel()
+        bits = layer.weights.bits if packed and layer.weights.bits <= 4 else 8
+        total += math.ceil(weight.numel() * bits / 8)
         total += scales * (4 if layer.weights.symmetric else 5) - 4 * weight.numel()
     return total
 
