@@ -291,7 +291,15 @@ class _Run:
                 self.path / "student", student, self.prepared.plan, policy.quantization.split_shortcuts, model.scheduler_config, steps
             )
             layers = integer_layers(student)
-            provenance = {"policy": policy.name, "model": model.source, "model_digest": model.digest, "sampling_steps": steps}
+            provenance = {
+                "policy": policy.name,
+                "model": model.source,
+                "model_digest": model.digest,
+                "sampler": policy.sampler.name,
+                "sampling_steps": steps,
+                "full_precision_steps": policy.sampler.steps,
+                "training_seed": policy.training.seed,
+            }
             scheduler = {**model.scheduler_config, STEPS: steps}
 
             def write(folder: Path, weights: Any) -> None:
@@ -300,7 +308,7 @@ class _Run:
             shipped = self.path / "openvino"
             with self.console.status("export: writing and verifying the OpenVINO folder"):
                 write(shipped, policy.export.weights)
-                write(self.path / "baselines" / "packed", "int4")
+                write(self.path / "baselines" / "packed", "packed")
                 executed = execution_precision(shipped, layers)
                 self._refuse_float(executed.precisions)
                 x, t = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))

@@ -44,7 +44,8 @@ class Subject:
         folder: deployed.
         sample_shape: (C, H, W).
         train_timesteps: T.
-        steps: sampling steps of an image, None for an architecture.
+        steps: sampling steps of an image that it was distilled for, None for an architecture.
+        full_precision_steps: those of the model that it came from, None where nothing says them.
         weights: "of the folder", or "random".
     """
 
@@ -54,6 +55,7 @@ class Subject:
     sample_shape: tuple[int, int, int]
     train_timesteps: int
     steps: int | None
+    full_precision_steps: int | None
     weights: str
 
 
@@ -91,9 +93,9 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             channels, height, width = manifest["sample_shape"]
-            steps = manifest.get("provenance", {}).get("sampling_steps")
+            steps, full = (manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps"))
             config = read_json(folder / UNET_CONFIG)
-            return Subject(source, config, folder, (channels, height, width), manifest["train_timesteps"], steps, "of the folder")
+            return Subject(source, config, folder, (channels, height, width), manifest["train_timesteps"], steps, full, "of the folder")
     config, scheduler = _architecture(path, source)
     if not policy.is_file():
         raise ModelError(f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE")
@@ -167,7 +169,7 @@ def _quantized(
     calibrate_ranges(denoiser, _noise_states(model.sample_shape, steps))
     provenance = {"model": source, "weights": "random"}
     export_model(denoiser, scheduler, integer_layers(denoiser), model.sample_shape, 1, "int8", folder, provenance)
-    return Subject(source, dict(config), folder, model.sample_shape, steps, None, "random")
+    return Subject(source, dict(config), folder, model.sample_shape, steps, None, None, "random")
 
 
 def _noise_states(sample_shape: tuple[int, int, int], train_timesteps: int) -> Iterator[tuple[Tensor, Tensor]]:
