@@ -125,6 +125,18 @@ def prepare(policy: Policy) -> Prepared:
     return Prepared(model, split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example))
 
 
+def calibration_recipe(policy: Policy, model: DiffusionModel) -> CalibrationRecipe:
+    """What the policy's calibration set is recorded by."""
+    return CalibrationRecipe(
+        model_digest=model.digest,
+        sampler=policy.sampler.name,
+        steps=policy.sampler.steps,
+        trajectories=policy.calibration.trajectories,
+        seed=policy.calibration.seed,
+        refinement=policy.calibration.refinement,
+    )
+
+
 def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False) -> Path:
     """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
 
@@ -208,15 +220,7 @@ class _Run:
     # ---- stages ------------------------------------------------------------------------------------------------------------------
 
     def _calibrate(self) -> CalibrationSet:
-        policy = self.policy
-        recipe = CalibrationRecipe(
-            model_digest=self.prepared.model.digest,
-            sampler=policy.sampler.name,
-            steps=policy.sampler.steps,
-            trajectories=policy.calibration.trajectories,
-            seed=policy.calibration.seed,
-            refinement=policy.calibration.refinement,
-        )
+        policy, recipe = self.policy, calibration_recipe(self.policy, self.prepared.model)
         calls = recipe.trajectories * recipe.steps * recipe.refinement
         with self.folder.stage("calibration") as stage, self._bar("calibration", calls) as advance:
             found, folder = calibration_set(

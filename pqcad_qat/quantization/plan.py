@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 
+PACKED = (2, 3, 4)
+"""Bits that deployed weights can be packed to; wider ones take a byte."""
+
 
 @dataclass(frozen=True)
 class QuantizerSpec:
@@ -106,7 +109,7 @@ def executes_int8(layer: LayerPlan) -> bool:
 
 
 def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
-    """Bytes of the deployed weights: planned layers as integers (``packed``: two values a byte at 4 bits and below), the rest float32.
+    """Bytes of the deployed weights: planned layers as integers (``packed``: in 2, 3 or 4 bits where symmetric ones fit), the rest float32.
 
     Each weight scale is a float32, each weight zero point a byte.
     """
@@ -115,8 +118,9 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
         scales = weight.shape[0] if layer.weights.per_channel else 1
-        half = packed and layer.weights.bits <= 4
-        total += (weight.numel() + 1) // 2 if half else weight.numel()
+        fits = packed and layer.weights.symmetric  # a zero point that is folded in may need one bit more
+        stored = min((bits for bits in PACKED if fits and bits >= layer.weights.bits), default=8)
+        total += (weight.numel() * stored + 7) // 8
         total += scales * (4 if layer.weights.symmetric else 5) - 4 * weight.numel()
     return total
 
