@@ -5,6 +5,7 @@ Not here: which models those are (step_costs.py), nor the speed of inference (ev
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -134,6 +135,7 @@ def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
 
 def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
     """Most bytes that are allocated at once on a device while `step` runs, beyond those before it, from torch's own record."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says on the terminal when it starts and stops
     with profile(profile_memory=True) as watched:
         step()
     changes = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]" and _is_on(event, device)]
