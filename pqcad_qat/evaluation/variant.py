@@ -6,7 +6,7 @@ Not here: what its images are worth (fidelity.py), nor its speed (benchmark.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.diffusion.conditions import ConditionSet, guided_call
 from pqcad_qat.diffusion.denoiser import load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
@@ -25,6 +26,7 @@ from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
 
 Float32 = npt.NDArray[np.float32]
+NumpyCondition = Mapping[str, npt.NDArray[Any]]
 Runtime = Literal["pytorch", "openvino"]
 
 DEFAULT_STEPS = 20
@@ -38,18 +40,22 @@ class Variant:
     Attributes:
         name: of its row in the report.
         runtime: what computes it.
-        predict: (x_t (B, C, H, W) float32, t) -> prediction of the same shape.
+        predict: (x_t (B, C, H, W) float32, t, condition) -> prediction of the same shape.
         schedule: noise schedule that it samples with.
         steps: of its sampler.
         sample_shape: (C, H, W).
+        conditions: that its images choose from.
+        guidance_scale: of classifier-free guidance, 1 for none.
     """
 
     name: str
     runtime: Runtime
-    predict: Callable[[Float32, int], Float32]
+    predict: Callable[[Float32, int, NumpyCondition], Float32]
     schedule: NoiseSchedule
     steps: int
     sample_shape: tuple[int, int, int]
+    conditions: ConditionSet = field(default_factory=ConditionSet)
+    guidance_scale: float = 1.0
 
 
 def pytorch_variant(
@@ -59,9 +65,10 @@ def pytorch_variant(
     denoiser.eval()
 
     @torch.no_grad()
-    def call(x_t: Float32, t: int) -> Float32:
+    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
         with frozen_weights(denoiser):
-            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t).numpy()
+            given = {name: torch.from_numpy(value) for name, value in condition.items()}
+            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
             return found
 
     return Variant(name, "pytorch", call, noise_schedule(scheduler_config), steps, sample_shape)
@@ -78,16 +85,17 @@ def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Varia
 def openvino_file_variant(
     name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
-    """A plain OpenVINO file (inputs `sample` and `timestep`, fixed batch), with OpenVINO's own defaults: a baseline."""
+    """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
     request = compile_for_latency(xml, {}).create_infer_request()
 
-    def call(x_t: Float32, t: int) -> Float32:
+    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
         parts = []
         for first in range(0, len(x_t), batch_size):
-            part = x_t[first : first + batch_size]
-            full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), 0)])
-            request.infer({"sample": full, "timestep": np.full(batch_size, t, np.int64)})
-            parts.append(np.array(request.get_output_tensor(0).data[: len(part)]))
+            count = min(batch_size, len(x_t) - first)
+            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
+            named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
+            request.infer({**named, "timestep": np.full(batch_size, t, np.int64)})
+            parts.append(np.array(request.get_output_tensor(0).data[:count]))
         return np.concatenate(parts)
 
     return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
@@ -121,16 +129,23 @@ def open_folder(source: str, steps: int | None = None) -> Variant:
 
 
 def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
-    """uint8 images (count, C, H, W) of a seed; image k comes from the same noise for every variant and batch size.
+    """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
+    return to_uint8(sample_states(variant, count, seed, batch_size, advance))
+
+
+def sample_states(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and batch size.
 
     `advance` is told of the images of a batch each time they are one step further.
     """
     done = []
     for first in range(0, count, batch_size):
         noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
-        x_0 = noise
-        for step in ddim_trajectory(variant.predict, noise, variant.schedule, variant.steps):
+        chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
+        condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
+        x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
+        for step in ddim_trajectory(follow, noise, variant.schedule, variant.steps):
             x_0 = np.asarray(step.x_s, dtype=np.float32)
             advance(len(noise))
-        done.append(to_uint8(torch.from_numpy(x_0)))
+        done.append(torch.from_numpy(x_0))
     return torch.cat(done)
