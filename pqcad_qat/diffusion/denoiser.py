@@ -105,7 +105,7 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int, condition: Condit
     Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t, **condition)`.
     """
     steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
-    steps = steps if steps.ndim and len(steps) == len(x_t) else steps.expand(len(x_t))
+    steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
     if (architecture := architecture_of(denoiser)) is None:
         found = denoiser(x_t, steps, **(condition or {}))
     else:
