@@ -30,12 +30,13 @@ from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationRecipe, CalibrationSet, calibration_set
 from pqcad_qat.diffusion.conditions import (
+    GUIDANCE,
+    NULL_CLASS,
     ConditionSet,
     check_guidance,
-    class_conditions,
+    chosen_conditions,
     conditioned,
     exported_inputs,
-    read_conditions,
 )
 from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, load_model, predict
 from pqcad_qat.diffusion.images import to_uint8
@@ -56,7 +57,7 @@ from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_states
-from pqcad_qat.policy.schema import ConditionsPolicy, Policy
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, round_name, stages_of
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
@@ -132,31 +133,13 @@ def prepare(policy: Policy) -> Prepared:
         PlanError: the rules do not fit it.
     """
     model = load_model(policy.model.source)
-    conditions = policy_conditions(model, policy.conditions)
+    conditions = chosen_conditions(conditioned(model), policy.conditions)
     check_guidance(policy.sampler.guidance_scale, conditions)
     split = copy.deepcopy(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
     plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
     return Prepared(model, split, plan, conditions)
-
-
-def policy_conditions(model: DiffusionModel, section: ConditionsPolicy) -> ConditionSet:
-    """What a policy conditions the model on; by default every class of a class-conditional one.
-
-    Raises:
-        ModelError: the model takes something else.
-    """
-    asked = conditioned(model)
-    if section.embeddings is not None:
-        return read_conditions(Path(section.embeddings), asked)
-    if section.prompts is not None:
-        raise NotImplementedError
-    if asked.labels is not None or section != ConditionsPolicy():
-        return class_conditions(asked, section.classes, section.unconditional_class)
-    if asked.inputs:
-        raise ModelError(f"conditions.embeddings: got nothing; {asked}")
-    return ConditionSet()
 
 
 def _check_features(policy: Policy, model: DiffusionModel) -> None:
@@ -322,14 +305,12 @@ class _Run:
                 return
             policy, model = self.policy, self.prepared.model
             steps = policy.distillation.student_steps
-            save_quantized(
-                self.path / "student", student, self.prepared.plan, policy.quantization.split_shortcuts, model.scheduler_config, steps
-            )
+            scheduler = {**model.scheduler_config, STEPS: steps, **self._guidance()}
+            save_quantized(self.path / "student", student, self.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
             layers = integer_layers(student)
+            conditions = exported_inputs(model.condition_inputs, self.prepared.conditions)
             provenance = {"policy": policy.name, "model": model.source, "model_digest": model.digest, "sampling_steps": steps}
-            if conditions := exported_inputs(model.condition_inputs, self.prepared.conditions):
-                provenance |= self._guidance()
-            scheduler = {**model.scheduler_config, STEPS: steps}
+            provenance |= self._guidance()
 
             def write(folder: Path, weights: Any) -> None:
                 export_model(student, scheduler, layers, self.shape, policy.export.batch_size, weights, folder, provenance, conditions)
@@ -359,10 +340,11 @@ class _Run:
             )
 
     def _guidance(self) -> dict[str, Any]:
-        """How the student samples, for whoever samples with it: its guidance, and the label of the other pass where there is one."""
-        labels = self.prepared.conditions.unconditional.get("class_labels")
-        null = None if labels is None or labels.ndim != 1 else int(labels[0])
-        return {"guidance_scale": self.policy.guidance_scale("pqcad"), "unconditional_class": null}
+        """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one."""
+        if not self.prepared.conditions.choices:
+            return {}
+        scale, null = self.policy.guidance_scale("pqcad"), self.prepared.conditions.null_class
+        return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
 
     def _refuse_float(self, precisions: Mapping[str, str]) -> None:
         """A planned layer that left INT8 is an error, unless the policy lists it as an exception."""

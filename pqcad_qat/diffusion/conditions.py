@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,21 @@ from torch import Tensor
 
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
 from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel
+from pqcad_qat.diffusion.prompts import encode_prompts
 from pqcad_qat.diffusion.sampling import Array, guided
 from pqcad_qat.errors import ModelError
+
+if TYPE_CHECKING:
+    from pqcad_qat.policy.schema import ConditionsPolicy
 
 CONDITION = "condition."
 """Before the name of a condition's tensor where it stands beside states: in the file of a calibration set, in a batch."""
 
 UNCONDITIONAL = "unconditional."
 """Before the name of a tensor that belongs to the unconditional pass of classifier-free guidance."""
+
+GUIDANCE, NULL_CLASS = "guidance_scale", "unconditional_class"
+"""Keys of a scheduler config that say how a distilled model is sampled: its scale, and the label of its other pass."""
 
 CHOICE = 1
 """Tells the dice of a trajectory's condition from those of its noise."""
@@ -53,6 +60,12 @@ class ConditionSet:
             int(np.random.default_rng((seed, number, CHOICE)).integers(len(self))) for number in range(first, first + count) if self.choices
         ]
         return {name: value[rows] for name, value in self.choices.items()}
+
+    @property
+    def null_class(self) -> int | None:
+        """The label of the unconditional pass, where that is a label."""
+        values = list(self.unconditional.values())
+        return int(values[0]) if len(values) == 1 and values[0].shape == (1,) else None
 
     @property
     def digest(self) -> str | None:
@@ -126,6 +139,23 @@ def conditioned(model: DiffusionModel) -> Conditioned:
     return Conditioned(model.source, model.condition_inputs, null)
 
 
+def chosen_conditions(asked: Conditioned, section: ConditionsPolicy) -> ConditionSet:
+    """What a policy's section gives to choose from; by default every class of a class-conditional model.
+
+    Raises:
+        ModelError: the model takes something else, or what is named cannot be read.
+    """
+    if section.embeddings is not None:
+        return read_conditions(Path(section.embeddings), asked)
+    if section.prompts is not None:
+        return checked_conditions(encode_prompts(Path(section.prompts), Path(asked.source)), asked, section.prompts)
+    if asked.labels is not None or (section.classes, section.unconditional_class) != ("all", None):
+        return class_conditions(asked, section.classes, section.unconditional_class)
+    if asked.inputs:
+        raise ModelError(f"conditions.embeddings: got nothing; {asked}")
+    return ConditionSet()
+
+
 def class_conditions(asked: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None) -> ConditionSet:
     """Labels to choose from, and the one that stands for no class: the one given, or the model's own.
 
@@ -154,17 +184,17 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
         raise ModelError(f"{path}: no such file; conditions.embeddings names a safetensors file") from None
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: not readable as safetensors: {error}") from error
-    choices = {name: value for name, value in tensors.items() if not name.startswith(UNCONDITIONAL)}
-    unconditional = {name.removeprefix(UNCONDITIONAL): value for name, value in tensors.items() if name.startswith(UNCONDITIONAL)}
-    return checked_conditions(choices, unconditional, asked, str(path))
+    return checked_conditions(tensors, asked, str(path))
 
 
-def checked_conditions(choices: Condition, unconditional: Condition, asked: Conditioned, where: str) -> ConditionSet:
-    """The set in the model's own dtypes.
+def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where: str) -> ConditionSet:
+    """The tensors of a file as a set, in the model's own dtypes.
 
     Raises:
         ModelError: it lacks a tensor that the model takes, has one that it does not, or one of another shape; every fault is named.
     """
+    choices = {name: value for name, value in tensors.items() if not name.startswith(UNCONDITIONAL)}
+    unconditional = {name.removeprefix(UNCONDITIONAL): value for name, value in tensors.items() if name.startswith(UNCONDITIONAL)}
     wanted = {part.name: part for part in asked.inputs}
     count = max((len(value) for value in choices.values() if value.ndim), default=0)
     faults: list[str] = []

@@ -64,8 +64,7 @@ class DiffusionModel:
 
     @property
     def latent(self) -> bool:
-        """Whether x_t is no picture: neither of one channel nor of three."""
-        return self.sample_shape[0] not in (1, 3)
+        return is_latent(self.sample_shape)
 
     @property
     def condition_inputs(self) -> tuple[ConditionInput, ...]:
@@ -84,6 +83,11 @@ class DiffusionModel:
             for wanted in self.condition_inputs
         }
         return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
+
+
+def is_latent(sample_shape: tuple[int, int, int]) -> bool:
+    """Whether an x_0 (C, H, W) is no picture: neither of one channel nor of three."""
+    return sample_shape[0] not in (1, 3)
 
 
 def config_sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:

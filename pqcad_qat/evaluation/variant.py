@@ -6,7 +6,7 @@ Not here: what its images are worth (fidelity.py), nor its speed (benchmark.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.diffusion.conditions import ConditionSet, guided_call
-from pqcad_qat.diffusion.denoiser import load_model, predict, read_json
+from pqcad_qat.deployment.runtime import MANIFEST, SCHEDULER_CONFIG, OVUNet2DModel, read_manifest
+from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.diffusion.conditions import (
+    GUIDANCE,
+    NULL_CLASS,
+    Conditioned,
+    ConditionSet,
+    check_guidance,
+    chosen_conditions,
+    conditioned,
+    guided_call,
+)
+from pqcad_qat.diffusion.denoiser import denoiser_folder, is_latent, load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
+from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
 
@@ -31,6 +42,12 @@ Runtime = Literal["pytorch", "openvino"]
 
 DEFAULT_STEPS = 20
 """Sampling steps of a full-precision folder that names none."""
+
+
+_NOTHING_TO_SAMPLE = (
+    "{}: got a folder with none of manifest.json, quantization/plan.json, openvino/, unet/config.json or transformer/config.json; allowed "
+    "a deployed OpenVINO folder, a quantized student, a run, or a diffusers model"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,10 @@ class Variant:
     sample_shape: tuple[int, int, int]
     conditions: ConditionSet = field(default_factory=ConditionSet)
     guidance_scale: float = 1.0
+
+    @property
+    def latent(self) -> bool:
+        return is_latent(self.sample_shape)
 
 
 def pytorch_variant(
@@ -101,31 +122,47 @@ def openvino_file_variant(
     return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
 
 
-def open_folder(source: str, steps: int | None = None) -> Variant:
+def open_folder(
+    source: str, steps: int | None = None, conditions: ConditionsPolicy | None = None, guidance_scale: float | None = None
+) -> Variant:
     """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model.
 
     Args:
         source: the folder, `embedded:NAME`, or a hub id.
         steps: of the sampler; by default those the folder was made for.
+        conditions: of a conditional model; by default all classes.
+        guidance_scale: of classifier-free guidance; by default that the folder was made for.
 
     Raises:
-        ModelError: none of them.
+        ModelError: none of them, or its model takes other conditions.
     """
+    variant, asked, scheduler = _opened(source, steps)
+    section = conditions or ConditionsPolicy()
+    if section.unconditional_class is None:
+        section = section.model_copy(update={"unconditional_class": scheduler.get(NULL_CLASS)})
+    chosen, scale = chosen_conditions(asked, section), guidance_scale or scheduler.get(GUIDANCE, 1.0)
+    check_guidance(scale, chosen)
+    return replace(variant, conditions=chosen, guidance_scale=scale)
+
+
+def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mapping[str, Any]]:
+    """A folder's variant before it has conditions, what it takes, and its scheduler config."""
     folder = Path(source).expanduser()
-    if (folder / "manifest.json").is_file():
-        return openvino_variant(folder.name, folder, steps)
+    for deployed in (folder, folder / "openvino"):
+        if (deployed / MANIFEST).is_file():
+            takes = tuple(
+                ConditionInput(**{**condition, "shape": tuple(condition["shape"])})
+                for condition in read_manifest(deployed).get("conditions", ())
+            )
+            return openvino_variant(folder.name, deployed, steps), Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
     if is_quantized_folder(folder):
         model, _, own = load_quantized(folder)
-        return pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
-    if (folder / "openvino" / "manifest.json").is_file():
-        return openvino_variant(folder.name, folder / "openvino", steps)
-    if (folder / "unet" / "config.json").is_file() or not folder.exists():
-        full = load_model(source)
-        return pytorch_variant(folder.name, full.denoiser, full.scheduler_config, steps or DEFAULT_STEPS, full.sample_shape)
-    raise ModelError(
-        f"{folder}: got a folder with none of manifest.json, quantization/plan.json, openvino/ or unet/config.json; allowed a deployed "
-        "OpenVINO folder, a quantized student, a run, or a diffusers model"
-    )
+    elif (denoiser_folder(folder) / "config.json").is_file() or not folder.exists():
+        model, own = load_model(source), DEFAULT_STEPS
+    else:
+        raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
+    variant = pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
+    return variant, conditioned(model), model.scheduler_config
 
 
 def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
