@@ -126,7 +126,14 @@ def test_progress_counts_every_trajectory_at_every_step(tiny_model: DiffusionMod
     assert Counter(calls) == {4: STEPS, 2: STEPS}
 
 
-@pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 8}, {"trajectories": 5}, {"model_digest": "other"}, {"sampler": "other"}])
+CHANGES = [{"steps": 4}, {"seed": 8}, {"trajectories": 5}, {"model_digest": "other"}, {"sampler": "other"}]
+
+
+def test_an_unconditional_set_keeps_the_name_it_had_before_there_were_conditions() -> None:
+    assert CalibrationRecipe("model", "ddim", 20, 128, 0, 2).digest == "31e2d3a119c03fe2"
+
+
+@pytest.mark.parametrize("change", [*CHANGES, {"conditions": "set"}, {"guidance_scale": 2.0}])
 def test_everything_that_decides_a_set_changes_its_name(recipe: CalibrationRecipe, change: dict[str, int | str]) -> None:
     assert replace(recipe, **change).digest != recipe.digest
 

@@ -24,14 +24,7 @@ LAYOUTS = {
         "text_embeds",
         "unconditional.text_embeds",
     ),
-    "PixArtAlphaPipeline": (
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-        "unconditional.encoder_hidden_states",
-        "unconditional.encoder_attention_mask",
-    ),
 }
-LAYOUTS["PixArtSigmaPipeline"] = LAYOUTS["PixArtAlphaPipeline"]
 """Class of a pipeline -> what its `encode_prompt` returns, in order, by the names of a file of embeddings."""
 
 HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
@@ -57,7 +50,8 @@ def encode_prompts(prompts: Path, folder: Path) -> dict[str, Tensor]:
         raise ModelError("conditions.prompts: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'")
     pipeline, names = _text_parts(folder)
     parts = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
-    encoded = [dict(zip(names, pipeline.encode_prompt(part, device="cpu", num_images_per_prompt=1), strict=True)) for part in parts]
+    both = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    encoded = [dict(zip(names, pipeline.encode_prompt(part, **both), strict=True)) for part in parts]
     found = {name: torch.cat([part[name] for part in encoded]).float() for name in names}
     found |= {name: value[:1] for name, value in found.items() if name.startswith("unconditional.")}
     return found | _sizes(folder, len(lines), names)
