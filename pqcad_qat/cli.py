@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import fire
 from rich.console import Console
@@ -29,6 +29,7 @@ from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
 
 if TYPE_CHECKING:
     from pqcad_qat.evaluation.variant import Variant
+    from pqcad_qat.sensitivity import MaxSize
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -68,7 +69,7 @@ def compare(*runs: str, out: str = "comparison.html") -> None:
     """
     from pqcad_qat.evaluation.report import read_report
     from pqcad_qat.evaluation.run_comparison import compare_runs, named_runs
-    from pqcad_qat.evaluation.run_comparison_page import comparison_table, protocol_text, write_comparison
+    from pqcad_qat.evaluation.run_comparison_page import comparison_tables, write_comparison
 
     if not runs:
         raise UsageError("got no run; allowed one or more folders of finished runs")
@@ -80,8 +81,7 @@ def compare(*runs: str, out: str = "comparison.html") -> None:
             raise UsageError(f"--out: got {out!r}; allowed a name in .html, or a folder")
         page = page / "comparison.html"
     found = compare_runs("comparison", named_runs({run: read_report(Path(run)) for run in runs}), _command_line())
-    CONSOLE.print(comparison_table(found))
-    CONSOLE.print(protocol_text(found.protocol), highlight=False)
+    CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
     write_comparison(found, page)
     CONSOLE.print(f"page: {page}", soft_wrap=True)
 
@@ -100,7 +100,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
     from pqcad_qat.policy.cells import load_study
 
     loaded = load_study(Path(study), _overrides(set))
-    from pqcad_qat.evaluation.run_comparison_page import comparison_table, protocol_text
+    from pqcad_qat.evaluation.run_comparison_page import comparison_tables
     from pqcad_qat.study import STUDY_PAGE, cells_table
     from pqcad_qat.study import sweep as run_cells
 
@@ -109,8 +109,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
         CONSOLE.print(cells_table(loaded, folder, str(only)))
         return
     found = run_cells(loaded, folder, _command_line(), CONSOLE, _whole("jobs", jobs), str(only))
-    CONSOLE.print(comparison_table(found))
-    CONSOLE.print(protocol_text(found.protocol), highlight=False)
+    CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
     CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
 
 
@@ -144,6 +143,48 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
 
     costs = step_costs(loaded, _whole("runs", runs), CONSOLE)
     CONSOLE.print(costs_table(costs, f"{loaded.name}: one step of {loaded.training.batch_size} states"))
+
+
+def sensitivity(
+    policy: str,
+    model: str | None = None,
+    set: tuple[str, ...] = (),
+    max_size: str | None = None,
+    widths: tuple[int, ...] = (2, 3, 4, 7),
+    states: int = 64,
+    out: str | None = None,
+) -> None:
+    """Measure how far the output moves when one layer alone is quantized, at every width; within a size, write a policy of mixed widths.
+
+    Args:
+        policy: policy file; its rules say which layers are quantized, and how but for the width.
+        model: overrides model.source.
+        set: override of a key, as KEY=VALUE; given again for each further key.
+        max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose least within it.
+        widths: of the weights, that a layer may get; 8 bits need a CPU with VNNI, 7 do not.
+        states: of the calibration set, on which errors are measured.
+        out: folder for sensitivity.json, sensitivity.html and policy.yaml; runs/NAME-sensitivity of the policy by default.
+    """
+    loaded = load_policy(Path(policy), _overrides(set, model))
+    sizes = [_width(width) for width in several("widths", widths)]
+    from pqcad_qat.evaluation.sensitivity_page import assignment_table, sensitivity_table, write_sensitivity
+    from pqcad_qat.pipeline import CALIBRATION
+    from pqcad_qat.run_folder import write_atomically
+    from pqcad_qat.sensitivity import measure_sensitivity
+
+    folder = Path(out) if out else Path("runs") / f"{loaded.name}-sensitivity"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
+    most = None if max_size is None else _max_size(max_size)
+    report, mixed = measure_sensitivity(
+        loaded, sizes, _whole("states", states), most, folder.parent / CALIBRATION, _command_line(), CONSOLE
+    )
+    CONSOLE.print(sensitivity_table(report))
+    CONSOLE.print(assignment_table(report))
+    CONSOLE.print(f"page: {write_sensitivity(report, folder)}", soft_wrap=True)
+    if mixed is not None:
+        write_atomically(folder / "policy.yaml", mixed)
+        CONSOLE.print(f"policy: {folder / 'policy.yaml'}", soft_wrap=True)
 
 
 def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
@@ -319,7 +360,8 @@ def schema() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (run, plan, profile, compare, sweep, pretrain, sample, evaluate, benchmark, features, schema)
+    command.__name__: command
+    for command in (run, plan, sensitivity, profile, compare, sweep, pretrain, sample, evaluate, benchmark, features, schema)
 }
 
 
@@ -394,6 +436,21 @@ def _whole(name: str, value: object, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"--{name}: got {value!r}; allowed a whole number from {least}")
     return value
+
+
+def _width(value: object) -> int:
+    if _whole("widths", value, least=2) > 8:
+        raise UsageError(f"--widths: got {value!r}; allowed whole numbers from 2 to 8")
+    return cast(int, value)
+
+
+def _max_size(text: str) -> MaxSize:
+    from pqcad_qat.sensitivity import MaxSize
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
+    if found is None:
+        raise UsageError(f"--max-size: got {text!r}; allowed a share of float32 as 0.15x, or megabytes as 2.5MB")
+    return MaxSize(float(found[1]), cast(Literal["x", "MB"], found[2]))
 
 
 def _keep_freed_memory() -> None:

@@ -150,6 +150,20 @@ def _check_features(policy: Policy, model: DiffusionModel) -> None:
         )
 
 
+def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
+    """What the policy's calibration set is recorded by."""
+    return CalibrationRecipe(
+        model_digest=prepared.model.digest,
+        sampler=policy.sampler.name,
+        steps=policy.sampler.steps,
+        trajectories=policy.calibration.trajectories,
+        seed=policy.calibration.seed,
+        refinement=policy.calibration.refinement,
+        conditions=prepared.conditions.digest,
+        guidance_scale=policy.sampler.guidance_scale,
+    )
+
+
 def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False) -> Path:
     """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
 
@@ -228,17 +242,7 @@ class _Run:
     # ---- stages ------------------------------------------------------------------------------------------------------------------
 
     def _calibrate(self) -> CalibrationSet:
-        policy = self.policy
-        recipe = CalibrationRecipe(
-            model_digest=self.prepared.model.digest,
-            sampler=policy.sampler.name,
-            steps=policy.sampler.steps,
-            trajectories=policy.calibration.trajectories,
-            seed=policy.calibration.seed,
-            refinement=policy.calibration.refinement,
-            conditions=self.prepared.conditions.digest,
-            guidance_scale=policy.sampler.guidance_scale,
-        )
+        policy, recipe = self.policy, calibration_recipe(self.policy, self.prepared)
         calls = recipe.trajectories * recipe.steps * recipe.refinement
         with self.folder.stage("calibration") as stage, self._bar("calibration", calls) as advance:
             store = self.path.parent / CALIBRATION

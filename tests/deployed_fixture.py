@@ -17,7 +17,7 @@ from conftest import SCHEDULER, tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.export import export_model
-from pqcad_qat.deployment.runtime import WeightFormat
+from pqcad_qat.deployment.packing import WeightFormat
 from pqcad_qat.policy.schema import LayerRule
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers

@@ -36,7 +36,11 @@ def fixture_report() -> Report:
     """An invented report with every part filled."""
     layers = fixture_layers()
     return Report(
-        policy={"name": "w4a8 (FIXTURE, invented numbers)", "sampler": {"name": "ddim", "steps": 20}},
+        policy={
+            "name": "w4a8 (FIXTURE, invented numbers)",
+            "model": {"source": "embedded:invented"},
+            "sampler": {"name": "ddim", "steps": 20},
+        },
         seed=0,
         hardware=Hardware(
             "Invented CPU 9000 @ 2.40GHz",
@@ -178,4 +182,4 @@ def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:
 def minimal_report() -> Report:
     """Only what cannot be missing."""
     full = fixture_report()
-    return Report(policy={}, seed=1, hardware=replace(full.hardware, native_bf16=None))
+    return Report(policy={"model": {"source": "embedded:invented"}}, seed=1, hardware=replace(full.hardware, native_bf16=None))

@@ -135,6 +135,17 @@ def test_a_fault_of_a_policy_has_the_policys_line(write: Write, tmp_path: Path) 
     assert fault.startswith("p.yaml:3: sampler.sped: got an unknown key")
 
 
+def test_cells_of_different_models_may_have_features_of_their_own(write: Write, tmp_path: Path) -> None:
+    digits = "model: {source: 'embedded:digits'}\nevaluation: {features: 'embedded:digits'}\n"
+    (tmp_path / "digits.yaml").write_text(f"extends: {SMOKE}\nname: digits\n{digits}")
+    study = load_study(write(GOOD.replace(f"[{SMOKE}]", f"[{SMOKE}, digits.yaml]")))
+    features = {cell.policy.model.source: cell.policy.evaluation.features for cell in study.cells}
+    assert features == {source: source for source in ("embedded:fashion-mnist", "embedded:digits")}
+
+
 def test_cells_whose_fids_could_not_stand_in_one_table_are_refused(write: Write) -> None:
     text = GOOD.replace("  budget:\n", "  budget:\n    few: {evaluation.images: 8}\n")
-    assert "evaluation.images: got 16, 8 in different cells; allowed one, for FIDs to be compared" in faults(write(text))[0]
+    assert (
+        "evaluation.images: got 16, 8 in different cells of embedded:fashion-mnist; allowed one, for FIDs to be compared"
+        in faults(write(text))[0]
+    )

@@ -389,9 +389,10 @@ def test_an_override_can_mend_a_fault_of_the_file(write: Write) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_policies_load_and_come_back_from_their_dump(write: Write, name: str) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_shipped_policies_load_and_come_back_from_their_dump(write: Write, name: str, whole: bool) -> None:
     policy = load_shipped(name)
-    copy = write(dump_policy(policy))
+    copy = write(dump_policy(policy, whole))
     assert policy == (load_pretrain_policy(copy) if isinstance(policy, PretrainPolicy) else load_policy(copy))
 
 

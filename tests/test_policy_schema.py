@@ -73,7 +73,7 @@ def test_a_policy_survives_json() -> None:
         ("evaluation", "variants", [["fp32"], ["ptq", "pqcad-openvino"]], [[], ["fp16"], "pq"]),
         ("training", "ema", [0.0, 0.999], [1.0]),
         ("training", "precision", ["fp32", "bf16", "fp16"], ["fp64"]),
-        ("export", "weights", ["int8", "int4"], ["int2"]),
+        ("export", "weights", ["int8", "int4", "packed"], ["int2"]),
         ("evaluation", "images", [2], [1]),
     ],
 )

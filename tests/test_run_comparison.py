@@ -21,7 +21,7 @@ from pqcad_qat.errors import StudyError
 from pqcad_qat.evaluation.record import Report
 from pqcad_qat.evaluation.run_comparison import Comparison, Row, Spread, compare_runs, named_runs
 from pqcad_qat.evaluation.run_comparison_page import (
-    comparison_table,
+    comparison_tables,
     figure_chart,
     headings,
     markdown,
@@ -33,11 +33,11 @@ from pqcad_qat.evaluation.run_comparison_page import (
 DISTANCES = (8.0, 8.5, 9.5)
 
 
-def report(name: str = "w4a8", seed: int = 0, pqcad: float = 8.0, **policy: Any) -> Report:
+def report(name: str = "w4a8", seed: int = 0, pqcad: float = 8.0, model: str = "embedded:invented", **policy: Any) -> Report:
     """The fixture with a seed and a distance of its own."""
     found = fixture_report()
     rows = tuple(replace(row, fid_real=pqcad) if row.name == "pqcad" else row for row in found.variants)
-    return replace(found, policy={"name": name, "training": {"seed": seed}, **policy}, seed=seed, variants=rows)
+    return replace(found, policy={"name": name, "model": {"source": model}, "training": {"seed": seed}, **policy}, seed=seed, variants=rows)
 
 
 def compare(reports: dict[str, Report]) -> Comparison:
@@ -68,6 +68,21 @@ def test_runs_that_differ_in_their_seed_alone_are_mean_and_standard_deviation(se
 
 def test_what_training_does_not_touch_has_no_spread_over_its_seeds(seeds: Comparison) -> None:
     assert row(seeds, "nncf-int8").figures["fid_real"] == Spread(9.88, None, 1)
+
+
+def test_figures_that_differ_in_their_last_digits_alone_are_one() -> None:
+    """As a distance of 0 does, which rounding may leave at 1e-11."""
+    first, second = (
+        replace(found, variants=tuple(replace(row, fid_fp=distance) if row.name == "fp32" else row for row in found.variants))
+        for found, distance in ((report(), 0.0), (report("w2a8"), 1.3e-11))
+    )
+    found = row(compare({"a": first, "b": second}), "fp32")
+    assert (found.labels, found.figures["fid_fp"].mean) == ({"run": "all"}, 0.0)
+
+
+def test_a_spread_is_told_as_its_mean_is() -> None:
+    assert spread_text(Spread(2.684e-4, 3.2e-6, 3)) == "2.68e-04 ± 3.2e-06"
+    assert spread_text(Spread(2.684, 0.126, 3)) == "2.68 ± 0.13"
 
 
 def test_what_was_not_measured_is_absent(seeds: Comparison) -> None:
@@ -104,6 +119,25 @@ def test_fids_of_different_protocols_are_refused_with_both_runs_and_what_differs
         compare({"runs/a": report(), "runs/b": changed})
 
 
+def test_runs_of_different_models_are_tables_of_their_own_each_with_its_protocol() -> None:
+    other = report("w4a8-other", model="embedded:other")
+    assert other.fid_protocol is not None
+    other = replace(other, fid_protocol=replace(other.fid_protocol, images=10_000, features="other-network"))
+    found = compare({"runs/a": report(seed=0), "runs/b": other, "runs/c": report(seed=1, pqcad=9.0)})
+    assert [(part.model, part.protocol and part.protocol.images) for part in found.parts] == [
+        ("embedded:invented", 2000),
+        ("embedded:other", 10_000),
+    ]
+    assert [{row.labels["run"] for row in part.rows} for part in found.parts] == [{"w4a8"}, {"w4a8-other"}]
+    written, page = markdown(found), render(found)
+    first, second = written.split("through the feature network invented-classifier")
+    assert "| w4a8 | pqcad" in first
+    assert "| w4a8-other | pqcad" not in first
+    assert "| w4a8-other | pqcad" in second
+    assert page.count("<table>") == page.count('<h2 id="h-picture') == 2
+    assert "three: embedded:other" in [table.title for table in comparison_tables(found) if not isinstance(table, str)]
+
+
 def test_sampling_steps_may_differ() -> None:
     other = report("w2a8")
     assert other.fid_protocol is not None
@@ -125,7 +159,7 @@ def test_runs_of_one_policy_that_made_other_variants_are_one_run() -> None:
 
 def test_the_terminal_markdown_and_page_say_the_same(two: Comparison) -> None:
     console = Console(width=250, record=True, file=io.StringIO())
-    console.print(comparison_table(two))
+    console.print(*comparison_tables(two), sep="\n")
     shown, written, page = console.export_text(), markdown(two), render(two)
     assert written.count("\n| ") == 2 + len(two.rows)
     for text in (*headings(two), "w2a8", "8.00", "28.9"):
@@ -139,8 +173,9 @@ def test_the_protocol_is_told_in_words_with_the_mark_of_few_images(two: Comparis
         assert "Frechet distance of 2,000 images (noise seed 0, sampler ddim) to 60,000 training images (invented)" in text
         assert f"invented-classifier (sha256 {'ab' * 8})" in text
         assert "Fewer than the customary 10,000 images" in text
-    assert two.protocol is not None
-    many = replace(two, protocol=replace(two.protocol, images=10_000))
+    [part] = two.parts
+    assert part.protocol is not None
+    many = replace(two, parts=(replace(part, protocol=replace(part.protocol, images=10_000)),))
     assert "Fewer" not in markdown(many)
     assert "fewer than" not in render(many)
 
@@ -156,13 +191,13 @@ def test_files_are_one_page_with_json_and_markdown_beside_it(seeds: Comparison, 
     write_comparison(seeds, tmp_path / "deep" / "study.html")
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["study.html", "study.json", "study.md"]
     document = json.loads((tmp_path / "deep" / "study.json").read_text())
-    assert document["schema_version"] == 1
-    [found] = [row for row in document["rows"] if row["variant"] == "pqcad"]
+    assert document["schema_version"] == 2
+    [found] = [row for row in document["parts"][0]["rows"] if row["variant"] == "pqcad"]
     assert found["figures"]["fid_real"]["count"] == 3
-    assert document["protocol"]["features_sha256"] == "ab" * 32
+    assert document["parts"][0]["protocol"]["features_sha256"] == "ab" * 32
 
 
 def test_runs_without_figures_draw_nothing_and_say_so() -> None:
     found = compare({"runs/a": minimal_report()})
-    assert figure_chart(found) is None
+    assert figure_chart(found.rows) is None
     assert "No FID was measured" in render(found)

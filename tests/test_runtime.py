@@ -12,14 +12,14 @@ from typing import Any
 from unittest.mock import ANY
 
 import numpy as np
-import openvino as ov
 import pytest
 import torch
 from conftest import SCHEDULER, environment
 from deployed_fixture import BATCH, SHAPE, Quantized, quantized_unet
 from diffusers import DDIMPipeline, DDIMScheduler
 
-from pqcad_qat.deployment.runtime import OVUNet2DModel, UNetOutput, pack_int4, sha256, unpack_int4
+from pqcad_qat.deployment.folder import sha256
+from pqcad_qat.deployment.runtime import OVUNet2DModel, UNetOutput
 from pqcad_qat.errors import ModelError
 
 
@@ -170,6 +170,7 @@ BIN, XML = "unet/openvino_model.bin", "unet/openvino_model.xml.gz"
         (lambda folder: rewrite_manifest(folder, lambda m: m.pop("batch_size")), "has no batch_size"),
         (lambda folder: rewrite_manifest(folder, lambda m: m["files"].pop(BIN)), "lists no unet/openvino_model.bin"),
         (lambda folder: rewrite_manifest(folder, lambda m: m.update(graph="../../etc/passwd")), "graph must be"),
+        (lambda folder: rewrite_manifest(folder, lambda m: m["files"].update({"../other": {}})), "lists ../other, which lies outside"),
     ],
 )
 def test_a_damaged_folder_is_refused_and_the_damage_named(copied: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -192,18 +193,3 @@ def test_a_file_that_openvino_cannot_read_is_refused(copied: Path) -> None:
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a deployed folder"):
         OVUNet2DModel.from_pretrained(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("shape", [(16,), (3, 5), (1, 1, 1, 1)])
-def test_packed_values_are_openvinos_int4_and_come_back(shape: tuple[int, ...]) -> None:
-    values = np.resize(np.arange(-8, 8, dtype=np.int8), shape)
-    packed = pack_int4(values)
-    np.testing.assert_array_equal(unpack_int4(packed, shape), values)
-    constant = ov.op.Constant(ov.Tensor(packed, ov.Shape(list(shape)), ov.Type.i4))
-    converted = ov.Model([ov.opset13.convert(constant, "f32")], [])
-    np.testing.assert_array_equal(ov.compile_model(converted, "CPU")({})[0], values)
-
-
-def test_values_beyond_4_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[-8, 7\], got \[0, 8\]"):
-        pack_int4(np.array([0, 8], np.int8))

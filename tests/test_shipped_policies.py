@@ -42,7 +42,8 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a8-digits": {4},
     "w4a8-noto-emoji": {4},
 }
-STUDIES = {  # combinations, seeds
+STUDIES = {
+    "data-sets": (3, 3),  # combinations, seeds
     "bits": (42, 3),
     "bits-digits": (42, 3),
     "steps": (8, 3),

@@ -18,7 +18,7 @@ from conftest import POLICIES
 from rich.console import Console
 from small_networks import unet_config
 
-from pqcad_qat.deployment.runtime import read_manifest
+from pqcad_qat.deployment.folder import read_manifest
 from pqcad_qat.deployment.verification import INT8
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import BF16, F32, size_bytes

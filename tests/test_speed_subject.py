@@ -17,7 +17,7 @@ from deployed_fixture import quantized_unet
 from diffusers import UNet2DModel
 from small_networks import unet_config
 
-from pqcad_qat.deployment.runtime import read_manifest
+from pqcad_qat.deployment.folder import read_manifest
 from pqcad_qat.deployment.verification import execution_precision
 from pqcad_qat.errors import ModelError, PlanError, PolicyError
 from pqcad_qat.evaluation.benchmark import size_bytes

@@ -118,7 +118,7 @@ def test_the_way_down_is_that_of_the_level(swept: Swept) -> None:
 
 def test_the_table_has_a_row_a_combination_with_the_spread_over_seeds(swept: Swept) -> None:
     document = json.loads((swept.folder / "study.json").read_text())
-    rows = {(row["labels"]["schedule"], row["variant"]): row for row in document["rows"]}
+    rows = {(row["labels"]["schedule"], row["variant"]): row for row in document["parts"][0]["rows"]}
     assert list(rows) == [("all", "fp32"), ("all", "nncf-int8"), ("momentum", "pq"), ("fixed", "pq")]
     reports = [read_report(swept.folder / name) for name in CELLS[:2]]
     distances = [row.fid_real for report in reports for row in report.variants if row.name == "pq" and row.fid_real is not None]
@@ -131,7 +131,7 @@ def test_the_table_has_a_row_a_combination_with_the_spread_over_seeds(swept: Swe
 def test_finished_cells_are_not_run_again(swept: Swept, copied: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: pytest.fail("run again"))
     again(copied)
-    assert json.loads((copied.folder / "study.json").read_text())["rows"] == json.loads((swept.folder / "study.json").read_text())["rows"]
+    assert json.loads((copied.folder / "study.json").read_text())["parts"] == json.loads((swept.folder / "study.json").read_text())["parts"]
 
 
 def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
@@ -169,7 +169,8 @@ def test_a_cell_that_fails_does_not_lose_the_others(copied: Swept, monkeypatch: 
     monkeypatch.setattr(pipeline, "run", failing)
     with pytest.raises(StudyError, match=rf"1 of 4 cells failed; the same command tries them again:\n  - {CELLS[0]}: .*{fault}"):
         again(copied)
-    rows = json.loads((copied.folder / "study.json").read_text())["rows"]
+    [part] = json.loads((copied.folder / "study.json").read_text())["parts"]
+    rows = part["rows"]
     assert [row["seeds"] for row in rows if row["variant"] == "pq"] == [[1], [0, 1]]
     assert (copied.folder / "errors" / f"{CELLS[0]}.txt").exists() == isinstance(fault, RuntimeError)
 
@@ -184,7 +185,8 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
         (copied.folder / name / "report.html").unlink()
     sweep(copied.study, copied.folder, "again", Console(quiet=True), only="*-seed1")
     assert [(copied.folder / name / "report.html").exists() for name in CELLS] == [False, True, True, True]
-    rows = json.loads((copied.folder / "study.json").read_text())["rows"]
+    [part] = json.loads((copied.folder / "study.json").read_text())["parts"]
+    rows = part["rows"]
     assert {row["labels"]["schedule"]: row["seeds"] for row in rows if row["variant"] == "pq"} == {"momentum": [1], "fixed": [0, 1]}
     with pytest.raises(StudyError, match=r"--only: got 'w9\*', which matches none of the 4 cells; .* smoke-momentum-seed0"):
         sweep(copied.study, copied.folder, "again", Console(quiet=True), only="w9*")

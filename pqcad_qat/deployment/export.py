@@ -1,13 +1,10 @@
-"""A quantized model -> a folder that OpenVINO runs in INT8: conversion, names, packed weights, manifest, all moved into place at once.
+"""A quantized model -> a folder that OpenVINO runs in INT8: conversion, names, and what its configs and manifest say.
 
-Not here: the torch modules that are traced (modules.py), loading (runtime.py) and proof (verification.py).
+Not here: the torch modules that are traced (modules.py), the files (folder.py), loading (runtime.py) and proof (verification.py).
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,44 +12,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import openvino as ov
 import torch
 from torch import nn
 
-from pqcad_qat.deployment.modules import (
-    IntegerConv2d,
-    IntegerLinear,
-    TracedDenoiser,
-    effective_weights,
-    needs_vnni,
-    swapped,
-    timestep_tables,
-)
-from pqcad_qat.deployment.runtime import (
+from pqcad_qat import __version__
+from pqcad_qat.deployment.folder import (
     GRAPH,
-    MANIFEST,
-    PACKED_GRAPH,
+    MODEL_INDEX,
+    OPENVINO_CONFIG,
     SCHEDULER_CONFIG,
     SCHEMA_VERSION,
     UNET_CONFIG,
-    WeightFormat,
-    pack_int4,
-    sha256,
+    check_replaceable,
+    write_folder,
 )
+from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, needs_vnni, swapped, timestep_tables
+from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.quantizers import IntegerLayer
 
-MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
-WEIGHTS_NOTE: Mapping[str, str] = {
-    "int8": "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the planned layers in INT8.",
-    "int4": "The smallest file: weights that fit are packed to 4 bits and the graph's text is compressed. pqcad_qat.deployment.runtime "
-    "unpacks both at load to the graph of the int8 form, bit for bit. For plain OpenVINO export int8 weights: it does not read the "
-    "compressed text, and runs convolutions with 4-bit constants in floating point.",
-}
+PIPELINES: Mapping[str, str] = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler": "PNDMPipeline"}
+"""diffusers' unconditional pipelines that want a scheduler of their own; DDPMPipeline takes the others."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ def export_model(
         layers: every planned layer by module path, as integers.
         sample_shape: (C, H, W).
         batch_size: fixed batch of the graph.
-        weights: int8 runs anywhere; int4 is packed on disk and needs our runtime.
+        weights: int8 runs anywhere; int4 and packed have fewer bits on disk and need our runtime.
         folder: where to; an older deployed folder there is replaced, anything else refused.
         provenance: policy, model source and digest, for the manifest.
         conditions: what the denoiser takes beside x_t and t, every size known.
@@ -97,35 +81,32 @@ def export_model(
     Raises:
         ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
     """
-    _check_target(folder)
-    graph = convert(model, layers, sample_shape, batch_size, _train_timesteps(scheduler_config), conditions)
-    packed = _pack(graph, layers) if weights == "int4" else ()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        staging = Path(temporary) / "new"
-        written = _write_graph(graph, staging, compress=weights == "int4")
-        _write_json(staging / UNET_CONFIG, _config(model))
-        _write_json(staging / SCHEDULER_CONFIG, dict(scheduler_config))
-        _write_json(staging / "model_index.json", _model_index(scheduler_config))
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "provenance": dict(provenance),
-            "graph": written,
-            "weights": {"format": weights, "note": WEIGHTS_NOTE[weights]},
-            "sample_shape": list(sample_shape),
-            "batch_size": batch_size,
-            "train_timesteps": _train_timesteps(scheduler_config),
-            "conditions": [asdict(condition) for condition in conditions],
-            "layers": {name: _layer_entry(layer, name in packed) for name, layer in layers.items()},
-            "versions": {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
-            "files": _files(staging),
-        }
-        _write_json(staging / MANIFEST, manifest)
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        staging.rename(folder)
+    check_replaceable(folder)
+    train_timesteps = _train_timesteps(scheduler_config)
+    graph = convert(model, layers, sample_shape, batch_size, train_timesteps, conditions)
+    texts = {
+        UNET_CONFIG: _config(model),
+        SCHEDULER_CONFIG: scheduler_config,
+        MODEL_INDEX: _model_index(scheduler_config),
+        OPENVINO_CONFIG: _openvino_config(),
+    }
+    entries = {name: _layer_entry(layer) for name, layer in layers.items()}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "provenance": dict(provenance),
+        "graph": "",
+        "weights": {},
+        "sample_shape": list(sample_shape),
+        "batch_size": batch_size,
+        "train_timesteps": train_timesteps,
+        "conditions": [asdict(condition) for condition in conditions],
+        "cpu": _cpu(entries),
+        "layers": entries,
+        "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
+    }
+    written = write_folder(graph, weights, texts, manifest, folder)
     graph_bytes = sum(path.stat().st_size for path in (folder / GRAPH).parent.glob("openvino_model.*"))
-    return ExportedFolder(folder, manifest, graph_bytes)
+    return ExportedFolder(folder, written, graph_bytes)
 
 
 def convert(
@@ -208,61 +189,11 @@ def _check_groups(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
         raise ExportError(f"layers of one input group must read one quantized tensor; these groups read several: {split}")
 
 
-def _pack(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> tuple[str, ...]:
-    """Store the weights that fit [-8, 7] as int4 constants; returns the names of their layers."""
-    packed = []
-    for node in graph.get_ordered_ops():
-        layer = layers.get(node.get_friendly_name())
-        if layer is None or not -8 <= effective_weights(layer).min() <= effective_weights(layer).max() <= 7:
-            continue
-        constant = _weight_constant(node)
-        values = np.array(constant.data, np.int8)
-        tensor = ov.Tensor(pack_int4(values), ov.Shape(list(values.shape)), ov.Type.i4)
-        replacement = ov.op.Constant(tensor, shared_memory=False)
-        replacement.set_friendly_name(constant.get_friendly_name())
-        for consumer in constant.output(0).get_target_inputs():
-            consumer.replace_source_output(replacement.output(0))
-        packed.append(layer.name)
-    return tuple(packed)
-
-
-def _weight_constant(node: ov.Node) -> ov.Node:
-    """The integer constant at the root of a layer's weight input."""
-    source = node.input_value(1).get_node()
-    while source.get_type_name() != "Constant":
-        source = source.input_value(0).get_node()
-    if source.get_element_type() not in (ov.Type.i8, ov.Type.u8):
-        raise ExportError(f"{node.get_friendly_name()}: weights must be int8 in the graph, got {source.get_element_type()}")
-    return source
-
-
 def _train_timesteps(scheduler_config: Mapping[str, Any]) -> int:
     steps = scheduler_config.get("num_train_timesteps")
     if not isinstance(steps, int) or steps < 1:
         raise ExportError(f"the scheduler config must give num_train_timesteps, a whole number above 0, got {steps!r}")
     return steps
-
-
-def _check_target(folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}")
-
-
-def _write_graph(graph: ov.Model, folder: Path, compress: bool) -> str:
-    """Write the graph's text and weights; returns the path of the text inside the folder."""
-    path = folder / GRAPH
-    path.parent.mkdir(parents=True)
-    ov.save_model(graph, path, compress_to_fp16=False)
-    if not compress:
-        return GRAPH
-    (folder / PACKED_GRAPH).write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-    path.unlink()
-    return PACKED_GRAPH
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -274,29 +205,34 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _model_index(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model index whose unet the caller brings, since diffusers builds none but its own classes from one."""
+    """diffusers' index of the pipeline; of its unet it names the runtime's class, as diffusers does with classes that are not its own."""
     scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
     return {
-        "_class_name": scheduler.replace("Scheduler", "Pipeline"),
+        "_class_name": PIPELINES.get(scheduler, "DDPMPipeline"),
         "_diffusers_version": version("diffusers"),
         "scheduler": ["diffusers", scheduler],
-        "unet": [None, None],
-        "_unet_class": "pqcad_qat.deployment.runtime.OVUNet2DModel",
+        "unet": ["pqcad_qat.deployment.runtime", "OVUNet2DModel"],
     }
 
 
-def _layer_entry(layer: IntegerLayer, packed: bool) -> dict[str, Any]:
+def _openvino_config() -> dict[str, Any]:
+    """What optimum-intel writes beside a quantized model; `manifest.json` says more."""
+    return {"dtype": "int8", "input_info": None, "quantization_config": None, "save_onnx_model": False}
+
+
+def _layer_entry(layer: IntegerLayer) -> dict[str, Any]:
     return {
         "kind": layer.kind,
         "weight_bits": layer.weight_bits,
-        "stored_bits": 4 if packed else 8,
+        "stored_bits": 8,
         "input_bits": layer.input_bits,
         "input_group": layer.input_group,
         "needs_vnni": needs_vnni(layer),
     }
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file, by path inside the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+def _cpu(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """On which CPUs the integer sums are exact."""
+    needing = [name for name, entry in entries.items() if entry["needs_vnni"]]
+    note = "without VNNI the integer sums of these layers may overflow" if needing else "the integer sums are exact with AVX2 and better"
+    return {"exact_from": "vnni" if needing else "avx2", "layers_that_need_vnni": needing, "note": note}

@@ -1,12 +1,11 @@
-"""Load and run a deployed folder: digests checked, packed weights unpacked, one compiled model, the call of a diffusers UNet.
+"""Run a deployed folder: one compiled model, which stands where a diffusers UNet2DModel would.
 
-Not here: how the folder is made (export.py) or proved (verification.py). Needs openvino and numpy; torch only if the caller has it.
+Not here: its files (folder.py), how it is made (export.py) or proved (verification.py). Needs openvino and numpy; torch only if the caller
+has it.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 import os
 import warnings
@@ -14,26 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
+from pqcad_qat.deployment.folder import MANIFEST, SCHEDULER_CONFIG, UNET_CONFIG, copy_folder, read_graph, read_manifest
+from pqcad_qat.deployment.packing import WeightFormat
 from pqcad_qat.errors import ModelError
 
-WeightFormat = Literal["int8", "int4"]
 Float32 = npt.NDArray[np.float32]
-
-MANIFEST = "manifest.json"
-GRAPH = "unet/openvino_model.xml"
-PACKED_GRAPH = "unet/openvino_model.xml.gz"
-WEIGHTS = "unet/openvino_model.bin"
-UNET_CONFIG = "unet/config.json"
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
-SCHEMA_VERSION = 1
-
-MANIFEST_KEYS = ("graph", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
 
 CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 """Values of ONEDNN_MAX_CPU_ISA, which keeps oneDNN, and so OpenVINO, to the instructions of an older CPU."""
@@ -53,127 +43,52 @@ class UNetConfig(dict[str, Any]):
 
 @dataclass(frozen=True)
 class UNetOutput:
-    """What a call returns: `sample` (B, C, H, W), of the kind (torch or numpy) that was passed in."""
+    """What a call returns, by attribute, key or place as of diffusers.
+
+    Attributes:
+        sample: (B, C, H, W), of the kind (torch or numpy) that was passed in.
+    """
 
     sample: Any
 
+    def __getitem__(self, key: str | int) -> Any:
+        return {"sample": self.sample, 0: self.sample}[key]
 
-def sha256(path: Path) -> str:
-    """Digest of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a deployed folder, after checking that every file it lists is there and unchanged.
-
-    Raises:
-        ModelError: no such folder, no manifest, one that cannot be read, a missing file, or a digest that differs.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ModelError(f"{folder}: not a deployed folder: it has no {MANIFEST}")
-    try:
-        manifest: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
-    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
-        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
-    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
-        raise ModelError(f"{path}: has no {', '.join(missing)}")
-    _check_files(folder, manifest["graph"], manifest["files"])
-    return manifest
+    def to_tuple(self) -> tuple[Any]:
+        return (self.sample,)
 
 
-def _check_files(folder: Path, graph: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-    if graph not in (GRAPH, PACKED_GRAPH):
-        raise ModelError(f"{folder / MANIFEST}: graph must be {GRAPH} or {PACKED_GRAPH}, got {graph!r}")
-    for required in (graph, WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG):
-        if required not in files:
-            raise ModelError(f"{folder / MANIFEST}: lists no {required}")
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ModelError(f"{folder}: the manifest lists {name}, which is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ModelError(f"{path}: damaged: the manifest says {entry['bytes']} bytes, got {size}")
-        if (digest := sha256(path)) != entry["sha256"]:
-            raise ModelError(f"{path}: damaged or changed: the manifest says sha256 {entry['sha256']}, got {digest}")
+class ModelMixin:
+    """A part of a pipeline that can be loaded: diffusers asks the module that model_index.json names for a base class of this name."""
 
 
-def read_graph(folder: Path, core: ov.Core) -> ov.Model:
-    """The shipped graph with every packed weight unpacked to int8: the same graph, bit for bit, whatever the weights' format on disk.
-
-    Raises:
-        ModelError: OpenVINO cannot read the file.
-    """
-    try:
-        if (folder / GRAPH).is_file():
-            model = core.read_model(folder / GRAPH)
-        else:
-            model = core.read_model(gzip.decompress((folder / PACKED_GRAPH).read_bytes()), (folder / WEIGHTS).read_bytes())
-    except (RuntimeError, OSError) as error:
-        raise ModelError(f"{folder / 'unet'}: OpenVINO cannot read the graph there: {error}") from error
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i4:
-            _unpack(node)
-    return model
-
-
-def _unpack(constant: ov.Node) -> None:
-    """Put an int8 constant with the same values and name in the place of an int4 one."""
-    shape = tuple(constant.output(0).shape)
-    unpacked = ov.op.Constant(ov.Tensor(unpack_int4(np.asarray(constant.data), shape)))
-    unpacked.set_friendly_name(constant.get_friendly_name())
-    for consumer in constant.output(0).get_target_inputs():
-        consumer.replace_source_output(unpacked.output(0))
-
-
-def pack_int4(values: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Signed 4-bit values, two a byte, the first in the low half: OpenVINO's own layout of int4.
-
-    Raises:
-        ValueError: a value outside [-8, 7].
-    """
-    if values.size and (values.min() < -8 or values.max() > 7):
-        raise ValueError(f"int4 holds [-8, 7], got [{values.min()}, {values.max()}]")
-    nibbles = np.zeros(values.size + values.size % 2, np.uint8)
-    nibbles[: values.size] = values.reshape(-1).view(np.uint8) & 0x0F
-    low, high = nibbles[0::2], nibbles[1::2]
-    return np.asarray(low | (high << 4), np.uint8)
-
-
-def unpack_int4(packed: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
-    """The inverse of pack_int4."""
-    packed = packed.reshape(-1).view(np.uint8)
-    nibbles = np.empty(2 * packed.size, np.uint8)
-    nibbles[0::2], nibbles[1::2] = packed & 0x0F, packed >> 4
-    signed = (nibbles ^ 0x08).view(np.int8) - np.int8(8)  # sign extension
-    return signed[: int(np.prod(shape))].reshape(shape)
-
-
-class OVUNet2DModel:
+class OVUNet2DModel(ModelMixin):
     """A deployed denoiser, compiled: called with numpy arrays or torch tensors, it answers in kind.
 
-    It stands in for the `unet` of a diffusers pipeline:
-    ``DDIMPipeline.from_pretrained(folder, unet=OVUNet2DModel.from_pretrained(folder))``.
+    It stands in for the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers. Where this module
+    is imported, ``DDIMPipeline.from_pretrained(folder)`` makes one by itself.
     The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last sample, which are
     cut off again: any batch works, and a multiple of `batch_size` wastes nothing.
 
     Attributes:
+        folder: where it was loaded from.
         config: the UNet's config.json, by key or attribute.
+        scheduler_config: diffusers' config of the scheduler it is for.
         manifest: what the folder says of itself.
         sample_shape: (C, H, W) that the graph takes.
         batch_size: samples a run of the graph.
         conditions: what it takes beside sample and timestep, in order: {name, shape of one sample's, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use: what the layers outside the plan compute in.
+        training: False; it only predicts.
     """
+
+    training = False
 
     def __init__(self, folder: Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self.config = UNetConfig(json.loads((folder / UNET_CONFIG).read_text(encoding="utf-8")))
+        self.scheduler_config: dict[str, Any] = json.loads((folder / SCHEDULER_CONFIG).read_text(encoding="utf-8"))
         channels, height, width = self.manifest["sample_shape"]
         self.sample_shape: tuple[int, int, int] = (channels, height, width)
         self.batch_size: int = self.manifest["batch_size"]
@@ -185,18 +100,33 @@ class OVUNet2DModel:
         self._request = self.compiled.create_infer_request()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> OVUNet2DModel:
-        """Load a deployed folder (the one with manifest.json in it).
+    def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> Self:
+        """Load a deployed folder.
 
         Args:
-            folder: what export_model wrote.
+            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or its unet/.
             device: OpenVINO's name of the device.
             properties: OpenVINO properties over DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
 
         Raises:
             ModelError: not such a folder, a damaged one, or properties that OpenVINO refuses.
         """
-        return cls(Path(folder), device, properties)
+        path = Path(folder)
+        inside = path.name == "unet" and not (path / MANIFEST).is_file()  # what diffusers' pipelines hand over
+        return cls(path.parent if inside else path, device, properties)
+
+    def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:
+        """Write the whole deployed folder again: the same files, byte for byte; or its weights in another format, with the same execution.
+
+        Args:
+            folder: where to; an older deployed folder there is replaced, anything else refused.
+            weights: int8 for plain OpenVINO; int4 or packed for the smallest files; by default as loaded.
+
+        Raises:
+            ModelError: the folder it was loaded from is gone or changed, or there is no such format.
+            ExportError: the target holds something else.
+        """
+        copy_folder(self.folder, Path(folder), weights)
 
     @property
     def dtype(self) -> Any:
@@ -216,32 +146,73 @@ class OVUNet2DModel:
 
         return torch.device("cpu")
 
-    @overload
-    def __call__(self, sample: Any, timestep: Any, return_dict: Literal[True] = True, **conditions: Any) -> UNetOutput: ...
+    def to(self, *places: Any, device: Any = None, dtype: Any = None) -> Self:
+        """Itself, where that changes nothing: host memory and float32, in which it takes and gives samples.
+
+        Raises:
+            ModelError: another device or dtype, which the compiled graph cannot take.
+        """
+        for place in (*places, device, dtype):
+            if place is not None and str(place).removeprefix("torch.") not in ("cpu", "float32"):
+                raise ModelError(f"{self.folder}: cannot go to {place}: it runs on {self.compiled_for} from cpu memory, samples in float32")
+        return self
+
+    @property
+    def compiled_for(self) -> str:
+        """OpenVINO's name of the device that computes."""
+        return ", ".join(self.compiled.get_property("EXECUTION_DEVICES"))
+
+    def eval(self) -> Self:
+        """Itself: it is always in evaluation mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Itself.
+
+        Raises:
+            ModelError: gradients are asked for.
+        """
+        if requires_grad:
+            raise ModelError(f"{self.folder}: a deployed model has no gradients; train the quantized student instead")
+        return self
 
     @overload
-    def __call__(self, sample: Any, timestep: Any, return_dict: Literal[False], **conditions: Any) -> tuple[Any]: ...
+    def __call__(
+        self, sample: Any, timestep: Any, condition: Any = None, return_dict: Literal[True] = True, **conditions: Any
+    ) -> UNetOutput: ...
 
-    def __call__(self, sample: Any, timestep: Any, return_dict: bool = True, **conditions: Any) -> UNetOutput | tuple[Any]:
+    @overload
+    def __call__(
+        self, sample: Any, timestep: Any, condition: Any = None, *, return_dict: Literal[False], **conditions: Any
+    ) -> tuple[Any]: ...
+
+    def __call__(
+        self, sample: Any, timestep: Any, condition: Any = None, return_dict: bool = True, **conditions: Any
+    ) -> UNetOutput | tuple[Any]:
         """Predict as the diffusers model does, with its own keyword arguments.
 
         Args:
             sample: (B, C, H, W), numpy array or torch tensor.
-            timestep: a number, or an array or tensor of shape (), (1,) or (B,).
+            timestep: a number, or an array or tensor of shape (), (1,) or (B,); floats too, if they are whole numbers.
+            condition: the model's first, which diffusers takes without its name too: class_labels, or encoder_hidden_states.
             return_dict: False returns a tuple of one.
-            conditions: such as class_labels, encoder_hidden_states, added_cond_kwargs: (B, ...), or (1, ...) for all samples.
+            conditions: by diffusers' names, dicts such as added_cond_kwargs among them: (B, ...), or (1, ...) for all samples.
 
         Raises:
-            ModelError: a shape that the graph does not take, a time step that is no whole number in [0, T), or conditions of another model.
+            ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number in [0, T).
         """
-        given = {name: as_array(value) for name, value in flattened(conditions).items()}
+        first = self.conditions[0]["name"] if self.conditions else "class_labels"
+        given = {name: as_array(value) for name, value in flattened({first: condition, **conditions}).items()}
         if isinstance(sample, np.ndarray):
-            prediction: Any = self.predict(sample, as_array(timestep), given)
+            prediction: Any = self.predict(sample, timestep, given)
         else:
             import torch
 
-            prediction = torch.from_numpy(self.predict(sample.detach().cpu().float().numpy(), as_array(timestep), given)).to(sample)
+            times = timestep.detach().cpu().double().numpy() if isinstance(timestep, torch.Tensor) else timestep
+            prediction = torch.from_numpy(self.predict(sample.detach().cpu().float().numpy(), times, given)).to(sample)
         return UNetOutput(prediction) if return_dict else (prediction,)
+
+    forward = __call__
 
     def predict(
         self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
@@ -272,9 +243,12 @@ class OVUNet2DModel:
     def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
         if timestep.shape not in ((), (1,), (count,)):
             raise ModelError(f"{self.folder}: time steps must have shape (), (1,) or ({count},), got {timestep.shape}")
-        whole = timestep.astype(np.int64)
+        whole = np.rint(timestep).astype(np.int64)
         if (whole != timestep).any() or whole.min() < 0 or whole.max() >= self._train_timesteps:
-            raise ModelError(f"{self.folder}: time steps must be whole numbers in [0, {self._train_timesteps}), got {timestep}")
+            raise ModelError(
+                f"{self.folder}: time steps must be whole numbers in [0, {self._train_timesteps}), got {timestep}; schedulers lay whole "
+                "ones with timestep_spacing leading or trailing, and without Karras, exponential or beta sigmas"
+            )
         return np.broadcast_to(whole, (count,))
 
     def _run(self, parts: Sequence[npt.NDArray[Any]]) -> Float32:

@@ -16,8 +16,9 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.deployment.folder import MANIFEST, read_graph
 from pqcad_qat.deployment.modules import TracedDenoiser, swapped, timestep_tables
-from pqcad_qat.deployment.runtime import MANIFEST, compile_graph, read_graph
+from pqcad_qat.deployment.runtime import compile_graph
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.hardware import usable_cores

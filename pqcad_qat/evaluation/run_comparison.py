@@ -1,4 +1,4 @@
-"""Reports of several runs as one table: those that differ in their seed alone as mean and spread; FIDs that do not compare are refused.
+"""Reports of several runs as a table a model: those of other seeds alone as mean and spread; FIDs that do not compare are refused.
 
 Not here: how the table looks (run_comparison_page.py), or where the reports lie (report.py).
 """
@@ -6,16 +6,18 @@ Not here: how the table looks (run_comparison_page.py), or where the reports lie
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from pqcad_qat.errors import StudyError
 from pqcad_qat.evaluation.record import VARIANTS, FidProtocol, Report, Variant
 from pqcad_qat.policy.variants import UNTRAINED
 
-FIGURES = ("fid_real", "fid_fp", "psnr_fp", "latency_ms_per_image")
+QUALITY = ("fid_real", "fid_fp", "psnr_fp")
+FIGURES = (*QUALITY, "latency_ms_per_image")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """What has to be equal before two FIDs compare; steps may differ."""
 
@@ -60,16 +62,34 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows whose figures compare: those of one full-precision model.
+
+    Attributes:
+        model: its source, as the policies name it.
+        protocol: of its FIDs; None where none was measured.
+    """
+
+    model: str
+    protocol: FidProtocol | None
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All that a table of runs says."""
 
     title: str
     headings: tuple[str, ...]  # of the labels
-    rows: tuple[Row, ...]
-    protocol: FidProtocol | None
+    parts: tuple[Part, ...]
     machines: tuple[str, ...]
     runs: tuple[str, ...]
     command: str
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of all parts, in order."""
+        return tuple(row for part in self.parts for row in part.rows)
 
 
 def named_runs(reports: Mapping[str, Report]) -> list[Run]:
@@ -81,11 +101,25 @@ def named_runs(reports: Mapping[str, Report]) -> list[Run]:
 
 
 def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
-    """One row a variant of the runs that differ in their seed alone.
+    """A part for every model, in it one row a variant of the runs that differ in their seed alone.
 
     Raises:
-        StudyError: two runs have FIDs of different protocols, or the same policy and seed.
+        StudyError: two runs of one model have FIDs of different protocols, or the same policy and seed.
     """
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        models.setdefault(_model(run.report), []).append(run)
+    return Comparison(
+        title=title,
+        headings=tuple(runs[0].labels) if runs else (),
+        parts=tuple(_part(model, found) for model, found in models.items()),
+        machines=tuple(dict.fromkeys(run.report.hardware.cpu for run in runs)),
+        runs=tuple(run.path for run in runs),
+        command=command,
+    )
+
+
+def _part(model: str, runs: Sequence[Run]) -> Part:
     _refuse_other_protocols(runs)
     groups = _groups(runs)
     common = [name for name in UNTRAINED if len(groups) > 1 and _is_one(name, runs)]
@@ -93,15 +127,7 @@ def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
     for group in groups:
         found = {row.name for run in group for row in run.report.variants} - {*common}
         rows += [_row(group[0].labels, name, group) for name in VARIANTS if name in found]
-    return Comparison(
-        title=title,
-        headings=tuple(runs[0].labels) if runs else (),
-        rows=tuple(rows),
-        protocol=next((run.report.fid_protocol for run in runs if run.report.fid_protocol), None),
-        machines=tuple(dict.fromkeys(run.report.hardware.cpu for run in runs)),
-        runs=tuple(run.path for run in runs),
-        command=command,
-    )
+    return Part(model, next((run.report.fid_protocol for run in runs if run.report.fid_protocol), None), tuple(rows))
 
 
 def _refuse_other_protocols(runs: Sequence[Run]) -> None:
@@ -135,16 +161,28 @@ def _name(report: Report) -> str:
     return str(report.policy.get("name", "run"))
 
 
+def _model(report: Report) -> str:
+    return str(cast(dict[str, Any], report.policy["model"])["source"])
+
+
 def _variant(run: Run, name: str) -> Variant | None:
     return next((row for row in run.report.variants if row.name == name), None)
 
 
 def _is_one(name: str, runs: Sequence[Run]) -> bool:
-    """Every run that has the variant has the same: all but its timing and the size of its files is equal."""
-    rows = [
-        replace(row, latency_ms_per_step=None, latency_ms_per_image=None, size_bytes=None) for run in runs if (row := _variant(run, name))
-    ]
-    return len(rows) > 1 and all(row == rows[0] for row in rows)
+    """Every run that has the variant has the same: widths, steps, and figures of quality but for their last digits."""
+    rows = [row for run in runs if (row := _variant(run, name))]
+    return len(rows) > 1 and all(_alike(row, rows[0]) for row in rows)
+
+
+def _alike(a: Variant, b: Variant) -> bool:
+    same = (a.weight_bits, a.activation_bits, a.steps) == (b.weight_bits, b.activation_bits, b.steps)
+    return same and all(_agree(getattr(a, figure), getattr(b, figure)) for figure in QUALITY)
+
+
+def _agree(a: float | None, b: float | None) -> bool:
+    """Equal but for rounding, which differs with the number of threads."""
+    return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6))
 
 
 def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
@@ -154,7 +192,10 @@ def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
     first = rows[0][1]
     figures = {figure: [value for _, row in rows if (value := getattr(row, figure)) is not None] for figure in FIGURES}
     if name in UNTRAINED:  # training seeds do not reach them: one figure, not many that agree
-        figures = {figure: values[:1] if len(set(values)) == 1 else values for figure, values in figures.items()}
+        figures = {
+            figure: [min(values)] if values and all(_agree(value, values[0]) for value in values) else values
+            for figure, values in figures.items()
+        }
     return Row(
         labels=labels,
         variant=name,

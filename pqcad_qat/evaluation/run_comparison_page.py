@@ -19,9 +19,9 @@ from pqcad_qat.evaluation.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.evaluation.page import MANY_IMAGES, UNKNOWN, number, page_template
 from pqcad_qat.evaluation.record import VARIANTS, FidProtocol
 from pqcad_qat.evaluation.report import write_atomic
-from pqcad_qat.evaluation.run_comparison import ALL, Comparison, Row, Spread
+from pqcad_qat.evaluation.run_comparison import ALL, Comparison, Part, Row, Spread
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HEADINGS = {
     "fid_real": "FID to real",
     "fid_fp": "FID to full precision",
@@ -63,6 +63,8 @@ def spread_text(spread: Spread | None) -> str:
     mean = number(spread.mean)
     if spread.deviation is None:
         return mean
+    if "e" in mean:
+        return f"{mean} ± {spread.deviation:.1e}"
     return f"{mean} ± {spread.deviation:.{len(mean.partition('.')[2])}f}"
 
 
@@ -80,20 +82,29 @@ def protocol_text(protocol: FidProtocol | None) -> str:
     return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """For the terminal."""
-    table = Table(*headings(comparison), title=comparison.title)
-    for row in comparison.rows:
-        table.add_row(*cells(comparison, row))
-    return table
+def part_title(comparison: Comparison, part: Part) -> str:
+    """The comparison's, and its model where there are several."""
+    return comparison.title if len(comparison.parts) == 1 else f"{comparison.title}: {part.model}"
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
+    """For the terminal: of every part a table, then its protocol."""
+    for part in comparison.parts:
+        table = Table(*headings(comparison), title=part_title(comparison, part))
+        for row in part.rows:
+            table.add_row(*cells(comparison, row))
+        yield table
+        yield protocol_text(part.protocol)
 
 
 def markdown(comparison: Comparison) -> str:
-    """For a README: where it comes from, the table, the protocol."""
+    """For a README: where it comes from, and of every part the table and the protocol."""
     titles = headings(comparison)
-    lines = [titles, ["---"] * len(titles), *(cells(comparison, row) for row in comparison.rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"From `{comparison.command}`:\n\n{table}\n\n{protocol_text(comparison.protocol)}\n"
+    texts = [f"From `{comparison.command}`:"]
+    for part in comparison.parts:
+        lines = [titles, ["---"] * len(titles), *(cells(comparison, row) for row in part.rows)]
+        texts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), protocol_text(part.protocol)]
+    return "\n\n".join(texts) + "\n"
 
 
 def render(comparison: Comparison) -> str:
@@ -102,21 +113,29 @@ def render(comparison: Comparison) -> str:
         comparison=comparison,
         headings=headings(comparison),
         labels=len(comparison.headings) + 1,
-        rows=[cells(comparison, row) for row in comparison.rows],
+        count=len(comparison.rows),
+        parts=[_part_context(comparison, part) for part in comparison.parts],
         variants={name: VARIANTS[name] for name in VARIANTS if any(row.variant == name for row in comparison.rows)},
-        protocol=protocol_text(comparison.protocol),
-        few_images=comparison.protocol is not None and comparison.protocol.images < MANY_IMAGES,
-        chart=Markup(figure_chart(comparison) or ""),  # our own SVG, its texts escaped by canvas.py
         unknown=UNKNOWN,
     )
 
 
-def figure_chart(comparison: Comparison) -> str | None:
+def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
+    """What the page's template reads of a part."""
+    return {
+        "model": part.model,
+        "rows": [cells(comparison, row) for row in part.rows],
+        "protocol": protocol_text(part.protocol),
+        "few_images": part.protocol is not None and part.protocol.images < MANY_IMAGES,
+        "chart": Markup(figure_chart(part.rows) or ""),  # our own SVG, its texts escaped by canvas.py
+    }
+
+
+def figure_chart(rows: Sequence[Row]) -> str | None:
     """FID and PSNR of every row, means with their spread; None where neither was measured."""
-    panels = [figure for figure in PANELS if figure in measured(comparison)]
+    panels = [figure for figure in PANELS if any(figure in row.figures for row in rows)]
     if not panels:
         return None
-    rows = comparison.rows
     with canvas("runs", 9.6, 1.1 + 0.24 * len(rows)) as drawn:
         axes = drawn.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, figure in zip(axes, panels, strict=True):

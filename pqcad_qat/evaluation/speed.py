@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.deployment.runtime import MANIFEST, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, read_manifest
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, executed_nodes, layer_precisions
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import (

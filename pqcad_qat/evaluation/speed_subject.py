@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import nn
 
 from pqcad_qat.deployment.export import export_model
-from pqcad_qat.deployment.runtime import MANIFEST, UNET_CONFIG, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, UNET_CONFIG, read_manifest
 from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, predict, read_json
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline

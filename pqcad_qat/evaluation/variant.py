@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.runtime import MANIFEST, SCHEDULER_CONFIG, OVUNet2DModel, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, SCHEDULER_CONFIG, read_manifest
+from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.conditions import (
     GUIDANCE,

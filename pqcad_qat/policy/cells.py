@@ -118,12 +118,13 @@ def _seeded(labels: Mapping[str, str], tree: Tree, seeds: Sequence[int]) -> Iter
 
 
 def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
-    """Cells of one folder, and cells whose FIDs could not stand in one table."""
+    """Cells of one folder, and cells whose FIDs of one model could not stand in one table."""
     origin = (tree.child("policies") or tree).origin
     names = [cell.name for cell in cells]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{origin}: policies: got the cell {name} twice; allowed policies and levels whose names differ"
-    for key in ("images", "features", "seed"):
-        values = {str(getattr(cell.policy.evaluation, key)) for cell in cells}
+    for model, key in product(dict.fromkeys(cell.policy.model.source for cell in cells), ("images", "features", "seed")):
+        values = {str(getattr(cell.policy.evaluation, key)) for cell in cells if cell.policy.model.source == model}
         if len(values) > 1:
-            yield f"{origin}: evaluation.{key}: got {', '.join(sorted(values))} in different cells; allowed one, for FIDs to be compared"
+            got = f"{', '.join(sorted(values))} in different cells of {model}"
+            yield f"{origin}: evaluation.{key}: got {got}; allowed one, for FIDs to be compared"

@@ -112,9 +112,11 @@ def by_place(fault: str) -> tuple[str, int]:
     return (place[1], int(place[2])) if place else (fault, 0)
 
 
-def dump_policy(policy: Policy | PretrainPolicy) -> str:
-    """The policy as YAML with every key; loading it gives an equal policy."""
-    return str(yaml.dump(policy.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+def dump_policy(policy: Policy | PretrainPolicy, whole: bool = True) -> str:
+    """The policy as YAML with every key, or only those that are not as by default; loading it gives an equal policy."""
+    return str(
+        yaml.dump(policy.model_dump(mode="json", exclude_defaults=not whole), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    )
 
 
 def difference(a: Policy | PretrainPolicy, b: Policy | PretrainPolicy) -> list[str]:

@@ -249,7 +249,9 @@ class ExportPolicy(Section):
     """The deployed folder, and how its speed is measured."""
 
     batch_size: Count = Field(1, description="fixed batch size of the exported model")
-    weights: Literal["int8", "int4"] = Field("int8", description="int8: for plain OpenVINO; int4: packed on disk, for our runtime")
+    weights: Literal["int8", "int4", "packed"] = Field(
+        "int8", description="int8: for plain OpenVINO; int4 or packed (2, 3 or 4 bits, the fewest that fit): on disk, for our runtime"
+    )
     latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
 
 

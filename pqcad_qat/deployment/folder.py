@@ -1,0 +1,193 @@
+"""The deployed folder: its files, what its manifest says of them, and how it is read and written, whole or not at all.
+
+Not here: where a graph comes from (export.py), or how one is run (runtime.py). Needs openvino and numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from pqcad_qat.deployment.packing import WeightFormat, compress_text, pack_weights, read_text_and_weights, write_graph
+from pqcad_qat.errors import ExportError, ModelError
+
+MANIFEST = "manifest.json"
+MODEL_INDEX = "model_index.json"
+OPENVINO_CONFIG = "openvino_config.json"
+GRAPH = "unet/openvino_model.xml"
+PACKED_GRAPH = "unet/openvino_model.xml.gz"
+WEIGHTS = "unet/openvino_model.bin"
+UNET_CONFIG = "unet/config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+SCHEMA_VERSION = 1
+
+REQUIRED_FILES = (WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG)
+MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
+
+_UNPACKING = (
+    "pqcad_qat.deployment.runtime unpacks both at load to the graph of the int8 form, bit for bit. That form is needed for plain OpenVINO, "
+    "which does not read the compressed text, nor run convolutions with packed constants in INT8: OVUNet2DModel.save_pretrained(FOLDER, "
+    'weights="int8") writes it.'
+)
+WEIGHTS_NOTE: Mapping[WeightFormat, str] = {
+    "int8": "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the planned layers in INT8.",
+    "int4": f"Weights that fit are packed to 4 bits, and the graph's text is compressed. {_UNPACKING}",
+    "packed": f"The smallest files: weights are packed to 2, 3 or 4 bits where they fit, and the text is compressed. {_UNPACKING}",
+}
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a deployed folder, after checking that every file it lists is there and unchanged.
+
+    Raises:
+        ModelError: no such folder, no manifest, one that cannot be read, a missing file, or a digest that differs.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ModelError(f"{folder}: not a deployed folder: it has no {MANIFEST}")
+    try:
+        manifest: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
+        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
+    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
+        raise ModelError(f"{path}: has no {', '.join(missing)}")
+    _check_files(folder, manifest["graph"], manifest["files"])
+    return manifest
+
+
+def _check_files(folder: Path, graph: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    if graph not in (GRAPH, PACKED_GRAPH):
+        raise ModelError(f"{folder / MANIFEST}: graph must be {GRAPH} or {PACKED_GRAPH}, got {graph!r}")
+    for required in (graph, *REQUIRED_FILES):
+        if required not in files:
+            raise ModelError(f"{folder / MANIFEST}: lists no {required}")
+    for name, entry in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ModelError(f"{folder / MANIFEST}: lists {name}, which lies outside the folder")
+        if not path.is_file():
+            raise ModelError(f"{folder}: the manifest lists {name}, which is missing")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ModelError(f"{path}: damaged: the manifest says {entry['bytes']} bytes, got {size}")
+        if (digest := sha256(path)) != entry["sha256"]:
+            raise ModelError(f"{path}: damaged or changed: the manifest says sha256 {entry['sha256']}, got {digest}")
+
+
+def read_graph(folder: Path, core: ov.Core) -> ov.Model:
+    """The shipped graph with every packed weight unpacked to int8: the same graph, bit for bit, whatever the weights' format on disk.
+
+    Raises:
+        ModelError: OpenVINO cannot read the file.
+    """
+    text = folder / GRAPH
+    return read_text_and_weights(text if text.is_file() else folder / PACKED_GRAPH, folder / WEIGHTS, core)
+
+
+def write_folder(
+    graph: ov.Model, weights: WeightFormat, texts: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Write a deployed folder; an older one there is replaced.
+
+    Args:
+        graph: with int8 weights; it is packed in place.
+        weights: their format on disk.
+        texts: path inside the folder -> content of a JSON file.
+        manifest: all but what follows from the files: `graph`, `weights`, `files`, and `stored_bits` of the `layers`.
+        folder: where to.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ExportError: the folder holds something else, or a planned layer has no 8-bit weights.
+    """
+    stored = pack_weights(graph, manifest["layers"], weights)
+    with replaced(folder) as staging:
+        write_graph(graph, staging / GRAPH)
+        if weights != "int8":
+            compress_text(staging / GRAPH, staging / PACKED_GRAPH)
+        for name, content in texts.items():
+            write_json(staging / name, content)
+        written = {
+            **manifest,
+            "graph": GRAPH if weights == "int8" else PACKED_GRAPH,
+            "weights": {"format": weights, "note": WEIGHTS_NOTE[weights]},
+            "layers": {name: {**layer, "stored_bits": stored[name]} for name, layer in manifest["layers"].items()},
+            "files": _files(staging),
+        }
+        write_json(staging / MANIFEST, written)
+    return written
+
+
+def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None) -> None:
+    """Write a deployed folder again: the same files, byte for byte, or in another format of its weights, as export_model would have.
+
+    Raises:
+        ModelError: a damaged source.
+        ExportError: the target holds something else.
+    """
+    manifest = read_manifest(source)
+    if weights in (None, manifest["weights"]["format"]):
+        with replaced(folder) as staging:
+            for name in (*manifest["files"], MANIFEST):
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, staging / name)
+            read_manifest(staging)
+        return
+    if weights not in WEIGHTS_NOTE:
+        raise ModelError(f"weights must be {', '.join(WEIGHTS_NOTE)}, got {weights!r}")
+    graphs = (manifest["graph"], WEIGHTS)
+    texts = {name: json.loads((source / name).read_text(encoding="utf-8")) for name in manifest["files"] if name not in graphs}
+    write_folder(read_graph(source, ov.Core()), weights, texts, manifest, folder)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder to be filled, moved to its place when the context ends well; until then an older deployed folder there stays whole.
+
+    Raises:
+        ExportError: what is there is no deployed folder.
+    """
+    check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        staging = Path(temporary) / "new"
+        staging.mkdir()
+        yield staging
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        staging.rename(folder)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ExportError where a deployed folder must not be written, since there is something else."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file, by path inside the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}

@@ -1,0 +1,148 @@
+"""Weights on disk in fewer bits: integers as bit fields, and a graph whose planned weights are packed so, or unpacked to int8 again.
+
+Not here: the folder around the graph (folder.py). Needs openvino and numpy.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from pqcad_qat.errors import ExportError, ModelError
+
+WeightFormat = Literal["int8", "int4", "packed"]
+
+PACKED_WIDTHS: Mapping[WeightFormat, tuple[int, ...]] = {"int8": (), "int4": (4,), "packed": (2, 3, 4)}
+"""Bits that a layer's weights may be packed to; what fits none of them stays int8."""
+
+CONTAINERS: Mapping[int, ov.Type] = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4}
+"""The type of a packed constant. It has the right size and says the width; of these only int4 holds for OpenVINO what it holds for us."""
+
+MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
+
+
+def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> int:
+    """The fewest of `widths` that hold every value as a signed integer, or 8; unsigned bytes (of a zero point) stay what they are."""
+    if weights.dtype == np.uint8:
+        return 8
+    fitting = [bits for bits in widths if -(2 ** (bits - 1)) <= weights.min() and weights.max() < 2 ** (bits - 1)]
+    return min(fitting, default=8)
+
+
+def pack_values(values: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
+    """Two's complement fields of `bits` bits, the first in the lowest bits of the first byte: for 4 bits OpenVINO's own layout of int4.
+
+    Returns:
+        as many bytes as `bits` times the number of values rounded up to a multiple of 8 takes.
+
+    Raises:
+        ValueError: a value that the width does not hold.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if values.size and (values.min() < low or values.max() > high):
+        raise ValueError(f"{bits} bits hold [{low}, {high}], got [{values.min()}, {values.max()}]")
+    fields = np.zeros(-(-values.size // 8) * 8, np.uint8)
+    fields[: values.size] = values.reshape(-1).view(np.uint8)
+    return np.packbits(np.unpackbits(fields[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
+
+
+def unpack_values(packed: npt.NDArray[np.uint8], bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
+    """The inverse of pack_values; bytes beyond the values are ignored."""
+    count, sign = int(np.prod(shape)), 1 << (bits - 1)
+    fields = np.unpackbits(packed.reshape(-1), count=count * bits, bitorder="little").reshape(count, bits)
+    values = np.packbits(fields, axis=1, bitorder="little").reshape(shape)
+    return np.asarray((values ^ sign).view(np.int8) - np.int8(sign), np.int8)  # sign extension
+
+
+def pack_weights(graph: ov.Model, layers: Collection[str], weights: WeightFormat) -> dict[str, int]:
+    """Pack the int8 weights of the planned layers in place; returns the bits that each is now stored in.
+
+    Raises:
+        ExportError: a planned layer whose weights are no 8-bit integers.
+    """
+    found = {}
+    for node in graph.get_ordered_ops():
+        if (name := node.get_friendly_name()) in layers and node.get_type_name() in MATRIX_OPS:
+            constant = _weight_constant(node)
+            values = np.asarray(constant.data)
+            found[name] = stored_bits(values, PACKED_WIDTHS[weights])
+            if found[name] < 8:
+                _replace(constant, _packed_tensor(values, found[name]))
+    return found
+
+
+def unpack_weights(graph: ov.Model) -> None:
+    """Put an int8 constant with the same values and name in the place of every packed one."""
+    widths = {container: bits for bits, container in CONTAINERS.items()}
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "Constant" and (bits := widths.get(node.get_element_type())):
+            shape = tuple(node.output(0).shape)
+            _replace(node, ov.Tensor(unpack_values(np.asarray(node.data).view(np.uint8), bits, shape)))
+
+
+def _packed_tensor(values: npt.NDArray[np.int8], bits: int) -> ov.Tensor:
+    packed, shape = pack_values(values, bits), ov.Shape(list(values.shape))
+    size = ov.Tensor(CONTAINERS[bits], shape).byte_size
+    return ov.Tensor(packed[:size], shape, CONTAINERS[bits])
+
+
+def _weight_constant(node: ov.Node) -> ov.Node:
+    """The integer constant at the root of a layer's weight input."""
+    source = node.input_value(1).get_node()
+    while source.get_type_name() != "Constant":
+        source = source.input_value(0).get_node()
+    if source.get_element_type() not in (ov.Type.i8, ov.Type.u8):
+        raise ExportError(f"{node.get_friendly_name()}: weights must be int8 in the graph, got {source.get_element_type()}")
+    return source
+
+
+def _replace(constant: ov.Node, tensor: ov.Tensor) -> None:
+    replacement = ov.op.Constant(tensor, shared_memory=False)
+    replacement.set_friendly_name(constant.get_friendly_name())
+    replacement.output(0).get_tensor().set_names(constant.output(0).get_names())
+    for consumer in constant.output(0).get_target_inputs():
+        consumer.replace_source_output(replacement.output(0))
+
+
+def write_graph(graph: ov.Model, xml: Path) -> None:
+    """Write the graph's text and, beside it, its constants as they are (OpenVINO's default would round them to float16).
+
+    Names that OpenVINO has numbered by all nodes that the process ever made are numbered by place, so that the same graph gives the same
+    bytes.
+    """
+    xml.parent.mkdir(parents=True, exist_ok=True)
+    graph.set_friendly_name("unet")
+    for place, node in enumerate(graph.get_ordered_ops()):
+        kind, _, number = node.get_friendly_name().rpartition("_")
+        if kind == node.get_type_name() and number.isdigit():
+            node.set_friendly_name(f"{kind}_{place}")
+    ov.save_model(graph, xml, compress_to_fp16=False)
+
+
+def compress_text(xml: Path, compressed: Path) -> None:
+    """Put the graph's text as gzip in the place of the plain one; the same bytes at any time."""
+    compressed.write_bytes(gzip.compress(xml.read_bytes(), mtime=0))
+    xml.unlink()
+
+
+def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
+    """A graph with its weights unpacked: the same graph, bit for bit, whatever their format on disk.
+
+    Raises:
+        ModelError: OpenVINO cannot read the files.
+    """
+    try:
+        if text.suffix == ".gz":
+            model = core.read_model(gzip.decompress(text.read_bytes()), weights.read_bytes())
+        else:
+            model = core.read_model(text, weights)
+        unpack_weights(model)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ModelError(f"{text.parent}: OpenVINO cannot read the graph there: {error}") from error
+    return model

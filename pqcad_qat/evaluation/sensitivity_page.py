@@ -1,0 +1,181 @@
+"""What `sensitivity` found: its record, and the same on the terminal, as JSON, and as a page that stands alone.
+
+Not here: the measurement (quantization/sensitivity.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.patches import Rectangle
+from rich.table import Table
+
+from pqcad_qat.evaluation.canvas import COLOURS, canvas
+from pqcad_qat.evaluation.page import TIMES, number, page_template
+from pqcad_qat.evaluation.report import write_atomic
+from pqcad_qat.quantization.sensitivity import LayerSensitivity
+
+SCHEMA_VERSION = 1
+JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
+
+SHADES = tuple(COLOURS[f"bits{bits}"] for bits in range(8, 1, -1))
+"""Of errors, from the smallest to the largest."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Widths of all layers, and what they come to.
+
+    Attributes:
+        bits: layer -> width of its weights.
+        bytes: of the weights, packed.
+        predicted: sum of the layers' errors.
+        error: measured with all layers quantized at once.
+    """
+
+    bits: Mapping[str, int]
+    bytes: int
+    predicted: float
+    error: float
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """All that was measured.
+
+    Attributes:
+        policy, model: their names.
+        states: of the calibration set, on which errors were measured.
+        layers: in the model's order.
+        parameters: of each layer.
+        full_bytes: of the model in float32.
+        budget_bytes: that the chosen widths had to keep to.
+        assignments: the policy's own widths, and the chosen ones.
+        command: that made it.
+    """
+
+    policy: str
+    model: str
+    states: int
+    layers: tuple[LayerSensitivity, ...]
+    parameters: Mapping[str, int]
+    full_bytes: int
+    budget_bytes: int | None
+    assignments: Mapping[str, Assignment]
+    command: str
+
+    @property
+    def widths(self) -> list[int]:
+        """That were measured, widest first."""
+        return sorted(self.layers[0].weights, reverse=True)
+
+    @property
+    def shown(self) -> Assignment:
+        """The assignment that table and picture mark: the last one."""
+        return list(self.assignments.values())[-1]
+
+
+def write_sensitivity(report: SensitivityReport, folder: Path) -> Path:
+    """Write sensitivity.json and sensitivity.html, each whole or not at all; returns the page."""
+    document = {"schema_version": SCHEMA_VERSION, **asdict(report)}
+    write_atomic(folder / JSON_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(folder / PAGE_FILE, render(report).encode())
+    return folder / PAGE_FILE
+
+
+def decibels(error: float) -> str:
+    """A relative squared error in decibels; nothing moved at all is a dash."""
+    return f"{10 * math.log10(error):.1f}" if error > 0 else "\N{EN DASH}"
+
+
+def headings(report: SensitivityReport) -> list[str]:
+    return ["layer", "parameters", "inputs", *(f"{width} bits" for width in report.widths), "gets"]
+
+
+def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
+    """A layer's texts, under `headings`: errors in decibels below the output."""
+    errors = (decibels(error) for error in (layer.inputs, *(layer.weights[width] for width in report.widths)))
+    return [layer.name, f"{report.parameters[layer.name]:,}", *errors, str(report.shown.bits[layer.name])]
+
+
+def sensitivity_table(report: SensitivityReport) -> Table:
+    """For the terminal."""
+    table = Table(title=f"{report.policy}: error of the output in dB, one layer quantized alone", caption_justify="left")
+    for heading in headings(report):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for layer in report.layers:
+        table.add_row(*cells(report, layer))
+    return table
+
+
+def assignment_table(report: SensitivityReport) -> Table:
+    """For the terminal: what the widths of all layers come to."""
+    table = Table("widths", "mean bits", "MB", f"float32 {TIMES}", "sum of errors, dB", "measured together, dB")
+    for row in assignment_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def assignment_rows(report: SensitivityReport) -> list[list[str]]:
+    return [
+        [
+            name,
+            number(mean_bits(report, found)),
+            f"{found.bytes / 1e6:.2f}",
+            f"{found.bytes / report.full_bytes:.3f}",
+            decibels(found.predicted),
+            decibels(found.error),
+        ]
+        for name, found in report.assignments.items()
+    ]
+
+
+def mean_bits(report: SensitivityReport, assignment: Assignment) -> float:
+    """Of the planned layers, by their parameters."""
+    weighted = sum(width * report.parameters[name] for name, width in assignment.bits.items())
+    return weighted / sum(report.parameters[name] for name in assignment.bits)
+
+
+def render(report: SensitivityReport) -> str:
+    """The page, self-contained."""
+    return page_template("sensitivity_template.html").render(
+        report=report,
+        headings=headings(report),
+        rows=[cells(report, layer) for layer in report.layers],
+        assignments=assignment_rows(report),
+        chart=Markup(sensitivity_chart(report)),  # our own SVG, its texts escaped by canvas.py
+    )
+
+
+def sensitivity_chart(report: SensitivityReport) -> str:
+    """A row a layer, a column a width: the darker, the further the output moves; what the layer gets is framed."""
+    errors = [error for layer in report.layers for error in layer.weights.values() if error > 0]
+    low, high = (10 * math.log10(extreme) for extreme in (min(errors), max(errors)))
+    with canvas("sensitivity", 9.6, 1.0 + 0.19 * len(report.layers)) as drawn:
+        axes = drawn.figure.subplots()
+        for row, layer in enumerate(report.layers):
+            for column, width in enumerate(report.widths):
+                share = _share(layer.weights[width], low, high)
+                cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=SHADES[round(share * (len(SHADES) - 1))], lw=0)
+                axes.add_patch(cell)
+                drawn.tip(cell, f"{layer.name} at {width} bits: {decibels(layer.weights[width])} dB")
+            place = report.widths.index(report.shown.bits[layer.name])
+            axes.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS["rose"], lw=1.6))
+        axes.set_xlim(-0.5, len(report.widths) - 0.5)
+        axes.set_ylim(len(report.layers) - 0.5, -0.5)
+        axes.set_xticks(range(len(report.widths)), [f"{width} bits" for width in report.widths])
+        axes.set_yticks(range(len(report.layers)), [layer.name for layer in report.layers])
+        axes.tick_params(axis="both", length=0, labelsize=8)
+        axes.xaxis.tick_top()
+        axes.grid(visible=False)
+        return drawn.svg(f"Error of the output by layer and width, from {low:.0f} dB (light) to {high:.0f} dB (dark), one layer at a time")
+
+
+def _share(error: float, low: float, high: float) -> float:
+    """Where an error lies between the extremes, on the scale of decibels."""
+    return 0.0 if error <= 0 or high <= low else (10 * math.log10(error) - low) / (high - low)
