@@ -11,10 +11,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, cast
 
 import fire
@@ -26,6 +29,7 @@ from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
+from pqcad_qat.processes import check_launch, launched, leave, speaks
 
 if TYPE_CHECKING:
     from pqcad_qat.evaluation.variant import Variant
@@ -36,7 +40,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 PIPED_WIDTH = 130
 """Columns of what is not shown on a terminal."""
 
-CONSOLE = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+CONSOLE = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH, quiet=launched()[0] > 0)
 ERRORS = Console(stderr=True)
 
 
@@ -374,22 +378,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(help_text(COMMANDS, given))
         return
     try:
-        fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
+        with _terminated_as_interrupted():
+            _check_processes(given)
+            fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
+            leave()
     except InterruptedByUserError as stop:
-        ERRORS.print(str(stop), highlight=False)
+        if speaks(stop):
+            ERRORS.print(str(stop), highlight=False)
         sys.exit(130)
     except PqcadError as error:
-        ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        if speaks(error):
+            ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except (OSError, SafetensorError) as error:
         if (reason := _cannot_write(error)) is None:
             raise
-        ERRORS.print(f"[bold red]error:[/] {_escaped(reason)}; what is finished is kept, --resume goes on", highlight=False, soft_wrap=True)
+        if speaks(error):
+            kept = "what is finished is kept, --resume goes on"
+            ERRORS.print(f"[bold red]error:[/] {_escaped(reason)}; {kept}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        again = "the same command" if given[:1] == ["sweep"] else "--resume"
-        ERRORS.print(f"interrupted; {again} goes on from the last checkpoint", highlight=False)
+    except KeyboardInterrupt as stop:
+        if speaks(stop):
+            again = "the same command" if given[:1] == ["sweep"] else "--resume"
+            ERRORS.print(f"interrupted; {again} goes on from the last checkpoint", highlight=False)
         sys.exit(130)
+
+
+def _check_processes(given: Sequence[str]) -> None:
+    """Refuse several processes for what one does."""
+    check_launch()
+    count = launched()[1]
+    if count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch says of every model that all its Parameters are used
+    if count > 1 and given[:1] not in ([run.__name__], [pretrain.__name__]):
+        raise UsageError(f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, a request to terminate ends the program as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cannot_write(error: OSError | SafetensorError) -> str | None:
@@ -466,7 +502,9 @@ def _keep_freed_memory() -> None:
 
 def _command_line() -> str:
     """What makes the run again, from its beginning."""
-    return "python -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
+    count = launched()[1]
+    start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
+    return f"{start} -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
 
 
 def _escaped(text: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from pqcad_qat.diffusion.conditions import (
     GUIDANCE,
     NULL_CLASS,
     ConditionSet,
+    Guidance,
     check_guidance,
     chosen_conditions,
     conditioned,
@@ -40,7 +42,7 @@ from pqcad_qat.diffusion.conditions import (
 )
 from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, load_model, predict
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.diffusion.sampling import initial_noise, noise_schedule
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.evaluation.benchmark import (
     XML_FILE,
@@ -57,21 +59,25 @@ from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_states
+from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, round_name, stages_of
+from pqcad_qat.processes import agreed, is_first, process_count
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model, quantized_layers
-from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers
+from pqcad_qat.quantization.plan import LayerPlan, plan_json, plan_layers, plan_text
 from pqcad_qat.quantization.shortcut import split_shortcuts
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
-from pqcad_qat.training.callback import BatchSource, Callback
+from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
-from pqcad_qat.training.metrics_log import progress_bar
+from pqcad_qat.training.metrics_log import log_texts, progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
+from pqcad_qat.training.quantizer_log import QuantizerLog
 from pqcad_qat.training.stage import StageSettings, train_stage
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights
+from pqcad_qat.training.trainer import LoopSettings, new_accelerator
+from pqcad_qat.training.training_samples import TrainingSamples
 from pqcad_qat.training.weight_distance import WeightDistance
 
 RANGE_INPUTS = 512
@@ -87,6 +93,9 @@ UNSAMPLED = ("ov-fp32", "ov-bf16")
 """Timed only: they compute what `fp32` computes."""
 
 PROFILED = ("nncf-int8", "pqcad-openvino")
+
+SHOWN = 4
+"""Images of a grid that shows how training goes."""
 
 WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
 """What a trained stage leaves in a run's folder, beside its log."""
@@ -172,8 +181,10 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
     Raises:
         PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
     """
-    prepared = prepare(policy)
-    _check_features(policy, prepared.model)
+    with agreed():
+        new_accelerator(policy.training.precision)
+        prepared = prepare(policy)
+        _check_features(policy, prepared.model)
     with open_run(path, policy, resume) as folder:
         return _Run(policy, prepared, folder, console, shares_training).all_stages(command)
 
@@ -218,7 +229,11 @@ class _Run:
     def all_stages(self, command: str) -> Path:
         """The stages that the policy's variants take, in order."""
         stages = stages_of(self.policy.evaluation.variants)
-        write_atomically(self.path / "plan.json", json.dumps(plan_json(self.prepared.plan, self.prepared.split), indent=1))
+        with agreed() as first:
+            if first:
+                write_atomically(self.path / "plan.json", json.dumps(plan_json(self.prepared.plan, self.prepared.split), indent=1))
+                texts = {"policy": dump_policy(self.policy), "plan": plan_text(self.prepared.plan, self.prepared.split)}
+                log_texts(self.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})  # Markdown's plain text
         calibration = self._calibrate()
         models: dict[str, nn.Module] = {}
         if "pq" in stages:
@@ -249,14 +264,20 @@ class _Run:
             found, folder = calibration_set(
                 self.prepared.model, recipe, policy.calibration.batch_size, store, advance, self.prepared.conditions
             )
+            if is_first():
+                self._link("calibration", folder)
             stage.done(set=folder.name)
-        self._link("calibration", folder)
         return found
 
     def _progressive(self, calibration: CalibrationSet) -> nn.Module:
         model = self._quantized(calibration, self.prepared.plan)
         schedule = bit_schedule(self.policy, self.prepared.plan, model)
-        callbacks = [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]
+        callbacks = [
+            schedule,
+            FullPrecisionMatching(),
+            WeightDistance(schedule.layers),
+            *self._shown(model, self.policy.sampler.steps, self.policy.sampler.guidance_scale),
+        ]
         self._train("pq", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
@@ -267,23 +288,28 @@ class _Run:
     def _fixed_bit(self, calibration: CalibrationSet) -> nn.Module:
         """The control: the same seed, steps and data, at the target widths from the first step."""
         model = self._at_targets(calibration)
-        callbacks = [FullPrecisionMatching(), WeightDistance(quantized_layers(model))]
+        callbacks = [
+            FullPrecisionMatching(),
+            WeightDistance(quantized_layers(model)),
+            *self._shown(model, self.policy.sampler.steps, self.policy.sampler.guidance_scale),
+        ]
         self._train("fixed-bit", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
     def _distill(self, name: str, calibration: CalibrationSet, teacher: nn.Module, calibration_weight: float) -> nn.Module:
         """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
-        distillation, training = self.policy.distillation, self.policy.training
+        distillation = self.policy.distillation
         teacher_weight = distillation.teacher_weight or float(calibration_weight == 0)
         scale = self.policy.guidance_scale(name)
-        callback = CalibrationAssistedDistillation(teacher_weight, calibration_weight, scale, calibration.unconditional)
+        loss = CalibrationAssistedDistillation(teacher_weight, calibration_weight, scale, calibration.unconditional)
         rounds = distillation.rounds
         for number in range(1, rounds + 1):
             stage = name if number == rounds else round_name(name, number)
             targets = self._targets("teacher" if number == 1 else f"teacher-{round_name(name, number - 1)}", calibration, teacher, number)
             student = copy.deepcopy(teacher)
-            batches = distillation_batches(targets, training.batch_size, training.seed, calibration.condition)
-            self._train(stage, student, [callback], batches, max(1, distillation.steps // rounds))
+            batches = distillation_batches(targets, self._whole_batch, self.policy.training.seed, calibration.condition)
+            callbacks = [loss, *self._shown(student, self.policy.student_steps_by_round[number - 1], scale)]
+            self._train(stage, student, callbacks, batches, max(1, distillation.steps // rounds))
             teacher = student
         return teacher
 
@@ -510,13 +536,18 @@ class _Run:
             stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
 
     def _report(self, command: str) -> Path:
+        with agreed() as first:
+            if first:
+                self._write_report(command)
+        return self.path / "report.html"
+
+    def _write_report(self, command: str) -> None:
         stages = {name: self.folder.finished(name) or {} for name in self.folder.seconds()}
         facts = RunFacts(self.policy, self.prepared.plan, self.prepared.split, stages, self.folder.seconds(), tuple(self.warnings), command)
         shown: list[str] = [name for name in self.made if name not in UNSAMPLED]
         full = self._samples("fp32")
         samples = {name: _pictures(self._samples(name)[:10], full) for name in shown}
         write_report(self.path, report_of(facts), curves_of(self.policy, self.path / "logs"), samples)
-        return self.path / "report.html"
 
     # ---- what stages share -------------------------------------------------------------------------------------------------------
 
@@ -536,8 +567,23 @@ class _Run:
         (found,) = load_file(self._images_file(name)).values()
         return found
 
+    @property
+    def _whole_batch(self) -> int:
+        """States that one step of the optimizer learns from: every process adds its batches."""
+        training = self.policy.training
+        return training.batch_size * training.gradient_accumulation * process_count()
+
     def _training_batches(self, calibration: CalibrationSet) -> BatchSource:
-        return calibration_batches(calibration, self.policy.training.batch_size, self.policy.training.seed)
+        return calibration_batches(calibration, self._whole_batch, self.policy.training.seed)
+
+    def _shown(self, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
+        """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not shown."""
+        noise = torch.from_numpy(initial_noise(self.policy.evaluation.seed, 0, SHOWN, self.shape))
+        every = 0 if self.prepared.model.latent else self.policy.training.samples_every
+        chosen = self.prepared.conditions.of(self.policy.evaluation.seed, 0, SHOWN)
+        follow = Guidance(chosen, self.prepared.conditions.unconditional, guidance_scale)
+        samples = TrainingSamples(noise, self.schedule, steps, every, follow)
+        return [QuantizerLog(quantized_layers(model)), samples]
 
     def _quantized(self, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
         """The full-precision model with quantizers around its weights, ranges from the calibration set."""
@@ -546,8 +592,8 @@ class _Run:
         return model
 
     def _train(self, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int) -> None:
-        """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights."""
-        with self.folder.stage(name) as stage:
+        """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the CPU."""
+        with self.folder.stage(name, together=True) as stage:
             if stage.new:
                 make = partial(self._fit, name, model, callbacks, batches, steps)
                 if self.shares_training:
@@ -557,16 +603,22 @@ class _Run:
                     make(self.path)
                 stage.done(transitions=json.loads((self.path / TRANSITIONS.format(name)).read_text(encoding="utf-8")))
             model.load_state_dict(load_file(self.path / WEIGHTS.format(name)), strict=True)
+            model.cpu()
 
     def _fit(self, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int, folder: Path) -> None:
         """Train, and leave in `folder` what a run's folder holds of a trained stage."""
         state = train_stage(model, callbacks, batches, self._stage_settings(name, steps), self.console, self._warn)
-        (folder / "models").mkdir(exist_ok=True)
-        with torch.no_grad(), averaged_weights(state):
-            weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS.format(name))
         schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
         transitions = [asdict(transition) for schedule in schedules for transition in schedule.transitions]
+        with agreed() as first:
+            if first:
+                self._keep_trained(name, state, transitions, folder)
+
+    def _keep_trained(self, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        (folder / "models").mkdir(exist_ok=True)
+        with torch.no_grad(), averaged_weights(state) as model:
+            weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, folder / WEIGHTS.format(name))
         write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
         if folder != self.path:
             (folder / "logs").mkdir()
@@ -576,7 +628,7 @@ class _Run:
         """All that decides the weights of a trained stage, those before it included."""
         policy = self.policy
         whole = policy.model_dump(mode="json")
-        indifferent = ("checkpoint_every", "keep_checkpoints") if policy.training.on_divergence != "rollback" else ()
+        indifferent = ("samples_every", *(("checkpoint_every", "keep_checkpoints") if policy.training.on_divergence != "rollback" else ()))
         training = {key: value for key, value in whole["training"].items() if key not in indifferent}
         recipe = {
             "trained": name,
@@ -599,7 +651,9 @@ class _Run:
             max_grad_norm=training.max_grad_norm,
         )
         checkpoints = CheckpointFolder(self.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints)
-        return StageSettings(name, loop, training.precision, checkpoints, self.path / "logs", training.on_divergence)
+        return StageSettings(
+            name, loop, training.precision, checkpoints, self.path / "logs", training.on_divergence, training.activation_checkpointing
+        )
 
     def _warn(self, message: str) -> None:
         """Tell it once, also where a process that was killed has told it before."""

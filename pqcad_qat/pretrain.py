@@ -24,12 +24,13 @@ from pqcad_qat.errors import PolicyError
 from pqcad_qat.evaluation.grid import save_grid
 from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_images
 from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.processes import agreed, is_first, process_count
 from pqcad_qat.run_folder import open_run
-from pqcad_qat.training.callback import Callback, StepReport, TrainState
+from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.pretraining import ClassLabels, DenoisingLoss, noisy_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights
+from pqcad_qat.training.trainer import LoopSettings, new_accelerator
 
 SAMPLES = 64
 """Images of a sample grid."""
@@ -42,9 +43,12 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         PqcadError: no such data, a model config that diffusers refuses, a run that cannot be resumed.
     """
     data, training = policy.data, policy.training
-    images = load_images(data.source, data.path, data.size)
-    torch.manual_seed(training.seed)  # decides the first weights
-    model = _build(policy.model, channels=images.images.shape[1])
+    with agreed():
+        new_accelerator(training.precision)
+        images = load_images(data.source, data.path, data.size)
+        torch.manual_seed(training.seed)  # decides the first weights
+        model = _build(policy.model, channels=images.images.shape[1])
+        classes = _classes(policy, images)
     scheduler = _scheduler(policy)
     with open_run(path, policy, resume):
         loop = LoopSettings(
@@ -56,14 +60,14 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         )
         checkpoints = CheckpointFolder(path / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
         settings = StageSettings("pretrain", loop, training.precision, checkpoints, path / "logs")
-        classes = _classes(policy, images)
         conditions = _conditions(model, classes)
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
-        batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size, training.seed, classes)
+        batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
         state = train_stage(model, callbacks, batches, settings, console, warn=lambda fault: console.print(f"[yellow]warning:[/] {fault}"))
-        with averaged_weights(state):
-            save_model(model, scheduler, path / "model")
-        write_json(path / "model" / "provenance.json", provenance(policy, images))
+        with agreed() as first, averaged_weights(state):
+            if first:
+                save_model(model, scheduler, path / "model")
+                write_json(path / "model" / "provenance.json", provenance(policy, images))
     return path / "model"
 
 
@@ -78,14 +82,14 @@ def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
 
 
 class SampleGrids(Callback):
-    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end."""
+    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end; by the first process alone."""
 
     def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int, conditions: ConditionSet) -> None:
         self.name = "sample-grids"
         self._folder, self._scheduler, self._every, self._conditions = folder, scheduler, every, conditions
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        if state.step % self._every:
+        if state.step % self._every or not is_first():
             return
         with averaged_weights(state) as model:
             config: Any = model.config

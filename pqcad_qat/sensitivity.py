@@ -44,7 +44,7 @@ class MaxSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's packed weights (`export.weights: int4`).
+    """Bytes of a model's packed weights (`export.weights: packed`).
 
     Attributes:
         full: of all parameters in float32.
@@ -158,7 +158,7 @@ def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) 
         update={
             "name": f"{policy.name}-mixed",
             "quantization": policy.quantization.model_copy(update={"layers": rules}),
-            "export": policy.export.model_copy(update={"weights": "int4"}),
+            "export": policy.export.model_copy(update={"weights": "packed"}),
         }
     )
     planned = plan_layers(prepared.split, rules, policy.progressive.ladder, prepared.model.example)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
@@ -11,6 +12,7 @@ from rich.console import Console
 from small_networks import EVERYTHING, SkipNetwork, example, rule, skip_network
 from torch import Tensor, nn
 
+from pqcad_qat.deployment.packing import PACKED_WIDTHS, stored_bits
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import LayerRule
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, plan_json, plan_layers, plan_table
@@ -143,6 +145,15 @@ def test_sizes_are_those_of_the_integers_and_scales() -> None:
     assert expected_bytes(model, (), packed=True) == 4 * total
     assert expected_bytes(model, layers, packed=False) == 4 * (total - down - conv1) + down + conv1 + 8 * 4 + 8 * 5
     assert expected_bytes(model, layers, packed=True) == expected_bytes(model, layers, packed=False) - down // 2
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(2, 2), (3, 3), (4, 4), (5, 8), (7, 8)])
+def test_packed_weights_take_as_many_bits_as_the_exporter_packs_them_to(bits: int, stored: int) -> None:
+    model = skip_network()
+    widest = np.array([2 ** (bits - 1) - 1, 1 - 2 ** (bits - 1)], np.int8)
+    assert stored_bits(widest, PACKED_WIDTHS["packed"]) == stored
+    layers = plan(rule("down", bits=bits), model=model)
+    assert expected_bytes(model, layers, packed=False) - expected_bytes(model, layers, packed=True) == 8 * 8 * 9 * (8 - stored) // 8
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

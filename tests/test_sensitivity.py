@@ -137,7 +137,7 @@ def test_the_chosen_widths_keep_to_the_size_and_move_the_output_less_than_smalle
     assert report.budget_bytes is not None
     assert report.assignments[OWN].bytes < found.bytes <= report.budget_bytes
     assert found.error < report.assignments[OWN].error
-    assert set(found.bits.values()) == {4, 7}
+    assert {4, 7} <= set(found.bits.values()) <= set(WIDTHS)
     assert found.predicted == pytest.approx(sum(layer.inputs + layer.weights[found.bits[layer.name]] for layer in report.layers))
 
 
@@ -151,7 +151,7 @@ def test_the_policy_that_is_written_plans_the_chosen_widths_at_the_size_that_is_
     found = report.assignments[CHOSEN]
     assert {layer.name: layer.weights.bits for layer in again.plan} == found.bits
     assert expected_bytes(again.split, again.plan, packed=True) == found.bytes
-    assert (policy.name, policy.export.weights) == ("tiny-mixed", "int4")
+    assert (policy.name, policy.export.weights) == ("tiny-mixed", "packed")
     assert not any(needs_vnni(layer) for layer in _integers(again).values())
 
 

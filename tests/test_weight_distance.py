@@ -26,7 +26,7 @@ def at_step(model: nn.Module, step: int) -> TrainState:
     return TrainState(model, torch.optim.SGD(model.parameters(), 0.1), model, step=step)
 
 
-REPORT = StepReport(1.0, {}, 1.0, 0.1)
+REPORT = StepReport(1.0, {}, 1.0, 0.1, 8)
 
 
 def test_it_is_the_mean_relative_change_of_the_weights_in_use() -> None:

@@ -178,31 +178,32 @@ class OVUNet2DModel(ModelMixin):
 
     @overload
     def __call__(
-        self, sample: Any, timestep: Any, condition: Any = None, return_dict: Literal[True] = True, **conditions: Any
+        self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: Literal[True] = True, **conditions: Any
     ) -> UNetOutput: ...
 
     @overload
     def __call__(
-        self, sample: Any, timestep: Any, condition: Any = None, *, return_dict: Literal[False], **conditions: Any
+        self, sample: Any, timestep: Any, class_labels: Any = None, *, return_dict: Literal[False], **conditions: Any
     ) -> tuple[Any]: ...
 
     def __call__(
-        self, sample: Any, timestep: Any, condition: Any = None, return_dict: bool = True, **conditions: Any
+        self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True, **conditions: Any
     ) -> UNetOutput | tuple[Any]:
         """Predict as the diffusers model does, with its own keyword arguments.
 
         Args:
             sample: (B, C, H, W), numpy array or torch tensor.
             timestep: a number, or an array or tensor of shape (), (1,) or (B,); floats too, if they are whole numbers.
-            condition: the model's first, which diffusers takes without its name too: class_labels, or encoder_hidden_states.
+            class_labels: of a model without labels the first condition, as of diffusers' third argument: encoder_hidden_states.
             return_dict: False returns a tuple of one.
             conditions: by diffusers' names, dicts such as added_cond_kwargs among them: (B, ...), or (1, ...) for all samples.
 
         Raises:
             ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number in [0, T).
         """
-        first = self.conditions[0]["name"] if self.conditions else "class_labels"
-        given = {name: as_array(value) for name, value in flattened({first: condition, **conditions}).items()}
+        names = [condition["name"] for condition in self.conditions]
+        third = "class_labels" if "class_labels" in names or not names else names[0]
+        given = {name: as_array(value) for name, value in flattened({**conditions, third: conditions.get(third, class_labels)}).items()}
         if isinstance(sample, np.ndarray):
             prediction: Any = self.predict(sample, timestep, given)
         else:

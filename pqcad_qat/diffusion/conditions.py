@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
-from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel
+from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel, predict
 from pqcad_qat.diffusion.prompts import encode_prompts
 from pqcad_qat.diffusion.sampling import Array, guided
 from pqcad_qat.errors import ModelError
@@ -78,6 +79,26 @@ class ConditionSet:
                 found.update(f"{prefix}{name} {tuple(value.shape)} {value.dtype}".encode())
                 found.update(value.contiguous().numpy().tobytes())
         return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How samples are conditioned and guided.
+
+    Attributes:
+        condition: name -> (B, ...), of the samples.
+        unconditional: name -> (1, ...), of the other pass.
+        scale: of classifier-free guidance, 1 for none.
+    """
+
+    condition: Condition = field(default_factory=dict)
+    unconditional: Condition = field(default_factory=dict)
+    scale: float = 1.0
+
+    def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, int], Tensor]:
+        """(x_t, t) -> the prediction of the denoiser that sampling follows."""
+        condition, other = ({name: value.to(device) for name, value in part.items()} for part in (self.condition, self.unconditional))
+        return guided_call(partial(predict, denoiser), condition, other, self.scale)
 
 
 def rows_of(condition: Mapping[str, Array], count: int) -> dict[str, Array]:

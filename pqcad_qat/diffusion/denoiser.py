@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -116,6 +118,30 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int, condition: Condit
         found = denoiser(x_t, timestep=steps, **architecture.keywords(condition or {}), return_dict=False)
     prediction = cast(Tensor, found if isinstance(found, Tensor) else found[0])
     return prediction if prediction.shape[1] == x_t.shape[1] else prediction[:, : x_t.shape[1]]
+
+
+@contextmanager
+def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass (Chen et al. 2016).
+
+    Raises:
+        ModelError: diffusers cannot do so for this architecture, or for some of its blocks.
+    """
+    if not wanted:
+        yield
+        return
+    model = cast(Any, denoiser)
+    blocks = {name: block for name, block in denoiser.named_modules() if re.fullmatch(r"(down_blocks|up_blocks)\.\d+|mid_block", name)}
+    without = [f"{name} ({type(block).__name__})" for name, block in blocks.items() if not hasattr(block, "gradient_checkpointing")]
+    kept_whole = not blocks and not hasattr(denoiser, "gradient_checkpointing")  # of a transformer the model itself holds the switch
+    if not getattr(model, "_supports_gradient_checkpointing", False) or kept_whole or without:
+        what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
+        raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
 
 
 def load_model(source: str) -> DiffusionModel:

@@ -40,7 +40,7 @@ class PretrainTraining(Section):
     """The optimizer's work."""
 
     steps: Count = Field(6000, description="training steps")
-    batch_size: Count = Field(64, description="images a step and process")
+    batch_size: Count = Field(64, description="images that every process adds to a step")
     learning_rate: float = Field(8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step")
     warmup: int = Field(200, ge=0, description="steps of linear rise to the peak")
     class_dropout: Share = Field(0.1, description="share of labels that become the one of no class, where num_class_embeds has it")

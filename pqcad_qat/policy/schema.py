@@ -218,14 +218,20 @@ class DistillationPolicy(Section):
 class TrainingPolicy(Section):
     """What both training stages share."""
 
-    batch_size: Count = Field(32, description="states a step and process, of mixed time steps")
+    batch_size: Count = Field(32, description="states of a batch, of mixed time steps; a step takes one from every process")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
-    precision: Precision = Field("fp32", description="arithmetic of the forward and backward pass")
-    gradient_accumulation: Count = Field(1, description="batches a step of the optimizer")
+    precision: Precision = Field(
+        "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
+    )
+    gradient_accumulation: Count = Field(1, description="batches that every process adds to a step of the optimizer")
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass rather than keep them: less memory, more time"
+    )
     ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
     seed: Seed = Field(0, description="seed of everything random in training")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    samples_every: int = Field(50, ge=0, description="steps between sample grids in TensorBoard; 0 for none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
         "rollback", description="back to the last good checkpoint, or on from there, at half the rate and up to 3 times; or an error"

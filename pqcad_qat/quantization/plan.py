@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
 
 KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
+
+PACKED = (2, 3, 4)
+"""Bits that deployed weights can be packed to; wider ones take a byte."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def executes_int8(layer: LayerPlan) -> bool:
 
 
 def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
-    """Bytes of the deployed weights: planned layers as integers (``packed``: two values a byte at 4 bits and below), the rest float32.
+    """Bytes of the deployed weights: planned layers as integers (``packed``: in 2, 3 or 4 bits where symmetric ones fit), the rest float32.
 
     Each weight scale is a float32, each weight zero point a byte.
     """
@@ -114,8 +119,9 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
         scales = weight.shape[0] if layer.weights.per_channel else 1
-        half = packed and layer.weights.bits <= 4
-        total += (weight.numel() + 1) // 2 if half else weight.numel()
+        fits = packed and layer.weights.symmetric  # a zero point that is folded in may need one bit more
+        stored = min((bits for bits in PACKED if fits and bits >= layer.weights.bits), default=8)
+        total += (weight.numel() * stored + 7) // 8
         total += scales * (4 if layer.weights.symmetric else 5) - 4 * weight.numel()
     return total
 
@@ -135,6 +141,14 @@ def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
     for name in float_layers(model, plan):
         table.add_row(name, "-", "float", "float", "float", f"{_parameters(model.get_submodule(name)):,}", style="dim")
     return table
+
+
+def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
+    """The same table as plain text."""
+    console = Console(file=io.StringIO(), width=160)
+    with console.capture() as captured:
+        console.print(plan_table(plan, model))
+    return captured.get()
 
 
 def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
