@@ -49,3 +49,11 @@ class DivergedError(PqcadError):
 
 class InterruptedByUserError(PqcadError):
     """Ctrl-C while training: the step at hand was finished and a checkpoint written."""
+
+
+class LaunchError(PqcadError):
+    """The processes were not started as they are to be, or what they share has come apart."""
+
+
+class OtherProcessError(PqcadError):
+    """Another of the processes that share the run has failed, and says why: this one ends without a word."""

@@ -1,6 +1,6 @@
-"""The folder of a run: which policy it belongs to, which stages are done, and one process at a time.
+"""The folder of a run: which policy and how many processes it belongs to, which stages are done, and one run at a time.
 
-Not here: what the stages do (pipeline.py).
+Not here: what the stages do (pipeline.py). Of the processes that share a run the first writes; the others wait for it, and read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from pqcad_qat.errors import CheckpointError
 from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.processes import agreed, is_first, process_count
 
-POLICY = "policy.yaml"
+POLICY, LAUNCH = "policy.yaml", "launch.json"
+"""What decides a run beside its command: the policy as resolved, and the number of processes."""
 
 DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png))\.\d+|\.(openvino|packed)-\w+")
 """Names under which something is written before it is moved into place."""
@@ -60,14 +62,24 @@ class RunFolder:
         return {marker.stem: _read_marker(marker)["seconds"] for marker in markers}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
-        """A stage's work goes inside the block; its marker is written at the end, once `done` has been called."""
-        known = self.finished(name)
-        stage = Stage(new=known is None)
-        start = time.perf_counter()
-        yield stage
-        if stage.new and stage.facts is not None:
-            self.finish(name, time.perf_counter() - start, stage.facts)
+    def stage(self, name: str, together: bool = False) -> Iterator[Stage]:
+        """A stage's work goes inside the block; its marker is written at the end, once `done` has been called.
+
+        Of several processes the first does the work, and to the others, which wait, the stage is an old one; `together` all do it.
+        """
+        works = together or is_first()
+        if not works:
+            with agreed():
+                pass  # the first is done
+        with agreed() as first:
+            stage = Stage(new=works and self.finished(name) is None)
+            start = time.perf_counter()
+            yield stage
+            if first and stage.new and stage.facts is not None:
+                self.finish(name, time.perf_counter() - start, stage.facts)
+        if works and not together:
+            with agreed():
+                pass  # the others have read
 
     def _marker(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"
@@ -88,25 +100,46 @@ def open_run(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> Itera
     With `resume` and no run there yet, one is begun: so a run that was killed in its first second goes on like any other.
 
     Raises:
-        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be written, or the
-            run's policy is another one (every difference is named).
+        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be written, the run's
+            policy is another one (every difference is named), or it was begun by another number of processes.
     """
-    written = path / POLICY
+    with ExitStack() as stack:
+        with agreed() as first:
+            if first:
+                _begin(path, policy, resume, process_count())
+                stack.enter_context(_locked(path))
+                _drop_drafts(path)
+        yield RunFolder(path)
+
+
+def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes: int) -> None:
+    """Check the run that is there, or write what makes the folder one."""
+    written, launch = path / POLICY, path / LAUNCH
     if written.exists():
         if not resume:
             raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
         check_policy(written, policy)
-    elif path.is_dir() and any(not entry.name.startswith(f".{POLICY}.") for entry in path.iterdir()):  # a killed process's draft
+        _check_processes(launch, processes)
+        return
+    if path.is_dir() and any(
+        not entry.name.startswith((f".{POLICY}.", f".{LAUNCH}.", LAUNCH)) for entry in path.iterdir()
+    ):  # a killed draft
         raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not written.exists():
-            write_atomically(written, dump_policy(policy))
+        write_atomically(launch, json.dumps({"processes": processes}))
+        write_atomically(written, dump_policy(policy))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
-    with _locked(path):
-        _drop_drafts(path)
-        yield RunFolder(path)
+
+
+def _check_processes(launch: Path, processes: int) -> None:
+    """Raise CheckpointError unless as many processes began the run: each adds training.batch_size states to a batch."""
+    begun = _read_marker(launch)["processes"] if launch.exists() else 1
+    if processes != begun:
+        raise CheckpointError(
+            f"{launch}: processes: got {processes}; allowed {begun}, with which the run was begun: each adds a batch to every step"
+        )
 
 
 def _drop_drafts(path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.diffusion.denoiser import recomputed_activations
 from pqcad_qat.pipeline import bit_schedule, prepare
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
@@ -45,7 +47,7 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
     prepared = prepare(policy)
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
-    data = CalibrationSet(states, states[:, 1:], (900, 600, 300))
+    data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.of(0, 0, len(states)))
     settled, moving = (quantize_model(copy.deepcopy(prepared.split), prepared.plan) for _ in range(2))
     for model in (settled, moving):
         calibrate_ranges(model, data.inputs(16, 16))
@@ -64,7 +66,9 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
     }
     training = policy.training
     batches = calibration_batches(data, training.batch_size, training.seed)
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, ExitStack() as stack:
+        for model, _ in candidates.values():
+            stack.enter_context(recomputed_activations(model, training.activation_checkpointing))
         task = bar.add_task("profile", total=(runs + WARM_UP) * len(candidates), note="")
         return profile_steps(candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done))
 
@@ -78,4 +82,5 @@ def costs_table(costs: Mapping[str, StepProfile], title: str) -> Table:
     table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
     table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
     table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
+    table.add_row("MB at the peak of a step", *(f"{cost.peak_bytes / 1e6:.0f}" for cost in costs.values()))
     return table

@@ -48,6 +48,7 @@ TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes
     "distillation.steps=6",
     "training.batch_size=4",
     "training.checkpoint_every=3",
+    "training.samples_every=4",
     "evaluation.images=8",
     "evaluation.batch_size=8",
     "export.latency_runs=2",

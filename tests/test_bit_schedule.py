@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from small_networks import Timeless, timeless
 from torch import nn
 
 from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -178,9 +179,9 @@ def test_the_rungs_of_a_plan_are_all_widths_that_layers_go_down_to() -> None:
 
 def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    model = Timeless(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
     rule = LayerRule(match="type:Conv2d", weights=WeightQuantizer(bits=3, scale="learned"), inputs=InputQuantizer(bits=8))
-    example = (torch.randn(2, 1, 8, 8),)
+    example = timeless(torch.randn(2, 1, 8, 8))
     plan = plan_layers(model, [rule], [8, 4], example)
     quantize_model(model, plan)
     calibrate_ranges(model, [example])
@@ -193,7 +194,7 @@ def walk(state: TrainState, schedule: MomentumBitSchedule, upto: int, loss: floa
     while state.step < upto:
         schedule.before_step(state)
         state.step += 1
-        schedule.after_step(state, StepReport(loss, {}, 0.0, 0.0))
+        schedule.after_step(state, StepReport(loss, {}, 0.0, 0.0, 8))
 
 
 def test_every_layer_walks_its_ladder_and_is_at_its_target_at_the_deadline() -> None:
@@ -249,8 +250,12 @@ def test_a_schedule_resumed_in_the_middle_of_a_blend_goes_on_as_the_uninterrupte
         assert torch.equal(quantized_weight(one), quantized_weight(other))
 
 
-def test_the_log_gets_the_mixture_of_widths() -> None:
-    _, state, schedule = network()
-    assert schedule.scalars()["mean_bits"] == 8
-    walk(state, schedule, 41)
-    assert schedule.scalars()["mean_bits"] == 3
+def test_the_log_gets_the_momenta_the_share_of_a_blend_and_each_layers_perturbation() -> None:
+    model, state, schedule = network()
+    while not any(blend_state(layer) for layer in quantized_layers(model).values()):
+        walk(state, schedule, state.step + 1)
+    walk(state, schedule, state.step + 2)
+    found = schedule.scalars()
+    shares = [blend.share for layer in quantized_layers(model).values() if (blend := blend_state(layer))]
+    assert found["blend_lambda"] == sum(shares) / len(shares) > 0
+    assert {f"layer/{name}/perturbation" for name in quantized_layers(model)} <= set(found)

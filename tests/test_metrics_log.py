@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch import Tensor, nn
 
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
-from pqcad_qat.training.metrics_log import LAYER, MetricsLog, progress_bar, read_metrics
+from pqcad_qat.training.metrics_log import LAYER, MetricsLog, log_texts, progress_bar, read_metrics
 
 
 def quiet() -> Console:
@@ -30,7 +31,7 @@ def state_at(step: int) -> TrainState:
 
 
 def report(loss: float) -> StepReport:
-    return StepReport(loss=loss, terms={"teacher": loss / 4, "calibration": 3 * loss / 4}, gradient_norm=0.5, learning_rate=1e-3)
+    return StepReport(loss=loss, terms={"teacher": loss / 4, "calibration": 3 * loss / 4}, gradient_norm=0.5, learning_rate=1e-3, samples=8)
 
 
 class Widths(Callback):
@@ -95,9 +96,35 @@ def test_where_there_is_no_terminal_a_tenth_of_the_steps_is_one_line(tmp_path: P
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 10
-    assert lines[0].startswith("pq: step 4 of 40, loss ")
-    assert lines[-1].startswith("pq: step 40 of 40, loss ")
-    assert lines[-1].endswith("bits 6.00")
+    assert re.fullmatch(r"pq: step 4 of 40, loss \d\.\d{5} bits 6\.00 \S+ images/s, \d+:\d\d:\d\d left", lines[0])
+    assert re.fullmatch(r"pq: step 40 of 40, loss .* left", lines[-1])
+
+
+def test_the_progress_line_counts_the_images_of_whole_batches_and_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 3))  # a step takes three seconds
+    monkeypatch.setattr("pqcad_qat.training.metrics_log.monotonic", lambda: float(next(clock)))
+    console = quiet()
+    log_steps(MetricsLog("pq", tmp_path, 40, console), range(1, 5))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().endswith(" 2.67 images/s, 0:01:48 left\n")  # batches of 8, and 36 steps to go
+
+
+class Pictures(Callback):
+    def images(self) -> Mapping[str, Tensor]:
+        return {"samples": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}
+
+
+def test_tensorboard_gets_the_callbacks_images_and_texts_once(tmp_path: Path) -> None:
+    for text in ("first", "again"):
+        log_texts(tmp_path, {"policy": text})
+    log_steps(MetricsLog("pq", tmp_path, 2, quiet(), [Pictures()]), range(1, 3))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(image.step, image.height, image.width) for image in events.Images("pq/samples")] == [(1, 8, 32), (2, 8, 32)]
+    (text,) = events.Tensors("policy/text_summary")
+    assert text.tensor_proto.string_val == [b"first"]
 
 
 def test_a_failing_stage_still_closes_the_log(tmp_path: Path) -> None:

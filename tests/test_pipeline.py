@@ -131,7 +131,26 @@ def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run
     tags = set(events.Tags()["scalars"])
     assert {f"{stage}/loss" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
     assert {"pq/loss_momentum", "pq/perturbation", "pq/mean_bits", "pqcad/loss/teacher", "pqcad/loss/calibration"} <= tags
+    assert {f"{stage}/mean_bits" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
+    for layer in json.loads((tiny_run.path / "plan.json").read_text())["layers"]:
+        watched = {f"{stage}/layer/{layer['name']}/{what}" for stage in ("pq", "pqcad") for what in ("bits", "weight_range", "input_range")}
+        assert watched | {f"pq/layer/{layer['name']}/perturbation"} <= tags
+        ends = events.Scalars(f"pq/layer/{layer['name']}/bits")
+        assert (ends[0].value, events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value) == (8, layer["weights"]["bits"])
+        assert all(event.value > 0 for event in events.Scalars(f"pqcad/layer/{layer['name']}/weight_range"))
     assert len(events.Scalars("pq/loss")) == tiny_run.policy.progressive.steps
+
+
+def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy_and_the_plan(tiny_run: FinishedRun) -> None:
+    events = EventAccumulator(str(tiny_run.path / "logs"))
+    events.Reload()
+    for stage, steps in (("pq", [4, 8]), ("fixed-bit", [4, 8]), ("pq-distilled", [4]), ("pqcad", [4])):
+        grids = events.Images(f"{stage}/samples")
+        assert [grid.step for grid in grids] == steps
+        assert all(grid.width >= 4 * 32 for grid in grids)  # four images of 32 pixels in a row
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in ("policy/text_summary", "plan/text_summary")}
+    assert "learning_rate: 0.0001" in texts["policy/text_summary"]
+    assert "down_blocks.0.resnets.0.conv1" in texts["plan/text_summary"]
 
 
 def test_samples_are_one_picture_with_a_row_a_variant(tiny_run: FinishedRun) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pqcad_qat.errors import CheckpointError, PqcadError
-from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
+from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import (
     CheckpointFolder,
     checkpoints,
@@ -23,7 +23,7 @@ from pqcad_qat.training.checkpoint import (
     step_of,
     write_checkpoint,
 )
-from pqcad_qat.training.trainer import LoopSettings, averaged_weights, fit, new_state
+from pqcad_qat.training.trainer import LoopSettings, fit, new_state
 
 
 class KilledError(Exception):

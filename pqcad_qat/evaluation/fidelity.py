@@ -79,6 +79,19 @@ def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features
     )
 
 
+def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
+    """Figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone, its peak the range of full precision's.
+
+    Raises ModelError for sets that do not pair.
+    """
+    if states.shape != fp_states.shape or states.ndim != 4 or not len(states):
+        raise ModelError(f"latents to compare must both be (N, C, H, W), N > 0; got {tuple(states.shape)} and {tuple(fp_states.shape)}")
+    error = float((states.double() - fp_states.double()).square().mean())
+    peak = float(fp_states.max() - fp_states.min())
+    psnr = 10 * math.log10(peak**2 / error) if error and peak else None
+    return FidelityFigures(len(states), None, None, psnr, None, identical_to_fp=error == 0, rank_deficient=False)
+
+
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """FID between two sets of features (Heusel et al. 2017), symmetric, by torchmetrics in float64; 0 where rounding makes it negative."""
     dimensions = len(a.features_sum)
@@ -86,7 +99,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ModelError(f"statistics to compare must have equally many features; got {dimensions} and {len(b.features_sum)}")
     if min(a.num_samples, b.num_samples) < 2:
         raise ModelError(f"FID needs at least two images on either side; got {a.num_samples} and {b.num_samples}")
-    metric = FrechetInceptionDistance(feature=_Identity(dimensions))
+    metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)  # one process alone evaluates
     metric.update(torch.empty(0, dimensions, dtype=torch.float64), real=False)  # tells the metric that features are float64
     metric.merge_state({**_state(a, "real"), **_state(b, "fake")})
     return max(0.0, float(metric.compute()))
@@ -95,7 +108,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def paired_psnr(images: Tensor, references: Tensor) -> float | None:
     """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None where it is infinite."""
     _check_pair(images, references)
-    metric = PeakSignalNoiseRatio(data_range=1.0)
+    metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)
     for part, reference in _unit_batches(images, references):
         metric.update(part, reference)
     decibels = float(metric.compute())

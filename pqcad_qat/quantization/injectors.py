@@ -123,7 +123,7 @@ class InputQuant(RescalingIntQuant):
     def _require_range(self) -> None:
         if self.calibrated:
             return
-        if not bool(self.scaling_impl.value.isfinite()):
+        if not bool(self.scaling_impl.value.detach().isfinite()):  # in no graph, which a recomputed forward would lack
             raise ModelError("an input quantizer has no range yet: calibrate_ranges or a calibrated state must come before a forward pass")
         self.calibrated = True
 

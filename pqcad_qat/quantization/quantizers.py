@@ -218,6 +218,13 @@ def is_calibrated(layer: QuantizedLayer) -> bool:
     return math.isfinite(input_quantizer_of(layer).scaling_impl.value.item())
 
 
+@torch.no_grad()
+def range_sizes(layer: QuantizedLayer) -> tuple[float, float]:
+    """(range of the weights, the mean over their scales; range of the input), in units of the tensors."""
+    weight, _ = weight_quantizer_of(layer).grid(layer.weight)[:2]
+    return float(weight.abs().mean()), float(input_quantizer_of(layer).grid(layer.weight)[0].abs())
+
+
 # ---- integers --------------------------------------------------------------------------------------------------------------------
 
 

@@ -288,23 +288,14 @@ class MomentumBitSchedule(Callback):
         self.transitions.append(transition)
 
     def scalars(self) -> dict[str, float]:
-        """For the log: mean width (a blend counts as its mixture), both momenta (the perturbation's mean), lambda, and each layer's own."""
-        widths, lambdas, own = [], [], {}
-        for name, layer in self.layers.items():
-            blend = blend_state(layer)
-            width = float(read_bits(layer)[0]) if blend is None else (1 - blend[2]) * blend[0] + blend[2] * blend[1]
-            widths.append(width)
-            own[f"layer/{name}/bits"] = width
-            own[f"layer/{name}/perturbation"] = self._perturbations[name].value or 0.0
-            if blend is not None:
-                lambdas.append(blend[2])
+        """For the log: both momenta (the perturbation's mean), lambda, and each layer's perturbation."""
+        lambdas = [blend.share for layer in self.layers.values() if (blend := blend_state(layer)) is not None]
         waiting = [value for name in self.layers if self._rungs(name) and (value := self._perturbations[name].value) is not None]
         return {
-            "mean_bits": sum(widths) / len(widths),
             "perturbation": sum(waiting) / len(waiting) if waiting else 0.0,
             "loss_momentum": self._loss.improvement.value or 0.0,
             "blend_lambda": sum(lambdas) / len(lambdas) if lambdas else 0.0,
-            **own,
+            **{f"layer/{name}/perturbation": momentum.value or 0.0 for name, momentum in self._perturbations.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,17 +5,30 @@ Not here: the loop (trainer.py), nor any callback; a callback never imports the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.conditions import CONDITION
+
 Batch = Mapping[str, Tensor]
 
 BatchSource = Callable[[int], Batch]
 """Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data position."""
+
+
+def with_condition(batch: Batch, condition: Mapping[str, Tensor]) -> Batch:
+    """The batch, its states conditioned on tensors (B, ...)."""
+    return {**batch, **{CONDITION + name: value for name, value in condition.items()}}
+
+
+def condition_of(batch: Batch) -> dict[str, Tensor]:
+    """What the states of a batch are conditioned on, by name, each (B, ...)."""
+    return {name.removeprefix(CONDITION): value for name, value in batch.items() if name.startswith(CONDITION)}
 
 
 @dataclass
@@ -31,6 +44,7 @@ class TrainState:
         ema_since: the step at which averaging (re)started.
         setbacks: divergences overcome so far; each has halved the learning rate.
         held_until: the step before which no bit transition may begin, after a divergence.
+        scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
     """
 
     model: nn.Module
@@ -41,12 +55,29 @@ class TrainState:
     ema_since: int = 0
     setbacks: int = 0
     held_until: int = 0
+    scaler: torch.amp.GradScaler | None = None
 
     def restart_ema(self) -> None:
         """Forget averages of another function: called when the bit-widths have changed."""
         if self.ema is not None:
             self.ema = {name: value.detach().clone() for name, value in self.model.named_parameters()}
             self.ema_since = self.step
+
+
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
+    """The model with its averaged Parameters inside the block, and with its own after it."""
+    named = dict(state.model.named_parameters())
+    own = {name: named[name].detach().clone() for name in state.ema or {}}
+    with torch.no_grad():
+        for name, value in (state.ema or {}).items():
+            named[name].copy_(value)
+    try:
+        yield state.model
+    finally:
+        with torch.no_grad():
+            for name, value in own.items():
+                named[name].copy_(value)
 
 
 @dataclass(frozen=True)
@@ -58,12 +89,14 @@ class StepReport:
         terms: each weighted loss term by name.
         gradient_norm: before clipping.
         learning_rate: of this step.
+        samples: states of the whole batch.
     """
 
     loss: float
     terms: dict[str, float]
     gradient_norm: float
     learning_rate: float
+    samples: int
 
 
 @dataclass
@@ -92,6 +125,10 @@ class Callback:
 
     def scalars(self) -> Mapping[str, float]:
         """What to log beside the loss after a step, by name."""
+        return {}
+
+    def images(self) -> Mapping[str, Tensor]:
+        """What to show after a step, by name: uint8 (N, C, H, W); usually nothing."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def _write_files(draft: Path, state: TrainState, callbacks: Sequence[Callback]) 
         "ema_since": state.ema_since,
         "setbacks": state.setbacks,
         "held_until": state.held_until,
+        "scaler": state.scaler.state_dict() if state.scaler else None,
         "optimizer_groups": groups,
         "callbacks": {callback.name: callback.state_dict() for callback in callbacks},
     }
@@ -136,6 +137,8 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
     state.ema = ema if facts["has_ema"] else None
     for name in ("step", "ema_since", "setbacks", "held_until"):
         setattr(state, name, facts[name])
+    if state.scaler and (scale := facts.get("scaler")):
+        state.scaler.load_state_dict(scale)
     names = {callback.name for callback in callbacks}
     if names != set(facts["callbacks"]):
         raise CheckpointError(f"{path}: callbacks: got {sorted(facts['callbacks'])}; this run has {sorted(names)}")

@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -45,7 +47,7 @@ def progress_bar(console: Console, quiet: bool = False) -> Progress:
 
 @dataclass
 class MetricsLog(Callback):
-    """Writes each step's loss terms and the scalars of the other callbacks to TensorBoard and to `<folder>/<stage>.jsonl`.
+    """Writes loss terms and the scalars of the other callbacks to TensorBoard and `<folder>/<stage>.jsonl`, and images to the former.
 
     Used as a context manager around `fit`. Rows of steps after the one resumed from are dropped.
 
@@ -67,6 +69,8 @@ class MetricsLog(Callback):
     _writer: SummaryWriter | None = field(default=None, init=False)
     _progress: Progress | None = field(default=None, init=False)
     _task: TaskID = field(default=TaskID(0), init=False)
+    _began: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.name = f"log-{self.stage}"
@@ -82,6 +86,7 @@ class MetricsLog(Callback):
             self._progress = progress_bar(self.console)
             self._progress.start()
             self._task = self._progress.add_task(self.stage, total=self.steps, note="")
+            self._began, self._steps = monotonic(), 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -103,21 +108,34 @@ class MetricsLog(Callback):
         row |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
         for callback in self.others:
             row |= callback.scalars()
+            for name, pictures in callback.images().items():
+                self._writer.add_images(f"{self.stage}/{name}", pictures, state.step)
         for name, value in row.items():
             self._writer.add_scalar(f"{self.stage}/{name}", value, state.step)
         with self.file.open("a", encoding="utf-8") as file:
             kept = {name: value for name, value in row.items() if not name.startswith(LAYER)}
             file.write(json.dumps({"step": state.step, **kept}) + "\n")
-        self._show(state.step, report.loss, row)
+        self._show(state.step, report, row)
 
-    def _show(self, step: int, loss: float, row: Mapping[str, float]) -> None:
+    def _show(self, step: int, report: StepReport, row: Mapping[str, float]) -> None:
         assert self._progress is not None
-        self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
+        self.loss = report.loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * report.loss
         bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
-        note = f"loss {self.loss:.5f}{bits}"
+        self._steps += 1
+        seconds = (monotonic() - self._began) / self._steps  # a step
+        note = f"loss {self.loss:.5f}{bits} {report.samples / seconds:.3g} images/s"
         self._progress.update(self._task, completed=step, note=note)
         if self._progress.disable and (step * 10 // self.steps > (step - 1) * 10 // self.steps):
-            self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}")
+            left = timedelta(seconds=round((self.steps - step) * seconds))
+            self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}, {left} left")
+
+
+def log_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Show texts (Markdown) in TensorBoard, by name; once for a folder, so that a resumed run does not show them again."""
+    if not any(folder.glob("events.*")):
+        with SummaryWriter(str(folder)) as writer:
+            for name, text in texts.items():
+                writer.add_text(name, text)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

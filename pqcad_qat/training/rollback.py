@@ -39,6 +39,7 @@ class StageStart:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
+    scaler: dict[str, Any] | None
 
     @classmethod
     def of(cls, state: TrainState, callbacks: Sequence[Callback]) -> StageStart:
@@ -46,6 +47,7 @@ class StageStart:
             {name: value.detach().clone() for name, value in state.model.state_dict().items()},
             copy.deepcopy(state.optimizer.state_dict()),
             {callback.name: copy.deepcopy(callback.state_dict()) for callback in callbacks},
+            state.scaler.state_dict() if state.scaler else None,
         )
 
     def restore(self, state: TrainState, callbacks: Sequence[Callback]) -> None:
@@ -53,6 +55,8 @@ class StageStart:
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
         state.step = 0
         state.restart_ema()
+        if state.scaler and self.scaler:
+            state.scaler.load_state_dict(self.scaler)
         for callback in callbacks:
             callback.load_state_dict(copy.deepcopy(self.callbacks[callback.name]))
 

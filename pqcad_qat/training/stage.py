@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
+from pqcad_qat.diffusion.denoiser import recomputed_activations
 from pqcad_qat.errors import DivergedError
+from pqcad_qat.policy.schema import Precision
+from pqcad_qat.processes import agreed
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint, step_of
 from pqcad_qat.training.metrics_log import MetricsLog
 from pqcad_qat.training.rollback import Rollback, StageStart, good_checkpoint, read_rollbacks, record_rollback
-from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
+from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
 from pqcad_qat.training.trouble import TroubleWatch
 
 TRIES = 3
@@ -39,14 +43,16 @@ class StageSettings:
         on_divergence: "rollback" goes back to the last good checkpoint and holds bit transitions until the step of the divergence (no
             longer than half of the stage), "lower_rate" goes on from where it is, past a step whose loss or gradient is not finite; both
             at half the learning rate, and `TRIES` times at most. "stop" is an error.
+        activation_checkpointing: less memory for more time.
     """
 
     name: str
     loop: LoopSettings
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     checkpoints: CheckpointFolder
     logs: Path
     on_divergence: Literal["rollback", "lower_rate", "stop"] = "stop"
+    activation_checkpointing: bool = False
 
 
 def _silent(_message: str) -> None: ...
@@ -72,19 +78,35 @@ def train_stage(
     """
     accelerator = new_accelerator(settings.precision)
     state = new_state(model, settings.loop, accelerator)
+    try:
+        with recomputed_activations(model, settings.activation_checkpointing):
+            _train(state, callbacks, batches, settings, console, warn if accelerator.is_main_process else _silent, accelerator)
+    finally:
+        released(state, accelerator)
+    return state
+
+
+def _train(
+    state: TrainState,
+    callbacks: Sequence[Callback],
+    batches: BatchSource,
+    settings: StageSettings,
+    console: Console,
+    warn: Callable[[str], None],
+    accelerator: Accelerator,
+) -> None:
     log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, callbacks, accelerator.is_main_process)
-    if not accelerator.is_main_process:
-        warn = _silent
-    watch = TroubleWatch(settings.name, quantized_layers(model), warn)
+    watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]
     start = StageStart.of(state, everything)
     _enter(state, start, everything, settings, console, warn)
     while True:
-        log.start_at(state.step)
+        with agreed():
+            log.start_at(state.step)
         try:
             with log:
                 fit(state, everything, batches, settings.loop, accelerator, settings.checkpoints)
-            return state
+            return
         except DivergedError as trouble:
             state.optimizer.zero_grad()
             match settings.on_divergence:
@@ -93,8 +115,7 @@ def train_stage(
                 case "lower_rate":
                     _lower_rate(state, watch, trouble, settings, warn)
                 case "rollback":
-                    _roll_back(state, watch, trouble, settings, warn, accelerator.is_main_process)
-                    accelerator.wait_for_everyone()
+                    _roll_back(state, watch, trouble, settings, warn)
                     _enter(state, start, everything, settings, console, warn)
 
 
@@ -106,18 +127,19 @@ def _enter(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
-    """Put the state where the stage's checkpoints end, under what its rollbacks decided."""
-    last, complaints = latest_checkpoint(settings.checkpoints.path)
-    for complaint in complaints:
-        warn(complaint)
-    if last is not None:
-        load_checkpoint(last, state, callbacks)
-        console.print(f"{settings.name}: going on from step {state.step}")
-    else:
-        start.restore(state, callbacks)
-    if rollbacks := read_rollbacks(settings.checkpoints.path):
-        state.setbacks = len(rollbacks)
-        state.held_until = _held_until(rollbacks[-1].step, settings)
+    """Put the state where the stage's checkpoints end, under what its rollbacks decided; every process reads them."""
+    with agreed():
+        last, complaints = latest_checkpoint(settings.checkpoints.path)
+        for complaint in complaints:
+            warn(complaint)
+        if last is not None:
+            load_checkpoint(last, state, callbacks)
+            console.print(f"{settings.name}: going on from step {state.step}")
+        else:
+            start.restore(state, callbacks)
+        if rollbacks := read_rollbacks(settings.checkpoints.path):
+            state.setbacks = len(rollbacks)
+            state.held_until = _held_until(rollbacks[-1].step, settings)
 
 
 def _held_until(diverged: int, settings: StageSettings) -> int:
@@ -126,15 +148,20 @@ def _held_until(diverged: int, settings: StageSettings) -> int:
 
 
 def _roll_back(
-    state: TrainState, watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None], writes: bool
+    state: TrainState, watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]
 ) -> None:
     """Raise DivergedError where the tries are used up; otherwise the first process decides where to go back to, and writes it down."""
-    if state.setbacks < TRIES and not writes:
-        return
-    rollbacks = read_rollbacks(settings.checkpoints.path)
     if state.setbacks == TRIES:
-        tried = ", ".join(f"from step {rollback.entered} after step {rollback.step}" for rollback in rollbacks)
+        past = read_rollbacks(settings.checkpoints.path)
+        tried = ", ".join(f"from step {rollback.entered} after step {rollback.step}" for rollback in past)
         raise _used_up(trouble, f"gone back {TRIES} times ({tried})", settings)
+    with agreed() as first:
+        if first:
+            _record_way_back(watch, trouble, settings, warn)
+
+
+def _record_way_back(watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]) -> None:
+    rollbacks = read_rollbacks(settings.checkpoints.path)
     checkpoint = good_checkpoint(settings.checkpoints, watch.good)
     entered = step_of(checkpoint) if checkpoint else 0
     where = f"the checkpoint of step {entered}" if checkpoint else "the start of the stage"

@@ -5,16 +5,20 @@ Not here: which models those are (step_costs.py), nor the speed of inference (ev
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
+from pqcad_qat.policy.schema import Precision
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
@@ -32,11 +36,13 @@ class StepProfile:
         milliseconds: part -> milliseconds a step.
         total: milliseconds a step, the median of whole steps.
         kept_bytes: what autograd keeps of a step from the forward to the backward pass, Parameters and buffers not counted.
+        peak_bytes: most that a step has allocated at once beyond what was there before it.
     """
 
     milliseconds: Mapping[str, float]
     total: float
     kept_bytes: int
+    peak_bytes: int
 
 
 @dataclass
@@ -59,7 +65,7 @@ class _Stopwatch:
 def profile_steps(
     candidates: Mapping[str, tuple[nn.Module, Sequence[Callback]]],
     batches: BatchSource,
-    precision: Literal["fp32", "bf16", "fp16"],
+    precision: Precision,
     ema: float,
     runs: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -85,6 +91,7 @@ def profile_steps(
                 setattr(callback, method, watch.timed(part, getattr(callback, method)))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
     kept: dict[str, int] = {}
+    peak: dict[str, int] = {}
     for turn in range(WARM_UP + runs):
         for name, state in states.items():
             watch.seconds.clear()
@@ -93,19 +100,21 @@ def profile_steps(
             step = partial(fit, state, candidates[name][1], timed_batches, loop, accelerator)
             if turn == 0:
                 kept[name] = _kept_bytes(state.model, step)
+            elif turn == 1:  # by now the optimizer has its state
+                peak[name] = _peak_bytes(accelerator.device, step)
             else:
                 step()
             total = time.perf_counter() - start
             if turn >= WARM_UP:
                 found[name].append({**watch.seconds, "rest": total - sum(watch.seconds.values()), "total": total})
             advance(1)
-    return {name: _medians(steps, kept[name]) for name, steps in found.items()}
+    return {name: _medians(steps, kept[name], peak[name]) for name, steps in found.items()}
 
 
-def _medians(steps: Sequence[Mapping[str, float]], kept: int) -> StepProfile:
+def _medians(steps: Sequence[Mapping[str, float]], kept: int, peak: int) -> StepProfile:
     median = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in steps) for part in (*PARTS, "total")}
     total = median.pop("total")
-    return StepProfile(median, total, kept)
+    return StepProfile(median, total, kept, peak)
 
 
 def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
@@ -122,3 +131,16 @@ def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(sizes.values())
+
+
+def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
+    """Most bytes that are allocated at once on a device while `step` runs, beyond those before it, from torch's own record."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says on the terminal when it starts and stops
+    with profile(profile_memory=True) as watched:
+        step()
+    changes = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]" and _is_on(event, device)]
+    return int(max(accumulate(changes, initial=0)))
+
+
+def _is_on(event: Any, device: torch.device) -> bool:
+    return bool(event.device_type().name.lower() == device.type)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,18 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pqcad_qat.errors import DivergedError, InterruptedByUserError, PqcadError
+from pqcad_qat.errors import DivergedError, InterruptedByUserError, PolicyError
+from pqcad_qat.policy.schema import Precision
+from pqcad_qat.processes import agreed, any_process, others_alive, process_count, refuse_drift
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
+
+SMALLEST_SCALE = 1.0
+"""Scale of the loss in fp16 at which gradients that are not finite are no more an overflow: it starts at 65,536, and halves."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class LoopSettings:
         steps: optimizer steps in all.
         learning_rate: peak; warmed up linearly over `warmup` steps, then a cosine down to 0 (`constant`: kept).
         ema: decay of the Parameters' moving average, 0 for none; it starts low, as min(ema, (1 + n) / (10 + n)).
-        accumulation: micro-batches that one step's batch is split into.
+        accumulation: micro-batches that a process's part of one step's batch is split into.
         max_grad_norm: gradients are scaled down to this norm.
     """
 
@@ -51,17 +58,38 @@ class LoopSettings:
         return rate if self.shape == "constant" else rate * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
 
 
-def new_accelerator(precision: Literal["fp32", "bf16", "fp16"]) -> Accelerator:
-    """An Accelerator of this precision. Accelerate keeps the first one's settings for the whole process: they are forgotten here."""
+def new_accelerator(precision: Precision) -> Accelerator:
+    """An Accelerator of this precision. Accelerate keeps the first one's settings for the whole process: they are forgotten here.
+
+    Processes hold the same model and compute the same decisions, so only gradients travel; Parameters may go without one.
+
+    Raises:
+        PolicyError: this machine does not have the precision.
+    """
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know the newer name
+    try:
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[replicas])
+    except ValueError as error:
+        raise PolicyError(f"training.precision: got {precision}, which this machine does not have: {error}") from error
+    if precision == "fp16" and accelerator.scaler is None:
+        raise PolicyError(f"training.precision: got fp16 on {accelerator.device.type}; allowed fp32 or bf16: fp16 needs a GPU")
+    return accelerator
+
+
+def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
+    """The model as it was before Accelerate took it: its own forward, in float32."""
+    model: nn.Module = accelerator.unwrap_model(state.network, keep_fp32_wrapper=False)
+    vars(model).pop("forward", None)  # what Accelerate puts back is a copy of the class's own
+    return model
 
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
     """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     network, prepared = accelerator.prepare(model, optimizer)
-    state = TrainState(model=model, optimizer=prepared, network=network)
+    state = TrainState(model=model, optimizer=prepared, network=network, scaler=accelerator.scaler)
     if settings.ema:
         state.ema = {}
         state.restart_ema()
@@ -90,11 +118,12 @@ def fit(
             report = _step(state, callbacks, batches(state.step), settings, accelerator)
             state.step += 1
             _average(state, settings.ema)
-            for callback in callbacks:
-                callback.after_step(state, report)
-            stop = interrupted.is_set()
+            with agreed():
+                for callback in callbacks:
+                    callback.after_step(state, report)
+            stop = any_process(interrupted.is_set())
             if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
-                _checkpoint(checkpoints, state, callbacks, accelerator)
+                _checkpoint(checkpoints, state, callbacks)
             if stop and state.step < settings.steps:
                 kept = f"; checkpoint of step {state.step} written, go on with --resume" if checkpoints else ""
                 raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
@@ -104,7 +133,26 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
     rate = settings.learning_rate_at(state.step, state.setbacks)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    parts = list(_micro_batches(_share(batch, accelerator), settings.accumulation))
+    parts = _micro_batches(_share(batch, accelerator), settings.accumulation)
+    while True:  # once; again where gradients have overflowed fp16, at half their scale
+        with others_alive():
+            values = _gradients(state, callbacks, parts, accelerator)
+        accelerator.unscale_gradients(state.optimizer)
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        total = get_total_norm(gradients)
+        norm, loss = float(total), sum(values.values())
+        overflow = not math.isfinite(norm) and math.isfinite(loss) and _may_overflow(state.scaler)
+        if not overflow and not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergedError(state.step, _divergence(state, callbacks, values, norm), stepped=False)
+        clip_grads_with_norm_(state.model.parameters(), settings.max_grad_norm, total)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            return StepReport(loss=loss, terms=values, gradient_norm=norm, learning_rate=rate, samples=len(next(iter(batch.values()))))
+
+
+def _gradients(state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator) -> dict[str, float]:
+    """Forward and backward of every micro-batch; the loss terms, means over all micro-batches of all processes."""
     sums: dict[str, Tensor] = {}
     state.network.train()
     for number, part in enumerate(parts):
@@ -116,16 +164,13 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
             accelerator.backward(torch.stack(list(terms.values())).sum() / len(parts))
         for name, term in terms.items():
             sums[name] = sums.get(name, torch.zeros_like(term.detach())) + term.detach() / len(parts)
-    accelerator.unscale_gradients()
-    norm = get_total_norm([parameter.grad for parameter in state.model.parameters() if parameter.grad is not None])
-    values = {name: float(accelerator.reduce(term, "mean")) for name, term in sums.items()}
-    loss = sum(values.values())
-    if not (math.isfinite(loss) and math.isfinite(float(norm))):
-        raise DivergedError(state.step, _divergence(state, callbacks, values, float(norm)), stepped=False)
-    clip_grads_with_norm_(state.model.parameters(), settings.max_grad_norm, norm)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return StepReport(loss=loss, terms=values, gradient_norm=float(norm), learning_rate=rate)
+    means: Tensor = accelerator.reduce(torch.stack(list(sums.values())), "mean")
+    return dict(zip(sums, means.tolist(), strict=True))
+
+
+def _may_overflow(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether gradients that are not finite may be so only since fp16 has been scaled too high: the scaler halves the scale each time."""
+    return scaler is not None and scaler.get_scale() > SMALLEST_SCALE
 
 
 def _divergence(state: TrainState, callbacks: Sequence[Callback], values: dict[str, float], norm: float) -> str:
@@ -141,13 +186,11 @@ def _share(batch: Batch, accelerator: Accelerator) -> Batch:
     return {name: value[rank::world].to(accelerator.device) for name, value in batch.items()}
 
 
-def _micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+def _micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """Equal parts, so that the mean of their means is the batch's."""
     size = len(next(iter(batch.values())))
-    if count > size:
-        raise PqcadError(f"training.gradient_accumulation: got {count}; allowed at most {size}, the batch of one process")
-    chunks = {name: value.chunk(count) for name, value in batch.items()}
-    for number in range(len(next(iter(chunks.values())))):
-        yield {name: parts[number] for name, parts in chunks.items()}
+    assert size % count == 0, f"a process's batch of {size} is not {count} equal micro-batches"
+    return [{name: value.chunk(count)[number] for name, value in batch.items()} for number in range(count)]
 
 
 @torch.no_grad()
@@ -160,31 +203,17 @@ def _average(state: TrainState, decay: float) -> None:
     torch._foreach_lerp_(list(state.ema.values()), [named[name].detach() for name in state.ema], weight)
 
 
-@contextmanager
-def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
-    """The model with its averaged Parameters inside the block, and with its own after it."""
-    named = dict(state.model.named_parameters())
-    own = {name: named[name].detach().clone() for name in state.ema or {}}
-    with torch.no_grad():
-        for name, value in (state.ema or {}).items():
-            named[name].copy_(value)
-    try:
-        yield state.model
-    finally:
-        with torch.no_grad():
-            for name, value in own.items():
-                named[name].copy_(value)
-
-
-def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback], accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        write_checkpoint(folder, state, callbacks)
-    accelerator.wait_for_everyone()
+def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> None:
+    if process_count() > 1:
+        refuse_drift(f"step {state.step}", {name: float(value.double().sum()) for name, value in state.model.state_dict().items()})
+    with agreed() as first:
+        if first:
+            write_checkpoint(folder, state, callbacks)
 
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Set on the first Ctrl-C; a second one ends the program at once."""
+    """Set on the first Ctrl-C or request to terminate; a second one ends the program at once."""
     asked = threading.Event()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
@@ -195,8 +224,9 @@ def _interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

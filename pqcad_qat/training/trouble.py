@@ -161,17 +161,19 @@ class TroubleWatch(Callback):
             self._hooks = [layer.register_forward_pre_hook(self._reader(name)) for name, layer in self.layers.items()]
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
+        """Asked after those that run the model: what the backward pass computes again, and further micro-batches, are not read."""
         self._batch = batch
+        self._stop_reading()
         return {}
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        self._close_hooks(state.step)
+        self._look_at_inputs(state.step)
         self._judge(state.step, report.loss)
         if self.layers and state.step % WEIGHTS_EVERY == 0:
             self._look_at_weights(state.step)
 
     def explain(self, state: TrainState) -> Sequence[str]:
-        self._close_hooks(state.step)
+        self._look_at_inputs(state.step)
         if wrong := [name for name, value in self._batch.items() if not bool(value.isfinite().all())]:
             return [f"{', '.join(wrong)} of the batch not finite"]
         causes = [f"layer {name}: {', '.join(found)} not finite" for name, layer in self.layers.items() if (found := not_finite(layer))]
@@ -247,9 +249,12 @@ class TroubleWatch(Callback):
 
         return look
 
-    def _close_hooks(self, step: int) -> None:
+    def _stop_reading(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
+
+    def _look_at_inputs(self, step: int) -> None:
         found: dict[Trouble, dict[str, str]] = {"collapsed inputs": {}, "saturated inputs": {}}
         for name, uses in self._inputs.items():
             clipped = sum(share for share, _ in uses) / len(uses)
@@ -257,7 +262,7 @@ class TroubleWatch(Callback):
                 found["collapsed inputs"][name] = f"{clipped:.0%} clipped"
             elif clipped > SATURATED:
                 found["saturated inputs"][name] = f"{clipped:.0%}"
-        self._hooks, self._inputs = [], {}
+        self._inputs = {}
         self._tell(step, found)
 
     def _tell(self, step: int, found: Mapping[Trouble, Mapping[str, str]]) -> None:

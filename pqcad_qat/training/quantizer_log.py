@@ -1,0 +1,52 @@
+"""What quantizers do while a stage trains, as numbers for the log: each layer's width and ranges, and the mean width.
+
+Not here: who changes widths (bit_schedule.py), and what is wrong with a range (trouble.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pqcad_qat.quantization.quantizers import QuantizedLayer, blend_state, range_sizes, read_bits
+from pqcad_qat.training.callback import Callback, StepReport, TrainState
+
+OBSERVE_EVERY = 5
+"""Steps between two observations of single layers: they change slowly."""
+
+
+@dataclass
+class QuantizerLog(Callback):
+    """Logs the mean width at every step, and at some `layer/NAME/bits`, `.../weight_range` and `.../input_range`.
+
+    A range is its size in units of the tensor, of weights the mean over their scales; a blend counts as its mixture of two widths.
+
+    Attributes:
+        layers: quantized layers by name.
+    """
+
+    layers: Mapping[str, QuantizedLayer]
+    _own: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.name = "quantizer-log"
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        self._own = {}
+        if (state.step - 1) % OBSERVE_EVERY == 0:
+            for name, layer in self.layers.items():
+                weights, inputs = range_sizes(layer)
+                found = {"bits": mixed_width(layer), "weight_range": weights, "input_range": inputs}
+                self._own |= {f"layer/{name}/{what}": value for what, value in found.items()}
+
+    def scalars(self) -> dict[str, float]:
+        """For the log."""
+        if not self.layers:
+            return {}
+        return {"mean_bits": sum(map(mixed_width, self.layers.values())) / len(self.layers), **self._own}
+
+
+def mixed_width(layer: QuantizedLayer) -> float:
+    """The layer's weight width in bits; in a transition between its two widths, by the share of the next."""
+    blend = blend_state(layer)
+    return float(read_bits(layer)[0]) if blend is None else (1 - blend.share) * blend.bits + blend.share * blend.next_bits

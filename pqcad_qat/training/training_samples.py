@@ -1,0 +1,58 @@
+"""Images that a model samples while it trains, always from the same noise: what one looks at to see a stage go well or badly.
+
+Not here: the images of a run's report (evaluation/), and how they reach TensorBoard (metrics_log.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pqcad_qat.diffusion.conditions import Guidance
+from pqcad_qat.diffusion.images import to_uint8
+from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory
+from pqcad_qat.processes import is_first
+from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
+
+
+@dataclass
+class TrainingSamples(Callback):
+    """Samples from the averaged weights after every so many steps; the first process alone, while the others wait.
+
+    Attributes:
+        noise: (N, C, H, W), x_T of the images.
+        schedule: of the model.
+        steps: sampling steps.
+        every: training steps between two grids; 0 for none.
+        guidance: what the images are conditioned on, and how they are guided.
+    """
+
+    noise: Tensor
+    schedule: NoiseSchedule
+    steps: int
+    every: int
+    guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        self.name = "training-samples"
+        self._sampled: Tensor | None = None
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        due = self.every > 0 and state.step % self.every == 0 and is_first()
+        self._sampled = self._sample(state) if due else None
+
+    def images(self) -> Mapping[str, Tensor]:
+        """For the log: uint8 (N, C, H, W)."""
+        return {} if self._sampled is None else {"samples": self._sampled}
+
+    @torch.no_grad()
+    def _sample(self, state: TrainState) -> Tensor | None:
+        with averaged_weights(state) as model, frozen_weights(model.eval()):
+            x = self.noise.to(next(model.parameters()).device)
+            for step in ddim_trajectory(self.guidance.follow(model, x.device), x, self.schedule, self.steps):
+                x = step.x_s
+        return to_uint8(x).cpu() if bool(x.isfinite().all()) else None
