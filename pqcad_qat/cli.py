@@ -28,10 +28,11 @@ from safetensors import SafetensorError
 from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one_of, several
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
-from pqcad_qat.policy.schema import EvaluationPolicy
+from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
 from pqcad_qat.processes import check_launch, launched, leave, speaks
 
 if TYPE_CHECKING:
+    from pqcad_qat.evaluation.variant import Variant
     from pqcad_qat.sensitivity import MaxSize
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -205,33 +206,61 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
     CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True)
 
 
-def sample(folder: str, count: int = 64, seed: int = 0, steps: int | None = None, out: str = "grid.png") -> None:
-    """Sample images from a folder and write them as a grid.
+def sample(
+    folder: str,
+    count: int = 64,
+    seed: int = 0,
+    steps: int | None = None,
+    out: str = "grid.png",
+    conditions: str | tuple[int, ...] | None = None,
+    guidance: float | None = None,
+) -> None:
+    """Sample images from a folder and write them as a grid; latents as a safetensors file.
 
     Args:
         folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or embedded:NAME).
         count: number of images.
         seed: of their noise; image k of a seed starts from the same noise in every kind of folder.
         steps: sampling steps; by default those the folder was made for.
-        out: PNG file.
+        out: PNG file; of a model of latents a safetensors file.
+        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default what a run's
+            policy says, or all classes.
+        guidance: scale of classifier-free guidance; by default what the folder was made for.
     """
+    from safetensors.torch import save_file
+
+    from pqcad_qat.diffusion.images import to_uint8
     from pqcad_qat.evaluation.grid import save_grid
-    from pqcad_qat.evaluation.variant import open_folder, sample_images
+    from pqcad_qat.evaluation.variant import sample_states
     from pqcad_qat.training.metrics_log import progress_bar
 
     _whole("count", count)
     _whole("seed", seed, least=0)
-    if Path(out).suffix.lower() != ".png":
-        raise UsageError(f"--out: got {out!r}; allowed a name in .png")
-    variant = open_folder(folder, _whole("steps", steps) if steps is not None else None)
+    if Path(out).suffix.lower() not in (".png", ".safetensors"):
+        raise UsageError(f"--out: got {out!r}; allowed a name in .png, or of latents in .safetensors")
+    variant = _opened(folder, steps, conditions, guidance)
+    suffix = ".safetensors" if variant.latent else ".png"
+    if Path(out).suffix.lower() != suffix:
+        raise UsageError(f"--out: got {out!r}; allowed a name in {suffix}, for {folder} makes {'latents' if variant.latent else 'images'}")
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
-        images = sample_images(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
-    save_grid(images, Path(out))
-    CONSOLE.print(f"{out}: {count} images, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
+        states = sample_states(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
+    if variant.latent:
+        save_file({"latents": states}, out)
+    else:
+        save_grid(to_uint8(states), Path(out))
+    CONSOLE.print(f"{out}: {count} {'latents' if variant.latent else 'images'}, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
 
 
-def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None = None, features: str | None = None) -> None:
+def evaluate(
+    folder: str,
+    images: int = 512,
+    seed: int = 1234,
+    steps: int | None = None,
+    features: str | None = None,
+    conditions: str | tuple[int, ...] | None = None,
+    guidance: float | None = None,
+) -> None:
     """Frechet distance of a folder's images to real ones, with its protocol.
 
     Args:
@@ -241,15 +270,20 @@ def evaluate(folder: str, images: int = 512, seed: int = 1234, steps: int | None
         steps: sampling steps; by default those the folder was made for.
         features: feature network with its reference statistics: embedded:NAME or a folder; by default what a run's policy says,
             or the one embedded for the same data as the model.
+        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default what a run's
+            policy says, or all classes.
+        guidance: scale of classifier-free guidance; by default what the folder was made for.
     """
     from pqcad_qat.evaluation.features import load_features
     from pqcad_qat.evaluation.fidelity import evaluate_images, fid_protocol
-    from pqcad_qat.evaluation.variant import open_folder, sample_images
+    from pqcad_qat.evaluation.variant import sample_images
     from pqcad_qat.training.metrics_log import progress_bar
 
     _whole("images", images, least=2)
     _whole("seed", seed, least=0)
-    variant = open_folder(folder, _whole("steps", steps) if steps is not None else None)
+    variant = _opened(folder, steps, conditions, guidance)
+    if variant.latent:
+        raise UsageError(f"{folder}: makes latents of {variant.sample_shape[0]} channels; allowed a model of images")
     network = load_features(features or _features_of(folder))
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
@@ -409,9 +443,29 @@ def _features_of(folder: str) -> str:
     """The feature network that belongs to a run's or an embedded model's images."""
     from pqcad_qat.evaluation.features import embedded_features
 
-    if (policy := Path(folder) / "policy.yaml").is_file():
-        return load_policy(policy).evaluation.features
+    if (policy := _policy_of(folder)) is not None:
+        return policy.evaluation.features
     return folder if folder in embedded_features() else EvaluationPolicy().features
+
+
+def _opened(folder: str, steps: int | None, conditions: object, guidance: object) -> Variant:
+    """A folder as the options of `sample` and `evaluate` want it."""
+    from pqcad_qat.evaluation.variant import open_folder
+
+    if guidance is not None and (not isinstance(guidance, int | float) or isinstance(guidance, bool) or guidance < 1):
+        raise UsageError(f"--guidance: got {guidance!r}; allowed a number from 1")
+    section = None if (policy := _policy_of(folder)) is None else policy.conditions
+    if isinstance(conditions, int | tuple | list):
+        labels = several("conditions", conditions)
+        section = ConditionsPolicy(classes=tuple(_whole("conditions", label, least=0) for label in labels))
+    elif conditions is not None:
+        section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=str(conditions))
+    return open_folder(folder, _whole("steps", steps) if steps is not None else None, section, guidance)
+
+
+def _policy_of(folder: str) -> Policy | None:
+    """The policy of a run's folder."""
+    return load_policy(policy) if (policy := Path(folder) / "policy.yaml").is_file() else None
 
 
 def _whole(name: str, value: object, least: int = 1) -> int:
@@ -468,6 +522,8 @@ def _print_result(folder: Path) -> None:
         numbers = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, None if row.size_bytes is None else row.size_bytes / 1e6]
         table.add_row(row.name, bits, str(row.steps), *("" if number is None else f"{number:.2f}" for number in numbers))
     CONSOLE.print(table)
+    if report.quality_note:
+        CONSOLE.print(report.quality_note, highlight=False)
     for goal in report.targets:
         mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[goal.holds]
         measured = "-" if goal.measured is None else f"{goal.measured:.3g}"

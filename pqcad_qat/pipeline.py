@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +30,20 @@ from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationRecipe, CalibrationSet, calibration_set
-from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, predict
+from pqcad_qat.diffusion.conditions import (
+    GUIDANCE,
+    NULL_CLASS,
+    ConditionSet,
+    Guidance,
+    check_guidance,
+    chosen_conditions,
+    conditioned,
+    exported_inputs,
+)
+from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, load_model, predict
+from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import initial_noise, noise_schedule
-from pqcad_qat.errors import ExportError
+from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.evaluation.benchmark import (
     XML_FILE,
     convert_float,
@@ -42,12 +53,12 @@ from pqcad_qat.evaluation.benchmark import (
     size_bytes,
 )
 from pqcad_qat.evaluation.features import load_features
-from pqcad_qat.evaluation.fidelity import evaluate_images
+from pqcad_qat.evaluation.fidelity import evaluate_images, evaluate_latents
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.evaluation.speed import time_denoisers
-from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_images
+from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_states
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, UNTRAINED, made, round_name, stages_of
@@ -96,6 +107,16 @@ PARITY_INPUTS = 64
 """States on which the deployed model is compared end to end with the quantized PyTorch model."""
 
 
+NO_FEATURES = "none"
+"""As evaluation.features: nothing is compared with real images."""
+
+NO_FID = "No FID: evaluation.features is none, so there are figures against full precision only."
+OF_LATENTS = (
+    " The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; pictures show their first "
+    "channels."
+)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model and its plan, before anything is trained.
@@ -104,36 +125,51 @@ class Prepared:
         model: full precision, untouched.
         split: a copy of the denoiser with its shortcuts split, on which the plan stands.
         plan: of every layer that will be quantized.
+        conditions: that trajectories and images choose from.
     """
 
     model: DiffusionModel
     split: nn.Module
     plan: tuple[LayerPlan, ...]
+    conditions: ConditionSet = field(default_factory=ConditionSet)
 
 
 def prepare(policy: Policy) -> Prepared:
     """Load the policy's model and plan its layers; nothing is written.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or the policy's conditions or guidance do not fit it.
         PlanError: the rules do not fit it.
     """
     model = load_model(policy.model.source)
+    conditions = chosen_conditions(conditioned(model), policy.conditions)
+    check_guidance(policy.sampler.guidance_scale, conditions)
     split = copy.deepcopy(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
-    return Prepared(model, split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example))
+    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
+    return Prepared(model, split, plan, conditions)
 
 
-def calibration_recipe(policy: Policy, model: DiffusionModel) -> CalibrationRecipe:
+def _check_features(policy: Policy, model: DiffusionModel) -> None:
+    if model.latent and policy.evaluation.features != NO_FEATURES:
+        raise ModelError(
+            f"evaluation.features: got {policy.evaluation.features!r}; {model.source} makes latents of {model.sample_shape[0]} channels, "
+            "which no feature network reads; allowed none: figures against full precision only"
+        )
+
+
+def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
     """What the policy's calibration set is recorded by."""
     return CalibrationRecipe(
-        model_digest=model.digest,
+        model_digest=prepared.model.digest,
         sampler=policy.sampler.name,
         steps=policy.sampler.steps,
         trajectories=policy.calibration.trajectories,
         seed=policy.calibration.seed,
         refinement=policy.calibration.refinement,
+        conditions=prepared.conditions.digest,
+        guidance_scale=policy.sampler.guidance_scale,
     )
 
 
@@ -148,6 +184,7 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
     with agreed():
         new_accelerator(policy.training.precision)
         prepared = prepare(policy)
+        _check_features(policy, prepared.model)
     with open_run(path, policy, resume) as folder:
         return _Run(policy, prepared, folder, console, shares_training).all_stages(command)
 
@@ -220,11 +257,12 @@ class _Run:
     # ---- stages ------------------------------------------------------------------------------------------------------------------
 
     def _calibrate(self) -> CalibrationSet:
-        policy, recipe = self.policy, calibration_recipe(self.policy, self.prepared.model)
+        policy, recipe = self.policy, calibration_recipe(self.policy, self.prepared)
         calls = recipe.trajectories * recipe.steps * recipe.refinement
         with self.folder.stage("calibration") as stage, self._bar("calibration", calls) as advance:
+            store = self.path.parent / CALIBRATION
             found, folder = calibration_set(
-                self.prepared.model, recipe, policy.calibration.batch_size, self.path.parent / CALIBRATION, advance
+                self.prepared.model, recipe, policy.calibration.batch_size, store, advance, self.prepared.conditions
             )
             if is_first():
                 self._link("calibration", folder)
@@ -234,7 +272,12 @@ class _Run:
     def _progressive(self, calibration: CalibrationSet) -> nn.Module:
         model = self._quantized(calibration, self.prepared.plan)
         schedule = bit_schedule(self.policy, self.prepared.plan, model)
-        callbacks = [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers), *self._shown(model, self.policy.sampler.steps)]
+        callbacks = [
+            schedule,
+            FullPrecisionMatching(),
+            WeightDistance(schedule.layers),
+            *self._shown(model, self.policy.sampler.steps, self.policy.sampler.guidance_scale),
+        ]
         self._train("pq", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
@@ -245,7 +288,11 @@ class _Run:
     def _fixed_bit(self, calibration: CalibrationSet) -> nn.Module:
         """The control: the same seed, steps and data, at the target widths from the first step."""
         model = self._at_targets(calibration)
-        callbacks = [FullPrecisionMatching(), WeightDistance(quantized_layers(model)), *self._shown(model, self.policy.sampler.steps)]
+        callbacks = [
+            FullPrecisionMatching(),
+            WeightDistance(quantized_layers(model)),
+            *self._shown(model, self.policy.sampler.steps, self.policy.sampler.guidance_scale),
+        ]
         self._train("fixed-bit", model, callbacks, self._training_batches(calibration), self.policy.progressive.steps)
         return model
 
@@ -253,14 +300,15 @@ class _Run:
         """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
         distillation = self.policy.distillation
         teacher_weight = distillation.teacher_weight or float(calibration_weight == 0)
-        loss = CalibrationAssistedDistillation(teacher_weight, calibration_weight)
+        scale = self.policy.guidance_scale(name)
+        loss = CalibrationAssistedDistillation(teacher_weight, calibration_weight, scale, calibration.unconditional)
         rounds = distillation.rounds
         for number in range(1, rounds + 1):
             stage = name if number == rounds else round_name(name, number)
             targets = self._targets("teacher" if number == 1 else f"teacher-{round_name(name, number - 1)}", calibration, teacher, number)
             student = copy.deepcopy(teacher)
-            batches = distillation_batches(targets, self._whole_batch, self.policy.training.seed)
-            callbacks = [loss, *self._shown(student, self.policy.student_steps_by_round[number - 1])]
+            batches = distillation_batches(targets, self._whole_batch, self.policy.training.seed, calibration.condition)
+            callbacks = [loss, *self._shown(student, self.policy.student_steps_by_round[number - 1], scale)]
             self._train(stage, student, callbacks, batches, max(1, distillation.steps // rounds))
             teacher = student
         return teacher
@@ -272,10 +320,10 @@ class _Run:
         with self.folder.stage(name) as stage:
             if stage.new:
                 calls = policy.calibration.trajectories * steps[number - 1]
+                scale = policy.guidance_scale("pq" if number == 1 else "pqcad")  # of the teacher
                 with self._bar(name, calls) as advance, frozen_weights(teacher.eval()):
-                    found = distillation_set(
-                        teacher, calibration, self.schedule, steps[number - 1], steps[number], policy.calibration.batch_size, advance
-                    )
+                    batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
+                    found = distillation_set(teacher, calibration, self.schedule, taught, learned, batch, advance, scale)
                 kept.parent.mkdir(exist_ok=True)
                 save_file(vars(found), kept)
                 stage.done()
@@ -287,24 +335,32 @@ class _Run:
                 return
             policy, model = self.policy, self.prepared.model
             steps = policy.distillation.student_steps
-            save_quantized(
-                self.path / "student", student, self.prepared.plan, policy.quantization.split_shortcuts, model.scheduler_config, steps
-            )
+            scheduler = {**model.scheduler_config, STEPS: steps, **self._guidance()}
+            save_quantized(self.path / "student", student, self.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
             layers = integer_layers(student)
-            provenance = {"policy": policy.name, "model": model.source, "model_digest": model.digest, "sampling_steps": steps}
-            scheduler = {**model.scheduler_config, STEPS: steps}
+            conditions = exported_inputs(model.condition_inputs, self.prepared.conditions)
+            provenance = {
+                "policy": policy.name,
+                "model": model.source,
+                "model_digest": model.digest,
+                "sampler": policy.sampler.name,
+                "sampling_steps": steps,
+                "full_precision_steps": policy.sampler.steps,
+                "training_seed": policy.training.seed,
+                **self._guidance(),
+            }
 
             def write(folder: Path, weights: Any) -> None:
-                export_model(student, scheduler, layers, self.shape, policy.export.batch_size, weights, folder, provenance)
+                export_model(student, scheduler, layers, self.shape, policy.export.batch_size, weights, folder, provenance, conditions)
 
             shipped = self.path / "openvino"
             with self.console.status("export: writing and verifying the OpenVINO folder"):
                 write(shipped, policy.export.weights)
-                write(self.path / "baselines" / "packed", "int4")
+                write(self.path / "baselines" / "packed", "packed")
                 executed = execution_precision(shipped, layers)
                 self._refuse_float(executed.precisions)
-                x, t = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
-                parity = layer_parity(shipped, layers, _layer_inputs(student, x, t))
+                inputs = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
+                parity = layer_parity(shipped, layers, _layer_inputs(student, inputs))
                 psnr = self._end_to_end(shipped, student, calibration)
             stage.done(
                 precisions=dict(executed.precisions),
@@ -320,6 +376,13 @@ class _Run:
                 end_to_end_psnr=psnr,
                 packed_bytes=size_bytes(self.path / "baselines" / "packed"),
             )
+
+    def _guidance(self) -> dict[str, Any]:
+        """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one."""
+        if not self.prepared.conditions.choices:
+            return {}
+        scale, null = self.policy.guidance_scale("pqcad"), self.prepared.conditions.null_class
+        return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
 
     def _refuse_float(self, precisions: Mapping[str, str]) -> None:
         """A planned layer that left INT8 is an error, unless the policy lists it as an exception."""
@@ -338,9 +401,9 @@ class _Run:
         deployed = OVUNet2DModel.from_pretrained(folder)
         ours, theirs = [], []
         with frozen_weights(student.eval()):
-            for x, t in calibration.inputs(PARITY_INPUTS, 32):
-                theirs.append(predict(student, x, t).numpy())
-                ours.append(deployed.predict(x.numpy(), t.numpy()))
+            for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):
+                theirs.append(predict(student, x, t, condition).numpy())
+                ours.append(deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()}))
         return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
 
     def _baselines(self, calibration: CalibrationSet) -> None:
@@ -361,8 +424,12 @@ class _Run:
 
     def _make_baselines(self, calibration: CalibrationSet, folder: Path) -> None:
         batch, denoiser = self.policy.export.batch_size, self.prepared.model.denoiser
-        plain = convert_float(denoiser, self.shape, batch, folder / "float", self.schedule.train_timesteps)
-        inputs = [{"sample": x.numpy(), "timestep": t.numpy()} for x, t in calibration.inputs(BASELINE_INPUTS * batch, batch)]
+        condition = self.prepared.conditions.of(0, 0, batch)
+        plain = convert_float(denoiser, self.shape, batch, folder / "float", self.schedule.train_timesteps, condition)
+        inputs = [
+            {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in given.items()}}
+            for x, t, given in calibration.inputs(BASELINE_INPUTS * batch, batch)
+        ]
         nncf_baseline(plain, inputs, folder / "nncf")
 
     def _openvino_files(self) -> dict[str, Path]:
@@ -382,7 +449,8 @@ class _Run:
             if not stage.new:
                 return
             runs, files = self.policy.export.latency_runs, self._openvino_files()
-            inputs = example_inputs(self.shape, self.policy.export.batch_size)
+            batch = self.policy.export.batch_size
+            inputs = example_inputs(self.shape, batch, condition=self.prepared.conditions.of(0, 0, batch))
             with self.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
                 timings = time_denoisers(self.prepared.model.denoiser, files, inputs, runs)
                 profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
@@ -413,8 +481,9 @@ class _Run:
         variant = self._variant(name, calibration, models)
         count, batch = self.policy.evaluation.images, self.policy.evaluation.batch_size
         with self._bar(f"sample {name}", count * variant.steps) as advance:
-            images = sample_images(variant, count, self.policy.evaluation.seed, batch, advance)
-        save_file({"images": images}, folder / self._images_file(name).name)
+            states = sample_states(variant, count, self.policy.evaluation.seed, batch, advance)
+        samples = {"latents": states} if self.prepared.model.latent else {"images": to_uint8(states)}
+        save_file(samples, folder / self._images_file(name).name)
 
     def _samples_recipe(self, name: str) -> dict[str, Any]:
         """All that decides the images of a variant."""
@@ -424,13 +493,24 @@ class _Run:
             source = self._baseline_recipe()
         elif name in TRAINED:
             source = self._training_recipe(name)
-        decides = {"images": evaluation.images, "seed": evaluation.seed, "batch": evaluation.batch_size, "steps": self._steps(name)}
+        decides: dict[str, Any] = {
+            "images": evaluation.images,
+            "seed": evaluation.seed,
+            "batch": evaluation.batch_size,
+            "steps": self._steps(name),
+        }
+        if digest := self.prepared.conditions.digest:
+            decides |= {"conditions": digest, "guidance_scale": self.policy.guidance_scale(name)}
         return {"samples": source, "sampler": self.policy.sampler.name, "variant": name, **decides}
 
     def _steps(self, name: str) -> int:
         return self.policy.distillation.student_steps if name in HALF_STEPS else self.policy.sampler.steps
 
     def _variant(self, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+        scale = self.policy.guidance_scale(name)
+        return replace(self._sampler(name, calibration, models), conditions=self.prepared.conditions, guidance_scale=scale)
+
+    def _sampler(self, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
         full, steps = self.prepared.model, self._steps(name)
         match name:
             case "nncf-int8":
@@ -450,12 +530,18 @@ class _Run:
         with self.folder.stage("evaluation") as stage:
             if not stage.new:
                 return
-            features = load_features(self.policy.evaluation.features)
-            images = {name: load_file(self._images_file(name))["images"] for name in self.made if name not in UNSAMPLED}
+            asked, latent = self.policy.evaluation.features, self.prepared.model.latent
+            features = None if asked == NO_FEATURES else load_features(asked)
+            samples = {name: self._samples(name) for name in self.made if name not in UNSAMPLED}
+            full = samples["fp32"]
             with self.console.status("evaluation: FID, PSNR, SSIM"):
-                figures = {name: asdict(evaluate_images(found, images["fp32"], features)) for name, found in images.items()}
-            protocol = {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
-            stage.done(figures=figures, protocol=protocol, hardware=asdict(hardware()))
+                figures = {
+                    name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
+                    for name, found in samples.items()
+                }
+            protocol = features and {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
+            note = "" if features else NO_FID + (OF_LATENTS if latent else "")
+            stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
 
     def _report(self, command: str) -> Path:
         with agreed() as first:
@@ -467,7 +553,8 @@ class _Run:
         stages = {name: self.folder.finished(name) or {} for name in self.folder.seconds()}
         facts = RunFacts(self.policy, self.prepared.plan, self.prepared.split, stages, self.folder.seconds(), tuple(self.warnings), command)
         shown: list[str] = [name for name in self.made if name not in UNSAMPLED]
-        samples = {name: load_file(self._images_file(name))["images"][:10].numpy() / np.float32(127.5) - 1 for name in shown}
+        full = self._samples("fp32")
+        samples = {name: _pictures(self._samples(name)[:10], full) for name in shown}
         write_report(self.path, report_of(facts), curves_of(self.policy, self.path / "logs"), samples)
 
     # ---- what stages share -------------------------------------------------------------------------------------------------------
@@ -482,6 +569,12 @@ class _Run:
     def _images_file(self, name: str) -> Path:
         return self.path / "samples" / f"{name}.safetensors"
 
+    def _samples(self, name: str) -> Tensor:
+        """A variant's images (uint8), or its latents (float32)."""
+        found: Tensor
+        (found,) = load_file(self._images_file(name)).values()
+        return found
+
     @property
     def _whole_batch(self) -> int:
         """States that one step of the optimizer learns from: every process adds its batches."""
@@ -491,10 +584,13 @@ class _Run:
     def _training_batches(self, calibration: CalibrationSet) -> BatchSource:
         return calibration_batches(calibration, self._whole_batch, self.policy.training.seed)
 
-    def _shown(self, model: nn.Module, steps: int) -> list[Callback]:
-        """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule."""
+    def _shown(self, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
+        """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not shown."""
         noise = torch.from_numpy(initial_noise(self.policy.evaluation.seed, 0, SHOWN, self.shape))
-        samples = TrainingSamples(noise, self.schedule, steps, self.policy.training.samples_every)
+        every = 0 if self.prepared.model.latent else self.policy.training.samples_every
+        chosen = self.prepared.conditions.of(self.policy.evaluation.seed, 0, SHOWN)
+        follow = Guidance(chosen, self.prepared.conditions.unconditional, guidance_scale)
+        samples = TrainingSamples(noise, self.schedule, steps, every, follow)
         return [QuantizerLog(quantized_layers(model)), samples]
 
     def _quantized(self, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
@@ -584,7 +680,16 @@ class _Run:
             yield lambda count: bar.update(task, advance=count)
 
 
-def _layer_inputs(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def _pictures(samples: Tensor, full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Samples as pictures in [-1, 1]: images as they are, of latents the first channels, scaled by the range of full precision's."""
+    if samples.dtype == torch.uint8:
+        return np.asarray(samples.numpy() / np.float32(127.5) - 1, np.float32)
+    low, high = full.min(), full.max()
+    shown = samples[:, : 3 if samples.shape[1] > 2 else 1]
+    return np.asarray(((shown - low) / (high - low) * 2 - 1).clamp(-1, 1), np.float32)
+
+
+def _layer_inputs(model: nn.Module, inputs: DenoiserInput) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """What every quantized layer reads in one forward pass, by layer."""
     seen: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
 
@@ -597,7 +702,7 @@ def _layer_inputs(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, np.ndarra
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(model).items()]
     try:
         with torch.no_grad():
-            predict(model.eval(), x, t)
+            predict(model.eval(), *inputs)
     finally:
         for hook in hooks:
             hook.remove()

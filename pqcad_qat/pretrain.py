@@ -6,6 +6,7 @@ Not here: the loss and the batches (training/pretraining.py), nor the loop (trai
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,8 @@ from diffusers import UNet2DModel
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.diffusion.denoiser import save_model, write_json
+from pqcad_qat.diffusion.conditions import ConditionSet, class_conditions, conditioned
+from pqcad_qat.diffusion.denoiser import DiffusionModel, save_model, write_json
 from pqcad_qat.diffusion.images import ImageSet, load_images
 from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import PolicyError
@@ -26,7 +28,7 @@ from pqcad_qat.processes import agreed, is_first, process_count
 from pqcad_qat.run_folder import open_run
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
-from pqcad_qat.training.pretraining import DenoisingLoss, noisy_batches
+from pqcad_qat.training.pretraining import ClassLabels, DenoisingLoss, noisy_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
 from pqcad_qat.training.trainer import LoopSettings, new_accelerator
 
@@ -46,6 +48,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         images = load_images(data.source, data.path, data.size)
         torch.manual_seed(training.seed)  # decides the first weights
         model = _build(policy.model, channels=images.images.shape[1])
+        classes = _classes(policy, images)
     scheduler = _scheduler(policy)
     with open_run(path, policy, resume):
         loop = LoopSettings(
@@ -57,8 +60,9 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         )
         checkpoints = CheckpointFolder(path / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
         settings = StageSettings("pretrain", loop, training.precision, checkpoints, path / "logs")
-        callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every)]
-        batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size * process_count(), training.seed)
+        conditions = _conditions(model, classes)
+        callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
+        batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
         state = train_stage(model, callbacks, batches, settings, console, warn=lambda fault: console.print(f"[yellow]warning:[/] {fault}"))
         with agreed() as first, averaged_weights(state):
             if first:
@@ -80,9 +84,9 @@ def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
 class SampleGrids(Callback):
     """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end; by the first process alone."""
 
-    def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int) -> None:
+    def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int, conditions: ConditionSet) -> None:
         self.name = "sample-grids"
-        self._folder, self._scheduler, self._every = folder, scheduler, every
+        self._folder, self._scheduler, self._every, self._conditions = folder, scheduler, every, conditions
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         if state.step % self._every or not is_first():
@@ -90,7 +94,8 @@ class SampleGrids(Callback):
         with averaged_weights(state) as model:
             config: Any = model.config
             shape = (config.in_channels, config.sample_size, config.sample_size)
-            images = sample_images(pytorch_variant("fp32", model, self._scheduler, DEFAULT_STEPS, shape), SAMPLES, 0, SAMPLES)
+            sampler = pytorch_variant("fp32", model, self._scheduler, DEFAULT_STEPS, shape)
+            images = sample_images(replace(sampler, conditions=self._conditions), SAMPLES, 0, SAMPLES)
         self._folder.mkdir(parents=True, exist_ok=True)
         save_grid(images, self._folder / f"step_{state.step:06d}.png")
 
@@ -105,6 +110,31 @@ def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
         if model.config[key] != channels:
             raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
     return cast(nn.Module, model)
+
+
+def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:
+    """How labels condition the policy's model: a row of its table for every class of the data, and perhaps one more for no class."""
+    rows = policy.model.get("num_class_embeds")
+    if policy.model.get("class_embed_type") is not None:
+        raise PolicyError(
+            f"model.class_embed_type: got {policy.model['class_embed_type']!r}; allowed null: labels are looked up in a table"
+        )
+    if rows is None:
+        return None
+    if images.labels is None:
+        raise PolicyError(f"model.num_class_embeds: got {rows}; allowed null, as {images.name} has no labels")
+    count = int(images.labels.max()) + 1
+    if rows not in (count, count + 1):
+        raise PolicyError(
+            f"model.num_class_embeds: got {rows}; allowed {count}, the classes of {images.name}, or {count + 1}, with no class"
+        )
+    return ClassLabels(count if rows > count else None, policy.training.class_dropout)
+
+
+def _conditions(model: nn.Module, classes: ClassLabels | None) -> ConditionSet:
+    """What sample grids are conditioned on: every class."""
+    shell = DiffusionModel(model, {}, "the model", "")
+    return ConditionSet() if classes is None else class_conditions(conditioned(shell), "all", classes.null)
 
 
 def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -135,11 +136,12 @@ def _refuse_too_little(sizes: Sizes, widths: Sequence[int], budget: int) -> None
 
 
 def _calibration(policy: Policy, prepared: Prepared, cache: Path, console: Console) -> CalibrationSet:
-    recipe = calibration_recipe(policy, prepared.model)
+    recipe = calibration_recipe(policy, prepared)
     with progress_bar(console) as bar:
         task = bar.add_task("calibration", total=recipe.trajectories * recipe.steps * recipe.refinement, note="")
         batch = policy.calibration.batch_size
-        found, _ = calibration_set(prepared.model, recipe, batch, cache, lambda done: bar.update(task, advance=done))
+        advance = partial(bar.advance, task)
+        found, _ = calibration_set(prepared.model, recipe, batch, cache, advance, prepared.conditions)
     return found
 
 

@@ -47,7 +47,7 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
     prepared = prepare(policy)
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
-    data = CalibrationSet(states, states[:, 1:], (900, 600, 300))
+    data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.of(0, 0, len(states)))
     settled, moving = (quantize_model(copy.deepcopy(prepared.split), prepared.plan) for _ in range(2))
     for model in (settled, moving):
         calibrate_ranges(model, data.inputs(16, 16))

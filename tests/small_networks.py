@@ -32,8 +32,8 @@ class SkipNetwork(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
         self.conv_out = nn.Conv2d(8, 1, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 1, H, W) -> (B, 1, H, W)."""
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """x (B, 1, H, W) -> (B, 1, H, W), whatever the time step."""
         skip = self.conv_in(x)
         joined = torch.cat([F.silu(self.down(skip)), skip], dim=1)
         h = self.conv1(F.silu(self.norm(joined))) + self.conv_shortcut(joined)
@@ -48,8 +48,21 @@ def skip_network(seed: int = 0) -> SkipNetwork:
     return SkipNetwork().eval()
 
 
-def example(batch: int = 2, seed: int = 1) -> tuple[Tensor, ...]:
-    return (torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed)),)
+def example(batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
+    return timeless(torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed)))
+
+
+def timeless(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as the input of a denoiser that does not look at its time step."""
+    return x, torch.zeros(len(x), dtype=torch.long)
+
+
+class Timeless(nn.Sequential):
+    """Layers in a row as a denoiser that does not look at its time step."""
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y
 
 
 def rule(*match: str, bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any) -> LayerRule:

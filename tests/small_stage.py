@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from small_networks import Timeless, timeless
 from torch import Tensor, nn
 
 from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -41,11 +42,13 @@ class Matching(Callback):
 def network(scale: str = "learned") -> nn.Module:
     """Two convolutions at 8 bits that may go down to 4, calibrated."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3))
+    model = Timeless(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3))
     weights = WeightQuantizer(bits=4, scale=scale)  # type: ignore[arg-type]
-    plan = plan_layers(model, [LayerRule(match=("type:Conv2d",), weights=weights, inputs=InputQuantizer(bits=8))], [8, 4], (images(0),))
+    plan = plan_layers(
+        model, [LayerRule(match=("type:Conv2d",), weights=weights, inputs=InputQuantizer(bits=8))], [8, 4], timeless(images(0))
+    )
     quantize_model(model, plan)
-    calibrate_ranges(model, [(images(seed),) for seed in range(4)])
+    calibrate_ranges(model, [timeless(images(seed)) for seed in range(4)])
     return model
 
 

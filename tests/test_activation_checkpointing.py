@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from conditional_models import saved
 from conftest import tiny_unet
 from diffusers import UNet2DModel
 from rich.console import Console
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import recomputed_activations
+from pqcad_qat.diffusion.denoiser import predict, recomputed_activations
 from pqcad_qat.errors import ModelError
 from pqcad_qat.pipeline import prepare
 from pqcad_qat.policy.schema import Policy
@@ -64,6 +65,18 @@ def test_gradients_are_the_same_to_the_last_bit_and_no_statistic_moves(calibrate
     assert kept.keys() == recomputed.keys() == dict(calibrated.named_parameters()).keys()
     assert [name for name, value in kept.items() if not torch.equal(value, recomputed[name])] == []
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, calibrated.state_dict()[name])] == []
+
+
+def test_the_blocks_of_a_transformer_compute_again_as_well(tmp_path: Path) -> None:
+    model = saved("dit", tmp_path / "dit").denoiser.train()
+    x, labels = torch.randn(2, 4, 8, 8), {"class_labels": torch.tensor([1, 3])}
+    found = []
+    for again in (False, True):
+        model.zero_grad()
+        with recomputed_activations(model, again):
+            predict(model, x, 500, labels).square().mean().backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def stage(model: nn.Module, folder: Path, again: bool) -> nn.Module:

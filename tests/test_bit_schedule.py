@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from small_networks import Timeless, timeless
 from torch import nn
 
 from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -178,9 +179,9 @@ def test_the_rungs_of_a_plan_are_all_widths_that_layers_go_down_to() -> None:
 
 def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    model = Timeless(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
     rule = LayerRule(match="type:Conv2d", weights=WeightQuantizer(bits=3, scale="learned"), inputs=InputQuantizer(bits=8))
-    example = (torch.randn(2, 1, 8, 8),)
+    example = timeless(torch.randn(2, 1, 8, 8))
     plan = plan_layers(model, [rule], [8, 4], example)
     quantize_model(model, plan)
     calibrate_ranges(model, [example])

@@ -126,7 +126,14 @@ def test_progress_counts_every_trajectory_at_every_step(tiny_model: DiffusionMod
     assert Counter(calls) == {4: STEPS, 2: STEPS}
 
 
-@pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 8}, {"trajectories": 5}, {"model_digest": "other"}, {"sampler": "other"}])
+CHANGES = [{"steps": 4}, {"seed": 8}, {"trajectories": 5}, {"model_digest": "other"}, {"sampler": "other"}]
+
+
+def test_an_unconditional_set_keeps_the_name_it_had_before_there_were_conditions() -> None:
+    assert CalibrationRecipe("model", "ddim", 20, 128, 0, 2).digest == "31e2d3a119c03fe2"
+
+
+@pytest.mark.parametrize("change", [*CHANGES, {"conditions": "set"}, {"guidance_scale": 2.0}])
 def test_everything_that_decides_a_set_changes_its_name(recipe: CalibrationRecipe, change: dict[str, int | str]) -> None:
     assert replace(recipe, **change).digest != recipe.digest
 
@@ -187,24 +194,24 @@ def test_a_model_that_gives_nan_is_refused_before_anything_is_written(
 
 def test_inputs_are_spread_evenly_over_trajectories_and_time_steps(recorded: CalibrationSet) -> None:
     parts = list(recorded.inputs(STEPS * TRAJECTORIES, 7))
-    assert [len(x) for x, _ in parts] == [7, 7, 7, 7, 2]
-    times = Counter(torch.cat([t for _, t in parts]).tolist())
+    assert [len(x) for x, _, _ in parts] == [7, 7, 7, 7, 2]
+    times = Counter(torch.cat([t for _, t, _ in parts]).tolist())
     assert times == dict.fromkeys(recorded.timesteps, TRAJECTORIES)
 
 
 def test_inputs_are_states_of_the_set_beside_their_own_time_step(recorded: CalibrationSet) -> None:
-    for x, t in recorded.inputs(9, 4):
+    for x, t, _ in recorded.inputs(9, 4):
         for state, step in zip(x, t.tolist(), strict=True):
             column = recorded.timesteps.index(step)
             assert any(torch.equal(state, known) for known in recorded.states[:, column])
 
 
 def test_more_inputs_than_there_are_gives_each_once(recorded: CalibrationSet) -> None:
-    found = torch.cat([x for x, _ in recorded.inputs(10_000, 64)])
+    found = torch.cat([x for x, _, _ in recorded.inputs(10_000, 64)])
     assert len(found) == STEPS * TRAJECTORIES
     assert len({row.numpy().tobytes() for row in found}) == STEPS * TRAJECTORIES
 
 
 def test_inputs_are_the_same_every_time(recorded: CalibrationSet) -> None:
-    first, second = ([x for x, _ in recorded.inputs(8, 3)] for _ in range(2))
+    first, second = ([x for x, _, _ in recorded.inputs(8, 3)] for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_unet
-from small_networks import EVERYTHING, SkipNetwork, example, rule, skip_network
+from small_networks import EVERYTHING, SkipNetwork, Timeless, example, rule, skip_network, timeless
 from torch import nn
 
 from pqcad_qat.errors import ModelError
@@ -120,7 +120,7 @@ def test_calibration_sets_each_input_to_what_the_float_layer_reads(method: str) 
     batches = [example(seed=seed) for seed in (3, 4)]
     calibrate_ranges(model, iter(batches))
     hook.remove()
-    skip_in = torch.cat([skip_network().conv_in(*batch) for batch in batches]).detach()
+    skip_in = torch.cat([skip_network().conv_in(batch[0]) for batch in batches]).detach()
     assert torch.equal(torch.cat(read[:2]), skip_in)  # as in the float network
     scale, zero_point, low, high = input_parameters(model.down)
     covered = (low - zero_point) * scale, (high - zero_point) * scale
@@ -137,7 +137,7 @@ def test_calibration_sets_each_input_to_what_the_float_layer_reads(method: str) 
 def test_a_sign_is_found_by_calibration() -> None:
     model = quantized_network(rule("*", inputs={"symmetric": True}))
     assert input_parameters(model.down)[2:] == (-128, 127)
-    positive = nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, 3)).eval()
+    positive = Timeless(nn.ReLU(), nn.Conv2d(1, 2, 3)).eval()
     quantize_model(positive, plan_layers(positive, (rule("*", inputs={"symmetric": True}),), (8, 4), example()))
     calibrate_ranges(positive, [example()])
     assert input_parameters(positive[1])[1:] == (0, 0, 255)
@@ -154,9 +154,9 @@ def test_calibration_leaves_modes_and_quantization_as_they_were() -> None:
 def test_unusable_calibration_data_name_the_layer() -> None:
     model = quantized_network(calibrated=False)
     with pytest.raises(ModelError, match="the input of layer conv_in is zero everywhere"):
-        calibrate_ranges(model, [(torch.zeros(1, 1, 8, 8),)])
+        calibrate_ranges(model, [timeless(torch.zeros(1, 1, 8, 8))])
     with pytest.raises(ModelError, match="the input of layer conv_in holds NaN"):
-        calibrate_ranges(model, [(torch.full((1, 1, 8, 8), torch.nan),)])
+        calibrate_ranges(model, [timeless(torch.full((1, 1, 8, 8), torch.nan))])
     with pytest.raises(ModelError, match="there is no data"):
         calibrate_ranges(model, [])
 

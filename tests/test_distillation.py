@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.diffusion.conditions import guided_call, rows_of
+from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_step, ddim_trajectory, next_timestep, noise_schedule, timesteps
 from pqcad_qat.errors import ModelError
-from pqcad_qat.training.callback import TrainState
+from pqcad_qat.training.callback import TrainState, condition_of
 from pqcad_qat.training.distillation import (
     LOW_SIGNAL,
     CalibrationAssistedDistillation,
@@ -20,7 +23,7 @@ from pqcad_qat.training.distillation import (
     distillation_set,
     truncated_snr_weight,
 )
-from pqcad_qat.training.quantization_aware import calibration_batches, mixed_states
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches, mixed_states
 from pqcad_qat.training.trainer import LoopSettings, fit, new_state
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -163,3 +166,88 @@ def test_calibration_batches_hold_the_full_precision_prediction_of_their_states(
     batch = calibration_batches(calibration, 8, seed=0)(2)
     with torch.no_grad():
         torch.testing.assert_close(Denoiser()(batch["x_t"], batch["t"])[0], batch["target"])
+
+
+class Conditional(nn.Module):
+    """A small smooth function of x_t, t and a label: (x, t, label (B,)) -> prediction."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.mix = Denoiser(shift)
+        self.label = nn.Parameter(torch.tensor([0.1, -0.2, 0.3]))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return self.mix(x, t)[0] + self.label[label].view(-1, 1, 1, 1)
+
+
+NULL = {"label": torch.tensor([2])}
+"""What stands for no label."""
+
+
+def recorded_guided(denoiser: nn.Module, noise: NoiseSchedule, scale: float) -> CalibrationSet:
+    labels = {"label": torch.tensor([0, 1, 0, 1, 1, 0])}
+    follow = guided_call(partial(predict, denoiser), labels, NULL, scale)
+    x = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        walk = list(ddim_trajectory(follow, x, noise, 8))
+        both = [
+            torch.stack([predict(denoiser, step.x_t, step.t, rows_of(given, 6) if given is NULL else given) for step in walk], dim=1)
+            for given in (labels, NULL)
+        ]
+    states = torch.stack([*(step.x_t for step in walk), walk[-1].x_s], dim=1)
+    return CalibrationSet(states, both[0], timesteps(noise, 8), labels, NULL, both[1])
+
+
+def state_of(network: nn.Module) -> TrainState:
+    return new_state(network, LoopSettings(1, 1e-3), Accelerator(cpu=True))
+
+
+def test_half_of_a_batch_of_guided_states_is_of_the_unconditional_pass_each_with_its_own_target() -> None:
+    denoiser, noise = Conditional(), schedule("v_prediction")
+    source = calibration_batches(recorded_guided(denoiser, noise, 3.0), 8, seed=0)
+    for step in (0, 1):
+        batch = source(step)
+        labels = condition_of(batch)["label"]
+        assert [label == 2 for label in labels.tolist()] == [(position + step) % 2 == 1 for position in range(8)]
+        with torch.no_grad():
+            found = FullPrecisionMatching().loss_terms(state_of(denoiser), batch)
+        assert float(found["full_precision"]) < 1e-12
+
+
+def test_a_teacher_under_guidance_lands_where_its_guided_steps_do() -> None:
+    """With the full-precision model as its own teacher in its own steps, both targets are the same."""
+    denoiser, noise = Conditional(), schedule("v_prediction")
+    guided_set = recorded_guided(denoiser, noise, 3.0)
+    data = distillation_set(denoiser, guided_set, noise, 8, 4, 4, guidance_scale=3.0)
+    torch.testing.assert_close(data.teacher, data.calibration, rtol=1e-4, atol=1e-4)
+    once = distillation_set(denoiser, guided_set, noise, 8, 4, 4)
+    assert (once.teacher - data.calibration).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_student_is_judged_by_the_prediction_that_it_samples_with(scale: float) -> None:
+    """Of two passes if it keeps them, of the conditional one alone if guidance is distilled into it."""
+    student, noise = Conditional(0.2), schedule("v_prediction")
+    guided_set = recorded_guided(Conditional(), noise, 3.0)
+    data = distillation_set(Conditional(), guided_set, noise, 8, 4, 4, guidance_scale=3.0)
+    batch = distillation_batches(data, 8, 0, guided_set.condition)(0)
+    callback = CalibrationAssistedDistillation(0.0, 1.0, scale, NULL)
+    with torch.no_grad():
+        found = float(callback.loss_terms(state_of(student), batch)["calibration"])
+        follow = guided_call(partial(predict, student), condition_of(batch), NULL, scale)
+        error = (follow(batch["x_t"], batch["t"]) - batch["calibration"]).square().mean(dim=(1, 2, 3))  # type: ignore[arg-type]
+    assert found == pytest.approx(float((error * batch["weight"]).mean()), rel=1e-5)
+
+
+def test_guidance_that_is_distilled_needs_one_pass_and_both_losses_fall() -> None:
+    noise = schedule("v_prediction")
+    guided_set = recorded_guided(Conditional(), noise, 3.0)
+    data = distillation_set(Conditional(0.05), guided_set, noise, 8, 4, 4, guidance_scale=3.0)
+    for scale in (1.0, 3.0):
+        student, accelerator = Conditional(0.05), Accelerator(cpu=True)
+        settings = LoopSettings(steps=60, learning_rate=0.02)
+        state, source = new_state(student, settings, accelerator), distillation_batches(data, 16, 0, guided_set.condition)
+        callback = CalibrationAssistedDistillation(0.25, 1.0, scale, NULL)
+        before = sum(float(value.detach()) for value in callback.loss_terms(state, source(999)).values())
+        fit(state, [callback], source, settings, accelerator)
+        assert sum(float(value.detach()) for value in callback.loss_terms(state, source(999)).values()) < 0.5 * before

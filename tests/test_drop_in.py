@@ -129,14 +129,14 @@ def test_it_loads_from_the_unet_part_of_its_folder(folder: Path) -> None:
 
 def test_it_is_called_as_a_unet2dmodel_is(quantized: Quantized, deployed: OVUNet2DModel) -> None:
     ours, theirs = (inspect.signature(call).parameters for call in (deployed.forward, quantized.model.forward))
-    assert list(ours) == list(theirs)
-    assert [parameter.default for parameter in ours.values()] == [parameter.default for parameter in theirs.values()]
+    assert list(ours) == [*theirs, "conditions"]
+    assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
     x, t = quantized.states, torch.tensor(500)
     (expected,) = deployed(x, t, None, False)  # type: ignore[call-overload]
     output: Any = deployed(x, t)
     for read in (output.sample, output[0], output["sample"], *output.to_tuple()):
         assert torch.equal(read, expected)
-    with pytest.raises(ModelError, match="class_labels must be None"):
+    with pytest.raises(ModelError, match="takes the conditions none; got class_labels"):
         deployed(x, t, torch.zeros(BATCH))  # type: ignore[call-overload]
 
 

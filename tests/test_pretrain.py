@@ -22,12 +22,12 @@ from pqcad_qat import cli
 from pqcad_qat.diffusion.denoiser import load_model, predict
 from pqcad_qat.diffusion.images import load_images, to_float
 from pqcad_qat.diffusion.sampling import noise_schedule, split_prediction
-from pqcad_qat.errors import CheckpointError, ModelError, PqcadError
+from pqcad_qat.errors import CheckpointError, ModelError, PolicyError, PqcadError
 from pqcad_qat.policy.loading import load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.pretrain import pretrain
 from pqcad_qat.training.metrics_log import read_metrics
-from pqcad_qat.training.pretraining import noisy_batches
+from pqcad_qat.training.pretraining import ClassLabels, noisy_batches
 
 SHIPPED = POLICIES / "pretrain-fashion-mnist.yaml"
 MODEL = (
@@ -65,6 +65,33 @@ def test_the_result_is_a_diffusers_folder_that_our_loader_takes(trained: Path) -
     assert model.scheduler_config["clip_sample"] is False
     with torch.no_grad():
         assert torch.isfinite(predict(model.denoiser, *model.example)).all()
+
+
+def test_a_class_conditional_model_is_trained_with_some_labels_dropped_to_the_one_of_no_class(tmp_path: Path) -> None:
+    policy = tiny()
+    policy = policy.model_copy(update={"model": {**policy.model, "num_class_embeds": 11}})
+    model = load_model(str(pretrain(policy, tmp_path / "classes", quiet())))
+    assert [str(wanted) for wanted in model.condition_inputs] == ["class_labels () int64 in [0, 11)"]
+    images = load_images("digits", None, 8)
+    batch = noisy_batches(images, noise_schedule(model.scheduler_config), 512, 0, ClassLabels(10, 0.25))(0)
+    plain = noisy_batches(images, noise_schedule(model.scheduler_config), 512, 0)(0)
+    assert all(torch.equal(batch[name], value) for name, value in plain.items())
+    dropped = float((batch["condition.class_labels"] == 10).float().mean())
+    assert 0.15 < dropped < 0.35
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"num_class_embeds": 7}, r"model\.num_class_embeds: got 7; allowed 10, the classes of digits 8x8, or 11, with no class"),
+        ({"class_embed_type": "timestep"}, r"model\.class_embed_type: got 'timestep'; allowed null"),
+    ],
+)
+def test_a_table_of_labels_that_does_not_fit_the_data_is_refused(keys: dict[str, object], fault: str, tmp_path: Path) -> None:
+    policy = tiny()
+    policy = policy.model_copy(update={"model": {**policy.model, **keys}})
+    with pytest.raises(PolicyError, match=fault):
+        pretrain(policy, tmp_path / "classes", quiet())
 
 
 def test_the_averaged_weights_are_kept(trained: Path) -> None:

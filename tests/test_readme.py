@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = {
     "model": schema.ModelPolicy,
+    "conditions": schema.ConditionsPolicy,
     "sampler": schema.SamplerPolicy,
     "calibration": schema.CalibrationPolicy,
     "quantization": schema.QuantizationPolicy,

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conditional_models import saved
 from conftest import POLICIES
 from diffusers import UNet2DModel
 
+from pqcad_qat.diffusion.conditions import chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, embedded_models, load_model
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.pipeline import prepare
@@ -42,6 +44,9 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a8-digits": {4},
     "w4a8-noto-emoji": {4},
 }
+CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit")
+"""On models that do not ship: one that a command makes, and the user's own."""
+
 STUDIES = {
     "data-sets": (3, 3),  # combinations, seeds
     "bits": (42, 3),
@@ -78,7 +83,11 @@ def planned(policy: Policy, model: DiffusionModel) -> tuple[LayerPlan, ...]:
 
 
 def test_all_of_them_ship() -> None:
-    assert {path.stem for path in POLICIES.glob("*.yaml")} == {*WEIGHT_BITS, *(f"pretrain-{data}" for data in PRETRAINED)}
+    assert {path.stem for path in POLICIES.glob("*.yaml")} == {
+        *WEIGHT_BITS,
+        *CONDITIONAL,
+        *(f"pretrain-{data}" for data in (*PRETRAINED, "digits-classes")),
+    }
 
 
 @pytest.mark.parametrize("path", sorted(POLICIES.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -88,7 +97,24 @@ def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
     command = "sweep" if path.parent.name == "studies" else "pretrain" if path.stem.startswith("pretrain-") else "run"
     assert re.match(r"# [A-Z0-9].*[.:,]", header[0])
     wanted = f"#     python -m pqcad_qat {command} policies/{path.relative_to(POLICIES)}"
-    assert any(line.removesuffix(" --jobs 2") == wanted for line in header)
+    assert any(line.removesuffix(" --jobs 2").removesuffix(" --model FOLDER") == wanted for line in header)
+
+
+def test_the_class_conditional_policy_fits_the_model_that_its_pretraining_makes() -> None:
+    policy, model = load_policy(POLICIES / "w4a8-digits-classes.yaml"), untrained("digits-classes")
+    assert policy.model.source == f"runs/{load_pretrain_policy(POLICIES / 'pretrain-digits-classes.yaml').name}/model"
+    conditions = chosen_conditions(conditioned(model), policy.conditions)
+    assert (conditions.choices["class_labels"].tolist(), conditions.null_class) == (list(range(10)), 10)
+    assert all(executes_int8(layer) for layer in planned(policy, model))
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_the_policy_of_diffusion_transformers_plans_all_but_the_layer_that_reads_the_state(name: str, tmp_path: Path) -> None:
+    policy, model = load_policy(POLICIES / "w4a8-dit.yaml"), saved(name, tmp_path / "model")
+    plan = plan_layers(model.denoiser, policy.quantization.layers, policy.progressive.ladder, model.example)
+    assert float_layers(model.denoiser, plan) == ("pos_embed.proj",)
+    assert {layer.weights.bits for layer in plan} == {4, 7}
+    assert all(executes_int8(layer) for layer in plan)
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)

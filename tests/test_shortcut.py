@@ -62,7 +62,7 @@ class Reused(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 2, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         y: Tensor = self.conv(self.conv(torch.cat([x, x], dim=1)))
         return y
 
@@ -74,9 +74,9 @@ class Mixed(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(1, 1, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(2, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         y: Tensor = self.a(torch.cat([x, x], dim=2)).sum() + self.b(torch.cat([x, x, x], dim=1)).sum()
-        return y + self.c(torch.cat([x, 2 * x], dim=1).flip(1)).sum()
+        return x * (y + self.c(torch.cat([x, 2 * x], dim=1).flip(1)).sum())
 
 
 @pytest.mark.parametrize("model", [Reused(), Mixed()])

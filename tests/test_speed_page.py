@@ -18,9 +18,12 @@ from rich.console import Console
 
 from pqcad_qat.evaluation.record import ProfileRow, Throughput, Timing
 from pqcad_qat.evaluation.speed_page import (
+    HEADINGS,
     cells,
-    headings,
+    image_cells,
+    image_headings,
     kind_milliseconds,
+    loading_cells,
     precisions_text,
     remarks,
     render,
@@ -28,7 +31,7 @@ from pqcad_qat.evaluation.speed_page import (
     speed_tables,
     write_speed,
 )
-from pqcad_qat.evaluation.speed_record import Measurement, SpeedReport, SpeedRow
+from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
 
 FULL = SpeedRow("fp32", Timing(20, 19, 19.5, 21, 9), Throughput(60, 62, 59, 61, 5, 8, 1), 4_000_000)
 OURS = SpeedRow(
@@ -45,14 +48,24 @@ OURS = SpeedRow(
 )
 
 
+LOADED = LoadTime("packed", 600_000, Timing(1, 1, 1, 1, 3), Timing(20, 20, 20, 20, 3), Timing(300, 300, 300, 300, 3))
+
+
 def record(steps: int | None = 10, *rows: SpeedRow, batch: int = 2) -> SpeedReport:
     measurement = Measurement("native", batch, fixture_report().hardware, rows or (FULL, OURS), {"ov-bf16": "bfloat16 is emulated <here>"})
     left_out = {"avx2_vnni": "this CPU has no avx_vnni"}
-    return SpeedReport("runs/mine", "of the folder", 1_000_000, (1, 8, 8), steps, (measurement,), left_out, "again", "2000-01-01")
+    full = steps and 2 * steps
+    return SpeedReport(
+        "runs/mine", "of the folder", 1_000_000, (1, 8, 8), steps, full, (measurement,), (LOADED,), left_out, "again", "2000-01-01"
+    )
 
 
 def row_of(report: SpeedReport, row: SpeedRow) -> dict[str, str]:
-    return dict(zip(headings(report), cells(report, report.measurements[0], row), strict=True))
+    return dict(zip(HEADINGS, cells(report.measurements[0], row), strict=True))
+
+
+def image_of(report: SpeedReport, row: SpeedRow) -> dict[str, str]:
+    return dict(zip(image_headings(report), image_cells(report, report.measurements[0], row), strict=True))
 
 
 def printed(report: SpeedReport) -> str:
@@ -64,15 +77,34 @@ def printed(report: SpeedReport) -> str:
 
 
 def test_an_image_takes_its_steps_and_shares_them_with_its_batch() -> None:
-    found = row_of(record(10), FULL)
-    assert found["ms an image"] == "100"  # 20 ms x 10 steps / batch of 2
-    assert found["images/s"] == "6.00"  # 60 image steps / 10
+    full, ours = image_of(record(10), FULL), image_of(record(10), OURS)
+    assert full["ms an image, 10 steps each"] == "100"  # 20 ms x 10 steps / batch of 2
+    assert (full["own steps"], full["ms an image, own steps"]) == ("20", "200")
+    assert full["images/s, own steps"] == "3.00"  # 60 image steps / 20
+    assert (ours["own steps"], ours["ms an image, 10 steps each"], ours["ms an image, own steps"]) == ("10", "25.0", "25.0")
+
+
+def test_halved_steps_show_in_the_ratio_of_an_image() -> None:
+    assert row_of(record(10), FULL)["ours / this, ×"] == "0.250"  # noqa: RUF001
+    assert image_of(record(10), FULL)["ours / this, ×"] == "0.125"  # noqa: RUF001
+
+
+def test_own_steps_that_a_folder_does_not_say_are_unknown() -> None:
+    found = image_of(replace(record(10), full_precision_steps=None), FULL)
+    assert found["ms an image, 10 steps each"] == "100"
+    assert set(list(found.values())[2:]) == {"–"}  # noqa: RUF001
+
+
+def test_loading_is_shown_by_format_with_its_parts() -> None:
+    assert loading_cells(LOADED) == ["packed", "0.60", "1.00", "20.0", "300", "321"]
+    assert re.search(r"packed +0\.60 +1\.00 +20\.0 +300 +321", printed(record()))
+    assert "Loading ours" in render(record())
 
 
 def test_where_no_steps_are_known_only_steps_are_counted() -> None:
-    found = row_of(record(None), FULL)
-    assert found["image steps/s"] == "60.0"
-    assert not [heading for heading in found if "image" in heading and "step" not in heading]
+    assert row_of(record(None), FULL)["image steps/s"] == "60.0"
+    assert image_headings(record(None)) == []
+    assert "an image" not in printed(record(None))
 
 
 def test_the_ratio_is_ours_over_each_and_unknown_without_ours() -> None:
@@ -102,8 +134,9 @@ def test_kinds_of_node_beyond_the_largest_are_summed() -> None:
 
 def test_the_terminal_shows_timings_precisions_what_was_left_out_and_the_profile() -> None:
     output = printed(record())
-    assert re.search(r"runs/mine: batch 2, native: one denoising step; an image takes 10", output)
-    assert re.search(r"pqcad-openvino +5\.00 +4\.00 +4\.50 - 6\.00 +25\.0 +30\.0 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
+    assert re.search(r"runs/mine: batch 2, native: one denoising step; an image takes ours 10, full precision 20", output)
+    assert re.search(r"pqcad-openvino +5\.00 +4\.00 +4\.50 - 6\.00 +300 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
+    assert re.search(r"pqcad-openvino +25\.0 +10 +25\.0 +30\.0 +1\.00", output)
     assert "ov-bf16: not timed: bfloat16 is emulated <here>" in output
     assert re.search(r"Convolution +3\.50", output)
 

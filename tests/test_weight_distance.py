@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_networks import Timeless, timeless
 from torch import nn
 
 from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -16,9 +17,9 @@ from pqcad_qat.training.weight_distance import OBSERVE_EVERY, WeightDistance
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
+    model = Timeless(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
     rule = LayerRule(match="type:Conv2d", weights=WeightQuantizer(bits=2), inputs=InputQuantizer(bits=8))
-    return quantize_model(model, plan_layers(model, (rule,), (8, 2), (torch.randn(1, 1, 8, 8),)))
+    return quantize_model(model, plan_layers(model, (rule,), (8, 2), timeless(torch.randn(1, 1, 8, 8))))
 
 
 def at_step(model: nn.Module, step: int) -> TrainState:

@@ -6,15 +6,15 @@ Not here: the torch modules that are traced (modules.py), the files (folder.py),
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import openvino as ov
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pqcad_qat import __version__
 from pqcad_qat.deployment.folder import (
@@ -27,8 +27,9 @@ from pqcad_qat.deployment.folder import (
     check_replaceable,
     write_folder,
 )
-from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TimestepTable, needs_vnni, swapped
+from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, needs_vnni, swapped, timestep_tables
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
+from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ def export_model(
     weights: WeightFormat,
     folder: Path,
     provenance: Mapping[str, Any],
+    conditions: Sequence[ConditionInput] = (),
 ) -> ExportedFolder:
     """Write the deployed form of a quantized model. The model itself is left as it was.
 
     Args:
-        model: quantized denoiser called as model(x, t), x (B, C, H, W), t (B,).
+        model: quantized denoiser, called by `predict`.
         scheduler_config: diffusers scheduler config the model is sampled with; num_train_timesteps bounds its time steps.
         layers: every planned layer by module path, as integers.
         sample_shape: (C, H, W).
@@ -74,13 +76,14 @@ def export_model(
         weights: int8 runs anywhere; int4 and packed have fewer bits on disk and need our runtime.
         folder: where to; an older deployed folder there is replaced, anything else refused.
         provenance: policy, model source and digest, for the manifest.
+        conditions: what the denoiser takes beside x_t and t, every size known.
 
     Raises:
         ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
     """
     check_replaceable(folder)
     train_timesteps = _train_timesteps(scheduler_config)
-    graph = convert(model, layers, sample_shape, batch_size, train_timesteps)
+    graph = convert(model, layers, sample_shape, batch_size, train_timesteps, conditions)
     texts = {
         UNET_CONFIG: _config(model),
         SCHEDULER_CONFIG: scheduler_config,
@@ -96,6 +99,7 @@ def export_model(
         "sample_shape": list(sample_shape),
         "batch_size": batch_size,
         "train_timesteps": train_timesteps,
+        "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
         "layers": entries,
         "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
@@ -106,11 +110,16 @@ def export_model(
 
 
 def convert(
-    model: nn.Module, layers: Mapping[str, IntegerLayer], sample_shape: tuple[int, int, int], batch_size: int, train_timesteps: int
+    model: nn.Module,
+    layers: Mapping[str, IntegerLayer],
+    sample_shape: tuple[int, int, int],
+    batch_size: int,
+    train_timesteps: int,
+    conditions: Sequence[ConditionInput] = (),
 ) -> ov.Model:
     """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name.
 
-    Inputs `sample` (B, C, H, W) float32 and `timestep` (B,) int64, output `out_sample` (B, C, H, W) float32.
+    Inputs `sample` (B, C, H, W) float32, `timestep` (B,) int64, and the conditions by name; output `out_sample` (B, C, H, W) float32.
 
     Raises:
         ExportError: as export_model.
@@ -119,34 +128,32 @@ def convert(
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")
     replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
-    if isinstance(time_projection := getattr(model, "time_proj", None), nn.Module):
-        replacements["time_proj"] = TimestepTable(time_projection, train_timesteps, layers.get("time_embedding.linear_1"))
-    example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64))
+    replacements |= timestep_tables(model, train_timesteps, layers)
+    names = [condition.name for condition in conditions]
+    given = [torch.zeros(batch_size, *_sizes(condition), dtype=getattr(torch, condition.dtype)) for condition in conditions]
+    example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64), *given)
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
-        traced = torch.jit.trace(_Denoiser(model).eval(), example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        denoiser = TracedDenoiser(model, names).eval()
+        traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         graph: ov.Model = ov.convert_model(traced, example_input=example)
     model.train(training)
-    graph.reshape({0: [batch_size, *sample_shape], 1: [batch_size]})
+    graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
+    for port, name in zip(graph.inputs, ("sample", "timestep", *names), strict=True):
+        port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})
     _name_layers(graph, layers)
     _check_groups(graph, layers)
     return graph
 
 
-class _Denoiser(nn.Module):
-    """model(x, t) with a bare tensor as its output."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        output = self.denoiser(sample, timestep)
-        prediction: Tensor = output if isinstance(output, Tensor) else output[0]
-        return prediction
+def _sizes(condition: ConditionInput) -> list[int]:
+    sizes = [size for size in condition.shape if size is not None]
+    if len(sizes) < len(condition.shape):
+        raise ExportError(f"{condition}: every size of an exported input must be known")
+    return sizes
 
 
 def _integer_module(layer: IntegerLayer) -> nn.Module:
@@ -190,8 +197,10 @@ def _train_timesteps(scheduler_config: Mapping[str, Any]) -> int:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """The denoiser's diffusers config, less what only its folder of origin knew."""
+    """The denoiser's diffusers config, less what only its folder of origin knew, and the learned variance that the graph does not give."""
     config = dict(getattr(model, "config", {}))
+    if config.get("out_channels") == 2 * config.get("in_channels", 0):
+        config["out_channels"] = config["in_channels"]
     return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
 
 

@@ -5,7 +5,7 @@ Not here: Brevitas, and the conversion itself (export.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import Timesteps
 from nncf.torch.quantization.layers import INT8AsymmetricWeightsDecompressor, INT8SymmetricWeightsDecompressor
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.architectures import LARGEST_SIZE
+from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -142,6 +145,37 @@ class TimestepTable(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         values = F.embedding(timesteps, self.table)
         return values if self.scale is None else (values.float() - self.zero_point) * self.scale
+
+
+def timestep_tables(model: nn.Module, train_timesteps: int, layers: Mapping[str, IntegerLayer]) -> dict[str, nn.Module]:
+    """Every sinusoidal embedding of the model, by path, as a table: of the time step, and of SDXL's sizes in pixels.
+
+    Args:
+        layers: the planned layers, in integers; {} for a model in floating point.
+    """
+    found: dict[str, nn.Module] = {}
+    shared = getattr(getattr(model, "config", None), "class_embed_type", None) == "timestep"  # class labels go through it too
+    for path, module in model.named_modules():
+        if path == "add_time_proj":
+            found[path] = TimestepTable(module, LARGEST_SIZE + 1)
+        elif path == "time_proj" or isinstance(module, Timesteps):
+            scope = path.removesuffix("time_proj")
+            readers = [layers.get(f"{scope}{name}.linear_1") for name in ("time_embedding", "timestep_embedder")]
+            reader = None if shared else next((layer for layer in readers if layer is not None), None)
+            found[path] = TimestepTable(module, train_timesteps, reader)
+    return found
+
+
+class TracedDenoiser(nn.Module):
+    """`predict` as a module with tensors alone as inputs, as tracing needs: (x_t, t, conditions in order) -> prediction."""
+
+    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names = tuple(names)
+
+    def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        return predict(self.denoiser, sample, timestep, dict(zip(self.names, conditions, strict=True)))
 
 
 @contextmanager

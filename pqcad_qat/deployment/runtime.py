@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,6 +77,7 @@ class OVUNet2DModel(ModelMixin):
         manifest: what the folder says of itself.
         sample_shape: (C, H, W) that the graph takes.
         batch_size: samples a run of the graph.
+        conditions: what it takes beside sample and timestep, in order: {name, shape of one sample's, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use: what the layers outside the plan compute in.
         training: False; it only predicts.
     """
@@ -92,6 +93,7 @@ class OVUNet2DModel(ModelMixin):
         self.sample_shape: tuple[int, int, int] = (channels, height, width)
         self.batch_size: int = self.manifest["batch_size"]
         self._train_timesteps: int = self.manifest["train_timesteps"]
+        self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
         _warn_without_vnni(self.manifest, folder)
         self.compiled = compile_graph(read_graph(folder, core := ov.Core()), core, device, properties)
         self.inference_precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
@@ -175,46 +177,69 @@ class OVUNet2DModel(ModelMixin):
         return self
 
     @overload
-    def __call__(self, sample: Any, timestep: Any, class_labels: None = None, return_dict: Literal[True] = True) -> UNetOutput: ...
+    def __call__(
+        self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: Literal[True] = True, **conditions: Any
+    ) -> UNetOutput: ...
 
     @overload
-    def __call__(self, sample: Any, timestep: Any, class_labels: None = None, *, return_dict: Literal[False]) -> tuple[Any]: ...
+    def __call__(
+        self, sample: Any, timestep: Any, class_labels: Any = None, *, return_dict: Literal[False], **conditions: Any
+    ) -> tuple[Any]: ...
 
-    def __call__(self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> UNetOutput | tuple[Any]:
-        """Predict as diffusers' UNet2DModel does.
+    def __call__(
+        self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True, **conditions: Any
+    ) -> UNetOutput | tuple[Any]:
+        """Predict as the diffusers model does, with its own keyword arguments.
 
         Args:
             sample: (B, C, H, W), numpy array or torch tensor.
             timestep: a number, or an array or tensor of shape (), (1,) or (B,); floats too, if they are whole numbers.
-            class_labels: None; the graph takes none.
+            class_labels: of a model without labels the first condition, as of diffusers' third argument: encoder_hidden_states.
             return_dict: False returns a tuple of one.
+            conditions: by diffusers' names, dicts such as added_cond_kwargs among them: (B, ...), or (1, ...) for all samples.
 
         Raises:
-            ModelError: a shape that the graph does not take, class labels, or a time step that is no whole number in [0, T).
+            ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number in [0, T).
         """
-        if class_labels is not None:
-            raise ModelError(f"{self.folder}: class_labels must be None: the deployed graph takes samples and time steps alone")
+        names = [condition["name"] for condition in self.conditions]
+        third = "class_labels" if "class_labels" in names or not names else names[0]
+        given = {name: as_array(value) for name, value in flattened({**conditions, third: conditions.get(third, class_labels)}).items()}
         if isinstance(sample, np.ndarray):
-            prediction: Any = self.predict(sample, timestep)
+            prediction: Any = self.predict(sample, timestep, given)
         else:
             import torch
 
             times = timestep.detach().cpu().double().numpy() if isinstance(timestep, torch.Tensor) else timestep
-            prediction = torch.from_numpy(self.predict(sample.detach().cpu().float().numpy(), times)).to(sample)
+            prediction = torch.from_numpy(self.predict(sample.detach().cpu().float().numpy(), times, given)).to(sample)
         return UNetOutput(prediction) if return_dict else (prediction,)
 
     forward = __call__
 
-    def predict(self, sample: npt.NDArray[Any], timestep: npt.ArrayLike) -> Float32:
-        """The same on numpy arrays alone: (B, C, H, W), time steps () or (1,) or (B,) -> (B, C, H, W) float32."""
+    def predict(
+        self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> Float32:
+        """The same on numpy arrays alone: (B, C, H, W), time steps () or (1,) or (B,), conditions by name -> (B, C, H, W) float32."""
         if sample.ndim != 4 or sample.shape[1:] != self.sample_shape or not len(sample):
             raise ModelError(f"{self.folder}: samples must have shape (B, {', '.join(map(str, self.sample_shape))}), got {sample.shape}")
-        timesteps = self._timesteps(np.asarray(timestep), len(sample))
-        pieces = [
-            self._run(sample[start : start + self.batch_size], timesteps[start : start + self.batch_size])
-            for start in range(0, len(sample), self.batch_size)
-        ]
+        whole = [sample, self._timesteps(np.asarray(timestep), len(sample)), *self._conditions(condition or {}, len(sample))]
+        pieces = [self._run([part[start : start + self.batch_size] for part in whole]) for start in range(0, len(sample), self.batch_size)]
         return np.concatenate(pieces)
+
+    def _conditions(self, given: Mapping[str, npt.NDArray[Any]], count: int) -> list[npt.NDArray[Any]]:
+        """The graph's conditions in its order, for `count` samples."""
+        wanted = {condition["name"]: condition for condition in self.conditions}
+        if given.keys() != wanted.keys():
+            raise ModelError(f"{self.folder}: takes the conditions {', '.join(wanted) or 'none'}; got {', '.join(given) or 'none'}")
+        return [self._condition(condition, given[name], count) for name, condition in wanted.items()]
+
+    def _condition(self, wanted: Mapping[str, Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+        name, shape, bound = wanted["name"], tuple(wanted["shape"]), wanted["bound"]
+        if value.shape not in ((count, *shape), (1, *shape)):
+            raise ModelError(f"{self.folder}: {name} must have shape {(count, *shape)}, got {value.shape}")
+        cast: npt.NDArray[Any] = value.astype(wanted["dtype"])
+        if bound is not None and ((cast != value).any() or cast.min() < 0 or cast.max() >= bound):
+            raise ModelError(f"{self.folder}: {name} must be whole numbers in [0, {bound}), got {value}")
+        return np.broadcast_to(cast, (count, *shape))
 
     def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
         if timestep.shape not in ((), (1,), (count,)):
@@ -227,15 +252,30 @@ class OVUNet2DModel(ModelMixin):
             )
         return np.broadcast_to(whole, (count,))
 
-    def _run(self, sample: npt.NDArray[Any], timesteps: npt.NDArray[np.int64]) -> Float32:
-        """One run of the graph on up to batch_size samples."""
-        missing = self.batch_size - len(sample)
+    def _run(self, parts: Sequence[npt.NDArray[Any]]) -> Float32:
+        """One run of the graph on up to batch_size samples: their states, time steps and conditions."""
+        missing = self.batch_size - len(parts[0])
         if missing:
-            sample = np.concatenate([sample, np.repeat(sample[-1:], missing, 0)])
-            timesteps = np.concatenate([timesteps, np.repeat(timesteps[-1:], missing)])
-        inputs = [np.ascontiguousarray(sample, np.float32), np.ascontiguousarray(timesteps)]
+            parts = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in parts]
+        inputs = [np.ascontiguousarray(parts[0], np.float32), *(np.ascontiguousarray(part) for part in parts[1:])]
         self._request.infer(inputs, share_inputs=True)
         return np.array(self._request.get_output_tensor(0).data[: self.batch_size - missing])
+
+
+def flattened(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a diffusers model as conditions by name: dicts among them opened, None and empty ones left out."""
+    found: dict[str, Any] = {}
+    for name, value in conditions.items():
+        found |= flattened(value) if isinstance(value, Mapping) else {} if value is None else {name: value}
+    return found
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """A number, numpy array or torch tensor as a numpy array."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    return np.asarray(value)
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:

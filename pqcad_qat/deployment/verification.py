@@ -238,7 +238,12 @@ def _cut(graph: ov.Model, layers: Mapping[str, IntegerLayer], shapes: Mapping[st
 
 
 def _copy_quantizer(name: str, fake_quantize: ov.Node, source: ov.Node) -> ov.Node:
-    """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them."""
+    """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them.
+
+    OpenVINO may move a transposition or a change of shape behind a quantizer: of one scale a tensor, it is the same before and after.
+    """
+    while fake_quantize.get_type_name() in ("Transpose", "Reshape"):
+        fake_quantize = fake_quantize.input_value(0).get_node()
     if fake_quantize.get_type_name() != "FakeQuantize":
         raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {fake_quantize.get_type_name()}")
     ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.content_store import content_digest, kept
-from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
+from pqcad_qat.diffusion.conditions import CONDITION, UNCONDITIONAL, ConditionSet, guided_call
+from pqcad_qat.diffusion.denoiser import Condition, DenoiserInput, DiffusionModel, predict
 from pqcad_qat.diffusion.sampling import ddim_trajectory, initial_noise, noise_schedule, timesteps
 from pqcad_qat.errors import ModelError
 
@@ -32,6 +34,8 @@ class CalibrationRecipe:
         trajectories: K.
         seed: of their noise.
         refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's own ODE.
+        conditions: digest of the set that trajectories choose from, None for an unconditional model.
+        guidance_scale: of classifier-free guidance, 1 for none.
     """
 
     model_digest: str
@@ -40,10 +44,18 @@ class CalibrationRecipe:
     trajectories: int
     seed: int
     refinement: int = 1
+    conditions: str | None = None
+    guidance_scale: float = 1.0
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What its hash is taken of; what an unconditional model has no use for is left out."""
+        absent = {"conditions": None, "guidance_scale": 1.0}
+        return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
 
     @property
     def digest(self) -> str:
-        return content_digest(asdict(self))
+        return content_digest(self.decides)
 
 
 @dataclass(frozen=True)
@@ -52,57 +64,89 @@ class CalibrationSet:
 
     Attributes:
         states: (K, N + 1, C, H, W) float32; states[:, i] is x_t at timesteps[i], states[:, N] the image x_0.
-        predictions: (K, N, C, H, W) float32, the model's prediction at each state.
+        predictions: (K, N, C, H, W) float32, the model's prediction at each state under its trajectory's condition.
         timesteps: the N time steps, falling.
+        condition: name -> (K, ...), what each trajectory is conditioned on; {} for an unconditional model.
+        unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where the trajectories are not guided.
+        unconditional_predictions: (K, N, C, H, W) float32, of that pass, None without guidance.
     """
 
     states: Tensor
     predictions: Tensor
     timesteps: tuple[int, ...]
+    condition: Condition = field(default_factory=dict)
+    unconditional: Condition = field(default_factory=dict)
+    unconditional_predictions: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
         """(K, C, H, W): where the trajectories end."""
         return self.states[:, -1]
 
-    def inputs(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`count` model inputs (x_t (B, C, H, W), t (B,)), spread evenly over trajectories and time steps."""
+    def inputs(self, count: int, batch_size: int) -> Iterator[DenoiserInput]:
+        """`count` model inputs (x_t (B, C, H, W), t (B,), condition), spread evenly over trajectories and time steps.
+
+        Of guided trajectories every second one is of the unconditional pass.
+        """
         total = self.predictions.shape[0] * len(self.timesteps)
         flat = torch.linspace(0, total - 1, min(count, total)).long()
         flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))]
         t = torch.tensor(self.timesteps)
-        for part in torch.split(flat, batch_size):
+        for first, part in zip(range(0, len(flat), batch_size), torch.split(flat, batch_size), strict=True):
             row, column = part // len(self.timesteps), part % len(self.timesteps)
-            yield self.states[row, column], t[column]
+            yield self.states[row, column], t[column], self.conditions_of(row, first)
+
+    def conditions_of(self, rows: Tensor, first: int) -> dict[str, Tensor]:
+        """Conditions (B, ...) of states of the trajectories `rows`, numbered from `first`; see `passes`."""
+        found = {name: value[rows] for name, value in self.condition.items()}
+        odd = self.passes(len(rows), first)
+        for name, value in self.unconditional.items():
+            found[name][odd] = value
+        return found
+
+    def passes(self, count: int, first: int) -> Tensor:
+        """(count,) true where a state is of the unconditional pass: every second one of guided trajectories."""
+        if not self.unconditional:
+            return torch.zeros(count, dtype=torch.bool)
+        return torch.arange(first, first + count) % 2 == 1
 
 
 def calibration_set(
-    model: DiffusionModel, recipe: CalibrationRecipe, batch_size: int, cache: Path, advance: Callable[[int], None] = lambda _: None
+    model: DiffusionModel,
+    recipe: CalibrationRecipe,
+    batch_size: int,
+    cache: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    conditions: ConditionSet | None = None,
 ) -> tuple[CalibrationSet, Path]:
     """The set of a recipe, and its folder: read from `cache`, or recorded and written there.
 
-    `advance` is told of every denoiser call of a batch as it is made (number of trajectories moved one step).
+    `advance` is told of every step of a batch as it is made (number of trajectories moved). `conditions` are those of the recipe.
     """
 
     def make(draft: Path) -> None:
-        found = record(model, recipe, batch_size, advance)
-        save_file({"states": found.states, "predictions": found.predictions}, draft / "trajectories.safetensors")
-        (draft / "recipe.json").write_text(json.dumps({**asdict(recipe), "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
+        found = record(model, recipe, batch_size, advance, conditions)
+        save_file(_tensors(found), draft / "trajectories.safetensors")
+        (draft / "recipe.json").write_text(json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
 
-    folder = kept(cache, asdict(recipe), make)
+    folder = kept(cache, recipe.decides, make)
     return read_calibration(folder), folder
 
 
 @torch.no_grad()
 def record(
-    model: DiffusionModel, recipe: CalibrationRecipe, batch_size: int, advance: Callable[[int], None] = lambda _: None
+    model: DiffusionModel,
+    recipe: CalibrationRecipe,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+    conditions: ConditionSet | None = None,
 ) -> CalibrationSet:
     """Run the sampler from seeded noise and keep the state and prediction at every one of the recipe's N time steps.
 
     Raises:
         ModelError: the model gives values that are not finite, or the refined sampler passes by one of the N time steps.
     """
-    schedule = noise_schedule(model.scheduler_config)
+    schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
     fine, visited = recipe.steps * recipe.refinement, timesteps(schedule, recipe.steps)
     missed = set(visited) - set(timesteps(schedule, fine))
     if missed:
@@ -110,26 +154,57 @@ def record(
             f"calibration.refinement: got {recipe.refinement}: with {schedule.timestep_spacing} spacing {fine} steps do not visit "
             f"{len(missed)} of the sampler's {recipe.steps} time steps; allowed 1, or more with leading or trailing spacing"
         )
-    states, predictions = [], []
+    guiding = conditions.unconditional if recipe.guidance_scale != 1.0 else {}
+    states: list[Tensor] = []
+    predictions: list[list[Tensor]] = [[], []]  # of the conditional and of the unconditional pass
     for first in range(0, recipe.trajectories, batch_size):
         count = min(batch_size, recipe.trajectories - first)
         x_t = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
+        passes = _Passes(model.denoiser)
+        follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
         walk, image = [], x_t
-        for step in ddim_trajectory(_caller(model.denoiser), x_t, schedule, fine):
+        for step in ddim_trajectory(follow, x_t, schedule, fine):
             if step.t in visited:
-                walk.append(step)
+                walk.append((step.x_t, *passes.made))
+            passes.made.clear()
             image = step.x_s
             advance(count)
-        states.append(torch.stack([*(step.x_t for step in walk), image], dim=1))
-        predictions.append(torch.stack([step.prediction for step in walk], dim=1))
-    found = CalibrationSet(torch.cat(states), torch.cat(predictions), visited)
+        columns = [torch.stack(column, dim=1) for column in zip(*walk, strict=True)]
+        states.append(torch.cat([columns[0], image[:, None]], dim=1))
+        for kept_predictions, column in zip(predictions, columns[1:], strict=False):
+            kept_predictions.append(column)
+    found = CalibrationSet(
+        states=torch.cat(states),
+        predictions=torch.cat(predictions[0]),
+        timesteps=visited,
+        condition=conditions.of(recipe.seed, 0, recipe.trajectories),
+        unconditional=guiding,
+        unconditional_predictions=torch.cat(predictions[1]) if guiding else None,
+    )
     if not bool(torch.isfinite(found.states).all()):
         raise ModelError(f"{model.source}: its full-precision trajectories hold values that are not finite")
     return found
 
 
-def _caller(denoiser: nn.Module) -> Callable[[Tensor, int], Tensor]:
-    return lambda x_t, t: predict(denoiser, x_t, t)
+class _Passes:
+    """A denoiser that keeps what it predicted since it was last cleared."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.made: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: int, condition: Condition) -> Tensor:
+        self.made.append(predict(self.denoiser, x_t, t, condition))
+        return self.made[-1]
+
+
+def _tensors(found: CalibrationSet) -> dict[str, Tensor]:
+    """The set as the tensors of a file."""
+    named = {"states": found.states, "predictions": found.predictions}
+    if found.unconditional_predictions is not None:
+        named["unconditional_predictions"] = found.unconditional_predictions
+    parts = ((CONDITION, found.condition), (UNCONDITIONAL, found.unconditional))
+    return named | {f"{prefix}{name}": value.contiguous() for prefix, part in parts for name, value in part.items()}
 
 
 def read_calibration(folder: Path) -> CalibrationSet:
@@ -141,6 +216,11 @@ def read_calibration(folder: Path) -> CalibrationSet:
     try:
         tensors = load_file(folder / "trajectories.safetensors")
         steps = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["timesteps"]
-        return CalibrationSet(tensors["states"], tensors["predictions"], tuple(steps))
+        condition, unconditional = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (CONDITION, UNCONDITIONAL)
+        )
+        guided_too = tensors.get("unconditional_predictions")
+        return CalibrationSet(tensors["states"], tensors["predictions"], tuple(steps), condition, unconditional, guided_too)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: damaged calibration set: {error}; delete the folder and it is recorded anew") from error

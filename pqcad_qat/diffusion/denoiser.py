@@ -1,6 +1,7 @@
 """Where a full-precision denoiser comes from and goes to, and the one signature by which every denoiser is called.
 
-Not here: quantized denoisers (quantization/conversion.py), nor sampling.
+Not here: which classes of diffusers are known (architectures.py), plain modules of the user's own (registry.py), quantized denoisers
+(quantization/conversion.py), nor sampling.
 """
 
 from __future__ import annotations
@@ -15,14 +16,29 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
-from diffusers import UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, architecture_of, check_config, known_architecture
+from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
 from pqcad_qat.errors import ModelError
 
 EMBEDDED = "embedded:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PARTS = ("unet", "transformer")
+"""Folders of a diffusers pipeline that hold a denoiser."""
+
+Condition = Mapping[str, Tensor]
+"""What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
+
+DenoiserInput = tuple[Tensor, Tensor, Condition]
+"""(x_t (B, C, H, W), t (B,), condition)."""
+
+PredictArguments = DenoiserInput | tuple[Tensor, Tensor]
+"""What follows the denoiser in a call of `predict`."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +46,78 @@ class DiffusionModel:
     """A full-precision denoiser with the scheduler it was trained for.
 
     Attributes:
-        denoiser: called as `predict` does; float32, in evaluation mode.
+        denoiser: called by `predict`; float32, in evaluation mode.
         scheduler_config: diffusers' scheduler config.
         source: as the user named it.
         digest: SHA-256 over the weights and both configs.
+        custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config says it.
     """
 
     denoiser: nn.Module
     scheduler_config: dict[str, Any]
     source: str
     digest: str
+    custom: RegisteredDenoiser | None = None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of x_t."""
-        config = cast(Any, self.denoiser).config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return self.custom.sample_shape if self.custom else config_sample_shape(cast(Any, self.denoiser).config)
 
     @property
-    def example(self) -> tuple[Tensor, Tensor]:
-        """(x_t (1, C, H, W), t (1,)): arguments that the denoiser accepts."""
-        return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long)
+    def latent(self) -> bool:
+        return is_latent(self.sample_shape)
+
+    @property
+    def condition_inputs(self) -> tuple[ConditionInput, ...]:
+        """What the denoiser takes beside x_t and t, in the order in which it is exported."""
+        if self.custom:
+            return self.custom.conditions
+        architecture = architecture_of(self.denoiser)
+        assert architecture is not None
+        return architecture.conditions(cast(Any, self.denoiser).config)
+
+    @property
+    def example(self) -> DenoiserInput:
+        """One sample of zeros, which the denoiser accepts."""
+        condition = {
+            wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
+            for wanted in self.condition_inputs
+        }
+        return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
 
 
-def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int) -> Tensor:
-    """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,)."""
-    steps = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-    return cast(Tensor, denoiser(x_t, steps, return_dict=False)[0])
+def is_latent(sample_shape: tuple[int, int, int]) -> bool:
+    """Whether an x_0 (C, H, W) is no picture: neither of one channel nor of three."""
+    return sample_shape[0] not in (1, 3)
+
+
+def config_sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of x_t, as a diffusers config says it.
+
+    Raises:
+        ModelError: it does not say the size.
+    """
+    size = config["sample_size"]
+    if size is None:
+        raise ModelError("config.json: sample_size: got null; allowed the height and width of x_t, for which the model is exported")
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config["in_channels"]), int(height), int(width)
+
+
+def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int, condition: Condition | None = None) -> Tensor:
+    """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
+
+    Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t, **condition)`.
+    """
+    steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
+    steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
+    if (architecture := architecture_of(denoiser)) is None:
+        found = denoiser(x_t, steps, **(condition or {}))
+    else:
+        found = denoiser(x_t, timestep=steps, **architecture.keywords(condition or {}), return_dict=False)
+    prediction = cast(Tensor, found if isinstance(found, Tensor) else found[0])
+    return prediction if prediction.shape[1] == x_t.shape[1] else prediction[:, : x_t.shape[1]]
 
 
 @contextmanager
@@ -74,7 +133,8 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
     model = cast(Any, denoiser)
     blocks = {name: block for name, block in denoiser.named_modules() if re.fullmatch(r"(down_blocks|up_blocks)\.\d+|mid_block", name)}
     without = [f"{name} ({type(block).__name__})" for name, block in blocks.items() if not hasattr(block, "gradient_checkpointing")]
-    if not getattr(model, "_supports_gradient_checkpointing", False) or not blocks or without:
+    kept_whole = not blocks and not hasattr(denoiser, "gradient_checkpointing")  # of a transformer the model itself holds the switch
+    if not getattr(model, "_supports_gradient_checkpointing", False) or kept_whole or without:
         what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
         raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
     model.enable_gradient_checkpointing()
@@ -85,11 +145,13 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def load_model(source: str) -> DiffusionModel:
-    """Load `embedded:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
+    """Load `embedded:NAME`, `registered:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
 
     Raises:
-        ModelError: nothing is there, it is damaged, or it is not a UNet2DModel.
+        ModelError: nothing is there, it is damaged, or its denoiser is of a class that is not known.
     """
+    if source.startswith(REGISTERED):
+        return _load_registered(source)
     if source.startswith(EMBEDDED):
         resource = files("pqcad_qat.assets") / source.removeprefix(EMBEDDED)
         if not resource.joinpath("model_index.json").is_file():
@@ -97,7 +159,7 @@ def load_model(source: str) -> DiffusionModel:
         with as_file(resource) as folder:
             return _load_folder(folder, source)
     folder = Path(source).expanduser()
-    return _load_folder(folder, source) if folder.exists() else _load_hub(source)
+    return _load_folder(folder if folder.exists() else _downloaded(source), source)
 
 
 def embedded_models() -> list[str]:
@@ -106,62 +168,109 @@ def embedded_models() -> list[str]:
     return sorted(EMBEDDED + entry.name for entry in assets.iterdir() if entry.joinpath("model_index.json").is_file())
 
 
+def denoiser_folder(folder: Path) -> Path:
+    """The part of a pipeline's folder that holds its denoiser: the one that is there, unet/ where none is."""
+    return next((folder / part for part in PARTS if (folder / part / "config.json").is_file()), folder / PARTS[0])
+
+
+def untrained_denoiser(config: Mapping[str, Any], where: str) -> tuple[nn.Module, RegisteredDenoiser | None]:
+    """A denoiser of a config that `save_model` wrote, before its weights are loaded, and what it was registered with, if it was.
+
+    Raises:
+        ModelError: a class that is not known, or a config that diffusers refuses.
+    """
+    if str(config.get("_class_name")).startswith(REGISTERED):
+        told, module = registered(str(config["_class_name"]))
+        return module.eval(), told
+    architecture = known_architecture(config, where)
+    try:
+        denoiser: Any = getattr(diffusers, architecture.name).from_config(dict(config))
+    except Exception as error:  # diffusers raises anything on a config that it cannot follow
+        raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {error}") from error
+    check_config(architecture, denoiser.config, where)
+    return _without_label_dropout(denoiser).eval(), None
+
+
 def _load_folder(folder: Path, source: str) -> DiffusionModel:
-    config = read_json(folder / "unet" / "config.json")
+    part = denoiser_folder(folder)
+    config = read_json(part / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    if config.get("_class_name") != "UNet2DModel":
-        raise ModelError(f"{folder / 'unet' / 'config.json'}: _class_name: got {config.get('_class_name')!r}; allowed UNet2DModel")
-    weights = folder / "unet" / WEIGHTS
-    if not weights.is_file():
+    architecture = known_architecture(config, str(part / "config.json"))
+    weights = part / WEIGHTS
+    if not weights.is_file() and not weights.with_name(f"{WEIGHTS}.index.json").is_file():
         raise ModelError(f"{weights}: no such file; weights are read from safetensors only")
     try:
-        denoiser, found = UNet2DModel.from_pretrained(
-            folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        denoiser, found = getattr(diffusers, architecture.name).from_pretrained(
+            part, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # diffusers raises anything from OSError to KeyError on a damaged folder
-        raise ModelError(f"{folder / 'unet'}: cannot load this model: {error}") from error
+        raise ModelError(f"{part}: cannot load this model: {error}") from error
     if found["missing_keys"] or found["unexpected_keys"]:  # diffusers warns, and leaves what is missing random
         raise ModelError(f"{weights}: missing: {found['missing_keys']}; not of this model: {found['unexpected_keys']}")
-    return _model(denoiser, scheduler, source)
+    check_config(architecture, denoiser.config, str(part / "config.json"))
+    return _model(_without_label_dropout(denoiser), scheduler, source)
 
 
-def _load_hub(source: str) -> DiffusionModel:
-    from diffusers import DiffusionPipeline
+def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
+    """Class labels are never dropped at random in training: what the model is to match was recorded with its label."""
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    return denoiser
+
+
+def _downloaded(source: str) -> Path:
+    """The folder of a hub id, less all that is not the denoiser, its scheduler or configs; nothing of it is run."""
+    from huggingface_hub import snapshot_download
 
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
+        wanted = [f"{part}/{file}" for part in PARTS for file in ("config.json", f"{WEIGHTS}*", "*.safetensors")]
+        return Path(snapshot_download(source, allow_patterns=["model_index.json", "scheduler/*.json", *wanted]))
     except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
         reason = str(error).splitlines()[0]
         raise ModelError(f"model.source: got {source!r}: no such folder, and it cannot be loaded from the hub: {reason}") from error
-    denoiser = getattr(pipeline, "unet", None)
-    if not isinstance(denoiser, UNet2DModel):
-        raise ModelError(f"model.source: got {source!r} with a denoiser of {type(denoiser).__name__}; allowed UNet2DModel")
-    return _model(denoiser, dict(pipeline.scheduler.config), source)
 
 
-def _model(denoiser: Any, scheduler: dict[str, Any], source: str) -> DiffusionModel:
+def _load_registered(source: str) -> DiffusionModel:
+    told, denoiser = registered(source)
+    return _model(denoiser, dict(told.scheduler_config), source, told)
+
+
+def _model(denoiser: Any, scheduler: dict[str, Any], source: str, custom: RegisteredDenoiser | None = None) -> DiffusionModel:
     denoiser = denoiser.float().eval()
-    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (denoiser.config, scheduler)]
+    own = {"sample_shape": custom.sample_shape, "conditions": [str(wanted) for wanted in custom.conditions]} if custom else denoiser.config
+    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (own, scheduler)]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return DiffusionModel(denoiser, scheduler, source, digest.hexdigest())
+    return DiffusionModel(denoiser, scheduler, source, digest.hexdigest(), custom)
 
 
 def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
-    """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/, scheduler/."""
-    cast(Any, denoiser).save_pretrained(folder / "unet", safe_serialization=True)
-    config = read_json(folder / "unet" / "config.json")
-    config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
-    write_json(folder / "unet" / "config.json", config)
+    """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/ or transformer/, scheduler/."""
+    architecture = architecture_of(denoiser)
+    part = folder / (architecture.part if architecture else PARTS[0])
+    if architecture:
+        cast(Any, denoiser).save_pretrained(part, safe_serialization=True)
+        config = read_json(part / "config.json")
+        config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
+    else:
+        config = {"_class_name": registered_as(denoiser)}
+        part.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS)
+    write_json(part / "config.json", config)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
-    write_json(folder / "model_index.json", model_index())
+    write_json(folder / "model_index.json", model_index(denoiser))
 
 
-def model_index() -> dict[str, Any]:
-    """diffusers' index of an unconditional pipeline: which class each part is."""
-    return {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+def model_index(denoiser: nn.Module) -> dict[str, Any]:
+    """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a whole pipeline."""
+    architecture = architecture_of(denoiser)
+    name, part = (architecture.name, architecture.part) if architecture else (None, PARTS[0])
+    whole = architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
+    pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
+    return {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"], part: ["diffusers" if name else None, name]}
 
 
 def read_json(path: Path) -> dict[str, Any]:

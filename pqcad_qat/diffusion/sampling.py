@@ -188,6 +188,12 @@ def ddim_inverse(x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, pre
     return cast(Array, join_prediction(x_0, eps, alpha_bar_t, prediction_type))
 
 
+def guided(conditional: Array, unconditional: Array, scale: float) -> Array:
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6; scale is 1 + w there): from the unconditional prediction on."""
+    c, u = cast(Any, conditional), cast(Any, unconditional)
+    return cast(Array, u + scale * (c - u))
+
+
 def add_noise(x_0: Array, eps: Array, alpha_bar_t: Any) -> Array:
     """x_t of the forward process (Ho et al. 2020, eq. 4)."""
     return cast(Array, alpha_bar_t**0.5 * cast(Any, x_0) + (1.0 - alpha_bar_t) ** 0.5 * cast(Any, eps))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.folder import MANIFEST, read_graph
-from pqcad_qat.deployment.modules import TimestepTable, swapped
+from pqcad_qat.deployment.modules import TracedDenoiser, swapped, timestep_tables
 from pqcad_qat.deployment.runtime import compile_graph
-from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.hardware import usable_cores
 from pqcad_qat.evaluation.record import ProfileRow, Timing
@@ -84,21 +84,27 @@ def _time_settled(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def example_inputs(sample_shape: tuple[int, int, int], batch: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32, timestep (B,) int64."""
+def example_inputs(
+    sample_shape: tuple[int, int, int], batch: int, seed: int = 0, condition: Condition | None = None
+) -> dict[str, np.ndarray]:
+    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32, timestep (B,) int64.
+
+    Beside them stands `condition` (B, ...), by name, where the model takes one.
+    """
     noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
-    return {"sample": noise, "timestep": np.full(batch, 500, dtype=np.int64)}
+    return {"sample": noise, "timestep": np.full(batch, 500, dtype=np.int64), **{n: v.numpy() for n, v in (condition or {}).items()}}
 
 
 def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
     """PyTorch eager in evaluation mode, without gradients, on every core."""
     torch.set_num_threads(usable_cores())
-    sample, timestep = (torch.from_numpy(inputs[key]) for key in ("sample", "timestep"))
+    condition = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    sample, timestep = condition.pop("sample"), condition.pop("timestep")
     model.eval()
 
     def call() -> Tensor:
         with torch.no_grad():
-            return predict(model, sample, timestep)
+            return predict(model, sample, timestep, condition)
 
     return call
 
@@ -154,35 +160,29 @@ def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
             raise FixedBatchError(f"{source}: got a batch of {batch}; allowed {shapes[0][0]}, which is fixed in its graph") from None
 
 
-class _Prediction(nn.Module):
-    """A denoiser whose forward returns the prediction tensor itself, which is what tracing needs."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:  # (B, C, H, W), (B,) -> (B, C, H, W)
-        return predict(self.denoiser, sample, timestep)
-
-
 def convert_float(
-    model: nn.Module, sample_shape: tuple[int, int, int], batch: int, folder: Path | None = None, train_timesteps: int | None = None
+    model: nn.Module,
+    sample_shape: tuple[int, int, int],
+    batch: int,
+    folder: Path | None = None,
+    train_timesteps: int | None = None,
+    condition: Condition | None = None,
 ) -> ov.Model:
-    """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep -> out_sample.
+    """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep, `condition` -> out_sample.
 
     With ``folder`` it is saved there as openvino_model.xml, constants in float32 as they are (OpenVINO's default would round them to
     float16). With ``train_timesteps`` the time embedding becomes a table of that length, as in our own export: BF16 rounds time step 999
     to 1000, which would spoil a baseline's images for a reason that has nothing to do with its quantization. The model is left as it was.
     """
-    inputs = example_inputs(sample_shape, batch)
-    example = (torch.from_numpy(inputs["sample"]), torch.zeros(batch, dtype=torch.long))
-    replacements: dict[str, nn.Module] = {}
-    if train_timesteps is not None and isinstance(projection := getattr(model, "time_proj", None), nn.Module):
-        replacements["time_proj"] = TimestepTable(projection, train_timesteps)
+    inputs = example_inputs(sample_shape, batch, condition=condition)
+    example = (torch.from_numpy(inputs["sample"]), torch.zeros(batch, dtype=torch.long), *(condition or {}).values())
+    replacements = {} if train_timesteps is None else timestep_tables(model, train_timesteps, {})
     training = model.training
+    denoiser = TracedDenoiser(model.eval(), tuple(condition or {}))
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trace")  # shapes are static here on purpose
-        converted = ov.convert_model(_Prediction(model.eval()), example_input=example, input=[list(tensor.shape) for tensor in example])
+        traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        converted = ov.convert_model(traced, example_input=example, input=[list(tensor.shape) for tensor in example])
     model.train(training)
     for port, name in zip((*converted.inputs, converted.output(0)), (*inputs, "out_sample"), strict=True):
         port.get_tensor().set_names({name})

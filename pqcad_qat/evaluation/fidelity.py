@@ -79,6 +79,19 @@ def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features
     )
 
 
+def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
+    """Figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone, its peak the range of full precision's.
+
+    Raises ModelError for sets that do not pair.
+    """
+    if states.shape != fp_states.shape or states.ndim != 4 or not len(states):
+        raise ModelError(f"latents to compare must both be (N, C, H, W), N > 0; got {tuple(states.shape)} and {tuple(fp_states.shape)}")
+    error = float((states.double() - fp_states.double()).square().mean())
+    peak = float(fp_states.max() - fp_states.min())
+    psnr = 10 * math.log10(peak**2 / error) if error and peak else None
+    return FidelityFigures(len(states), None, None, psnr, None, identical_to_fp=error == 0, rank_deficient=False)
+
+
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """FID between two sets of features (Heusel et al. 2017), symmetric, by torchmetrics in float64; 0 where rounding makes it negative."""
     dimensions = len(a.features_sum)

@@ -86,6 +86,7 @@ class Variant:
     fid_fp: float | None = None  # Frechet distance to full precision's images
     psnr_fp: float | None = None  # dB, image by image against full precision on the same seeds
     ssim_fp: float | None = None  # 0 to 1, likewise
+    passes: int = 1  # of the denoiser in a step: 2 under classifier-free guidance, and an image's time counts both
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class Report:
     timings_s: Mapping[str, float] = field(default_factory=dict)  # wall seconds by stage, in order
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
+    quality_note: str = ""  # what was left out of the figures of quality, and why; what they are of where not of images
     latency: Mapping[str, Timing] = field(default_factory=dict)  # variant -> distribution of one step
     layers: tuple[LayerRow, ...] = ()
     profiles: Mapping[str, tuple[ProfileRow, ...]] = field(default_factory=dict)  # variant -> where its step's time went

@@ -41,8 +41,9 @@ from pqcad_qat.evaluation.benchmark import (
     torch_candidate,
 )
 from pqcad_qat.evaluation.hardware import CAPS, NATIVE, hardware, lacking
+from pqcad_qat.evaluation.load_time import load_times
 from pqcad_qat.evaluation.record import Hardware, Throughput, Timing
-from pqcad_qat.evaluation.speed_record import Measurement, SpeedReport, SpeedRow
+from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.evaluation.speed_subject import Candidates, Subject, candidates, open_subject, random_denoiser
 from pqcad_qat.evaluation.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
 from pqcad_qat.quantization.plan import quantizable_layers
@@ -50,6 +51,7 @@ from pqcad_qat.training.metrics_log import progress_bar
 
 WARM_UP = 3
 PROFILED_CALLS = 20
+LOADS = 5
 PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
 """What a variant asks of OpenVINO; the others take its defaults."""
 
@@ -75,7 +77,7 @@ def measure_speed(
     if not timed:
         raise ModelError("; ".join(f"{isa}: {why}" for isa, why in left_out.items()))
     with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True) as bar:
-        task = bar.add_task("benchmark", total=1 + len(batches) * (1 + len(timed)), note=f"reading {source}")
+        task = bar.add_task("benchmark", total=2 + len(batches) * (1 + len(timed)), note=f"reading {source}")
         bar.refresh()
 
         def tell(note: str) -> None:
@@ -86,6 +88,9 @@ def measure_speed(
 
         subject = open_subject(source, policy, Path(temporary))
         bar.advance(task)
+        tell("loading ours")
+        loading = load_times(subject.folder, Path(temporary) / "formats", min(runs, LOADS))
+        bar.advance(task)
         measurements: list[Measurement] = []
         for batch in batches:
             tell(f"batch {batch}: making the baselines")
@@ -95,17 +100,21 @@ def measure_speed(
                 tell(f"batch {batch}, {isa}: timing")
                 measurements.append(measure(made, isa, runs, throughput))
                 bar.advance(task)
-    return _report(subject, measurements, left_out, command)
+    return _report(subject, measurements, loading, left_out, command)
 
 
-def _report(subject: Subject, measurements: Sequence[Measurement], left_out: Mapping[str, str], command: str) -> SpeedReport:
+def _report(
+    subject: Subject, measurements: Sequence[Measurement], loading: tuple[LoadTime, ...], left_out: Mapping[str, str], command: str
+) -> SpeedReport:
     return SpeedReport(
         source=subject.source,
         weights=subject.weights,
         parameters=sum(parameter.numel() for parameter in random_denoiser(subject.config).parameters()),
         sample_shape=subject.sample_shape,
         steps=subject.steps,
+        full_precision_steps=subject.full_precision_steps,
         measurements=tuple(measurements),
+        loading=loading,
         left_out=left_out,
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

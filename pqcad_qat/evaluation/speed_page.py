@@ -21,8 +21,9 @@ from pqcad_qat.evaluation.figures import largest_kinds, time_profile
 from pqcad_qat.evaluation.page import TIMES, UNKNOWN, number, page_template
 from pqcad_qat.evaluation.record import OURS, VARIANTS, Hardware, ProfileRow, Timing
 from pqcad_qat.evaluation.report import write_atomic
-from pqcad_qat.evaluation.speed_record import Measurement, SpeedReport, SpeedRow
+from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
 
+RATIO = f"ours / this, {TIMES}"
 JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
 
 
@@ -33,21 +34,57 @@ def write_speed(report: SpeedReport, folder: Path) -> Path:
     return folder / PAGE_FILE
 
 
-def headings(report: SpeedReport) -> list[str]:
-    """Of the columns of every table; of a folder that says its sampling steps, figures of whole images too."""
-    image = ["ms an image", "images/s"] if report.steps else ["image steps/s"]
-    return ["", "ms a step", "minimum", "quartiles", *image, f"ours / this, {TIMES}", "MB", "layers ran in"]
+HEADINGS = ("", "ms a step", "minimum", "quartiles", "image steps/s", RATIO, "MB", "layers ran in")
+"""Of the tables of steps: a step is one call of the network with the whole batch."""
 
 
-def cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
-    """A row's texts, under `headings`; a step is one call of the network with the whole batch."""
-    found, ours = row.latency, _ours(measurement)
+def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
+    """A row's texts, under HEADINGS."""
+    found, rate = row.latency, None if row.throughput is None else row.throughput.median
     spread = f"{number(found.lower_quartile_ms)} - {number(found.upper_quartile_ms)}"
-    image = [number(found.median_ms * report.steps / measurement.batch)] if report.steps else []
-    rate = UNKNOWN if row.throughput is None else number(row.throughput.median / (report.steps or 1))
-    ratio = UNKNOWN if ours is None else number(ours.median_ms / found.median_ms)
-    size = f"{row.size_bytes / 1e6:.2f}"
-    return [row.name, number(found.median_ms), number(found.minimum_ms), spread, *image, rate, ratio, size, precisions_text(row)]
+    numbers = [_known(rate), _ratio(_ours(measurement), row, 1, 1), f"{row.size_bytes / 1e6:.2f}"]
+    return [row.name, number(found.median_ms), number(found.minimum_ms), spread, *numbers, precisions_text(row)]
+
+
+def image_headings(report: SpeedReport) -> list[str]:
+    """Of the tables of whole images; none where no steps are known."""
+    if report.steps is None:
+        return []
+    return ["", f"ms an image, {report.steps} steps each", "own steps", "ms an image, own steps", "images/s, own steps", RATIO]
+
+
+def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
+    """A row's texts, under `image_headings`: an image at the steps of ours, and at those that the candidate takes for one."""
+    assert report.steps is not None
+    own, a_step = own_steps(report, row.name), row.latency.median_ms / measurement.batch
+    same = number(a_step * report.steps)
+    if own is None:
+        return [row.name, same, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]
+    rate = None if row.throughput is None else row.throughput.median / own
+    return [row.name, same, str(own), number(a_step * own), _known(rate), _ratio(_ours(measurement), row, report.steps, own)]
+
+
+def own_steps(report: SpeedReport, name: str) -> int | None:
+    """The sampling steps that a candidate takes for an image: ours the student's, the others full precision's."""
+    return report.steps if name == OURS else report.full_precision_steps
+
+
+def _ratio(ours: Timing | None, row: SpeedRow, our_steps: int, own: int) -> str:
+    return UNKNOWN if ours is None else number(ours.median_ms * our_steps / (row.latency.median_ms * own))
+
+
+def _known(value: float | None) -> str:
+    return UNKNOWN if value is None else number(value)
+
+
+LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", "all, ms")
+"""Headings of the table of load times."""
+
+
+def loading_cells(found: LoadTime) -> list[str]:
+    """A row's texts, under LOADING: medians."""
+    parts = [found.verify.median_ms, found.read.median_ms, found.compile.median_ms]
+    return [found.weights, f"{found.size_bytes / 1e6:.2f}", *map(number, (*parts, sum(parts)))]
 
 
 def precisions_text(row: SpeedRow) -> str:
@@ -60,7 +97,8 @@ def precisions_text(row: SpeedRow) -> str:
 
 def title(report: SpeedReport, measurement: Measurement) -> str:
     """What one table is of."""
-    image = f"; an image takes {report.steps}" if report.steps else ""
+    full = f", full precision {report.full_precision_steps}" if report.full_precision_steps else ""
+    image = f"; an image takes ours {report.steps}{full}" if report.steps else ""
     return f"{report.source}: batch {measurement.batch}, {measurement.isa}: one denoising step{image}"
 
 
@@ -85,13 +123,24 @@ def speed_tables(report: SpeedReport) -> Iterator[Table]:
     """For the terminal: of each measurement its timings, and where the time of a step went."""
     for measurement in report.measurements:
         caption = "\n".join([machine_text(measurement.hardware), *remarks(measurement)])
-        table = Table(title=title(report, measurement), caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
-        for index, heading in enumerate(headings(report)):
-            table.add_column(heading, justify="left" if index == 0 else "right")
-        for row in measurement.rows:
-            table.add_row(*cells(report, measurement, row), style="bold" if row.name == OURS else "")
-        yield table
+        yield _candidates_table(title(report, measurement), HEADINGS, [cells(measurement, row) for row in measurement.rows], caption)
+        if report.steps is not None:
+            rows = [image_cells(report, measurement, row) for row in measurement.rows]
+            yield _candidates_table("the same, an image", image_headings(report), rows)
         yield _profile_table(measurement)
+    loading = Table(*LOADING, title=f"{report.source}: loading", box=box.SIMPLE_HEAD)
+    for found in report.loading:
+        loading.add_row(*loading_cells(found))
+    yield loading
+
+
+def _candidates_table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    table = Table(title=heading, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == OURS else "")
+    return table
 
 
 def _profile_table(measurement: Measurement) -> Table:
@@ -118,7 +167,7 @@ def render(report: SpeedReport) -> str:
     """The page, self-contained."""
     return page_template("speed_template.html").render(
         report=report,
-        headings=headings(report),
+        loading=(LOADING, [loading_cells(found) for found in report.loading]),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
         variants={row.name: VARIANTS[row.name] for measurement in report.measurements for row in measurement.rows},
         machine=machine_text(report.measurements[0].hardware),
@@ -132,7 +181,10 @@ def _section(report: SpeedReport, index: int, measurement: Measurement) -> dict[
     return {
         "title": f"Batch {measurement.batch}, {measurement.isa}",
         "machine": machine_text(measurement.hardware),
-        "rows": [cells(report, measurement, row) for row in measurement.rows],
+        "tables": [
+            (HEADINGS, [cells(measurement, row) for row in measurement.rows]),
+            (headings := image_headings(report), [image_cells(report, measurement, row) for row in measurement.rows if headings]),
+        ],
         "remarks": remarks(measurement),
         "charts": [Markup(chart or "") for chart in charts],  # our own SVG, its texts escaped by canvas.py
         "kernels": {

@@ -42,6 +42,17 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class LoadTime:
+    """What it takes until a deployed folder can predict, its files in the page cache."""
+
+    weights: str  # format on disk, as the manifest names it
+    size_bytes: int  # every file of the folder
+    verify: Timing  # reading every file and its SHA-256
+    read: Timing  # the graph, with its weights unpacked
+    compile: Timing
+
+
+@dataclass(frozen=True)
 class SpeedReport:
     """Everything benchmark.json holds."""
 
@@ -49,8 +60,10 @@ class SpeedReport:
     weights: str  # "of the folder" or "random": of ours; those of the baselines are random always
     parameters: int
     sample_shape: tuple[int, int, int]  # (C, H, W)
-    steps: int | None  # sampling steps of an image, where the folder says them
+    steps: int | None  # sampling steps of an image that ours was distilled for, where the folder says them
+    full_precision_steps: int | None  # and those of full precision, with which the other candidates sample
     measurements: tuple[Measurement, ...]
+    loading: tuple[LoadTime, ...]  # of ours, on the machine of the first measurement and its native instruction set
     left_out: Mapping[str, str]  # instruction set -> why nothing was timed under it
     command: str
     created: str  # ISO 8601, UTC

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import nn
 
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import MANIFEST, UNET_CONFIG, read_manifest
-from pqcad_qat.diffusion.denoiser import DiffusionModel, predict, read_json
+from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, predict, read_json
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline
 from pqcad_qat.evaluation.record import OURS
@@ -44,7 +44,8 @@ class Subject:
         folder: deployed.
         sample_shape: (C, H, W).
         train_timesteps: T.
-        steps: sampling steps of an image, None for an architecture.
+        steps: sampling steps of an image that it was distilled for, None for an architecture.
+        full_precision_steps: those of the model that it came from, None where nothing says them.
         weights: "of the folder", or "random".
     """
 
@@ -54,6 +55,7 @@ class Subject:
     sample_shape: tuple[int, int, int]
     train_timesteps: int
     steps: int | None
+    full_precision_steps: int | None
     weights: str
 
 
@@ -91,9 +93,9 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             channels, height, width = manifest["sample_shape"]
-            steps = manifest.get("provenance", {}).get("sampling_steps")
+            steps, full = (manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps"))
             config = read_json(folder / UNET_CONFIG)
-            return Subject(source, config, folder, (channels, height, width), manifest["train_timesteps"], steps, "of the folder")
+            return Subject(source, config, folder, (channels, height, width), manifest["train_timesteps"], steps, full, "of the folder")
     config, scheduler = _architecture(path, source)
     if not policy.is_file():
         raise ModelError(f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE")
@@ -117,9 +119,12 @@ def random_denoiser(config: Mapping[str, Any], where: str = UNET_CONFIG) -> UNet
         torch.manual_seed(0)
         try:
             denoiser = UNet2DModel.from_config(dict(config)).eval()
-            predict(denoiser, *DiffusionModel(denoiser, {}, where, "").example)
+            shell = DiffusionModel(denoiser, {}, where, "")
+            predict(denoiser, *shell.example)
         except Exception as error:  # whatever a wrong size leads to in diffusers or torch
             raise ModelError(f"{where}: not the config of an unconditional UNet2DModel: {error}") from error
+    if shell.condition_inputs:
+        raise ModelError(f"{where}: takes {', '.join(map(str, shell.condition_inputs))}; allowed an unconditional UNet2DModel")
     return denoiser
 
 
@@ -167,11 +172,11 @@ def _quantized(
     calibrate_ranges(denoiser, _noise_states(model.sample_shape, steps))
     provenance = {"model": source, "weights": "random"}
     export_model(denoiser, scheduler, integer_layers(denoiser), model.sample_shape, 1, "int8", folder, provenance)
-    return Subject(source, dict(config), folder, model.sample_shape, steps, None, "random")
+    return Subject(source, dict(config), folder, model.sample_shape, steps, None, None, "random")
 
 
-def _noise_states(sample_shape: tuple[int, int, int], train_timesteps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Model inputs (x_t (B, C, H, W), t (B,)): noise at time steps spread over all of them."""
+def _noise_states(sample_shape: tuple[int, int, int], train_timesteps: int) -> Iterator[DenoiserInput]:
+    """Model inputs (x_t (B, C, H, W), t (B,), no condition): noise at time steps spread over all of them."""
     noise = torch.from_numpy(example_inputs(sample_shape, CALIBRATION_STATES)["sample"])
     steps = torch.linspace(0, train_timesteps - 1, CALIBRATION_STATES).long()
-    return zip(torch.split(noise, 4), torch.split(steps, 4), strict=True)
+    return ((x_t, t, {}) for x_t, t in zip(torch.split(noise, 4), torch.split(steps, 4), strict=True))

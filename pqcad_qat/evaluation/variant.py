@@ -6,7 +6,7 @@ Not here: what its images are worth (fidelity.py), nor its speed (benchmark.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +15,40 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.deployment.folder import MANIFEST, SCHEDULER_CONFIG, read_manifest
 from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.diffusion.denoiser import load_model, predict, read_json
+from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.diffusion.conditions import (
+    GUIDANCE,
+    NULL_CLASS,
+    Conditioned,
+    ConditionSet,
+    check_guidance,
+    chosen_conditions,
+    conditioned,
+    guided_call,
+)
+from pqcad_qat.diffusion.denoiser import denoiser_folder, is_latent, load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
+from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
 
 Float32 = npt.NDArray[np.float32]
+NumpyCondition = Mapping[str, npt.NDArray[Any]]
 Runtime = Literal["pytorch", "openvino"]
 
 DEFAULT_STEPS = 20
 """Sampling steps of a full-precision folder that names none."""
+
+
+_NOTHING_TO_SAMPLE = (
+    "{}: got a folder with none of manifest.json, quantization/plan.json, openvino/, unet/config.json or transformer/config.json; allowed "
+    "a deployed OpenVINO folder, a quantized student, a run, or a diffusers model"
+)
 
 
 @dataclass(frozen=True)
@@ -38,18 +58,26 @@ class Variant:
     Attributes:
         name: of its row in the report.
         runtime: what computes it.
-        predict: (x_t (B, C, H, W) float32, t) -> prediction of the same shape.
+        predict: (x_t (B, C, H, W) float32, t, condition) -> prediction of the same shape.
         schedule: noise schedule that it samples with.
         steps: of its sampler.
         sample_shape: (C, H, W).
+        conditions: that its images choose from.
+        guidance_scale: of classifier-free guidance, 1 for none.
     """
 
     name: str
     runtime: Runtime
-    predict: Callable[[Float32, int], Float32]
+    predict: Callable[[Float32, int, NumpyCondition], Float32]
     schedule: NoiseSchedule
     steps: int
     sample_shape: tuple[int, int, int]
+    conditions: ConditionSet = field(default_factory=ConditionSet)
+    guidance_scale: float = 1.0
+
+    @property
+    def latent(self) -> bool:
+        return is_latent(self.sample_shape)
 
 
 def pytorch_variant(
@@ -59,9 +87,10 @@ def pytorch_variant(
     denoiser.eval()
 
     @torch.no_grad()
-    def call(x_t: Float32, t: int) -> Float32:
+    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
         with frozen_weights(denoiser):
-            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t).numpy()
+            given = {name: torch.from_numpy(value) for name, value in condition.items()}
+            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
             return found
 
     return Variant(name, "pytorch", call, noise_schedule(scheduler_config), steps, sample_shape)
@@ -78,59 +107,83 @@ def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Varia
 def openvino_file_variant(
     name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
-    """A plain OpenVINO file (inputs `sample` and `timestep`, fixed batch), with OpenVINO's own defaults: a baseline."""
+    """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
     request = compile_for_latency(xml, {}).create_infer_request()
 
-    def call(x_t: Float32, t: int) -> Float32:
+    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
         parts = []
         for first in range(0, len(x_t), batch_size):
-            part = x_t[first : first + batch_size]
-            full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), 0)])
-            request.infer({"sample": full, "timestep": np.full(batch_size, t, np.int64)})
-            parts.append(np.array(request.get_output_tensor(0).data[: len(part)]))
+            count = min(batch_size, len(x_t) - first)
+            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
+            named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
+            request.infer({**named, "timestep": np.full(batch_size, t, np.int64)})
+            parts.append(np.array(request.get_output_tensor(0).data[:count]))
         return np.concatenate(parts)
 
     return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
 
 
-def open_folder(source: str, steps: int | None = None) -> Variant:
+def open_folder(
+    source: str, steps: int | None = None, conditions: ConditionsPolicy | None = None, guidance_scale: float | None = None
+) -> Variant:
     """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model.
 
     Args:
         source: the folder, `embedded:NAME`, or a hub id.
         steps: of the sampler; by default those the folder was made for.
+        conditions: of a conditional model; by default all classes.
+        guidance_scale: of classifier-free guidance; by default that the folder was made for.
 
     Raises:
-        ModelError: none of them.
+        ModelError: none of them, or its model takes other conditions.
     """
+    variant, asked, scheduler = _opened(source, steps)
+    section = conditions or ConditionsPolicy()
+    if section.unconditional_class is None:
+        section = section.model_copy(update={"unconditional_class": scheduler.get(NULL_CLASS)})
+    chosen, scale = chosen_conditions(asked, section), guidance_scale or scheduler.get(GUIDANCE, 1.0)
+    check_guidance(scale, chosen)
+    return replace(variant, conditions=chosen, guidance_scale=scale)
+
+
+def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mapping[str, Any]]:
+    """A folder's variant before it has conditions, what it takes, and its scheduler config."""
     folder = Path(source).expanduser()
-    if (folder / "manifest.json").is_file():
-        return openvino_variant(folder.name, folder, steps)
+    for deployed in (folder, folder / "openvino"):
+        if (deployed / MANIFEST).is_file():
+            takes = tuple(
+                ConditionInput(**{**condition, "shape": tuple(condition["shape"])})
+                for condition in read_manifest(deployed).get("conditions", ())
+            )
+            return openvino_variant(folder.name, deployed, steps), Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
     if is_quantized_folder(folder):
         model, _, own = load_quantized(folder)
-        return pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
-    if (folder / "openvino" / "manifest.json").is_file():
-        return openvino_variant(folder.name, folder / "openvino", steps)
-    if (folder / "unet" / "config.json").is_file() or not folder.exists():
-        full = load_model(source)
-        return pytorch_variant(folder.name, full.denoiser, full.scheduler_config, steps or DEFAULT_STEPS, full.sample_shape)
-    raise ModelError(
-        f"{folder}: got a folder with none of manifest.json, quantization/plan.json, openvino/ or unet/config.json; allowed a deployed "
-        "OpenVINO folder, a quantized student, a run, or a diffusers model"
-    )
+    elif (denoiser_folder(folder) / "config.json").is_file() or not folder.exists():
+        model, own = load_model(source), DEFAULT_STEPS
+    else:
+        raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
+    variant = pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
+    return variant, conditioned(model), model.scheduler_config
 
 
 def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
-    """uint8 images (count, C, H, W) of a seed; image k comes from the same noise for every variant and batch size.
+    """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
+    return to_uint8(sample_states(variant, count, seed, batch_size, advance))
+
+
+def sample_states(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and batch size.
 
     `advance` is told of the images of a batch each time they are one step further.
     """
     done = []
     for first in range(0, count, batch_size):
         noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
-        x_0 = noise
-        for step in ddim_trajectory(variant.predict, noise, variant.schedule, variant.steps):
+        chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
+        condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
+        x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
+        for step in ddim_trajectory(follow, noise, variant.schedule, variant.steps):
             x_0 = np.asarray(step.x_s, dtype=np.float32)
             advance(len(noise))
-        done.append(to_uint8(torch.from_numpy(x_0)))
+        done.append(torch.from_numpy(x_0))
     return torch.cat(done)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pqcad_qat.policy.schema import Count, Fault, Location, Momentum, Name, Precision, Section, Seed, Text, known_keys
+from pqcad_qat.policy.schema import Count, Fault, Location, Momentum, Name, Precision, Section, Seed, Share, Text, known_keys
 
 
 class PretrainData(Section):
@@ -43,6 +43,7 @@ class PretrainTraining(Section):
     batch_size: Count = Field(64, description="images that every process adds to a step")
     learning_rate: float = Field(8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step")
     warmup: int = Field(200, ge=0, description="steps of linear rise to the peak")
+    class_dropout: Share = Field(0.1, description="share of labels that become the one of no class, where num_class_embeds has it")
     precision: Precision = Field("bf16", description="arithmetic of the forward and backward pass")
     ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
     seed: Seed = Field(0, description="seed of everything random in training")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, VariantName
+from pqcad_qat.policy.variants import DEFAULT_VARIANTS, DISTILLED, VariantName
 
 Location = tuple[str | int, ...]  # ("quantization", "layers", 1, "weights", "bits")
 
@@ -61,6 +61,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 OneOrMore = BeforeValidator(_one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)])
 Ladder = Annotated[tuple[Bits, ...], Strict(False), Field(min_length=1)]
+Classes = Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
 Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), OneOrMore]
 Variants = Annotated[tuple[VariantName, ...], Strict(False), Field(min_length=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -70,8 +71,28 @@ class ModelPolicy(Section):
     """Where the full-precision model comes from."""
 
     source: Text = Field(
-        description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, or a hub id"
+        description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, a hub id, or "
+        "registered:NAME"
     )
+
+
+class ConditionsPolicy(Section):
+    """What a conditional model is conditioned on; each trajectory and each image has a seeded choice of its own."""
+
+    classes: Classes = Field("all", description="class labels to choose from, of a class-conditional model: all, or a list")
+    unconditional_class: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="label that stands for no class, for guidance; null: the model's own (DiT has one)"
+    )
+    embeddings: Text | None = Field(
+        None, description="safetensors file: a tensor for each condition, prompts first; unconditional.NAME for guidance"
+    )
+    prompts: Text | None = Field(
+        None, description="text file, a prompt a line, for a local pipeline folder with text_encoder and tokenizer; takes the extra text"
+    )
+
+    def faults(self) -> Iterator[Fault]:
+        if self.embeddings is not None and self.prompts is not None:
+            yield Fault((("prompts",), ("embeddings",)), repr(self.prompts), "null, as embeddings is given")
 
 
 class SamplerPolicy(Section):
@@ -80,6 +101,9 @@ class SamplerPolicy(Section):
     name: Literal["ddim"] = Field("ddim", description="sampler; distillation needs a deterministic one")
     steps: Count = Field(20, le=1000, description="denoising steps of an image, before distillation")
     eta: float = Field(0.0, ge=0, le=0, description="share of fresh noise a step; 0, since calibration needs trajectories that repeat")
+    guidance_scale: float = Field(
+        1.0, ge=1, description="of classifier-free guidance: two passes of the denoiser a step; 1: none, one pass"
+    )
 
 
 class CalibrationPolicy(Section):
@@ -182,6 +206,9 @@ class DistillationPolicy(Section):
     rounds: Count = Field(1, description="rounds down to student_steps, alike in factor; a round's student teaches the next one's")
     teacher_weight: float = Field(0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
     calibration_weight: float = Field(1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation")
+    guidance: Literal["keep", "distill"] = Field(
+        "keep", description="of a guided sampler: the student keeps both passes, or learns to give the guided prediction in one"
+    )
 
     def faults(self) -> Iterator[Fault]:
         if self.teacher_weight == 0 and self.calibration_weight == 0:
@@ -217,7 +244,10 @@ class EvaluationPolicy(Section):
     variants: Variants = Field(DEFAULT_VARIANTS, description="what a run makes, and so its stages; fp32 always, ptq only where listed")
     images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
     batch_size: Count = Field(64, description="images sampled at a time")
-    features: Text = Field("embedded:fashion-mnist", description="feature network of FID with its reference statistics")
+    features: Text = Field(
+        "embedded:fashion-mnist",
+        description="feature network of FID with its reference statistics; none: figures against full precision only",
+    )
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 
 
@@ -237,6 +267,7 @@ class Policy(Section):
     kind: Literal["quantize"] = Field("quantize", description="tells this kind of policy from a pretraining policy")
     name: Name = Field(description="name of the run and of its folder")
     model: ModelPolicy
+    conditions: ConditionsPolicy = ConditionsPolicy()
     sampler: SamplerPolicy = SamplerPolicy()
     calibration: CalibrationPolicy = CalibrationPolicy()
     quantization: QuantizationPolicy
@@ -252,6 +283,11 @@ class Policy(Section):
         steps, rounds = self.sampler.steps, self.distillation.rounds
         factor = _factor(steps // self.distillation.student_steps, rounds)
         return tuple(steps // factor**number for number in range(1, rounds + 1)) if factor else ()
+
+    def guidance_scale(self, variant: str) -> float:
+        """Of classifier-free guidance as a variant samples: 1 where one pass of the denoiser is enough."""
+        once = self.distillation.guidance == "distill" and variant in DISTILLED
+        return 1.0 if once else self.sampler.guidance_scale
 
     def faults(self) -> Iterator[Fault]:
         steps, student = self.sampler.steps, self.distillation.student_steps

@@ -33,6 +33,9 @@ DEFAULT_VARIANTS: tuple[VariantName, ...] = tuple(name for name in get_args(Vari
 HALF_STEPS: tuple[VariantName, ...] = ("fp32-half", "pq-distilled", "pqcad", "pqcad-openvino")
 """Variants that sample in the student's steps."""
 
+DISTILLED: tuple[VariantName, ...] = ("pq-distilled", "pqcad", "pqcad-openvino")
+"""Variants of a distilled student."""
+
 UNTRAINED: tuple[VariantName, ...] = ("fp32", "fp32-half", "ov-fp32", "ov-bf16", "nncf-int8")
 """Variants that no training touches: the same for all runs of one model and calibration set."""
 

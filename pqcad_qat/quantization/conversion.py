@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quantization.injectors import QuantizedConv2d, QuantizedLinear
 from pqcad_qat.quantization.plan import LayerPlan, evaluating, quantizable_layers
@@ -65,10 +66,10 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
     return {name: integer_layer(name, layer) for name, layer in quantized_layers(model).items()}
 
 
-def calibrate_ranges(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> None:
+def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
     """Set every range: of inputs from what the layers read while the model runs unquantized, of weights from their values.
 
-    ``batches``: arguments of the model's forward. One pass finds the extremes; percentile and mse ranges take a second one.
+    ``batches``: inputs of the model. One pass finds the extremes; percentile and mse ranges take a second one.
     Raises ModelError that names the layer whose input is NaN, infinite, zero everywhere, or never seen.
     """
     layers = quantized_layers(model)
@@ -116,7 +117,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
 def _watch(
     model: nn.Module,
     layers: dict[str, QuantizedLayer],
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[PredictArguments],
     watchers: dict[str, Callable[[Tensor], None]],
 ) -> None:
     """Run the batches through the unquantized model and show each watcher what the layers of its group read."""
@@ -127,7 +128,7 @@ def _watch(
     try:
         with evaluating(model), unquantized(model):
             for batch in batches:
-                model(*batch)
+                predict(model, *batch)
     finally:
         for hook in hooks:
             hook.remove()

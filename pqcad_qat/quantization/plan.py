@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import PlanError
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class LayerPlan:
     int8_exception: bool
 
 
-def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: tuple[Tensor, ...]) -> tuple[LayerPlan, ...]:
+def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: PredictArguments) -> tuple[LayerPlan, ...]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
 
     ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own target.
-    ``example``: inputs of one forward pass, which shows the layers that read the same tensor.
+    ``example``: input of one forward pass, which shows the layers that read the same tensor.
     Raises PlanError with every fault: a pattern that matches nothing, a rule hidden by earlier ones, a planned layer that the
     model does not call or that no integer kernel can run, and layers that read one tensor but quantize it differently.
     """
@@ -222,7 +223,7 @@ def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
     return f"; close names: {', '.join(close)}" if close else ""
 
 
-def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: tuple[Tensor, ...]) -> tuple[dict[str, str], set[str]]:
+def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: PredictArguments) -> tuple[dict[str, str], set[str]]:
     """For each layer the first layer that reads a tensor it reads, and the layers that the model calls at all."""
     readers: dict[int, tuple[Tensor, str]] = {}  # the tensor is kept so that its id stays its own
     first: dict[str, str] = {}
@@ -234,7 +235,7 @@ def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: tuple
     hooks = [layer.register_forward_pre_hook(_watcher(watch, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with evaluating(model):
-            model(*example)
+            predict(model, *example)
     finally:
         for hook in hooks:
             hook.remove()

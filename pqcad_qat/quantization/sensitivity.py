@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.conversion import quantized_layers, unquantized
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.quantization.quantizers import QuantizedLayer, set_weight_bits
@@ -36,7 +36,7 @@ class LayerSensitivity:
 def layer_sensitivities(
     model: nn.Module,
     widths: Sequence[int],
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[PredictArguments],
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[LayerSensitivity, ...]:
     """Measure every quantized layer of a calibrated model; afterwards its weights have the last width.
@@ -44,7 +44,7 @@ def layer_sensitivities(
     Args:
         model: all in floating point but what is being measured.
         widths: of the weights; each gets the range that the plan's method finds for it.
-        batches: model inputs (x_t (B, C, H, W), t (B,)) of the calibration set.
+        batches: model inputs of the calibration set.
         advance: told of every measurement: one a layer and width, and one an input tensor.
     """
     layers = quantized_layers(model)
@@ -82,7 +82,7 @@ def _enabled(proxy: Any) -> Iterator[None]:
         proxy.disable_quant = True
 
 
-def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[tuple[Tensor, ...]]) -> float:
+def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[PredictArguments]) -> float:
     """The same error with every layer quantized at once, weights at these widths: what the sum over layers predicts."""
     for name, layer in quantized_layers(model).items():
         set_weight_bits(layer, bits[name])
@@ -92,7 +92,7 @@ def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[tu
         return relative_error(model, reference, batches)
 
 
-def relative_error(model: nn.Module, reference: Sequence[Tensor], batches: Sequence[tuple[Tensor, ...]]) -> float:
+def relative_error(model: nn.Module, reference: Sequence[Tensor], batches: Sequence[PredictArguments]) -> float:
     """Mean squared distance of the model's predictions to others, as a share of the others' mean square."""
     distance = sum(float((predict(model, *batch) - known).square().sum()) for batch, known in zip(batches, reference, strict=True))
     return distance / sum(float(known.square().sum()) for known in reference)

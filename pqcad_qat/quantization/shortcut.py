@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.plan import evaluating
 
 # functions that leave every value and every channel as it is; through them the seam of a concatenation can be followed. Not through a
@@ -40,10 +41,10 @@ class SplitConv2d(nn.Module):
         return f"seam={self.seam}"
 
 
-def split_shortcuts(model: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
+def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
     """Replace in place every Conv2d that reads a concatenation of two tensors along channels itself.
 
-    ``example``: inputs of one forward pass, in which the concatenations are seen.
+    ``example``: input of one forward pass, in which the concatenations are seen.
     """
     replace_modules(model, {layer: _split(layer, seam) for layer, seam in find_shortcuts(model, example).items()})
     return model
@@ -56,11 +57,11 @@ def merge_shortcuts(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_shortcuts(model: nn.Module, example: tuple[Tensor, ...]) -> dict[nn.Conv2d, int]:
+def find_shortcuts(model: nn.Module, example: PredictArguments) -> dict[nn.Conv2d, int]:
     """The convolutions over a two-part concatenation, and the channels before its seam."""
     watch = _SeamWatch(model)
     with evaluating(model), watch:
-        model(*example)
+        predict(model, *example)
     return watch.found
 
 

@@ -2,7 +2,7 @@
 
 Not here: the folder that OpenVINO runs (deployment/export.py).
 
-    unet/             the model with its weights rounded to their grid, in floating point, for plain diffusers
+    unet/             (or transformer/) the model with its weights rounded to their grid, in floating point, for plain diffusers
     quantization/     plan.json and model.safetensors: every Parameter, scale, zero point and bit-width, for us
     scheduler/        with the student's number of steps
 """
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pqcad_qat.diffusion.denoiser import DiffusionModel, read_json, save_model, write_json
+from pqcad_qat.diffusion.denoiser import DiffusionModel, denoiser_folder, read_json, save_model, untrained_denoiser, write_json
 from pqcad_qat.errors import ModelError, PqcadError
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
@@ -63,12 +62,13 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
         ModelError: the folder is incomplete or damaged, or its parts do not fit together.
     """
     content = read_json(folder / PLAN)
-    config = read_json(folder / "unet" / "config.json")
+    part = denoiser_folder(folder)
+    config = read_json(part / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         plan = tuple(layer_plan(entry) for entry in content["layers"])
-        denoiser = UNet2DModel.from_config(config).eval()
-        shell = DiffusionModel(denoiser, scheduler, str(folder), digest="")
+        denoiser, custom = untrained_denoiser(config, str(part / "config.json"))
+        shell = DiffusionModel(denoiser, scheduler, str(folder), "", custom)
         if content["split_shortcuts"]:
             split_shortcuts(denoiser, shell.example)
         quantize_model(denoiser, plan)

@@ -13,10 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.conditions import CONDITION
+
 Batch = Mapping[str, Tensor]
 
 BatchSource = Callable[[int], Batch]
 """Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data position."""
+
+
+def with_condition(batch: Batch, condition: Mapping[str, Tensor]) -> Batch:
+    """The batch, its states conditioned on tensors (B, ...)."""
+    return {**batch, **{CONDITION + name: value for name, value in condition.items()}}
+
+
+def condition_of(batch: Batch) -> dict[str, Tensor]:
+    """What the states of a batch are conditioned on, by name, each (B, ...)."""
+    return {name.removeprefix(CONDITION): value for name, value in batch.items() if name.startswith(CONDITION)}
 
 
 @dataclass

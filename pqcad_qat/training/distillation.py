@@ -7,17 +7,19 @@ term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not publ
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
-from pqcad_qat.diffusion.denoiser import predict
-from pqcad_qat.diffusion.sampling import NoiseSchedule, PredictionType, ddim_inverse, ddim_step, next_timestep, timesteps
+from pqcad_qat.diffusion.conditions import guided_call, rows_of
+from pqcad_qat.diffusion.denoiser import Condition, predict
+from pqcad_qat.diffusion.sampling import NoiseSchedule, PredictionType, ddim_inverse, ddim_step, guided, next_timestep, timesteps
 from pqcad_qat.errors import ModelError
-from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 from pqcad_qat.training.quantization_aware import mixed_states
 
 LOW_SIGNAL = 1e-3
@@ -52,6 +54,7 @@ def distillation_set(
     student_steps: int,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
+    guidance_scale: float = 1.0,
 ) -> DistillationSet:
     """Run the frozen teacher once from every state that the student visits: its targets never change, so they are kept.
 
@@ -61,6 +64,7 @@ def distillation_set(
         teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an earlier round.
         student_steps: S; every time step of the student must be one of the teacher's, and of the calibration set's.
         advance: told of the states done.
+        guidance_scale: that the teacher samples with; 1 where it needs one pass.
 
     Raises:
         ModelError: the spacing gives the student time steps that the teacher does not visit.
@@ -75,7 +79,11 @@ def distillation_set(
     full = calibration.states[:, [*recorded[1:], -1]]  # the last step ends in the image
     columns = []
     for index, walk in enumerate(walks):
-        landed = [_walk(teacher, part, walk, schedule, teacher_steps, advance) for part in torch.split(states[:, index], batch_size)]
+        landed = []
+        for rows in torch.split(torch.arange(len(states)), batch_size):
+            condition = {name: value[rows] for name, value in calibration.condition.items()}
+            follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
+            landed.append(_walk(follow, states[rows, index], walk, schedule, teacher_steps, advance))
         columns.append(torch.cat(landed))
     a_t, a_s = (torch.tensor([schedule.alpha_bar_at(t) for t in at], dtype=torch.float64) for at in (starts, ends))
 
@@ -106,12 +114,17 @@ def _walks(schedule: NoiseSchedule, teacher_steps: int, recorded: Collection[int
 
 
 def _walk(
-    teacher: nn.Module, x_t: Tensor, steps: tuple[int, ...], schedule: NoiseSchedule, total: int, advance: Callable[[int], None]
+    follow: Callable[[Tensor, int], Tensor],
+    x_t: Tensor,
+    steps: tuple[int, ...],
+    schedule: NoiseSchedule,
+    total: int,
+    advance: Callable[[int], None],
 ) -> Tensor:
-    """Where the teacher's own steps land."""
+    """Where the steps of the teacher that `follow` calls land."""
     for t in steps:
         alpha_bars = schedule.alpha_bar_at(t), schedule.alpha_bar_at(next_timestep(schedule, t, total))
-        x_t = ddim_step(predict(teacher, x_t, t), x_t, *alpha_bars, schedule.prediction_type, schedule.clip_sample_range)
+        x_t = ddim_step(follow(x_t, t), x_t, *alpha_bars, schedule.prediction_type, schedule.clip_sample_range)
         advance(len(x_t))
     return x_t
 
@@ -126,18 +139,22 @@ def truncated_snr_weight(alpha_bar: float, prediction_type: PredictionType) -> f
     return in_x_0 * max(snr, 1.0)
 
 
-def distillation_batches(data: DistillationSet, batch_size: int, seed: int) -> BatchSource:
-    """Step -> {x_t, t, teacher, calibration, weight} of a batch that mixes time steps: a pure function of seed and step."""
+def distillation_batches(data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None) -> BatchSource:
+    """Step -> {x_t, t, teacher, calibration, weight, condition} of a batch that mixes time steps: a pure function of seed and step.
+
+    `condition` (K, ...) is what each trajectory is conditioned on.
+    """
 
     def batch(step: int) -> Batch:
         rows, columns = mixed_states(len(data.states), len(data.timesteps), batch_size, seed, step)
-        return {
+        states = {
             "x_t": data.states[rows, columns],
             "t": data.timesteps[columns],
             "teacher": data.teacher[rows, columns],
             "calibration": data.calibration[rows, columns],
             "weight": data.weights[columns],
         }
+        return with_condition(states, {name: value[rows] for name, value in (condition or {}).items()})
 
     return batch
 
@@ -149,18 +166,32 @@ class CalibrationAssistedDistillation(Callback):
     Attributes:
         teacher_weight: w_T; 0 leaves the term out.
         calibration_weight: w_C; 0 is plain distillation from the quantized teacher, the ablation.
+        guidance_scale: of a student that keeps both passes of classifier-free guidance; 1 where it needs one.
+        unconditional: name -> (1, ...), of the other pass.
     """
 
     teacher_weight: float
     calibration_weight: float
+    guidance_scale: float = 1.0
+    unconditional: Condition = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name = "distillation"
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
-        prediction = predict(state.network, batch["x_t"], batch["t"]).float()
+        prediction = self._prediction(state.network, batch).float()
         weighted = {"teacher": self.teacher_weight, "calibration": self.calibration_weight}
         return {name: weight * self._error(prediction, batch[name], batch["weight"]) for name, weight in weighted.items() if weight}
+
+    def _prediction(self, network: nn.Module, batch: Batch) -> Tensor:
+        """What the student samples with; both passes are one call, as processes that share the work want it."""
+        x_t, t, condition = batch["x_t"], batch["t"], condition_of(batch)
+        if self.guidance_scale == 1.0:
+            return predict(network, x_t, t, condition)
+        other = {name: value.to(x_t.device) for name, value in rows_of(self.unconditional, len(x_t)).items()}
+        doubled = {name: torch.cat([value, other[name]]) for name, value in condition.items()}
+        conditional, unconditional = predict(network, torch.cat([x_t, x_t]), torch.cat([t, t]), doubled).chunk(2)
+        return guided(conditional, unconditional, self.guidance_scale)
 
     @staticmethod
     def _error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

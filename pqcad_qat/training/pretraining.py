@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.diffusion.images import ImageSet, to_float
 from pqcad_qat.diffusion.sampling import NoiseSchedule, add_noise, join_prediction
-from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 
 
 @dataclass
@@ -25,12 +26,31 @@ class DenoisingLoss(Callback):
         self.name = "denoising"
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
-        prediction = state.network(batch["x_t"], batch["t"]).sample
+        prediction = predict(state.network, batch["x_t"], batch["t"], condition_of(batch))
         return {"denoising": F.mse_loss(prediction.float(), batch["target"])}
 
 
-def noisy_batches(images: ImageSet, schedule: NoiseSchedule, batch_size: int, seed: int) -> BatchSource:
-    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W)}: a pure function of seed and step.
+@dataclass(frozen=True)
+class ClassLabels:
+    """How labels condition a model.
+
+    Attributes:
+        null: the label that stands for no class, None where the model has none.
+        dropout: share of the labels that become it (Ho and Salimans 2022, algorithm 1).
+    """
+
+    null: int | None
+    dropout: float
+
+    def of(self, labels: Tensor, dice: torch.Generator) -> Tensor:
+        """The labels (B,) of a batch, some of them dropped."""
+        if self.null is None:
+            return labels
+        return torch.where(torch.rand(len(labels), generator=dice) < self.dropout, self.null, labels)
+
+
+def noisy_batches(images: ImageSet, schedule: NoiseSchedule, batch_size: int, seed: int, classes: ClassLabels | None = None) -> BatchSource:
+    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), class_labels where there are classes}: a pure function of seed and step.
 
     Time steps are stratified: one in each of B equal parts of the schedule, which lowers the variance of the loss
     (Kingma et al. 2021, appendix I.1).
@@ -45,6 +65,9 @@ def noisy_batches(images: ImageSet, schedule: NoiseSchedule, batch_size: int, se
         t = (part * schedule.train_timesteps).long().clamp(max=schedule.train_timesteps - 1)
         eps = torch.randn(x_0.shape, generator=dice)
         a = alpha_bar[t].float().view(-1, 1, 1, 1)
-        return {"x_t": add_noise(x_0, eps, a), "t": t, "target": join_prediction(x_0, eps, a, schedule.prediction_type)}
+        states = {"x_t": add_noise(x_0, eps, a), "t": t, "target": join_prediction(x_0, eps, a, schedule.prediction_type)}
+        if classes is None or images.labels is None:
+            return states
+        return with_condition(states, {"class_labels": classes.of(images.labels[chosen], dice)})
 
     return batch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.denoiser import predict
-from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 
 
 @dataclass
@@ -25,17 +25,25 @@ class FullPrecisionMatching(Callback):
         self.name = "full-precision"
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
-        prediction = predict(state.network, batch["x_t"], batch["t"])
+        prediction = predict(state.network, batch["x_t"], batch["t"], condition_of(batch))
         return {"full_precision": F.mse_loss(prediction.float(), batch["target"])}
 
 
 def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int) -> BatchSource:
-    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W)} of the set: a pure function of seed and step."""
+    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), condition} of the set: a pure function of seed and step.
+
+    Of guided trajectories half of the states, every second one, are of the unconditional pass.
+    """
     t = torch.tensor(calibration.timesteps)
 
     def batch(step: int) -> Batch:
         rows, columns = mixed_states(len(calibration.predictions), len(t), batch_size, seed, step)
-        return {"x_t": calibration.states[rows, columns], "t": t[columns], "target": calibration.predictions[rows, columns]}
+        target = calibration.predictions[rows, columns]
+        if calibration.unconditional_predictions is not None:
+            odd = calibration.passes(batch_size, step)
+            target[odd] = calibration.unconditional_predictions[rows, columns][odd]
+        states = {"x_t": calibration.states[rows, columns], "t": t[columns], "target": target}
+        return with_condition(states, calibration.conditions_of(rows, step))
 
     return batch
 

@@ -6,12 +6,12 @@ Not here: the images of a run's report (evaluation/), and how they reach TensorB
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.diffusion.conditions import Guidance
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory
 from pqcad_qat.processes import is_first
@@ -28,12 +28,14 @@ class TrainingSamples(Callback):
         schedule: of the model.
         steps: sampling steps.
         every: training steps between two grids; 0 for none.
+        guidance: what the images are conditioned on, and how they are guided.
     """
 
     noise: Tensor
     schedule: NoiseSchedule
     steps: int
     every: int
+    guidance: Guidance = field(default_factory=Guidance)
 
     def __post_init__(self) -> None:
         self.name = "training-samples"
@@ -51,6 +53,6 @@ class TrainingSamples(Callback):
     def _sample(self, state: TrainState) -> Tensor | None:
         with averaged_weights(state) as model, frozen_weights(model.eval()):
             x = self.noise.to(next(model.parameters()).device)
-            for step in ddim_trajectory(lambda x_t, t: predict(model, x_t, t), x, self.schedule, self.steps):
+            for step in ddim_trajectory(self.guidance.follow(model, x.device), x, self.schedule, self.steps):
                 x = step.x_s
         return to_uint8(x).cpu() if bool(x.isfinite().all()) else None
