@@ -62,8 +62,12 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
 @pytest.mark.parametrize(
     ("old", "new", "report"),
     [
-        ("  steps: 20", "  stepz: 20", "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, eta (did you mean steps?)"),
-        ("  steps: 20", "  colour: 20", "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, eta"),
+        (
+            "  steps: 20",
+            "  stepz: 20",
+            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, eta, guidance_scale (did you mean steps?)",
+        ),
+        ("  steps: 20", "  colour: 20", "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, eta, guidance_scale"),
         ("  steps: 20", "  steps: 2000", "p.yaml:4: sampler.steps: got 2000; allowed a whole number from 1 to 1000"),
         ("  steps: 20", '  steps: "20"', 'p.yaml:4: sampler.steps: got "20" (text, not a number); allowed a whole number from 1 to 1000'),
         ("  steps: 20", "  steps: 20.0", "p.yaml:4: sampler.steps: got 20.0; allowed a whole number from 1 to 1000"),
@@ -72,7 +76,11 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         ("  steps: 20", "  steps: 2024-13-45", 'p.yaml:4: sampler.steps: got "2024-13-45"; allowed a whole number from 1 to 1000'),
         ("  steps: 20", "  eta: 0.5", "p.yaml:4: sampler.eta: got 0.5; allowed a number equal to 0"),
         ("  steps: 20", "  name: ddpm", 'p.yaml:4: sampler.name: got "ddpm"; allowed ddim'),
-        ("sampler:\n  steps: 20", "sampler: 20", "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, eta"),
+        (
+            "sampler:\n  steps: 20",
+            "sampler: 20",
+            "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, eta, guidance_scale",
+        ),
         ("{source: embedded:fashion-mnist}", "{}", "p.yaml:2: model.source: got nothing; allowed non-empty text"),
         ("name: good", "name: a/b", 'p.yaml:1: name: got "a/b"; allowed text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$'),
         ("{bits: 4}", "{bits: 9}", "p.yaml:11: quantization.layers[1].weights.bits: got 9; allowed a whole number from 2 to 8"),
@@ -355,7 +363,10 @@ def test_overrides_apply_in_order_and_merge_mappings(write: Write) -> None:
 @pytest.mark.parametrize(
     ("override", "report"),
     [
-        ("sampler.stepz=4", "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, eta (did you mean steps?)"),
+        (
+            "sampler.stepz=4",
+            "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, eta, guidance_scale (did you mean steps?)",
+        ),
         ("sampler.steps=0", "--set sampler.steps: sampler.steps: got 0; allowed a whole number from 1 to 1000"),
         ("sampler.steps.x=0", '--set sampler.steps.x: sampler.steps: got {"x": 0}; allowed a whole number from 1 to 1000'),
         ("quantization.layers.2.keep_float=true", "--set quantization.layers.2.keep_float: got index 2; allowed 0 to 1"),
@@ -401,13 +412,26 @@ def test_shipped_policies_open_with_their_purpose_and_command_and_are_named_afte
     comment = [line for line in (POLICIES / name).read_text().splitlines()[:10] if line.startswith("#")]
     assert len(comment[0]) > 30
     command = "pretrain" if name.startswith("pretrain") else "run"
-    assert f"#     python -m pqcad_qat {command} policies/{name}" in comment
+    assert f"#     python -m pqcad_qat {command} policies/{name}" in [line.removesuffix(" --model FOLDER") for line in comment]
     assert load_shipped(name).name == name.removesuffix(".yaml").removeprefix("pretrain-")
 
 
 def test_the_policies_that_ship() -> None:
-    widths = ["w2a8", "w3a8", "w4a4", "w4a6", "w4a8", "w4a8-digits", "w4a8-mixed", "w4a8-noto-emoji", "w6a6", "w8a8"]
-    models = ["pretrain-digits", "pretrain-fashion-mnist", "pretrain-noto-emoji"]
+    widths = [
+        "w2a8",
+        "w3a8",
+        "w4a4",
+        "w4a6",
+        "w4a8",
+        "w4a8-digits",
+        "w4a8-digits-classes",
+        "w4a8-dit",
+        "w4a8-mixed",
+        "w4a8-noto-emoji",
+        "w6a6",
+        "w8a8",
+    ]
+    models = ["pretrain-digits", "pretrain-digits-classes", "pretrain-fashion-mnist", "pretrain-noto-emoji"]
     assert sorted(f"{name}.yaml" for name in [*widths, *models, "smoke"]) == SHIPPED
 
 
