@@ -112,7 +112,7 @@ def help_text(commands: Commands, given: Sequence[str]) -> str:
     named = [argument for argument in given[:1] if argument in commands]
     with redirect_stderr(text), suppress(SystemExit):
         fire.Fire(dict(commands), command=[*named, "--", "--help"], name="pqcad-qat")
-    plain = re.sub(r"Type: Optional\['([^']+) \| None'\]\n *Default: None", r"Type: \1", text.getvalue())
+    plain = re.sub(r"Type: Optional\['(\w+) \| None'\]\n *Default: None", r"Type: \1", text.getvalue())
     return re.sub(r"Type: '(.*)'", r"Type: \1", plain)
 
 

@@ -212,7 +212,7 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     out: str = "grid.png",
-    conditions: str | tuple[int, ...] | None = None,
+    conditions: str | None = None,
     guidance: float | None = None,
 ) -> None:
     """Sample images from a folder and write them as a grid; latents as a safetensors file.
@@ -258,7 +258,7 @@ def evaluate(
     seed: int = 1234,
     steps: int | None = None,
     features: str | None = None,
-    conditions: str | tuple[int, ...] | None = None,
+    conditions: str | None = None,
     guidance: float | None = None,
 ) -> None:
     """Frechet distance of a folder's images to real ones, with its protocol.
@@ -448,18 +448,17 @@ def _features_of(folder: str) -> str:
     return folder if folder in embedded_features() else EvaluationPolicy().features
 
 
-def _opened(folder: str, steps: int | None, conditions: object, guidance: object) -> Variant:
+def _opened(folder: str, steps: int | None, conditions: str | None, guidance: object) -> Variant:
     """A folder as the options of `sample` and `evaluate` want it."""
     from pqcad_qat.evaluation.variant import open_folder
 
     if guidance is not None and (not isinstance(guidance, int | float) or isinstance(guidance, bool) or guidance < 1):
         raise UsageError(f"--guidance: got {guidance!r}; allowed a number from 1")
     section = None if (policy := _policy_of(folder)) is None else policy.conditions
-    if isinstance(conditions, int | tuple | list):
-        labels = several("conditions", conditions)
-        section = ConditionsPolicy(classes=tuple(_whole("conditions", label, least=0) for label in labels))
+    if conditions is not None and re.fullmatch(r"\[[\d, ]+\]", conditions):
+        section = ConditionsPolicy(classes=tuple(int(label) for label in re.findall(r"\d+", conditions)))
     elif conditions is not None:
-        section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=str(conditions))
+        section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=conditions)
     return open_folder(folder, _whole("steps", steps) if steps is not None else None, section, guidance)
 
 
