@@ -78,6 +78,14 @@ def test_a_folder_is_diffusers_own_and_gives_the_model_back(named: tuple[str, Di
     assert load_model(str(folder)).digest == model.digest
 
 
+@pytest.mark.parametrize(("kind", "takes"), [("timestep", "class_labels () int64 in [0, 1000)"), ("identity", "class_labels (64) float32")])
+def test_labels_may_be_embedded_as_time_steps_or_come_embedded(kind: str, takes: str, tmp_path: Path) -> None:
+    model = saved("class_unet", tmp_path / "model", class_embed_type=kind, num_class_embeds=None)
+    assert [str(wanted) for wanted in model.condition_inputs] == [takes]
+    with torch.no_grad():
+        assert predict(model.denoiser, *model.example).shape == (1, *model.sample_shape)
+
+
 def test_labels_are_never_dropped_at_random(tmp_path: Path) -> None:
     """DiT drops a tenth of its labels in training, which would teach the student another class's prediction."""
     model = saved("dit", tmp_path / "dit")

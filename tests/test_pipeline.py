@@ -179,7 +179,17 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
     absent = {"ptq"} | (set() if report["hardware"]["native_bf16"] else {"ov-bf16"})
     expected = [name for name in VARIANTS if name not in absent]
     assert list(rows) == expected
-    keys = {"name", "runtime", "weight_bits", "activation_bits", "steps", "size_bytes", "latency_ms_per_step", "latency_ms_per_image"}
+    keys = {
+        "name",
+        "runtime",
+        "weight_bits",
+        "activation_bits",
+        "steps",
+        "size_bytes",
+        "latency_ms_per_step",
+        "latency_ms_per_image",
+        "passes",
+    }
     assert all(set(row) == keys | {"fid_real", "fid_fp", "psnr_fp", "ssim_fp"} for row in rows.values())
 
 
