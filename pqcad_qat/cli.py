@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NoReturn, cast
 
 import fire
 from rich.console import Console
@@ -29,7 +29,7 @@ from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
-from pqcad_qat.processes import check_launch, launched, leave, speaks
+from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
 
 if TYPE_CHECKING:
     from pqcad_qat.evaluation.variant import Variant
@@ -383,25 +383,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
             leave()
     except InterruptedByUserError as stop:
-        if speaks(stop):
-            ERRORS.print(str(stop), highlight=False)
-        sys.exit(130)
+        _end(stop, _escaped(str(stop)), 130)
     except PqcadError as error:
-        if speaks(error):
-            ERRORS.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _end(error, f"[bold red]error:[/] {_escaped(str(error))}", 2)
     except (OSError, SafetensorError) as error:
         if (reason := _cannot_write(error)) is None:
             raise
-        if speaks(error):
-            kept = "what is finished is kept, --resume goes on"
-            ERRORS.print(f"[bold red]error:[/] {_escaped(reason)}; {kept}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _end(error, f"[bold red]error:[/] {_escaped(reason)}; what is finished is kept, --resume goes on", 2)
     except KeyboardInterrupt as stop:
-        if speaks(stop):
-            again = "the same command" if given[:1] == ["sweep"] else "--resume"
-            ERRORS.print(f"interrupted; {again} goes on from the last checkpoint", highlight=False)
-        sys.exit(130)
+        again = "the same command" if given[:1] == ["sweep"] else "--resume"
+        _end(stop, f"interrupted; {again} goes on from the last checkpoint", 130)
+
+
+def _end(error: BaseException, text: str, code: int) -> NoReturn:
+    """Tell what ended the program, once however many processes it has, and leave."""
+    if speaks(error):
+        ERRORS.print(text, highlight=False, soft_wrap=True)
+    else:
+        leave_the_word(code)
+    sys.exit(code)
 
 
 def _check_processes(given: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +25,10 @@ LOST = re.compile("closed by peer|reset by peer|closed the connection|remote pro
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for one another: the first calibrates, exports and samples alone."""
+
+
+WORD_S = 30
+"""Seconds that a silent process gives the one that tells of an error, which ends it by ending."""
 
 
 def launched() -> tuple[int, int]:
@@ -122,6 +128,12 @@ def refuse_drift(when: str, values: Mapping[str, float]) -> None:
 def speaks(error: BaseException) -> bool:
     """Whether it is this process that tells the user of an error that ends the run."""
     return not isinstance(error, OtherProcessError) and (launched()[0] == 0 or hasattr(error, "speaks"))
+
+
+def leave_the_word(code: int) -> None:
+    """Where another process tells of the error: wait for it, since a launcher ends all processes as soon as one has ended."""
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(code))
+    time.sleep(WORD_S)
 
 
 def leave() -> None:

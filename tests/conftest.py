@@ -17,12 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, so that repeats can be bitwise
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to others
 
+import numpy as np
+import openvino as ov
 import pytest
 import torch
 from diffusers import UNet2DModel
 from rich.console import Console
 
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, save_model
+from pqcad_qat.evaluation.benchmark import save_openvino
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 
@@ -129,6 +132,17 @@ def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> F
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)  # what the tests check are no timings
         page = pipeline.run(tiny_policy, path, "python -m pqcad_qat run tiny.yaml", console)
     return FinishedRun(path, page, tiny_policy, printed.getvalue())
+
+
+def fixed_batch_graph(batch: int, sample_shape: tuple[int, ...], folder: Path) -> Path:
+    """The xml of a graph with a denoiser's ports, in which the batch is written as a constant."""
+    ports = [
+        ov.opset13.parameter([batch, *sample_shape], np.float32, name="sample"),
+        ov.opset13.parameter([batch], np.int64, name="timestep"),
+    ]
+    rows = ov.opset13.reshape(ports[0], np.array([batch, -1, 1]), special_zero=False)
+    image = ov.opset13.reshape(rows, np.array([batch, *sample_shape]), special_zero=False)
+    return save_openvino(ov.Model([ov.opset13.result(image)], ports), folder)
 
 
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]

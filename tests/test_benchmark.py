@@ -16,6 +16,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from conftest import fixed_batch_graph
 from diffusers import UNet2DModel
 
 from pqcad_qat.errors import ModelError
@@ -309,9 +310,9 @@ def test_a_graph_that_is_free_in_its_batch_takes_another_with_the_same_results(t
     assert list(compile_for_latency(free, F32).input(0).shape) == [1, 4]
 
 
-def test_a_graph_whose_batch_is_a_constant_refuses_another(converted: tuple[ov.Model, Path]) -> None:
+def test_a_graph_whose_batch_is_a_constant_refuses_another(tmp_path: Path) -> None:
     with pytest.raises(FixedBatchError, match="got a batch of 5; allowed 2, which is fixed in its graph"):
-        compile_for_latency(converted[1], F32, 5)
+        compile_for_latency(fixed_batch_graph(2, SHAPE, tmp_path), F32, 5)
 
 
 def test_size_counts_all_files_below(tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(call:
     assert code == 0
     for name in ("fp32", "ov-fp32", "nncf-int8", "pqcad-openvino"):
         assert re.search(rf"^ *{name} +\d", output, re.MULTILINE)
-    assert "an image takes 2" in output
+    assert "an image takes ours 2" in output
     document = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())
     assert document["command"].startswith("python -m pqcad_qat")
     assert [(part["isa"], part["batch"]) for part in document["measurements"]] == [("native", 2)]

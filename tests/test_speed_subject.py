@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "another class": (unet_config(_class_name="UNet2DConditionModel"), r"_class_name: got 'UNet2DConditionModel'; allowed UNet2DModel"),
     "an unknown block": (unet_config(down_block_types=["Nope", "Nope"]), r"not the config of an unconditional UNet2DModel: Nope"),
     "a size in words": (unet_config(sample_size="large"), r"not the config of an unconditional UNet2DModel"),
-    "class labels": (unet_config(num_class_embeds=10), r"not the config of an unconditional UNet2DModel: class_labels"),
+    "class labels": (unet_config(num_class_embeds=10), r"takes class_labels \(\) int64 in \[0, 10\); allowed an unconditional UNet2DModel"),
     "a list": ([], r"got a JSON list; allowed an object"),
 }
 

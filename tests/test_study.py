@@ -23,7 +23,7 @@ from pqcad_qat import cli, pipeline
 from pqcad_qat import study as study_module
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PlanError, StudyError
 from pqcad_qat.evaluation.report import read_report
-from pqcad_qat.evaluation.variant import sample_images
+from pqcad_qat.evaluation.variant import sample_states
 from pqcad_qat.policy.cells import Study, load_study
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.study import sweep
@@ -67,7 +67,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
-        for name in ("nncf_baseline", "sample_images"):
+        for name in ("nncf_baseline", "sample_states"):
             patch.setattr(pipeline, name, counting(made, getattr(pipeline, name)))
         sweep(load_study(STUDY, overrides), root / "tiny", "python -m pqcad_qat sweep smoke.yaml", Console(file=printed, width=200))
     return Swept(overrides, root / "tiny", made, printed.getvalue())
@@ -75,7 +75,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 def counting(made: dict[str, int], work: Any) -> Any:
     def counted(*arguments: Any) -> Any:
-        name = getattr(arguments[0], "name", "") if work is sample_images else work.__name__
+        name = getattr(arguments[0], "name", "") if work is sample_states else work.__name__
         made[name] = made.get(name, 0) + 1
         return work(*arguments)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+from conftest import fixed_batch_graph
 from small_networks import unet_config
 
 from pqcad_qat.evaluation.benchmark import F32, FixedBatchError, convert_float, example_inputs
@@ -78,7 +79,7 @@ def test_openvino_has_as_many_calls_in_flight_as_its_throughput_mode_asks_for_an
     compiled = ov.Core().compile_model(xml, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT", **F32})
     assert load.in_flight == compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     with pytest.raises(FixedBatchError, match="got a batch of 3; allowed 1, which is fixed in its graph"):
-        openvino_load(xml, F32, example_inputs((1, 8, 8), 3))
+        openvino_load(fixed_batch_graph(1, (1, 8, 8), tmp_path / "fixed"), F32, example_inputs((1, 8, 8), 3))
 
 
 def test_quartiles_are_of_the_bursts() -> None:
