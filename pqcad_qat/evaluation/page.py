@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pqcad_qat.evaluation import figures
@@ -79,10 +79,12 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
 
 def page_template(name: str) -> Template:
     """A page's template, which finds the style sheet of every page as `style`."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FunctionLoader(_text), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     environment.filters.update(number=number, size=size, duration=duration, bits=bits)
     environment.globals["style"] = Markup(_text("page_style.css"))
-    return environment.from_string(_text(name))
+    return environment.get_template(name)
 
 
 def _text(name: str) -> str:
