@@ -38,7 +38,7 @@ from pqcad_qat.evaluation.record import (
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, VariantName, made, stages_of
-from pqcad_qat.quantization.plan import LayerPlan, executes_int8, float_layers
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, float_layers, stored_bits
 from pqcad_qat.training.metrics_log import read_metrics
 
 CLEARLY = 0.95
@@ -237,8 +237,7 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
             owner, _, kind = f"{group}.{name}".rpartition(".")
             if owner in planned and kind == "weight":
                 layer = planned[owner]
-                bits = min((width for width in widths if width >= layer.weights.bits), default=8)
-                integers += math.ceil(parameter.numel() * bits / 8)
+                integers += math.ceil(parameter.numel() * stored_bits(layer.weights, widths) / 8)
                 scales += 4 * (parameter.shape[0] if layer.weights.per_channel else 1)
             else:
                 rest += 4 * parameter.numel()

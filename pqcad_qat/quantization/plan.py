@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,11 +119,14 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
         scales = weight.shape[0] if layer.weights.per_channel else 1
-        fits = packed and layer.weights.symmetric  # a zero point that is folded in may need one bit more
-        stored = min((bits for bits in PACKED if fits and bits >= layer.weights.bits), default=8)
-        total += (weight.numel() * stored + 7) // 8
+        total += (weight.numel() * stored_bits(layer.weights, PACKED if packed else ()) + 7) // 8
         total += scales * (4 if layer.weights.symmetric else 5) - 4 * weight.numel()
     return total
+
+
+def stored_bits(weights: QuantizerSpec, widths: Collection[int]) -> int:
+    """The fewest of the widths that the exporter can pack them to, or 8; a zero point that is folded in may need one bit more."""
+    return min((bits for bits in widths if weights.symmetric and bits >= weights.bits), default=8)
 
 
 def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
