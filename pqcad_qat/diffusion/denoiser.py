@@ -105,7 +105,7 @@ def config_sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return int(config["in_channels"]), int(height), int(width)
 
 
-def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int, condition: Condition | None = None) -> Tensor:
+def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Condition | None = None) -> Tensor:
     """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
 
     Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t, **condition)`.
