@@ -151,7 +151,7 @@ def test_a_sampler_that_does_not_fit_the_schedule_is_refused() -> None:
     flow, other = noise_schedule(NAMED), noise_schedule({})
     for name, schedule in ((None, flow), ("euler", flow), (None, other), ("ddim", other)):
         check_sampler(name, schedule, "model")
-    with pytest.raises(ModelError, match=r"sampler\.name: got 'ddim'; model predicts velocities of flow matching; allowed euler"):
+    with pytest.raises(ModelError, match=r"sampler\.name: got 'ddim'; model predicts the velocities of flow matching; allowed euler"):
         check_sampler("ddim", flow, "model")
     with pytest.raises(ModelError, match=r"sampler\.name: got 'euler'; model predicts epsilon.*; allowed ddim"):
         check_sampler("euler", other, "model")

@@ -18,6 +18,9 @@ from pqcad_qat.errors import ModelError
 
 Config = Mapping[str, Any]
 
+TEXT = "encoder_hidden_states"
+"""The condition that is a sequence of text's tokens."""
+
 TEXT_TOKENS = 77
 """Tokens of an example where only the data say how many there are: CLIP's."""
 

@@ -52,7 +52,7 @@ class DDPMSchedule:
     clip_sample_range: float | None
 
     sampler: ClassVar[Literal["ddim"]] = "ddim"
-    continuous: ClassVar[bool] = False
+    timestep_dtype: ClassVar[Literal["int64"]] = "int64"
 
     @property
     def train_timesteps(self) -> int:

@@ -49,7 +49,7 @@ class FlowSchedule:
 
     sampler: ClassVar[Literal["euler"]] = "euler"
     prediction_type: ClassVar[Literal["flow"]] = "flow"
-    continuous: ClassVar[bool] = True
+    timestep_dtype: ClassVar[Literal["float32"]] = "float32"
 
     def shifted(self, sigma: float) -> float:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)

@@ -35,9 +35,14 @@ def unpacked(sequence: Tensor, height: int, width: int) -> Tensor:
 
 
 def places(height: int, width: int) -> Tensor:
-    """(H/2 W/2, 3) float32: row and column of every patch of latents (H, W), behind a zero. Places of text are zeros."""
+    """(H/2 W/2, 3) float32: row and column of every patch of latents (H, W), behind a zero."""
     rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
+
+
+def text_places(tokens: int) -> Tensor:
+    """(tokens, 3) float32: of text, which has no place."""
+    return torch.zeros(tokens, 3)
 
 
 def call(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: dict[str, Any]) -> tuple[Tensor]:
@@ -48,7 +53,7 @@ def call(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: dict[str, Any])
         packed(x_t),
         timestep=t / TRAIN_TIMESTEPS,
         img_ids=places(height, width).to(x_t.device),
-        txt_ids=torch.zeros(tokens, 3, device=x_t.device),
+        txt_ids=text_places(tokens).to(x_t.device),
         **condition,
         return_dict=False,
     )

@@ -33,7 +33,7 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 def check_sampler(name: str | None, schedule: NoiseSchedule, source: str) -> None:
     """Raise ModelError for a sampler that is not the one of the model's schedule; None is always the one."""
     if name not in (None, schedule.sampler):
-        kind = "velocities of flow matching" if schedule.continuous else f"{schedule.prediction_type}, on a schedule of DDPM's kin"
+        kind = "the velocities of flow matching" if isinstance(schedule, FlowSchedule) else f"{schedule.prediction_type}, as DDPM's kin"
         raise ModelError(f"sampler.name: got {name!r}; {source} predicts {kind}; allowed {schedule.sampler}")
 
 

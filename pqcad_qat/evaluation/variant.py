@@ -108,7 +108,7 @@ def openvino_file_variant(
     name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
     """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
-    request = compile_for_latency(xml, {}).create_infer_request()
+    request, schedule = compile_for_latency(xml, {}).create_infer_request(), noise_schedule(scheduler_config)
 
     def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         parts = []
@@ -116,11 +116,11 @@ def openvino_file_variant(
             count = min(batch_size, len(x_t) - first)
             rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
-            request.infer({**named, "timestep": np.full(batch_size, t, np.int64)})
+            request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
             parts.append(np.array(request.get_output_tensor(0).data[:count]))
         return np.concatenate(parts)
 
-    return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
+    return Variant(name, "openvino", call, schedule, steps, sample_shape)
 
 
 def open_folder(
