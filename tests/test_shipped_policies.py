@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conditional_models import saved
+from conditional_models import saved, write_embeddings
 from conftest import POLICIES
 from diffusers import UNet2DModel
 
@@ -44,7 +44,7 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a8-digits": {4},
     "w4a8-noto-emoji": {4},
 }
-CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit")
+CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit", "w8a8-sd3", "w8a8-flux")
 """On models that do not ship: one that a command makes, and the user's own."""
 
 STUDIES = {
@@ -115,6 +115,26 @@ def test_the_policy_of_diffusion_transformers_plans_all_but_the_layer_that_reads
     assert float_layers(model.denoiser, plan) == ("pos_embed.proj",)
     assert {layer.weights.bits for layer in plan} == {4, 7}
     assert all(executes_int8(layer) for layer in plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "steps", "reader"),
+    [
+        ("sd3", "stabilityai/stable-diffusion-3.5-medium", (40, 20), "pos_embed.proj"),
+        ("flux", "black-forest-labs/FLUX.1-schnell", (4, 2), "x_embedder"),
+    ],
+)
+def test_each_policy_of_a_flow_names_its_model_and_plans_all_but_the_layer_that_reads_the_state(
+    name: str, source: str, steps: tuple[int, int], reader: str, tmp_path: Path
+) -> None:
+    policy = load_policy(POLICIES / f"w8a8-{name}.yaml")
+    assert (policy.model.source, policy.sampler.name, policy.sampler.steps, policy.distillation.student_steps) == (source, None, *steps)
+    saved(name, tmp_path / "model")
+    embeddings = write_embeddings(name, tmp_path / "prompts.safetensors")
+    own = [f"model.source={tmp_path / 'model'}", f"conditions.embeddings={embeddings}"]
+    prepared = prepare(load_policy(POLICIES / f"w8a8-{name}.yaml", own))
+    assert float_layers(prepared.split, prepared.plan) == (reader,)
+    assert all(executes_int8(layer) and layer.weights.bits == 8 for layer in prepared.plan)
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)
