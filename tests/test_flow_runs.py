@@ -144,7 +144,7 @@ def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: FlowRu
             condition["guidance"] = torch.full((len(x),), 3.55)
         with torch.no_grad(), frozen_weights(model.denoiser):
             wanted = predict(model.denoiser, x, t, condition)
-        assert decibels(torch.from_numpy(deployed.predict(x.numpy(), t, arrays(condition))), wanted) > 25
+        assert decibels(torch.from_numpy(deployed.predict(x.numpy(), t, arrays(condition))), wanted) > 38
 
 
 def test_the_graph_takes_no_sines_at_run_time(flow_run: FlowRun) -> None:
