@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import guided_call, rows_of
+from pqcad_qat.diffusion.ddim import Walk
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.diffusion.sampling import NoiseSchedule, along, guided
 from pqcad_qat.errors import ModelError
@@ -63,7 +64,7 @@ def distillation_set(
         guidance_scale: that the teacher samples with; 1 where it needs one pass.
 
     Raises:
-        ModelError: the spacing gives the student time steps that the teacher does not visit.
+        ModelError: the student has time steps by which the teacher does not come, or at which the set has no states.
     """
     student = schedule.walk(student_steps)
     asked = f"distillation.student_steps: got {student_steps}"
@@ -84,10 +85,7 @@ def distillation_set(
         for rows in torch.split(torch.arange(len(states)), batch_size):
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
-            for step in along(walk, follow, states[rows, index], schedule):
-                x_s = step.x_s
-                advance(len(rows))
-            parts.append(x_s)
+            parts.append(_landing(walk, follow, states[rows, index], schedule, advance))
         landed.append(torch.cat(parts))
 
     def carrying(target: Tensor) -> Tensor:
@@ -102,6 +100,16 @@ def distillation_set(
         timesteps=torch.tensor(starts),
         weights=torch.tensor([schedule.error_weight(t) for t in starts]),
     )
+
+
+def _landing(
+    walk: Walk, follow: Callable[[Tensor, float], Tensor], x_t: Tensor, schedule: NoiseSchedule, advance: Callable[[int], None]
+) -> Tensor:
+    """Where the steps of the teacher that `follow` calls land."""
+    for step in along(walk, follow, x_t, schedule):
+        x_t = step.x_s
+        advance(len(x_t))
+    return x_t
 
 
 def distillation_batches(data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None) -> BatchSource:
