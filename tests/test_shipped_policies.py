@@ -14,7 +14,7 @@ import pytest
 import torch
 from conditional_models import saved, write_embeddings
 from conftest import POLICIES
-from diffusers import UNet2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 
 from pqcad_qat.diffusion.conditions import chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, embedded_models, load_model
@@ -135,6 +135,27 @@ def test_each_policy_of_a_flow_names_its_model_and_plans_all_but_the_layer_that_
     prepared = prepare(load_policy(POLICIES / f"w8a8-{name}.yaml", own))
     assert float_layers(prepared.split, prepared.plan) == (reader,)
     assert all(executes_int8(layer) and layer.weights.bits == 8 for layer in prepared.plan)
+
+
+@pytest.mark.parametrize(("name", "layers", "billions"), [("sd3", 392, 2.24), ("flux", 501, 11.9)])
+def test_each_policy_of_a_flow_plans_its_model_at_full_size(name: str, layers: int, billions: float) -> None:
+    """On the meta device, which holds shapes alone. The defaults of FluxTransformer2DModel are FLUX.1 schnell's."""
+    medium = {
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+    }
+    shape = {"num_layers": 24, "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
+    with torch.device("meta"):
+        denoiser = SD3Transformer2DModel(**medium, **shape) if name == "sd3" else FluxTransformer2DModel()
+        denoiser.register_to_config(sample_size=128)
+        x, t, condition = DiffusionModel(denoiser, {}, name, "").example
+        example = x.to("meta"), t.to("meta"), {key: value.to("meta") for key, value in condition.items()}
+        plan = plan_layers(denoiser, load_policy(POLICIES / f"w8a8-{name}.yaml").quantization.layers, (8,), example)
+    assert x.shape == (1, 16, 128, 128)
+    assert len(plan) == layers
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)
