@@ -5,10 +5,13 @@ Not here: what it takes beside x_t and t (architectures.py). The layout is that 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 PATCH = 2
 """Side of a patch, in latents; its pixels are channels of the sequence."""
@@ -49,12 +52,26 @@ def call(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: dict[str, Any])
     """The velocity (B, C, H, W) at x_t (B, C, H, W) and t (B,)."""
     height, width = x_t.shape[-2:]
     tokens = condition["encoder_hidden_states"].shape[1]
-    (found,) = denoiser(
-        packed(x_t),
-        timestep=t / TRAIN_TIMESTEPS,
-        img_ids=places(height, width).to(x_t.device),
-        txt_ids=text_places(tokens).to(x_t.device),
-        **condition,
-        return_dict=False,
-    )
+    times = [t / TRAIN_TIMESTEPS, *(condition[name] for name in ("guidance",) if name in condition)]
+    with _in_float32(denoiser, [time.float() * TRAIN_TIMESTEPS for time in times]):
+        (found,) = denoiser(
+            packed(x_t),
+            timestep=times[0],
+            img_ids=places(height, width).to(x_t.device),
+            txt_ids=text_places(tokens).to(x_t.device),
+            **condition,
+            return_dict=False,
+        )
     return (unpacked(found, height, width),)
+
+
+@contextmanager
+def _in_float32(denoiser: nn.Module, times: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, sinusoids are taken of these times: in mixed precision the class rounds its own to bfloat16, which is 900 for 899.6."""
+    module = denoiser.module if isinstance(denoiser, DistributedDataParallel) else denoiser
+    embedding: nn.Module = cast(Any, module).time_text_embed
+    handle = embedding.register_forward_pre_hook(lambda _, given: (*times, *given[len(times) :]))
+    try:
+        yield
+    finally:
+        handle.remove()
