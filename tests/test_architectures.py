@@ -140,6 +140,7 @@ def test_flux_has_the_size_of_its_pipeline_and_the_shift_of_that_size(tmp_path: 
     scheduler.write_text(json.dumps({**FLOW, "use_dynamic_shifting": True}))
     model = load_model(str(tmp_path / "flux"))
     assert model.sample_shape == (4, 128, 128)
+    assert DiffusionModel(untrained_denoiser(plain, "config")[0], {}, "config", "").sample_shape == (4, 128, 128)
     assert model.scheduler_config["shift"] == pytest.approx(math.exp(1.15))  # 4096 patches: the upper end
     smaller = load_model(str(tmp_path / "flux"), 32)
     assert smaller.scheduler_config["shift"] == pytest.approx(math.exp(0.5))  # 256: the lower
