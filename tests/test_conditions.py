@@ -176,7 +176,7 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, content: str | None, 
 def test_prompts_for_another_pipeline_say_how_a_file_is_made(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(
-        ModelError, match=r"got 'FluxPipeline'; allowed for prompts Stable.*takes a file of what the pipeline's own encode_prompt"
+        ModelError, match=r"got 'FluxPipeline'; allowed for prompts Stable.*a file of what the pipeline's own encode_prompt"
     ):
         _text_parts(tmp_path)
 
