@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
+from typing import Literal
 
 import fire
 
@@ -140,3 +141,31 @@ def one_of(flag: str, values: Sequence[object], allowed: Sequence[str]) -> list[
         if value not in allowed:
             raise UsageError(f"--{flag}: got {value!r}; allowed {', '.join(allowed)}")
     return [str(value) for value in values]
+
+
+def whole_number(flag: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """The value of a flag that is a whole number.
+
+    Raises:
+        UsageError: another one, or out of bounds.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        raise UsageError(f"--{flag}: got {value!r}; allowed a whole number from {least}" + ("" if most is None else f" to {most}"))
+    return value
+
+
+def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
+    """A size: how much, and whether as a share of float32 or in megabytes.
+
+    Raises:
+        UsageError: no such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
+    if found is None:
+        raise UsageError(f"--{flag}: got {text!r}; allowed a share of float32 as 0.15x, or megabytes as 2.5MB")
+    return float(found[1]), "x" if found[2] == "x" else "MB"
+
+
+def with_model(overrides: Sequence[str], model: str | None) -> list[str]:
+    """The overrides of a policy, with that of its model where one is given."""
+    return [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]

@@ -5,43 +5,33 @@ Not here: any work. Heavy libraries are imported inside the commands, so that `-
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import re
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Literal, NoReturn, cast
+from typing import TYPE_CHECKING
 
 import fire
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 
-from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one_of, several
-from pqcad_qat.errors import InterruptedByUserError, PqcadError
+from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one_of, several, size_limit, whole_number, with_model
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
-from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
+from pqcad_qat.processes import launched
+from pqcad_qat.program import keep_freed_memory, told_endings
 
 if TYPE_CHECKING:
     from pqcad_qat.evaluation.variant import Variant
-    from pqcad_qat.sensitivity import MaxSize
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 PIPED_WIDTH = 130
 """Columns of what is not shown on a terminal."""
 
 CONSOLE = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH, quiet=launched()[0] > 0)
-ERRORS = Console(stderr=True)
 
 
 def run(policy: str, model: str | None = None, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
@@ -54,7 +44,7 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: tupl
         set: override of a key, as KEY=VALUE, such as training.seed=1; given again for each further key.
         resume: go on with an unfinished run; finished stages are not repeated.
     """
-    loaded = load_policy(Path(policy), _overrides(set, model))
+    loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat import pipeline
 
     folder = Path(out) if out else Path("runs") / loaded.name
@@ -103,7 +93,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
     """
     from pqcad_qat.policy.cells import load_study
 
-    loaded = load_study(Path(study), _overrides(set))
+    loaded = load_study(Path(study), set)
     from pqcad_qat.evaluation.run_comparison_page import comparison_tables
     from pqcad_qat.study import STUDY_PAGE, cells_table
     from pqcad_qat.study import sweep as run_cells
@@ -112,7 +102,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
     if dry_run:
         CONSOLE.print(cells_table(loaded, folder, str(only)))
         return
-    found = run_cells(loaded, folder, _command_line(), CONSOLE, _whole("jobs", jobs), str(only))
+    found = run_cells(loaded, folder, _command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
     CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
     CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
 
@@ -125,9 +115,9 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
         model: overrides model.source.
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
-    loaded = load_policy(Path(policy), _overrides(set, model))
-    from pqcad_qat.pipeline import prepare
+    loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat.quantization.plan import plan_table
+    from pqcad_qat.stages.prepared import prepare
 
     prepared = prepare(loaded)
     CONSOLE.print(plan_table(prepared.plan, prepared.split))
@@ -142,10 +132,10 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
         set: override of a key, as KEY=VALUE; given again for each further key.
         runs: timed steps of each, in turns.
     """
-    loaded = load_policy(Path(policy), _overrides(set, model))
+    loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat.step_costs import costs_table, step_costs
 
-    costs = step_costs(loaded, _whole("runs", runs), CONSOLE)
+    costs = step_costs(loaded, whole_number("runs", runs), CONSOLE)
     CONSOLE.print(costs_table(costs, f"{loaded.name}: one step of {loaded.training.batch_size} states"))
 
 
@@ -169,20 +159,19 @@ def sensitivity(
         states: of the calibration set, on which errors are measured.
         out: folder for sensitivity.json, sensitivity.html and policy.yaml; runs/NAME-sensitivity of the policy by default.
     """
-    loaded = load_policy(Path(policy), _overrides(set, model))
-    sizes = [_width(width) for width in several("widths", widths)]
+    loaded = load_policy(Path(policy), with_model(set, model))
+    sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
     from pqcad_qat.evaluation.sensitivity_page import assignment_table, sensitivity_table, write_sensitivity
-    from pqcad_qat.pipeline import CALIBRATION
     from pqcad_qat.run_folder import write_atomically
-    from pqcad_qat.sensitivity import measure_sensitivity
+    from pqcad_qat.sensitivity import MaxSize, measure_sensitivity
+    from pqcad_qat.stages.prepared import CALIBRATION
 
     folder = Path(out) if out else Path("runs") / f"{loaded.name}-sensitivity"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
-    most = None if max_size is None else _max_size(max_size)
-    report, mixed = measure_sensitivity(
-        loaded, sizes, _whole("states", states), most, folder.parent / CALIBRATION, _command_line(), CONSOLE
-    )
+    most = None if max_size is None else MaxSize(*size_limit("max-size", max_size))
+    store, count = folder.parent / CALIBRATION, whole_number("states", states)
+    report, mixed = measure_sensitivity(loaded, sizes, count, most, store, _command_line(), CONSOLE)
     CONSOLE.print(sensitivity_table(report))
     CONSOLE.print(assignment_table(report))
     CONSOLE.print(f"page: {write_sensitivity(report, folder)}", soft_wrap=True)
@@ -200,7 +189,7 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
         set: override of a key, as KEY=VALUE; given again for each further key.
         resume: go on with an unfinished run.
     """
-    loaded = load_pretrain_policy(Path(policy), _overrides(set))
+    loaded = load_pretrain_policy(Path(policy), set)
     from pqcad_qat.pretrain import pretrain as train
 
     CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True)
@@ -234,8 +223,8 @@ def sample(
     from pqcad_qat.evaluation.variant import sample_states
     from pqcad_qat.training.metrics_log import progress_bar
 
-    _whole("count", count)
-    _whole("seed", seed, least=0)
+    whole_number("count", count)
+    whole_number("seed", seed, least=0)
     if Path(out).suffix.lower() not in (".png", ".safetensors"):
         raise UsageError(f"--out: got {out!r}; allowed a name in .png, or of latents in .safetensors")
     variant = _opened(folder, steps, conditions, guidance)
@@ -279,8 +268,8 @@ def evaluate(
     from pqcad_qat.evaluation.variant import sample_images
     from pqcad_qat.training.metrics_log import progress_bar
 
-    _whole("images", images, least=2)
-    _whole("seed", seed, least=0)
+    whole_number("images", images, least=2)
+    whole_number("seed", seed, least=0)
     variant = _opened(folder, steps, conditions, guidance)
     if variant.latent:
         raise UsageError(f"{folder}: makes latents of {variant.sample_shape[0]} channels; allowed a model of images")
@@ -316,9 +305,9 @@ def benchmark(
     """
     from pqcad_qat.evaluation.hardware import INSTRUCTION_SETS
 
-    sizes = [_whole("batches", batch) for batch in several("batches", batches)]
+    sizes = [whole_number("batches", batch) for batch in several("batches", batches)]
     sets = one_of("isa", several("isa", isa), INSTRUCTION_SETS)
-    _whole("runs", runs)
+    whole_number("runs", runs)
     if not isinstance(throughput, bool):
         raise UsageError(f"--throughput: got {throughput!r}; allowed --throughput or --nothroughput")
     if Path(out).exists() and not Path(out).is_dir():
@@ -372,71 +361,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _keep_freed_memory()
+    keep_freed_memory()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if HELP & set(given):
         sys.stdout.write(help_text(COMMANDS, given))
         return
-    try:
-        with _terminated_as_interrupted():
-            _check_processes(given)
-            fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
-            leave()
-    except InterruptedByUserError as stop:
-        _end(stop, _escaped(str(stop)), 130)
-    except PqcadError as error:
-        _end(error, f"[bold red]error:[/] {_escaped(str(error))}", 2)
-    except (OSError, SafetensorError) as error:
-        if (reason := _cannot_write(error)) is None:
-            raise
-        _end(error, f"[bold red]error:[/] {_escaped(reason)}; what is finished is kept, --resume goes on", 2)
-    except KeyboardInterrupt as stop:
-        again = "the same command" if given[:1] == ["sweep"] else "--resume"
-        _end(stop, f"interrupted; {again} goes on from the last checkpoint", 130)
-
-
-def _end(error: BaseException, text: str, code: int) -> NoReturn:
-    """Tell what ended the program, once however many processes it has, and leave."""
-    if speaks(error):
-        ERRORS.print(text, highlight=False, soft_wrap=True)
-    else:
-        leave_the_word(code)
-    sys.exit(code)
-
-
-def _check_processes(given: Sequence[str]) -> None:
-    """Refuse several processes for what one does."""
-    check_launch()
-    count = launched()[1]
-    if count > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch says of every model that all its Parameters are used
-    if count > 1 and given[:1] not in ([run.__name__], [pretrain.__name__]):
-        raise UsageError(f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work")
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Inside, a request to terminate ends the program as Ctrl-C does."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _cannot_write(error: OSError | SafetensorError) -> str | None:
-    """What keeps a file from being written, if it is a disk that is full, over its quota, or read-only."""
-    known = re.search(r"os error (\d+)", str(error))  # safetensors' own error has the number in its text alone
-    number = error.errno if isinstance(error, OSError) else known and int(known[1])
-    return f"cannot write: {error}" if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
-
-
-def _overrides(given: Sequence[str], model: str | None = None) -> list[str]:
-    return [*given, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
+    with told_endings(given):
+        fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
 
 
 def _features_of(folder: str) -> str:
@@ -459,7 +390,7 @@ def _opened(folder: str, steps: int | None, conditions: str | None, guidance: ob
         section = ConditionsPolicy(classes=tuple(int(label) for label in re.findall(r"\d+", conditions)))
     elif conditions is not None:
         section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=conditions)
-    return open_folder(folder, _whole("steps", steps) if steps is not None else None, section, guidance)
+    return open_folder(folder, whole_number("steps", steps) if steps is not None else None, section, guidance)
 
 
 def _policy_of(folder: str) -> Policy | None:
@@ -467,47 +398,11 @@ def _policy_of(folder: str) -> Policy | None:
     return load_policy(policy) if (policy := Path(folder) / "policy.yaml").is_file() else None
 
 
-def _whole(name: str, value: object, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"--{name}: got {value!r}; allowed a whole number from {least}")
-    return value
-
-
-def _width(value: object) -> int:
-    if _whole("widths", value, least=2) > 8:
-        raise UsageError(f"--widths: got {value!r}; allowed whole numbers from 2 to 8")
-    return cast(int, value)
-
-
-def _max_size(text: str) -> MaxSize:
-    from pqcad_qat.sensitivity import MaxSize
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
-    if found is None:
-        raise UsageError(f"--max-size: got {text!r}; allowed a share of float32 as 0.15x, or megabytes as 2.5MB")
-    return MaxSize(float(found[1]), cast(Literal["x", "MB"], found[2]))
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep what training frees at every step and takes again at the next: page faults took an eighth of a step."""
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # of the processes of a sweep
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another system's allocator: nothing to tell
-
-
 def _command_line() -> str:
     """What makes the run again, from its beginning."""
     count = launched()[1]
     start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
     return f"{start} -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _print_result(folder: Path) -> None:

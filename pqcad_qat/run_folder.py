@@ -1,6 +1,6 @@
 """The folder of a run: which policy and how many processes it belongs to, which stages are done, and one run at a time.
 
-Not here: what the stages do (pipeline.py). Of the processes that share a run the first writes; the others wait for it, and read.
+Not here: what the stages do (stages/). Of the processes that share a run the first writes; the others wait for it, and read.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from rich.console import Console
 from pqcad_qat.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_qat.errors import PlanError
 from pqcad_qat.evaluation.sensitivity_page import Assignment, SensitivityReport
-from pqcad_qat.pipeline import RANGE_INPUTS, Prepared, calibration_recipe, prepare
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import LayerRule, Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
 from pqcad_qat.quantization.mixed_precision import Option, choose_bits, patterns, with_bits
 from pqcad_qat.quantization.plan import expected_bytes, plan_layers, quantizable_layers
 from pqcad_qat.quantization.sensitivity import LayerSensitivity, layer_sensitivities, output_error
+from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe, prepare
 from pqcad_qat.training.metrics_log import progress_bar
 
 OWN, CHOSEN = "the policy's own widths", "chosen"
@@ -75,7 +75,7 @@ def measure_sensitivity(
         The report, and the text of a policy with the chosen widths, None without a size.
 
     Raises:
-        PqcadError: as `pipeline.prepare`.
+        PqcadError: as `stages.prepared.prepare`.
         PlanError: the smallest widths take more.
     """
     prepared = prepare(policy)

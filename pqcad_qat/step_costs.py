@@ -17,10 +17,11 @@ from torch import nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.denoiser import recomputed_activations
-from pqcad_qat.pipeline import bit_schedule, prepare
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.quantizers import begin_blend, set_blend, set_weight_bits
+from pqcad_qat.stages.prepared import prepare
+from pqcad_qat.stages.training import bit_schedule
 from pqcad_qat.training.callback import Callback
 from pqcad_qat.training.metrics_log import progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
@@ -42,7 +43,7 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
     """Time training steps of the policy's model, quantized and not, on noise: values do not change what a step costs.
 
     Raises:
-        PqcadError: as `pipeline.prepare`.
+        PqcadError: as `stages.prepared.prepare`.
     """
     prepared = prepare(policy)
     noise = torch.Generator().manual_seed(0)

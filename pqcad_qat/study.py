@@ -1,6 +1,6 @@
 """A study: its cells run in turn or side by side, each a run of its own; what is finished is kept, a failure does not stop the others.
 
-Not here: the expansion of a study's file into cells (policy/cells.py), the stages of a cell (pipeline.py), its table (evaluation/).
+Not here: the expansion of a study's file into cells (policy/cells.py), the stages of a cell (stages/), its table (evaluation/).
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from pqcad_qat.diffusion.denoiser import predict, recomputed_activations
 from pqcad_qat.errors import ModelError
-from pqcad_qat.pipeline import prepare
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.quantizers import begin_blend, set_blend
+from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.training import trouble
 from pqcad_qat.training.callback import Batch
 from pqcad_qat.training.checkpoint import CheckpointFolder

@@ -30,11 +30,12 @@ from pqcad_qat.diffusion.denoiser import load_model, predict
 from pqcad_qat.diffusion.registry import register_denoiser
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.variant import open_folder, sample_states
-from pqcad_qat.pipeline import _layer_inputs, run
+from pqcad_qat.pipeline import run
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
+from pqcad_qat.stages.deploying import _layer_inputs
 
 BATCH = 2
 

@@ -36,13 +36,14 @@ from pqcad_qat.evaluation.fidelity import evaluate_images
 from pqcad_qat.evaluation.record import VARIANTS
 from pqcad_qat.evaluation.samples import sheet_size
 from pqcad_qat.evaluation.variant import openvino_variant, sample_images
-from pqcad_qat.pipeline import _Run, prepare, run
+from pqcad_qat.pipeline import run
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import float_layers
 from pqcad_qat.quantization.quantizers import blend_state, read_bits
 from pqcad_qat.quantization.student_folder import load_quantized
-from pqcad_qat.run_folder import RunFolder
+from pqcad_qat.stages.deploying import _refuse_float
+from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.training.callback import TrainState
 from pqcad_qat.training.stage import StageSettings, train_stage
 
@@ -320,7 +321,7 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
         trained.append(settings.name)
         return train_stage(model, callbacks, batches, settings, *rest)
 
-    monkeypatch.setattr("pqcad_qat.pipeline.train_stage", counted)
+    monkeypatch.setattr("pqcad_qat.stages.training.train_stage", counted)
     evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": ("fixed-bit", "pq")})
     blends = tiny_run.policy.model_copy(update={"evaluation": evaluation})
     jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
@@ -457,11 +458,11 @@ def test_the_deployed_predictions_are_near_the_quantized_models(tiny_run: Finish
 def test_a_layer_that_left_int8_is_an_error_that_names_it_unless_the_policy_lists_it(tiny_run: FinishedRun) -> None:
     prepared = prepare(tiny_run.policy)
     precisions = {layer.name: "i8" for layer in prepared.plan} | {"mid_block.resnets.0.conv1": "bf16"}
-    run = _Run(tiny_run.policy, prepared, RunFolder(tiny_run.path), Console(quiet=True))
+    shipped = tiny_run.path / "openvino"
     with pytest.raises(ExportError, match=r"executed in floating point: mid_block\.resnets\.0\.conv1 ran in bf16; .*execution: float"):
-        run._refuse_float(precisions)
-    listed = tuple(replace(layer, int8_exception=layer.name == "mid_block.resnets.0.conv1") for layer in prepared.plan)
-    _Run(tiny_run.policy, replace(prepared, plan=listed), RunFolder(tiny_run.path), Console(quiet=True))._refuse_float(precisions)
+        _refuse_float(shipped, prepared.plan, precisions)
+    listed = [replace(layer, int8_exception=layer.name == "mid_block.resnets.0.conv1") for layer in prepared.plan]
+    _refuse_float(shipped, listed, precisions)
 
 
 def test_preparing_leaves_the_full_precision_model_as_it_was(tiny_run: FinishedRun, tiny_model: DiffusionModel) -> None:

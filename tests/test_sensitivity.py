@@ -23,13 +23,13 @@ from pqcad_qat import cli
 from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.errors import PlanError
 from pqcad_qat.evaluation.sensitivity_page import SensitivityReport, decibels, render, sensitivity_table
-from pqcad_qat.pipeline import Prepared, prepare
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import expected_bytes
 from pqcad_qat.quantization.quantizers import quantized_weight, set_weight_bits
 from pqcad_qat.quantization.sensitivity import layer_sensitivities, output_error
 from pqcad_qat.sensitivity import CHOSEN, OWN, MaxSize, measure_sensitivity, packed_sizes
+from pqcad_qat.stages.prepared import Prepared, prepare
 
 WIDTHS = (2, 4, 7)
 QUIET = Console(quiet=True)

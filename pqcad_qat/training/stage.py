@@ -1,6 +1,6 @@
 """One stage of training: the loop with its log, checkpoints and watch, gone on with where they end, gone back where it diverged.
 
-Not here: the loop itself (trainer.py), what a divergence is (trouble.py), nor which stages there are (pipeline.py, pretrain.py).
+Not here: the loop itself (trainer.py), what a divergence is (trouble.py), nor which stages there are (stages/, pretrain.py).
 """
 
 from __future__ import annotations

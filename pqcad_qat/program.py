@@ -1,0 +1,111 @@
+"""The program around a command: its memory, its processes, and how it ends: what is told, and with which exit code.
+
+Not here: the commands (cli.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from safetensors import SafetensorError
+
+from pqcad_qat.arguments import UsageError
+from pqcad_qat.errors import InterruptedByUserError, PqcadError
+from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+ERRORS = Console(stderr=True)
+
+SHARED_COMMANDS = ("run", "pretrain")
+"""Several processes work on these together."""
+
+
+@contextmanager
+def told_endings(given: Sequence[str]) -> Iterator[None]:
+    """Inside, a command runs; whatever ends it becomes a message and an exit code: 2 where the user can mend it, 130 if interrupted.
+
+    Args:
+        given: the command line, the command first.
+    """
+    try:
+        with _terminated_as_interrupted():
+            _check_processes(given)
+            yield
+            leave()
+    except InterruptedByUserError as stop:
+        _end(stop, _escaped(str(stop)), 130)
+    except PqcadError as error:
+        _end(error, f"[bold red]error:[/] {_escaped(str(error))}", 2)
+    except (OSError, SafetensorError) as error:
+        if (reason := _cannot_write(error)) is None:
+            raise
+        _end(error, f"[bold red]error:[/] {_escaped(reason)}; what is finished is kept, --resume goes on", 2)
+    except KeyboardInterrupt as stop:
+        again = "the same command" if given[:1] == ["sweep"] else "--resume"
+        _end(stop, f"interrupted; {again} goes on from the last checkpoint", 130)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what training frees at every step and takes again at the next: page faults took an eighth of a step."""
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # of the processes of a sweep
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass  # another system's allocator: nothing to tell
+
+
+def _end(error: BaseException, text: str, code: int) -> NoReturn:
+    """Tell what ended the program, once however many processes it has, and leave."""
+    if speaks(error):
+        ERRORS.print(text, highlight=False, soft_wrap=True)
+    else:
+        leave_the_word(code)
+    sys.exit(code)
+
+
+def _check_processes(given: Sequence[str]) -> None:
+    """Refuse several processes for what one does."""
+    check_launch()
+    count = launched()[1]
+    if count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch says of every model that all its Parameters are used
+    if count > 1 and given[0] not in SHARED_COMMANDS:
+        raise UsageError(f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, a request to terminate ends the program as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cannot_write(error: OSError | SafetensorError) -> str | None:
+    """What keeps a file from being written, if it is a disk that is full, over its quota, or read-only."""
+    known = re.search(r"os error (\d+)", str(error))  # safetensors' own error has the number in its text alone
+    number = error.errno if isinstance(error, OSError) else known and int(known[1])
+    return f"cannot write: {error}" if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

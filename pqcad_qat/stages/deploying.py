@@ -1,0 +1,211 @@
+"""The stages that deploy: the OpenVINO folder with its proofs, what it is compared with, and the timing of both.
+
+Not here: how a folder is written and verified (deployment/), and how it is timed (evaluation/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.content_store import kept
+from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.modules import needs_vnni
+from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
+from pqcad_qat.diffusion.denoiser import DenoiserInput, predict
+from pqcad_qat.errors import ExportError
+from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline, node_profile, size_bytes
+from pqcad_qat.evaluation.hardware import hardware
+from pqcad_qat.evaluation.speed import time_denoisers
+from pqcad_qat.quantization.conversion import frozen_weights, integer_layers, quantized_layers
+from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.student_folder import STEPS, save_quantized
+from pqcad_qat.stages.prepared import SHARED
+from pqcad_qat.stages.work import Work
+
+BASELINE_INPUTS = 300
+"""Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
+
+PROFILED = ("nncf-int8", "pqcad-openvino")
+
+PARITY_INPUTS = 64
+"""States on which the deployed model is compared end to end with the quantized PyTorch model."""
+
+
+def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
+    """Stage `export`: the student as folders, PyTorch's and OpenVINO's, the latter proven on the file that ships.
+
+    Raises:
+        ExportError: a planned layer did not execute in INT8, and the policy does not list it.
+    """
+    with work.folder.stage("export") as stage:
+        if not stage.new:
+            return
+        policy, model = work.policy, work.prepared.model
+        steps = policy.distillation.student_steps
+        scheduler = {**model.scheduler_config, STEPS: steps, **_guidance(work)}
+        save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
+        layers = integer_layers(student)
+        conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
+        provenance = {
+            "policy": policy.name,
+            "model": model.source,
+            "model_digest": model.digest,
+            "sampler": policy.sampler.name,
+            "sampling_steps": steps,
+            "full_precision_steps": policy.sampler.steps,
+            "training_seed": policy.training.seed,
+            **_guidance(work),
+        }
+
+        def write(folder: Path, weights: Any) -> None:
+            export_model(student, scheduler, layers, work.shape, policy.export.batch_size, weights, folder, provenance, conditions)
+
+        shipped = work.path / "openvino"
+        with work.console.status("export: writing and verifying the OpenVINO folder"):
+            write(shipped, policy.export.weights)
+            write(work.path / "baselines" / "packed", "packed")
+            executed = execution_precision(shipped, layers)
+            _refuse_float(shipped, work.prepared.plan, executed.precisions)
+            inputs = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
+            parity = layer_parity(shipped, layers, _layer_inputs(student, inputs))
+            psnr = _end_to_end(work, shipped, student, calibration)
+        stage.done(
+            precisions=dict(executed.precisions),
+            inference_precision=executed.inference_precision,
+            needs_vnni=[name for name, layer in layers.items() if needs_vnni(layer)],
+            parity={
+                "layers_checked": parity.layers_checked,
+                "layers_exact": parity.layers_exact,
+                "worst_layer": parity.worst_layer,
+                "worst_error": parity.worst_error,
+                "exact": {layer.name: layer.exact for layer in parity.layers},
+            },
+            end_to_end_psnr=psnr,
+            packed_bytes=size_bytes(work.path / "baselines" / "packed"),
+        )
+
+
+def _guidance(work: Work) -> dict[str, Any]:
+    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one."""
+    if not work.prepared.conditions.choices:
+        return {}
+    scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
+    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
+
+
+def _refuse_float(folder: Path, plan: Sequence[LayerPlan], precisions: Mapping[str, str]) -> None:
+    """A planned layer that left INT8 is an error, unless the policy lists it as an exception."""
+    excepted = {layer.name for layer in plan if layer.int8_exception}
+    floating = {name: precision for name, precision in precisions.items() if precision not in INT8}
+    left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
+    if left:
+        raise ExportError(
+            f"{folder}: planned for INT8 but executed in floating point: {', '.join(left)}; "
+            "change the rule of these layers, or list them with execution: float"
+        )
+
+
+@torch.no_grad()
+def _end_to_end(work: Work, folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
+    """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration set."""
+    deployed = OVUNet2DModel.from_pretrained(folder)
+    ours, theirs = [], []
+    with frozen_weights(student.eval()):
+        for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):
+            theirs.append(predict(student, x, t, condition).numpy())
+            ours.append(deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()}))
+    return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
+
+
+def make_baselines(work: Work, calibration: CalibrationSet) -> None:
+    """Stage `baselines`: full precision as OpenVINO float32, and as NNCF's post-training INT8; shared by runs side by side."""
+    with work.folder.stage("baselines") as stage:
+        if not stage.new:
+            return
+        with work.console.status("baselines: OpenVINO float32, NNCF post-training INT8"):
+            work.link(
+                "baselines/plain", kept(work.path.parent / SHARED, baseline_recipe(work), partial(_baseline_files, work, calibration))
+            )
+        stage.done()
+
+
+def baseline_recipe(work: Work) -> dict[str, Any]:
+    """All that decides the baselines' files."""
+    versions = {name: version(name) for name in ("nncf", "openvino")}
+    calibration = work.folder.finished("calibration") or {}
+    return {"baselines": versions, "calibration": calibration["set"], "inputs": BASELINE_INPUTS, "batch": work.policy.export.batch_size}
+
+
+def _baseline_files(work: Work, calibration: CalibrationSet, folder: Path) -> None:
+    batch, denoiser = work.policy.export.batch_size, work.prepared.model.denoiser
+    condition = work.prepared.conditions.of(0, 0, batch)
+    plain = convert_float(denoiser, work.shape, batch, folder / "float", work.schedule.train_timesteps, condition)
+    inputs = [
+        {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in given.items()}}
+        for x, t, given in calibration.inputs(BASELINE_INPUTS * batch, batch)
+    ]
+    nncf_baseline(plain, inputs, folder / "nncf")
+
+
+def openvino_files(work: Work) -> dict[str, Path]:
+    """Variant -> what OpenVINO runs, of those that are made."""
+    plain = work.path / "baselines" / "plain"
+    files = {
+        "ov-fp32": plain / "float" / XML_FILE,
+        "ov-bf16": plain / "float" / XML_FILE,
+        "nncf-int8": plain / "nncf" / XML_FILE,
+        "pqcad-openvino": work.path / "openvino",
+    }
+    return {name: file for name, file in files.items() if name in work.made}
+
+
+def benchmark(work: Work) -> None:
+    """Everything is timed in one run, in turns, from the files that ship."""
+    with work.folder.stage("benchmark") as stage:
+        if not stage.new:
+            return
+        runs, files = work.policy.export.latency_runs, openvino_files(work)
+        batch = work.policy.export.batch_size
+        inputs = example_inputs(work.shape, batch, condition=work.prepared.conditions.of(0, 0, batch))
+        with work.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
+            timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
+            profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
+        sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
+        stage.done(
+            timings={name: asdict(value) for name, value in timings.items()},
+            profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},
+            sizes={"fp32": 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
+            hardware=asdict(hardware()),
+        )
+
+
+def _layer_inputs(model: nn.Module, inputs: DenoiserInput) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """What every quantized layer reads in one forward pass, by layer."""
+    seen: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen[name] = arguments[0].detach().numpy()
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(model).items()]
+    try:
+        with torch.no_grad():
+            predict(model.eval(), *inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

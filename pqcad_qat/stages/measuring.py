@@ -1,0 +1,166 @@
+"""The stages that look at what was made: images of every variant, what they are worth, and the report.
+
+Not here: metrics and pages (evaluation/).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pqcad_qat.content_store import kept
+from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.diffusion.images import to_uint8
+from pqcad_qat.evaluation.features import load_features
+from pqcad_qat.evaluation.fidelity import evaluate_images, evaluate_latents
+from pqcad_qat.evaluation.hardware import hardware
+from pqcad_qat.evaluation.report import write_report
+from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
+from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_states
+from pqcad_qat.policy.variants import TRAINED, UNTRAINED
+from pqcad_qat.processes import agreed
+from pqcad_qat.stages.deploying import baseline_recipe, openvino_files
+from pqcad_qat.stages.prepared import NO_FEATURES, SHARED
+from pqcad_qat.stages.training import at_targets, training_recipe
+from pqcad_qat.stages.work import Work
+
+UNSAMPLED = ("ov-fp32", "ov-bf16")
+"""Timed only: they compute what `fp32` computes."""
+
+NO_FID = "No FID: evaluation.features is none, so there are figures against full precision only."
+
+OF_LATENTS = (
+    " The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; pictures show their first "
+    "channels."
+)
+
+
+def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
+    """Images of every variant from the same seeds; those that training does not touch are shared by runs side by side."""
+    for name in (name for name in work.made if name not in UNSAMPLED):
+        with work.folder.stage(f"samples-{name}") as stage:
+            if not stage.new:
+                continue
+            file = _images_file(work, name)
+            file.parent.mkdir(exist_ok=True)
+            make = partial(_make_images, work, name, calibration, models)
+            if name in UNTRAINED or (work.shares_training and name in TRAINED):
+                shutil.copyfile(kept(work.path.parent / SHARED, _samples_recipe(work, name), make) / file.name, file)
+            else:
+                make(file.parent)
+            stage.done(steps=work.steps(name))
+
+
+def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path) -> None:
+    variant = _variant(work, name, calibration, models)
+    count, batch = work.policy.evaluation.images, work.policy.evaluation.batch_size
+    with work.bar(f"sample {name}", count * variant.steps) as advance:
+        states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance)
+    samples = {"latents": states} if work.prepared.model.latent else {"images": to_uint8(states)}
+    save_file(samples, folder / _images_file(work, name).name)
+
+
+def _samples_recipe(work: Work, name: str) -> dict[str, Any]:
+    """All that decides the images of a variant."""
+    evaluation = work.policy.evaluation
+    source: Any = work.prepared.model.digest
+    if name == "nncf-int8":
+        source = baseline_recipe(work)
+    elif name in TRAINED:
+        source = training_recipe(work, name)
+    decides: dict[str, Any] = {
+        "images": evaluation.images,
+        "seed": evaluation.seed,
+        "batch": evaluation.batch_size,
+        "steps": work.steps(name),
+    }
+    if digest := work.prepared.conditions.digest:
+        decides |= {"conditions": digest, "guidance_scale": work.policy.guidance_scale(name)}
+    return {"samples": source, "sampler": work.policy.sampler.name, "variant": name, **decides}
+
+
+def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+    scale = work.policy.guidance_scale(name)
+    return replace(_sampler(work, name, calibration, models), conditions=work.prepared.conditions, guidance_scale=scale)
+
+
+def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+    full, steps = work.prepared.model, work.steps(name)
+    match name:
+        case "nncf-int8":
+            file = openvino_files(work)[name]
+            return openvino_file_variant(name, file, full.scheduler_config, steps, work.shape, work.policy.export.batch_size)
+        case "pqcad-openvino":
+            return openvino_variant(name, openvino_files(work)[name], steps)
+        case "fp32" | "fp32-half":
+            denoiser = full.denoiser
+        case "ptq":
+            denoiser = at_targets(work, calibration)
+        case _:
+            denoiser = models[name]
+    return pytorch_variant(name, denoiser, full.scheduler_config, steps, work.shape)
+
+
+def evaluate(work: Work) -> None:
+    """Stage `evaluation`: FID, PSNR and SSIM of every variant's images."""
+    with work.folder.stage("evaluation") as stage:
+        if not stage.new:
+            return
+        asked, latent = work.policy.evaluation.features, work.prepared.model.latent
+        features = None if asked == NO_FEATURES else load_features(asked)
+        samples = {name: _samples(work, name) for name in work.made if name not in UNSAMPLED}
+        full = samples["fp32"]
+        with work.console.status("evaluation: FID, PSNR, SSIM"):
+            figures = {
+                name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
+                for name, found in samples.items()
+            }
+        protocol = features and {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
+        note = "" if features else NO_FID + (OF_LATENTS if latent else "")
+        stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
+
+
+def report(work: Work, command: str) -> Path:
+    """The report's page, from what all stages noted."""
+    with agreed() as first:
+        if first:
+            _write_report(work, command)
+    return work.path / "report.html"
+
+
+def _write_report(work: Work, command: str) -> None:
+    stages = {name: work.folder.finished(name) or {} for name in work.folder.seconds()}
+    facts = RunFacts(work.policy, work.prepared.plan, work.prepared.split, stages, work.folder.seconds(), tuple(work.warnings), command)
+    shown: list[str] = [name for name in work.made if name not in UNSAMPLED]
+    full = _samples(work, "fp32")
+    samples = {name: _pictures(_samples(work, name)[:10], full) for name in shown}
+    write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
+
+
+def _images_file(work: Work, name: str) -> Path:
+    return work.path / "samples" / f"{name}.safetensors"
+
+
+def _samples(work: Work, name: str) -> Tensor:
+    """A variant's images (uint8), or its latents (float32)."""
+    found: Tensor
+    (found,) = load_file(_images_file(work, name)).values()
+    return found
+
+
+def _pictures(samples: Tensor, full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Samples as pictures in [-1, 1]: images as they are, of latents the first channels, scaled by the range of full precision's."""
+    if samples.dtype == torch.uint8:
+        return np.asarray(samples.numpy() / np.float32(127.5) - 1, np.float32)
+    low, high = full.min(), full.max()
+    shown = samples[:, : 3 if samples.shape[1] > 2 else 1]
+    return np.asarray(((shown - low) / (high - low) * 2 - 1).clamp(-1, 1), np.float32)

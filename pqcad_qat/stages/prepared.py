@@ -1,0 +1,85 @@
+"""A policy's model and its plan, before anything is trained; and the recipe of its calibration set.
+
+Not here: a run's folder (work.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from pqcad_qat.diffusion.calibration import CalibrationRecipe
+from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
+from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.plan import LayerPlan, plan_layers
+from pqcad_qat.quantization.shortcut import split_shortcuts
+
+RANGE_INPUTS = 512
+"""Model inputs of the calibration set that activation ranges are taken from."""
+
+NO_FEATURES = "none"
+"""As evaluation.features: nothing is compared with real images."""
+
+CALIBRATION, SHARED = ".calibration", ".shared"
+"""Folders beside the runs: what they share."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and its plan, before anything is trained.
+
+    Attributes:
+        model: full precision, untouched.
+        split: a copy of the denoiser with its shortcuts split, on which the plan stands.
+        plan: of every layer that will be quantized.
+        conditions: that trajectories and images choose from.
+    """
+
+    model: DiffusionModel
+    split: nn.Module
+    plan: tuple[LayerPlan, ...]
+    conditions: ConditionSet = field(default_factory=ConditionSet)
+
+
+def prepare(policy: Policy) -> Prepared:
+    """Load the policy's model and plan its layers; nothing is written.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the policy's conditions or guidance do not fit it.
+        PlanError: the rules do not fit it.
+    """
+    model = load_model(policy.model.source)
+    conditions = chosen_conditions(conditioned(model), policy.conditions)
+    check_guidance(policy.sampler.guidance_scale, conditions)
+    split = copy.deepcopy(model.denoiser)
+    if policy.quantization.split_shortcuts:
+        split_shortcuts(split, model.example)
+    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
+    return Prepared(model, split, plan, conditions)
+
+
+def check_features(policy: Policy, model: DiffusionModel) -> None:
+    """Raises ModelError where a feature network is asked to look at latents."""
+    if model.latent and policy.evaluation.features != NO_FEATURES:
+        raise ModelError(
+            f"evaluation.features: got {policy.evaluation.features!r}; {model.source} makes latents of {model.sample_shape[0]} channels, "
+            "which no feature network reads; allowed none: figures against full precision only"
+        )
+
+
+def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
+    """What the policy's calibration set is recorded by."""
+    return CalibrationRecipe(
+        model_digest=prepared.model.digest,
+        sampler=policy.sampler.name,
+        steps=policy.sampler.steps,
+        trajectories=policy.calibration.trajectories,
+        seed=policy.calibration.seed,
+        refinement=policy.calibration.refinement,
+        conditions=prepared.conditions.digest,
+        guidance_scale=policy.sampler.guidance_scale,
+    )

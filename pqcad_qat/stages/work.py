@@ -1,0 +1,80 @@
+"""What the stages of a run share: its policy, model and plan, its folder, its progress bars and its warnings.
+
+Not here: the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import HALF_STEPS, made
+from pqcad_qat.processes import process_count
+from pqcad_qat.run_folder import RunFolder, write_atomically
+from pqcad_qat.stages.prepared import Prepared
+from pqcad_qat.training.metrics_log import progress_bar
+
+WARNINGS = "warnings.json"
+"""What was told while the run trained, kept for the report of the process that ends it."""
+
+
+@dataclass
+class Work:
+    """One run: its policy, its folder, and what stages hand on."""
+
+    policy: Policy
+    prepared: Prepared
+    folder: RunFolder
+    console: Console
+    shares_training: bool = False
+
+    def __post_init__(self) -> None:
+        self.schedule = noise_schedule(self.prepared.model.scheduler_config)
+        self.shape = self.prepared.model.sample_shape
+        told = self.path / WARNINGS
+        self.warnings: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
+        self.made = made(self.policy.evaluation.variants)
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def whole_batch(self) -> int:
+        """States that one step of the optimizer learns from: every process adds its batches."""
+        training = self.policy.training
+        return training.batch_size * training.gradient_accumulation * process_count()
+
+    def steps(self, name: str) -> int:
+        return self.policy.distillation.student_steps if name in HALF_STEPS else self.policy.sampler.steps
+
+    def link(self, name: str, folder: Path) -> None:
+        """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them move."""
+        link = self.path / name
+        if not link.is_symlink():
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(folder, link.parent))
+
+    def warn(self, message: str) -> None:
+        """Tell it once, also where a process that was killed has told it before."""
+        if message in self.warnings:
+            return
+        self.warnings.append(message)
+        write_atomically(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
+        self.console.print(f"[yellow]warning:[/] {message}")
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar; the yielded function advances it."""
+        bar = progress_bar(self.console)
+        with bar:
+            task = bar.add_task(name, total=total, note="")
+            yield lambda count: bar.update(task, advance=count)
