@@ -117,10 +117,10 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat.quantization.plan import plan_table
-    from pqcad_qat.stages.prepared import prepare
+    from pqcad_qat.stages.prepared import planned_shapes
 
-    prepared = prepare(loaded)
-    CONSOLE.print(plan_table(prepared.plan, prepared.split))
+    denoiser, layers = planned_shapes(loaded)
+    CONSOLE.print(plan_table(layers, denoiser))
 
 
 def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:

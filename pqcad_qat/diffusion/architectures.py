@@ -168,6 +168,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """By the name of diffusers' class."""
 
+FORMER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""norm_type -> the class, of configs that still name the Transformer2DModel of which it was a kind: those of DiT and of PixArt on the hub."""
+
 
 def architecture_of(denoiser: nn.Module) -> Architecture | None:
     """Of a denoiser, also one that is wrapped for several processes; None for a plain module."""
@@ -182,6 +185,7 @@ def known_architecture(config: Config, where: str) -> Architecture:
         ModelError: a class, or a variant of it, that cannot be taken.
     """
     name = config.get("_class_name")
+    name = FORMER.get(str(config.get("norm_type")), name) if name == "Transformer2DModel" else name
     found = ARCHITECTURES.get(str(name))
     if found is None:
         raise ModelError(f"{where}: _class_name: got {name!r}; allowed {', '.join(ARCHITECTURES)}")

@@ -5,6 +5,7 @@ No quantizers here: the rewrite is of the floating-point model, and changes only
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -48,6 +49,12 @@ def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
     """
     replace_modules(model, {layer: _split(layer, seam) for layer, seam in find_shortcuts(model, example).items()})
     return model
+
+
+def rewritable(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory."""
+    kept = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:

@@ -1,0 +1,111 @@
+"""Denoisers from their configs alone: shapes without weights, for plans; random weights, for what their values do not change.
+
+Not here: trained weights (denoiser.py). No file of weights is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+from pqcad_qat.diffusion.denoiser import (
+    EMBEDDED,
+    SCHEDULER_CONFIG,
+    DiffusionModel,
+    denoiser_folder,
+    downloaded,
+    embedded_folder,
+    load_model,
+    predict,
+    read_json,
+    untrained_denoiser,
+)
+from pqcad_qat.diffusion.registry import REGISTERED
+from pqcad_qat.errors import ModelError
+
+ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
+
+CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
+"""What is taken of a hub id."""
+
+
+def architectures() -> list[str]:
+    """The names of the architectures that ship."""
+    return sorted(entry.name.removesuffix(".json") for entry in ARCHITECTURES.iterdir() if entry.name.endswith(".json"))
+
+
+def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The configs of a denoiser and of its scheduler, diffusers' default DDIM where none stands beside it; None where nothing is there.
+
+    Args:
+        source: a denoiser's config.json, a folder with one, or the name of an architecture that ships.
+
+    Raises:
+        ModelError: what is there cannot be read.
+    """
+    path = Path(source).expanduser()
+    if source in architectures() and not path.exists():
+        return read_json(Path(str(ARCHITECTURES / f"{source}.json"))), _default_scheduler()
+    if path.is_file():
+        return read_json(path), _default_scheduler()
+    for part in (denoiser_folder(path), path):
+        if (part / "config.json").is_file():
+            beside = path / SCHEDULER_CONFIG
+            return read_json(part / "config.json"), read_json(beside) if beside.is_file() else _default_scheduler()
+    return None
+
+
+def shapes_of(source: str) -> DiffusionModel:
+    """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is built whole.
+
+    Args:
+        source: as of `load_model`, or of `architecture_configs`.
+
+    Raises:
+        ModelError: nothing is there, or its class is not known.
+    """
+    if source.startswith(REGISTERED):
+        return load_model(source)
+    if source.startswith(EMBEDDED):
+        with embedded_folder(source) as folder:
+            found = architecture_configs(str(folder))
+    else:
+        found = architecture_configs(source) or architecture_configs(str(downloaded(source, CONFIGS)))
+    if found is None:
+        raise ModelError(f"{source}: got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json")
+    return _shapes(*found, source)
+
+
+def random_model(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str) -> DiffusionModel:
+    """A model with seeded random weights, in evaluation mode.
+
+    Raises:
+        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+    """
+    _shapes(config, scheduler, source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser, _ = untrained_denoiser(config, source)
+    return DiffusionModel(denoiser, dict(scheduler), source, "")
+
+
+def _shapes(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str) -> DiffusionModel:
+    """A model on the meta device, which has been called once."""
+    with torch.device("meta"):
+        denoiser, _ = untrained_denoiser(config, source)
+    found = DiffusionModel(denoiser.to("meta"), dict(scheduler), source, "")  # buffers that come from numpy are on the CPU still
+    try:
+        with torch.no_grad():
+            predict(denoiser, *found.example)
+    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
+        raise ModelError(f"{source}: not the config of a working {type(denoiser).__name__}: {error}") from error
+    return found
+
+
+def _default_scheduler() -> dict[str, Any]:
+    return dict(DDIMScheduler().config)
