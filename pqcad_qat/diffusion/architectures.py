@@ -5,7 +5,7 @@ Not here: loading them, or calling them (denoiser.py), nor where conditions come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +42,11 @@ class ConditionInput:
     def __str__(self) -> str:
         sizes = ", ".join("tokens" if size is None else str(size) for size in self.shape)
         return f"{self.name} ({sizes}) {self.dtype}" + (f" in [0, {self.bound})" if self.bound is not None else "")
+
+
+def condition_inputs(entries: Iterable[Mapping[str, Any]]) -> tuple[ConditionInput, ...]:
+    """From the entries of a deployed folder's manifest."""
+    return tuple(ConditionInput(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 """By the name of diffusers' class."""
 
 FORMER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
-"""norm_type -> the class, of configs that still name the Transformer2DModel of which it was a kind: those of DiT and of PixArt on the hub."""
+"""norm_type -> the class, of configs that name the Transformer2DModel of which it was a kind: those of DiT and PixArt on the hub do."""
 
 
 def architecture_of(denoiser: nn.Module) -> Architecture | None:

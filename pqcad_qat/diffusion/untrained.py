@@ -5,17 +5,23 @@ Not here: trained weights (denoiser.py). No file of weights is looked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import DDIMScheduler
+from torch import Tensor, nn
 
+from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput
 from pqcad_qat.diffusion.denoiser import (
     EMBEDDED,
     SCHEDULER_CONFIG,
+    DenoiserInput,
     DiffusionModel,
     denoiser_folder,
     downloaded,
@@ -32,6 +38,9 @@ ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
 
 CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
 """What is taken of a hub id."""
+
+CONDITION = 0xC0
+"""Beside the seed: conditions and noise are independent."""
 
 
 def architectures() -> list[str]:
@@ -78,24 +87,15 @@ def shapes_of(source: str) -> DiffusionModel:
         found = architecture_configs(source) or architecture_configs(str(downloaded(source, CONFIGS)))
     if found is None:
         raise ModelError(f"{source}: got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json")
-    return _shapes(*found, source)
+    return shapes_of_configs(*found, source)
 
 
-def random_model(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str) -> DiffusionModel:
-    """A model with seeded random weights, in evaluation mode.
+def shapes_of_configs(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str) -> DiffusionModel:
+    """As shapes_of, of configs: the denoiser has been called once.
 
     Raises:
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
     """
-    _shapes(config, scheduler, source)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser, _ = untrained_denoiser(config, source)
-    return DiffusionModel(denoiser, dict(scheduler), source, "")
-
-
-def _shapes(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str) -> DiffusionModel:
-    """A model on the meta device, which has been called once."""
     with torch.device("meta"):
         denoiser, _ = untrained_denoiser(config, source)
     found = DiffusionModel(denoiser.to("meta"), dict(scheduler), source, "")  # buffers that come from numpy are on the CPU still
@@ -105,6 +105,45 @@ def _shapes(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str
     except Exception as error:  # whatever a wrong size leads to in diffusers or torch
         raise ModelError(f"{source}: not the config of a working {type(denoiser).__name__}: {error}") from error
     return found
+
+
+def random_denoiser(config: Mapping[str, Any], where: str) -> nn.Module:
+    """A denoiser with seeded random weights, in evaluation mode; `where` names its config.
+
+    Raises:
+        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+    """
+    shapes_of_configs(config, {}, where)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return untrained_denoiser(config, where)[0]
+
+
+def noise_inputs(model: DiffusionModel, count: int, seed: int = 0) -> DenoiserInput:
+    """(x_t (B, C, H, W), t (B,), condition) of noise: time steps spread over all of them."""
+    noise = np.random.default_rng(seed).standard_normal((count, *model.sample_shape), dtype=np.float32)
+    steps = torch.linspace(0, int(model.scheduler_config.get("num_train_timesteps", 1000)) - 1, count).long()
+    return torch.from_numpy(noise), steps, noise_condition(fixed_inputs(model.condition_inputs), count, seed)
+
+
+def fixed_inputs(inputs: Sequence[ConditionInput]) -> tuple[ConditionInput, ...]:
+    """The inputs, those of a text at the length of an example."""
+    return tuple(replace(wanted, shape=tuple(size or TEXT_TOKENS for size in wanted.shape)) for wanted in inputs)
+
+
+def noise_condition(inputs: Sequence[ConditionInput], count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Conditions (B, ...) of noise for inputs of known sizes: any labels, embeddings of no meaning, no token masked."""
+    dice = np.random.default_rng((seed, CONDITION))
+    return {wanted.name: torch.from_numpy(_noise_of(wanted, count, dice)) for wanted in inputs}
+
+
+def _noise_of(wanted: ConditionInput, count: int, dice: np.random.Generator) -> npt.NDArray[Any]:
+    shape = (count, *(size for size in wanted.shape if size is not None))
+    if wanted.name.endswith("_mask"):
+        return np.ones(shape, wanted.dtype)
+    if wanted.bound is not None:
+        return dice.integers(wanted.bound, size=shape, dtype=np.int64)
+    return dice.standard_normal(shape, dtype=np.float32)
 
 
 def _default_scheduler() -> dict[str, Any]:

@@ -109,7 +109,7 @@ def weight_ratio(rows: Tensor, bits: int, symmetric: bool, method: str) -> Tenso
     """The share of each row's full range that its grid should cover: 1 for min_max, of least squared error for mse."""
     if method != "mse":
         return torch.ones_like(rows[:, 0])
-    parts = rows.split(max(1, CACHED // rows.shape[1]))
+    parts = torch.split(rows, max(1, CACHED // rows.shape[1]))
     return torch.cat([_best_weight_ratio(part, bits, symmetric) for part in parts])
 
 
