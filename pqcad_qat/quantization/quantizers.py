@@ -63,11 +63,12 @@ class IntegerLayer:
 def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedLayer:
     """A Brevitas layer around the same Parameters: weights at the first rung of the plan's ladder, the input still without a range."""
     quantizers = {"weight_quant": weight_quantizer(plan, layer.weight), "input_quant": input_quantizer(plan)}
-    if isinstance(layer, nn.Conv2d):  # Brevitas never lets go of the weight that a layer is built with: it is to take no memory
-        quantized: QuantizedLayer = QuantizedConv2d(**_geometry(layer), device="meta", **quantizers)
+    if isinstance(layer, nn.Conv2d):
+        quantized: QuantizedLayer = QuantizedConv2d(**_geometry(layer), device=layer.weight.device, **quantizers)
     else:
-        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", **quantizers)
+        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers)
     quantized.plan, quantized.description = plan, describe
+    quantized.weight.data = torch.empty(0)  # Brevitas never lets go of the weight that a layer was built with
     quantized.weight, quantized.bias = layer.weight, layer.bias  # builds the weight quantizer anew, on the weight's device
     quantized.input_quant.to(layer.weight.device)
     quantized.weight_quant.to(layer.weight.device)
