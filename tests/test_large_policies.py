@@ -6,7 +6,7 @@ Not here: weights, which a plan does without; what a small architecture costs on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from torch import nn
 from pqcad_qat.diffusion.conditions import conditioned
 from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers
 from pqcad_qat.stages.prepared import planned_shapes
 
@@ -30,6 +31,7 @@ class Large:
         floating: the layer that reads x_t.
         layers: planned, halves of shortcuts each.
         takes: the conditions.
+        given: keys of the policy's section that give them.
         bits: weights -> a layer that has so many.
     """
 
@@ -38,7 +40,8 @@ class Large:
     floating: str
     layers: int
     takes: tuple[str, ...]
-    bits: Mapping[int, str] = field(default_factory=dict)
+    given: list[str]
+    bits: Mapping[int, str]
 
 
 TEXT = ("encoder_hidden_states",)
@@ -49,19 +52,23 @@ LARGE = {
         "conv_in",
         293,
         TEXT,
+        ["prompts"],
         {4: "mid_block.resnets.0.conv1", 7: "mid_block.resnets.0.time_emb_proj"},
     ),
-    "w8a8-sd15": Large("stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5", "conv_in", 293, TEXT, {8: "conv_out"}),
+    "w8a8-sd15": Large(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5", "conv_in", 293, TEXT, ["prompts"], {8: "conv_out"}
+    ),
     "w8a8-sdxl": Large(
         "stabilityai/stable-diffusion-xl-base-1.0",
         "sdxl-base-1.0",
         "conv_in",
         802,
         (*TEXT, "text_embeds", "time_ids"),
+        ["prompts"],
         {8: "add_embedding.linear_1"},
     ),
     "w8a8-dit-xl-2": Large(
-        "facebook/DiT-XL-2-256", "DiT-XL-2-256", "pos_embed.proj", 254, ("class_labels",), {8: "transformer_blocks.0.norm1.linear"}
+        "facebook/DiT-XL-2-256", "DiT-XL-2-256", "pos_embed.proj", 254, ("class_labels",), [], {8: "transformer_blocks.0.norm1.linear"}
     ),
     "w8a8-pixart": Large(
         "PixArt-alpha/PixArt-XL-2-512x512",
@@ -69,6 +76,7 @@ LARGE = {
         "pos_embed.proj",
         286,
         (*TEXT, "encoder_attention_mask"),
+        ["embeddings"],
         {8: "adaln_single.linear"},
     ),
 }
@@ -95,10 +103,7 @@ def test_each_names_the_real_model_it_is_for(name: str) -> None:
     assert (policy.name, policy.model.source) == (name, LARGE[name].hub)
     assert policy.sampler.guidance_scale > 1
     assert policy.training.activation_checkpointing
-    assert (policy.conditions.prompts is not None, policy.conditions.embeddings is not None) == {
-        TEXT: (True, False),
-        ("class_labels",): (False, False),
-    }.get(LARGE[name].takes, (name == "w8a8-sdxl", name == "w8a8-pixart"))
+    assert [key for key, value in policy.conditions if value != ConditionsPolicy.model_fields[key].default] == LARGE[name].given
 
 
 def test_each_plans_all_but_the_layer_that_reads_the_state_and_all_of_them_for_int8(

@@ -84,7 +84,8 @@ def shapes_of(source: str) -> DiffusionModel:
         with embedded_folder(source) as folder:
             found = architecture_configs(str(folder))
     else:
-        found = architecture_configs(source) or architecture_configs(str(downloaded(source, CONFIGS)))
+        there = Path(source).expanduser().exists() or source in architectures()
+        found = architecture_configs(source if there else str(downloaded(source, CONFIGS)))
     if found is None:
         raise ModelError(f"{source}: got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json")
     return shapes_of_configs(*found, source)
