@@ -109,11 +109,11 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
-    """Show which rule quantizes which layer, to how many bits, and the expected size; trains nothing.
+    """Show which rule quantizes which layer, to how many bits, and the expected size; reads configs alone, and no weights.
 
     Args:
         policy: policy file.
-        model: overrides model.source.
+        model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a denoiser's config.json.
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
@@ -295,8 +295,8 @@ def benchmark(
     """Time a folder of ours, or an architecture, against PyTorch, OpenVINO float32 and BF16, and NNCF's INT8, in turns in one process.
 
     Args:
-        source: a run or deployed OpenVINO folder; or a UNet2DModel's config.json, a folder with one, or ddpm-cifar10-32: an
-            architecture with random weights.
+        source: a run or deployed OpenVINO folder; or a denoiser's config.json, a folder with one, or the name of an architecture that
+            ships, such as ddpm-cifar10-32: with random weights.
         batches: images of a call, as [1,8].
         isa: instruction sets, each but native in a process of its own: of native, avx2, avx2_vnni, avx512_core_vnni.
         runs: timed calls of each.

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import POLICIES
+from diffusers import DDIMScheduler
 from torch import nn
 
 from pqcad_qat.diffusion.conditions import conditioned
+from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy
@@ -131,6 +133,14 @@ def test_each_architecture_has_its_published_size_and_takes_its_conditions(archi
     assert sum(parameter.numel() for parameter in model.denoiser.parameters()) == PARAMETERS[architecture]
     (takes,) = {large.takes for large in LARGE.values() if large.architecture == architecture}
     assert tuple(wanted.name for wanted in conditioned(model).inputs) == takes
+
+
+def test_the_schedulers_of_latent_models_clip_nothing() -> None:
+    latent = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    solvers = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler")  # PixArt's config has no clip_sample
+    for scheduler in ({"_class_name": "DDIMScheduler", "clip_sample": False}, *({"_class_name": name} for name in solvers)):
+        assert noise_schedule({**latent, **scheduler}).clip_sample_range is None
+    assert noise_schedule({**latent, "_class_name": "DDIMScheduler"}).clip_sample_range == DDIMScheduler().config.clip_sample_range
 
 
 def test_the_prompts_that_ship_are_one_a_line_and_none_twice() -> None:

@@ -21,6 +21,9 @@ from pqcad_qat.errors import ModelError
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+"""diffusers' schedulers that clip x_0 unless their config says no; Euler's and the solvers' know no clipping."""
+
 Array = TypeVar("Array")  # a numpy array or a torch tensor
 
 
@@ -68,7 +71,7 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     spacing = config.get("timestep_spacing", "leading")
     if spacing not in get_args(TimestepSpacing):
         raise ModelError(f"scheduler config: timestep_spacing: got {spacing!r}; allowed {', '.join(get_args(TimestepSpacing))}")
-    clipped = config.get("clip_sample", True)
+    clipped = config.get("clip_sample", config.get("_class_name", "DDIMScheduler") in CLIPPING)
     return NoiseSchedule(
         alpha_bar=alpha_bar,
         prediction_type=prediction_type,
