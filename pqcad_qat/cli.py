@@ -279,7 +279,7 @@ def evaluate(
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
     figures = evaluate_images(found, None, network)
-    protocol = fid_protocol(network, images, "ddim", variant.steps, seed)
+    protocol = fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed)
     CONSOLE.print_json(json.dumps({"fid_real": figures.fid_real, "fid_protocol": asdict(protocol)}))
 
 

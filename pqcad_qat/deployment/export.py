@@ -27,10 +27,12 @@ from pqcad_qat.deployment.folder import (
     check_replaceable,
     write_folder,
 )
-from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, needs_vnni, swapped, timestep_tables
+from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, fixed_rotations, needs_vnni, swapped
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
 from pqcad_qat.deployment.rewrites import rewrite
-from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.deployment.timesteps import Times, known_times, timestep_tables
+from pqcad_qat.diffusion.architectures import TEXT, ConditionInput
+from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def export_model(
     folder: Path,
     provenance: Mapping[str, Any],
     conditions: Sequence[ConditionInput] = (),
+    visited: Sequence[float] = (),
 ) -> ExportedFolder:
     """Write the deployed form of a quantized model. The model itself is left as it was.
 
@@ -78,13 +81,15 @@ def export_model(
         folder: where to; an older deployed folder there is replaced, anything else refused.
         provenance: policy, model source and digest, for the manifest.
         conditions: what the denoiser takes beside x_t and t, every size known.
+        visited: times that a graph of continuous time is to know exactly.
 
     Raises:
         ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
     """
     check_replaceable(folder)
     train_timesteps = _train_timesteps(scheduler_config)
-    graph = convert(model, layers, sample_shape, batch_size, train_timesteps, conditions)
+    schedule = noise_schedule(scheduler_config)
+    graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions)
     texts = {
         UNET_CONFIG: _config(model),
         SCHEDULER_CONFIG: scheduler_config,
@@ -100,6 +105,7 @@ def export_model(
         "sample_shape": list(sample_shape),
         "batch_size": batch_size,
         "train_timesteps": train_timesteps,
+        "timestep_dtype": schedule.timestep_dtype,
         "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
         "layers": entries,
@@ -115,12 +121,13 @@ def convert(
     layers: Mapping[str, IntegerLayer],
     sample_shape: tuple[int, int, int],
     batch_size: int,
-    train_timesteps: int,
+    times: Times,
     conditions: Sequence[ConditionInput] = (),
 ) -> ov.Model:
     """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name.
 
-    Inputs `sample` (B, C, H, W) float32, `timestep` (B,) int64, and the conditions by name; output `out_sample` (B, C, H, W) float32.
+    Inputs `sample` (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the conditions by name; output `out_sample`
+    (B, C, H, W) float32.
 
     Raises:
         ExportError: as export_model.
@@ -129,10 +136,13 @@ def convert(
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")
     replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
-    replacements |= timestep_tables(model, train_timesteps, layers)
+    replacements |= timestep_tables(model, times, layers)
+    texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
+    replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
     names = [condition.name for condition in conditions]
     given = [torch.zeros(batch_size, *_sizes(condition), dtype=getattr(torch, condition.dtype)) for condition in conditions]
-    example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64), *given)
+    time = torch.zeros(batch_size, dtype=times.dtype if isinstance(times, torch.Tensor) else torch.int64)
+    example = (torch.zeros(batch_size, *sample_shape), time, *given)
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose

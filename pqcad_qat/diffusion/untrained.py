@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput
+from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, architecture_of
 from pqcad_qat.diffusion.denoiser import (
     EMBEDDED,
     SCHEDULER_CONFIG,
@@ -29,6 +29,7 @@ from pqcad_qat.diffusion.denoiser import (
     load_model,
     predict,
     read_json,
+    resize,
     untrained_denoiser,
 )
 from pqcad_qat.diffusion.registry import REGISTERED
@@ -69,17 +70,18 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
     return None
 
 
-def shapes_of(source: str) -> DiffusionModel:
+def shapes_of(source: str, sample_size: int | None = None) -> DiffusionModel:
     """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is built whole.
 
     Args:
         source: as of `load_model`, or of `architecture_configs`.
+        sample_size: as of `load_model`.
 
     Raises:
         ModelError: nothing is there, or its class is not known.
     """
     if source.startswith(REGISTERED):
-        return load_model(source)
+        return load_model(source, sample_size)
     if source.startswith(EMBEDDED):
         with embedded_folder(source) as folder:
             found = architecture_configs(str(folder))
@@ -88,18 +90,23 @@ def shapes_of(source: str) -> DiffusionModel:
         found = architecture_configs(source if there else str(downloaded(source, CONFIGS)))
     if found is None:
         raise ModelError(f"{source}: got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json")
-    return shapes_of_configs(*found, source)
+    return shapes_of_configs(*found, source, sample_size)
 
 
-def shapes_of_configs(config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str) -> DiffusionModel:
+def shapes_of_configs(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str, sample_size: int | None = None
+) -> DiffusionModel:
     """As shapes_of, of configs: the denoiser has been called once.
 
     Raises:
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
     """
     with torch.device("meta"):
-        denoiser, _ = untrained_denoiser(config, source)
-    found = DiffusionModel(denoiser.to("meta"), dict(scheduler), source, "")  # buffers that come from numpy are on the CPU still
+        denoiser = _sized(config, source, sample_size)
+    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
+    if (architecture := architecture_of(denoiser)) is not None:
+        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])  # type: ignore[arg-type]
+    found = DiffusionModel(denoiser, dict(scheduler), source, "")
     try:
         with torch.no_grad():
             predict(denoiser, *found.example)
@@ -108,16 +115,16 @@ def shapes_of_configs(config: Mapping[str, Any], scheduler: Mapping[str, Any], s
     return found
 
 
-def random_denoiser(config: Mapping[str, Any], where: str) -> nn.Module:
+def random_denoiser(config: Mapping[str, Any], where: str, sample_size: int | None = None) -> nn.Module:
     """A denoiser with seeded random weights, in evaluation mode; `where` names its config.
 
     Raises:
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
     """
-    shapes_of_configs(config, {}, where)
+    shapes_of_configs(config, {}, where, sample_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return untrained_denoiser(config, where)[0]
+        return _sized(config, where, sample_size)
 
 
 def noise_inputs(model: DiffusionModel, count: int, seed: int = 0) -> DenoiserInput:
@@ -145,6 +152,13 @@ def _noise_of(wanted: ConditionInput, count: int, dice: np.random.Generator) -> 
     if wanted.bound is not None:
         return dice.integers(wanted.bound, size=shape, dtype=np.int64)
     return dice.standard_normal(shape, dtype=np.float32)
+
+
+def _sized(config: Mapping[str, Any], where: str, sample_size: int | None) -> nn.Module:
+    denoiser, _ = untrained_denoiser(config, where)
+    if (architecture := architecture_of(denoiser)) is not None:
+        resize(denoiser, architecture, sample_size)
+    return denoiser
 
 
 def _default_scheduler() -> dict[str, Any]:

@@ -77,23 +77,26 @@ class Blueprint:
         model: on the meta device, shortcuts split.
         seams: of the shortcuts that are split, by module path.
         plan: of every layer that will be quantized.
+        sample_size: height and width of x_t where they are others than the model's own.
     """
 
     model: DiffusionModel
     seams: Mapping[str, int]
     plan: tuple[LayerPlan, ...]
+    sample_size: int | None = None
 
 
-def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy) -> Blueprint:
-    """The plan of an architecture at the rules' target widths; `source` names it.
+def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: int | None = None) -> Blueprint:
+    """The plan of an architecture at the rules' target widths; `source` names it, `sample_size` is as of `load_model`.
 
     Raises:
         ModelError: a config that cannot be used.
         PlanError: the rules do not fit it.
     """
-    shapes = shapes_of_configs(*configs, source)
+    shapes = shapes_of_configs(*configs, source, sample_size)
     seams = shortcut_seams(shapes.denoiser, shapes.example) if quantization.split_shortcuts else {}
-    return Blueprint(shapes, seams, plan_layers(split_at(shapes.denoiser, seams), quantization.layers, (), shapes.example))
+    plan = plan_layers(split_at(shapes.denoiser, seams), quantization.layers, (), shapes.example)
+    return Blueprint(shapes, seams, plan, sample_size)
 
 
 def quantized_untrained(configs: Configs, drawn: Blueprint, states: Sequence[int], stage: Stage = nullcontext) -> DiffusionModel:
@@ -106,7 +109,7 @@ def quantized_untrained(configs: Configs, drawn: Blueprint, states: Sequence[int
         stage: a context for each part of the work.
     """
     with stage("random weights"):
-        model = replace(drawn.model, denoiser=random_denoiser(configs[0], drawn.model.source))
+        model = replace(drawn.model, denoiser=random_denoiser(configs[0], drawn.model.source, drawn.sample_size))
     with stage("quantize"):
         quantize_model(split_at(model.denoiser, drawn.seams), drawn.plan)
     with stage("ranges"):
@@ -136,7 +139,7 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
     """
     meter, source, shipped = StageMeter(tell), policy.model.source, folder / SHIPPED
     with meter.stage("plan"):
-        drawn = blueprint(configs, source, policy.quantization)
+        drawn = blueprint(configs, source, policy.quantization, policy.model.sample_size)
     model = quantized_untrained(configs, drawn, (1,), meter.stage)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as recorded:

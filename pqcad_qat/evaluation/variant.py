@@ -30,7 +30,7 @@ from pqcad_qat.diffusion.conditions import (
 )
 from pqcad_qat.diffusion.denoiser import denoiser_folder, is_latent, load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
+from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
 from pqcad_qat.policy.schema import ConditionsPolicy
@@ -68,7 +68,7 @@ class Variant:
 
     name: str
     runtime: Runtime
-    predict: Callable[[Float32, int, NumpyCondition], Float32]
+    predict: Callable[[Float32, float, NumpyCondition], Float32]
     schedule: NoiseSchedule
     steps: int
     sample_shape: tuple[int, int, int]
@@ -87,7 +87,7 @@ def pytorch_variant(
     denoiser.eval()
 
     @torch.no_grad()
-    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
+    def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         with frozen_weights(denoiser):
             given = {name: torch.from_numpy(value) for name, value in condition.items()}
             found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
@@ -108,19 +108,19 @@ def openvino_file_variant(
     name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
     """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
-    request = compile_for_latency(xml, {}).create_infer_request()
+    request, schedule = compile_for_latency(xml, {}).create_infer_request(), noise_schedule(scheduler_config)
 
-    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
+    def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         parts = []
         for first in range(0, len(x_t), batch_size):
             count = min(batch_size, len(x_t) - first)
             rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
-            request.infer({**named, "timestep": np.full(batch_size, t, np.int64)})
+            request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
             parts.append(np.array(request.get_output_tensor(0).data[:count]))
         return np.concatenate(parts)
 
-    return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
+    return Variant(name, "openvino", call, schedule, steps, sample_shape)
 
 
 def open_folder(
@@ -179,7 +179,7 @@ def sample_states(variant: Variant, count: int, seed: int, batch_size: int, adva
         chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
         condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
         x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
-        for step in ddim_trajectory(follow, noise, variant.schedule, variant.steps):
+        for step in trajectory(follow, noise, variant.schedule, variant.steps):
             x_0 = np.asarray(step.x_s, dtype=np.float32)
             advance(len(noise))
         done.append(torch.from_numpy(x_0))

@@ -21,6 +21,7 @@ from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
@@ -63,7 +64,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             "policy": policy.name,
             "model": model.source,
             "model_digest": model.digest,
-            "sampler": policy.sampler.name,
+            "sampler": work.schedule.sampler,
             "sampling_steps": steps,
             "full_precision_steps": policy.sampler.steps,
             "training_seed": policy.training.seed,
@@ -71,7 +72,8 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
         }
 
         def write(folder: Path, weights: Any) -> None:
-            export_model(student, scheduler, layers, work.shape, policy.export.batch_size, weights, folder, provenance, conditions)
+            batch, visited = policy.export.batch_size, calibration.timesteps
+            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited)
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
@@ -153,7 +155,7 @@ def baseline_recipe(work: Work) -> dict[str, Any]:
 def _baseline_files(work: Work, calibration: CalibrationSet, folder: Path) -> None:
     batch, denoiser = work.policy.export.batch_size, work.prepared.model.denoiser
     condition = work.prepared.conditions.of(0, 0, batch)
-    plain = convert_float(denoiser, work.shape, batch, folder / "float", work.schedule.train_timesteps, condition)
+    plain = convert_float(denoiser, work.shape, batch, folder / "float", known_times(work.schedule, calibration.timesteps), condition)
     inputs = [
         {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in given.items()}}
         for x, t, given in calibration.inputs(BASELINE_INPUTS * batch, batch)
@@ -180,7 +182,8 @@ def benchmark(work: Work) -> None:
             return
         runs, files = work.policy.export.latency_runs, openvino_files(work)
         batch = work.policy.export.batch_size
-        inputs = example_inputs(work.shape, batch, condition=work.prepared.conditions.of(0, 0, batch))
+        condition = work.prepared.conditions.of(0, 0, batch)
+        inputs = example_inputs(work.shape, batch, condition=condition, timestep_dtype=work.schedule.timestep_dtype)
         with work.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
             timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}

@@ -85,7 +85,7 @@ def _samples_recipe(work: Work, name: str) -> dict[str, Any]:
     }
     if digest := work.prepared.conditions.digest:
         decides |= {"conditions": digest, "guidance_scale": work.policy.guidance_scale(name)}
-    return {"samples": source, "sampler": work.policy.sampler.name, "variant": name, **decides}
+    return {"samples": source, "sampler": work.schedule.sampler, "variant": name, **decides}
 
 
 def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
@@ -124,7 +124,12 @@ def evaluate(work: Work) -> None:
                 name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
                 for name, found in samples.items()
             }
-        protocol = features and {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
+        protocol = features and {
+            "features_sha256": features.sha256,
+            "reference": features.reference_name,
+            "features": features.source,
+            "sampler": work.schedule.sampler,
+        }
         note = "" if features else NO_FID + (OF_LATENTS if latent else "")
         stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
 

@@ -12,6 +12,7 @@ from torch import nn
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
+from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import Policy
@@ -49,10 +50,11 @@ def prepare(policy: Policy) -> Prepared:
     """Load the policy's model and plan its layers; nothing is written.
 
     Raises:
-        ModelError: the model cannot be loaded, or the policy's conditions or guidance do not fit it.
+        ModelError: the model cannot be loaded, or the policy's sampler, conditions or guidance do not fit it.
         PlanError: the rules do not fit it.
     """
-    model = load_model(policy.model.source)
+    model = load_model(policy.model.source, policy.model.sample_size)
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     conditions = chosen_conditions(conditioned(model), policy.conditions)
     check_guidance(policy.sampler.guidance_scale, conditions)
     return Prepared(model, *_planned(policy, model), conditions)
@@ -62,10 +64,12 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
     """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships too.
 
     Raises:
-        ModelError: there is no such config.
+        ModelError: there is no such config, or the policy's sampler does not fit it.
         PlanError: the rules do not fit it.
     """
-    return _planned(policy, shapes_of(policy.model.source))
+    model = shapes_of(policy.model.source, policy.model.sample_size)
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
+    return _planned(policy, model)
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
@@ -86,13 +90,16 @@ def check_features(policy: Policy, model: DiffusionModel) -> None:
 
 def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
     """What the policy's calibration set is recorded by."""
+    schedule, steps = noise_schedule(prepared.model.scheduler_config), policy.sampler.steps
+    students = policy.student_steps_by_round
     return CalibrationRecipe(
         model_digest=prepared.model.digest,
-        sampler=policy.sampler.name,
-        steps=policy.sampler.steps,
+        sampler=schedule.sampler,
+        steps=steps,
         trajectories=policy.calibration.trajectories,
         seed=policy.calibration.seed,
         refinement=policy.calibration.refinement,
         conditions=prepared.conditions.digest,
         guidance_scale=policy.sampler.guidance_scale,
+        also=students if schedule.passing((steps, *students)) != schedule.walk(steps) else (),
     )
