@@ -47,6 +47,9 @@ WEIGHT_BITS = {  # of the layers between the first and the last
 CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit", "w8a8-sd3", "w8a8-flux")
 """On models that do not ship: one that a command makes, and the user's own."""
 
+LARGE = ("w4a8-sd15", "w8a8-sd15", "w8a8-sdxl", "w8a8-dit-xl-2", "w8a8-pixart")
+"""On models of the hub (test_large_policies.py)."""
+
 STUDIES = {
     "data-sets": (3, 3),  # combinations, seeds
     "bits": (42, 3),
@@ -86,6 +89,7 @@ def test_all_of_them_ship() -> None:
     assert {path.stem for path in POLICIES.glob("*.yaml")} == {
         *WEIGHT_BITS,
         *CONDITIONAL,
+        *LARGE,
         *(f"pretrain-{data}" for data in (*PRETRAINED, "digits-classes")),
     }
 

@@ -29,8 +29,10 @@ SIGNED_GRID = (-128, 127)
 UNSIGNED_GRID = (0, 255)
 
 
-def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int16]:
-    """weight_int - weight_zero_point: the integers that the scale multiplies."""
+def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int8] | npt.NDArray[np.int16]:
+    """weight_int - weight_zero_point: the integers that the scale multiplies; the layer's own array where that is the same."""
+    if not layer.weight_zero_point.any():
+        return layer.weight_int
     return np.asarray(layer.weight_int.astype(np.int16) - np.asarray(layer.weight_zero_point, np.int16))
 
 
@@ -41,7 +43,7 @@ def needs_vnni(layer: IntegerLayer) -> bool:
     up by 128 first. Weights of 7 bits and fewer never reach the bound.
     """
     largest_input = layer.input_high + (128 if layer.input_low < 0 else 0)
-    return 2 * largest_input * int(np.abs(effective_weights(layer)).max()) > np.iinfo(np.int16).max
+    return 2 * largest_input * int(np.abs(effective_weights(layer).astype(np.int16)).max()) > np.iinfo(np.int16).max
 
 
 class QuantizedInput(nn.Module):
@@ -76,7 +78,7 @@ class QuantizedWeight(nn.Module):
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))
         if weights.min() >= -128 and weights.max() <= 127:  # a zero point, if any, is folded in: below 8 bits that always fits
             self.decompressor = INT8SymmetricWeightsDecompressor(scale)
-            integers = torch.from_numpy(weights.astype(np.int8))
+            integers = torch.from_numpy(weights.astype(np.int8, copy=False))  # of a large model the only copy
         else:
             offset = np.asarray(layer.weight_zero_point, np.int16) + np.int16(128)
             self.decompressor = INT8AsymmetricWeightsDecompressor(scale, torch.from_numpy(np.array(offset, np.int16)))

@@ -5,7 +5,7 @@ Not here: loading them, or calling them (denoiser.py), nor where conditions come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +47,11 @@ class ConditionInput:
     def __str__(self) -> str:
         sizes = ", ".join("tokens" if size is None else str(size) for size in self.shape)
         return f"{self.name} ({sizes}) {self.dtype}" + (f" in [0, {self.bound})" if self.bound is not None else "")
+
+
+def condition_inputs(entries: Iterable[Mapping[str, Any]]) -> tuple[ConditionInput, ...]:
+    """From the entries of a deployed folder's manifest."""
+    return tuple(ConditionInput(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
 
 
 def _called(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: dict[str, Any]) -> Any:
@@ -241,6 +246,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """By the name of diffusers' class."""
 
+FORMER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""norm_type -> the class, of configs that name the Transformer2DModel of which it was a kind: those of DiT and PixArt on the hub do."""
+
 
 def architecture_of(denoiser: nn.Module) -> Architecture | None:
     """Of a denoiser, also one that is wrapped for several processes; None for a plain module."""
@@ -255,6 +263,7 @@ def known_architecture(config: Config, where: str) -> Architecture:
         ModelError: a class, or a variant of it, that cannot be taken.
     """
     name = config.get("_class_name")
+    name = FORMER.get(str(config.get("norm_type")), name) if name == "Transformer2DModel" else name
     found = ARCHITECTURES.get(str(name))
     if found is None:
         raise ModelError(f"{where}: _class_name: got {name!r}; allowed {', '.join(ARCHITECTURES)}")

@@ -25,6 +25,9 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 Walk = tuple[tuple[float, float], ...]
 """The steps of a sampler: (t, s), from time t to the less noisy s."""
 
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+"""diffusers' schedulers that clip x_0 unless their config says no; Euler's and the solvers' know no clipping."""
+
 LOW_SIGNAL = 1e-3
 """alpha_bar under which epsilon says nothing about x_0."""
 
@@ -116,7 +119,7 @@ def ddpm_schedule(config: Mapping[str, Any]) -> DDPMSchedule:
     spacing = config.get("timestep_spacing", "leading")
     if spacing not in get_args(TimestepSpacing):
         raise ModelError(f"scheduler config: timestep_spacing: got {spacing!r}; allowed {', '.join(get_args(TimestepSpacing))}")
-    clipped = config.get("clip_sample", True)
+    clipped = config.get("clip_sample", config.get("_class_name", "DDIMScheduler") in CLIPPING)
     return DDPMSchedule(
         alpha_bar=alpha_bar,
         prediction_type=prediction_type,

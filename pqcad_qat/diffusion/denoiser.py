@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -38,6 +38,14 @@ EMBEDDED = "embedded:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("unet", "transformer")
 """Folders of a diffusers pipeline that hold a denoiser."""
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+
+WEIGHTS_AND_CONFIGS = (
+    "model_index.json",
+    "scheduler/*.json",
+    *(f"{part}/{file}" for part in PARTS for file in ("config.json", f"{WEIGHTS}*", "*.safetensors")),
+)
+"""What is taken of a hub id: the denoiser, its scheduler and configs."""
 
 Condition = Mapping[str, Tensor]
 """What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
@@ -93,12 +101,13 @@ class DiffusionModel:
 
     @property
     def example(self) -> DenoiserInput:
-        """One sample of zeros, which the denoiser accepts."""
-        condition = {
-            wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
-            for wanted in self.condition_inputs
-        }
-        return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
+        """One sample of zeros, which the denoiser accepts, on its device."""
+        with next((parameter.device for parameter in self.denoiser.parameters()), torch.device("cpu")):
+            condition = {
+                wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
+                for wanted in self.condition_inputs
+            }
+            return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
 
 
 def is_latent(sample_shape: tuple[int, int, int]) -> bool:
@@ -158,13 +167,24 @@ def load_model(source: str, sample_size: int | None = None) -> DiffusionModel:
             raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {source} was registered with its own")
         return _load_registered(source)
     if source.startswith(EMBEDDED):
-        resource = files("pqcad_qat.assets") / source.removeprefix(EMBEDDED)
-        if not resource.joinpath("model_index.json").is_file():
-            raise ModelError(f"model.source: got {source!r}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
-        with as_file(resource) as folder:
+        with embedded_folder(source) as folder:
             return _load_folder(folder, source, sample_size)
     folder = Path(source).expanduser()
-    return _load_folder(folder if folder.exists() else _downloaded(source), source, sample_size)
+    return _load_folder(folder if folder.exists() else downloaded(source, WEIGHTS_AND_CONFIGS), source, sample_size)
+
+
+@contextmanager
+def embedded_folder(source: str) -> Iterator[Path]:
+    """The folder of `embedded:NAME`, in diffusers layout.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    resource = files("pqcad_qat.assets") / source.removeprefix(EMBEDDED)
+    if not resource.joinpath("model_index.json").is_file():
+        raise ModelError(f"model.source: got {source!r}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
+    with as_file(resource) as folder:
+        yield folder
 
 
 def embedded_models() -> list[str]:
@@ -200,7 +220,7 @@ def untrained_denoiser(config: Mapping[str, Any], where: str) -> tuple[nn.Module
 def _load_folder(folder: Path, source: str, sample_size: int | None) -> DiffusionModel:
     part = denoiser_folder(folder)
     config = read_json(part / "config.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / SCHEDULER_CONFIG)
     architecture = known_architecture(config, str(part / "config.json"))
     weights = part / WEIGHTS
     if not weights.is_file() and not weights.with_name(f"{WEIGHTS}.index.json").is_file():
@@ -213,14 +233,18 @@ def _load_folder(folder: Path, source: str, sample_size: int | None) -> Diffusio
         raise ModelError(f"{part}: cannot load this model: {error}") from error
     if found["missing_keys"] or found["unexpected_keys"]:  # diffusers warns, and leaves what is missing random
         raise ModelError(f"{weights}: missing: {found['missing_keys']}; not of this model: {found['unexpected_keys']}")
-    _resize(denoiser, architecture, sample_size)
+    resize(denoiser, architecture, sample_size)
     check_config(architecture, denoiser.config, str(part / "config.json"))
     scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])
     return _model(_without_label_dropout(denoiser), scheduler, source)
 
 
-def _resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:
-    """Write the height and width of x_t into the denoiser's config: those asked for, or its class's where its config has none."""
+def resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:
+    """Write the height and width of x_t into the denoiser's config: those asked for, or its class's where its config has none.
+
+    Raises:
+        ModelError: a class that keeps its own.
+    """
     if sample_size is not None and not architecture.resizable:
         raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {architecture.name} keeps its own")
     size = sample_size or denoiser.config.get("sample_size") or architecture.default_size
@@ -236,13 +260,16 @@ def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
-def _downloaded(source: str) -> Path:
-    """The folder of a hub id, less all that is not the denoiser, its scheduler or configs; nothing of it is run."""
+def downloaded(source: str, patterns: Sequence[str]) -> Path:
+    """The folder of a hub id with the files that the patterns name; nothing of it is run.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has none of that name.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [f"{part}/{file}" for part in PARTS for file in ("config.json", f"{WEIGHTS}*", "*.safetensors")]
-        return Path(snapshot_download(source, allow_patterns=["model_index.json", "scheduler/*.json", *wanted]))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
         reason = str(error).splitlines()[0]
         raise ModelError(f"model.source: got {source!r}: no such folder, and it cannot be loaded from the hub: {reason}") from error
@@ -277,7 +304,7 @@ def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder:
         part.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS)
     write_json(part / "config.json", config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+    write_json(folder / SCHEDULER_CONFIG, scheduler_config)
     write_json(folder / "model_index.json", model_index(denoiser, scheduler_config))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.deployment.folder import MANIFEST, SCHEDULER_CONFIG, read_manifest
 from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.diffusion.architectures import condition_inputs
 from pqcad_qat.diffusion.conditions import (
     GUIDANCE,
     NULL_CLASS,
@@ -151,10 +151,7 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     folder = Path(source).expanduser()
     for deployed in (folder, folder / "openvino"):
         if (deployed / MANIFEST).is_file():
-            takes = tuple(
-                ConditionInput(**{**condition, "shape": tuple(condition["shape"])})
-                for condition in read_manifest(deployed).get("conditions", ())
-            )
+            takes = condition_inputs(read_manifest(deployed).get("conditions", ()))
             return openvino_variant(folder.name, deployed, steps), Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
     if is_quantized_folder(folder):
         model, _, own = load_quantized(folder)

@@ -5,7 +5,6 @@ Not here: a run's folder (work.py).
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -14,10 +13,11 @@ from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
+from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.shortcut import split_shortcuts
+from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
@@ -35,7 +35,7 @@ class Prepared:
 
     Attributes:
         model: full precision, untouched.
-        split: a copy of the denoiser with its shortcuts split, on which the plan stands.
+        split: the denoiser with its shortcuts split, on which the plan stands; all else is around the same Parameters.
         plan: of every layer that will be quantized.
         conditions: that trajectories and images choose from.
     """
@@ -57,11 +57,26 @@ def prepare(policy: Policy) -> Prepared:
     check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     conditions = chosen_conditions(conditioned(model), policy.conditions)
     check_guidance(policy.sampler.guidance_scale, conditions)
-    split = copy.deepcopy(model.denoiser)
+    return Prepared(model, *_planned(policy, model), conditions)
+
+
+def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+    """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships too.
+
+    Raises:
+        ModelError: there is no such config, or the policy's sampler does not fit it.
+        PlanError: the rules do not fit it.
+    """
+    model = shapes_of(policy.model.source, policy.model.sample_size)
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
+    return _planned(policy, model)
+
+
+def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+    split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
-    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
-    return Prepared(model, split, plan, conditions)
+    return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
