@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,19 @@ EMBEDDED = "embedded:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("unet", "transformer")
 """Folders of a diffusers pipeline that hold a denoiser."""
+
+SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
+"""In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
+
+DOWNLOADED = (
+    "model_index.json",
+    "scheduler/*.json",
+    *(f"{part}/config.json" for part in (*PARTS, "vae", "text_encoder*")),
+    *(f"{part}/diffusion_pytorch_model{kind}" for part in (*PARTS, "vae") for kind in (".safetensors", ".safetensors.*", f"{SHARD}.safetensors")),
+    *(f"text_encoder*/model{kind}" for kind in (".safetensors", ".safetensors.*", f"{SHARD}.safetensors")),
+    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
+)
+"""Of a hub id: a whole pipeline's files, less other formats and variants of its weights, such as model.fp16.safetensors."""
 
 Condition = Mapping[str, Tensor]
 """What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
@@ -51,6 +64,7 @@ class DiffusionModel:
         source: as the user named it.
         digest: SHA-256 over the weights and both configs.
         custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config says it.
+        folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
     """
 
     denoiser: nn.Module
@@ -58,6 +72,7 @@ class DiffusionModel:
     source: str
     digest: str
     custom: RegisteredDenoiser | None = None
+    folder: Path | None = None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -208,7 +223,7 @@ def _load_folder(folder: Path, source: str) -> DiffusionModel:
     if found["missing_keys"] or found["unexpected_keys"]:  # diffusers warns, and leaves what is missing random
         raise ModelError(f"{weights}: missing: {found['missing_keys']}; not of this model: {found['unexpected_keys']}")
     check_config(architecture, denoiser.config, str(part / "config.json"))
-    return _model(_without_label_dropout(denoiser), scheduler, source)
+    return replace(_model(_without_label_dropout(denoiser), scheduler, source), folder=folder)
 
 
 def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
@@ -220,12 +235,11 @@ def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
 
 
 def _downloaded(source: str) -> Path:
-    """The folder of a hub id, less all that is not the denoiser, its scheduler or configs; nothing of it is run."""
+    """The folder of a hub id, less what is no part of a pipeline that we deploy; weights in full precision, nothing of it is run."""
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = [f"{part}/{file}" for part in PARTS for file in ("config.json", f"{WEIGHTS}*", "*.safetensors")]
-        return Path(snapshot_download(source, allow_patterns=["model_index.json", "scheduler/*.json", *wanted]))
+        return Path(snapshot_download(source, allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
         reason = str(error).splitlines()[0]
         raise ModelError(f"model.source: got {source!r}: no such folder, and it cannot be loaded from the hub: {reason}") from error

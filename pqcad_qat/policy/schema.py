@@ -251,6 +251,18 @@ class EvaluationPolicy(Section):
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 
 
+class PipelinePolicy(Section):
+    """The parts of a pipeline beside its denoiser, exported into the deployed folder with it."""
+
+    vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
+        "auto",
+        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; auto: float if there is one",
+    )
+    text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
+        "auto", description="text encoders, with their tokenizers, all alike; auto: int8-weights if there are any; takes the extra text"
+    )
+
+
 class ExportPolicy(Section):
     """The deployed folder, and how its speed is measured."""
 
@@ -276,6 +288,7 @@ class Policy(Section):
     training: TrainingPolicy = TrainingPolicy()
     evaluation: EvaluationPolicy = EvaluationPolicy()
     export: ExportPolicy = ExportPolicy()
+    pipeline: PipelinePolicy = PipelinePolicy()
 
     @property
     def student_steps_by_round(self) -> tuple[int, ...]:

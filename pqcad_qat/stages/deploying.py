@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.modules import needs_vnni
+from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationSet
@@ -54,7 +55,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             return
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
-        scheduler = {**model.scheduler_config, STEPS: steps, **_guidance(work)}
+        scheduler = {**_scheduler(work), STEPS: steps, **_guidance(work)}
         save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
@@ -69,12 +70,12 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             **_guidance(work),
         }
 
-        def write(folder: Path, weights: Any) -> None:
-            export_model(student, scheduler, layers, work.shape, policy.export.batch_size, weights, folder, provenance, conditions)
+        def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
+            export_model(student, scheduler, layers, work.shape, policy.export.batch_size, weights, folder, provenance, conditions, parts)
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
-            write(shipped, policy.export.weights)
+            write(shipped, policy.export.weights, _parts(work, calibration))
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
             _refuse_float(shipped, work.prepared.plan, executed.precisions)
@@ -97,12 +98,24 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
         )
 
 
+def _scheduler(work: Work) -> Mapping[str, Any]:
+    """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for."""
+    config = work.prepared.model.scheduler_config
+    return {**config, "_class_name": "DDIMScheduler"} if work.prepared.part_formats else config
+
+
 def _guidance(work: Work) -> dict[str, Any]:
     """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one."""
     if not work.prepared.conditions.choices:
         return {}
     scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
     return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
+
+
+def _parts(work: Work, calibration: CalibrationSet) -> PartsToDeploy | None:
+    """What stands beside the denoiser in the deployed folder."""
+    source, formats = work.prepared.parts, work.prepared.part_formats
+    return PartsToDeploy(source, formats, calibration.images) if source is not None and formats else None
 
 
 def _refuse_float(folder: Path, plan: Sequence[LayerPlan], precisions: Mapping[str, str]) -> None:
