@@ -1,4 +1,4 @@
-"""Tiny text-to-image pipelines in diffusers' layout, random weights: as Stable Diffusion 1.5 and as SDXL, with a CLIP tokenizer of a few words.
+"""Tiny text-to-image pipelines in diffusers' layout, random weights: as Stable Diffusion 1.5 and as SDXL, with a tokenizer of few words.
 
 Not here: any test. Takes transformers.
 """

@@ -5,6 +5,7 @@ Not here: where they come from (diffusion/pipeline_parts.py), the denoiser (expo
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,6 +169,7 @@ def _converted(module: nn.Module, given: Tensor, name: str, outputs: Sequence[st
 def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:
     import nncf  # takes seconds
 
+    nncf.set_log_level(logging.WARNING)
     if form == "int8-weights":
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
     if form == "int8":

@@ -37,7 +37,8 @@ class TextToImage:
         denoiser: by whose manifest and scheduler config it samples.
         encoders: of prompts.
         decoder: of latents.
-        zero_negative: without a negative prompt the other pass of guidance is conditioned on zeros, as SDXL has it, not on the empty prompt.
+        zero_negative: the other pass of guidance is conditioned on zeros where there is no negative prompt, as SDXL has it; else on the
+            empty prompt.
     """
 
     denoiser: OVUNet2DModel

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
@@ -213,6 +213,12 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: not readable as safetensors: {error}") from error
     return checked_conditions(tensors, asked, str(path))
+
+
+def save_conditions(conditions: ConditionSet, path: Path) -> None:
+    """Write the file that `read_conditions` reads."""
+    other = {UNCONDITIONAL + name: value for name, value in conditions.unconditional.items()}
+    save_file({name: value.contiguous() for name, value in {**conditions.choices, **other}.items()}, path)
 
 
 def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where: str) -> ConditionSet:

@@ -38,8 +38,11 @@ DOWNLOADED = (
     "model_index.json",
     "scheduler/*.json",
     *(f"{part}/config.json" for part in (*PARTS, "vae", "text_encoder*")),
-    *(f"{part}/diffusion_pytorch_model{kind}" for part in (*PARTS, "vae") for kind in (".safetensors", ".safetensors.*", f"{SHARD}.safetensors")),
-    *(f"text_encoder*/model{kind}" for kind in (".safetensors", ".safetensors.*", f"{SHARD}.safetensors")),
+    *(
+        f"{weights}{kind}"
+        for weights in (*(f"{part}/diffusion_pytorch_model" for part in (*PARTS, "vae")), "text_encoder*/model")
+        for kind in (".safetensors", ".safetensors.index.json", f"{SHARD}.safetensors")
+    ),
     *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
 )
 """Of a hub id: a whole pipeline's files, less other formats and variants of its weights, such as model.fp16.safetensors."""

@@ -118,4 +118,5 @@ def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
 def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
     """float32 pictures (N, 3, H, W), about in [-1, 1], of a denoiser's latents; one at a time."""
     model = cast(Any, vae)
-    return torch.cat([model.decode(one, return_dict=False)[0] for one in torch.split(to_decoder(model.config, latents), 1)])
+    parts: list[Tensor] = [model.decode(one, return_dict=False)[0] for one in torch.split(to_decoder(model.config, latents), 1)]
+    return torch.cat(parts)

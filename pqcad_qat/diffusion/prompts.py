@@ -99,9 +99,7 @@ def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
     """The class of the pipeline, and the names of what its encoders give."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(
-            f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; conditions.embeddings takes a file"
-        )
+        raise ModelError(f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; conditions.embeddings takes a file")
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if name not in LAYOUTS:
         raise ModelError(

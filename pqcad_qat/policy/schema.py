@@ -256,10 +256,11 @@ class PipelinePolicy(Section):
 
     vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
         "auto",
-        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; auto: float if there is one",
+        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; auto: float if any",
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
-        "auto", description="text encoders, with their tokenizers, all alike; auto: int8-weights if there are any; takes the extra text"
+        "auto",
+        description="text encoders, with their tokenizers: float (float16 on disk) or int8-weights; auto: int8-weights if any; takes the extra text",
     )
 
 
