@@ -72,6 +72,8 @@ class PipelineParts:
         if part != VAE:
             check_transformers(f"{self.folder / part}")
             import transformers
+
+            transformers.utils.logging.disable_progress_bar()
         try:
             more = {} if part == VAE else {"attn_implementation": "eager"}
             library: Any = diffusers if part == VAE else transformers
@@ -111,12 +113,13 @@ def check_transformers(what: str) -> None:
 
 def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
     """Latents (N, C, h, w) of a denoiser as its VAE's decoder takes them."""
-    return latents.float() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    scaled: Tensor = latents.float() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    return scaled
 
 
 @torch.no_grad()
 def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
     """float32 pictures (N, 3, H, W), about in [-1, 1], of a denoiser's latents; one at a time."""
     model = cast(Any, vae)
-    parts: list[Tensor] = [model.decode(one, return_dict=False)[0] for one in torch.split(to_decoder(model.config, latents), 1)]
+    parts = [model.decode(one, return_dict=False)[0] for one in to_decoder(model.config, latents).split(1)]
     return torch.cat(parts)
