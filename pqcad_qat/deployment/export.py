@@ -32,6 +32,7 @@ from pqcad_qat.deployment.folder import (
 from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, needs_vnni, swapped, timestep_tables
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
 from pqcad_qat.deployment.parts import PartsToDeploy, pipeline_index, write_parts
+from pqcad_qat.deployment.rewrites import rewrite
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.errors import ExportError
 
@@ -151,6 +152,7 @@ def convert(
         graph: ov.Model = ov.convert_model(traced, example_input=example)
     model.train(training)
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
+    rewrite(graph)
     for port, name in zip(graph.inputs, ("sample", "timestep", *names), strict=True):
         port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})

@@ -34,7 +34,7 @@ PARTS = ("unet", "transformer")
 SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
 """In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
 
-DOWNLOADED = (
+WEIGHTS_AND_CONFIGS = (
     "model_index.json",
     "scheduler/*.json",
     *(f"{part}/config.json" for part in (*PARTS, "vae", "text_encoder*")),
@@ -242,7 +242,7 @@ def _downloaded(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(source, allow_patterns=list(WEIGHTS_AND_CONFIGS)))
     except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
         reason = str(error).splitlines()[0]
         raise ModelError(f"model.source: got {source!r}: no such folder, and it cannot be loaded from the hub: {reason}") from error

@@ -121,5 +121,5 @@ def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
 def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
     """float32 pictures (N, 3, H, W), about in [-1, 1], of a denoiser's latents; one at a time."""
     model = cast(Any, vae)
-    parts = [model.decode(one, return_dict=False)[0] for one in to_decoder(model.config, latents).split(1)]
+    parts = [model.decode(one, return_dict=False)[0] for one in to_decoder(model.config, latents)[:, None]]
     return torch.cat(parts)

@@ -260,7 +260,7 @@ class PipelinePolicy(Section):
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
         "auto",
-        description="text encoders and tokenizers: float (float16 on disk) or int8-weights; auto: int8-weights if any; takes the extra text",
+        description="text encoders and tokenizers: float (float16 on disk), int8-weights; auto: int8-weights if any; takes the extra text",
     )
 
 
