@@ -5,7 +5,10 @@ Not here: any test. Takes transformers.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,20 @@ import torch
 from conditional_models import text_and_size_unet, text_unet
 from conftest import SCHEDULER
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.parts import PartsToDeploy, chosen_formats
+from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.diffusion.conditions import GUIDANCE
+from pqcad_qat.diffusion.denoiser import load_model
+from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
+from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
+from pqcad_qat.quantization.plan import plan_layers
+from pqcad_qat.quantization.student_folder import STEPS
 
 TOKENS = 12
 """Tokens of a prompt, the first and last among them."""
@@ -22,7 +38,46 @@ WIDTH, POOLED = 24, 12
 """Of the text's embedding, and of SDXL's pooled one."""
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
-PROMPTS = "a cat\n\ntwo dogs, on a mat\n"
+
+SCALE = 3.0
+"""Of guidance."""
+
+
+@dataclass(frozen=True)
+class DeployedPipeline:
+    """A pipeline, and what became of it.
+
+    Attributes:
+        source: its parts in diffusers' layout.
+        folder: deployed, for 3 steps and guidance.
+        latents: (N, 4, 8, 8), that its VAE was exported with.
+    """
+
+    source: PipelineParts
+    folder: Path
+    latents: Tensor
+
+
+def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipeline:
+    """The pipeline of that name, every layer of the denoiser at 7 bits, ranges from two states, not trained; its parts as asked."""
+    source = PIPELINES[kind](folder)
+    full = load_model(str(source))
+    model = copy.deepcopy(full.denoiser)
+    inputs = tuple(ConditionInput(w.name, tuple(size or TOKENS for size in w.shape), w.dtype, w.bound) for w in full.condition_inputs)
+    dice = torch.Generator().manual_seed(0)
+    given = {w.name: (torch.randn if w.dtype == "float32" else torch.ones)(2, *w.shape).to(getattr(torch, w.dtype)) for w in inputs}
+    x = torch.randn(2, *full.sample_shape, generator=dice)
+    rule = {"match": ["*"], "weights": {"bits": 7}, "inputs": {"bits": 8, "symmetric": False}}
+    quantize_model(model, plan_layers(model, [LayerRule.model_validate(rule)], (7,), full.example))
+    calibrate_ranges(model, [(x, torch.tensor([40, 999]), given)])
+    parts = pipeline_parts(source)
+    assert parts is not None
+    latents = torch.randn(8, *full.sample_shape, generator=dice)
+    deployable = PartsToDeploy(parts, chosen_formats(parts, asked, str(source)), latents)
+    scheduler = {**SCHEDULER, STEPS: 3, GUIDANCE: SCALE}
+    layers, path = integer_layers(model.eval()), folder / "openvino"
+    export_model(model, scheduler, layers, full.sample_shape, 2, "packed", path, {}, inputs, deployable)
+    return DeployedPipeline(parts, path, latents)
 
 
 def stable_diffusion(folder: Path) -> Path:
@@ -68,8 +123,6 @@ def tiny_vae() -> AutoencoderKL:
 
 def tokenizer(folder: Path, **more: Any) -> CLIPTokenizer:
     """CLIP's, of single bytes and two words; read from vocab.json and merges.txt, as most pipelines hold it."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     letters = list(bytes_to_unicode().values())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair.split()) for pair in MERGES)]
     vocabulary = {piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
@@ -83,3 +136,6 @@ def _text_config(width: int, **more: Any) -> CLIPTextConfig:
     shape = {"hidden_size": width, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
     words = {"vocab_size": 518, "max_position_embeddings": TOKENS, "bos_token_id": 516, "eos_token_id": 517}
     return CLIPTextConfig(**{"hidden_act": "quick_gelu", **shape, **words, **more})
+
+
+PIPELINES = {"stable-diffusion": stable_diffusion, "stable-diffusion-xl": stable_diffusion_xl}
