@@ -79,7 +79,10 @@ def test_a_vae_in_int8_executes_in_int8_and_stays_near(narrow: DeployedPipeline)
     found = PictureDecoder(narrow.folder, (4, 8, 8))(narrow.latents.numpy())
     assert psnr(found, decoded(narrow.source.load(VAE), narrow.latents).numpy()) > 25
     compiled = ov.Core().compile_model(narrow.folder / "vae_decoder" / "openvino_model.xml", "CPU")
-    kinds = [{key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()} for node in compiled.get_runtime_model().get_ops()]
+    kinds = [
+        {key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()}
+        for node in compiled.get_runtime_model().get_ops()
+    ]
     convolutions = [kind["runtimePrecision"] for kind in kinds if kind["layerType"] == "Convolution"]
     assert sum(precision in ("i8", "u8") for precision in convolutions) > len(convolutions) / 2 > 5
 

@@ -204,7 +204,7 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not among them."""
     shutil.copytree(source, folder)
     if not (folder / TOKENIZER).is_file():
-        from transformers import AutoTokenizer
+        from transformers import CLIPTokenizer
 
-        made = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        made = CLIPTokenizer.from_pretrained(source, local_files_only=True)
         made.backend_tokenizer.save(str(folder / TOKENIZER))
