@@ -47,8 +47,8 @@ def test_prompts_are_encoded_once_and_then_read_back(pipeline: Path, lines: Path
     monkeypatch.setattr(encoding, "encode_prompts", again)
     (tmp_path / "other.txt").write_text("a cat\ntwo dogs\n")  # the same lines
     assert kept_prompts(tmp_path / "other.txt", pipeline, tmp_path / "store") == first
+    (tmp_path / "other.txt").write_text("a cat\none dog\n")
     with pytest.raises(AssertionError, match="encoded twice"):
-        (tmp_path / "other.txt").write_text("a cat\none dog\n")
         kept_prompts(tmp_path / "other.txt", pipeline, tmp_path / "store")
 
 
