@@ -47,10 +47,10 @@ def ours(plain: DeployedPipeline) -> TextToImage:
     return TextToImage.from_pretrained(plain.folder, properties=F32)
 
 
-def pipeline_of(where: DeployedPipeline, **more: Any) -> Any:
+def pipeline_of(where: DeployedPipeline) -> Any:
     """diffusers' own pipeline of the source, with DDIM as the deployed folder has it."""
     name = json.loads((where.source.folder / MODEL_INDEX).read_text())["_class_name"]
-    found = getattr(diffusers, name).from_pretrained(where.source.folder, **more)
+    found = getattr(diffusers, name).from_pretrained(where.source.folder)
     found.set_progress_bar_config(disable=True)
     return found
 
@@ -60,7 +60,8 @@ def pipeline_of(where: DeployedPipeline, **more: Any) -> Any:
 def test_a_prompt_gives_the_picture_of_diffusers_around_the_same_denoiser(
     plain: DeployedPipeline, ours: TextToImage, prompt: str, negative: str | None, scale: float
 ) -> None:
-    theirs = pipeline_of(plain, unet=OVUNet2DModel.from_pretrained(plain.folder, properties=F32))
+    theirs = pipeline_of(plain)
+    theirs.register_modules(unet=OVUNet2DModel.from_pretrained(plain.folder, properties=F32))
     asked = {"num_inference_steps": 3, "guidance_scale": scale, "negative_prompt": negative, "output_type": "np"}
     wanted = theirs(prompt, latents=torch.from_numpy(initial_noise(5, 0, 1, (4, 8, 8))), **asked).images.transpose(0, 3, 1, 2)
     found = ours(prompt, negative, scale, seed=5)
@@ -71,6 +72,7 @@ def test_a_prompt_gives_the_picture_of_diffusers_around_the_same_denoiser(
     assert off.max() < 12
 
 
+@torch.no_grad()
 def encoded(where: DeployedPipeline, prompt: str, negative: str | None) -> tuple[Tensor, ...]:
     found: tuple[Tensor, ...] = pipeline_of(where).encode_prompt(
         prompt, negative_prompt=negative, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
