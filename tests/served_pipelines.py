@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from text_pipelines import PIPELINES, deployed
+from text_pipelines import deployed
 
 from pqcad_qat.deployment.text_to_image import TextToImage
 from pqcad_qat.diffusion.sampling import initial_noise
@@ -20,7 +20,7 @@ ASKED = {"prompt": "a cat and two dogs", "negative": "a mat", "guidance": 2.5, "
 
 def make(served: Path) -> None:
     """Write KIND/openvino, and in KIND/ asked.json, noise.npy (1, C, h, w) and image.npy, uint8 (1, 3, H, W), for every kind."""
-    for kind in PIPELINES:
+    for kind in ("stable-diffusion", "stable-diffusion-xl"):
         where = deployed(kind, served / kind, {"vae": "int8", "text_encoder": "int8-weights"})
         pipeline = TextToImage.from_pretrained(where.folder, properties={"INFERENCE_PRECISION_HINT": "f32"})
         image = pipeline(ASKED["prompt"], ASKED["negative"], ASKED["guidance"], ASKED["steps"], ASKED["seed"])  # type: ignore[arg-type]

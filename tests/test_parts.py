@@ -11,11 +11,13 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from conftest import SCHEDULER
+from diffusers import DiTPipeline
 
 pytest.importorskip("transformers")
 
 from conditional_models import saved
-from text_pipelines import PIPELINES, TOKENS, DeployedPipeline, deployed, stable_diffusion
+from text_pipelines import TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
 from transformers import CLIPTokenizer
 
 from pqcad_qat.deployment.folder import copy_folder, denoiser_bytes, read_manifest
@@ -23,6 +25,7 @@ from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.parts import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, decoded, pipeline_parts
+from pqcad_qat.diffusion.sampling import ddim_trajectory, noise_schedule
 from pqcad_qat.errors import ModelError
 
 AUTO = {"vae": "auto", "text_encoder": "auto"}
@@ -32,7 +35,7 @@ PROMPT = "a cat and two dogs"
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
     """As SDXL, every part in floating point."""
-    return deployed("stable-diffusion-xl", tmp_path_factory.mktemp("plain"), {"vae": "float", "text_encoder": "float"})
+    return float_pipeline("stable-diffusion-xl", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def test_8_bit_weights_take_less_room_than_float16(plain: DeployedPipeline, narr
     assert int8_vae < 0.8 * float_vae
 
 
-@pytest.mark.parametrize("kind", list(PIPELINES))
+@pytest.mark.parametrize("kind", ["stable-diffusion", "stable-diffusion-xl"])
 def test_the_index_names_the_pipeline_and_what_is_there(kind: str, plain: DeployedPipeline, narrow: DeployedPipeline) -> None:
     where = {"stable-diffusion": narrow, "stable-diffusion-xl": plain}[kind]
     index, original = (json.loads((folder / "model_index.json").read_text()) for folder in (where.folder, where.source.folder))
@@ -162,6 +165,20 @@ def test_a_tokenizer_of_the_older_files_gets_the_newer_one_beside_them(tmp_path:
     wanted = CLIPTokenizer.from_pretrained(source / "tokenizer", model_max_length=TOKENS)
     full = wanted(PROMPT, padding="max_length", max_length=TOKENS, truncation=True).input_ids
     assert PromptEncoder(made, "text_encoder").ids(PROMPT)[0].tolist() == full
+
+
+def test_a_pipeline_of_classes_is_diffusers_own_with_the_vae_of_its_source(tmp_path_factory: pytest.TempPathFactory) -> None:
+    where = deployed("dit", tmp_path_factory.mktemp("dit"), AUTO)
+    vae, unet = where.source.load(VAE), OVUNet2DModel.from_pretrained(where.folder)
+    pipeline = DiTPipeline.from_pretrained(where.folder, vae=vae)
+    assert isinstance(pipeline.transformer, OVUNet2DModel)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline([2], guidance_scale=1.0, num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="np").images
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).numpy()
+    for step in ddim_trajectory(lambda x, t: unet.predict(x, t, {"class_labels": np.array([2])}), x, noise_schedule(SCHEDULER), 3):
+        x = np.float32(step.x_s)
+    wanted = PictureDecoder(where.folder, (4, 8, 8), properties={"INFERENCE_PRECISION_HINT": "f32"})(x)
+    np.testing.assert_allclose(found.transpose(0, 3, 1, 2), np.clip(wanted / 2 + 0.5, 0, 1), atol=2e-2)
 
 
 # ---- what cannot be deployed -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("transformers")
 
 import diffusers
-from text_pipelines import SCALE, TOKENS, DeployedPipeline, deployed
+from text_pipelines import SCALE, TOKENS, DeployedPipeline, float_pipeline
 from torch import Tensor
 
 from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, sha256
@@ -28,18 +28,17 @@ from pqcad_qat.diffusion.sampling import initial_noise
 from pqcad_qat.errors import ModelError
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-FLOAT = {"vae": "float", "text_encoder": "float"}
 LONG = "a cat, a dog, and a cat on a dog"
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
-    return deployed("stable-diffusion", tmp_path_factory.mktemp("sd"), FLOAT)
+    return float_pipeline("stable-diffusion", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
-    return deployed("stable-diffusion-xl", tmp_path_factory.mktemp("sdxl"), FLOAT)
+    return float_pipeline("stable-diffusion-xl", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from conditional_models import text_and_size_unet, text_unet
+from conditional_models import dit, text_and_size_unet, text_unet
 from conftest import SCHEDULER
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -80,6 +81,25 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     return DeployedPipeline(parts, path, latents)
 
 
+FLOAT = {"vae": "float", "text_encoder": "float"}
+_MADE: dict[str, DeployedPipeline] = {}
+
+
+def float_pipeline(kind: str, factory: pytest.TempPathFactory) -> DeployedPipeline:
+    """The deployed pipeline of that name with its parts in floating point: made once for all tests, which only look at it."""
+    if kind not in _MADE:
+        _MADE[kind] = deployed(kind, factory.mktemp(kind), FLOAT)
+    return _MADE[kind]
+
+
+def dit_pipeline(folder: Path) -> Path:
+    """A DiTPipeline: class labels, latents 4x8x8, pictures 16x16."""
+    torch.manual_seed(0)
+    pipeline = DiTPipeline(transformer=dit().eval(), vae=tiny_vae(), scheduler=DDIMScheduler.from_config(SCHEDULER))
+    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
 def stable_diffusion(folder: Path) -> Path:
     """A StableDiffusionPipeline: latents 4x8x8, pictures 16x16."""
     torch.manual_seed(0)
@@ -138,4 +158,4 @@ def _text_config(width: int, **more: Any) -> CLIPTextConfig:
     return CLIPTextConfig(**{"hidden_act": "quick_gelu", **shape, **words, **more})
 
 
-PIPELINES = {"stable-diffusion": stable_diffusion, "stable-diffusion-xl": stable_diffusion_xl}
+PIPELINES = {"stable-diffusion": stable_diffusion, "stable-diffusion-xl": stable_diffusion_xl, "dit": dit_pipeline}

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.deployment.folder import PARTS, read_manifest
+from pqcad_qat.deployment.folder import PARTS
 from pqcad_qat.deployment.runtime import Float32, compile_graph
 from pqcad_qat.errors import ModelError
 
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MODEL = "openvino_model.xml"
-
-
-def deployed_parts(folder: Path) -> Mapping[str, Mapping[str, str]]:
-    """Folder of a part -> its class and format, as the manifest says; every file of the deployed folder is checked.
-
-    Raises:
-        ModelError: as `read_manifest`.
-    """
-    found: Mapping[str, Mapping[str, str]] = read_manifest(folder).get("parts", {})
-    return found
 
 
 class PictureDecoder:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, PARTS
-from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder, deployed_parts
+from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel
 from pqcad_qat.diffusion.sampling import ddim_trajectory, guided, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
@@ -59,14 +59,14 @@ class TextToImage:
             ModelError: not such a folder, a damaged one, one without the parts that a prompt takes, or tokenizers is not installed.
         """
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
-        present = deployed_parts(path)
+        denoiser = OVUNet2DModel(path, device, properties)  # every file is checked
+        present = denoiser.manifest.get("parts", {})
         index = json.loads((path / MODEL_INDEX).read_text(encoding="utf-8"))
         pipeline = index["_class_name"]
         if pipeline not in PIPELINES:
             raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline}; allowed for a prompt {', '.join(PIPELINES)}")
         if missing := [part for part in (*PIPELINES[pipeline], PARTS["vae"]) if part not in present]:
             raise ModelError(f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with them (policy: pipeline)")
-        denoiser = OVUNet2DModel(path, device, properties)
         encoders = tuple(PromptEncoder(path, part, device, properties) for part in PIPELINES[pipeline])
         decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
         return cls(denoiser, encoders, decoder, bool(index.get("force_zeros_for_empty_prompt")))
