@@ -49,6 +49,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         torch.manual_seed(training.seed)  # decides the first weights
         model = _build(policy.model, channels=images.images.shape[1])
         classes = _classes(policy, images)
+        _check_runs(model, images.images.shape[1])
     scheduler = _scheduler(policy)
     with open_run(path, policy, resume):
         loop = LoopSettings(
@@ -110,6 +111,18 @@ def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
         if model.config[key] != channels:
             raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
     return cast(nn.Module, model)
+
+
+@torch.no_grad()
+def _check_runs(model: Any, channels: int) -> None:
+    """One call of the model: diffusers builds some sizes that then fit nowhere, and says so only here."""
+    size, classes = model.config.sample_size, model.config.num_class_embeds
+    labels = None if classes is None else torch.zeros(1, dtype=torch.int64)
+    try:
+        model.eval()(torch.zeros(1, channels, size, size), 0, class_labels=labels)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise PolicyError(f"model: this UNet2DModel cannot be called on images of {size} pixels: {error}") from error
+    model.train()
 
 
 def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:

@@ -164,6 +164,12 @@ def test_a_model_that_diffusers_refuses_is_the_policys_fault_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_whose_sizes_do_not_fit_is_the_policys_fault_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"model: this UNet2DModel cannot be called on images of \d+ pixels"):
+        pretrain(tiny("model.attention_head_dim=64"), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_of_other_channels_than_the_images_is_the_policys_fault(tmp_path: Path) -> None:
     more = MODEL.replace("}", ", in_channels: 3, out_channels: 3}")
     with pytest.raises(PqcadError, match=r"model\.in_channels: got 3; allowed 1, as the images have"):

@@ -197,6 +197,27 @@ def second_process(parent: int) -> int:
     return ranks["1"]
 
 
+def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+    small = [
+        "model.block_out_channels=[16, 16, 16]",
+        "model.attention_head_dim=16",
+        "training.steps=3",
+        "training.warmup=1",
+        "training.checkpoint_every=3",
+    ]
+    flags = [f"--set={override}" for override in (*small, "training.sample_every=3")]
+    policy = POLICIES / "pretrain-digits.yaml"
+    command = launcher("pretrain", policy, "--out", tmp_path / "two", *flags, "--set=training.batch_size=4")
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model: ") == 1
+    cli.main(["pretrain", str(policy), "--out", str(tmp_path / "one"), *flags, "--set=training.batch_size=8"])
+    one, two = (read_metrics(tmp_path / name / "logs" / "pretrain.jsonl") for name in ("one", "two"))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+    assert [row["gradient_norm"] for row in two] == pytest.approx([row["gradient_norm"] for row in one], rel=1e-4)
+    assert (tmp_path / "two" / "model" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
 def test_a_users_error_is_one_message_and_every_process_ends_with_code_2(tmp_path: Path) -> None:
     command = launcher("run", POLICIES / "smoke.yaml", "--out", tmp_path / "run", "--set=progressive.steps=0")
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
