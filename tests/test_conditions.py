@@ -174,7 +174,7 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, content: str | None, 
 
 
 def test_prompts_without_transformers_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pqcad_qat.diffusion.prompts.find_spec", lambda _: None)
+    monkeypatch.setattr("pqcad_qat.diffusion.pipeline_parts.find_spec", lambda _: None)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(ModelError, match=r"takes the library transformers, which is not installed: pip install 'pqcad-qat\[text\]'"):
         encode_prompts(tmp_path / "prompts.txt", tmp_path)

@@ -199,7 +199,7 @@ def test_a_part_that_is_asked_for_and_not_there_is_an_error(tmp_path: Path, key:
 
 def test_a_part_of_another_class_is_refused(narrow: DeployedPipeline) -> None:
     index = {**narrow.source.index, "vae": ["diffusers", "VQModel"]}
-    with pytest.raises(ModelError, match=r"model_index\.json: vae: got 'VQModel'; allowed AutoencoderKL"):
+    with pytest.raises(ModelError, match=r"model_index\.json: vae: got 'VQModel'; allowed AutoencoderKL, or pipeline\.vae: none"):
         chosen_formats(PipelineParts(narrow.source.folder, index), AUTO, "it")
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("transformers")
 
 import diffusers
+from serving import images_of, readme_script
 from text_pipelines import SCALE, TOKENS, DeployedPipeline, float_pipeline
 from torch import Tensor
 
@@ -121,6 +122,12 @@ def test_the_command_writes_a_picture_without_pytorch(plain: DeployedPipeline, t
     assert "1 images of 'a cat', 3 steps, guidance 2, openvino" in done.stdout
     with Image.open(tmp_path / "cat.png") as picture:
         assert (picture.width, picture.height, picture.mode) == (96, 96, "RGB")
+
+
+def test_the_readmes_program_makes_pictures(plain: DeployedPipeline) -> None:
+    images = images_of(readme_script("prompt"), plain.folder)
+    assert images.shape == (2, 3, 16, 16)
+    assert images.dtype == np.uint8
 
 
 # ---- what a prompt cannot do without ---------------------------------------------------------------------------------------------

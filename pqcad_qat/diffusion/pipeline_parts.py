@@ -55,7 +55,10 @@ class PipelineParts:
         """
         found = str(self.index[part][-1])
         if found not in CLASSES[part]:
-            raise ModelError(f"{self.folder / 'model_index.json'}: {part}: got {found!r}; allowed {', '.join(CLASSES[part])}")
+            raise ModelError(
+                f"{self.folder / 'model_index.json'}: {part}: got {found!r}; allowed {', '.join(CLASSES[part])}, or "
+                f"pipeline.{part.removesuffix('_2')}: none, which leaves it out"
+            )
         return found
 
     @property

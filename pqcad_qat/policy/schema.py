@@ -87,7 +87,7 @@ class ConditionsPolicy(Section):
         None, description="safetensors file: a tensor for each condition, prompts first; unconditional.NAME for guidance"
     )
     prompts: Text | None = Field(
-        None, description="text file, a prompt a line, for a local pipeline folder with text_encoder and tokenizer; takes the extra text"
+        None, description="text file, a prompt a line, for a pipeline with text_encoder and tokenizer; takes the extra text"
     )
 
     def faults(self) -> Iterator[Fault]:
