@@ -64,6 +64,18 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
     assert pipeline("a cat").shape == (1, 3, 16, 16)
 
 
+def test_a_report_says_how_near_the_other_parts_are_and_how_large(made: Path) -> None:
+    rows = json.loads((made / "report.json").read_text())["parts"]
+    assert [(row["part"], row["format"]) for row in rows] == [("vae_decoder", "float"), ("text_encoder", "int8-weights")]
+    for row in rows:
+        files = (made / "openvino" / row["part"]).iterdir()
+        assert row["size_bytes"] == sum(file.stat().st_size for file in files)
+        assert 30 < row["psnr"] < 100
+    page = (made / "report.html").read_text()
+    assert "Other parts of the deployed pipeline" in page
+    assert f"{rows[1]['psnr']:.1f}" in page
+
+
 def test_the_denoisers_row_is_of_the_denoiser_alone(made: Path) -> None:
     rows = {row["name"]: row for row in json.loads((made / "report.json").read_text())["variants"]}
     files = read_manifest(made / "openvino")["files"]

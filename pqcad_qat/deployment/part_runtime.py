@@ -73,8 +73,12 @@ class PromptEncoder:
         return np.array([self._tokenizer.encode(prompt).ids], np.int64)
 
     def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, Float32]:
-        """What the encoder gives, by name, (1, ...)."""
-        found = self._compiled([self.ids(prompt)])
+        """What the encoder gives for a prompt, by name, (1, ...)."""
+        return self.encoded(self.ids(prompt), outputs)
+
+    def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str]) -> dict[str, Float32]:
+        """The same for tokens (1, tokens)."""
+        found = self._compiled([ids])
         return {name: np.array(found[name]) for name in outputs}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.modules import needs_vnni
+from pqcad_qat.deployment.part_parity import part_parity
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
@@ -53,6 +54,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
     with work.folder.stage("export") as stage:
         if not stage.new:
             return
+        deployed_parts = _parts(work, calibration)
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
         scheduler = {**_scheduler(work), STEPS: steps, **_guidance(work)}
@@ -75,7 +77,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
-            write(shipped, policy.export.weights, _parts(work, calibration))
+            write(shipped, policy.export.weights, deployed_parts)
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
             _refuse_float(shipped, work.prepared.plan, executed.precisions)
@@ -94,6 +96,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
                 "exact": {layer.name: layer.exact for layer in parity.layers},
             },
             end_to_end_psnr=psnr,
+            parts=[asdict(part) for part in (() if deployed_parts is None else part_parity(deployed_parts, shipped))],
             packed_bytes=size_bytes(work.path / "baselines" / "packed"),
         )
 
