@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import environment
+from conftest import REPOSITORY, environment
 from PIL import Image
 
 pytest.importorskip("transformers")
 
 import diffusers
-from serving import images_of, readme_script
+import serving
 from text_pipelines import SCALE, TOKENS, DeployedPipeline, float_pipeline
 from torch import Tensor
 
@@ -124,10 +124,15 @@ def test_the_command_writes_a_picture_without_pytorch(plain: DeployedPipeline, t
         assert (picture.width, picture.height, picture.mode) == (96, 96, "RGB")
 
 
-def test_the_readmes_program_makes_pictures(plain: DeployedPipeline) -> None:
-    images = images_of(readme_script("prompt"), plain.folder)
-    assert images.shape == (2, 3, 16, 16)
-    assert images.dtype == np.uint8
+def test_the_readmes_program_makes_pictures_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:
+    shutil.copytree(plain.folder, tmp_path / "text" / "openvino")
+    np.save(tmp_path / "text.npy", TextToImage.from_pretrained(plain.folder)("a lighthouse at dusk", "people", 5.0, seed=3, count=2))
+    absent = f"import sys; sys.modules.update(dict.fromkeys({serving.ABSENT!r})); "
+    program = absent + "import runpy; runpy.run_path('tests/serving.py', run_name='__main__')"
+    command = [sys.executable, "-c", program, str(tmp_path), "prompt"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prompt: 2 images" in done.stdout
 
 
 # ---- what a prompt cannot do without ---------------------------------------------------------------------------------------------
