@@ -63,12 +63,13 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
     model = load_model(policy.model.source)
     conditions = chosen_conditions(conditioned(model), policy.conditions, store)
     check_guidance(policy.sampler.guidance_scale, conditions)
+    parts = pipeline_parts(model.folder)
+    formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
     split = copy.deepcopy(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
     plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
-    parts = pipeline_parts(model.folder)
-    return Prepared(model, split, plan, conditions, parts, chosen_formats(parts, policy.pipeline.model_dump(), model.source))
+    return Prepared(model, split, plan, conditions, parts, formats)
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
