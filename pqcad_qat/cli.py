@@ -198,25 +198,73 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
 
 def sample(
     folder: str,
-    count: int = 64,
+    count: int | None = None,
     seed: int = 0,
     steps: int | None = None,
     out: str = "grid.png",
     conditions: str | None = None,
     guidance: float | None = None,
+    prompt: str | None = None,
+    negative: str | None = None,
 ) -> None:
-    """Sample images from a folder and write them as a grid; latents as a safetensors file.
+    """Sample images from a folder, of a prompt where one is given, and write them as a grid; latents as a safetensors file.
 
     Args:
         folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or embedded:NAME).
-        count: number of images.
+        count: number of images; 64 by default, 1 of a prompt.
         seed: of their noise; image k of a seed starts from the same noise in every kind of folder.
         steps: sampling steps; by default those the folder was made for.
-        out: PNG file; of a model of latents a safetensors file.
+        out: PNG file; of a model of latents a safetensors file of them, or, where its folder has a VAE, pictures in a PNG file.
         conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default what a run's
             policy says, or all classes.
         guidance: scale of classifier-free guidance; by default what the folder was made for.
+        prompt: what is to be seen, of a run or deployed folder that holds a whole text-to-image pipeline; needs no PyTorch.
+        negative: what is not to be seen; takes a prompt and guidance.
     """
+    if Path(out).suffix.lower() not in (".png", ".safetensors"):
+        raise UsageError(f"--out: got {out!r}; allowed a name in .png, or of latents in .safetensors")
+    number = (1 if prompt is not None else 64) if count is None else whole_number("count", count)
+    whole_number("seed", seed, least=0)
+    laid = None if steps is None else whole_number("steps", steps)
+    scale = _guidance(guidance)
+    if prompt is not None:
+        if conditions is not None:
+            raise UsageError("--conditions: got a second condition; allowed none beside --prompt")
+        _sample_prompt(folder, prompt, negative, number, seed, laid, out, scale)
+        return
+    if negative is not None:
+        raise UsageError("--negative: got it alone; allowed beside --prompt")
+    _sample_choices(folder, number, seed, laid, out, conditions, scale)
+
+
+def _sample_prompt(
+    folder: str, prompt: str, negative: str | None, count: int, seed: int, steps: int | None, out: str, guidance: float | None
+) -> None:
+    """Pictures of a prompt, without PyTorch."""
+    from pqcad_qat.deployment.text_to_image import TextToImage
+    from pqcad_qat.evaluation.grid import save_grid
+
+    if Path(out).suffix.lower() != ".png":
+        raise UsageError(f"--out: got {out!r}; allowed a name in .png, for a prompt makes pictures")
+    with CONSOLE.status(f"sample: {prompt}") as status:
+        pipeline = TextToImage.from_pretrained(folder)
+        laid, done = steps or pipeline.steps, 0
+
+        def advance(_images: int) -> None:
+            nonlocal done
+            done += 1
+            status.update(f"sample: step {done} of {laid}")
+
+        save_grid(pipeline(prompt, negative, guidance, steps, seed, count, advance), Path(out))
+    scale = pipeline.guidance if guidance is None else guidance
+    CONSOLE.print(f"{out}: {count} images of {prompt!r}, {laid} steps, guidance {scale:g}, openvino", soft_wrap=True, highlight=False)
+
+
+def _sample_choices(
+    folder: str, count: int, seed: int, steps: int | None, out: str, conditions: str | None, guidance: float | None
+) -> None:
+    """Images or latents of what the folder's policy says, or of the choices that are given."""
+    import torch
     from safetensors.torch import save_file
 
     from pqcad_qat.diffusion.images import to_uint8
@@ -224,22 +272,21 @@ def sample(
     from pqcad_qat.evaluation.variant import sample_states
     from pqcad_qat.training.metrics_log import progress_bar
 
-    whole_number("count", count)
-    whole_number("seed", seed, least=0)
-    if Path(out).suffix.lower() not in (".png", ".safetensors"):
-        raise UsageError(f"--out: got {out!r}; allowed a name in .png, or of latents in .safetensors")
     variant = _opened(folder, steps, conditions, guidance)
-    suffix = ".safetensors" if variant.latent else ".png"
-    if Path(out).suffix.lower() != suffix:
-        raise UsageError(f"--out: got {out!r}; allowed a name in {suffix}, for {folder} makes {'latents' if variant.latent else 'images'}")
+    suffixes = [".png"] * (not variant.latent or variant.decode is not None) + [".safetensors"] * variant.latent
+    if (suffix := Path(out).suffix.lower()) not in suffixes:
+        made = "images" if not variant.latent else "latents" if variant.decode else "latents, and has no VAE"
+        raise UsageError(f"--out: got {out!r}; allowed a name in {' or '.join(suffixes)}, for {folder} makes {made}")
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
         states = sample_states(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
-    if variant.latent:
+    if suffix == ".safetensors":
         save_file({"latents": states}, out)
     else:
-        save_grid(to_uint8(states), Path(out))
-    CONSOLE.print(f"{out}: {count} {'latents' if variant.latent else 'images'}, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
+        pictures = states if variant.decode is None else torch.from_numpy(variant.decode(states.numpy()))
+        save_grid(to_uint8(pictures).numpy(), Path(out))
+    made = "latents" if suffix == ".safetensors" else "images"
+    CONSOLE.print(f"{out}: {count} {made}, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
 
 
 def evaluate(
@@ -271,7 +318,8 @@ def evaluate(
 
     whole_number("images", images, least=2)
     whole_number("seed", seed, least=0)
-    variant = _opened(folder, steps, conditions, guidance)
+    laid = None if steps is None else whole_number("steps", steps)
+    variant = _opened(folder, laid, conditions, _guidance(guidance))
     if variant.latent:
         raise UsageError(f"{folder}: makes latents of {variant.sample_shape[0]} channels; allowed a model of images")
     network = load_features(features or _features_of(folder))
@@ -409,18 +457,25 @@ def _features_of(folder: str) -> str:
     return folder if folder in embedded_features() else EvaluationPolicy().features
 
 
-def _opened(folder: str, steps: int | None, conditions: str | None, guidance: object) -> Variant:
-    """A folder as the options of `sample` and `evaluate` want it."""
-    from pqcad_qat.evaluation.variant import open_folder
-
+def _guidance(guidance: object) -> float | None:
     if guidance is not None and (not isinstance(guidance, int | float) or isinstance(guidance, bool) or guidance < 1):
         raise UsageError(f"--guidance: got {guidance!r}; allowed a number from 1")
+    return guidance
+
+
+def _opened(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Variant:
+    """A folder as the options of `sample` and `evaluate` want it."""
+    from pqcad_qat.evaluation.variant import open_folder
+    from pqcad_qat.run_folder import EMBEDDINGS
+
     section = None if (policy := _policy_of(folder)) is None else policy.conditions
+    if (kept := Path(folder) / EMBEDDINGS).is_file():
+        section = ConditionsPolicy(embeddings=str(kept))
     if conditions is not None and re.fullmatch(r"\[[\d, ]+\]", conditions):
         section = ConditionsPolicy(classes=tuple(int(label) for label in re.findall(r"\d+", conditions)))
     elif conditions is not None:
         section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=conditions)
-    return open_folder(folder, whole_number("steps", steps) if steps is not None else None, section, guidance)
+    return open_folder(folder, steps, section, guidance)
 
 
 def _policy_of(folder: str) -> Policy | None:

@@ -23,10 +23,13 @@ from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.processes import agreed, is_first, process_count
 
+EMBEDDINGS = "conditions.safetensors"
+"""What a run's prompts or embeddings are, in its own folder."""
+
 POLICY, LAUNCH = "policy.yaml", "launch.json"
 """What decides a run beside its command: the policy as resolved, and the number of processes."""
 
-DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png))\.\d+|\.(openvino|packed)-\w+")
+DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png|safetensors))\.\d+|\.(openvino|packed)-\w+")
 """Names under which something is written before it is moved into place."""
 
 

@@ -23,7 +23,7 @@ from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
 from pqcad_qat.quantization.mixed_precision import Option, choose_bits, patterns, with_bits
 from pqcad_qat.quantization.plan import expected_bytes, plan_layers, quantizable_layers
 from pqcad_qat.quantization.sensitivity import LayerSensitivity, layer_sensitivities, output_error
-from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe, prepare
+from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
 from pqcad_qat.training.metrics_log import progress_bar
 
 OWN, CHOSEN = "the policy's own widths", "chosen"
@@ -78,7 +78,7 @@ def measure_sensitivity(
         PqcadError: as `stages.prepared.prepare`.
         PlanError: the smallest widths take more.
     """
-    prepared = prepare(policy)
+    prepared = prepare(policy, cache.parent / SHARED)
     own = {layer.name: layer.weights.bits for layer in prepared.plan}
     sizes = packed_sizes(prepared, {*widths, *own.values()})
     budget = None if most is None else most.bytes_of(sizes.full)

@@ -1,6 +1,6 @@
 """The README's ways to serve a deployed folder, run as they stand there, and their images compared with those that `served_folder` made.
 
-Needs numpy, openvino and the package without its other dependencies: `tox -e check,serving` runs it where there is nothing else.
+Needs numpy, openvino, tokenizers and the package without its other dependencies: `tox -e check,serving` runs it where nothing else is.
 """
 
 from __future__ import annotations
@@ -12,10 +12,24 @@ import numpy as np
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 FOLDER = "runs/w4a8/openvino"
-SCRIPTS = {"plain": "int8", "serve": "packed"}
-"""Script of the README -> format of the folder that it is given."""
+SCRIPTS = {"plain": "int8", "serve": "packed", "prompt": "text/openvino"}
+"""Script of the README -> the folder that it is given."""
 
-ABSENT = ("torch", "diffusers", "nncf", "brevitas", "accelerate", "pydantic", "yaml", "safetensors", "PIL", "sklearn", "rich", "fire")
+ABSENT = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "nncf",
+    "brevitas",
+    "accelerate",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "PIL",
+    "sklearn",
+    "rich",
+    "fire",
+)
 
 
 def readme_script(name: str) -> str:
@@ -33,11 +47,13 @@ def images_of(script: str, folder: Path) -> np.ndarray:
     return images
 
 
-def main(served: Path) -> None:
-    """Raises AssertionError where a script's images are not the expected ones, or a module is there that should not be needed."""
-    expected = np.load(served / "images.npy")
-    for name, weights in SCRIPTS.items():
-        images = images_of(readme_script(name), served / weights)
+def main(served: Path, *names: str) -> None:
+    """Run the named scripts.
+
+    Raises AssertionError where a script's images are not the expected ones, or a module is there that should not be needed."""
+    for name in names:
+        expected = np.load(served / f"{SCRIPTS[name].split('/')[0]}.npy")
+        images = images_of(readme_script(name), served / SCRIPTS[name])
         off = np.abs(images.astype(int) - expected[: len(images)].astype(int))
         assert images.dtype == np.uint8, images.dtype
         assert len(images) >= 2, images.shape
@@ -49,4 +65,4 @@ def main(served: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

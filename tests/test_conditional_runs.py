@@ -88,6 +88,12 @@ def test_the_runtime_is_called_as_diffusers_calls_the_model(deployed: Deployed) 
     np.testing.assert_array_equal(plain, found.numpy())
 
 
+def test_the_index_of_a_conditional_denoiser_alone_names_no_pipeline_that_would_call_it_without_conditions(deployed: Deployed) -> None:
+    index = json.loads((deployed.folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DiffusionPipeline"
+    assert index["unet"] == ["pqcad_qat.deployment.runtime", "OVUNet2DModel"]
+
+
 def test_samples_keep_their_conditions_in_any_batch(deployed: Deployed) -> None:
     model = OVUNet2DModel.from_pretrained(deployed.folder)
     arrays = {key: value.numpy() for key, value in deployed.condition.items()}

@@ -182,7 +182,7 @@ def test_prompts_for_another_pipeline_say_how_a_file_is_made(tmp_path: Path) -> 
 
 
 def test_prompts_without_transformers_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pqcad_qat.diffusion.prompts.find_spec", lambda _: None)
+    monkeypatch.setattr("pqcad_qat.diffusion.pipeline_parts.find_spec", lambda _: None)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(ModelError, match=r"takes the library transformers, which is not installed: pip install 'pqcad-qat\[text\]'"):
         encode_prompts(tmp_path / "prompts.txt", tmp_path)

@@ -15,9 +15,19 @@ import pytest
 import torch
 from conftest import SCHEDULER, tiny_unet
 from diffusers import DDIMPipeline
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from pqcad_qat.diffusion.denoiser import DiffusionModel, embedded_models, load_model, model_index, predict, read_json, save_model
+from pqcad_qat.diffusion.denoiser import (
+    WEIGHTS_AND_CONFIGS,
+    DiffusionModel,
+    embedded_models,
+    load_model,
+    model_index,
+    predict,
+    read_json,
+    save_model,
+)
 from pqcad_qat.errors import ModelError
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -163,3 +173,38 @@ def test_the_embedded_model_is_listed_small_and_predicts_the_velocity_it_was_tra
 
 def test_the_untrained_model_of_these_tests_has_attention() -> None:
     assert any("attentions" in name for name, _ in tiny_unet().named_modules())
+
+
+def test_of_a_hub_id_a_whole_pipeline_is_taken_and_no_variant_of_its_weights() -> None:
+    shard = "-00001-of-00002.safetensors"
+    wanted = {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        f"unet/diffusion_pytorch_model{shard}",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        f"text_encoder_2/model{shard}",
+        "text_encoder_2/model.safetensors.index.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer_2/tokenizer_config.json",
+    }
+    other = {
+        "README.md",
+        "v1-5-pruned.safetensors",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors",
+        "unet/modeling.py",
+    }
+    assert set(filter_repo_objects(sorted(wanted | other), allow_patterns=list(WEIGHTS_AND_CONFIGS))) == wanted

@@ -27,6 +27,7 @@ SECTIONS = {
     "training": schema.TrainingPolicy,
     "evaluation": schema.EvaluationPolicy,
     "export": schema.ExportPolicy,
+    "pipeline": schema.PipelinePolicy,
 }
 
 

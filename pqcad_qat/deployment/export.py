@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,12 @@ from pqcad_qat.deployment.folder import (
     SCHEMA_VERSION,
     UNET_CONFIG,
     check_replaceable,
+    nothing_further,
     write_folder,
 )
 from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, fixed_rotations, needs_vnni, swapped
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
+from pqcad_qat.deployment.parts import PartsToDeploy, pipeline_index, write_parts
 from pqcad_qat.deployment.rewrites import rewrite
 from pqcad_qat.deployment.timesteps import Times, known_times, timestep_tables
 from pqcad_qat.diffusion.architectures import TEXT, ConditionInput
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 
 PIPELINES: Mapping[str, str] = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler": "PNDMPipeline"}
 """diffusers' unconditional pipelines that want a scheduler of their own; DDPMPipeline takes the others."""
+
+OURS = ("pqcad_qat.deployment.runtime", "OVUNet2DModel")
+"""The runtime's class, as model_index.json names the denoiser: as diffusers does with classes that are not its own."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ def export_model(
     provenance: Mapping[str, Any],
     conditions: Sequence[ConditionInput] = (),
     visited: Sequence[float] = (),
+    parts: PartsToDeploy | None = None,
 ) -> ExportedFolder:
     """Write the deployed form of a quantized model. The model itself is left as it was.
 
@@ -82,9 +89,11 @@ def export_model(
         provenance: policy, model source and digest, for the manifest.
         conditions: what the denoiser takes beside x_t and t, every size known.
         visited: times that a graph of continuous time is to know exactly.
+        parts: what stands beside the denoiser.
 
     Raises:
         ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
+        ModelError: a part that cannot be loaded.
     """
     check_replaceable(folder)
     train_timesteps = _train_timesteps(scheduler_config)
@@ -93,7 +102,7 @@ def export_model(
     texts = {
         UNET_CONFIG: _config(model),
         SCHEDULER_CONFIG: scheduler_config,
-        MODEL_INDEX: _model_index(scheduler_config),
+        MODEL_INDEX: _model_index(scheduler_config, bool(conditions), parts),
         OPENVINO_CONFIG: _openvino_config(),
     }
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
@@ -111,7 +120,8 @@ def export_model(
         "layers": entries,
         "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
-    written = write_folder(graph, weights, texts, manifest, folder)
+    further = nothing_further if parts is None else partial(write_parts, parts)
+    written = write_folder(graph, weights, texts, manifest, folder, further)
     graph_bytes = sum(path.stat().st_size for path in (folder / GRAPH).parent.glob("openvino_model.*"))
     return ExportedFolder(folder, written, graph_bytes)
 
@@ -216,15 +226,17 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _model_index(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' index of the pipeline; of its unet it names the runtime's class, as diffusers does with classes that are not its own."""
+def _model_index(scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
+    """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an unconditional one.
+
+    Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
+    """
     scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
-    return {
-        "_class_name": PIPELINES.get(scheduler, "DDPMPipeline"),
-        "_diffusers_version": version("diffusers"),
-        "scheduler": ["diffusers", scheduler],
-        "unet": ["pqcad_qat.deployment.runtime", "OVUNet2DModel"],
-    }
+    own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
+    if parts is not None:
+        return pipeline_index(parts, OURS) | own
+    pipeline = "DiffusionPipeline" if conditional else PIPELINES.get(scheduler, "DDPMPipeline")
+    return {"_class_name": pipeline, **own, "unet": list(OURS)}
 
 
 def _openvino_config() -> dict[str, Any]:

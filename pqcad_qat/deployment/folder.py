@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ WEIGHTS = "unet/openvino_model.bin"
 UNET_CONFIG = "unet/config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 SCHEMA_VERSION = 1
+
+PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2")}}
+"""Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 REQUIRED_FILES = (WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG)
 MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
@@ -100,8 +105,18 @@ def read_graph(folder: Path, core: ov.Core) -> ov.Model:
     return read_text_and_weights(text if text.is_file() else folder / PACKED_GRAPH, folder / WEIGHTS, core)
 
 
+def nothing_further(_folder: Path) -> dict[str, Any]:
+    """For a folder that holds a denoiser alone."""
+    return {}
+
+
 def write_folder(
-    graph: ov.Model, weights: WeightFormat, texts: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any], folder: Path
+    graph: ov.Model,
+    weights: WeightFormat,
+    texts: Mapping[str, Mapping[str, Any]],
+    manifest: Mapping[str, Any],
+    folder: Path,
+    further: Callable[[Path], Mapping[str, Any]] = nothing_further,
 ) -> dict[str, Any]:
     """Write a deployed folder; an older one there is replaced.
 
@@ -109,8 +124,9 @@ def write_folder(
         graph: with int8 weights; it is packed in place.
         weights: their format on disk.
         texts: path inside the folder -> content of a JSON file.
-        manifest: all but what follows from the files: `graph`, `weights`, `files`, and `stored_bits` of the `layers`.
+        manifest: all but what follows from the files: `graph`, `weights`, `files`, `parts`, and `stored_bits` of the `layers`.
         folder: where to.
+        further: writes what else belongs below the folder that it is given, and returns the manifest's `parts`.
 
     Returns:
         The manifest as written.
@@ -127,6 +143,7 @@ def write_folder(
             write_json(staging / name, content)
         written = {
             **manifest,
+            "parts": dict(further(staging)),
             "graph": GRAPH if weights == "int8" else PACKED_GRAPH,
             "weights": {"format": weights, "note": WEIGHTS_NOTE[weights]},
             "layers": {name: {**layer, "stored_bits": stored[name]} for name, layer in manifest["layers"].items()},
@@ -146,16 +163,31 @@ def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None)
     manifest = read_manifest(source)
     if weights in (None, manifest["weights"]["format"]):
         with replaced(folder) as staging:
-            for name in (*manifest["files"], MANIFEST):
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, staging / name)
+            _copy(source, (*manifest["files"], MANIFEST), staging)
             read_manifest(staging)
         return
     if weights not in WEIGHTS_NOTE:
         raise ModelError(f"weights must be {', '.join(WEIGHTS_NOTE)}, got {weights!r}")
-    graphs = (manifest["graph"], WEIGHTS)
-    texts = {name: json.loads((source / name).read_text(encoding="utf-8")) for name in manifest["files"] if name not in graphs}
-    write_folder(read_graph(source, ov.Core()), weights, texts, manifest, folder)
+    alike = [name for name in manifest["files"] if name not in (manifest["graph"], WEIGHTS)]
+
+    def further(staging: Path) -> Mapping[str, Any]:
+        _copy(source, alike, staging)
+        return dict(manifest.get("parts", {}))
+
+    write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder, further)
+
+
+def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def denoiser_bytes(folder: Path) -> int:
+    """Bytes of a deployed folder's files, less the other parts of its pipeline."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    others = (*PARTS.values(), *TOKENIZERS)
+    return sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] not in others)
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
 from pqcad_qat.diffusion.ddim import Array
 from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel, predict
-from pqcad_qat.diffusion.prompts import encode_prompts
+from pqcad_qat.diffusion.prompts import encode_prompts, kept_prompts
 from pqcad_qat.diffusion.sampling import guided
 from pqcad_qat.errors import ModelError
 
@@ -138,11 +138,13 @@ class Conditioned:
         source: names it in messages.
         inputs: what it takes beside x_t and t; () where nothing.
         null_class: the label that stands for no class, where it has one of its own.
+        folder: of its pipeline, for the text encoders there.
     """
 
     source: str
     inputs: tuple[ConditionInput, ...]
     null_class: int | None = None
+    folder: Path | None = None
 
     @property
     def labels(self) -> ConditionInput | None:
@@ -158,11 +160,13 @@ def conditioned(model: DiffusionModel) -> Conditioned:
     """What a full-precision model is conditioned on."""
     architecture = architecture_of(model.denoiser)
     null = None if architecture is None else architecture.null_class(model.denoiser.config)  # type: ignore[arg-type]
-    return Conditioned(model.source, model.condition_inputs, null)
+    return Conditioned(model.source, model.condition_inputs, null, model.folder)
 
 
-def chosen_conditions(asked: Conditioned, section: ConditionsPolicy) -> ConditionSet:
+def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path | None = None) -> ConditionSet:
     """What a policy's section gives to choose from; by default every class of a class-conditional model.
+
+    Encoded prompts are kept in the store, where one is given, and read back from there.
 
     Raises:
         ModelError: the model takes something else, or what is named cannot be read.
@@ -170,7 +174,10 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy) -> Conditio
     if section.embeddings is not None:
         return read_conditions(Path(section.embeddings), asked)
     if section.prompts is not None:
-        return checked_conditions(encode_prompts(Path(section.prompts), Path(asked.source)), asked, section.prompts)
+        prompts, folder = Path(section.prompts), asked.folder or Path(asked.source)
+        if store is not None:
+            return read_conditions(kept_prompts(prompts, folder, store), asked)
+        return checked_conditions(encode_prompts(prompts, folder), asked, section.prompts)
     if asked.labels is not None or (section.classes, section.unconditional_class) != ("all", None):
         return class_conditions(asked, section.classes, section.unconditional_class)
     if asked.inputs:
@@ -207,6 +214,12 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: not readable as safetensors: {error}") from error
     return checked_conditions(tensors, asked, str(path))
+
+
+def save_conditions(conditions: ConditionSet, path: Path) -> None:
+    """Write the file that `read_conditions` reads."""
+    other = {UNCONDITIONAL + name: value for name, value in conditions.unconditional.items()}
+    save_file({name: value.contiguous() for name, value in {**conditions.choices, **other}.items()}, path)
 
 
 def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where: str) -> ConditionSet:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, cast
@@ -40,12 +40,21 @@ PARTS = ("unet", "transformer")
 """Folders of a diffusers pipeline that hold a denoiser."""
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 
+SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
+"""In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
+
 WEIGHTS_AND_CONFIGS = (
     "model_index.json",
     "scheduler/*.json",
-    *(f"{part}/{file}" for part in PARTS for file in ("config.json", f"{WEIGHTS}*", "*.safetensors")),
+    *(f"{part}/config.json" for part in (*PARTS, "vae", "text_encoder*")),
+    *(
+        f"{weights}{kind}"
+        for weights in (*(f"{part}/diffusion_pytorch_model" for part in (*PARTS, "vae")), "text_encoder*/model")
+        for kind in (".safetensors", ".safetensors.index.json", f"{SHARD}.safetensors")
+    ),
+    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
 )
-"""What is taken of a hub id: the denoiser, its scheduler and configs."""
+"""Of a hub id: a whole pipeline's files, less other formats and variants of its weights, such as model.fp16.safetensors."""
 
 Condition = Mapping[str, Tensor]
 """What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
@@ -67,6 +76,7 @@ class DiffusionModel:
         source: as the user named it.
         digest: SHA-256 over the weights and both configs.
         custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config says it.
+        folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
     """
 
     denoiser: nn.Module
@@ -74,6 +84,7 @@ class DiffusionModel:
     source: str
     digest: str
     custom: RegisteredDenoiser | None = None
+    folder: Path | None = None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -212,7 +223,7 @@ def untrained_denoiser(config: Mapping[str, Any], where: str) -> tuple[nn.Module
         denoiser: Any = getattr(diffusers, architecture.name).from_config(dict(config))
     except Exception as error:  # diffusers raises anything on a config that it cannot follow
         raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {error}") from error
-    _resize(denoiser, architecture, None)
+    resize(denoiser, architecture, None)
     check_config(architecture, denoiser.config, where)
     return _without_label_dropout(denoiser).eval(), None
 
@@ -236,7 +247,7 @@ def _load_folder(folder: Path, source: str, sample_size: int | None) -> Diffusio
     resize(denoiser, architecture, sample_size)
     check_config(architecture, denoiser.config, str(part / "config.json"))
     scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])
-    return _model(_without_label_dropout(denoiser), scheduler, source)
+    return replace(_model(_without_label_dropout(denoiser), scheduler, source), folder=folder)
 
 
 def resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:

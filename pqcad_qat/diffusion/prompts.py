@@ -6,14 +6,16 @@ Not here: what is done with conditions (conditions.py). Takes the library transf
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from pqcad_qat.content_store import kept
+from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineParts, check_transformers
 from pqcad_qat.errors import ModelError
 
 LAYOUTS = {
@@ -33,6 +35,33 @@ HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "i
 BATCH = 16
 """Prompts encoded at a time."""
 
+EMBEDDINGS = "embeddings.safetensors"
+"""What is kept of prompts once they are encoded."""
+
+
+def kept_prompts(prompts: Path, folder: Path, store: Path) -> Path:
+    """The file of embeddings of these prompts by the encoders of this folder: made once, and read back from the store from then on.
+
+    Args:
+        prompts, folder: as of `encode_prompts`.
+        store: beside the runs; the file's place in it is named by the hash of the prompts, encoders, tokenizers and sizes.
+
+    Raises:
+        ModelError: as `encode_prompts`.
+    """
+    lines, (pipeline, names) = _lines(prompts), _layout(folder)
+    decides = {
+        "prompts": lines,
+        "pipeline": pipeline,
+        "encoders": PipelineParts(folder, {}).digest(*TEXT_ENCODERS, *TOKENIZERS),
+        "sizes": {name: value.tolist() for name, value in _sizes(folder, 1, names).items()},
+    }
+
+    def make(draft: Path) -> None:
+        save_file({name: value.contiguous() for name, value in encode_prompts(prompts, folder).items()}, draft / EMBEDDINGS)
+
+    return kept(store, decides, make) / EMBEDDINGS
+
 
 @torch.no_grad()
 def encode_prompts(prompts: Path, folder: Path) -> dict[str, Tensor]:
@@ -46,8 +75,7 @@ def encode_prompts(prompts: Path, folder: Path) -> dict[str, Tensor]:
         ModelError: transformers is not installed, there are no prompts, or no pipeline of a known class with text encoders.
     """
     lines = _lines(prompts)
-    if find_spec("transformers") is None:
-        raise ModelError("conditions.prompts: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'")
+    check_transformers("conditions.prompts")
     pipeline, names = _text_parts(folder)
     parts = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
     both = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
@@ -67,24 +95,27 @@ def _lines(prompts: Path) -> list[str]:
     return lines
 
 
-def _text_parts(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """The pipeline with its text encoders alone, and the names of what they give."""
+def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The class of the pipeline, and the names of what its encoders give."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(
-            f"conditions.prompts: {folder} is no local pipeline's folder with a text encoder; conditions.embeddings takes a file"
-        )
+        raise ModelError(f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; conditions.embeddings takes a file")
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if name not in LAYOUTS:
         raise ModelError(
             f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; conditions.embeddings takes a file of what the "
             "pipeline's own encode_prompt gives (README, Flow matching)"
         )
-    pipeline_class = getattr(diffusers, name)
-    known = json.loads(index.read_text(encoding="utf-8"))
+    return name, LAYOUTS[name]
+
+
+def _text_parts(folder: Path) -> tuple[Any, tuple[str, ...]]:
+    """The pipeline with its text encoders alone, and the names of what they give."""
+    name, names = _layout(folder)
+    known = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     absent = {part: None for part in HEAVY if part in known}
     try:
-        return pipeline_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **absent), LAYOUTS[name]
+        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **absent), names
     except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
 

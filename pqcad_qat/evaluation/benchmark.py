@@ -17,7 +17,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import MANIFEST, read_graph
+from pqcad_qat.deployment.folder import MANIFEST, denoiser_bytes, read_graph
 from pqcad_qat.deployment.modules import TracedDenoiser, fixed_rotations, swapped
 from pqcad_qat.deployment.runtime import compile_graph
 from pqcad_qat.deployment.timesteps import Times, timestep_tables
@@ -222,9 +222,11 @@ def nncf_baseline(float_model: ov.Model, calibration_inputs: Sequence[Inputs], f
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of a file, or of every file below a folder."""
+    """Bytes of a file, or of every file below a folder; of a deployed folder less the other parts of its pipeline."""
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder to measure")
+    if (path / MANIFEST).is_file():
+        return denoiser_bytes(path)
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
     return sum(entry.stat().st_size for entry in files)
 

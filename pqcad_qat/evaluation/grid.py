@@ -9,20 +9,21 @@ import math
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
 SMALLEST_SIDE = 96
 """Pixels a cell is enlarged to, without smoothing, so that small images can be judged."""
 
 
-def save_grid(images: Tensor, path: Path) -> None:
+def save_grid(images: npt.ArrayLike, path: Path) -> None:
     """Write uint8 images (N, C, H, W), C 1 or 3, row by row in a nearly square grid with a pixel of white between them."""
-    count, channels, height, width = images.shape
+    pictures = np.asarray(images)
+    count, channels, height, width = pictures.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, np.uint8)
-    for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+    for number, image in enumerate(pictures.transpose(0, 2, 3, 1)):
         top, left = number // columns * (height + 1), number % columns * (width + 1)
         sheet[top : top + height, left : left + width] = image
     picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)

@@ -186,6 +186,16 @@ class StorageRow:
 
 
 @dataclass(frozen=True)
+class PartRow:
+    """A part of the deployed folder beside the denoiser."""
+
+    part: str  # its folder: vae_decoder, text_encoder, ...
+    format: str  # "float", "int8-weights", "int8"
+    size_bytes: int
+    psnr: float | None  # dB against full precision: of pictures from the set's latents, of the last hidden state of random tokens
+
+
+@dataclass(frozen=True)
 class Reproduction:
     """How to get these numbers again."""
 
@@ -235,6 +245,7 @@ class Report:
     layers: tuple[LayerRow, ...] = ()
     profiles: Mapping[str, tuple[ProfileRow, ...]] = field(default_factory=dict)  # variant -> where its step's time went
     storage: tuple[StorageRow, ...] = ()  # of pqcad-openvino
+    parts: tuple[PartRow, ...] = ()  # of the deployed folder, beside the denoiser
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION

@@ -24,6 +24,7 @@ from pqcad_qat.evaluation.record import (
     Hardware,
     LayerRow,
     Parity,
+    PartRow,
     ProfileRow,
     Report,
     Reproduction,
@@ -101,6 +102,7 @@ def report_of(facts: RunFacts) -> Report:
         layers=tuple(_layers(facts)),
         profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()},
         storage=tuple(_storage(facts)) if "export" in facts.stages else (),
+        parts=tuple(PartRow(**part) for part in facts.stages.get("export", {}).get("parts", ())),
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import MANIFEST, SCHEDULER_CONFIG, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, PARTS, SCHEDULER_CONFIG, read_manifest
+from pqcad_qat.deployment.part_runtime import PictureDecoder
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.architectures import condition_inputs
 from pqcad_qat.diffusion.conditions import (
@@ -28,8 +29,9 @@ from pqcad_qat.diffusion.conditions import (
     conditioned,
     guided_call,
 )
-from pqcad_qat.diffusion.denoiser import denoiser_folder, is_latent, load_model, predict, read_json
+from pqcad_qat.diffusion.denoiser import DiffusionModel, denoiser_folder, is_latent, load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
+from pqcad_qat.diffusion.pipeline_parts import VAE, decoded, pipeline_parts
 from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
@@ -64,6 +66,7 @@ class Variant:
         sample_shape: (C, H, W).
         conditions: that its images choose from.
         guidance_scale: of classifier-free guidance, 1 for none.
+        decode: of a model of latents: x_0 (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1]; None without a VAE.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Variant:
     sample_shape: tuple[int, int, int]
     conditions: ConditionSet = field(default_factory=ConditionSet)
     guidance_scale: float = 1.0
+    decode: Callable[[Float32], Float32] | None = None
 
     @property
     def latent(self) -> bool:
@@ -101,7 +105,10 @@ def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Varia
     model = OVUNet2DModel.from_pretrained(folder)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     schedule = noise_schedule(scheduler)
-    return Variant(name, "openvino", model.predict, schedule, steps or scheduler.get(STEPS, DEFAULT_STEPS), model.sample_shape)
+    variant = Variant(name, "openvino", model.predict, schedule, steps or scheduler.get(STEPS, DEFAULT_STEPS), model.sample_shape)
+    if PARTS[VAE] not in model.manifest.get("parts", {}):
+        return variant
+    return replace(variant, decode=lambda latents: PictureDecoder(folder, model.sample_shape)(latents))
 
 
 def openvino_file_variant(
@@ -152,7 +159,8 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     for deployed in (folder, folder / "openvino"):
         if (deployed / MANIFEST).is_file():
             takes = condition_inputs(read_manifest(deployed).get("conditions", ()))
-            return openvino_variant(folder.name, deployed, steps), Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
+            variant = openvino_variant(folder.name, deployed, steps)
+            return variant, Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
     if is_quantized_folder(folder):
         model, _, own = load_quantized(folder)
     elif (denoiser_folder(folder) / "config.json").is_file() or not folder.exists():
@@ -160,7 +168,20 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     else:
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
     variant = pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
-    return variant, conditioned(model), model.scheduler_config
+    return replace(variant, decode=decoder_of(model)), conditioned(model), model.scheduler_config
+
+
+def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
+    """Latents to pictures, by the full-precision VAE that stands beside the model; it is loaded when it is called."""
+    parts = pipeline_parts(model.folder)
+    if parts is None or not model.latent or not parts.has(VAE):
+        return None
+
+    def decode(latents: Float32) -> Float32:
+        pictures: Float32 = decoded(parts.load(VAE), torch.from_numpy(latents)).numpy()
+        return pictures
+
+    return decode
 
 
 def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:

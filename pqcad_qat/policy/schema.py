@@ -90,7 +90,7 @@ class ConditionsPolicy(Section):
         None, description="safetensors file: a tensor for each condition, prompts first; unconditional.NAME for guidance"
     )
     prompts: Text | None = Field(
-        None, description="text file, a prompt a line, for a local pipeline folder with text_encoder and tokenizer; takes the extra text"
+        None, description="text file, a prompt a line, for a pipeline with text_encoder and tokenizer; takes the extra text"
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -256,6 +256,19 @@ class EvaluationPolicy(Section):
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 
 
+class PipelinePolicy(Section):
+    """The parts of a pipeline beside its denoiser, exported into the deployed folder with it."""
+
+    vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
+        "auto",
+        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; auto: float if any",
+    )
+    text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
+        "auto",
+        description="text encoders and tokenizers: float (float16 on disk), int8-weights; auto: int8-weights if any; takes the extra text",
+    )
+
+
 class ExportPolicy(Section):
     """The deployed folder, and how its speed is measured."""
 
@@ -281,6 +294,7 @@ class Policy(Section):
     training: TrainingPolicy = TrainingPolicy()
     evaluation: EvaluationPolicy = EvaluationPolicy()
     export: ExportPolicy = ExportPolicy()
+    pipeline: PipelinePolicy = PipelinePolicy()
 
     @property
     def student_steps_by_round(self) -> tuple[int, ...]:

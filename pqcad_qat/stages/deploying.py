@@ -20,6 +20,8 @@ from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.modules import needs_vnni
+from pqcad_qat.deployment.part_parity import part_parity
+from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
@@ -54,9 +56,10 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
     with work.folder.stage("export") as stage:
         if not stage.new:
             return
+        deployed_parts = _parts(work, calibration)
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
-        scheduler = {**model.scheduler_config, STEPS: steps, **_guidance(work)}
+        scheduler = {**_scheduler(work), STEPS: steps, **_guidance(work)}
         save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
@@ -71,13 +74,13 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             **_guidance(work),
         }
 
-        def write(folder: Path, weights: Any) -> None:
+        def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
             batch, visited = policy.export.batch_size, calibration.timesteps
-            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited)
+            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts)
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
-            write(shipped, policy.export.weights)
+            write(shipped, policy.export.weights, deployed_parts)
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
             _refuse_float(shipped, work.prepared.plan, executed.precisions)
@@ -97,8 +100,15 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
                 "exact": {layer.name: layer.exact for layer in parity.layers},
             },
             end_to_end_psnr=psnr,
+            parts=[asdict(part) for part in (() if deployed_parts is None else part_parity(deployed_parts, shipped))],
             packed_bytes=size_bytes(work.path / "baselines" / "packed"),
         )
+
+
+def _scheduler(work: Work) -> Mapping[str, Any]:
+    """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for."""
+    config = work.prepared.model.scheduler_config
+    return {**config, "_class_name": "DDIMScheduler"} if work.prepared.part_formats else config
 
 
 def _guidance(work: Work) -> dict[str, Any]:
@@ -107,6 +117,12 @@ def _guidance(work: Work) -> dict[str, Any]:
         return {}
     scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
     return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
+
+
+def _parts(work: Work, calibration: CalibrationSet) -> PartsToDeploy | None:
+    """What stands beside the denoiser in the deployed folder."""
+    source, formats = work.prepared.parts, work.prepared.part_formats
+    return PartsToDeploy(source, formats, calibration.images) if source is not None and formats else None
 
 
 def _refuse_float(folder: Path, plan: Sequence[LayerPlan], precisions: Mapping[str, str]) -> None:

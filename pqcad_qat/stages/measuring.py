@@ -20,12 +20,20 @@ from torch import Tensor, nn
 from pqcad_qat.content_store import kept
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.images import to_uint8
+from pqcad_qat.diffusion.pipeline_parts import VAE
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.evaluation.fidelity import evaluate_images, evaluate_latents
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
-from pqcad_qat.evaluation.variant import Variant, openvino_file_variant, openvino_variant, pytorch_variant, sample_states
+from pqcad_qat.evaluation.variant import (
+    Variant,
+    decoder_of,
+    openvino_file_variant,
+    openvino_variant,
+    pytorch_variant,
+    sample_states,
+)
 from pqcad_qat.policy.variants import TRAINED, UNTRAINED
 from pqcad_qat.processes import agreed
 from pqcad_qat.stages.deploying import baseline_recipe, openvino_files
@@ -38,10 +46,11 @@ UNSAMPLED = ("ov-fp32", "ov-bf16")
 
 NO_FID = "No FID: evaluation.features is none, so there are figures against full precision only."
 
-OF_LATENTS = (
-    " The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; pictures show their first "
-    "channels."
-)
+OF_LATENTS = " The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
+DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pictures show their first channels."
+
+PICTURES = 10
+"""Images of a variant that the report shows."""
 
 
 def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
@@ -66,6 +75,9 @@ def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Map
     with work.bar(f"sample {name}", count * variant.steps) as advance:
         states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance)
     samples = {"latents": states} if work.prepared.model.latent else {"images": to_uint8(states)}
+    if (decode := decoder_of(work.prepared.model)) is not None:
+        with work.console.status(f"sample {name}: decoding"):
+            samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
     save_file(samples, folder / _images_file(work, name).name)
 
 
@@ -85,6 +97,8 @@ def _samples_recipe(work: Work, name: str) -> dict[str, Any]:
     }
     if digest := work.prepared.conditions.digest:
         decides |= {"conditions": digest, "guidance_scale": work.policy.guidance_scale(name)}
+    if (parts := work.prepared.parts) is not None and decoder_of(work.prepared.model) is not None:
+        decides["decoder"] = parts.digest(VAE)
     return {"samples": source, "sampler": work.schedule.sampler, "variant": name, **decides}
 
 
@@ -130,7 +144,8 @@ def evaluate(work: Work) -> None:
             "features": features.source,
             "sampler": work.schedule.sampler,
         }
-        note = "" if features else NO_FID + (OF_LATENTS if latent else "")
+        of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(work.prepared.model) is None else DECODED)
+        note = "" if features else NO_FID + (of_latents if latent else "")
         stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
 
 
@@ -147,7 +162,7 @@ def _write_report(work: Work, command: str) -> None:
     facts = RunFacts(work.policy, work.prepared.plan, work.prepared.split, stages, work.folder.seconds(), tuple(work.warnings), command)
     shown: list[str] = [name for name in work.made if name not in UNSAMPLED]
     full = _samples(work, "fp32")
-    samples = {name: _pictures(_samples(work, name)[:10], full) for name in shown}
+    samples = {name: _pictures(load_file(_images_file(work, name)), full) for name in shown}
     write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
 
 
@@ -157,15 +172,18 @@ def _images_file(work: Work, name: str) -> Path:
 
 def _samples(work: Work, name: str) -> Tensor:
     """A variant's images (uint8), or its latents (float32)."""
-    found: Tensor
-    (found,) = load_file(_images_file(work, name)).values()
-    return found
+    found: Mapping[str, Tensor] = load_file(_images_file(work, name))
+    return found["latents"] if "latents" in found else found["images"]
 
 
-def _pictures(samples: Tensor, full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Samples as pictures in [-1, 1]: images as they are, of latents the first channels, scaled by the range of full precision's."""
-    if samples.dtype == torch.uint8:
-        return np.asarray(samples.numpy() / np.float32(127.5) - 1, np.float32)
-    low, high = full.min(), full.max()
-    shown = samples[:, : 3 if samples.shape[1] > 2 else 1]
+def _pictures(samples: Mapping[str, Tensor], full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Samples as pictures in [-1, 1]: images as they are, latents as they were decoded.
+
+    Of latents that nothing decodes the first channels, scaled by the range of full precision's.
+    """
+    images = samples.get("pictures", samples.get("images"))
+    if images is not None:
+        return np.asarray(images[:PICTURES].numpy() / np.float32(127.5) - 1, np.float32)
+    low, high, latents = full.min(), full.max(), samples["latents"][:PICTURES]
+    shown = latents[:, : 3 if latents.shape[1] > 2 else 1]
     return np.asarray(((shown - low) / (high - low) * 2 - 1).clamp(-1, 1), np.float32)

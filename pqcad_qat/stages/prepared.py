@@ -5,13 +5,17 @@ Not here: a run's folder (work.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
+from pqcad_qat.deployment.parts import PartFormat, chosen_formats
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
+from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.errors import ModelError
@@ -38,26 +42,32 @@ class Prepared:
         split: the denoiser with its shortcuts split, on which the plan stands; all else is around the same Parameters.
         plan: of every layer that will be quantized.
         conditions: that trajectories and images choose from.
+        parts: of its pipeline, None where it stands alone.
+        part_formats: how they are deployed, of those that are.
     """
 
     model: DiffusionModel
     split: nn.Module
     plan: tuple[LayerPlan, ...]
     conditions: ConditionSet = field(default_factory=ConditionSet)
+    parts: PipelineParts | None = None
+    part_formats: Mapping[str, PartFormat] = field(default_factory=dict)
 
 
-def prepare(policy: Policy) -> Prepared:
-    """Load the policy's model and plan its layers; nothing is written.
+def prepare(policy: Policy, store: Path | None = None) -> Prepared:
+    """Load the policy's model and plan its layers; nothing is written but encoded prompts into the store, where one is given.
 
     Raises:
-        ModelError: the model cannot be loaded, or the policy's sampler, conditions or guidance do not fit it.
+        ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline do not fit it.
         PlanError: the rules do not fit it.
     """
     model = load_model(policy.model.source, policy.model.sample_size)
     check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
-    conditions = chosen_conditions(conditioned(model), policy.conditions)
+    conditions = chosen_conditions(conditioned(model), policy.conditions, store)
     check_guidance(policy.sampler.guidance_scale, conditions)
-    return Prepared(model, *_planned(policy, model), conditions)
+    parts = pipeline_parts(model.folder)
+    formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
+    return Prepared(model, *_planned(policy, model), conditions, parts, formats)
 
 
 def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:

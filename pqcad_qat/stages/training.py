@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,14 +22,14 @@ from torch import nn
 
 from pqcad_qat.content_store import kept
 from pqcad_qat.diffusion.calibration import CalibrationSet, calibration_set
-from pqcad_qat.diffusion.conditions import Guidance
+from pqcad_qat.diffusion.conditions import Guidance, save_conditions
 from pqcad_qat.diffusion.sampling import initial_noise
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import round_name
 from pqcad_qat.processes import agreed, is_first
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.run_folder import write_atomically
+from pqcad_qat.run_folder import EMBEDDINGS, write_atomically
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, calibration_recipe
 from pqcad_qat.stages.work import Work
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
@@ -52,6 +53,7 @@ WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
 def calibrate(work: Work) -> CalibrationSet:
     """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
     policy, recipe = work.policy, calibration_recipe(work.policy, work.prepared)
+    _keep_embeddings(work)
     calls = recipe.trajectories * recipe.refinement * len(work.schedule.passing((recipe.steps, *recipe.also)))
     with work.folder.stage("calibration") as stage, work.bar("calibration", calls) as advance:
         store = work.path.parent / CALIBRATION
@@ -62,6 +64,16 @@ def calibrate(work: Work) -> CalibrationSet:
             work.link("calibration", folder)
         stage.done(set=folder.name)
     return found
+
+
+def _keep_embeddings(work: Work) -> None:
+    """The conditions of a model of text in the run's own folder, since the files that a policy names may move."""
+    file, section = work.path / EMBEDDINGS, work.policy.conditions
+    if not is_first() or file.exists() or (section.prompts, section.embeddings) == (None, None):
+        return
+    draft = file.with_name(f".{EMBEDDINGS}.{os.getpid()}")
+    save_conditions(work.prepared.conditions, draft)
+    draft.replace(file)
 
 
 def progressive(work: Work, calibration: CalibrationSet) -> nn.Module:

@@ -1,0 +1,79 @@
+"""How near the deployed parts of a pipeline are to full precision's, from the files that ship: PSNR of pictures and of text's embeddings.
+
+Not here: the denoiser's own proofs (verification.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pqcad_qat.deployment.folder import PARTS
+from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
+from pqcad_qat.deployment.parts import PartsToDeploy
+from pqcad_qat.deployment.verification import end_to_end_psnr
+from pqcad_qat.diffusion.pipeline_parts import VAE, decoded
+
+PICTURES, TEXTS = 4, 8
+"""Latents of the calibration set, and rows of seeded random tokens, that are compared."""
+
+
+@dataclass(frozen=True)
+class PartParity:
+    """One part of a deployed folder.
+
+    Attributes:
+        part: its folder.
+        format: as its manifest says.
+        size_bytes: of its files.
+        psnr: dB against full precision; the peak is the range of what full precision gives.
+    """
+
+    part: str
+    format: str
+    size_bytes: int
+    psnr: float
+
+
+def part_parity(parts: PartsToDeploy, folder: Path) -> tuple[PartParity, ...]:
+    """Every part of a deployed folder against its source.
+
+    Raises:
+        ModelError: a part that cannot be loaded.
+    """
+    found = []
+    for part, form in parts.formats.items():
+        files = (path for path in (folder / PARTS[part]).rglob("*") if path.is_file())
+        psnr = _picture_psnr(parts, folder) if part == VAE else _text_psnr(parts, part, folder)
+        found.append(PartParity(PARTS[part], form, sum(path.stat().st_size for path in files), psnr))
+    return tuple(found)
+
+
+def _picture_psnr(parts: PartsToDeploy, folder: Path) -> float:
+    latents = parts.latents[:PICTURES]
+    _, channels, height, width = latents.shape
+    found = PictureDecoder(folder, (channels, height, width))(latents.numpy())
+    return end_to_end_psnr(found, decoded(parts.source.load(VAE), latents).numpy())
+
+
+@torch.no_grad()
+def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
+    """Of the last hidden state."""
+    deployed, full = PromptEncoder(folder, part), parts.source.load(part)
+    texts = _random_texts(deployed)
+    found = np.concatenate([deployed.encoded(row[None], ["last_hidden_state"])["last_hidden_state"] for row in texts])
+    wanted: Any = full(input_ids=torch.from_numpy(texts))
+    return end_to_end_psnr(found, wanted.last_hidden_state.numpy())
+
+
+def _random_texts(encoder: PromptEncoder) -> npt.NDArray[np.int64]:
+    """(TEXTS, tokens): the empty prompt's tokens, of which all but the first and last are replaced by random ones of lower number."""
+    texts = np.repeat(encoder.ids(""), TEXTS, 0)
+    first = int(texts[0, 0])
+    texts[:, 1:-1] = np.random.default_rng(0).integers(first, size=texts[:, 1:-1].shape)
+    return texts

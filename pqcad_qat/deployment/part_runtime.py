@@ -1,0 +1,122 @@
+"""Run the other parts of a deployed folder: its VAE decoder, and its text encoders with their tokenizers.
+
+Not here: the denoiser (runtime.py), how parts are made (parts.py), or what a pipeline makes of them (text_to_image.py). Needs openvino and
+numpy; prompts take the library tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from pqcad_qat.deployment.folder import PARTS
+from pqcad_qat.deployment.runtime import Float32, compile_graph
+from pqcad_qat.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MODEL = "openvino_model.xml"
+
+
+class PictureDecoder:
+    """The VAE's decoder, compiled for one picture at a time.
+
+    Attributes:
+        config: diffusers' config of the VAE.
+        factor: pixels of a picture's side for one of its latents'.
+    """
+
+    def __init__(
+        self, folder: Path, sample_shape: tuple[int, int, int], device: str = "CPU", properties: Mapping[str, Any] | None = None
+    ) -> None:
+        """`folder` is deployed; `sample_shape` (C, h, w) is that of its latents."""
+        self.config = _json(folder / PARTS["vae"] / "config.json")
+        self.factor: int = 2 ** (len(self.config["block_out_channels"]) - 1)
+        self._request = _compiled(folder / PARTS["vae"], (1, *sample_shape), device, properties).create_infer_request()
+
+    def __call__(self, latents: Float32) -> Float32:
+        """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
+        scaled = np.asarray(latents / self.config["scaling_factor"] + (self.config.get("shift_factor") or 0.0), np.float32)
+        pictures = []
+        for one in np.split(scaled, len(scaled)):
+            self._request.infer([np.ascontiguousarray(one)])
+            pictures.append(np.array(self._request.get_output_tensor(0).data))
+        return np.concatenate(pictures)
+
+
+class PromptEncoder:
+    """A text encoder and its tokenizer, compiled for one prompt at a time.
+
+    Attributes:
+        layers: of the encoder; it gives `hidden_states.0` to `hidden_states.LAYERS`.
+        tokens: that every prompt is filled up or cut to.
+    """
+
+    def __init__(self, folder: Path, part: str, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
+        """`folder` is deployed; `part` is text_encoder or text_encoder_2."""
+        config = _json(folder / part / "config.json")
+        self.layers: int = config["num_hidden_layers"]
+        self.tokens: int = config["max_position_embeddings"]
+        self._tokenizer = _tokenizer(folder / part.replace("text_encoder", "tokenizer"), self.tokens)
+        self._compiled = _compiled(folder / part, (1, self.tokens), device, properties)
+
+    def ids(self, prompt: str) -> npt.NDArray[np.int64]:
+        """(1, tokens)."""
+        return np.array([self._tokenizer.encode(prompt).ids], np.int64)
+
+    def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, Float32]:
+        """What the encoder gives for a prompt, by name, (1, ...)."""
+        return self.encoded(self.ids(prompt), outputs)
+
+    def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str]) -> dict[str, Float32]:
+        """The same for tokens (1, tokens)."""
+        found = self._compiled([ids])
+        return {name: np.array(found[name]) for name in outputs}
+
+
+def _compiled(part: Path, shape: tuple[int, ...], device: str, properties: Mapping[str, Any] | None) -> ov.CompiledModel:
+    """A part's graph of a fixed shape.
+
+    Raises:
+        ModelError: OpenVINO cannot read or compile it.
+    """
+    core = ov.Core()
+    try:
+        graph = core.read_model(part / MODEL)
+        graph.reshape(list(shape))
+    except RuntimeError as error:
+        raise ModelError(f"{part / MODEL}: OpenVINO cannot read it with input {shape}: {error}") from error
+    return compile_graph(graph, core, device, properties)
+
+
+def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
+    """A tokenizer that cuts and fills up prompts as the pipeline's own does.
+
+    Raises:
+        ModelError: the library tokenizers is not installed, or the pipeline's padding token is not in the vocabulary.
+    """
+    if find_spec("tokenizers") is None:
+        raise ModelError(f"{folder}: takes the library tokenizers, which is not installed: pip install tokenizers")
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    named = _json(folder / "tokenizer_config.json").get("pad_token")
+    padding = named["content"] if isinstance(named, dict) else named
+    if padding is None or (number := made.token_to_id(padding)) is None:
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: pad_token: got {named!r}; allowed a token of the vocabulary")
+    made.enable_truncation(tokens)
+    made.enable_padding(length=tokens, pad_id=number, pad_token=padding)
+    return made
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,210 @@
+"""The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as optimum-intel lays them out.
+
+Not here: where they come from (diffusion/pipeline_parts.py), the denoiser (export.py), or how they are run (part_runtime.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.deployment.folder import PARTS, write_json
+from pqcad_qat.diffusion.denoiser import read_json
+from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, VAE, PipelineParts, check_transformers, to_decoder
+from pqcad_qat.errors import ExportError, ModelError
+
+PartFormat = Literal["float", "int8-weights", "int8"]
+
+AUTOMATIC: Mapping[str, PartFormat] = {VAE: "float", **dict.fromkeys(TEXT_ENCODERS, "int8-weights")}
+"""What `auto` stands for."""
+
+MODEL, TOKENIZER = "openvino_model.xml", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class PartsToDeploy:
+    """What is to stand beside the denoiser.
+
+    Attributes:
+        source: the full-precision pipeline.
+        formats: its part -> how it is written, of those that are deployed.
+        latents: (N, C, h, w), as the denoiser gives them: what an INT8 VAE is calibrated on, and what its size is taken from.
+    """
+
+    source: PipelineParts
+    formats: Mapping[str, PartFormat]
+    latents: Tensor
+
+
+def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named: str) -> dict[str, PartFormat]:
+    """Part -> how it is deployed, as a policy's section has it; {} where there is nothing.
+
+    Args:
+        source: the parts of the model's folder.
+        asked: `vae` and `text_encoder`, each auto, none, or a format; what is asked of text_encoder holds for text_encoder_2 too.
+        named: the model, for messages.
+
+    Raises:
+        ModelError: a part that is asked for is not there, or cannot be taken.
+    """
+    formats: dict[str, PartFormat] = {}
+    for key, parts in ((VAE, (VAE,)), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
+        present = [part for part in parts if source is not None and source.has(part)]
+        if not present and asked[key] not in ("auto", "none"):
+            raise ModelError(f"pipeline.{key}: got {asked[key]}; allowed auto or none: {named} has no {key}")
+        if asked[key] != "none":
+            formats |= {part: AUTOMATIC[part] if asked[key] == "auto" else cast(PartFormat, asked[key]) for part in present}
+    for part in formats:
+        assert source is not None
+        source.class_of(part)
+        if part != VAE:
+            check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
+            _check_tokenizer(source.folder / _tokenizer(part))
+    return formats
+
+
+def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]:
+    """Write every part below a deployed folder; what its manifest says of them.
+
+    Raises:
+        ModelError: a part cannot be loaded.
+        ExportError: it cannot be converted.
+    """
+    written = {}
+    for part, form in parts.formats.items():
+        module = parts.source.load(part)
+        place = folder / PARTS[part]
+        with _named(part):
+            graph = _decoder(module, parts.latents) if part == VAE else _text_encoder(module, parts.source.folder / part)
+            graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
+            place.mkdir(parents=True)
+            ov.save_model(graph, place / MODEL, compress_to_fp16=True)
+        write_json(place / "config.json", _config(module, parts.source.folder / part))
+        if part != VAE:
+            _write_tokenizer(parts.source.folder / _tokenizer(part), folder / _tokenizer(part))
+        written[PARTS[part]] = {"class": parts.source.class_of(part), "format": form}
+    return written
+
+
+def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
+    """The source's model_index.json, as of the deployed folder: what is not in it is null, and of the denoiser it names `denoiser`."""
+    kept = {*parts.formats, *(_tokenizer(part) for part in parts.formats if part != VAE), "scheduler"}
+    index: dict[str, Any] = {}
+    for name, entry in parts.source.index.items():
+        if name in ("unet", "transformer"):
+            index[name] = list(denoiser)
+        elif isinstance(entry, list):
+            index[name] = entry if name in kept else [None, None]
+        elif name != "_name_or_path":
+            index[name] = entry
+    return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
+
+
+def _tokenizer(part: str) -> str:
+    return part.replace("text_encoder", "tokenizer")
+
+
+class _Decoder(nn.Module):
+    """latent_sample (B, C, h, w), scaled -> sample (B, 3, H, W)."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.vae).decode(latent_sample, return_dict=False)[0])
+
+
+class _TextEncoder(nn.Module):
+    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens, width)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        pooled = hasattr(found, "text_embeds")
+        first = (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
+        return (*first, *found.hidden_states)
+
+
+def _decoder(vae: nn.Module, latents: Tensor) -> ov.Model:
+    return _converted(_Decoder(vae), latents[:1].float(), "latent_sample", ["sample"])
+
+
+def _text_encoder(encoder: nn.Module, folder: Path) -> ov.Model:
+    config = read_json(folder / "config.json")
+    tokens, last = config["max_position_embeddings"], config["eos_token_id"]
+    given = torch.full((1, tokens), last, dtype=torch.int64)
+    pooled = encoder.__class__.__name__.endswith("WithProjection")
+    first = ["text_embeds", "last_hidden_state"] if pooled else ["last_hidden_state", "pooler_output"]
+    states = [f"hidden_states.{layer}" for layer in range(config["num_hidden_layers"] + 1)]
+    return _converted(_TextEncoder(encoder), given, "input_ids", [*first, *states])
+
+
+@torch.no_grad()
+def _converted(module: nn.Module, given: Tensor, name: str, outputs: Sequence[str]) -> ov.Model:
+    """A graph of any batch, its ports named."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the tracer says of sizes, which are fixed but for the batch
+        traced = torch.jit.trace(module, given, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        graph: ov.Model = ov.convert_model(traced, example_input=given, input=[ov.PartialShape([-1, *given.shape[1:]])])
+    graph.inputs[0].get_tensor().set_names({name})
+    for port, known in zip(graph.outputs, outputs, strict=True):
+        port.get_tensor().set_names({known})
+    return graph
+
+
+def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:
+    import nncf  # takes seconds
+
+    nncf.set_log_level(logging.WARNING)
+    if form == "int8-weights":
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    if form == "int8":
+        return nncf.quantize(graph, nncf.Dataset([one.numpy() for one in calibration]), subset_size=len(calibration))
+    return graph
+
+
+def _scaled(vae: nn.Module, latents: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(to_decoder(cast(Any, vae).config, latents), 1)
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"{part}: cannot be converted to OpenVINO: {error}") from error
+
+
+def _config(module: nn.Module, source: Path) -> dict[str, Any]:
+    """The part's config, with every default of its class where it is one of diffusers'."""
+    config = dict(cast(Any, module).config) if hasattr(module, "decode") else read_json(source / "config.json")
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ModelError(f"{folder}: has no tokenizer_config.json; a text encoder is deployed with its tokenizer")
+
+
+def _write_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not among them."""
+    shutil.copytree(source, folder)
+    if not (folder / TOKENIZER).is_file():
+        from transformers import CLIPTokenizer
+
+        made = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+        made.backend_tokenizer.save(str(folder / TOKENIZER))

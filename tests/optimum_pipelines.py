@@ -1,0 +1,70 @@
+"""Deployed text-to-image folders in optimum-intel's OVDiffusionPipeline: it executes in INT8, and gives the images of our runtime.
+
+`tox -e check,optimum` runs it where optimum-intel is and we are not, on folders that `served_pipelines` made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from optimum.intel import OVDiffusionPipeline
+
+CLASSES = {"stable-diffusion": "OVStableDiffusionPipeline", "stable-diffusion-xl": "OVStableDiffusionXLPipeline"}
+
+LEVELS = 1
+"""Of 255, that a picture may differ by with the shapes fixed: the order in which a step's terms are added."""
+
+NEAR_DB = 30.0
+"""PSNR with sizes that are free, as optimum-intel has them by default: its kernels add in another order, and values beside a rounding
+boundary fall to either side of it."""
+
+
+def image_of(pipeline: Any, kind: Path) -> np.ndarray:
+    """The picture (1, 3, H, W), whole numbers from 0 to 255, that is asked for."""
+    asked = json.loads((kind / "asked.json").read_text())
+    given = {"negative_prompt": asked["negative"], "guidance_scale": asked["guidance"], "num_inference_steps": asked["steps"]}
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(asked["prompt"], latents=torch.from_numpy(np.load(kind / "noise.npy")), output_type="np", **given).images
+    return np.rint(255 * found.transpose(0, 3, 1, 2))
+
+
+def int8_share(compiled: Any) -> float:
+    """The share of convolutions and matrix products that execute in INT8."""
+    precisions = []
+    for node in compiled.get_runtime_model().get_ops():
+        info = {key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()}
+        if info["layerType"] in ("Convolution", "FullyConnected"):
+            precisions.append(info["runtimePrecision"])
+    return sum(precision in ("i8", "u8") for precision in precisions) / len(precisions)
+
+
+def check(kind: Path) -> None:
+    """Raises AssertionError where the pipeline is of another class, leaves INT8, or its picture is another one."""
+    wanted = np.load(kind / "image.npy").astype(float)
+    assert wanted.std() > 10
+    pipeline = OVDiffusionPipeline.from_pretrained(kind / "openvino", ov_config={"INFERENCE_PRECISION_HINT": "f32"})
+    assert type(pipeline).__name__ == CLASSES[kind.name], type(pipeline)
+    free = image_of(pipeline, kind)
+    decibels = 20 * np.log10(255 / np.sqrt(np.mean((free - wanted) ** 2) + 1e-9))
+    assert decibels > NEAR_DB, f"{kind.name}: {decibels:.1f} dB with free sizes"
+    assert (share := int8_share(pipeline.unet.request)) == 1.0, f"{kind.name}: {share:.0%} of the denoiser's layers in INT8"
+    pipeline.reshape(batch_size=1, height=wanted.shape[2], width=wanted.shape[3], num_images_per_prompt=1)
+    off = np.abs(image_of(pipeline, kind) - wanted).max()
+    assert off <= LEVELS, f"{kind.name}: off by {off} of 255"
+    print(f"{kind.name}: off by {off:.0f} of 255, with free sizes by {np.abs(free - wanted).max():.0f}, the denoiser in INT8")
+
+
+def main(served: Path) -> None:
+    assert importlib.util.find_spec("pqcad_qat") is None
+    for name in CLASSES:
+        check(served / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,178 @@
+"""Prompts of a deployed folder: the pictures of diffusers' own pipeline, without PyTorch; and what a folder must hold for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, environment
+from PIL import Image
+
+pytest.importorskip("transformers")
+
+import diffusers
+import serving
+from text_pipelines import SCALE, TOKENS, DeployedPipeline, float_pipeline
+from torch import Tensor
+
+from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, sha256
+from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.deployment.text_to_image import TextToImage
+from pqcad_qat.diffusion.sampling import initial_noise
+from pqcad_qat.errors import ModelError
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+LONG = "a cat, a dog, and a cat on a dog"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
+    return float_pipeline("stable-diffusion", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
+    return float_pipeline("stable-diffusion-xl", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def ours(plain: DeployedPipeline) -> TextToImage:
+    return TextToImage.from_pretrained(plain.folder, properties=F32)
+
+
+def pipeline_of(where: DeployedPipeline) -> Any:
+    """diffusers' own pipeline of the source, with DDIM as the deployed folder has it."""
+    name = json.loads((where.source.folder / MODEL_INDEX).read_text())["_class_name"]
+    found = getattr(diffusers, name).from_pretrained(where.source.folder)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("prompt", "negative", "scale"), [("a cat", None, SCALE), (LONG, "two dogs", 2.0), ("", None, 1.0)])
+def test_a_prompt_gives_the_picture_of_diffusers_around_the_same_denoiser(
+    plain: DeployedPipeline, ours: TextToImage, prompt: str, negative: str | None, scale: float
+) -> None:
+    theirs = pipeline_of(plain)
+    theirs.register_modules(unet=OVUNet2DModel.from_pretrained(plain.folder, properties=F32))
+    asked = {"num_inference_steps": 3, "guidance_scale": scale, "negative_prompt": negative, "output_type": "np"}
+    wanted = theirs(prompt, latents=torch.from_numpy(initial_noise(5, 0, 1, (4, 8, 8))), **asked).images.transpose(0, 3, 1, 2)
+    found = ours(prompt, negative, scale, seed=5)
+    assert found.shape == (1, 3, 16, 16)
+    assert found.std() > 10
+    off = np.abs(found - 255 * wanted)
+    assert off.mean() < 1  # of 255: weights of the parts are in float16, and a value may be rounded to either side of a boundary
+    assert off.max() < 12
+
+
+@torch.no_grad()
+def encoded(where: DeployedPipeline, prompt: str, negative: str | None) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = pipeline_of(where).encode_prompt(
+        prompt, negative_prompt=negative, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("negative", [None, "", "a dog"])
+def test_two_encoders_give_the_embeddings_of_diffusers(large: DeployedPipeline, negative: str | None) -> None:
+    pipeline = TextToImage.from_pretrained(large.folder, properties=F32)
+    states, other_states, pooled, other_pooled = encoded(large, LONG, negative)
+    found = pipeline.embeddings(LONG)
+    other = pipeline._other(found, negative)
+    for name, one, two in (("encoder_hidden_states", states, other_states), ("text_embeds", pooled, other_pooled)):
+        np.testing.assert_allclose(found[name], one.numpy(), atol=5e-3, err_msg=name)
+        np.testing.assert_allclose(other[name], two.numpy(), atol=5e-3, err_msg=name)
+    assert found["time_ids"].tolist() == other["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert other["text_embeds"].any() != (negative is None)
+    assert pipeline("a cat", negative).std() > 10
+
+
+def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(large: DeployedPipeline) -> None:
+    pipeline, full = TextToImage.from_pretrained(large.folder), pipeline_of(large)
+    for encoder, tokenizer in zip(pipeline.encoders, (full.tokenizer, full.tokenizer_2), strict=True):
+        for prompt in ("", "A Cat!", "ein Hündchen  läuft", LONG):
+            wanted = tokenizer(prompt, padding="max_length", max_length=TOKENS, truncation=True).input_ids
+            assert encoder.ids(prompt)[0].tolist() == wanted
+    assert pipeline.encoders[0].ids("")[0, -1] != pipeline.encoders[1].ids("")[0, -1]  # they fill up with other tokens
+
+
+def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None:
+    steps: list[int] = []
+    three = ours("a cat", count=3, seed=2, steps=4, advance=steps.append)
+    one = ours("a cat", count=1, seed=2, steps=4)
+    assert np.abs(three[:1].astype(int) - one).max() <= 1
+    assert (three[0] != three[1]).any()
+    assert steps == [3] * 4
+
+
+def test_the_command_writes_a_picture_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:
+    absent = "('torch', 'diffusers', 'transformers', 'nncf', 'brevitas', 'accelerate')"
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); from pqcad_qat.cli import main; main(sys.argv[1:])"
+    asked = ["sample", str(plain.folder), "--prompt", "a cat", "--negative", "a dog", "--guidance", "2", "--out", str(tmp_path / "cat.png")]
+    done = subprocess.run([sys.executable, "-c", script, *asked], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 images of 'a cat', 3 steps, guidance 2, openvino" in done.stdout
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert (picture.width, picture.height, picture.mode) == (96, 96, "RGB")
+
+
+def test_the_readmes_program_makes_pictures_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:
+    shutil.copytree(plain.folder, tmp_path / "text" / "openvino")
+    np.save(tmp_path / "text.npy", TextToImage.from_pretrained(plain.folder)("a lighthouse at dusk", "people", 5.0, seed=3, count=2))
+    absent = f"import sys; sys.modules.update(dict.fromkeys({serving.ABSENT!r})); "
+    program = absent + "import runpy; runpy.run_path('tests/serving.py', run_name='__main__')"
+    command = [sys.executable, "-c", program, str(tmp_path), "prompt"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prompt: 2 images" in done.stdout
+
+
+# ---- what a prompt cannot do without ---------------------------------------------------------------------------------------------
+
+
+def changed(source: Path, folder: Path, name: str, **changes: Any) -> Path:
+    """A copy of a deployed folder with a JSON file changed, its digest noted."""
+    shutil.copytree(source, folder)
+    for path, changing in ((folder / name, changes), (folder / MANIFEST, {})):
+        content = json.loads(path.read_text()) | changing
+        if path.name == MANIFEST and name != MANIFEST:
+            content["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        path.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_folder_of_another_pipeline_takes_no_prompt(plain: DeployedPipeline, tmp_path: Path) -> None:
+    folder = changed(plain.folder, tmp_path / "it", MODEL_INDEX, _class_name="DiTPipeline")
+    with pytest.raises(ModelError, match=r"_class_name: got DiTPipeline; allowed for a prompt StableDiffusionPipeline"):
+        TextToImage.from_pretrained(folder)
+
+
+def test_a_folder_without_its_text_encoder_takes_no_prompt(plain: DeployedPipeline, tmp_path: Path) -> None:
+    folder = changed(plain.folder, tmp_path / "it", MANIFEST, parts={})
+    with pytest.raises(ModelError, match=r"has no text_encoder, vae_decoder; .*exported with them"):
+        TextToImage.from_pretrained(folder)
+
+
+def test_without_the_library_of_tokenizers_it_is_named(plain: DeployedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pqcad_qat.deployment.part_runtime.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="takes the library tokenizers, which is not installed: pip install tokenizers"):
+        TextToImage.from_pretrained(plain.folder)
+
+
+def test_a_padding_token_that_is_no_word_is_refused(plain: DeployedPipeline, tmp_path: Path) -> None:
+    folder = changed(plain.folder, tmp_path / "it", "tokenizer/tokenizer_config.json", pad_token="nothing")
+    with pytest.raises(ModelError, match=r"pad_token: got 'nothing'; allowed a token of the vocabulary"):
+        TextToImage.from_pretrained(folder)
+
+
+def test_a_negative_prompt_takes_guidance(ours: TextToImage) -> None:
+    with pytest.raises(ModelError, match="a negative prompt takes guidance: got a scale of 1"):
+        ours("a cat", "a dog", 1.0)
