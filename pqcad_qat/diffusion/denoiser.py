@@ -212,7 +212,7 @@ def untrained_denoiser(config: Mapping[str, Any], where: str) -> tuple[nn.Module
         denoiser: Any = getattr(diffusers, architecture.name).from_config(dict(config))
     except Exception as error:  # diffusers raises anything on a config that it cannot follow
         raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {error}") from error
-    _resize(denoiser, architecture, None)
+    resize(denoiser, architecture, None)
     check_config(architecture, denoiser.config, where)
     return _without_label_dropout(denoiser).eval(), None
 
