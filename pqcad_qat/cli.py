@@ -26,6 +26,7 @@ from pqcad_qat.processes import launched
 from pqcad_qat.program import keep_freed_memory, told_endings
 
 if TYPE_CHECKING:
+    from pqcad_qat.evaluation.stage_costs import StageCost
     from pqcad_qat.evaluation.variant import Variant
 
 PIPED_WIDTH = 130
@@ -108,19 +109,19 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
-    """Show which rule quantizes which layer, to how many bits, and the expected size; trains nothing.
+    """Show which rule quantizes which layer, to how many bits, and the expected size; reads configs alone, and no weights.
 
     Args:
         policy: policy file.
-        model: overrides model.source.
+        model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a denoiser's config.json.
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat.quantization.plan import plan_table
-    from pqcad_qat.stages.prepared import prepare
+    from pqcad_qat.stages.prepared import planned_shapes
 
-    prepared = prepare(loaded)
-    CONSOLE.print(plan_table(prepared.plan, prepared.split))
+    denoiser, layers = planned_shapes(loaded)
+    CONSOLE.print(plan_table(layers, denoiser))
 
 
 def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:
@@ -326,7 +327,7 @@ def evaluate(
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
     figures = evaluate_images(found, None, network)
-    protocol = fid_protocol(network, images, "ddim", variant.steps, seed)
+    protocol = fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed)
     CONSOLE.print_json(json.dumps({"fid_real": figures.fid_real, "fid_protocol": asdict(protocol)}))
 
 
@@ -342,8 +343,8 @@ def benchmark(
     """Time a folder of ours, or an architecture, against PyTorch, OpenVINO float32 and BF16, and NNCF's INT8, in turns in one process.
 
     Args:
-        source: a run or deployed OpenVINO folder; or a UNet2DModel's config.json, a folder with one, or ddpm-cifar10-32: an
-            architecture with random weights.
+        source: a run or deployed OpenVINO folder; or a denoiser's config.json, a folder with one, or the name of an architecture that
+            ships, such as ddpm-cifar10-32: with random weights.
         batches: images of a call, as [1,8].
         isa: instruction sets, each but native in a process of its own: of native, avx2, avx2_vnni, avx512_core_vnni.
         runs: timed calls of each.
@@ -369,6 +370,35 @@ def benchmark(
     for name, why in report.left_out.items():
         CONSOLE.print(f"{name}: not timed: {why}", highlight=False)
     CONSOLE.print(f"page: {write_speed(report, Path(out))}", soft_wrap=True)
+
+
+def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
+    """Take an architecture with random weights to a deployed folder, with its proofs; show what each stage takes in time and memory.
+
+    Args:
+        policy: whose rules quantize it, and whose export.weights is written; its training does not matter.
+        out: folder for rehearsal.json, openvino/ and packed/.
+        model: overrides model.source: the name of an architecture that ships, a denoiser's config.json, or a folder with one.
+        set: override of a key, as KEY=VALUE; given again for each further key.
+    """
+    loaded = load_policy(Path(policy), with_model(set, model))
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
+    from pqcad_qat.diffusion.untrained import architecture_configs, architectures
+    from pqcad_qat.evaluation.rehearsal import rehearse as rehearsed
+    from pqcad_qat.evaluation.rehearsal import stages_table, write_rehearsal
+
+    source = loaded.model.source
+    if (configs := architecture_configs(source)) is None:
+        known = ", ".join(architectures())
+        raise UsageError(f"--model: got {source!r}; allowed a denoiser's config.json, a folder with one, or an architecture: {known}")
+
+    def tell(cost: StageCost) -> None:
+        CONSOLE.print(f"{cost.name}: {cost.seconds:.1f} s", highlight=False)
+
+    found = rehearsed(loaded, configs, Path(out), _command_line(), tell)
+    CONSOLE.print(stages_table(found))
+    CONSOLE.print(f"record: {write_rehearsal(found, Path(out))}", soft_wrap=True)
 
 
 def features(out: str, data: str = "fashion-mnist", path: str | None = None, size: int = 32) -> None:
@@ -402,7 +432,7 @@ def schema() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (run, plan, sensitivity, profile, compare, sweep, pretrain, sample, evaluate, benchmark, features, schema)
+    for command in (run, plan, sensitivity, profile, compare, sweep, pretrain, sample, evaluate, benchmark, rehearse, features, schema)
 }
 
 

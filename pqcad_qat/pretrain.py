@@ -17,9 +17,9 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.diffusion.conditions import ConditionSet, class_conditions, conditioned
+from pqcad_qat.diffusion.ddim import ddpm_schedule
 from pqcad_qat.diffusion.denoiser import DiffusionModel, save_model, write_json
 from pqcad_qat.diffusion.images import ImageSet, load_images
-from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import PolicyError
 from pqcad_qat.evaluation.grid import save_grid
 from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_images
@@ -63,7 +63,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         settings = StageSettings("pretrain", loop, training.precision, checkpoints, path / "logs")
         conditions = _conditions(model, classes)
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
-        batches = noisy_batches(images, noise_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
+        batches = noisy_batches(images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
         state = train_stage(model, callbacks, batches, settings, console, warn=lambda fault: console.print(f"[yellow]warning:[/] {fault}"))
         with agreed() as first, averaged_weights(state):
             if first:

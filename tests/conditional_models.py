@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from conftest import SCHEDULER
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -52,6 +59,23 @@ def pixart(**more: Any) -> nn.Module:
     return _stirred(PixArtTransformer2DModel(sample_size=8, in_channels=4, out_channels=8, **shape, **{**text, **more}))
 
 
+def sd3(**more: Any) -> nn.Module:
+    """Joint attention to text; of its two blocks the first has a second attention, as in Stable Diffusion 3.5 medium."""
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2, "caption_projection_dim": 16}
+    text = {"joint_attention_dim": 24, "pooled_projection_dim": 12, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    size = {"sample_size": 8, "pos_embed_max_size": 8}
+    return _stirred(SD3Transformer2DModel(in_channels=4, out_channels=4, **{**shape, **text, **size, **more}))
+
+
+def flux(**more: Any) -> nn.Module:
+    """Joint attention to text, then blocks of one stream; its guidance is an input, as of FLUX.1-dev. Its latents are of 8x8."""
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (2, 2, 4)}
+    text = {"joint_attention_dim": 24, "pooled_projection_dim": 12, "guidance_embeds": True}
+    model = FluxTransformer2DModel(in_channels=16, **{**shape, **text, **more})
+    model.register_to_config(sample_size=8)
+    return _stirred(model)
+
+
 def _stirred(model: nn.Module) -> nn.Module:
     """Layers that start at zero, and so would read or give nothing, are given values."""
     for parameter in model.parameters():
@@ -79,13 +103,24 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "text_and_size_unet": text_and_size_unet,
     "dit": dit,
     "pixart": pixart,
+    "sd3": sd3,
+    "flux": flux,
 }
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
+    "sd3": {**FLOW, "shift": 3.0},
+    "flux": {**FLOW, "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+}
+"""Of flow matching; the others have conftest's."""
 
 
 def saved(name: str, folder: Path, **more: Any) -> DiffusionModel:
     """The model of that name in a folder of diffusers' layout, loaded from it."""
     torch.manual_seed(0)
-    save_model(MODELS[name](**more).eval(), SCHEDULER, folder)
+    save_model(MODELS[name](**more).eval(), SCHEDULERS.get(name, SCHEDULER), folder)
     return load_model(str(folder))
 
 
@@ -97,6 +132,10 @@ def conditions(name: str, count: int, seed: int = 0) -> dict[str, Tensor]:
     found = {"encoder_hidden_states": torch.randn(count, TOKENS, 24, generator=dice)}
     if name == "pixart":
         found["encoder_attention_mask"] = (torch.arange(TOKENS) < 3).float().expand(count, -1)
+    if name in ("sd3", "flux"):
+        found["pooled_projections"] = torch.randn(count, 12, generator=dice)
+    if name == "flux":
+        found["guidance"] = torch.full((count,), 3.5)
     if name == "text_and_size_unet":
         found |= {"text_embeds": torch.randn(count, 12, generator=dice), "time_ids": torch.tensor([[999, 768, 0, 0, 1024, 777]] * count)}
     return found

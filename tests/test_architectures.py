@@ -6,12 +6,13 @@ Not here: runs of them (test_conditional_runs.py).
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conditional_models import MODELS, Plain, class_unet, conditions, dit, pixart, saved, text_and_size_unet, text_unet
+from conditional_models import FLOW, MODELS, Plain, class_unet, conditions, dit, flux, pixart, saved, sd3, text_and_size_unet, text_unet
 from conftest import SCHEDULER
 from torch import Tensor
 
@@ -30,6 +31,8 @@ TAKES = {
     ],
     "dit": ["class_labels () int64 in [0, 5)"],
     "pixart": ["encoder_hidden_states (tokens, 24) float32", "encoder_attention_mask (tokens) float32"],
+    "sd3": ["encoder_hidden_states (tokens, 24) float32", "pooled_projections (12) float32"],
+    "flux": ["encoder_hidden_states (tokens, 24) float32", "pooled_projections (12) float32", "guidance () float32"],
 }
 
 
@@ -37,6 +40,20 @@ TAKES = {
 def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DiffusionModel, Path]:
     folder = tmp_path_factory.mktemp(request.param) / "model"
     return request.param, saved(request.param, folder), folder
+
+
+def flux_pipelines_call(denoiser: Any, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """As FluxPipeline calls its transformer: latents packed and unpacked, places of patches, time over 1000."""
+    batch, channels, height, width = x.shape
+    rows = x.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    ids = torch.zeros(height // 2, width // 2, 3)
+    ids[..., 1] += torch.arange(height // 2)[:, None]
+    ids[..., 2] += torch.arange(width // 2)[None, :]
+    text = torch.zeros(condition["encoder_hidden_states"].shape[1], 3)
+    rest = {"txt_ids": text, "img_ids": ids.reshape(-1, 3), **condition}
+    found = denoiser(hidden_states=rows.reshape(batch, -1, 4 * channels), timestep=t / 1000, **rest).sample
+    patches = found.view(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(x.shape)
 
 
 def as_diffusers_spells_it(name: str, condition: dict[str, Tensor]) -> dict[str, Any]:
@@ -55,7 +72,10 @@ def test_a_prediction_is_that_of_diffusers_own_call(named: tuple[str, DiffusionM
     x, t, condition = torch.randn(3, *model.sample_shape), torch.tensor([1, 500, 999]), conditions(name, 3)
     with torch.no_grad():
         ours = predict(model.denoiser, x, t, condition)
-        theirs = model.denoiser(x, timestep=t, **as_diffusers_spells_it(name, condition)).sample
+        if name == "flux":
+            theirs = flux_pipelines_call(model.denoiser, x, t, condition)
+        else:
+            theirs = model.denoiser(x, timestep=t, **as_diffusers_spells_it(name, condition)).sample
     assert ours.shape == x.shape
     assert torch.equal(ours, theirs[:, : x.shape[1]])
     assert (theirs.shape[1] == 2 * x.shape[1]) == (name in ("dit", "pixart"))  # a learned variance
@@ -69,9 +89,9 @@ def test_the_example_is_accepted(named: tuple[str, DiffusionModel, Path]) -> Non
 
 def test_a_folder_is_diffusers_own_and_gives_the_model_back(named: tuple[str, DiffusionModel, Path]) -> None:
     name, model, folder = named
-    part = "transformer" if name in ("dit", "pixart") else "unet"
+    part = "unet" if name.endswith("unet") else "transformer"
     assert read_json(folder / "model_index.json")[part] == ["diffusers", type(model.denoiser).__name__]
-    assert model_index(model.denoiser)["_class_name"] == "DiffusionPipeline"
+    assert model_index(model.denoiser, model.scheduler_config)["_class_name"] == "DiffusionPipeline"
     again, custom = untrained_denoiser(read_json(folder / part / "config.json"), "config")
     assert custom is None
     again.load_state_dict(model.denoiser.state_dict())
@@ -96,6 +116,46 @@ def test_labels_are_never_dropped_at_random(tmp_path: Path) -> None:
         assert torch.equal(predict(model.denoiser.train(), x, t, {"class_labels": labels}), still)
 
 
+def test_another_size_of_x_t_may_be_asked_for(tmp_path: Path) -> None:
+    for name, size in (("text_unet", 12), ("sd3", 12), ("flux", 12)):
+        saved(name, tmp_path / name)
+        model = load_model(str(tmp_path / name), size)
+        assert model.sample_shape == (4, size, size)
+        with torch.no_grad():
+            assert predict(model.denoiser, *model.example).shape == (1, 4, size, size)
+    assert model.digest != load_model(str(tmp_path / "flux")).digest
+    for name, size, fault in (("dit", 12, "model.sample_size: got 12; allowed null: DiT"), ("flux", 7, "sample_size: got 7; allowed even")):
+        saved(name, tmp_path / name)
+        with pytest.raises(ModelError, match=fault):
+            load_model(str(tmp_path / name), size)
+
+
+def test_flux_has_the_size_of_its_pipeline_and_the_shift_of_that_size(tmp_path: Path) -> None:
+    saved("flux", tmp_path / "flux")
+    config = tmp_path / "flux" / "transformer" / "config.json"
+    plain = read_json(config)
+    del plain["sample_size"]  # a folder of diffusers has none
+    config.write_text(json.dumps(plain))
+    scheduler = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**FLOW, "use_dynamic_shifting": True}))
+    model = load_model(str(tmp_path / "flux"))
+    assert model.sample_shape == (4, 128, 128)
+    assert DiffusionModel(untrained_denoiser(plain, "config")[0], {}, "config", "").sample_shape == (4, 128, 128)
+    assert model.scheduler_config["shift"] == pytest.approx(math.exp(1.15))  # 4096 patches: the upper end
+    smaller = load_model(str(tmp_path / "flux"), 32)
+    assert smaller.scheduler_config["shift"] == pytest.approx(math.exp(0.5))  # 256: the lower
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_times_are_not_rounded_in_mixed_precision(name: str, tmp_path: Path) -> None:
+    model, seen = saved(name, tmp_path / name).denoiser, []
+    handle = model.time_text_embed.time_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        predict(model, torch.randn(2, 4, 8, 8), 899.6, conditions(name, 2))
+    handle.remove()
+    torch.testing.assert_close(torch.stack(seen), torch.tensor([[899.6] * 2, [3500.0] * 2][: len(seen)]))
+
+
 @pytest.mark.parametrize(
     ("model", "fault"),
     [
@@ -103,6 +163,8 @@ def test_labels_are_never_dropped_at_random(tmp_path: Path) -> None:
         (lambda: pixart(use_additional_conditions=True), "use_additional_conditions: got true"),
         (lambda: dit(out_channels=6), r"out_channels: got 6; allowed 4, as in_channels, or 8, with a learned variance"),
         (lambda: class_unet(sample_size=None), "sample_size: got null"),
+        (lambda: sd3(sample_size=18), "sample_size: got 18; allowed multiples of 2 up to 16"),
+        (lambda: flux(patch_size=2), "patch_size: got 2; allowed 1"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_by_its_key(model: Any, fault: str, tmp_path: Path) -> None:
@@ -115,8 +177,8 @@ def test_what_cannot_be_taken_is_refused_by_its_key(model: Any, fault: str, tmp_
 def test_an_unknown_class_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     saved("dit", tmp_path / "model")
     config = tmp_path / "model" / "transformer" / "config.json"
-    config.write_text(json.dumps({**read_json(config), "_class_name": "SD3Transformer2DModel"}))
-    with pytest.raises(ModelError, match=f"got 'SD3Transformer2DModel'; allowed {', '.join(ARCHITECTURES)}"):
+    config.write_text(json.dumps({**read_json(config), "_class_name": "SanaTransformer2DModel"}))
+    with pytest.raises(ModelError, match=f"got 'SanaTransformer2DModel'; allowed {', '.join(ARCHITECTURES)}"):
         load_model(str(tmp_path / "model"))
 
 

@@ -210,7 +210,7 @@ def unet() -> UNet2DModel:
 def converted(unet: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[ov.Model, Path]:
     folder, before, keys = tmp_path_factory.mktemp("float"), unet.time_proj, list(unet.state_dict())
     unet.train()
-    model = convert_float(unet, SHAPE, 2, folder, train_timesteps=1000)
+    model = convert_float(unet, SHAPE, 2, folder, times=1000)
     assert unet.training, "the model must be left as it was"
     assert unet.time_proj is before
     assert list(unet.state_dict()) == keys

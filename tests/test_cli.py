@@ -128,6 +128,14 @@ MISTAKES = {
     "no timed runs": (["benchmark", str(POLICIES), "--runs", "0"], r"--runs: got 0"),
     "nothing to time": (["benchmark", str(POLICIES)], r"policies: got nothing to time; allowed a run, .*ddpm-cifar10-32"),
     "a policy that is not there": (["benchmark", "ddpm-cifar10-32"], r"policies/w4a8\.yaml: no such file; .* --policy FILE"),
+    "nothing to rehearse": (
+        ["rehearse", str(POLICIES / "w4a8-sd15.yaml"), "--out", "x"],
+        r"--model: got 'stable-diffusion-v1-5/.*'; allowed a denoiser's config\.json, .* architecture: .*sdxl-base-1\.0",
+    ),
+    "a file for a rehearsal": (
+        ["rehearse", SMOKE, "--model", "ddpm-cifar10-32", "--out", SMOKE],
+        r"--out: got .*, a file; allowed a folder",
+    ),
     "no batch": (["benchmark", "x", "--batches", "[]"], r"--batches: got an empty list; allowed one value or more"),
     "a batch of none": (["benchmark", "x", "--batches", "[1,0]"], r"--batches: got 0; allowed a whole number from 1"),
     "a batch twice": (["benchmark", "x", "--batches", "[2,2]"], r"--batches: got 2 twice; allowed once"),

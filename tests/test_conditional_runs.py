@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import execution_precision, layer_parity
 from pqcad_qat.diffusion.architectures import ConditionInput
@@ -35,7 +36,6 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.stages.deploying import _layer_inputs
 
 BATCH = 2
 
@@ -71,7 +71,8 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_layer_executes_in_int8_and_gives_pytorchs_integers(deployed: Deployed) -> None:
     layers = integer_layers(deployed.model)
     assert execution_precision(deployed.folder, layers).float_layers == ()
-    parity = layer_parity(deployed.folder, layers, _layer_inputs(deployed.model, (deployed.x, deployed.t, deployed.condition)))
+    with recorded_inputs(deployed.model, (deployed.x, deployed.t, deployed.condition), deployed.folder.parent) as inputs:
+        parity = layer_parity(deployed.folder, layers, inputs)
     assert parity.layers_exact == parity.layers_checked == len(layers) > 10
 
 

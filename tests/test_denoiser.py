@@ -59,7 +59,7 @@ def test_a_saved_model_comes_back_with_the_same_weights_configs_and_predictions(
 
 def test_a_saved_model_is_a_pipeline_that_plain_diffusers_loads(tiny_folder: Path, tiny_model: DiffusionModel) -> None:
     pipeline = DDIMPipeline.from_pretrained(tiny_folder, use_safetensors=True)
-    assert read_json(tiny_folder / "model_index.json") == model_index(tiny_model.denoiser)
+    assert read_json(tiny_folder / "model_index.json") == model_index(tiny_model.denoiser, tiny_model.scheduler_config)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     x = torch.randn(1, 1, 32, 32)
     with torch.no_grad():

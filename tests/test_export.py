@@ -17,8 +17,9 @@ from torch import nn
 
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import read_graph, read_manifest, sha256
-from pqcad_qat.deployment.modules import QuantizedInput, TimestepTable, effective_weights
+from pqcad_qat.deployment.modules import QuantizedInput, effective_weights
 from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.deployment.timesteps import TimestepTable
 from pqcad_qat.errors import ExportError
 
 INPUTS = {"bits": 8, "symmetric": False}

@@ -25,7 +25,7 @@ from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.parts import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, decoded, pipeline_parts
-from pqcad_qat.diffusion.sampling import ddim_trajectory, noise_schedule
+from pqcad_qat.diffusion.sampling import noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 
 AUTO = {"vae": "auto", "text_encoder": "auto"}
@@ -175,7 +175,7 @@ def test_a_pipeline_of_classes_is_diffusers_own_with_the_vae_of_its_source(tmp_p
     pipeline.set_progress_bar_config(disable=True)
     found = pipeline([2], guidance_scale=1.0, num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="np").images
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).numpy()
-    for step in ddim_trajectory(lambda x, t: unet.predict(x, t, {"class_labels": np.array([2])}), x, noise_schedule(SCHEDULER), 3):
+    for step in trajectory(lambda x, t: unet.predict(x, t, {"class_labels": np.array([2])}), x, noise_schedule(SCHEDULER), 3):
         x = np.float32(step.x_s)
     wanted = PictureDecoder(where.folder, (4, 8, 8), properties={"INFERENCE_PRECISION_HINT": "f32"})(x)
     np.testing.assert_allclose(found.transpose(0, 3, 1, 2), np.clip(wanted / 2 + 0.5, 0, 1), atol=2e-2)

@@ -426,8 +426,8 @@ def test_the_runtime_samples_where_every_training_library_is_absent(tiny_run: Fi
         "assert str(model.dtype) == 'float32' and str(model.device) == 'cpu'\n"
         "out = model(given['x'], given['t']).sample\n"
         "assert isinstance(out, np.ndarray) and out.dtype == np.float32\n"
-        "from pqcad_qat.diffusion.sampling import ddim_trajectory, noise_schedule\n"
-        "walk = list(ddim_trajectory(model.predict, given['x'], noise_schedule({'beta_schedule': 'squaredcos_cap_v2'}), 2))\n"
+        "from pqcad_qat.diffusion.sampling import noise_schedule, trajectory\n"
+        "walk = list(trajectory(model.predict, given['x'], noise_schedule({'beta_schedule': 'squaredcos_cap_v2'}), 2))\n"
         "assert np.isfinite(walk[-1].x_s).all()\n"
         "np.save('out.npy', out)\n"
     )

@@ -75,7 +75,7 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         ("  steps: 20", "  steps:", "p.yaml:4: sampler.steps: got null; allowed a whole number from 1 to 1000"),
         ("  steps: 20", "  steps: 2024-13-45", 'p.yaml:4: sampler.steps: got "2024-13-45"; allowed a whole number from 1 to 1000'),
         ("  steps: 20", "  eta: 0.5", "p.yaml:4: sampler.eta: got 0.5; allowed a number equal to 0"),
-        ("  steps: 20", "  name: ddpm", 'p.yaml:4: sampler.name: got "ddpm"; allowed ddim'),
+        ("  steps: 20", "  name: ddpm", 'p.yaml:4: sampler.name: got "ddpm"; allowed ddim, euler or null'),
         (
             "sampler:\n  steps: 20",
             "sampler: 20",
@@ -430,6 +430,8 @@ def test_the_policies_that_ship() -> None:
         "w4a8-noto-emoji",
         "w6a6",
         "w8a8",
+        "w8a8-flux",
+        "w8a8-sd3",
     ]
     models = ["pretrain-digits", "pretrain-digits-classes", "pretrain-fashion-mnist", "pretrain-noto-emoji"]
     assert sorted(f"{name}.yaml" for name in [*widths, *models, "smoke"]) == SHIPPED

@@ -19,9 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pqcad_qat import cli
+from pqcad_qat.diffusion.ddim import ddpm_schedule, split_prediction
 from pqcad_qat.diffusion.denoiser import load_model, predict
 from pqcad_qat.diffusion.images import load_images, to_float
-from pqcad_qat.diffusion.sampling import noise_schedule, split_prediction
 from pqcad_qat.errors import CheckpointError, ModelError, PolicyError, PqcadError
 from pqcad_qat.policy.loading import load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
@@ -73,8 +73,8 @@ def test_a_class_conditional_model_is_trained_with_some_labels_dropped_to_the_on
     model = load_model(str(pretrain(policy, tmp_path / "classes", quiet())))
     assert [str(wanted) for wanted in model.condition_inputs] == ["class_labels () int64 in [0, 11)"]
     images = load_images("digits", None, 8)
-    batch = noisy_batches(images, noise_schedule(model.scheduler_config), 512, 0, ClassLabels(10, 0.25))(0)
-    plain = noisy_batches(images, noise_schedule(model.scheduler_config), 512, 0)(0)
+    batch = noisy_batches(images, ddpm_schedule(model.scheduler_config), 512, 0, ClassLabels(10, 0.25))(0)
+    plain = noisy_batches(images, ddpm_schedule(model.scheduler_config), 512, 0)(0)
     assert all(torch.equal(batch[name], value) for name, value in plain.items())
     dropped = float((batch["condition.class_labels"] == 10).float().mean())
     assert 0.15 < dropped < 0.35
@@ -199,7 +199,7 @@ def test_the_command_trains_and_says_where_the_model_is(
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_batch_is_noised_images_and_the_prediction_that_gives_them_back(prediction_type: str) -> None:
     images = load_images("digits", None, 8)
-    schedule = noise_schedule({"beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type})
+    schedule = ddpm_schedule({"beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type})
     batch = noisy_batches(images, schedule, 16, seed=0)(3)
     alpha_bar = torch.from_numpy(schedule.alpha_bar)[batch["t"]].float().view(-1, 1, 1, 1)
     x_0, eps = split_prediction(batch["target"], batch["x_t"], alpha_bar, schedule.prediction_type)
@@ -212,7 +212,7 @@ def test_a_batch_is_noised_images_and_the_prediction_that_gives_them_back(predic
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
-    images, schedule = load_images("digits", None, 8), noise_schedule({})
+    images, schedule = load_images("digits", None, 8), ddpm_schedule({})
     first, again = noisy_batches(images, schedule, 4, 0), noisy_batches(images, schedule, 4, 0)
     first(0)
     assert all(torch.equal(first(7)[name], value) for name, value in again(7).items())
@@ -221,6 +221,6 @@ def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
 
 
 def test_every_batch_has_one_time_step_in_each_equal_part_of_the_schedule() -> None:
-    batches = noisy_batches(load_images("digits", None, 8), noise_schedule({}), 10, seed=0)
+    batches = noisy_batches(load_images("digits", None, 8), ddpm_schedule({}), 10, seed=0)
     for step in range(20):
         assert np.array_equal(np.sort(batches(step)["t"].numpy()) // 100, np.arange(10))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conditional_models import saved
+from conditional_models import saved, write_embeddings
 from conftest import POLICIES
-from diffusers import UNet2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 
 from pqcad_qat.diffusion.conditions import chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, embedded_models, load_model
@@ -44,8 +44,11 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a8-digits": {4},
     "w4a8-noto-emoji": {4},
 }
-CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit")
+CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit", "w8a8-sd3", "w8a8-flux")
 """On models that do not ship: one that a command makes, and the user's own."""
+
+LARGE = ("w4a8-sd15", "w8a8-sd15", "w8a8-sdxl", "w8a8-dit-xl-2", "w8a8-pixart")
+"""On models of the hub (test_large_policies.py)."""
 
 STUDIES = {
     "data-sets": (3, 3),  # combinations, seeds
@@ -86,6 +89,7 @@ def test_all_of_them_ship() -> None:
     assert {path.stem for path in POLICIES.glob("*.yaml")} == {
         *WEIGHT_BITS,
         *CONDITIONAL,
+        *LARGE,
         *(f"pretrain-{data}" for data in (*PRETRAINED, "digits-classes")),
     }
 
@@ -115,6 +119,47 @@ def test_the_policy_of_diffusion_transformers_plans_all_but_the_layer_that_reads
     assert float_layers(model.denoiser, plan) == ("pos_embed.proj",)
     assert {layer.weights.bits for layer in plan} == {4, 7}
     assert all(executes_int8(layer) for layer in plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "steps", "reader"),
+    [
+        ("sd3", "stabilityai/stable-diffusion-3.5-medium", (40, 20), "pos_embed.proj"),
+        ("flux", "black-forest-labs/FLUX.1-schnell", (4, 2), "x_embedder"),
+    ],
+)
+def test_each_policy_of_a_flow_names_its_model_and_plans_all_but_the_layer_that_reads_the_state(
+    name: str, source: str, steps: tuple[int, int], reader: str, tmp_path: Path
+) -> None:
+    policy = load_policy(POLICIES / f"w8a8-{name}.yaml")
+    assert (policy.model.source, policy.sampler.name, policy.sampler.steps, policy.distillation.student_steps) == (source, None, *steps)
+    saved(name, tmp_path / "model")
+    embeddings = write_embeddings(name, tmp_path / "prompts.safetensors")
+    own = [f"model.source={tmp_path / 'model'}", f"conditions.embeddings={embeddings}"]
+    prepared = prepare(load_policy(POLICIES / f"w8a8-{name}.yaml", own))
+    assert float_layers(prepared.split, prepared.plan) == (reader,)
+    assert all(executes_int8(layer) and layer.weights.bits == 8 for layer in prepared.plan)
+
+
+@pytest.mark.parametrize(("name", "layers", "billions"), [("sd3", 392, 2.24), ("flux", 501, 11.9)])
+def test_each_policy_of_a_flow_plans_its_model_at_full_size(name: str, layers: int, billions: float) -> None:
+    """On the meta device, which holds shapes alone. The defaults of FluxTransformer2DModel are FLUX.1 schnell's."""
+    medium = {
+        "attention_head_dim": 64,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+    }
+    shape = {"num_layers": 24, "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
+    with torch.device("meta"):
+        denoiser = SD3Transformer2DModel(**medium, **shape) if name == "sd3" else FluxTransformer2DModel()
+        denoiser.register_to_config(sample_size=128)
+        x, t, condition = DiffusionModel(denoiser, {}, name, "").example
+        example = x.to("meta"), t.to("meta"), {key: value.to("meta") for key, value in condition.items()}
+        plan = plan_layers(denoiser, load_policy(POLICIES / f"w8a8-{name}.yaml").quantization.layers, (8,), example)
+    assert x.shape == (1, 16, 128, 128)
+    assert len(plan) == layers
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)

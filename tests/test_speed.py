@@ -20,12 +20,13 @@ from small_networks import unet_config
 
 from pqcad_qat.deployment.folder import read_manifest
 from pqcad_qat.deployment.verification import INT8
+from pqcad_qat.diffusion.untrained import random_denoiser
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import BF16, F32, size_bytes
 from pqcad_qat.evaluation.hardware import Hardware, hardware
 from pqcad_qat.evaluation.speed import measure, measure_here, measure_speed, precision_hint
 from pqcad_qat.evaluation.speed_record import Measurement, SpeedRow
-from pqcad_qat.evaluation.speed_subject import OURS, Candidates, candidates, open_subject, random_denoiser
+from pqcad_qat.evaluation.speed_subject import OURS, Candidates, candidates, open_subject
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,11 @@ def test_ours_takes_the_batch_that_is_timed_and_every_planned_layer_stays_in_int
 
 
 def test_the_precision_of_every_layer_of_the_baselines_is_told(native: Measurement) -> None:
-    layers = {name for name, module in random_denoiser(unet_config()).named_modules() if type(module) in (torch.nn.Conv2d, torch.nn.Linear)}
+    layers = {
+        name
+        for name, module in random_denoiser(unet_config(), "config").named_modules()
+        if type(module) in (torch.nn.Conv2d, torch.nn.Linear)
+    }
     found = rows(native)
     assert found["ov-fp32"].layers == dict.fromkeys(layers, "f32")
     assert found["ov-fp32"].inference_precision == "f32"
@@ -77,7 +82,7 @@ def test_the_precision_of_every_layer_of_the_baselines_is_told(native: Measureme
 
 def test_sizes_are_of_the_files_that_were_timed(native: Measurement, made: Candidates) -> None:
     found = rows(native)
-    assert found["fp32"].size_bytes == 4 * sum(parameter.numel() for parameter in random_denoiser(unet_config()).parameters())
+    assert found["fp32"].size_bytes == 4 * sum(parameter.numel() for parameter in random_denoiser(unet_config(), "config").parameters())
     assert found["ov-fp32"].size_bytes == size_bytes(made.files["ov-fp32"].parent)
     assert found[OURS].size_bytes == size_bytes(made.files[OURS])
 

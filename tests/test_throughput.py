@@ -14,8 +14,8 @@ import pytest
 from conftest import fixed_batch_graph
 from small_networks import unet_config
 
+from pqcad_qat.diffusion.untrained import random_denoiser
 from pqcad_qat.evaluation.benchmark import F32, FixedBatchError, convert_float, example_inputs
-from pqcad_qat.evaluation.speed_subject import random_denoiser
 from pqcad_qat.evaluation.throughput import FILLS, Load, openvino_load, throughput_in_turns, torch_load
 
 
@@ -64,7 +64,7 @@ def test_every_timed_burst_comes_after_a_rest_and_an_untimed_fill_and_all_take_t
 
 def test_pytorch_makes_as_many_calls_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
-    denoiser, calls = random_denoiser(unet_config()), []
+    denoiser, calls = random_denoiser(unet_config(), "config"), []
     denoiser.register_forward_hook(lambda *_: calls.append(1))
     load = torch_load(denoiser, example_inputs((1, 8, 8), 2))
     load.burst(3)
@@ -72,7 +72,7 @@ def test_pytorch_makes_as_many_calls_as_it_is_told(monkeypatch: pytest.MonkeyPat
 
 
 def test_openvino_has_as_many_calls_in_flight_as_its_throughput_mode_asks_for_and_a_fixed_batch_is_refused(tmp_path: Path) -> None:
-    convert_float(random_denoiser(unet_config()), (1, 8, 8), 1, tmp_path)
+    convert_float(random_denoiser(unet_config(), "config"), (1, 8, 8), 1, tmp_path)
     xml = tmp_path / "openvino_model.xml"
     load = openvino_load(xml, F32, example_inputs((1, 8, 8), 1))
     load.burst(2 * load.in_flight)

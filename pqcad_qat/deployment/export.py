@@ -29,11 +29,13 @@ from pqcad_qat.deployment.folder import (
     nothing_further,
     write_folder,
 )
-from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, needs_vnni, swapped, timestep_tables
+from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, fixed_rotations, needs_vnni, swapped
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
 from pqcad_qat.deployment.parts import PartsToDeploy, pipeline_index, write_parts
 from pqcad_qat.deployment.rewrites import rewrite
-from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.deployment.timesteps import Times, known_times, timestep_tables
+from pqcad_qat.diffusion.architectures import TEXT, ConditionInput
+from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ PIPELINES: Mapping[str, str] = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler"
 
 OURS = ("pqcad_qat.deployment.runtime", "OVUNet2DModel")
 """The runtime's class, as model_index.json names the denoiser: as diffusers does with classes that are not its own."""
+
+OURS_BY_CLASS = dict.fromkeys(
+    ("SD3Transformer2DModel", "FluxTransformer2DModel"), ("pqcad_qat.deployment.transformer", "OVTransformer2DModel")
+)
+"""Of denoisers that their pipelines call otherwise."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ def export_model(
     folder: Path,
     provenance: Mapping[str, Any],
     conditions: Sequence[ConditionInput] = (),
+    visited: Sequence[float] = (),
     parts: PartsToDeploy | None = None,
 ) -> ExportedFolder:
     """Write the deployed form of a quantized model. The model itself is left as it was.
@@ -85,6 +93,7 @@ def export_model(
         folder: where to; an older deployed folder there is replaced, anything else refused.
         provenance: policy, model source and digest, for the manifest.
         conditions: what the denoiser takes beside x_t and t, every size known.
+        visited: times that a graph of continuous time is to know exactly.
         parts: what stands beside the denoiser.
 
     Raises:
@@ -93,11 +102,12 @@ def export_model(
     """
     check_replaceable(folder)
     train_timesteps = _train_timesteps(scheduler_config)
-    graph = convert(model, layers, sample_shape, batch_size, train_timesteps, conditions)
+    schedule = noise_schedule(scheduler_config)
+    graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions)
     texts = {
         UNET_CONFIG: _config(model),
         SCHEDULER_CONFIG: scheduler_config,
-        MODEL_INDEX: _model_index(scheduler_config, bool(conditions), parts),
+        MODEL_INDEX: _model_index(type(model).__name__, scheduler_config, bool(conditions), parts),
         OPENVINO_CONFIG: _openvino_config(),
     }
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
@@ -109,6 +119,7 @@ def export_model(
         "sample_shape": list(sample_shape),
         "batch_size": batch_size,
         "train_timesteps": train_timesteps,
+        "timestep_dtype": schedule.timestep_dtype,
         "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
         "layers": entries,
@@ -125,12 +136,13 @@ def convert(
     layers: Mapping[str, IntegerLayer],
     sample_shape: tuple[int, int, int],
     batch_size: int,
-    train_timesteps: int,
+    times: Times,
     conditions: Sequence[ConditionInput] = (),
 ) -> ov.Model:
     """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name.
 
-    Inputs `sample` (B, C, H, W) float32, `timestep` (B,) int64, and the conditions by name; output `out_sample` (B, C, H, W) float32.
+    Inputs `sample` (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the conditions by name; output `out_sample`
+    (B, C, H, W) float32.
 
     Raises:
         ExportError: as export_model.
@@ -139,10 +151,13 @@ def convert(
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")
     replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
-    replacements |= timestep_tables(model, train_timesteps, layers)
+    replacements |= timestep_tables(model, times, layers)
+    texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
+    replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
     names = [condition.name for condition in conditions]
     given = [torch.zeros(batch_size, *_sizes(condition), dtype=getattr(torch, condition.dtype)) for condition in conditions]
-    example = (torch.zeros(batch_size, *sample_shape), torch.zeros(batch_size, dtype=torch.int64), *given)
+    time = torch.zeros(batch_size, dtype=times.dtype if isinstance(times, torch.Tensor) else torch.int64)
+    example = (torch.zeros(batch_size, *sample_shape), time, *given)
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose
@@ -216,7 +231,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _model_index(scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
+def _model_index(name: str, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
     """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an unconditional one.
 
     Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
@@ -224,7 +239,7 @@ def _model_index(scheduler_config: Mapping[str, Any], conditional: bool, parts: 
     scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
     own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
     if parts is not None:
-        return pipeline_index(parts, OURS) | own
+        return pipeline_index(parts, OURS_BY_CLASS.get(name, OURS)) | own
     pipeline = "DiffusionPipeline" if conditional else PIPELINES.get(scheduler, "DDPMPipeline")
     return {"_class_name": pipeline, **own, "unet": list(OURS)}
 

@@ -1,6 +1,6 @@
 """The plain torch modules that stand in for a quantized model's own while it is traced: what OpenVINO shall see, and nothing more.
 
-Not here: Brevitas, and the conversion itself (export.py).
+Not here: Brevitas, sinusoids of time (timesteps.py), and the conversion itself (export.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import Timesteps
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from nncf.torch.quantization.layers import INT8AsymmetricWeightsDecompressor, INT8SymmetricWeightsDecompressor
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.architectures import LARGEST_SIZE
+from pqcad_qat.deployment.timesteps import TablesInTurn
+from pqcad_qat.diffusion import flux
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.errors import ExportError
 
@@ -28,8 +29,10 @@ SIGNED_GRID = (-128, 127)
 UNSIGNED_GRID = (0, 255)
 
 
-def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int16]:
-    """weight_int - weight_zero_point: the integers that the scale multiplies."""
+def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int8] | npt.NDArray[np.int16]:
+    """weight_int - weight_zero_point: the integers that the scale multiplies; the layer's own array where that is the same."""
+    if not layer.weight_zero_point.any():
+        return layer.weight_int
     return np.asarray(layer.weight_int.astype(np.int16) - np.asarray(layer.weight_zero_point, np.int16))
 
 
@@ -40,7 +43,7 @@ def needs_vnni(layer: IntegerLayer) -> bool:
     up by 128 first. Weights of 7 bits and fewer never reach the bound.
     """
     largest_input = layer.input_high + (128 if layer.input_low < 0 else 0)
-    return 2 * largest_input * int(np.abs(effective_weights(layer)).max()) > np.iinfo(np.int16).max
+    return 2 * largest_input * int(np.abs(effective_weights(layer).astype(np.int16)).max()) > np.iinfo(np.int16).max
 
 
 class QuantizedInput(nn.Module):
@@ -75,7 +78,7 @@ class QuantizedWeight(nn.Module):
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))
         if weights.min() >= -128 and weights.max() <= 127:  # a zero point, if any, is folded in: below 8 bits that always fits
             self.decompressor = INT8SymmetricWeightsDecompressor(scale)
-            integers = torch.from_numpy(weights.astype(np.int8))
+            integers = torch.from_numpy(weights.astype(np.int8, copy=False))  # of a large model the only copy
         else:
             offset = np.asarray(layer.weight_zero_point, np.int16) + np.int16(128)
             self.decompressor = INT8AsymmetricWeightsDecompressor(scale, torch.from_numpy(np.array(offset, np.int16)))
@@ -121,49 +124,24 @@ def _bias(layer: IntegerLayer) -> Tensor | None:
     return None if layer.bias is None else torch.from_numpy(np.array(layer.bias, np.float32))
 
 
-class TimestepTable(nn.Module):
-    """A module of the time step alone, as a table of its outputs for t = 0 .. T-1: time steps (B,) -> (B, D).
+class FixedOutputs(nn.Module):
+    """A module of constants alone: what it gave, as buffers."""
 
-    OpenVINO computes outside the plan in BF16 where the CPU has it, and a BF16 time step of 999 is 1000: sines of it are wrong by up to
-    2 radians. A table is right in every precision. Where the layer that reads it is planned, the table holds the integers of that
-    layer's input quantizer: a quarter of the size, and BF16 rounds nothing that the quantizer has not rounded already.
-    """
-
-    table: Tensor
-
-    def __init__(self, module: nn.Module, timesteps: int, reader: IntegerLayer | None = None) -> None:
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
         super().__init__()
-        with torch.no_grad():
-            values = module(torch.arange(timesteps)).float()
-        self.scale = None if reader is None else float(reader.input_scale)
-        self.zero_point = 0 if reader is None else float(reader.input_zero_point)
-        if reader is not None:
-            integers = torch.round(values / reader.input_scale + reader.input_zero_point).clamp(reader.input_low, reader.input_high)
-            values = integers.to(torch.int8 if reader.input_low < 0 else torch.uint8)
-        self.register_buffer("table", values)
+        for number, output in enumerate(outputs):
+            self.register_buffer(str(number), output)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        values = F.embedding(timesteps, self.table)
-        return values if self.scale is None else (values.float() - self.zero_point) * self.scale
+    def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.buffers())
 
 
-def timestep_tables(model: nn.Module, train_timesteps: int, layers: Mapping[str, IntegerLayer]) -> dict[str, nn.Module]:
-    """Every sinusoidal embedding of the model, by path, as a table: of the time step, and of SDXL's sizes in pixels.
-
-    Args:
-        layers: the planned layers, in integers; {} for a model in floating point.
-    """
-    found: dict[str, nn.Module] = {}
-    shared = getattr(getattr(model, "config", None), "class_embed_type", None) == "timestep"  # class labels go through it too
-    for path, module in model.named_modules():
-        if path == "add_time_proj":
-            found[path] = TimestepTable(module, LARGEST_SIZE + 1)
-        elif path == "time_proj" or isinstance(module, Timesteps):
-            scope = path.removesuffix("time_proj")
-            readers = [layers.get(f"{scope}{name}.linear_1") for name in ("time_embedding", "timestep_embedder")]
-            reader = None if shared else next((layer for layer in readers if layer is not None), None)
-            found[path] = TimestepTable(module, train_timesteps, reader)
-    return found
+def fixed_rotations(model: nn.Module, sample_shape: tuple[int, int, int], tokens: int | None) -> dict[str, nn.Module]:
+    """Flux's rotary embedding of x_t (C, H, W) and of so many tokens of text as the constant that it is: BF16 would round its angles."""
+    embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FluxPosEmbed)}
+    ids = torch.cat([flux.text_places(tokens or 0), flux.places(*sample_shape[1:])])
+    with torch.no_grad():
+        return {path: FixedOutputs(module(ids)) for path, module in embeddings.items()}
 
 
 class TracedDenoiser(nn.Module):
@@ -175,7 +153,11 @@ class TracedDenoiser(nn.Module):
         self.names = tuple(names)
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        return predict(self.denoiser, sample, timestep, dict(zip(self.names, conditions, strict=True)))
+        named = dict(zip(self.names, conditions, strict=True))
+        for module in self.denoiser.modules():
+            if isinstance(module, TablesInTurn):
+                module.begin({"timestep": timestep, **named})
+        return predict(self.denoiser, sample, timestep, named)
 
 
 @contextmanager

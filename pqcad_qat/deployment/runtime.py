@@ -93,6 +93,7 @@ class OVUNet2DModel(ModelMixin):
         self.sample_shape: tuple[int, int, int] = (channels, height, width)
         self.batch_size: int = self.manifest["batch_size"]
         self._train_timesteps: int = self.manifest["train_timesteps"]
+        self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
         _warn_without_vnni(self.manifest, folder)
         self.compiled = compile_graph(read_graph(folder, core := ov.Core()), core, device, properties)
@@ -241,9 +242,13 @@ class OVUNet2DModel(ModelMixin):
             raise ModelError(f"{self.folder}: {name} must be whole numbers in [0, {bound}), got {value}")
         return np.broadcast_to(cast, (count, *shape))
 
-    def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
         if timestep.shape not in ((), (1,), (count,)):
             raise ModelError(f"{self.folder}: time steps must have shape (), (1,) or ({count},), got {timestep.shape}")
+        if self._timestep_dtype == "float32":
+            if not ((timestep >= 0) & (timestep <= self._train_timesteps)).all():
+                raise ModelError(f"{self.folder}: times must lie in [0, {self._train_timesteps}], got {timestep}")
+            return np.broadcast_to(timestep.astype(np.float32), (count,))
         whole = np.rint(timestep).astype(np.int64)
         if (whole != timestep).any() or whole.min() < 0 or whole.max() >= self._train_timesteps:
             raise ModelError(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, PARTS
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel
-from pqcad_qat.diffusion.sampling import ddim_trajectory, guided, initial_noise, noise_schedule
+from pqcad_qat.diffusion.sampling import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -111,7 +111,7 @@ class TextToImage:
         condition = self.embeddings(prompt)
         other = {} if scale == 1.0 else self._other(condition, negative)
 
-        def follow(x_t: Float32, t: int) -> Float32:
+        def follow(x_t: Float32, t: float) -> Float32:
             if not other:
                 return self.denoiser.predict(x_t, t, condition)
             both = {name: np.repeat(np.concatenate([value, other[name]]), len(x_t), 0) for name, value in condition.items()}
@@ -120,7 +120,7 @@ class TextToImage:
 
         x = initial_noise(seed, 0, count, self.denoiser.sample_shape)
         schedule = noise_schedule(self.denoiser.scheduler_config)
-        for step in ddim_trajectory(follow, x, schedule, self.steps if steps is None else steps):
+        for step in trajectory(follow, x, schedule, self.steps if steps is None else steps):
             x = np.asarray(step.x_s, np.float32)
             advance(count)
         return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)

@@ -6,7 +6,7 @@ Not here: FID and image fidelity (evaluation/). Everything is read back from the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 INT8 = ("i8", "u8")
 MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")  # layer types in the CPU plugin's execution graph
+PART_VALUES = 2**25
+"""Input values of the layers that are compared at a time: some hundred megabytes on either side."""
 TIE_BAND = 2.0**-13  # in steps; float32 arithmetic on a grid of 256 steps errs by at most 2^-14 of one
 Float64 = npt.NDArray[np.float64]
 
@@ -171,9 +173,10 @@ def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> 
 def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> ParityReport:
     """Feed each planned layer of the shipped file a real input and compare its integer accumulators with exact ones.
 
-    The layers are cut out of the shipped graph from the input of their quantizer to the output of their bias, all in one graph, and
-    compiled with INFERENCE_PRECISION_HINT f32, so that nothing around the INT8 arithmetic rounds. The accumulators follow from the
-    output, round((y - bias) / (s_x s_w)), and are compared with q_x * q_w computed in float64, where such sums are exact.
+    The layers are cut out of the shipped graph from the input of their quantizer to the output of their bias, as many in one graph as
+    PART_VALUES allows, and compiled with INFERENCE_PRECISION_HINT f32, so that nothing around the INT8 arithmetic rounds. The
+    accumulators follow from the output, round((y - bias) / (s_x s_w)), and are compared with q_x * q_w computed in float64, where such
+    sums are exact.
 
     Values within TIE_BAND of a rounding boundary are decided by the last bit of float32 arithmetic (PyTorch divides by the scale, OpenVINO
     multiplies by its inverse); they are moved to their grid point on both sides, and counted.
@@ -193,14 +196,32 @@ def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mappi
         raise ExportError(f"layer_parity needs an input for every planned layer; none was given for {missing}")
     core = ov.Core()
     graph = read_graph(folder, core)
-    integers = {name: _quantize(layer, inputs[name]) for name, layer in layers.items()}
-    cut = _cut(graph, layers, {name: quantized.fed.shape for name, quantized in integers.items()})
+    nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
+    if absent := [name for name in layers if name not in nodes]:
+        raise ExportError(f"{', '.join(absent)}: planned, but the shipped graph has no such layer")
+    return ParityReport(tuple(parity for part in _parts(layers, inputs) for parity in _part_parity(nodes, layers, part, core)))
+
+
+def _parts(layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> Iterator[dict[str, _QuantizedInput]]:
+    """The layers' quantized inputs, in order, as many at a time as PART_VALUES allows, one at least."""
+    part: dict[str, _QuantizedInput] = {}
+    for name, layer in layers.items():
+        part[name] = _quantize(layer, inputs[name])
+        if sum(quantized.fed.size for quantized in part.values()) >= PART_VALUES:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _part_parity(
+    nodes: Mapping[str, ov.Node], layers: Mapping[str, IntegerLayer], part: Mapping[str, _QuantizedInput], core: ov.Core
+) -> list[LayerParity]:
+    cut = _cut(nodes, {name: layers[name] for name in part}, {name: quantized.fed.shape for name, quantized in part.items()})
     compiled = compile_graph(cut, core, properties={"INFERENCE_PRECISION_HINT": "f32"})
-    precisions = layer_precisions(executed_nodes(compiled), layers)
-    outputs = compiled([integers[name].fed for name in layers])
-    return ParityReport(
-        tuple(_compare(layer, integers[name], outputs[index], precisions[name]) for index, (name, layer) in enumerate(layers.items()))
-    )
+    precisions = layer_precisions(executed_nodes(compiled), part)
+    outputs = compiled([quantized.fed for quantized in part.values()])
+    return [_compare(layers[name], quantized, outputs[index], precisions[name]) for index, (name, quantized) in enumerate(part.items())]
 
 
 @dataclass(frozen=True)
@@ -222,13 +243,10 @@ def _quantize(layer: IntegerLayer, x: npt.NDArray[np.float32]) -> _QuantizedInpu
     return _QuantizedInput(fed, integers, int(ties.sum()))
 
 
-def _cut(graph: ov.Model, layers: Mapping[str, IntegerLayer], shapes: Mapping[str, tuple[int, ...]]) -> ov.Model:
-    """The planned layers alone, each from its own Parameter to its own Result, in the order of `layers`."""
-    nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
+def _cut(nodes: Mapping[str, ov.Node], layers: Mapping[str, IntegerLayer], shapes: Mapping[str, tuple[int, ...]]) -> ov.Model:
+    """These layers alone, each from its own Parameter to its own Result, in that order; `nodes`: of the shipped graph, by name."""
     parameters, results = [], []
     for name, layer in layers.items():
-        if name not in nodes:
-            raise ExportError(f"{name}: planned, but the shipped graph has no such layer")
         parameter = ov.opset13.parameter(list(shapes[name]), np.float32)
         quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), parameter)
         nodes[name].input(0).replace_source_output(quantized.output(0))

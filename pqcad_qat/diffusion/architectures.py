@@ -5,16 +5,21 @@ Not here: loading them, or calling them (denoiser.py), nor where conditions come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pqcad_qat.diffusion import flux
+from pqcad_qat.diffusion.flow import FLOW_SCHEDULER, settled
 from pqcad_qat.errors import ModelError
 
 Config = Mapping[str, Any]
+
+TEXT = "encoder_hidden_states"
+"""The condition that is a sequence of text's tokens."""
 
 TEXT_TOKENS = 77
 """Tokens of an example where only the data say how many there are: CLIP's."""
@@ -44,6 +49,16 @@ class ConditionInput:
         return f"{self.name} ({sizes}) {self.dtype}" + (f" in [0, {self.bound})" if self.bound is not None else "")
 
 
+def condition_inputs(entries: Iterable[Mapping[str, Any]]) -> tuple[ConditionInput, ...]:
+    """From the entries of a deployed folder's manifest."""
+    return tuple(ConditionInput(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
+
+
+def _called(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: dict[str, Any]) -> Any:
+    """As most classes are called: with x_t (B, C, H, W), and t (B,) by name."""
+    return denoiser(x_t, timestep=t, **condition, return_dict=False)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How denoisers of one class are described and called.
@@ -55,6 +70,11 @@ class Architecture:
         unsupported: config -> what it asks for that we do not give, or "".
         held_in: condition -> the keyword argument that is a dict with it.
         null_class: config -> the label that stands for no class, where the class has one of its own.
+        call: (denoiser, x_t, t, keyword arguments) -> the prediction, at the head of a tuple or alone.
+        patch: side of the patches of x_t whose pixels are the channels that the config counts.
+        default_size: height and width of x_t where the config has no place for them.
+        resizable: whether x_t may have another size than the config says.
+        scheduler: (scheduler config, height and width of x_t) -> with what the class's own pipeline adds to it.
     """
 
     name: str
@@ -63,6 +83,22 @@ class Architecture:
     unsupported: Callable[[Config], str] = lambda _: ""
     held_in: Mapping[str, str] = field(default_factory=dict)
     null_class: Callable[[Config], int | None] = lambda _: None
+    call: Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Any] = _called
+    patch: int = 1
+    default_size: int | None = None
+    resizable: bool = False
+    scheduler: Callable[[Config, tuple[int, int]], dict[str, Any]] = lambda config, _: dict(config)
+
+    def sample_shape(self, config: Config) -> tuple[int, int, int]:
+        """(C, H, W) of x_t, as a diffusers config says it.
+
+        Raises:
+            ModelError: it does not say the size.
+        """
+        if (size := config.get("sample_size")) is None:
+            raise ModelError("config.json: sample_size: got null; allowed the height and width of x_t, for which the model is exported")
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config["in_channels"]) // self.patch**2, int(height), int(width)
 
     def keywords(self, condition: Mapping[str, Any]) -> dict[str, Any]:
         """A condition by name as the keyword arguments of the class."""
@@ -145,16 +181,46 @@ def _pixart_fault(config: Config) -> str:
     return "use_additional_conditions: got true (resolution and aspect ratio); allowed false" if asked else ""
 
 
+def _joint_attention(config: Config) -> tuple[ConditionInput, ...]:
+    """Of SD3Transformer2DModel and FluxTransformer2DModel."""
+    found: tuple[ConditionInput, ...] = (
+        ConditionInput("encoder_hidden_states", (None, config["joint_attention_dim"]), "float32"),
+        ConditionInput("pooled_projections", (config["pooled_projection_dim"],), "float32"),
+    )
+    return found + ((ConditionInput("guidance", (), "float32"),) if config.get("guidance_embeds") else ())
+
+
+def _sd3_fault(config: Config) -> str:
+    size, patch, most = (config[key] for key in ("sample_size", "patch_size", "pos_embed_max_size"))
+    if size % patch or size > patch * most:
+        return f"sample_size: got {size}; allowed multiples of {patch} up to {patch * most}, which its table of places holds"
+    return ""
+
+
+def _flux_fault(config: Config) -> str:
+    if config["patch_size"] != 1:
+        return f"patch_size: got {config['patch_size']}; allowed 1: the pipeline packs its patches"
+    sizes = [config["sample_size"]] if isinstance(config["sample_size"], int) else config["sample_size"]
+    odd = [size for size in sizes if size % flux.PATCH]
+    return f"sample_size: got {odd[0]}; allowed even numbers" if odd else ""
+
+
+def _flux_scheduler(config: Config, size: tuple[int, int]) -> dict[str, Any]:
+    tokens = size[0] // flux.PATCH * (size[1] // flux.PATCH)
+    return settled(config, tokens) if config.get("_class_name") == FLOW_SCHEDULER else dict(config)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     found.name: found
     for found in (
-        Architecture("UNet2DModel", "unet", _class_labels, _unet_2d_fault),
+        Architecture("UNet2DModel", "unet", _class_labels, _unet_2d_fault, resizable=True),
         Architecture(
             "UNet2DConditionModel",
             "unet",
             _cross_attention,
             _cross_attention_fault,
             held_in={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
+            resizable=True,
         ),
         Architecture(
             "DiTTransformer2DModel",
@@ -164,9 +230,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             null_class=lambda config: int(config["num_embeds_ada_norm"]),
         ),
         Architecture("PixArtTransformer2DModel", "transformer", _pixart_conditions, _pixart_fault),
+        Architecture("SD3Transformer2DModel", "transformer", _joint_attention, _sd3_fault, resizable=True),
+        Architecture(
+            "FluxTransformer2DModel",
+            "transformer",
+            _joint_attention,
+            _flux_fault,
+            call=flux.call,
+            patch=flux.PATCH,
+            default_size=flux.DEFAULT_SIZE,
+            resizable=True,
+            scheduler=_flux_scheduler,
+        ),
     )
 }
 """By the name of diffusers' class."""
+
+FORMER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""norm_type -> the class, of configs that name the Transformer2DModel of which it was a kind: those of DiT and PixArt on the hub do."""
 
 
 def architecture_of(denoiser: nn.Module) -> Architecture | None:
@@ -182,6 +263,7 @@ def known_architecture(config: Config, where: str) -> Architecture:
         ModelError: a class, or a variant of it, that cannot be taken.
     """
     name = config.get("_class_name")
+    name = FORMER.get(str(config.get("norm_type")), name) if name == "Transformer2DModel" else name
     found = ARCHITECTURES.get(str(name))
     if found is None:
         raise ModelError(f"{where}: _class_name: got {name!r}; allowed {', '.join(ARCHITECTURES)}")

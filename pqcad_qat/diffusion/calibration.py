@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pqcad_qat.content_store import content_digest, kept
 from pqcad_qat.diffusion.conditions import CONDITION, UNCONDITIONAL, ConditionSet, guided_call
 from pqcad_qat.diffusion.denoiser import Condition, DenoiserInput, DiffusionModel, predict
-from pqcad_qat.diffusion.sampling import ddim_trajectory, initial_noise, noise_schedule, timesteps
+from pqcad_qat.diffusion.sampling import along, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
 
 
@@ -36,6 +36,7 @@ class CalibrationRecipe:
         refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's own ODE.
         conditions: digest of the set that trajectories choose from, None for an unconditional model.
         guidance_scale: of classifier-free guidance, 1 for none.
+        also: steps of further samplers whose states are kept, where they visit other time steps.
     """
 
     model_digest: str
@@ -46,11 +47,12 @@ class CalibrationRecipe:
     refinement: int = 1
     conditions: str | None = None
     guidance_scale: float = 1.0
+    also: tuple[int, ...] = ()
 
     @property
     def decides(self) -> dict[str, Any]:
-        """What its hash is taken of; what an unconditional model has no use for is left out."""
-        absent = {"conditions": None, "guidance_scale": 1.0}
+        """What its hash is taken of; what a model has no use for is left out."""
+        absent = {"conditions": None, "guidance_scale": 1.0, "also": ()}
         return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
 
     @property
@@ -65,7 +67,7 @@ class CalibrationSet:
     Attributes:
         states: (K, N + 1, C, H, W) float32; states[:, i] is x_t at timesteps[i], states[:, N] the image x_0.
         predictions: (K, N, C, H, W) float32, the model's prediction at each state under its trajectory's condition.
-        timesteps: the N time steps, falling.
+        timesteps: the N time steps, falling; whole numbers, or of flow matching any.
         condition: name -> (K, ...), what each trajectory is conditioned on; {} for an unconditional model.
         unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where the trajectories are not guided.
         unconditional_predictions: (K, N, C, H, W) float32, of that pass, None without guidance.
@@ -73,7 +75,7 @@ class CalibrationSet:
 
     states: Tensor
     predictions: Tensor
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     condition: Condition = field(default_factory=dict)
     unconditional: Condition = field(default_factory=dict)
     unconditional_predictions: Tensor | None = None
@@ -141,19 +143,14 @@ def record(
     advance: Callable[[int], None] = lambda _: None,
     conditions: ConditionSet | None = None,
 ) -> CalibrationSet:
-    """Run the sampler from seeded noise and keep the state and prediction at every one of the recipe's N time steps.
+    """Run the sampler from seeded noise and keep the state and prediction at every time step of the recipe.
 
     Raises:
-        ModelError: the model gives values that are not finite, or the refined sampler passes by one of the N time steps.
+        ModelError: the model gives values that are not finite, or the refined sampler passes by one of them.
     """
     schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
-    fine, visited = recipe.steps * recipe.refinement, timesteps(schedule, recipe.steps)
-    missed = set(visited) - set(timesteps(schedule, fine))
-    if missed:
-        raise ModelError(
-            f"calibration.refinement: got {recipe.refinement}: with {schedule.timestep_spacing} spacing {fine} steps do not visit "
-            f"{len(missed)} of the sampler's {recipe.steps} time steps; allowed 1, or more with leading or trailing spacing"
-        )
+    coarse = schedule.passing((recipe.steps, *recipe.also))
+    fine = schedule.finer(coarse, recipe.refinement, f"calibration.refinement: got {recipe.refinement}")
     guiding = conditions.unconditional if recipe.guidance_scale != 1.0 else {}
     states: list[Tensor] = []
     predictions: list[list[Tensor]] = [[], []]  # of the conditional and of the unconditional pass
@@ -163,12 +160,13 @@ def record(
         passes = _Passes(model.denoiser)
         follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
         walk, image = [], x_t
-        for step in ddim_trajectory(follow, x_t, schedule, fine):
-            if step.t in visited:
-                walk.append((step.x_t, *passes.made))
-            passes.made.clear()
-            image = step.x_s
-            advance(count)
+        for inner in fine:
+            for number, step in enumerate(along(inner, follow, image, schedule)):
+                if number == 0:
+                    walk.append((step.x_t, *passes.made))
+                passes.made.clear()
+                image = step.x_s
+                advance(count)
         columns = [torch.stack(column, dim=1) for column in zip(*walk, strict=True)]
         states.append(torch.cat([columns[0], image[:, None]], dim=1))
         for kept_predictions, column in zip(predictions, columns[1:], strict=False):
@@ -176,7 +174,7 @@ def record(
     found = CalibrationSet(
         states=torch.cat(states),
         predictions=torch.cat(predictions[0]),
-        timesteps=visited,
+        timesteps=tuple(t for t, _ in coarse),
         condition=conditions.of(recipe.seed, 0, recipe.trajectories),
         unconditional=guiding,
         unconditional_predictions=torch.cat(predictions[1]) if guiding else None,
@@ -193,7 +191,7 @@ class _Passes:
         self.denoiser = denoiser
         self.made: list[Tensor] = []
 
-    def __call__(self, x_t: Tensor, t: int, condition: Condition) -> Tensor:
+    def __call__(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
         self.made.append(predict(self.denoiser, x_t, t, condition))
         return self.made[-1]
 

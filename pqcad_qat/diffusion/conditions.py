@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
+from pqcad_qat.diffusion.ddim import Array
 from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel, predict
 from pqcad_qat.diffusion.prompts import encode_prompts, kept_prompts
-from pqcad_qat.diffusion.sampling import Array, guided
+from pqcad_qat.diffusion.sampling import guided
 from pqcad_qat.errors import ModelError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Guidance:
     unconditional: Condition = field(default_factory=dict)
     scale: float = 1.0
 
-    def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, int], Tensor]:
+    def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, float], Tensor]:
         """(x_t, t) -> the prediction of the denoiser that sampling follows."""
         condition, other = ({name: value.to(device) for name, value in part.items()} for part in (self.condition, self.unconditional))
         return guided_call(partial(predict, denoiser), condition, other, self.scale)
@@ -107,11 +108,11 @@ def rows_of(condition: Mapping[str, Array], count: int) -> dict[str, Array]:
 
 
 def guided_call(
-    call: Callable[[Array, int, Mapping[str, Array]], Array],
+    call: Callable[[Array, float, Mapping[str, Array]], Array],
     condition: Mapping[str, Array],
     unconditional: Mapping[str, Array],
     scale: float,
-) -> Callable[[Array, int], Array]:
+) -> Callable[[Array, float], Array]:
     """The prediction that sampling follows, as (x_t, t) -> prediction: of one pass at scale 1, of two guided ones above.
 
     Args:
@@ -120,10 +121,10 @@ def guided_call(
         unconditional: of the other pass, (1, ...).
     """
 
-    def one(x_t: Array, t: int) -> Array:
+    def one(x_t: Array, t: float) -> Array:
         return call(x_t, t, condition)
 
-    def both(x_t: Array, t: int) -> Array:
+    def both(x_t: Array, t: float) -> Array:
         return guided(call(x_t, t, condition), call(x_t, t, rows_of(unconditional, len(x_t))), scale)  # type: ignore[arg-type]
 
     return one if scale == 1.0 else both

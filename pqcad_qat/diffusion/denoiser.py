@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
@@ -22,7 +22,15 @@ from diffusers.models.embeddings import LabelEmbedding
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, architecture_of, check_config, known_architecture
+from pqcad_qat.diffusion.architectures import (
+    TEXT_TOKENS,
+    Architecture,
+    ConditionInput,
+    architecture_of,
+    check_config,
+    known_architecture,
+)
+from pqcad_qat.diffusion.flow import FLOW_SCHEDULER
 from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
 from pqcad_qat.errors import ModelError
 
@@ -30,6 +38,7 @@ EMBEDDED = "embedded:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("unet", "transformer")
 """Folders of a diffusers pipeline that hold a denoiser."""
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 
 SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
 """In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
@@ -80,7 +89,9 @@ class DiffusionModel:
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of x_t."""
-        return self.custom.sample_shape if self.custom else config_sample_shape(cast(Any, self.denoiser).config)
+        if self.custom:
+            return self.custom.sample_shape
+        return self._architecture.sample_shape(cast(Any, self.denoiser).config)
 
     @property
     def latent(self) -> bool:
@@ -91,18 +102,23 @@ class DiffusionModel:
         """What the denoiser takes beside x_t and t, in the order in which it is exported."""
         if self.custom:
             return self.custom.conditions
-        architecture = architecture_of(self.denoiser)
-        assert architecture is not None
-        return architecture.conditions(cast(Any, self.denoiser).config)
+        return self._architecture.conditions(cast(Any, self.denoiser).config)
+
+    @property
+    def _architecture(self) -> Architecture:
+        found = architecture_of(self.denoiser)
+        assert found is not None
+        return found
 
     @property
     def example(self) -> DenoiserInput:
-        """One sample of zeros, which the denoiser accepts."""
-        condition = {
-            wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
-            for wanted in self.condition_inputs
-        }
-        return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
+        """One sample of zeros, which the denoiser accepts, on its device."""
+        with next((parameter.device for parameter in self.denoiser.parameters()), torch.device("cpu")):
+            condition = {
+                wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
+                for wanted in self.condition_inputs
+            }
+            return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
 
 
 def is_latent(sample_shape: tuple[int, int, int]) -> bool:
@@ -110,20 +126,7 @@ def is_latent(sample_shape: tuple[int, int, int]) -> bool:
     return sample_shape[0] not in (1, 3)
 
 
-def config_sample_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of x_t, as a diffusers config says it.
-
-    Raises:
-        ModelError: it does not say the size.
-    """
-    size = config["sample_size"]
-    if size is None:
-        raise ModelError("config.json: sample_size: got null; allowed the height and width of x_t, for which the model is exported")
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(config["in_channels"]), int(height), int(width)
-
-
-def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int, condition: Condition | None = None) -> Tensor:
+def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Condition | None = None) -> Tensor:
     """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
 
     Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t, **condition)`.
@@ -133,7 +136,7 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | int, condition: Condit
     if (architecture := architecture_of(denoiser)) is None:
         found = denoiser(x_t, steps, **(condition or {}))
     else:
-        found = denoiser(x_t, timestep=steps, **architecture.keywords(condition or {}), return_dict=False)
+        found = architecture.call(denoiser, x_t, steps, architecture.keywords(condition or {}))
     prediction = cast(Tensor, found if isinstance(found, Tensor) else found[0])
     return prediction if prediction.shape[1] == x_t.shape[1] else prediction[:, : x_t.shape[1]]
 
@@ -162,22 +165,37 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def load_model(source: str) -> DiffusionModel:
+def load_model(source: str, sample_size: int | None = None) -> DiffusionModel:
     """Load `embedded:NAME`, `registered:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
 
+    `sample_size` is the height and width of x_t where it is to be another than the model's own.
+
     Raises:
-        ModelError: nothing is there, it is damaged, or its denoiser is of a class that is not known.
+        ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take that size.
     """
     if source.startswith(REGISTERED):
+        if sample_size is not None:
+            raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {source} was registered with its own")
         return _load_registered(source)
     if source.startswith(EMBEDDED):
-        resource = files("pqcad_qat.assets") / source.removeprefix(EMBEDDED)
-        if not resource.joinpath("model_index.json").is_file():
-            raise ModelError(f"model.source: got {source!r}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
-        with as_file(resource) as folder:
-            return _load_folder(folder, source)
+        with embedded_folder(source) as folder:
+            return _load_folder(folder, source, sample_size)
     folder = Path(source).expanduser()
-    return _load_folder(folder if folder.exists() else _downloaded(source), source)
+    return _load_folder(folder if folder.exists() else downloaded(source, WEIGHTS_AND_CONFIGS), source, sample_size)
+
+
+@contextmanager
+def embedded_folder(source: str) -> Iterator[Path]:
+    """The folder of `embedded:NAME`, in diffusers layout.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    resource = files("pqcad_qat.assets") / source.removeprefix(EMBEDDED)
+    if not resource.joinpath("model_index.json").is_file():
+        raise ModelError(f"model.source: got {source!r}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
+    with as_file(resource) as folder:
+        yield folder
 
 
 def embedded_models() -> list[str]:
@@ -205,14 +223,15 @@ def untrained_denoiser(config: Mapping[str, Any], where: str) -> tuple[nn.Module
         denoiser: Any = getattr(diffusers, architecture.name).from_config(dict(config))
     except Exception as error:  # diffusers raises anything on a config that it cannot follow
         raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {error}") from error
+    resize(denoiser, architecture, None)
     check_config(architecture, denoiser.config, where)
     return _without_label_dropout(denoiser).eval(), None
 
 
-def _load_folder(folder: Path, source: str) -> DiffusionModel:
+def _load_folder(folder: Path, source: str, sample_size: int | None) -> DiffusionModel:
     part = denoiser_folder(folder)
     config = read_json(part / "config.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / SCHEDULER_CONFIG)
     architecture = known_architecture(config, str(part / "config.json"))
     weights = part / WEIGHTS
     if not weights.is_file() and not weights.with_name(f"{WEIGHTS}.index.json").is_file():
@@ -225,8 +244,23 @@ def _load_folder(folder: Path, source: str) -> DiffusionModel:
         raise ModelError(f"{part}: cannot load this model: {error}") from error
     if found["missing_keys"] or found["unexpected_keys"]:  # diffusers warns, and leaves what is missing random
         raise ModelError(f"{weights}: missing: {found['missing_keys']}; not of this model: {found['unexpected_keys']}")
+    resize(denoiser, architecture, sample_size)
     check_config(architecture, denoiser.config, str(part / "config.json"))
+    scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])
     return replace(_model(_without_label_dropout(denoiser), scheduler, source), folder=folder)
+
+
+def resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:
+    """Write the height and width of x_t into the denoiser's config: those asked for, or its class's where its config has none.
+
+    Raises:
+        ModelError: a class that keeps its own.
+    """
+    if sample_size is not None and not architecture.resizable:
+        raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {architecture.name} keeps its own")
+    size = sample_size or denoiser.config.get("sample_size") or architecture.default_size
+    if size != denoiser.config.get("sample_size"):
+        denoiser.register_to_config(sample_size=size)
 
 
 def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
@@ -237,12 +271,16 @@ def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
-def _downloaded(source: str) -> Path:
-    """The folder of a hub id, less what is no part of a pipeline that we deploy; weights in full precision, nothing of it is run."""
+def downloaded(source: str, patterns: Sequence[str]) -> Path:
+    """The folder of a hub id with the files that the patterns name; nothing of it is run.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has none of that name.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(WEIGHTS_AND_CONFIGS)))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
         reason = str(error).splitlines()[0]
         raise ModelError(f"model.source: got {source!r}: no such folder, and it cannot be loaded from the hub: {reason}") from error
@@ -277,17 +315,18 @@ def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder:
         part.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS)
     write_json(part / "config.json", config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
-    write_json(folder / "model_index.json", model_index(denoiser))
+    write_json(folder / SCHEDULER_CONFIG, scheduler_config)
+    write_json(folder / "model_index.json", model_index(denoiser, scheduler_config))
 
 
-def model_index(denoiser: nn.Module) -> dict[str, Any]:
+def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a whole pipeline."""
     architecture = architecture_of(denoiser)
     name, part = (architecture.name, architecture.part) if architecture else (None, PARTS[0])
     whole = architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
     pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
-    return {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"], part: ["diffusers" if name else None, name]}
+    scheduler = FLOW_SCHEDULER if scheduler_config.get("_class_name") == FLOW_SCHEDULER else "DDIMScheduler"
+    return {"_class_name": pipeline, "scheduler": ["diffusers", scheduler], part: ["diffusers" if name else None, name]}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if name not in LAYOUTS:
         raise ModelError(
-            f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; conditions.embeddings takes a file"
+            f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; conditions.embeddings takes a file of what the "
+            "pipeline's own encode_prompt gives (README, Flow matching)"
         )
     return name, LAYOUTS[name]
 

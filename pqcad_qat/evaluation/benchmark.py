@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import openvino as ov
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.folder import MANIFEST, denoiser_bytes, read_graph
-from pqcad_qat.deployment.modules import TracedDenoiser, swapped, timestep_tables
+from pqcad_qat.deployment.modules import TracedDenoiser, fixed_rotations, swapped
 from pqcad_qat.deployment.runtime import compile_graph
+from pqcad_qat.deployment.timesteps import Times, timestep_tables
+from pqcad_qat.diffusion.architectures import TEXT
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.hardware import usable_cores
@@ -85,14 +88,18 @@ def _time_settled(call: Callable[[], object]) -> float:
 
 
 def example_inputs(
-    sample_shape: tuple[int, int, int], batch: int, seed: int = 0, condition: Condition | None = None
+    sample_shape: tuple[int, int, int],
+    batch: int,
+    seed: int = 0,
+    condition: Condition | None = None,
+    timestep_dtype: Literal["int64", "float32"] = "int64",
 ) -> dict[str, np.ndarray]:
-    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32, timestep (B,) int64.
+    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32, timestep (B,).
 
     Beside them stands `condition` (B, ...), by name, where the model takes one.
     """
     noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
-    return {"sample": noise, "timestep": np.full(batch, 500, dtype=np.int64), **{n: v.numpy() for n, v in (condition or {}).items()}}
+    return {"sample": noise, "timestep": np.full(batch, 500, timestep_dtype), **{n: v.numpy() for n, v in (condition or {}).items()}}
 
 
 def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
@@ -165,18 +172,20 @@ def convert_float(
     sample_shape: tuple[int, int, int],
     batch: int,
     folder: Path | None = None,
-    train_timesteps: int | None = None,
+    times: Times | None = None,
     condition: Condition | None = None,
 ) -> ov.Model:
     """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep, `condition` -> out_sample.
 
     With ``folder`` it is saved there as openvino_model.xml, constants in float32 as they are (OpenVINO's default would round them to
-    float16). With ``train_timesteps`` the time embedding becomes a table of that length, as in our own export: BF16 rounds time step 999
+    float16). With ``times`` the time embedding becomes a table of them, as in our own export: BF16 rounds time step 999
     to 1000, which would spoil a baseline's images for a reason that has nothing to do with its quantization. The model is left as it was.
     """
-    inputs = example_inputs(sample_shape, batch, condition=condition)
-    example = (torch.from_numpy(inputs["sample"]), torch.zeros(batch, dtype=torch.long), *(condition or {}).values())
-    replacements = {} if train_timesteps is None else timestep_tables(model, train_timesteps, {})
+    dtype: Literal["int64", "float32"] = "float32" if isinstance(times, Tensor) else "int64"
+    inputs = example_inputs(sample_shape, batch, condition=condition, timestep_dtype=dtype)
+    example = (torch.from_numpy(inputs["sample"]), torch.from_numpy(inputs["timestep"]), *(condition or {}).values())
+    replacements = {} if times is None else timestep_tables(model, times, {})
+    replacements |= fixed_rotations(model, sample_shape, condition[TEXT].shape[1] if condition and TEXT in condition else None)
     training = model.training
     denoiser = TracedDenoiser(model.eval(), tuple(condition or {}))
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():

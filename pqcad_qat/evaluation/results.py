@@ -113,8 +113,7 @@ def _protocol(facts: RunFacts) -> FidProtocol | None:
     policy, protocol = facts.policy, facts.stages["evaluation"]["protocol"]
     if protocol is None:
         return None
-    sampler = policy.sampler
-    return FidProtocol(images=policy.evaluation.images, **protocol, sampler=sampler.name, steps=sampler.steps, seed=policy.evaluation.seed)
+    return FidProtocol(images=policy.evaluation.images, **protocol, steps=policy.sampler.steps, seed=policy.evaluation.seed)
 
 
 def _variants(facts: RunFacts) -> Iterator[Variant]:

@@ -22,8 +22,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.deployment.folder import MANIFEST, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, UNET_CONFIG, read_manifest
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, executed_nodes, layer_precisions
+from pqcad_qat.diffusion.untrained import random_denoiser, shapes_of_configs
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import (
     BF16,
@@ -32,7 +33,6 @@ from pqcad_qat.evaluation.benchmark import (
     FixedBatchError,
     Inputs,
     compile_for_latency,
-    example_inputs,
     openvino_candidate,
     profile_rows,
     read_source,
@@ -44,7 +44,7 @@ from pqcad_qat.evaluation.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.evaluation.load_time import load_times
 from pqcad_qat.evaluation.record import Hardware, Throughput, Timing
 from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
-from pqcad_qat.evaluation.speed_subject import Candidates, Subject, candidates, open_subject, random_denoiser
+from pqcad_qat.evaluation.speed_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.evaluation.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
 from pqcad_qat.quantization.plan import quantizable_layers
 from pqcad_qat.training.metrics_log import progress_bar
@@ -109,7 +109,7 @@ def _report(
     return SpeedReport(
         source=subject.source,
         weights=subject.weights,
-        parameters=sum(parameter.numel() for parameter in random_denoiser(subject.config).parameters()),
+        parameters=sum(parameter.numel() for parameter in shapes_of_configs(subject.config, {}, subject.source).denoiser.parameters()),
         sample_shape=subject.sample_shape,
         steps=subject.steps,
         full_precision_steps=subject.full_precision_steps,
@@ -150,9 +150,9 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
     """Latency, throughput and their causes of every candidate that runs on this machine at this batch."""
-    machine, inputs = hardware(), example_inputs(timed.sample_shape, timed.batch)
+    machine, inputs = hardware(), timed.inputs()
     files, left_out = _runnable(timed, machine)
-    denoiser: nn.Module = random_denoiser(timed.config)
+    denoiser = random_denoiser(timed.config, UNET_CONFIG)
     latencies = time_denoisers(denoiser, files, inputs, runs)
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
     known = list(quantizable_layers(denoiser))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pqcad_qat.deployment.folder import MANIFEST, PARTS, SCHEDULER_CONFIG, read_manifest
 from pqcad_qat.deployment.part_runtime import PictureDecoder
 from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.diffusion.architectures import condition_inputs
 from pqcad_qat.diffusion.conditions import (
     GUIDANCE,
     NULL_CLASS,
@@ -32,7 +32,7 @@ from pqcad_qat.diffusion.conditions import (
 from pqcad_qat.diffusion.denoiser import DiffusionModel, denoiser_folder, is_latent, load_model, predict, read_json
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.pipeline_parts import VAE, decoded, pipeline_parts
-from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory, initial_noise, noise_schedule
+from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
 from pqcad_qat.policy.schema import ConditionsPolicy
@@ -71,7 +71,7 @@ class Variant:
 
     name: str
     runtime: Runtime
-    predict: Callable[[Float32, int, NumpyCondition], Float32]
+    predict: Callable[[Float32, float, NumpyCondition], Float32]
     schedule: NoiseSchedule
     steps: int
     sample_shape: tuple[int, int, int]
@@ -91,7 +91,7 @@ def pytorch_variant(
     denoiser.eval()
 
     @torch.no_grad()
-    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
+    def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         with frozen_weights(denoiser):
             given = {name: torch.from_numpy(value) for name, value in condition.items()}
             found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
@@ -115,19 +115,19 @@ def openvino_file_variant(
     name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
     """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
-    request = compile_for_latency(xml, {}).create_infer_request()
+    request, schedule = compile_for_latency(xml, {}).create_infer_request(), noise_schedule(scheduler_config)
 
-    def call(x_t: Float32, t: int, condition: NumpyCondition) -> Float32:
+    def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         parts = []
         for first in range(0, len(x_t), batch_size):
             count = min(batch_size, len(x_t) - first)
             rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
-            request.infer({**named, "timestep": np.full(batch_size, t, np.int64)})
+            request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
             parts.append(np.array(request.get_output_tensor(0).data[:count]))
         return np.concatenate(parts)
 
-    return Variant(name, "openvino", call, noise_schedule(scheduler_config), steps, sample_shape)
+    return Variant(name, "openvino", call, schedule, steps, sample_shape)
 
 
 def open_folder(
@@ -158,10 +158,7 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     folder = Path(source).expanduser()
     for deployed in (folder, folder / "openvino"):
         if (deployed / MANIFEST).is_file():
-            takes = tuple(
-                ConditionInput(**{**condition, "shape": tuple(condition["shape"])})
-                for condition in read_manifest(deployed).get("conditions", ())
-            )
+            takes = condition_inputs(read_manifest(deployed).get("conditions", ()))
             variant = openvino_variant(folder.name, deployed, steps)
             return variant, Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
     if is_quantized_folder(folder):
@@ -203,7 +200,7 @@ def sample_states(variant: Variant, count: int, seed: int, batch_size: int, adva
         chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
         condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
         x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
-        for step in ddim_trajectory(follow, noise, variant.schedule, variant.steps):
+        for step in trajectory(follow, noise, variant.schedule, variant.steps):
             x_0 = np.asarray(step.x_s, dtype=np.float32)
             advance(len(noise))
         done.append(torch.from_numpy(x_0))

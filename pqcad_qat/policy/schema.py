@@ -74,6 +74,9 @@ class ModelPolicy(Section):
         description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, a hub id, or "
         "registered:NAME"
     )
+    sample_size: Count | None = Field(
+        None, description="height and width of x_t, of which the export has one; null: the model's own (Flux: 128, of 1024 pixels)"
+    )
 
 
 class ConditionsPolicy(Section):
@@ -98,7 +101,9 @@ class ConditionsPolicy(Section):
 class SamplerPolicy(Section):
     """The full-precision model's own sampler, and the quantized teacher's."""
 
-    name: Literal["ddim"] = Field("ddim", description="sampler; distillation needs a deterministic one")
+    name: Literal["ddim", "euler"] | None = Field(
+        None, description="deterministic sampler: euler of flow matching, ddim of DDPM's kin; null: whichever the model takes"
+    )
     steps: Count = Field(20, le=1000, description="denoising steps of an image, before distillation")
     eta: float = Field(0.0, ge=0, le=0, description="share of fresh noise a step; 0, since calibration needs trajectories that repeat")
     guidance_scale: float = Field(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
@@ -18,7 +19,6 @@ from pqcad_qat.quantization.plan import LayerPlan, evaluating, quantizable_layer
 from pqcad_qat.quantization.quantizers import (
     IntegerLayer,
     QuantizedLayer,
-    estimate_weight_range,
     float_layer,
     integer_layer,
     quantized_layer,
@@ -66,8 +66,18 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
     return {name: integer_layer(name, layer) for name, layer in quantized_layers(model).items()}
 
 
+@torch.no_grad()
+def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
+    """As integer_layers, of a model that ends here: each layer's weight is let go of as soon as its integers are there."""
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        found[name] = integer_layer(name, layer)
+        layer.weight.data = layer.weight.data.new_empty(0)
+    return found
+
+
 def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
-    """Set every range: of inputs from what the layers read while the model runs unquantized, of weights from their values.
+    """Set the range of every input from what the layers read while the model runs unquantized.
 
     ``batches``: inputs of the model. One pass finds the extremes; percentile and mse ranges take a second one.
     Raises ModelError that names the layer whose input is NaN, infinite, zero everywhere, or never seen.
@@ -85,8 +95,6 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
         _watch(model, layers, kept, {group: watched.watch_histogram for group, watched in seen.items() if group in searched})
     for layer in leaders.values():
         _set_range(layer, seen[layer.plan.name])
-    for layer in layers.values():
-        estimate_weight_range(layer)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
     else:
         quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers)
     quantized.plan, quantized.description = plan, describe
+    quantized.weight.data = torch.empty(0)  # Brevitas never lets go of the weight that a layer was built with
     quantized.weight, quantized.bias = layer.weight, layer.bias  # builds the weight quantizer anew, on the weight's device
     quantized.input_quant.to(layer.weight.device)
     quantized.weight_quant.to(layer.weight.device)

@@ -11,6 +11,8 @@ from torch import Tensor
 from pqcad_qat.errors import ModelError
 
 BINS = 8192
+CACHED = 2**16
+"""Elements of a weight that the search for its range takes at a time: few enough for a core's cache, which makes it many times faster."""
 RATIOS = tuple(i / 50 for i in range(50, 4, -1))  # shares of the full range that the least-squares search tries, widest first
 
 
@@ -105,10 +107,15 @@ def weight_span(rows: Tensor, symmetric: bool) -> Tensor:
 
 def weight_ratio(rows: Tensor, bits: int, symmetric: bool, method: str) -> Tensor:
     """The share of each row's full range that its grid should cover: 1 for min_max, of least squared error for mse."""
+    if method != "mse":
+        return torch.ones_like(rows[:, 0])
+    parts = torch.split(rows, max(1, CACHED // rows.shape[1]))
+    return torch.cat([_best_weight_ratio(part, bits, symmetric) for part in parts])
+
+
+def _best_weight_ratio(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
     span = weight_span(rows, symmetric).clamp(min=1e-10)
     best = torch.ones_like(span)
-    if method != "mse":
-        return best
     least = torch.full_like(span, float("inf"))
     for ratio in RATIOS:
         error = (_on_grid(rows, span * ratio, ratio, bits, symmetric) - rows).square().sum(dim=1)

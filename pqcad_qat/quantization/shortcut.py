@@ -5,8 +5,9 @@ No quantizers here: the rewrite is of the floating-point model, and changes only
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,26 @@ def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
 
     ``example``: input of one forward pass, in which the concatenations are seen.
     """
-    replace_modules(model, {layer: _split(layer, seam) for layer, seam in find_shortcuts(model, example).items()})
+    return split_at(model, shortcut_seams(model, example))
+
+
+def shortcut_seams(model: nn.Module, example: PredictArguments) -> dict[str, int]:
+    """As find_shortcuts, by module path: for another model of the same modules."""
+    found = find_shortcuts(model, example)
+    return {name: found[module] for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module in found}
+
+
+def split_at(model: nn.Module, seams: Mapping[str, int]) -> nn.Module:
+    """Replace in place the convolutions of these paths; each has so many channels before its seam."""
+    layers = {model.get_submodule(name): seam for name, seam in seams.items()}
+    replace_modules(model, {layer: _split(cast(nn.Conv2d, layer), seam) for layer, seam in layers.items()})
     return model
+
+
+def rewritable(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory."""
+    kept = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:

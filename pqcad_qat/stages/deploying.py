@@ -5,7 +5,7 @@ Not here: how a folder is written and verified (deployment/), and how it is time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -14,23 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.part_parity import part_parity
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
-from pqcad_qat.diffusion.denoiser import DenoiserInput, predict
+from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.errors import ExportError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline, node_profile, size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.speed import time_denoisers
-from pqcad_qat.quantization.conversion import frozen_weights, integer_layers, quantized_layers
+from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.stages.prepared import SHARED
@@ -65,7 +67,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             "policy": policy.name,
             "model": model.source,
             "model_digest": model.digest,
-            "sampler": policy.sampler.name,
+            "sampler": work.schedule.sampler,
             "sampling_steps": steps,
             "full_precision_steps": policy.sampler.steps,
             "training_seed": policy.training.seed,
@@ -73,7 +75,8 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
         }
 
         def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
-            export_model(student, scheduler, layers, work.shape, policy.export.batch_size, weights, folder, provenance, conditions, parts)
+            batch, visited = policy.export.batch_size, calibration.timesteps
+            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts)
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
@@ -81,8 +84,9 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
             _refuse_float(shipped, work.prepared.plan, executed.precisions)
-            inputs = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
-            parity = layer_parity(shipped, layers, _layer_inputs(student, inputs))
+            states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
+            with recorded_inputs(student, states, work.path) as inputs:
+                parity = layer_parity(shipped, layers, inputs)
             psnr = _end_to_end(work, shipped, student, calibration)
         stage.done(
             precisions=dict(executed.precisions),
@@ -104,7 +108,8 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
 def _scheduler(work: Work) -> Mapping[str, Any]:
     """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for."""
     config = work.prepared.model.scheduler_config
-    return {**config, "_class_name": "DDIMScheduler"} if work.prepared.part_formats else config
+    renamed = work.prepared.part_formats and work.schedule.sampler == "ddim"
+    return {**config, "_class_name": "DDIMScheduler"} if renamed else config
 
 
 def _guidance(work: Work) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def baseline_recipe(work: Work) -> dict[str, Any]:
 def _baseline_files(work: Work, calibration: CalibrationSet, folder: Path) -> None:
     batch, denoiser = work.policy.export.batch_size, work.prepared.model.denoiser
     condition = work.prepared.conditions.of(0, 0, batch)
-    plain = convert_float(denoiser, work.shape, batch, folder / "float", work.schedule.train_timesteps, condition)
+    plain = convert_float(denoiser, work.shape, batch, folder / "float", known_times(work.schedule, calibration.timesteps), condition)
     inputs = [
         {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in given.items()}}
         for x, t, given in calibration.inputs(BASELINE_INPUTS * batch, batch)
@@ -194,7 +199,8 @@ def benchmark(work: Work) -> None:
             return
         runs, files = work.policy.export.latency_runs, openvino_files(work)
         batch = work.policy.export.batch_size
-        inputs = example_inputs(work.shape, batch, condition=work.prepared.conditions.of(0, 0, batch))
+        condition = work.prepared.conditions.of(0, 0, batch)
+        inputs = example_inputs(work.shape, batch, condition=condition, timestep_dtype=work.schedule.timestep_dtype)
         with work.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
             timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
@@ -205,23 +211,3 @@ def benchmark(work: Work) -> None:
             sizes={"fp32": 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
             hardware=asdict(hardware()),
         )
-
-
-def _layer_inputs(model: nn.Module, inputs: DenoiserInput) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """What every quantized layer reads in one forward pass, by layer."""
-    seen: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name] = arguments[0].detach().numpy()
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(model).items()]
-    try:
-        with torch.no_grad():
-            predict(model.eval(), *inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen

@@ -99,7 +99,7 @@ def _samples_recipe(work: Work, name: str) -> dict[str, Any]:
         decides |= {"conditions": digest, "guidance_scale": work.policy.guidance_scale(name)}
     if (parts := work.prepared.parts) is not None and decoder_of(work.prepared.model) is not None:
         decides["decoder"] = parts.digest(VAE)
-    return {"samples": source, "sampler": work.policy.sampler.name, "variant": name, **decides}
+    return {"samples": source, "sampler": work.schedule.sampler, "variant": name, **decides}
 
 
 def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
@@ -138,7 +138,12 @@ def evaluate(work: Work) -> None:
                 name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
                 for name, found in samples.items()
             }
-        protocol = features and {"features_sha256": features.sha256, "reference": features.reference_name, "features": features.source}
+        protocol = features and {
+            "features_sha256": features.sha256,
+            "reference": features.reference_name,
+            "features": features.source,
+            "sampler": work.schedule.sampler,
+        }
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(work.prepared.model) is None else DECODED)
         note = "" if features else NO_FID + (of_latents if latent else "")
         stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))

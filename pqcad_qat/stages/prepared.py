@@ -5,7 +5,6 @@ Not here: a run's folder (work.py).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,12 @@ from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
 from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
+from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
+from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.shortcut import split_shortcuts
+from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
@@ -38,7 +39,7 @@ class Prepared:
 
     Attributes:
         model: full precision, untouched.
-        split: a copy of the denoiser with its shortcuts split, on which the plan stands.
+        split: the denoiser with its shortcuts split, on which the plan stands; all else is around the same Parameters.
         plan: of every layer that will be quantized.
         conditions: that trajectories and images choose from.
         parts: of its pipeline, None where it stands alone.
@@ -57,19 +58,35 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
     """Load the policy's model and plan its layers; nothing is written but encoded prompts into the store, where one is given.
 
     Raises:
-        ModelError: the model cannot be loaded, or the policy's conditions, guidance or parts of the pipeline do not fit it.
+        ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline do not fit it.
         PlanError: the rules do not fit it.
     """
-    model = load_model(policy.model.source)
+    model = load_model(policy.model.source, policy.model.sample_size)
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     conditions = chosen_conditions(conditioned(model), policy.conditions, store)
     check_guidance(policy.sampler.guidance_scale, conditions)
     parts = pipeline_parts(model.folder)
     formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
-    split = copy.deepcopy(model.denoiser)
+    return Prepared(model, *_planned(policy, model), conditions, parts, formats)
+
+
+def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+    """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships too.
+
+    Raises:
+        ModelError: there is no such config, or the policy's sampler does not fit it.
+        PlanError: the rules do not fit it.
+    """
+    model = shapes_of(policy.model.source, policy.model.sample_size)
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
+    return _planned(policy, model)
+
+
+def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+    split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
-    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
-    return Prepared(model, split, plan, conditions, parts, formats)
+    return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
@@ -83,13 +100,16 @@ def check_features(policy: Policy, model: DiffusionModel) -> None:
 
 def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
     """What the policy's calibration set is recorded by."""
+    schedule, steps = noise_schedule(prepared.model.scheduler_config), policy.sampler.steps
+    students = policy.student_steps_by_round
     return CalibrationRecipe(
         model_digest=prepared.model.digest,
-        sampler=policy.sampler.name,
-        steps=policy.sampler.steps,
+        sampler=schedule.sampler,
+        steps=steps,
         trajectories=policy.calibration.trajectories,
         seed=policy.calibration.seed,
         refinement=policy.calibration.refinement,
         conditions=prepared.conditions.digest,
         guidance_scale=policy.sampler.guidance_scale,
+        also=students if schedule.passing((steps, *students)) != schedule.walk(steps) else (),
     )

@@ -54,7 +54,7 @@ def calibrate(work: Work) -> CalibrationSet:
     """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
     policy, recipe = work.policy, calibration_recipe(work.policy, work.prepared)
     _keep_embeddings(work)
-    calls = recipe.trajectories * recipe.steps * recipe.refinement
+    calls = recipe.trajectories * recipe.refinement * len(work.schedule.passing((recipe.steps, *recipe.also)))
     with work.folder.stage("calibration") as stage, work.bar("calibration", calls) as advance:
         store = work.path.parent / CALIBRATION
         found, folder = calibration_set(

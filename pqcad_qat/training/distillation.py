@@ -6,24 +6,21 @@ term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not publ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import guided_call, rows_of
+from pqcad_qat.diffusion.ddim import Walk
 from pqcad_qat.diffusion.denoiser import Condition, predict
-from pqcad_qat.diffusion.sampling import NoiseSchedule, PredictionType, ddim_inverse, ddim_step, guided, next_timestep, timesteps
+from pqcad_qat.diffusion.sampling import NoiseSchedule, along, guided
 from pqcad_qat.errors import ModelError
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 from pqcad_qat.training.quantization_aware import mixed_states
-
-LOW_SIGNAL = 1e-3
-"""alpha_bar under which epsilon says nothing about x_0: an epsilon-predicting student is not distilled there."""
 
 
 @dataclass(frozen=True)
@@ -62,81 +59,57 @@ def distillation_set(
         teacher: quantized denoiser, in evaluation mode.
         calibration: trajectories of the full-precision model, with its states at every time step of the student.
         teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an earlier round.
-        student_steps: S; every time step of the student must be one of the teacher's, and of the calibration set's.
+        student_steps: S; every time step of the student must be one of the calibration set's, and one that the teacher comes by.
         advance: told of the states done.
         guidance_scale: that the teacher samples with; 1 where it needs one pass.
 
     Raises:
-        ModelError: the spacing gives the student time steps that the teacher does not visit.
+        ModelError: the student has time steps by which the teacher does not come, or at which the set has no states.
     """
-    walks = _walks(schedule, teacher_steps, calibration.timesteps, student_steps)
-    if schedule.prediction_type == "epsilon":
-        walks = [walk for walk in walks if schedule.alpha_bar_at(walk[0]) >= LOW_SIGNAL]
-    starts = [walk[0] for walk in walks]
-    ends = [next_timestep(schedule, t, student_steps) for t in starts]
+    student = schedule.walk(student_steps)
+    asked = f"distillation.student_steps: got {student_steps}"
+    taught = [
+        (step, walk)
+        for step, walk in zip(student, schedule.finer(student, teacher_steps // student_steps, asked), strict=True)
+        if schedule.error_weight(step[0])
+    ]
+    starts = [t for (t, _), _ in taught]
+    if missing := [t for t in starts if t not in calibration.timesteps]:
+        raise ModelError(f"{asked}; the calibration set has no states at its time steps {missing[:5]}; allowed a divisor of sampler.steps")
     recorded = [calibration.timesteps.index(t) for t in starts]
     states = calibration.states[:, recorded]
     full = calibration.states[:, [*recorded[1:], -1]]  # the last step ends in the image
-    columns = []
-    for index, walk in enumerate(walks):
-        landed = []
+    landed = []
+    for index, (_, walk) in enumerate(taught):
+        parts = []
         for rows in torch.split(torch.arange(len(states)), batch_size):
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
-            landed.append(_walk(follow, states[rows, index], walk, schedule, teacher_steps, advance))
-        columns.append(torch.cat(landed))
-    a_t, a_s = (torch.tensor([schedule.alpha_bar_at(t) for t in at], dtype=torch.float64) for at in (starts, ends))
+            parts.append(_landing(walk, follow, states[rows, index], schedule, advance))
+        landed.append(torch.cat(parts))
 
     def carrying(target: Tensor) -> Tensor:
-        t, s = (a.view(1, -1, 1, 1, 1) for a in (a_t, a_s))
-        return ddim_inverse(states.double(), target.double(), t, s, schedule.prediction_type).float()
+        ends = (step for step, _ in taught)
+        columns = [schedule.inverse(states[:, i].double(), target[:, i].double(), *step) for i, step in enumerate(ends)]
+        return torch.stack(columns, dim=1).float()
 
     return DistillationSet(
         states=states,
-        teacher=carrying(torch.stack(columns, dim=1)),
+        teacher=carrying(torch.stack(landed, dim=1)),
         calibration=carrying(full),
         timesteps=torch.tensor(starts),
-        weights=torch.tensor([truncated_snr_weight(float(a), schedule.prediction_type) for a in a_t]),
+        weights=torch.tensor([schedule.error_weight(t) for t in starts]),
     )
 
 
-def _walks(schedule: NoiseSchedule, teacher_steps: int, recorded: Collection[int], student_steps: int) -> list[tuple[int, ...]]:
-    """The time steps of the teacher in every step of the student."""
-    visited, teacher = timesteps(schedule, student_steps), timesteps(schedule, teacher_steps)
-    missing = [t for t in visited if t not in teacher or t not in recorded]
-    if missing:
-        raise ModelError(
-            f"distillation.student_steps: got {student_steps}, whose time steps {missing[:5]} the {teacher_steps}-step teacher does "
-            f"not visit with {schedule.timestep_spacing} spacing; allowed a divisor of sampler.steps with leading or trailing spacing"
-        )
-    firsts = [teacher.index(t) for t in visited]
-    return [teacher[first:last] for first, last in pairwise([*firsts, len(teacher)])]
-
-
-def _walk(
-    follow: Callable[[Tensor, int], Tensor],
-    x_t: Tensor,
-    steps: tuple[int, ...],
-    schedule: NoiseSchedule,
-    total: int,
-    advance: Callable[[int], None],
+def _landing(
+    walk: Walk, follow: Callable[[Tensor, float], Tensor], x_t: Tensor, schedule: NoiseSchedule, advance: Callable[[int], None]
 ) -> Tensor:
     """Where the steps of the teacher that `follow` calls land."""
-    for t in steps:
-        alpha_bars = schedule.alpha_bar_at(t), schedule.alpha_bar_at(next_timestep(schedule, t, total))
-        x_t = ddim_step(follow(x_t, t), x_t, *alpha_bars, schedule.prediction_type, schedule.clip_sample_range)
+    for step in along(walk, follow, x_t, schedule):
+        x_t = step.x_s
         advance(len(x_t))
     return x_t
-
-
-def truncated_snr_weight(alpha_bar: float, prediction_type: PredictionType) -> float:
-    """Weight that turns a squared error of a prediction into max(SNR, 1) times the squared error of x_0 (Salimans and Ho 2022, section 4).
-
-    With SNR = a / (1 - a), an error of x_0 is sqrt((1 - a) / a) times one of epsilon, and sqrt(1 - a) times one of v.
-    """
-    in_x_0 = {"epsilon": (1 - alpha_bar) / alpha_bar, "v_prediction": 1 - alpha_bar, "sample": 1.0}[prediction_type]
-    snr = alpha_bar / (1 - alpha_bar)
-    return in_x_0 * max(snr, 1.0)
 
 
 def distillation_batches(data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None) -> BatchSource:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pqcad_qat.diffusion.ddim import DDPMSchedule, add_noise, join_prediction
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.diffusion.images import ImageSet, to_float
-from pqcad_qat.diffusion.sampling import NoiseSchedule, add_noise, join_prediction
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 
 
@@ -49,7 +49,7 @@ class ClassLabels:
         return torch.where(torch.rand(len(labels), generator=dice) < self.dropout, self.null, labels)
 
 
-def noisy_batches(images: ImageSet, schedule: NoiseSchedule, batch_size: int, seed: int, classes: ClassLabels | None = None) -> BatchSource:
+def noisy_batches(images: ImageSet, schedule: DDPMSchedule, batch_size: int, seed: int, classes: ClassLabels | None = None) -> BatchSource:
     """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), class_labels where there are classes}: a pure function of seed and step.
 
     Time steps are stratified: one in each of B equal parts of the schedule, which lowers the variance of the loss

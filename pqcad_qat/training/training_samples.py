@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pqcad_qat.diffusion.conditions import Guidance
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.sampling import NoiseSchedule, ddim_trajectory
+from pqcad_qat.diffusion.sampling import NoiseSchedule, trajectory
 from pqcad_qat.processes import is_first
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
@@ -53,6 +53,6 @@ class TrainingSamples(Callback):
     def _sample(self, state: TrainState) -> Tensor | None:
         with averaged_weights(state) as model, frozen_weights(model.eval()):
             x = self.noise.to(next(model.parameters()).device)
-            for step in ddim_trajectory(self.guidance.follow(model, x.device), x, self.schedule, self.steps):
+            for step in trajectory(self.guidance.follow(model, x.device), x, self.schedule, self.steps):
                 x = step.x_s
         return to_uint8(x).cpu() if bool(x.isfinite().all()) else None

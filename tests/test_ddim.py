@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from pqcad_qat.diffusion.sampling import (
+from pqcad_qat.diffusion.ddim import (
     add_noise,
     ddim_inverse,
     ddim_step,
+    ddpm_schedule,
     join_prediction,
     next_timestep,
-    noise_schedule,
     split_prediction,
     timesteps,
 )
@@ -28,7 +28,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_alpha_bar_equals_diffusers(beta_schedule: str, zero_snr: bool) -> None:
     scheduler = DDIMScheduler(beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr)
-    ours = noise_schedule(scheduler.config).alpha_bar
+    ours = ddpm_schedule(scheduler.config).alpha_bar
     # diffusers accumulates 1000 float32 products
     np.testing.assert_allclose(ours, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4, atol=1e-7)
 
@@ -38,7 +38,7 @@ def test_alpha_bar_equals_diffusers(beta_schedule: str, zero_snr: bool) -> None:
 def test_timesteps_equal_diffusers(spacing: str, steps: int) -> None:
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    assert timesteps(noise_schedule(scheduler.config), steps) == tuple(scheduler.timesteps.tolist())
+    assert timesteps(ddpm_schedule(scheduler.config), steps) == tuple(scheduler.timesteps.tolist())
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -47,7 +47,7 @@ def test_timesteps_equal_diffusers(spacing: str, steps: int) -> None:
 @pytest.mark.parametrize("alpha_to_one", [False, True])
 def test_a_whole_ddim_trajectory_equals_diffusers(prediction_type: Any, clip: bool, spacing: str, alpha_to_one: bool) -> None:
     scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=alpha_to_one)
-    schedule = noise_schedule(scheduler.config)
+    schedule = ddpm_schedule(scheduler.config)
     scheduler.set_timesteps(12)
     ours = theirs = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for t in timesteps(schedule, 12):
@@ -94,10 +94,10 @@ def test_numpy_and_torch_give_the_same_step() -> None:
 )
 def test_a_config_that_cannot_be_honoured_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        noise_schedule(config)
+        ddpm_schedule(config)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_a_wrong_number_of_steps_is_refused(steps: int) -> None:
     with pytest.raises(ModelError, match=f"got {steps}; allowed 1 to 1000"):
-        timesteps(noise_schedule({}), steps)
+        timesteps(ddpm_schedule({}), steps)

@@ -1,0 +1,165 @@
+"""Denoisers from their configs alone: shapes without weights, for plans; random weights, for what their values do not change.
+
+Not here: trained weights (denoiser.py). No file of weights is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, architecture_of
+from pqcad_qat.diffusion.denoiser import (
+    EMBEDDED,
+    SCHEDULER_CONFIG,
+    DenoiserInput,
+    DiffusionModel,
+    denoiser_folder,
+    downloaded,
+    embedded_folder,
+    load_model,
+    predict,
+    read_json,
+    resize,
+    untrained_denoiser,
+)
+from pqcad_qat.diffusion.registry import REGISTERED
+from pqcad_qat.errors import ModelError
+
+ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
+
+CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
+"""What is taken of a hub id."""
+
+CONDITION = 0xC0
+"""Beside the seed: conditions and noise are independent."""
+
+
+def architectures() -> list[str]:
+    """The names of the architectures that ship."""
+    return sorted(entry.name.removesuffix(".json") for entry in ARCHITECTURES.iterdir() if entry.name.endswith(".json"))
+
+
+def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The configs of a denoiser and of its scheduler, diffusers' default DDIM where none stands beside it; None where nothing is there.
+
+    Args:
+        source: a denoiser's config.json, a folder with one, or the name of an architecture that ships.
+
+    Raises:
+        ModelError: what is there cannot be read.
+    """
+    path = Path(source).expanduser()
+    if source in architectures() and not path.exists():
+        return read_json(Path(str(ARCHITECTURES / f"{source}.json"))), _default_scheduler()
+    if path.is_file():
+        return read_json(path), _default_scheduler()
+    for part in (denoiser_folder(path), path):
+        if (part / "config.json").is_file():
+            beside = path / SCHEDULER_CONFIG
+            return read_json(part / "config.json"), read_json(beside) if beside.is_file() else _default_scheduler()
+    return None
+
+
+def shapes_of(source: str, sample_size: int | None = None) -> DiffusionModel:
+    """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is built whole.
+
+    Args:
+        source: as of `load_model`, or of `architecture_configs`.
+        sample_size: as of `load_model`.
+
+    Raises:
+        ModelError: nothing is there, or its class is not known.
+    """
+    if source.startswith(REGISTERED):
+        return load_model(source, sample_size)
+    if source.startswith(EMBEDDED):
+        with embedded_folder(source) as folder:
+            found = architecture_configs(str(folder))
+    else:
+        there = Path(source).expanduser().exists() or source in architectures()
+        found = architecture_configs(source if there else str(downloaded(source, CONFIGS)))
+    if found is None:
+        raise ModelError(f"{source}: got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json")
+    return shapes_of_configs(*found, source, sample_size)
+
+
+def shapes_of_configs(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str, sample_size: int | None = None
+) -> DiffusionModel:
+    """As shapes_of, of configs: the denoiser has been called once.
+
+    Raises:
+        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+    """
+    with torch.device("meta"):
+        denoiser = _sized(config, source, sample_size)
+    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
+    if (architecture := architecture_of(denoiser)) is not None:
+        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])  # type: ignore[arg-type]
+    found = DiffusionModel(denoiser, dict(scheduler), source, "")
+    try:
+        with torch.no_grad():
+            predict(denoiser, *found.example)
+    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
+        raise ModelError(f"{source}: not the config of a working {type(denoiser).__name__}: {error}") from error
+    return found
+
+
+def random_denoiser(config: Mapping[str, Any], where: str, sample_size: int | None = None) -> nn.Module:
+    """A denoiser with seeded random weights, in evaluation mode; `where` names its config.
+
+    Raises:
+        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+    """
+    shapes_of_configs(config, {}, where, sample_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _sized(config, where, sample_size)
+
+
+def noise_inputs(model: DiffusionModel, count: int, seed: int = 0) -> DenoiserInput:
+    """(x_t (B, C, H, W), t (B,), condition) of noise: time steps spread over all of them."""
+    noise = np.random.default_rng(seed).standard_normal((count, *model.sample_shape), dtype=np.float32)
+    steps = torch.linspace(0, int(model.scheduler_config.get("num_train_timesteps", 1000)) - 1, count).long()
+    return torch.from_numpy(noise), steps, noise_condition(fixed_inputs(model.condition_inputs), count, seed)
+
+
+def fixed_inputs(inputs: Sequence[ConditionInput]) -> tuple[ConditionInput, ...]:
+    """The inputs, those of a text at the length of an example."""
+    return tuple(replace(wanted, shape=tuple(size or TEXT_TOKENS for size in wanted.shape)) for wanted in inputs)
+
+
+def noise_condition(inputs: Sequence[ConditionInput], count: int, seed: int = 0) -> dict[str, Tensor]:
+    """Conditions (B, ...) of noise for inputs of known sizes: any labels, embeddings of no meaning, no token masked."""
+    dice = np.random.default_rng((seed, CONDITION))
+    return {wanted.name: torch.from_numpy(_noise_of(wanted, count, dice)) for wanted in inputs}
+
+
+def _noise_of(wanted: ConditionInput, count: int, dice: np.random.Generator) -> npt.NDArray[Any]:
+    shape = (count, *(size for size in wanted.shape if size is not None))
+    if wanted.name.endswith("_mask"):
+        return np.ones(shape, wanted.dtype)
+    if wanted.bound is not None:
+        return dice.integers(wanted.bound, size=shape, dtype=np.int64)
+    return dice.standard_normal(shape, dtype=np.float32)
+
+
+def _sized(config: Mapping[str, Any], where: str, sample_size: int | None) -> nn.Module:
+    denoiser, _ = untrained_denoiser(config, where)
+    if (architecture := architecture_of(denoiser)) is not None:
+        resize(denoiser, architecture, sample_size)
+    return denoiser
+
+
+def _default_scheduler() -> dict[str, Any]:
+    return dict(DDIMScheduler().config)

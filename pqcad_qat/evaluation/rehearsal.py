@@ -1,0 +1,201 @@
+"""An architecture of any size with random weights: planned, quantized, exported and proven, with what each stage of it costs.
+
+Not here: training, or how fast the result runs (speed.py). Neither memory nor time depends on the values of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.folder import copy_folder, write_json
+from pqcad_qat.deployment.layer_inputs import recorded_inputs
+from pqcad_qat.deployment.verification import execution_precision, layer_parity
+from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel
+from pqcad_qat.diffusion.untrained import fixed_inputs, noise_inputs, random_denoiser, shapes_of_configs
+from pqcad_qat.evaluation.benchmark import size_bytes
+from pqcad_qat.evaluation.hardware import hardware
+from pqcad_qat.evaluation.record import Hardware
+from pqcad_qat.evaluation.stage_costs import StageCost, StageMeter
+from pqcad_qat.policy.schema import Policy, QuantizationPolicy
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, taken_integers
+from pqcad_qat.quantization.plan import LayerPlan, plan_layers
+from pqcad_qat.quantization.quantizers import IntegerLayer
+from pqcad_qat.quantization.shortcut import shortcut_seams, split_at
+
+REPORT = "rehearsal.json"
+SHIPPED, PACKED = "openvino", "packed"
+"""What a rehearsal leaves in its folder: its report, the deployed folder, and the same with packed weights."""
+
+Stage = Callable[[str], AbstractContextManager[Any]]
+Configs = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""Of a denoiser, and of its scheduler, in diffusers' names."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was found.
+
+    Attributes:
+        policy, model: whose rules, and which architecture.
+        parameters: of the full-precision denoiser.
+        planned, executed_int8: layers planned for INT8, and those that executed so from the shipped file.
+        exact: layers whose integers equal PyTorch's.
+        sizes: float32 weights, and the folders by the format of their weights, in bytes.
+        stages: in order.
+        peak_bytes: most resident memory of all stages.
+        hardware: of this machine.
+        command: that makes it again.
+    """
+
+    policy: str
+    model: str
+    parameters: int
+    planned: int
+    executed_int8: int
+    exact: int
+    sizes: Mapping[str, int]
+    stages: tuple[StageCost, ...]
+    peak_bytes: int
+    hardware: Hardware
+    command: str
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """An architecture as shapes, with its plan.
+
+    Attributes:
+        model: on the meta device, shortcuts split.
+        seams: of the shortcuts that are split, by module path.
+        plan: of every layer that will be quantized.
+        sample_size: height and width of x_t where they are others than the model's own.
+    """
+
+    model: DiffusionModel
+    seams: Mapping[str, int]
+    plan: tuple[LayerPlan, ...]
+    sample_size: int | None = None
+
+
+def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: int | None = None) -> Blueprint:
+    """The plan of an architecture at the rules' target widths; `source` names it, `sample_size` is as of `load_model`.
+
+    Raises:
+        ModelError: a config that cannot be used.
+        PlanError: the rules do not fit it.
+    """
+    shapes = shapes_of_configs(*configs, source, sample_size)
+    seams = shortcut_seams(shapes.denoiser, shapes.example) if quantization.split_shortcuts else {}
+    plan = plan_layers(split_at(shapes.denoiser, seams), quantization.layers, (), shapes.example)
+    return Blueprint(shapes, seams, plan, sample_size)
+
+
+def quantized_untrained(configs: Configs, drawn: Blueprint, states: Sequence[int], stage: Stage = nullcontext) -> DiffusionModel:
+    """The architecture with random weights, quantized, its ranges from noise.
+
+    Args:
+        configs: that the blueprint was drawn of.
+        drawn: the blueprint.
+        states: sizes of the batches of noise.
+        stage: a context for each part of the work.
+    """
+    with stage("random weights"):
+        model = replace(drawn.model, denoiser=random_denoiser(configs[0], drawn.model.source, drawn.sample_size))
+    with stage("quantize"):
+        quantize_model(split_at(model.denoiser, drawn.seams), drawn.plan)
+    with stage("ranges"):
+        calibrate_ranges(model.denoiser, _batches(noise_inputs(model, sum(states)), states))
+    return model
+
+
+def _batches(inputs: DenoiserInput, sizes: Sequence[int]) -> list[DenoiserInput]:
+    x_t, t, condition = inputs
+    parts = [torch.split(value, list(sizes)) for value in (x_t, t, *condition.values())]
+    return [(x, steps, dict(zip(condition, rest, strict=True))) for x, steps, *rest in zip(*parts, strict=True)]
+
+
+def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell: Callable[[StageCost], None]) -> Rehearsal:
+    """Take an architecture to a deployed folder by a policy's rules, with the proofs of a run.
+
+    Args:
+        policy: its model names the architecture; its training does not matter.
+        configs: of the architecture.
+        folder: where to; an older rehearsal there is replaced.
+        command: that is running, for the record.
+        tell: of each stage that is over.
+
+    Raises:
+        ModelError, PlanError: as blueprint.
+        ExportError: a layer that cannot be expressed, or a folder that holds something else.
+    """
+    meter, source, shipped = StageMeter(tell), policy.model.source, folder / SHIPPED
+    with meter.stage("plan"):
+        drawn = blueprint(configs, source, policy.quantization, policy.model.sample_size)
+    model = quantized_untrained(configs, drawn, (1,), meter.stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as recorded:
+        with meter.stage("inputs of layers"):
+            inputs = recorded.enter_context(recorded_inputs(model.denoiser, noise_inputs(model, 1, seed=1), folder))
+        with meter.stage("integers"):
+            layers = taken_integers(model.denoiser)
+        with meter.stage("convert and write"):
+            _export(model, layers, policy, shipped)
+        with meter.stage("load and run"):
+            executed = execution_precision(shipped, layers)
+        with meter.stage("compare integers"):
+            parity = layer_parity(shipped, layers, inputs)
+    with meter.stage("pack"):
+        copy_folder(shipped, folder / PACKED, "packed")
+    parameters = sum(parameter.numel() for parameter in drawn.model.denoiser.parameters())
+    return Rehearsal(
+        policy=policy.name,
+        model=source,
+        parameters=parameters,
+        planned=executed.planned,
+        executed_int8=executed.executed_int8,
+        exact=parity.layers_exact,
+        sizes={"float32": 4 * parameters, policy.export.weights: size_bytes(shipped), "packed": size_bytes(folder / PACKED)},
+        stages=tuple(meter.costs),
+        peak_bytes=meter.peak_bytes,
+        hardware=hardware(),
+        command=command,
+    )
+
+
+def _export(model: DiffusionModel, layers: Mapping[str, IntegerLayer], policy: Policy, folder: Path) -> None:
+    provenance, conditions = {"policy": policy.name, "model": model.source, "weights": "random"}, fixed_inputs(model.condition_inputs)
+    scheduler, shape, how = model.scheduler_config, model.sample_shape, policy.export
+    export_model(model.denoiser, scheduler, layers, shape, how.batch_size, how.weights, folder, provenance, conditions)
+
+
+def stages_table(found: Rehearsal) -> Table:
+    """What each stage cost, and below it what came of them."""
+    table = Table("stage", title=f"{found.model}: {found.parameters / 1e6:,.1f} million parameters, {found.policy}", box=box.SIMPLE_HEAD)
+    for heading in ("seconds", "MB at the peak", "MB kept"):
+        table.add_column(heading, justify="right")
+    for cost in found.stages:
+        table.add_row(cost.name, f"{cost.seconds:.1f}", *(_megabytes(value) for value in (cost.peak_bytes, cost.kept_bytes)))
+    table.add_row("all", f"{sum(cost.seconds for cost in found.stages):.1f}", _megabytes(found.peak_bytes), "")
+    sizes = ", ".join(f"{name} {_megabytes(size)} MB" for name, size in found.sizes.items())
+    layers = f"{found.executed_int8} of {found.planned} planned layers ran in INT8, {found.exact} with exactly PyTorch's integers"
+    table.caption, table.caption_justify = f"{layers}\n{sizes}", "left"
+    return table
+
+
+def write_rehearsal(found: Rehearsal, folder: Path) -> Path:
+    """Write its record as JSON; returns the file."""
+    write_json(folder / REPORT, asdict(found))
+    return folder / REPORT
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f}"
