@@ -77,7 +77,7 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     deployable = PartsToDeploy(parts, chosen_formats(parts, asked, str(source)), latents)
     scheduler = {**SCHEDULER, STEPS: 3, GUIDANCE: SCALE}
     layers, path = integer_layers(model.eval()), folder / "openvino"
-    export_model(model, scheduler, layers, full.sample_shape, 2, "int8", path, {}, inputs, deployable)
+    export_model(model, scheduler, layers, full.sample_shape, 2, "int8", path, {}, inputs, parts=deployable)
     return DeployedPipeline(parts, path, latents)
 
 

@@ -47,6 +47,11 @@ PIPELINES: Mapping[str, str] = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler"
 OURS = ("pqcad_qat.deployment.runtime", "OVUNet2DModel")
 """The runtime's class, as model_index.json names the denoiser: as diffusers does with classes that are not its own."""
 
+OURS_BY_CLASS = dict.fromkeys(
+    ("SD3Transformer2DModel", "FluxTransformer2DModel"), ("pqcad_qat.deployment.transformer", "OVTransformer2DModel")
+)
+"""Of denoisers that their pipelines call otherwise."""
+
 
 @dataclass(frozen=True)
 class ExportedFolder:
@@ -102,7 +107,7 @@ def export_model(
     texts = {
         UNET_CONFIG: _config(model),
         SCHEDULER_CONFIG: scheduler_config,
-        MODEL_INDEX: _model_index(scheduler_config, bool(conditions), parts),
+        MODEL_INDEX: _model_index(type(model).__name__, scheduler_config, bool(conditions), parts),
         OPENVINO_CONFIG: _openvino_config(),
     }
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
@@ -226,7 +231,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _model_index(scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
+def _model_index(name: str, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
     """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an unconditional one.
 
     Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
@@ -234,7 +239,7 @@ def _model_index(scheduler_config: Mapping[str, Any], conditional: bool, parts: 
     scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
     own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
     if parts is not None:
-        return pipeline_index(parts, OURS) | own
+        return pipeline_index(parts, OURS_BY_CLASS.get(name, OURS)) | own
     pipeline = "DiffusionPipeline" if conditional else PIPELINES.get(scheduler, "DDPMPipeline")
     return {"_class_name": pipeline, **own, "unet": list(OURS)}
 

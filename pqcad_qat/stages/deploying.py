@@ -108,7 +108,8 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
 def _scheduler(work: Work) -> Mapping[str, Any]:
     """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for."""
     config = work.prepared.model.scheduler_config
-    return {**config, "_class_name": "DDIMScheduler"} if work.prepared.part_formats else config
+    renamed = work.prepared.part_formats and work.schedule.sampler == "ddim"
+    return {**config, "_class_name": "DDIMScheduler"} if renamed else config
 
 
 def _guidance(work: Work) -> dict[str, Any]:
