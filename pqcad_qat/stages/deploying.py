@@ -27,6 +27,7 @@ from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
+from pqcad_qat.diffusion.ddim import DDPMSchedule
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.errors import ExportError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline, node_profile, size_bytes
@@ -106,10 +107,14 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
 
 
 def _scheduler(work: Work) -> Mapping[str, Any]:
-    """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for."""
-    config = work.prepared.model.scheduler_config
-    renamed = work.prepared.part_formats and work.schedule.sampler == "ddim"
-    return {**config, "_class_name": "DDIMScheduler"} if renamed else config
+    """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for.
+
+    Whether x_0 is clipped is written out then: another scheduler's config may leave it unsaid, and means otherwise.
+    """
+    config, schedule = work.prepared.model.scheduler_config, work.schedule
+    if not work.prepared.part_formats or not isinstance(schedule, DDPMSchedule):
+        return config
+    return {**config, "_class_name": "DDIMScheduler", "clip_sample": schedule.clip_sample_range is not None}
 
 
 def _guidance(work: Work) -> dict[str, Any]:
