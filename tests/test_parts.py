@@ -203,6 +203,14 @@ def test_a_part_of_another_class_is_refused(narrow: DeployedPipeline) -> None:
         chosen_formats(PipelineParts(narrow.source.folder, index), AUTO, "it")
 
 
+def test_a_third_text_encoder_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder_3").mkdir()
+    parts = PipelineParts(tmp_path, {"text_encoder_3": ["transformers", "T5EncoderModel"]})
+    with pytest.raises(ModelError, match=r"text_encoder_3: got 'T5EncoderModel'; allowed CLIPTextModel, .*pipeline\.text_encoder: none"):
+        chosen_formats(parts, AUTO, "it")
+    assert chosen_formats(parts, {**AUTO, "text_encoder": "none"}, "it") == {}
+
+
 def test_text_encoders_without_transformers_say_what_to_install(narrow: DeployedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.diffusion.pipeline_parts.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"pipeline\.text_encoder: takes the library transformers.*pqcad-qat\[text\]"):

@@ -29,10 +29,10 @@ UNET_CONFIG = "unet/config.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 SCHEMA_VERSION = 1
 
-PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2")}}
+PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
 """Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
 
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 REQUIRED_FILES = (WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG)
 MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")

@@ -20,14 +20,14 @@ from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.errors import ModelError
 
 VAE = "vae"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     VAE: ("AutoencoderKL",),
     **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection")),
 }
-"""Part -> its classes that can be deployed."""
+"""Part -> its classes that can be deployed; T5, the third of Stable Diffusion 3, is not among them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PipelineParts:
         if found not in CLASSES[part]:
             raise ModelError(
                 f"{self.folder / 'model_index.json'}: {part}: got {found!r}; allowed {', '.join(CLASSES[part])}, or "
-                f"pipeline.{part.removesuffix('_2')}: none, which leaves it out"
+                f"pipeline.{part.rstrip('_23')}: none, which leaves {'it' if part == VAE else 'all text encoders'} out"
             )
         return found
 
