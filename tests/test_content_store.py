@@ -14,7 +14,6 @@ import pytest
 
 from pqcad_qat.content_store import content_digest, kept
 
-
 PATIENCE = 120  # seconds; a busy machine is no failure
 
 
