@@ -44,7 +44,9 @@ def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None
 @contextmanager
 def _held(draft: Path) -> Iterator[bool]:
     """Wait until no other process works in the folder; False where it was moved or removed meanwhile."""
-    draft.mkdir(parents=True, exist_ok=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # Path.mkdir(exist_ok=True) raises it where the folder is removed right then
+        draft.mkdir()
     try:
         opened = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:  # moved into place since

@@ -428,10 +428,15 @@ def test_the_policies_that_ship() -> None:
         "w4a8-dit",
         "w4a8-mixed",
         "w4a8-noto-emoji",
+        "w4a8-sd15",
         "w6a6",
         "w8a8",
+        "w8a8-dit-xl-2",
         "w8a8-flux",
+        "w8a8-pixart",
+        "w8a8-sd15",
         "w8a8-sd3",
+        "w8a8-sdxl",
     ]
     models = ["pretrain-digits", "pretrain-digits-classes", "pretrain-fashion-mnist", "pretrain-noto-emoji"]
     assert sorted(f"{name}.yaml" for name in [*widths, *models, "smoke"]) == SHIPPED

@@ -89,7 +89,7 @@ def test_baselines_are_made_for_the_batch_and_of_the_same_architecture(architect
 FAULTS: dict[str, tuple[Any, str]] = {
     "an unknown class": (unet_config(_class_name="UNet1DModel"), r"_class_name: got 'UNet1DModel'; allowed UNet2DModel, "),
     "an unknown block": (unet_config(down_block_types=["Nope", "Nope"]), r"diffusers makes no UNet2DModel of it: Nope"),
-    "a size in words": (unet_config(sample_size="large"), r"not the config of a working UNet2DModel"),
+    "a size in words": (unet_config(sample_size="large"), r"sample_size: got 'large'; allowed the height and width of x_t"),
     "a list": ([], r"got a JSON list; allowed an object"),
 }
 

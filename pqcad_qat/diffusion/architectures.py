@@ -95,10 +95,12 @@ class Architecture:
         Raises:
             ModelError: it does not say the size.
         """
-        if (size := config.get("sample_size")) is None:
-            raise ModelError("config.json: sample_size: got null; allowed the height and width of x_t, for which the model is exported")
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(config["in_channels"]) // self.patch**2, int(height), int(width)
+        size = config.get("sample_size")
+        sides = [size, size] if isinstance(size, int) else size
+        if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            got = "null" if size is None else repr(size)
+            raise ModelError(f"config.json: sample_size: got {got}; allowed the height and width of x_t, for which the model is exported")
+        return int(config["in_channels"]) // self.patch**2, sides[0], sides[1]
 
     def keywords(self, condition: Mapping[str, Any]) -> dict[str, Any]:
         """A condition by name as the keyword arguments of the class."""
