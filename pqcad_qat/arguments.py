@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
+from pathlib import Path
 from typing import Literal
 
 import fire
@@ -152,6 +153,17 @@ def whole_number(flag: str, value: object, least: int = 1, most: int | None = No
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         raise UsageError(f"--{flag}: got {value!r}; allowed a whole number from {least}" + ("" if most is None else f" to {most}"))
     return value
+
+
+def output_folder(path: str | Path) -> Path:
+    """The value of --out where that is a folder, there or not.
+
+    Raises:
+        UsageError: a file.
+    """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UsageError(f"--out: got {str(path)!r}, a file; allowed a folder")
+    return Path(path)
 
 
 def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:

@@ -19,7 +19,18 @@ import fire
 from rich.console import Console
 from rich.table import Table
 
-from pqcad_qat.arguments import HELP, UsageError, fire_arguments, help_text, one_of, several, size_limit, whole_number, with_model
+from pqcad_qat.arguments import (
+    HELP,
+    UsageError,
+    fire_arguments,
+    help_text,
+    one_of,
+    output_folder,
+    several,
+    size_limit,
+    whole_number,
+    with_model,
+)
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
 from pqcad_qat.processes import launched
@@ -167,9 +178,7 @@ def sensitivity(
     from pqcad_qat.sensitivity import MaxSize, measure_sensitivity
     from pqcad_qat.stages.prepared import CALIBRATION
 
-    folder = Path(out) if out else Path("runs") / f"{loaded.name}-sensitivity"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
+    folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
     most = None if max_size is None else MaxSize(*size_limit("max-size", max_size))
     store, count = folder.parent / CALIBRATION, whole_number("states", states)
     report, mixed = measure_sensitivity(loaded, sizes, count, most, store, _command_line(), CONSOLE)
@@ -359,8 +368,7 @@ def benchmark(
     whole_number("runs", runs)
     if not isinstance(throughput, bool):
         raise UsageError(f"--throughput: got {throughput!r}; allowed --throughput or --nothroughput")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
+    folder = output_folder(out)
     from pqcad_qat.evaluation.speed import measure_speed
     from pqcad_qat.evaluation.speed_page import speed_tables, write_speed
 
@@ -369,7 +377,7 @@ def benchmark(
         CONSOLE.print(table)
     for name, why in report.left_out.items():
         CONSOLE.print(f"{name}: not timed: {why}", highlight=False)
-    CONSOLE.print(f"page: {write_speed(report, Path(out))}", soft_wrap=True)
+    CONSOLE.print(f"page: {write_speed(report, folder)}", soft_wrap=True)
 
 
 def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
@@ -382,8 +390,7 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    if Path(out).exists() and not Path(out).is_dir():
-        raise UsageError(f"--out: got {out!r}, a file; allowed a folder")
+    folder = output_folder(out)
     from pqcad_qat.diffusion.untrained import architecture_configs, architectures
     from pqcad_qat.evaluation.rehearsal import rehearse as rehearsed
     from pqcad_qat.evaluation.rehearsal import stages_table, write_rehearsal
@@ -396,9 +403,9 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
     def tell(cost: StageCost) -> None:
         CONSOLE.print(f"{cost.name}: {cost.seconds:.1f} s", highlight=False)
 
-    found = rehearsed(loaded, configs, Path(out), _command_line(), tell)
+    found = rehearsed(loaded, configs, folder, _command_line(), tell)
     CONSOLE.print(stages_table(found))
-    CONSOLE.print(f"record: {write_rehearsal(found, Path(out))}", soft_wrap=True)
+    CONSOLE.print(f"record: {write_rehearsal(found, folder)}", soft_wrap=True)
 
 
 def features(out: str, data: str = "fashion-mnist", path: str | None = None, size: int = 32) -> None:

@@ -32,7 +32,14 @@ SCHEMA_VERSION = 1
 PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
 """Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
 
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+PART_GRAPH = "openvino_model.xml"
+"""In the folder of a part."""
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The folder of a text encoder's tokenizer, in diffusers' layout and in ours."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
 
 REQUIRED_FILES = (WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG)
 MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
@@ -186,7 +193,7 @@ def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
 def denoiser_bytes(folder: Path) -> int:
     """Bytes of a deployed folder's files, less the other parts of its pipeline."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    others = (*PARTS.values(), *TOKENIZERS)
+    others = (*PARTS.values(), *(tokenizer_of(part) for part in PARTS if part != "vae"))
     return sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] not in others)
 
 

@@ -16,14 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.deployment.folder import PARTS
+from pqcad_qat.deployment.folder import PART_GRAPH, PARTS, tokenizer_of
 from pqcad_qat.deployment.runtime import Float32, compile_graph
 from pqcad_qat.errors import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-MODEL = "openvino_model.xml"
 
 
 class PictureDecoder:
@@ -65,7 +63,7 @@ class PromptEncoder:
         config = _json(folder / part / "config.json")
         self.layers: int = config["num_hidden_layers"]
         self.tokens: int = config["max_position_embeddings"]
-        self._tokenizer = _tokenizer(folder / part.replace("text_encoder", "tokenizer"), self.tokens)
+        self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
         self._compiled = _compiled(folder / part, (1, self.tokens), device, properties)
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
@@ -90,10 +88,10 @@ def _compiled(part: Path, shape: tuple[int, ...], device: str, properties: Mappi
     """
     core = ov.Core()
     try:
-        graph = core.read_model(part / MODEL)
+        graph = core.read_model(part / PART_GRAPH)
         graph.reshape(list(shape))
     except RuntimeError as error:
-        raise ModelError(f"{part / MODEL}: OpenVINO cannot read it with input {shape}: {error}") from error
+        raise ModelError(f"{part / PART_GRAPH}: OpenVINO cannot read it with input {shape}: {error}") from error
     return compile_graph(graph, core, device, properties)
 
 

@@ -18,7 +18,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import PARTS, write_json
+from pqcad_qat.deployment.folder import PART_GRAPH, PARTS, tokenizer_of, write_json
 from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, VAE, PipelineParts, check_transformers, to_decoder
 from pqcad_qat.errors import ExportError, ModelError
@@ -28,7 +28,7 @@ PartFormat = Literal["float", "int8-weights", "int8"]
 AUTOMATIC: Mapping[str, PartFormat] = {VAE: "float", **dict.fromkeys(TEXT_ENCODERS, "int8-weights")}
 """What `auto` stands for."""
 
-MODEL, TOKENIZER = "openvino_model.xml", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named
         source.class_of(part)
         if part != VAE:
             check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
-            _check_tokenizer(source.folder / _tokenizer(part))
+            _check_tokenizer(source.folder / tokenizer_of(part))
     return formats
 
 
@@ -88,17 +88,17 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
             graph = _decoder(module, parts.latents) if part == VAE else _text_encoder(module, parts.source.folder / part)
             graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
             place.mkdir(parents=True)
-            ov.save_model(graph, place / MODEL, compress_to_fp16=True)
+            ov.save_model(graph, place / PART_GRAPH, compress_to_fp16=True)
         write_json(place / "config.json", _config(module, parts.source.folder / part))
         if part != VAE:
-            _write_tokenizer(parts.source.folder / _tokenizer(part), folder / _tokenizer(part))
+            _write_tokenizer(parts.source.folder / tokenizer_of(part), folder / tokenizer_of(part))
         written[PARTS[part]] = {"class": parts.source.class_of(part), "format": form}
     return written
 
 
 def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
     """The source's model_index.json, as of the deployed folder: what is not in it is null, and of the denoiser it names `denoiser`."""
-    kept = {*parts.formats, *(_tokenizer(part) for part in parts.formats if part != VAE), "scheduler"}
+    kept = {*parts.formats, *(tokenizer_of(part) for part in parts.formats if part != VAE), "scheduler"}
     index: dict[str, Any] = {}
     for name, entry in parts.source.index.items():
         if name in ("unet", "transformer"):
@@ -108,10 +108,6 @@ def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, A
         elif name != "_name_or_path":
             index[name] = entry
     return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
-
-
-def _tokenizer(part: str) -> str:
-    return part.replace("text_encoder", "tokenizer")
 
 
 class _Decoder(nn.Module):
