@@ -88,7 +88,7 @@ def measure_sensitivity(
         trial = Trial(policy, prepared, calibration.timesteps, Path(temporary))
         times = None if step is None else _times(trial, model, step, console)
         found = _layers(model, measured, batches, console)
-        assigned, errors = {OWN: own}, {OWN: output_error(model, own, batches)}
+        assigned, errors, clock = {OWN: own}, {OWN: output_error(model, own, batches)}, dict[str, float]()
         if size is not None:
             assigned[CHOSEN] = _choose(found, sizes.at(widths), size)
             errors[CHOSEN] = output_error(model, assigned[CHOSEN], batches)
@@ -115,7 +115,7 @@ def measure_sensitivity(
                 predicted=sum(layer.error(bits[layer.name]) for layer in found),
                 error=errors[name],
                 predicted_ms=None if times is None else times.of(bits) / 1e6,
-                measured_ms=None if times is None else clock[name],
+                measured_ms=clock.get(name),
             )
             for name, bits in assigned.items()
         },

@@ -121,7 +121,8 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
     policy, cache = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder)), tmp_path_factory.mktemp("sensitivity")
 
     def run(size: Limit | None = None, step: Limit | None = None) -> tuple[SensitivityReport, str | None]:
-        return measure_sensitivity(policy, WIDTHS, 8, size, step, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET)
+        widths = WIDTHS if step is None else (4,)
+        return measure_sensitivity(policy, widths, 8, size, step, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET)
 
     return run
 
