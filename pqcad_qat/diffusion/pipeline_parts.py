@@ -23,11 +23,16 @@ VAE = "vae"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
+T5 = "T5EncoderModel"
+"""Of text: the third encoder of Stable Diffusion 3, the second of Flux, the only one of PixArt."""
+
+TOKENIZER = "tokenizer.json"
+
 CLASSES: Mapping[str, tuple[str, ...]] = {
     VAE: ("AutoencoderKL",),
-    **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection")),
+    **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection", T5)),
 }
-"""Part -> its classes that can be deployed; T5, the third of Stable Diffusion 3, is not among them."""
+"""Part -> its classes that can be deployed."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,24 @@ def check_transformers(what: str) -> None:
     """Raise ModelError where the library of text encoders is not installed."""
     if find_spec("transformers") is None:
         raise ModelError(f"{what}: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelError for a tokenizer that transformers cannot read: SentencePiece's file alone takes two libraries more."""
+    if (folder / TOKENIZER).is_file() or not (folder / "spiece.model").is_file():
+        return
+    if missing := [name for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")) if not _found(module)]:
+        raise ModelError(
+            f"{folder}: has spiece.model and no {TOKENIZER}, which takes {' and '.join(missing)}, not installed: pip install "
+            f"{' '.join(missing)}; or put the {TOKENIZER} of another T5 of the same vocabulary there"
+        )
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
 
 
 def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.diffusion.ddim import DDPMSchedule
@@ -57,13 +58,13 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
     with work.folder.stage("export") as stage:
         if not stage.new:
             return
-        deployed_parts = _parts(work, calibration)
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
         scheduler = {**_scheduler(work), STEPS: steps, **_guidance(work)}
         save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
+        deployed_parts = _parts(work, calibration, conditions)
         provenance = {
             "policy": policy.name,
             "model": model.source,
@@ -125,10 +126,10 @@ def _guidance(work: Work) -> dict[str, Any]:
     return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
 
 
-def _parts(work: Work, calibration: CalibrationSet) -> PartsToDeploy | None:
+def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[ConditionInput]) -> PartsToDeploy | None:
     """What stands beside the denoiser in the deployed folder."""
     source, formats = work.prepared.parts, work.prepared.part_formats
-    return PartsToDeploy(source, formats, calibration.images) if source is not None and formats else None
+    return PartsToDeploy(source, formats, calibration.images, conditions) if source is not None and formats else None
 
 
 def _refuse_float(folder: Path, plan: Sequence[LayerPlan], precisions: Mapping[str, str]) -> None:
