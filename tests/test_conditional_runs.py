@@ -206,7 +206,7 @@ def test_a_folder_is_sampled_as_it_was_distilled(run_of: str, scale: float, requ
 
 
 def test_a_learned_variance_is_no_part_of_what_is_deployed(dit_run: Path) -> None:
-    config = json.loads((dit_run / "openvino" / "unet" / "config.json").read_text())
+    config = json.loads((dit_run / "openvino" / "transformer" / "config.json").read_text())
     assert (config["in_channels"], config["out_channels"]) == (4, 4)
     model = OVUNet2DModel.from_pretrained(dit_run / "openvino")
     assert model(torch.zeros(1, 4, 8, 8), 5, class_labels=torch.tensor([3])).sample.shape == (1, 4, 8, 8)

@@ -148,7 +148,7 @@ def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: FlowRu
 
 
 def test_the_graph_takes_no_sines_at_run_time(flow_run: FlowRun) -> None:
-    graph = ov.Core().read_model(flow_run.path / "openvino" / "unet" / "openvino_model.xml")
+    graph = ov.Core().read_model(flow_run.path / "openvino" / "transformer" / "openvino_model.xml")
     assert {node.get_type_name() for node in graph.get_ops()}.isdisjoint({"Sin", "Cos"})
     assert graph.input("timestep").get_element_type() == ov.Type.f32
 

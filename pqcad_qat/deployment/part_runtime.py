@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.deployment.folder import PART_GRAPH, PARTS, tokenizer_of
+from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of
 from pqcad_qat.deployment.runtime import Float32, compile_graph
 from pqcad_qat.errors import ModelError
 
@@ -55,6 +55,7 @@ class PromptEncoder:
 
     Attributes:
         config: transformers' config of the encoder.
+        outputs: what it can give, by name.
         layers: of a CLIP that gives `hidden_states.0` to `hidden_states.LAYERS`.
         tokens: that every prompt is filled up or cut to.
         masked: whether it is told which of the tokens are the prompt's, as PixArt's T5 is.
@@ -64,7 +65,8 @@ class PromptEncoder:
         """`folder` is deployed; `part` is text_encoder, text_encoder_2 or text_encoder_3."""
         self.config = _json(folder / part / "config.json")
         graph = _read(folder / part)
-        self.layers = sum(port.get_any_name().startswith("hidden_states.") for port in graph.outputs) - 1
+        self.outputs = tuple(port.get_any_name() for port in graph.outputs)
+        self.layers = sum(name.startswith("hidden_states.") for name in self.outputs) - 1
         self.tokens: int = graph.input("input_ids").get_partial_shape()[1].get_length()
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
@@ -96,9 +98,9 @@ def _read(part: Path) -> ov.Model:
         ModelError: OpenVINO cannot read it.
     """
     try:
-        return ov.Core().read_model(part / PART_GRAPH)
+        return ov.Core().read_model(part / GRAPH)
     except RuntimeError as error:
-        raise ModelError(f"{part / PART_GRAPH}: OpenVINO cannot read it: {error}") from error
+        raise ModelError(f"{part / GRAPH}: OpenVINO cannot read it: {error}") from error
 
 
 def _compiled(graph: ov.Model, shape: tuple[int, ...], device: str, properties: Mapping[str, Any] | None) -> ov.CompiledModel:

@@ -18,7 +18,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import PART_GRAPH, PARTS, tokenizer_of, write_json
+from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of, write_json
 from pqcad_qat.diffusion.architectures import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.diffusion.pipeline_parts import (
@@ -122,7 +122,7 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
             graph = _decoder(module, parts.latents) if part == VAE else _text_encoder(parts, part, module)
             graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
             place.mkdir(parents=True)
-            ov.save_model(graph, place / PART_GRAPH, compress_to_fp16=True)
+            ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
         write_json(place / "config.json", _config(module, parts.source.folder / part))
         if part != VAE:
             _write_tokenizer(parts.source, tokenizer_of(part), folder / tokenizer_of(part))

@@ -18,6 +18,7 @@ from torch import nn
 
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.part_parity import part_parity
@@ -119,11 +120,15 @@ def _scheduler(work: Work) -> Mapping[str, Any]:
 
 
 def _guidance(work: Work) -> dict[str, Any]:
-    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one."""
+    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one.
+
+    Of a denoiser that takes guidance as an input too, what it was told, where that was one number.
+    """
     if not work.prepared.conditions.choices:
         return {}
     scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
-    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
+    told = {round(value, 4) for value in work.prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
+    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null}) | ({EMBEDDED_GUIDANCE: told.pop()} if len(told) == 1 else {})
 
 
 def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[ConditionInput]) -> PartsToDeploy | None:
