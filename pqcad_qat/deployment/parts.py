@@ -101,6 +101,7 @@ def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named
     for part in formats:
         assert source is not None
         source.class_of(part)
+        source.check_weights(part)
         if part != VAE:
             check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
             _check_tokenizer(source.folder / tokenizer_of(part))

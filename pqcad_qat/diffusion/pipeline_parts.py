@@ -16,7 +16,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import read_json
+from pqcad_qat.diffusion.denoiser import WEIGHTS, has_weights, read_json
 from pqcad_qat.errors import ModelError
 
 VAE = "vae"
@@ -65,6 +65,14 @@ class PipelineParts:
                 f"pipeline.{part.rstrip('_23')}: none, which leaves {'it' if part == VAE else 'all text encoders'} out"
             )
         return found
+
+    def check_weights(self, part: str) -> None:
+        """Raise ModelError for a part that is there without safetensors."""
+        path = self.folder / part / (WEIGHTS if part == VAE else "model.safetensors")
+        if not has_weights(path):
+            raise ModelError(
+                f"{path}: no such file; weights are read from safetensors only, and pipeline.{part.rstrip('_23')}: none takes none"
+            )
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
