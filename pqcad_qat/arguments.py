@@ -178,6 +178,18 @@ def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
     return float(found[1]), "x" if found[2] == "x" else "MB"
 
 
+def time_limit(flag: str, text: str) -> tuple[float, Literal["x", "ms"]]:
+    """A time of a step: how much, and whether as a multiple of the step in INT8 or in milliseconds.
+
+    Raises:
+        UsageError: no such time.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|ms|)", text)
+    if found is None:
+        raise UsageError(f"--{flag}: got {text!r}; allowed milliseconds as 4.2, or a multiple of the step in INT8 as 1.1x")
+    return float(found[1]), "x" if found[2] == "x" else "ms"
+
+
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:
     """The overrides of a policy, with that of its model where one is given."""
     return [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]

@@ -1,136 +1,173 @@
-"""How sensitive each layer is, and a policy of mixed widths within a size: the command `sensitivity`.
+"""How sensitive each layer is, and a policy of mixed widths within a size or a time: the command `sensitivity`.
 
-Not here: the measurement and the choice (quantization/), the page (evaluation/sensitivity_page.py).
+Not here: the measurement and the choice (quantization/), the times of layers (evaluation/layer_times.py), the page (sensitivity_page.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from torch import nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet, calibration_set
+from pqcad_qat.diffusion.denoiser import PredictArguments
 from pqcad_qat.errors import PlanError
 from pqcad_qat.evaluation.sensitivity_page import Assignment, SensitivityReport
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import LayerRule, Policy
-from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
-from pqcad_qat.quantization.mixed_precision import Option, choose_bits, patterns, with_bits
-from pqcad_qat.quantization.plan import expected_bytes, plan_layers, quantizable_layers
+from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
+from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, mixed_rules, with_bits
+from pqcad_qat.quantization.plan import FLOAT, LayerPlan, expected_bytes, plan_layers, quantizable_layers
+from pqcad_qat.quantization.quantizers import set_weight_bits
 from pqcad_qat.quantization.sensitivity import LayerSensitivity, layer_sensitivities, output_error
 from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
+from pqcad_qat.stages.step_times import Trial
 from pqcad_qat.training.metrics_log import progress_bar
 
-OWN, CHOSEN = "the policy's own widths", "chosen"
+OWN, FLOATING, CHOSEN = "the policy's own widths", "all in floating point", "chosen"
 """The assignments of a report."""
 
+UNITS: Mapping[str, float] = {"MB": 1e6, "ms": 1e6}
+"""Bytes, and nanoseconds."""
+
 
 @dataclass(frozen=True)
-class MaxSize:
-    """A size that the weights may have: times float32's, or in megabytes (a million bytes)."""
+class Limit:
+    """What weights or a step may cost: a multiple of float32's bytes or of the step in INT8, megabytes (10^6 bytes), or milliseconds."""
 
     number: float
-    unit: Literal["x", "MB"]
+    unit: Literal["x", "MB", "ms"]
 
-    def bytes_of(self, full: int) -> int:
-        """In bytes, of a model that takes `full` in float32."""
-        return int(self.number * (full if self.unit == "x" else 1e6))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model's packed weights (`export.weights: packed`).
-
-    Attributes:
-        full: of all parameters in float32.
-        fixed: of what is not planned, in float32.
-        layers: planned layer -> width -> bytes, scales included.
-    """
-
-    full: int
-    fixed: int
-    layers: Mapping[str, Mapping[int, int]]
-
-    def of(self, bits: Mapping[str, int]) -> int:
-        """Of the whole model with these widths."""
-        return self.fixed + sum(self.layers[name][width] for name, width in bits.items())
+    def of(self, whole: int) -> int:
+        """In bytes or nanoseconds, of a model that takes `whole`."""
+        return int(self.number * (whole if self.unit == "x" else UNITS[self.unit]))
 
 
 def measure_sensitivity(
-    policy: Policy, widths: Sequence[int], states: int, most: MaxSize | None, cache: Path, command: str, console: Console
+    policy: Policy,
+    widths: Sequence[int],
+    states: int,
+    size: Limit | None,
+    step: Limit | None,
+    cache: Path,
+    command: str,
+    console: Console,
 ) -> tuple[SensitivityReport, str | None]:
-    """Measure every planned layer at every width on the calibration set; with a size, also choose widths within it.
+    """Measure every planned layer at every width on the calibration set; with a limit, also choose widths within it.
 
     Args:
         widths: that a layer may get; the policy's own are measured too.
         states: of the calibration set, which lies in `cache` or is recorded there.
-        most: size that the packed weights may have.
+        size: that the packed weights may have; each layer gets one of the widths.
+        step: that a step may take, instead; each layer gets its own width in INT8, or stays in floating point.
 
     Returns:
-        The report, and the text of a policy with the chosen widths, None without a size.
+        The report, and the text of a policy with the chosen widths, None without a limit.
 
     Raises:
         PqcadError: as `stages.prepared.prepare`.
-        PlanError: the smallest widths take more.
+        PlanError: the cheapest widths cost more; or the step leaves time for all layers in floating point.
     """
     prepared = prepare(policy, cache.parent / SHARED)
     own = {layer.name: layer.weights.bits for layer in prepared.plan}
-    sizes = packed_sizes(prepared, {*widths, *own.values()})
-    budget = None if most is None else most.bytes_of(sizes.full)
-    if budget is not None:
-        _refuse_too_little(sizes, widths, budget)
-    calibration = _calibration(policy, prepared, cache, console)
-    model = quantize_model(copy.deepcopy(prepared.split), prepared.plan)
-    with console.status("sensitivity: ranges"):
-        calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
-    batches = tuple(calibration.inputs(states, policy.training.batch_size))
     measured = sorted({*widths, *own.values()})
-    groups = {layer.input_group for layer in prepared.plan}
-    with progress_bar(console) as bar:
-        task = bar.add_task("sensitivity", total=len(prepared.plan) * len(measured) + len(groups), note="")
-        found = layer_sensitivities(model, measured, batches, lambda: bar.update(task, advance=1))
-    assigned = {OWN: own}
-    if budget is not None:
-        options = {layer.name: [Option(bits, sizes.layers[layer.name][bits], layer.weights[bits]) for bits in widths] for layer in found}
-        assigned[CHOSEN] = choose_bits(options, budget - sizes.fixed)
+    sizes = packed_sizes(prepared, measured)
+    if size is not None:
+        _refuse_too_small(sizes.at(widths), size, widths)
+    calibration = _calibration(policy, prepared, cache, console)
+    model = _calibrated(policy, prepared, prepared.plan, calibration, console)
+    batches = tuple(calibration.inputs(states, policy.training.batch_size))
+    with tempfile.TemporaryDirectory() as temporary:
+        trial = Trial(policy, prepared, calibration.timesteps, Path(temporary))
+        times = None if step is None else _times(trial, model, step, console)
+        found = _layers(model, measured, batches, console)
+        assigned, errors, clock = {OWN: own}, {OWN: output_error(model, own, batches)}, dict[str, float]()
+        if size is not None:
+            assigned[CHOSEN] = _choose(found, sizes.at(widths), size)
+            errors[CHOSEN] = output_error(model, assigned[CHOSEN], batches)
+        if step is not None and times is not None:
+            assigned |= {FLOATING: dict.fromkeys(own, FLOAT), CHOSEN: _choose(found, times, step)}
+            _refuse_all_floating(assigned[CHOSEN], times, step)
+            chosen = _calibrated(policy, prepared, mixed_plan(policy, prepared, assigned[CHOSEN])[1], calibration, console)
+            errors |= {FLOATING: 0.0, CHOSEN: output_error(chosen, assigned[CHOSEN], batches)}
+            with console.status("sensitivity: timing what was chosen"):
+                trial.deploy(CHOSEN, integer_layers(chosen))
+                clock = trial.clock(assigned)
     report = SensitivityReport(
         policy=policy.name,
         model=prepared.model.source,
         states=sum(len(batch[0]) for batch in batches),
         layers=found,
         parameters={layer.name: layer.parameters for layer in prepared.plan},
-        full_bytes=sizes.full,
-        budget_bytes=budget,
+        full_bytes=sizes.whole,
+        budget_bytes=None if size is None else size.of(sizes.whole),
         assignments={
-            name: Assignment(bits, sizes.of(bits), _predicted(found, bits), output_error(model, bits, batches))
+            name: Assignment(
+                bits=bits,
+                bytes=sizes.of(bits),
+                predicted=sum(layer.error(bits[layer.name]) for layer in found),
+                error=errors[name],
+                predicted_ms=None if times is None else times.of(bits) / 1e6,
+                measured_ms=clock.get(name),
+            )
             for name, bits in assigned.items()
         },
         command=command,
+        budget_ms=None if step is None or times is None else step.of(times.whole) / 1e6,
+        milliseconds=None if times is None else {name: {bits: ns / 1e6 for bits, ns in at.items()} for name, at in times.layers.items()},
     )
     return report, mixed_policy(policy, prepared, report) if CHOSEN in assigned else None
 
 
-def packed_sizes(prepared: Prepared, widths: set[int]) -> Sizes:
-    """What each planned layer takes at each of the widths."""
+def packed_sizes(prepared: Prepared, widths: Collection[int]) -> Costs:
+    """Bytes of the packed weights (`export.weights: packed`), scales included; a share is of all parameters in float32."""
     full = expected_bytes(prepared.split, (), packed=False)
     weights = {layer.name: 4 * prepared.split.get_parameter(f"{layer.name}.weight").numel() for layer in prepared.plan}
     layers: dict[str, dict[int, int]] = {}
     for layer in prepared.plan:
         at = {bits: expected_bytes(prepared.split, with_bits([layer], {layer.name: bits}), packed=True) for bits in widths}
-        layers[layer.name] = {bits: size - full + weights[layer.name] for bits, size in at.items()}
-    return Sizes(full, full - sum(weights.values()), layers)
+        layers[layer.name] = {bits: size - full + weights[layer.name] for bits, size in at.items()} | {FLOAT: weights[layer.name]}
+    return Costs(full, full - sum(weights.values()), layers)
 
 
-def _refuse_too_little(sizes: Sizes, widths: Sequence[int], budget: int) -> None:
-    least = sizes.fixed + sum(min(layer[bits] for bits in widths) for layer in sizes.layers.values())
-    if budget < least:
+def _times(trial: Trial, model: nn.Module, step: Limit, console: Console) -> Costs:
+    """Nanoseconds of a step, by what each layer runs in: measured on this machine."""
+    with console.status("sensitivity: milliseconds of every layer, in INT8 and in floating point"):
+        trial.deploy(OWN, integer_layers(model))
+        trial.deploy(FLOATING, {})
+        times = trial.costs(OWN, FLOATING)
+    if step.of(times.whole) < times.least:
         raise PlanError(
-            f"--max-size: got {budget / sizes.full:.3f}x ({budget:,} bytes of weights); allowed at least {least / sizes.full:.3f}x "
+            f"--max-ms: got {_step(step.of(times.whole), times)}; allowed at least {_step(times.least, times)}, "
+            "which a step takes on this machine with each layer in what is faster"
+        )
+    return times
+
+
+def _refuse_all_floating(bits: Mapping[str, int], times: Costs, step: Limit) -> None:
+    if set(bits.values()) == {FLOAT}:
+        raise PlanError(
+            f"--max-ms: got {_step(step.of(times.whole), times)}; allowed less than {_step(times.of(bits), times)}, "
+            "which a step takes on this machine with all layers in floating point: within it nothing needs to be quantized"
+        )
+
+
+def _step(nanoseconds: int, times: Costs) -> str:
+    return f"{nanoseconds / 1e6:.3f} ms ({nanoseconds / times.whole:.3f}x the step of all planned layers in INT8)"
+
+
+def _refuse_too_small(sizes: Costs, size: Limit, widths: Sequence[int]) -> None:
+    got, least = size.of(sizes.whole), sizes.least
+    if got < least:
+        raise PlanError(
+            f"--max-size: got {got / sizes.whole:.3f}x ({got:,} bytes of weights); allowed at least {least / sizes.whole:.3f}x "
             f"({least:,} bytes), which all layers take at the smallest of the widths {', '.join(map(str, widths))}"
         )
 
@@ -145,48 +182,59 @@ def _calibration(policy: Policy, prepared: Prepared, cache: Path, console: Conso
     return found
 
 
-def _predicted(layers: Sequence[LayerSensitivity], bits: Mapping[str, int]) -> float:
-    """The error of all layers together if their errors are independent: the sum."""
-    return sum(layer.inputs + layer.weights[bits[layer.name]] for layer in layers)
+def _calibrated(policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], calibration: CalibrationSet, console: Console) -> nn.Module:
+    """The model with these layers quantized, weights at their own widths, not trained."""
+    model = quantize_model(copy.deepcopy(prepared.split), plan)
+    with console.status("sensitivity: ranges"):
+        calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
+    for layer in quantized_layers(model).values():
+        set_weight_bits(layer, layer.plan.weights.bits)
+    return model
+
+
+def _layers(model: nn.Module, widths: Sequence[int], batches: Sequence[PredictArguments], console: Console) -> tuple[LayerSensitivity, ...]:
+    layers = quantized_layers(model).values()
+    with progress_bar(console) as bar:
+        total = len(layers) * len(widths) + len({layer.plan.input_group for layer in layers})
+        task = bar.add_task("sensitivity", total=total, note="")
+        return layer_sensitivities(model, widths, batches, lambda: bar.update(task, advance=1))
+
+
+def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> dict[str, int]:
+    """Layer -> width: the sum of the layers' errors as small as the limit allows; that errors and costs add up is assumed."""
+    options = {layer.name: [Option(bits, cost, layer.error(bits)) for bits, cost in costs.layers[layer.name].items()] for layer in layers}
+    return choose_bits(options, limit.of(costs.whole) - costs.fixed)
+
+
+def mixed_plan(policy: Policy, prepared: Prepared, bits: Mapping[str, int]) -> tuple[tuple[LayerRule, ...], tuple[LayerPlan, ...]]:
+    """The policy's rules with the chosen widths, and what they plan, which is what was chosen."""
+    rules = mixed_rules(policy.quantization.layers, prepared.plan, list(quantizable_layers(prepared.split)), bits)
+    planned = plan_layers(prepared.split, rules, policy.progressive.ladder, prepared.model.example)
+    integers = {name: width for name, width in bits.items() if width != FLOAT}
+    assert {layer.name: layer.weights.bits for layer in planned} == integers, "the rules do not say what was chosen"
+    return rules, planned
 
 
 def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) -> str:
-    """The policy with the chosen widths as rules, packed weights, and what they come to; it plans what the report says."""
-    chosen = report.assignments[CHOSEN]
-    rules = mixed_rules(policy, prepared, chosen.bits)
+    """The policy with the chosen widths as rules, and what they come to; within a size its weights are packed."""
+    chosen, own = report.assignments[CHOSEN], report.assignments[OWN]
+    rules, _ = mixed_plan(policy, prepared, chosen.bits)
+    weights = "packed" if report.budget_bytes is not None else policy.export.weights
     made = policy.model_copy(
         update={
             "name": f"{policy.name}-mixed",
             "quantization": policy.quantization.model_copy(update={"layers": rules}),
-            "export": policy.export.model_copy(update={"weights": "packed"}),
+            "export": policy.export.model_copy(update={"weights": weights}),
         }
     )
-    planned = plan_layers(prepared.split, rules, policy.progressive.ladder, prepared.model.example)
-    assert {layer.name: layer.weights.bits for layer in planned} == dict(chosen.bits), "the rules do not say what was chosen"
+    came_to = f"Widths chosen layer by layer: {chosen.bytes / report.full_bytes:.3f}x the size of float32, weights packed."
+    if chosen.measured_ms is not None and own.measured_ms is not None:
+        came_to = f"Layers kept in floating point within a time: {chosen.measured_ms / own.measured_ms:.3f}x the step of all in INT8."
     head = [
-        f"# Widths chosen layer by layer: {chosen.bytes / report.full_bytes:.3f}x the size of float32, weights packed.",
+        f"# {came_to}",
         "#",
         f"#     {report.command}",
         "#",
         f"# Error of the output on {report.states} states of the calibration set, before any training: {chosen.error:.2e} of its square.",
     ]
     return "\n".join(head) + "\n\n" + dump_policy(Policy.model_validate(made.model_dump()), whole=False)
-
-
-def mixed_rules(policy: Policy, prepared: Prepared, bits: Mapping[str, int]) -> tuple[LayerRule, ...]:
-    """The policy's rules, each in as many as its layers have widths, widest first; layers in floating point stay there."""
-    names = list(quantizable_layers(prepared.split))
-    rules = []
-    for index, rule in enumerate(policy.quantization.layers):
-        if rule.keep_float:
-            rules.append(rule)
-            continue
-        widths: dict[int, list[str]] = {}
-        for layer in prepared.plan:
-            if layer.rule_index == index:
-                widths.setdefault(bits[layer.name], []).append(layer.name)
-        for width in sorted(widths, reverse=True):
-            assert rule.weights is not None, "a rule that quantizes has both quantizers"
-            match = tuple(patterns(widths[width], [name for name in names if name not in widths[width]]))
-            rules.append(rule.model_copy(update={"match": match, "weights": rule.weights.model_copy(update={"bits": width})}))
-    return tuple(rules)

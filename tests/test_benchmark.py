@@ -145,6 +145,12 @@ def test_hardware_reads_model_and_instruction_sets(tmp_path: Path, monkeypatch: 
     assert set(found.versions) >= {"python", "openvino", "nncf", "brevitas", "diffusers"}
 
 
+def test_hardware_tells_two_models_of_one_name_apart(tmp_path: Path) -> None:
+    path = cpuinfo(tmp_path, "avx2")
+    path.write_text("cpu family\t: 26\nmodel\t\t: 2\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert hardware(path).cpu == "Some CPU @ 2.00GHz (family 26, model 2)"
+
+
 def test_hardware_records_settings_that_change_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI")
     found = hardware(cpuinfo(tmp_path, "avx2 avx512_bf16"))

@@ -136,6 +136,14 @@ MISTAKES = {
         ["rehearse", SMOKE, "--model", "ddpm-cifar10-32", "--out", SMOKE],
         r"--out: got .*, a file; allowed a folder",
     ),
+    "a time that is none": (
+        ["sensitivity", SMOKE, "--max-ms", "fast"],
+        r"--max-ms: got 'fast'; allowed milliseconds as 4\.2, or a multiple of the step in INT8 as 1\.1x",
+    ),
+    "a size and a time": (
+        ["sensitivity", SMOKE, "--max-size", "0.2x", "--max-ms", "4.2"],
+        r"--max-ms: got it beside --max-size; allowed one of the two",
+    ),
     "no batch": (["benchmark", "x", "--batches", "[]"], r"--batches: got an empty list; allowed one value or more"),
     "a batch of none": (["benchmark", "x", "--batches", "[1,0]"], r"--batches: got 0; allowed a whole number from 1"),
     "a batch twice": (["benchmark", "x", "--batches", "[2,2]"], r"--batches: got 2 twice; allowed once"),

@@ -13,7 +13,10 @@ from itertools import pairwise, product
 import pytest
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.quantization.mixed_precision import Option, choose_bits, lower_hull, patterns
+from pqcad_qat.policy.schema import LayerRule, Policy
+from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, lower_hull, mixed_rules, patterns
+from pqcad_qat.quantization.plan import FLOAT, plan_layers, quantizable_layers
+from pqcad_qat.stages.prepared import Prepared, prepare
 
 WIDTHS = (2, 3, 4, 7)
 
@@ -84,6 +87,69 @@ def test_of_widths_that_cost_the_same_the_one_with_the_least_error_is_taken() ->
 def test_a_budget_too_small_is_refused_with_the_least_that_would_do() -> None:
     with pytest.raises(PlanError, match="got a budget of 9; allowed at least 11"):
         choose_bits({"a": [Option(2, 5, 1.0)], "b": [Option(2, 6, 1.0), Option(3, 9, 0.5)]}, 9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_of_one_width_or_floating_point_the_choice_is_as_good_as_any_to_within_one_layer(seed: int) -> None:
+    """As with a limit of time: floating point makes no error, and may even be the faster."""
+    draw = random.Random(seed)
+    options = {
+        name: [Option(draw.choice(WIDTHS), draw.randint(10, 99), draw.uniform(0.1, 9)), Option(FLOAT, draw.randint(10, 199), 0.0)]
+        for name in "abcdefgh"
+    }
+    least = sum(min(option.cost for option in found) for found in options.values())
+    most = sum(found[1].cost for found in options.values())
+    choices = [dict(zip(options, bits, strict=True)) for bits in product(*([o.bits for o in found] for found in options.values()))]
+    for budget in range(least, most + 40, 40):
+        cost, error = total(options, choose_bits(options, budget))
+        smallest = min(error for cost, error in (total(options, choice) for choice in choices) if cost <= budget)
+        assert cost <= budget
+        assert smallest <= error <= smallest + max(found[0].error for found in options.values())
+    assert set(choose_bits(options, most + 800).values()) == {FLOAT}
+
+
+def test_costs_add_up() -> None:
+    costs = Costs(100, 10, {"a": {4: 5, FLOAT: 9}, "b": {4: 7, FLOAT: 6}})
+    assert (costs.least, costs.of({"a": FLOAT, "b": 4}), costs.at([4]).least) == (10 + 5 + 6, 10 + 9 + 7, 10 + 5 + 7)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_policy: Policy) -> Prepared:
+    return prepare(tiny_policy)
+
+
+def mixed(policy: Policy, prepared: Prepared, bits: Mapping[str, int]) -> tuple[tuple[LayerRule, ...], dict[str, int]]:
+    """The rules for these widths, and the widths that they plan."""
+    rules = mixed_rules(policy.quantization.layers, prepared.plan, list(quantizable_layers(prepared.split)), bits)
+    planned = plan_layers(prepared.split, rules, policy.progressive.ladder, prepared.model.example)
+    return rules, {layer.name: layer.weights.bits for layer in planned}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("own", [True, False])
+def test_rules_plan_what_was_chosen(tiny_policy: Policy, prepared: Prepared, seed: int, own: bool) -> None:
+    draw = random.Random(seed)
+    bits = {layer.name: draw.choice([FLOAT, layer.weights.bits if own else draw.choice(WIDTHS)]) for layer in prepared.plan}
+    _, planned = mixed(tiny_policy, prepared, bits)
+    assert planned == {name: width for name, width in bits.items() if width != FLOAT}
+
+
+def test_layers_in_floating_point_come_first_and_the_policys_own_rules_stay_as_they_are(tiny_policy: Policy, prepared: Prepared) -> None:
+    bits = {layer.name: FLOAT if layer.name.startswith("mid_block.resnets.0.") else layer.weights.bits for layer in prepared.plan}
+    rules, _ = mixed(tiny_policy, prepared, bits)
+    assert rules[0] == LayerRule(match=("mid_block.resnets.0.*",), keep_float=True)
+    assert rules[1:] == tiny_policy.quantization.layers
+
+
+def test_patterns_and_rules_that_have_no_layer_left_are_left_out(tiny_policy: Policy, prepared: Prepared) -> None:
+    time = {layer.name: FLOAT if layer.name.startswith("time_embedding.") else layer.weights.bits for layer in prepared.plan}
+    rules, _ = mixed(tiny_policy, prepared, time)
+    assert [rule.match for rule in rules[:3]] == [("time_embedding.*",), ("conv_in",), ("conv_out",)]
+    rules, _ = mixed(tiny_policy, prepared, time | {"conv_out": FLOAT})
+    assert [rule.keep_float for rule in rules] == [True, True, False]
 
 
 NAMES = [

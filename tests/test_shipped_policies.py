@@ -59,6 +59,8 @@ STUDIES = {
     "momentum": (9, 3),
     "momentum-digits": (9, 3),
     "scales-digits": (9, 3),
+    "extremes": (6, 3),
+    "extremes-digits": (6, 3),
     "smoke": (2, 1),
 }
 

@@ -45,7 +45,7 @@ def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
     isa = tuple(name for name, flag in ISA_FLAGS.items() if flag in flags)
     settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
     return Hardware(
-        cpu=_field(text, "model name") or platform.processor() or "unknown",
+        cpu=_cpu(text) or platform.processor() or "unknown",
         isa=isa,
         cores=usable_cores(),
         versions={"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
@@ -69,6 +69,12 @@ def lacking(isa: str, machine: Hardware) -> str:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu(text: str) -> str:
+    """The model's name, and its family and number: of a virtual machine the name is often no more than "AMD EPYC"."""
+    name, numbers = _field(text, "model name"), [f"{key} {_field(text, of)}" for key, of in (("family", "cpu family"), ("model", "model"))]
+    return f"{name} ({', '.join(numbers)})" if name and all(number[-1].isdigit() for number in numbers) else name
 
 
 def _field(text: str, key: str) -> str:

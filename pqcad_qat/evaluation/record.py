@@ -38,7 +38,7 @@ OURS = "pqcad-openvino"
 class Hardware:
     """Where the timings were taken."""
 
-    cpu: str  # model name, "unknown" where the system does not say
+    cpu: str  # model name, family and number, "unknown" where the system does not say
     isa: tuple[str, ...]  # of avx2, avx_vnni, avx512_vnni, avx512_bf16, amx_int8, amx_bf16: those that the CPU has
     cores: int  # usable by this process
     versions: Mapping[str, str]  # python and every library that decides a number

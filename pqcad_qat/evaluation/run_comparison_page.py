@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -140,7 +140,8 @@ def figure_chart(rows: Sequence[Row]) -> str | None:
         axes = drawn.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, figure in zip(axes, panels, strict=True):
             _draw_figure(drawn, panel, figure, rows)
-        axes[0].set_yticks(range(len(rows)), [_label(row) for row in rows])
+        telling = [key for key in rows[0].labels if len({row.labels[key] for row in rows} - {ALL}) > 1]
+        axes[0].set_yticks(range(len(rows)), [_label(row, telling) for row in rows])
         axes[0].tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
         return drawn.svg(f"{' and '.join(HEADINGS[figure] for figure in panels)}: {'; '.join(_told(rows, panels[0]))}")
@@ -161,9 +162,10 @@ def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) ->
     axes.set_title(HEADINGS[figure])
 
 
-def _label(row: Row) -> str:
-    labels = [ALL] if set(row.labels.values()) == {ALL} else list(row.labels.values())
-    return ", ".join([*labels, row.variant])
+def _label(row: Row, keys: Collection[str] | None = None) -> str:
+    """The row's variant and labels, or only those of ``keys``: what all rows share tells nothing beside an axis."""
+    labels = [label for key, label in row.labels.items() if keys is None or key in keys]
+    return ", ".join([*([ALL] if labels and set(labels) == {ALL} else labels), row.variant])
 
 
 def _told(rows: Sequence[Row], figure: str) -> Iterator[str]:

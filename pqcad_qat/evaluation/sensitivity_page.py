@@ -18,10 +18,13 @@ from rich.table import Table
 from pqcad_qat.evaluation.canvas import COLOURS, canvas
 from pqcad_qat.evaluation.page import TIMES, number, page_template
 from pqcad_qat.evaluation.report import write_atomic
+from pqcad_qat.quantization.plan import FLOAT
 from pqcad_qat.quantization.sensitivity import LayerSensitivity
 
 SCHEMA_VERSION = 1
 JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
+
+MICROSECONDS = "\N{MICRO SIGN}s"
 
 SHADES = tuple(COLOURS[f"bits{bits}"] for bits in range(8, 1, -1))
 """Of errors, from the smallest to the largest."""
@@ -36,12 +39,16 @@ class Assignment:
         bytes: of the weights, packed.
         predicted: sum of the layers' errors.
         error: measured with all layers quantized at once.
+        predicted_ms: of a step, the sum of the layers' times and of what is no layer's, on the machine that measured them.
+        measured_ms: by the clock, all assignments in turns; both where there was a limit of time.
     """
 
     bits: Mapping[str, int]
     bytes: int
     predicted: float
     error: float
+    predicted_ms: float | None = None
+    measured_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,10 @@ class SensitivityReport:
         parameters: of each layer.
         full_bytes: of the model in float32.
         budget_bytes: that the chosen widths had to keep to.
-        assignments: the policy's own widths, and the chosen ones.
+        assignments: the policy's own widths, and the chosen ones last.
         command: that made it.
+        budget_ms: that a step had to keep to.
+        milliseconds: of a step, of each layer in INT8 (under its own width) and in floating point (under FLOAT), where they were measured.
     """
 
     policy: str
@@ -68,11 +77,18 @@ class SensitivityReport:
     budget_bytes: int | None
     assignments: Mapping[str, Assignment]
     command: str
+    budget_ms: float | None = None
+    milliseconds: Mapping[str, Mapping[int, float]] | None = None
 
     @property
     def widths(self) -> list[int]:
         """That were measured, widest first."""
         return sorted(self.layers[0].weights, reverse=True)
+
+    @property
+    def columns(self) -> list[int]:
+        """The widths, and before them floating point where a layer could get it."""
+        return self.widths if self.milliseconds is None else [FLOAT, *self.widths]
 
     @property
     def shown(self) -> Assignment:
@@ -93,14 +109,22 @@ def decibels(error: float) -> str:
     return f"{10 * math.log10(error):.1f}" if error > 0 else "\N{EN DASH}"
 
 
+def width_text(bits: int) -> str:
+    return "float" if bits == FLOAT else f"{bits} bits"
+
+
 def headings(report: SensitivityReport) -> list[str]:
-    return ["layer", "parameters", "inputs", *(f"{width} bits" for width in report.widths), "gets"]
+    times = () if report.milliseconds is None else (f"INT8 {MICROSECONDS}", f"float {MICROSECONDS}")
+    return ["layer", "parameters", *times, "inputs", *map(width_text, report.widths), "gets"]
 
 
 def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
     """A layer's texts, under `headings`: errors in decibels below the output."""
+    times = () if report.milliseconds is None else report.milliseconds[layer.name].values()
     errors = (decibels(error) for error in (layer.inputs, *(layer.weights[width] for width in report.widths)))
-    return [layer.name, f"{report.parameters[layer.name]:,}", *errors, str(report.shown.bits[layer.name])]
+    gets = report.shown.bits[layer.name]
+    shown = "float" if gets == FLOAT else str(gets)
+    return [layer.name, f"{report.parameters[layer.name]:,}", *(f"{1e3 * spent:.1f}" for spent in times), *errors, shown]
 
 
 def sensitivity_table(report: SensitivityReport) -> Table:
@@ -115,10 +139,15 @@ def sensitivity_table(report: SensitivityReport) -> Table:
 
 def assignment_table(report: SensitivityReport) -> Table:
     """For the terminal: what the widths of all layers come to."""
-    table = Table("widths", "mean bits", "MB", f"float32 {TIMES}", "sum of errors, dB", "measured together, dB")
+    table = Table(*assignment_headings(report))
     for row in assignment_rows(report):
         table.add_row(*row)
     return table
+
+
+def assignment_headings(report: SensitivityReport) -> list[str]:
+    times = [] if report.milliseconds is None else ["sum of times, ms", "measured, ms"]
+    return ["widths", "mean bits", "MB", f"float32 {TIMES}", *times, "sum of errors, dB", "measured together, dB"]
 
 
 def assignment_rows(report: SensitivityReport) -> list[list[str]]:
@@ -128,11 +157,19 @@ def assignment_rows(report: SensitivityReport) -> list[list[str]]:
             number(mean_bits(report, found)),
             f"{found.bytes / 1e6:.2f}",
             f"{found.bytes / report.full_bytes:.3f}",
+            *_step_texts(report, found),
             decibels(found.predicted),
             decibels(found.error),
         ]
         for name, found in report.assignments.items()
     ]
+
+
+def _step_texts(report: SensitivityReport, found: Assignment) -> list[str]:
+    """Predicted and measured milliseconds, each also as a multiple of the first assignment's."""
+    first = next(iter(report.assignments.values()))
+    pairs = ((found.predicted_ms, first.predicted_ms), (found.measured_ms, first.measured_ms))
+    return [f"{spent:.3f} ({spent / whole:.3f}{TIMES})" for spent, whole in pairs if spent is not None and whole is not None]
 
 
 def mean_bits(report: SensitivityReport, assignment: Assignment) -> float:
@@ -147,6 +184,7 @@ def render(report: SensitivityReport) -> str:
         report=report,
         headings=headings(report),
         rows=[cells(report, layer) for layer in report.layers],
+        assignment_headings=assignment_headings(report),
         assignments=assignment_rows(report),
         chart=Markup(sensitivity_chart(report)),  # our own SVG, its texts escaped by canvas.py
     )
@@ -159,16 +197,17 @@ def sensitivity_chart(report: SensitivityReport) -> str:
     with canvas("sensitivity", 9.6, 1.0 + 0.19 * len(report.layers)) as drawn:
         axes = drawn.figure.subplots()
         for row, layer in enumerate(report.layers):
-            for column, width in enumerate(report.widths):
-                share = _share(layer.weights[width], low, high)
+            for column, width in enumerate(report.columns):
+                error = layer.weights.get(width, 0.0)
+                share = _share(error, low, high)
                 cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=SHADES[round(share * (len(SHADES) - 1))], lw=0)
                 axes.add_patch(cell)
-                drawn.tip(cell, f"{layer.name} at {width} bits: {decibels(layer.weights[width])} dB")
-            place = report.widths.index(report.shown.bits[layer.name])
+                drawn.tip(cell, f"{layer.name} at {width} bits: {decibels(error)} dB" if width != FLOAT else f"{layer.name}: no error")
+            place = report.columns.index(report.shown.bits[layer.name])
             axes.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS["rose"], lw=1.6))
-        axes.set_xlim(-0.5, len(report.widths) - 0.5)
+        axes.set_xlim(-0.5, len(report.columns) - 0.5)
         axes.set_ylim(len(report.layers) - 0.5, -0.5)
-        axes.set_xticks(range(len(report.widths)), [f"{width} bits" for width in report.widths])
+        axes.set_xticks(range(len(report.columns)), [width_text(width) for width in report.columns])
         axes.set_yticks(range(len(report.layers)), [layer.name for layer in report.layers])
         axes.tick_params(axis="both", length=0, labelsize=8)
         axes.xaxis.tick_top()

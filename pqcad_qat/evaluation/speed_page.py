@@ -206,9 +206,9 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
             if row.throughput is not None:
                 rate = row.throughput
                 _bar(drawn, axes[1], place, row, (rate.median, rate.lower_quartile, rate.upper_quartile), "image steps a second")
-        axes[0].set_title("milliseconds a step (lower is better)")
+        axes[0].set_title("ms a step, lower is better")
         if panels == 2:
-            axes[1].set_title("image steps a second (higher is better)")
+            axes[1].set_title("image steps/s, higher is better")
         axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
         for panel in axes:

@@ -10,7 +10,36 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.quantization.plan import FLOAT, LayerPlan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs by the widths of its layers, in any unit that adds up: bytes of its weights, or nanoseconds of a step.
+
+    Attributes:
+        whole: what a budget may be a share of.
+        fixed: of what is not planned.
+        layers: planned layer -> width -> cost.
+    """
+
+    whole: int
+    fixed: int
+    layers: Mapping[str, Mapping[int, int]]
+
+    @property
+    def least(self) -> int:
+        """With every layer at its cheapest width."""
+        return self.fixed + sum(min(costs.values()) for costs in self.layers.values())
+
+    def of(self, bits: Mapping[str, int]) -> int:
+        """Of the whole model with these widths."""
+        return self.fixed + sum(self.layers[name][width] for name, width in bits.items())
+
+    def at(self, widths: Collection[int]) -> Costs:
+        """The same of these widths alone."""
+        return replace(self, layers={name: {bits: costs[bits] for bits in widths} for name, costs in self.layers.items()})
 
 
 @dataclass(frozen=True)
@@ -83,3 +112,33 @@ def _covering(prefix: str, names: Sequence[str], others: Sequence[str]) -> Itera
         inside, outside = ([name for name in given if name.startswith(below)] for given in (names, others))
         if inside:
             yield from _covering(below, inside, outside)
+
+
+def mixed_rules(
+    rules: Sequence[LayerRule], plan: Sequence[LayerPlan], names: Collection[str], bits: Mapping[str, int]
+) -> tuple[LayerRule, ...]:
+    """The rules by which the planned layers have these widths; `names`: of every layer that rules can match.
+
+    Layers that are to stay in floating point come first, in a rule of their own. Of the others each rule becomes as many as its layers have
+    widths, widest first; where they have its own it stays, less the patterns that have no layer left.
+    """
+    floating = [layer.name for layer in plan if bits[layer.name] == FLOAT]
+    found = [LayerRule.model_validate({"match": _only(floating, names), "keep_float": True})] if floating else []
+    for index, rule in enumerate(rules):
+        left = [layer for layer in plan if layer.rule_index == index and bits[layer.name] != FLOAT]
+        widths = sorted({bits[layer.name] for layer in left}, reverse=True)
+        if rule.weights is None:
+            found.append(rule)
+        elif widths == [rule.weights.bits]:
+            claiming = {layer.rule for layer in left}
+            found.append(rule.model_copy(update={"match": tuple(pattern for pattern in rule.match if pattern in claiming)}))
+        else:
+            for width in widths:
+                match = _only([layer.name for layer in left if bits[layer.name] == width], names)
+                weights = rule.weights.model_copy(update={"bits": width})
+                found.append(rule.model_copy(update={"match": tuple(match), "weights": weights}))
+    return tuple(found)
+
+
+def _only(layers: Sequence[str], names: Collection[str]) -> list[str]:
+    return patterns(layers, [name for name in names if name not in layers])

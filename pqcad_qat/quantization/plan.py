@@ -31,6 +31,9 @@ KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d"
 PACKED = (2, 3, 4)
 """Bits that deployed weights can be packed to; wider ones take a byte."""
 
+FLOAT = 32
+"""As the width of a layer's weights: it stays in floating point."""
+
 
 @dataclass(frozen=True)
 class QuantizerSpec:

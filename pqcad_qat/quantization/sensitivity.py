@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.conversion import quantized_layers, unquantized
-from pqcad_qat.quantization.plan import evaluating
+from pqcad_qat.quantization.plan import FLOAT, evaluating
 from pqcad_qat.quantization.quantizers import QuantizedLayer, set_weight_bits
 
 
@@ -31,6 +31,10 @@ class LayerSensitivity:
     name: str
     inputs: float
     weights: Mapping[int, float]
+
+    def error(self, bits: int) -> float:
+        """Of the whole layer with weights of this width; in floating point it makes none."""
+        return 0.0 if bits == FLOAT else self.inputs + self.weights[bits]
 
 
 def layer_sensitivities(
