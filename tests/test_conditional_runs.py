@@ -91,7 +91,9 @@ def test_the_runtime_is_called_as_diffusers_calls_the_model(deployed: Deployed) 
 def test_the_index_of_a_conditional_denoiser_alone_names_no_pipeline_that_would_call_it_without_conditions(deployed: Deployed) -> None:
     index = json.loads((deployed.folder / "model_index.json").read_text())
     assert index["_class_name"] == "DiffusionPipeline"
-    assert index["unet"] == ["pqcad_qat.deployment.runtime", "OVUNet2DModel"]
+    part = "transformer" if deployed.name == "pixart" else "unet"
+    assert index[part] == ["pqcad_qat.deployment.runtime", "OVUNet2DModel"]
+    assert (deployed.folder / part / "openvino_model.xml").is_file()
 
 
 def test_samples_keep_their_conditions_in_any_batch(deployed: Deployed) -> None:
