@@ -159,10 +159,12 @@ def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None
     assert steps == [3] * 4
 
 
-def test_the_command_writes_a_picture_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["stable-diffusion", "flux"])
+def test_the_command_writes_a_picture_without_pytorch(kind: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    folder = float_pipeline(kind, tmp_path_factory).folder
     absent = "('torch', 'diffusers', 'transformers', 'nncf', 'brevitas', 'accelerate')"
     script = f"import sys; sys.modules.update(dict.fromkeys({absent})); from pqcad_qat.cli import main; main(sys.argv[1:])"
-    asked = ["sample", str(plain.folder), "--prompt", "a cat", "--negative", "a dog", "--guidance", "2", "--out", str(tmp_path / "cat.png")]
+    asked = ["sample", str(folder), "--prompt", "a cat", "--negative", "a dog", "--guidance", "2", "--out", str(tmp_path / "cat.png")]
     done = subprocess.run([sys.executable, "-c", script, *asked], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 images of 'a cat', 3 steps, guidance 2, openvino" in done.stdout

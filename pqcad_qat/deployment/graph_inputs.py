@@ -35,7 +35,7 @@ def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[An
     """The inputs of a graph that has these ports, in their order.
 
     Args:
-        ports: the names of each; OpenVINO adds its own to them when it compiles.
+        ports: the names of each; a compiled graph has some of the inside's among them.
         given: `sample` (B, C, H, W), `timestep` (B,), and the conditions (B, ...), by name.
     """
     found = dict(given)

@@ -1,13 +1,13 @@
 """The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as optimum-intel lays them out.
 
-Not here: where they come from (diffusion/pipeline_parts.py), the denoiser (export.py), or how they are run (part_runtime.py).
+Not here: where they come from (diffusion/pipeline_parts.py), their graphs (part_graphs.py), the denoiser (export.py), or how they are run
+(part_runtime.py).
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of, write_json
+from pqcad_qat.deployment.part_graphs import clip_graph, decoder_graph, t5_graph
 from pqcad_qat.diffusion.architectures import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.diffusion.pipeline_parts import (
@@ -120,7 +121,7 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
         module = parts.source.load(part)
         place = folder / PARTS[part]
         with _named(part):
-            graph = _decoder(module, parts.latents) if part == VAE else _text_encoder(parts, part, module)
+            graph = decoder_graph(module, parts.latents) if part == VAE else _text_encoder(parts, part, module)
             graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
             place.mkdir(parents=True)
             ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
@@ -145,72 +146,11 @@ def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, A
     return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
 
 
-class _Decoder(nn.Module):
-    """latent_sample (B, C, h, w), scaled -> sample (B, 3, H, W)."""
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        return cast(Tensor, cast(Any, self.vae).decode(latent_sample, return_dict=False)[0])
-
-
-class _ClipEncoder(nn.Module):
-    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens, width)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
-        pooled = hasattr(found, "text_embeds")
-        first = (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
-        return (*first, *found.hidden_states)
-
-
-class _T5Encoder(nn.Module):
-    """input_ids (B, tokens) int64, and their mask where texts have one, of the same shape and dtype -> (B, tokens, width)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state)
-
-
-def _decoder(vae: nn.Module, latents: Tensor) -> ov.Model:
-    return _converted(_Decoder(vae), {"latent_sample": latents[:1].float()}, ["sample"])
-
-
 def _text_encoder(parts: PartsToDeploy, part: str, encoder: nn.Module) -> ov.Model:
     tokens = parts.tokens(part)
     if parts.source.class_of(part) == T5:
-        given = {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
-        mask = {"attention_mask": (torch.arange(tokens) < tokens // 2 + 1).long()[None]} if parts.masked else {}
-        return _converted(_T5Encoder(encoder), given | mask, ["last_hidden_state"])
-    config = read_json(parts.source.folder / part / "config.json")
-    given = {"input_ids": torch.full((1, tokens), config["eos_token_id"], dtype=torch.int64)}
-    pooled = encoder.__class__.__name__.endswith("WithProjection")
-    first = ["text_embeds", "last_hidden_state"] if pooled else ["last_hidden_state", "pooler_output"]
-    states = [f"hidden_states.{layer}" for layer in range(config["num_hidden_layers"] + 1)]
-    return _converted(_ClipEncoder(encoder), given, [*first, *states])
-
-
-@torch.no_grad()
-def _converted(module: nn.Module, given: Mapping[str, Tensor], outputs: Sequence[str]) -> ov.Model:
-    """A graph of any batch, its ports named."""
-    example = tuple(given.values())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the tracer says of sizes, which are fixed but for the batch
-        traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        shapes = [ov.PartialShape([-1, *value.shape[1:]]) for value in example]
-        graph: ov.Model = ov.convert_model(traced, example_input=example, input=shapes)
-    for port, known in zip((*graph.inputs, *graph.outputs), (*given, *outputs), strict=True):
-        port.get_tensor().set_names({known})
-    return graph
+        return t5_graph(encoder, tokens, parts.masked)
+    return clip_graph(encoder, read_json(parts.source.folder / part / "config.json"), tokens)
 
 
 def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:

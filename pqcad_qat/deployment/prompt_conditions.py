@@ -20,6 +20,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 LAST, PROJECTED = "last_hidden_state", "text_embeds"
 
+FLUX_GUIDANCE = 3.5
+"""As an input, of a folder that does not say another: what FluxPipeline asks for."""
+
 
 @dataclass(frozen=True)
 class Wanted:

@@ -97,9 +97,10 @@ class OVUNet2DModel(ModelMixin):
         self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
         _warn_without_vnni(self.manifest, folder)
-        self.compiled = compile_graph(read_graph(folder, core := ov.Core()), core, device, properties)
+        graph = read_graph(folder, core := ov.Core())
+        self._ports = [port.get_names() for port in graph.inputs]
+        self.compiled = compile_graph(graph, core, device, properties)
         self.inference_precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        self._ports = [port.get_names() for port in self.compiled.inputs]
         self._request = self.compiled.create_infer_request()
 
     @classmethod

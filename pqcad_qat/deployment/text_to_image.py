@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX, PARTS
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
-from pqcad_qat.deployment.prompt_conditions import LAYOUTS, Arrays, PromptLayout, Wanted
+from pqcad_qat.deployment.prompt_conditions import FLUX_GUIDANCE, LAYOUTS, Arrays, PromptLayout, Wanted
 from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel
 from pqcad_qat.diffusion.sampling import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
@@ -127,9 +127,7 @@ class TextToImage:
         _, height, width = self.denoiser.sample_shape
         shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
         picture = (height * self.decoder.factor, width * self.decoder.factor)
-        told = float(
-            self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, 3.5)
-        )  # of a folder that does not say: what its pipeline asks for
+        told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, FLUX_GUIDANCE))
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
 
     def _other(self, condition: Arrays, negative: str | None) -> Arrays:

@@ -235,8 +235,9 @@ def _load_folder(folder: Path, source: str, sample_size: int | None) -> Diffusio
     architecture = known_architecture(config, str(part / "config.json"))
     weights = part / WEIGHTS
     if not has_weights(weights):
-        fetched = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it" * _of_the_hub(source)
-        raise ModelError(f"{weights}: no such file; weights are read from safetensors only{fetched}")
+        of_the_hub = not source.startswith(EMBEDDED) and not Path(source).expanduser().exists()
+        why = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it" if of_the_hub else ""
+        raise ModelError(f"{weights}: no such file; weights are read from safetensors only{why}")
     try:
         denoiser, found = getattr(diffusers, architecture.name).from_pretrained(
             part, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
@@ -254,10 +255,6 @@ def _load_folder(folder: Path, source: str, sample_size: int | None) -> Diffusio
 def has_weights(path: Path) -> bool:
     """Whether weights are there by the name of their safetensors file, whole or in shards."""
     return path.is_file() or path.with_name(f"{path.name}.index.json").is_file()
-
-
-def _of_the_hub(source: str) -> bool:
-    return not source.startswith(EMBEDDED) and not Path(source).expanduser().exists()
 
 
 def resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:
