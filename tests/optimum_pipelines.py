@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from optimum.intel import OVDiffusionPipeline
 
-CLASSES = {"stable-diffusion": "OVStableDiffusionPipeline", "stable-diffusion-xl": "OVStableDiffusionXLPipeline"}
+CLASSES = {
+    "stable-diffusion": "OVStableDiffusionPipeline",
+    "stable-diffusion-xl": "OVStableDiffusionXLPipeline",
+    "stable-diffusion-3": "OVStableDiffusion3Pipeline",
+    "flux": "OVFluxPipeline",
+}
 
 LEVELS = 1
 """Of 255, that a picture may differ by with the shapes fixed: the order in which a step's terms are added."""
@@ -28,9 +33,8 @@ boundary fall to either side of it."""
 def image_of(pipeline: Any, kind: Path) -> np.ndarray:
     """The picture (1, 3, H, W), whole numbers from 0 to 255, that is asked for."""
     asked = json.loads((kind / "asked.json").read_text())
-    given = {"negative_prompt": asked["negative"], "guidance_scale": asked["guidance"], "num_inference_steps": asked["steps"]}
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(asked["prompt"], latents=torch.from_numpy(np.load(kind / "noise.npy")), output_type="np", **given).images
+    found = pipeline(latents=torch.from_numpy(np.load(kind / "noise.npy")), output_type="np", **asked).images
     return np.rint(255 * found.transpose(0, 3, 1, 2))
 
 
@@ -53,7 +57,9 @@ def check(kind: Path) -> None:
     free = image_of(pipeline, kind)
     decibels = 20 * np.log10(255 / np.sqrt(np.mean((free - wanted) ** 2) + 1e-9))
     assert decibels > NEAR_DB, f"{kind.name}: {decibels:.1f} dB with free sizes"
-    assert (share := int8_share(pipeline.unet.request)) == 1.0, f"{kind.name}: {share:.0%} of the denoiser's layers in INT8"
+    assert (share := int8_share((pipeline.unet or pipeline.transformer).request)) == 1.0, (
+        f"{kind.name}: {share:.0%} of the denoiser's layers in INT8"
+    )
     pipeline.reshape(batch_size=1, height=wanted.shape[2], width=wanted.shape[3], num_images_per_prompt=1)
     off = np.abs(image_of(pipeline, kind) - wanted).max()
     assert off <= LEVELS, f"{kind.name}: off by {off} of 255"

@@ -91,7 +91,9 @@ def test_the_runtime_is_called_as_diffusers_calls_the_model(deployed: Deployed) 
 def test_the_index_of_a_conditional_denoiser_alone_names_no_pipeline_that_would_call_it_without_conditions(deployed: Deployed) -> None:
     index = json.loads((deployed.folder / "model_index.json").read_text())
     assert index["_class_name"] == "DiffusionPipeline"
-    assert index["unet"] == ["pqcad_qat.deployment.runtime", "OVUNet2DModel"]
+    part = "transformer" if deployed.name == "pixart" else "unet"
+    assert index[part] == ["pqcad_qat.deployment.runtime", "OVUNet2DModel"]
+    assert (deployed.folder / part / "openvino_model.xml").is_file()
 
 
 def test_samples_keep_their_conditions_in_any_batch(deployed: Deployed) -> None:
@@ -206,7 +208,7 @@ def test_a_folder_is_sampled_as_it_was_distilled(run_of: str, scale: float, requ
 
 
 def test_a_learned_variance_is_no_part_of_what_is_deployed(dit_run: Path) -> None:
-    config = json.loads((dit_run / "openvino" / "unet" / "config.json").read_text())
+    config = json.loads((dit_run / "openvino" / "transformer" / "config.json").read_text())
     assert (config["in_channels"], config["out_channels"]) == (4, 4)
     model = OVUNet2DModel.from_pretrained(dit_run / "openvino")
     assert model(torch.zeros(1, 4, 8, 8), 5, class_labels=torch.tensor([3])).sample.shape == (1, 4, 8, 8)

@@ -26,7 +26,7 @@ from pqcad_qat.diffusion.conditions import (
     guided_call,
     read_conditions,
 )
-from pqcad_qat.diffusion.prompts import _text_parts, encode_prompts
+from pqcad_qat.diffusion.prompts import encode_prompts
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import ConditionsPolicy
 
@@ -174,11 +174,12 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, content: str | None, 
 
 
 def test_prompts_for_another_pipeline_say_how_a_file_is_made(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(
-        ModelError, match=r"got 'FluxPipeline'; allowed for prompts Stable.*a file of what the pipeline's own encode_prompt"
+        ModelError, match=r"got 'SanaPipeline'; allowed for prompts Stable.*a file of what the pipeline's own encode_prompt"
     ):
-        _text_parts(tmp_path)
+        encode_prompts(tmp_path / "prompts.txt", tmp_path)
 
 
 def test_prompts_without_transformers_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

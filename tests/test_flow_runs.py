@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pqcad_qat.deployment.folder import read_manifest, sha256
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.timesteps import GUIDANCES, TimestepTable, known_times
 from pqcad_qat.deployment.transformer import OVTransformer2DModel, packed, unpacked
@@ -30,6 +32,8 @@ from pqcad_qat.diffusion.calibration import read_calibration
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.diffusion.sampling import initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.benchmark import example_inputs
+from pqcad_qat.evaluation.layer_times import step_profiles
 from pqcad_qat.evaluation.variant import open_folder, sample_states
 from pqcad_qat.pipeline import run
 from pqcad_qat.policy.loading import load_policy
@@ -65,7 +69,7 @@ def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     saved(request.param, folder / "model")
     embeddings = write_embeddings(request.param, folder / "prompts.safetensors")
     own = [f"model.source={folder / 'model'}", f"conditions.embeddings={embeddings}", f"evaluation.variants={VARIANTS[request.param]}"]
-    small = ["calibration.batch_size=4", "training.gradient_accumulation=1"]
+    small = ["conditions.prompts=null", "conditions.tokens=null", "calibration.batch_size=4", "training.gradient_accumulation=1"]
     policy = load_policy(POLICIES / f"w8a8-{request.param}.yaml", [*TINY, *own, *small])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
@@ -148,9 +152,55 @@ def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: FlowRu
 
 
 def test_the_graph_takes_no_sines_at_run_time(flow_run: FlowRun) -> None:
-    graph = ov.Core().read_model(flow_run.path / "openvino" / "unet" / "openvino_model.xml")
+    graph = ov.Core().read_model(flow_run.path / "openvino" / "transformer" / "openvino_model.xml")
     assert {node.get_type_name() for node in graph.get_ops()}.isdisjoint({"Sin", "Cos"})
     assert graph.input("timestep").get_element_type() == ov.Type.f32
+
+
+def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipeline_hands_over(flow_run: FlowRun) -> None:
+    folder = flow_run.path / "openvino"
+    assert not (folder / "unet").exists()
+    assert json.loads((folder / "model_index.json").read_text())["transformer"][1] == "OVTransformer2DModel"
+    ports = {port.get_any_name(): list(port.shape) for port in ov.Core().read_model(folder / "transformer" / "openvino_model.xml").inputs}
+    text = {"encoder_hidden_states": [1, 5, 24], "pooled_projections": [1, 12]}
+    if flow_run.name == "sd3":
+        assert ports == {"hidden_states": [1, 4, 8, 8], "timestep": [1], **text}
+    else:
+        more = {"guidance": [1], "img_ids": [16, 3], "txt_ids": [5, 3]}
+        assert ports == {"hidden_states": [1, 16, 16], "timestep": [1], **text, **more}
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert scheduler["embedded_guidance"] == 3.5
+
+
+def test_what_each_layer_takes_is_read_from_such_a_graph_too(flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pqcad_qat.evaluation.layer_times.ROUNDS", 1)
+    folder = flow_run.path / "openvino"
+    groups = {name: layer["input_group"] for name, layer in read_manifest(folder)["layers"].items()}
+    condition = open_folder(str(folder), conditions=flow_run.conditions).conditions.of(0, 0, 1)
+    inputs = example_inputs((4, 8, 8), 1, condition=condition, timestep_dtype="float32")
+    (profile,) = step_profiles({"it": folder}, groups, inputs).values()
+    assert profile.layers.keys() == groups.keys()
+    assert 0 < profile.rest < profile.step
+
+
+def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: FlowRun, tmp_path: Path) -> None:
+    if flow_run.name == "flux":
+        pytest.skip("its graph was another one")
+    now, before, core = flow_run.path / "openvino", tmp_path / "before", ov.Core()
+    shutil.copytree(now, before)
+    (before / "transformer").rename(before / "unet")
+    graph = core.read_model(now / "transformer" / "openvino_model.xml")
+    graph.input("hidden_states").get_tensor().set_names({"sample"})
+    ov.save_model(graph, before / "unet" / "openvino_model.xml", compress_to_fp16=False)
+    manifest = json.loads((before / "manifest.json").read_text())
+    names = [name.replace("transformer/", "unet/") for name in manifest["files"]]
+    manifest["files"] = {name: {"bytes": (before / name).stat().st_size, "sha256": sha256(before / name)} for name in names}
+    (before / "manifest.json").write_text(json.dumps(manifest | {"graph": "unet/openvino_model.xml"}))
+    variants = [open_folder(str(folder), conditions=flow_run.conditions) for folder in (before, now)]
+    old, new = (sample_states(variant, 2, 1, 2) for variant in variants)
+    assert decibels(old, new) > 60
+    OVTransformer2DModel.from_pretrained(before).save_pretrained(tmp_path / "again", weights="packed")
+    assert (tmp_path / "again" / "unet" / "openvino_model.xml.gz").is_file()
 
 
 def test_other_times_and_latents_than_the_graph_takes_are_refused(flow_run: FlowRun) -> None:

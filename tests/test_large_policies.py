@@ -78,7 +78,7 @@ LARGE = {
         "pos_embed.proj",
         286,
         (*TEXT, "encoder_attention_mask"),
-        ["embeddings"],
+        ["prompts"],
         {8: "adaln_single.linear"},
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,21 @@ from diffusers import DiTPipeline
 pytest.importorskip("transformers")
 
 from conditional_models import saved
-from text_pipelines import TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
-from transformers import CLIPTokenizer
+from text_pipelines import T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
+from transformers import CLIPTokenizer, T5TokenizerFast
 
-from pqcad_qat.deployment.folder import copy_folder, denoiser_bytes, read_manifest
+from pqcad_qat.deployment.folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
+from pqcad_qat.deployment.part_parity import part_parity
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.parts import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.diffusion.architectures import ConditionInput, condition_inputs
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, decoded, pipeline_parts
 from pqcad_qat.diffusion.sampling import noise_schedule, trajectory
-from pqcad_qat.errors import ModelError
+from pqcad_qat.errors import ExportError, ModelError
 
 AUTO = {"vae": "auto", "text_encoder": "auto"}
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 PROMPT = "a cat and two dogs"
 
 
@@ -70,6 +74,38 @@ def test_a_text_encoder_of_8_bit_weights_stays_near(narrow: DeployedPipeline) ->
     found, wanted = outputs_of(narrow, "text_encoder")
     assert psnr(found["last_hidden_state"], wanted["last_hidden_state"]) > 35
     assert np.abs(found["last_hidden_state"] - wanted["last_hidden_state"]).max() > 1e-3  # and is another one
+
+
+@pytest.fixture(scope="module", params=["stable-diffusion-3", "pixart"])
+def with_t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
+    return float_pipeline(request.param, tmp_path_factory)
+
+
+def test_a_deployed_t5_gives_what_transformers_gives_with_its_mask_or_without(with_t5: DeployedPipeline) -> None:
+    part = "text_encoder" if with_t5.source.has("text_encoder") and not with_t5.source.has("text_encoder_3") else "text_encoder_3"
+    encoder, full = PromptEncoder(with_t5.folder, part, properties=F32), with_t5.source.load(part)
+    words: Any = T5TokenizerFast.from_pretrained(with_t5.source.folder / tokenizer_of(part))
+    assert encoder.masked == (part == "text_encoder")
+    for prompt in ("", PROMPT, "A cat,  and a dog, and a dog, and a cat!"):
+        given = words(prompt, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt")
+        assert encoder.ids(prompt).tolist() == given.input_ids.tolist()
+        assert encoder.mask(prompt).tolist() == given.attention_mask.tolist()
+        with torch.no_grad():
+            wanted: Any = full(given.input_ids, attention_mask=given.attention_mask if encoder.masked else None)
+        found = encoder(prompt, ["last_hidden_state"])["last_hidden_state"]
+        np.testing.assert_allclose(found, wanted.last_hidden_state.numpy(), atol=5e-3)
+
+
+def test_a_t5_of_8_bit_weights_is_near_and_its_parity_says_so(tmp_path_factory: pytest.TempPathFactory, with_t5: DeployedPipeline) -> None:
+    if with_t5.source.has("text_encoder_3"):
+        pytest.skip("once is enough")
+    folder, inputs = tmp_path_factory.mktemp("t5"), condition_inputs(read_manifest(with_t5.folder)["conditions"])
+    parts = PartsToDeploy(with_t5.source, {"text_encoder": "int8-weights"}, with_t5.latents, inputs)
+    assert write_parts(parts, folder) == {"text_encoder": {"class": "T5EncoderModel", "format": "int8-weights"}}
+    (found,) = part_parity(parts, folder)
+    assert 30 < found.psnr < 70
+    (plain,) = part_parity(replace(parts, formats={"text_encoder": "float"}), with_t5.folder)
+    assert plain.psnr > found.psnr + 5
 
 
 def test_a_float_vae_gives_the_pictures_of_diffusers(plain: DeployedPipeline) -> None:
@@ -203,12 +239,20 @@ def test_a_part_of_another_class_is_refused(narrow: DeployedPipeline) -> None:
         chosen_formats(PipelineParts(narrow.source.folder, index), AUTO, "it")
 
 
-def test_a_third_text_encoder_is_not_left_out_in_silence(tmp_path: Path) -> None:
+def test_a_third_text_encoder_of_another_class_is_not_left_out_in_silence(tmp_path: Path) -> None:
     (tmp_path / "text_encoder_3").mkdir()
-    parts = PipelineParts(tmp_path, {"text_encoder_3": ["transformers", "T5EncoderModel"]})
-    with pytest.raises(ModelError, match=r"text_encoder_3: got 'T5EncoderModel'; allowed CLIPTextModel, .*pipeline\.text_encoder: none"):
+    parts = PipelineParts(tmp_path, {"text_encoder_3": ["transformers", "GemmaModel"]})
+    with pytest.raises(ModelError, match=r"text_encoder_3: got 'GemmaModel'; allowed CLIPTextModel, .*pipeline\.text_encoder: none"):
         chosen_formats(parts, AUTO, "it")
     assert chosen_formats(parts, {**AUTO, "text_encoder": "none"}, "it") == {}
+
+
+def test_t5_is_deployed_for_the_tokens_of_a_denoisers_text_alone(tmp_path: Path) -> None:
+    parts = PipelineParts(tmp_path, {"text_encoder": ["transformers", "T5EncoderModel"]})
+    text = ConditionInput("encoder_hidden_states", (9, 24), "float32")
+    assert PartsToDeploy(parts, {}, torch.zeros(1), (text,)).tokens("text_encoder") == 9
+    with pytest.raises(ExportError, match="T5 takes as many tokens as the denoiser's text has; got none"):
+        PartsToDeploy(parts, {}, torch.zeros(1)).tokens("text_encoder")
 
 
 def test_text_encoders_without_transformers_say_what_to_install(narrow: DeployedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -10,13 +11,16 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import torch
 from safetensors.torch import load_file
-from text_pipelines import TOKENS, WIDTH, stable_diffusion
+from text_pipelines import PIPELINES, POOLED, T5_TOKENS, TOKENS, WIDTH, stable_diffusion
+from torch import Tensor
+from transformers import T5EncoderModel, T5TokenizerFast
 
 from pqcad_qat.diffusion import prompts as encoding
 from pqcad_qat.diffusion.conditions import chosen_conditions, conditioned, read_conditions, save_conditions
 from pqcad_qat.diffusion.denoiser import load_model
-from pqcad_qat.diffusion.prompts import encode_prompts, kept_prompts
+from pqcad_qat.diffusion.prompts import Encoding, encode_prompts, kept_prompts
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import ConditionsPolicy
 
@@ -69,6 +73,81 @@ def test_a_policys_prompts_become_conditions_through_the_store(pipeline: Path, l
     assert plain.digest == kept.digest
     save_conditions(kept, tmp_path / "run.safetensors")
     assert read_conditions(tmp_path / "run.safetensors", asked).digest == kept.digest
+
+
+T5_PART = {"stable-diffusion-3": "3", "flux": "2", "pixart": ""}
+OWN_TOKENS = {"stable-diffusion-3": TOKENS + 256, "flux": 512, "pixart": 120}
+
+
+@pytest.fixture(scope="module", params=list(T5_PART))
+def with_t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, PIPELINES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@torch.no_grad()
+def t5_of(folder: Path, number: str, prompt: str, tokens: int, masked: bool) -> tuple[Tensor, Tensor]:
+    """(tokens, width) of T5 itself, and the mask of the prompt's tokens."""
+    suffix = f"_{number}" if number else ""
+    words = T5TokenizerFast.from_pretrained(folder / f"tokenizer{suffix}")
+    given = words(prompt, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+    encoder = T5EncoderModel.from_pretrained(folder / f"text_encoder{suffix}")
+    found = encoder(given.input_ids, attention_mask=given.attention_mask if masked else None)
+    return found.last_hidden_state[0], given.attention_mask[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_t5s_prompts_are_what_t5_gives_behind_what_clip_gives(with_t5: tuple[str, Path], lines: Path) -> None:
+    kind, folder = with_t5
+    found = encode_prompts(lines, folder, Encoding(tokens=T5_TOKENS))
+    for name, prompt in (("", "two dogs"), ("unconditional.", "")):
+        text = found[f"{name}encoder_hidden_states"][-1]
+        wanted, mask = t5_of(folder, T5_PART[kind], prompt, T5_TOKENS, kind == "pixart")
+        torch.testing.assert_close(text[-T5_TOKENS:], wanted)
+        if kind == "pixart":
+            assert found[f"{name}encoder_attention_mask"][-1].tolist() == mask.tolist()
+            unmasked, _ = t5_of(folder, "", prompt, T5_TOKENS, masked=False)
+            assert (unmasked - text)[mask.bool()].abs().max() > 1e-3
+        else:
+            assert found[f"{name}pooled_projections"].shape[1] == POOLED
+            assert not text[:-T5_TOKENS, 16:].any()  # two CLIPs of width 8, filled up with zeros
+    assert len(text) == T5_TOKENS + (TOKENS if kind == "stable-diffusion-3" else 0)
+    assert found["guidance"].tolist() == [3.5, 3.5] if kind == "flux" else "guidance" not in found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_t5_takes_as_many_tokens_as_its_pipeline_asks_for_and_the_model_takes_them(with_t5: tuple[str, Path], lines: Path) -> None:
+    kind, folder = with_t5
+    asked, section = conditioned(load_model(str(folder))), ConditionsPolicy(prompts=str(lines), guidance=2.0 if kind == "flux" else None)
+    found = chosen_conditions(asked, section)
+    assert found.choices["encoder_hidden_states"].shape == (2, OWN_TOKENS[kind], WIDTH)
+    assert found.unconditional.keys() == found.choices.keys() == {wanted.name for wanted in asked.inputs}
+    assert kind != "flux" or found.choices["guidance"].tolist() == found.unconditional["guidance"].tolist() * 2 == [2.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stable_diffusion_3_without_t5_has_zeros_for_it(lines: Path, tmp_path: Path) -> None:
+    folder = PIPELINES["stable-diffusion-3"](tmp_path)
+    index = json.loads((folder / "model_index.json").read_text()) | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    text = encode_prompts(lines, folder, Encoding(tokens=7))["encoder_hidden_states"]
+    assert text.shape == (2, TOKENS + 7, WIDTH)
+    assert text[:, :TOKENS].any()
+    assert not text[:, TOKENS:].any()
+
+
+def test_choices_that_a_pipeline_does_not_leave_are_refused(pipeline: Path, lines: Path) -> None:
+    with pytest.raises(ModelError, match=r"conditions\.tokens: got 9; allowed null: StableDiffusionPipeline has no T5"):
+        encode_prompts(lines, pipeline, Encoding(tokens=9))
+    with pytest.raises(ModelError, match=r"conditions\.guidance: got 2; allowed null: .*pipeline takes no guidance as an input"):
+        encode_prompts(lines, pipeline, Encoding(guidance=2.0))
+
+
+def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = PIPELINES["pixart"](tmp_path)
+    (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer" / "spiece.model")
+    monkeypatch.setattr("pqcad_qat.diffusion.pipeline_parts.find_spec", lambda name: None if name == "sentencepiece" else name)
+    with pytest.raises(ModelError, match=r"tokenizer: has spiece\.model and no tokenizer\.json, which takes sentencepiece, not installed"):
+        encode_prompts(lines, folder)
 
 
 def test_a_folder_without_encoders_is_named(lines: Path, tmp_path: Path) -> None:

@@ -135,10 +135,11 @@ def test_each_policy_of_a_flow_names_its_model_and_plans_all_but_the_layer_that_
 ) -> None:
     policy = load_policy(POLICIES / f"w8a8-{name}.yaml")
     assert (policy.model.source, policy.sampler.name, policy.sampler.steps, policy.distillation.student_steps) == (source, None, *steps)
+    assert (policy.conditions.prompts, policy.pipeline.text_encoder) == ("policies/prompts.txt", "auto")
     saved(name, tmp_path / "model")
     embeddings = write_embeddings(name, tmp_path / "prompts.safetensors")
-    own = [f"model.source={tmp_path / 'model'}", f"conditions.embeddings={embeddings}"]
-    prepared = prepare(load_policy(POLICIES / f"w8a8-{name}.yaml", own))
+    instead = ["conditions.prompts=null", "conditions.tokens=null", f"conditions.embeddings={embeddings}"]
+    prepared = prepare(load_policy(POLICIES / f"w8a8-{name}.yaml", [f"model.source={tmp_path / 'model'}", *instead]))
     assert float_layers(prepared.split, prepared.plan) == (reader,)
     assert all(executes_int8(layer) and layer.weights.bits == 8 for layer in prepared.plan)
 

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from rich.console import Console
 from safetensors.torch import load_file
-from text_pipelines import TOKENS, stable_diffusion
+from text_pipelines import T5_TOKENS, TOKENS, WIDTH, flux_dev, stable_diffusion
 
 from pqcad_qat import cli
 from pqcad_qat.deployment.folder import read_manifest
@@ -62,6 +62,31 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
     pipeline = TextToImage.from_pretrained(made)
     assert (pipeline.steps, pipeline.guidance) == (2, 3.0)
     assert pipeline("a cat").shape == (1, 3, 16, 16)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(tmp_path: Path) -> None:
+    """By the policy that ships, of a FLUX.1 dev: its guidance is an input, and the folder knows which it was trained with."""
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    own = [f"model.source={flux_dev(tmp_path)}", f"conditions.prompts={tmp_path / 'prompts.txt'}", f"conditions.tokens={T5_TOKENS}"]
+    small = ["conditions.guidance=2.5", "calibration.batch_size=4", "training.gradient_accumulation=1"]
+    policy = load_policy(POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, "evaluation.variants=[pqcad-openvino]"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
+        path = run(policy, tmp_path / "runs" / "tiny", "command", Console(quiet=True)).parent
+    assert {name: part["format"] for name, part in read_manifest(path / "openvino")["parts"].items()} == {
+        "vae_decoder": "float",
+        "text_encoder": "int8-weights",
+        "text_encoder_2": "int8-weights",
+    }
+    assert all(row["psnr"] > 30 for row in json.loads((path / "report.json").read_text())["parts"])
+    pipeline = TextToImage.from_pretrained(path)
+    told = pipeline.embeddings("a cat")
+    assert (pipeline.steps, pipeline.guidance, float(told["guidance"][0])) == (2, 1.0, 2.5)
+    assert told["encoder_hidden_states"].shape == (1, T5_TOKENS, WIDTH)
+    cli.main(["sample", str(path), "--prompt", "a cat", "--out", str(tmp_path / "cat.png")])
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.size == (96, 96)
 
 
 def test_a_report_says_how_near_the_other_parts_are_and_how_large(made: Path) -> None:

@@ -19,12 +19,14 @@ pytest.importorskip("transformers")
 
 import diffusers
 import serving
-from text_pipelines import SCALE, TOKENS, DeployedPipeline, float_pipeline
+from text_pipelines import SCALE, T5_TOKENS, TOKENS, DeployedPipeline, float_pipeline
 from torch import Tensor
 
-from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, sha256
+from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, read_manifest, sha256
+from pqcad_qat.deployment.graph_inputs import packed
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.text_to_image import TextToImage
+from pqcad_qat.deployment.transformer import OVTransformer2DModel
 from pqcad_qat.diffusion.sampling import initial_noise
 from pqcad_qat.errors import ModelError
 
@@ -95,13 +97,57 @@ def test_two_encoders_give_the_embeddings_of_diffusers(large: DeployedPipeline, 
     assert pipeline("a cat", negative).std() > 10
 
 
+WITH_T5 = {
+    "stable-diffusion-3": {"max_sequence_length": T5_TOKENS, "height": 16, "width": 16},
+    "flux": {"max_sequence_length": T5_TOKENS, "height": 16, "width": 16, "guidance_scale": 3.5},
+    "pixart": {"max_sequence_length": T5_TOKENS, "use_resolution_binning": False},
+}
+"""What diffusers' pipelines with T5 are asked besides."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", list(WITH_T5))
+def test_a_pipeline_with_t5_gives_the_picture_of_diffusers_around_the_same_denoiser(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    where = float_pipeline(kind, tmp_path_factory)
+    ours, theirs = TextToImage.from_pretrained(where.folder, properties=F32), pipeline_of(where)
+    kept = (OVUNet2DModel if kind == "pixart" else OVTransformer2DModel).from_pretrained(where.folder, properties=F32)
+    theirs.register_modules(transformer=kept, scheduler=type(theirs.scheduler).from_pretrained(where.folder, subfolder="scheduler"))
+    noise = initial_noise(5, 0, 1, (4, 8, 8))
+    for prompt, negative, scale in ((LONG, "two dogs", 2.0), ("A cat", None, 1.0)):
+        guided = {"true_cfg_scale" if kind == "flux" else "guidance_scale": scale, "negative_prompt": negative or ""}
+        asked = {**guided, **WITH_T5[kind], "latents": torch.from_numpy(packed(noise) if kind == "flux" else noise)}
+        wanted = theirs(prompt, num_inference_steps=3, output_type="np", **asked).images.transpose(0, 3, 1, 2)
+        found = ours(prompt, negative, scale, seed=5)
+        assert found.shape == (1, 3, 16, 16)
+        assert found.std() > 10
+        off = np.abs(found - 255 * wanted)
+        assert off.mean() < 1  # as above
+        assert off.max() < 12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stable_diffusion_3_without_t5_makes_pictures_with_zeros_for_it(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    where = float_pipeline("stable-diffusion-3", tmp_path_factory)
+    parts = {part: entry for part, entry in read_manifest(where.folder)["parts"].items() if part != "text_encoder_3"}
+    full = TextToImage.from_pretrained(where.folder, properties=F32)
+    less = TextToImage.from_pretrained(changed(where.folder, tmp_path / "it", MANIFEST, parts=parts), properties=F32)
+    with_it, without = (pipeline.embeddings("a cat") for pipeline in (full, less))
+    np.testing.assert_array_equal(with_it["pooled_projections"], without["pooled_projections"])
+    np.testing.assert_array_equal(with_it["encoder_hidden_states"][:, :TOKENS], without["encoder_hidden_states"][:, :TOKENS])
+    assert with_it["encoder_hidden_states"][:, TOKENS:].any()
+    assert not without["encoder_hidden_states"][:, TOKENS:].any()
+    assert less("a cat").std() > 10
+
+
 def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(large: DeployedPipeline) -> None:
     pipeline, full = TextToImage.from_pretrained(large.folder), pipeline_of(large)
-    for encoder, tokenizer in zip(pipeline.encoders, (full.tokenizer, full.tokenizer_2), strict=True):
+    for encoder, tokenizer in zip(pipeline.encoders.values(), (full.tokenizer, full.tokenizer_2), strict=True):
         for prompt in ("", "A Cat!", "ein Hündchen  läuft", LONG):
             wanted = tokenizer(prompt, padding="max_length", max_length=TOKENS, truncation=True).input_ids
             assert encoder.ids(prompt)[0].tolist() == wanted
-    assert pipeline.encoders[0].ids("")[0, -1] != pipeline.encoders[1].ids("")[0, -1]  # they fill up with other tokens
+    assert len({encoder.ids("")[0, -1] for encoder in pipeline.encoders.values()}) == 2  # they fill up with other tokens
 
 
 def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None:
@@ -113,10 +159,12 @@ def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None
     assert steps == [3] * 4
 
 
-def test_the_command_writes_a_picture_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["stable-diffusion", "flux"])
+def test_the_command_writes_a_picture_without_pytorch(kind: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    folder = float_pipeline(kind, tmp_path_factory).folder
     absent = "('torch', 'diffusers', 'transformers', 'nncf', 'brevitas', 'accelerate')"
     script = f"import sys; sys.modules.update(dict.fromkeys({absent})); from pqcad_qat.cli import main; main(sys.argv[1:])"
-    asked = ["sample", str(plain.folder), "--prompt", "a cat", "--negative", "a dog", "--guidance", "2", "--out", str(tmp_path / "cat.png")]
+    asked = ["sample", str(folder), "--prompt", "a cat", "--negative", "a dog", "--guidance", "2", "--out", str(tmp_path / "cat.png")]
     done = subprocess.run([sys.executable, "-c", script, *asked], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 images of 'a cat', 3 steps, guidance 2, openvino" in done.stdout

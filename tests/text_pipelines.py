@@ -1,4 +1,4 @@
-"""Tiny text-to-image pipelines in diffusers' layout, random weights: as Stable Diffusion 1.5 and as SDXL, with a tokenizer of few words.
+"""Tiny text-to-image pipelines in diffusers' layout, random weights, of every class that takes prompts, with tokenizers of few words.
 
 Not here: any test. Takes transformers.
 """
@@ -14,11 +14,29 @@ from typing import Any
 
 import pytest
 import torch
-from conditional_models import dit, text_and_size_unet, text_unet
+from conditional_models import SCHEDULERS, dit, flux, pixart, sd3, text_and_size_unet, text_unet
 from conftest import SCHEDULER
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pqcad_qat.deployment.export import export_model
@@ -35,10 +53,23 @@ from pqcad_qat.quantization.student_folder import STEPS
 TOKENS = 12
 """Tokens of a prompt, the first and last among them."""
 
+T5_TOKENS = 10
+"""Of T5's."""
+
+TEXT_TOKENS = {"stable-diffusion-3": TOKENS + T5_TOKENS, "flux": T5_TOKENS, "pixart": T5_TOKENS}
+"""Of what the denoiser reads, where that is not TOKENS."""
+
 WIDTH, POOLED = 24, 12
 """Of the text's embedding, and of SDXL's pooled one."""
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
+
+PIECES = (
+    *((special, 0.0) for special in ("<pad>", "</s>", "<unk>")),
+    *((word, -3.0) for word in ("\u2581", "\u2581a", "\u2581cat", "\u2581dog", "\u2581and", "s")),
+    *((letter, -9.0) for letter in "abcdefghijklmnopqrtuvwxyzABCT!,"),
+)
+"""Of T5's tokenizer, each with its score; U+2581 stands for a space."""
 
 SCALE = 3.0
 """Of guidance."""
@@ -64,7 +95,8 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     source = PIPELINES[kind](folder)
     full = load_model(str(source))
     model = copy.deepcopy(full.denoiser)
-    inputs = tuple(ConditionInput(w.name, tuple(size or TOKENS for size in w.shape), w.dtype, w.bound) for w in full.condition_inputs)
+    tokens = TEXT_TOKENS.get(kind, TOKENS)
+    inputs = tuple(ConditionInput(w.name, tuple(size or tokens for size in w.shape), w.dtype, w.bound) for w in full.condition_inputs)
     dice = torch.Generator().manual_seed(0)
     given = {w.name: (torch.randn if w.dtype == "float32" else torch.ones)(2, *w.shape).to(getattr(torch, w.dtype)) for w in inputs}
     x = torch.randn(2, *full.sample_shape, generator=dice)
@@ -74,8 +106,8 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     parts = pipeline_parts(source)
     assert parts is not None
     latents = torch.randn(8, *full.sample_shape, generator=dice)
-    deployable = PartsToDeploy(parts, chosen_formats(parts, asked, str(source)), latents)
-    scheduler = {**SCHEDULER, STEPS: 3, GUIDANCE: SCALE}
+    deployable = PartsToDeploy(parts, chosen_formats(parts, asked, str(source)), latents, inputs)
+    scheduler = {**full.scheduler_config, STEPS: 3, GUIDANCE: SCALE}
     layers, path = integer_layers(model.eval()), folder / "openvino"
     export_model(model, scheduler, layers, full.sample_shape, 2, "int8", path, {}, inputs, parts=deployable)
     return DeployedPipeline(parts, path, latents)
@@ -135,10 +167,70 @@ def stable_diffusion_xl(folder: Path) -> Path:
     return folder / "pipeline"
 
 
-def tiny_vae() -> AutoencoderKL:
+def stable_diffusion_3(folder: Path) -> Path:
+    """A StableDiffusion3Pipeline: two CLIPs, together narrower than T5, whose tokens follow theirs."""
+    torch.manual_seed(0)
+    clip = _text_config(8, projection_dim=POOLED // 2)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=sd3().eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(dict(SCHEDULERS["sd3"])),
+        vae=tiny_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(clip).eval(),
+        tokenizer=tokenizer(folder / "words"),
+        text_encoder_2=CLIPTextModelWithProjection(clip).eval(),
+        tokenizer_2=tokenizer(folder / "words", pad_token="!"),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
+def flux_dev(folder: Path) -> Path:
+    """A FluxPipeline as of FLUX.1 dev: CLIP's pooled text, T5's tokens, guidance as an input."""
+    torch.manual_seed(0)
+    pipeline = FluxPipeline(
+        transformer=flux().eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(dict(SCHEDULERS["flux"])),
+        vae=tiny_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModel(_text_config(POOLED)).eval(),
+        tokenizer=tokenizer(folder / "words"),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
+def pixart_alpha(folder: Path) -> Path:
+    """A PixArtAlphaPipeline: T5's tokens with their mask."""
+    torch.manual_seed(0)
+    pipeline = PixArtAlphaPipeline(
+        transformer=pixart().eval(),
+        scheduler=DDIMScheduler.from_config(SCHEDULER),
+        vae=tiny_vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
+    return folder / "pipeline"
+
+
+def t5() -> T5EncoderModel:
+    """Gated, of two layers and relative places, as T5 1.1."""
+    shape = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    return T5EncoderModel(T5Config(vocab_size=len(PIECES), is_encoder_decoder=False, **shape)).eval()
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """T5's Unigram of letters and a few words."""
+    return T5TokenizerFast(vocab=list(PIECES), extra_ids=0, model_max_length=T5_TOKENS)
+
+
+def tiny_vae(**more: Any) -> AutoencoderKL:
     blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(**blocks, **kinds, scaling_factor=0.5).eval()
+    return AutoencoderKL(**blocks, **kinds, scaling_factor=0.5, **more).eval()
 
 
 def tokenizer(folder: Path, **more: Any) -> CLIPTokenizer:
@@ -158,4 +250,11 @@ def _text_config(width: int, **more: Any) -> CLIPTextConfig:
     return CLIPTextConfig(**{"hidden_act": "quick_gelu", **shape, **words, **more})
 
 
-PIPELINES = {"stable-diffusion": stable_diffusion, "stable-diffusion-xl": stable_diffusion_xl, "dit": dit_pipeline}
+PIPELINES = {
+    "stable-diffusion": stable_diffusion,
+    "stable-diffusion-xl": stable_diffusion_xl,
+    "stable-diffusion-3": stable_diffusion_3,
+    "flux": flux_dev,
+    "pixart": pixart_alpha,
+    "dit": dit_pipeline,
+}

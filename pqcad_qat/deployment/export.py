@@ -13,28 +13,37 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import openvino as ov
 import torch
 from torch import nn
 
 from pqcad_qat import __version__
 from pqcad_qat.deployment.folder import (
-    GRAPH,
+    CONFIG,
     MODEL_INDEX,
     OPENVINO_CONFIG,
     SCHEDULER_CONFIG,
     SCHEMA_VERSION,
-    UNET_CONFIG,
     check_replaceable,
     nothing_further,
     write_folder,
 )
-from pqcad_qat.deployment.modules import IntegerConv2d, IntegerLinear, TracedDenoiser, fixed_rotations, needs_vnni, swapped
+from pqcad_qat.deployment.graph_inputs import SAMPLE, THOUSANDTHS, TIME, ports_of, spelled
+from pqcad_qat.deployment.modules import (
+    IntegerConv2d,
+    IntegerLinear,
+    TracedDenoiser,
+    TracedSequence,
+    fixed_rotations,
+    needs_vnni,
+    swapped,
+)
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
 from pqcad_qat.deployment.parts import PartsToDeploy, pipeline_index, write_parts
 from pqcad_qat.deployment.rewrites import rewrite
 from pqcad_qat.deployment.timesteps import Times, known_times, timestep_tables
-from pqcad_qat.diffusion.architectures import TEXT, ConditionInput
+from pqcad_qat.diffusion.architectures import TEXT, ConditionInput, architecture_of
 from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import ExportError
 
@@ -104,10 +113,11 @@ def export_model(
     train_timesteps = _train_timesteps(scheduler_config)
     schedule = noise_schedule(scheduler_config)
     graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions)
+    part = _part(model)
     texts = {
-        UNET_CONFIG: _config(model),
+        f"{part}/{CONFIG}": _config(model),
         SCHEDULER_CONFIG: scheduler_config,
-        MODEL_INDEX: _model_index(type(model).__name__, scheduler_config, bool(conditions), parts),
+        MODEL_INDEX: _model_index(model, scheduler_config, bool(conditions), parts),
         OPENVINO_CONFIG: _openvino_config(),
     }
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
@@ -126,8 +136,8 @@ def export_model(
         "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
     further = nothing_further if parts is None else partial(write_parts, parts)
-    written = write_folder(graph, weights, texts, manifest, folder, further)
-    graph_bytes = sum(path.stat().st_size for path in (folder / GRAPH).parent.glob("openvino_model.*"))
+    written = write_folder(graph, weights, texts, manifest, folder, part, further)
+    graph_bytes = sum(path.stat().st_size for path in (folder / part).glob("openvino_model.*"))
     return ExportedFolder(folder, written, graph_bytes)
 
 
@@ -141,8 +151,9 @@ def convert(
 ) -> ov.Model:
     """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name.
 
-    Inputs `sample` (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the conditions by name; output `out_sample`
-    (B, C, H, W) float32.
+    Inputs `sample`, of a transformer `hidden_states`, (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the
+    conditions by name; output `out_sample` (B, C, H, W) float32. Of Flux the states and the output are rows of patches, and its places are
+    inputs too (graph_inputs.py).
 
     Raises:
         ExportError: as export_model.
@@ -151,29 +162,43 @@ def convert(
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")
     replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
-    replacements |= timestep_tables(model, times, layers)
+    packed = _packed(model)
+    replacements |= timestep_tables(model, times, layers, THOUSANDTHS if packed else 1)
     texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
     replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
     names = [condition.name for condition in conditions]
-    given = [torch.zeros(batch_size, *_sizes(condition), dtype=getattr(torch, condition.dtype)) for condition in conditions]
-    time = torch.zeros(batch_size, dtype=times.dtype if isinstance(times, torch.Tensor) else torch.int64)
-    example = (torch.zeros(batch_size, *sample_shape), time, *given)
+    given = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
+    time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
+    ports = ports_of(_part(model) == "transformer", packed, names)
+    inputs = spelled([{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **given})
+    example = tuple(torch.from_numpy(value) for value in inputs.values())
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
-        denoiser = TracedDenoiser(model, names).eval()
+        denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
         traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         graph: ov.Model = ov.convert_model(traced, example_input=example)
     model.train(training)
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
     rewrite(graph)
-    for port, name in zip(graph.inputs, ("sample", "timestep", *names), strict=True):
+    for port, name in zip(graph.inputs, ports, strict=True):
         port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})
     _name_layers(graph, layers)
     _check_groups(graph, layers)
     return graph
+
+
+def _part(model: nn.Module) -> str:
+    architecture = architecture_of(model)
+    return "unet" if architecture is None else architecture.part
+
+
+def _packed(model: nn.Module) -> bool:
+    """Whether its pipeline packs patches of x_t into rows, as Flux's does."""
+    architecture = architecture_of(model)
+    return architecture is not None and architecture.patch > 1
 
 
 def _sizes(condition: ConditionInput) -> list[int]:
@@ -231,17 +256,18 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _model_index(name: str, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
+def _model_index(model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
     """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an unconditional one.
 
     Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
     """
     scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
     own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
+    ours = OURS_BY_CLASS.get(type(model).__name__, OURS)
     if parts is not None:
-        return pipeline_index(parts, OURS_BY_CLASS.get(name, OURS)) | own
+        return pipeline_index(parts, ours) | own
     pipeline = "DiffusionPipeline" if conditional else PIPELINES.get(scheduler, "DDPMPipeline")
-    return {"_class_name": pipeline, **own, "unet": list(OURS)}
+    return {"_class_name": pipeline, **own, _part(model): list(ours)}
 
 
 def _openvino_config() -> dict[str, Any]:

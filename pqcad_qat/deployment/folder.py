@@ -22,18 +22,20 @@ from pqcad_qat.errors import ExportError, ModelError
 MANIFEST = "manifest.json"
 MODEL_INDEX = "model_index.json"
 OPENVINO_CONFIG = "openvino_config.json"
-GRAPH = "unet/openvino_model.xml"
-PACKED_GRAPH = "unet/openvino_model.xml.gz"
-WEIGHTS = "unet/openvino_model.bin"
-UNET_CONFIG = "unet/config.json"
+DENOISERS = ("unet", "transformer")
+"""Folders that a denoiser may lie in, by its class, as optimum-intel has them."""
+
+GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = "openvino_model.xml", "openvino_model.xml.gz", "openvino_model.bin", "config.json"
+"""In the denoiser's folder; the first three are also those of the pipeline's other parts."""
+
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 SCHEMA_VERSION = 1
 
+EMBEDDED_GUIDANCE = "embedded_guidance"
+"""Key of the scheduler config: what a denoiser was told that takes guidance as an input."""
+
 PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
 """Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
-
-PART_GRAPH = "openvino_model.xml"
-"""In the folder of a part."""
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -41,7 +43,6 @@ def tokenizer_of(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
-REQUIRED_FILES = (WEIGHTS, UNET_CONFIG, SCHEDULER_CONFIG)
 MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
 
 _UNPACKING = (
@@ -60,6 +61,18 @@ def sha256(path: Path) -> str:
     """Digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def denoiser_part(manifest: Mapping[str, Any]) -> str:
+    """The folder of the denoiser, of those below a deployed folder with this manifest."""
+    return str(manifest["graph"]).partition("/")[0]
+
+
+def denoiser_config(folder: Path) -> dict[str, Any]:
+    """The diffusers config of a deployed folder's denoiser."""
+    part = next(part for part in DENOISERS if (folder / part / WEIGHTS).is_file())
+    found: dict[str, Any] = json.loads((folder / part / CONFIG).read_text(encoding="utf-8"))
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -84,9 +97,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, graph: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-    if graph not in (GRAPH, PACKED_GRAPH):
-        raise ModelError(f"{folder / MANIFEST}: graph must be {GRAPH} or {PACKED_GRAPH}, got {graph!r}")
-    for required in (graph, *REQUIRED_FILES):
+    part, _, name = str(graph).partition("/")
+    if part not in DENOISERS or name not in (GRAPH, PACKED_GRAPH):
+        allowed = f"{' or '.join(DENOISERS)}, then {GRAPH} or {PACKED_GRAPH}"
+        raise ModelError(f"{folder / MANIFEST}: graph must be in {allowed}, got {graph!r}")
+    for required in (graph, f"{part}/{WEIGHTS}", f"{part}/{CONFIG}", SCHEDULER_CONFIG):
         if required not in files:
             raise ModelError(f"{folder / MANIFEST}: lists no {required}")
     for name, entry in files.items():
@@ -108,8 +123,9 @@ def read_graph(folder: Path, core: ov.Core) -> ov.Model:
     Raises:
         ModelError: OpenVINO cannot read the file.
     """
-    text = folder / GRAPH
-    return read_text_and_weights(text if text.is_file() else folder / PACKED_GRAPH, folder / WEIGHTS, core)
+    texts = [folder / part / name for part in DENOISERS for name in (GRAPH, PACKED_GRAPH)]
+    text = next((text for text in texts if text.is_file()), texts[0])
+    return read_text_and_weights(text, text.parent / WEIGHTS, core)
 
 
 def nothing_further(_folder: Path) -> dict[str, Any]:
@@ -123,6 +139,7 @@ def write_folder(
     texts: Mapping[str, Mapping[str, Any]],
     manifest: Mapping[str, Any],
     folder: Path,
+    part: str = DENOISERS[0],
     further: Callable[[Path], Mapping[str, Any]] = nothing_further,
 ) -> dict[str, Any]:
     """Write a deployed folder; an older one there is replaced.
@@ -133,6 +150,7 @@ def write_folder(
         texts: path inside the folder -> content of a JSON file.
         manifest: all but what follows from the files: `graph`, `weights`, `files`, `parts`, and `stored_bits` of the `layers`.
         folder: where to.
+        part: of DENOISERS, that the graph is written in.
         further: writes what else belongs below the folder that it is given, and returns the manifest's `parts`.
 
     Returns:
@@ -143,15 +161,15 @@ def write_folder(
     """
     stored = pack_weights(graph, manifest["layers"], weights)
     with replaced(folder) as staging:
-        write_graph(graph, staging / GRAPH)
+        write_graph(graph, staging / part / GRAPH)
         if weights != "int8":
-            compress_text(staging / GRAPH, staging / PACKED_GRAPH)
+            compress_text(staging / part / GRAPH, staging / part / PACKED_GRAPH)
         for name, content in texts.items():
             write_json(staging / name, content)
         written = {
             **manifest,
             "parts": dict(further(staging)),
-            "graph": GRAPH if weights == "int8" else PACKED_GRAPH,
+            "graph": f"{part}/{GRAPH if weights == 'int8' else PACKED_GRAPH}",
             "weights": {"format": weights, "note": WEIGHTS_NOTE[weights]},
             "layers": {name: {**layer, "stored_bits": stored[name]} for name, layer in manifest["layers"].items()},
             "files": _files(staging),
@@ -175,13 +193,14 @@ def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None)
         return
     if weights not in WEIGHTS_NOTE:
         raise ModelError(f"weights must be {', '.join(WEIGHTS_NOTE)}, got {weights!r}")
-    alike = [name for name in manifest["files"] if name not in (manifest["graph"], WEIGHTS)]
+    part = denoiser_part(manifest)
+    alike = [name for name in manifest["files"] if name not in (manifest["graph"], f"{part}/{WEIGHTS}")]
 
     def further(staging: Path) -> Mapping[str, Any]:
         _copy(source, alike, staging)
         return dict(manifest.get("parts", {}))
 
-    write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder, further)
+    write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder, part, further)
 
 
 def _copy(source: Path, names: Iterable[str], folder: Path) -> None:

@@ -160,6 +160,28 @@ class TracedDenoiser(nn.Module):
         return predict(self.denoiser, sample, timestep, named)
 
 
+class TracedSequence(nn.Module):
+    """The same of Flux, as its pipeline calls it: (rows of patches, t / 1000, conditions in order, places of both) -> rows.
+
+    The places are not looked at: `fixed_rotations` knows them.
+    """
+
+    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names = tuple(names)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
+        *conditions, image_places, text_places = rest
+        named = dict(zip(self.names, conditions, strict=True))
+        for module in self.denoiser.modules():
+            if isinstance(module, TablesInTurn):
+                module.begin({"timestep": timestep, **named})
+        places = {"img_ids": image_places, "txt_ids": text_places}
+        found: Tensor = self.denoiser(hidden_states, timestep=timestep, **named, **places, return_dict=False)[0]
+        return found
+
+
 @contextmanager
 def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     """The model with modules (by path) replaced wherever they hang, while the context lasts; afterwards it is as it was."""

@@ -117,7 +117,7 @@ def write_graph(graph: ov.Model, xml: Path) -> None:
     bytes.
     """
     xml.parent.mkdir(parents=True, exist_ok=True)
-    graph.set_friendly_name("unet")
+    graph.set_friendly_name(xml.parent.name)
     for place, node in enumerate(graph.get_ordered_ops()):
         kind, _, number = node.get_friendly_name().rpartition("_")
         if kind == node.get_type_name() and number.isdigit():

@@ -17,7 +17,7 @@ from pqcad_qat.deployment.folder import PARTS
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.verification import end_to_end_psnr
-from pqcad_qat.diffusion.pipeline_parts import VAE, decoded
+from pqcad_qat.diffusion.pipeline_parts import T5, VAE, decoded
 
 PICTURES, TEXTS = 4, 8
 """Latents of the calibration set, and rows of seeded random tokens, that are compared."""
@@ -65,15 +65,19 @@ def _picture_psnr(parts: PartsToDeploy, folder: Path) -> float:
 def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
     """Of the last hidden state."""
     deployed, full = PromptEncoder(folder, part), parts.source.load(part)
-    texts = _random_texts(deployed)
-    found = np.concatenate([deployed.encoded(row[None], ["last_hidden_state"])["last_hidden_state"] for row in texts])
-    wanted: Any = full(input_ids=torch.from_numpy(texts))
-    return end_to_end_psnr(found, wanted.last_hidden_state.numpy())
+    texts = _random_texts(deployed, parts.source.class_of(part) == T5)
+    mask = np.broadcast_to(np.arange(deployed.tokens) < deployed.tokens // 2 + 1, texts.shape).astype(np.int64)
+    rows = [deployed.encoded(text[None], ["last_hidden_state"], counted[None]) for text, counted in zip(texts, mask, strict=True)]
+    wanted: Any = full(input_ids=torch.from_numpy(texts), attention_mask=torch.from_numpy(mask) if deployed.masked else None)
+    return end_to_end_psnr(np.concatenate([row["last_hidden_state"] for row in rows]), wanted.last_hidden_state.numpy())
 
 
-def _random_texts(encoder: PromptEncoder) -> npt.NDArray[np.int64]:
-    """(TEXTS, tokens): the empty prompt's tokens, of which all but the first and last are replaced by random ones of lower number."""
+def _random_texts(encoder: PromptEncoder, t5: bool) -> npt.NDArray[np.int64]:
+    """(TEXTS, tokens): the empty prompt's tokens, of which all but the first and last are replaced by random ones.
+
+    CLIP's words have lower numbers than its first token, T5's any of its vocabulary.
+    """
     texts = np.repeat(encoder.ids(""), TEXTS, 0)
-    first = int(texts[0, 0])
-    texts[:, 1:-1] = np.random.default_rng(0).integers(first, size=texts[:, 1:-1].shape)
+    words = int(encoder.config["vocab_size"] if t5 else texts[0, 0])
+    texts[:, 1:-1] = np.random.default_rng(0).integers(words, size=texts[:, 1:-1].shape)
     return texts

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.deployment.folder import PART_GRAPH, PARTS, tokenizer_of
+from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of
 from pqcad_qat.deployment.runtime import Float32, compile_graph
 from pqcad_qat.errors import ModelError
 
@@ -38,7 +38,7 @@ class PictureDecoder:
         """`folder` is deployed; `sample_shape` (C, h, w) is that of its latents."""
         self.config = _json(folder / PARTS["vae"] / "config.json")
         self.factor: int = 2 ** (len(self.config["block_out_channels"]) - 1)
-        self._request = _compiled(folder / PARTS["vae"], (1, *sample_shape), device, properties).create_infer_request()
+        self._request = _compiled(_read(folder / PARTS["vae"]), (1, *sample_shape), device, properties).create_infer_request()
 
     def __call__(self, latents: Float32) -> Float32:
         """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
@@ -54,45 +54,66 @@ class PromptEncoder:
     """A text encoder and its tokenizer, compiled for one prompt at a time.
 
     Attributes:
-        layers: of the encoder; it gives `hidden_states.0` to `hidden_states.LAYERS`.
+        config: transformers' config of the encoder.
+        outputs: what it can give, by name.
+        layers: of a CLIP that gives `hidden_states.0` to `hidden_states.LAYERS`.
         tokens: that every prompt is filled up or cut to.
+        masked: whether it is told which of the tokens are the prompt's, as PixArt's T5 is.
     """
 
     def __init__(self, folder: Path, part: str, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
-        """`folder` is deployed; `part` is text_encoder or text_encoder_2."""
-        config = _json(folder / part / "config.json")
-        self.layers: int = config["num_hidden_layers"]
-        self.tokens: int = config["max_position_embeddings"]
+        """`folder` is deployed; `part` is text_encoder, text_encoder_2 or text_encoder_3."""
+        self.config = _json(folder / part / "config.json")
+        graph = _read(folder / part)
+        self.outputs = tuple(port.get_any_name() for port in graph.outputs)
+        self.layers = sum(name.startswith("hidden_states.") for name in self.outputs) - 1
+        self.tokens: int = graph.input("input_ids").get_partial_shape()[1].get_length()
+        self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
-        self._compiled = _compiled(folder / part, (1, self.tokens), device, properties)
+        self._compiled = _compiled(graph, (1, self.tokens), device, properties)
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
         """(1, tokens)."""
         return np.array([self._tokenizer.encode(prompt).ids], np.int64)
 
+    def mask(self, prompt: str) -> npt.NDArray[np.int64]:
+        """(1, tokens): 1 for the prompt's tokens, 0 for those that fill it up."""
+        return np.array([self._tokenizer.encode(prompt).attention_mask], np.int64)
+
     def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, Float32]:
         """What the encoder gives for a prompt, by name, (1, ...)."""
-        return self.encoded(self.ids(prompt), outputs)
+        return self.encoded(self.ids(prompt), outputs, self.mask(prompt))
 
-    def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str]) -> dict[str, Float32]:
-        """The same for tokens (1, tokens)."""
-        found = self._compiled([ids])
+    def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str], mask: npt.NDArray[np.int64] | None = None) -> dict[str, Float32]:
+        """The same for tokens (1, tokens), all of which count where no mask is given."""
+        given = {"input_ids": ids} | ({"attention_mask": np.ones_like(ids) if mask is None else mask} if self.masked else {})
+        found = self._compiled(given)
         return {name: np.array(found[name]) for name in outputs}
 
 
-def _compiled(part: Path, shape: tuple[int, ...], device: str, properties: Mapping[str, Any] | None) -> ov.CompiledModel:
-    """A part's graph of a fixed shape.
+def _read(part: Path) -> ov.Model:
+    """A part's graph.
 
     Raises:
-        ModelError: OpenVINO cannot read or compile it.
+        ModelError: OpenVINO cannot read it.
     """
-    core = ov.Core()
     try:
-        graph = core.read_model(part / PART_GRAPH)
-        graph.reshape(list(shape))
+        return ov.Core().read_model(part / GRAPH)
     except RuntimeError as error:
-        raise ModelError(f"{part / PART_GRAPH}: OpenVINO cannot read it with input {shape}: {error}") from error
-    return compile_graph(graph, core, device, properties)
+        raise ModelError(f"{part / GRAPH}: OpenVINO cannot read it: {error}") from error
+
+
+def _compiled(graph: ov.Model, shape: tuple[int, ...], device: str, properties: Mapping[str, Any] | None) -> ov.CompiledModel:
+    """A graph whose inputs all have this fixed shape.
+
+    Raises:
+        ModelError: OpenVINO cannot compile it.
+    """
+    try:
+        graph.reshape({port: list(shape) for port in graph.inputs})
+    except RuntimeError as error:
+        raise ModelError(f"{graph.friendly_name}: OpenVINO cannot give its inputs the shape {shape}: {error}") from error
+    return compile_graph(graph, ov.Core(), device, properties)
 
 
 def _tokenizer(folder: Path, tokens: int) -> Tokenizer:

@@ -1,13 +1,13 @@
 """The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as optimum-intel lays them out.
 
-Not here: where they come from (diffusion/pipeline_parts.py), the denoiser (export.py), or how they are run (part_runtime.py).
+Not here: where they come from (diffusion/pipeline_parts.py), their graphs (part_graphs.py), the denoiser (export.py), or how they are run
+(part_runtime.py).
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +18,26 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import PART_GRAPH, PARTS, tokenizer_of, write_json
+from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of, write_json
+from pqcad_qat.deployment.part_graphs import clip_graph, decoder_graph, t5_graph
+from pqcad_qat.diffusion.architectures import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.diffusion.denoiser import read_json
-from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, VAE, PipelineParts, check_transformers, to_decoder
+from pqcad_qat.diffusion.pipeline_parts import (
+    T5,
+    TEXT_ENCODERS,
+    TOKENIZER,
+    VAE,
+    PipelineParts,
+    check_tokenizer,
+    check_transformers,
+    to_decoder,
+)
 from pqcad_qat.errors import ExportError, ModelError
 
 PartFormat = Literal["float", "int8-weights", "int8"]
 
 AUTOMATIC: Mapping[str, PartFormat] = {VAE: "float", **dict.fromkeys(TEXT_ENCODERS, "int8-weights")}
 """What `auto` stands for."""
-
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,37 @@ class PartsToDeploy:
         source: the full-precision pipeline.
         formats: its part -> how it is written, of those that are deployed.
         latents: (N, C, h, w), as the denoiser gives them: what an INT8 VAE is calibrated on, and what its size is taken from.
+        conditions: what the denoiser takes of a text, every size known; T5 is deployed for as many tokens as it asks for.
     """
 
     source: PipelineParts
     formats: Mapping[str, PartFormat]
     latents: Tensor
+    conditions: Sequence[ConditionInput] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether text comes with the mask of its tokens, as PixArt's does."""
+        return any(condition.name == TEXT_MASK for condition in self.conditions)
+
+    def tokens(self, part: str) -> int:
+        """Of a text encoder's input.
+
+        Raises:
+            ExportError: T5, and the denoiser does not say how many.
+        """
+        if self.source.class_of(part) != T5:
+            return int(self._config(part)["max_position_embeddings"])
+        beside = 0
+        if self.source.index.get("_class_name") == "StableDiffusion3Pipeline":  # whose text is CLIP's, and T5's after it
+            beside = int(self._config(TEXT_ENCODERS[0])["max_position_embeddings"])
+        found = [condition.shape[0] for condition in self.conditions if condition.name == TEXT]
+        if not found or found[0] is None or found[0] <= beside:
+            raise ExportError(f"{part}: T5 takes as many tokens as the denoiser's text has; got {found or 'none'}, {beside} of them CLIP's")
+        return found[0] - beside
+
+    def _config(self, part: str) -> dict[str, Any]:
+        return read_json(self.source.folder / part / "config.json")
 
 
 def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named: str) -> dict[str, PartFormat]:
@@ -67,6 +102,7 @@ def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named
     for part in formats:
         assert source is not None
         source.class_of(part)
+        source.check_weights(part)
         if part != VAE:
             check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
             _check_tokenizer(source.folder / tokenizer_of(part))
@@ -85,13 +121,13 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
         module = parts.source.load(part)
         place = folder / PARTS[part]
         with _named(part):
-            graph = _decoder(module, parts.latents) if part == VAE else _text_encoder(module, parts.source.folder / part)
+            graph = decoder_graph(module, parts.latents) if part == VAE else _text_encoder(parts, part, module)
             graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
             place.mkdir(parents=True)
-            ov.save_model(graph, place / PART_GRAPH, compress_to_fp16=True)
+            ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
         write_json(place / "config.json", _config(module, parts.source.folder / part))
         if part != VAE:
-            _write_tokenizer(parts.source.folder / tokenizer_of(part), folder / tokenizer_of(part))
+            _write_tokenizer(parts.source, tokenizer_of(part), folder / tokenizer_of(part))
         written[PARTS[part]] = {"class": parts.source.class_of(part), "format": form}
     return written
 
@@ -110,56 +146,11 @@ def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, A
     return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
 
 
-class _Decoder(nn.Module):
-    """latent_sample (B, C, h, w), scaled -> sample (B, 3, H, W)."""
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        return cast(Tensor, cast(Any, self.vae).decode(latent_sample, return_dict=False)[0])
-
-
-class _TextEncoder(nn.Module):
-    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens, width)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
-        pooled = hasattr(found, "text_embeds")
-        first = (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
-        return (*first, *found.hidden_states)
-
-
-def _decoder(vae: nn.Module, latents: Tensor) -> ov.Model:
-    return _converted(_Decoder(vae), latents[:1].float(), "latent_sample", ["sample"])
-
-
-def _text_encoder(encoder: nn.Module, folder: Path) -> ov.Model:
-    config = read_json(folder / "config.json")
-    tokens, last = config["max_position_embeddings"], config["eos_token_id"]
-    given = torch.full((1, tokens), last, dtype=torch.int64)
-    pooled = encoder.__class__.__name__.endswith("WithProjection")
-    first = ["text_embeds", "last_hidden_state"] if pooled else ["last_hidden_state", "pooler_output"]
-    states = [f"hidden_states.{layer}" for layer in range(config["num_hidden_layers"] + 1)]
-    return _converted(_TextEncoder(encoder), given, "input_ids", [*first, *states])
-
-
-@torch.no_grad()
-def _converted(module: nn.Module, given: Tensor, name: str, outputs: Sequence[str]) -> ov.Model:
-    """A graph of any batch, its ports named."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the tracer says of sizes, which are fixed but for the batch
-        traced = torch.jit.trace(module, given, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        graph: ov.Model = ov.convert_model(traced, example_input=given, input=[ov.PartialShape([-1, *given.shape[1:]])])
-    graph.inputs[0].get_tensor().set_names({name})
-    for port, known in zip(graph.outputs, outputs, strict=True):
-        port.get_tensor().set_names({known})
-    return graph
+def _text_encoder(parts: PartsToDeploy, part: str, encoder: nn.Module) -> ov.Model:
+    tokens = parts.tokens(part)
+    if parts.source.class_of(part) == T5:
+        return t5_graph(encoder, tokens, parts.masked)
+    return clip_graph(encoder, read_json(parts.source.folder / part / "config.json"), tokens)
 
 
 def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:
@@ -194,13 +185,15 @@ def _config(module: nn.Module, source: Path) -> dict[str, Any]:
 def _check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(f"{folder}: has no tokenizer_config.json; a text encoder is deployed with its tokenizer")
+    check_tokenizer(folder)
 
 
-def _write_tokenizer(source: Path, folder: Path) -> None:
+def _write_tokenizer(source: PipelineParts, name: str, folder: Path) -> None:
     """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not among them."""
-    shutil.copytree(source, folder)
+    shutil.copytree(source.folder / name, folder)
     if not (folder / TOKENIZER).is_file():
-        from transformers import CLIPTokenizer
+        import transformers
 
-        made = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+        kind = transformers.T5Tokenizer if str(source.index[name][-1]).startswith("T5") else transformers.CLIPTokenizer
+        made = kind.from_pretrained(source.folder / name, local_files_only=True)
         made.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.deployment.folder import MANIFEST, SCHEDULER_CONFIG, UNET_CONFIG, copy_folder, read_graph, read_manifest
+from pqcad_qat.deployment.folder import DENOISERS, MANIFEST, SCHEDULER_CONFIG, copy_folder, denoiser_config, read_graph, read_manifest
+from pqcad_qat.deployment.graph_inputs import SAMPLE, TIME, prediction, spelled
 from pqcad_qat.deployment.packing import WeightFormat
 from pqcad_qat.errors import ModelError
 
@@ -87,7 +88,7 @@ class OVUNet2DModel(ModelMixin):
     def __init__(self, folder: Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.config = UNetConfig(json.loads((folder / UNET_CONFIG).read_text(encoding="utf-8")))
+        self.config = UNetConfig(denoiser_config(folder))
         self.scheduler_config: dict[str, Any] = json.loads((folder / SCHEDULER_CONFIG).read_text(encoding="utf-8"))
         channels, height, width = self.manifest["sample_shape"]
         self.sample_shape: tuple[int, int, int] = (channels, height, width)
@@ -96,7 +97,9 @@ class OVUNet2DModel(ModelMixin):
         self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
         _warn_without_vnni(self.manifest, folder)
-        self.compiled = compile_graph(read_graph(folder, core := ov.Core()), core, device, properties)
+        graph = read_graph(folder, core := ov.Core())
+        self._ports = [port.get_names() for port in graph.inputs]
+        self.compiled = compile_graph(graph, core, device, properties)
         self.inference_precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self._request = self.compiled.create_infer_request()
 
@@ -105,7 +108,7 @@ class OVUNet2DModel(ModelMixin):
         """Load a deployed folder.
 
         Args:
-            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or its unet/.
+            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or the denoiser's folder in it.
             device: OpenVINO's name of the device.
             properties: OpenVINO properties over DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
 
@@ -113,7 +116,7 @@ class OVUNet2DModel(ModelMixin):
             ModelError: not such a folder, a damaged one, or properties that OpenVINO refuses.
         """
         path = Path(folder)
-        inside = path.name == "unet" and not (path / MANIFEST).is_file()  # what diffusers' pipelines hand over
+        inside = path.name in DENOISERS and not (path / MANIFEST).is_file()  # what diffusers' pipelines hand over
         return cls(path.parent if inside else path, device, properties)
 
     def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:
@@ -262,9 +265,11 @@ class OVUNet2DModel(ModelMixin):
         missing = self.batch_size - len(parts[0])
         if missing:
             parts = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in parts]
-        inputs = [np.ascontiguousarray(parts[0], np.float32), *(np.ascontiguousarray(part) for part in parts[1:])]
-        self._request.infer(inputs, share_inputs=True)
-        return np.array(self._request.get_output_tensor(0).data[: self.batch_size - missing])
+        names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
+        inputs = spelled(self._ports, dict(zip(names, (np.asarray(parts[0], np.float32), *parts[1:]), strict=True)))
+        self._request.infer({name: np.ascontiguousarray(value) for name, value in inputs.items()}, share_inputs=True)
+        found = np.array(self._request.get_output_tensor(0).data[: self.batch_size - missing])
+        return prediction(found, *self.sample_shape[1:])
 
 
 def flattened(conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Prompts become pictures: the text encoders, denoiser and VAE decoder of one deployed folder, with openvino, numpy and tokenizers.
 
-Not here: each of the parts (runtime.py, part_runtime.py), or the sampler (diffusion/sampling.py).
+Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (prompt_conditions.py), or the sampler
+(diffusion/sampling.py).
 """
 
 from __future__ import annotations
@@ -14,19 +15,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pqcad_qat.deployment.folder import MANIFEST, MODEL_INDEX, PARTS
+from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX, PARTS
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
+from pqcad_qat.deployment.prompt_conditions import FLUX_GUIDANCE, LAYOUTS, Arrays, PromptLayout, Wanted
 from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel
 from pqcad_qat.diffusion.sampling import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-PIPELINES: Mapping[str, tuple[str, ...]] = {
-    "StableDiffusionPipeline": ("text_encoder",),
-    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2"),
-}
-"""Class of a pipeline -> the text encoders that it takes."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +29,16 @@ class TextToImage:
 
     Attributes:
         denoiser: by whose manifest and scheduler config it samples.
-        encoders: of prompts.
+        encoders: of prompts, by part.
+        layout: what is made of them.
         decoder: of latents.
         zero_negative: the other pass of guidance is conditioned on zeros where there is no negative prompt, as SDXL has it; else on the
             empty prompt.
     """
 
     denoiser: OVUNet2DModel
-    encoders: tuple[PromptEncoder, ...]
+    encoders: Mapping[str, PromptEncoder]
+    layout: PromptLayout
     decoder: PictureDecoder
     zero_negative: bool
 
@@ -63,13 +59,14 @@ class TextToImage:
         present = denoiser.manifest.get("parts", {})
         index = json.loads((path / MODEL_INDEX).read_text(encoding="utf-8"))
         pipeline = index["_class_name"]
-        if pipeline not in PIPELINES:
-            raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline}; allowed for a prompt {', '.join(PIPELINES)}")
-        if missing := [part for part in (*PIPELINES[pipeline], PARTS["vae"]) if part not in present]:
+        if (layout := LAYOUTS.get(pipeline)) is None:
+            raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline}; allowed for a prompt {', '.join(LAYOUTS)}")
+        if missing := [part for part in (*layout.encoders, PARTS["vae"]) if part not in present]:
             raise ModelError(f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with them (policy: pipeline)")
-        encoders = tuple(PromptEncoder(path, part, device, properties) for part in PIPELINES[pipeline])
+        taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
+        encoders = {part: PromptEncoder(path, part, device, properties) for part in taken}
         decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
-        return cls(denoiser, encoders, decoder, bool(index.get("force_zeros_for_empty_prompt")))
+        return cls(denoiser, encoders, layout, decoder, bool(index.get("force_zeros_for_empty_prompt")))
 
     @property
     def steps(self) -> int:
@@ -127,17 +124,11 @@ class TextToImage:
 
     def embeddings(self, prompt: str) -> Arrays:
         """What the denoiser takes for a prompt, by name, (1, ...)."""
-        if len(self.encoders) == 1:  # as Stable Diffusion 1.5 has it
-            return {"encoder_hidden_states": self.encoders[0](prompt, ["last_hidden_state"])["last_hidden_state"]}
-        states, pooled = [], "text_embeds"
-        for encoder in self.encoders:  # as SDXL has it: the last layer but one of both
-            name = f"hidden_states.{encoder.layers - 1}"
-            found = encoder(prompt, [name] if encoder is self.encoders[0] else [name, pooled])
-            states.append(found[name])
         _, height, width = self.denoiser.sample_shape
-        size = [height * self.decoder.factor, width * self.decoder.factor]
-        sizes = np.array([[*size, 0, 0, *size]], np.int64)  # of the original, not cropped, and of the picture
-        return {"encoder_hidden_states": np.concatenate(states, -1), pooled: found[pooled], "time_ids": sizes}
+        shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
+        picture = (height * self.decoder.factor, width * self.decoder.factor)
+        told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, FLUX_GUIDANCE))
+        return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
 
     def _other(self, condition: Arrays, negative: str | None) -> Arrays:
         """The condition of the unconditional pass."""

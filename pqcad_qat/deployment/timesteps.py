@@ -99,12 +99,13 @@ def known_times(schedule: NoiseSchedule, visited: Sequence[float] = ()) -> Times
     return found
 
 
-def timestep_tables(model: nn.Module, times: Times, layers: Mapping[str, IntegerLayer]) -> dict[str, nn.Module]:
+def timestep_tables(model: nn.Module, times: Times, layers: Mapping[str, IntegerLayer], parts: int = 1) -> dict[str, nn.Module]:
     """Every sinusoidal embedding of the model, by path, as a table: of the time step, of SDXL's sizes in pixels, of Flux's guidance.
 
     Args:
         times: that the tables of time steps know.
         layers: the planned layers, in integers; {} for a model in floating point.
+        parts: of a training step that the graph's continuous time is given in: 1000 where it is given in thousandths.
     """
     found: dict[str, nn.Module] = {}
     config = getattr(model, "config", {})
@@ -116,7 +117,9 @@ def timestep_tables(model: nn.Module, times: Times, layers: Mapping[str, Integer
             scope = path.removesuffix("time_proj")
             readers = [layers.get(f"{scope}{name}.linear_1") for name in ("time_embedding", "timestep_embedder")]
             reader = None if shared else next((layer for layer in readers if layer is not None), None)
-            table = TimestepTable(module, times, reader)
+            table = (
+                TimestepTable(module, times / parts, reader, parts) if isinstance(times, Tensor) else TimestepTable(module, times, reader)
+            )
             if isinstance(times, Tensor):
                 tables = {"timestep": table}
                 if config.get("guidance_embeds"):

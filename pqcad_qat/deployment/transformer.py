@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel, UNetOutput, as_array, flattened
+from pqcad_qat.deployment.graph_inputs import THOUSANDTHS, packed, unpacked
+from pqcad_qat.deployment.runtime import OVUNet2DModel, UNetOutput, as_array, flattened
 from pqcad_qat.errors import ModelError
 
 PACKED = "FluxTransformer2DModel"
@@ -59,7 +60,7 @@ class OVTransformer2DModel(OVUNet2DModel):
         states, times = as_array(hidden_states), as_array(timestep).astype(np.float64)
         if self.config["_class_name"] == PACKED:
             self._check_places(states, None if img_ids is None else as_array(img_ids))
-            found = packed(self.predict(unpacked(states, *self.sample_shape[1:]), 1000 * times, given))
+            found = packed(self.predict(unpacked(states, *self.sample_shape[1:]), THOUSANDTHS * times, given))
         else:
             found = self.predict(states, times, given)
         answer: Any = found
@@ -82,17 +83,3 @@ class OVTransformer2DModel(OVUNet2DModel):
         last = [0, height // 2 - 1, width // 2 - 1]
         if states.shape[1:] != rows or (places is not None and (places.max(axis=0) != last).any()):
             raise ModelError(f"{self.folder}: takes latents of {height}x{width}, packed to (B, {rows[0]}, {rows[1]}); got {states.shape}")
-
-
-def packed(x: Float32) -> Float32:
-    """(B, C, H, W) -> (B, H/2 W/2, 4C), as FluxPipeline lays latents out."""
-    batch, channels, height, width = x.shape
-    patches = x.reshape(batch, channels, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(patches.reshape(batch, height // 2 * (width // 2), 4 * channels))
-
-
-def unpacked(rows: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:
-    """(B, H/2 W/2, 4C) -> (B, C, H, W): the inverse of `packed`."""
-    batch, _, channels = rows.shape
-    patches = rows.reshape(batch, height // 2, width // 2, channels // 4, 2, 2).transpose(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // 4, height, width)

@@ -21,6 +21,9 @@ Config = Mapping[str, Any]
 TEXT = "encoder_hidden_states"
 """The condition that is a sequence of text's tokens."""
 
+TEXT_MASK = "encoder_attention_mask"
+"""The condition that says which of its tokens count."""
+
 TEXT_TOKENS = 77
 """Tokens of an example where only the data say how many there are: CLIP's."""
 
@@ -174,7 +177,7 @@ def _dit_fault(config: Config) -> str:
 
 def _pixart_conditions(config: Config) -> tuple[ConditionInput, ...]:
     width = config["caption_channels"] or config["cross_attention_dim"]
-    return ConditionInput("encoder_hidden_states", (None, width), "float32"), ConditionInput("encoder_attention_mask", (None,), "float32")
+    return ConditionInput(TEXT, (None, width), "float32"), ConditionInput(TEXT_MASK, (None,), "float32")
 
 
 def _pixart_fault(config: Config) -> str:

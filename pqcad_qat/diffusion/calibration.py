@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.content_store import content_digest, kept
-from pqcad_qat.diffusion.conditions import CONDITION, UNCONDITIONAL, ConditionSet, guided_call
+from pqcad_qat.diffusion.conditions import CONDITION, ConditionSet, guided_call
 from pqcad_qat.diffusion.denoiser import Condition, DenoiserInput, DiffusionModel, predict
+from pqcad_qat.diffusion.prompts import UNCONDITIONAL
 from pqcad_qat.diffusion.sampling import along, initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
 

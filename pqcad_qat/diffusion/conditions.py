@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
 from pqcad_qat.diffusion.ddim import Array
 from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel, predict
-from pqcad_qat.diffusion.prompts import encode_prompts, kept_prompts
+from pqcad_qat.diffusion.prompts import UNCONDITIONAL, Encoding, encode_prompts, kept_prompts
 from pqcad_qat.diffusion.sampling import guided
 from pqcad_qat.errors import ModelError
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 CONDITION = "condition."
 """Before the name of a condition's tensor where it stands beside states: in the file of a calibration set, in a batch."""
-
-UNCONDITIONAL = "unconditional."
-"""Before the name of a tensor that belongs to the unconditional pass of classifier-free guidance."""
 
 GUIDANCE, NULL_CLASS = "guidance_scale", "unconditional_class"
 """Keys of a scheduler config that say how a distilled model is sampled: its scale, and the label of its other pass."""
@@ -175,9 +172,10 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path
         return read_conditions(Path(section.embeddings), asked)
     if section.prompts is not None:
         prompts, folder = Path(section.prompts), asked.folder or Path(asked.source)
+        encoding = Encoding(section.tokens, section.guidance)
         if store is not None:
-            return read_conditions(kept_prompts(prompts, folder, store), asked)
-        return checked_conditions(encode_prompts(prompts, folder), asked, section.prompts)
+            return read_conditions(kept_prompts(prompts, folder, store, encoding), asked)
+        return checked_conditions(encode_prompts(prompts, folder, encoding), asked, section.prompts)
     if asked.labels is not None or (section.classes, section.unconditional_class) != ("all", None):
         return class_conditions(asked, section.classes, section.unconditional_class)
     if asked.inputs:

@@ -234,8 +234,10 @@ def _load_folder(folder: Path, source: str, sample_size: int | None) -> Diffusio
     scheduler = read_json(folder / SCHEDULER_CONFIG)
     architecture = known_architecture(config, str(part / "config.json"))
     weights = part / WEIGHTS
-    if not weights.is_file() and not weights.with_name(f"{WEIGHTS}.index.json").is_file():
-        raise ModelError(f"{weights}: no such file; weights are read from safetensors only")
+    if not has_weights(weights):
+        of_the_hub = not source.startswith(EMBEDDED) and not Path(source).expanduser().exists()
+        why = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it" if of_the_hub else ""
+        raise ModelError(f"{weights}: no such file; weights are read from safetensors only{why}")
     try:
         denoiser, found = getattr(diffusers, architecture.name).from_pretrained(
             part, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
@@ -248,6 +250,11 @@ def _load_folder(folder: Path, source: str, sample_size: int | None) -> Diffusio
     check_config(architecture, denoiser.config, str(part / "config.json"))
     scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])
     return replace(_model(_without_label_dropout(denoiser), scheduler, source), folder=folder)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether weights are there by the name of their safetensors file, whole or in shards."""
+    return path.is_file() or path.with_name(f"{path.name}.index.json").is_file()
 
 
 def resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:

@@ -16,18 +16,23 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import read_json
+from pqcad_qat.diffusion.denoiser import WEIGHTS, has_weights, read_json
 from pqcad_qat.errors import ModelError
 
 VAE = "vae"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
+T5 = "T5EncoderModel"
+"""Of text: the third encoder of Stable Diffusion 3, the second of Flux, the only one of PixArt."""
+
+TOKENIZER = "tokenizer.json"
+
 CLASSES: Mapping[str, tuple[str, ...]] = {
     VAE: ("AutoencoderKL",),
-    **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection")),
+    **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection", T5)),
 }
-"""Part -> its classes that can be deployed; T5, the third of Stable Diffusion 3, is not among them."""
+"""Part -> its classes that can be deployed."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,14 @@ class PipelineParts:
                 f"pipeline.{part.rstrip('_23')}: none, which leaves {'it' if part == VAE else 'all text encoders'} out"
             )
         return found
+
+    def check_weights(self, part: str) -> None:
+        """Raise ModelError for a part that is there without safetensors."""
+        path = self.folder / part / (WEIGHTS if part == VAE else "model.safetensors")
+        if not has_weights(path):
+            raise ModelError(
+                f"{path}: no such file; weights are read from safetensors only, and pipeline.{part.rstrip('_23')}: none takes none"
+            )
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -112,6 +125,24 @@ def check_transformers(what: str) -> None:
     """Raise ModelError where the library of text encoders is not installed."""
     if find_spec("transformers") is None:
         raise ModelError(f"{what}: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelError for a tokenizer that transformers cannot read: SentencePiece's file alone takes two libraries more."""
+    if (folder / TOKENIZER).is_file() or not (folder / "spiece.model").is_file():
+        return
+    if missing := [name for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")) if not _found(module)]:
+        raise ModelError(
+            f"{folder}: has spiece.model and no {TOKENIZER}, which takes {' and '.join(missing)}, not installed: pip install "
+            f"{' '.join(missing)}; or put the {TOKENIZER} of another T5 of the same vocabulary there"
+        )
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
 
 
 def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:

@@ -5,8 +5,11 @@ Not here: what is done with conditions (conditions.py). Takes the library transf
 
 from __future__ import annotations
 
-import json
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pqcad_qat.content_store import kept
-from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineParts, check_transformers
+from pqcad_qat.diffusion.denoiser import denoiser_folder, read_json
+from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.errors import ModelError
 
-LAYOUTS = {
+LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionPipeline": ("encoder_hidden_states", "unconditional.encoder_hidden_states"),
     "StableDiffusionXLPipeline": (
         "encoder_hidden_states",
@@ -26,8 +30,36 @@ LAYOUTS = {
         "text_embeds",
         "unconditional.text_embeds",
     ),
+    "StableDiffusion3Pipeline": (
+        "encoder_hidden_states",
+        "unconditional.encoder_hidden_states",
+        "pooled_projections",
+        "unconditional.pooled_projections",
+    ),
+    "FluxPipeline": ("encoder_hidden_states", "pooled_projections", ""),
+    "PixArtAlphaPipeline": (
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "unconditional.encoder_hidden_states",
+        "unconditional.encoder_attention_mask",
+    ),
 }
-"""Class of a pipeline -> what its `encode_prompt` returns, in order, by the names of a file of embeddings."""
+"""Class of a pipeline -> what its `encode_prompt` returns, in order, by the names of a file of embeddings; "" is not one of them."""
+
+ASKED: Mapping[str, Any] = {
+    "prompt_2": None,
+    "prompt_3": None,
+    "device": "cpu",
+    "num_images_per_prompt": 1,
+    "do_classifier_free_guidance": True,
+}
+"""What `encode_prompt` is asked, as far as the pipeline's own has a word for it: the same prompt for every encoder, and the empty one."""
+
+LENGTH = "max_sequence_length"
+"""Argument of an `encode_prompt` that has one: tokens that T5 is given."""
+
+EMBEDDED_GUIDANCE = 3.5
+"""That FluxPipeline asks of a model whose guidance is an input, where nobody says another."""
 
 HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that prompts are not encoded with."""
@@ -35,15 +67,34 @@ HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "i
 BATCH = 16
 """Prompts encoded at a time."""
 
+UNCONDITIONAL = "unconditional."
+"""Before the name of a tensor that belongs to the unconditional pass of classifier-free guidance."""
+
 EMBEDDINGS = "embeddings.safetensors"
 """What is kept of prompts once they are encoded."""
 
 
-def kept_prompts(prompts: Path, folder: Path, store: Path) -> Path:
+@dataclass(frozen=True)
+class Encoding:
+    """How prompts are to be encoded, where a pipeline leaves a choice.
+
+    Attributes:
+        tokens: that T5's prompts are filled up or cut to; None for as many as the pipeline's own `encode_prompt` asks for.
+        guidance: of a denoiser that takes it as an input (FLUX.1 dev); None for EMBEDDED_GUIDANCE.
+    """
+
+    tokens: int | None = None
+    guidance: float | None = None
+
+
+OWN_WAY = Encoding()
+
+
+def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = OWN_WAY) -> Path:
     """The file of embeddings of these prompts by the encoders of this folder: made once, and read back from the store from then on.
 
     Args:
-        prompts, folder: as of `encode_prompts`.
+        prompts, folder, encoding: as of `encode_prompts`.
         store: beside the runs; the file's place in it is named by the hash of the prompts, encoders, tokenizers and sizes.
 
     Raises:
@@ -54,35 +105,53 @@ def kept_prompts(prompts: Path, folder: Path, store: Path) -> Path:
         "prompts": lines,
         "pipeline": pipeline,
         "encoders": PipelineParts(folder, {}).digest(*TEXT_ENCODERS, *TOKENIZERS),
-        "sizes": {name: value.tolist() for name, value in _sizes(folder, 1, names).items()},
+        "sizes": {name: value.tolist() for name, value in _numbers(folder, 1, names, encoding).items()},
+        "tokens": encoding.tokens,
     }
 
     def make(draft: Path) -> None:
-        save_file({name: value.contiguous() for name, value in encode_prompts(prompts, folder).items()}, draft / EMBEDDINGS)
+        save_file({name: value.contiguous() for name, value in encode_prompts(prompts, folder, encoding).items()}, draft / EMBEDDINGS)
 
     return kept(store, decides, make) / EMBEDDINGS
 
 
 @torch.no_grad()
-def encode_prompts(prompts: Path, folder: Path) -> dict[str, Tensor]:
+def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> dict[str, Tensor]:
     """The tensors of a file of embeddings (conditions.py): of every prompt, and of the empty one as the unconditional.
 
     Args:
         prompts: a prompt a line; empty lines are passed over.
         folder: a local pipeline's, with its text encoders (safetensors) and tokenizers.
+        encoding: where the pipeline leaves a choice.
 
     Raises:
-        ModelError: transformers is not installed, there are no prompts, or no pipeline of a known class with text encoders.
+        ModelError: transformers is not installed, there are no prompts, no pipeline of a known class with text encoders, or one that
+            leaves no such choice.
     """
     lines = _lines(prompts)
     check_transformers("conditions.prompts")
-    pipeline, names = _text_parts(folder)
+    name, names = _layout(folder)
+    numbers = _numbers(folder, len(lines), names, encoding)
+    pipeline = _text_parts(name, folder)
+    asked = _asked(pipeline, name, encoding)
     parts = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
-    both = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    encoded = [dict(zip(names, pipeline.encode_prompt(part, **both), strict=True)) for part in parts]
-    found = {name: torch.cat([part[name] for part in encoded]).float() for name in names}
-    found |= {name: value[:1] for name, value in found.items() if name.startswith("unconditional.")}
-    return found | _sizes(folder, len(lines), names)
+    encoded = [dict(zip(names, pipeline.encode_prompt(part, **asked), strict=True)) for part in parts]
+    found = {name: torch.cat([part[name] for part in encoded]).float() for name in names if name}
+    found |= {name: value[:1] for name, value in found.items() if name.startswith(UNCONDITIONAL)}
+    if not any(name.startswith(UNCONDITIONAL) for name in names):
+        other = dict(zip(names, pipeline.encode_prompt([""], **asked), strict=True))
+        found |= {UNCONDITIONAL + name: value.float() for name, value in other.items() if name}
+    return found | numbers
+
+
+def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's `encode_prompt`."""
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    if encoding.tokens is None:
+        return {key: value for key, value in ASKED.items() if key in known}
+    if LENGTH not in known:
+        raise ModelError(f"conditions.tokens: got {encoding.tokens}; allowed null: {name} has no T5, and CLIP's texts are of one length")
+    return {key: value for key, value in ASKED.items() if key in known} | {LENGTH: encoding.tokens}
 
 
 def _lines(prompts: Path) -> list[str]:
@@ -100,33 +169,46 @@ def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; conditions.embeddings takes a file")
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    name = str(read_json(index).get("_class_name"))
     if name not in LAYOUTS:
         raise ModelError(
             f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; conditions.embeddings takes a file of what the "
-            "pipeline's own encode_prompt gives (README, Flow matching)"
+            "pipeline's own encode_prompt gives (README, Models and conditions)"
         )
     return name, LAYOUTS[name]
 
 
-def _text_parts(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """The pipeline with its text encoders alone, and the names of what they give."""
-    name, names = _layout(folder)
-    known = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    absent = {part: None for part in HEAVY if part in known}
+def _text_parts(name: str, folder: Path) -> Any:
+    """The pipeline with its text encoders alone, in float32."""
+    index = read_json(folder / "model_index.json")
+    for part in TOKENIZERS:
+        if PipelineParts(folder, index).has(part):
+            check_tokenizer(folder / part)
+    null = (part for part, entry in index.items() if isinstance(entry, list) and entry[-1] is None)
+    absent = dict.fromkeys((*(part for part in HEAVY if part in index), *null))
     try:
-        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **absent), names
+        made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **absent)
     except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
+    if name == "StableDiffusion3Pipeline":  # without T5 it asks its transformer how wide the zeros are that stand for it
+        made.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "transformer" / "config.json")))
+    return made.to(dtype=torch.float32)
 
 
-def _sizes(folder: Path, count: int, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """SDXL's sizes: an original and a target of the model's own size, not cropped."""
-    if "text_embeds" not in names:
-        return {}
-    size = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
-    vae = folder / "vae" / "config.json"
-    factor = 2 ** (len(json.loads(vae.read_text(encoding="utf-8"))["block_out_channels"]) - 1) if vae.is_file() else 8
-    height, width = (factor * side for side in ((size, size) if isinstance(size, int) else size))
-    sizes = torch.tensor([[height, width, 0, 0, height, width]])
-    return {"time_ids": sizes.expand(count, -1).clone(), "unconditional.time_ids": sizes}
+def _numbers(folder: Path, count: int, names: tuple[str, ...], encoding: Encoding) -> dict[str, Tensor]:
+    """What is no text: SDXL's sizes, an original and a target of the model's own size, not cropped; the guidance that FLUX.1 dev reads."""
+    part = denoiser_folder(folder)
+    config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
+    if "text_embeds" in names:
+        size = config["sample_size"]
+        vae = folder / "vae" / "config.json"
+        factor = 2 ** (len(read_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 8
+        height, width = (factor * side for side in ((size, size) if isinstance(size, int) else size))
+        sizes = torch.tensor([[height, width, 0, 0, height, width]])
+        return {"time_ids": sizes.expand(count, -1).clone(), "unconditional.time_ids": sizes}
+    if config.get("guidance_embeds"):
+        guidance = EMBEDDED_GUIDANCE if encoding.guidance is None else encoding.guidance
+        return {"guidance": torch.full((count,), guidance), "unconditional.guidance": torch.full((1,), guidance)}
+    if encoding.guidance is not None:
+        raise ModelError(f"conditions.guidance: got {encoding.guidance:g}; allowed null: {folder} takes no guidance as an input")
+    return {}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.deployment.folder import MANIFEST, denoiser_bytes, read_graph
+from pqcad_qat.deployment.graph_inputs import PLACES, spelled
 from pqcad_qat.deployment.modules import TracedDenoiser, fixed_rotations, swapped
 from pqcad_qat.deployment.runtime import compile_graph
 from pqcad_qat.deployment.timesteps import Times, timestep_tables
@@ -121,9 +122,14 @@ def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Input
 
     Errors as `read_source`.
     """
-    request = compile_for_latency(source, config, len(inputs["sample"])).create_infer_request()
-    named = dict(inputs)
+    compiled = compile_for_latency(source, config, len(inputs["sample"]))
+    request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
     return lambda: request.infer(named, share_inputs=True)
+
+
+def inputs_of(compiled: ov.CompiledModel, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The same inputs as this graph takes them."""
+    return spelled([port.get_names() for port in compiled.inputs], inputs)
 
 
 def compile_for_latency(source: Path, config: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
@@ -159,12 +165,12 @@ def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Mod
 
 
 def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
-    shapes = [list(port.shape) for port in model.inputs]
-    if any(shape[0] != batch for shape in shapes):
+    shapes = {port: list(port.shape) for port in model.inputs if port.get_any_name() not in PLACES}
+    if fixed := {shape[0] for shape in shapes.values()} - {batch}:
         try:
-            model.reshape({index: [batch, *shape[1:]] for index, shape in enumerate(shapes)})
+            model.reshape({port: [batch, *shape[1:]] for port, shape in shapes.items()})
         except RuntimeError:
-            raise FixedBatchError(f"{source}: got a batch of {batch}; allowed {shapes[0][0]}, which is fixed in its graph") from None
+            raise FixedBatchError(f"{source}: got a batch of {batch}; allowed {fixed.pop()}, which is fixed in its graph") from None
 
 
 def convert_float(
@@ -238,9 +244,9 @@ def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, run
 
 def profile_rows(compiled: ov.CompiledModel, inputs: Inputs, runs: int) -> tuple[ProfileRow, ...]:
     """The same of a model that was compiled with PROFILING."""
-    request = compiled.create_infer_request()
+    request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
     for _ in range(runs):
-        request.infer(dict(inputs))
+        request.infer(named)
     found: dict[tuple[str, str], list[float]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()

@@ -12,7 +12,7 @@ from pathlib import Path
 import openvino as ov
 
 from pqcad_qat.deployment.verification import MATRIX_NODES
-from pqcad_qat.evaluation.benchmark import PROFILING, Inputs, compile_for_latency, turn_order
+from pqcad_qat.evaluation.benchmark import PROFILING, Inputs, compile_for_latency, inputs_of, turn_order
 
 ROUNDS, CALLS, WARMUP = 8, 5, 2
 """Profiles of a graph, timed calls of each, and calls before them, in which kernels are made.
@@ -84,11 +84,11 @@ def _fastest(profiles: list[dict[str, float]], groups: Mapping[str, str]) -> Ste
 
 def _profile(compiled: ov.CompiledModel, groups: Mapping[str, str], inputs: Inputs) -> dict[str, float]:
     """Milliseconds of a call by layer and REST. What OpenVINO tells is a mean that the first calls count in: they are taken out again."""
-    request = compiled.create_infer_request()
+    request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
 
     def called(times: int) -> dict[str, Node]:
         for _ in range(times):
-            request.infer(dict(inputs))
+            request.infer(named)
         return execution_graph(compiled)
 
     cold, warm = called(WARMUP), called(CALLS)

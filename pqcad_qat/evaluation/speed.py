@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.deployment.folder import MANIFEST, UNET_CONFIG, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, read_manifest
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, executed_nodes, layer_precisions
 from pqcad_qat.diffusion.untrained import random_denoiser, shapes_of_configs
 from pqcad_qat.errors import ModelError
@@ -152,7 +152,7 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     """Latency, throughput and their causes of every candidate that runs on this machine at this batch."""
     machine, inputs = hardware(), timed.inputs()
     files, left_out = _runnable(timed, machine)
-    denoiser = random_denoiser(timed.config, UNET_CONFIG)
+    denoiser = random_denoiser(timed.config, "config.json")
     latencies = time_denoisers(denoiser, files, inputs, runs)
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
     known = list(quantizable_layers(denoiser))

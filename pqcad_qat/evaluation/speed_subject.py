@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from pqcad_qat.deployment.export import export_model
-from pqcad_qat.deployment.folder import MANIFEST, UNET_CONFIG, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, denoiser_config, read_manifest
 from pqcad_qat.diffusion.architectures import ConditionInput, condition_inputs
-from pqcad_qat.diffusion.denoiser import read_json
 from pqcad_qat.diffusion.untrained import architecture_configs, architectures, fixed_inputs, noise_condition, random_denoiser
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline
@@ -98,7 +97,7 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
             manifest = read_manifest(folder)
             channels, height, width = manifest["sample_shape"]
             steps, full = (manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps"))
-            config = read_json(folder / UNET_CONFIG)
+            config = denoiser_config(folder)
             shape, total, takes = (channels, height, width), manifest["train_timesteps"], condition_inputs(manifest.get("conditions", ()))
             return Subject(source, config, folder, shape, total, steps, full, "of the folder", takes)
     if (configs := architecture_configs(source)) is None:

@@ -15,7 +15,7 @@ import numpy as np
 import openvino as ov
 from torch import nn
 
-from pqcad_qat.evaluation.benchmark import REST_S, Inputs, compile_source, torch_candidate, turn_order
+from pqcad_qat.evaluation.benchmark import REST_S, Inputs, compile_source, inputs_of, torch_candidate, turn_order
 from pqcad_qat.evaluation.record import Throughput
 
 ROUNDS = 5
@@ -45,7 +45,7 @@ def openvino_load(source: Path, config: Mapping[str, object], inputs: Inputs) ->
     """
     compiled = compile_source(source, {"PERFORMANCE_HINT": "THROUGHPUT", **config}, len(inputs["sample"]))
     queue = ov.AsyncInferQueue(compiled)
-    named = dict(inputs)
+    named = inputs_of(compiled, inputs)
 
     def burst(calls: int) -> None:
         for _ in range(calls):

@@ -92,10 +92,17 @@ class ConditionsPolicy(Section):
     prompts: Text | None = Field(
         None, description="text file, a prompt a line, for a pipeline with text_encoder and tokenizer; takes the extra text"
     )
+    tokens: Count | None = Field(
+        None, le=512, description="that T5's prompts are filled up or cut to; null: the pipeline's own (SD3 256, Flux 512, PixArt 120)"
+    )
+    guidance: float | None = Field(None, ge=0, le=100, description="of prompts, that FLUX.1 dev reads; null: its pipeline's own, 3.5")
 
     def faults(self) -> Iterator[Fault]:
         if self.embeddings is not None and self.prompts is not None:
             yield Fault((("prompts",), ("embeddings",)), repr(self.prompts), "null, as embeddings is given")
+        for key in ("tokens", "guidance"):
+            if (got := getattr(self, key)) is not None and self.prompts is None:
+                yield Fault(((key,), ("prompts",)), repr(got), "null, as no prompts are given")
 
 
 class SamplerPolicy(Section):

@@ -18,6 +18,7 @@ from torch import nn
 
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.export import export_model
+from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.part_parity import part_parity
@@ -25,6 +26,7 @@ from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.diffusion.ddim import DDPMSchedule
@@ -57,13 +59,13 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
     with work.folder.stage("export") as stage:
         if not stage.new:
             return
-        deployed_parts = _parts(work, calibration)
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
         scheduler = {**_scheduler(work), STEPS: steps, **_guidance(work)}
         save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
+        deployed_parts = _parts(work, calibration, conditions)
         provenance = {
             "policy": policy.name,
             "model": model.source,
@@ -118,17 +120,21 @@ def _scheduler(work: Work) -> Mapping[str, Any]:
 
 
 def _guidance(work: Work) -> dict[str, Any]:
-    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one."""
+    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one.
+
+    Of a denoiser that takes guidance as an input too, what it was told, where that was one number.
+    """
     if not work.prepared.conditions.choices:
         return {}
     scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
-    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null})
+    told = {round(value, 4) for value in work.prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
+    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null}) | ({EMBEDDED_GUIDANCE: told.pop()} if len(told) == 1 else {})
 
 
-def _parts(work: Work, calibration: CalibrationSet) -> PartsToDeploy | None:
+def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[ConditionInput]) -> PartsToDeploy | None:
     """What stands beside the denoiser in the deployed folder."""
     source, formats = work.prepared.parts, work.prepared.part_formats
-    return PartsToDeploy(source, formats, calibration.images) if source is not None and formats else None
+    return PartsToDeploy(source, formats, calibration.images, conditions) if source is not None and formats else None
 
 
 def _refuse_float(folder: Path, plan: Sequence[LayerPlan], precisions: Mapping[str, str]) -> None:
