@@ -1,4 +1,4 @@
-"""What each class of pipeline makes of a prompt: which of its text encoders gives which of the denoiser's conditions
+"""What each class of pipeline makes of a prompt: which of its text encoders gives which of the denoiser's conditions.
 
 Not here: the encoders (part_runtime.py), or what is sampled with the conditions (text_to_image.py). Needs numpy. Each function does what
 the `encode_prompt` of its class does in diffusers.
