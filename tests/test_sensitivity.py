@@ -200,7 +200,7 @@ def test_the_command_writes_page_numbers_and_policy(
     assert sorted(path.name for path in folder.iterdir()) == ["policy.yaml", "sensitivity.html", "sensitivity.json"]
     document = json.loads((folder / "sensitivity.json").read_text())
     assert set(document["assignments"][CHOSEN]["bits"].values()) == {7}
-    assert "measured together" in capsys.readouterr().out
+    assert "together, dB" in capsys.readouterr().out
 
 
 # ---- within a time ---------------------------------------------------------------------------------------------------------------

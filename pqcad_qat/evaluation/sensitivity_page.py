@@ -147,7 +147,7 @@ def assignment_table(report: SensitivityReport) -> Table:
 
 def assignment_headings(report: SensitivityReport) -> list[str]:
     times = [] if report.milliseconds is None else ["sum of times, ms", "measured, ms"]
-    return ["widths", "mean bits", "MB", f"float32 {TIMES}", *times, "sum of errors, dB", "measured together, dB"]
+    return ["widths", "mean bits", "MB", f"float32 {TIMES}", *times, "errors summed, dB", "together, dB"]
 
 
 def assignment_rows(report: SensitivityReport) -> list[list[str]]:
