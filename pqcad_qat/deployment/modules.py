@@ -153,31 +153,26 @@ class TracedDenoiser(nn.Module):
         self.names = tuple(names)
 
     def forward(self, sample: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        return predict(self.denoiser, sample, timestep, self._named(timestep, conditions))
+
+    def _named(self, timestep: Tensor, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The conditions by name, once the tables of time know what they are looked up by."""
         named = dict(zip(self.names, conditions, strict=True))
         for module in self.denoiser.modules():
             if isinstance(module, TablesInTurn):
                 module.begin({"timestep": timestep, **named})
-        return predict(self.denoiser, sample, timestep, named)
+        return named
 
 
-class TracedSequence(nn.Module):
+class TracedSequence(TracedDenoiser):
     """The same of Flux, as its pipeline calls it: (rows of patches, t / 1000, conditions in order, places of both) -> rows.
 
     The places are not looked at: `fixed_rotations` knows them.
     """
 
-    def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.names = tuple(names)
-
     def forward(self, hidden_states: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
         *conditions, image_places, text_places = rest
-        named = dict(zip(self.names, conditions, strict=True))
-        for module in self.denoiser.modules():
-            if isinstance(module, TablesInTurn):
-                module.begin({"timestep": timestep, **named})
-        places = {"img_ids": image_places, "txt_ids": text_places}
+        named, places = self._named(timestep, conditions), {"img_ids": image_places, "txt_ids": text_places}
         found: Tensor = self.denoiser(hidden_states, timestep=timestep, **named, **places, return_dict=False)[0]
         return found
 

@@ -82,7 +82,7 @@ class PromptEncoder:
 
     def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, Float32]:
         """What the encoder gives for a prompt, by name, (1, ...)."""
-        return self.encoded(self.ids(prompt), outputs, self.mask(prompt))
+        return self.encoded(self.ids(prompt), outputs, self.mask(prompt) if self.masked else None)
 
     def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str], mask: npt.NDArray[np.int64] | None = None) -> dict[str, Float32]:
         """The same for tokens (1, tokens), all of which count where no mask is given."""

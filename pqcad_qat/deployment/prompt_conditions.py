@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pqcad_qat.deployment.graph_inputs import TEXT
 from pqcad_qat.deployment.part_runtime import PromptEncoder
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
+MASK, POOLED = "encoder_attention_mask", "pooled_projections"
 LAST, PROJECTED = "last_hidden_state", "text_embeds"
 
 FLUX_GUIDANCE = 3.5
