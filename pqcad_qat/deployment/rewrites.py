@@ -68,26 +68,25 @@ def _silu(x: ov.Output) -> ov.Node:
 
 
 def _normalize_channels_last(norm: ov.Node) -> None:
-    """Compute a GroupNormalization by operations that take any layout of memory, in place of the node.
+    """Put operations that take any layout of memory in the place of a GroupNormalization.
 
     OpenVINO normalizes groups of channels planar alone, between convolutions in INT8 that read and write channels last: every tensor
     changes its layout there and back. Where the pixels of an image are rows around the normalization, as in diffusers' attention, the
     image itself is normalized, and its rows are a view of what is channels last already.
     """
     gamma, beta = (value.get_node().get_data().astype(np.float32) for value in norm.input_values()[1:])
-    attributes = norm.get_attributes()
+    groups, epsilon = (norm.get_attributes()[key] for key in ("num_groups", "epsilon"))
     source = _image(norm.input_value(0))
-    normal = _normalized(source, attributes["num_groups"], attributes["epsilon"], gamma, beta, norm.get_friendly_name())
+    normal = _normalized(source, groups, epsilon, gamma, beta, norm.get_friendly_name())
     if len(source.get_shape()) == len(norm.get_output_shape(0)):
         _replace(norm, normal.output(0))
-    else:
-        channels = len(gamma)
-        for reader in list(norm.output(0).get_target_inputs()):
-            if _is_transpose(reader.get_node(), ROWS):
-                rows = op.reshape(op.transpose(normal, np.array([0, 2, 3, 1])), np.array([0, -1, channels]), True)
-                _replace(reader.get_node(), rows.output(0))
-            else:
-                reader.replace_source_output(op.reshape(normal, np.array([0, channels, -1]), True).output(0))
+        return
+    for reader in norm.output(0).get_target_inputs():
+        if _is_transpose(reader.get_node(), ROWS):
+            rows = op.reshape(op.transpose(normal, np.array([0, 2, 3, 1])), np.array([0, -1, len(gamma)]), True)
+            _replace(reader.get_node(), rows.output(0))
+        else:
+            reader.replace_source_output(op.reshape(normal, np.array([0, len(gamma), -1]), True).output(0))
 
 
 def _image(x: ov.Output) -> ov.Output:
@@ -95,10 +94,10 @@ def _image(x: ov.Output) -> ov.Output:
     node = x.get_node()
     if _is_transpose(node, ROWS) and _is_transpose(node.input_value(0).get_node(), ROWS):
         node = node.input_value(0).get_node().input_value(0).get_node()
-    shape = list(node.get_output_shape(0))
-    if node.get_type_name() == "Reshape" and len(shape) == 3 and len(image := list(node.get_input_shape(0))) == 4 and image[:2] == shape[:2]:
-        return node.input_value(0)
-    return x
+    if len(x.get_shape()) != 3 or node.get_type_name() != "Reshape":
+        return x
+    image = node.input_value(0)
+    return image if len(image.get_shape()) == 4 and list(image.get_shape())[:2] == list(x.get_shape())[:2] else x
 
 
 def _normalized(
