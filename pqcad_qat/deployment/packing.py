@@ -95,6 +95,7 @@ def unpack_weights(graph: ov.Model) -> None:
         if node.get_type_name() == "Constant" and (bits := widths.get(node.get_element_type())):
             shape = tuple(node.output(0).shape)
             _replace(node, ov.Tensor(unpack_values(np.asarray(node.data).view(np.uint8), bits, shape)))
+    graph.validate_nodes_and_infer_types()  # what is computed of weights (upsampling.py) has their type
 
 
 def _packed_tensor(values: npt.NDArray[np.int8], bits: int) -> ov.Tensor:

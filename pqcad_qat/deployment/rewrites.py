@@ -1,21 +1,17 @@
 """A converted graph as OpenVINO runs it faster: other nodes that compute the same, where its own optimizations leave or make slow ones.
 
-Not here: the conversion (export.py). Measured on the architecture of google/ddpm-cifar10-32, see the README's benchmark.
+Not here: the conversion (export.py), and two rewrites that have files of their own (normalization.py, upsampling.py). Measured on the
+architecture of google/ddpm-cifar10-32, see the README's benchmark.
 """
 
 from __future__ import annotations
 
-from itertools import count
-
 import numpy as np
-import numpy.typing as npt
 import openvino as ov
 import openvino.opset13 as op
 
-from pqcad_qat.deployment.packing import IN_FLOAT32
-
-ROWS = [0, 2, 1]
-"""The transposition between (B, C, pixels) and (B, pixels, C), its own inverse."""
+from pqcad_qat.deployment.normalization import channels_last_normalization
+from pqcad_qat.deployment.upsampling import convolution_before_upsampling
 
 
 def rewrite(graph: ov.Model) -> None:
@@ -26,8 +22,10 @@ def rewrite(graph: ov.Model) -> None:
                 _replace(node, source)
             case "ScaledDotProductAttention" if node.get_input_size() == 3 and not node.get_attributes()["causal"]:
                 _replace(node, _attention(*node.input_values()).output(0))
-            case "GroupNormalization" if all(_is_constant(value) for value in node.input_values()[1:]):
-                _normalize_channels_last(node)
+            case "GroupNormalization":
+                channels_last_normalization(node)
+            case "Convolution":
+                convolution_before_upsampling(node)
             case "Swish" if node.get_input_size() == 1 and len(node.get_output_shape(0)) == 4:
                 _replace(node, _silu(node.input_value(0)).output(0))
     graph.validate_nodes_and_infer_types()
@@ -65,86 +63,6 @@ def _silu(x: ov.Output) -> ov.Node:
     The factor of the exponent is -1 but for one unit in its last place: OpenVINO turns -1 into Swish again.
     """
     return op.divide(x, op.add(op.exp(op.multiply(x, np.nextafter(np.float32(-1), np.float32(-2)))), np.float32(1)))
-
-
-def _normalize_channels_last(norm: ov.Node) -> None:
-    """Put operations that take any layout of memory in the place of a GroupNormalization.
-
-    OpenVINO normalizes groups of channels planar alone, between convolutions in INT8 that read and write channels last: every tensor
-    changes its layout there and back. Where the pixels of an image are rows around the normalization, as in diffusers' attention, the
-    image itself is normalized, and its rows are a view of what is channels last already.
-    """
-    gamma, beta = (value.get_node().get_data().astype(np.float32) for value in norm.input_values()[1:])
-    groups, epsilon = (norm.get_attributes()[key] for key in ("num_groups", "epsilon"))
-    source = _image(norm.input_value(0))
-    normal = _normalized(source, groups, epsilon, gamma, beta, norm.get_friendly_name())
-    if len(source.get_shape()) == len(norm.get_output_shape(0)):
-        _replace(norm, normal.output(0))
-        return
-    for reader in norm.output(0).get_target_inputs():
-        if _is_transpose(reader.get_node(), ROWS):
-            rows = op.reshape(op.transpose(normal, np.array([0, 2, 3, 1])), np.array([0, -1, len(gamma)]), True)
-            _replace(reader.get_node(), rows.output(0))
-        else:
-            reader.replace_source_output(op.reshape(normal, np.array([0, len(gamma), -1]), True).output(0))
-
-
-def _image(x: ov.Output) -> ov.Output:
-    """The (B, C, H, W) that x (B, C, pixels) is another form of; x itself where there is none."""
-    node = x.get_node()
-    if _is_transpose(node, ROWS) and _is_transpose(node.input_value(0).get_node(), ROWS):
-        node = node.input_value(0).get_node().input_value(0).get_node()
-    if len(x.get_shape()) != 3 or node.get_type_name() != "Reshape":
-        return x
-    image = node.input_value(0)
-    return image if len(image.get_shape()) == 4 and list(image.get_shape())[:2] == list(x.get_shape())[:2] else x
-
-
-def _normalized(
-    x: ov.Output, groups: int, epsilon: float, gamma: npt.NDArray[np.float32], beta: npt.NDArray[np.float32], name: str
-) -> ov.Node:
-    """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, x (B, C, ...), mean and variance of each of so many groups of channels.
-
-    The variance is the mean square less the square of the mean. Both are taken channel by channel, which OpenVINO sums in float32 in any
-    layout, and then of a group's channels; a few hundred numbers that stay in float32 also where the rest is BF16, in which a difference
-    of squares would be lost.
-    """
-    channels, space = len(gamma), list(x.get_shape())[2:]
-    axes, numbers = np.arange(2, 2 + len(space)), count()
-
-    def precise(node: ov.Node) -> ov.Node:
-        node.set_friendly_name(f"{name}/{next(numbers)}{IN_FLOAT32}")
-        return node
-
-    def of_group(node: ov.Node) -> ov.Node:
-        return precise(op.reshape(node, np.array([0, groups, channels // groups]), True))
-
-    def of_channel(node: ov.Node) -> ov.Node:
-        return precise(op.reshape(node, np.array([0, channels, *(1 for _ in space)]), True))
-
-    mean = precise(op.reduce_mean(of_group(op.reduce_mean(x, axes, True)), np.array([2]), True))
-    norm = precise(op.reduce_l2(of_group(op.reduce_l2(x, axes, True)), np.array([2]), True))
-    squares = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
-    negative = precise(op.multiply(mean, np.float32(-1)))  # OpenVINO makes a node of its own of a subtraction
-    variance = precise(op.add(precise(op.multiply(mean, negative)), precise(op.add(squares, np.float32(epsilon)))))
-    scale = precise(op.divide(np.float32(1), precise(op.sqrt(variance))))
-    gain = of_channel(precise(op.multiply(op.constant(gamma.reshape(1, groups, -1)), scale)))
-    shift = of_channel(precise(op.multiply(mean, op.constant(-np.ones_like(gamma).reshape(1, groups, -1)))))
-    normal = op.add(op.multiply(op.add(x, shift), gain), op.constant(beta.reshape(1, channels, *(1 for _ in space))))
-    normal.set_friendly_name(name)
-    return normal
-
-
-def _is_constant(value: ov.Output) -> bool:
-    return bool(value.get_node().get_type_name() == "Constant")
-
-
-def _is_transpose(node: ov.Node, order: list[int]) -> bool:
-    return bool(
-        node.get_type_name() == "Transpose"
-        and _is_constant(node.input_value(1))
-        and node.input_value(1).get_node().get_data().tolist() == order
-    )
 
 
 def _replace(node: ov.Node, source: ov.Output) -> None:

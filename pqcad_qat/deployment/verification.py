@@ -29,6 +29,9 @@ INT8 = ("i8", "u8")
 MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")  # layer types in the CPU plugin's execution graph
 PART_VALUES = 2**25
 """Input values of the layers that are compared at a time: some hundred megabytes on either side."""
+UPSAMPLED = ([0, 0], [2**31, 2**31], [2, 2], [2, 3])
+"""Slice's bounds, steps and axes that take an upsampled image to what it was upsampled from: every second pixel of every second row."""
+
 TIE_BAND = 2.0**-13  # in steps; float32 arithmetic on a grid of 256 steps errs by at most 2^-14 of one
 Float64 = npt.NDArray[np.float64]
 
@@ -248,10 +251,12 @@ def _cut(nodes: Mapping[str, ov.Node], layers: Mapping[str, IntegerLayer], shape
     parameters, results = [], []
     for name, layer in layers.items():
         parameter = ov.opset13.parameter(list(shapes[name]), np.float32)
-        quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), parameter)
+        output, upsampled = _with_bias(nodes[name], layer)
+        source = ov.opset13.slice(parameter, *(np.array(value) for value in UPSAMPLED)) if upsampled else parameter
+        quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), source)
         nodes[name].input(0).replace_source_output(quantized.output(0))
         parameters.append(parameter)
-        results.append(ov.opset13.result(_with_bias(nodes[name], layer)))
+        results.append(ov.opset13.result(output))
     return ov.Model(results, parameters)
 
 
@@ -282,14 +287,25 @@ def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float
     return ov.opset13.add(scaled, np.float32(in_low))
 
 
-def _with_bias(node: ov.Node, layer: IntegerLayer) -> ov.Node:
-    """The shipped Add of the bias, or the product itself where the layer has none."""
-    if layer.bias is None:
-        return node
-    consumers = [consumer.get_node() for consumer in node.output(0).get_target_inputs()]
-    if len(consumers) != 1 or consumers[0].get_type_name() != "Add":
-        raise ExportError(f"{layer.name}: its bias must be one Add in the shipped graph, got {[n.get_type_name() for n in consumers]}")
-    return consumers[0]
+def _with_bias(node: ov.Node, layer: IntegerLayer) -> tuple[ov.Node, bool]:
+    """The shipped Add of the bias, or the product itself where the layer has none; and whether it upsamples what it reads.
+
+    In that case (upsampling.py) the whole image lies behind its phases.
+    """
+    if layer.bias is not None:
+        node = _reader(layer, node, "Add", "its bias must be one Add")
+    phases = {reader.get_node().get_type_name() for reader in node.output(0).get_target_inputs()} == {"DepthToSpace"}
+    if phases:
+        for kind in ("DepthToSpace", "Slice"):
+            node = _reader(layer, node, kind, "its phases must become one image")
+    return node, phases
+
+
+def _reader(layer: IntegerLayer, node: ov.Node, kind: str, rule: str) -> ov.Node:
+    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != kind:
+        raise ExportError(f"{layer.name}: {rule} in the shipped graph, got {[reader.get_type_name() for reader in readers]}")
+    return readers[0]
 
 
 def _compare(layer: IntegerLayer, quantized: _QuantizedInput, output: npt.NDArray[np.float32], precision: str) -> LayerParity:
