@@ -78,11 +78,10 @@ def _normalized(
 
     mean = precise(op.reduce_mean(of_group(op.reduce_mean(x, pixels, True)), last, True))
     norm = precise(op.reduce_l2(of_group(op.reduce_l2(x, pixels, True)), last, True))
-    squares = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
-    negative = precise(op.multiply(mean, np.float32(-1)))  # OpenVINO makes a node of its own of a subtraction
-    variance = precise(op.add(precise(op.multiply(mean, negative)), precise(op.add(squares, np.float32(epsilon)))))
-    scale = precise(op.divide(np.float32(1), precise(op.sqrt(variance))))
-    gain = of_channel(precise(op.multiply(op.constant(gamma.reshape(1, groups, -1)), scale)))
+    square = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
+    variance = precise(op.subtract(square, precise(op.multiply(mean, mean))))
+    deviation = precise(op.sqrt(precise(op.add(variance, np.float32(epsilon)))))
+    gain = of_channel(precise(op.divide(op.constant(gamma.reshape(1, groups, -1)), deviation)))
     shift = of_channel(precise(op.multiply(mean, op.constant(-np.ones_like(gamma).reshape(1, groups, -1)))))
     normal = op.add(op.multiply(op.add(x, shift), gain), op.constant(beta.reshape(1, channels, *(1 for _ in space))))
     normal.set_friendly_name(name)
