@@ -61,11 +61,13 @@ class ExecutionReport:
         precisions: runtime precision of each planned layer ("i8", "u8", "bf16", "f32"; "absent" where the graph has no such node).
         node_types: (layer type, runtime precision) -> number of executed nodes.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use.
+        attention: of each attention planned for INT8 what its products run in, as of layers; the first that is not INT8 counts.
     """
 
     precisions: Mapping[str, str]
     node_types: Mapping[tuple[str, str], int]
     inference_precision: str
+    attention: Mapping[str, str]
 
     @property
     def planned(self) -> int:
@@ -147,23 +149,26 @@ def execution_precision(folder: Path, layers: Collection[str], properties: Mappi
     Raises:
         ModelError: a folder that cannot be loaded.
     """
-    compiled = OVUNet2DModel.from_pretrained(folder, properties=properties).compiled
-    nodes = executed_nodes(compiled)
+    model = OVUNet2DModel.from_pretrained(folder, properties=properties)
+    compiled, nodes = model.compiled, executed_nodes(model.compiled)
     return ExecutionReport(
         precisions=layer_precisions(nodes, layers),
         node_types=Counter((node.kind, node.precision) for node in nodes if node.kind not in ("Const", "Input", "Output")),
         inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        attention=attention_precisions(compiled, model.manifest.get("attention", {})),
     )
 
 
 def executed_nodes(compiled: ov.CompiledModel) -> list[ExecutedNode]:
     """Every node of the execution graph of a compiled model."""
-    nodes = []
-    for node in compiled.get_runtime_model().get_ops():
-        keys = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
-        kind, precision, kernel, names = (node.rt_info[key].astype(str) for key in keys)
-        nodes.append(ExecutedNode(kind, precision, kernel, tuple(names.split(","))))
-    return nodes
+    return [ExecutedNode(*_node_facts(node)) for node in compiled.get_runtime_model().get_ops()]
+
+
+def _node_facts(node: ov.Node) -> tuple[str, str, str, tuple[str, ...]]:
+    """Of one node of an execution graph, in the order of ExecutedNode."""
+    keys = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
+    kind, precision, kernel, names = (node.rt_info[key].astype(str) for key in keys)
+    return kind, precision, kernel, tuple(names.split(","))
 
 
 def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> dict[str, str]:
@@ -171,6 +176,33 @@ def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> 
     matrices = [node for node in nodes if node.kind in MATRIX_NODES]
     found = {name.partition("/Dequantization")[0]: node.precision for node in matrices for name in node.names}
     return {name: found.get(name, "absent") for name in layers}
+
+
+def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> dict[str, str]:
+    """Runtime precision of the products of each quantized attention (attention.py); of two that differ the one that is not INT8.
+
+    OpenVINO runs both products and the softmax as one node, which computes in what its three inputs come in; or, without VNNI, one by one.
+    """
+    found: dict[str, list[str]] = {path: [] for path in paths}
+    for node in compiled.get_runtime_model().get_ops():
+        kind, precision, _, names = _node_facts(node)
+        for path in {name.partition("/")[0].removeprefix("__module.denoiser.") for name in names} & found.keys():
+            if kind == "MatMul":
+                found[path].append(precision)
+            elif kind == "Subgraph" and f"{path}/softmax" in names:
+                read = [_read_precision(value) for value in node.input_values() if _node_facts(value.get_node())[0] != "Const"]
+                found[path] += read if len(read) == 3 else []
+    return {path: _first_float(seen) if len(seen) > 1 else "absent" for path, seen in found.items()}
+
+
+def _read_precision(value: ov.Output) -> str:
+    precisions: list[str] = value.get_node().rt_info["outputPrecisions"].astype(str).split(",")
+    return precisions[value.get_index()]
+
+
+def _first_float(precisions: Sequence[str]) -> str:
+    """The first precision that is not INT8, or the first of all."""
+    return next((precision for precision in precisions if precision not in INT8), precisions[0])
 
 
 def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> ParityReport:
