@@ -51,11 +51,20 @@ def matrix_nodes(graph: ov.Model) -> dict[str, ov.Node]:
 
 
 def weights_of(node: ov.Node) -> tuple[np.ndarray, np.ndarray]:
-    """(integers, scales) of a Multiply(Convert(integers), scales), behind the Reshape of a convolution in groups."""
+    """(integers, scales) of a Multiply(Convert(integers), scales), behind the Reshape of a convolution in groups.
+
+    A convolution before an upsampling computes its own from both.
+    """
     multiply = node.input_value(1).get_node()
     if multiply.get_type_name() == "Reshape":
         multiply = multiply.input_value(0).get_node()
-    return multiply.input_value(0).get_node().input_value(0).get_node().data, multiply.input_value(1).get_node().data
+    return root_of(multiply.input_value(0)), root_of(multiply.input_value(1))
+
+
+def root_of(value: ov.Output) -> np.ndarray:
+    """The constant that a value is computed from, by first inputs."""
+    node = value.get_node()
+    return root_of(node.input_value(0)) if node.get_input_size() else node.data  # type: ignore[no-any-return]
 
 
 def test_weights_and_scales_are_on_disk_exactly_as_pytorch_has_them(unet: Quantized, folder: Path) -> None:

@@ -59,7 +59,7 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
     assert list(document["fid_protocol"]) == ["images", "features", "features_sha256", "reference", "sampler", "steps", "seed"]
     assert list(document["bit_schedule"][0]) == ["step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"]
     assert list(document["parity"]) == ["layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"]
-    assert list(document["execution"]) == ["planned", "executed_int8", "float_layers", "needs_vnni"]
+    assert list(document["execution"]) == ["planned", "executed_int8", "float_layers", "needs_vnni", "attention"]
     assert document["timings_s"]["pq"] == 212.0
 
 
