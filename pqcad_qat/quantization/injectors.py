@@ -28,15 +28,12 @@ from dependencies import this  # type: ignore[import-untyped]  # the injection l
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.integer_products import Geometry, Grid, convolve, pays, recorded_in_float32_on_vnni
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
 from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range, quantize
 
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
-
-
-Grid = tuple[Tensor, Tensor | None, tuple[int, int]]
-"""What `rounding.quantize` needs: span, low, and the smallest and largest integer."""
 
 
 class BlendedQuant(RescalingIntQuant):
@@ -80,6 +77,10 @@ class BlendedQuant(RescalingIntQuant):
         """Range, lower end and integers at the present width."""
         return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
 
+    def on_one_grid(self) -> bool:
+        """Whether the values of ``fused`` are multiples of one scale: not with a zero point, nor within a transition."""
+        return self.symmetric and not _number(self, "next_bit_width")
+
     def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
         return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
 
@@ -112,8 +113,12 @@ class InputQuant(RescalingIntQuant):
         return values
 
     def fused(self, x: Tensor) -> Tensor:
+        return quantize(x, *self.calibrated_grid(x), straight=False)
+
+    def calibrated_grid(self, x: Tensor) -> Grid:
+        """As ``grid``; raises ModelError where calibration has not set one."""
         self._require_range()
-        return quantize(x, *self.grid(x), straight=False)
+        return self.grid(x)
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers; the same for every x."""
@@ -221,8 +226,23 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
-        y: Tensor = self._conv_forward(self.input_quant(x), self.weight_quant(self.weight), self.bias)
+        weight = self.weight_quant(self.weight)
+        if recorded_in_float32_on_vnni(x) and (grids := self._integer_grids(x)):
+            return convolve(x, grids[0], weight, grids[1], self.bias, self._geometry())
+        y: Tensor = self._conv_forward(self.input_quant(x), weight, self.bias)
         return y
+
+    def _integer_grids(self, x: Tensor) -> tuple[Grid, Grid] | None:
+        """The grids of x and of the weight, unless the layer is one that is computed in floating point."""
+        inputs, weights = self.input_quant.fused_activation_quant_proxy.tensor_quant, self.weight_quant.tensor_quant
+        plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        quantized = not (self.input_quant.disable_quant or self.weight_quant.disable_quant)
+        if not (plain and quantized and weights.on_one_grid() and pays(self.weight, self._geometry())):
+            return None
+        return inputs.calibrated_grid(x), weights.grid(self.weight)
+
+    def _geometry(self) -> Geometry:
+        return Geometry(list(self.stride), list(self.padding), list(self.dilation))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.description(self)}"
