@@ -28,10 +28,10 @@ from dependencies import this  # type: ignore[import-untyped]  # the injection l
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quantization.integer_products import Geometry, Grid, convolve, pays, recorded_in_float32_on_vnni
+from pqcad_qat.quantization.integer_products import Geometry, applies, convolve
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
-from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range, quantize
+from pqcad_qat.quantization.rounding import SMALLEST_RANGE, Grid, integer_range, quantize, scale_and_zero_point
 
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
 
@@ -77,9 +77,12 @@ class BlendedQuant(RescalingIntQuant):
         """Range, lower end and integers at the present width."""
         return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
 
-    def on_one_grid(self) -> bool:
-        """Whether the values of ``fused`` are multiples of one scale: not with a zero point, nor within a transition."""
-        return self.symmetric and not _number(self, "next_bit_width")
+    @torch.no_grad()
+    def one_scale(self, x: Tensor) -> Tensor | None:
+        """The scale that the values of ``fused`` are whole multiples of; None with a zero point, or within a transition."""
+        if not self.symmetric or _number(self, "next_bit_width"):
+            return None
+        return scale_and_zero_point(*self.grid(x))[0]
 
     def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
         return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
@@ -227,19 +230,20 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
         weight = self.weight_quant(self.weight)
-        if recorded_in_float32_on_vnni(x) and (grids := self._integer_grids(x)):
-            return convolve(x, grids[0], weight, grids[1], self.bias, self._geometry())
+        if (scale := self._integer_scale(x)) is not None:
+            grid = self.input_quant.fused_activation_quant_proxy.tensor_quant.calibrated_grid(x)
+            return convolve(x, grid, weight, scale, self.bias, self._geometry())
         y: Tensor = self._conv_forward(self.input_quant(x), weight, self.bias)
         return y
 
-    def _integer_grids(self, x: Tensor) -> tuple[Grid, Grid] | None:
-        """The grids of x and of the weight, unless the layer is one that is computed in floating point."""
-        inputs, weights = self.input_quant.fused_activation_quant_proxy.tensor_quant, self.weight_quant.tensor_quant
+    def _integer_scale(self, x: Tensor) -> Tensor | None:
+        """The scale of the weight where integers are multiplied, None where floating-point numbers are."""
         plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         quantized = not (self.input_quant.disable_quant or self.weight_quant.disable_quant)
-        if not (plain and quantized and weights.on_one_grid() and pays(self.weight, self._geometry())):
+        if not (plain and quantized and applies(x, self.weight, self._geometry())):
             return None
-        return inputs.calibrated_grid(x), weights.grid(self.weight)
+        scale: Tensor | None = self.weight_quant.tensor_quant.one_scale(self.weight)
+        return scale
 
     def _geometry(self) -> Geometry:
         return Geometry(list(self.stride), list(self.padding), list(self.dilation))

@@ -12,6 +12,9 @@ from torch import Tensor
 
 SMALLEST_RANGE = 1e-10  # a channel of zeros keeps a positive scale
 
+Grid = tuple[Tensor, Tensor | None, tuple[int, int]]
+"""What `quantize` needs: span, low, and the smallest and largest integer."""
+
 
 def integer_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
     """The smallest and largest integer; ``narrow`` drops the smallest signed one, so that the range is symmetric."""
