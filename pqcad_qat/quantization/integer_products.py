@@ -82,7 +82,7 @@ class _Convolution(torch.autograd.Function):
         if bounds[0]:  # signed: counted from the smallest
             integers, zero = integers.sub_(bounds[0]), zero - bounds[0]
         y = _product(_bytes(integers), float(scale), zero, weight / weight_scale, weight_scale.reshape(-1), bias, geometry)
-        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        return y if x.is_contiguous(memory_format=torch.channels_last) else _planar(y)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,6 +113,15 @@ def _bytes(integers: Tensor) -> Tensor:
     _, planes, height, width = integers.shape
     apart = height * width + CACHE_LINE
     return integers.new_empty_strided(integers.shape, (planes * apart, apart, width, 1), dtype=torch.uint8).copy_(integers)
+
+
+def _planar(y: Tensor) -> Tensor:
+    """y (B, O, H, W), channels last, as planes: some rows at a time, which stay in a core's first cache."""
+    planes = torch.empty_like(y, memory_format=torch.contiguous_format)
+    rows = max(1, CACHE_LINE // y.shape[3])
+    for there, here in zip(planes.split(rows, 2), y.split(rows, 2), strict=True):
+        there.copy_(here)
+    return planes
 
 
 def _product(
