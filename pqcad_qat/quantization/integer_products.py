@@ -119,7 +119,7 @@ def _planar(y: Tensor) -> Tensor:
     """y (B, O, H, W), channels last, as planes: some rows at a time, which stay in a core's first cache."""
     planes = torch.empty_like(y, memory_format=torch.contiguous_format)
     rows = max(1, CACHE_LINE // y.shape[3])
-    for there, here in zip(planes.split(rows, 2), y.split(rows, 2), strict=True):
+    for there, here in zip(torch.split(planes, rows, 2), torch.split(y, rows, 2), strict=True):
         there.copy_(here)
     return planes
 
