@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from pqcad_qat import __version__
+from pqcad_qat.deployment.attention import AttentionRange, name_products, quantized_attention
 from pqcad_qat.deployment.folder import (
     CONFIG,
     MODEL_INDEX,
@@ -89,6 +91,7 @@ def export_model(
     conditions: Sequence[ConditionInput] = (),
     visited: Sequence[float] = (),
     parts: PartsToDeploy | None = None,
+    attention: Mapping[str, AttentionRange] = MappingProxyType({}),
 ) -> ExportedFolder:
     """Write the deployed form of a quantized model. The model itself is left as it was.
 
@@ -104,6 +107,7 @@ def export_model(
         conditions: what the denoiser takes beside x_t and t, every size known.
         visited: times that a graph of continuous time is to know exactly.
         parts: what stands beside the denoiser.
+        attention: modules whose attention is to be computed in INT8, and what its products read.
 
     Raises:
         ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
@@ -112,7 +116,7 @@ def export_model(
     check_replaceable(folder)
     train_timesteps = _train_timesteps(scheduler_config)
     schedule = noise_schedule(scheduler_config)
-    graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions)
+    graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions, attention)
     part = _part(model)
     texts = {
         f"{part}/{CONFIG}": _config(model),
@@ -133,6 +137,7 @@ def export_model(
         "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
         "layers": entries,
+        "attention": {path: asdict(seen) for path, seen in attention.items()},
         "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
     further = nothing_further if parts is None else partial(write_parts, parts)
@@ -148,6 +153,7 @@ def convert(
     batch_size: int,
     times: Times,
     conditions: Sequence[ConditionInput] = (),
+    attention: Mapping[str, AttentionRange] = MappingProxyType({}),
 ) -> ov.Model:
     """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name.
 
@@ -177,7 +183,8 @@ def convert(
         warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
         denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
-        traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        with quantized_attention(model, attention):
+            traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         graph: ov.Model = ov.convert_model(traced, example_input=example)
     model.train(training)
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
@@ -186,6 +193,7 @@ def convert(
         port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})
     _name_layers(graph, layers)
+    name_products(graph, attention)
     _check_groups(graph, layers)
     return graph
 

@@ -6,6 +6,7 @@ Not here: the folder around the graph (folder.py). Needs openvino and numpy.
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,16 @@ PACKED_WIDTHS: Mapping[WeightFormat, tuple[int, ...]] = {"int8": (), "int4": (4,
 
 CONTAINERS: Mapping[int, ov.Type] = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4}
 """The type of a packed constant. It has the right size and says the width; of these only int4 holds for OpenVINO what it holds for us."""
+
+IN_FLOAT32 = "/float32"
+"""Ending of the names of nodes that compute in float32 also where OpenVINO computes outside INT8 in BF16."""
+
+_FLOAT32_MARK = """\
+\t\t\t<rt_info>
+\t\t\t\t<attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16" />
+\t\t\t</rt_info>
+"""
+"""OpenVINO's own attribute of such a node, as it writes it; its Python interface can read it and not set it."""
 
 MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
 
@@ -84,6 +95,7 @@ def unpack_weights(graph: ov.Model) -> None:
         if node.get_type_name() == "Constant" and (bits := widths.get(node.get_element_type())):
             shape = tuple(node.output(0).shape)
             _replace(node, ov.Tensor(unpack_values(np.asarray(node.data).view(np.uint8), bits, shape)))
+    graph.validate_nodes_and_infer_types()  # what is computed of weights (upsampling.py) has their type
 
 
 def _packed_tensor(values: npt.NDArray[np.int8], bits: int) -> ov.Tensor:
@@ -114,7 +126,7 @@ def write_graph(graph: ov.Model, xml: Path) -> None:
     """Write the graph's text and, beside it, its constants as they are (OpenVINO's default would round them to float16).
 
     Names that OpenVINO has numbered by all nodes that the process ever made are numbered by place, so that the same graph gives the same
-    bytes.
+    bytes. Nodes whose names end with IN_FLOAT32 are marked so.
     """
     xml.parent.mkdir(parents=True, exist_ok=True)
     graph.set_friendly_name(xml.parent.name)
@@ -123,6 +135,9 @@ def write_graph(graph: ov.Model, xml: Path) -> None:
         if kind == node.get_type_name() and number.isdigit():
             node.set_friendly_name(f"{kind}_{place}")
     ov.save_model(graph, xml, compress_to_fp16=False)
+    plain = xml.read_text(encoding="utf-8").replace(_FLOAT32_MARK, "")  # a graph that was read bears it in further places
+    head = rf'(<layer id="\d+" name="[^"]*{IN_FLOAT32}" .*>\n(?:\t\t\t<data .*/>\n)?)'
+    xml.write_text(re.sub(head, rf"\1{_FLOAT32_MARK}", plain), encoding="utf-8")
 
 
 def compress_text(xml: Path, compressed: Path) -> None:

@@ -29,6 +29,9 @@ INT8 = ("i8", "u8")
 MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")  # layer types in the CPU plugin's execution graph
 PART_VALUES = 2**25
 """Input values of the layers that are compared at a time: some hundred megabytes on either side."""
+UPSAMPLED = ([0, 0], [2**31, 2**31], [2, 2], [2, 3])
+"""Slice's bounds, steps and axes that take an upsampled image to what it was upsampled from: every second pixel of every second row."""
+
 TIE_BAND = 2.0**-13  # in steps; float32 arithmetic on a grid of 256 steps errs by at most 2^-14 of one
 Float64 = npt.NDArray[np.float64]
 
@@ -58,11 +61,13 @@ class ExecutionReport:
         precisions: runtime precision of each planned layer ("i8", "u8", "bf16", "f32"; "absent" where the graph has no such node).
         node_types: (layer type, runtime precision) -> number of executed nodes.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use.
+        attention: of each attention planned for INT8 what its products run in, as of layers; the first that is not INT8 counts.
     """
 
     precisions: Mapping[str, str]
     node_types: Mapping[tuple[str, str], int]
     inference_precision: str
+    attention: Mapping[str, str]
 
     @property
     def planned(self) -> int:
@@ -144,23 +149,26 @@ def execution_precision(folder: Path, layers: Collection[str], properties: Mappi
     Raises:
         ModelError: a folder that cannot be loaded.
     """
-    compiled = OVUNet2DModel.from_pretrained(folder, properties=properties).compiled
-    nodes = executed_nodes(compiled)
+    model = OVUNet2DModel.from_pretrained(folder, properties=properties)
+    compiled, nodes = model.compiled, executed_nodes(model.compiled)
     return ExecutionReport(
         precisions=layer_precisions(nodes, layers),
         node_types=Counter((node.kind, node.precision) for node in nodes if node.kind not in ("Const", "Input", "Output")),
         inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        attention=attention_precisions(compiled, model.manifest.get("attention", {})),
     )
 
 
 def executed_nodes(compiled: ov.CompiledModel) -> list[ExecutedNode]:
     """Every node of the execution graph of a compiled model."""
-    nodes = []
-    for node in compiled.get_runtime_model().get_ops():
-        keys = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
-        kind, precision, kernel, names = (node.rt_info[key].astype(str) for key in keys)
-        nodes.append(ExecutedNode(kind, precision, kernel, tuple(names.split(","))))
-    return nodes
+    return [ExecutedNode(*_node_facts(node)) for node in compiled.get_runtime_model().get_ops()]
+
+
+def _node_facts(node: ov.Node) -> tuple[str, str, str, tuple[str, ...]]:
+    """Of one node of an execution graph, in the order of ExecutedNode."""
+    keys = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
+    kind, precision, kernel, names = (node.rt_info[key].astype(str) for key in keys)
+    return kind, precision, kernel, tuple(names.split(","))
 
 
 def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> dict[str, str]:
@@ -168,6 +176,33 @@ def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> 
     matrices = [node for node in nodes if node.kind in MATRIX_NODES]
     found = {name.partition("/Dequantization")[0]: node.precision for node in matrices for name in node.names}
     return {name: found.get(name, "absent") for name in layers}
+
+
+def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> dict[str, str]:
+    """Runtime precision of the products of each quantized attention (attention.py); of two that differ the one that is not INT8.
+
+    OpenVINO runs both products and the softmax as one node, which computes in what its three inputs come in; or, without VNNI, one by one.
+    """
+    found: dict[str, list[str]] = {path: [] for path in paths}
+    for node in compiled.get_runtime_model().get_ops():
+        kind, precision, _, names = _node_facts(node)
+        for path in {name.partition("/")[0].removeprefix("__module.denoiser.") for name in names} & found.keys():
+            if kind == "MatMul":
+                found[path].append(precision)
+            elif kind == "Subgraph" and f"{path}/softmax" in names:
+                read = [_read_precision(value) for value in node.input_values() if _node_facts(value.get_node())[0] != "Const"]
+                found[path] += read if len(read) == 3 else []
+    return {path: _first_float(seen) if len(seen) > 1 else "absent" for path, seen in found.items()}
+
+
+def _read_precision(value: ov.Output) -> str:
+    precisions: list[str] = value.get_node().rt_info["outputPrecisions"].astype(str).split(",")
+    return precisions[value.get_index()]
+
+
+def _first_float(precisions: Sequence[str]) -> str:
+    """The first precision that is not INT8, or the first of all."""
+    return next((precision for precision in precisions if precision not in INT8), precisions[0])
 
 
 def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> ParityReport:
@@ -248,10 +283,12 @@ def _cut(nodes: Mapping[str, ov.Node], layers: Mapping[str, IntegerLayer], shape
     parameters, results = [], []
     for name, layer in layers.items():
         parameter = ov.opset13.parameter(list(shapes[name]), np.float32)
-        quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), parameter)
+        output, upsampled = _with_bias(nodes[name], layer)
+        source = ov.opset13.slice(parameter, *(np.array(value) for value in UPSAMPLED)) if upsampled else parameter
+        quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), source)
         nodes[name].input(0).replace_source_output(quantized.output(0))
         parameters.append(parameter)
-        results.append(ov.opset13.result(_with_bias(nodes[name], layer)))
+        results.append(ov.opset13.result(output))
     return ov.Model(results, parameters)
 
 
@@ -282,14 +319,25 @@ def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float
     return ov.opset13.add(scaled, np.float32(in_low))
 
 
-def _with_bias(node: ov.Node, layer: IntegerLayer) -> ov.Node:
-    """The shipped Add of the bias, or the product itself where the layer has none."""
-    if layer.bias is None:
-        return node
-    consumers = [consumer.get_node() for consumer in node.output(0).get_target_inputs()]
-    if len(consumers) != 1 or consumers[0].get_type_name() != "Add":
-        raise ExportError(f"{layer.name}: its bias must be one Add in the shipped graph, got {[n.get_type_name() for n in consumers]}")
-    return consumers[0]
+def _with_bias(node: ov.Node, layer: IntegerLayer) -> tuple[ov.Node, bool]:
+    """The shipped Add of the bias, or the product itself where the layer has none; and whether it upsamples what it reads.
+
+    In that case (upsampling.py) the whole image lies behind its phases.
+    """
+    if layer.bias is not None:
+        node = _reader(layer, node, "Add", "its bias must be one Add")
+    phases = {reader.get_node().get_type_name() for reader in node.output(0).get_target_inputs()} == {"DepthToSpace"}
+    if phases:
+        for kind in ("DepthToSpace", "Slice"):
+            node = _reader(layer, node, kind, "its phases must become one image")
+    return node, phases
+
+
+def _reader(layer: IntegerLayer, node: ov.Node, kind: str, rule: str) -> ov.Node:
+    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+    if len(readers) != 1 or readers[0].get_type_name() != kind:
+        raise ExportError(f"{layer.name}: {rule} in the shipped graph, got {[reader.get_type_name() for reader in readers]}")
+    return readers[0]
 
 
 def _compare(layer: IntegerLayer, quantized: _QuantizedInput, output: npt.NDArray[np.float32], precision: str) -> LayerParity:

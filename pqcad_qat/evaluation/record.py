@@ -134,6 +134,7 @@ class Execution:
     executed_int8: int
     float_layers: tuple[str, ...] = ()  # layers that executed in floating point: left so by the plan, or listed exceptions
     needs_vnni: tuple[str, ...] = ()  # layers whose sums may overflow on CPUs without VNNI
+    attention: Mapping[str, str] = field(default_factory=dict)  # attention planned for INT8 -> what its products executed in
 
 
 @dataclass(frozen=True)

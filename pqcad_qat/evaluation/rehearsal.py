@@ -15,10 +15,11 @@ import torch
 from rich import box
 from rich.table import Table
 
+from pqcad_qat.deployment.attention import AttentionRange, attention_ranges
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import copy_folder, write_json
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
-from pqcad_qat.deployment.verification import execution_precision, layer_parity
+from pqcad_qat.deployment.verification import INT8, execution_precision, layer_parity
 from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_inputs, random_denoiser, shapes_of_configs
 from pqcad_qat.evaluation.benchmark import size_bytes
@@ -48,6 +49,7 @@ class Rehearsal:
         policy, model: whose rules, and which architecture.
         parameters: of the full-precision denoiser.
         planned, executed_int8: layers planned for INT8, and those that executed so from the shipped file.
+        attention: those planned for INT8, and what their products executed in.
         exact: layers whose integers equal PyTorch's.
         sizes: float32 weights, and the folders by the format of their weights, in bytes.
         stages: in order.
@@ -61,6 +63,7 @@ class Rehearsal:
     parameters: int
     planned: int
     executed_int8: int
+    attention: Mapping[str, str]
     exact: int
     sizes: Mapping[str, int]
     stages: tuple[StageCost, ...]
@@ -117,6 +120,11 @@ def quantized_untrained(configs: Configs, drawn: Blueprint, states: Sequence[int
     return model
 
 
+def noise_attention(model: DiffusionModel, quantization: QuantizationPolicy) -> dict[str, AttentionRange]:
+    """What the products of its attention read of one state of noise, if they are to run in INT8."""
+    return {} if quantization.attention == "float" else attention_ranges(model.denoiser, [noise_inputs(model, 1)])
+
+
 def _batches(inputs: DenoiserInput, sizes: Sequence[int]) -> list[DenoiserInput]:
     x_t, t, condition = inputs
     parts = [torch.split(value, list(sizes)) for value in (x_t, t, *condition.values())]
@@ -145,10 +153,12 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
     with ExitStack() as recorded:
         with meter.stage("inputs of layers"):
             inputs = recorded.enter_context(recorded_inputs(model.denoiser, noise_inputs(model, 1, seed=1), folder))
+        with meter.stage("ranges of attention") if policy.quantization.attention == "int8" else nullcontext():
+            attention = noise_attention(model, policy.quantization)
         with meter.stage("integers"):
             layers = taken_integers(model.denoiser)
         with meter.stage("convert and write"):
-            _export(model, layers, policy, shipped)
+            _export(model, layers, attention, policy, shipped)
         with meter.stage("load and run"):
             executed = execution_precision(shipped, layers)
         with meter.stage("compare integers"):
@@ -162,6 +172,7 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
         parameters=parameters,
         planned=executed.planned,
         executed_int8=executed.executed_int8,
+        attention=executed.attention,
         exact=parity.layers_exact,
         sizes={"float32": 4 * parameters, policy.export.weights: size_bytes(shipped), "packed": size_bytes(folder / PACKED)},
         stages=tuple(meter.costs),
@@ -171,10 +182,13 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
     )
 
 
-def _export(model: DiffusionModel, layers: Mapping[str, IntegerLayer], policy: Policy, folder: Path) -> None:
+def _export(
+    model: DiffusionModel, layers: Mapping[str, IntegerLayer], attention: Mapping[str, AttentionRange], policy: Policy, folder: Path
+) -> None:
     provenance, conditions = {"policy": policy.name, "model": model.source, "weights": "random"}, fixed_inputs(model.condition_inputs)
     scheduler, shape, how = model.scheduler_config, model.sample_shape, policy.export
-    export_model(model.denoiser, scheduler, layers, shape, how.batch_size, how.weights, folder, provenance, conditions)
+    batch, weights = how.batch_size, how.weights
+    export_model(model.denoiser, scheduler, layers, shape, batch, weights, folder, provenance, conditions, attention=attention)
 
 
 def stages_table(found: Rehearsal) -> Table:
@@ -187,6 +201,8 @@ def stages_table(found: Rehearsal) -> Table:
     table.add_row("all", f"{sum(cost.seconds for cost in found.stages):.1f}", _megabytes(found.peak_bytes), "")
     sizes = ", ".join(f"{name} {_megabytes(size)} MB" for name, size in found.sizes.items())
     layers = f"{found.executed_int8} of {found.planned} planned layers ran in INT8, {found.exact} with exactly PyTorch's integers"
+    if found.attention:
+        layers += f"; both products of attention in {sum(each in INT8 for each in found.attention.values())} of {len(found.attention)}"
     table.caption, table.caption_justify = f"{layers}\n{sizes}", "left"
     return table
 

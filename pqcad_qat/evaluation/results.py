@@ -171,7 +171,8 @@ def _execution(facts: RunFacts) -> Execution | None:
     integer = [name for name, precision in precisions.items() if precision in INT8]
     left = (*(name for name in precisions if name not in integer), *float_layers(facts.model, facts.plan))
     needs_vnni = tuple(facts.stages["export"]["needs_vnni"])
-    return Execution(planned=len(precisions), executed_int8=len(integer), float_layers=left, needs_vnni=needs_vnni)
+    attention = facts.stages["export"].get("attention", {})
+    return Execution(planned=len(precisions), executed_int8=len(integer), float_layers=left, needs_vnni=needs_vnni, attention=attention)
 
 
 def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:

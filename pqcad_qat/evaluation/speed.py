@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.deployment.folder import MANIFEST, read_manifest
-from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, executed_nodes, layer_precisions
+from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
 from pqcad_qat.diffusion.untrained import random_denoiser, shapes_of_configs
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import (
@@ -226,6 +226,7 @@ def _executed(file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequen
     found: dict[str, Any] = {"layers": _layers(nodes, known)}
     if (file / MANIFEST).is_file():
         planned = layer_precisions(nodes, list(read_manifest(file)["layers"]))
+        planned |= attention_precisions(compiled, read_manifest(file).get("attention", {}))
         missed = tuple(name for name, precision in planned.items() if precision not in INT8)
         found = {"layers": found["layers"] | planned, "planned": len(planned), "planned_float": missed}
     return found | {

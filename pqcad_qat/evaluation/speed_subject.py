@@ -20,7 +20,7 @@ from pqcad_qat.diffusion.untrained import architecture_configs, architectures, f
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline
 from pqcad_qat.evaluation.record import OURS
-from pqcad_qat.evaluation.rehearsal import Configs, blueprint, quantized_untrained
+from pqcad_qat.evaluation.rehearsal import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import QuantizationPolicy
 from pqcad_qat.quantization.conversion import taken_integers
@@ -124,7 +124,9 @@ def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, 
     """The architecture as our exporter writes it: at the rules' target widths, ranges from noise, not trained."""
     config, scheduler = configs
     model = quantized_untrained(configs, blueprint(configs, source, quantization), CALIBRATION_BATCHES)
+    attention = noise_attention(model, quantization)
     layers, steps = taken_integers(model.denoiser), int(scheduler.get("num_train_timesteps", 1000))
     provenance, conditions = {"model": source, "weights": "random"}, fixed_inputs(model.condition_inputs)
-    export_model(model.denoiser, scheduler, layers, model.sample_shape, 1, "int8", folder, provenance, conditions)
-    return Subject(source, dict(config), folder, model.sample_shape, steps, None, None, "random", conditions)
+    shape = model.sample_shape
+    export_model(model.denoiser, scheduler, layers, shape, 1, "int8", folder, provenance, conditions, attention=attention)
+    return Subject(source, dict(config), folder, shape, steps, None, None, "random", conditions)

@@ -178,6 +178,9 @@ class QuantizationPolicy(Section):
 
     split_shortcuts: bool = Field(True, description="split convolutions that read a concatenated shortcut: an input quantizer a half")
     layers: Rules = Field(description="rules in order; a layer that none matches stays in floating point")
+    attention: Literal["float", "int8"] = Field(
+        "float", description="int8: attention's two products in INT8 in the deployed folder, 8 bits of extremes, not trained with"
+    )
 
     def faults(self) -> Iterator[Fault]:
         """A pattern that stands in two rules of different content: the second can never have its way."""

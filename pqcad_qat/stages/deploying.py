@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pqcad_qat.content_store import kept
+from pqcad_qat.deployment.attention import AttentionRange, attention_ranges
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
@@ -25,7 +26,7 @@ from pqcad_qat.deployment.part_parity import part_parity
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.timesteps import known_times
-from pqcad_qat.deployment.verification import INT8, end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.deployment.verification import INT8, ExecutionReport, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
@@ -38,7 +39,7 @@ from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
-from pqcad_qat.stages.prepared import SHARED
+from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED
 from pqcad_qat.stages.work import Work
 
 BASELINE_INPUTS = 300
@@ -77,22 +78,25 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             **_guidance(work),
         }
 
+        attention = _attention(work, calibration, student)
+
         def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
             batch, visited = policy.export.batch_size, calibration.timesteps
-            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts)
+            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts, attention)
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
             write(shipped, policy.export.weights, deployed_parts)
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
-            _refuse_float(shipped, work.prepared.plan, executed.precisions)
+            _refuse_float(shipped, work.prepared.plan, executed)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
             with recorded_inputs(student, states, work.path) as inputs:
                 parity = layer_parity(shipped, layers, inputs)
             psnr = _end_to_end(work, shipped, student, calibration)
         stage.done(
             precisions=dict(executed.precisions),
+            attention=dict(executed.attention),
             inference_precision=executed.inference_precision,
             needs_vnni=[name for name, layer in layers.items() if needs_vnni(layer)],
             parity={
@@ -137,10 +141,20 @@ def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[Conditi
     return PartsToDeploy(source, formats, calibration.images, conditions) if source is not None and formats else None
 
 
-def _refuse_float(folder: Path, plan: Sequence[LayerPlan], precisions: Mapping[str, str]) -> None:
-    """A planned layer that left INT8 is an error, unless the policy lists it as an exception."""
+def _attention(work: Work, calibration: CalibrationSet, student: nn.Module) -> dict[str, AttentionRange]:
+    """What the products of attention read on states of the calibration set, if they are to run in INT8."""
+    if work.policy.quantization.attention == "float":
+        return {}
+    with work.console.status("export: ranges of attention"), frozen_weights(student.eval()):
+        return attention_ranges(student, calibration.inputs(RANGE_INPUTS, work.policy.training.batch_size))
+
+
+def _refuse_float(folder: Path, plan: Sequence[LayerPlan], executed: ExecutionReport) -> None:
+    """A planned layer that left INT8 is an error, unless the policy lists it as an exception; an attention is one always."""
+    if missed := [f"{path} ran in {precision}" for path, precision in executed.attention.items() if precision not in INT8]:
+        raise ExportError(f"{folder}: attention planned for INT8: {', '.join(missed)}; quantization.attention: float leaves it")
     excepted = {layer.name for layer in plan if layer.int8_exception}
-    floating = {name: precision for name, precision in precisions.items() if precision not in INT8}
+    floating = {name: precision for name, precision in executed.precisions.items() if precision not in INT8}
     left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
     if left:
         raise ExportError(

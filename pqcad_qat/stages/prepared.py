@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from pqcad_qat.deployment.attention import attending
 from pqcad_qat.deployment.parts import PartFormat, chosen_formats
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
@@ -18,7 +19,7 @@ from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
 from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import shapes_of
-from pqcad_qat.errors import ModelError
+from pqcad_qat.errors import ModelError, PlanError
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
 from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
@@ -86,6 +87,8 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
+    if policy.quantization.attention == "int8" and not attending(split, model.example):
+        raise PlanError(f"quantization.attention: got int8; {model.source} has no attention that can be computed in INT8; allowed float")
     return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
 
 

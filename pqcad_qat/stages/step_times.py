@@ -6,7 +6,7 @@ Not here: a run's own export (deploying.py), or the profile of one graph (evalua
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pqcad_qat.diffusion.conditions import exported_inputs
 from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.evaluation.benchmark import example_inputs, openvino_candidate, time_interleaved
 from pqcad_qat.evaluation.layer_times import step_profiles
+from pqcad_qat.evaluation.rehearsal import noise_attention
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.mixed_precision import Costs
 from pqcad_qat.quantization.plan import FLOAT
@@ -47,7 +48,9 @@ class Trial:
         conditions = exported_inputs(model.condition_inputs, self.prepared.conditions)
         provenance = {"policy": self.policy.name, "model": model.source}
         scheduler, shape, place = model.scheduler_config, model.sample_shape, self.folder / name
-        export_model(self.prepared.split, scheduler, layers, shape, how.batch_size, "int8", place, provenance, conditions, self.visited)
+        attention = noise_attention(replace(model, denoiser=self.prepared.split), self.policy.quantization)
+        batch, denoiser = how.batch_size, self.prepared.split
+        export_model(denoiser, scheduler, layers, shape, batch, "int8", place, provenance, conditions, self.visited, attention=attention)
 
     def clock(self, names: Collection[str]) -> dict[str, float]:
         """Milliseconds of a step of these folders, by the clock: medians over `export.latency_runs` calls in turns."""
