@@ -196,8 +196,8 @@ def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> 
 
 
 def _read_precision(value: ov.Output) -> str:
-    precisions: list[str] = value.get_node().rt_info["outputPrecisions"].astype(str).split(",")
-    return precisions[value.get_index()]
+    precisions: str = value.get_node().rt_info["outputPrecisions"].astype(str)
+    return precisions.split(",")[int(value.get_index())]
 
 
 def _first_float(precisions: Sequence[str]) -> str:
