@@ -28,15 +28,12 @@ from dependencies import this  # type: ignore[import-untyped]  # the injection l
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.integer_products import Geometry, applies, convolve
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
-from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range, quantize
+from pqcad_qat.quantization.rounding import SMALLEST_RANGE, Grid, integer_range, quantize, scale_and_zero_point
 
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
-
-
-Grid = tuple[Tensor, Tensor | None, tuple[int, int]]
-"""What `rounding.quantize` needs: span, low, and the smallest and largest integer."""
 
 
 class BlendedQuant(RescalingIntQuant):
@@ -80,6 +77,13 @@ class BlendedQuant(RescalingIntQuant):
         """Range, lower end and integers at the present width."""
         return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
 
+    @torch.no_grad()
+    def one_scale(self, x: Tensor) -> Tensor | None:
+        """The scale that the values of ``fused`` are whole multiples of; None with a zero point, or within a transition."""
+        if not self.symmetric or _number(self, "next_bit_width"):
+            return None
+        return scale_and_zero_point(*self.grid(x))[0]
+
     def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
         return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
 
@@ -112,8 +116,12 @@ class InputQuant(RescalingIntQuant):
         return values
 
     def fused(self, x: Tensor) -> Tensor:
+        return quantize(x, *self.calibrated_grid(x), straight=False)
+
+    def calibrated_grid(self, x: Tensor) -> Grid:
+        """As ``grid``; raises ModelError where calibration has not set one."""
         self._require_range()
-        return quantize(x, *self.grid(x), straight=False)
+        return self.grid(x)
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers; the same for every x."""
@@ -221,8 +229,24 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
-        y: Tensor = self._conv_forward(self.input_quant(x), self.weight_quant(self.weight), self.bias)
+        weight = self.weight_quant(self.weight)
+        if (scale := self._integer_scale(x)) is not None:
+            grid = self.input_quant.fused_activation_quant_proxy.tensor_quant.calibrated_grid(x)
+            return convolve(x, grid, weight, scale, self.bias, self._geometry())
+        y: Tensor = self._conv_forward(self.input_quant(x), weight, self.bias)
         return y
+
+    def _integer_scale(self, x: Tensor) -> Tensor | None:
+        """The scale of the weight where integers are multiplied, None where floating-point numbers are."""
+        plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        quantized = not (self.input_quant.disable_quant or self.weight_quant.disable_quant)
+        if not (plain and quantized and applies(x, self.weight, self._geometry())):
+            return None
+        scale: Tensor | None = self.weight_quant.tensor_quant.one_scale(self.weight)
+        return scale
+
+    def _geometry(self) -> Geometry:
+        return Geometry(list(self.stride), list(self.padding), list(self.dilation))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.description(self)}"

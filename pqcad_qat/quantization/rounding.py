@@ -12,6 +12,9 @@ from torch import Tensor
 
 SMALLEST_RANGE = 1e-10  # a channel of zeros keeps a positive scale
 
+Grid = tuple[Tensor, Tensor | None, tuple[int, int]]
+"""What `quantize` needs: span, low, and the smallest and largest integer."""
+
 
 def integer_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
     """The smallest and largest integer; ``narrow`` drops the smallest signed one, so that the range is symmetric."""
@@ -33,28 +36,28 @@ def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
         y: Tensor = _Quantize.apply(x, span, low, bounds, straight)  # type: ignore[no-untyped-call]
         return y
-    scale, zero_point = _grid(span, low, bounds)
-    return _dequantized(_rounded(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
+    scale, zero_point = scale_and_zero_point(span, low, bounds)
+    return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
 
 
 def unclamped(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """The integers of x before they are clamped to ``bounds``, in x's shape, and the zero point; arguments as for `quantize`."""
-    scale, zero_point = _grid(span, low, bounds)
-    return _rounded(x.float(), scale, zero_point), zero_point
+    scale, zero_point = scale_and_zero_point(span, low, bounds)
+    return integers_of(x.float(), scale, zero_point), zero_point
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
-        scale, zero_point = _grid(span, low, bounds)
-        rounded = _rounded(x, scale, zero_point)
+        scale, zero_point = scale_and_zero_point(span, low, bounds)
+        rounded = integers_of(x, scale, zero_point)
         ctx.bounds, ctx.straight = bounds, straight
         learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         if learns or straight:
-            y = _dequantized(rounded.clamp_(*bounds), scale, zero_point)
+            y = dequantized(rounded.clamp_(*bounds), scale, zero_point)
             ctx.save_for_backward(*((x, y, span, low, scale, zero_point) if learns else ()))
         else:  # only the gradient of x is wanted, and its mask is read off the unclamped integers
-            y = _dequantized(rounded.clamp(*bounds), scale, zero_point)
+            y = dequantized(rounded.clamp(*bounds), scale, zero_point)
             ctx.save_for_backward(rounded)
         return y
 
@@ -63,53 +66,74 @@ class _Quantize(torch.autograd.Function):
         (gradient,) = gradients
         saved = ctx.saved_tensors
         if len(saved) <= 1:
-            return (_inside(gradient, saved[0], ctx.bounds) if saved else gradient), None, None, None, None
+            return (inside(gradient, saved[0], ctx.bounds) if saved else gradient), None, None, None, None
         x, y, span, low, scale, zero_point = saved
-        if ctx.straight:
-            inside, work = gradient, torch.empty_like(y)
-            scale_gradient, zero_point_gradient = _sum(torch.sub(y, x, out=work), inside, scale).div_(scale), None
-        else:
-            work = _rounded(x, scale, zero_point)
-            inside = _inside(gradient, work, ctx.bounds)
-            # y - x before the product: both are nearly equal, and two long sums would cancel
-            scale_gradient = _sum(torch.sub(y, x, out=work), inside, scale)
-            torch.sub(gradient, inside, out=work)
-            zero_point_gradient = None if zero_point is None else work.sum_to_size(scale.shape).mul_(scale).neg_()
-            scale_gradient.add_(_sum(work, y, scale)).div_(scale)
-        low_gradient = None
-        if low is not None and zero_point_gradient is not None:
-            low_gradient, along_scale = _through_zero_point(zero_point_gradient, low, scale, ctx)
-            scale_gradient.add_(along_scale)
-        span_gradient = scale_gradient.div_(_levels(ctx.bounds)).mul_(_sign(span))
-        return inside, span_gradient, low_gradient, None, None
+        integers = None if ctx.straight else integers_of(x, scale, zero_point)
+        return *learned_gradients(gradient, x, y, integers, span, low, scale, zero_point, ctx.bounds), None, None
+
+
+def learned_gradients(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor,
+    integers: Tensor | None,
+    span: Tensor,
+    low: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bounds: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low.
+
+    integers: of x before they were clamped, to be written over; None where the gradient passes straight.
+    """
+    if integers is None:
+        reaching = gradient
+        scale_gradient, zero_point_gradient = _sum(torch.sub(y, x), reaching, scale).div_(scale), None
+    else:
+        reaching, work = inside(gradient, integers, bounds), integers
+        # y - x before the product: both are nearly equal, and two long sums would cancel
+        scale_gradient = _sum(torch.sub(y, x, out=work), reaching, scale)
+        torch.sub(gradient, reaching, out=work)
+        zero_point_gradient = None if zero_point is None else work.sum_to_size(scale.shape).mul_(scale).neg_()
+        scale_gradient.add_(_sum(work, y, scale)).div_(scale)
+    low_gradient = None
+    if low is not None and zero_point_gradient is not None:
+        low_gradient, along_scale = _through_zero_point(zero_point_gradient, low, scale, bounds)
+        scale_gradient.add_(along_scale)
+    return reaching, scale_gradient.div_(_levels(bounds)).mul_(_sign(span)), low_gradient
 
 
 def _levels(bounds: tuple[int, int]) -> int:
     return -bounds[0] if bounds[0] else bounds[1]
 
 
-def _grid(span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def scale_and_zero_point(span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """As `quantize` has them, in span's shape."""
     scale = span.abs().clamp_(min=SMALLEST_RANGE).div_(_levels(bounds))
     return scale, None if low is None else low.abs().div_(scale).round_().clamp_(*bounds)
 
 
-def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def integers_of(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The integers of x before they are clamped, as floating-point numbers in a tensor of their own."""
     y = x / scale  # not times the reciprocal: this is what makes the values equal to Brevitas's to the last bit
     if zero_point is not None:
         y.add_(zero_point)
     return y.round_()
 
 
-def _dequantized(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def dequantized(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The values of the integers, written over them."""
     if zero_point is not None:
         integers.sub_(zero_point)
     return integers.mul_(scale)
 
 
-def _inside(gradient: Tensor, rounded: Tensor, bounds: tuple[int, int]) -> Tensor:
+def inside(gradient: Tensor, integers: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """The gradient where the integers, not yet clamped, lie within the bounds, and 0 elsewhere."""
     # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten times as much on CPUs
-    inside: Tensor = torch.ops.aten.hardtanh_backward(gradient, rounded, bounds[0] - 0.5, bounds[1] + 0.5)
-    return inside
+    masked: Tensor = torch.ops.aten.hardtanh_backward(gradient, integers, bounds[0] - 0.5, bounds[1] + 0.5)
+    return masked
 
 
 def _sum(work: Tensor, other: Tensor, scale: Tensor) -> Tensor:
@@ -119,10 +143,10 @@ def _sum(work: Tensor, other: Tensor, scale: Tensor) -> Tensor:
     return work.mul_(other).sum_to_size(scale.shape)
 
 
-def _through_zero_point(gradient: Tensor, low: Tensor, scale: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
+def _through_zero_point(gradient: Tensor, low: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """What the zero point's gradient gives to low and to scale: zero_point = clamp(round(|low| / scale))."""
     ratio = low.abs() / scale
-    reaches = gradient / scale if ctx.straight else _inside(gradient, ratio.round(), ctx.bounds) / scale
+    reaches = inside(gradient, ratio.round(), bounds) / scale
     return reaches * _sign(low), -reaches * ratio
 
 
