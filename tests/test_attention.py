@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import POLICIES
 from deployed_fixture import SCHEDULER, SHAPE, Quantized, quantized
+from diffusers import UNet2DModel
 from small_networks import SkipNetwork
 from torch import Tensor, nn
 
@@ -17,25 +19,26 @@ from pqcad_qat.deployment.attention import AttentionRange, attending, attention_
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import execution_precision, layer_parity
-from pqcad_qat.errors import ExportError
+from pqcad_qat.errors import ExportError, PlanError
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.stages.prepared import planned_shapes
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class Attends(nn.Module):
-    """Attention in a submodule, with the keywords given; and another under a mask."""
+    """Attention in a submodule, with the keywords given, beside one that does not attend."""
 
     def __init__(self, **keywords: object) -> None:
         super().__init__()
-        self.inner, self.keywords = nn.Identity(), keywords
-        self.outer = Inner(keywords)
+        self.same, self.attention = nn.Identity(), Attention(keywords)
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        y: Tensor = self.outer(x) + self.inner(x)
+        y: Tensor = self.attention(x) + self.same(x)
         return y
 
 
-class Inner(nn.Module):
+class Attention(nn.Module):
     def __init__(self, keywords: dict[str, object]) -> None:
         super().__init__()
         self.keywords = keywords
@@ -55,8 +58,8 @@ def test_ranges_are_the_largest_magnitudes_of_all_batches(keywords: dict[str, ob
     assert isinstance(scale, float)
     probability = max(float(torch.softmax(2 * x @ x.mT * scale, -1).max()) for x in (X, X / 2))
     largest = float(X.abs().max())
-    assert list(found) == ["outer"]
-    np.testing.assert_allclose(list(vars(found["outer"]).values()), [2 * largest, largest, 3 * largest, probability], rtol=1e-6)
+    assert list(found) == ["attention"]
+    np.testing.assert_allclose(list(vars(found["attention"]).values()), [2 * largest, largest, 3 * largest, probability], rtol=1e-6)
 
 
 @pytest.mark.parametrize("keywords", [{"is_causal": True}, {"attn_mask": torch.ones(8, 8).tril().bool()}])
@@ -78,7 +81,7 @@ def test_quantized_products_are_near_and_only_within_the_context() -> None:
 
 
 def test_values_that_are_no_numbers_are_named() -> None:
-    with pytest.raises(ExportError, match="outer: its attention reads NaN or infinity"):
+    with pytest.raises(ExportError, match="attention: its attention reads NaN or infinity"):
         attention_ranges(Attends(), [(X * torch.inf, T, {})])
 
 
@@ -131,3 +134,12 @@ def test_the_graph_computes_what_pytorch_simulates(model: Quantized, ranges: dic
 def test_the_manifest_holds_the_ranges(ranges: dict[str, AttentionRange], folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {path: AttentionRange(**seen) for path, seen in manifest["attention"].items()} == ranges
+
+
+def test_a_model_without_attention_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,), "add_attention": False}
+    UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, **blocks).save_config(tmp_path)
+    with pytest.raises(PlanError, match=r"quantization.attention: got int8; .* has no attention .* allowed float"):
+        planned_shapes(load_policy(POLICIES / "w4a8.yaml", [f"model.source={tmp_path}"]))
+    _, plan = planned_shapes(load_policy(POLICIES / "w4a8.yaml", [f"model.source={tmp_path}", "quantization.attention=float"]))
+    assert plan

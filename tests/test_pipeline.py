@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from pqcad_qat.deployment.runtime import OVUNet2DModel
+from pqcad_qat.deployment.verification import INT8, ExecutionReport
 from pqcad_qat.diffusion.calibration import read_calibration
 from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
 from pqcad_qat.diffusion.sampling import initial_noise
@@ -171,7 +172,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     assert set(report["fid_protocol"]) == {"images", "features", "features_sha256", "reference", "sampler", "steps", "seed"}
     assert set(report["bit_schedule"][0]) == {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"}
     assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
-    assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni"}
+    assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
     stages = {"calibration", "pq", "fixed-bit", "teacher", "pq-distilled", "pqcad", "export", "baselines", "benchmark", "evaluation"}
     assert set(report["timings_s"]) >= stages
 
@@ -198,6 +199,9 @@ def test_every_planned_layer_executed_in_int8_and_gave_pytorchs_integers(
     tiny_run: FinishedRun, report: Mapping[str, Any], plan: Mapping[str, Any]
 ) -> None:
     left = float_layers(prepare(tiny_run.policy).split, prepare(tiny_run.policy).plan)
+    attention = report["execution"].pop("attention")
+    assert len(attention) == 4
+    assert set(attention.values()) <= set(INT8)
     assert report["execution"] == {"planned": len(plan), "executed_int8": len(plan), "float_layers": list(left), "needs_vnni": []}
     assert report["parity"]["layers_checked"] == report["parity"]["layers_exact"] == len(plan)
     assert report["parity"]["worst_error"] == 0
@@ -460,9 +464,13 @@ def test_a_layer_that_left_int8_is_an_error_that_names_it_unless_the_policy_list
     precisions = {layer.name: "i8" for layer in prepared.plan} | {"mid_block.resnets.0.conv1": "bf16"}
     shipped = tiny_run.path / "openvino"
     with pytest.raises(ExportError, match=r"executed in floating point: mid_block\.resnets\.0\.conv1 ran in bf16; .*execution: float"):
-        _refuse_float(shipped, prepared.plan, precisions)
+        _refuse_float(shipped, prepared.plan, ExecutionReport(precisions, {}, "f32", {}))
     listed = [replace(layer, int8_exception=layer.name == "mid_block.resnets.0.conv1") for layer in prepared.plan]
-    _refuse_float(shipped, listed, precisions)
+    _refuse_float(shipped, listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "u8"}))
+    with pytest.raises(
+        ExportError, match=r"attention planned for INT8: mid_block\.attentions\.0 ran in bf16; quantization\.attention: float"
+    ):
+        _refuse_float(shipped, listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "bf16"}))
 
 
 def test_preparing_leaves_the_full_precision_model_as_it_was(tiny_run: FinishedRun, tiny_model: DiffusionModel) -> None:

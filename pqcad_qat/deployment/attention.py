@@ -24,6 +24,9 @@ from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import ExportError
 from pqcad_qat.quantization.plan import evaluating
 
+Product = Callable[[str, Tensor, Tensor, Tensor, float], Tensor]
+"""(path of the module that attends, query, key, value, scale of q k^T) -> what it gives."""
+
 
 @dataclass(frozen=True)
 class AttentionRange:
@@ -119,9 +122,6 @@ def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def _quantized(x: Tensor, largest: float, grid: tuple[int, int]) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x, max(largest, torch.finfo(torch.float32).tiny) / grid[1], 0, *grid)
-
-
-Product = Callable[[str, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class _Attending(TorchFunctionMode):
