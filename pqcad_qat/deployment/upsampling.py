@@ -34,7 +34,7 @@ def convolution_before_upsampling(convolution: ov.Node) -> None:
     outputs, height, width = weights.get_shape()[0], *list(image.get_shape())[2:]
     dequantization = convolution.input_value(1).get_node()
     scale = dequantization.input_value(1)
-    scales = op.concat([scale] * 4, 0) if scale.get_shape()[0] == outputs else scale
+    scales = op.concat([scale] * 4, 0) if list(scale.get_shape())[:1] == [outputs] else scale
     dequantized = op.multiply(op.convert(_phases(weights), "f32"), scales)
     phases = op.convolution(convolution.input_value(0), dequantized, [1, 1], [1, 1], [1, 1], [1, 1])
     phases.set_friendly_name(convolution.get_friendly_name())
