@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from small_networks import SkipNetwork
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.attention import AttentionRange, attending, attention_ranges, quantized_attention
+from pqcad_qat.deployment.attention import AttentionRange, attention_ranges, masked_attention, quantized_attention
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.verification import execution_precision, layer_parity
@@ -65,7 +65,7 @@ def test_ranges_are_the_largest_magnitudes_of_all_batches(keywords: dict[str, ob
 @pytest.mark.parametrize("keywords", [{"is_causal": True}, {"attn_mask": torch.ones(8, 8).tril().bool()}])
 def test_masked_attention_is_left_as_it_is(keywords: dict[str, object]) -> None:
     model = Attends(**keywords)
-    assert attending(model, (X, T, {})) == ()
+    assert masked_attention(model, (X, T, {})) == ("attention",)
     assert attention_ranges(model, [(X, T, {})]) == {}
 
 
@@ -73,7 +73,7 @@ def test_quantized_products_are_near_and_only_within_the_context() -> None:
     model = Attends().eval()
     exact = model(X, T)
     ranges = attention_ranges(model, [(X, T, {})])
-    assert attending(model, (X, T, {})) == tuple(ranges)
+    assert masked_attention(model, (X, T, {})) == ()
     with quantized_attention(model, ranges):
         near = model(X, T)
     assert 0 < float((near - exact).abs().max()) < 0.05 * float(exact.abs().max())
@@ -136,10 +136,14 @@ def test_the_manifest_holds_the_ranges(ranges: dict[str, AttentionRange], folder
     assert {path: AttentionRange(**seen) for path, seen in manifest["attention"].items()} == ranges
 
 
-def test_a_model_without_attention_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+def test_attention_under_a_mask_is_refused_before_anything_is_trained() -> None:
+    """As PixArt's: its policy leaves attention in floating point."""
+    refused = r"quantization.attention: got int8; attention under a mask has no INT8 here: transformer_blocks.0.attn2, .*; allowed float"
+    with pytest.raises(PlanError, match=refused):
+        planned_shapes(load_policy(POLICIES / "w8a8-pixart.yaml", ["model.source=PixArt-XL-2-512x512", "quantization.attention=int8"]))
+
+
+def test_a_model_without_attention_has_nothing_to_refuse(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,), "add_attention": False}
     UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, **blocks).save_config(tmp_path)
-    with pytest.raises(PlanError, match=r"quantization.attention: got int8; .* has no attention .* allowed float"):
-        planned_shapes(load_policy(POLICIES / "w4a8.yaml", [f"model.source={tmp_path}"]))
-    _, plan = planned_shapes(load_policy(POLICIES / "w4a8.yaml", [f"model.source={tmp_path}", "quantization.attention=float"]))
-    assert plan
+    assert planned_shapes(load_policy(POLICIES / "w4a8.yaml", [f"model.source={tmp_path}"]))[1]

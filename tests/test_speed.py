@@ -59,7 +59,9 @@ def test_every_candidate_that_the_machine_can_run_is_timed_alone_and_under_load(
 
 
 def test_ours_takes_the_batch_that_is_timed_and_every_planned_layer_stays_in_int8(native: Measurement, made: Candidates) -> None:
-    ours, planned = rows(native)[OURS], set(read_manifest(made.files[OURS])["layers"])
+    ours, manifest = rows(native)[OURS], read_manifest(made.files[OURS])
+    planned = {*manifest["layers"], *manifest["attention"]}
+    assert manifest["attention"]
     assert native.batch == 2
     assert (ours.planned, ours.planned_float) == (len(planned), ())
     assert {ours.layers[name] for name in planned} <= set(INT8)

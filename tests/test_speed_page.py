@@ -119,9 +119,9 @@ def test_precisions_are_counted() -> None:
 
 
 def test_planned_layers_that_left_int8_are_named_with_what_they_ran_in() -> None:
-    assert remarks(record().measurements[0])[0] == "pqcad-openvino: 3 of 3 planned layers executed in INT8"
+    assert remarks(record().measurements[0])[0] == "pqcad-openvino: 3 of 3 planned layers and attentions executed in INT8"
     left = record(10, FULL, replace(OURS, planned=4, planned_float=("d",)))
-    assert remarks(left.measurements[0])[0] == "pqcad-openvino: 3 of 4 planned layers executed in INT8; not: d (bf16)"
+    assert remarks(left.measurements[0])[0] == "pqcad-openvino: 3 of 4 planned layers and attentions executed in INT8; not: d (bf16)"
 
 
 def test_kinds_of_node_beyond_the_largest_are_summed() -> None:

@@ -38,23 +38,21 @@ class AttentionRange:
     probability: float
 
 
-def attending(model: nn.Module, example: PredictArguments) -> tuple[str, ...]:
-    """The modules whose attention can be computed in INT8, as `attention_ranges` finds them; of shapes alone too."""
-    found: dict[str, None] = {}
+def masked_attention(model: nn.Module, example: PredictArguments) -> tuple[str, ...]:
+    """The modules whose attention cannot be computed in INT8: it is causal, or under a mask. Of a model of shapes alone too."""
 
-    def note(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        found[path] = None
+    def plain(_: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
-    with evaluating(model), _products(model, note):
+    with evaluating(model), _products(model, plain) as masked:
         predict(model, *example)
-    return tuple(found)
+    return tuple(masked)
 
 
 def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> dict[str, AttentionRange]:
     """Watch a model predict; the path of each module that attends -> what its products read.
 
-    Attention under a mask, and causal attention, have other kernels and are left out.
+    Those of `masked_attention` are left out.
 
     Args:
         model: any.
@@ -130,6 +128,7 @@ class _Attending(TorchFunctionMode):
     def __init__(self, compute: Product, calls: list[str], paths: Iterable[str] | None) -> None:
         super().__init__()
         self.compute, self.calls = compute, calls
+        self.masked: dict[str, None] = {}
         self.paths = None if paths is None else set(paths)
 
     def __torch_function__(
@@ -141,6 +140,7 @@ class _Attending(TorchFunctionMode):
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.get("attn_mask") is not None or given.get("is_causal") or given.get("enable_gqa"):
+            self.masked[self.calls[-1]] = None
             return func(*args, **kwargs)
         scale = given.get("scale")
         query = given["query"]
@@ -148,7 +148,8 @@ class _Attending(TorchFunctionMode):
 
 
 @contextmanager
-def _products(model: nn.Module, compute: Product, paths: Iterable[str] | None = None) -> Iterator[None]:
+def _products(model: nn.Module, compute: Product, paths: Iterable[str] | None = None) -> Iterator[Mapping[str, None]]:
+    """Within, `compute` is called for every attention, or those of the paths; yields the paths that it cannot be called for."""
     calls: list[str] = []
 
     def leave(*_: Any) -> None:
@@ -157,8 +158,8 @@ def _products(model: nn.Module, compute: Product, paths: Iterable[str] | None = 
     hooks = [module.register_forward_pre_hook(lambda *_, path=path: calls.append(path)) for path, module in model.named_modules()]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
     try:
-        with _Attending(compute, calls, paths):
-            yield
+        with _Attending(compute, calls, paths) as attending:
+            yield attending.masked
     finally:
         for hook in hooks:
             hook.remove()

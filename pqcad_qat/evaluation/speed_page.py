@@ -109,7 +109,7 @@ def remarks(measurement: Measurement) -> list[str]:
         if row.planned is not None:
             done = row.planned - len(row.planned_float)
             missed = f"; not: {', '.join(f'{name} ({row.layers[name]})' for name in row.planned_float)}" if row.planned_float else ""
-            found.insert(0, f"{row.name}: {done} of {row.planned} planned layers executed in INT8{missed}")
+            found.insert(0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}")
     return found
 
 

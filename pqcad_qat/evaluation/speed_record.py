@@ -24,7 +24,7 @@ class SpeedRow:
     size_bytes: int  # every file of what was timed; of PyTorch, which has none here, its parameters as float32
     inference_precision: str | None = None  # OpenVINO's INFERENCE_PRECISION_HINT in use
     layers: Mapping[str, str] = field(default_factory=dict)  # convolution or linear layer -> precision it executed in
-    planned: int | None = None  # layers of ours that the plan wants in INT8
+    planned: int | None = None  # layers and attentions of ours that are to run in INT8
     planned_float: tuple[str, ...] = ()  # and those of them that did not execute in it
     kernels: Mapping[str, int] = field(default_factory=dict)  # OpenVINO's name of a matrix node's code -> nodes
     profile: tuple[ProfileRow, ...] = ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pqcad_qat.deployment.attention import attending
+from pqcad_qat.deployment.attention import masked_attention
 from pqcad_qat.deployment.parts import PartFormat, chosen_formats
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
@@ -87,8 +87,8 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
-    if policy.quantization.attention == "int8" and not attending(split, model.example):
-        raise PlanError(f"quantization.attention: got int8; {model.source} has no attention that can be computed in INT8; allowed float")
+    if policy.quantization.attention == "int8" and (masked := masked_attention(split, model.example)):
+        raise PlanError(f"quantization.attention: got int8; attention under a mask has no INT8 here: {', '.join(masked)}; allowed float")
     return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
 
 
