@@ -519,5 +519,5 @@ def _print_result(folder: Path) -> None:
         CONSOLE.print(report.quality_note, highlight=False)
     for goal in report.targets:
         mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[goal.holds]
-        measured = "-" if goal.measured is None else f"{goal.measured:.3g}"
+        measured = "-" if goal.measured is None else f"{goal.measured:.4g}"
         CONSOLE.print(f"  {mark}: {goal.name}: {measured} {goal.comparison} {goal.bound:g}")

@@ -161,7 +161,7 @@ def target_text(value: float | None, unit: str) -> str:
     """A measured value or bound with its unit."""
     if value is None:
         return UNKNOWN
-    shown = f"{value:.0f}" if unit == "layers" else f"{value:.3g}"
+    shown = f"{value:.0f}" if unit == "layers" else f"{value:.4g}"
     return f"{shown}{TIMES}" if unit == "x" else f"{shown} {unit}".strip()
 
 
