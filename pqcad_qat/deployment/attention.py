@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pqcad_qat.deployment.modules import SIGNED_GRID, UNSIGNED_GRID
+from pqcad_qat.deployment.modules import SIGNED_GRID, UNSIGNED_GRID, traced_path
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import ExportError
 from pqcad_qat.quantization.plan import evaluating
@@ -92,24 +92,17 @@ def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) 
 
 
 def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None:
-    """Name the nodes of a converted graph's quantized attentions PATH/scores, PATH/softmax and PATH/mean.
+    """Name the softmax between the products of each quantized attention of a converted graph PATH/softmax.
 
     Raises:
         ExportError: an attention that the graph does not have exactly once.
     """
     found = dict.fromkeys(ranges, 0)
     for node in graph.get_ordered_ops():
-        path = node.get_friendly_name().partition("/")[0].removeprefix("__module.denoiser.")
+        path = traced_path(node.get_friendly_name())
         if node.get_type_name() == "Softmax" and path in found:
             found[path] += 1
             node.set_friendly_name(f"{path}/softmax")
-            before, after = node, node
-            while before.get_type_name() != "MatMul":
-                before = before.input_value(0).get_node()
-            while after.get_type_name() != "MatMul":
-                after = next(iter(after.output(0).get_target_inputs())).get_node()
-            before.set_friendly_name(f"{path}/scores")
-            after.set_friendly_name(f"{path}/mean")
     if wrong := {path: times for path, times in found.items() if times != 1}:
         raise ExportError(f"each attention must appear once in the converted graph; times found: {wrong}")
 

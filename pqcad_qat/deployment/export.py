@@ -40,6 +40,7 @@ from pqcad_qat.deployment.modules import (
     fixed_rotations,
     needs_vnni,
     swapped,
+    traced_path,
 )
 from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
 from pqcad_qat.deployment.parts import PartsToDeploy, pipeline_index, write_parts
@@ -228,7 +229,7 @@ def _name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
     """Give each planned layer's convolution or matrix product the layer's module path as its friendly name."""
     found: dict[str, list[ov.Node]] = {name: [] for name in layers}
     for node in graph.get_ordered_ops():
-        scope = node.get_friendly_name().partition("/")[0].removeprefix("__module.denoiser.")
+        scope = traced_path(node.get_friendly_name())
         if node.get_type_name() in MATRIX_OPS and scope in found:
             found[scope].append(node)
     wrong = {name: len(nodes) for name, nodes in found.items() if len(nodes) != 1}

@@ -46,6 +46,11 @@ def needs_vnni(layer: IntegerLayer) -> bool:
     return 2 * largest_input * int(np.abs(effective_weights(layer).astype(np.int16)).max()) > np.iinfo(np.int16).max
 
 
+def traced_path(node: str) -> str:
+    """The path of the module that a node was traced in, by the node's name; of a layer that bears its path as name, that path."""
+    return node.partition("/")[0].removeprefix("__module.denoiser.")
+
+
 class QuantizedInput(nn.Module):
     """x -> its nearest point of the layer's input grid, as a FakeQuantize that OpenVINO executes in INT8.
 

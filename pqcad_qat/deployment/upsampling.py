@@ -74,7 +74,7 @@ def _int8_weights(convolution: ov.Node) -> ov.Output | None:
         chain.append(node.get_type_name())
         node = node.input_value(0).get_node()
     attributes = convolution.get_attributes()
-    plain = all(list(attributes[key]) == value if isinstance(value, list) else attributes[key] == value for key, value in SAME_SIZE.items())
+    plain = all(attributes[key] == value for key, value in SAME_SIZE.items())
     fits = chain == ["Multiply", "Convert"] and node.get_element_type() == ov.Type.i8 and list(node.get_output_shape(0))[2:] == [3, 3]
     return node.output(0) if plain and fits else None
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from pqcad_qat.deployment.folder import read_graph, read_manifest
-from pqcad_qat.deployment.modules import effective_weights
+from pqcad_qat.deployment.modules import effective_weights, traced_path
 from pqcad_qat.deployment.runtime import OVUNet2DModel, compile_graph
 from pqcad_qat.errors import ExportError
 
@@ -186,7 +186,7 @@ def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> 
     found: dict[str, list[str]] = {path: [] for path in paths}
     for node in compiled.get_runtime_model().get_ops():
         kind, precision, _, names = _node_facts(node)
-        for path in {name.partition("/")[0].removeprefix("__module.denoiser.") for name in names} & found.keys():
+        for path in {traced_path(name) for name in names} & found.keys():
             if kind == "MatMul":
                 found[path].append(precision)
             elif kind == "Subgraph" and f"{path}/softmax" in names:

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.deployment.folder import MANIFEST, read_manifest
+from pqcad_qat.deployment.modules import traced_path
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
 from pqcad_qat.diffusion.untrained import random_denoiser, shapes_of_configs
 from pqcad_qat.errors import ModelError
@@ -225,8 +226,8 @@ def _executed(file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequen
     nodes = executed_nodes(compiled)
     found: dict[str, Any] = {"layers": _layers(nodes, known)}
     if (file / MANIFEST).is_file():
-        planned = layer_precisions(nodes, list(read_manifest(file)["layers"]))
-        planned |= attention_precisions(compiled, read_manifest(file).get("attention", {}))
+        manifest = read_manifest(file)
+        planned = layer_precisions(nodes, manifest["layers"]) | attention_precisions(compiled, manifest.get("attention", {}))
         missed = tuple(name for name, precision in planned.items() if precision not in INT8)
         found = {"layers": found["layers"] | planned, "planned": len(planned), "planned_float": missed}
     return found | {
@@ -240,7 +241,7 @@ def _layers(nodes: Sequence[ExecutedNode], known: Sequence[str]) -> dict[str, st
     """The precision of every layer that a matrix node is named after: by its module path as converted, or bare."""
     found = {}
     for node in nodes:
-        path = node.names[0].partition("/")[0].removeprefix("__module.denoiser.")
+        path = traced_path(node.names[0])
         if node.kind in MATRIX_NODES and path in known:
             found[path] = node.precision
     return found
