@@ -24,7 +24,7 @@ from pqcad_qat.quantization import injectors, integer_products
 from pqcad_qat.quantization.conversion import unquantized
 from pqcad_qat.quantization.integer_products import Geometry, applies, multiplies_integers
 from pqcad_qat.quantization.plan import QuantizerSpec
-from pqcad_qat.quantization.quantizers import QuantizedLayer, begin_blend, end_blend, quantized_layer, set_blend, set_input_bits
+from pqcad_qat.quantization.quantizers import QuantizedLayer, begin_blend, end_blend, quantized_layer, set_blend, set_input_bits, set_input_range
 
 SIGNED_INPUTS = replace(ASYMMETRIC_INPUTS, symmetric=True, signed=True)
 INPUTS = {
@@ -133,7 +133,8 @@ def test_the_layout_stays_and_the_values_do_not_depend_on_it(calls: list[Tensor]
     assert torch.equal(y, layer(x))
     both = torch.cat([x, x], dim=1)
     assert torch.equal(layer(both[:, 16:]), layer(x))  # a half of a concatenation: not contiguous in any layout
-    assert len(calls) == 4
+    assert torch.equal(layer(x[:1]), layer(x)[:1])  # one state alone, whose layouts cannot be told apart by strides
+    assert len(calls) == 6
 
 
 @needs_vnni
@@ -175,7 +176,6 @@ FLOAT: Mapping[str, tuple[Callable[[], QuantizedLayer], Callable[[QuantizedLayer
     "no gradient": (layer_of, lambda _: torch.no_grad()),
     "bf16": (layer_of, lambda _: in_bfloat16()),
     "unquantized": (layer_of, unquantized),
-    "a blend": (blended, lambda _: nullcontext()),
     "asymmetric weights": (lambda: layer_of(replace(SYMMETRIC_WEIGHTS, symmetric=False)), lambda _: nullcontext()),
     "groups": (lambda: layer_of(**ORDINARY, groups=2), lambda _: nullcontext()),
     "reflection": (lambda: layer_of(**ORDINARY, padding_mode="reflect"), lambda _: nullcontext()),
@@ -193,14 +193,34 @@ def test_what_is_not_integers_or_not_training_is_computed_in_floating_point(call
 
 
 @needs_vnni
-def test_a_blend_is_in_floating_point_until_it_ends(calls: list[Tensor]) -> None:
-    layer, x = blended(), activations()
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_blend_is_the_sum_of_two_products(calls: list[Tensor], weights: str) -> None:
+    layer, x = layer_of(WEIGHTS[weights]), activations()
+    begin_blend(layer, 3)
+    set_blend(layer, 0.3)
+    ours = layer(x)
+    blend = layer.weight_quant.tensor_quant.fused(layer.weight)
+    theirs = F.conv2d(layer.input_quant.fused_activation_quant_proxy.tensor_quant(x)[0], blend, layer.bias, 1, 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max()))
+    tensors = [x, *layer.parameters()]
+    for mine, reference in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
     set_blend(layer, 1.0)
     before = layer(x)
-    assert calls == []
     end_blend(layer)
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5 * float(before.detach().abs().max()))
-    assert len(calls) == 1
+    assert len(calls) == 3
+
+
+@needs_vnni
+def test_ties_are_rounded_to_even_on_either_side_of_zero(calls: list[Tensor]) -> None:
+    halves = (torch.arange(16 * 8 * 8).reshape(1, 16, 8, 8) - 400) / 4
+    for inputs, low, high in ((ASYMMETRIC_INPUTS, -101.0, 154.0), (SIGNED_INPUTS, -128.0, 127.0)):  # a scale of 1
+        layer = layer_of(inputs=inputs, kernel_size=1)
+        set_input_range(layer, low, high)
+        theirs = brevitas(layer, halves)
+        torch.testing.assert_close(layer(halves), theirs, rtol=1e-6, atol=1e-6 * float(theirs.detach().abs().max()))
+    assert len(calls) == 2
 
 
 @needs_vnni
@@ -223,8 +243,9 @@ def test_an_input_without_a_range_is_refused() -> None:
     ("batch", "size", "inputs", "outputs", "kernel", "stride", "expected"),
     [
         (32, 32, 128, 128, 3, 1, True),
-        (32, 32, 128, 32, 1, 1, False),  # too few products for each number
-        (32, 32, 32, 32, 3, 2, False),
+        (32, 32, 128, 32, 1, 1, True),
+        (32, 32, 32, 32, 1, 1, False),  # too few products for each number
+        (32, 32, 32, 1, 3, 1, False),
         (1, 8, 1280, 1280, 3, 1, False),  # each weight is used too seldom
         (32, 32, 8000, 16, 3, 1, False),  # sums could pass 2**31
     ],

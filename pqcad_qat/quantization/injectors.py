@@ -28,10 +28,10 @@ from dependencies import this  # type: ignore[import-untyped]  # the injection l
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quantization.integer_products import Geometry, applies, convolve
+from pqcad_qat.quantization.integer_products import Geometry, Parts, applies, convolve
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
-from pqcad_qat.quantization.rounding import SMALLEST_RANGE, Grid, integer_range, quantize, scale_and_zero_point
+from pqcad_qat.quantization.rounding import SMALLEST_RANGE, Grid, integer_range, integers_of, quantize, scale_and_zero_point
 
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
 
@@ -78,11 +78,20 @@ class BlendedQuant(RescalingIntQuant):
         return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
 
     @torch.no_grad()
-    def one_scale(self, x: Tensor) -> Tensor | None:
-        """The scale that the values of ``fused`` are whole multiples of; None with a zero point, or within a transition."""
-        if not self.symmetric or _number(self, "next_bit_width"):
-            return None
-        return scale_and_zero_point(*self.grid(x))[0]
+    def integer_parts(self, x: Tensor) -> Parts:
+        """Integers and scales whose products add up to ``fused``, to rounding: two within a transition, otherwise one; none with a zero point."""
+        if not self.symmetric:
+            return ()
+        span, _ = self._range(x)
+        parts = [(span, _number(self.msb_clamp_bit_width_impl, "bit_width"), torch.ones_like(self.blend_share))]
+        if next_bits := _number(self, "next_bit_width"):
+            parts = [(*parts[0][:2], 1 - self.blend_share), (span * self.next_range, next_bits, self.blend_share)]
+        found = []
+        for width, bits, share in parts:
+            bounds = integer_range(int(bits), True, True)
+            scale, _ = scale_and_zero_point(width, None, bounds)
+            found.append((integers_of(x, scale, None).clamp_(*bounds), scale * share))
+        return found
 
     def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
         return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
@@ -230,20 +239,20 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
         weight = self.weight_quant(self.weight)
-        if (scale := self._integer_scale(x)) is not None:
+        if parts := self._integer_parts(x):
             grid = self.input_quant.fused_activation_quant_proxy.tensor_quant.calibrated_grid(x)
-            return convolve(x, grid, weight, scale, self.bias, self._geometry())
+            return convolve(x, grid, weight, parts, self.bias, self._geometry())
         y: Tensor = self._conv_forward(self.input_quant(x), weight, self.bias)
         return y
 
-    def _integer_scale(self, x: Tensor) -> Tensor | None:
-        """The scale of the weight where integers are multiplied, None where floating-point numbers are."""
+    def _integer_parts(self, x: Tensor) -> Parts:
+        """What the weight is the sum of where integers are multiplied; nothing where floating-point numbers are."""
         plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         quantized = not (self.input_quant.disable_quant or self.weight_quant.disable_quant)
         if not (plain and quantized and applies(x, self.weight, self._geometry())):
-            return None
-        scale: Tensor | None = self.weight_quant.tensor_quant.one_scale(self.weight)
-        return scale
+            return ()
+        parts: Parts = self.weight_quant.tensor_quant.integer_parts(self.weight)
+        return parts
 
     def _geometry(self) -> Geometry:
         return Geometry(list(self.stride), list(self.padding), list(self.dilation))

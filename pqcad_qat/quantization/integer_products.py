@@ -5,17 +5,18 @@ Not here: the quantizers (rounding.py, injectors.py), linear layers, whose produ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pqcad_qat.quantization.rounding import Grid, dequantized, inside, integers_of, learned_gradients, scale_and_zero_point
 
-PER_ACTIVATION, PER_WEIGHT = 128, 1000
+PER_ACTIVATION, PER_WEIGHT = 24, 1100
 """What the way to INT8 and back costs for each number read and written, in products that INT8 makes up for it with (measured on Zen 5)."""
-CACHE_LINE = 64
 _LARGEST_SUM = 2**31 - 1
 
 
@@ -46,18 +47,22 @@ def multiplies_integers() -> bool:
     found = torch.cpu.get_capabilities()
     if not (torch.backends.mkldnn.is_available() and (found.get("avx512_vnni") or found.get("avx_vnni"))):  # type: ignore[no-untyped-call]
         return False
-    largest = torch.full((1, 16, 4, 4), 255, dtype=torch.uint8)
+    largest = torch.full((1, 16, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     product = _product(largest, 1.0, 0, torch.full((16, 16, 1, 1), 127.0), torch.ones(1), None, Geometry([1, 1], [0, 0], [1, 1]))
     return bool((product == 16 * 255 * 127).all())
 
 
-def convolve(x: Tensor, grid: Grid, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+Parts = Sequence[tuple[Tensor, Tensor]]
+"""What a weight (O, I, kh, kw) is the sum of: integers from -127 to 127, as floating-point numbers in its shape, times (O, 1, 1, 1) or ()."""
+
+
+def convolve(x: Tensor, grid: Grid, weight: Tensor, parts: Parts, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """conv2d(quantize(x, *grid, straight=False), weight, bias), where `applies` says so: its values and gradients to rounding.
 
-    x (B, I, H, W), quantized to 8 bits at most; weight (O, I, kh, kw), whole multiples up to 127 of weight_scale, which is broadcastable
-    to it; -> (B, O, H', W') in x's layout. Sums of products are exact. Only x is kept for the backward pass, which is in floating point.
+    x (B, I, H, W), quantized to 8 bits at most; weight (O, I, kh, kw), the sum of its parts; -> (B, O, H', W') in x's layout. Sums of
+    products are exact. Only x is kept for the backward pass, which is in floating point.
     """
-    y: Tensor = _Convolution.apply(x, *grid, weight, weight_scale, bias, geometry)  # type: ignore[no-untyped-call]
+    y: Tensor = _Convolution.apply(x, *grid, weight, parts, bias, geometry)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -70,18 +75,19 @@ class _Convolution(torch.autograd.Function):
         low: Tensor | None,
         bounds: tuple[int, int],
         weight: Tensor,
-        weight_scale: Tensor,
+        parts: Parts,
         bias: Tensor | None,
         geometry: Geometry,
     ) -> Tensor:
         scale, zero_point = scale_and_zero_point(span, low, bounds)
         ctx.save_for_backward(x, span, low, scale, zero_point, weight)
         ctx.bounds, ctx.geometry = bounds, geometry
-        integers = integers_of(x, scale, zero_point).clamp_(*bounds)
-        zero = 0 if zero_point is None else int(zero_point)
-        if bounds[0]:  # signed: counted from the smallest
-            integers, zero = integers.sub_(bounds[0]), zero - bounds[0]
-        y = _product(_bytes(integers), float(scale), zero, weight / weight_scale, weight_scale.reshape(-1), bias, geometry)
+        zero = (0 if zero_point is None else int(zero_point)) - bounds[0]
+        integers = _bytes(x / scale if zero_point is None else (x / scale).add_(zero_point), bounds)
+        (first, first_scale), *others = parts
+        y = _product(integers, float(scale), zero, first, first_scale, bias, geometry)
+        for eights, weight_scale in others:
+            y.add_(_product(integers, float(scale), zero, eights, weight_scale, None, geometry))
         return y if x.is_contiguous(memory_format=torch.channels_last) else _planar(y)
 
     @staticmethod
@@ -96,42 +102,42 @@ class _Convolution(torch.autograd.Function):
         )
         found: tuple[Tensor | None, ...] = (None, None, None)
         if of_span or of_low:
-            found = learned_gradients(gradient, x, y, integers, span, low, scale, zero_point, ctx.bounds)
+            found = learned_gradients(gradient, x, y.mul_(gradient), integers, span, low, scale, zero_point, ctx.bounds)
         elif of_x:
-            found = inside(gradient, integers, ctx.bounds), None, None
+            found = inside(gradient, integers, ctx.bounds, out=integers), None, None
         return *found, None, weight_gradient, None, bias_gradient, None
 
 
-def _bytes(integers: Tensor) -> Tensor:
-    """Integers (B, I, H, W) as uint8 in their own layout, but with a gap after each plane.
-
-    oneDNN wants channels last, and planes that lie a power of two apart share so few lines of the cache that reading across them is
-    three times slower.
-    """
-    if integers.is_contiguous(memory_format=torch.channels_last):
-        return integers.to(torch.uint8)
-    _, planes, height, width = integers.shape
-    apart = height * width + CACHE_LINE
-    return integers.new_empty_strided(integers.shape, (planes * apart, apart, width, 1), dtype=torch.uint8).copy_(integers)
+def _bytes(levels: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """Levels (B, I, H, W), written over, rounded and clamped to bounds, as uint8 counted from the smallest one, channels last."""
+    # adding 2^23 rounds as `round` does, ties to even, and leaves the integer in the last byte; floats take thrice as long to become bytes
+    integers = levels.clamp_(*bounds).add_(2**23 - bounds[0]).view(torch.int32).to(torch.uint8)
+    if not integers.is_contiguous():
+        return integers.contiguous(memory_format=torch.channels_last)
+    return _transposed(integers.flatten(2)).unflatten(1, integers.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _planar(y: Tensor) -> Tensor:
-    """y (B, O, H, W), channels last, as planes: some rows at a time, which stay in a core's first cache."""
-    planes = torch.empty_like(y, memory_format=torch.contiguous_format)
-    rows = max(1, CACHE_LINE // y.shape[3])
-    for there, here in zip(torch.split(planes, rows, 2), torch.split(y, rows, 2), strict=True):
-        there.copy_(here)
-    return planes
+    """y (B, O, H, W), channels last, as planes."""
+    return _transposed(y.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(2, y.shape[2:])
+
+
+def _transposed(matrices: Tensor) -> Tensor:
+    """(B, R, C) contiguous -> (B, C, R) contiguous, as the shuffle of R groups of channels: torch has that with SIMD, copies without."""
+    batch, rows, columns = matrices.shape
+    numbers = rows * columns
+    pixels = matrices.as_strided((1, numbers, batch, 1), (batch * numbers, 1, numbers, numbers))
+    return F.channel_shuffle(pixels, rows).as_strided((batch, columns, rows), (numbers, rows, 1))
 
 
 def _product(
-    integers: Tensor, scale: float, zero: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry
+    integers: Tensor, scale: float, zero: int, eights: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """(B, O, H', W'), channels last, of uint8 integers (B, I, H, W) and a weight (O, I, kh, kw) in units of its scale, (O,) or (1,)."""
-    eights = weight.round_().to(torch.int8)
-    packed = torch.ops.onednn.qconv_prepack(eights, weight_scale, scale, zero, *geometry, 1, integers.shape)
-    zeros, last = torch.zeros_like(weight_scale, dtype=torch.int64), integers.contiguous(memory_format=torch.channels_last)
+    """(B, O, H', W'), channels last, of uint8 integers (B, I, H, W), channels last, and one part of a weight."""
+    scales = weight_scale.reshape(-1)
+    packed = torch.ops.onednn.qconv_prepack(eights.to(torch.int8), scales, scale, zero, *geometry, 1, integers.shape)
+    zeros = torch.zeros_like(scales, dtype=torch.int64)
     y: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        last, scale, zero, packed, weight_scale, zeros, bias, *geometry, 1, 1.0, 0, torch.float32, "none", [], ""
+        integers, scale, zero, packed, scales, zeros, bias, *geometry, 1, 1.0, 0, torch.float32, "none", [], ""
     )
     return y

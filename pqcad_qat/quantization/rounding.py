@@ -69,13 +69,13 @@ class _Quantize(torch.autograd.Function):
             return (inside(gradient, saved[0], ctx.bounds) if saved else gradient), None, None, None, None
         x, y, span, low, scale, zero_point = saved
         integers = None if ctx.straight else integers_of(x, scale, zero_point)
-        return *learned_gradients(gradient, x, y, integers, span, low, scale, zero_point, ctx.bounds), None, None
+        return *learned_gradients(gradient, x, gradient * y, integers, span, low, scale, zero_point, ctx.bounds), None, None
 
 
 def learned_gradients(
     gradient: Tensor,
     x: Tensor,
-    y: Tensor,
+    product: Tensor,
     integers: Tensor | None,
     span: Tensor,
     low: Tensor | None,
@@ -85,20 +85,14 @@ def learned_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low.
 
-    integers: of x before they were clamped, to be written over; None where the gradient passes straight.
+    product: gradient * y; integers: of x before they were clamped, None where the gradient passes straight. Both are written over.
     """
-    if integers is None:
-        reaching = gradient
-        scale_gradient, zero_point_gradient = _sum(torch.sub(y, x), reaching, scale).div_(scale), None
-    else:
-        reaching, work = inside(gradient, integers, bounds), integers
-        # y - x before the product: both are nearly equal, and two long sums would cancel
-        scale_gradient = _sum(torch.sub(y, x, out=work), reaching, scale)
-        torch.sub(gradient, reaching, out=work)
-        zero_point_gradient = None if zero_point is None else work.sum_to_size(scale.shape).mul_(scale).neg_()
-        scale_gradient.add_(_sum(work, y, scale)).div_(scale)
+    reaching = gradient if integers is None else inside(gradient, integers, bounds, out=integers)
+    # y - x where the gradient reaches x, y elsewhere: subtracted number by number, since as two long sums they would cancel
+    scale_gradient = product.addcmul_(reaching, x, value=-1).sum_to_size(scale.shape).div_(scale)
     low_gradient = None
-    if low is not None and zero_point_gradient is not None:
+    if low is not None and zero_point is not None and integers is not None:
+        zero_point_gradient = torch.sub(gradient, reaching, out=product).sum_to_size(scale.shape).mul_(scale).neg_()
         low_gradient, along_scale = _through_zero_point(zero_point_gradient, low, scale, bounds)
         scale_gradient.add_(along_scale)
     return reaching, scale_gradient.div_(_levels(bounds)).mul_(_sign(span)), low_gradient
@@ -129,18 +123,15 @@ def dequantized(integers: Tensor, scale: Tensor, zero_point: Tensor | None) -> T
     return integers.mul_(scale)
 
 
-def inside(gradient: Tensor, integers: Tensor, bounds: tuple[int, int]) -> Tensor:
-    """The gradient where the integers, not yet clamped, lie within the bounds, and 0 elsewhere."""
+def inside(gradient: Tensor, integers: Tensor, bounds: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """The gradient where the integers, not yet clamped, lie within the bounds, and 0 elsewhere; ``out`` may be the integers' own tensor."""
     # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten times as much on CPUs
-    masked: Tensor = torch.ops.aten.hardtanh_backward(gradient, integers, bounds[0] - 0.5, bounds[1] + 0.5)
+    low, high = bounds[0] - 0.5, bounds[1] + 0.5
+    if out is None:
+        masked: Tensor = torch.ops.aten.hardtanh_backward(gradient, integers, low, high)
+    else:
+        masked = torch.ops.aten.hardtanh_backward.grad_input(gradient, integers, low, high, grad_input=out)
     return masked
-
-
-def _sum(work: Tensor, other: Tensor, scale: Tensor) -> Tensor:
-    """The sum of work * other over everything that shares a scale; work is overwritten."""
-    if scale.numel() == 1 and work.is_contiguous() and other.is_contiguous():
-        return torch.dot(work.view(-1), other.view(-1)).reshape(scale.shape)
-    return work.mul_(other).sum_to_size(scale.shape)
 
 
 def _through_zero_point(gradient: Tensor, low: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class TrainState:
         setbacks: divergences overcome so far; each has halved the learning rate.
         held_until: the step before which no bit transition may begin, after a divergence.
         scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
+        parameters: of the model, by name: the same ones from the first step to the last, so its modules are walked over once.
     """
 
     model: nn.Module
@@ -56,18 +57,22 @@ class TrainState:
     setbacks: int = 0
     held_until: int = 0
     scaler: torch.amp.GradScaler | None = None
+    parameters: dict[str, nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = dict(self.model.named_parameters())
 
     def restart_ema(self) -> None:
         """Forget averages of another function: called when the bit-widths have changed."""
         if self.ema is not None:
-            self.ema = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+            self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
             self.ema_since = self.step
 
 
 @contextmanager
 def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
     """The model with its averaged Parameters inside the block, and with its own after it."""
-    named = dict(state.model.named_parameters())
+    named = state.parameters
     own = {name: named[name].detach().clone() for name in state.ema or {}}
     with torch.no_grad():
         for name, value in (state.ema or {}).items():

@@ -87,7 +87,8 @@ def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
     """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    fused = accelerator.scaler is None  # fused, it would skip a step that overflows fp16 by itself, and Accelerate not know of it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     network, prepared = accelerator.prepare(model, optimizer)
     state = TrainState(model=model, optimizer=prepared, network=network, scaler=accelerator.scaler)
     if settings.ema:
@@ -138,13 +139,13 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
         with others_alive():
             values = _gradients(state, callbacks, parts, accelerator)
         accelerator.unscale_gradients(state.optimizer)
-        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         total = get_total_norm(gradients)
         norm, loss = float(total), sum(values.values())
         overflow = not math.isfinite(norm) and math.isfinite(loss) and _may_overflow(state.scaler)
         if not overflow and not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergedError(state.step, _divergence(state, callbacks, values, norm), stepped=False)
-        clip_grads_with_norm_(state.model.parameters(), settings.max_grad_norm, total)
+        clip_grads_with_norm_(state.parameters.values(), settings.max_grad_norm, total)
         state.optimizer.step()
         state.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
@@ -154,7 +155,8 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
 def _gradients(state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator) -> dict[str, float]:
     """Forward and backward of every micro-batch; the loss terms, means over all micro-batches of all processes."""
     sums: dict[str, Tensor] = {}
-    state.network.train()
+    if not state.network.training:
+        state.network.train()
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(state.network):
@@ -199,8 +201,7 @@ def _average(state: TrainState, decay: float) -> None:
         return
     since = state.step - state.ema_since
     weight = 1.0 - min(decay, (1 + since) / (10 + since))
-    named = dict(state.model.named_parameters())
-    torch._foreach_lerp_(list(state.ema.values()), [named[name].detach() for name in state.ema], weight)
+    torch._foreach_lerp_(list(state.ema.values()), [state.parameters[name].detach() for name in state.ema], weight)
 
 
 def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> None:
