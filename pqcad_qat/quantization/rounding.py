@@ -1,10 +1,13 @@
 """Uniform quantization as one autograd function: Brevitas's values and gradients in a third of its passes and a tenth of its calls.
 
-No Brevitas, no modules and no state here: where ranges and widths come from is quantizers.py.
+No Brevitas, no modules and no state here: where ranges and widths come from is quantizers.py. Nor the kernels of GPUs: gpu_rounding.py.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,12 +35,21 @@ def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int
     too (Brevitas's TensorClampSte); otherwise it is 0 there (TensorClamp). Rounding is straight through; the gradients of span and low
     are those of Brevitas's ParameterScaling and ParameterZeroPoint.
     """
+    if x.is_cuda and (kernels := _kernels()) is not None and kernels.applies(x, span, low):
+        fused: Tensor = kernels.quantize(x, span, low, bounds, straight)
+        return fused
     x = x.float()  # bfloat16 activations of autocast cannot tell 256 levels apart
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
         y: Tensor = _Quantize.apply(x, span, low, bounds, straight)  # type: ignore[no-untyped-call]
         return y
     scale, zero_point = scale_and_zero_point(span, low, bounds)
     return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
+
+
+@cache
+def _kernels() -> Any:
+    """gpu_rounding.py; None without Triton, which comes with torch's builds for GPUs. Importing it takes CPUs a second in vain."""
+    return None if find_spec("triton") is None else import_module("pqcad_qat.quantization.gpu_rounding")
 
 
 def unclamped(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +107,7 @@ def learned_gradients(
         # y - x before the product: both are nearly equal, and two long sums would cancel
         scale_gradient = _sum(torch.sub(y, x, out=work), reaching, scale)
         torch.sub(gradient, reaching, out=work)
-        zero_point_gradient = None if zero_point is None else work.sum_to_size(scale.shape).mul_(scale).neg_()
+        zero_point_gradient = None if zero_point is None else _total(work, scale).mul_(scale).neg_()
         scale_gradient.add_(_sum(work, y, scale)).div_(scale)
     low_gradient = None
     if low is not None and zero_point_gradient is not None:
@@ -110,7 +122,9 @@ def _levels(bounds: tuple[int, int]) -> int:
 
 def scale_and_zero_point(span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """As `quantize` has them, in span's shape."""
-    scale = span.abs().clamp_(min=SMALLEST_RANGE).div_(_levels(bounds))
+    scale = span.abs().clamp_(min=SMALLEST_RANGE)
+    levels = _levels(bounds)
+    scale.div_(levels if scale.is_cpu else scale.new_full((), levels))  # by a number of the host GPUs multiply its reciprocal
     return scale, None if low is None else low.abs().div_(scale).round_().clamp_(*bounds)
 
 
@@ -140,7 +154,12 @@ def _sum(work: Tensor, other: Tensor, scale: Tensor) -> Tensor:
     """The sum of work * other over everything that shares a scale; work is overwritten."""
     if scale.numel() == 1 and work.is_contiguous() and other.is_contiguous():
         return torch.dot(work.view(-1), other.view(-1)).reshape(scale.shape)
-    return work.mul_(other).sum_to_size(scale.shape)
+    return _total(work.mul_(other), scale)
+
+
+def _total(work: Tensor, scale: Tensor) -> Tensor:
+    """The sum over everything that shares a scale, in a tensor of its own: where nothing does, sum_to_size would give back `work`."""
+    return work.clone() if work.shape == scale.shape else work.sum_to_size(scale.shape)
 
 
 def _through_zero_point(gradient: Tensor, low: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:
