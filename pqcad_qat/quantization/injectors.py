@@ -61,8 +61,8 @@ class BlendedQuant(RescalingIntQuant):
     def fused(self, x: Tensor) -> Tensor:
         """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""
         span, low = self._range(x)
-        y = self._at(x, span, low, _number(self.msb_clamp_bit_width_impl, "bit_width"))
-        if next_bits := _number(self, "next_bit_width"):
+        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"))
+        if next_bits := number(self, "next_bit_width"):
             factor = self.next_range
             following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
             y = torch.lerp(y, following, self.blend_share)
@@ -75,12 +75,12 @@ class BlendedQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers at the present width."""
-        return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
+        return *self._range(x), integer_range(int(number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
 
     @torch.no_grad()
     def one_scale(self, x: Tensor) -> Tensor | None:
         """The scale that the values of ``fused`` are whole multiples of; None with a zero point, or within a transition."""
-        if not self.symmetric or _number(self, "next_bit_width"):
+        if not self.symmetric or number(self, "next_bit_width"):
             return None
         return scale_and_zero_point(*self.grid(x))[0]
 
@@ -111,7 +111,7 @@ class InputQuant(RescalingIntQuant):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._require_range()
-        self.int_quant.signed = self.int_scaling_impl.signed = bool(_number(self, "signed"))
+        self.int_quant.signed = self.int_scaling_impl.signed = bool(number(self, "signed"))
         values: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(x)
         return values
 
@@ -125,7 +125,7 @@ class InputQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers; the same for every x."""
-        bounds = integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), bool(_number(self, "signed")), False)
+        bounds = integer_range(int(number(self.msb_clamp_bit_width_impl, "bit_width")), bool(number(self, "signed")), False)
         return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds
 
     def _require_range(self) -> None:
@@ -358,7 +358,7 @@ def _parameters(scaling: Any, zero_point: Any, shape: tuple[int, ...], start: fl
     }
 
 
-def _number(module: nn.Module, name: str) -> float:
+def number(module: nn.Module, name: str) -> float:
     """A buffer's value. On accelerators it is read again only after it was written, so that the forward pass does not wait for it."""
     buffer = module._buffers[name]
     assert buffer is not None
@@ -370,6 +370,15 @@ def _number(module: nn.Module, name: str) -> float:
         value = buffer.item()
         known[name] = (buffer, buffer._version, value)
     return float(value)
+
+
+def write_number(module: nn.Module, name: str, value: float) -> None:
+    """Write a buffer whose value `number` then knows without waiting for the accelerator."""
+    buffer = module._buffers[name]
+    assert buffer is not None
+    buffer.fill_(value)
+    if buffer.device.type != "cpu":
+        module.__dict__.setdefault("_numbers", {})[name] = (buffer, buffer._version, torch.tensor(value, dtype=buffer.dtype).item())
 
 
 def _make_buffer(module: Any) -> None:
