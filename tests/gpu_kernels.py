@@ -6,6 +6,7 @@ On a machine without a GPU under Triton's interpreter, which TRITON_INTERPRET=1 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ BOUNDS = {
     "signed": integer_range(8, True, False),
 }
 SHAPES = [(2, 3, 5, 7), (3, 2, 32, 33), (5,)]
-Quantizer = Callable[[Tensor, Tensor, Tensor | None, tuple[int, int], bool], Tensor]
+Quantizer = Callable[[Tensor, Tensor, Tensor | None, tuple[int, int], bool, torch.dtype], Tensor]
 Found = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -39,9 +40,9 @@ def ranges(x: Tensor, per_row: bool, zero_point: bool) -> tuple[Tensor, Tensor |
     return span, span.abs() * 0.3 if zero_point else None
 
 
-def passed(call: Quantizer, device: str, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], *how: bool) -> Found:
-    """What a quantizer gives, and the gradients of x, span and low where it has some; how: straight, and whether the range learns."""
-    straight, learns = how
+def passed(call: Quantizer, device: str, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], *how: Any) -> Found:
+    """What a quantizer gives, and the gradients of x, span and low where it has some; how: straight, whether the range learns, dtype."""
+    straight, learns, dtype = (*how, torch.float32)[:3]
     leaves = [None if part is None else part.detach().to(device) for part in (x, span, low)]
     for part, needs in zip(leaves, (True, learns, learns), strict=True):
         if part is not None:
@@ -49,8 +50,8 @@ def passed(call: Quantizer, device: str, x: Tensor, span: Tensor, low: Tensor | 
     x_there, span_there, low_there = leaves
     assert x_there is not None
     assert span_there is not None
-    y = call(x_there, span_there, low_there, bounds, straight)
-    y.backward(values(tuple(y.shape), 2).to(device))
+    y = call(x_there, span_there, low_there, bounds, straight, dtype)
+    y.backward(values(tuple(y.shape), 2).to(device, dtype))
     gradients = [None if part is None or part.grad is None else part.grad.cpu() for part in leaves]
     return y.detach().cpu(), gradients[0], gradients[1], gradients[2]
 
@@ -88,7 +89,7 @@ def test_halves_ends_and_what_lies_far_outside_fall_as_in_the_eager_computation(
     edges = [0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4, 3e38, -3e38, float("inf"), float("-inf"), float("nan")]
     x = torch.cat([ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1), torch.tensor(edges)])
     span, low = torch.tensor(float(levels)), torch.tensor(levels / 4) if bounds[0] == 0 else None
-    y = gpu_rounding.quantize(x.to(DEVICE), span.to(DEVICE), None if low is None else low.to(DEVICE), bounds, False).cpu()
+    y = gpu_rounding.quantize(x.to(DEVICE), span.to(DEVICE), None if low is None else low.to(DEVICE), bounds, False, torch.float32).cpu()
     torch.testing.assert_close(y, quantize(x, span, low, bounds, False), rtol=0, atol=0, equal_nan=True)
     expected = passed(quantize, "cpu", x[:-1], span, low, bounds, False, False)[1]
     assert expected is not None
@@ -100,7 +101,7 @@ def test_halves_ends_and_what_lies_far_outside_fall_as_in_the_eager_computation(
 def test_the_scale_is_divided_as_ieee_754_has_it() -> None:
     """A reciprocal's product differs in the last bit for one span in some."""
     x, span = torch.ones(97, 1), values((97, 1), 3).abs_()
-    y = gpu_rounding.quantize(x.to(DEVICE), span.to(DEVICE), None, (-127, 127), True).cpu()
+    y = gpu_rounding.quantize(x.to(DEVICE), span.to(DEVICE), None, (-127, 127), True, torch.float32).cpu()
     assert same_bits(y, quantize(x, span, None, (-127, 127), True))
     on_device = scale_and_zero_point(span.to(DEVICE), None, (-127, 127))[0].cpu()
     assert same_bits(on_device, scale_and_zero_point(span, None, (-127, 127))[0])
@@ -147,6 +148,18 @@ def test_half_precision_is_quantized_in_float32_and_kept_as_it_came(dtype: torch
     rounding = 0.0 if DEVICE == "cuda" else 2**-7  # the interpreter cuts off what bfloat16 has no bits for
     torch.testing.assert_close(found[1], expected[1], rtol=rounding, atol=0.0)
     assert [tensor.dtype for tensor in kept if tensor.numel() > 1] == [dtype]
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learned"])
+def test_values_are_rounded_to_what_autocast_asks_for(learns: bool) -> None:
+    x, span, low = values((3, 50)), torch.tensor(3.0), torch.tensor(1.0)
+    expected = passed(quantize, "cpu", x, span, low, (0, 255), False, learns, torch.bfloat16)
+    found = passed(gpu_rounding.quantize, DEVICE, x, span, low, (0, 255), False, learns, torch.bfloat16)
+    assert found[0].dtype == expected[0].dtype == torch.bfloat16
+    rounding = 0.0 if DEVICE == "cuda" else 2**-7
+    torch.testing.assert_close(found[0], expected[0], rtol=rounding, atol=0.0)
+    for mine, theirs in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_of_many_programs_are_right_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

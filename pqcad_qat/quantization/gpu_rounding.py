@@ -39,21 +39,23 @@ def applies(x: Tensor, span: Tensor, low: Tensor | None) -> bool:
     )
 
 
-def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
+def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype) -> Tensor:
     """As rounding.quantize: its values to the last bit, and its gradients but for the order of sums, which is always the same.
 
     x is kept for the backward pass, in its own dtype, and nothing else of its size.
     """
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad or (low is not None and low.requires_grad)):
-        y: Tensor = _Quantize.apply(x, span, low, bounds, straight)
+        y: Tensor = _Quantize.apply(x, span, low, bounds, straight, dtype)
         return y
-    return _forward(x, span, low, bounds)[1]
+    return _forward(x, span, low, bounds, dtype)[1]
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
-        dense, y = _forward(x, span, low, bounds)
+    def forward(
+        ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype
+    ) -> Tensor:
+        dense, y = _forward(x, span, low, bounds, dtype)
         ctx.bounds, ctx.straight = bounds, straight
         ctx.learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(*((dense, span, low) if ctx.learns or not straight else ()))
@@ -64,7 +66,7 @@ class _Quantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         if not ctx.saved_tensors:
-            return gradient, None, None, None, None
+            return gradient, None, None, None, None, None
         x, span, low = ctx.saved_tensors
         if gradient.stride() != x.stride():
             gradient = torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
@@ -72,7 +74,7 @@ class _Quantize(torch.autograd.Function):
         rows, size = _rows(x, span)
         if not ctx.learns:
             _pass_inside[(rows * triton.cdiv(size, BLOCK),)](gradient, x, span, low, reaching, size, *ctx.bounds, BLOCK)
-            return reaching, None, None, None, None
+            return reaching, None, None, None, None, None
         of_span = torch.empty_like(span)
         of_low = None if low is None or ctx.straight else torch.empty_like(low)
         programs = min(triton.cdiv(size, BLOCK), PROGRAMS) if rows == 1 else 1
@@ -81,16 +83,16 @@ class _Quantize(torch.autograd.Function):
         _gradients[(rows * programs,)](gradient, x, *arguments, reaching, sums, size, programs, *ctx.bounds, ctx.straight, BLOCK)
         if sums is not None:
             _add_up[(1,)](sums, *arguments, programs, *ctx.bounds, PROGRAMS)
-        return (gradient if ctx.straight else reaching), of_span, of_low, None, None
+        return (gradient if ctx.straight else reaching), of_span, of_low, None, None, None
 
 
-def _forward(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """x in memory without gaps, row after row (a copy where it is not so), and its quantized values (float32) in the same order."""
-    y = torch.empty_like(x, dtype=torch.float32)
+def _forward(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in memory without gaps, row after row (a copy where it is not so), and its quantized values in the same order."""
+    y = torch.empty_like(x, dtype=dtype)
     rows, size = _rows(x, span)
     if y.stride() != x.stride() or (rows > 1 and x.stride(0) != size):  # empty_like leaves out gaps
         x = x.contiguous()
-        y = torch.empty_like(x, dtype=torch.float32)
+        y = torch.empty_like(x, dtype=dtype)
     _quantize[(rows * triton.cdiv(size, BLOCK),)](x, span, low, y, size, *bounds, BLOCK)
     return x, y
 

@@ -61,8 +61,9 @@ class BlendedQuant(RescalingIntQuant):
     def fused(self, x: Tensor) -> Tensor:
         """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""
         span, low = self._range(x)
-        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"))
-        if next_bits := number(self, "next_bit_width"):
+        next_bits = number(self, "next_bit_width")
+        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.float32 if next_bits else _product_dtype(x))
+        if next_bits:
             factor = self.next_range
             following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
             y = torch.lerp(y, following, self.blend_share)
@@ -84,8 +85,8 @@ class BlendedQuant(RescalingIntQuant):
             return None
         return scale_and_zero_point(*self.grid(x))[0]
 
-    def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
-        return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
+    def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned, dtype)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.learned:
@@ -116,7 +117,7 @@ class InputQuant(RescalingIntQuant):
         return values
 
     def fused(self, x: Tensor) -> Tensor:
-        return quantize(x, *self.calibrated_grid(x), straight=False)
+        return quantize(x, *self.calibrated_grid(x), straight=False, dtype=_product_dtype(x))
 
     def calibrated_grid(self, x: Tensor) -> Grid:
         """As ``grid``; raises ModelError where calibration has not set one."""
@@ -379,6 +380,12 @@ def write_number(module: nn.Module, name: str, value: float) -> None:
     buffer.fill_(value)
     if buffer.device.type != "cpu":
         module.__dict__.setdefault("_numbers", {})[name] = (buffer, buffer._version, torch.tensor(value, dtype=buffer.dtype).item())
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast has layers multiply in, to which it would round their quantized input and weight in a pass of its own; or float32."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def _make_buffer(module: Any) -> None:

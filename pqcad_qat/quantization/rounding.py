@@ -26,24 +26,26 @@ def integer_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
+def quantize(
+    x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Quantize x to the integers of ``bounds`` and dequantize: y = (clamp(round(x / scale + zero_point)) - zero_point) * scale.
 
     x: any shape, computed in float32. span: the range, broadcastable to x; scale = |span| / levels, where the levels are -bounds[0] for
     signed and bounds[1] for unsigned integers. low: the magnitude of the range's lower end, in span's shape, or None for a zero point of
     0; zero_point = clamp(round(low / scale)), so zero is always on the grid. ``straight``: the gradient of x passes where x is clamped
     too (Brevitas's TensorClampSte); otherwise it is 0 there (TensorClamp). Rounding is straight through; the gradients of span and low
-    are those of Brevitas's ParameterScaling and ParameterZeroPoint.
+    are those of Brevitas's ParameterScaling and ParameterZeroPoint. ``dtype``: what y is rounded to in the end.
     """
     if x.is_cuda and (kernels := _kernels()) is not None and kernels.applies(x, span, low):
-        fused: Tensor = kernels.quantize(x, span, low, bounds, straight)
+        fused: Tensor = kernels.quantize(x, span, low, bounds, straight, dtype)
         return fused
     x = x.float()  # bfloat16 activations of autocast cannot tell 256 levels apart
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
         y: Tensor = _Quantize.apply(x, span, low, bounds, straight)  # type: ignore[no-untyped-call]
-        return y
+        return y.to(dtype)
     scale, zero_point = scale_and_zero_point(span, low, bounds)
-    return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
+    return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point).to(dtype)
 
 
 @cache
