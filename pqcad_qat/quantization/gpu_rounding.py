@@ -19,6 +19,7 @@ BLOCK = 1024
 """Elements that a program takes at a time."""
 PROGRAMS = 1024
 """At most so many programs share a tensor's sums: some for every multiprocessor, and few enough for one block to add up what they found."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**30
 """Elements of a tensor, so that no index in a kernel leaves 32 bits."""
 
@@ -26,17 +27,19 @@ LARGEST = 2**30
 def applies(x: Tensor, span: Tensor, low: Tensor | None) -> bool:
     """Whether the kernels take these arguments of rounding.quantize: one range for all of x, or one for each index of its first axis."""
     rows = span.numel()
-    per_tensor = rows == 1 and span.dim() <= x.dim()
-    per_row = span.dim() == x.dim() and rows == span.shape[0] == x.shape[0] if x.dim() else False
-    ranges = (span,) if low is None else (span, low)
+    one_range = rows == 1 and span.dim() <= x.dim()
     return (
-        (per_tensor or per_row)
+        (one_range or (span.dim() == x.dim() and rows == span.shape[0] == x.shape[0]))
         and 0 < x.numel() <= LARGEST
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(part.shape == span.shape and part.dtype == torch.float32 and part.is_contiguous() for part in ranges)
-        and all(part.device == x.device for part in ranges)
+        and x.dtype in DTYPES
+        and _held_like(span, span, x)
+        and (low is None or _held_like(low, span, x))
         and (not x.is_cuda or x.get_device() == torch.cuda.current_device())
     )
+
+
+def _held_like(part: Tensor, span: Tensor, x: Tensor) -> bool:
+    return part.dtype == torch.float32 and part.shape == span.shape and part.is_contiguous() and part.device == x.device
 
 
 def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype) -> Tensor:
