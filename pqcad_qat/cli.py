@@ -141,15 +141,16 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
 
     Args:
         policy: policy file.
-        model: overrides model.source.
+        model: overrides model.source; the name of an architecture that ships, or a denoiser's config.json, has random weights.
         set: override of a key, as KEY=VALUE; given again for each further key.
         runs: timed steps of each, in turns.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat.step_costs import costs_table, step_costs
 
+    states = loaded.training.batch_size
     costs = step_costs(loaded, whole_number("runs", runs), CONSOLE)
-    CONSOLE.print(costs_table(costs, f"{loaded.name}: one step of {loaded.training.batch_size} states"))
+    CONSOLE.print(costs_table(costs, states, f"{loaded.name}: one step of {states} states"))
 
 
 def sensitivity(

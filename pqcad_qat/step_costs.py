@@ -20,12 +20,13 @@ from pqcad_qat.diffusion.denoiser import recomputed_activations
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.quantizers import begin_blend, set_blend, set_weight_bits
-from pqcad_qat.stages.prepared import prepare
+from pqcad_qat.stages.prepared import prepare, prepare_untrained
 from pqcad_qat.stages.training import bit_schedule
 from pqcad_qat.training.callback import Callback
 from pqcad_qat.training.metrics_log import progress_bar
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.step_profile import PARTS, WARM_UP, StepProfile, profile_steps
+from pqcad_qat.training.trainer import new_accelerator
 from pqcad_qat.training.weight_distance import WeightDistance
 
 COLUMNS = {
@@ -42,16 +43,20 @@ STILL = 0.999
 def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
     """Time training steps of the policy's model, quantized and not, on noise: values do not change what a step costs.
 
+    The model may be an architecture alone, whose weights are random then.
+
     Raises:
-        PqcadError: as `stages.prepared.prepare`.
+        PqcadError: as `stages.prepared.prepare`; a precision that this machine does not have.
     """
-    prepared = prepare(policy)
+    device = new_accelerator(policy.training.precision).device
+    prepared = prepare_untrained(policy) or prepare(policy)
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
     data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.of(0, 0, len(states)))
-    settled, moving = (quantize_model(copy.deepcopy(prepared.split), prepared.plan) for _ in range(2))
+    settled, moving = (quantize_model(copy.deepcopy(prepared.split).to(device), prepared.plan) for _ in range(2))
+    inputs = [(x.to(device), t, {name: value.to(device) for name, value in condition.items()}) for x, t, condition in data.inputs(16, 4)]
     for model in (settled, moving):
-        calibrate_ranges(model, data.inputs(16, 16))
+        calibrate_ranges(model, inputs)
     for layer in quantized_layers(settled).values():
         set_weight_bits(layer, layer.plan.weights.bits)
     schedule = bit_schedule(policy, prepared.plan, moving)
@@ -61,7 +66,7 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
             begin_blend(layer, layer.plan.ladder[1])
             set_blend(layer, 0.5)
     candidates: dict[str, tuple[nn.Module, list[Callback]]] = {
-        "float": (copy.deepcopy(prepared.model.denoiser), [FullPrecisionMatching()]),
+        "float": (copy.deepcopy(prepared.model.denoiser).to(device), [FullPrecisionMatching()]),
         "fixed-bit": (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
         "pq": (moving, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]),
     }
@@ -74,14 +79,15 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
         return profile_steps(candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done))
 
 
-def costs_table(costs: Mapping[str, StepProfile], title: str) -> Table:
-    """For the terminal."""
+def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Table:
+    """For the terminal; `states` are those of a step."""
     table = Table("milliseconds a step", *(f"{name}: {COLUMNS[name]}" for name in costs), title=title)
     for part in PARTS:
         table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
     table.add_section()
     table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
     table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
+    table.add_row("states a second", *(f"{1e3 * states / cost.total:.1f}" for cost in costs.values()))
     table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
     table.add_row("MB at the peak of a step", *(f"{cost.peak_bytes / 1e6:.0f}" for cost in costs.values()))
     return table

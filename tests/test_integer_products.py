@@ -24,7 +24,15 @@ from pqcad_qat.quantization import injectors, integer_products
 from pqcad_qat.quantization.conversion import unquantized
 from pqcad_qat.quantization.integer_products import Geometry, applies, multiplies_integers
 from pqcad_qat.quantization.plan import QuantizerSpec
-from pqcad_qat.quantization.quantizers import QuantizedLayer, begin_blend, end_blend, quantized_layer, set_blend, set_input_bits, set_input_range
+from pqcad_qat.quantization.quantizers import (
+    QuantizedLayer,
+    begin_blend,
+    end_blend,
+    quantized_layer,
+    set_blend,
+    set_input_bits,
+    set_input_range,
+)
 
 SIGNED_INPUTS = replace(ASYMMETRIC_INPUTS, symmetric=True, signed=True)
 INPUTS = {

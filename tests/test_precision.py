@@ -55,9 +55,9 @@ def trained(folder: Path, precision: Precision) -> tuple[nn.Module, list[float],
     return model, [row["loss"] for row in read_metrics(folder / "logs" / "toy.jsonl")], dtypes.seen
 
 
-def test_in_bf16_layers_compute_in_bf16_and_quantizers_in_float32(tmp_path: Path) -> None:
+def test_in_bf16_layers_compute_in_bf16_on_what_quantizers_round_to_it(tmp_path: Path) -> None:
     _, _, seen = trained(tmp_path, "bf16")
-    assert seen == {("layer", torch.bfloat16), ("weight_quant", torch.float32), ("input_quant", torch.float32)}
+    assert seen == {("layer", torch.bfloat16), ("weight_quant", torch.bfloat16), ("input_quant", torch.bfloat16)}
 
 
 def test_training_in_bf16_comes_near_to_float32_and_leaves_a_float32_model_with_exact_integers(tmp_path: Path) -> None:

@@ -58,3 +58,15 @@ def test_bfloat16_inputs_are_quantized_in_float32() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16
+
+
+def test_rows_of_one_number_have_the_gradients_of_longer_rows() -> None:
+    x, span, low = (torch.randn(7, 1, generator=torch.Generator().manual_seed(seed)).abs() for seed in range(3))
+    found = []
+    for repeats in (1, 2):
+        parts = [part.clone().requires_grad_() for part in (x.repeat(1, repeats), span, low / 3)]
+        quantize(parts[0], parts[1], parts[2], (0, 3), straight=False).sum().backward()
+        found.append([part.grad for part in parts[1:]])
+    for one, two in zip(*found, strict=True):
+        assert one is not None
+        torch.testing.assert_close(2 * one, two)

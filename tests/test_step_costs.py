@@ -46,3 +46,12 @@ def test_the_command_prints_every_part_and_writes_nothing(
     for text in ("forward", "backward", "optimizer", "times float", "between two widths", "one step of 4 states"):
         assert text in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_is_enough(tmp_path: Path, tiny_folder: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_bytes((tiny_folder / "unet" / "config.json").read_bytes())
+    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(config))
+    costs = step_costs.step_costs(policy, 1, Console(quiet=True))
+    table = step_costs.costs_table(costs, 4, "an architecture")
+    assert "states a second" in table.columns[0]._cells

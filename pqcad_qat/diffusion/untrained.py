@@ -127,6 +127,21 @@ def random_denoiser(config: Mapping[str, Any], where: str, sample_size: int | No
         return _sized(config, where, sample_size)
 
 
+def untrained_model(source: str, sample_size: int | None = None) -> DiffusionModel | None:
+    """The model of an architecture that ships or of a config.json, with seeded random weights; None of any other source.
+
+    Raises:
+        ModelError: a config that cannot be used.
+    """
+    path = Path(source).expanduser()
+    if not (path.is_file() or (source in architectures() and not path.exists())):
+        return None
+    configs = architecture_configs(source)
+    assert configs is not None
+    shapes = shapes_of_configs(*configs, source, sample_size)
+    return replace(shapes, denoiser=random_denoiser(configs[0], source, sample_size))
+
+
 def noise_inputs(model: DiffusionModel, count: int, seed: int = 0) -> DenoiserInput:
     """(x_t (B, C, H, W), t (B,), condition) of noise: time steps spread over all of them."""
     noise = np.random.default_rng(seed).standard_normal((count, *model.sample_shape), dtype=np.float32)

@@ -61,8 +61,9 @@ class BlendedQuant(RescalingIntQuant):
     def fused(self, x: Tensor) -> Tensor:
         """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""
         span, low = self._range(x)
-        y = self._at(x, span, low, _number(self.msb_clamp_bit_width_impl, "bit_width"))
-        if next_bits := _number(self, "next_bit_width"):
+        next_bits = number(self, "next_bit_width")
+        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.float32 if next_bits else _product_dtype(x))
+        if next_bits:
             factor = self.next_range
             following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
             y = torch.lerp(y, following, self.blend_share)
@@ -75,16 +76,16 @@ class BlendedQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers at the present width."""
-        return *self._range(x), integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
+        return *self._range(x), integer_range(int(number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
 
     @torch.no_grad()
     def integer_parts(self, x: Tensor) -> Parts:
-        """Integers and scales whose products add up to ``fused``, to rounding: two within a transition, otherwise one; none with a zero point."""
+        """What ``fused`` is the sum of, to rounding: two parts within a transition, otherwise one; none with a zero point."""
         if not self.symmetric:
             return ()
         span, _ = self._range(x)
-        parts = [(span, _number(self.msb_clamp_bit_width_impl, "bit_width"), torch.ones_like(self.blend_share))]
-        if next_bits := _number(self, "next_bit_width"):
+        parts = [(span, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.ones_like(self.blend_share))]
+        if next_bits := number(self, "next_bit_width"):
             parts = [(*parts[0][:2], 1 - self.blend_share), (span * self.next_range, next_bits, self.blend_share)]
         found = []
         for width, bits, share in parts:
@@ -93,8 +94,8 @@ class BlendedQuant(RescalingIntQuant):
             found.append((integers_of(x, scale, None).clamp_(*bounds), scale * share))
         return found
 
-    def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float) -> Tensor:
-        return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned)
+    def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned, dtype)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.learned:
@@ -120,12 +121,12 @@ class InputQuant(RescalingIntQuant):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._require_range()
-        self.int_quant.signed = self.int_scaling_impl.signed = bool(_number(self, "signed"))
+        self.int_quant.signed = self.int_scaling_impl.signed = bool(number(self, "signed"))
         values: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(x)
         return values
 
     def fused(self, x: Tensor) -> Tensor:
-        return quantize(x, *self.calibrated_grid(x), straight=False)
+        return quantize(x, *self.calibrated_grid(x), straight=False, dtype=_product_dtype(x))
 
     def calibrated_grid(self, x: Tensor) -> Grid:
         """As ``grid``; raises ModelError where calibration has not set one."""
@@ -134,7 +135,7 @@ class InputQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers; the same for every x."""
-        bounds = integer_range(int(_number(self.msb_clamp_bit_width_impl, "bit_width")), bool(_number(self, "signed")), False)
+        bounds = integer_range(int(number(self.msb_clamp_bit_width_impl, "bit_width")), bool(number(self, "signed")), False)
         return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds
 
     def _require_range(self) -> None:
@@ -367,7 +368,7 @@ def _parameters(scaling: Any, zero_point: Any, shape: tuple[int, ...], start: fl
     }
 
 
-def _number(module: nn.Module, name: str) -> float:
+def number(module: nn.Module, name: str) -> float:
     """A buffer's value. On accelerators it is read again only after it was written, so that the forward pass does not wait for it."""
     buffer = module._buffers[name]
     assert buffer is not None
@@ -379,6 +380,21 @@ def _number(module: nn.Module, name: str) -> float:
         value = buffer.item()
         known[name] = (buffer, buffer._version, value)
     return float(value)
+
+
+def write_number(module: nn.Module, name: str, value: float) -> None:
+    """Write a buffer whose value `number` then knows without waiting for the accelerator."""
+    buffer = module._buffers[name]
+    assert buffer is not None
+    buffer.fill_(value)
+    if buffer.device.type != "cpu":
+        module.__dict__.setdefault("_numbers", {})[name] = (buffer, buffer._version, torch.tensor(value, dtype=buffer.dtype).item())
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast has layers multiply in, to which it would round their quantized input and weight in a pass of its own; or float32."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def _make_buffer(module: Any) -> None:

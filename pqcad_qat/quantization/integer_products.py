@@ -53,7 +53,7 @@ def multiplies_integers() -> bool:
 
 
 Parts = Sequence[tuple[Tensor, Tensor]]
-"""What a weight (O, I, kh, kw) is the sum of: integers from -127 to 127, as floating-point numbers in its shape, times (O, 1, 1, 1) or ()."""
+"""What a weight (O, I, kh, kw) is the sum of: integers up to 127, in floating point and its shape, times a scale, (O, 1, 1, 1) or ()."""
 
 
 def convolve(x: Tensor, grid: Grid, weight: Tensor, parts: Parts, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -114,12 +114,13 @@ def _bytes(levels: Tensor, bounds: tuple[int, int]) -> Tensor:
     integers = levels.clamp_(*bounds).add_(2**23 - bounds[0]).view(torch.int32).to(torch.uint8)
     if not integers.is_contiguous():
         return integers.contiguous(memory_format=torch.channels_last)
-    return _transposed(integers.flatten(2)).unflatten(1, integers.shape[2:]).permute(0, 3, 1, 2)
+    batch, channels, height, width = integers.shape
+    return _transposed(integers.flatten(2)).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _planar(y: Tensor) -> Tensor:
     """y (B, O, H, W), channels last, as planes."""
-    return _transposed(y.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(2, y.shape[2:])
+    return _transposed(y.permute(0, 2, 3, 1).flatten(1, 2)).view(y.shape)
 
 
 def _transposed(matrices: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError, ModelError
-from pqcad_qat.quantization.injectors import QuantizedConv2d, QuantizedLinear, input_quantizer, unregister_stateless, weight_quantizer
+from pqcad_qat.quantization.injectors import (
+    QuantizedConv2d,
+    QuantizedLinear,
+    input_quantizer,
+    number,
+    unregister_stateless,
+    weight_quantizer,
+    write_number,
+)
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import input_grid, weight_ratio, weight_rows, weight_span
 from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range
@@ -113,9 +121,8 @@ def describe(layer: QuantizedLayer) -> str:
 
 def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
     """(weight bits, input bits); during a transition the width that it comes from."""
-    return int(weight_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width), int(
-        input_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width
-    )
+    weights, inputs = weight_quantizer_of(layer), input_quantizer_of(layer)
+    return int(number(weights.msb_clamp_bit_width_impl, "bit_width")), int(number(inputs.msb_clamp_bit_width_impl, "bit_width"))
 
 
 def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -> None:
@@ -146,7 +153,7 @@ def begin_blend(layer: QuantizedLayer, to_bits: int) -> None:
 def set_blend(layer: QuantizedLayer, share: float) -> None:
     """Set the share (lambda, 0..1) of the next width in a transition under way."""
     assert blend_state(layer) is not None, "the layer is in no transition"
-    weight_quantizer_of(layer).blend_share.fill_(share)
+    write_number(weight_quantizer_of(layer), "blend_share", share)
 
 
 def end_blend(layer: QuantizedLayer) -> None:
@@ -164,8 +171,8 @@ def end_blend(layer: QuantizedLayer) -> None:
 def blend_state(layer: QuantizedLayer) -> BlendState | None:
     """The transition under way, if any."""
     quant = weight_quantizer_of(layer)
-    next_bits = int(quant.next_bit_width)
-    return BlendState(read_bits(layer)[0], next_bits, float(quant.blend_share)) if next_bits else None
+    next_bits = int(number(quant, "next_bit_width"))
+    return BlendState(read_bits(layer)[0], next_bits, number(quant, "blend_share")) if next_bits else None
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from pqcad_qat.errors import ModelError
 BINS = 8192
 CACHED = 2**16
 """Elements of a weight that the search for its range takes at a time: few enough for a core's cache, which makes it many times faster."""
+AT_ONCE = 2**26
+"""The same on an accelerator, which each step of the search keeps waiting: of any layer but the largest, all."""
 RATIOS = tuple(i / 50 for i in range(50, 4, -1))  # shares of the full range that the least-squares search tries, widest first
 
 
@@ -109,7 +111,7 @@ def weight_ratio(rows: Tensor, bits: int, symmetric: bool, method: str) -> Tenso
     """The share of each row's full range that its grid should cover: 1 for min_max, of least squared error for mse."""
     if method != "mse":
         return torch.ones_like(rows[:, 0])
-    parts = torch.split(rows, max(1, CACHED // rows.shape[1]))
+    parts = torch.split(rows, max(1, (CACHED if rows.is_cpu else AT_ONCE) // rows.shape[1]))
     return torch.cat([_best_weight_ratio(part, bits, symmetric) for part in parts])
 
 

@@ -1,10 +1,13 @@
 """Uniform quantization as one autograd function: Brevitas's values and gradients in a third of its passes and a tenth of its calls.
 
-No Brevitas, no modules and no state here: where ranges and widths come from is quantizers.py.
+No Brevitas, no modules and no state here: where ranges and widths come from is quantizers.py. Nor the kernels of GPUs: gpu_rounding.py.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,21 +26,32 @@ def integer_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
+def quantize(
+    x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Quantize x to the integers of ``bounds`` and dequantize: y = (clamp(round(x / scale + zero_point)) - zero_point) * scale.
 
     x: any shape, computed in float32. span: the range, broadcastable to x; scale = |span| / levels, where the levels are -bounds[0] for
     signed and bounds[1] for unsigned integers. low: the magnitude of the range's lower end, in span's shape, or None for a zero point of
     0; zero_point = clamp(round(low / scale)), so zero is always on the grid. ``straight``: the gradient of x passes where x is clamped
     too (Brevitas's TensorClampSte); otherwise it is 0 there (TensorClamp). Rounding is straight through; the gradients of span and low
-    are those of Brevitas's ParameterScaling and ParameterZeroPoint.
+    are those of Brevitas's ParameterScaling and ParameterZeroPoint. ``dtype``: what y is rounded to in the end.
     """
+    if x.is_cuda and (kernels := _kernels()) is not None and kernels.applies(x, span, low):
+        fused: Tensor = kernels.quantize(x, span, low, bounds, straight, dtype)
+        return fused
     x = x.float()  # bfloat16 activations of autocast cannot tell 256 levels apart
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
         y: Tensor = _Quantize.apply(x, span, low, bounds, straight)  # type: ignore[no-untyped-call]
-        return y
+        return y.to(dtype)
     scale, zero_point = scale_and_zero_point(span, low, bounds)
-    return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point)
+    return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point).to(dtype)
+
+
+@cache
+def _kernels() -> Any:
+    """gpu_rounding.py; None without Triton, which comes with torch's builds for GPUs. Importing it takes CPUs a second in vain."""
+    return None if find_spec("triton") is None else import_module("pqcad_qat.quantization.gpu_rounding")
 
 
 def unclamped(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -89,10 +103,10 @@ def learned_gradients(
     """
     reaching = gradient if integers is None else inside(gradient, integers, bounds, out=integers)
     # y - x where the gradient reaches x, y elsewhere: subtracted number by number, since as two long sums they would cancel
-    scale_gradient = product.addcmul_(reaching, x, value=-1).sum_to_size(scale.shape).div_(scale)
+    scale_gradient = _total(product.addcmul_(reaching, x, value=-1), scale).div_(scale)
     low_gradient = None
     if low is not None and zero_point is not None and integers is not None:
-        zero_point_gradient = torch.sub(gradient, reaching, out=product).sum_to_size(scale.shape).mul_(scale).neg_()
+        zero_point_gradient = _total(torch.sub(gradient, reaching, out=product), scale).mul_(scale).neg_()
         low_gradient, along_scale = _through_zero_point(zero_point_gradient, low, scale, bounds)
         scale_gradient.add_(along_scale)
     return reaching, scale_gradient.div_(_levels(bounds)).mul_(_sign(span)), low_gradient
@@ -104,7 +118,9 @@ def _levels(bounds: tuple[int, int]) -> int:
 
 def scale_and_zero_point(span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """As `quantize` has them, in span's shape."""
-    scale = span.abs().clamp_(min=SMALLEST_RANGE).div_(_levels(bounds))
+    scale = span.abs().clamp_(min=SMALLEST_RANGE)
+    levels = _levels(bounds)
+    scale.div_(levels if scale.is_cpu else scale.new_full((), levels))  # by a number of the host GPUs multiply its reciprocal
     return scale, None if low is None else low.abs().div_(scale).round_().clamp_(*bounds)
 
 
@@ -132,6 +148,11 @@ def inside(gradient: Tensor, integers: Tensor, bounds: tuple[int, int], out: Ten
     else:
         masked = torch.ops.aten.hardtanh_backward.grad_input(gradient, integers, low, high, grad_input=out)
     return masked
+
+
+def _total(work: Tensor, scale: Tensor) -> Tensor:
+    """The sum over everything that shares a scale, in a tensor of its own: where nothing does, sum_to_size would give back `work`."""
+    return work.clone() if work.shape == scale.shape else work.sum_to_size(scale.shape)
 
 
 def _through_zero_point(gradient: Tensor, low: Tensor, scale: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:

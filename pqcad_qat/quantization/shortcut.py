@@ -36,7 +36,7 @@ class SplitConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, O, H', W')."""
         if self.training:  # the gradients of slices are each as large as x; those of a split are joined in one pass
-            left, right = torch.split(x, (self.seam, x.shape[1] - self.seam), dim=1)
+            left, right = torch.split(x, [self.seam, x.shape[1] - self.seam], dim=1)
         else:  # slices are what deployment/rewrites.py knows
             left, right = x[:, : self.seam], x[:, self.seam :]
         y: Tensor = self.left(left) + self.right(right)

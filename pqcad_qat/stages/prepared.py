@@ -18,7 +18,7 @@ from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
 from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
-from pqcad_qat.diffusion.untrained import shapes_of
+from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.errors import ModelError, PlanError
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
@@ -26,6 +26,9 @@ from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""
+
+CHOICES = 8
+"""Conditions of noise that the states of an untrained model choose from."""
 
 NO_FEATURES = "none"
 """As evaluation.features: nothing is compared with real images."""
@@ -69,6 +72,20 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
     parts = pipeline_parts(model.folder)
     formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
     return Prepared(model, *_planned(policy, model), conditions, parts, formats)
+
+
+def prepare_untrained(policy: Policy) -> Prepared | None:
+    """As `prepare`, with random weights and conditions of noise, where the policy names an architecture alone; None where it does not.
+
+    Raises:
+        ModelError, PlanError: as `prepare`.
+    """
+    model = untrained_model(policy.model.source, policy.model.sample_size)
+    if model is None:
+        return None
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
+    conditions = ConditionSet(noise_condition(fixed_inputs(model.condition_inputs), CHOICES))
+    return Prepared(model, *_planned(policy, model), conditions)
 
 
 def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:

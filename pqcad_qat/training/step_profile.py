@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import profile
 
@@ -32,9 +33,11 @@ WARM_UP = 2
 class StepProfile:
     """Medians over the steps that were timed.
 
+    On an accelerator, which works while the host goes on, every part is waited for in steps of their own: their sum is more than `total`.
+
     Attributes:
         milliseconds: part -> milliseconds a step.
-        total: milliseconds a step, the median of whole steps.
+        total: milliseconds a step, the median of whole steps, within which nothing more is waited for than in training.
         kept_bytes: what autograd keeps of a step from the forward to the backward pass, Parameters and buffers not counted.
         peak_bytes: most that a step has allocated at once beyond what was there before it.
     """
@@ -47,19 +50,46 @@ class StepProfile:
 
 @dataclass
 class _Stopwatch:
-    """Adds up the seconds of the parts of the step at hand."""
+    """Adds up the seconds of the parts of the step at hand, unless it is stopped: on an accelerator it waits at the ends of each part."""
 
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timing(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            if self.stopped:
+                return call(*arguments, **named)
+            start = self.now()
             try:
                 return call(*arguments, **named)
             finally:
-                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+                self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - start
 
         return timing
+
+    def parts(self, step: Callable[[], None]) -> dict[str, float]:
+        """The seconds of each part of a step, of the rest of it, and of the whole."""
+        self.seconds.clear()
+        start = self.now()
+        step()
+        total = self.now() - start
+        return {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
+
+    def whole(self, step: Callable[[], None]) -> float:
+        """The seconds of a step, whose parts are not watched."""
+        self.stopped = True
+        start = self.now()
+        try:
+            step()
+            return self.now() - start
+        finally:
+            self.stopped = False
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
 
 
 def profile_steps(
@@ -79,7 +109,8 @@ def profile_steps(
         ema: decay of the weights' moving averages.
         advance: told of every step made.
     """
-    accelerator, watch = new_accelerator(precision), _Stopwatch()
+    accelerator = new_accelerator(precision)
+    watch = _Stopwatch(accelerator.device)
     accelerator.backward = watch.timed("backward", accelerator.backward)
     timed_batches = watch.timed("batch", batches)
     states: dict[str, TrainState] = {}
@@ -94,21 +125,21 @@ def profile_steps(
     peak: dict[str, int] = {}
     for turn in range(WARM_UP + runs):
         for name, state in states.items():
-            watch.seconds.clear()
-            loop = LoopSettings(state.step + 1, learning_rate=1e-6, shape="constant", ema=ema)
-            start = time.perf_counter()
-            step = partial(fit, state, candidates[name][1], timed_batches, loop, accelerator)
+            step = partial(_train_once, state, candidates[name][1], timed_batches, ema, accelerator)
             if turn == 0:
                 kept[name] = _kept_bytes(state.model, step)
             elif turn == 1:  # by now the optimizer has its state
                 peak[name] = _peak_bytes(accelerator.device, step)
             else:
-                step()
-            total = time.perf_counter() - start
-            if turn >= WARM_UP:
-                found[name].append({**watch.seconds, "rest": total - sum(watch.seconds.values()), "total": total})
+                found[name].append(watch.parts(step))
+                if accelerator.device.type != "cpu":
+                    found[name][-1]["total"] = watch.whole(step)
             advance(1)
     return {name: _medians(steps, kept[name], peak[name]) for name, steps in found.items()}
+
+
+def _train_once(state: TrainState, callbacks: Sequence[Callback], batches: BatchSource, ema: float, accelerator: Accelerator) -> None:
+    fit(state, callbacks, batches, LoopSettings(state.step + 1, learning_rate=1e-6, shape="constant", ema=ema), accelerator)
 
 
 def _medians(steps: Sequence[Mapping[str, float]], kept: int, peak: int) -> StepProfile:
@@ -135,6 +166,11 @@ def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
 
 def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
     """Most bytes that are allocated at once on a device while `step` runs, beyond those before it, from torch's own record."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says on the terminal when it starts and stops
     with profile(profile_memory=True) as watched:
         step()

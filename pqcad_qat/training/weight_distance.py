@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pqcad_qat.quantization.quantizers import QuantizedLayer, quantized_weight
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
@@ -46,7 +48,8 @@ class WeightDistance(Callback):
         self._mean = saved["mean"]
 
     def _measured(self) -> float:
-        changes = [
-            float((quantized_weight(layer) - self._start[name]).norm() / self._start[name].norm()) for name, layer in self.layers.items()
-        ]
-        return sum(changes) / len(changes)
+        changes = []
+        for name, layer in self.layers.items():
+            start = self._start[name] = self._start[name].to(layer.weight.device)  # which training may have moved
+            changes.append((quantized_weight(layer) - start).norm() / start.norm())
+        return float(sum(torch.stack(changes).tolist())) / len(changes)  # accelerators are waited for once
