@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pqcad_qat.quantization import gpu_rounding
 from pqcad_qat.quantization.rounding import integer_range, quantize, scale_and_zero_point
@@ -172,6 +173,19 @@ def test_sums_of_many_programs_are_right_and_the_same_each_time(monkeypatch: pyt
         assert again is not None
         assert same_bits(mine, again)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["clamped", "straight"])
+def test_what_activation_checkpointing_computes_again_has_the_same_gradients(straight: bool) -> None:
+    def recomputed(*arguments: Any) -> Tensor:
+        y: Tensor = checkpoint(gpu_rounding.quantize, *arguments, use_reentrant=False)
+        return y
+
+    x, span, low = values((4, 9)), torch.tensor(1.3), torch.tensor(0.4)
+    for learns in (True, False):
+        ways = [passed(call, DEVICE, x, span, low, (0, 15), straight, learns) for call in (gpu_rounding.quantize, recomputed)]
+        for mine, theirs in zip(*ways, strict=True):
+            assert mine is theirs is None or (mine is not None and theirs is not None and same_bits(mine, theirs))
 
 
 @pytest.mark.parametrize(

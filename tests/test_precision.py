@@ -5,6 +5,7 @@ Not here: what a divergence is in any precision (test_trouble.py).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,16 @@ def trained(folder: Path, precision: Precision) -> tuple[nn.Module, list[float],
 def test_in_bf16_layers_compute_in_bf16_on_what_quantizers_round_to_it(tmp_path: Path) -> None:
     _, _, seen = trained(tmp_path, "bf16")
     assert seen == {("layer", torch.bfloat16), ("weight_quant", torch.bfloat16), ("input_quant", torch.bfloat16)}
+
+
+def test_a_copy_of_a_trained_model_trains_in_bf16_too(tmp_path: Path) -> None:
+    """A student starts as a copy of its teacher, and Accelerate leaves alone what bears its mark."""
+    teacher, _, _ = trained(tmp_path, "bf16")
+    seen = []
+    student = copy.deepcopy(teacher)
+    quantized_layers(student)["2"].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
+    new_state(student, SETTINGS, new_accelerator("bf16")).network(batches(0)["x"])
+    assert seen == [torch.bfloat16]
 
 
 def test_training_in_bf16_comes_near_to_float32_and_leaves_a_float32_model_with_exact_integers(tmp_path: Path) -> None:

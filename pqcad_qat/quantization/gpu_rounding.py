@@ -20,6 +20,8 @@ BLOCK = 1024
 PROGRAMS = 1024
 """At most so many programs share a tensor's sums: some for every multiprocessor, and few enough for one block to add up what they found."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALONE = 4 * BLOCK
+"""Up to so many elements one program is faster than a second launch."""
 LARGEST = 2**30
 """Elements of a tensor, so that no index in a kernel leaves 32 bits."""
 
@@ -68,9 +70,10 @@ class _Quantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # once: activation checkpointing computes them anew
+        if not saved:
             return gradient, None, None, None, None, None
-        x, span, low = ctx.saved_tensors
+        x, span, low = saved
         if gradient.stride() != x.stride():
             gradient = torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
         reaching = torch.empty_like(x) if ctx.needs_input_grad[0] and not ctx.straight else None
@@ -80,7 +83,7 @@ class _Quantize(torch.autograd.Function):
             return reaching, None, None, None, None, None
         of_span = torch.empty_like(span)
         of_low = None if low is None or ctx.straight else torch.empty_like(low)
-        programs = min(triton.cdiv(size, BLOCK), PROGRAMS) if rows == 1 else 1
+        programs = min(triton.cdiv(size, BLOCK), PROGRAMS) if rows == 1 and size > ALONE else 1
         sums = of_span.new_empty(2 * programs) if programs > 1 else None
         arguments = (span, low, of_span, of_low)
         _gradients[(rows * programs,)](gradient, x, *arguments, reaching, sums, size, programs, *ctx.bounds, ctx.straight, BLOCK)

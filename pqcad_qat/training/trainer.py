@@ -79,9 +79,10 @@ def new_accelerator(precision: Precision) -> Accelerator:
 
 
 def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
-    """The model as it was before Accelerate took it: its own forward, in float32."""
+    """The model as it was before Accelerate took it: its own forward, in float32, and Accelerate would take it, or a copy of it, again."""
     model: nn.Module = accelerator.unwrap_model(state.network, keep_fp32_wrapper=False)
     vars(model).pop("forward", None)  # what Accelerate puts back is a copy of the class's own
+    vars(model).pop("_is_accelerate_prepared", None)  # a model with this mark is neither moved to the device nor cast
     return model
 
 
