@@ -16,8 +16,12 @@ from torch import Tensor
 from pqcad_qat.quantization.rounding import Grid, dequantized, inside, integers_of, learned_gradients, scale_and_zero_point
 
 PER_ACTIVATION, PER_WEIGHT = 24, 1100
-"""What the way to INT8 and back costs for each number read and written, in products that INT8 makes up for it with (measured on Zen 5)."""
+"""What the way to INT8 and back costs for each number read and written, in products that INT8 makes up for it with (measured on Zen 4)."""
 _LARGEST_SUM = 2**31 - 1
+
+
+Parts = Sequence[tuple[Tensor, Tensor]]
+"""What a weight (O, I, kh, kw) is the sum of: integers up to 127, in floating point and its shape, times a scale, (O, 1, 1, 1) or ()."""
 
 
 class Geometry(NamedTuple):
@@ -50,10 +54,6 @@ def multiplies_integers() -> bool:
     largest = torch.full((1, 16, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     product = _product(largest, 1.0, 0, torch.full((16, 16, 1, 1), 127.0), torch.ones(1), None, Geometry([1, 1], [0, 0], [1, 1]))
     return bool((product == 16 * 255 * 127).all())
-
-
-Parts = Sequence[tuple[Tensor, Tensor]]
-"""What a weight (O, I, kh, kw) is the sum of: integers up to 127, in floating point and its shape, times a scale, (O, 1, 1, 1) or ()."""
 
 
 def convolve(x: Tensor, grid: Grid, weight: Tensor, parts: Parts, bias: Tensor | None, geometry: Geometry) -> Tensor:

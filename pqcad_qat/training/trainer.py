@@ -156,7 +156,7 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
 def _gradients(state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator) -> dict[str, float]:
     """Forward and backward of every micro-batch; the loss terms, means over all micro-batches of all processes."""
     sums: dict[str, Tensor] = {}
-    if not state.network.training:
+    if not state.model.training:  # asked of the model: a wrapper says so of itself from the start
         state.network.train()
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
