@@ -175,11 +175,13 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     assert again.stdout.count("report: ") == 1
     assert "accelerate launch --multi_gpu --num_processes 2 -m pqcad_qat run" in (path / "report.json").read_text()
 
-    policy = load_policy(POLICIES / "smoke.yaml", [flag.removeprefix("--set=") for flag in flags(tiny_folder, "training.batch_size=8")])
+    # as many states at once as each of the two had: which layers multiply integers depends on it, and rounds some values the other way
+    twice = flags(tiny_folder, "training.gradient_accumulation=2")
+    policy = load_policy(POLICIES / "smoke.yaml", [flag.removeprefix("--set=") for flag in twice])
     pipeline.run(policy, tmp_path / "one", "command", Console(quiet=True))
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    assert [row["loss"] for row in two][:3] == pytest.approx([row["loss"] for row in one][:3], rel=1e-5)
+    assert [row["loss"] for row in two][:2] == pytest.approx([row["loss"] for row in one][:2], rel=1e-5)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=QUANTIZED)
     decided = [json.loads((tmp_path / name / "models" / "pq.json").read_text()) for name in ("one", "two")]
     assert [(row["step"], row["layer"], row["to_bits"]) for row in decided[0]] == [
