@@ -133,11 +133,8 @@ def untrained_model(source: str, sample_size: int | None = None) -> DiffusionMod
     Raises:
         ModelError: a config that cannot be used.
     """
-    path = Path(source).expanduser()
-    if not (path.is_file() or (source in architectures() and not path.exists())):
+    if Path(source).expanduser().is_dir() or (configs := architecture_configs(source)) is None:
         return None
-    configs = architecture_configs(source)
-    assert configs is not None
     shapes = shapes_of_configs(*configs, source, sample_size)
     return replace(shapes, denoiser=random_denoiser(configs[0], source, sample_size))
 

@@ -102,7 +102,7 @@ class _Convolution(torch.autograd.Function):
         )
         found: tuple[Tensor | None, ...] = (None, None, None)
         if of_span or of_low:
-            found = learned_gradients(gradient, x, y.mul_(gradient), integers, span, low, scale, zero_point, ctx.bounds)
+            found = learned_gradients(gradient, x, y, integers, span, low, scale, zero_point, ctx.bounds)
         elif of_x:
             found = inside(gradient, integers, ctx.bounds, out=integers), None, None
         return *found, None, weight_gradient, None, bias_gradient, None

@@ -83,13 +83,13 @@ class _Quantize(torch.autograd.Function):
             return (inside(gradient, saved[0], ctx.bounds) if saved else gradient), None, None, None, None
         x, y, span, low, scale, zero_point = saved
         integers = None if ctx.straight else integers_of(x, scale, zero_point)
-        return *learned_gradients(gradient, x, gradient * y, integers, span, low, scale, zero_point, ctx.bounds), None, None
+        return *learned_gradients(gradient, x, y, integers, span, low, scale, zero_point, ctx.bounds), None, None
 
 
 def learned_gradients(
     gradient: Tensor,
     x: Tensor,
-    product: Tensor,
+    y: Tensor,
     integers: Tensor | None,
     span: Tensor,
     low: Tensor | None,
@@ -99,16 +99,20 @@ def learned_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low.
 
-    product: gradient * y; integers: of x before they were clamped, None where the gradient passes straight. Both are written over.
+    integers: of x before they were clamped, to be written over; None where the gradient passes straight.
     """
-    reaching = gradient if integers is None else inside(gradient, integers, bounds, out=integers)
-    # y - x where the gradient reaches x, y elsewhere: subtracted number by number, since as two long sums they would cancel
-    scale_gradient = _total(product.addcmul_(reaching, x, value=-1), scale).div_(scale)
+    if integers is None:
+        reaching, along_scale = gradient, y - x
+    else:
+        along_scale = inside(x, integers, bounds)
+        torch.sub(y, along_scale, out=along_scale)  # before the product: y and x are nearly equal, and two long sums would cancel
+        reaching = inside(gradient, integers, bounds, out=integers)
+    scale_gradient = _total(along_scale.mul_(gradient), scale).div_(scale)
     low_gradient = None
     if low is not None and zero_point is not None and integers is not None:
-        zero_point_gradient = _total(torch.sub(gradient, reaching, out=product), scale).mul_(scale).neg_()
-        low_gradient, along_scale = _through_zero_point(zero_point_gradient, low, scale, bounds)
-        scale_gradient.add_(along_scale)
+        zero_point_gradient = _total(torch.sub(gradient, reaching, out=along_scale), scale).mul_(scale).neg_()
+        low_gradient, through_zero_point = _through_zero_point(zero_point_gradient, low, scale, bounds)
+        scale_gradient.add_(through_zero_point)
     return reaching, scale_gradient.div_(_levels(bounds)).mul_(_sign(span)), low_gradient
 
 
