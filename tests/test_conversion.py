@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_unet
 from small_networks import EVERYTHING, SkipNetwork, Timeless, example, rule, skip_network, timeless
-from torch import nn
+from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.quantization import injectors, rounding
 from pqcad_qat.quantization.conversion import (
     calibrate_ranges,
     dequantize_model,
@@ -22,7 +24,7 @@ from pqcad_qat.quantization.conversion import (
     unquantized,
 )
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantizers import input_parameters, quantized_weight, set_weight_bits
+from pqcad_qat.quantization.quantizers import input_parameters, input_quantizer_of, quantized_weight, set_weight_bits
 
 
 def quantized_network(*rules: LayerRule, seed: int = 0, calibrated: bool = True) -> SkipNetwork:
@@ -175,6 +177,39 @@ def test_unquantized_is_the_float_network() -> None:
     with unquantized(model):
         assert torch.equal(model(*example()), skip_network()(*example()))
     assert not torch.equal(model(*example()), skip_network()(*example()))
+
+
+def test_an_input_of_several_layers_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alone = quantized_network().train(), quantized_network().train()
+    input_quantizer_of(alone.to_q).readers = 1
+    quantized: list[Tensor] = []
+
+    def quantize(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        quantized.append(x)
+        return rounding.quantize(x, *args, **named)
+
+    monkeypatch.setattr(injectors, "quantize", quantize)
+    found, counts = [], []
+    for network in (model, alone):
+        quantized.clear()
+        network(*example()).square().sum().backward()
+        counts.append(len(quantized))
+        found.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert counts[1] - counts[0] == 2
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+    assert input_quantizer_of(model.to_q).held is None
+
+
+def test_an_input_that_was_written_over_is_quantized_anew() -> None:
+    model = quantized_network()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        before = model.to_q(x)
+        x.mul_(-1.0)
+        assert torch.equal(model.to_k(x), model.to_k(x.clone()))
+        assert not torch.equal(model.to_q(x), before)
 
 
 def test_frozen_weights_give_the_same_outputs_and_are_computed_once() -> None:

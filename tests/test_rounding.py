@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from pqcad_qat.quantization.rounding import integer_range, quantize
+from pqcad_qat.quantization.rounding import integer_range, quantize, unclamped
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,50 @@ def test_rows_of_one_number_have_the_gradients_of_longer_rows() -> None:
     for one, two in zip(*found, strict=True):
         assert one is not None
         torch.testing.assert_close(2 * one, two)
+
+
+def test_a_number_next_to_the_edge_has_a_gradient_where_its_integer_is_on_the_grid() -> None:
+    for span, low in ((1.7, 0.31), (0.9, 0.9), (2.55, 0.0)):
+        ranges = torch.tensor(span), torch.tensor(low)
+        raw, _ = unclamped(torch.linspace(-span, 2 * span, 4001), *ranges, (0, 255))
+        edges = torch.linspace(-span, 2 * span, 4001)[(raw == 0) | (raw == 255)]
+        bits = edges.view(torch.int32)[:, None] + torch.arange(-300, 301, dtype=torch.int32)
+        x = bits.view(torch.float32).flatten().requires_grad_()
+        quantize(x, ranges[0].requires_grad_(), ranges[1].requires_grad_(), (0, 255), straight=False).sum().backward()
+        integers, _ = unclamped(x.detach(), *(part.detach() for part in ranges), (0, 255))
+        assert x.grad is not None
+        assert torch.equal(x.grad, ((integers >= 0) & (integers <= 255)).float())
+
+
+@pytest.mark.parametrize("bounds", [(0, 255), (-8, 7)])
+def test_a_range_for_a_tensor_has_the_gradients_of_a_range_for_its_row(bounds: tuple[int, int]) -> None:
+    x = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1))
+    found = []
+    for shape in ((), (1, 1)):
+        span, low = torch.full(shape, -1.9, requires_grad=True), torch.full(shape, 0.7, requires_grad=True)
+        leaf = x.clone().requires_grad_()
+        (quantize(leaf, span, low if bounds[0] == 0 else None, bounds, straight=False) * weights).sum().backward()
+        found.append([leaf.grad, *(None if part.grad is None else part.grad.reshape(()) for part in (span, low))])
+    for one, two in zip(*found, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "its own": lambda gradient: gradient,
+    "turned": lambda gradient: gradient.t().contiguous().t(),
+    "one number": lambda gradient: gradient[0, 0].expand(gradient.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_lower_end_has_no_gradient_at_all_where_nothing_is_clamped(layout: str) -> None:
+    """An optimizer that divides gradients by their own size makes full steps of the least rounding."""
+    random = torch.Generator().manual_seed(0)
+    x, gradient = torch.rand(700, 50, generator=random).requires_grad_(), torch.randn(700, 50, generator=random)
+    span, low = torch.tensor(1.5, requires_grad=True), torch.tensor(0.25, requires_grad=True)
+    quantize(x, span, low, (0, 255), straight=False).backward(LAYOUTS[layout](gradient))
+    assert low.grad is not None
+    assert low.grad == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import brevitas.nn
@@ -103,8 +104,22 @@ class BlendedQuant(RescalingIntQuant):
         return self.scaling_impl.parameter_list_stats(x), None if self.symmetric else self.zero_point_impl.parameter_list_stats(x)
 
 
+@dataclass
+class Held:
+    """An input that was quantized for the first of the layers that read it."""
+
+    x: Tensor
+    state: tuple[int, bool, torch.dtype]
+    y: Tensor
+    waiting: int  # readers still to come
+
+
 class InputQuant(RescalingIntQuant):
-    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in BlendedQuant."""
+    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in BlendedQuant.
+
+    Where ``readers`` layers share it and read the same tensor one after another, ``fused`` quantizes for the first of them, and the last
+    one lets go of the result.
+    """
 
     def __init__(
         self,
@@ -118,6 +133,8 @@ class InputQuant(RescalingIntQuant):
         self.symmetric = isinstance(zero_point_impl, ZeroZeroPoint)
         self.register_buffer("signed", torch.tensor(float(int_quant.signed)))
         self.calibrated = False
+        self.readers = 1
+        self.held: Held | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._require_range()
@@ -126,7 +143,17 @@ class InputQuant(RescalingIntQuant):
         return values
 
     def fused(self, x: Tensor) -> Tensor:
-        return quantize(x, *self.calibrated_grid(x), straight=False, dtype=_product_dtype(x))
+        dtype = _product_dtype(x)
+        if self.readers == 1 or x.is_inference():  # such tensors do not tell whether they were written over
+            return quantize(x, *self.calibrated_grid(x), straight=False, dtype=dtype)
+        state = (x._version, torch.is_grad_enabled(), dtype)
+        if self.held is None or self.held.x is not x or self.held.state != state:
+            self.held = Held(x, state, quantize(x, *self.calibrated_grid(x), straight=False, dtype=dtype), self.readers)
+        y = self.held.y
+        self.held.waiting -= 1
+        if not self.held.waiting:
+            self.held = None
+        return y
 
     def calibrated_grid(self, x: Tensor) -> Grid:
         """As ``grid``; raises ModelError where calibration has not set one."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pqcad_qat.quantization.rounding import Grid, dequantized, inside, integers_of, learned_gradients, scale_and_zero_point
+from pqcad_qat.quantization.rounding import Grid, dequantized, integers_of, learned_gradients, reach_of, scale_and_zero_point
 
 PER_ACTIVATION, PER_WEIGHT = 24, 1100
 """What the way to INT8 and back costs for each number read and written, in products that INT8 makes up for it with (measured on Zen 4)."""
@@ -80,7 +80,7 @@ class _Convolution(torch.autograd.Function):
         geometry: Geometry,
     ) -> Tensor:
         scale, zero_point = scale_and_zero_point(span, low, bounds)
-        ctx.save_for_backward(x, span, low, scale, zero_point, weight)
+        ctx.save_for_backward(x, span, low, weight)
         ctx.bounds, ctx.geometry = bounds, geometry
         zero = (0 if zero_point is None else int(zero_point)) - bounds[0]
         integers = _bytes(x / scale if zero_point is None else (x / scale).add_(zero_point), bounds)
@@ -92,19 +92,21 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, span, low, scale, zero_point, weight = ctx.saved_tensors
+        x, span, low, weight = ctx.saved_tensors
+        scale, zero_point = scale_and_zero_point(span, low, ctx.bounds)
         of_x, of_span, of_low, _, of_weight, _, of_bias, _ = ctx.needs_input_grad
-        integers = integers_of(x, scale, zero_point)
-        y = dequantized(integers.clamp(*ctx.bounds), scale, zero_point)
+        y = dequantized(integers_of(x, scale, zero_point).clamp_(*ctx.bounds), scale, zero_point)
         wanted = (of_x or of_span or of_low, of_weight, of_bias)
         gradient, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
             gradients[0], y, weight, weight.shape[:1], *ctx.geometry, False, [0, 0], 1, wanted
         )
         found: tuple[Tensor | None, ...] = (None, None, None)
-        if of_span or of_low:
-            found = learned_gradients(gradient, x, y, integers, span, low, scale, zero_point, ctx.bounds)
-        elif of_x:
-            found = inside(gradient, integers, ctx.bounds, out=integers), None, None
+        if wanted[0]:
+            reach = reach_of(x, scale, zero_point, ctx.bounds)
+            learns = of_span or of_low
+            found = (
+                learned_gradients(gradient, x, y, reach, span, low, scale, ctx.bounds) if learns else (reach.inside(gradient), None, None)
+            )
         return *found, None, weight_gradient, None, bias_gradient, None
 
 
@@ -136,7 +138,8 @@ def _product(
 ) -> Tensor:
     """(B, O, H', W'), channels last, of uint8 integers (B, I, H, W), channels last, and one part of a weight."""
     scales = weight_scale.reshape(-1)
-    packed = torch.ops.onednn.qconv_prepack(eights.to(torch.int8), scales, scale, zero, *geometry, 1, integers.shape)
+    # packing reads its scales one by one, and makes nothing of their values
+    packed = torch.ops.onednn.qconv_prepack(eights.to(torch.int8), scales.new_ones(()), scale, zero, *geometry, 1, integers.shape)
     zeros = torch.zeros_like(scales, dtype=torch.int64)
     y: Tensor = torch.ops.onednn.qconv2d_pointwise(
         integers, scale, zero, packed, scales, zeros, bias, *geometry, 1, 1.0, 0, torch.float32, "none", [], ""

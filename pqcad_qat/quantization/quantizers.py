@@ -100,10 +100,13 @@ def float_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
 def share_input(layer: QuantizedLayer, leader: QuantizedLayer) -> None:
     """Make the layer use the leader's input quantizer.
 
-    Only the leader registers it as a module: one Parameter, and one entry of the state dict.
+    Only the leader registers it as a module: one Parameter, and one entry of the state dict. Linear layers then quantize the tensor that
+    they read once for all of them; convolutions may multiply the integers of theirs, each by itself.
     """
     del layer._modules["input_quant"]
     layer.__dict__["input_quant"] = leader.input_quant
+    if isinstance(layer, QuantizedLinear) and isinstance(leader, QuantizedLinear):
+        input_quantizer_of(leader).readers += 1
 
 
 def describe(layer: QuantizedLayer) -> str:
