@@ -10,7 +10,7 @@ import math
 from struct import Struct
 
 LARGEST = 2**8
-"""As many integers as bounds may hold: of a bit more, the sum with the zero point is rounded twice as coarsely, the search twice as long."""
+"""As many integers as bounds may hold. A bit more, and the sum with the zero point is rounded twice as coarsely: a search twice as long."""
 _FLOAT, _INT = Struct("f"), Struct("i")
 _FLOAT_MAX = 3.4e38
 
