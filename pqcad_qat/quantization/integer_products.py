@@ -100,13 +100,12 @@ class _Convolution(torch.autograd.Function):
         gradient, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
             gradients[0], y, weight, weight.shape[:1], *ctx.geometry, False, [0, 0], 1, wanted
         )
+        reach = reach_of(x, scale, zero_point, ctx.bounds)
         found: tuple[Tensor | None, ...] = (None, None, None)
-        if wanted[0]:
-            reach = reach_of(x, scale, zero_point, ctx.bounds)
-            learns = of_span or of_low
-            found = (
-                learned_gradients(gradient, x, y, reach, span, low, scale, ctx.bounds) if learns else (reach.inside(gradient), None, None)
-            )
+        if of_span or of_low:
+            found = learned_gradients(gradient, x, y, reach, span, low, scale, ctx.bounds)
+        elif of_x:
+            found = reach.inside(gradient), None, None
         return *found, None, weight_gradient, None, bias_gradient, None
 
 
