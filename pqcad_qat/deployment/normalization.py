@@ -32,12 +32,12 @@ def channels_last_normalization(norm: ov.Node) -> None:
     source = _image(norm.input_value(0))
     normal = _normalized(source, groups, epsilon, gamma, beta, norm.get_friendly_name())
     if len(source.get_shape()) == len(norm.get_output_shape(0)):
-        _replace(norm, normal)
+        redirect(norm, normal.output(0))
         return
     for reader in norm.output(0).get_target_inputs():
         if _is_transpose(reader.get_node(), ROWS):
             rows = op.reshape(op.transpose(normal, np.array([0, 2, 3, 1])), np.array([0, -1, len(gamma)]), True)
-            _replace(reader.get_node(), rows)
+            redirect(reader.get_node(), rows.output(0))
         else:
             reader.replace_source_output(op.reshape(normal, np.array([0, len(gamma), -1]), True).output(0))
 
@@ -100,6 +100,7 @@ def _is_transpose(node: ov.Node, order: list[int]) -> bool:
     )
 
 
-def _replace(node: ov.Node, source: ov.Node) -> None:
+def redirect(node: ov.Node, source: ov.Output) -> None:
+    """Make all that read the node read the source."""
     for reader in node.output(0).get_target_inputs():
-        reader.replace_source_output(source.output(0))
+        reader.replace_source_output(source)

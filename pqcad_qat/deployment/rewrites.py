@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as op
 
-from pqcad_qat.deployment.normalization import channels_last_normalization
+from pqcad_qat.deployment.normalization import channels_last_normalization, redirect
 from pqcad_qat.deployment.upsampling import convolution_before_upsampling
 
 
@@ -19,15 +19,15 @@ def rewrite(graph: ov.Model) -> None:
     for node in graph.get_ordered_ops():
         match node.get_type_name():
             case "Slice" if (source := sliced_part(node)) is not None:
-                _replace(node, source)
+                redirect(node, source)
             case "ScaledDotProductAttention" if node.get_input_size() == 3 and not node.get_attributes()["causal"]:
-                _replace(node, _attention(*node.input_values()).output(0))
+                redirect(node, _attention(*node.input_values()).output(0))
             case "GroupNormalization":
                 channels_last_normalization(node)
             case "Convolution":
                 convolution_before_upsampling(node)
             case "Swish" if node.get_input_size() == 1 and len(node.get_output_shape(0)) == 4:
-                _replace(node, _silu(node.input_value(0)).output(0))
+                redirect(node, _silu(node.input_value(0)).output(0))
     graph.validate_nodes_and_infer_types()
 
 
@@ -63,8 +63,3 @@ def _silu(x: ov.Output) -> ov.Node:
     The factor of the exponent is -1 but for one unit in its last place: OpenVINO turns -1 into Swish again.
     """
     return op.divide(x, op.add(op.exp(op.multiply(x, np.nextafter(np.float32(-1), np.float32(-2)))), np.float32(1)))
-
-
-def _replace(node: ov.Node, source: ov.Output) -> None:
-    for reader in node.output(0).get_target_inputs():
-        reader.replace_source_output(source)

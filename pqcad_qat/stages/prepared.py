@@ -66,12 +66,12 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
         PlanError: the rules do not fit it.
     """
     model = load_model(policy.model.source, policy.model.sample_size)
-    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
+    planned = _planned(policy, model)
     conditions = chosen_conditions(conditioned(model), policy.conditions, store)
     check_guidance(policy.sampler.guidance_scale, conditions)
     parts = pipeline_parts(model.folder)
     formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
-    return Prepared(model, *_planned(policy, model), conditions, parts, formats)
+    return Prepared(model, *planned, conditions, parts, formats)
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
@@ -83,7 +83,6 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
     model = untrained_model(policy.model.source, policy.model.sample_size)
     if model is None:
         return None
-    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     conditions = ConditionSet(noise_condition(fixed_inputs(model.condition_inputs), CHOICES))
     return Prepared(model, *_planned(policy, model), conditions)
 
@@ -96,11 +95,11 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
         PlanError: the rules do not fit it.
     """
     model = shapes_of(policy.model.source, policy.model.sample_size)
-    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     return _planned(policy, model)
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)

@@ -171,7 +171,7 @@ def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says on the terminal when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on the terminal when it starts and stops
     with profile(profile_memory=True) as watched:
         step()
     changes = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]" and _is_on(event, device)]
