@@ -132,7 +132,7 @@ def learned_gradients(
     torch.sub(y, work, out=work)  # before the product: y and x are nearly equal, and two long sums would cancel
     of_scale = _total(work.mul_(gradient), span)
     reaching = reach.inside(gradient, out=work)
-    clamped = None if low is None else _total_of_difference(gradient, reaching, span)
+    clamped = None if low is None else _total(gradient - reaching, span)  # not of each by itself: see above
     return reaching, *_range_gradients(of_scale, clamped, span, low, scale, bounds)
 
 
@@ -194,11 +194,6 @@ def dequantized(integers: Tensor, scale: Scale, zero_point: Scale | None) -> Ten
     if zero_point is not None:
         integers.sub_(zero_point)
     return integers.mul_(scale)
-
-
-def _total_of_difference(a: Tensor, b: Tensor, span: Tensor) -> Tensor:
-    """The sum of a - b, exactly 0 where they are equal: two sums in one order are, and cost less than a difference to write and read."""
-    return _total(a, span) - _total(b, span) if a.stride() == b.stride() else _total(a - b, span)
 
 
 def _total(work: Tensor, span: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def fit(
     """Train from state.step to settings.steps; the state holds the result.
 
     Raises:
-        DivergedError: the loss or a gradient is not finite (the step, its terms, and the causes that callbacks see); no weight has changed.
+        DivergedError: the loss, a gradient or a weight is not finite (the step, its terms, and the causes that callbacks see); the step
+            has changed no weight.
         InterruptedByUserError: Ctrl-C, after the step at hand and a checkpoint.
         CheckpointError: a checkpoint cannot be written.
     """
@@ -142,9 +143,11 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
         accelerator.unscale_gradients(state.optimizer)
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         total = get_total_norm(gradients)
-        norm, loss = float(total), sum(values.values())
+        # the weights' own too: quantizers clamp one that is infinite, and neither loss nor gradients would tell
+        norm, size = torch.stack([total, get_total_norm(state.parameters.values())]).tolist()
+        loss = sum(values.values())
         overflow = not math.isfinite(norm) and math.isfinite(loss) and _may_overflow(state.scaler)
-        if not overflow and not (math.isfinite(loss) and math.isfinite(norm)):
+        if not overflow and not all(map(math.isfinite, (loss, norm, size))):
             raise DivergedError(state.step, _divergence(state, callbacks, values, norm), stepped=False)
         clip_grads_with_norm_(state.parameters.values(), settings.max_grad_norm, total)
         state.optimizer.step()
