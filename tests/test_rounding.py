@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pqcad_qat.quantization.rounding import integer_range, quantize, unclamped
+from pqcad_qat.quantization.rounding import integer_range, quantize, scale_and_zero_point, unclamped
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,18 @@ def test_rows_of_one_number_have_the_gradients_of_longer_rows() -> None:
         torch.testing.assert_close(2 * one, two)
 
 
-def test_a_number_next_to_the_edge_has_a_gradient_where_its_integer_is_on_the_grid() -> None:
-    for span, low in ((1.7, 0.31), (0.9, 0.9), (2.55, 0.0)):
-        ranges = torch.tensor(span), torch.tensor(low)
-        raw, _ = unclamped(torch.linspace(-span, 2 * span, 4001), *ranges, (0, 255))
-        edges = torch.linspace(-span, 2 * span, 4001)[(raw == 0) | (raw == 255)]
-        bits = edges.view(torch.int32)[:, None] + torch.arange(-300, 301, dtype=torch.int32)
-        x = bits.view(torch.float32).flatten().requires_grad_()
-        quantize(x, ranges[0].requires_grad_(), ranges[1].requires_grad_(), (0, 255), straight=False).sum().backward()
-        integers, _ = unclamped(x.detach(), *(part.detach() for part in ranges), (0, 255))
-        assert x.grad is not None
-        assert torch.equal(x.grad, ((integers >= 0) & (integers <= 255)).float())
+@pytest.mark.parametrize(("span", "low"), [(1.7, 0.31), (0.9, 0.9), (2.55, 0.0)])
+def test_a_number_next_to_the_edge_has_a_gradient_where_its_integer_is_on_the_grid(span: float, low: float) -> None:
+    ranges = torch.tensor(span), torch.tensor(low)
+    scale, zero_point = scale_and_zero_point(*ranges, (0, 255))
+    middles = (torch.tensor([-0.5, 255.5]) - zero_point) * scale
+    x = (middles.view(torch.int32)[:, None] + torch.arange(-400, 401, dtype=torch.int32)).view(torch.float32).requires_grad_()
+    integers, _ = unclamped(x.detach(), *ranges, (0, 255))
+    quantize(x, ranges[0].requires_grad_(), ranges[1].requires_grad_(), (0, 255), straight=False).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, ((integers >= 0) & (integers <= 255)).float())
+    assert x.grad.amin(dim=1).tolist() == [0.0, 0.0]
+    assert x.grad.amax(dim=1).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("bounds", [(0, 255), (-8, 7)])
