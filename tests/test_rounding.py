@@ -105,6 +105,22 @@ def test_a_range_for_a_tensor_has_the_gradients_of_a_range_for_its_row(bounds: t
             torch.testing.assert_close(one, two)
 
 
+def test_gradients_of_a_range_are_sums_of_small_numbers_and_not_differences_of_large_sums() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, gradient = torch.rand(200_000, generator=random), 0.5 + torch.rand(200_000, generator=random)
+    x[:10] = 1.6  # clamped
+    span, low = torch.tensor(1.5, requires_grad=True), torch.tensor(0.25, requires_grad=True)
+    quantize(x, span, low, (0, 255), straight=False).backward(gradient)
+    scale, _ = scale_and_zero_point(span.detach(), low.detach(), (0, 255))
+    y, ratio = quantize(x, span.detach(), low.detach(), (0, 255), straight=False).double(), low.item() / scale
+    clamped = gradient[:10].double().sum()
+    of_scale = ((y - torch.where(x < 1.6, x.double(), 0.0)) * gradient).sum() / scale + clamped * ratio
+    assert span.grad is not None
+    assert low.grad is not None
+    torch.testing.assert_close(low.grad.double(), -clamped, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(span.grad.double(), of_scale / 255, rtol=1e-5, atol=0.0)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "its own": lambda gradient: gradient,
     "turned": lambda gradient: gradient.t().contiguous().t(),
