@@ -183,8 +183,8 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     pipeline.run(policy, tmp_path / "one", "command", Console(quiet=True))
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    for name in ("loss", "gradient_norm"):  # of the same weights: later some value between two integers may be rounded the other way
-        assert two[0][name] == pytest.approx(one[0][name], rel=1e-5)
+    assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-5)
+    assert [row["loss"] for row in two][:3] == pytest.approx([row["loss"] for row in one][:3], rel=1e-5)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=QUANTIZED)
     decided = [json.loads((tmp_path / name / "models" / "pq.json").read_text()) for name in ("one", "two")]
     assert [(row["step"], row["layer"], row["to_bits"]) for row in decided[0]] == [
