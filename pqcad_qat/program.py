@@ -31,6 +31,10 @@ SHARED_COMMANDS = ("run", "pretrain")
 """Several processes work on these together."""
 
 
+class _TerminatedError(KeyboardInterrupt):
+    """A request to terminate, such as a launcher sends to the other processes as soon as one has ended."""
+
+
 @contextmanager
 def told_endings(given: Sequence[str]) -> Iterator[None]:
     """Inside, a command runs; whatever ends it becomes a message and an exit code: 2 where the user can mend it, 130 if interrupted.
@@ -75,7 +79,7 @@ def _end(error: BaseException, text: str, code: int) -> NoReturn:
     """Tell what ended the program, once however many processes it has, and leave."""
     if speaks(error):
         ERRORS.print(text, highlight=False, soft_wrap=True)
-    else:
+    elif not isinstance(error, _TerminatedError):
         leave_the_word(code)
     sys.exit(code)
 
@@ -95,7 +99,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
     """Inside, a request to terminate ends the program as Ctrl-C does."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise _TerminatedError
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

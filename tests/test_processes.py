@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from two_processes import EVERY, MEDDLED, STEPS, stage
 
-from pqcad_qat import cli, pipeline, run_folder
+from pqcad_qat import cli, pipeline, program, run_folder
 from pqcad_qat.errors import CheckpointError, LaunchError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.processes import agreed, check_launch, exchanged
@@ -223,13 +223,30 @@ def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with
     assert (tmp_path / "two" / "model" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-def test_a_users_error_is_one_message_and_every_process_ends_with_code_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [None, 0, 1])
+def test_a_users_error_is_one_message_of_a_process_that_ends_with_code_2(late: int | None, tmp_path: Path) -> None:
+    """Whichever process comes to it first: the launcher terminates a second one that is still loading."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(1)\n")
     command = launcher("run", POLICIES / "smoke.yaml", "--out", tmp_path / "run", "--set=progressive.steps=0")
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    search = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, env=environment() | {"PYTHONPATH": search}, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
     assert done.returncode != 0
     assert done.stderr.count("progressive.steps: got 0") == 1
-    assert re.findall(r"exitcode *: (\d+)", done.stderr) == ["2"] * len(re.findall(r"exitcode *: ", done.stderr))
+    codes = {int(rank): int(code) for rank, code in re.findall(r"\n +rank +: (\d) .*\n +exitcode +: (-?\d+)", done.stderr)}
+    assert codes[0] == 2
+    assert codes[1] in (2, 130, -signal.SIGTERM)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_is_terminated_while_another_tells_of_an_error_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(program, "leave_the_word", lambda _code: pytest.fail("it waits"))
+    with pytest.raises(SystemExit) as ended, program.told_endings(["run"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 130
 
 
 def test_what_shares_no_work_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
