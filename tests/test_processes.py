@@ -22,16 +22,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import POLICIES, environment, tiny_overrides
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from two_processes import EVERY, MEDDLED, STEPS, stage
 
-from pqcad_qat import cli, pipeline, program, run_folder
+from pqcad_qat import cli, run_folder
 from pqcad_qat.errors import CheckpointError, LaunchError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.processes import agreed, check_launch, exchanged
-from pqcad_qat.quantization import integer_products
 from pqcad_qat.run_folder import open_run
 from pqcad_qat.training.metrics_log import read_metrics
 
@@ -157,11 +155,10 @@ def flags(model: Path, *more: str) -> list[str]:
 
 
 def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_one_process_with_twice_the_batch(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
     """In floating point: which layers multiply integers depends on how many states a process computes at once."""
     floating = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"} | environment()
-    monkeypatch.setattr(integer_products, "multiplies_integers", lambda: False)
     path = tmp_path / "two"
     command = launcher("run", POLICIES / "smoke.yaml", "--out", path, *flags(tiny_folder))
     with subprocess.Popen(command, env=floating, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -179,12 +176,14 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     assert again.stdout.count("report: ") == 1
     assert "accelerate launch --multi_gpu --num_processes 2 -m pqcad_qat run" in (path / "report.json").read_text()
 
-    policy = load_policy(POLICIES / "smoke.yaml", [flag.removeprefix("--set=") for flag in flags(tiny_folder, "training.batch_size=8")])
-    pipeline.run(policy, tmp_path / "one", "command", Console(quiet=True))
+    alone = [sys.executable, "-m", "pqcad_qat", "run", str(POLICIES / "smoke.yaml"), "--out", str(tmp_path / "one")]
+    alone += flags(tiny_folder, "training.batch_size=8")
+    subprocess.run(alone, env=floating, capture_output=True, check=True, timeout=PATIENCE)
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-5)
-    assert [row["loss"] for row in two][:3] == pytest.approx([row["loss"] for row in one][:3], rel=1e-5)
+    for name in ("loss", "gradient_norm"):  # of the first step alone: at which one a value is rounded the other way depends on the CPU
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-5)
+    assert [row["weight_distance"] for row in two] == pytest.approx([row["weight_distance"] for row in one], rel=1e-3)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=QUANTIZED)
     decided = [json.loads((tmp_path / name / "models" / "pq.json").read_text()) for name in ("one", "two")]
     assert [(row["step"], row["layer"], row["to_bits"]) for row in decided[0]] == [
@@ -240,13 +239,20 @@ def test_a_users_error_is_one_message_of_a_process_that_ends_with_code_2(late: i
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_is_terminated_while_another_tells_of_an_error_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(program, "leave_the_word", lambda _code: pytest.fail("it waits"))
-    with pytest.raises(SystemExit) as ended, program.told_endings(["run"]):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 130
+def test_a_process_that_is_terminated_while_another_tells_of_an_error_does_not_wait() -> None:
+    """In a process of its own: signals to one that has run OpenVINO end in a segmentation fault."""
+    lines = (
+        "import os, signal",
+        "from pqcad_qat import program",
+        "program.leave_the_word = lambda code: print('waits')",
+        "with program.told_endings(['run']):",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+    )
+    second = environment() | {"WORLD_SIZE": "2", "RANK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=second, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_what_shares_no_work_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
