@@ -35,7 +35,7 @@ from pqcad_qat.arguments import (
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
 from pqcad_qat.processes import launched
-from pqcad_qat.program import keep_freed_memory, told_endings
+from pqcad_qat.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 
 if TYPE_CHECKING:
     from pqcad_qat.evaluation.stage_costs import StageCost
@@ -455,6 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
+    keep_to_share_of_cores()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if HELP & set(given):
         sys.stdout.write(help_text(COMMANDS, given))

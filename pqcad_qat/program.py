@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from pqcad_qat.arguments import UsageError
+from pqcad_qat.cores import cores_to_run_on, usable_cores
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
 
@@ -73,6 +74,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
         pass  # another system's allocator: nothing to tell
+
+
+def keep_to_share_of_cores() -> None:
+    """Tell torch, which is not imported yet and counts all cores, to start no more threads than a container's share of them feeds."""
+    if (cores := usable_cores()) < cores_to_run_on():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _end(error: BaseException, text: str, code: int) -> NoReturn:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pqcad_qat import pipeline
+from pqcad_qat.cores import usable_cores
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
-from pqcad_qat.evaluation.hardware import usable_cores
 from pqcad_qat.evaluation.report import PAGE_FILE, read_report
 from pqcad_qat.evaluation.run_comparison import Comparison, Run, compare_runs
 from pqcad_qat.evaluation.run_comparison_page import write_comparison

@@ -18,6 +18,7 @@ from conftest import SCHEDULER, environment
 from deployed_fixture import BATCH, SHAPE, Quantized, quantized_unet
 from diffusers import DDIMPipeline, DDIMScheduler
 
+from pqcad_qat.deployment import runtime
 from pqcad_qat.deployment.folder import sha256
 from pqcad_qat.deployment.runtime import OVUNet2DModel, UNetOutput
 from pqcad_qat.errors import ModelError
@@ -120,6 +121,15 @@ def test_properties_reach_openvino(folder: Path, deployed: OVUNet2DModel) -> Non
     assert deployed.inference_precision in ("f32", "bf16", "f16")
     with pytest.raises(ModelError, match="NO_SUCH_PROPERTY"):
         OVUNet2DModel.from_pretrained(folder, properties={"NO_SUCH_PROPERTY": 1})
+
+
+def test_a_share_of_the_cores_gets_as_many_threads_unless_told_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "cores_to_run_on", lambda: 2)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 1)
+    for properties, threads in (({}, 1), ({"INFERENCE_NUM_THREADS": 2}, 2)):
+        assert OVUNet2DModel.from_pretrained(folder, properties=properties).compiled.get_property("INFERENCE_NUM_THREADS") == threads
+    with pytest.raises(ModelError, match=r"for NONE with \{'PERFORMANCE_HINT': 'LATENCY'\}"):
+        OVUNet2DModel.from_pretrained(folder, "NONE")
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
+from pqcad_qat.cores import cores_to_run_on, usable_cores
 from pqcad_qat.deployment.folder import DENOISERS, MANIFEST, SCHEDULER_CONFIG, copy_folder, denoiser_config, read_graph, read_manifest
 from pqcad_qat.deployment.graph_inputs import SAMPLE, TIME, prediction, spelled
 from pqcad_qat.deployment.packing import WeightFormat
@@ -310,12 +311,13 @@ def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
 
 
 def compile_graph(model: ov.Model, core: ov.Core, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> ov.CompiledModel:
-    """Compile with DEFAULT_PROPERTIES under `properties`.
+    """Compile with DEFAULT_PROPERTIES under `properties`; on the CPU of a container that has a share of the cores, for as many threads.
 
     Raises:
         ModelError: OpenVINO refuses the device or a property.
     """
-    chosen = {**DEFAULT_PROPERTIES, **(properties or {})}
+    few = {"INFERENCE_NUM_THREADS": cores} if device == "CPU" and (cores := usable_cores()) < cores_to_run_on() else {}
+    chosen = {**DEFAULT_PROPERTIES, **few, **(properties or {})}
     try:
         return core.compile_model(model, device, chosen)
     except (RuntimeError, TypeError) as error:

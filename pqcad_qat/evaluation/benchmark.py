@@ -17,6 +17,7 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.cores import usable_cores
 from pqcad_qat.deployment.folder import MANIFEST, denoiser_bytes, read_graph
 from pqcad_qat.deployment.graph_inputs import PLACES, spelled
 from pqcad_qat.deployment.modules import TracedDenoiser, fixed_rotations, swapped
@@ -25,7 +26,6 @@ from pqcad_qat.deployment.timesteps import Times, timestep_tables
 from pqcad_qat.diffusion.architectures import TEXT
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.errors import ModelError
-from pqcad_qat.evaluation.hardware import usable_cores
 from pqcad_qat.evaluation.record import ProfileRow, Timing
 
 Inputs = Mapping[str, np.ndarray]

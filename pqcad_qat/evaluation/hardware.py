@@ -11,6 +11,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from pqcad_qat.cores import usable_cores
 from pqcad_qat.evaluation.record import Hardware
 
 # the report's name of an instruction set -> the kernel's name in /proc/cpuinfo
@@ -64,11 +65,6 @@ def lacking(isa: str, machine: Hardware) -> str:
     """Why a machine cannot compute as with this instruction set, or nothing: under a cap above its own it would use another."""
     need = _CAP_NEEDS.get(isa)
     return "" if need is None or not machine.isa or need in machine.isa else f"this CPU has no {need}"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu(text: str) -> str:
