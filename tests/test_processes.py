@@ -28,6 +28,7 @@ from two_processes import EVERY, MEDDLED, STEPS, stage
 
 from pqcad_qat import cli, run_folder
 from pqcad_qat.errors import CheckpointError, LaunchError
+from pqcad_qat.evaluation.hardware import CAPS
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.processes import agreed, check_launch, exchanged
 from pqcad_qat.run_folder import open_run
@@ -158,7 +159,7 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     """In floating point: which layers multiply integers depends on how many states a process computes at once."""
-    floating = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"} | environment()
+    floating = environment() | CAPS["avx2"]
     path = tmp_path / "two"
     command = launcher("run", POLICIES / "smoke.yaml", "--out", path, *flags(tiny_folder))
     with subprocess.Popen(command, env=floating, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
