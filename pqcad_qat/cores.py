@@ -37,12 +37,11 @@ def _shares(groups: Path, hierarchies: Path) -> Iterator[float]:
 
 
 def _share(group: Path) -> float | None:
-    """Quota by period: cpu.max of version 2; two files, with -1 where there is no limit, of version 1."""
-    try:
-        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
+    """Quota by period: one file of version 2; two of version 1, where -1 is no limit."""
+    for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period"))
-        except OSError:
-            return None
-    return float(quota) / float(period) if quota not in ("max", "-1") else None
+            quota, period = " ".join((group / file).read_text(encoding="ascii") for file in files).split()
+            return None if quota in ("max", "-1") else float(quota) / float(period)
+        except (OSError, ValueError):
+            continue
+    return None

@@ -316,8 +316,8 @@ def compile_graph(model: ov.Model, core: ov.Core, device: str = "CPU", propertie
     Raises:
         ModelError: OpenVINO refuses the device or a property.
     """
-    few = {"INFERENCE_NUM_THREADS": cores} if device == "CPU" and (cores := usable_cores()) < cores_to_run_on() else {}
-    chosen = {**DEFAULT_PROPERTIES, **few, **(properties or {})}
+    share = {"INFERENCE_NUM_THREADS": cores} if device == "CPU" and (cores := usable_cores()) < cores_to_run_on() else {}
+    chosen = {**DEFAULT_PROPERTIES, **share, **(properties or {})}
     try:
         return core.compile_model(model, device, chosen)
     except (RuntimeError, TypeError) as error:
