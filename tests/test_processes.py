@@ -228,10 +228,8 @@ def test_a_users_error_is_one_message_of_a_process_that_ends_with_code_2(late: i
     """Whichever process comes to it first: the launcher terminates a second one that is still loading."""
     (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(1)\n")
     command = launcher("run", POLICIES / "smoke.yaml", "--out", tmp_path / "run", "--set=progressive.steps=0")
-    search = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        command, env=environment() | {"PYTHONPATH": search}, capture_output=True, text=True, check=False, timeout=PATIENCE
-    )
+    found = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])}
+    done = subprocess.run(command, env=found, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode != 0
     assert done.stderr.count("progressive.steps: got 0") == 1
     codes = {int(rank): int(code) for rank, code in re.findall(r"\n +rank +: (\d) .*\n +exitcode +: (-?\d+)", done.stderr)}
