@@ -17,6 +17,12 @@ def usable_cores(groups: Path = GROUPS, hierarchies: Path = HIERARCHIES) -> int:
     return max(1, min([cores_to_run_on(), *map(int, _shares(groups, hierarchies))]))
 
 
+def cores_of_share() -> int | None:
+    """usable_cores() where a share makes them fewer than libraries count by themselves, otherwise None."""
+    cores = usable_cores()
+    return cores if cores < cores_to_run_on() else None
+
+
 def cores_to_run_on() -> int:
     """Cores that this process may run on, whatever share of their time it gets."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from pqcad_qat.arguments import UsageError
-from pqcad_qat.cores import cores_to_run_on, usable_cores
+from pqcad_qat.cores import cores_of_share
 from pqcad_qat.errors import InterruptedByUserError, PqcadError
 from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
 
@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 def keep_to_share_of_cores() -> None:
     """Tell torch, which is not imported yet and counts all cores, to start no more threads than a container's share of them feeds."""
-    if (cores := usable_cores()) < cores_to_run_on():
+    if (cores := cores_of_share()) is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 

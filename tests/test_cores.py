@@ -68,8 +68,7 @@ def test_without_control_groups_every_core_counts(tmp_path: Path) -> None:
 def test_a_program_starts_as_many_threads_as_it_has_a_share_for(
     count: int, given: str | None, wanted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "cores_to_run_on", lambda: 8)
-    monkeypatch.setattr(program, "usable_cores", lambda: count)
+    monkeypatch.setattr(cores, "usable_cores", lambda: count)
     monkeypatch.setenv("OMP_NUM_THREADS", given or "")
     if given is None:
         monkeypatch.delenv("OMP_NUM_THREADS")

@@ -18,7 +18,7 @@ from conftest import SCHEDULER, environment
 from deployed_fixture import BATCH, SHAPE, Quantized, quantized_unet
 from diffusers import DDIMPipeline, DDIMScheduler
 
-from pqcad_qat.deployment import runtime
+from pqcad_qat import cores
 from pqcad_qat.deployment.folder import sha256
 from pqcad_qat.deployment.runtime import OVUNet2DModel, UNetOutput
 from pqcad_qat.errors import ModelError
@@ -124,8 +124,8 @@ def test_properties_reach_openvino(folder: Path, deployed: OVUNet2DModel) -> Non
 
 
 def test_a_share_of_the_cores_gets_as_many_threads_unless_told_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cores_to_run_on", lambda: 2)
-    monkeypatch.setattr(runtime, "usable_cores", lambda: 1)
+    monkeypatch.setattr(cores, "cores_to_run_on", lambda: 2)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
     for properties, threads in (({}, 1), ({"INFERENCE_NUM_THREADS": 2}, 2)):
         assert OVUNet2DModel.from_pretrained(folder, properties=properties).compiled.get_property("INFERENCE_NUM_THREADS") == threads
     with pytest.raises(ModelError, match=r"for NONE with \{'PERFORMANCE_HINT': 'LATENCY'\}"):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.cores import cores_to_run_on, usable_cores
+from pqcad_qat.cores import cores_of_share
 from pqcad_qat.deployment.folder import DENOISERS, MANIFEST, SCHEDULER_CONFIG, copy_folder, denoiser_config, read_graph, read_manifest
 from pqcad_qat.deployment.graph_inputs import SAMPLE, TIME, prediction, spelled
 from pqcad_qat.deployment.packing import WeightFormat
@@ -316,7 +316,7 @@ def compile_graph(model: ov.Model, core: ov.Core, device: str = "CPU", propertie
     Raises:
         ModelError: OpenVINO refuses the device or a property.
     """
-    share = {"INFERENCE_NUM_THREADS": cores} if device == "CPU" and (cores := usable_cores()) < cores_to_run_on() else {}
+    share = {"INFERENCE_NUM_THREADS": cores} if device == "CPU" and (cores := cores_of_share()) is not None else {}
     chosen = {**DEFAULT_PROPERTIES, **share, **(properties or {})}
     try:
         return core.compile_model(model, device, chosen)
