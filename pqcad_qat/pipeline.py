@@ -20,7 +20,7 @@ from pqcad_qat.quantization.plan import plan_json, plan_text
 from pqcad_qat.run_folder import open_run, write_atomically
 from pqcad_qat.stages.deploying import benchmark, export, make_baselines
 from pqcad_qat.stages.measuring import evaluate, report, sample
-from pqcad_qat.stages.prepared import SHARED, check_features, prepare
+from pqcad_qat.stages.prepared import SHARED, prepare
 from pqcad_qat.stages.training import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.stages.work import Work
 from pqcad_qat.training.metrics_log import log_texts
@@ -38,7 +38,6 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
     with agreed():
         new_accelerator(policy.training.precision)
         prepared = prepare(policy, path.parent / SHARED)
-        check_features(policy, prepared.model)
     with open_run(path, policy, resume) as folder:
         return _all_stages(Work(policy, prepared, folder, console, shares_training), command)
 

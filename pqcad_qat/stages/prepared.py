@@ -99,6 +99,8 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+    """All that can be known of a policy and its model before anything is trained: what cannot work is told here, by `plan` and by `run`."""
+    check_features(policy, model)
     check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
