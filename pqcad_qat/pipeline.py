@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.policy.loading import dump_policy
+from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import stages_of
 from pqcad_qat.processes import agreed
@@ -35,10 +36,10 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
     Raises:
         PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
     """
-    with agreed():
+    with located(policy), agreed():
         new_accelerator(policy.training.precision)
         prepared = prepare(policy, path.parent / SHARED)
-    with open_run(path, policy, resume) as folder:
+    with located(policy), open_run(path, policy, resume) as folder:
         return _all_stages(Work(policy, prepared, folder, console, shares_training), command)
 
 

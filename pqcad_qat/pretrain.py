@@ -23,6 +23,7 @@ from pqcad_qat.diffusion.images import ImageSet, load_images
 from pqcad_qat.errors import PolicyError
 from pqcad_qat.evaluation.grid import save_grid
 from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_images
+from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.processes import agreed, is_first, process_count
 from pqcad_qat.run_folder import open_run
@@ -43,7 +44,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         PqcadError: no such data, a model config that diffusers refuses, a run that cannot be resumed.
     """
     data, training = policy.data, policy.training
-    with agreed():
+    with located(policy), agreed():
         new_accelerator(training.precision)
         images = load_images(data.source, data.path, data.size)
         torch.manual_seed(training.seed)  # decides the first weights
@@ -106,7 +107,7 @@ def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
     try:
         model: Any = UNet2DModel(**arguments)
     except (TypeError, ValueError) as error:
-        raise PolicyError(f"model: diffusers refuses this UNet2DModel: {error}") from error
+        raise PolicyError(f"model: got what diffusers makes no UNet2DModel of: {error}") from error
     for key in ("in_channels", "out_channels"):
         if model.config[key] != channels:
             raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
@@ -121,7 +122,7 @@ def _check_runs(model: Any, channels: int) -> None:
     try:
         model.eval()(torch.zeros(1, channels, size, size), 0, class_labels=labels)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise PolicyError(f"model: this UNet2DModel cannot be called on images of {size} pixels: {error}") from error
+        raise PolicyError(f"model: got a UNet2DModel that cannot be called on images of {size} pixels: {error}") from error
     model.train()
 
 

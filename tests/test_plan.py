@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -92,22 +93,26 @@ def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         plan(*rules)
     message = str(caught.value)
-    assert "rule 0: pattern 'conv1_in' matches no Conv2d or Linear of the model; close names: conv_in" in message
-    assert "rule 1: pattern 're:conv(' is not a regular expression" in message
-    assert "rule 2: pattern 'type:Conv1d' matches no Conv2d or Linear of the model; its classes are Conv2d, Linear" in message
-    assert "rule 4: pattern 'conv_out' matches only layers that earlier rules claim: rule 3 ('*')" in message
+    assert [line.split("; allowed")[0].replace("quantization.layers", "") for line in message.splitlines()] == [
+        "[0].match: got 'conv1_in', which matches no Conv2d or Linear of the model",
+        "[1].match: got 're:conv(', no regular expression (missing ), unterminated subpattern at position 4)",
+        "[2].match: got 'type:Conv1d', which matches no Conv2d or Linear of the model",
+        "[4].match: got 'conv_out', whose layers earlier rules have: [3] ('*')",
+    ]
+    assert "close names: conv_in" in message
+    assert "its classes are Conv2d, Linear" in message
 
 
 def test_one_dead_pattern_of_a_rule_is_a_fault_although_the_others_match() -> None:
-    with pytest.raises(PlanError, match=r"rule 0: pattern 'to_x' matches no .*close names: to_"):
+    with pytest.raises(PlanError, match=r"layers\[0\]\.match: got 'to_x', which matches no .*close names: to_"):
         plan(rule("down", "to_x"))
 
 
 def test_readers_of_one_tensor_must_agree() -> None:
-    with pytest.raises(PlanError, match=r"layers to_q \(rule 1, '\*'\) and to_k \(rule 0, 'to_k'\) read the same tensor") as caught:
+    with pytest.raises(PlanError) as caught:
         plan(rule("to_k", inputs={"bits": 4}), rule("*"))
-    assert "at 8 bits" in str(caught.value)
-    assert "at 4 bits" in str(caught.value)
+    assert re.match(r"quantization\.layers\[0\]\.inputs: got 4 bits, .*; allowed 8 bits, .*, as rule \[1\]", str(caught.value))
+    assert str(caught.value).endswith("for they read the same tensor: to_q ('*') and to_k ('to_k')")
 
 
 class Unfit(SkipNetwork):
@@ -122,8 +127,15 @@ class Unfit(SkipNetwork):
 def test_layers_that_cannot_be_calibrated_or_exported_are_faults() -> None:
     with pytest.raises(PlanError) as caught:
         plan(rule("*"), model=Unfit())
-    assert "layer spare (rule 0, '*'): the model never calls it" in str(caught.value)
-    assert "layer down (rule 0, '*'): padding_mode 'circular' has no integer kernel; allowed 'zeros'" in str(caught.value)
+    assert "quantization.layers[0].match: got '*', which names spare: the model never calls it" in str(caught.value)
+    assert "got '*', which names down: padding_mode 'circular' has no integer kernel; allowed 'zeros'" in str(caught.value)
+
+
+def test_a_fault_of_many_layers_names_the_first_of_them() -> None:
+    network = skip_network()
+    network.spare = nn.ModuleList(nn.Linear(3, 3) for _ in range(40))
+    with pytest.raises(PlanError, match=r"names spare\.0, spare\.1, spare\.2 and 37 more: the model never calls"):
+        plan(rule("*"), model=network)
 
 
 class Special(nn.Conv2d):

@@ -159,13 +159,13 @@ def test_a_finished_run_is_refused_without_resume_and_a_changed_policy_with_it(t
 
 
 def test_a_model_that_diffusers_refuses_is_the_policys_fault_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PqcadError, match="diffusers refuses this UNet2DModel"):
+    with pytest.raises(PqcadError, match="model: got what diffusers makes no UNet2DModel of"):
         pretrain(tiny("model.block_out_channels=[8]"), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_whose_sizes_do_not_fit_is_the_policys_fault_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"model: this UNet2DModel cannot be called on images of \d+ pixels"):
+    with pytest.raises(PolicyError, match=r"model: got a UNet2DModel that cannot be called on images of \d+ pixels"):
         pretrain(tiny("model.attention_head_dim=64"), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 

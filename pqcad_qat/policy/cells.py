@@ -113,7 +113,8 @@ def _mapping(tree: Tree | None) -> dict[str, Tree]:
 
 def _seeded(labels: Mapping[str, str], tree: Tree, seeds: Sequence[int]) -> Iterator[Cell]:
     for seed in seeds:
-        policy = Policy.model_validate(assign(tree, ["training", "seed"], Tree(seed, tree.origin)).plain())
+        seeded = assign(tree, ["training", "seed"], Tree(seed, tree.origin))
+        policy = Policy.model_validate(seeded.plain()).written(seeded.origins())
         yield Cell(f"{policy.name}-seed{seed}", labels, policy)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pqcad_qat.policy.schema import Location, Section, known_keys
-from pqcad_qat.policy.tree import Tree, key_path
+from pqcad_qat.policy.origins import Location, key_path
+from pqcad_qat.policy.schema import Section, known_keys
+from pqcad_qat.policy.tree import Tree
 
 Node = dict[str, Any]  # a part of a JSON Schema
 

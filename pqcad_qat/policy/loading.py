@@ -44,7 +44,7 @@ def _load(kind: type[Kind], name: str, path: Path, overrides: Sequence[str]) -> 
         faults += find_faults(kind, tree)
     if faults:
         raise PolicyError("\n".join(sorted(faults, key=by_place)))
-    return kind.model_validate(tree.plain())
+    return kind.model_validate(tree.plain()).written(tree.origins())
 
 
 def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:

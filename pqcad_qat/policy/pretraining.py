@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pqcad_qat.policy.schema import Count, Fault, Location, Momentum, Name, Precision, Section, Seed, Share, Text, known_keys
+from pqcad_qat.policy.origins import Location
+from pqcad_qat.policy.schema import Count, Fault, Momentum, Name, PolicyFile, Precision, Section, Seed, Share, Text, known_keys
 
 
 class PretrainData(Section):
@@ -68,7 +69,7 @@ UNET_KEYS = (  # diffusers' class and the arguments of its constructor
 # fmt: on
 
 
-class PretrainPolicy(Section):
+class PretrainPolicy(PolicyFile):
     """How a full-precision denoiser is trained from real images."""
 
     kind: Literal["pretrain"] = Field(description="tells this kind of policy from a quantization policy")

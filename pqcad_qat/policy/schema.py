@@ -9,12 +9,11 @@ from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
+from pqcad_qat.policy.origins import Location, Origins
 from pqcad_qat.policy.variants import DEFAULT_VARIANTS, DISTILLED, VariantName
-
-Location = tuple[str | int, ...]  # ("quantization", "layers", 1, "weights", "bits")
 
 
 class Fault(NamedTuple):
@@ -45,6 +44,21 @@ class Section(BaseModel):
         if found:
             message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in found)
             raise PydanticCustomError("policy_rule", message, {"faults": found})
+        return self
+
+
+class PolicyFile(Section):
+    """A whole policy, which knows where its keys were written; that is no part of what it says, and of no dump."""
+
+    _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @property
+    def origins(self) -> Origins:
+        return self._origins
+
+    def written(self, origins: Origins) -> Self:
+        """The policy as it was written there."""
+        self._origins = origins
         return self
 
 
@@ -289,7 +303,7 @@ class ExportPolicy(Section):
     latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
 
 
-class Policy(Section):
+class Policy(PolicyFile):
     """Everything that decides a run: from a full-precision diffusion model to an INT8 OpenVINO folder."""
 
     kind: Literal["quantize"] = Field("quantize", description="tells this kind of policy from a pretraining policy")

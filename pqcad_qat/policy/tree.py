@@ -6,7 +6,7 @@ Not here: what the values mean (policy/schema.py), and which of them are faults 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pqcad_qat.errors import PolicyError
-from pqcad_qat.policy.schema import Location
+from pqcad_qat.policy.origins import Location, Origins, key_path
 
 Origin = Callable[[int], str]  # line of a text -> what a fault opens with
 
@@ -41,6 +41,16 @@ class Tree:
         if isinstance(self.children, list):
             return [child.plain() for child in self.children]
         return self.value
+
+    def origins(self) -> Origins:
+        """Where every key stands."""
+        return Origins(dict(self._places(())))
+
+    def _places(self, location: Location) -> Iterator[tuple[Location, str]]:
+        yield location, self.origin
+        below = self.children.items() if isinstance(self.children, dict) else enumerate(self.children or ())
+        for step, child in below:
+            yield from child._places((*location, step))
 
     def deepest(self, location: Location) -> tuple[Tree, Location]:
         """The part of the location that is there: its tree, and how far it goes."""
@@ -127,12 +137,6 @@ def _syntax_fault(error: yaml.MarkedYAMLError, origin: Origin) -> str:
     context = f" {error.context}" if error.context else ""
     hint = " (indent with spaces)" if "\\t" in str(error.problem) else ""
     return f"{origin(mark.line + 1 if mark else 1)}: got {error.problem}{context}; allowed YAML{hint}"
-
-
-def key_path(location: Location) -> str:
-    """``quantization.layers[1].weights.bits``"""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
-    return "".join(steps).removeprefix(".") or "top level"
 
 
 @dataclass

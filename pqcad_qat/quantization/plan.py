@@ -76,19 +76,31 @@ def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[i
     matches, faults = _match(model, layers, rules)
     first_readers, called = _read_tensors(model, layers, example)
     plans = []
+    unfit: dict[tuple[int, str, str, str], list[str]] = {}
     for name, (index, pattern) in matches.items():
         rule = rules[index]
-        if rule.keep_float:
+        if rule.keep_float or rule.weights is None or rule.inputs is None:
             continue
-        if rule.weights is None or rule.inputs is None:
-            faults.append(f"rule {index} ({pattern!r}): layer {name} needs both weights and inputs, or keep_float: true")
-            continue
-        faults += [f"layer {name} (rule {index}, {pattern!r}): {fault}" for fault in _unfit(layers[name], name in called)]
+        for why, allowed in _unfit(layers[name], name in called):
+            unfit.setdefault((index, pattern, why, allowed), []).append(name)
         plans.append(_layer_plan(name, layers[name], index, pattern, rule, rule.weights, rule.inputs, ladder))
+    faults += [
+        f"{_match_key(index)}: got {pattern!r}, which names {listed(names)}: {why}; allowed {allowed}"
+        for (index, pattern, why, allowed), names in unfit.items()
+    ]
     plans, conflicts = _share_inputs(plans, first_readers)
     if faults + conflicts:
-        raise PlanError("\n".join(["the policy's rules do not fit the model:", *(f"  - {fault}" for fault in faults + conflicts)]))
+        raise PlanError("\n".join(faults + conflicts))
     return tuple(plans)
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _match_key(index: int) -> str:
+    return f"quantization.layers[{index}].match"
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -203,16 +215,19 @@ def _match(model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[Layer
     for index, rule in enumerate(rules):
         before = dict(claimed)
         for pattern in rule.match:
+            got = f"{_match_key(index)}: got {pattern!r}"
             try:
                 hits = [name for name in layers if matches_layer(pattern, name, model)]
-            except re.error as error:
-                faults.append(f"rule {index}: pattern {pattern!r} is not a regular expression: {error}")
+            except (re.error, RecursionError, OverflowError) as error:
+                faults.append(f"{got}, no regular expression ({error}); allowed one, such as re:down_blocks.*")
                 continue
             if not hits:
-                faults.append(f"rule {index}: pattern {pattern!r} matches no Conv2d or Linear of the model{_suggest(pattern, layers)}")
+                faults.append(f"{got}, which matches no Conv2d or Linear of the model; allowed patterns that do{_suggest(pattern, layers)}")
             elif all(name in before for name in hits):
-                owners = sorted({f"rule {before[name][0]} ({before[name][1]!r})" for name in hits})
-                faults.append(f"rule {index}: pattern {pattern!r} matches only layers that earlier rules claim: {', '.join(owners)}")
+                owners = listed(sorted({f"[{before[name][0]}] ({before[name][1]!r})" for name in hits}))
+                faults.append(
+                    f"{got}, whose layers earlier rules have: {owners}; allowed a pattern that matches one more, or an earlier place"
+                )
             for name in hits:
                 claimed.setdefault(name, (index, pattern))
     return {name: claimed[name] for name in layers if name in claimed}, faults
@@ -294,27 +309,34 @@ def _layer_plan(
     )
 
 
-def _unfit(layer: nn.Module, called: bool) -> Iterator[str]:
+def _unfit(layer: nn.Module, called: bool) -> Iterator[tuple[str, str]]:
+    """Why the layer cannot be quantized, and what can."""
     if not called:
-        yield "the model never calls it, so its input cannot be calibrated; keep_float: true leaves it alone"
+        yield "the model never calls it, so its input cannot be calibrated", "layers that it calls; keep_float: true leaves it alone"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        yield f"padding_mode {layer.padding_mode!r} has no integer kernel; allowed 'zeros'"
+        yield f"padding_mode {layer.padding_mode!r} has no integer kernel", "'zeros'; keep_float: true leaves it alone"
 
 
 def _share_inputs(plans: list[LayerPlan], first_readers: dict[str, str]) -> tuple[list[LayerPlan], list[str]]:
     """Give the layers that read one tensor the input group of the first planned of them."""
     leaders: dict[str, LayerPlan] = {}
-    shared, conflicts = [], []
+    shared = []
+    apart: dict[tuple[int, int], list[tuple[LayerPlan, LayerPlan]]] = {}
     for layer in plans:
         leader = leaders.setdefault(first_readers.get(layer.name, layer.name), layer)
         if leader.inputs != layer.inputs:
-            conflicts.append(
-                f"layers {leader.name} (rule {leader.rule_index}, {leader.rule!r}) and {layer.name} (rule {layer.rule_index}, "
-                f"{layer.rule!r}) read the same tensor but their rules quantize inputs differently: {_words(leader.inputs)} at "
-                f"{leader.inputs.bits} bits, {_words(layer.inputs)} at {layer.inputs.bits} bits"
-            )
+            apart.setdefault((leader.rule_index, layer.rule_index), []).append((leader, layer))
         shared.append(LayerPlan(**{**vars(layer), "input_group": leader.name}))
-    return shared, conflicts
+    return shared, [_conflict(pairs) for pairs in apart.values()]
+
+
+def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
+    """Two rules that quantize one tensor's inputs differently, by the pairs of layers that read it."""
+    leader, layer = pairs[0]
+    got, allowed = (f"{one.inputs.bits} bits, {_words(one.inputs)}" for one in (layer, leader))
+    names = listed([f"{one.name} ({one.rule!r}) and {other.name} ({other.rule!r})" for one, other in pairs])
+    where = f"quantization.layers[{layer.rule_index}].inputs"
+    return f"{where}: got {got}; allowed {allowed}, as rule [{leader.rule_index}], for they read the same tensor: {names}"
 
 
 def _words(spec: QuantizerSpec) -> str:

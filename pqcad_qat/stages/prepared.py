@@ -20,6 +20,7 @@ from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.errors import ModelError, PlanError
+from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
 from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
@@ -65,13 +66,14 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
         ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline do not fit it.
         PlanError: the rules do not fit it.
     """
-    model = load_model(policy.model.source, policy.model.sample_size)
-    planned = _planned(policy, model)
-    conditions = chosen_conditions(conditioned(model), policy.conditions, store)
-    check_guidance(policy.sampler.guidance_scale, conditions)
-    parts = pipeline_parts(model.folder)
-    formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
-    return Prepared(model, *planned, conditions, parts, formats)
+    with located(policy):
+        model = load_model(policy.model.source, policy.model.sample_size)
+        planned = _planned(policy, model)
+        conditions = chosen_conditions(conditioned(model), policy.conditions, store)
+        check_guidance(policy.sampler.guidance_scale, conditions)
+        parts = pipeline_parts(model.folder)
+        formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
+        return Prepared(model, *planned, conditions, parts, formats)
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
@@ -80,11 +82,12 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
     Raises:
         ModelError, PlanError: as `prepare`.
     """
-    model = untrained_model(policy.model.source, policy.model.sample_size)
-    if model is None:
-        return None
-    conditions = ConditionSet(noise_condition(fixed_inputs(model.condition_inputs), CHOICES))
-    return Prepared(model, *_planned(policy, model), conditions)
+    with located(policy):
+        model = untrained_model(policy.model.source, policy.model.sample_size)
+        if model is None:
+            return None
+        conditions = ConditionSet(noise_condition(fixed_inputs(model.condition_inputs), CHOICES))
+        return Prepared(model, *_planned(policy, model), conditions)
 
 
 def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
@@ -94,8 +97,8 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
         ModelError: there is no such config, or the policy's sampler does not fit it.
         PlanError: the rules do not fit it.
     """
-    model = shapes_of(policy.model.source, policy.model.sample_size)
-    return _planned(policy, model)
+    with located(policy):
+        return _planned(policy, shapes_of(policy.model.source, policy.model.sample_size))
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:

@@ -1,0 +1,68 @@
+"""Where the keys of a policy were written, which every error that names a key is told with, whoever finds it.
+
+Not here: reading (policy/tree.py), and the faults of a file alone (policy/faults.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pqcad_qat.errors import PqcadError
+
+if TYPE_CHECKING:
+    from pqcad_qat.policy.schema import PolicyFile
+
+Location = tuple[str | int, ...]
+"""A key from the top, such as ("quantization", "layers", 1, "weights", "bits")."""
+
+KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+|\[\d+\])+(?=: )|[a-z_]+(?=: got )")
+"""What a message begins with that names a key: one of a section, or a section itself and what was got."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origins:
+    """Location -> ``file:line``, or the command line's ``--set key``. It says nothing of what a policy means, so that all are equal."""
+
+    places: Mapping[Location, str] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origins)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def of(self, location: Location) -> str | None:
+        """Where the key was written, or the mapping that it would stand in; None for a policy that no file says."""
+        depths = range(len(location), -1, -1)
+        return next((self.places[location[:depth]] for depth in depths if location[:depth] in self.places), None)
+
+
+@contextmanager
+def located(policy: PolicyFile) -> Iterator[None]:
+    """Inside, whatever line of an error begins with a key of the policy, as in ``sampler.name: got ...``, is told with the key's place."""
+    try:
+        yield
+    except PqcadError as error:
+        error.args = ("\n".join(_located(line, policy) for line in str(error).splitlines()),)
+        raise
+
+
+def _located(line: str, policy: PolicyFile) -> str:
+    location = key_location(found[0]) if (found := KEY.match(line)) else ()
+    origin = policy.origins.of(location) if location and location[0] in type(policy).model_fields else None
+    return line if origin is None else f"{origin}: {line}"
+
+
+def key_path(location: Location) -> str:
+    """``quantization.layers[1].weights.bits``"""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return "".join(steps).removeprefix(".") or "top level"
+
+
+def key_location(path: str) -> Location:
+    """The location that ``quantization.layers[1].weights.bits`` names."""
+    return tuple(int(index) if index else name for index, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", path))
