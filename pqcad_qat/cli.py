@@ -32,8 +32,9 @@ from pqcad_qat.arguments import (
     whole_number,
     with_model,
 )
+from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
-from pqcad_qat.policy.schema import ConditionsPolicy, EvaluationPolicy, Policy
+from pqcad_qat.policy.schema import ConditionsPolicy, Policy
 from pqcad_qat.processes import launched
 from pqcad_qat.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 
@@ -323,12 +324,12 @@ def evaluate(
         seed: of their noise.
         steps: sampling steps; by default those the folder was made for.
         features: feature network with its reference statistics: embedded:NAME or a folder; by default what a run's policy says,
-            or the one embedded for the same data as the model.
+            or an embedded model's own.
         conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default what a run's
             policy says, or all classes.
         guidance: scale of classifier-free guidance; by default what the folder was made for.
     """
-    from pqcad_qat.evaluation.features import load_features
+    from pqcad_qat.evaluation.features import check_shape, load_features
     from pqcad_qat.evaluation.fidelity import evaluate_images, fid_protocol
     from pqcad_qat.evaluation.variant import sample_images
     from pqcad_qat.training.metrics_log import progress_bar
@@ -339,7 +340,12 @@ def evaluate(
     variant = _opened(folder, laid, conditions, _guidance(guidance))
     if variant.latent:
         raise UsageError(f"{folder}: makes latents of {variant.sample_shape[0]} channels; allowed a model of images")
-    network = load_features(features or _features_of(folder))
+    source = features or _features_of(folder)
+    try:
+        check_shape(source, variant.sample_shape)
+    except ModelError as error:
+        raise UsageError(f"--features: {error}") from error
+    network = load_features(source)
     with progress_bar(CONSOLE) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
@@ -468,9 +474,12 @@ def _features_of(folder: str) -> str:
     """The feature network that belongs to a run's or an embedded model's images."""
     from pqcad_qat.evaluation.features import embedded_features
 
-    if (policy := _policy_of(folder)) is not None:
-        return policy.evaluation.features
-    return folder if folder in embedded_features() else EvaluationPolicy().features
+    policy = _policy_of(folder)
+    if folder in embedded_features():
+        return folder
+    if policy is None or policy.features is None:
+        raise UsageError(f"--features: got none, and {folder} has none of its own; allowed {', '.join(embedded_features())}, or a folder")
+    return policy.features
 
 
 def _guidance(guidance: object) -> float | None:

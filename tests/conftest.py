@@ -54,6 +54,7 @@ TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes
     "training.samples_every=4",
     "evaluation.images=8",
     "evaluation.batch_size=8",
+    "evaluation.features=embedded:fashion-mnist",  # what the tiny model makes is of its shape
     "export.latency_runs=2",
 )
 

@@ -136,10 +136,10 @@ def test_a_fault_of_a_policy_has_the_policys_line(write: Write, tmp_path: Path) 
 
 
 def test_cells_of_different_models_may_have_features_of_their_own(write: Write, tmp_path: Path) -> None:
-    digits = "model: {source: 'embedded:digits'}\nevaluation: {features: 'embedded:digits'}\n"
+    digits = "model: {source: 'embedded:digits'}\n"
     (tmp_path / "digits.yaml").write_text(f"extends: {SMOKE}\nname: digits\n{digits}")
     study = load_study(write(GOOD.replace(f"[{SMOKE}]", f"[{SMOKE}, digits.yaml]")))
-    features = {cell.policy.model.source: cell.policy.evaluation.features for cell in study.cells}
+    features = {cell.policy.model.source: cell.policy.features for cell in study.cells}
     assert features == {source: source for source in ("embedded:fashion-mnist", "embedded:digits")}
 
 

@@ -196,7 +196,7 @@ def test_a_rule_that_matches_nothing_is_an_error_before_any_training(call: Call,
 def test_feature_networks_that_do_not_fit_are_an_error(call: Call, tiny_folder: Path) -> None:
     code, _, errors = call("evaluate", tiny_folder, "--images", "2", "--steps", "1", "--features", "embedded:nothing")
     assert code == 2
-    assert "feature network: got 'embedded:nothing'; allowed embedded:digits, embedded:fashion-mnist" in errors
+    assert "--features: got 'embedded:nothing'; allowed embedded:digits, embedded:fashion-mnist" in errors
 
 
 def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:

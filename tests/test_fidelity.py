@@ -163,6 +163,13 @@ def test_sets_that_do_not_pair_are_refused(embedded: Features) -> None:
         paired_ssim(DIGITS[:2, :, :8, :8], DIGITS[:2, :, :8, :8])
 
 
+def test_images_smaller_than_the_window_have_every_figure_but_ssim() -> None:
+    images = DIGITS[:4, :, :10, :10]
+    figures = evaluate_images(noisy(images, 9.0), images, None)
+    assert figures.ssim_fp is None
+    assert figures.psnr_fp == paired_psnr(noisy(images, 9.0), images)
+
+
 def test_the_protocol_names_network_reference_and_a_small_number_of_images(embedded: Features) -> None:
     protocol = fid_protocol(embedded, images=512, sampler="ddim", steps=20, seed=7)
     assert (protocol.features, protocol.features_sha256) == ("embedded:fashion-mnist", embedded.sha256)

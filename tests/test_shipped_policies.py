@@ -169,9 +169,9 @@ def test_each_policy_of_a_flow_plans_its_model_at_full_size(name: str, layers: i
 def test_each_is_named_as_its_file_and_takes_the_embedded_model_and_features(name: str) -> None:
     policy = load_policy(POLICIES / f"{name}.yaml")
     embedded = f"embedded:{data_of(name)}"
-    assert (policy.name, policy.model.source, policy.evaluation.features) == (name, embedded, embedded)
+    assert (policy.name, policy.model.source, policy.features) == (name, embedded, embedded)
     assert policy.sampler.steps == 2 * policy.distillation.student_steps
-    assert load_features(policy.evaluation.features).reference is not None
+    assert load_features(embedded).reference is not None
 
 
 @pytest.mark.parametrize(("name", "widths"), WEIGHT_BITS.items())

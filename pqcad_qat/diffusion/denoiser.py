@@ -33,8 +33,8 @@ from pqcad_qat.diffusion.architectures import (
 from pqcad_qat.diffusion.flow import FLOW_SCHEDULER
 from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
 from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.schema import EMBEDDED
 
-EMBEDDED = "embedded:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("unet", "transformer")
 """Folders of a diffusers pipeline that hold a denoiser."""

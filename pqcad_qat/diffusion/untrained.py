@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, architecture_of
 from pqcad_qat.diffusion.denoiser import (
-    EMBEDDED,
     SCHEDULER_CONFIG,
     DenoiserInput,
     DiffusionModel,
@@ -34,6 +33,7 @@ from pqcad_qat.diffusion.denoiser import (
 )
 from pqcad_qat.diffusion.registry import REGISTERED
 from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.schema import EMBEDDED
 
 ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
 

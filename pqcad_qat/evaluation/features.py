@@ -21,8 +21,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pqcad_qat.diffusion.images import ImageSet, to_float
 from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.schema import EMBEDDED, NO_FEATURES
 
-EMBEDDED = "embedded:"
 FORMAT = "pqcad_qat.features/1"
 _MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = "model.safetensors", "config.json", "reference.safetensors", "reference.json"
 
@@ -36,6 +36,11 @@ class FeatureConfig:
     classes: int = 10
     widths: tuple[int, ...] = (32, 32, 64, 64, 96, 64)  # the last is the number of features
     strides: tuple[int, ...] = (2, 1, 2, 1, 2, 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that it reads."""
+        return self.channels, self.size, self.size
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,26 @@ def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 
     return FeatureStatistics(metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples))
 
 
+def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
+    """Raise ModelError unless the feature network is there, whole, and reads images of this shape (C, H, W)."""
+    shape = load_features(source).network.config.shape
+    if shape != sample_shape:
+        fitting = [name for name in embedded_features() if load_features(name).network.config.shape == sample_shape]
+        allowed = [*fitting, f"a folder with a network for {_sizes(sample_shape)}", NO_FEATURES]
+        raise ModelError(
+            f"got {source!r}, which reads images of {_sizes(shape)}; the model makes {_sizes(sample_shape)}; allowed {', '.join(allowed)}"
+        )
+
+
+def _sizes(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
 def check_images(config: FeatureConfig, images: Tensor) -> None:
     """Raise ModelError unless `images` are uint8 (N, C, H, W) of the size and channels that the network was trained on."""
-    expected = (config.channels, config.size, config.size)
-    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
         got = f"{images.dtype} {tuple(images.shape)}"
-        raise ModelError(f"images for this feature network must be torch.uint8 (N, {', '.join(map(str, expected))}); got {got}")
+        raise ModelError(f"images for this feature network must be torch.uint8 (N, {', '.join(map(str, config.shape))}); got {got}")
 
 
 def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provenance: Mapping[str, Any]) -> Features:
@@ -159,7 +178,7 @@ def _folder(source: str) -> Path:
     if not source.startswith(EMBEDDED):
         return Path(source)
     if source not in embedded_features():
-        raise ModelError(f"feature network: got {source!r}; allowed {', '.join(embedded_features())}, or a folder")
+        raise ModelError(f"got {source!r}; allowed {', '.join(embedded_features())}, or a folder")
     return Path(str(resources.files("pqcad_qat.assets"))) / f"features-{source.removeprefix(EMBEDDED)}"
 
 

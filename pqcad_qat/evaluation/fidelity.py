@@ -41,7 +41,8 @@ class FidelityFigures:
     """One variant's images against real data and against full precision on the same seeds; every field is safe in strict JSON.
 
     `psnr_fp` is pooled over all pixels of all images (one mean squared error), in dB. It is None where there is nothing to compare
-    with, and where the images are identical and PSNR is infinite: then `identical_to_fp` is true and `ssim_fp` is 1.
+    with, and where the images are identical and PSNR is infinite: then `identical_to_fp` is true and `ssim_fp` is 1. `ssim_fp` is also
+    None where the images are smaller than its window.
     """
 
     images: int
@@ -62,8 +63,8 @@ def fid_protocol(features: Features, images: int, sampler: str, steps: int, seed
 def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features | None) -> FidelityFigures:
     """Figures of uint8 images (N, C, H, W), where `fp_images` are the full-precision model's images of the same seeds, in the same order.
 
-    Without `features` there are no FIDs, without their reference no `fid_real`. Raises ModelError for fewer than two images,
-    for images that the feature network was not made for, and for sets that do not pair.
+    Without `features` there are no FIDs, without their reference no `fid_real`; images smaller than SSIM's window have no SSIM. Raises
+    ModelError for fewer than two images, for images that the feature network was not made for, and for sets that do not pair.
     """
     if fp_images is not None:
         _check_pair(images, fp_images)
@@ -73,7 +74,7 @@ def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features
         fid_real=fid_real,
         fid_fp=fid_fp,
         psnr_fp=None if fp_images is None else paired_psnr(images, fp_images),
-        ssim_fp=None if fp_images is None else paired_ssim(images, fp_images),
+        ssim_fp=None if fp_images is None or not has_ssim(images) else paired_ssim(images, fp_images),
         identical_to_fp=fp_images is not None and torch.equal(images, fp_images),
         rank_deficient=features is not None and len(images) <= features.network.num_features,
     )
@@ -115,10 +116,15 @@ def paired_psnr(images: Tensor, references: Tensor) -> float | None:
     return decibels if math.isfinite(decibels) else None
 
 
+def has_ssim(images: Tensor) -> bool:
+    """Whether SSIM's window fits into images (N, C, H, W)."""
+    return min(images.shape[2:]) >= SSIM_WINDOW
+
+
 def paired_ssim(images: Tensor, references: Tensor) -> float:
     """Mean SSIM of uint8 images (N, C, H, W), range 0..255, Gaussian window of 11 pixels (Wang et al. 2004)."""
     _check_pair(images, references)
-    if min(images.shape[2:]) < SSIM_WINDOW:
+    if not has_ssim(images):
         raise ModelError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {images.shape[2]}x{images.shape[3]}")
     edge = SSIM_WINDOW // 2  # only windows that lie inside the image count, as in the paper and in scikit-image
     total = torch.zeros((), dtype=torch.float64)

@@ -125,7 +125,8 @@ def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{origin}: policies: got the cell {name} twice; allowed policies and levels whose names differ"
     for model, key in product(dict.fromkeys(cell.policy.model.source for cell in cells), ("images", "features", "seed")):
-        values = {str(getattr(cell.policy.evaluation, key)) for cell in cells if cell.policy.model.source == model}
+        policies = [cell.policy for cell in cells if cell.policy.model.source == model]
+        values = {str(policy.features if key == "features" else getattr(policy.evaluation, key)) for policy in policies}
         if len(values) > 1:
             got = f"{', '.join(sorted(values))} in different cells of {model}"
             yield f"{origin}: evaluation.{key}: got {got}; allowed one, for FIDs to be compared"

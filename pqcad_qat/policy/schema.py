@@ -15,6 +15,12 @@ from pydantic_core import PydanticCustomError
 from pqcad_qat.policy.origins import Location, Origins
 from pqcad_qat.policy.variants import DEFAULT_VARIANTS, DISTILLED, VariantName
 
+EMBEDDED = "embedded:"
+"""What the names of models and feature networks that ship with the package begin with."""
+
+NO_FEATURES = "none"
+"""As evaluation.features: nothing is compared with real images."""
+
 
 class Fault(NamedTuple):
     """A broken rule between keys: the key at fault first, then those that it was judged by, relative to the section with the rule."""
@@ -273,9 +279,10 @@ class EvaluationPolicy(Section):
     variants: Variants = Field(DEFAULT_VARIANTS, description="what a run makes, and so its stages; fp32 always, ptq only where listed")
     images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
     batch_size: Count = Field(64, description="images sampled at a time")
-    features: Text = Field(
-        "embedded:fashion-mnist",
-        description="feature network of FID with its reference statistics; none: figures against full precision only",
+    features: Text | None = Field(
+        None,
+        description="feature network of FID with its reference statistics: embedded:NAME or a folder; null: an embedded model's own, for "
+        "other models none; none: figures against full precision only",
     )
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 
@@ -326,6 +333,14 @@ class Policy(PolicyFile):
         steps, rounds = self.sampler.steps, self.distillation.rounds
         factor = _factor(steps // self.distillation.student_steps, rounds)
         return tuple(steps // factor**number for number in range(1, rounds + 1)) if factor else ()
+
+    @property
+    def features(self) -> str | None:
+        """The feature network that FID looks through, None without FID: the policy's, or an embedded model's own."""
+        source, listed = self.model.source, self.evaluation.features
+        if listed is None:
+            return source if source.startswith(EMBEDDED) else None
+        return None if listed == NO_FEATURES else listed
 
     def guidance_scale(self, variant: str) -> float:
         """Of classifier-free guidance as a variant samples: 1 where one pass of the denoiser is enough."""

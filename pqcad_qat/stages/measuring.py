@@ -22,7 +22,7 @@ from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.images import to_uint8
 from pqcad_qat.diffusion.pipeline_parts import VAE
 from pqcad_qat.evaluation.features import load_features
-from pqcad_qat.evaluation.fidelity import evaluate_images, evaluate_latents
+from pqcad_qat.evaluation.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, has_ssim
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.report import write_report
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
@@ -37,16 +37,18 @@ from pqcad_qat.evaluation.variant import (
 from pqcad_qat.policy.variants import TRAINED, UNTRAINED
 from pqcad_qat.processes import agreed
 from pqcad_qat.stages.deploying import baseline_recipe, openvino_files
-from pqcad_qat.stages.prepared import NO_FEATURES, SHARED
+from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.training import at_targets, training_recipe
 from pqcad_qat.stages.work import Work
 
 UNSAMPLED = ("ov-fp32", "ov-bf16")
 """Timed only: they compute what `fp32` computes."""
 
-NO_FID = "No FID: evaluation.features is none, so there are figures against full precision only."
+NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
 
-OF_LATENTS = " The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
+NO_SSIM = f"No SSIM: its window of {SSIM_WINDOW} pixels is larger than the images."
+
+OF_LATENTS = "The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
 DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pictures show their first channels."
 
 PICTURES = 10
@@ -129,8 +131,8 @@ def evaluate(work: Work) -> None:
     with work.folder.stage("evaluation") as stage:
         if not stage.new:
             return
-        asked, latent = work.policy.evaluation.features, work.prepared.model.latent
-        features = None if asked == NO_FEATURES else load_features(asked)
+        source, latent = work.policy.features, work.prepared.model.latent
+        features = None if source is None else load_features(source)
         samples = {name: _samples(work, name) for name in work.made if name not in UNSAMPLED}
         full = samples["fp32"]
         with work.console.status("evaluation: FID, PSNR, SSIM"):
@@ -145,7 +147,8 @@ def evaluate(work: Work) -> None:
             "sampler": work.schedule.sampler,
         }
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(work.prepared.model) is None else DECODED)
-        note = "" if features else NO_FID + (of_latents if latent else "")
+        notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
+        note = " ".join(note for note in notes if note)
         stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
 
 

@@ -20,6 +20,7 @@ from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.errors import ModelError, PlanError
+from pqcad_qat.evaluation.features import check_shape
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
@@ -30,9 +31,6 @@ RANGE_INPUTS = 512
 
 CHOICES = 8
 """Conditions of noise that the states of an untrained model choose from."""
-
-NO_FEATURES = "none"
-"""As evaluation.features: nothing is compared with real images."""
 
 CALIBRATION, SHARED = ".calibration", ".shared"
 """Folders beside the runs: what they share."""
@@ -114,12 +112,19 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
-    """Raises ModelError where a feature network is asked to look at latents."""
-    if model.latent and policy.evaluation.features != NO_FEATURES:
+    """Raises ModelError where the policy's feature network cannot be read, or does not read what the model makes."""
+    source = policy.features
+    if source is None:
+        return
+    if model.latent:
         raise ModelError(
-            f"evaluation.features: got {policy.evaluation.features!r}; {model.source} makes latents of {model.sample_shape[0]} channels, "
+            f"evaluation.features: got {source!r}; {model.source} makes latents of {model.sample_shape[0]} channels, "
             "which no feature network reads; allowed none: figures against full precision only"
         )
+    try:
+        check_shape(source, model.sample_shape)
+    except ModelError as error:
+        raise ModelError(f"evaluation.features: {error}") from error
 
 
 def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
