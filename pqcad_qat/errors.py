@@ -5,6 +5,11 @@ Not here: our own invariants (those are asserts), and faults of the machine (tho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+MESSAGE = 3600
+"""Characters of a whole message: what a terminal shows at once."""
+
 
 class PqcadError(Exception):
     """A mistake that the user can mend; the message names what, where, the rule, and what was got."""
@@ -57,3 +62,21 @@ class LaunchError(PqcadError):
 
 class OtherProcessError(PqcadError):
     """Another of the processes that share the run has failed, and says why: this one ends without a word."""
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """What was got, as a message quotes it: on one line, of what can be printed, and never more than fits beside what is allowed."""
+    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def abridged(lines: Sequence[str]) -> str:
+    """The faults of a message, one a line, as many as can be read, and how many more there are."""
+    shown: list[str] = []
+    for line in lines:
+        shown.append(shortened(line, 900))
+        if len("\n".join(shown)) > MESSAGE:
+            shown.pop()
+            break
+    more = len(lines) - len(shown)
+    return "\n".join(shown + ([f"and {more} more"] if more else []))

@@ -108,7 +108,9 @@ def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
 
 def test_the_class_conditional_policy_fits_the_model_that_its_pretraining_makes() -> None:
     policy, model = load_policy(POLICIES / "w4a8-digits-classes.yaml"), untrained("digits-classes")
-    assert policy.model.source == f"runs/{load_pretrain_policy(POLICIES / 'pretrain-digits-classes.yaml').name}/model"
+    assert policy.model.source == str(
+        POLICIES.parent / "runs" / load_pretrain_policy(POLICIES / "pretrain-digits-classes.yaml").name / "model"
+    )
     conditions = chosen_conditions(conditioned(model), policy.conditions)
     assert (conditions.choices["class_labels"].tolist(), conditions.null_class) == (list(range(10)), 10)
     assert all(executes_int8(layer) for layer in planned(policy, model))
@@ -135,7 +137,7 @@ def test_each_policy_of_a_flow_names_its_model_and_plans_all_but_the_layer_that_
 ) -> None:
     policy = load_policy(POLICIES / f"w8a8-{name}.yaml")
     assert (policy.model.source, policy.sampler.name, policy.sampler.steps, policy.distillation.student_steps) == (source, None, *steps)
-    assert (policy.conditions.prompts, policy.pipeline.text_encoder) == ("policies/prompts.txt", "auto")
+    assert (policy.conditions.prompts, policy.pipeline.text_encoder) == (str(POLICIES / "prompts.txt"), "auto")
     saved(name, tmp_path / "model")
     embeddings = write_embeddings(name, tmp_path / "prompts.safetensors")
     instead = ["conditions.prompts=null", "conditions.tokens=null", f"conditions.embeddings={embeddings}"]

@@ -5,17 +5,25 @@ Not here: what a study may say (policy/study.py), and running it (study.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 
-from pqcad_qat.errors import PolicyError
+from pqcad_qat.errors import PolicyError, shortened
 from pqcad_qat.policy.faults import find_faults
-from pqcad_qat.policy.loading import by_place, key_steps, override, read_tree, refuse_other_kind
+from pqcad_qat.policy.loading import override, raise_all, read_tree, refuse_other_kind
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study import StudyPolicy
-from pqcad_qat.policy.tree import Tree, assign
+from pqcad_qat.policy.tree import Tree, assign, key_steps
+
+CELLS = 1_000
+"""Of a study, every seed counted."""
+
+ENOUGH = 100
+"""Faults after which the other cells are not looked at."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +63,26 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if isinstance(tree.children, dict):
         refuse_other_kind(tree, "study")
     faults += find_faults(StudyPolicy, tree)
-    combinations = list(_combinations(tree, path.parent, [text for text in overrides if text not in own], faults))
+    combinations = list(_combinations(tree, [text for text in overrides if text not in own], faults))
     for _, cell in combinations:
-        faults += find_faults(Policy, cell)
+        if len(faults) < ENOUGH:
+            faults += find_faults(Policy, cell)
     if not faults:
         study = StudyPolicy.model_validate(tree.plain())
         cells = [cell for labels, found in combinations for cell in _seeded(labels, found, study.seeds)]
         faults += _clashes(cells, tree)
-    if faults:
-        raise PolicyError("\n".join(sorted(dict.fromkeys(faults), key=by_place)))
+    raise_all(faults)
     return Study(study.name, tuple(cells))
 
 
-def _combinations(study: Tree, folder: Path, overrides: Sequence[str], faults: list[str]) -> Iterator[tuple[dict[str, str], Tree]]:
+def _combinations(study: Tree, overrides: Sequence[str], faults: list[str]) -> Iterator[tuple[dict[str, str], Tree]]:
     """(labels, tree) of every policy at every combination of levels, as far as the file is in order."""
     axes = {axis: _mapping(levels) for axis, levels in _mapping(study.child("axes")).items() if _mapping(levels)}
-    for base in _policies(study, folder, faults):
+    policies, seeds = (_listed(study.child(key)) for key in ("policies", "seeds"))
+    if (cells := prod((len(policies), len(seeds) or 1, *map(len, axes.values())))) > CELLS:
+        faults.append(f"{study.origin}: axes: got {cells:,} cells; allowed up to {CELLS:,}")
+        return
+    for base in _policies(policies, faults):
         for levels in product(*(levels.items() for levels in axes.values())):
             labels = {"policy": str(base.plain().get("name", "")), **dict(zip(axes, (name for name, _ in levels), strict=True))}
             tree = base
@@ -81,15 +93,16 @@ def _combinations(study: Tree, folder: Path, overrides: Sequence[str], faults: l
             yield labels, assign(tree, ["name"], Tree("-".join(labels.values()), study.origin))
 
 
-def _policies(study: Tree, folder: Path, faults: list[str]) -> Iterator[Tree]:
-    listed = study.child("policies")
-    for index, entry in enumerate(listed.children if listed and isinstance(listed.children, list) else []):
-        file = folder / str(entry.value)
-        if not file.is_file():
-            faults.append(f"{entry.origin}: policies[{index}]: got {entry.plain()}; allowed a policy file, relative to this one")
+def _policies(listed: Sequence[Tree], faults: list[str]) -> Iterator[Tree]:
+    for index, entry in enumerate(listed):
+        if not isinstance(entry.value, str):
+            continue  # a fault of the study's own
+        if not os.path.isfile(entry.value):
+            got = shortened(entry.value, 300)
+            faults.append(f"{entry.origin}: policies[{index}]: got {got}; allowed a policy file, relative to this one")
             continue
         try:
-            found = read_tree(file, (), faults)
+            found = read_tree(Path(entry.value), (), faults)
             refuse_other_kind(found, "quantize")
         except PolicyError as error:
             faults.append(str(error))
@@ -103,8 +116,12 @@ def _over(tree: Tree, overlay: Mapping[str, Tree], faults: list[str]) -> Tree:
         try:
             tree = assign(tree, key_steps(key), value)
         except PolicyError as error:
-            faults.append(f"{value.origin}: {key}: {str(error).partition(': ')[2]}")
+            faults.append(f"{value.origin}: {shortened(key)}: {str(error).partition(': ')[2]}")
     return tree
+
+
+def _listed(tree: Tree | None) -> list[Tree]:
+    return tree.children if tree is not None and isinstance(tree.children, list) else []
 
 
 def _mapping(tree: Tree | None) -> dict[str, Tree]:

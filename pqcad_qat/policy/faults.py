@@ -10,16 +10,21 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import Location, key_path
 from pqcad_qat.policy.schema import Section, known_keys
 from pqcad_qat.policy.tree import Tree
 
 Node = dict[str, Any]  # a part of a JSON Schema
+
+MANY = 200
+"""Faults after which no more are looked for: nobody reads them."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,10 @@ def find_faults(kind: type[Section], tree: Tree) -> list[str]:
     found: list[Finding] = []
     repaired: set[Location] = set()
     while error := _validation_error(kind, data):
-        findings = list(_findings(error, schema))
+        findings = list(islice(_findings(error, schema), MANY))
         found += [finding for finding in findings if not finding.touches(repaired)]
         broken = {location for finding in findings for location in finding.locations} - repaired
-        if not broken or not isinstance(data, dict):
+        if not broken or not isinstance(data, dict) or len(found) >= MANY:
             break
         for location in sorted(broken, key=len, reverse=True):
             schema.repair(data, location)
@@ -98,8 +103,7 @@ def _key_finding(detail: ErrorDetails, schema: Schema) -> Finding:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    shown = shortened(json.dumps(value, default=str, ensure_ascii=False))
     return f"{shown} (text, not a number)" if isinstance(value, str) and _reads_as_number(value) else shown
 
 

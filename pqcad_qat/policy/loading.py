@@ -5,6 +5,7 @@ Not here: the YAML tree (policy/tree.py), the wording of faults (policy/faults.p
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +14,19 @@ from typing import Any, TypeVar
 import yaml
 from pydantic.json_schema import models_json_schema
 
-from pqcad_qat.errors import PolicyError
+from pqcad_qat.errors import PolicyError, abridged, shortened
 from pqcad_qat.policy.faults import find_faults
+from pqcad_qat.policy.paths import anchor, anchor_override
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study import StudyPolicy
-from pqcad_qat.policy.tree import Dumper, Tree, assign, merge, parse, read_text
+from pqcad_qat.policy.tree import Tree, assign, key_steps, merge
+from pqcad_qat.policy.yaml_text import DEPTH, Dumper, parse, read_text
 
 Kind = TypeVar("Kind", Policy, PretrainPolicy)
+FILES = 32
+"""That one file can stand on by `extends`."""
+
 COMMANDS = {"quantize": "run", "pretrain": "pretrain", "study": "sweep"}  # kind of policy -> the command that takes it
 
 
@@ -42,9 +48,14 @@ def _load(kind: type[Kind], name: str, path: Path, overrides: Sequence[str]) -> 
     if tree.children is not None or not faults:
         refuse_other_kind(tree, name)
         faults += find_faults(kind, tree)
-    if faults:
-        raise PolicyError("\n".join(sorted(faults, key=by_place)))
+    raise_all(faults)
     return kind.model_validate(tree.plain()).written(tree.origins())
+
+
+def raise_all(faults: Sequence[str]) -> None:
+    """Raise PolicyError with all faults, in the order of their places, if there are any."""
+    if faults:
+        raise PolicyError(abridged(sorted(dict.fromkeys(faults), key=by_place)))
 
 
 def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
@@ -55,22 +66,29 @@ def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
         if not found:
             faults.append(f"{path}:1: top level: got an empty file; allowed a policy")
         return Tree(None, f"{path}:1")
+    anchor(tree, path, faults)
     if not isinstance(tree.children, dict) or "extends" not in tree.children:
         return tree
-    parent = _parent(tree.children.pop("extends"), path, (*below, path.resolve()), faults)
-    return tree if parent is None else merge(parent, tree)
-
-
-def _parent(extends: Tree, path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree | None:
-    name = extends.value
-    parent = path.parent / name if isinstance(name, str) else None
-    if parent is None or not parent.is_file():
-        faults.append(f"{extends.origin}: extends: got {extends.plain()}; allowed a policy file, relative to this one")
-        return None
+    extends = tree.children.pop("extends")
+    parent = named_file(extends, "extends", path, faults)
+    below = (*below, path.resolve())
+    if parent is None:
+        return tree
     if parent.resolve() in below:
-        faults.append(f"{extends.origin}: extends: got {name}, which leads back to itself; allowed no circle")
-        return None
-    return read_tree(parent, below, faults)
+        faults.append(f"{extends.origin}: extends: got {extends.value}, which leads back to itself; allowed no circle")
+        return tree
+    if len(below) > FILES:
+        faults.append(f"{extends.origin}: extends: got a chain of more than {FILES} files; allowed up to so many")
+        return tree
+    return merge(read_tree(parent, below, faults), tree)
+
+
+def named_file(named: Tree, key: str, path: Path, faults: list[str]) -> Path | None:
+    """The policy file that a key of the file `path` names, relative to it; None and a fault where there is none."""
+    if isinstance(named.value, str) and os.path.isfile(file := path.parent / os.path.expanduser(named.value)):
+        return file
+    faults.append(f"{named.origin}: {key}: got {shortened(str(named.plain()))}; allowed a policy file, relative to this one")
+    return None
 
 
 def override(tree: Tree, given: str, faults: list[str]) -> Tree:
@@ -78,23 +96,23 @@ def override(tree: Tree, given: str, faults: list[str]) -> Tree:
     key, sign, text = given.partition("=")
     steps = key_steps(key)
     if not sign or not steps:
-        faults.append(f"--set {given}: got no key and value; allowed key=value, such as sampler.steps=10")
+        faults.append(f"--set {shortened(given)}: got no key and value; allowed key=value, such as sampler.steps=10")
         return tree
-    origin = f"--set {key.strip()}"
+    origin = f"--set {shortened(key.strip())}"
+    if len(steps) > DEPTH:
+        faults.append(f"{origin}: got a key of {len(steps)} steps; allowed the key of a policy")
+        return tree
     value, found = parse(text, lambda _: origin)
     if found:
         faults += found
         return tree
     try:
-        return assign(tree, steps, value or Tree(None, origin))
+        value = value or Tree(None, origin)
+        anchor_override(steps, value, faults)
+        return assign(tree, steps, value)
     except PolicyError as error:
         faults.append(str(error))
         return tree
-
-
-def key_steps(key: str) -> list[str]:
-    """``layers[0].weights.bits`` -> its four steps."""
-    return [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
 
 
 def refuse_other_kind(tree: Tree, name: str) -> None:

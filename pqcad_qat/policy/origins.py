@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pqcad_qat.errors import PqcadError
+from pqcad_qat.errors import PqcadError, shortened
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import PolicyFile
@@ -59,7 +59,7 @@ def _located(line: str, policy: PolicyFile) -> str:
 
 def key_path(location: Location) -> str:
     """``quantization.layers[1].weights.bits``"""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    steps = (f"[{step}]" if isinstance(step, int) else f".{shortened(step)}" for step in location)
     return "".join(steps).removeprefix(".") or "top level"
 
 

@@ -1,0 +1,102 @@
+"""The keys of a policy that name files: each is relative to the file in which it stands, and absolute once that is read.
+
+Not here: `extends`, which is read at once (policy/loading.py), nor whether what is named is of any use.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pqcad_qat.errors import shortened
+from pqcad_qat.policy.origins import Location, key_path
+from pqcad_qat.policy.tree import Tree, key_steps
+
+PATHS: Mapping[Location, str] = {
+    ("model", "source"): r"(embedded|registered):.*",
+    ("conditions", "prompts"): "",
+    ("conditions", "embeddings"): "",
+    ("evaluation", "features"): r"none|auto|embedded:.*",
+    ("data", "path"): "",
+}
+"""Key -> what in its place is a word, and no path."""
+
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""What is left as it is where no such file is there: a model of the hub, or an architecture that ships."""
+
+HUB = ("model", "source")
+
+
+def anchor(tree: Tree, file: Path, faults: list[str]) -> None:
+    """Make every path of a file's tree absolute, from the folder of the file."""
+    for location, node in _paths(tree):
+        node.value, fault = _from_file(str(node.value), file, location == HUB)
+        if fault:
+            faults.append(f"{node.origin}: {key_path(location)}: {fault}")
+    policies = tree.child("policies")
+    for entry in policies.children if policies is not None and isinstance(policies.children, list) else []:
+        if isinstance(entry.value, str):
+            entry.value = os.path.normpath(file.parent / os.path.expanduser(entry.value))
+
+
+def anchor_override(steps: list[str], value: Tree, faults: list[str]) -> None:
+    """As `anchor`, of a value of the command line: what is there in the working folder is made absolute, anything else left as typed."""
+    for location, node in _below(value, tuple(steps)):
+        path = os.path.expanduser(str(node.value))
+        there, fault = _is_there(Path(path))
+        if there:
+            node.value = os.path.abspath(path)
+        elif fault:
+            faults.append(f"{node.origin}: {key_path(location)}: {fault}")
+
+
+def _paths(tree: Tree) -> Iterator[tuple[Location, Tree]]:
+    """The nodes of a policy's tree, or of a study's overrides, that hold a path."""
+    yield from _below(tree, ())
+    axes = tree.child("axes")
+    levels = [level for axis in _children(axes).values() for level in _children(axis).values()]
+    for overlay in (tree.child("set"), *levels):
+        if overlay is not None:
+            yield from _below(overlay, ())
+
+
+def _below(tree: Tree, location: Location) -> Iterator[tuple[Location, Tree]]:
+    if location in PATHS and isinstance(tree.value, str) and tree.value and not re.fullmatch(PATHS[location], tree.value, re.DOTALL):
+        yield location, tree
+    if len(location) < max(map(len, PATHS)):
+        for key, child in _children(tree).items():
+            yield from _below(child, (*location, *key_steps(key)))
+
+
+def _children(tree: Tree | None) -> dict[str, Tree]:
+    return tree.children if tree is not None and isinstance(tree.children, dict) else {}
+
+
+def _from_file(text: str, file: Path, hub: bool) -> tuple[str, str | None]:
+    """The path that a file means by a text, and what is wrong with it."""
+    path = os.path.expanduser(text)
+    meant = os.path.normpath(file.parent.absolute() / path)
+    there, fault = _is_there(Path(meant))
+    if there or fault:
+        return meant if there else text, fault
+    if not os.path.isabs(path) and _is_there(Path(path))[0]:
+        instead = os.path.relpath(path, file.parent)
+        found = f"{meant} is not there, and {shortened(text)!r} of the working folder is not meant"
+        return text, f"got {shortened(text)!r}; allowed a path from the folder of {file.name}, such as {instead}: {found}"
+    return (text if hub and HUB_ID.fullmatch(path) else meant), None
+
+
+def _is_there(path: Path) -> tuple[bool, str | None]:
+    """Whether it is, or why no path can be so."""
+    try:
+        path.stat()
+    except ValueError:
+        return False, f"got {shortened(str(path))!r}; allowed a path without the character 0"
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return False, f"got {shortened(str(path))!r} ({error.strerror}); allowed a path that the file system takes"
+        return False, None
+    return True, None

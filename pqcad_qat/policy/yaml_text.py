@@ -1,0 +1,200 @@
+"""YAML text becomes a tree, within bounds: what a document may expand to is limited while it is expanded.
+
+Not here: the tree (policy/tree.py), and what its values mean (policy/schema.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pqcad_qat.errors import PolicyError, shortened
+from pqcad_qat.policy.origins import Location, key_path
+from pqcad_qat.policy.tree import Tree
+
+Origin = Callable[[int], str]  # line of a text -> what a fault opens with
+
+BYTES = 1_000_000
+"""Of a policy file."""
+
+NODES = 100_000
+"""Values and keys of a document, every alias counted as what it stands for; a policy with a rule for each of 800 layers has 30,000."""
+
+DEPTH = 40
+"""Mappings and lists inside one another."""
+
+WHOLE_NUMBERS = range(-(2**63), 2**63)
+
+TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")}
+MERGE, TEXT = "tag:yaml.org,2002:merge", {"tag:yaml.org,2002:str", "tag:yaml.org,2002:value"}
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+
+Pairs = list[tuple[yaml.Node, yaml.Node]]
+
+
+class BoundError(yaml.MarkedYAMLError):
+    """A document that is larger than a policy can be."""
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that 1e-4 is a number and a date is text, as in YAML 1.2, and that its documents have bounds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nodes = self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.nodes, self.depth = self.nodes + 1, self.depth + 1
+        check_bounds(self.nodes, self.depth, self.get_mark())
+        found: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return found
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what Loader reads back: text such as '1e4' is quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class in (Loader, Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def check_bounds(nodes: int, depth: int, mark: yaml.Mark | None) -> None:
+    if nodes > NODES:
+        raise BoundError(None, None, f"a document of more than {NODES:,} values, aliases counted as what they stand for", mark)
+    if depth > DEPTH:
+        raise BoundError(None, None, f"a nesting of more than {DEPTH} levels", mark)
+
+
+def read_text(path: Path) -> str:
+    """A policy file's text. Raises PolicyError where there is none to read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for a writer, a device might have no end
+            raise PolicyError(f"{path}: got {'a folder' if path.is_dir() else 'no regular file'}; allowed a policy file that can be read")
+        with path.open("rb") as file:
+            content = file.read(BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PolicyError(f"{shortened(str(path), 300)}: got {reason}; allowed a policy file that can be read") from error
+    if len(content) > BYTES:
+        raise PolicyError(f"{path}: got more than {BYTES:,} bytes; allowed a policy file of up to so many")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise PolicyError(f"{path}:{line}: got the byte 0x{error.object[error.start]:02x}; allowed text in UTF-8") from error
+
+
+def parse(text: str, origin: Origin) -> tuple[Tree | None, list[str]]:
+    """The tree of a YAML text (None where the text is empty or broken) and the faults of its form."""
+    try:
+        builder = _Builder(Loader(text), origin)
+        root = builder.loader.get_single_node()
+        return (None, []) if root is None else (builder.build(root, (), root), builder.faults)
+    except yaml.MarkedYAMLError as error:
+        return None, [_syntax_fault(error, origin)]
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        return None, [f"{origin(line)}: got the character {text[error.position]!r}; allowed printable text"]
+
+
+def _syntax_fault(error: yaml.MarkedYAMLError, origin: Origin) -> str:
+    mark = error.problem_mark or error.context_mark
+    context = f" {error.context}" if error.context else ""
+    hint = " (indent with spaces)" if "\\t" in str(error.problem) else ""
+    allowed = "as much as a policy needs" if isinstance(error, BoundError) else f"YAML{hint}"
+    return f"{origin(mark.line + 1 if mark else 1)}: got {shortened(f'{error.problem}{context}', 200)}; allowed {allowed}"
+
+
+@dataclass
+class _Builder:
+    """Turns PyYAML's nodes into a Tree and notes the keys that it refuses."""
+
+    loader: Loader
+    origin_of: Origin
+    faults: list[str] = field(default_factory=list)
+    nodes: int = 0
+    pairs: dict[int, Pairs | None] = field(default_factory=dict)
+
+    def origin(self, node: yaml.Node) -> str:
+        return self.origin_of(node.start_mark.line + 1)
+
+    def build(self, node: yaml.Node, location: Location, written_at: yaml.Node) -> Tree:
+        """`written_at` is the node whose line is the value's: its key, in a mapping."""
+        self.nodes += 1
+        check_bounds(self.nodes, len(location), node.start_mark)
+        if node.tag not in TAGS:
+            raise yaml.constructor.ConstructorError(None, None, f"the tag {shortened(node.tag)}", node.start_mark)
+        origin = self.origin(written_at)
+        if isinstance(node, yaml.MappingNode):
+            self._refuse_duplicates(node, location)
+            children = {key.value: self.build(value, (*location, key.value), key) for key, value in self._resolved(node, location)}
+            return Tree(None, origin, children)
+        if isinstance(node, yaml.SequenceNode):
+            return Tree(None, origin, [self.build(item, (*location, index), item) for index, item in enumerate(node.value)])
+        return Tree(self._scalar(node, location), origin)
+
+    def _resolved(self, node: yaml.MappingNode, location: Location) -> Pairs:
+        """The pairs of a mapping, each key once: those that `<<` brings first, the mapping's own over them."""
+        if id(node) in self.pairs:
+            known = self.pairs[id(node)]
+            if known is None:
+                raise yaml.constructor.ConstructorError(None, None, "a mapping that `<<` merges into itself", node.start_mark)
+            return known
+        self.pairs[id(node)] = None
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value:
+            if key.tag == MERGE:
+                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for part in reversed(parts):  # of several the first has its way
+                    merged |= {below.value: (below, under) for below, under in self._merged(part, location)}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self.faults.append(f"{self.origin(key)}: {key_path(location)}: got a list or mapping for a key; allowed text")
+            elif key.tag != MERGE:
+                merged[key.value] = (key, value)
+        self.pairs[id(node)] = found = list(merged.values())
+        return found
+
+    def _merged(self, node: yaml.Node, location: Location) -> Pairs:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, f"no mapping to merge by `<<` at {key_path(location)}", node.start_mark)
+        return self._resolved(node, location)
+
+    def _refuse_duplicates(self, node: yaml.MappingNode, location: Location) -> None:
+        first: dict[str, yaml.Node] = {}
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key_node, yaml.ScalarNode) and first.setdefault(key, key_node) is not key_node:
+                where = f"{self.origin(key_node)}: {key_path((*location, key))}"
+                self.faults.append(f"{where}: got the key a second time (first on line {first[key].start_mark.line + 1}); allowed once")
+
+    def _scalar(self, node: yaml.Node, location: Location) -> Any:
+        if node.tag in TEXT:
+            return node.value
+        try:
+            value = self.loader.construct_object(node)
+        except (ValueError, KeyError, IndexError) as error:
+            if not re.fullmatch(r"[-+]?[\d_]+", node.value):
+                got = f"{shortened(node.value)!r} as a value of the tag {node.tag.rpartition(':')[2]}"
+                raise yaml.constructor.ConstructorError(None, None, got, node.start_mark) from error
+            value = WHOLE_NUMBERS.stop  # more digits than Python reads
+        if type(value) is int and value not in WHOLE_NUMBERS:
+            where = f"{self.origin(node)}: {key_path(location)}"
+            self.faults.append(f"{where}: got {shortened(node.value)}; allowed whole numbers that 64 bits hold")
+            return None
+        return value
