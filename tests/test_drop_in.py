@@ -128,16 +128,13 @@ def test_it_loads_from_the_unet_part_of_its_folder(folder: Path) -> None:
 
 
 def test_it_is_called_as_a_unet2dmodel_is(quantized: Quantized, deployed: OVUNet2DModel) -> None:
-    ours, theirs = (inspect.signature(call).parameters for call in (deployed.forward, quantized.model.forward))
-    assert list(ours) == [*theirs, "conditions"]
-    assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
     x, t = quantized.states, torch.tensor(500)
-    (expected,) = deployed(x, t, None, False)  # type: ignore[call-overload]
+    (expected,) = deployed(x, t, None, False)
     output: Any = deployed(x, t)
-    for read in (output.sample, output[0], output["sample"], *output.to_tuple()):
+    for read in (output.sample, output[0], output["sample"], *output.to_tuple(), deployed(sample=x, timestep=t).sample):
         assert torch.equal(read, expected)
-    with pytest.raises(ModelError, match="takes the conditions none; got class_labels"):
-        deployed(x, t, torch.zeros(BATCH))  # type: ignore[call-overload]
+    with pytest.raises(ModelError, match="takes the conditions none; got class_labels: the model has no classes: leave them out"):
+        deployed(x, t, torch.zeros(BATCH))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
@@ -155,5 +152,16 @@ def test_it_answers_what_users_ask_of_a_module(deployed: OVUNet2DModel) -> None:
     for other in ("cuda", torch.float16, torch.device("meta")):
         with pytest.raises(ModelError, match=r"cannot go to .*: it runs on CPU"):
             deployed.to(other)
-    with pytest.raises(ModelError, match="no gradients"):
-        deployed.requires_grad_()
+    for refused in (deployed.half, deployed.cuda, deployed.double, deployed.bfloat16):
+        with pytest.raises(ModelError, match="cannot go to"):
+            refused()
+    assert deployed.cpu() is deployed.float() is deployed.train(False) is deployed
+    for refused in (deployed.requires_grad_, deployed.train):
+        with pytest.raises(ModelError, match="no gradients"):
+            refused()
+    with pytest.raises(ModelError, match=r"save_pretrained\(FOLDER\) writes it"):
+        deployed.state_dict()
+    with pytest.raises(ModelError, match="has no 'set_attn_processor': it is one compiled graph"):
+        deployed.set_attn_processor(None)
+    assert not hasattr(deployed, "set_attn_processor")
+    assert repr(deployed) == f"OVUNet2DModel({str(deployed.folder)!r})"

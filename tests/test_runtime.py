@@ -128,8 +128,6 @@ def test_a_share_of_the_cores_gets_as_many_threads_unless_told_otherwise(folder:
     monkeypatch.setattr(cores, "usable_cores", lambda: 1)
     for properties, threads in (({}, 1), ({"INFERENCE_NUM_THREADS": 2}, 2)):
         assert OVUNet2DModel.from_pretrained(folder, properties=properties).compiled.get_property("INFERENCE_NUM_THREADS") == threads
-    with pytest.raises(ModelError, match=r"for NONE with \{'PERFORMANCE_HINT': 'LATENCY'\}"):
-        OVUNet2DModel.from_pretrained(folder, "NONE")
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
+from pqcad_qat.deployment.compiled import Requests, compile_graph
 from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of
-from pqcad_qat.deployment.runtime import Float32, compile_graph
+from pqcad_qat.deployment.runtime import Float32
 from pqcad_qat.errors import ModelError
 
 if TYPE_CHECKING:
@@ -38,16 +39,14 @@ class PictureDecoder:
         """`folder` is deployed; `sample_shape` (C, h, w) is that of its latents."""
         self.config = _json(folder / PARTS["vae"] / "config.json")
         self.factor: int = 2 ** (len(self.config["block_out_channels"]) - 1)
-        self._request = _compiled(_read(folder / PARTS["vae"]), (1, *sample_shape), device, properties).create_infer_request()
+        graph = _read(folder / PARTS["vae"])
+        self._port = graph.inputs[0].get_any_name()
+        self._requests = Requests(_compiled(graph, (1, *sample_shape), device, properties))
 
     def __call__(self, latents: Float32) -> Float32:
         """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
         scaled = np.asarray(latents / self.config["scaling_factor"] + (self.config.get("shift_factor") or 0.0), np.float32)
-        pictures = []
-        for one in np.split(scaled, len(scaled)):
-            self._request.infer([np.ascontiguousarray(one)])
-            pictures.append(np.array(self._request.get_output_tensor(0).data))
-        return np.concatenate(pictures)
+        return np.concatenate([self._requests.infer({self._port: one}, [0])[0] for one in np.split(scaled, len(scaled))])
 
 
 class PromptEncoder:
@@ -70,7 +69,7 @@ class PromptEncoder:
         self.tokens: int = graph.input("input_ids").get_partial_shape()[1].get_length()
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
-        self._compiled = _compiled(graph, (1, self.tokens), device, properties)
+        self._requests = Requests(_compiled(graph, (1, self.tokens), device, properties))
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
         """(1, tokens)."""
@@ -87,8 +86,7 @@ class PromptEncoder:
     def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str], mask: npt.NDArray[np.int64] | None = None) -> dict[str, Float32]:
         """The same for tokens (1, tokens), all of which count where no mask is given."""
         given = {"input_ids": ids} | ({"attention_mask": np.ones_like(ids) if mask is None else mask} if self.masked else {})
-        found = self._compiled(given)
-        return {name: np.array(found[name]) for name in outputs}
+        return dict(zip(outputs, self._requests.infer(given, outputs), strict=True))
 
 
 def _read(part: Path) -> ov.Model:

@@ -1,7 +1,7 @@
-"""Run a deployed folder: one compiled model, which stands where a diffusers UNet2DModel would.
+"""Run a deployed folder: one compiled model, which stands where a diffusers denoiser would.
 
-Not here: its files (folder.py), how it is made (export.py) or proved (verification.py). Needs openvino and numpy; torch only if the caller
-has it.
+Not here: its files (folder.py), how it is called (diffusers_calls.py) and looked at (stand_in.py), its requests (compiled.py), how it is
+made (export.py) or proved (verification.py). Needs openvino and numpy; torch only if the caller has it.
 """
 
 from __future__ import annotations
@@ -11,36 +11,34 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.cores import cores_of_share
+from pqcad_qat.deployment.compiled import Requests, compile_graph, executing, precision
+from pqcad_qat.deployment.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.deployment.folder import DENOISERS, MANIFEST, SCHEDULER_CONFIG, copy_folder, denoiser_config, read_graph, read_manifest
 from pqcad_qat.deployment.graph_inputs import SAMPLE, TIME, prediction, spelled
 from pqcad_qat.deployment.packing import WeightFormat
+from pqcad_qat.deployment.stand_in import ModelMixin, StandIn, UNetConfig
+from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.errors import ModelError
 
+__all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
+
 Float32 = npt.NDArray[np.float32]
+
+STEPS = "num_inference_steps"
+"""Key of the scheduler config: the sampling steps that the model is for, which diffusers' pipelines do not read."""
 
 CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 """Values of ONEDNN_MAX_CPU_ISA, which keeps oneDNN, and so OpenVINO, to the instructions of an older CPU."""
 
-DEFAULT_PROPERTIES: Mapping[str, str] = {"PERFORMANCE_HINT": "LATENCY"}
-
-
-class UNetConfig(dict[str, Any]):
-    """A UNet's config.json, read as attributes too, the way diffusers' pipelines read it."""
-
-    def __getattr__(self, key: str) -> Any:
-        try:
-            return self[key]
-        except KeyError:
-            raise AttributeError(f"the UNet's config has no {key!r}") from None
+TIME_TOLERANCE = 2.0**-8
+"""Share of a continuous time that a caller's may differ by: pipelines in bfloat16 round it so."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,15 @@ class UNetOutput:
         return (self.sample,)
 
 
-class ModelMixin:
-    """A part of a pipeline that can be loaded: diffusers asks the module that model_index.json names for a base class of this name."""
-
-
-class OVUNet2DModel(ModelMixin):
+class OVUNet2DModel(StandIn):
     """A deployed denoiser, compiled: called with numpy arrays or torch tensors, it answers in kind.
 
     It stands in for the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers. Where this module
     is imported, ``DDIMPipeline.from_pretrained(folder)`` makes one by itself.
     The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last sample, which are
     cut off again: any batch works, and a multiple of `batch_size` wastes nothing.
+    One object may be called from any number of threads, each of which gets what it would get alone, bit for bit. They are served in turn,
+    every core for one call after the other, unless ``{"PERFORMANCE_HINT": "THROUGHPUT"}`` gives calls fewer cores and lets several run.
 
     Attributes:
         folder: where it was loaded from.
@@ -84,9 +80,8 @@ class OVUNet2DModel(ModelMixin):
         training: False; it only predicts.
     """
 
-    training = False
-
     def __init__(self, folder: Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
         self.folder = folder
         self.manifest = read_manifest(folder)
         self.config = UNetConfig(denoiser_config(folder))
@@ -97,12 +92,14 @@ class OVUNet2DModel(ModelMixin):
         self._train_timesteps: int = self.manifest["train_timesteps"]
         self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
+        self._times = _student_times(self.scheduler_config)
+        self._told_of_times = False
         _warn_without_vnni(self.manifest, folder)
         graph = read_graph(folder, core := ov.Core())
         self._ports = [port.get_names() for port in graph.inputs]
         self.compiled = compile_graph(graph, core, device, properties)
-        self.inference_precision: str = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        self._request = self.compiled.create_infer_request()
+        self.inference_precision: str = precision(self.compiled)
+        self._requests = Requests(self.compiled)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> Self:
@@ -110,11 +107,11 @@ class OVUNet2DModel(ModelMixin):
 
         Args:
             folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or the denoiser's folder in it.
-            device: OpenVINO's name of the device.
+            device: OpenVINO's name of the device, such as CPU, AUTO or MULTI:CPU.
             properties: OpenVINO properties over DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
 
         Raises:
-            ModelError: not such a folder, a damaged one, or properties that OpenVINO refuses.
+            ModelError: not such a folder, a damaged one, no such device, or properties that OpenVINO refuses.
         """
         path = Path(folder)
         inside = path.name in DENOISERS and not (path / MANIFEST).is_file()  # what diffusers' pipelines hand over
@@ -134,91 +131,37 @@ class OVUNet2DModel(ModelMixin):
         copy_folder(self.folder, Path(folder), weights)
 
     @property
-    def dtype(self) -> Any:
-        """float32 as the caller's framework spells it: torch's where torch is installed, numpy's elsewhere."""
-        if find_spec("torch") is None:
-            return np.dtype(np.float32)
-        import torch
-
-        return torch.float32
-
-    @property
-    def device(self) -> Any:
-        """Where inputs are expected: host memory."""
-        if find_spec("torch") is None:
-            return "cpu"
-        import torch
-
-        return torch.device("cpu")
-
-    def to(self, *places: Any, device: Any = None, dtype: Any = None) -> Self:
-        """Itself, where that changes nothing: host memory and float32, in which it takes and gives samples.
-
-        Raises:
-            ModelError: another device or dtype, which the compiled graph cannot take.
-        """
-        for place in (*places, device, dtype):
-            if place is not None and str(place).removeprefix("torch.") not in ("cpu", "float32"):
-                raise ModelError(f"{self.folder}: cannot go to {place}: it runs on {self.compiled_for} from cpu memory, samples in float32")
-        return self
-
-    @property
     def compiled_for(self) -> str:
         """OpenVINO's name of the device that computes."""
-        return ", ".join(self.compiled.get_property("EXECUTION_DEVICES"))
+        return executing(self.compiled)
 
-    def eval(self) -> Self:
-        """Itself: it is always in evaluation mode."""
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Itself.
-
-        Raises:
-            ModelError: gradients are asked for.
-        """
-        if requires_grad:
-            raise ModelError(f"{self.folder}: a deployed model has no gradients; train the quantized student instead")
-        return self
-
-    @overload
-    def __call__(
-        self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: Literal[True] = True, **conditions: Any
-    ) -> UNetOutput: ...
-
-    @overload
-    def __call__(
-        self, sample: Any, timestep: Any, class_labels: Any = None, *, return_dict: Literal[False], **conditions: Any
-    ) -> tuple[Any]: ...
-
-    def __call__(
-        self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True, **conditions: Any
-    ) -> UNetOutput | tuple[Any]:
-        """Predict as the diffusers model does, with its own keyword arguments.
+    def __call__(self, *positional: Any, **named: Any) -> UNetOutput | tuple[Any]:
+        """Predict as the diffusers model of `config`'s class does, with its own arguments, by place or by name (diffusers_calls.py).
 
         Args:
-            sample: (B, C, H, W), numpy array or torch tensor.
-            timestep: a number, or an array or tensor of shape (), (1,) or (B,); floats too, if they are whole numbers.
-            class_labels: of a model without labels the first condition, as of diffusers' third argument: encoder_hidden_states.
-            return_dict: False returns a tuple of one.
-            conditions: by diffusers' names, dicts such as added_cond_kwargs among them: (B, ...), or (1, ...) for all samples.
+            positional, named: first `sample`, or `hidden_states`, (B, C, H, W), numpy array or torch tensor; `timestep`, a number, or an
+                array or tensor of shape (), (1,) or (B,), floats too, if they are whole numbers; the conditions, dicts such as
+                added_cond_kwargs among them: (B, ...), or (1, ...) for all samples; and `return_dict`: False returns a tuple of one.
 
         Raises:
             ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number in [0, T).
         """
-        names = [condition["name"] for condition in self.conditions]
-        third = "class_labels" if "class_labels" in names or not names else names[0]
-        given = {name: as_array(value) for name, value in flattened({**conditions, third: conditions.get(third, class_labels)}).items()}
-        if isinstance(sample, np.ndarray):
-            prediction: Any = self.predict(sample, timestep, given)
-        else:
+        takes = [condition["name"] for condition in self.conditions]
+        call = read_call(str(self.config.get("_class_name")), takes, positional, named, str(self.folder))
+        times = as_array(call.timestep, f"{self.folder}: {TIME}")
+        found: Any = self._answer(call, as_array(call.states, f"{self.folder}: {SAMPLE}"), times.astype(np.float64))
+        if not isinstance(call.states, np.ndarray):
             import torch
 
-            times = timestep.detach().cpu().double().numpy() if isinstance(timestep, torch.Tensor) else timestep
-            prediction = torch.from_numpy(self.predict(sample.detach().cpu().float().numpy(), times, given)).to(sample)
-        return UNetOutput(prediction) if return_dict else (prediction,)
+            found = torch.from_numpy(found).to(call.states)
+        return UNetOutput(found) if call.as_dict else (found,)
 
     forward = __call__
+
+    def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
+        """The prediction in the layout of the states (B, C, H, W) that a pipeline gave, at times in [0, T]."""
+        self._tell_of_other_steps(times)
+        return self.predict(states, times, call.conditions)
 
     def predict(
         self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
@@ -268,25 +211,32 @@ class OVUNet2DModel(ModelMixin):
             parts = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in parts]
         names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
         inputs = spelled(self._ports, dict(zip(names, (np.asarray(parts[0], np.float32), *parts[1:]), strict=True)))
-        self._request.infer({name: np.ascontiguousarray(value) for name, value in inputs.items()}, share_inputs=True)
-        found = np.array(self._request.get_output_tensor(0).data[: self.batch_size - missing])
-        return prediction(found, *self.sample_shape[1:])
+        (found,) = self._requests.infer(inputs, [0])
+        return prediction(found[: self.batch_size - missing], *self.sample_shape[1:])
+
+    def _tell_of_other_steps(self, times: npt.NDArray[np.float64]) -> None:
+        """Warn, once, of a call at a time that the student was not made for: of diffusers' 50 steps, above all."""
+        if self._told_of_times or self._times is None or not times.size:
+            return
+        off = np.abs(times.reshape(-1, 1) - self._times).min(axis=1)
+        if (off <= (TIME_TOLERANCE * times.reshape(-1) if self._timestep_dtype == "float32" else 0)).all():
+            return
+        self._told_of_times = True
+        count, wrong = self.scheduler_config[STEPS], times.reshape(-1)[off.argmax()]
+        warnings.warn(
+            f"{self.folder}: called at time {wrong:g}, where the sampler that it was made for never is: it has {count} steps. Write "
+            f"num_inference_steps={count} in the pipeline's call (without it diffusers runs 50 and the like), with the scheduler of the "
+            f"folder: {self.scheduler_config.get('_class_name', 'DDIMScheduler')}.from_pretrained({str(self.folder / 'scheduler')!r}). Of "
+            "other steps or schedulers see for yourself what they make",
+            stacklevel=4,
+        )
 
 
-def flattened(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a diffusers model as conditions by name: dicts among them opened, None and empty ones left out."""
-    found: dict[str, Any] = {}
-    for name, value in conditions.items():
-        found |= flattened(value) if isinstance(value, Mapping) else {} if value is None else {name: value}
-    return found
-
-
-def as_array(value: Any) -> npt.NDArray[Any]:
-    """A number, numpy array or torch tensor as a numpy array."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-    return np.asarray(value)
+def _student_times(scheduler_config: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
+    """The times that the sampler visits which the model is for; None where the folder does not say its steps."""
+    if (steps := scheduler_config.get(STEPS)) is None:
+        return None
+    return np.array([t for t, _ in noise_schedule(scheduler_config).walk(steps)], np.float64)
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
@@ -308,17 +258,3 @@ def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
             "predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
             stacklevel=3,
         )
-
-
-def compile_graph(model: ov.Model, core: ov.Core, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> ov.CompiledModel:
-    """Compile with DEFAULT_PROPERTIES under `properties`; on the CPU of a container that has a share of the cores, for as many threads.
-
-    Raises:
-        ModelError: OpenVINO refuses the device or a property.
-    """
-    share = {"INFERENCE_NUM_THREADS": cores} if device == "CPU" and (cores := cores_of_share()) is not None else {}
-    chosen = {**DEFAULT_PROPERTIES, **share, **(properties or {})}
-    try:
-        return core.compile_model(model, device, chosen)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"OpenVINO cannot compile for {device} with {chosen}: {error}") from error

@@ -17,9 +17,10 @@ import openvino as ov
 import torch
 import torch.nn.functional as F
 
+from pqcad_qat.deployment.compiled import compile_graph
 from pqcad_qat.deployment.folder import read_graph, read_manifest
 from pqcad_qat.deployment.modules import effective_weights, traced_path
-from pqcad_qat.deployment.runtime import OVUNet2DModel, compile_graph
+from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.cores import usable_cores
+from pqcad_qat.deployment.compiled import compile_graph
 from pqcad_qat.deployment.folder import MANIFEST, denoiser_bytes, read_graph
 from pqcad_qat.deployment.graph_inputs import PLACES, spelled
 from pqcad_qat.deployment.modules import TracedDenoiser, fixed_rotations, swapped
-from pqcad_qat.deployment.runtime import compile_graph
 from pqcad_qat.deployment.timesteps import Times, timestep_tables
 from pqcad_qat.diffusion.architectures import TEXT
 from pqcad_qat.diffusion.denoiser import Condition, predict

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import openvino as ov
 
+from pqcad_qat.deployment.compiled import compile_graph
 from pqcad_qat.deployment.folder import copy_folder, read_graph, read_manifest
 from pqcad_qat.deployment.packing import WeightFormat
-from pqcad_qat.deployment.runtime import compile_graph
 from pqcad_qat.evaluation.benchmark import size_bytes, timing
 from pqcad_qat.evaluation.speed_record import LoadTime
 

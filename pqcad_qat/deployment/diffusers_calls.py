@@ -1,0 +1,187 @@
+"""How diffusers' classes of denoisers are called: by place, by name, and what of it a deployed graph takes.
+
+Not here: what is computed (runtime.py). Needs numpy. Nothing that a caller says is passed over: what the graph does not take is refused,
+unless it is None or empty, as pipelines hand over what they do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pqcad_qat.errors import ModelError
+
+STATES, TIME, ANSWER = ("sample", "hidden_states"), "timestep", "return_dict"
+"""Names of x_t, of which every class has one and all are understood; of t; and of the argument that asks for a tuple."""
+
+PLACES = ("img_ids", "txt_ids")
+
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "UNet2DModel": ("sample", "timestep", "class_labels", "return_dict"),
+    "UNet2DConditionModel": (
+        "sample",
+        "timestep",
+        "encoder_hidden_states",
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "cross_attention_kwargs",
+        "added_cond_kwargs",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "encoder_attention_mask",
+        "return_dict",
+    ),
+    "DiTTransformer2DModel": ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs", "return_dict"),
+    "PixArtTransformer2DModel": (
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "added_cond_kwargs",
+        "cross_attention_kwargs",
+        "attention_mask",
+        "encoder_attention_mask",
+        "return_dict",
+    ),
+    "SD3Transformer2DModel": (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "block_controlnet_hidden_states",
+        "joint_attention_kwargs",
+        "return_dict",
+        "skip_layers",
+    ),
+    "FluxTransformer2DModel": (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "img_ids",
+        "txt_ids",
+        "guidance",
+        "joint_attention_kwargs",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "return_dict",
+        "controlnet_blocks_repeat",
+    ),
+}
+"""Class of a denoiser -> the arguments of its `forward`, in order."""
+
+_RESIDUALS = "what a ControlNet or T2I-Adapter adds is no input of this graph: such a pipeline takes the model that it was made from"
+_MASK = "texts are exported without a mask, all their tokens count: leave it out"
+_ADAPTERS = "there are no layers that adapters could reach: merge them into the model before it is quantized"
+
+ADVICE: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "down_block_additional_residuals",
+            "mid_block_additional_residual",
+            "down_intrablock_additional_residuals",
+            "block_controlnet_hidden_states",
+            "controlnet_block_samples",
+            "controlnet_single_block_samples",
+            "controlnet_blocks_repeat",
+        ),
+        _RESIDUALS,
+    ),
+    **dict.fromkeys(("attention_mask", "encoder_attention_mask"), _MASK),
+    **dict.fromkeys(("cross_attention_kwargs", "joint_attention_kwargs"), _ADAPTERS),
+    "image_embeds": _ADAPTERS,
+    "timestep_cond": "guidance is no input of this graph: leave it out, and give the pipeline a guidance_scale",
+    "skip_layers": "the graph has all its layers: leave skip_guidance_layers out",
+    "class_labels": "the model has no classes: leave them out",
+}
+"""Argument -> what to do about it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a denoiser was called with.
+
+    Attributes:
+        states: x_t, as the caller has it.
+        timestep: t.
+        conditions: by name, as numpy arrays.
+        places: of Flux, img_ids where it was given.
+        as_dict: False where a tuple is asked for.
+    """
+
+    states: Any
+    timestep: Any
+    conditions: Mapping[str, npt.NDArray[Any]]
+    places: npt.NDArray[Any] | None
+    as_dict: bool
+
+
+def read_call(kind: str, takes: Sequence[str], positional: Sequence[Any], named: Mapping[str, Any], where: str) -> Call:
+    """A call of a denoiser as its class understands it.
+
+    Args:
+        kind: class of the denoiser; of a class that is not diffusers' the conditions follow x_t and t.
+        takes: names of the conditions that the graph has.
+        positional, named: arguments.
+        where: begins a complaint.
+
+    Raises:
+        ModelError: an argument twice or too many, no x_t or t, a condition that is missing or that the graph does not take.
+    """
+    parameters = PARAMETERS.get(kind, (STATES[0], TIME, *takes, ANSWER))
+    if len(positional) > len(parameters):
+        raise ModelError(f"{where}: got {len(positional)} arguments by place; allowed {len(parameters)}: {', '.join(parameters)}")
+    given = dict(zip(parameters, positional, strict=False))
+    if twice := [name for name in named if name in given]:
+        raise ModelError(f"{where}: got {', '.join(twice)} by place and by name; allowed once")
+    given |= named
+    states = [given.pop(name) for name in STATES if given.get(name) is not None]
+    timestep, answer = given.pop(TIME, None), given.pop(ANSWER, True)
+    if len(states) != 1 or timestep is None:
+        raise ModelError(f"{where}: got {len(states)} of {' or '.join(STATES)} and {TIME} {timestep!r}; allowed one, and a time step")
+    places = {name: given.pop(name) for name in PLACES if name in parameters and name in given}
+    leaves = list(_leaves(given))
+    if sorted(name for _, name, _ in leaves) != sorted(takes):
+        asked = [word for holder, name, _ in leaves if name not in takes for word in (name, holder)]
+        why = "; ".join(dict.fromkeys(ADVICE[word] for word in asked if word in ADVICE))
+        got = f"takes the conditions {', '.join(takes) or 'none'}; got {', '.join(name for _, name, _ in leaves) or 'none'}"
+        raise ModelError(f"{where}: {got}" + (f": {why}" if why else ""))
+    arrays = {name: as_array(value, f"{where}: {name}") for _, name, value in leaves}
+    img_ids = places.get(PLACES[0])
+    return Call(states[0], timestep, arrays, None if img_ids is None else as_array(img_ids, f"{where}: {PLACES[0]}"), bool(answer))
+
+
+def _leaves(given: Mapping[str, Any], holder: str | None = None) -> Iterator[tuple[str, str, Any]]:
+    """(argument, name, value) of all that is not empty; dicts among the arguments are opened."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, holder or name)
+        elif not _empty(value):
+            yield holder or name, name, value
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, Collection) and not hasattr(value, "shape") and not len(value))
+
+
+def as_array(value: Any, where: str) -> npt.NDArray[Any]:
+    """A number, a numpy array or a torch tensor of numbers as a numpy array.
+
+    Raises:
+        ModelError: anything else; `where` begins the complaint.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()  # numpy has no such type
+    try:
+        array = np.asarray(value)
+    except ValueError:  # of lists of unequal lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf":
+        raise ModelError(f"{where}: got {type(value).__name__}; allowed numbers, a numpy array or a torch tensor of them")
+    return array
