@@ -16,7 +16,7 @@ from typing import Literal
 
 import fire
 
-from pqcad_qat.errors import PqcadError
+from pqcad_qat.errors import PqcadError, shortened
 from pqcad_qat.policy.schema import known_keys
 
 Commands = Mapping[str, Callable[..., None]]
@@ -24,41 +24,99 @@ HELP = {"-h", "--help"}
 
 
 class UsageError(PqcadError):
-    """A command line that names a flag or a value too many, or a flag without its value."""
+    """A command line that names what there is not, a value too many or of another type, or a flag without its value."""
 
 
 def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:
     """The arguments as Fire reads them rightly: switches spelled out, every --set in one list.
 
     Raises:
-        UsageError: a flag that the command does not have, one without a value, or an argument too many.
+        UsageError: no such command, a flag that it does not have, one without a value or with one of another type, or an argument too many.
     """
-    if not given or given[0] not in commands:
-        return list(given)  # Fire says which commands there are
+    if not given or list(given[:2]) == ["--", "--completion"]:
+        return list(given)  # Fire's own page, and its completion for shells
     name, *rest = given
+    if name not in commands:
+        raise UsageError(f"{shortened(name)}: got an unknown command; allowed {known_keys(list(commands), name)}, --help or --version")
     parameters = inspect.signature(commands[name]).parameters
     positional: list[str] = []
-    flags: list[tuple[str, str]] = []
+    flags: dict[str, str] = {}
+    overrides: list[str] = []
     for flag, value in _pairs(name, parameters, rest):
         if flag is None:
             positional.append(value)
+        elif flag == "set":
+            overrides.append(value)
+        elif flag in flags:
+            raise UsageError(f"--{flag}: got it a second time; allowed once")
         else:
-            flags.append((flag, value))
-    _refuse_surplus(name, parameters, positional)
-    places = [parameter for parameter in parameters.values() if parameter.kind is not parameter.VAR_POSITIONAL]
-    many = [parameter for parameter in parameters.values() if parameter.kind is parameter.VAR_POSITIONAL]
-    overrides = [value for flag, value in flags if flag == "set"]
+            flags[flag] = value
+    places = _places(name, parameters, positional, flags)
     return [
         name,
-        *(_literal(parameter, value) for parameter, value in zip(many * len(positional) or places, positional, strict=False)),
-        *(f"--{flag}={_literal(parameters[flag], value)}" for flag, value in flags if flag != "set"),
-        *([f"--set={json.dumps(overrides)}"] if overrides else []),
+        *(_literal(parameter, value) for parameter, value in zip(places, positional, strict=False)),
+        *(f"--{flag}={_literal(parameters[flag], value)}" for flag, value in flags.items()),
+        *([f"--set=[{', '.join(map(_quoted, overrides))}]"] if overrides else []),
     ]
 
 
-def _literal(parameter: inspect.Parameter, value: str) -> str:
-    """Fire reads values as Python, so that a folder 1e3 would become a number: text is quoted."""
-    return json.dumps(value) if parameter.annotation in ("str", "str | None") else value
+def _literal(parameter: inspect.Parameter, text: str) -> str:
+    """A value as Fire reads it, which is as Python: a folder 1e3 stays text, and what is no number is refused here.
+
+    Raises:
+        UsageError: a value that is not of the parameter's type.
+    """
+    flag, kind = f"--{parameter.name.replace('_', '-')}", str(parameter.annotation).removesuffix(" | None")
+    match kind:
+        case "int":
+            return _whole(flag, text)
+        case "float":
+            if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?", text):
+                raise UsageError(f"{flag}: got {shortened(text)!r}; allowed a number")
+            return repr(float(text))
+        case "bool":
+            if text.lower() not in ("true", "false"):
+                allowed = f"{flag} or --no{parameter.name}" if parameter.default is True else f"{flag} alone"
+                raise UsageError(f"{flag}: got {shortened(text)}; allowed {allowed}")
+            return text.capitalize()
+        case "tuple[int, ...]":
+            return f"[{','.join(_whole(flag, item) for item in _items(text))}]"
+        case "tuple[str, ...]":
+            return f"[{','.join(_quoted(item) for item in _items(text))}]"
+    return _quoted(text)
+
+
+def _whole(flag: str, text: str) -> str:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise UsageError(f"{flag}: got {shortened(text)!r}; allowed a whole number")
+    return str(int(text))
+
+
+def _items(text: str) -> list[str]:
+    """What a list holds that is written as [a, b] or a,b."""
+    return [item.strip(" '\"") for item in re.sub(r"^\s*[\[(]|[\])]\s*$", "", text).split(",") if item.strip()]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
+
+
+def _places(
+    command: str, parameters: Mapping[str, inspect.Parameter], positional: Sequence[str], flags: Mapping[str, str]
+) -> list[inspect.Parameter]:
+    """The parameter of each argument without a flag: those that the command needs and no flag gives, or the one that takes many.
+
+    Raises:
+        UsageError: an argument too many.
+    """
+    if many := [parameter for parameter in parameters.values() if parameter.kind is parameter.VAR_POSITIONAL]:
+        return many * len(positional)
+    free = [parameter for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in flags]
+    if len(positional) > len(free):
+        surplus = shortened(" ".join(positional[len(free) :]))
+        wanted = " ".join(parameter.name.upper() for parameter in free) or "none"
+        raise UsageError(f"{surplus}: got an argument too many for `{command}`; allowed {wanted}, and flags")
+    return free
 
 
 def _pairs(command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequence[str]) -> Iterator[tuple[str | None, str]]:
@@ -73,8 +131,8 @@ def _pairs(command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequ
         flag = _flag(command, parameters, positive or spelled)
         if not sign and isinstance(parameters[flag].default, bool):
             value = str(positive is None)
-        elif not sign:
-            value = next(waiting, "")
+        else:
+            value = value if sign else next(waiting, "")
             if not value:
                 raise UsageError(f"{spelled}: got no value; allowed {spelled} VALUE")
         yield flag, value
@@ -94,18 +152,8 @@ def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: st
         return short[0]
     if not spelled.startswith("--") or name not in flags:
         allowed = known_keys([f"--{known}" for known in flags], spelled) if flags else "none"
-        raise UsageError(f"{spelled}: got an unknown flag of `{command}`; allowed {allowed}")
+        raise UsageError(f"{shortened(spelled)}: got an unknown flag of `{command}`; allowed {allowed}")
     return name
-
-
-def _refuse_surplus(command: str, parameters: Mapping[str, inspect.Parameter], positional: Sequence[str]) -> None:
-    required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
-        return
-    if len(positional) > len(required):
-        surplus = " ".join(positional[len(required) :])
-        wanted = " ".join(name.upper() for name in required) or "none"
-        raise UsageError(f"{surplus}: got an argument too many for `{command}`; allowed {wanted}, and flags")
 
 
 def help_text(commands: Commands, given: Sequence[str]) -> str:
@@ -140,7 +188,7 @@ def one_of(flag: str, values: Sequence[object], allowed: Sequence[str]) -> list[
     """
     for value in values:
         if value not in allowed:
-            raise UsageError(f"--{flag}: got {value!r}; allowed {', '.join(allowed)}")
+            raise UsageError(f"--{flag}: got {shortened(str(value))!r}; allowed {', '.join(allowed)}")
     return [str(value) for value in values]
 
 
@@ -190,7 +238,7 @@ def _measure(flag: str, text: str, units: str, allowed: str) -> tuple[float, str
     """A number and its unit, one of `units`, which are a regular expression's alternatives."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?|\.\d+)({units})", text)
     if found is None:
-        raise UsageError(f"--{flag}: got {text!r}; allowed {allowed}")
+        raise UsageError(f"--{flag}: got {shortened(text)!r}; allowed {allowed}")
     return float(found[1]), found[2]
 
 

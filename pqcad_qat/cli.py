@@ -5,6 +5,7 @@ Not here: any work. Heavy libraries are imported inside the commands, so that `-
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import fire
 from rich.console import Console
 from rich.table import Table
 
+from pqcad_qat import __version__
 from pqcad_qat.arguments import (
     HELP,
     UsageError,
@@ -32,7 +34,7 @@ from pqcad_qat.arguments import (
     whole_number,
     with_model,
 )
-from pqcad_qat.errors import ModelError
+from pqcad_qat.errors import ModelError, shortened
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, Policy
 from pqcad_qat.processes import launched
@@ -68,12 +70,12 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: tupl
     CONSOLE.print(f"report:   {page}{deployed}", soft_wrap=True)
 
 
-def compare(*runs: str, out: str = "comparison.html") -> None:
+def compare(*runs: str, out: str | None = None) -> None:
     """Put the reports of several runs into one table and picture; runs that differ in their seed alone become mean and spread.
 
     Args:
         runs: folders of finished runs.
-        out: page to write, with the same as .json and .md beside it; or a folder for them.
+        out: page to write, with the same as .json and .md beside it; or a folder for them; comparison.html beside the first run by default.
     """
     from pqcad_qat.evaluation.report import read_report
     from pqcad_qat.evaluation.run_comparison import compare_runs, named_runs
@@ -83,10 +85,10 @@ def compare(*runs: str, out: str = "comparison.html") -> None:
         raise UsageError("got no run; allowed one or more folders of finished runs")
     if twice := [run for run in runs if [Path(other).resolve() for other in runs].count(Path(run).resolve()) > 1]:
         raise UsageError(f"{twice[0]}: got the same folder twice; allowed once")
-    page = Path(out)
+    page = Path(runs[0]).resolve().parent if out is None else Path(out)
     if page.suffix != ".html":
         if page.suffix and not page.is_dir():
-            raise UsageError(f"--out: got {out!r}; allowed a name in .html, or a folder")
+            raise UsageError(f"--out: got {shortened(str(out))!r}; allowed a name in .html, or a folder")
         page = page / "comparison.html"
     found = compare_runs("comparison", named_runs({run: read_report(Path(run)) for run in runs}), _command_line())
     CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
@@ -463,8 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     keep_to_share_of_cores()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no UTF-8, or a terminal that shows less
     if HELP & set(given):
         sys.stdout.write(help_text(COMMANDS, given))
+        return
+    if given == ["--version"]:
+        sys.stdout.write(f"pqcad-qat {__version__}\n")
         return
     with told_endings(given):
         fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
@@ -512,7 +519,8 @@ def _command_line() -> str:
     """What makes the run again, from its beginning."""
     count = launched()[1]
     start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
-    return f"{start} -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
+    line = f"{start} -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
+    return line.encode(errors="backslashreplace").decode()  # it is written into pages
 
 
 def _print_result(folder: Path) -> None:

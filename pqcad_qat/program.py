@@ -17,11 +17,12 @@ from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
+from rich.text import Text
 from safetensors import SafetensorError
 
 from pqcad_qat.arguments import UsageError
 from pqcad_qat.cores import cores_of_share
-from pqcad_qat.errors import InterruptedByUserError, PqcadError
+from pqcad_qat.errors import InterruptedByUserError, PqcadError, abridged, shortened
 from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -49,13 +50,13 @@ def told_endings(given: Sequence[str]) -> Iterator[None]:
             yield
             leave()
     except InterruptedByUserError as stop:
-        _end(stop, _escaped(str(stop)), 130)
+        _end(stop, str(stop), 130)
     except PqcadError as error:
-        _end(error, f"[bold red]error:[/] {_escaped(str(error))}", 2)
+        _end(error, abridged(str(error).splitlines()), 2)
     except (OSError, SafetensorError) as error:
-        if (reason := _cannot_write(error)) is None:
+        if (reason := _cannot_write(error) or _cannot_use(error)) is None:
             raise
-        _end(error, f"[bold red]error:[/] {_escaped(reason)}; what is finished is kept, --resume goes on", 2)
+        _end(error, reason, 2)
     except KeyboardInterrupt as stop:
         again = "the same command" if given[:1] == ["sweep"] else "--resume"
         _end(stop, f"interrupted; {again} goes on from the last checkpoint", 130)
@@ -85,7 +86,8 @@ def keep_to_share_of_cores() -> None:
 def _end(error: BaseException, text: str, code: int) -> NoReturn:
     """Tell what ended the program, once however many processes it has, and leave."""
     if speaks(error):
-        ERRORS.print(text, highlight=False, soft_wrap=True)
+        start = Text("error: ", "bold red") if code == 2 else Text()
+        ERRORS.print(start.append(Text(text)), highlight=False, soft_wrap=True)
     elif not isinstance(error, _TerminatedError):
         leave_the_word(code)
     sys.exit(code)
@@ -97,7 +99,7 @@ def _check_processes(given: Sequence[str]) -> None:
     count = launched()[1]
     if count > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch says of every model that all its Parameters are used
-    if count > 1 and given[0] not in SHARED_COMMANDS:
+    if count > 1 and [*given, ""][0] not in SHARED_COMMANDS:
         raise UsageError(f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work")
 
 
@@ -119,8 +121,14 @@ def _cannot_write(error: OSError | SafetensorError) -> str | None:
     """What keeps a file from being written, if it is a disk that is full, over its quota, or read-only."""
     known = re.search(r"os error (\d+)", str(error))  # safetensors' own error has the number in its text alone
     number = error.errno if isinstance(error, OSError) else known and int(known[1])
-    return f"cannot write: {error}" if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG) else None
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    return f"cannot write: {error}; what is finished is kept, --resume goes on" if full else None
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _cannot_use(error: OSError | SafetensorError) -> str | None:
+    """What is wrong with a path that the user named, where the system says so and no command did before."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
+        return None
+    return f"{shortened(str(error.filename), 300)}: {error.strerror}; allowed a path that can be read or written here"

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from small_networks import unet_config
 
-from pqcad_qat import cli
+from pqcad_qat import __version__, cli
 from pqcad_qat.arguments import UsageError, fire_arguments
 from pqcad_qat.run_folder import open_run
 
@@ -104,10 +104,26 @@ def test_the_program_runs_from_any_folder(command_line: CommandLine, tmp_path: P
 # ---- mistakes --------------------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "no such command": (["bogus"], r"(?s)bogus.*available commands:\s+run \| plan"),
+    "no such command": (["bogus"], r"bogus: got an unknown command; allowed run, plan, .*, --help or --version"),
+    "a misspelt command": (["rn"], r"rn: got an unknown command; .*did you mean run\?"),
+    "a method of what Fire reads": (["keys"], r"keys: got an unknown command"),
+    "Fire's own flags": (["--", "--interactive"], r"--: got an unknown command"),
     "a missing argument": (["run"], r"required argument: policy\nUsage: pqcad-qat run POLICY"),
     "an unknown flag": (["run", SMOKE, "--otu", "x"], r"--otu: got an unknown flag of `run`; .*did you mean --out\?"),
     "an argument too many": (["run", SMOKE, "runs/x"], r"runs/x: got an argument too many for `run`; allowed POLICY"),
+    "a flag twice": (["run", SMOKE, "--out", "x", "--out=y"], r"--out: got it a second time; allowed once"),
+    "a policy twice": (["run", SMOKE, "--policy", SMOKE], r"smoke\.yaml: got an argument too many for `run`; allowed none, and flags"),
+    "a switch with a word": (["run", SMOKE, "--resume=maybe"], r"--resume: got maybe; allowed --resume alone"),
+    "many digits": (
+        ["sample", "embedded:digits", "--count", "9" * 5000],
+        r"--count: got '9{57}\.\.\.'; allowed a whole number",
+    ),
+    "a number without an end": (["sample", "embedded:digits", "--guidance", "1e999"], r"--guidance: got '1e999'; allowed a number"),
+    "a nesting for a number": (["sample", "embedded:digits", "--seed", "[" * 5000], r"--seed: got '\[{57}\.\.\.'; allowed a whole number"),
+    "batches that are no numbers": (["benchmark", "x", "--batches", "[1,two]"], r"--batches: got 'two'; allowed a whole number"),
+    "a flag with nothing": (["run", SMOKE, "--out="], r"--out: got no value; allowed --out VALUE"),
+    "a name that no file system takes": (["run", "a" * 400], r"a{297}\.\.\.: got File name too long; allowed a policy file"),
+    "an output that no file system takes": (["benchmark", "x", "--out", "a" * 300], r"a: File name too long; allowed a path"),
     "a flag without a value": (["run", SMOKE, "--out"], r"--out: got no value"),
     "no such policy": (["run", "no-such.yaml"], r"no-such\.yaml: got No such file"),
     "a folder for a policy": (["run", str(POLICIES)], r"policies: got "),
@@ -173,6 +189,7 @@ def test_a_mistake_ends_with_code_2_and_a_message_and_leaves_nothing(call: Call,
     assert code == 2
     assert output == ""
     assert re.search(message, errors), errors
+    assert len(errors) < 4096
     assert "Traceback" not in errors
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -220,9 +237,12 @@ def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
         (["sample", "x", "--count", "3", "--seed", "-1"], ["sample", '"x"', "--count=3", "--seed=-1"]),
         (["compare", "1", "a", "--out", "2", "b"], ["compare", '"1"', '"a"', '"b"', '--out="2"']),
         (["sweep", "a.yaml", "--dry-run"], ["sweep", '"a.yaml"', "--dry_run=True"]),
-        (["benchmark", "x", "--nothroughput", "--isa", "[avx2]"], ["benchmark", '"x"', "--throughput=False", "--isa=[avx2]"]),
+        (["benchmark", "x", "--nothroughput", "--isa", "[avx2]"], ["benchmark", '"x"', "--throughput=False", '--isa=["avx2"]']),
+        (["benchmark", "x", "--batches", "1, 8"], ["benchmark", '"x"', "--batches=[1,8]"]),
+        (["run", "größe \U0001f600.yaml"], ["run", '"größe \U0001f600.yaml"']),
+        (["run", "\udcff"], ["run", r"'\udcff'"]),
         (["schema"], ["schema"]),
-        (["bogus", "--x"], ["bogus", "--x"]),
+        (["--", "--completion"], ["--", "--completion"]),
     ],
 )
 def test_arguments_reach_fire_so_that_it_reads_what_was_meant(given: list[str], read: list[str]) -> None:
@@ -240,6 +260,7 @@ def test_arguments_reach_fire_so_that_it_reads_what_was_meant(given: list[str], 
         ["run", "a", "-x", "1"],
         ["run", "a", "--"],
         ["compare", "--runs", "a"],
+        ["bogus", "--x"],
     ],
 )
 def test_arguments_that_no_command_takes_are_refused(given: list[str]) -> None:
@@ -301,6 +322,20 @@ def test_sampling_a_seed_twice_writes_the_same_bytes_and_another_seed_others(cal
         call("sample", tiny_run.path / "student", "--count", "1", "--seed", str(seed), "--out", f"{name}.png")
     one, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "again", "other"))
     assert one == again != other
+
+
+def test_a_comparison_lies_beside_the_runs_unless_told_otherwise(call: Call, tiny_run: FinishedRun, tmp_path: Path) -> None:
+    code, output, _ = call("compare", tiny_run.path)
+    assert code == 0
+    page = tiny_run.path.parent / "comparison.html"
+    assert output.endswith(f"page: {page}\n")
+    assert page.is_file()
+    assert list(tmp_path.iterdir()) == []
+    assert call("compare", tiny_run.path, "--out", "mine.html")[1].endswith("page: mine.html\n")
+
+
+def test_the_version_is_that_of_the_package(call: Call) -> None:
+    assert call("--version") == (0, f"pqcad-qat {__version__}\n", "")
 
 
 def test_evaluate_prints_json_that_agrees_with_the_runs_own_report(call: Call, tiny_run: FinishedRun) -> None:
