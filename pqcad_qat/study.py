@@ -5,6 +5,7 @@ Not here: the expansion of a study's file into cells (policy/cells.py), the stag
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,7 +29,9 @@ from pqcad_qat.evaluation.run_comparison_page import write_comparison
 from pqcad_qat.policy.cells import Cell, Study
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import TRAINED, stages_of
+from pqcad_qat.quantization.plan import listed
 from pqcad_qat.run_folder import POLICY, check_policy, write_atomically
+from pqcad_qat.stages.prepared import planned_shapes
 from pqcad_qat.training.metrics_log import progress_bar
 
 STUDY_PAGE = "study.html"
@@ -47,8 +51,8 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
 
     Raises:
         CheckpointError: a cell that is there belongs to another policy; nothing has been run.
-        StudyError: some cells failed; the others are in the table. Or cells that time models were to run beside others, or `only` matches
-            no cell.
+        StudyError: as `check_cells`, cells that time models were to run beside others, or `only` matches none: nothing has been run. Or
+            some cells failed; the others are in the table.
         KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
     """
     _refuse_changed(study, folder)
@@ -56,6 +60,7 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
     waiting = [cell for cell in chosen if not finished(folder / cell.name)]
     if jobs > 1:
         _refuse_timings(waiting, jobs)
+    check_cells(waiting, console)
     failed: dict[str, str] = {}
     with progress_bar(console) as bar:
         task = bar.add_task(f"study {study.name}", total=len(chosen), completed=len(chosen) - len(waiting), note="")
@@ -78,6 +83,34 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
         raise StudyError(f"{folder}: {len(failed)} of {len(chosen)} cells failed; the same command tries them again:\n{listed}")
     return comparison
+
+
+def check_cells(cells: Sequence[Cell], console: Console) -> None:
+    """Plan every cell on its model's configs, cells that would be planned alike once.
+
+    Raises:
+        StudyError: what `plan` finds wrong with any of them, with their names.
+    """
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(json.dumps(_planned_by(cell.policy), sort_keys=True), []).append(cell)
+    faults: dict[str, list[str]] = {}
+    with console.status("study: planning every cell") as status:
+        for number, group in enumerate(alike.values(), start=1):
+            status.update(f"study: plan {number} of {len(alike)}: {group[0].name}")
+            try:
+                planned_shapes(group[0].policy)
+            except PqcadError as error:
+                faults.setdefault(str(error), []).extend(cell.name for cell in group)
+    if faults:
+        told = [f"{listed(names)}: {line}" for fault, names in faults.items() for line in fault.splitlines()]
+        raise StudyError("\n".join([f"got {sum(map(len, faults.values()))} of {len(cells)} cells that cannot run:", *told]))
+
+
+def _planned_by(policy: Policy) -> dict[str, Any]:
+    """What of a policy can make a difference to its plan: all but how it is trained."""
+    found = policy.model_dump(mode="json", exclude={"name", "progressive", "training"})
+    return {**found, "ladder": policy.progressive.ladder, "checkpointing": policy.training.activation_checkpointing}
 
 
 def _write_table(study: Study, folder: Path, command: str) -> Comparison:
