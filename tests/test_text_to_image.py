@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,44 @@ def test_stable_diffusion_3_without_t5_makes_pictures_with_zeros_for_it(tmp_path
     assert with_it["encoder_hidden_states"][:, TOKENS:].any()
     assert not without["encoder_hidden_states"][:, TOKENS:].any()
     assert less("a cat").std() > 10
+
+
+@pytest.mark.parametrize("kind", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "pixart", "dit"])
+def test_a_pipeline_of_the_source_takes_the_deployed_model_and_is_told_its_steps(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    where = float_pipeline(kind, tmp_path_factory)
+    part = "transformer" if (where.folder / "transformer").is_dir() else "unet"
+    name = json.loads((where.source.folder / MODEL_INDEX).read_text())["_class_name"]
+    ours = (OVTransformer2DModel if kind in ("stable-diffusion-3", "flux") else OVUNet2DModel).from_pretrained(where.folder, properties=F32)
+    made = getattr(diffusers, name).from_pretrained(where.source.folder, **{part: ours})
+    assert getattr(made, part) is ours
+    made.set_progress_bar_config(disable=True)
+    asked = {"class_labels": [1], "guidance_scale": 1.0} if kind == "dit" else {"prompt": "a cat", **WITH_T5.get(kind, {})}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made(**asked, num_inference_steps=3, output_type="np")
+        assert not [warning for warning in told if "called at time" in str(warning.message)]
+        made(**asked, num_inference_steps=7, output_type="np")
+        made(**asked, num_inference_steps=7, output_type="np")
+    (warning,) = [str(warning.message) for warning in told if "called at time" in str(warning.message)]
+    assert "it has 3 steps. Write num_inference_steps=3 in the pipeline's call" in warning
+    with pytest.raises(ModelError, match="cannot go to torch"):
+        made.to(torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["stable-diffusion", "flux"])
+def test_sixteen_threads_on_one_pipeline_get_the_pictures_of_one(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pipeline = TextToImage.from_pretrained(float_pipeline(kind, tmp_path_factory).folder)
+    words = ("a cat", "a dog", "dogs and a cat", "")
+
+    def picture(seed: int) -> np.ndarray:
+        return pipeline(words[seed % 4], guidance=(1.0, 3.0)[seed % 2], seed=seed, count=1 + seed % 3)
+
+    alone = [picture(seed) for seed in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        for together, one in zip(pool.map(picture, range(16)), alone, strict=True):
+            np.testing.assert_array_equal(together, one)
 
 
 def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(large: DeployedPipeline) -> None:

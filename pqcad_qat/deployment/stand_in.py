@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,6 +163,10 @@ class StandIn(ModelMixin):
         if requires_grad:
             raise ModelError(f"{self.folder}: a deployed model has no gradients; train the quantized student instead")
         return self
+
+    def cache_context(self, _name: str) -> AbstractContextManager[None]:
+        """What pipelines put around a pass of guidance; nothing is cached here."""
+        return nullcontext()
 
     def parameters(self, _recurse: bool = True) -> Iterator[Any]:
         """None."""

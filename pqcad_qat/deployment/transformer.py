@@ -5,7 +5,6 @@ Not here: how it computes (runtime.py). Needs openvino and numpy; torch only if 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,6 @@ class OVTransformer2DModel(OVUNet2DModel):
     Of Flux the states are rows of patches, (B, H/2 W/2, 4C), times lie in [0, 1], `img_ids` must be the places of the graph's patches, and
     the answer is in rows too. The size of the latents is the graph's, so the pipeline's height and width must be its pixels.
     """
-
-    def cache_context(self, _name: str) -> AbstractContextManager[None]:
-        """What diffusers' pipelines put around a pass of guidance; nothing is cached here."""
-        return nullcontext()
 
     def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
         if self.config["_class_name"] != PACKED:
