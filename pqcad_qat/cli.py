@@ -134,10 +134,12 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     from pqcad_qat.quantization.plan import plan_table
-    from pqcad_qat.stages.prepared import planned_shapes
+    from pqcad_qat.stages.prepared import notes_on, planned_shapes
 
     denoiser, layers = planned_shapes(loaded)
     CONSOLE.print(plan_table(layers, denoiser))
+    for note in notes_on(loaded, layers):
+        CONSOLE.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:

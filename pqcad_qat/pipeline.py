@@ -21,7 +21,7 @@ from pqcad_qat.quantization.plan import plan_json, plan_text
 from pqcad_qat.run_folder import open_run, write_atomically
 from pqcad_qat.stages.deploying import benchmark, export, make_baselines
 from pqcad_qat.stages.measuring import evaluate, report, sample
-from pqcad_qat.stages.prepared import SHARED, prepare
+from pqcad_qat.stages.prepared import SHARED, notes_on, prepare
 from pqcad_qat.stages.training import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.stages.work import Work
 from pqcad_qat.training.metrics_log import log_texts
@@ -46,6 +46,8 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
 def _all_stages(work: Work, command: str) -> Path:
     """The stages that the policy's variants take, in order."""
     stages = stages_of(work.policy.evaluation.variants)
+    for note in notes_on(work.policy, work.prepared.plan):
+        work.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     with agreed() as first:
         if first:
             write_atomically(work.path / "plan.json", json.dumps(plan_json(work.prepared.plan, work.prepared.split), indent=1))

@@ -299,6 +299,13 @@ def test_overrides_on_the_command_line_reach_the_plan(call: Call, tiny_folder: P
     assert "time_embedding.*" not in output
 
 
+def test_plan_says_where_a_layer_goes_to_a_width_that_the_ladder_does_not_list(call: Call, tiny_folder: Path) -> None:
+    code, output, _ = call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 6]"))
+    assert code == 0
+    assert re.search(r"note: progressive\.ladder: \[8, 6\] has no rung of 4 bits, the width of .* more; the last step there is 6>4", output)
+    assert "no rung" not in call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 7, 6, 4]"))[1]
+
+
 def test_model_on_the_command_line_wins_over_the_policy(call: Call, tiny_folder: Path) -> None:
     assert call("plan", SMOKE, "--model", tiny_folder) == call("plan", SMOKE, "--set", f"model.source={tiny_folder}")
 

@@ -103,6 +103,19 @@ def _match_key(index: int) -> str:
     return f"quantization.layers[{index}].match"
 
 
+def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:
+    """What is to be known of a ladder without a rung for the width of some layers: their last step is one that it does not list."""
+    off: dict[tuple[int, ...], list[str]] = {}
+    for layer in plan:
+        if layer.weights.bits not in ladder:
+            off.setdefault(layer.ladder[-2:], []).append(layer.name)
+    return tuple(
+        f"progressive.ladder: {list(ladder)} has no rung of {step[-1]} bits, the width of {listed(names)}; the last step there is "
+        f"{'>'.join(map(str, step))}"
+        for step, names in off.items()
+    )
+
+
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every nn.Conv2d and nn.Linear by path. Subclasses compute something else, and are left alone."""
     return {name: module for name, module in model.named_modules() if type(module) in KINDS}

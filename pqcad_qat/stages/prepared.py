@@ -5,7 +5,7 @@ Not here: a run's folder (work.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from pqcad_qat.errors import ModelError, PlanError
 from pqcad_qat.evaluation.features import check_shape
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.quantization.plan import LayerPlan, plan_layers
+from pqcad_qat.policy.variants import stages_of
+from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
 from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
 
 RANGE_INPUTS = 512
@@ -109,6 +110,12 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     if policy.quantization.attention == "int8" and (masked := masked_attention(split, model.example)):
         raise PlanError(f"quantization.attention: got int8; attention under a mask has no INT8 here: {', '.join(masked)}; allowed float")
     return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
+
+
+def notes_on(policy: Policy, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """What is no fault of a policy, and still not what somebody reads in it; told by `plan`, and by `run` before it begins."""
+    walks = "pq" in stages_of(policy.evaluation.variants)
+    return missing_rungs(plan, policy.progressive.ladder) if walks else ()
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
