@@ -83,9 +83,10 @@ def compare(*runs: str, out: str | None = None) -> None:
 
     if not runs:
         raise UsageError("got no run; allowed one or more folders of finished runs")
-    if twice := [run for run in runs if [Path(other).resolve() for other in runs].count(Path(run).resolve()) > 1]:
+    folders = [os.path.realpath(run) for run in runs]
+    if twice := [run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]:
         raise UsageError(f"{twice[0]}: got the same folder twice; allowed once")
-    page = Path(runs[0]).resolve().parent if out is None else Path(out)
+    page = Path(folders[0]).parent if out is None else Path(out)
     if page.suffix != ".html":
         if page.suffix and not page.is_dir():
             raise UsageError(f"--out: got {shortened(str(out))!r}; allowed a name in .html, or a folder")

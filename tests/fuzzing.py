@@ -10,6 +10,7 @@ import faulthandler
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -48,7 +49,7 @@ def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, hard))
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True)  # for a loop of C code that no signal interrupts
+    faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)  # for a loop of C code that no signal interrupts
     try:
         yield
     finally:

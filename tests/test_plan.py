@@ -53,7 +53,8 @@ def test_ladders_are_the_rungs_above_the_target() -> None:
 def test_a_ladder_without_a_rung_for_some_layers_is_told_with_their_last_step() -> None:
     rules = rule("conv_in", bits=8), rule("conv1", bits=7), rule("*", bits=3)
     assert missing_rungs(plan(*rules), (8, 6, 4)) == (
-        "progressive.ladder: [8, 6, 4] has no rung of 3 bits, the width of down, conv_shortcut, to_q and 3 more; the last step there is 4>3",
+        "progressive.ladder: [8, 6, 4] has no rung of 3 bits, the width of down, conv_shortcut, to_q and 3 more; "
+        "the last step there is 4>3",
         "progressive.ladder: [8, 6, 4] has no rung of 7 bits, the width of conv1; the last step there is 8>7",
     )
     assert missing_rungs(plan(*rules, ladder=(8, 7, 3)), (8, 7, 3)) == ()

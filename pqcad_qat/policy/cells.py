@@ -14,13 +14,16 @@ from pathlib import Path
 
 from pqcad_qat.errors import PolicyError, shortened
 from pqcad_qat.policy.faults import find_faults
-from pqcad_qat.policy.loading import override, raise_all, read_tree, refuse_other_kind
+from pqcad_qat.policy.loading import Override, overridden, override, raise_all, read_override, read_tree, refuse_other_kind
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study import StudyPolicy
 from pqcad_qat.policy.tree import Tree, assign, key_steps
 
 CELLS = 1_000
 """Of a study, every seed counted."""
+
+VALUES = 2_000_000
+"""Of all cells but their seeds."""
 
 ENOUGH = 100
 """Faults after which the other cells are not looked at."""
@@ -63,10 +66,17 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if isinstance(tree.children, dict):
         refuse_other_kind(tree, "study")
     faults += find_faults(StudyPolicy, tree)
-    combinations = list(_combinations(tree, [text for text in overrides if text not in own], faults))
-    for _, cell in combinations:
-        if len(faults) < ENOUGH:
-            faults += find_faults(Policy, cell)
+    of_cells = [read_override(text, faults) for text in overrides if text not in own]
+    combinations: list[tuple[dict[str, str], Tree]] = []
+    values = 0
+    for labels, cell in _combinations(tree, of_cells, faults):
+        values += cell.size
+        if values > VALUES:
+            faults.append(f"{tree.origin}: policies: got more than {VALUES:,} values in all cells; allowed up to so many")
+        if len(faults) >= ENOUGH or values > VALUES:
+            break
+        faults += find_faults(Policy, cell)
+        combinations.append((labels, cell))
     if not faults:
         study = StudyPolicy.model_validate(tree.plain())
         cells = [cell for labels, found in combinations for cell in _seeded(labels, found, study.seeds)]
@@ -75,7 +85,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     return Study(study.name, tuple(cells))
 
 
-def _combinations(study: Tree, overrides: Sequence[str], faults: list[str]) -> Iterator[tuple[dict[str, str], Tree]]:
+def _combinations(study: Tree, overrides: Sequence[Override | None], faults: list[str]) -> Iterator[tuple[dict[str, str], Tree]]:
     """(labels, tree) of every policy at every combination of levels, as far as the file is in order."""
     axes = {axis: _mapping(levels) for axis, levels in _mapping(study.child("axes")).items() if _mapping(levels)}
     policies, seeds = (_listed(study.child(key)) for key in ("policies", "seeds"))
@@ -88,8 +98,8 @@ def _combinations(study: Tree, overrides: Sequence[str], faults: list[str]) -> I
             tree = base
             for overlay in (study.child("set"), *(overlay for _, overlay in levels)):
                 tree = _over(tree, _mapping(overlay), faults)
-            for text in overrides:
-                tree = override(tree, text, faults)
+            for given in overrides:
+                tree = overridden(tree, given, faults)
             yield labels, assign(tree, ["name"], Tree("-".join(labels.values()), study.origin))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,23 +94,41 @@ def named_file(named: Tree, key: str, path: Path, faults: list[str]) -> Path | N
 
 def override(tree: Tree, given: str, faults: list[str]) -> Tree:
     """The tree with a ``key=value`` on top: dotted keys, indices as ``layers.0`` or ``layers[0]``, values in YAML; mappings merge."""
+    return overridden(tree, read_override(given, faults), faults)
+
+
+@dataclass(frozen=True)
+class Override:
+    """A ``key=value`` as read: the steps of the key, and the value."""
+
+    steps: list[str]
+    value: Tree
+
+
+def read_override(given: str, faults: list[str]) -> Override | None:
+    """None, and a fault, for what is no key and value."""
     key, sign, text = given.partition("=")
     steps = key_steps(key)
     if not sign or not steps:
         faults.append(f"--set {shortened(given)}: got no key and value; allowed key=value, such as sampler.steps=10")
-        return tree
+        return None
     origin = f"--set {shortened(key.strip())}"
     if len(steps) > DEPTH:
         faults.append(f"{origin}: got a key of {len(steps)} steps; allowed the key of a policy")
-        return tree
+        return None
     value, found = parse(text, lambda _: origin)
+    faults += found
     if found:
-        faults += found
-        return tree
+        return None
+    value = value or Tree(None, origin)
+    anchor_override(steps, value, faults)
+    return Override(steps, value)
+
+
+def overridden(tree: Tree, override: Override | None, faults: list[str]) -> Tree:
+    """The tree with the override on top, where it has a place there."""
     try:
-        value = value or Tree(None, origin)
-        anchor_override(steps, value, faults)
-        return assign(tree, steps, value)
+        return tree if override is None else assign(tree, override.steps, override.value)
     except PolicyError as error:
         faults.append(str(error))
         return tree

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pqcad_qat.errors import PqcadError, shortened
+from pqcad_qat.errors import PqcadError, abridged, shortened
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import PolicyFile
@@ -47,7 +47,7 @@ def located(policy: PolicyFile) -> Iterator[None]:
     try:
         yield
     except PqcadError as error:
-        error.args = ("\n".join(_located(line, policy) for line in str(error).splitlines()),)
+        error.args = (abridged([_located(line, policy) for line in str(error).splitlines()]),)
         raise
 
 

@@ -37,6 +37,12 @@ class Tree:
             return [child.plain() for child in self.children]
         return self.value
 
+    @property
+    def size(self) -> int:
+        """Of itself and all below."""
+        below = self.children.values() if isinstance(self.children, dict) else self.children or ()
+        return 1 + sum(child.size for child in below)
+
     def origins(self) -> Origins:
         """Where every key stands."""
         return Origins(dict(self._places(())))

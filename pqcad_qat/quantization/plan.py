@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
-from pqcad_qat.errors import PlanError
+from pqcad_qat.errors import PlanError, shortened
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -85,7 +85,7 @@ def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[i
             unfit.setdefault((index, pattern, why, allowed), []).append(name)
         plans.append(_layer_plan(name, layers[name], index, pattern, rule, rule.weights, rule.inputs, ladder))
     faults += [
-        f"{_match_key(index)}: got {pattern!r}, which names {listed(names)}: {why}; allowed {allowed}"
+        f"{_match_key(index)}: got {_quoted(pattern)}, which names {listed(names)}: {why}; allowed {allowed}"
         for (index, pattern, why, allowed), names in unfit.items()
     ]
     plans, conflicts = _share_inputs(plans, first_readers)
@@ -97,6 +97,10 @@ def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[i
 def listed(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _quoted(pattern: str) -> str:
+    return shortened(repr(pattern))
 
 
 def _match_key(index: int) -> str:
@@ -228,16 +232,16 @@ def _match(model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[Layer
     for index, rule in enumerate(rules):
         before = dict(claimed)
         for pattern in rule.match:
-            got = f"{_match_key(index)}: got {pattern!r}"
+            got = f"{_match_key(index)}: got {_quoted(pattern)}"
             try:
                 hits = [name for name in layers if matches_layer(pattern, name, model)]
             except (re.error, RecursionError, OverflowError) as error:
-                faults.append(f"{got}, no regular expression ({error}); allowed one, such as re:down_blocks.*")
+                faults.append(f"{got}, no regular expression ({shortened(str(error))}); allowed one, such as re:down_blocks.*")
                 continue
             if not hits:
                 faults.append(f"{got}, which matches no Conv2d or Linear of the model; allowed patterns that do{_suggest(pattern, layers)}")
             elif all(name in before for name in hits):
-                owners = listed(sorted({f"[{before[name][0]}] ({before[name][1]!r})" for name in hits}))
+                owners = listed(sorted({f"[{before[name][0]}] ({_quoted(before[name][1])})" for name in hits}))
                 faults.append(
                     f"{got}, whose layers earlier rules have: {owners}; allowed a pattern that matches one more, or an earlier place"
                 )
@@ -347,7 +351,7 @@ def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     """Two rules that quantize one tensor's inputs differently, by the pairs of layers that read it."""
     leader, layer = pairs[0]
     got, allowed = (f"{one.inputs.bits} bits, {_words(one.inputs)}" for one in (layer, leader))
-    names = listed([f"{one.name} ({one.rule!r}) and {other.name} ({other.rule!r})" for one, other in pairs])
+    names = listed([f"{one.name} ({_quoted(one.rule)}) and {other.name} ({_quoted(other.rule)})" for one, other in pairs])
     where = f"quantization.layers[{layer.rule_index}].inputs"
     return f"{where}: got {got}; allowed {allowed}, as rule [{leader.rule_index}], for they read the same tensor: {names}"
 
