@@ -17,9 +17,10 @@ from conftest import SCHEDULER
 from torch import Tensor
 
 from pqcad_qat.diffusion.architectures import ARCHITECTURES, ConditionInput
-from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, model_index, predict, read_json, save_model, untrained_denoiser
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, model_index, predict, save_model, untrained_denoiser
 from pqcad_qat.diffusion.registry import register_denoiser
 from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import read_json
 
 TAKES = {
     "class_unet": ["class_labels () int64 in [0, 5)"],

@@ -18,17 +18,10 @@ from diffusers import DDIMPipeline
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from pqcad_qat.diffusion.denoiser import (
-    WEIGHTS_AND_CONFIGS,
-    DiffusionModel,
-    embedded_models,
-    load_model,
-    model_index,
-    predict,
-    read_json,
-    save_model,
-)
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, model_index, predict, save_model
+from pqcad_qat.diffusion.model_folder import WEIGHTS_AND_CONFIGS, embedded_models
 from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import read_json
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 CONFIG = Path("unet") / "config.json"

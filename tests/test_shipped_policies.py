@@ -17,7 +17,8 @@ from conftest import POLICIES
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 
 from pqcad_qat.diffusion.conditions import chosen_conditions, conditioned
-from pqcad_qat.diffusion.denoiser import DiffusionModel, embedded_models, load_model
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
+from pqcad_qat.diffusion.model_folder import embedded_models
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.pipeline import prepare
 from pqcad_qat.policy.cells import load_study

@@ -15,7 +15,8 @@ from conditional_models import MODELS, Plain, saved
 from conftest import SCHEDULER
 from small_networks import unet_config
 
-from pqcad_qat.diffusion.denoiser import DiffusionModel, denoiser_folder, load_model, predict
+from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, predict
+from pqcad_qat.diffusion.model_folder import denoiser_folder
 from pqcad_qat.diffusion.registry import register_denoiser
 from pqcad_qat.diffusion.untrained import architectures, fixed_inputs, noise_condition, noise_inputs, random_denoiser, shapes_of
 from pqcad_qat.errors import ModelError

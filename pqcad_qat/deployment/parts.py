@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of, write_json
 from pqcad_qat.deployment.part_graphs import clip_graph, decoder_graph, t5_graph
 from pqcad_qat.diffusion.architectures import TEXT, TEXT_MASK, ConditionInput
-from pqcad_qat.diffusion.denoiser import read_json
+from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS
 from pqcad_qat.diffusion.pipeline_parts import (
     T5,
-    TEXT_ENCODERS,
     TOKENIZER,
     VAE,
     PipelineParts,
@@ -33,6 +32,7 @@ from pqcad_qat.diffusion.pipeline_parts import (
     to_decoder,
 )
 from pqcad_qat.errors import ExportError, ModelError
+from pqcad_qat.json_files import read_json
 
 PartFormat = Literal["float", "int8-weights", "int8"]
 

@@ -5,18 +5,25 @@ Not here: loading them, or calling them (denoiser.py), nor where conditions come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pqcad_qat.diffusion import flux
+from pqcad_qat.diffusion import config_faults, flux
+from pqcad_qat.diffusion.config_faults import SIZES, sides_of
+from pqcad_qat.diffusion.config_values import check_values, with_defaults
 from pqcad_qat.diffusion.flow import FLOW_SCHEDULER, settled
 from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import shown
 
 Config = Mapping[str, Any]
+
+SampleSize = int | tuple[int, int]
+"""Height and width of x_t, one number where they are alike."""
 
 TEXT = "encoder_hidden_states"
 """The condition that is a sequence of text's tokens."""
@@ -70,7 +77,7 @@ class Architecture:
         name: diffusers' class.
         part: of a pipeline: the folder that holds it.
         conditions: config -> the tensors that it takes beside x_t and t.
-        unsupported: config -> what it asks for that we do not give, or "".
+        faults: config with every default -> what it asks for that we do not give, and values that do not go together.
         held_in: condition -> the keyword argument that is a dict with it.
         null_class: config -> the label that stands for no class, where the class has one of its own.
         call: (denoiser, x_t, t, keyword arguments) -> the prediction, at the head of a tuple or alone.
@@ -83,7 +90,7 @@ class Architecture:
     name: str
     part: Literal["unet", "transformer"]
     conditions: Callable[[Config], tuple[ConditionInput, ...]]
-    unsupported: Callable[[Config], str] = lambda _: ""
+    faults: Callable[[Config], Iterator[str]]
     held_in: Mapping[str, str] = field(default_factory=dict)
     null_class: Callable[[Config], int | None] = lambda _: None
     call: Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Any] = _called
@@ -93,17 +100,10 @@ class Architecture:
     scheduler: Callable[[Config, tuple[int, int]], dict[str, Any]] = lambda config, _: dict(config)
 
     def sample_shape(self, config: Config) -> tuple[int, int, int]:
-        """(C, H, W) of x_t, as a diffusers config says it.
-
-        Raises:
-            ModelError: it does not say the size.
-        """
-        size = config.get("sample_size")
-        sides = [size, size] if isinstance(size, int) else size
-        if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            got = "null" if size is None else repr(size)
-            raise ModelError(f"config.json: sample_size: got {got}; allowed the height and width of x_t, for which the model is exported")
-        return int(config["in_channels"]) // self.patch**2, sides[0], sides[1]
+        """(C, H, W) of x_t, as a checked diffusers config says it."""
+        sides = sides_of(config)
+        assert sides is not None
+        return int(config["in_channels"]) // self.patch**2, *sides
 
     def keywords(self, condition: Mapping[str, Any]) -> dict[str, Any]:
         """A condition by name as the keyword arguments of the class."""
@@ -141,49 +141,18 @@ def _cross_attention(config: Config) -> tuple[ConditionInput, ...]:
         ConditionInput("encoder_hidden_states", (None, width if isinstance(width, int) else width[0]), "float32"),
     )
     if config.get("addition_embed_type") == "text_time":  # SDXL
-        sizes = 6
-        text = config["projection_class_embeddings_input_dim"] - sizes * config["addition_time_embed_dim"]
-        found += (ConditionInput("text_embeds", (text,), "float32"), ConditionInput("time_ids", (sizes,), "int64", LARGEST_SIZE + 1))
+        text = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
+        found += (ConditionInput("text_embeds", (text,), "float32"), ConditionInput("time_ids", (SIZES,), "int64", LARGEST_SIZE + 1))
     return found + _class_labels(config)
-
-
-def _unet_2d_fault(config: Config) -> str:
-    return _not_among(config, "class_embed_type", (None, "timestep", "identity"))
-
-
-def _cross_attention_fault(config: Config) -> str:
-    width = config["cross_attention_dim"]
-    if not isinstance(width, int) and len(set(width)) > 1:
-        return f"cross_attention_dim: got {width}; allowed one width for all blocks"
-    return (
-        _not_among(config, "addition_embed_type", (None, "text_time"))
-        or _not_among(config, "encoder_hid_dim_type", (None, "text_proj"))
-        or _not_among(config, "class_embed_type", (None, "timestep", "identity", "projection", "simple_projection"))
-    )
-
-
-def _not_among(config: Config, key: str, allowed: tuple[str | None, ...]) -> str:
-    got = config.get(key)
-    return "" if got in allowed else f"{key}: got {got!r}; allowed {', '.join(map(str, allowed))}"
 
 
 def _dit_conditions(config: Config) -> tuple[ConditionInput, ...]:
     return (ConditionInput("class_labels", (), "int64", config["num_embeds_ada_norm"] + 1),)  # its table has a row for no class
 
 
-def _dit_fault(config: Config) -> str:
-    return _not_among(config, "norm_type", ("ada_norm_zero",))
-
-
 def _pixart_conditions(config: Config) -> tuple[ConditionInput, ...]:
     width = config["caption_channels"] or config["cross_attention_dim"]
     return ConditionInput(TEXT, (None, width), "float32"), ConditionInput(TEXT_MASK, (None,), "float32")
-
-
-def _pixart_fault(config: Config) -> str:
-    asked = config.get("use_additional_conditions")
-    asked = config.get("sample_size") == 128 if asked is None else asked
-    return "use_additional_conditions: got true (resolution and aspect ratio); allowed false" if asked else ""
 
 
 def _joint_attention(config: Config) -> tuple[ConditionInput, ...]:
@@ -195,21 +164,6 @@ def _joint_attention(config: Config) -> tuple[ConditionInput, ...]:
     return found + ((ConditionInput("guidance", (), "float32"),) if config.get("guidance_embeds") else ())
 
 
-def _sd3_fault(config: Config) -> str:
-    size, patch, most = (config[key] for key in ("sample_size", "patch_size", "pos_embed_max_size"))
-    if size % patch or size > patch * most:
-        return f"sample_size: got {size}; allowed multiples of {patch} up to {patch * most}, which its table of places holds"
-    return ""
-
-
-def _flux_fault(config: Config) -> str:
-    if config["patch_size"] != 1:
-        return f"patch_size: got {config['patch_size']}; allowed 1: the pipeline packs its patches"
-    sizes = [config["sample_size"]] if isinstance(config["sample_size"], int) else config["sample_size"]
-    odd = [size for size in sizes if size % flux.PATCH]
-    return f"sample_size: got {odd[0]}; allowed even numbers" if odd else ""
-
-
 def _flux_scheduler(config: Config, size: tuple[int, int]) -> dict[str, Any]:
     tokens = size[0] // flux.PATCH * (size[1] // flux.PATCH)
     return settled(config, tokens) if config.get("_class_name") == FLOW_SCHEDULER else dict(config)
@@ -218,12 +172,12 @@ def _flux_scheduler(config: Config, size: tuple[int, int]) -> dict[str, Any]:
 ARCHITECTURES: Mapping[str, Architecture] = {
     found.name: found
     for found in (
-        Architecture("UNet2DModel", "unet", _class_labels, _unet_2d_fault, resizable=True),
+        Architecture("UNet2DModel", "unet", _class_labels, config_faults.unet_2d, resizable=True),
         Architecture(
             "UNet2DConditionModel",
             "unet",
             _cross_attention,
-            _cross_attention_fault,
+            config_faults.unet_2d_condition,
             held_in={"text_embeds": "added_cond_kwargs", "time_ids": "added_cond_kwargs"},
             resizable=True,
         ),
@@ -231,16 +185,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "DiTTransformer2DModel",
             "transformer",
             _dit_conditions,
-            _dit_fault,
+            config_faults.dit,
             null_class=lambda config: int(config["num_embeds_ada_norm"]),
         ),
-        Architecture("PixArtTransformer2DModel", "transformer", _pixart_conditions, _pixart_fault),
-        Architecture("SD3Transformer2DModel", "transformer", _joint_attention, _sd3_fault, resizable=True),
+        Architecture("PixArtTransformer2DModel", "transformer", _pixart_conditions, config_faults.pixart),
+        Architecture("SD3Transformer2DModel", "transformer", _joint_attention, config_faults.sd3, resizable=True),
         Architecture(
             "FluxTransformer2DModel",
             "transformer",
             _joint_attention,
-            _flux_fault,
+            config_faults.flux,
             call=flux.call,
             patch=flux.PATCH,
             default_size=flux.DEFAULT_SIZE,
@@ -271,16 +225,35 @@ def known_architecture(config: Config, where: str) -> Architecture:
     name = FORMER.get(str(config.get("norm_type")), name) if name == "Transformer2DModel" else name
     found = ARCHITECTURES.get(str(name))
     if found is None:
-        raise ModelError(f"{where}: _class_name: got {name!r}; allowed {', '.join(ARCHITECTURES)}")
+        raise ModelError(f"{where}: _class_name: got {shown(name)}; allowed {', '.join(ARCHITECTURES)}")
     return found
 
 
-def check_config(architecture: Architecture, config: Config, where: str) -> None:
-    """Raise ModelError for a config, with every default of its class, that asks for what we do not give."""
-    if fault := architecture.unsupported(config):
-        raise ModelError(f"{where}: {fault}")
-    inputs, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
-    if outputs not in (inputs, 2 * inputs):  # twice: the prediction, then its variance
+def checked_config(architecture: Architecture, config: Config, where: str, sample_size: SampleSize | None = None) -> dict[str, Any]:
+    """A diffusers config with every default of its class, and the height and width of x_t: those asked for, or its own.
+
+    Raises:
+        ModelError: a value that the class cannot be built with, or that asks for what we do not give; a size that it does not take.
+    """
+    check_values(architecture.name, config, where)
+    if sample_size is not None and not architecture.resizable:
+        raise ModelError(f"model.sample_size: got {shown(sample_size)}; allowed null: {architecture.name} keeps its own")
+    full = with_defaults(architecture.name, config)
+    sides = sides_of({"sample_size": sample_size or full.get("sample_size") or architecture.default_size})
+    if sides is None:
+        raise ModelError(f"{where}: sample_size: got null; allowed the height and width of x_t, for which the model is exported")
+    full["sample_size"] = sides[0] if sides[0] == sides[1] else list(sides)
+    if (fault := next(chain(architecture.faults(full), config_faults.channels(full)), None)) is not None:
+        of_policy = sample_size is not None and fault.startswith("sample_size")
+        raise ModelError(f"model.{fault}" if of_policy else f"{where}: {fault} ({architecture.name})")
+    return full
+
+
+def check_time_table(config: Config, train_timesteps: int, where: str) -> None:
+    """Raise ModelError for a denoiser that has learned fewer time steps than its scheduler counts."""
+    known = config.get("num_train_timesteps")
+    if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
         raise ModelError(
-            f"{where}: out_channels: got {outputs}; allowed {inputs}, as in_channels, or {2 * inputs}, with a learned variance"
+            f"{where}: num_train_timesteps: got {known}, as time_embedding_type is learned; allowed {train_timesteps} or more, as the "
+            "scheduler's"
         )

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_utils import no_init_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,35 +27,38 @@ from pqcad_qat.diffusion.architectures import (
     TEXT_TOKENS,
     Architecture,
     ConditionInput,
+    SampleSize,
     architecture_of,
-    check_config,
+    checked_config,
     known_architecture,
 )
+from pqcad_qat.diffusion.config_values import bounded_build, class_of
 from pqcad_qat.diffusion.flow import FLOW_SCHEDULER
-from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
-from pqcad_qat.errors import ModelError
-from pqcad_qat.policy.schema import EMBEDDED
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PARTS = ("unet", "transformer")
-"""Folders of a diffusers pipeline that hold a denoiser."""
-SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
-
-SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
-"""In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
-
-WEIGHTS_AND_CONFIGS = (
-    "model_index.json",
-    "scheduler/*.json",
-    *(f"{part}/config.json" for part in (*PARTS, "vae", "text_encoder*")),
-    *(
-        f"{weights}{kind}"
-        for weights in (*(f"{part}/diffusion_pytorch_model" for part in (*PARTS, "vae")), "text_encoder*/model")
-        for kind in (".safetensors", ".safetensors.index.json", f"{SHARD}.safetensors")
-    ),
-    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
+from pqcad_qat.diffusion.model_folder import (
+    CONFIG,
+    DECODERS,
+    INDEX,
+    LAYOUT,
+    NO_CONFIG,
+    PARTS,
+    SCHEDULER_CONFIG,
+    STEM,
+    WEIGHTS,
+    check_index,
+    check_no_single_file,
+    denoiser_folder,
+    downloaded_pipeline,
+    embedded_folder,
+    local,
+    part_class,
+    read_index,
+    scheduler_file,
 )
-"""Of a hub id: a whole pipeline's files, less other formats and variants of its weights, such as model.fp16.safetensors."""
+from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
+from pqcad_qat.diffusion.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
+from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import read_json
+from pqcad_qat.policy.schema import EMBEDDED
 
 Condition = Mapping[str, Tensor]
 """What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
@@ -77,6 +81,7 @@ class DiffusionModel:
         digest: SHA-256 over the weights and both configs.
         custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config says it.
         folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
+        decoder: whether its pipeline has a part that makes pictures of what it makes.
     """
 
     denoiser: nn.Module
@@ -85,6 +90,7 @@ class DiffusionModel:
     digest: str
     custom: RegisteredDenoiser | None = None
     folder: Path | None = None
+    decoder: bool = False
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -95,7 +101,8 @@ class DiffusionModel:
 
     @property
     def latent(self) -> bool:
-        return is_latent(self.sample_shape)
+        """Whether what it makes is no picture: its pipeline decodes it, or its channels are neither one nor three."""
+        return self.decoder or is_latent(self.sample_shape)
 
     @property
     def condition_inputs(self) -> tuple[ConditionInput, ...]:
@@ -165,10 +172,10 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def load_model(source: str, sample_size: int | None = None) -> DiffusionModel:
+def load_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
     """Load `embedded:NAME`, `registered:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
 
-    `sample_size` is the height and width of x_t where it is to be another than the model's own.
+    `sample_size` is the height and width of x_t where they are to be others than the model's own.
 
     Raises:
         ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take that size.
@@ -180,94 +187,110 @@ def load_model(source: str, sample_size: int | None = None) -> DiffusionModel:
     if source.startswith(EMBEDDED):
         with embedded_folder(source) as folder:
             return _load_folder(folder, source, sample_size)
-    folder = Path(source).expanduser()
-    return _load_folder(folder if folder.exists() else downloaded(source, WEIGHTS_AND_CONFIGS), source, sample_size)
+    if (path := local(source)) is None:
+        note = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it"
+        return _load_folder(downloaded_pipeline(source), source, sample_size, note)
+    if path.is_file():
+        check_no_single_file(path)
+        raise ModelError(f"{path}: got a file, which holds no weights; allowed a folder in diffusers' layout, or a hub id")
+    return _load_folder(path, source, sample_size)
 
 
-@contextmanager
-def embedded_folder(source: str) -> Iterator[Path]:
-    """The folder of `embedded:NAME`, in diffusers layout.
+def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
+    """The model of a folder in diffusers' layout whose denoiser holds shapes alone; no weights are read.
 
     Raises:
-        ModelError: there is none of that name.
+        ModelError: a config that is missing or cannot be used, or a pipeline whose denoiser reads what is no input here.
     """
-    resource = files("pqcad_qat.assets") / source.removeprefix(EMBEDDED)
-    if not resource.joinpath("model_index.json").is_file():
-        raise ModelError(f"model.source: got {source!r}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
-    with as_file(resource) as folder:
-        yield folder
+    check_no_single_file(folder)
+    index, part = read_index(folder), denoiser_folder(folder)
+    where = part / CONFIG
+    config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
+    alone = not index and not beside.exists() and not has_weights(part, STEM)  # an architecture, whose scheduler may be any
+    scheduler = dict(DDIMScheduler().config) if alone else read_json(beside, LAYOUT)
+    check_index(folder, index, known_architecture(config, str(where)).name)
+    shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where))
+    return replace(shapes, folder=folder, decoder=any(part_class(index, name) for name in DECODERS))
 
 
-def embedded_models() -> list[str]:
-    """The names that `load_model` takes without network or files."""
-    assets = files("pqcad_qat.assets")
-    return sorted(EMBEDDED + entry.name for entry in assets.iterdir() if entry.joinpath("model_index.json").is_file())
+def shapes_of_configs(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str, sample_size: SampleSize | None = None, where: str | None = None
+) -> DiffusionModel:
+    """The model of configs, whose denoiser holds shapes alone, on torch's meta device, and has been called once.
 
-
-def denoiser_folder(folder: Path) -> Path:
-    """The part of a pipeline's folder that holds its denoiser: the one that is there, unet/ where none is."""
-    return next((folder / part for part in PARTS if (folder / part / "config.json").is_file()), folder / PARTS[0])
-
-
-def untrained_denoiser(config: Mapping[str, Any], where: str) -> tuple[nn.Module, RegisteredDenoiser | None]:
-    """A denoiser of a config that `save_model` wrote, before its weights are loaded, and what it was registered with, if it was.
+    Args:
+        config: of the denoiser.
+        scheduler: of its scheduler.
+        source: as the user named the model.
+        sample_size: as of `load_model`.
+        where: the denoiser's config lies, for messages; by default the source.
 
     Raises:
-        ModelError: a class that is not known, or a config that diffusers refuses.
+        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+    """
+    where = where or source
+    with bounded_build(where), _without_warnings():
+        denoiser, _ = untrained_denoiser(config, where, sample_size)
+    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
+    if (architecture := architecture_of(denoiser)) is not None:
+        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(cast(Any, denoiser).config)[1:])
+    found = DiffusionModel(denoiser, dict(scheduler), source, "")
+    try:
+        with torch.no_grad():
+            predict(denoiser, *found.example)
+    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
+        raise ModelError(f"{where}: not the config of a working {type(denoiser).__name__}: {str(error)[:1000]}") from error
+    return found
+
+
+def untrained_denoiser(
+    config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None
+) -> tuple[nn.Module, RegisteredDenoiser | None]:
+    """A denoiser of a config before its weights are loaded, and what it was registered with, if it was.
+
+    Raises:
+        ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not take.
     """
     if str(config.get("_class_name")).startswith(REGISTERED):
         told, module = registered(str(config["_class_name"]))
         return module.eval(), told
     architecture = known_architecture(config, where)
+    full = checked_config(architecture, config, where, sample_size)
+    size = full["sample_size"]
+    written = {key: value for key, value in config.items() if key != "_use_default_values"}
+    if isinstance(size, list) and "pos_embed_max_size" in full:  # a table of places is of a square
+        written["sample_size"] = max(size)
     try:
-        denoiser: Any = getattr(diffusers, architecture.name).from_config(dict(config))
+        denoiser: Any = class_of(architecture.name).from_config(written)
+    except ModelError:
+        raise
     except Exception as error:  # diffusers raises anything on a config that it cannot follow
-        raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {error}") from error
-    resize(denoiser, architecture, None)
-    check_config(architecture, denoiser.config, where)
+        raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {str(error)[:1000]}") from error
+    if sample_size is not None or config.get("sample_size") is None or written.get("sample_size") != config["sample_size"]:
+        denoiser.register_to_config(sample_size=size)
     return _without_label_dropout(denoiser).eval(), None
 
 
-def _load_folder(folder: Path, source: str, sample_size: int | None) -> DiffusionModel:
-    part = denoiser_folder(folder)
-    config = read_json(part / "config.json")
-    scheduler = read_json(folder / SCHEDULER_CONFIG)
-    architecture = known_architecture(config, str(part / "config.json"))
-    weights = part / WEIGHTS
-    if not has_weights(weights):
-        of_the_hub = not source.startswith(EMBEDDED) and not Path(source).expanduser().exists()
-        why = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it" if of_the_hub else ""
-        raise ModelError(f"{weights}: no such file; weights are read from safetensors only{why}")
+def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note: str = "") -> DiffusionModel:
+    """`note` is what a message adds where there are no weights."""
+    shapes, part = folder_shapes(folder, source, sample_size), denoiser_folder(folder)
+    stored = fitting(stored_tensors(weight_files(part, STEM, note)), shapes.denoiser)
+    with no_init_weights():
+        denoiser, _ = untrained_denoiser(read_json(part / CONFIG), str(part / CONFIG), sample_size)
+    load_weights(denoiser, stored)
+    return replace(_model(denoiser, shapes.scheduler_config, source), folder=folder, decoder=shapes.decoder)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Inside, diffusers says nothing of keys that a class does not know: it does when weights are loaded."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        denoiser, found = getattr(diffusers, architecture.name).from_pretrained(
-            part, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except Exception as error:  # diffusers raises anything from OSError to KeyError on a damaged folder
-        raise ModelError(f"{part}: cannot load this model: {error}") from error
-    if found["missing_keys"] or found["unexpected_keys"]:  # diffusers warns, and leaves what is missing random
-        raise ModelError(f"{weights}: missing: {found['missing_keys']}; not of this model: {found['unexpected_keys']}")
-    resize(denoiser, architecture, sample_size)
-    check_config(architecture, denoiser.config, str(part / "config.json"))
-    scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])
-    return replace(_model(_without_label_dropout(denoiser), scheduler, source), folder=folder)
-
-
-def has_weights(path: Path) -> bool:
-    """Whether weights are there by the name of their safetensors file, whole or in shards."""
-    return path.is_file() or path.with_name(f"{path.name}.index.json").is_file()
-
-
-def resize(denoiser: Any, architecture: Architecture, sample_size: int | None) -> None:
-    """Write the height and width of x_t into the denoiser's config: those asked for, or its class's where its config has none.
-
-    Raises:
-        ModelError: a class that keeps its own.
-    """
-    if sample_size is not None and not architecture.resizable:
-        raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {architecture.name} keeps its own")
-    size = sample_size or denoiser.config.get("sample_size") or architecture.default_size
-    if size != denoiser.config.get("sample_size"):
-        denoiser.register_to_config(sample_size=size)
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
@@ -276,21 +299,6 @@ def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
     return denoiser
-
-
-def downloaded(source: str, patterns: Sequence[str]) -> Path:
-    """The folder of a hub id with the files that the patterns name; nothing of it is run.
-
-    Raises:
-        ModelError: the hub cannot be reached, or has none of that name.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"model.source: got {source!r}: no such folder, and it cannot be loaded from the hub: {reason}") from error
 
 
 def _load_registered(source: str) -> DiffusionModel:
@@ -315,15 +323,15 @@ def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder:
     part = folder / (architecture.part if architecture else PARTS[0])
     if architecture:
         cast(Any, denoiser).save_pretrained(part, safe_serialization=True)
-        config = read_json(part / "config.json")
+        config = read_json(part / CONFIG)
         config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
     else:
         config = {"_class_name": registered_as(denoiser)}
         part.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS)
-    write_json(part / "config.json", config)
+    write_json(part / CONFIG, config)
     write_json(folder / SCHEDULER_CONFIG, scheduler_config)
-    write_json(folder / "model_index.json", model_index(denoiser, scheduler_config))
+    write_json(folder / INDEX, model_index(denoiser, scheduler_config))
 
 
 def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,23 +342,6 @@ def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dic
     pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
     scheduler = FLOW_SCHEDULER if scheduler_config.get("_class_name") == FLOW_SCHEDULER else "DDIMScheduler"
     return {"_class_name": pipeline, "scheduler": ["diffusers", scheduler], part: ["diffusers" if name else None, name]}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
-
-    Raises:
-        ModelError: no such file, or it does not hold a JSON object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; a folder in diffusers layout holds unet/config.json and scheduler/") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: got a JSON {type(found).__name__}; allowed an object")
-    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

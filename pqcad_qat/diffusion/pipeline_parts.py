@@ -16,12 +16,11 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import WEIGHTS, has_weights, read_json
+from pqcad_qat.diffusion.model_folder import INDEX, STEM, TEXT_ENCODERS, read_index
+from pqcad_qat.diffusion.weight_files import weight_files
 from pqcad_qat.errors import ModelError
 
 VAE = "vae"
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 T5 = "T5EncoderModel"
 """Of text: the third encoder of Stable Diffusion 3, the second of Flux, the only one of PixArt."""
@@ -68,11 +67,7 @@ class PipelineParts:
 
     def check_weights(self, part: str) -> None:
         """Raise ModelError for a part that is there without safetensors."""
-        path = self.folder / part / (WEIGHTS if part == VAE else "model.safetensors")
-        if not has_weights(path):
-            raise ModelError(
-                f"{path}: no such file; weights are read from safetensors only, and pipeline.{part.rstrip('_23')}: none takes none"
-            )
+        weight_files(self.folder / part, STEM if part == VAE else "model", f", and pipeline.{part.rstrip('_23')}: none takes none")
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -116,9 +111,9 @@ def pipeline_parts(folder: Path | None) -> PipelineParts | None:
     Raises:
         ModelError: model_index.json cannot be read.
     """
-    if folder is None or not (folder / "model_index.json").is_file():
+    if folder is None or not (folder / INDEX).is_file():
         return None
-    return PipelineParts(folder, read_json(folder / "model_index.json"))
+    return PipelineParts(folder, read_index(folder))
 
 
 def check_transformers(what: str) -> None:

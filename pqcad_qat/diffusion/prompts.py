@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pqcad_qat.content_store import kept
-from pqcad_qat.diffusion.denoiser import denoiser_folder, read_json
-from pqcad_qat.diffusion.pipeline_parts import TEXT_ENCODERS, TOKENIZERS, PipelineParts, check_tokenizer, check_transformers
+from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser_folder
+from pqcad_qat.diffusion.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import read_json
 
 LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionPipeline": ("encoder_hidden_states", "unconditional.encoder_hidden_states"),

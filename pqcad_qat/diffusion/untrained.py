@@ -17,28 +17,23 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, architecture_of
-from pqcad_qat.diffusion.denoiser import (
-    SCHEDULER_CONFIG,
-    DenoiserInput,
-    DiffusionModel,
+from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, SampleSize
+from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, folder_shapes, load_model, shapes_of_configs, untrained_denoiser
+from pqcad_qat.diffusion.model_folder import (
+    CONFIG,
+    CONFIGS,
+    check_no_single_file,
     denoiser_folder,
     downloaded,
     embedded_folder,
-    load_model,
-    predict,
-    read_json,
-    resize,
-    untrained_denoiser,
+    local,
+    scheduler_file,
 )
 from pqcad_qat.diffusion.registry import REGISTERED
-from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import read_json
 from pqcad_qat.policy.schema import EMBEDDED
 
 ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
-
-CONFIGS = ("model_index.json", "*/config.json", "scheduler/*.json")
-"""What is taken of a hub id."""
 
 CONDITION = 0xC0
 """Beside the seed: conditions and noise are independent."""
@@ -58,19 +53,20 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
     Raises:
         ModelError: what is there cannot be read.
     """
-    path = Path(source).expanduser()
-    if source in architectures() and not path.exists():
-        return read_json(Path(str(ARCHITECTURES / f"{source}.json"))), _default_scheduler()
+    path = local(source)
+    if path is None:
+        return (read_json(Path(str(ARCHITECTURES / f"{source}.json"))), _default_scheduler()) if source in architectures() else None
     if path.is_file():
+        check_no_single_file(path)
         return read_json(path), _default_scheduler()
-    for part in (denoiser_folder(path), path):
-        if (part / "config.json").is_file():
-            beside = path / SCHEDULER_CONFIG
-            return read_json(part / "config.json"), read_json(beside) if beside.is_file() else _default_scheduler()
-    return None
+    if not (config := denoiser_folder(path) / CONFIG).is_file():
+        check_no_single_file(path)
+        return None
+    beside = scheduler_file(path)
+    return read_json(config), read_json(beside) if beside.is_file() else _default_scheduler()
 
 
-def shapes_of(source: str, sample_size: int | None = None) -> DiffusionModel:
+def shapes_of(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
     """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is built whole.
 
     Args:
@@ -84,38 +80,17 @@ def shapes_of(source: str, sample_size: int | None = None) -> DiffusionModel:
         return load_model(source, sample_size)
     if source.startswith(EMBEDDED):
         with embedded_folder(source) as folder:
-            found = architecture_configs(str(folder))
-    else:
-        there = Path(source).expanduser().exists() or source in architectures()
-        found = architecture_configs(source if there else str(downloaded(source, CONFIGS)))
-    if found is None:
-        raise ModelError(f"{source}: got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json")
-    return shapes_of_configs(*found, source, sample_size)
+            return folder_shapes(folder, source, sample_size)
+    if (path := local(source)) is None and source not in architectures():
+        return folder_shapes(downloaded(source, CONFIGS), source, sample_size)
+    if path is not None and path.is_dir():
+        return folder_shapes(path, source, sample_size)
+    configs = architecture_configs(source)
+    assert configs is not None
+    return shapes_of_configs(*configs, source, sample_size)
 
 
-def shapes_of_configs(
-    config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str, sample_size: int | None = None
-) -> DiffusionModel:
-    """As shapes_of, of configs: the denoiser has been called once.
-
-    Raises:
-        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
-    """
-    with torch.device("meta"):
-        denoiser = _sized(config, source, sample_size)
-    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
-    if (architecture := architecture_of(denoiser)) is not None:
-        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(denoiser.config)[1:])  # type: ignore[arg-type]
-    found = DiffusionModel(denoiser, dict(scheduler), source, "")
-    try:
-        with torch.no_grad():
-            predict(denoiser, *found.example)
-    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
-        raise ModelError(f"{source}: not the config of a working {type(denoiser).__name__}: {error}") from error
-    return found
-
-
-def random_denoiser(config: Mapping[str, Any], where: str, sample_size: int | None = None) -> nn.Module:
+def random_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None) -> nn.Module:
     """A denoiser with seeded random weights, in evaluation mode; `where` names its config.
 
     Raises:
@@ -124,16 +99,16 @@ def random_denoiser(config: Mapping[str, Any], where: str, sample_size: int | No
     shapes_of_configs(config, {}, where, sample_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _sized(config, where, sample_size)
+        return untrained_denoiser(config, where, sample_size)[0]
 
 
-def untrained_model(source: str, sample_size: int | None = None) -> DiffusionModel | None:
+def untrained_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel | None:
     """The model of an architecture that ships or of a config.json, with seeded random weights; None of any other source.
 
     Raises:
         ModelError: a config that cannot be used.
     """
-    if Path(source).expanduser().is_dir() or (configs := architecture_configs(source)) is None:
+    if ((path := local(source)) is not None and path.is_dir()) or (configs := architecture_configs(source)) is None:
         return None
     shapes = shapes_of_configs(*configs, source, sample_size)
     return replace(shapes, denoiser=random_denoiser(configs[0], source, sample_size))
@@ -164,13 +139,6 @@ def _noise_of(wanted: ConditionInput, count: int, dice: np.random.Generator) -> 
     if wanted.bound is not None:
         return dice.integers(wanted.bound, size=shape, dtype=np.int64)
     return dice.standard_normal(shape, dtype=np.float32)
-
-
-def _sized(config: Mapping[str, Any], where: str, sample_size: int | None) -> nn.Module:
-    denoiser, _ = untrained_denoiser(config, where)
-    if (architecture := architecture_of(denoiser)) is not None:
-        resize(denoiser, architecture, sample_size)
-    return denoiser
 
 
 def _default_scheduler() -> dict[str, Any]:

@@ -20,8 +20,9 @@ from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import copy_folder, write_json
 from pqcad_qat.deployment.layer_inputs import recorded_inputs
 from pqcad_qat.deployment.verification import INT8, execution_precision, layer_parity
-from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel
-from pqcad_qat.diffusion.untrained import fixed_inputs, noise_inputs, random_denoiser, shapes_of_configs
+from pqcad_qat.diffusion.architectures import SampleSize
+from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, shapes_of_configs
+from pqcad_qat.diffusion.untrained import fixed_inputs, noise_inputs, random_denoiser
 from pqcad_qat.evaluation.benchmark import size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.record import Hardware
@@ -86,10 +87,10 @@ class Blueprint:
     model: DiffusionModel
     seams: Mapping[str, int]
     plan: tuple[LayerPlan, ...]
-    sample_size: int | None = None
+    sample_size: SampleSize | None = None
 
 
-def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: int | None = None) -> Blueprint:
+def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: SampleSize | None = None) -> Blueprint:
     """The plan of an architecture at the rules' target widths; `source` names it, `sample_size` is as of `load_model`.
 
     Raises:

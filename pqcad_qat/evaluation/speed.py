@@ -25,7 +25,8 @@ from torch import nn
 from pqcad_qat.deployment.folder import MANIFEST, read_manifest
 from pqcad_qat.deployment.modules import traced_path
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
-from pqcad_qat.diffusion.untrained import random_denoiser, shapes_of_configs
+from pqcad_qat.diffusion.denoiser import shapes_of_configs
+from pqcad_qat.diffusion.untrained import random_denoiser
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import (
     BF16,

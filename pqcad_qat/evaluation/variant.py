@@ -29,12 +29,14 @@ from pqcad_qat.diffusion.conditions import (
     conditioned,
     guided_call,
 )
-from pqcad_qat.diffusion.denoiser import DiffusionModel, denoiser_folder, is_latent, load_model, predict, read_json
+from pqcad_qat.diffusion.denoiser import DiffusionModel, is_latent, load_model, predict
 from pqcad_qat.diffusion.images import to_uint8
+from pqcad_qat.diffusion.model_folder import denoiser_folder
 from pqcad_qat.diffusion.pipeline_parts import VAE, decoded, pipeline_parts
 from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
+from pqcad_qat.json_files import read_json
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized

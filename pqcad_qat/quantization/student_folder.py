@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pqcad_qat.diffusion.denoiser import DiffusionModel, denoiser_folder, read_json, save_model, untrained_denoiser, write_json
+from pqcad_qat.diffusion.denoiser import DiffusionModel, save_model, untrained_denoiser, write_json
+from pqcad_qat.diffusion.model_folder import denoiser_folder
 from pqcad_qat.errors import ModelError, PqcadError
+from pqcad_qat.json_files import read_json
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantizers import quantized_weight
