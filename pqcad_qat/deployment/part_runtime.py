@@ -45,8 +45,18 @@ class PictureDecoder:
 
     def __call__(self, latents: Float32) -> Float32:
         """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
-        scaled = np.asarray(latents / self.config["scaling_factor"] + (self.config.get("shift_factor") or 0.0), np.float32)
+        scaled = scaled_latents(self.config, latents)
         return np.concatenate([self._requests.infer({self._port: one}, [0])[0] for one in np.split(scaled, len(scaled))])
+
+
+def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
+    """Latents (N, C, h, w) of a denoiser as its VAE takes them; by the mean and deviation of each channel where its config has them."""
+    mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
+    scaled = np.asarray(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0), np.float32)
+    if mean is None or deviation is None:
+        return scaled
+    spread, middle = (np.asarray(value, np.float32).reshape(1, -1, 1, 1) for value in (deviation, mean))
+    return np.asarray(scaled * spread + middle, np.float32)
 
 
 class PromptEncoder:

@@ -27,8 +27,6 @@ from pqcad_qat.diffusion.pipeline_parts import (
     TOKENIZER,
     VAE,
     PipelineParts,
-    check_tokenizer,
-    check_transformers,
     to_decoder,
 )
 from pqcad_qat.errors import ExportError, ModelError
@@ -81,13 +79,14 @@ class PartsToDeploy:
         return read_json(self.source.folder / part / "config.json")
 
 
-def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named: str) -> dict[str, PartFormat]:
+def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named: str, weights: bool = True) -> dict[str, PartFormat]:
     """Part -> how it is deployed, as a policy's section has it; {} where there is nothing.
 
     Args:
         source: the parts of the model's folder.
         asked: `vae` and `text_encoder`, each auto, none, or a format; what is asked of text_encoder holds for text_encoder_2 too.
         named: the model, for messages.
+        weights: whether they are looked at too, beside configs.
 
     Raises:
         ModelError: a part that is asked for is not there, or cannot be taken.
@@ -98,14 +97,14 @@ def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named
         if not present and asked[key] not in ("auto", "none"):
             raise ModelError(f"pipeline.{key}: got {asked[key]}; allowed auto or none: {named} has no {key}")
         if asked[key] != "none":
+            if source is not None:
+                source.check_there(parts)
             formats |= {part: AUTOMATIC[part] if asked[key] == "auto" else cast(PartFormat, asked[key]) for part in present}
     for part in formats:
         assert source is not None
-        source.class_of(part)
-        source.check_weights(part)
-        if part != VAE:
-            check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
-            _check_tokenizer(source.folder / tokenizer_of(part))
+        source.check(part)
+        if weights:
+            source.check_weights(part)
     return formats
 
 
@@ -180,12 +179,6 @@ def _config(module: nn.Module, source: Path) -> dict[str, Any]:
     """The part's config, with every default of its class where it is one of diffusers'."""
     config = dict(cast(Any, module).config) if hasattr(module, "decode") else read_json(source / "config.json")
     return {key: value for key, value in config.items() if key != "_name_or_path"}
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ModelError(f"{folder}: has no tokenizer_config.json; a text encoder is deployed with its tokenizer")
-    check_tokenizer(folder)
 
 
 def _write_tokenizer(source: PipelineParts, name: str, folder: Path) -> None:

@@ -247,13 +247,3 @@ def checked_config(architecture: Architecture, config: Config, where: str, sampl
         of_policy = sample_size is not None and fault.startswith("sample_size")
         raise ModelError(f"model.{fault}" if of_policy else f"{where}: {fault} ({architecture.name})")
     return full
-
-
-def check_time_table(config: Config, train_timesteps: int, where: str) -> None:
-    """Raise ModelError for a denoiser that has learned fewer time steps than its scheduler counts."""
-    known = config.get("num_train_timesteps")
-    if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
-        raise ModelError(
-            f"{where}: num_train_timesteps: got {known}, as time_embedding_type is learned; allowed {train_timesteps} or more, as the "
-            "scheduler's"
-        )

@@ -24,6 +24,10 @@ CROSS_UP = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") fo
 CROSS_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None)
 """Blocks of UNet2DModel, and of UNet2DConditionModel."""
 
+ENCODER_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+DECODER_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+"""Of AutoencoderKL."""
+
 REFINER = {"text": 1280, "sizes": 5}
 """Of SDXL's refiner: the width of its pooled text, and its sizes, the last of which is an aesthetic score."""
 
@@ -233,3 +237,23 @@ def channels(config: Config) -> Iterator[str]:
         )
     elif outputs not in (inputs, 2 * inputs):  # twice: the prediction, then its variance
         yield allowed("out_channels", outputs, f"{inputs}, as in_channels, or {2 * inputs}, with a learned variance")
+
+
+def autoencoder(config: Config) -> Iterator[str]:
+    """AutoencoderKL."""
+    levels = config["block_out_channels"]
+    if not levels:
+        yield allowed("block_out_channels", levels, "the channels of one level or more")
+    for key, known in (("down_block_types", ENCODER_BLOCKS), ("up_block_types", DECODER_BLOCKS)):
+        if len(config[key]) != len(levels):
+            yield allowed(key, config[key], f"{len(levels)} blocks, as many as block_out_channels")
+        if unknown := [kind for kind in config[key] if kind not in known]:
+            yield allowed(key, unknown[0], ", ".join(known))
+    yield from _among(config, "act_fn", ACTIVATIONS)
+    if strange := [count for count in levels if count % config["norm_num_groups"]]:
+        yield allowed("norm_num_groups", config["norm_num_groups"], f"divisors of {strange[0]}, of block_out_channels {shown(levels)}")
+    if config["out_channels"] != 3:
+        yield allowed("out_channels", config["out_channels"], "3: pictures")
+    for key in ("latents_mean", "latents_std"):
+        if config[key] is not None and len(config[key]) != config["latent_channels"]:
+            yield allowed(key, config[key], f"{config['latent_channels']} numbers, one a latent channel")

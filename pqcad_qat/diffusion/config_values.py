@@ -6,6 +6,7 @@ Not here: what the values of one class mean together (config_faults.py).
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -169,3 +170,15 @@ def bounded_build(where: str) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def silent(library: str) -> Iterator[None]:
+    """Inside, a library logs errors alone: of keys that a class does not know it says so again when weights are loaded."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

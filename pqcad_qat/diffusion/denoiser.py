@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from pqcad_qat.diffusion.architectures import (
     checked_config,
     known_architecture,
 )
-from pqcad_qat.diffusion.config_values import bounded_build, class_of
+from pqcad_qat.diffusion.config_values import bounded_build, class_of, silent
 from pqcad_qat.diffusion.flow import FLOW_SCHEDULER
 from pqcad_qat.diffusion.model_folder import (
     CONFIG,
@@ -148,6 +147,17 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Cond
     return prediction if prediction.shape[1] == x_t.shape[1] else prediction[:, : x_t.shape[1]]
 
 
+def check_time_table(model: DiffusionModel, train_timesteps: int) -> None:
+    """Raise ModelError for a denoiser that has learned fewer time steps than its scheduler counts."""
+    config: Mapping[str, Any] = {} if model.custom else cast(Any, model.denoiser).config
+    known = config.get("num_train_timesteps")
+    if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
+        raise ModelError(
+            f"{model.source}: num_train_timesteps: got {known} in the denoiser's config, whose time_embedding_type is learned; allowed "
+            f"{train_timesteps} or more, as in the scheduler's"
+        )
+
+
 @contextmanager
 def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
     """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass (Chen et al. 2016).
@@ -229,7 +239,7 @@ def shapes_of_configs(
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
     """
     where = where or source
-    with bounded_build(where), _without_warnings():
+    with bounded_build(where), silent("diffusers"):
         denoiser, _ = untrained_denoiser(config, where, sample_size)
     denoiser.to("meta")  # buffers that come from numpy are on the CPU still
     if (architecture := architecture_of(denoiser)) is not None:
@@ -279,18 +289,6 @@ def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note
         denoiser, _ = untrained_denoiser(read_json(part / CONFIG), str(part / CONFIG), sample_size)
     load_weights(denoiser, stored)
     return replace(_model(denoiser, shapes.scheduler_config, source), folder=folder, decoder=shapes.decoder)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Inside, diffusers says nothing of keys that a class does not know: it does when weights are loaded."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _without_label_dropout(denoiser: nn.Module) -> nn.Module:

@@ -83,6 +83,11 @@ def weight_files(folder: Path, stem: str, note: str = "") -> tuple[Path, ...]:
     return tuple(folder / name for name in shards)
 
 
+def variant_of(file: Path) -> str | None:
+    """The precision that the name of a file of weights says, as diffusers and transformers call it; None where it says none."""
+    return next((variant for variant in VARIANTS if f".{variant}" in file.name), None)
+
+
 def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
     """What the headers of safetensors files say, by the names that a module knows: without what wrapped it when it was saved.
 
@@ -123,7 +128,7 @@ def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored
             if name in known and value.is_floating_point() and known[name].dtype not in FLOATS
         ],
     }
-    if said := [f"{len(names)} {what}: {_listed(names)}" for what, names in faults.items() if names]:
+    if said := [f"{len(names)} {what}: {listed(names)}" for what, names in faults.items() if names]:
         file = next((part.file for part in stored.values()), Path("weights"))
         raise _damaged(file, f"not the weights of the {type(module).__name__} that config.json describes: {'; '.join(said)}")
     return known
@@ -214,6 +219,7 @@ def _without_weights(folder: Path, stem: str, note: str) -> str:
     return fault
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
     return ", ".join([*(name[:200] for name in names[:NAMED]), *more])

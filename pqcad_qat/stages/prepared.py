@@ -15,8 +15,8 @@ from pqcad_qat.deployment.attention import masked_attention
 from pqcad_qat.deployment.parts import PartFormat, chosen_formats
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
-from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model
-from pqcad_qat.diffusion.pipeline_parts import PipelineParts, pipeline_parts
+from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model
+from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.errors import ModelError, PlanError
@@ -103,7 +103,12 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
     """All that can be known of a policy and its model before anything is trained: what cannot work is told here, by `plan` and by `run`."""
     check_features(policy, model)
-    check_sampler(policy.sampler.name, noise_schedule(model.scheduler_config), model.source)
+    schedule = noise_schedule(model.scheduler_config)
+    check_sampler(policy.sampler.name, schedule, model.source)
+    check_time_table(model, schedule.train_timesteps)
+    parts = pipeline_parts(model.folder)
+    if VAE in chosen_formats(parts, policy.pipeline.model_dump(), model.source, weights=False):
+        check_decoder(parts, model.sample_shape[0])
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
