@@ -305,7 +305,7 @@ def _sample_choices(
         task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
         states = sample_states(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
     if suffix == ".safetensors":
-        save_file({"latents": states}, out)
+        save_file({"latents": states.contiguous()}, out)
     else:
         pictures = states if variant.decode is None else torch.from_numpy(variant.decode(states.numpy()))
         save_grid(to_uint8(pictures).numpy(), Path(out))

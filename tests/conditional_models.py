@@ -56,7 +56,7 @@ def pixart(**more: Any) -> nn.Module:
     """Cross attention to masked text."""
     shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2, "cross_attention_dim": 16}
     text = {"caption_channels": 24, "use_additional_conditions": False}
-    return _stirred(PixArtTransformer2DModel(sample_size=8, in_channels=4, out_channels=8, **shape, **{**text, **more}))
+    return _stirred(PixArtTransformer2DModel(sample_size=8, in_channels=4, out_channels=8, **{**shape, **text, **more}))
 
 
 def sd3(**more: Any) -> nn.Module:

@@ -24,7 +24,7 @@ from pqcad_qat.quantization.conversion import (
     unquantized,
 )
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantizers import input_parameters, input_quantizer_of, quantized_weight, set_weight_bits
+from pqcad_qat.quantization.quantizers import input_parameters, quantized_weight, set_weight_bits
 
 
 def quantized_network(*rules: LayerRule, seed: int = 0, calibrated: bool = True) -> SkipNetwork:
@@ -72,6 +72,7 @@ def test_readers_of_one_tensor_have_one_quantizer_one_parameter_and_one_entry() 
     copied = quantized_layers(copy.deepcopy(model))
     assert copied["to_q"].input_quant is copied["to_k"].input_quant
     assert copied["to_q"].input_quant is not layers["to_q"].input_quant
+    assert copied["to_q"].shared_input is copied["to_k"].shared_input is not layers["to_q"].shared_input
 
 
 def test_no_entry_of_the_state_dict_shares_memory() -> None:
@@ -181,7 +182,8 @@ def test_unquantized_is_the_float_network() -> None:
 
 def test_an_input_of_several_layers_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, alone = quantized_network().train(), quantized_network().train()
-    input_quantizer_of(alone.to_q).readers = 1
+    for layer in quantized_layers(alone).values():
+        layer.shared_input = None
     quantized: list[Tensor] = []
 
     def quantize(x: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -199,7 +201,7 @@ def test_an_input_of_several_layers_is_quantized_once(monkeypatch: pytest.Monkey
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], msg=name)
-    assert input_quantizer_of(model.to_q).held is None
+    assert model.to_q.shared_input.held is None
 
 
 def test_an_input_that_was_written_over_is_quantized_anew() -> None:

@@ -168,7 +168,7 @@ def record(
                 passes.made.clear()
                 image = step.x_s
                 advance(count)
-        columns = [torch.stack(column, dim=1) for column in zip(*walk, strict=True)]
+        columns = [torch.stack(column, dim=1).contiguous() for column in zip(*walk, strict=True)]  # a model may give channels last
         states.append(torch.cat([columns[0], image[:, None]], dim=1))
         for kept_predictions, column in zip(predictions, columns[1:], strict=False):
             kept_predictions.append(column)

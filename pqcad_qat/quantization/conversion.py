@@ -26,6 +26,7 @@ from pqcad_qat.quantization.quantizers import (
     read_bits,
     set_input_range,
     share_input,
+    share_results,
 )
 from pqcad_qat.quantization.ranges import InputRange, input_bounds
 from pqcad_qat.quantization.shortcut import replace_modules
@@ -46,6 +47,7 @@ def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
         done[layer.name] = quantized_layer(original, layer)
         if layer.input_group != layer.name:
             share_input(done[layer.name], done[layer.input_group])
+    share_results(done.values())
     replace_modules(model, {layers[name]: layer for name, layer in done.items()})
     return model
 

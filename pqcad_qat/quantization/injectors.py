@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import brevitas.nn
@@ -33,6 +32,7 @@ from pqcad_qat.quantization.integer_products import Geometry, Parts, applies, co
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
 from pqcad_qat.quantization.rounding import SMALLEST_RANGE, Grid, integer_range, integers_of, quantize, scale_and_zero_point
+from pqcad_qat.quantization.shared_input import SharedInput
 
 STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
 
@@ -63,7 +63,7 @@ class BlendedQuant(RescalingIntQuant):
         """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""
         span, low = self._range(x)
         next_bits = number(self, "next_bit_width")
-        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.float32 if next_bits else _product_dtype(x))
+        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.float32 if next_bits else product_dtype(x))
         if next_bits:
             factor = self.next_range
             following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
@@ -104,22 +104,8 @@ class BlendedQuant(RescalingIntQuant):
         return self.scaling_impl.parameter_list_stats(x), None if self.symmetric else self.zero_point_impl.parameter_list_stats(x)
 
 
-@dataclass
-class Held:
-    """An input that was quantized for the first of the layers that read it."""
-
-    x: Tensor
-    state: tuple[int, bool, torch.dtype]
-    y: Tensor
-    waiting: int  # readers still to come
-
-
 class InputQuant(RescalingIntQuant):
-    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in BlendedQuant.
-
-    Where ``readers`` layers share it and read the same tensor one after another, ``fused`` quantizes for the first of them, and the last
-    one lets go of the result.
-    """
+    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in BlendedQuant."""
 
     def __init__(
         self,
@@ -133,8 +119,6 @@ class InputQuant(RescalingIntQuant):
         self.symmetric = isinstance(zero_point_impl, ZeroZeroPoint)
         self.register_buffer("signed", torch.tensor(float(int_quant.signed)))
         self.calibrated = False
-        self.readers = 1
-        self.held: Held | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._require_range()
@@ -143,17 +127,7 @@ class InputQuant(RescalingIntQuant):
         return values
 
     def fused(self, x: Tensor) -> Tensor:
-        dtype = _product_dtype(x)
-        if self.readers == 1 or x.is_inference():  # such tensors do not tell whether they were written over
-            return quantize(x, *self.calibrated_grid(x), straight=False, dtype=dtype)
-        state = (x._version, torch.is_grad_enabled(), dtype)
-        if self.held is None or self.held.x is not x or self.held.state != state:
-            self.held = Held(x, state, quantize(x, *self.calibrated_grid(x), straight=False, dtype=dtype), self.readers)
-        y = self.held.y
-        self.held.waiting -= 1
-        if not self.held.waiting:
-            self.held = None
-        return y
+        return quantize(x, *self.calibrated_grid(x), straight=False, dtype=product_dtype(x))
 
     def calibrated_grid(self, x: Tensor) -> Grid:
         """As ``grid``; raises ModelError where calibration has not set one."""
@@ -290,17 +264,20 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
 
 
 class QuantizedLinear(brevitas.nn.QuantLinear):
-    """QuantLinear that carries its plan and shows its quantization."""
+    """QuantLinear that carries its plan and shows its quantization; ``shared_input`` is of the layers that read one tensor with it."""
 
     plan: LayerPlan
     description: Any  # layer -> str
+    shared_input: SharedInput | None = None
 
     def reset_parameters(self) -> None:
         """Nothing: the Parameters come from the floating-point layer, and the random generator is left alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
-        return F.linear(self.input_quant(x), self.weight_quant(self.weight), self.bias)
+        shared = None if self.input_quant.disable_quant else self.shared_input
+        quantized = self.input_quant(x) if shared is None else shared.quantized(x, product_dtype(x), self.input_quant)
+        return F.linear(quantized, self.weight_quant(self.weight), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.description(self)}"
@@ -418,7 +395,7 @@ def write_number(module: nn.Module, name: str, value: float) -> None:
         module.__dict__.setdefault("_numbers", {})[name] = (buffer, buffer._version, torch.tensor(value, dtype=buffer.dtype).item())
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast has layers multiply in, to which it would round their quantized input and weight in a pass of its own; or float32."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -6,6 +6,7 @@ Not here: Brevitas's modules (injectors.py), which layers are quantized (plan.py
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from pqcad_qat.quantization.injectors import (
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import input_grid, weight_ratio, weight_rows, weight_span
 from pqcad_qat.quantization.rounding import SMALLEST_RANGE, integer_range
+from pqcad_qat.quantization.shared_input import SharedInput
 
 QuantizedLayer = QuantizedConv2d | QuantizedLinear
 
@@ -100,13 +102,25 @@ def float_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
 def share_input(layer: QuantizedLayer, leader: QuantizedLayer) -> None:
     """Make the layer use the leader's input quantizer.
 
-    Only the leader registers it as a module: one Parameter, and one entry of the state dict. Linear layers then quantize the tensor that
-    they read once for all of them; convolutions may multiply the integers of theirs, each by itself.
+    Only the leader registers it as a module: one Parameter, and one entry of the state dict.
     """
     del layer._modules["input_quant"]
     layer.__dict__["input_quant"] = leader.input_quant
-    if isinstance(layer, QuantizedLinear) and isinstance(leader, QuantizedLinear):
-        input_quantizer_of(leader).readers += 1
+
+
+def share_results(layers: Iterable[QuantizedLayer]) -> None:
+    """Make linear layers of one input quantizer that are children of one module quantize the tensor that they read once for all of them.
+
+    Convolutions may multiply the integers of theirs, each by itself.
+    """
+    siblings: dict[tuple[str, str], list[QuantizedLinear]] = {}
+    for layer in layers:
+        if isinstance(layer, QuantizedLinear):
+            siblings.setdefault((layer.plan.input_group, layer.plan.name.rpartition(".")[0]), []).append(layer)
+    for readers in siblings.values():
+        shared = SharedInput(len(readers)) if len(readers) > 1 else None
+        for layer in readers:
+            layer.shared_input = shared
 
 
 def describe(layer: QuantizedLayer) -> str:

@@ -80,7 +80,7 @@ def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Map
     if (decode := decoder_of(work.prepared.model)) is not None:
         with work.console.status(f"sample {name}: decoding"):
             samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
-    save_file(samples, folder / _images_file(work, name).name)
+    save_file({key: value.contiguous() for key, value in samples.items()}, folder / _images_file(work, name).name)
 
 
 def _samples_recipe(work: Work, name: str) -> dict[str, Any]:
