@@ -187,8 +187,8 @@ def sensitivity(
     if max_size is not None and max_ms is not None:
         raise UsageError("--max-ms: got it beside --max-size; allowed one of the two, since layers in floating point take more of both")
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
+    from pqcad_qat.disk import write_atomically
     from pqcad_qat.evaluation.sensitivity_page import assignment_table, sensitivity_table, write_sensitivity
-    from pqcad_qat.run_folder import write_atomically
     from pqcad_qat.sensitivity import Limit, measure_sensitivity
     from pqcad_qat.stages.prepared import CALIBRATION
 

@@ -31,6 +31,10 @@ class CheckpointError(PqcadError):
     """A checkpoint or an unfinished run is damaged, incomplete, or belongs to another policy."""
 
 
+class DiskError(PqcadError):
+    """A disk is full, over its quota, or read-only; the message names the file, the bytes wanted and the bytes that are free."""
+
+
 class ExportError(PqcadError):
     """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be converted."""
 
@@ -53,7 +57,7 @@ class DivergedError(PqcadError):
 
 
 class InterruptedByUserError(PqcadError):
-    """Ctrl-C while training: the step at hand was finished and a checkpoint written."""
+    """Ctrl-C or a request to terminate; the message says where it came and what is kept."""
 
 
 class LaunchError(PqcadError):

@@ -1,6 +1,7 @@
 """The stages of a run, in order.
 
-Not here: the stages themselves (stages/). A finished stage is never repeated: what it made is read back.
+Not here: the stages themselves (stages/). A finished stage is not repeated, but read back, for as long as the policy says nothing else of
+what decides it (stages/recipes.py).
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from textwrap import indent
 from rich.console import Console
 from torch import nn
 
+from pqcad_qat.disk import write_atomically
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import stages_of
 from pqcad_qat.processes import agreed
 from pqcad_qat.quantization.plan import plan_json, plan_text
-from pqcad_qat.run_folder import open_run, write_atomically
+from pqcad_qat.run_folder import open_run
 from pqcad_qat.stages.deploying import benchmark, export, make_baselines
 from pqcad_qat.stages.measuring import evaluate, report, sample
 from pqcad_qat.stages.prepared import SHARED, notes_on, prepare
+from pqcad_qat.stages.recipes import recipes
 from pqcad_qat.stages.training import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.stages.work import Work
 from pqcad_qat.training.metrics_log import log_texts
@@ -39,7 +42,8 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
     with located(policy), agreed():
         new_accelerator(policy.training.precision)
         prepared = prepare(policy, path.parent / SHARED)
-    with located(policy), open_run(path, policy, resume) as folder:
+        table = recipes(policy, prepared)
+    with located(policy), open_run(path, policy, resume, table, console) as folder:
         return _all_stages(Work(policy, prepared, folder, console, shares_training), command)
 
 
@@ -60,9 +64,8 @@ def _all_stages(work: Work, command: str) -> Path:
     if "fixed-bit" in stages:
         models["fixed-bit"] = fixed_bit(work, calibration)
     if "teacher" in stages:
-        weights = {"pq-distilled": 0.0, "pqcad": work.policy.distillation.calibration_weight}
-        for name in (name for name in weights if name in stages):
-            models[name] = distill(work, name, calibration, models["pq"], weights[name])
+        for name in (name for name in ("pq-distilled", "pqcad") if name in stages):
+            models[name] = distill(work, name, calibration, models["pq"])
     if "export" in stages:
         export(work, calibration, models["pqcad"])
     if "baselines" in stages:

@@ -26,12 +26,16 @@ from pqcad_qat.evaluation.variant import DEFAULT_STEPS, pytorch_variant, sample_
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.processes import agreed, is_first, process_count
+from pqcad_qat.resuming import Recipe
 from pqcad_qat.run_folder import open_run
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.pretraining import ClassLabels, DenoisingLoss, noisy_batches
 from pqcad_qat.training.stage import StageSettings, train_stage
 from pqcad_qat.training.trainer import LoopSettings, new_accelerator
+
+STAGE = "pretrain"
+"""The one stage of the run; it is never marked as done, since its last checkpoint says so."""
 
 SAMPLES = 64
 """Images of a sample grid."""
@@ -52,7 +56,8 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         classes = _classes(policy, images)
         _check_runs(model, images.images.shape[1])
     scheduler = _scheduler(policy)
-    with open_run(path, policy, resume):
+    recipes = {STAGE: _recipe(policy, images)}
+    with open_run(path, policy, resume, recipes, console) as folder, folder.stage(STAGE, together=True):
         loop = LoopSettings(
             steps=training.steps,
             learning_rate=training.learning_rate,
@@ -61,7 +66,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
             max_grad_norm=training.max_grad_norm,
         )
         checkpoints = CheckpointFolder(path / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
-        settings = StageSettings("pretrain", loop, training.precision, checkpoints, path / "logs")
+        settings = StageSettings(STAGE, loop, training.precision, checkpoints, path / "logs")
         conditions = _conditions(model, classes)
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
         batches = noisy_batches(images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
@@ -71,6 +76,16 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
                 save_model(model, scheduler, path / "model")
                 write_json(path / "model" / "provenance.json", provenance(policy, images))
     return path / "model"
+
+
+def _recipe(policy: PretrainPolicy, images: ImageSet) -> Recipe:
+    """What decides the weights."""
+    whole = policy.model_dump(mode="json")
+    training = whole["training"]
+    rare = {f"training.{key}": training.pop(key) for key in ("checkpoint_every", "keep_checkpoints", "sample_every")}
+    sections = {"training": training, "model": whole["model"], "scheduler": whole["scheduler"]}
+    values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return Recipe({"data": images.digest, **values}, (), rare, ("checkpoints", f"logs/{STAGE}.jsonl", "samples", "model"))
 
 
 def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:

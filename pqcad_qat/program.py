@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 
 from pqcad_qat.arguments import UsageError
 from pqcad_qat.cores import cores_of_share
-from pqcad_qat.errors import InterruptedByUserError, PqcadError, abridged, shortened
+from pqcad_qat.disk import disk_refusal
+from pqcad_qat.errors import DiskError, InterruptedByUserError, PqcadError, abridged, shortened
 from pqcad_qat.processes import check_launch, launched, leave, leave_the_word, speaks
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -31,6 +32,13 @@ ERRORS = Console(stderr=True)
 
 SHARED_COMMANDS = ("run", "pretrain")
 """Several processes work on these together."""
+
+
+GOES_ON = {
+    **dict.fromkeys(("run", "pretrain"), "; --resume goes on from there"),
+    **dict.fromkeys(("sweep", "sensitivity"), "; the same command goes on from there"),
+}
+"""How a command goes on that was cut off."""
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -44,13 +52,16 @@ def told_endings(given: Sequence[str]) -> Iterator[None]:
     Args:
         given: the command line, the command first.
     """
+    again = GOES_ON.get(given[0], "") if given else ""
     try:
-        with _terminated_as_interrupted():
+        with _terminated_as_interrupted(), _disks_of_threads_silent():
             _check_processes(given)
             yield
             leave()
     except InterruptedByUserError as stop:
-        _end(stop, str(stop), 130)
+        _end(stop, f"{stop}{again}", 130)
+    except DiskError as error:
+        _end(error, f"{error}{again and '; what is finished is kept' + again}", 2)
     except PqcadError as error:
         _end(error, abridged(str(error).splitlines()), 2)
     except (OSError, SafetensorError) as error:
@@ -58,8 +69,7 @@ def told_endings(given: Sequence[str]) -> Iterator[None]:
             raise
         _end(error, reason, 2)
     except KeyboardInterrupt as stop:
-        again = "the same command" if given[:1] == ["sweep"] else "--resume"
-        _end(stop, f"interrupted; {again} goes on from the last checkpoint", 130)
+        _end(stop, f"interrupted{again}", 130)
 
 
 def keep_freed_memory() -> None:
@@ -117,12 +127,27 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _disks_of_threads_silent() -> Iterator[None]:
+    """Inside, a thread that a full disk ends, as TensorBoard's, shows no traceback: whoever writes by it next gets the error."""
+    before = threading.excepthook
+
+    def show(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is None or disk_refusal(failure.exc_value) is None:
+            before(failure)
+
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def _cannot_write(error: OSError | SafetensorError) -> str | None:
-    """What keeps a file from being written, if it is a disk that is full, over its quota, or read-only."""
-    known = re.search(r"os error (\d+)", str(error))  # safetensors' own error has the number in its text alone
-    number = error.errno if isinstance(error, OSError) else known and int(known[1])
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-    return f"cannot write: {error}; what is finished is kept, --resume goes on" if full else None
+    """What a disk refuses to write, where whoever writes does not say it better."""
+    if (reason := disk_refusal(error)) is None:
+        return None
+    return f"cannot write: {error if isinstance(error, OSError) and error.filename else reason}"
 
 
 def _cannot_use(error: OSError | SafetensorError) -> str | None:

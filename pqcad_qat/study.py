@@ -22,6 +22,7 @@ from rich.table import Table
 
 from pqcad_qat import pipeline
 from pqcad_qat.cores import usable_cores
+from pqcad_qat.disk import write_atomically
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
 from pqcad_qat.evaluation.report import PAGE_FILE, read_report
 from pqcad_qat.evaluation.run_comparison import Comparison, Run, compare_runs
@@ -30,7 +31,7 @@ from pqcad_qat.policy.cells import Cell, Study
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.plan import listed
-from pqcad_qat.run_folder import POLICY, check_policy, write_atomically
+from pqcad_qat.run_folder import POLICY, check_policy
 from pqcad_qat.stages.prepared import planned_shapes
 from pqcad_qat.training.metrics_log import progress_bar
 

@@ -151,11 +151,28 @@ def test_a_damaged_last_checkpoint_is_told_and_the_one_before_it_used(trained: P
     assert load_file(killed / WEIGHTS)["conv_in.bias"].equal(load_file(trained / WEIGHTS)["conv_in.bias"])
 
 
-def test_a_finished_run_is_refused_without_resume_and_a_changed_policy_with_it(trained: Path) -> None:
+def test_a_finished_run_is_refused_without_resume(trained: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a run already"):
         pretrain(tiny(), trained, quiet())
-    with pytest.raises(CheckpointError, match=r"training\.seed: was 0, now 1"):
-        pretrain(tiny("training.seed=1"), trained, quiet(), resume=True)
+
+
+def test_another_policy_trains_anew_as_a_new_run_does_and_what_was_trained_is_moved_aside(trained: Path, tmp_path: Path) -> None:
+    changed, console = Path(shutil.copytree(trained, tmp_path / "digits")), quiet()
+    pretrain(tiny("training.seed=1"), changed, console, resume=True)
+    assert isinstance(console.file, io.StringIO)
+    assert "again: pretrain (training.seed 0 -> 1)" in console.file.getvalue()
+    pretrain(tiny("training.seed=1"), tmp_path / "new", quiet())
+    for one, other in ((changed, tmp_path / "new"), (changed / "superseded" / "pretrain-1", trained)):
+        found, wanted = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_a_finished_run_that_goes_on_with_checkpoints_at_other_steps_trains_nothing(trained: Path, tmp_path: Path) -> None:
+    path, console = Path(shutil.copytree(trained, tmp_path / "digits")), quiet()
+    pretrain(tiny("training.checkpoint_every=3", "training.sample_every=5"), path, console, resume=True)
+    assert isinstance(console.file, io.StringIO)
+    assert "again" not in console.file.getvalue()
+    assert "going on from step 8" in console.file.getvalue()
 
 
 def test_a_model_that_diffusers_refuses_is_the_policys_fault_and_leaves_nothing(tmp_path: Path) -> None:

@@ -1,23 +1,30 @@
-"""The folder of a run: stages that are done once, one process at a time, and runs that may not be resumed.
+"""The folder of a run: stages that are done once, one process at a time, and what a changed policy does again.
 
 Not here: what the stages do (test_pipeline.py).
 """
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import POLICIES, environment
+from rich.console import Console
 
+from pqcad_qat.disk import write_atomically
 from pqcad_qat.errors import CheckpointError, PqcadError
-from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
+from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.run_folder import RunFolder, open_run, write_atomically
+from pqcad_qat.resuming import Recipe, Recipes
+from pqcad_qat.run_folder import SUPERSEDED, RunFolder, open_run
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +60,163 @@ def test_an_existing_run_is_refused_without_resume_and_left_untouched(path: Path
     assert content(path) == before
 
 
-def test_a_changed_policy_is_refused_with_every_difference(path: Path) -> None:
-    changed = load_policy(POLICIES / "smoke.yaml", ["training.learning_rate=0.01", "progressive.steps=17"])
-    before = content(path)
+RECIPES = {
+    "calibration": Recipe({"sampler.steps": 10}),
+    "pq": Recipe({"training.learning_rate": 0.1}, ("calibration",), {"torch": "1"}, trained=("models/pq.safetensors", "checkpoints/pq")),
+    "export": Recipe({"export.batch_size": 1}, ("pq",)),
+    "evaluation": Recipe({"evaluation.features": None}, ("pq",)),
+}
+
+
+def changed(stage: str, **values: object) -> dict[str, Recipe]:
+    return {**RECIPES, stage: replace(RECIPES[stage], values=values)}
+
+
+@pytest.fixture
+def half(policy: Policy, tmp_path: Path) -> Path:
+    """A run that was left after its export; two stages have laid down files."""
+    with open_run(tmp_path / "half", policy, resume=False, recipes=RECIPES) as folder:
+        for name in ("calibration", "pq", "export"):
+            with folder.stage(name) as stage:
+                stage.done()
+    for file in ("models/pq.safetensors", "checkpoints/pq/step_000009/state.json", "openvino/manifest.json"):
+        (tmp_path / "half" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "half" / file).write_text(file)
+    return tmp_path / "half"
+
+
+def resumed(path: Path, policy: Policy, recipes: Recipes) -> tuple[RunFolder, str]:
+    printed = io.StringIO()
+    with open_run(path, policy, True, recipes, Console(file=printed, width=200)) as folder:
+        return folder, printed.getvalue()
+
+
+def done(folder: RunFolder) -> set[str]:
+    return {stage for stage in folder.recipes if folder.finished(stage) is not None}
+
+
+def test_a_run_that_goes_on_says_what_it_keeps_and_what_is_to_do(half: Path, policy: Policy) -> None:
+    folder, told = resumed(half, policy, RECIPES)
+    assert told.splitlines() == [f"{half}: going on", "  kept: calibration, pq, export", "  to do: evaluation"]
+    assert done(folder) == {"calibration", "pq", "export"}
+
+
+def test_a_stage_whose_recipe_changed_is_done_again_with_all_that_read_it_and_the_rest_stays(half: Path, policy: Policy) -> None:
+    other = load_policy(POLICIES / "smoke.yaml", ["training.learning_rate=0.01"])
+    folder, told = resumed(half, other, changed("pq", **{"training.learning_rate": 0.01}))
+    assert told.splitlines() == [
+        f"{half}: going on, under another policy:",
+        "  - training.learning_rate: was 0.0001, now 0.01",
+        "  kept: calibration",
+        "  again: pq (training.learning_rate 0.1 -> 0.01), export (after pq)",
+        "  to do: evaluation",
+        f"  pq: what was trained is in {half}/superseded/pq-1, and may be deleted",
+    ]
+    assert done(folder) == {"calibration"}
+    assert load_policy(half / "policy.yaml") == other
+
+
+def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_is_replaced(half: Path, policy: Policy) -> None:
+    for rate in (0.2, 0.3):
+        resumed(half, policy, changed("pq", **{"training.learning_rate": rate}))
+        (half / "models" / "pq.safetensors").write_text(str(rate))
+        with open_run(half, policy, True, changed("pq", **{"training.learning_rate": rate})) as folder, folder.stage("pq") as stage:
+            assert stage.new
+            stage.done()
+    aside = half / "superseded"
+    assert [path.name for path in sorted(aside.iterdir())] == ["pq-1", "pq-2"]
+    assert (aside / "pq-1" / "models" / "pq.safetensors").read_text() == "models/pq.safetensors"
+    assert (aside / "pq-1" / "checkpoints" / "pq" / "step_000009" / "state.json").exists()
+    assert (aside / "pq-1" / "stages" / "pq.json").exists()
+    assert (aside / "pq-2" / "models" / "pq.safetensors").read_text() == "0.2"
+    assert (half / "models" / "pq.safetensors").read_text() == "0.3"
+    assert (half / "openvino" / "manifest.json").exists()
+
+
+def test_checkpoints_of_a_stage_that_was_begun_by_another_recipe_are_not_gone_on_from(policy: Policy, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", policy, False, RECIPES) as folder, folder.stage("pq"):
+        (tmp_path / "run" / "checkpoints" / "pq").mkdir(parents=True)  # and killed before it is done
+    _, told = resumed(tmp_path / "run", policy, RECIPES)
+    assert "  kept: pq (begun)" in told.splitlines()
+    assert (tmp_path / "run" / "checkpoints" / "pq").exists()
+    _, told = resumed(tmp_path / "run", policy, changed("pq", **{"training.learning_rate": 0.2}))
+    assert "again: pq (training.learning_rate 0.1 -> 0.2)" in told
+    assert not (tmp_path / "run" / "checkpoints" / "pq").exists()
+    assert (tmp_path / "run" / "superseded" / "pq-1" / "checkpoints" / "pq").exists()
+
+
+def test_libraries_of_another_version_are_no_reason_to_do_a_stage_again(half: Path, policy: Policy) -> None:
+    folder, told = resumed(half, policy, {**RECIPES, "pq": replace(RECIPES["pq"], circumstances={"torch": "2"})})
+    assert "again" not in told
+    assert done(folder) == {"calibration", "pq", "export"}
+
+
+def test_a_stage_that_the_policy_has_left_out_meanwhile_is_compared_when_it_comes_back(half: Path, policy: Policy) -> None:
+    without = {name: recipe for name, recipe in RECIPES.items() if name != "export"}
+    folder, told = resumed(half, policy, without)
+    assert "again" not in told
+    assert set(folder.seconds()) == {"calibration", "pq"}
+    _, told = resumed(half, policy, RECIPES)
+    assert "  kept: calibration, pq, export" in told.splitlines()
+    resumed(half, policy, {name: recipe for name, recipe in changed("pq", rate=1).items() if name != "export"})
+    _, told = resumed(half, policy, changed("pq", rate=1))
+    assert "again: export (after pq)" in told
+
+
+def test_whoever_is_killed_while_a_stage_is_set_aside_sets_it_aside_the_next_time(
+    half: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[Path] = []
+    rename = Path.rename
+
+    def dying(path: Path, to: Path) -> Path:
+        if len(moves) == 2 and SUPERSEDED in to.parts:
+            raise KeyboardInterrupt
+        moves.append(to) if SUPERSEDED in to.parts else None
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        resumed(half, policy, changed("pq", rate=1))
+    monkeypatch.undo()
+    folder, told = resumed(half, policy, changed("pq", rate=1))
+    assert "again: pq" in told
+    assert done(folder) == {"calibration"}
+    aside = sorted(path.relative_to(half / SUPERSEDED).as_posix() for path in (half / SUPERSEDED).rglob("*") if path.is_file())
+    assert aside == [
+        "pq-1/models/pq.safetensors",
+        "pq-1/stages/pq.json",
+        "pq-2/checkpoints/pq/step_000009/state.json",
+        "pq-2/recipes/pq.json",
+    ]
+
+
+def test_a_run_of_a_version_without_recipes_goes_on_under_its_own_policy_and_no_other(half: Path, policy: Policy) -> None:
+    shutil.rmtree(half / "recipes")
+    other = load_policy(POLICIES / "smoke.yaml", ["training.learning_rate=0.01", "progressive.steps=17"])
+    before = content(half)
     with pytest.raises(CheckpointError) as caught:
-        enter(path, changed, resume=True)
+        resumed(half, other, RECIPES)
     assert "progressive.steps: was 16, now 17" in str(caught.value)
-    assert "training.learning_rate: was 1.0e-04, now 0.01" in str(caught.value).replace("0.0001", "1.0e-04")
-    assert content(path) == before
+    assert "training.learning_rate: was 0.0001, now 0.01" in str(caught.value)
+    assert content(half) == before
+    folder, told = resumed(half, policy, RECIPES)
+    assert "  kept: calibration, pq, export" in told.splitlines()
+    assert done(folder) == {"calibration", "pq", "export"}
+
+
+def test_a_policy_that_an_older_version_wrote_with_its_features_is_the_same_policy(half: Path, policy: Policy) -> None:
+    shutil.rmtree(half / "recipes")
+    (half / "policy.yaml").write_text(dump_policy(load_policy(POLICIES / "smoke.yaml", ["evaluation.features=embedded:fashion-mnist"])))
+    folder, _ = resumed(half, policy, RECIPES)
+    assert done(folder) == {"calibration", "pq", "export"}
+
+
+def test_what_was_told_of_a_stage_that_is_done_again_is_forgotten(half: Path, policy: Policy) -> None:
+    told = ["pq: step 3: diverged", "pqcad: step 1: diverged", "runs/a/checkpoints/pq/step_000003: damaged"]
+    (half / "warnings.json").write_text(json.dumps(told))
+    resumed(half, policy, changed("pq", rate=1))
+    assert json.loads((half / "warnings.json").read_text()) == ["pqcad: step 1: diverged"]
 
 
 def test_a_run_of_another_kind_is_refused(path: Path) -> None:

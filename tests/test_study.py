@@ -143,7 +143,7 @@ def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
     again(copied)
     changed = {path for path, time in times(copied.folder).items() if before.get(path) != time}
     written = {"report.html", "report.json", "samples.png", "plan.json", "samples/pq.safetensors"}
-    stages = {"stages/evaluation.json", "stages/samples-pq.json"}
+    stages = {f"{folder}/{name}.json" for folder in ("recipes", "stages") for name in ("evaluation", "samples-pq")}
     assert changed == {*(f"{CELLS[1]}/{path}" for path in written | stages), "study.html", "study.json", "study.md"}
 
 

@@ -6,22 +6,27 @@ Not here: what they are used for (ranges, training targets, parity, paired fidel
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pqcad_qat.content_store import content_digest, kept
+from pqcad_qat.content_store import content_digest, kept, parts_of
 from pqcad_qat.diffusion.conditions import CONDITION, ConditionSet, guided_call
+from pqcad_qat.diffusion.ddim import Walk
 from pqcad_qat.diffusion.denoiser import Condition, DenoiserInput, DiffusionModel, predict
 from pqcad_qat.diffusion.prompts import UNCONDITIONAL
-from pqcad_qat.diffusion.sampling import along, initial_noise, noise_schedule
+from pqcad_qat.diffusion.sampling import NoiseSchedule, along, initial_noise, noise_schedule
+from pqcad_qat.disk import write_atomically
 from pqcad_qat.errors import ModelError
+from pqcad_qat.tensor_files import gathered, save_tensors
+
+TRAJECTORIES = "trajectories.safetensors"
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,10 @@ def calibration_set(
     """
 
     def make(draft: Path) -> None:
-        found = record(model, recipe, batch_size, advance, conditions)
-        save_file(_tensors(found), draft / "trajectories.safetensors")
-        (draft / "recipe.json").write_text(json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2) + "\n", encoding="utf-8")
+        found = record(model, recipe, batch_size, advance, conditions, parts_of(draft))
+        save_tensors(_tensors(found), draft / TRAJECTORIES)
+        content = json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2)
+        write_atomically(draft / "recipe.json", content + "\n")
 
     folder = kept(cache, recipe.decides, make)
     return read_calibration(folder), folder
@@ -143,46 +149,65 @@ def record(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     conditions: ConditionSet | None = None,
+    parts: Path | None = None,
 ) -> CalibrationSet:
     """Run the sampler from seeded noise and keep the state and prediction at every time step of the recipe.
 
+    `parts` is a folder for the batches that are recorded, from which a process that comes after this one goes on.
+
     Raises:
         ModelError: the model gives values that are not finite, or the refined sampler passes by one of them.
+        InterruptedByUserError: Ctrl-C, with `parts`.
     """
     schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
     coarse = schedule.passing((recipe.steps, *recipe.also))
     fine = schedule.finer(coarse, recipe.refinement, f"calibration.refinement: got {recipe.refinement}")
     guiding = conditions.unconditional if recipe.guidance_scale != 1.0 else {}
-    states: list[Tensor] = []
-    predictions: list[list[Tensor]] = [[], []]  # of the conditional and of the unconditional pass
-    for first in range(0, recipe.trajectories, batch_size):
-        count = min(batch_size, recipe.trajectories - first)
-        x_t = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
-        passes = _Passes(model.denoiser)
-        follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
-        walk, image = [], x_t
-        for inner in fine:
-            for number, step in enumerate(along(inner, follow, image, schedule)):
-                if number == 0:
-                    walk.append((step.x_t, *passes.made))
-                passes.made.clear()
-                image = step.x_s
-                advance(count)
-        columns = [torch.stack(column, dim=1).contiguous() for column in zip(*walk, strict=True)]  # a model may give channels last
-        states.append(torch.cat([columns[0], image[:, None]], dim=1))
-        for kept_predictions, column in zip(predictions, columns[1:], strict=False):
-            kept_predictions.append(column)
-    found = CalibrationSet(
-        states=torch.cat(states),
-        predictions=torch.cat(predictions[0]),
+
+    def batches(done: int) -> Iterator[dict[str, Tensor]]:
+        if done:
+            advance(done * sum(map(len, fine)))
+        for first in range(done, recipe.trajectories, batch_size):
+            count = min(batch_size, recipe.trajectories - first)
+            passes = _Passes(model.denoiser)
+            follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
+            noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
+            yield _walked(noise, follow, passes, fine, schedule, advance, f"{model.source}: its full-precision trajectories")
+
+    found = gathered(parts, recipe.trajectories, batches, "calibration: trajectories")
+    return CalibrationSet(
+        states=found["states"],
+        predictions=found["predictions"],
         timesteps=tuple(t for t, _ in coarse),
         condition=conditions.of(recipe.seed, 0, recipe.trajectories),
         unconditional=guiding,
-        unconditional_predictions=torch.cat(predictions[1]) if guiding else None,
+        unconditional_predictions=found.get("unconditional_predictions"),
     )
-    if not bool(torch.isfinite(found.states).all()):
-        raise ModelError(f"{model.source}: its full-precision trajectories hold values that are not finite")
-    return found
+
+
+def _walked(
+    noise: Tensor,
+    follow: Callable[[Tensor, float], Tensor],
+    passes: _Passes,
+    fine: Sequence[Walk],
+    schedule: NoiseSchedule,
+    advance: Callable[[int], None],
+    what: str,
+) -> dict[str, Tensor]:
+    """A batch of trajectories (B, ...): states and predictions as of `CalibrationSet`."""
+    walk, image = [], noise
+    for inner in fine:
+        for number, step in enumerate(along(inner, follow, image, schedule)):
+            if number == 0:
+                walk.append((step.x_t, *passes.made))
+            passes.made.clear()
+            image = step.x_s
+            advance(len(noise))
+    states, *predictions = (torch.stack(column, dim=1) for column in zip(*walk, strict=True))
+    states = torch.cat([states, image[:, None]], dim=1)
+    if not bool(torch.isfinite(states).all()):
+        raise ModelError(f"{what} hold values that are not finite")
+    return {"states": states, **dict(zip(("predictions", "unconditional_predictions"), predictions, strict=False))}
 
 
 class _Passes:
@@ -213,7 +238,7 @@ def read_calibration(folder: Path) -> CalibrationSet:
         ModelError: the folder is incomplete or damaged.
     """
     try:
-        tensors = load_file(folder / "trajectories.safetensors")
+        tensors = load_file(folder / TRAJECTORIES)
         steps = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["timesteps"]
         condition, unconditional = (
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
@@ -24,6 +24,7 @@ from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel, predict
 from pqcad_qat.diffusion.prompts import UNCONDITIONAL, Encoding, encode_prompts, kept_prompts
 from pqcad_qat.diffusion.sampling import guided
 from pqcad_qat.errors import ModelError
+from pqcad_qat.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import ConditionsPolicy
@@ -217,7 +218,7 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
 def save_conditions(conditions: ConditionSet, path: Path) -> None:
     """Write the file that `read_conditions` reads."""
     other = {UNCONDITIONAL + name: value for name, value in conditions.unconditional.items()}
-    save_file({name: value.contiguous() for name, value in {**conditions.choices, **other}.items()}, path)
+    save_tensors({**conditions.choices, **other}, path)
 
 
 def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where: str) -> ConditionSet:

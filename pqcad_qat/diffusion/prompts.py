@@ -14,7 +14,6 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pqcad_qat.content_store import kept
@@ -22,6 +21,7 @@ from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser
 from pqcad_qat.diffusion.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.errors import ModelError
 from pqcad_qat.json_files import read_json
+from pqcad_qat.tensor_files import save_tensors
 
 LAYOUTS: Mapping[str, tuple[str, ...]] = {
     "StableDiffusionPipeline": ("encoder_hidden_states", "unconditional.encoder_hidden_states"),
@@ -111,7 +111,7 @@ def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = 
     }
 
     def make(draft: Path) -> None:
-        save_file({name: value.contiguous() for name, value in encode_prompts(prompts, folder, encoding).items()}, draft / EMBEDDINGS)
+        save_tensors(encode_prompts(prompts, folder, encoding), draft / EMBEDDINGS)
 
     return kept(store, decides, make) / EMBEDDINGS
 

@@ -5,7 +5,7 @@ Not here: what its images are worth (fidelity.py), nor its speed (benchmark.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from pqcad_qat.json_files import read_json
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
+from pqcad_qat.tensor_files import gathered
 
 Float32 = npt.NDArray[np.float32]
 NumpyCondition = Mapping[str, npt.NDArray[Any]]
@@ -191,19 +192,31 @@ def sample_images(variant: Variant, count: int, seed: int, batch_size: int, adva
     return to_uint8(sample_states(variant, count, seed, batch_size, advance))
 
 
-def sample_states(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+def sample_states(
+    variant: Variant,
+    count: int,
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+    parts: Path | None = None,
+) -> Tensor:
     """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and batch size.
 
-    `advance` is told of the images of a batch each time they are one step further.
+    `advance` is told of the images of a batch each time they are one step further. `parts` is a folder for the batches that are done, from
+    which a process that comes after this one goes on.
     """
-    done = []
-    for first in range(0, count, batch_size):
-        noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
-        chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
-        condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
-        x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
-        for step in trajectory(follow, noise, variant.schedule, variant.steps):
-            x_0 = np.asarray(step.x_s, dtype=np.float32)
-            advance(len(noise))
-        done.append(torch.from_numpy(x_0))
-    return torch.cat(done)
+
+    def batches(done: int) -> Iterator[dict[str, Tensor]]:
+        if done:
+            advance(done * variant.steps)
+        for first in range(done, count, batch_size):
+            noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
+            chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
+            condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
+            x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
+            for step in trajectory(follow, noise, variant.schedule, variant.steps):
+                x_0 = np.asarray(step.x_s, dtype=np.float32)
+                advance(len(noise))
+            yield {"states": torch.from_numpy(x_0)}
+
+    return gathered(parts, count, batches, f"sampling {variant.name}: images")["states"]

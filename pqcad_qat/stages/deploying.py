@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,8 @@ from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED
+from pqcad_qat.stages.recipes import BASELINE_INPUTS
 from pqcad_qat.stages.work import Work
-
-BASELINE_INPUTS = 300
-"""Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
 
 PROFILED = ("nncf-int8", "pqcad-openvino")
 
@@ -182,16 +179,9 @@ def make_baselines(work: Work, calibration: CalibrationSet) -> None:
             return
         with work.console.status("baselines: OpenVINO float32, NNCF post-training INT8"):
             work.link(
-                "baselines/plain", kept(work.path.parent / SHARED, baseline_recipe(work), partial(_baseline_files, work, calibration))
+                "baselines/plain", kept(work.path.parent / SHARED, work.decides("baselines"), partial(_baseline_files, work, calibration))
             )
         stage.done()
-
-
-def baseline_recipe(work: Work) -> dict[str, Any]:
-    """All that decides the baselines' files."""
-    versions = {name: version(name) for name in ("nncf", "openvino")}
-    calibration = work.folder.finished("calibration") or {}
-    return {"baselines": versions, "calibration": calibration["set"], "inputs": BASELINE_INPUTS, "batch": work.policy.export.batch_size}
 
 
 def _baseline_files(work: Work, calibration: CalibrationSet, folder: Path) -> None:

@@ -6,7 +6,7 @@ Not here: metrics and pages (evaluation/).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pqcad_qat.content_store import kept
+from pqcad_qat.content_store import kept, parts_of
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.pipeline_parts import VAE
+from pqcad_qat.disk import whole_file
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.evaluation.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, has_ssim
 from pqcad_qat.evaluation.hardware import hardware
@@ -36,13 +36,12 @@ from pqcad_qat.evaluation.variant import (
 )
 from pqcad_qat.policy.variants import TRAINED, UNTRAINED
 from pqcad_qat.processes import agreed
-from pqcad_qat.stages.deploying import baseline_recipe, openvino_files
+from pqcad_qat.stages.deploying import openvino_files
 from pqcad_qat.stages.prepared import SHARED
-from pqcad_qat.stages.training import at_targets, training_recipe
+from pqcad_qat.stages.recipes import sampled, sampling
+from pqcad_qat.stages.training import at_targets
 from pqcad_qat.stages.work import Work
-
-UNSAMPLED = ("ov-fp32", "ov-bf16")
-"""Timed only: they compute what `fp32` computes."""
+from pqcad_qat.tensor_files import save_tensors
 
 NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
 
@@ -57,51 +56,36 @@ PICTURES = 10
 
 def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
     """Images of every variant from the same seeds; those that training does not touch are shared by runs side by side."""
-    for name in (name for name in work.made if name not in UNSAMPLED):
-        with work.folder.stage(f"samples-{name}") as stage:
+    for name in sampled(work.policy):
+        with work.folder.stage(sampling(name)) as stage:
             if not stage.new:
                 continue
             file = _images_file(work, name)
-            file.parent.mkdir(exist_ok=True)
             make = partial(_make_images, work, name, calibration, models)
             if name in UNTRAINED or (work.shares_training and name in TRAINED):
-                shutil.copyfile(kept(work.path.parent / SHARED, _samples_recipe(work, name), make) / file.name, file)
+                decides = work.decides(sampling(name))
+                shared = kept(work.path.parent / SHARED, decides, partial(_in_parts, make))
+                with whole_file(file, (shared / file.name).stat().st_size) as draft:
+                    shutil.copyfile(shared / file.name, draft)
             else:
-                make(file.parent)
+                make(file.parent, work.folder.parts(sampling(name)))
             stage.done(steps=work.steps(name))
 
 
-def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path) -> None:
+def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
+    make(folder, parts_of(folder))
+
+
+def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path, parts: Path) -> None:
     variant = _variant(work, name, calibration, models)
     count, batch = work.policy.evaluation.images, work.policy.evaluation.batch_size
     with work.bar(f"sample {name}", count * variant.steps) as advance:
-        states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance)
+        states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance, parts)
     samples = {"latents": states} if work.prepared.model.latent else {"images": to_uint8(states)}
     if (decode := decoder_of(work.prepared.model)) is not None:
         with work.console.status(f"sample {name}: decoding"):
             samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
-    save_file({key: value.contiguous() for key, value in samples.items()}, folder / _images_file(work, name).name)
-
-
-def _samples_recipe(work: Work, name: str) -> dict[str, Any]:
-    """All that decides the images of a variant."""
-    evaluation = work.policy.evaluation
-    source: Any = work.prepared.model.digest
-    if name == "nncf-int8":
-        source = baseline_recipe(work)
-    elif name in TRAINED:
-        source = training_recipe(work, name)
-    decides: dict[str, Any] = {
-        "images": evaluation.images,
-        "seed": evaluation.seed,
-        "batch": evaluation.batch_size,
-        "steps": work.steps(name),
-    }
-    if digest := work.prepared.conditions.digest:
-        decides |= {"conditions": digest, "guidance_scale": work.policy.guidance_scale(name)}
-    if (parts := work.prepared.parts) is not None and decoder_of(work.prepared.model) is not None:
-        decides["decoder"] = parts.digest(VAE)
-    return {"samples": source, "sampler": work.schedule.sampler, "variant": name, **decides}
+    save_tensors(samples, folder / _images_file(work, name).name)
 
 
 def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
@@ -133,7 +117,7 @@ def evaluate(work: Work) -> None:
             return
         source, latent = work.policy.features, work.prepared.model.latent
         features = None if source is None else load_features(source)
-        samples = {name: _samples(work, name) for name in work.made if name not in UNSAMPLED}
+        samples = {name: _samples(work, name) for name in sampled(work.policy)}
         full = samples["fp32"]
         with work.console.status("evaluation: FID, PSNR, SSIM"):
             figures = {
@@ -163,9 +147,8 @@ def report(work: Work, command: str) -> Path:
 def _write_report(work: Work, command: str) -> None:
     stages = {name: work.folder.finished(name) or {} for name in work.folder.seconds()}
     facts = RunFacts(work.policy, work.prepared.plan, work.prepared.split, stages, work.folder.seconds(), tuple(work.warnings), command)
-    shown: list[str] = [name for name in work.made if name not in UNSAMPLED]
     full = _samples(work, "fp32")
-    samples = {name: _pictures(load_file(_images_file(work, name)), full) for name in shown}
+    samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in sampled(work.policy)}
     write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
 
 

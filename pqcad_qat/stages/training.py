@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from pqcad_qat.content_store import kept
 from pqcad_qat.diffusion.calibration import CalibrationSet, calibration_set
 from pqcad_qat.diffusion.conditions import Guidance, save_conditions
 from pqcad_qat.diffusion.sampling import initial_noise
+from pqcad_qat.disk import write_atomically
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import round_name
 from pqcad_qat.processes import agreed, is_first
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.run_folder import EMBEDDINGS, write_atomically
+from pqcad_qat.run_folder import EMBEDDINGS
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, calibration_recipe
+from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights, student_stage, targets_stage
 from pqcad_qat.stages.work import Work
+from pqcad_qat.tensor_files import save_tensors
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
@@ -46,16 +46,14 @@ from pqcad_qat.training.weight_distance import WeightDistance
 SHOWN = 4
 """Images of a grid that shows how training goes."""
 
-WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
-"""What a trained stage leaves in a run's folder, beside its log."""
-
 
 def calibrate(work: Work) -> CalibrationSet:
     """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
     policy, recipe = work.policy, calibration_recipe(work.policy, work.prepared)
-    _keep_embeddings(work)
     calls = recipe.trajectories * recipe.refinement * len(work.schedule.passing((recipe.steps, *recipe.also)))
     with work.folder.stage("calibration") as stage, work.bar("calibration", calls) as advance:
+        if is_first():
+            _keep_embeddings(work, stage.new)
         store = work.path.parent / CALIBRATION
         found, folder = calibration_set(
             work.prepared.model, recipe, policy.calibration.batch_size, store, advance, work.prepared.conditions
@@ -66,14 +64,11 @@ def calibrate(work: Work) -> CalibrationSet:
     return found
 
 
-def _keep_embeddings(work: Work) -> None:
+def _keep_embeddings(work: Work, anew: bool) -> None:
     """The conditions of a model of text in the run's own folder, since the files that a policy names may move."""
     file, section = work.path / EMBEDDINGS, work.policy.conditions
-    if not is_first() or file.exists() or (section.prompts, section.embeddings) == (None, None):
-        return
-    draft = file.with_name(f".{EMBEDDINGS}.{os.getpid()}")
-    save_conditions(work.prepared.conditions, draft)
-    draft.replace(file)
+    if (section.prompts, section.embeddings) != (None, None) and (anew or not file.exists()):
+        save_conditions(work.prepared.conditions, file)
 
 
 def progressive(work: Work, calibration: CalibrationSet) -> nn.Module:
@@ -107,19 +102,17 @@ def fixed_bit(work: Work, calibration: CalibrationSet) -> nn.Module:
     return model
 
 
-def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module, calibration_weight: float) -> nn.Module:
+def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module) -> nn.Module:
     """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
-    distillation = work.policy.distillation
-    teacher_weight = distillation.teacher_weight or float(calibration_weight == 0)
+    distillation, rounds = work.policy.distillation, work.policy.distillation.rounds
     scale = work.policy.guidance_scale(name)
-    loss = CalibrationAssistedDistillation(teacher_weight, calibration_weight, scale, calibration.unconditional)
-    rounds = distillation.rounds
+    loss = CalibrationAssistedDistillation(*loss_weights(work.policy, name), scale, calibration.unconditional)
     for number in range(1, rounds + 1):
-        stage = name if number == rounds else round_name(name, number)
-        targets = _targets(work, "teacher" if number == 1 else f"teacher-{round_name(name, number - 1)}", calibration, teacher, number)
+        targets = _targets(work, targets_stage(name, number), calibration, teacher, number)
         student = copy.deepcopy(teacher)
         batches = distillation_batches(targets, work.whole_batch, work.policy.training.seed, calibration.condition)
         callbacks = [loss, *_shown(work, student, work.policy.student_steps_by_round[number - 1], scale)]
+        stage = student_stage(work.policy, name, number)
         _train(work, stage, student, callbacks, batches, max(1, distillation.steps // rounds))
         teacher = student
     return teacher
@@ -128,18 +121,18 @@ def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Modu
 def _targets(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module, number: int) -> DistillationSet:
     """What the students of a round learn from; the frozen teacher runs once."""
     policy, steps = work.policy, (work.policy.sampler.steps, *work.policy.student_steps_by_round)
-    kept = work.path / "distillation" / f"{name}.safetensors"
+    file = work.path / "distillation" / f"{name}.safetensors"
     with work.folder.stage(name) as stage:
         if stage.new:
             calls = policy.calibration.trajectories * steps[number - 1]
             scale = policy.guidance_scale("pq" if number == 1 else "pqcad")  # of the teacher
             with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
-                found = distillation_set(teacher, calibration, work.schedule, taught, learned, batch, advance, scale)
-            kept.parent.mkdir(exist_ok=True)
-            save_file(vars(found), kept)
+                parts = work.folder.parts(name)
+                found = distillation_set(teacher, calibration, work.schedule, taught, learned, batch, advance, scale, parts, name)
+            save_tensors(vars(found), file)
             stage.done()
-    return DistillationSet(**load_file(kept))
+    return DistillationSet(**load_file(file))
 
 
 def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
@@ -156,23 +149,6 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
         fixed=progressive.schedule == "fixed",
     )
     return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings)
-
-
-def training_recipe(work: Work, name: str) -> dict[str, Any]:
-    """All that decides the weights of a trained stage, those before it included."""
-    policy = work.policy
-    whole = policy.model_dump(mode="json")
-    indifferent = ("samples_every", *(("checkpoint_every", "keep_checkpoints") if policy.training.on_divergence != "rollback" else ()))
-    training = {key: value for key, value in whole["training"].items() if key not in indifferent}
-    recipe = {
-        "trained": name,
-        "calibration": (work.folder.finished("calibration") or {})["set"],
-        "quantization": whole["quantization"],
-        "training": training,
-        "progressive": {"steps": policy.progressive.steps} if name == "fixed-bit" else whole["progressive"],
-        "versions": {package: version(package) for package in ("torch", "brevitas")},
-    }
-    return recipe if name in ("pq", "fixed-bit") else {**recipe, "distillation": whole["distillation"]}
 
 
 def _training_batches(work: Work, calibration: CalibrationSet) -> BatchSource:
@@ -202,7 +178,7 @@ def _train(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback
         if stage.new:
             make = partial(_fit, work, name, model, callbacks, batches, steps)
             if work.shares_training:
-                trained = kept(work.path.parent / SHARED, training_recipe(work, name), make)
+                trained = kept(work.path.parent / SHARED, work.decides(name), make)
                 shutil.copytree(trained, work.path, dirs_exist_ok=True)
             else:
                 make(work.path)
@@ -222,10 +198,9 @@ def _fit(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback],
 
 
 def _keep_trained(work: Work, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    (folder / "models").mkdir(exist_ok=True)
     with torch.no_grad(), averaged_weights(state) as model:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS.format(name))
+    save_tensors(weights, folder / WEIGHTS.format(name))
     write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
     if folder != work.path:
         (folder / "logs").mkdir()

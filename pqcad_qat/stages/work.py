@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.disk import write_atomically
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, made
 from pqcad_qat.processes import process_count
-from pqcad_qat.run_folder import RunFolder, write_atomically
+from pqcad_qat.resuming import decides
+from pqcad_qat.run_folder import WARNINGS, RunFolder
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.training.metrics_log import progress_bar
-
-WARNINGS = "warnings.json"
-"""What was told while the run trained, kept for the report of the process that ends it."""
 
 
 @dataclass
@@ -56,12 +56,18 @@ class Work:
     def steps(self, name: str) -> int:
         return self.policy.distillation.student_steps if name in HALF_STEPS else self.policy.sampler.steps
 
+    def decides(self, stage: str) -> dict[str, Any]:
+        """All that decides a stage to the last bit."""
+        return decides(self.folder.recipes, stage)
+
     def link(self, name: str, folder: Path) -> None:
         """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them move."""
         link = self.path / name
-        if not link.is_symlink():
+        to = os.path.relpath(folder, link.parent)
+        if not link.is_symlink() or os.readlink(link) != to:
             link.parent.mkdir(exist_ok=True)
-            link.symlink_to(os.path.relpath(folder, link.parent))
+            link.unlink(missing_ok=True)
+            link.symlink_to(to)
 
     def warn(self, message: str) -> None:
         """Tell it once, also where a process that was killed has told it before."""

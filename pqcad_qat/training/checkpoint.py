@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pqcad_qat.disk import room_for
 from pqcad_qat.errors import CheckpointError
 from pqcad_qat.training.callback import Callback, TrainState
 
@@ -45,20 +45,24 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
     """Write `step_000123/` under a temporary name, with digests, and move it into place; then drop the oldest.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; older checkpoints stay as they were, and no draft is left.
+        DiskError: the disk is full; older checkpoints stay as they were, and no draft is left.
+        CheckpointError: the folder cannot be written.
     """
     final = folder.path / f"step_{state.step:06d}"
     draft = folder.path / f".{final.name}.{os.getpid()}"
+    tensors, groups = _flatten_optimizer(state.optimizer)
+    files = {"model": _own(state.model.state_dict()), "ema": _own(state.ema or {}), "optimizer": _own(tensors)}
     try:
-        draft.mkdir(parents=True)
-        _write_files(draft, state, callbacks)
-        if final.exists():
-            shutil.rmtree(final)
-        draft.rename(final)
-    except (OSError, SafetensorError) as error:  # safetensors' own error of a full disk is no OSError
+        with room_for(final, sum(value.nbytes for part in files.values() for value in part.values())):
+            draft.mkdir(parents=True)
+            _write_files(draft, files, _facts(state, groups, callbacks))
+            if final.exists():
+                shutil.rmtree(final)
+            draft.rename(final)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot write this checkpoint: {error.strerror}; older ones are intact (--resume)") from error
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{final}: cannot write this checkpoint: {reason}; older checkpoints are intact (--resume)") from error
     found = checkpoints(folder.path)
     kept = [path for path in found if step_of(path) % folder.every == 0][-folder.keep :]
     for old in found:
@@ -67,12 +71,9 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
     return final
 
 
-def _write_files(draft: Path, state: TrainState, callbacks: Sequence[Callback]) -> None:
-    tensors, groups = _flatten_optimizer(state.optimizer)
-    save_file(_own(state.model.state_dict()), draft / "model.safetensors")
-    save_file(_own(state.ema or {}), draft / "ema.safetensors")
-    save_file(_own(tensors), draft / "optimizer.safetensors")
-    facts = {
+def _facts(state: TrainState, groups: list[dict[str, Any]], callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """All but the tensors."""
+    return {
         "step": state.step,
         "has_ema": state.ema is not None,
         "ema_since": state.ema_since,
@@ -82,6 +83,11 @@ def _write_files(draft: Path, state: TrainState, callbacks: Sequence[Callback]) 
         "optimizer_groups": groups,
         "callbacks": {callback.name: callback.state_dict() for callback in callbacks},
     }
+
+
+def _write_files(draft: Path, files: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    for name, tensors in files.items():
+        save_file(dict(tensors), draft / f"{name}.safetensors")
     (draft / "state.json").write_text(json.dumps(facts), encoding="utf-8")
     digests = {name: sha256(draft / name) for name in FILES}
     (draft / "digests.json").write_text(json.dumps({"format": FORMAT, "sha256": digests}, indent=1), encoding="utf-8")

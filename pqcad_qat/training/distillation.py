@@ -6,9 +6,10 @@ term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not publ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pqcad_qat.diffusion.ddim import Walk
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.diffusion.sampling import NoiseSchedule, along, guided
 from pqcad_qat.errors import ModelError
+from pqcad_qat.tensor_files import gathered
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 from pqcad_qat.training.quantization_aware import mixed_states
 
@@ -52,6 +54,8 @@ def distillation_set(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     guidance_scale: float = 1.0,
+    parts: Path | None = None,
+    what: str = "teacher",
 ) -> DistillationSet:
     """Run the frozen teacher once from every state that the student visits: its targets never change, so they are kept.
 
@@ -62,8 +66,11 @@ def distillation_set(
         student_steps: S; every time step of the student must be one of the calibration set's, and one that the teacher comes by.
         advance: told of the states done.
         guidance_scale: that the teacher samples with; 1 where it needs one pass.
+        parts: folder for the batches of trajectories that are done, from which a process that comes after this one goes on.
+        what: the stage that makes them, for whoever interrupts it.
 
     Raises:
+        InterruptedByUserError: Ctrl-C, with `parts`.
         ModelError: the student has time steps by which the teacher does not come, or at which the set has no states.
     """
     student = schedule.walk(student_steps)
@@ -79,14 +86,17 @@ def distillation_set(
     recorded = [calibration.timesteps.index(t) for t in starts]
     states = calibration.states[:, recorded]
     full = calibration.states[:, [*recorded[1:], -1]]  # the last step ends in the image
-    landed = []
-    for index, (_, walk) in enumerate(taught):
-        parts = []
-        for rows in torch.split(torch.arange(len(states)), batch_size):
+
+    def batches(done: int) -> Iterator[dict[str, Tensor]]:
+        if done:
+            advance(done * sum(len(walk) for _, walk in taught))
+        for rows in torch.split(torch.arange(done, len(states)), batch_size):
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
-            parts.append(_landing(walk, follow, states[rows, index], schedule, advance))
-        landed.append(torch.cat(parts))
+            landed = [_landing(walk, follow, states[rows, index], schedule, advance) for index, (_, walk) in enumerate(taught)]
+            yield {"landed": torch.stack(landed, dim=1)}
+
+    landed = gathered(parts, len(states), batches, f"{what}: trajectories")["landed"]
 
     def carrying(target: Tensor) -> Tensor:
         ends = (step for step, _ in taught)
@@ -95,7 +105,7 @@ def distillation_set(
 
     return DistillationSet(
         states=states,
-        teacher=carrying(torch.stack(landed, dim=1)),
+        teacher=carrying(landed),
         calibration=carrying(full),
         timesteps=torch.tensor(starts),
         weights=torch.tensor([schedule.error_weight(t) for t in starts]),

@@ -128,7 +128,7 @@ def fit(
             if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
                 _checkpoint(checkpoints, state, callbacks)
             if stop and state.step < settings.steps:
-                kept = f"; checkpoint of step {state.step} written, go on with --resume" if checkpoints else ""
+                kept = ": its checkpoint is kept" if checkpoints else ""
                 raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
 
 

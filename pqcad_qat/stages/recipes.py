@@ -1,0 +1,207 @@
+"""One table of what decides each stage of a run: keys of the policy, the model, and the stages before it.
+
+By it a run that goes on under another policy knows what to do again, and runs side by side what they share. Not here: how recipes are
+compared (resuming.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from pqcad_qat.diffusion.pipeline_parts import VAE
+from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.evaluation.features import load_features
+from pqcad_qat.evaluation.variant import decoder_of
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made, round_name, stages_of
+from pqcad_qat.resuming import Recipe
+from pqcad_qat.stages.prepared import Prepared, calibration_recipe
+
+UNSAMPLED: tuple[VariantName, ...] = ("ov-fp32", "ov-bf16")
+"""Timed only: they compute what `fp32` computes."""
+
+BASELINE_INPUTS = 300
+"""Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
+
+WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
+"""What a trained stage leaves in a run's folder, beside its log."""
+
+INDIFFERENT = ("samples_every",)
+"""Keys of training that no weight depends on."""
+
+AFTER_DIVERGENCE = ("checkpoint_every", "keep_checkpoints", "on_divergence")
+"""Keys of training that decide only where it goes on after a divergence."""
+
+SPARING = ("activation_checkpointing",)
+"""Keys of training that take less memory for more time, and give the same weights."""
+
+_CALIBRATION_KEYS = {
+    "model_digest": "model",
+    "sampler": "sampler.name",
+    "steps": "sampler.steps",
+    "trajectories": "calibration.trajectories",
+    "seed": "calibration.seed",
+    "refinement": "calibration.refinement",
+    "guidance_scale": "sampler.guidance_scale",
+    "also": "distillation.student_steps",
+}
+
+
+def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
+    """Stage -> what decides it, of all stages that the policy's variants take, in the order in which they run."""
+    table = _Table(policy, prepared)
+    stages = stages_of(policy.evaluation.variants)
+    found = {"calibration": table.calibration()}
+    for name in ("pq", "fixed-bit"):
+        if name in stages:
+            found[name] = table.quantization_aware(name)
+    for name in ("pq-distilled", "pqcad"):
+        if name in stages:
+            found |= table.distilled(name)
+    for name, stage in (("export", table.export), ("baselines", table.baselines), ("benchmark", table.benchmark)):
+        if name in stages:
+            found[name] = stage()
+    found |= {sampling(name): table.samples(name) for name in sampled(policy)}
+    return {**found, "evaluation": table.evaluation()}
+
+
+def trained_paths(stage: str) -> tuple[str, ...]:
+    """What a stage that trains leaves in a run's folder."""
+    return (WEIGHTS.format(stage), TRANSITIONS.format(stage), f"logs/{stage}.jsonl", f"checkpoints/{stage}")
+
+
+def sampling(variant: str) -> str:
+    """The stage that samples a variant."""
+    return f"samples-{variant}"
+
+
+def sampled(policy: Policy) -> tuple[VariantName, ...]:
+    """The variants that images are made of."""
+    return tuple(name for name in made(policy.evaluation.variants) if name not in UNSAMPLED)
+
+
+def targets_stage(student: str, number: int) -> str:
+    """The stage that runs the teacher of a student's round; the first round's teacher is the model of PQ, for all students."""
+    return "teacher" if number == 1 else f"teacher-{round_name(student, number - 1)}"
+
+
+def student_stage(policy: Policy, student: str, number: int) -> str:
+    """The stage that trains a student's round."""
+    return student if number == policy.distillation.rounds else round_name(student, number)
+
+
+def loss_weights(policy: Policy, student: str) -> tuple[float, float]:
+    """(teacher's, calibration's) weight in the loss of a student; plain distillation has the teacher's alone."""
+    calibration = policy.distillation.calibration_weight if student == "pqcad" else 0.0
+    return policy.distillation.teacher_weight or float(calibration == 0), calibration
+
+
+class _Table:
+    """The rows of the table, for one policy and model."""
+
+    def __init__(self, policy: Policy, prepared: Prepared) -> None:
+        self.policy, self.prepared = policy, prepared
+        self.whole = policy.model_dump(mode="json")
+        self.model = {"model": prepared.model.digest, "conditions": prepared.conditions.digest}
+
+    def section(self, name: str, *without: str) -> dict[str, Any]:
+        return {f"{name}.{key}": value for key, value in self.whole[name].items() if key not in without}
+
+    def calibration(self) -> Recipe:
+        values = calibration_recipe(self.policy, self.prepared).decides
+        return Recipe({_CALIBRATION_KEYS.get(key, key): value for key, value in values.items()})
+
+    def layers(self, ladders: bool) -> dict[str, Any]:
+        """What quantizers compute; the rule that says so and what runs in floating point decide no weight."""
+        without = {"rule", "rule_index", "int8_exception", *(() if ladders else ("ladder",))}
+        plan = [{key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan]
+        return {"quantization.layers": plan, **self.section("quantization", "layers", "attention")}
+
+    def training(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(values, circumstances)."""
+        circumstances = (*AFTER_DIVERGENCE, *SPARING)
+        values, training = self.section("training", *INDIFFERENT, *circumstances), self.whole["training"]
+        return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
+
+    def quantization_aware(self, name: str) -> Recipe:
+        values, circumstances = self.training()
+        progressive = self.section("progressive") if name == "pq" else {"progressive.steps": self.policy.progressive.steps}
+        return Recipe({**self.layers(name == "pq"), **values, **progressive}, ("calibration",), circumstances, trained_paths(name))
+
+    def distilled(self, student: str) -> dict[str, Recipe]:
+        """The rounds of a student: the teacher's targets, then training."""
+        policy, found = self.policy, dict[str, Recipe]()
+        values, circumstances = self.training()
+        rounds, teacher = policy.distillation.rounds, "pq"
+        by_round = (policy.sampler.steps, *policy.student_steps_by_round)
+        teacher_weight, calibration_weight = loss_weights(policy, student)
+        for number in range(1, rounds + 1):
+            stage, targets = student_stage(policy, student, number), targets_stage(student, number)
+            steps = {"sampler.steps": by_round[number - 1], "distillation.student_steps": by_round[number]}
+            taught = {**steps, "distillation.guidance": policy.guidance_scale("pq" if number == 1 else "pqcad")}
+            found[targets] = Recipe(taught, ("calibration", teacher), _versions("torch", "brevitas"))
+            learns = {
+                **values,
+                "distillation.steps": policy.distillation.steps // rounds,
+                "distillation.student_steps": by_round[number],
+                "distillation.teacher_weight": teacher_weight,
+                "distillation.calibration_weight": calibration_weight,
+                "distillation.guidance": policy.guidance_scale(student),
+            }
+            found[stage] = Recipe(learns, ("calibration", teacher, targets), circumstances, trained_paths(stage))
+            teacher = stage
+        return found
+
+    def export(self) -> Recipe:
+        values = {
+            "name": self.policy.name,
+            "model.source": self.prepared.model.source,
+            "quantization.layers": [asdict(layer) for layer in self.prepared.plan],
+            "quantization.attention": self.policy.quantization.attention,
+            **self.section("export", "latency_runs"),
+            **self.section("pipeline"),
+        }
+        return Recipe(values, ("calibration", "pqcad"), _versions("openvino", "nncf", "torch", "diffusers"))
+
+    def baselines(self) -> Recipe:
+        values = {"inputs": BASELINE_INPUTS, "export.batch_size": self.policy.export.batch_size}
+        return Recipe(values, ("calibration",), _versions("nncf", "openvino", "torch"))
+
+    def benchmark(self) -> Recipe:
+        stages = stages_of(self.policy.evaluation.variants)
+        timed = [name for name in made(self.policy.evaluation.variants) if name in (*UNSAMPLED, "nncf-int8", "pqcad-openvino")]
+        values = {**self.model, "evaluation.variants": timed, **self.section("export", "weights")}
+        return Recipe(values, tuple(name for name in ("export", "baselines") if name in stages), _versions("openvino", "torch"))
+
+    def samples(self, variant: VariantName) -> Recipe:
+        """The images of a variant, whose model another stage has left, or is the full-precision one."""
+        half = variant in HALF_STEPS
+        steps = self.policy.distillation.student_steps if half else self.policy.sampler.steps
+        values = {
+            "conditions": self.prepared.conditions.digest,
+            "sampler.name": noise_schedule(self.prepared.model.scheduler_config).sampler,
+            "distillation.student_steps" if half else "sampler.steps": steps,
+            "sampler.guidance_scale": self.policy.guidance_scale(variant),
+            **self.section("evaluation", "variants", "features"),
+        }
+        if (parts := self.prepared.parts) is not None and decoder_of(self.prepared.model) is not None:
+            values["decoder"] = parts.digest(VAE)
+        sources = {"nncf-int8": ("baselines",), "ptq": ("calibration",), "pqcad-openvino": ("export",), "fp32": (), "fp32-half": ()}
+        if variant in ("fp32", "fp32-half"):
+            values["model"] = self.prepared.model.digest
+        if variant == "ptq":
+            values |= self.layers(ladders=False)
+        return Recipe(values, sources.get(variant, (variant,)), _versions("torch", "openvino"))
+
+    def evaluation(self) -> Recipe:
+        shown, source = sampled(self.policy), self.policy.features
+        features = None if source is None else load_features(source).sha256
+        values = {"evaluation.variants": shown, "evaluation.features": source, "features": features}
+        return Recipe(values, tuple(sampling(name) for name in shown), _versions("torch"))
+
+
+def _versions(*packages: str) -> Mapping[str, str]:
+    return {package: version(package) for package in packages}
