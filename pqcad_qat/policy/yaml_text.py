@@ -24,7 +24,7 @@ Origin = Callable[[int], str]  # line of a text -> what a fault opens with
 BYTES = 1_000_000
 """Of a policy file."""
 
-NODES = 100_000
+NODES = 50_000
 """Values and keys of a document, every alias counted as what it stands for; a policy with a rule for each of 800 layers has 30,000."""
 
 DEPTH = 40
