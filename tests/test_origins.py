@@ -9,8 +9,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-from conftest import POLICIES
+from conftest import POLICIES, SCHEDULER
+from torch import Tensor, nn
 
+from pqcad_qat.diffusion.architectures import ConditionInput
+from pqcad_qat.diffusion.registry import register_denoiser
 from pqcad_qat.errors import PlanError, PqcadError
 from pqcad_qat.policy.loading import dump_policy, load_policy
 from pqcad_qat.policy.origins import key_location, key_path, located
@@ -33,6 +36,18 @@ quantization:
       weights: {{bits: 8}}
       inputs: {{bits: 8}}
 """
+
+
+class Labelled(nn.Module):
+    """A denoiser that takes labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        found: Tensor = self.conv(x) + labels[:, None, None, None] + t[:, None, None, None]
+        return found
 
 
 @pytest.fixture
@@ -108,6 +123,21 @@ def test_places_are_no_part_of_what_a_policy_says(base: Path, tmp_path: Path) ->
     again = pickle.loads(pickle.dumps(policy))
     assert again == policy
     assert again.origins.places == policy.origins.places
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("conditions: {classes: [12]}", "child.yaml:3: conditions.classes: got 12; allowed 0 to 9"),
+        ("conditions: {embeddings: nothing.safetensors}", "child.yaml:3: conditions.embeddings: got "),
+        ("sampler: {guidance_scale: 3.0}", "child.yaml:3: sampler.guidance_scale: got 3; allowed 1 without"),
+    ],
+)
+def test_conditions_that_do_not_fit_the_model_are_told_by_plan_as_by_a_run(base: Path, section: str, message: str) -> None:
+    register_denoiser("labelled", Labelled, (1, 8, 8), SCHEDULER, (ConditionInput("labels", (), "int64", 10),))
+    child = base.parent / "child.yaml"
+    child.write_text(f"extends: base.yaml\nname: child\n{section}\nmodel: {{source: 'registered:labelled'}}\n")
+    assert told(child, "quantization.layers=[{match: '*', weights: {bits: 8}, inputs: {bits: 8}}]").startswith(message)
 
 
 @pytest.mark.parametrize("location", [("a",), ("quantization", "layers", 12, "weights", "bits"), ("a", 0, 1)])

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from pqcad_qat.diffusion import prompts as encoding
-from pqcad_qat.diffusion.conditions import chosen_conditions, conditioned, read_conditions, save_conditions
+from pqcad_qat.diffusion.conditions import check_choices, chosen_conditions, conditioned, read_conditions, save_conditions
 from pqcad_qat.diffusion.denoiser import load_model
-from pqcad_qat.diffusion.prompts import Encoding, encode_prompts, kept_prompts
+from pqcad_qat.diffusion.prompts import Encoding, check_prompts, encode_prompts, kept_prompts
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import ConditionsPolicy
 
@@ -140,6 +140,25 @@ def test_choices_that_a_pipeline_does_not_leave_are_refused(pipeline: Path, line
         encode_prompts(lines, pipeline, Encoding(tokens=9))
     with pytest.raises(ModelError, match=r"conditions\.guidance: got 2; allowed null: .*pipeline takes no guidance as an input"):
         encode_prompts(lines, pipeline, Encoding(guidance=2.0))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_prompts_make_is_known_before_any_is_encoded(
+    with_t5: tuple[str, Path], pipeline: Path, lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_text_parts", lambda *_: pytest.fail("an encoder was loaded"))
+    for folder in (with_t5[1], pipeline):
+        asked = conditioned(load_model(str(folder)))
+        assert check_prompts(lines, folder) == {wanted.name for wanted in asked.inputs}
+        check_choices(asked, ConditionsPolicy(prompts=str(lines)), 4.0)
+    with pytest.raises(ModelError, match=r"conditions\.tokens: got 9; allowed null"):
+        check_prompts(lines, pipeline, Encoding(tokens=9))
+    with pytest.raises(ModelError, match=r"conditions\.guidance: got 2; allowed null"):
+        check_prompts(lines, pipeline, Encoding(guidance=2.0))
+    with pytest.raises(ModelError, match="is no pipeline's folder with a text encoder"):
+        check_prompts(lines, lines.parent)
+    with pytest.raises(ModelError, match=r"conditions\.prompts: got .*no\.txt, which cannot be read as text \(No such file"):
+        check_prompts(lines.with_name("no.txt"), pipeline)
 
 
 def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

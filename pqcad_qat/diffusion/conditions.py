@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pqcad_qat.diffusion.architectures import ConditionInput, architecture_of
 from pqcad_qat.diffusion.ddim import Array
 from pqcad_qat.diffusion.denoiser import Condition, DiffusionModel, predict
-from pqcad_qat.diffusion.prompts import UNCONDITIONAL, Encoding, encode_prompts, kept_prompts
+from pqcad_qat.diffusion.prompts import UNCONDITIONAL, Encoding, check_prompts, encode_prompts, kept_prompts
 from pqcad_qat.diffusion.sampling import guided
 from pqcad_qat.errors import ModelError
 from pqcad_qat.tensor_files import save_tensors
@@ -184,6 +184,18 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path
     return ConditionSet()
 
 
+def check_choices(asked: Conditioned, section: ConditionsPolicy, scale: float) -> None:
+    """Raise ModelError where `chosen_conditions` or `check_guidance` will, as far as that is known before a prompt is encoded."""
+    if section.prompts is None or section.embeddings is not None:
+        check_guidance(scale, chosen_conditions(asked, section))
+        return
+    made = check_prompts(Path(section.prompts), asked.folder or Path(asked.source), Encoding(section.tokens, section.guidance))
+    if apart := made.symmetric_difference(wanted.name for wanted in asked.inputs):
+        raise ModelError(
+            f"conditions.prompts: got prompts, which make {', '.join(sorted(made))}; {asked}: apart: {', '.join(sorted(apart))}"
+        )
+
+
 def class_conditions(asked: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None) -> ConditionSet:
     """Labels to choose from, and the one that stands for no class: the one given, or the model's own.
 
@@ -209,9 +221,11 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; conditions.embeddings names a safetensors file") from None
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: not readable as safetensors: {error}") from error
+        raise ModelError(f"conditions.embeddings: got {path}: no such file; allowed a safetensors file") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"conditions.embeddings: got {path}, which is not readable as safetensors ({error}); allowed such a file"
+        ) from error
     return checked_conditions(tensors, asked, str(path))
 
 

@@ -116,6 +116,19 @@ def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = 
     return kept(store, decides, make) / EMBEDDINGS
 
 
+def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> set[str]:
+    """The names of the tensors that `encode_prompts` makes, those of the unconditional pass aside; nothing is encoded.
+
+    Raises:
+        ModelError: as `encode_prompts`, as far as configs tell.
+    """
+    _lines(prompts)
+    check_transformers("conditions.prompts")
+    name, names = _layout(folder)
+    _asked(getattr(diffusers, name), name, encoding)
+    return {name for name in (*names, *_numbers(folder, 1, names, encoding)) if name and not name.startswith(UNCONDITIONAL)}
+
+
 @torch.no_grad()
 def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> dict[str, Tensor]:
     """The tensors of a file of embeddings (conditions.py): of every prompt, and of the empty one as the unconditional.
@@ -146,7 +159,7 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
 
 
 def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
-    """The keyword arguments of the pipeline's `encode_prompt`."""
+    """The keyword arguments of the `encode_prompt` of a pipeline or its class."""
     known = inspect.signature(pipeline.encode_prompt).parameters
     if encoding.tokens is None:
         return {key: value for key, value in ASKED.items() if key in known}
@@ -158,10 +171,11 @@ def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
 def _lines(prompts: Path) -> list[str]:
     try:
         lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{prompts}: cannot be read as text: {error}; conditions.prompts names a file with a prompt a line") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"conditions.prompts: got {prompts}, which cannot be read as text ({reason}); allowed a prompt a line") from error
     if not lines:
-        raise ModelError(f"{prompts}: got no prompt; allowed one or more, a line each")
+        raise ModelError(f"conditions.prompts: got no prompt in {prompts}; allowed one or more, a line each")
     return lines
 
 

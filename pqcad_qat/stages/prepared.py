@@ -14,8 +14,9 @@ from torch import nn
 from pqcad_qat.deployment.attention import masked_attention
 from pqcad_qat.deployment.parts import PartFormat, chosen_formats
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
-from pqcad_qat.diffusion.conditions import ConditionSet, check_guidance, chosen_conditions, conditioned
+from pqcad_qat.diffusion.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model
+from pqcad_qat.diffusion.model_folder import scheduler_file
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
@@ -93,11 +94,16 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
     """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships too.
 
     Raises:
-        ModelError: there is no such config, or the policy's sampler does not fit it.
+        ModelError: there is no such config, or the policy's sampler or conditions do not fit it.
         PlanError: the rules do not fit it.
     """
     with located(policy):
-        return _planned(policy, shapes_of(policy.model.source, policy.model.sample_size))
+        model = shapes_of(policy.model.source, policy.model.sample_size)
+        planned = _planned(policy, model)
+        alone = model.custom is None and (model.folder is None or not scheduler_file(model.folder).is_file())
+        if not alone:  # an architecture is not run, and has conditions of noise
+            check_choices(conditioned(model), policy.conditions, policy.sampler.guidance_scale)
+        return planned
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
