@@ -25,7 +25,7 @@ from pqcad_qat.evaluation.features import check_shape
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import stages_of
-from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
+from pqcad_qat.quantization.plan import LayerPlan, listed, missing_rungs, plan_layers
 from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
 
 RANGE_INPUTS = 512
@@ -119,7 +119,7 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
     if policy.quantization.attention == "int8" and (masked := masked_attention(split, model.example)):
-        raise PlanError(f"quantization.attention: got int8; attention under a mask has no INT8 here: {', '.join(masked)}; allowed float")
+        raise PlanError(f"quantization.attention: got int8; attention under a mask has no INT8 here: {listed(masked)}; allowed float")
     return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
 
 
