@@ -106,7 +106,7 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
         set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each further key.
         only: glob on the names of the cells to run, as '*-seed0'; the table has all that are finished.
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
-        dry_run: show the cells and what they would do, and what `plan` says against any of them.
+        dry_run: show the cells and what they would do, or what `plan` says against any of them.
     """
     from pqcad_qat.policy.cells import load_study
 
@@ -117,8 +117,8 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
 
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
     if dry_run:
-        CONSOLE.print(cells_table(loaded, folder, str(only)))
         check_cells(chosen_cells(loaded, str(only)), CONSOLE)
+        CONSOLE.print(cells_table(loaded, folder, str(only)))
         return
     found = run_cells(loaded, folder, _command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
     CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)

@@ -121,5 +121,5 @@ def test_an_architecture_needs_a_policy_whose_rules_fit(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"odd\.yaml:2: name"):
         open_subject(config, policy, tmp_path)
     policy.write_text(f"extends: {POLICY}\nquantization: {{layers: [{{match: nothing.*, keep_float: true}}]}}\n")
-    with pytest.raises(PlanError, match=r"nothing\.\*"):
+    with pytest.raises(PlanError, match=r"odd\.yaml:2: quantization\.layers\[0\]\.match: got 'nothing\.\*'"):
         open_subject(config, policy, tmp_path)

@@ -27,6 +27,7 @@ from pqcad_qat.evaluation.benchmark import size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.record import Hardware
 from pqcad_qat.evaluation.stage_costs import StageCost, StageMeter
+from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy, QuantizationPolicy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, taken_integers
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
@@ -147,7 +148,7 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
         ExportError: a layer that cannot be expressed, or a folder that holds something else.
     """
     meter, source, shipped = StageMeter(tell), policy.model.source, folder / SHIPPED
-    with meter.stage("plan"):
+    with meter.stage("plan"), located(policy):
         drawn = blueprint(configs, source, policy.quantization, policy.model.sample_size)
     model = quantized_untrained(configs, drawn, (1,), meter.stage)
     folder.mkdir(parents=True, exist_ok=True)

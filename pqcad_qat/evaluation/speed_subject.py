@@ -22,6 +22,7 @@ from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inpu
 from pqcad_qat.evaluation.record import OURS
 from pqcad_qat.evaluation.rehearsal import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import QuantizationPolicy
 from pqcad_qat.quantization.conversion import taken_integers
 
@@ -107,7 +108,9 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
         )
     if not policy.is_file():
         raise ModelError(f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE")
-    return _quantized(source, configs, load_policy(policy).quantization, temporary / "ours")
+    rules = load_policy(policy)
+    with located(rules):
+        return _quantized(source, configs, rules.quantization, temporary / "ours")
 
 
 def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
