@@ -5,7 +5,6 @@ Not here: which graph, and what it is given (runtime.py, part_runtime.py). Needs
 
 from __future__ import annotations
 
-import reprlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import openvino as ov
 
 from pqcad_qat.cores import cores_of_share
 from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import shown
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -87,9 +87,7 @@ def check_device(core: ov.Core, device: str) -> None:
     if (chooser in CHOOSING and colon and known.issuperset(named)) or alone or (chooser in known and not colon):
         return
     allowed = [*there, "AUTO", *(f"{name}:{there[0]}" for name in CHOOSING if there)]
-    raise ModelError(
-        f"device: got {reprlib.repr(device)}; allowed {', '.join(allowed)}: OpenVINO has {', '.join(there) or 'no device'} here"
-    )
+    raise ModelError(f"device: got {shown(device)}; allowed {', '.join(allowed)}: OpenVINO has {', '.join(there) or 'no device'} here")
 
 
 def executing(compiled: ov.CompiledModel) -> str:

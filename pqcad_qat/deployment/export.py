@@ -21,17 +21,9 @@ from torch import nn
 
 from pqcad_qat import __version__
 from pqcad_qat.deployment.attention import AttentionRange, name_products, quantized_attention
-from pqcad_qat.deployment.folder import (
-    CONFIG,
-    MODEL_INDEX,
-    OPENVINO_CONFIG,
-    SCHEDULER_CONFIG,
-    SCHEMA_VERSION,
-    check_replaceable,
-    nothing_further,
-    write_folder,
-)
+from pqcad_qat.deployment.folder import MODEL_INDEX, OPENVINO_CONFIG, check_replaceable, nothing_further, write_folder
 from pqcad_qat.deployment.graph_inputs import SAMPLE, THOUSANDTHS, TIME, ports_of, spelled
+from pqcad_qat.deployment.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
 from pqcad_qat.deployment.modules import (
     IntegerConv2d,
     IntegerLinear,

@@ -16,34 +16,38 @@ from typing import Any
 
 import openvino as ov
 
+from pqcad_qat.deployment.manifest import (
+    CONFIG,
+    DENOISERS,
+    GRAPH,
+    PACKED_GRAPH,
+    PARTS,
+    SCHEDULER_CONFIG,
+    WEIGHTS,
+    check_denoiser_config,
+    check_scheduler_config,
+    checked_manifest,
+    listed,
+)
 from pqcad_qat.deployment.packing import WeightFormat, compress_text, pack_weights, read_text_and_weights, write_graph
 from pqcad_qat.errors import ExportError, ModelError
+from pqcad_qat.json_files import read_json, shown
 
 MANIFEST = "manifest.json"
 MODEL_INDEX = "model_index.json"
 OPENVINO_CONFIG = "openvino_config.json"
-DENOISERS = ("unet", "transformer")
-"""Folders that a denoiser may lie in, by its class, as optimum-intel has them."""
-
-GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = "openvino_model.xml", "openvino_model.xml.gz", "openvino_model.bin", "config.json"
-"""In the denoiser's folder; the first three are also those of the pipeline's other parts."""
-
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
-SCHEMA_VERSION = 1
 
 EMBEDDED_GUIDANCE = "embedded_guidance"
 """Key of the scheduler config: what a denoiser was told that takes guidance as an input."""
 
-PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
-"""Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""In a tokenizer's folder: what prompts are read with."""
 
 
 def tokenizer_of(text_encoder: str) -> str:
     """The folder of a text encoder's tokenizer, in diffusers' layout and in ours."""
     return text_encoder.replace("text_encoder", "tokenizer")
 
-
-MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
 
 _UNPACKING = (
     "pqcad_qat.deployment.runtime unpacks both at load to the graph of the int8 form, bit for bit. That form is needed for plain OpenVINO, "
@@ -68,63 +72,91 @@ def denoiser_part(manifest: Mapping[str, Any]) -> str:
     return str(manifest["graph"]).partition("/")[0]
 
 
-def denoiser_config(folder: Path) -> dict[str, Any]:
-    """The diffusers config of a deployed folder's denoiser."""
-    part = next(part for part in DENOISERS if (folder / part / WEIGHTS).is_file())
-    found: dict[str, Any] = json.loads((folder / part / CONFIG).read_text(encoding="utf-8"))
-    return found
+def denoiser_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The diffusers config of a deployed folder's denoiser.
+
+    Raises:
+        ModelError: it cannot be read, or does not belong to the samples in the manifest.
+    """
+    path = folder / denoiser_part(manifest) / CONFIG
+    config = read_json(path)
+    check_denoiser_config(config, manifest, path)
+    return config
+
+
+def scheduler_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' config of the scheduler that a deployed folder's denoiser is for.
+
+    Raises:
+        ModelError: it cannot be read, has a key that is not allowed, or is no schedule that we know.
+    """
+    path = folder / SCHEDULER_CONFIG
+    config = read_json(path)
+    check_scheduler_config(config, manifest, path)
+    return config
+
+
+def stated(folder: Path) -> dict[str, Any]:
+    """The manifest of a deployed folder, its values checked, its files not.
+
+    Raises:
+        ModelError: no such folder, no manifest, or one that is not allowed.
+    """
+    path = folder / MANIFEST
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name too long, or one with a zero in it
+        there = False
+    if not there:
+        raise ModelError(f"{shown(str(folder))[1:-1]}: not a deployed folder: it has no {MANIFEST}")
+    return checked_manifest(path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a deployed folder, after checking that every file it lists is there and unchanged.
 
     Raises:
-        ModelError: no such folder, no manifest, one that cannot be read, a missing file, or a digest that differs.
+        ModelError: as `stated`; or a file that is needed and not listed, a missing one, or a digest that differs.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ModelError(f"{folder}: not a deployed folder: it has no {MANIFEST}")
-    try:
-        manifest: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
-    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
-        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
-    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
-        raise ModelError(f"{path}: has no {', '.join(missing)}")
-    _check_files(folder, manifest["graph"], manifest["files"])
+    manifest = stated(folder)
+    part, path = denoiser_part(manifest), folder / MANIFEST
+    listed(manifest, path, manifest["graph"], f"{part}/{WEIGHTS}", f"{part}/{CONFIG}", SCHEDULER_CONFIG)
+    for beside in manifest.get("parts", {}):
+        listed(manifest, path, *part_files(beside))
+    for name, entry in manifest["files"].items():
+        try:
+            _check_file(folder, name, entry)
+        except (OSError, RuntimeError) as error:  # a link that leads to itself, a name too long, a file that may not be read
+            why = error.strerror if isinstance(error, OSError) else shown(str(error))
+            raise ModelError(f"{path}: lists {shown(name)[1:-1]}, which cannot be read: {why}") from error
     return manifest
 
 
-def _check_files(folder: Path, graph: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-    part, _, name = str(graph).partition("/")
-    if part not in DENOISERS or name not in (GRAPH, PACKED_GRAPH):
-        allowed = f"{' or '.join(DENOISERS)}, then {GRAPH} or {PACKED_GRAPH}"
-        raise ModelError(f"{folder / MANIFEST}: graph must be in {allowed}, got {graph!r}")
-    for required in (graph, f"{part}/{WEIGHTS}", f"{part}/{CONFIG}", SCHEDULER_CONFIG):
-        if required not in files:
-            raise ModelError(f"{folder / MANIFEST}: lists no {required}")
-    for name, entry in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ModelError(f"{folder / MANIFEST}: lists {name}, which lies outside the folder")
-        if not path.is_file():
-            raise ModelError(f"{folder}: the manifest lists {name}, which is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise ModelError(f"{path}: damaged: the manifest says {entry['bytes']} bytes, got {size}")
-        if (digest := sha256(path)) != entry["sha256"]:
-            raise ModelError(f"{path}: damaged or changed: the manifest says sha256 {entry['sha256']}, got {digest}")
+def part_files(part: str) -> tuple[str, ...]:
+    """The files, inside a deployed folder, that a part of its pipeline cannot do without."""
+    words = () if part == PARTS["vae"] else (f"{tokenizer_of(part)}/{name}" for name in TOKENIZER_FILES)
+    return (*(f"{part}/{name}" for name in (GRAPH, WEIGHTS, CONFIG)), *words)
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{folder / MANIFEST}: lists {name}, which lies outside the folder")
+    if not path.is_file():
+        raise ModelError(f"{folder}: the manifest lists {name}, which is missing")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise ModelError(f"{path}: damaged: the manifest says {entry['bytes']} bytes, got {size}")
+    if (digest := sha256(path)) != entry["sha256"]:
+        raise ModelError(f"{path}: damaged or changed: the manifest says sha256 {entry['sha256']}, got {digest}")
 
 
 def read_graph(folder: Path, core: ov.Core) -> ov.Model:
-    """The shipped graph with every packed weight unpacked to int8: the same graph, bit for bit, whatever the weights' format on disk.
+    """The graph that the manifest names, with every packed weight unpacked to int8: the same, bit for bit, whatever its format on disk.
 
     Raises:
-        ModelError: OpenVINO cannot read the file.
+        ModelError: the manifest is not allowed, or OpenVINO cannot read the files.
     """
-    texts = [folder / part / name for part in DENOISERS for name in (GRAPH, PACKED_GRAPH)]
-    text = next((text for text in texts if text.is_file()), texts[0])
+    text = folder / stated(folder)["graph"]
     return read_text_and_weights(text, text.parent / WEIGHTS, core)
 
 

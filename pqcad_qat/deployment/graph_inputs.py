@@ -53,6 +53,20 @@ def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[An
     return {name: found[name] for names in ports for name in names if name in found}
 
 
+def expected_ports(
+    known: Collection[str], batch: int, sample_shape: Sequence[int], time: str, conditions: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[list[int], str]]:
+    """Name of a port -> its shape and dtype, in a graph that knows these names, for a batch of samples and their conditions."""
+    channels, height, width = sample_shape
+    found = {condition["name"]: ([batch, *condition["shape"]], condition["dtype"]) for condition in conditions}
+    found[TIME] = ([batch], time)
+    rows = [height // 2 * (width // 2), 4 * channels]
+    if PLACES[0] in known:
+        tokens = next((condition["shape"][0] for condition in conditions if condition["name"] == TEXT and condition["shape"]), 0)
+        return found | {STATES: ([batch, *rows], "float32"), PLACES[0]: ([rows[0], 3], "float32"), PLACES[1]: ([tokens, 3], "float32")}
+    return found | {SAMPLE if SAMPLE in known else STATES: ([batch, *sample_shape], "float32")}
+
+
 def prediction(output: Float32, height: int, width: int) -> Float32:
     """A graph's output as (B, C, H, W)."""
     return output if output.ndim == 4 else unpacked(output, height, width)

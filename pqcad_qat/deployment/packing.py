@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
+from pqcad_qat.deployment.compiled import reason
 from pqcad_qat.errors import ExportError, ModelError
 
 WeightFormat = Literal["int8", "int4", "packed"]
@@ -30,6 +32,12 @@ IN_FLOAT32 = "/float32"
 
 _FLOAT32_MARK = '<rt_info><attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16" /></rt_info>'
 """OpenVINO's own attribute of such a node, as it writes it; its Python interface can read it and not set it."""
+
+LONGEST_TEXT = 2**26
+"""Bytes of a graph's text: several times Stable Diffusion XL's."""
+
+UNREADABLE = (RuntimeError, OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError, MemoryError)
+"""What reading a damaged graph may end in."""
 
 MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
 
@@ -150,10 +158,20 @@ def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
     """
     try:
         if text.suffix == ".gz":
-            model = core.read_model(gzip.decompress(text.read_bytes()), weights.read_bytes())
+            with gzip.open(text) as file:
+                plain = file.read(LONGEST_TEXT + 1)
+            _check_length(text, len(plain))
+            model = core.read_model(plain, weights.read_bytes())
         else:
+            _check_length(text, text.stat().st_size)
             model = core.read_model(text, weights)
         unpack_weights(model)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ModelError(f"{text.parent}: OpenVINO cannot read the graph there: {error}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"{text.parent}: OpenVINO cannot read the graph there: {reason(error)}") from error
     return model
+
+
+def _check_length(text: Path, size: int) -> None:
+    """Raise ModelError for a text that would take gigabytes to read, as a few compressed kB may."""
+    if size > LONGEST_TEXT:
+        raise ModelError(f"{text}: got a graph's text of more than {LONGEST_TEXT} bytes; allowed that many")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pqcad_qat.deployment.folder import PARTS
+from pqcad_qat.deployment.manifest import PARTS
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.verification import end_to_end_psnr

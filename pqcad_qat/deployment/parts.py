@@ -18,7 +18,8 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import GRAPH, PARTS, tokenizer_of, write_json
+from pqcad_qat.deployment.folder import tokenizer_of, write_json
+from pqcad_qat.deployment.manifest import GRAPH, PARTS
 from pqcad_qat.deployment.part_graphs import clip_graph, decoder_graph, t5_graph
 from pqcad_qat.diffusion.architectures import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS

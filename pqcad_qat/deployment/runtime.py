@@ -6,7 +6,6 @@ made (export.py) or proved (verification.py). Needs openvino and numpy; torch on
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,10 @@ import openvino as ov
 
 from pqcad_qat.deployment.compiled import Requests, compile_graph, executing, precision
 from pqcad_qat.deployment.diffusers_calls import Call, as_array, read_call
-from pqcad_qat.deployment.folder import DENOISERS, MANIFEST, SCHEDULER_CONFIG, copy_folder, denoiser_config, read_graph, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST, copy_folder, denoiser_config, read_graph, read_manifest, scheduler_config
+from pqcad_qat.deployment.graph_checks import check_graph
 from pqcad_qat.deployment.graph_inputs import SAMPLE, TIME, prediction, spelled
+from pqcad_qat.deployment.manifest import DENOISERS, SCHEDULER_CONFIG
 from pqcad_qat.deployment.packing import WeightFormat
 from pqcad_qat.deployment.stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.diffusion.sampling import noise_schedule
@@ -84,18 +85,19 @@ class OVUNet2DModel(StandIn):
         super().__init__()
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.config = UNetConfig(denoiser_config(folder))
-        self.scheduler_config: dict[str, Any] = json.loads((folder / SCHEDULER_CONFIG).read_text(encoding="utf-8"))
+        self.config = UNetConfig(denoiser_config(folder, self.manifest))
+        self.scheduler_config = scheduler_config(folder, self.manifest)
         channels, height, width = self.manifest["sample_shape"]
         self.sample_shape: tuple[int, int, int] = (channels, height, width)
         self.batch_size: int = self.manifest["batch_size"]
         self._train_timesteps: int = self.manifest["train_timesteps"]
         self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
-        self._times = _student_times(self.scheduler_config)
+        self._times = _student_times(self.scheduler_config, folder / SCHEDULER_CONFIG)
         self._told_of_times = False
         _warn_without_vnni(self.manifest, folder)
         graph = read_graph(folder, core := ov.Core())
+        check_graph(graph, self.manifest, folder)
         self._ports = [port.get_names() for port in graph.inputs]
         self.compiled = compile_graph(graph, core, device, properties)
         self.inference_precision: str = precision(self.compiled)
@@ -232,11 +234,17 @@ class OVUNet2DModel(StandIn):
         )
 
 
-def _student_times(scheduler_config: Mapping[str, Any]) -> npt.NDArray[np.float64] | None:
-    """The times that the sampler visits which the model is for; None where the folder does not say its steps."""
-    if (steps := scheduler_config.get(STEPS)) is None:
-        return None
-    return np.array([t for t, _ in noise_schedule(scheduler_config).walk(steps)], np.float64)
+def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArray[np.float64] | None:
+    """The times that the sampler visits which the model is for; None where the folder does not say its steps.
+
+    Raises:
+        ModelError: the config is no schedule that we know; `path` is its own.
+    """
+    try:
+        schedule, steps = noise_schedule(scheduler_config), scheduler_config.get(STEPS)
+        return None if steps is None else np.array([t for t, _ in schedule.walk(steps)], np.float64)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:

@@ -6,7 +6,6 @@ Not here: each of the parts (runtime.py, part_runtime.py), what they make of a p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX, PARTS
+from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
+from pqcad_qat.deployment.manifest import PARTS, SCHEDULER_CONFIG, listed
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.prompt_conditions import FLUX_GUIDANCE, LAYOUTS, Arrays, PromptLayout, Wanted
-from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel
+from pqcad_qat.deployment.runtime import STEPS, Float32, OVUNet2DModel
 from pqcad_qat.diffusion.sampling import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
+from pqcad_qat.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,13 @@ class TextToImage:
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
         denoiser = OVUNet2DModel(path, device, properties)  # every file is checked
         present = denoiser.manifest.get("parts", {})
-        index = json.loads((path / MODEL_INDEX).read_text(encoding="utf-8"))
-        pipeline = index["_class_name"]
+        listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
+        index = read_json(path / MODEL_INDEX)
+        pipeline = str(index.get("_class_name"))
         if (layout := LAYOUTS.get(pipeline)) is None:
-            raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline}; allowed for a prompt {', '.join(LAYOUTS)}")
+            raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline[:100]!r}; allowed for a prompt {', '.join(LAYOUTS)}")
+        if denoiser.scheduler_config.get(STEPS) is None:
+            raise ModelError(f"{path / SCHEDULER_CONFIG}: has no {STEPS}: the steps that the denoiser was distilled for")
         if missing := [part for part in (*layout.encoders, PARTS["vae"]) if part not in present]:
             raise ModelError(f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with them (policy: pipeline)")
         taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
@@ -71,7 +75,7 @@ class TextToImage:
     @property
     def steps(self) -> int:
         """That the denoiser was distilled for."""
-        return int(self.denoiser.scheduler_config["num_inference_steps"])
+        return int(self.denoiser.scheduler_config[STEPS])
 
     @property
     def guidance(self) -> float:

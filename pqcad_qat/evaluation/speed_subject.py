@@ -98,7 +98,7 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
             manifest = read_manifest(folder)
             channels, height, width = manifest["sample_shape"]
             steps, full = (manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps"))
-            config = denoiser_config(folder)
+            config = denoiser_config(folder, manifest)
             shape, total, takes = (channels, height, width), manifest["train_timesteps"], condition_inputs(manifest.get("conditions", ()))
             return Subject(source, config, folder, shape, total, steps, full, "of the folder", takes)
     if (configs := architecture_configs(source)) is None:

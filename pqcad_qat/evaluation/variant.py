@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.deployment.folder import MANIFEST, PARTS, SCHEDULER_CONFIG, read_manifest
+from pqcad_qat.deployment.folder import MANIFEST
+from pqcad_qat.deployment.manifest import PARTS
 from pqcad_qat.deployment.part_runtime import PictureDecoder
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.architectures import condition_inputs
@@ -36,7 +37,6 @@ from pqcad_qat.diffusion.pipeline_parts import VAE, decoded, pipeline_parts
 from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
-from pqcad_qat.json_files import read_json
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
@@ -105,13 +105,15 @@ def pytorch_variant(
 
 def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Variant:
     """A deployed folder, run by our runtime from the files as they are."""
-    model = OVUNet2DModel.from_pretrained(folder)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    schedule = noise_schedule(scheduler)
-    variant = Variant(name, "openvino", model.predict, schedule, steps or scheduler.get(STEPS, DEFAULT_STEPS), model.sample_shape)
+    return _deployed_variant(name, OVUNet2DModel.from_pretrained(folder), steps)
+
+
+def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Variant:
+    schedule, own = noise_schedule(model.scheduler_config), model.scheduler_config.get(STEPS, DEFAULT_STEPS)
+    variant = Variant(name, "openvino", model.predict, schedule, steps or own, model.sample_shape)
     if PARTS[VAE] not in model.manifest.get("parts", {}):
         return variant
-    return replace(variant, decode=lambda latents: PictureDecoder(folder, model.sample_shape)(latents))
+    return replace(variant, decode=lambda latents: PictureDecoder(model.folder, model.sample_shape)(latents))
 
 
 def openvino_file_variant(
@@ -161,9 +163,9 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     folder = Path(source).expanduser()
     for deployed in (folder, folder / "openvino"):
         if (deployed / MANIFEST).is_file():
-            takes = condition_inputs(read_manifest(deployed).get("conditions", ()))
-            variant = openvino_variant(folder.name, deployed, steps)
-            return variant, Conditioned(source, takes), read_json(deployed / SCHEDULER_CONFIG)
+            runtime = OVUNet2DModel.from_pretrained(deployed)
+            takes = Conditioned(source, condition_inputs(runtime.conditions))
+            return _deployed_variant(folder.name, runtime, steps), takes, runtime.scheduler_config
     if is_quantized_folder(folder):
         model, _, own = load_quantized(folder)
     elif (denoiser_folder(folder) / "config.json").is_file() or not folder.exists():
