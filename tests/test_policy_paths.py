@@ -134,7 +134,7 @@ def test_a_path_that_no_file_system_takes_is_a_fault_of_its_key(folder: Path) ->
     for text, why in (
         ("a" * 300, "File name too long"),
         ("loop", "Too many levels of symbolic links"),
-        ('"a\\0b"', "without the character 0"),
+        ('"a\\0b"', "with a character that no path has"),
     ):
         for key in ("model: {source: %s}", "conditions: {prompts: %s}", "evaluation: {features: %s}"):
             (folder / "p.yaml").write_text(f"extends: base.yaml\n{key % text}\n")

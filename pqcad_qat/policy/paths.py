@@ -94,7 +94,7 @@ def _is_there(path: Path) -> tuple[bool, str | None]:
     try:
         path.stat()
     except ValueError:
-        return False, f"got {shortened(str(path))!r}; allowed a path without the character 0"
+        return False, f"got {shortened(str(path))!r} (with a character that no path has); allowed a path that the file system takes"
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return False, f"got {shortened(str(path))!r} ({error.strerror}); allowed a path that the file system takes"
