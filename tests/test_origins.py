@@ -130,10 +130,11 @@ def test_places_are_no_part_of_what_a_policy_says(base: Path, tmp_path: Path) ->
     [
         ("conditions: {classes: [12]}", "child.yaml:3: conditions.classes: got 12; allowed 0 to 9"),
         ("conditions: {embeddings: nothing.safetensors}", "child.yaml:3: conditions.embeddings: got "),
+        ("training: {activation_checkpointing: true}", "child.yaml:3: training.activation_checkpointing: got true; allowed false"),
         ("sampler: {guidance_scale: 3.0}", "child.yaml:3: sampler.guidance_scale: got 3; allowed 1 without"),
     ],
 )
-def test_conditions_that_do_not_fit_the_model_are_told_by_plan_as_by_a_run(base: Path, section: str, message: str) -> None:
+def test_what_does_not_fit_the_model_is_told_by_plan_as_by_a_run(base: Path, section: str, message: str) -> None:
     register_denoiser("labelled", Labelled, (1, 8, 8), SCHEDULER, (ConditionInput("labels", (), "int64", 10),))
     child = base.parent / "child.yaml"
     child.write_text(f"extends: base.yaml\nname: child\n{section}\nmodel: {{source: 'registered:labelled'}}\n")

@@ -15,7 +15,7 @@ from pqcad_qat.deployment.attention import masked_attention
 from pqcad_qat.deployment.parts import PartFormat, chosen_formats
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
-from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model
+from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
 from pqcad_qat.diffusion.model_folder import scheduler_file
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, pipeline_parts
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
@@ -115,6 +115,8 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     parts = pipeline_parts(model.folder)
     if VAE in chosen_formats(parts, policy.pipeline.model_dump(), model.source, weights=False):
         check_decoder(parts, model.sample_shape[0])
+    with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
+        pass  # raises where there is none
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
