@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -134,12 +135,13 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
+    from pqcad_qat.diffusion.model_folder import local
     from pqcad_qat.quantization.plan import plan_table
     from pqcad_qat.stages.prepared import notes_on, planned_shapes
 
     denoiser, layers = planned_shapes(loaded)
     CONSOLE.print(plan_table(layers, denoiser))
-    for note in notes_on(loaded, layers):
+    for note in notes_on(loaded, layers, local(loaded.model.source)):
         CONSOLE.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -270,7 +272,9 @@ def _sample_prompt(
 
     if Path(out).suffix.lower() != ".png":
         raise UsageError(f"--out: got {out!r}; allowed a name in .png, for a prompt makes pictures")
-    with CONSOLE.status(f"sample: {prompt}") as status:
+    with CONSOLE.status(f"sample: {prompt}") as status, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
         pipeline = TextToImage.from_pretrained(folder)
         laid, done = steps or pipeline.steps, 0
 
@@ -280,6 +284,8 @@ def _sample_prompt(
             status.update(f"sample: step {done} of {laid}")
 
         save_grid(pipeline(prompt, negative, guidance, steps, seed, count, advance), Path(out))
+    for warning in told:
+        CONSOLE.print(f"warning: {warning.message}", soft_wrap=True, markup=False, highlight=False)
     scale = pipeline.guidance if guidance is None else guidance
     CONSOLE.print(f"{out}: {count} images of {prompt!r}, {laid} steps, guidance {scale:g}, openvino", soft_wrap=True, highlight=False)
 

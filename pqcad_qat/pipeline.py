@@ -50,7 +50,7 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
 def _all_stages(work: Work, command: str) -> Path:
     """The stages that the policy's variants take, in order."""
     stages = stages_of(work.policy.evaluation.variants)
-    for note in notes_on(work.policy, work.prepared.plan):
+    for note in notes_on(work.policy, work.prepared.plan, work.prepared.model.folder):
         work.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     with agreed() as first:
         if first:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,14 @@ def test_a_folder_of_other_formats_is_the_same_graph(packed: Path, whole: Path, 
     one, *others = [model(X, 7, TEXT).sample for model in models]
     for other in others:
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_prompt_that_is_cut_says_what_is_left_out(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = TextToImage.from_pretrained(whole)
+    with pytest.warns(UserWarning, match=r"text_encoder reads 5 tokens of a prompt; left out of this one: 'dog, a cat'"):
+        pipeline("a cat a dog a dog, a cat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline("a cat a dog a")
+    main(["sample", str(whole), "--prompt", "a cat", "--negative", "a dog a dog a cat", "--out", str(tmp_path / "grid.png")])
+    assert "warning: text_encoder reads 5 tokens of a prompt; left out of this one: 'cat'" in capsys.readouterr().out

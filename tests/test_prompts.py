@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 from pqcad_qat.diffusion import prompts as encoding
 from pqcad_qat.diffusion.conditions import check_choices, chosen_conditions, conditioned, read_conditions, save_conditions
 from pqcad_qat.diffusion.denoiser import load_model
-from pqcad_qat.diffusion.prompts import Encoding, check_prompts, encode_prompts, kept_prompts
+from pqcad_qat.diffusion.prompts import Encoding, check_prompts, encode_prompts, kept_prompts, prompts_cut
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import ConditionsPolicy
 
@@ -172,3 +173,34 @@ def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(lines: Path, tmp_
 def test_a_folder_without_encoders_is_named(lines: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no pipeline's folder with a text encoder"):
         kept_prompts(lines, tmp_path, tmp_path / "store")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(pipeline: Path, tmp_path: Path) -> None:
+    for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + b"a cat\r\ntwo dogs\r\n")
+    plain, marked = (encode_prompts(tmp_path / name, pipeline)["encoder_hidden_states"] for name in ("plain.txt", "marked.txt"))
+    assert torch.equal(plain, marked)
+
+
+def test_bytes_that_are_no_utf_8_are_told_with_their_line(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa cat\ntwo dogs\na caf\xe9\n")
+    with pytest.raises(ModelError, match=r"prompts.txt, which cannot be read as text \(line 3: no UTF-8\); allowed a prompt a line"):
+        encode_prompts(tmp_path / "prompts.txt", pipeline)
+    (tmp_path / "prompts.txt").write_text("a cat", encoding="utf-16")
+    with pytest.raises(ModelError, match=r"\(line 1: no UTF-8\)"):
+        check_prompts(tmp_path / "prompts.txt", pipeline)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-3", "pixart"])
+def test_prompts_that_a_tokenizer_cuts_are_told_with_their_line_and_what_is_left_out(name: str, tmp_path: Path) -> None:
+    folder, file = PIPELINES[name](tmp_path), tmp_path / "prompts.txt"
+    file.write_text("a cat\n\na dog a dog a dog a dog a dog a dog a dog zz\n")
+    found = prompts_cut(file, folder, T5_TOKENS)
+    parts = {"stable-diffusion": 1, "stable-diffusion-3": 3, "pixart": 1}[name]
+    assert len(found) == parts
+    for sentence in found:
+        assert re.search(r"prompts.txt:3: tokenizer(_\d)? takes \d+ tokens; not read: '.*dog.*zz'", sentence)
+    file.write_text("a dog a dog a dog a dog a dog a dog a dog a dog\n" * 9)
+    assert prompts_cut(file, folder, T5_TOKENS)[-1].endswith(f"{9 * parts - 5} more prompts are cut")
+    file.write_text("a cat\n")
+    assert prompts_cut(file, folder, T5_TOKENS) == ()

@@ -118,6 +118,13 @@ class PromptEncoder:
         """(1, tokens): 1 for the prompt's tokens, 0 for those that fill it up."""
         return np.array([self._tokenizer.encode(prompt).attention_mask], np.int64)
 
+    def cut(self, prompt: str) -> str:
+        """The end of a prompt that the encoder does not read, since it is longer than its tokens."""
+        more = self._tokenizer.encode(prompt).overflowing
+        places = zip(more[0].offsets, more[0].special_tokens_mask, strict=True) if more else ()
+        starts = [start for (start, end), special in places if not special and end > start]
+        return prompt[min(starts) :] if starts else ""
+
     def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, Float32]:
         """What the encoder gives for a prompt, by name, (1, ...)."""
         return self.encoded(self.ids(prompt), outputs, self.mask(prompt) if self.masked else None)

@@ -6,6 +6,7 @@ Not here: each of the parts (runtime.py, part_runtime.py), what they make of a p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class TextToImage:
         """Pictures (count, 3, H, W) of a prompt.
 
         Args:
-            prompt: what is to be seen.
+            prompt: what is to be seen; words that are more than an encoder's tokens are left out, with a warning.
             negative: what is not; takes guidance.
             guidance: scale of classifier-free guidance; by default `guidance`.
             steps: of the sampler; by default `steps`.
@@ -109,6 +110,7 @@ class TextToImage:
         scale = self.guidance if guidance is None else guidance
         if negative is not None and scale == 1.0:
             raise ModelError("a negative prompt takes guidance: got a scale of 1, at which there is no pass that it could condition")
+        self._tell_of_cuts(prompt, negative or "")
         condition = self.embeddings(prompt)
         other = {} if scale == 1.0 else self._other(condition, negative)
 
@@ -133,6 +135,13 @@ class TextToImage:
         picture = (height * self.decoder.factor, width * self.decoder.factor)
         told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, FLUX_GUIDANCE))
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
+
+    def _tell_of_cuts(self, *prompts: str) -> None:
+        """Warn of the words that an encoder does not read, as diffusers does."""
+        for prompt in prompts:
+            for part, encoder in self.encoders.items():
+                if cut := encoder.cut(prompt):
+                    warnings.warn(f"{part} reads {encoder.tokens} tokens of a prompt; left out of this one: {cut!r}", stacklevel=3)
 
     def _other(self, condition: Arrays, negative: str | None) -> Arrays:
         """The condition of the unconditional pass."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from pqcad_qat.content_store import kept
 from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser_folder
 from pqcad_qat.diffusion.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
+from pqcad_qat.diffusion.prompt_cuts import LENGTH, cut_prompts
 from pqcad_qat.errors import ModelError
 from pqcad_qat.json_files import read_json
 from pqcad_qat.tensor_files import save_tensors
@@ -55,9 +56,6 @@ ASKED: Mapping[str, Any] = {
     "do_classifier_free_guidance": True,
 }
 """What `encode_prompt` is asked, as far as the pipeline's own has a word for it: the same prompt for every encoder, and the empty one."""
-
-LENGTH = "max_sequence_length"
-"""Argument of an `encode_prompt` that has one: tokens that T5 is given."""
 
 EMBEDDED_GUIDANCE = 3.5
 """That FluxPipeline asks of a model whose guidance is an input, where nobody says another."""
@@ -168,12 +166,27 @@ def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
     return {key: value for key, value in ASKED.items() if key in known} | {LENGTH: encoding.tokens}
 
 
+def prompts_cut(prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
+    """A sentence for every prompt of the file that a tokenizer of the pipeline's folder, if it is one, cuts (prompt_cuts.py)."""
+    return () if not (folder / "model_index.json").is_file() else cut_prompts(_numbered(prompts), prompts, folder, tokens)
+
+
 def _lines(prompts: Path) -> list[str]:
+    return [prompt for _, prompt in _numbered(prompts)]
+
+
+def _numbered(prompts: Path) -> list[tuple[int, str]]:
+    """(line, prompt) of the file; a byte-order mark before the first is none of it."""
     try:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = prompts.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        place = f"line {line}: no UTF-8"
+        raise ModelError(f"conditions.prompts: got {prompts}, which cannot be read as text ({place}); allowed a prompt a line") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ModelError(f"conditions.prompts: got {prompts}, which cannot be read as text ({reason}); allowed a prompt a line") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ModelError(f"conditions.prompts: got no prompt in {prompts}; allowed one or more, a line each")
     return lines

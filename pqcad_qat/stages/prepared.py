@@ -18,6 +18,7 @@ from pqcad_qat.diffusion.conditions import ConditionSet, check_choices, check_gu
 from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
 from pqcad_qat.diffusion.model_folder import scheduler_file
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, pipeline_parts
+from pqcad_qat.diffusion.prompts import prompts_cut
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.errors import ModelError, PlanError
@@ -125,10 +126,16 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
 
 
-def notes_on(policy: Policy, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
-    """What is no fault of a policy, and still not what somebody reads in it; told by `plan`, and by `run` before it begins."""
-    walks = "pq" in stages_of(policy.evaluation.variants)
-    return missing_rungs(plan, policy.progressive.ladder) if walks else ()
+def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> tuple[str, ...]:
+    """What is no fault of a policy, and still not what somebody reads in it; told by `plan`, and by `run` before it begins.
+
+    Args:
+        policy, plan: that are told of.
+        folder: of the model's pipeline, where it is at hand: its tokenizers cut long prompts.
+    """
+    section, walks = policy.conditions, "pq" in stages_of(policy.evaluation.variants)
+    cut = () if section.prompts is None or folder is None else prompts_cut(Path(section.prompts), folder, section.tokens)
+    return (*(missing_rungs(plan, policy.progressive.ladder) if walks else ()), *cut)
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
