@@ -535,6 +535,7 @@ def _command_line() -> str:
 
 def _print_result(folder: Path) -> None:
     """The report's table and targets, short."""
+    from pqcad_qat.evaluation.record import UNSTEADY, UNSTEADY_NOTE
     from pqcad_qat.evaluation.report import read_report
 
     report = read_report(folder)
@@ -542,8 +543,15 @@ def _print_result(folder: Path) -> None:
     for row in report.variants:
         bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
         numbers = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, None if row.size_bytes is None else row.size_bytes / 1e6]
-        table.add_row(row.name, bits, str(row.steps), *("" if number is None else f"{number:.2f}" for number in numbers))
+        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+        cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
+        table.add_row(row.name, bits, str(row.steps), *cells)
     CONSOLE.print(table)
+    for row in report.variants:
+        if row.did_not_run:
+            CONSOLE.print(f"{row.name} did not run: {row.did_not_run}", highlight=False, markup=False, soft_wrap=True)
+    if report.unsteady:
+        CONSOLE.print(UNSTEADY_NOTE, highlight=False, soft_wrap=True)
     if report.quality_note:
         CONSOLE.print(report.quality_note, highlight=False)
     for goal in report.targets:

@@ -56,6 +56,10 @@ class DivergedError(PqcadError):
         self.step, self.stepped = step, stepped
 
 
+class DiedError(PqcadError):
+    """What was done in a process of its own could not be done; the message is the reason alone."""
+
+
 class InterruptedByUserError(PqcadError):
     """Ctrl-C or a request to terminate; the message says where it came and what is kept."""
 

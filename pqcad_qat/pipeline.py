@@ -21,7 +21,8 @@ from pqcad_qat.policy.variants import stages_of
 from pqcad_qat.processes import agreed
 from pqcad_qat.quantization.plan import plan_json, plan_text
 from pqcad_qat.run_folder import open_run
-from pqcad_qat.stages.deploying import benchmark, export, make_baselines
+from pqcad_qat.stages.baselines import make_baselines
+from pqcad_qat.stages.deploying import benchmark, export
 from pqcad_qat.stages.measuring import evaluate, report, sample
 from pqcad_qat.stages.prepared import SHARED, notes_on, prepare
 from pqcad_qat.stages.recipes import recipes

@@ -25,7 +25,7 @@ from diffusers import UNet2DModel
 from rich.console import Console
 
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, save_model
-from pqcad_qat.evaluation.benchmark import save_openvino
+from pqcad_qat.evaluation.baselines import save_openvino
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 

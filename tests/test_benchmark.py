@@ -20,16 +20,15 @@ from conftest import fixed_batch_graph
 from diffusers import UNet2DModel
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.baselines import nncf_baseline, save_openvino
 from pqcad_qat.evaluation.benchmark import (
     F32,
     FixedBatchError,
     compile_for_latency,
     convert_float,
     example_inputs,
-    nncf_baseline,
     node_profile,
     openvino_candidate,
-    save_openvino,
     size_bytes,
     time_interleaved,
     timing,
@@ -227,7 +226,7 @@ def converted(unet: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> tu
 @pytest.fixture(scope="module")
 def baseline(converted: tuple[ov.Model, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = [example_inputs(SHAPE, 2, seed) for seed in range(3)]
-    return nncf_baseline(converted[0], inputs, tmp_path_factory.mktemp("nncf"))
+    return nncf_baseline(converted[1], inputs, tmp_path_factory.mktemp("nncf"))
 
 
 def output(candidate: Callable[[], Any]) -> np.ndarray:
@@ -270,7 +269,7 @@ def test_nncf_baseline_leaves_the_float_model_alone(converted: tuple[ov.Model, P
 
 def test_nncf_baseline_needs_calibration(converted: tuple[ov.Model, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="at least one calibration input; got none"):
-        nncf_baseline(converted[0], [], tmp_path)
+        nncf_baseline(converted[1], [], tmp_path)
 
 
 def test_only_what_is_asked_for_is_timed_beside_full_precision_and_torchs_threads_stay(

@@ -54,7 +54,7 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
     assert set(document["hardware"]) >= {"cpu", "isa", "cores", "versions"}
     assert list(document["variants"][0]) == [
         *("name", "runtime", "weight_bits", "activation_bits", "steps", "size_bytes"),
-        *("latency_ms_per_step", "latency_ms_per_image", "fid_real", "fid_fp", "psnr_fp", "ssim_fp", "passes"),
+        *("latency_ms_per_step", "latency_ms_per_image", "fid_real", "fid_fp", "psnr_fp", "ssim_fp", "passes", "did_not_run"),
     ]
     assert list(document["fid_protocol"]) == ["images", "features", "features_sha256", "reference", "sampler", "steps", "seed"]
     assert list(document["bit_schedule"][0]) == ["step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"]

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from conftest import FinishedRun
 
-from pqcad_qat.evaluation.record import Report, Target
+from pqcad_qat.evaluation.page import headlines, render_page
+from pqcad_qat.evaluation.record import Curves, Report, Target, Throughput, Timing
+from pqcad_qat.evaluation.report import from_json, to_json
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.pipeline import prepare
 from pqcad_qat.quantization.plan import float_layers
@@ -28,12 +30,16 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
     """The tiny run's facts with timings and distances of a whole number or two."""
     folder = RunFolder(tiny_run.path)
     stages: dict[str, Any] = {name: folder.finished(name) for name in folder.seconds()}
-    timing = {"minimum_ms": 1.0, "lower_quartile_ms": 1.0, "upper_quartile_ms": 99.0, "runs": 5}
-    stages["benchmark"]["timings"] = {name: {"median_ms": median, **timing} for name, median in MEDIANS.items()}
+    stages["benchmark"]["timings"] = {name: steady(median) for name, median in MEDIANS.items()}
     for name, distance in DISTANCES.items():
         stages["evaluation"]["figures"][name]["fid_real"] = distance
     prepared = prepare(tiny_run.policy)
     return RunFacts(tiny_run.policy, prepared.plan, prepared.split, stages, folder.seconds(), ("a warning",), "command")
+
+
+def steady(median: float) -> dict[str, float]:
+    """A timing whose quartiles lie a tenth apart."""
+    return {"median_ms": median, "minimum_ms": 1.0, "lower_quartile_ms": 0.95 * median, "upper_quartile_ms": 1.05 * median, "runs": 5}
 
 
 def changed(facts: RunFacts, stage: str, **facts_of_stage: Any) -> RunFacts:
@@ -111,6 +117,42 @@ def test_without_native_bfloat16_there_is_no_row_and_a_target_that_was_not_measu
     assert "ov-bf16" not in [row.name for row in report.variants]
     goal = targets(report)["milliseconds an image: pqcad-openvino / ov-bf16"]
     assert (goal.measured, goal.holds, goal.note) == (None, None, "BF16 is not native on this CPU")
+
+
+def test_a_target_that_rests_on_unsteady_times_is_not_measured_and_its_headline_is_left_out(facts: RunFacts) -> None:
+    wide = {**steady(435.0), "lower_quartile_ms": 306.0, "upper_quartile_ms": 1228.0}
+    report = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], "ov-fp32": wide}))
+    assert report.unsteady == {"ov-fp32"}
+    goal = targets(report)["milliseconds an image: pqcad-openvino / ov-fp32"]
+    assert (goal.measured, goal.holds, goal.note) == (None, None, "the times of ov-fp32 are unsteady: their quartiles lie too far apart")
+    assert targets(report)["milliseconds an image: pqcad-openvino / fp32"].holds
+    told = {tile.meaning for tile in headlines(report)}
+    assert "faster than OpenVINO FP32" not in told
+    assert {"faster than PyTorch FP32", "faster than OpenVINO BF16"} <= told
+    half = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], "fp32": wide}))
+    assert half.unsteady == {"fp32", "fp32-half"}
+
+
+def test_how_wide_is_too_wide() -> None:
+    assert not Timing(100.0, 80.0, 90.0, 110.0, 50).unsteady
+    assert Timing(100.0, 80.0, 89.9, 110.0, 50).unsteady
+    assert Throughput(100.0, 120.0, 80.0, 120.0, 5, 8, 1).unsteady
+
+
+def test_a_baseline_that_died_is_a_row_without_figures_that_says_why(facts: RunFacts) -> None:
+    stages = {
+        **facts.stages,
+        "baselines": {**facts.stages["baselines"], "died": {"nncf-int8": "its process died of SIGSEGV", "ov-fp32": "no"}},
+    }
+    report = report_of(replace(facts, stages=stages))
+    row = next(row for row in report.variants if row.name == "nncf-int8")
+    assert (row.did_not_run, row.steps, row.weight_bits) == ("its process died of SIGSEGV", 4, 8)
+    assert {row.size_bytes, row.latency_ms_per_step, row.latency_ms_per_image, row.fid_fp, row.psnr_fp} == {None}
+    goal = targets(report)["milliseconds an image: pqcad-openvino / ov-fp32"]
+    assert (goal.measured, goal.holds, goal.note) == (None, None, "ov-fp32 did not run")
+    page = render_page(report, Curves(), {})
+    assert "did not run: its process died of SIGSEGV" in page
+    assert from_json(to_json(report))[0] == report
 
 
 def test_storage_counts_every_parameter_once(facts: RunFacts) -> None:

@@ -16,7 +16,7 @@ import pytest
 from report_fixture import fixture_report
 from rich.console import Console
 
-from pqcad_qat.evaluation.record import ProfileRow, Throughput, Timing
+from pqcad_qat.evaluation.record import UNSTEADY_NOTE, ProfileRow, Throughput, Timing
 from pqcad_qat.evaluation.speed_page import (
     HEADINGS,
     cells,
@@ -36,7 +36,7 @@ from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport
 FULL = SpeedRow("fp32", Timing(20, 19, 19.5, 21, 9), Throughput(60, 62, 59, 61, 5, 8, 1), 4_000_000)
 OURS = SpeedRow(
     "pqcad-openvino",
-    Timing(5, 4, 4.5, 6, 9),
+    Timing(5, 4, 4.6, 5.5, 9),
     Throughput(300, 310, 290, 305, 5, 8, 2),
     1_050_000,
     "bf16",
@@ -95,6 +95,20 @@ def test_own_steps_that_a_folder_does_not_say_are_unknown() -> None:
     assert set(list(found.values())[2:]) == {"–"}  # noqa: RUF001
 
 
+def test_times_that_spread_too_widely_are_marked_beside_the_figure_and_give_no_ratio() -> None:
+    wide = replace(FULL, latency=Timing(435, 300, 306, 1228, 9), throughput=Throughput(60, 62, 40, 61, 5, 8, 1))
+    report = record(10, wide, OURS)
+    step, image = row_of(report, wide), image_of(report, wide)
+    assert (step["ms a step"], step["quartiles"], step["image steps/s"]) == ("435 unsteady", "306 - 1,228", "60.0 unsteady")
+    assert (image["ms an image, 10 steps each"], image["ms an image, own steps"]) == ("2,175 unsteady", "4,350 unsteady")
+    assert image["images/s, own steps"] == "3.00 unsteady"
+    assert {step["ours / this, ×"], image["ours / this, ×"]} == {"–"}  # noqa: RUF001
+    assert row_of(report, OURS)["ms a step"] == "5.00"
+    assert remarks(report.measurements[0])[-1] == UNSTEADY_NOTE
+    assert UNSTEADY_NOTE in render(report)
+    assert UNSTEADY_NOTE not in render(record())
+
+
 def test_loading_is_shown_by_format_with_its_parts() -> None:
     assert loading_cells(LOADED) == ["packed", "0.60", "1.00", "20.0", "300", "321"]
     assert re.search(r"packed +0\.60 +1\.00 +20\.0 +300 +321", printed(record()))
@@ -135,7 +149,7 @@ def test_kinds_of_node_beyond_the_largest_are_summed() -> None:
 def test_the_terminal_shows_timings_precisions_what_was_left_out_and_the_profile() -> None:
     output = printed(record())
     assert re.search(r"runs/mine: batch 2, native: one denoising step; an image takes ours 10, full precision 20", output)
-    assert re.search(r"pqcad-openvino +5\.00 +4\.00 +4\.50 - 6\.00 +300 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
+    assert re.search(r"pqcad-openvino +5\.00 +4\.00 +4\.60 - 5\.50 +300 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
     assert re.search(r"pqcad-openvino +25\.0 +10 +25\.0 +30\.0 +1\.00", output)
     assert "ov-bf16: not timed: bfloat16 is emulated <here>" in output
     assert re.search(r"Convolution +3\.50", output)
@@ -150,8 +164,8 @@ def test_json_holds_the_whole_record(tmp_path: Path) -> None:
     assert measurement["rows"][1]["latency"] == {
         "median_ms": 5,
         "minimum_ms": 4,
-        "lower_quartile_ms": 4.5,
-        "upper_quartile_ms": 6,
+        "lower_quartile_ms": 4.6,
+        "upper_quartile_ms": 5.5,
         "runs": 9,
     }
     assert measurement["rows"][1]["layers"] == OURS.layers

@@ -26,7 +26,7 @@ from pqcad_qat.evaluation.report import read_report
 from pqcad_qat.evaluation.variant import sample_states
 from pqcad_qat.policy.cells import Study, load_study
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.stages import deploying, measuring
+from pqcad_qat.stages import baselines, measuring
 from pqcad_qat.study import sweep
 
 STUDY = POLICIES / "studies" / "smoke.yaml"
@@ -68,7 +68,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
-        for stage, name in ((deploying, "nncf_baseline"), (measuring, "sample_states")):
+        for stage, name in ((baselines, "nncf_baseline"), (measuring, "sample_states")):
             patch.setattr(stage, name, counting(made, getattr(stage, name)))
         sweep(load_study(STUDY, overrides), root / "tiny", "python -m pqcad_qat sweep smoke.yaml", Console(file=printed, width=200))
     return Swept(overrides, root / "tiny", made, printed.getvalue())

@@ -1,6 +1,7 @@
-"""Latency, size and their causes: interleaved timing, the rows' candidates, the NNCF baseline, profiles of time and bytes.
+"""Latency, size and their causes: interleaved timing, the rows' candidates, profiles of time and bytes.
 
-Not here: image quality (fidelity.py), whether the export is right (deployment/verification.py), or how results look (report.py).
+Not here: NNCF's baseline (baselines.py), image quality (fidelity.py), whether the export is right (deployment/verification.py), or how
+results look (report.py).
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from pqcad_qat.deployment.timesteps import Times, timestep_tables
 from pqcad_qat.diffusion.architectures import TEXT
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.errors import ModelError
-from pqcad_qat.evaluation.record import ProfileRow, Timing
+from pqcad_qat.evaluation.baselines import Inputs, save_openvino
+from pqcad_qat.evaluation.record import Hardware, ProfileRow, Timing
 
-Inputs = Mapping[str, np.ndarray]
 F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO takes bfloat16 by itself where the CPU has it
 BF16: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "bf16"}
 PROFILING: Mapping[str, object] = {"PERF_COUNT": True}
-XML_FILE = "openvino_model.xml"
+PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
+"""What a variant asks of OpenVINO; the others take its defaults."""
+
 # After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor time spent while the
 # main thread slept: longer than a whole INT8 step. They spin by count: a CPU with a slower pause instruction takes about three times that.
 REST_S = 0.02
@@ -134,7 +137,24 @@ def inputs_of(compiled: ov.CompiledModel, inputs: Inputs) -> dict[str, np.ndarra
 
 def compile_for_latency(source: Path, config: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
     """Compile for the CPU with one stream over as many threads as cores; errors as `read_source`."""
-    return compile_source(source, {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": usable_cores(), **config}, batch)
+    return compile_source(source, latency_properties(config), batch)
+
+
+def latency_properties(config: Mapping[str, object]) -> dict[str, object]:
+    """What a candidate for latency is compiled with: one stream over as many threads as cores, and ``config``."""
+    return {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": usable_cores(), **config}
+
+
+def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
+    """What a variant asks of OpenVINO here. Where BF16 is emulated or capped, OpenVINO's default must be told not to take it."""
+    return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
+
+
+def ways_of(name: str, machine: Hardware) -> list[dict[str, object]]:
+    """How the graph of a baseline is compiled to be timed, and one that is sampled to be sampled."""
+    hint = precision_hint(name, machine)
+    configs = [{**PROFILING, **hint}] + [{}] * (hint != {} and name not in PRECISIONS)
+    return [latency_properties(config) for config in configs]
 
 
 def compile_source(source: Path, properties: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
@@ -204,27 +224,6 @@ def convert_float(
     if folder is not None:
         save_openvino(converted, folder)
     return converted
-
-
-def save_openvino(model: ov.Model, folder: Path) -> Path:
-    """Save as ``folder``/openvino_model.xml and .bin without rounding any constant; returns the xml's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ov.save_model(model, folder / XML_FILE, compress_to_fp16=False)
-    return folder / XML_FILE
-
-
-def nncf_baseline(float_model: ov.Model, calibration_inputs: Sequence[Inputs], folder: Path) -> Path:
-    """NNCF's post-training INT8 with its own defaults, calibrated on every one of ``calibration_inputs``; returns the saved xml.
-
-    To be timed from that file, as a user of it would run it.
-    """
-    import nncf  # takes seconds, and only this baseline needs it
-
-    if not calibration_inputs:
-        raise ModelError("NNCF's baseline needs at least one calibration input; got none")
-    dataset = nncf.Dataset([dict(item) for item in calibration_inputs])
-    quantized = nncf.quantize(float_model.clone(), dataset, subset_size=len(calibration_inputs))
-    return save_openvino(quantized, folder)
 
 
 def size_bytes(path: Path) -> int:

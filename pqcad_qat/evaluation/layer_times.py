@@ -13,7 +13,8 @@ import openvino as ov
 
 from pqcad_qat.deployment.modules import traced_path
 from pqcad_qat.deployment.verification import MATRIX_NODES
-from pqcad_qat.evaluation.benchmark import PROFILING, Inputs, compile_for_latency, inputs_of, turn_order
+from pqcad_qat.evaluation.baselines import Inputs
+from pqcad_qat.evaluation.benchmark import PROFILING, compile_for_latency, inputs_of, turn_order
 
 ROUNDS, CALLS, WARMUP = 8, 5, 2
 """Profiles of a graph, timed calls of each, and calls before them, in which kernels are made.

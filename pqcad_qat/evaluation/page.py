@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pqcad_qat.evaluation import figures
-from pqcad_qat.evaluation.record import OURS, VARIANTS, Curves, Report, Target, Timing, Variant
+from pqcad_qat.evaluation.record import OURS, UNSTEADY, UNSTEADY_NOTE, VARIANTS, Curves, Report, Target, Timing, Variant
 from pqcad_qat.evaluation.samples import STRIP_IMAGES, ordered, strip_uri
 
 MANY_IMAGES = 10_000  # with fewer, an FID depends on their number and compares only within one report
@@ -65,7 +65,9 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         latencies=latency_bars(report),
         stages=time_bars(report.timings_s),
         rows=[(row, VARIANTS.get(row.name, ""), report.latency.get(row.name)) for row in report.variants],
-        best=best_values(report.variants),
+        best=best_values(report),
+        unsteady=report.unsteady,
+        unsteady_note=UNSTEADY_NOTE,
         strips=strips(report, samples),
         charts={name: Markup(svg or "") for name, svg in charts.items()},  # our own SVG, its texts escaped by canvas.py
         few_images=report.fid_protocol is not None and report.fid_protocol.images < MANY_IMAGES,
@@ -103,9 +105,10 @@ def summary(report: Report) -> str:
 
 
 def headlines(report: Report) -> list[Headline]:
-    """Speed, size, quality and execution, each only where its numbers are known; worse is said as plainly as better."""
+    """Speed, size, quality and execution, each only where its numbers are known and steady; worse is said as plainly as better."""
     rows = {row.name: row for row in report.variants}
-    found = [speed for name in BASELINES if (speed := _speed(rows, name))]
+    steady = {name: row for name, row in rows.items() if name not in report.unsteady}
+    found = [speed for name in BASELINES if (speed := _speed(steady, name))]
     ours, full = rows.get(OURS), rows.get("fp32")
     if ours and full and ours.size_bytes and full.size_bytes:
         basis = f"{size(full.size_bytes)} to {size(ours.size_bytes)}"
@@ -169,7 +172,8 @@ def latency_bars(report: Report) -> list[Bar]:
     """Milliseconds an image of every variant that was timed, in the order of the table."""
     timed = [(row, row.latency_ms_per_image) for row in report.variants if row.latency_ms_per_image]
     longest = max((value for _, value in timed), default=1.0)
-    return [Bar(row.name, f"{number(value, 3)} ms", value / longest, row.name == OURS) for row, value in timed]
+    marks = dict.fromkeys(report.unsteady, f", {UNSTEADY}")
+    return [Bar(row.name, f"{number(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS) for row, value in timed]
 
 
 def time_bars(timings: Mapping[str, float]) -> list[Bar]:
@@ -178,11 +182,12 @@ def time_bars(timings: Mapping[str, float]) -> list[Bar]:
     return [Bar(stage, duration(seconds), seconds / longest) for stage, seconds in timings.items()]
 
 
-def best_values(variants: Sequence[Variant]) -> dict[str, float]:
-    """The best measured value of each column."""
+def best_values(report: Report) -> dict[str, float]:
+    """The best measured value of each column; a time that is unsteady is none."""
     best: dict[str, float] = {}
     for key, choose in (("size_bytes", min), ("latency_ms_per_image", min), ("latency_ms_per_step", min), ("fid_real", min)):
-        values = [value for row in variants if (value := getattr(row, key)) is not None]
+        rows = [row for row in report.variants if not (key.startswith("latency") and row.name in report.unsteady)]
+        values = [value for row in rows if (value := getattr(row, key)) is not None]
         if len(values) > 1:
             best[key] = choose(values)
     return best

@@ -46,6 +46,22 @@ class Hardware:
     settings: Mapping[str, str] = field(default_factory=dict)  # environment variables set that change timings
 
 
+WIDEST = 0.2
+"""Quartiles of a measurement may lie as far apart as this share of its median; beyond, the machine was busy with something else.
+
+Calls of a third of a millisecond, too short to be interrupted, spread by 0.005 to 0.15 over thirty runs; calls of 18 ms on two cores that
+fifteen other programs used spread by 0.13 to 0.35, and their medians were three to seven times too long.
+"""
+
+UNSTEADY = "unsteady"
+"""What stands beside such a figure."""
+
+UNSTEADY_NOTE = (
+    f"{UNSTEADY}: quartiles further apart than {WIDEST:.0%} of the median, as where other programs run meanwhile. No target is held "
+    "against such a time: measure again on an idle machine."
+)
+
+
 @dataclass(frozen=True)
 class Timing:
     """The distribution of one candidate's repeated runs, in milliseconds a call."""
@@ -55,6 +71,11 @@ class Timing:
     lower_quartile_ms: float
     upper_quartile_ms: float
     runs: int
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether it spreads too widely to mean something."""
+        return self.upper_quartile_ms - self.lower_quartile_ms > WIDEST * self.median_ms
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,11 @@ class Throughput:
     rounds: int
     calls: int  # of a burst
     in_flight: int  # calls at a time
+
+    @property
+    def unsteady(self) -> bool:
+        """As of a Timing."""
+        return self.upper_quartile - self.lower_quartile > WIDEST * self.median
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,7 @@ class Variant:
     psnr_fp: float | None = None  # dB, image by image against full precision on the same seeds
     ssim_fp: float | None = None  # 0 to 1, likewise
     passes: int = 1  # of the denoiser in a step: 2 under classifier-free guidance, and an image's time counts both
+    did_not_run: str = ""  # why, of a baseline that could not be made or run: its figures are unknown
 
 
 @dataclass(frozen=True)
@@ -250,6 +277,17 @@ class Report:
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def unsteady(self) -> frozenset[str]:
+        """The variants whose times spread too widely to mean something."""
+        return unsteady_variants(self.latency)
+
+
+def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
+    """Of those that were timed, and of full precision at half the steps, whose time is full precision's."""
+    found = {name for name, timing in latency.items() if timing.unsteady}
+    return frozenset(found | ({"fp32-half"} if "fp32" in found else set()))
 
 
 def target(name: str, measured: float | None, comparison: Comparison, bound: float, unit: str = "", note: str = "") -> Target:

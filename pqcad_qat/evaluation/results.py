@@ -18,6 +18,7 @@ import pqcad_qat
 from pqcad_qat.deployment.packing import PACKED_WIDTHS
 from pqcad_qat.deployment.verification import INT8
 from pqcad_qat.evaluation.record import (
+    UNSTEADY,
     Curves,
     Execution,
     FidProtocol,
@@ -35,6 +36,7 @@ from pqcad_qat.evaluation.record import (
     Transition,
     Variant,
     target,
+    unsteady_variants,
 )
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
@@ -52,6 +54,9 @@ LOW_BITS = 3
 """Weights of fewer bits than this are where progressive quantization has to beat fixed-bit training."""
 
 FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to real"}
+
+TIMES = ("latency_ms_per_image",)
+"""Those that rest on a timing."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -98,7 +103,7 @@ def report_of(facts: RunFacts) -> Report:
         targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
         warnings=facts.warnings,
         quality_note=evaluation.get("note", ""),
-        latency={name: Timing(**value) for name, value in benchmark.get("timings", {}).items()},
+        latency=_latency(facts),
         layers=tuple(_layers(facts)),
         profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()},
         storage=tuple(_storage(facts)) if "export" in facts.stages else (),
@@ -134,12 +139,15 @@ def _variants(facts: RunFacts) -> Iterator[Variant]:
         "pqcad": (simulated, weights, inputs),
         "pqcad-openvino": ("OpenVINO", weights, inputs),
     }
-    figures = facts.stages["evaluation"]["figures"]
+    figures, died = facts.stages["evaluation"]["figures"], _died(facts)
     for name in made(policy.evaluation.variants):
-        if name == "ov-bf16" and name not in benchmark["timings"]:
-            continue
         runtime, weight_bits, input_bits = rows[name]
         steps = half if name in HALF_STEPS else full
+        if name in died:
+            yield Variant(name, runtime, weight_bits, input_bits, steps, did_not_run=died[name])
+            continue
+        if name == "ov-bf16" and name not in benchmark["timings"]:
+            continue
         # fp32 at half the steps is the same network: its step costs the same
         timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
         step = timing["median_ms"] / policy.export.batch_size if timing else None
@@ -148,6 +156,12 @@ def _variants(facts: RunFacts) -> Iterator[Variant]:
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
         image = step * steps * passes if step else None
         yield Variant(name, runtime, weight_bits, input_bits, steps, size, step, image, **quality, passes=passes)
+
+
+def _died(facts: RunFacts) -> Mapping[str, str]:
+    """Baselines that could not be made or run, each with the reason."""
+    died: Mapping[str, str] = facts.stages.get("baselines", {}).get("died", {})
+    return died
 
 
 def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
@@ -195,11 +209,28 @@ def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
     for one, other, figure, bound in comparisons:
         measurable = figure != "fid_real" or _protocol(facts) is not None
         if one in asked and other in asked and measurable:
-            note = "" if other in rows else "BF16 is not native on this CPU"
-            yield target(f"{FIGURES[figure]}: {one} / {other}", _ratio(rows, one, other, figure), "<=", bound, "x", note)
+            note = _why_not(facts, rows, one, other, figure)
+            measured = None if note else _ratio(rows, one, other, figure)
+            yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, "x", note)
     if execution:
         packed = facts.stages["export"]["packed_bytes"] / facts.stages["benchmark"]["sizes"]["fp32"]
         yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, "x")
+
+
+def _why_not(facts: RunFacts, rows: Mapping[str, Variant], one: str, other: str, figure: str) -> str:
+    """Why two variants do not compare, where they do not."""
+    if other not in rows:
+        return "BF16 is not native on this CPU"
+    if dead := [name for name in (one, other) if rows[name].did_not_run]:
+        return f"{' and '.join(dead)} did not run"
+    unsteady = unsteady_variants(_latency(facts)) if figure in TIMES else frozenset()
+    if wide := [name for name in (one, other) if name in unsteady]:
+        return f"the times of {' and '.join(wide)} are {UNSTEADY}: their quartiles lie too far apart"
+    return ""
+
+
+def _latency(facts: RunFacts) -> dict[str, Timing]:
+    return {name: Timing(**value) for name, value in facts.stages.get("benchmark", {}).get("timings", {}).items()}
 
 
 def _ratio(rows: Mapping[str, Variant], one: str, other: str, figure: str) -> float | None:

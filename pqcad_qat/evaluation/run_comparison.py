@@ -59,6 +59,8 @@ class Row:
     steps: int
     seeds: tuple[int, ...]
     figures: Mapping[str, Spread]  # of FIGURES, those that were measured
+    unsteady: bool = False  # the times of one of them at least spread too widely to mean something
+    did_not_run: tuple[str, ...] = ()  # why, of those that could not be made or run
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
         steps=first.steps,
         seeds=tuple(sorted({seed for seed, _ in rows})),
         figures={figure: spread(values) for figure, values in figures.items() if values},
+        unsteady=any(name in run.report.unsteady for run in runs),
+        did_not_run=tuple(sorted({row.did_not_run for _, row in rows if row.did_not_run})),
     )
 
 

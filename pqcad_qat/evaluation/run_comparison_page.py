@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pqcad_qat.evaluation.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.evaluation.page import MANY_IMAGES, UNKNOWN, number, page_template
-from pqcad_qat.evaluation.record import VARIANTS, FidProtocol
+from pqcad_qat.evaluation.record import UNSTEADY, UNSTEADY_NOTE, VARIANTS, FidProtocol
 from pqcad_qat.evaluation.report import write_atomic
 from pqcad_qat.evaluation.run_comparison import ALL, Comparison, Part, Row, Spread
 
@@ -28,6 +28,7 @@ HEADINGS = {
     "psnr_fp": "PSNR to full precision, dB",
     "latency_ms_per_image": "ms an image",
 }
+TIME = "latency_ms_per_image"
 PANELS = ("fid_real", "psnr_fp")
 _COLOURS = {"ptq": "amber", "fixed-bit": "violet", "pq": "accent", "pq-distilled": "rose", "pqcad": "blue", "pqcad-openvino": "blue"}
 
@@ -52,8 +53,17 @@ def measured(comparison: Comparison) -> list[str]:
 def cells(comparison: Comparison, row: Row) -> list[str]:
     """A row's texts, under `headings`."""
     bits = "" if row.weight_bits is None or row.activation_bits is None else f"{row.weight_bits:g}/{row.activation_bits:g}"
-    figures = [spread_text(row.figures.get(figure)) for figure in measured(comparison)]
-    return [*row.labels.values(), row.variant, bits, str(row.steps), str(len(row.seeds)), *figures]
+    figures = {figure: spread_text(row.figures.get(figure)) for figure in measured(comparison)}
+    if row.unsteady and figures.get(TIME):
+        figures[TIME] += f" {UNSTEADY}"
+    variant = f"{row.variant} (did not run)" if row.did_not_run else row.variant
+    return [*row.labels.values(), variant, bits, str(row.steps), str(len(row.seeds)), *figures.values()]
+
+
+def remarks(part: Part) -> list[str]:
+    """What must be said under a table: what did not run and why, and what unsteady means."""
+    found = [f"{_label(row)} did not run: {why}" for row in part.rows for why in row.did_not_run]
+    return found + [UNSTEADY_NOTE] * any(row.unsteady and TIME in row.figures for row in part.rows)
 
 
 def spread_text(spread: Spread | None) -> str:
@@ -94,7 +104,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
         for row in part.rows:
             table.add_row(*cells(comparison, row))
         yield table
-        yield protocol_text(part.protocol)
+        yield " ".join([*remarks(part), protocol_text(part.protocol)])
 
 
 def markdown(comparison: Comparison) -> str:
@@ -103,7 +113,7 @@ def markdown(comparison: Comparison) -> str:
     texts = [f"From `{comparison.command}`:"]
     for part in comparison.parts:
         lines = [titles, ["---"] * len(titles), *(cells(comparison, row) for row in part.rows)]
-        texts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), protocol_text(part.protocol)]
+        texts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), *remarks(part), protocol_text(part.protocol)]
     return "\n\n".join(texts) + "\n"
 
 
@@ -125,6 +135,7 @@ def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
     return {
         "model": part.model,
         "rows": [cells(comparison, row) for row in part.rows],
+        "remarks": remarks(part),
         "protocol": protocol_text(part.protocol),
         "few_images": part.protocol is not None and part.protocol.images < MANY_IMAGES,
         "chart": Markup(figure_chart(part.rows) or ""),  # our own SVG, its texts escaped by canvas.py

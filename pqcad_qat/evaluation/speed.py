@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,23 @@ from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, 
 from pqcad_qat.diffusion.denoiser import shapes_of_configs
 from pqcad_qat.diffusion.untrained import random_denoiser
 from pqcad_qat.errors import ModelError
+from pqcad_qat.evaluation.baselines import Inputs, reasons, try_out
 from pqcad_qat.evaluation.benchmark import (
-    BF16,
-    F32,
     PROFILING,
     FixedBatchError,
-    Inputs,
     compile_for_latency,
     openvino_candidate,
+    precision_hint,
     profile_rows,
     read_source,
     size_bytes,
     time_interleaved,
     torch_candidate,
+    ways_of,
 )
 from pqcad_qat.evaluation.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.evaluation.load_time import load_times
-from pqcad_qat.evaluation.record import Hardware, Throughput, Timing
+from pqcad_qat.evaluation.record import OURS, Hardware, Throughput, Timing
 from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.evaluation.speed_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.evaluation.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
@@ -54,8 +55,6 @@ from pqcad_qat.training.metrics_log import progress_bar
 WARM_UP = 3
 PROFILED_CALLS = 20
 LOADS = 5
-PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
-"""What a variant asks of OpenVINO; the others take its defaults."""
 
 
 def measure_speed(
@@ -154,6 +153,9 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     """Latency, throughput and their causes of every candidate that runs on this machine at this batch."""
     machine, inputs = hardware(), timed.inputs()
     files, left_out = _runnable(timed, machine)
+    if isa != NATIVE:  # as they are, they have been tried out when they were made
+        died = reasons({name: partial(try_out, file, inputs, ways_of(name, machine)) for name, file in files.items() if name != OURS})
+        files, left_out = {name: file for name, file in files.items() if name not in died}, {**left_out, **died}
     denoiser = random_denoiser(timed.config, "config.json")
     latencies = time_denoisers(denoiser, files, inputs, runs)
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
@@ -165,11 +167,6 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
     rows = [SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {})) for name, found in latencies.items()]
     return Measurement(isa, timed.batch, machine, tuple(rows), left_out)
-
-
-def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
-    """What a variant asks of OpenVINO here. Where BF16 is emulated or capped, OpenVINO's default must be told not to take it."""
-    return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
 
 
 def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, runs: int) -> dict[str, Timing]:
@@ -208,7 +205,7 @@ def _torch_threads_kept() -> Iterator[None]:
 
 def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], dict[str, str]]:
     """The files that can be timed, and why the others cannot."""
-    files, left_out = dict(timed.files), {}
+    files, left_out = dict(timed.files), dict(timed.died)
     if not machine.native_bf16:
         left_out["ov-bf16"] = "bfloat16 is emulated here"
         files.pop("ov-bf16", None)

@@ -19,7 +19,7 @@ from rich.table import Table
 from pqcad_qat.evaluation.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.evaluation.figures import largest_kinds, time_profile
 from pqcad_qat.evaluation.page import TIMES, UNKNOWN, number, page_template
-from pqcad_qat.evaluation.record import OURS, VARIANTS, Hardware, ProfileRow, Timing
+from pqcad_qat.evaluation.record import OURS, UNSTEADY, UNSTEADY_NOTE, VARIANTS, Hardware, ProfileRow, Throughput, Timing
 from pqcad_qat.evaluation.report import write_atomic
 from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
 
@@ -40,10 +40,16 @@ HEADINGS = ("", "ms a step", "minimum", "quartiles", "image steps/s", RATIO, "MB
 
 def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
     """A row's texts, under HEADINGS."""
-    found, rate = row.latency, None if row.throughput is None else row.throughput.median
+    found, rate = row.latency, row.throughput
     spread = f"{number(found.lower_quartile_ms)} - {number(found.upper_quartile_ms)}"
-    numbers = [_known(rate), _ratio(_ours(measurement), row, 1, 1), f"{row.size_bytes / 1e6:.2f}"]
-    return [row.name, number(found.median_ms), number(found.minimum_ms), spread, *numbers, precisions_text(row)]
+    images = UNKNOWN if rate is None else marked(rate.median, rate)
+    numbers = [images, _ratio(_ours(measurement), row, 1, 1), f"{row.size_bytes / 1e6:.2f}"]
+    return [row.name, marked(found.median_ms, found), number(found.minimum_ms), spread, *numbers, precisions_text(row)]
+
+
+def marked(value: float, measured: Timing | Throughput) -> str:
+    """A figure that rests on a measurement, and whether it spreads too widely to mean something."""
+    return f"{number(value)} {UNSTEADY}" if measured.unsteady else number(value)
 
 
 def image_headings(report: SpeedReport) -> list[str]:
@@ -57,11 +63,12 @@ def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) ->
     """A row's texts, under `image_headings`: an image at the steps of ours, and at those that the candidate takes for one."""
     assert report.steps is not None
     own, a_step = own_steps(report, row.name), row.latency.median_ms / measurement.batch
-    same = number(a_step * report.steps)
+    same = marked(a_step * report.steps, row.latency)
     if own is None:
         return [row.name, same, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]
-    rate = None if row.throughput is None else row.throughput.median / own
-    return [row.name, same, str(own), number(a_step * own), _known(rate), _ratio(_ours(measurement), row, report.steps, own)]
+    rate = UNKNOWN if row.throughput is None else marked(row.throughput.median / own, row.throughput)
+    ratio = _ratio(_ours(measurement), row, report.steps, own)
+    return [row.name, same, str(own), marked(a_step * own, row.latency), rate, ratio]
 
 
 def own_steps(report: SpeedReport, name: str) -> int | None:
@@ -70,11 +77,10 @@ def own_steps(report: SpeedReport, name: str) -> int | None:
 
 
 def _ratio(ours: Timing | None, row: SpeedRow, our_steps: int, own: int) -> str:
-    return UNKNOWN if ours is None else number(ours.median_ms * our_steps / (row.latency.median_ms * own))
-
-
-def _known(value: float | None) -> str:
-    return UNKNOWN if value is None else number(value)
+    """Unknown where one of the two times is no measurement."""
+    if ours is None or ours.unsteady or row.latency.unsteady:
+        return UNKNOWN
+    return number(ours.median_ms * our_steps / (row.latency.median_ms * own))
 
 
 LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", "all, ms")
@@ -83,8 +89,9 @@ LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", 
 
 def loading_cells(found: LoadTime) -> list[str]:
     """A row's texts, under LOADING: medians."""
-    parts = [found.verify.median_ms, found.read.median_ms, found.compile.median_ms]
-    return [found.weights, f"{found.size_bytes / 1e6:.2f}", *map(number, (*parts, sum(parts)))]
+    parts = (found.verify, found.read, found.compile)
+    times = [marked(part.median_ms, part) for part in parts]
+    return [found.weights, f"{found.size_bytes / 1e6:.2f}", *times, number(sum(part.median_ms for part in parts))]
 
 
 def precisions_text(row: SpeedRow) -> str:
@@ -103,13 +110,15 @@ def title(report: SpeedReport, measurement: Measurement) -> str:
 
 
 def remarks(measurement: Measurement) -> list[str]:
-    """What must be said under a table: which planned layers left INT8, and what was not timed."""
+    """What must be said under a table: which planned layers left INT8, what was not timed, and what unsteady means."""
     found = [f"{name}: not timed: {why}" for name, why in measurement.left_out.items()]
     for row in measurement.rows:
         if row.planned is not None:
             done = row.planned - len(row.planned_float)
             missed = f"; not: {', '.join(f'{name} ({row.layers[name]})' for name in row.planned_float)}" if row.planned_float else ""
             found.insert(0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}")
+    if any(row.latency.unsteady or (row.throughput and row.throughput.unsteady) for row in measurement.rows):
+        found.append(UNSTEADY_NOTE)
     return found
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from pqcad_qat.deployment.folder import MANIFEST, denoiser_config, read_manifest
 from pqcad_qat.diffusion.architectures import ConditionInput, condition_inputs
 from pqcad_qat.diffusion.untrained import architecture_configs, architectures, fixed_inputs, noise_condition, random_denoiser
 from pqcad_qat.errors import ModelError
-from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline
+from pqcad_qat.evaluation.baselines import XML_FILE, nncf_baseline, reasons, try_out
+from pqcad_qat.evaluation.benchmark import convert_float, example_inputs, ways_of
+from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.record import OURS
 from pqcad_qat.evaluation.rehearsal import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.policy.loading import load_policy
@@ -67,6 +70,7 @@ class Candidates:
         sample_shape: (C, H, W).
         batch: images of a call.
         conditions: of every call, every size known.
+        died: baseline that cannot be run -> why.
     """
 
     config: Mapping[str, Any]
@@ -74,6 +78,7 @@ class Candidates:
     sample_shape: tuple[int, int, int]
     batch: int
     conditions: tuple[ConditionInput, ...] = ()
+    died: Mapping[str, str] = field(default_factory=dict)
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
         """Of one call, by the names of the exported graph."""
@@ -116,11 +121,17 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
 def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
     """Ours, and the baselines made for this batch in `folder`: OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 of it."""
     shape, condition = subject.sample_shape, noise_condition(subject.conditions, batch)
-    denoiser, float_xml = random_denoiser(subject.config, subject.source), folder / "float" / XML_FILE
-    plain = convert_float(denoiser, shape, batch, float_xml.parent, subject.train_timesteps, condition)
-    made = Candidates(subject.config, {}, shape, batch, subject.conditions)
-    nncf_xml = nncf_baseline(plain, [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))], folder / "nncf")
-    return replace(made, files={"ov-fp32": float_xml, "ov-bf16": float_xml, "nncf-int8": nncf_xml, OURS: subject.folder})
+    float_xml, nncf_xml = (folder / kind / XML_FILE for kind in ("float", "nncf"))
+    convert_float(random_denoiser(subject.config, subject.source), shape, batch, float_xml.parent, subject.train_timesteps, condition)
+    made, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
+    inputs = [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
+    timed = ("ov-fp32", "ov-bf16") if machine.native_bf16 else ("ov-fp32",)
+    died = reasons(
+        {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
+        | {"nncf-int8": partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of("nncf-int8", machine))}
+    )
+    files = {"ov-fp32": float_xml, "ov-bf16": float_xml, "nncf-int8": nncf_xml, OURS: subject.folder}
+    return replace(made, files={name: file for name, file in files.items() if name not in died}, died=died)
 
 
 def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, folder: Path) -> Subject:

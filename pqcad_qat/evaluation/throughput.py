@@ -15,7 +15,8 @@ import numpy as np
 import openvino as ov
 from torch import nn
 
-from pqcad_qat.evaluation.benchmark import REST_S, Inputs, compile_source, inputs_of, torch_candidate, turn_order
+from pqcad_qat.evaluation.baselines import Inputs
+from pqcad_qat.evaluation.benchmark import REST_S, compile_source, inputs_of, torch_candidate, turn_order
 from pqcad_qat.evaluation.record import Throughput
 
 ROUNDS = 5

@@ -1,4 +1,4 @@
-"""The stages that deploy: the OpenVINO folder with its proofs, what it is compared with, and the timing of both.
+"""The stages that deploy: the OpenVINO folder with its proofs, and its timing beside what it is compared with (baselines.py).
 
 Not here: how a folder is written and verified (deployment/), and how it is timed (evaluation/).
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.attention import AttentionRange, attention_ranges
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE
@@ -24,7 +22,6 @@ from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.part_parity import part_parity
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.deployment.verification import INT8, ExecutionReport, end_to_end_psnr, execution_precision, layer_parity
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.calibration import CalibrationSet
@@ -32,14 +29,14 @@ from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.diffusion.ddim import DDPMSchedule
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.errors import ExportError
-from pqcad_qat.evaluation.benchmark import XML_FILE, convert_float, example_inputs, nncf_baseline, node_profile, size_bytes
+from pqcad_qat.evaluation.benchmark import node_profile, size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
-from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED
-from pqcad_qat.stages.recipes import BASELINE_INPUTS
+from pqcad_qat.stages.baselines import example_of, openvino_files
+from pqcad_qat.stages.prepared import RANGE_INPUTS
 from pqcad_qat.stages.work import Work
 
 PROFILED = ("nncf-int8", "pqcad-openvino")
@@ -172,50 +169,13 @@ def _end_to_end(work: Work, folder: Path, student: nn.Module, calibration: Calib
     return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
 
 
-def make_baselines(work: Work, calibration: CalibrationSet) -> None:
-    """Stage `baselines`: full precision as OpenVINO float32, and as NNCF's post-training INT8; shared by runs side by side."""
-    with work.folder.stage("baselines") as stage:
-        if not stage.new:
-            return
-        with work.console.status("baselines: OpenVINO float32, NNCF post-training INT8"):
-            work.link(
-                "baselines/plain", kept(work.path.parent / SHARED, work.decides("baselines"), partial(_baseline_files, work, calibration))
-            )
-        stage.done()
-
-
-def _baseline_files(work: Work, calibration: CalibrationSet, folder: Path) -> None:
-    batch, denoiser = work.policy.export.batch_size, work.prepared.model.denoiser
-    condition = work.prepared.conditions.of(0, 0, batch)
-    plain = convert_float(denoiser, work.shape, batch, folder / "float", known_times(work.schedule, calibration.timesteps), condition)
-    inputs = [
-        {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in given.items()}}
-        for x, t, given in calibration.inputs(BASELINE_INPUTS * batch, batch)
-    ]
-    nncf_baseline(plain, inputs, folder / "nncf")
-
-
-def openvino_files(work: Work) -> dict[str, Path]:
-    """Variant -> what OpenVINO runs, of those that are made."""
-    plain = work.path / "baselines" / "plain"
-    files = {
-        "ov-fp32": plain / "float" / XML_FILE,
-        "ov-bf16": plain / "float" / XML_FILE,
-        "nncf-int8": plain / "nncf" / XML_FILE,
-        "pqcad-openvino": work.path / "openvino",
-    }
-    return {name: file for name, file in files.items() if name in work.made}
-
-
 def benchmark(work: Work) -> None:
     """Everything is timed in one run, in turns, from the files that ship."""
     with work.folder.stage("benchmark") as stage:
         if not stage.new:
             return
         runs, files = work.policy.export.latency_runs, openvino_files(work)
-        batch = work.policy.export.batch_size
-        condition = work.prepared.conditions.of(0, 0, batch)
-        inputs = example_inputs(work.shape, batch, condition=condition, timestep_dtype=work.schedule.timestep_dtype)
+        inputs = example_of(work)
         with work.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
             timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}

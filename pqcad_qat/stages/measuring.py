@@ -36,7 +36,7 @@ from pqcad_qat.evaluation.variant import (
 )
 from pqcad_qat.policy.variants import TRAINED, UNTRAINED
 from pqcad_qat.processes import agreed
-from pqcad_qat.stages.deploying import openvino_files
+from pqcad_qat.stages.baselines import openvino_files
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.recipes import sampled, sampling
 from pqcad_qat.stages.training import at_targets
@@ -56,7 +56,7 @@ PICTURES = 10
 
 def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
     """Images of every variant from the same seeds; those that training does not touch are shared by runs side by side."""
-    for name in sampled(work.policy):
+    for name in _shown(work):
         with work.folder.stage(sampling(name)) as stage:
             if not stage.new:
                 continue
@@ -117,7 +117,7 @@ def evaluate(work: Work) -> None:
             return
         source, latent = work.policy.features, work.prepared.model.latent
         features = None if source is None else load_features(source)
-        samples = {name: _samples(work, name) for name in sampled(work.policy)}
+        samples = {name: _samples(work, name) for name in _shown(work)}
         full = samples["fp32"]
         with work.console.status("evaluation: FID, PSNR, SSIM"):
             figures = {
@@ -148,8 +148,13 @@ def _write_report(work: Work, command: str) -> None:
     stages = {name: work.folder.finished(name) or {} for name in work.folder.seconds()}
     facts = RunFacts(work.policy, work.prepared.plan, work.prepared.split, stages, work.folder.seconds(), tuple(work.warnings), command)
     full = _samples(work, "fp32")
-    samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in sampled(work.policy)}
+    samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in _shown(work)}
     write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
+
+
+def _shown(work: Work) -> tuple[str, ...]:
+    """The variants that images are made of, less the baselines that have died."""
+    return tuple(name for name in sampled(work.policy) if name in work.runnable)
 
 
 def _images_file(work: Work, name: str) -> Path:

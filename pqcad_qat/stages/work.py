@@ -18,7 +18,7 @@ from rich.console import Console
 from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.disk import write_atomically
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import HALF_STEPS, made
+from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made
 from pqcad_qat.processes import process_count
 from pqcad_qat.resuming import decides
 from pqcad_qat.run_folder import WARNINGS, RunFolder
@@ -46,6 +46,12 @@ class Work:
     @property
     def path(self) -> Path:
         return self.folder.path
+
+    @property
+    def runnable(self) -> tuple[VariantName, ...]:
+        """The variants less the baselines that have died."""
+        died = (self.folder.finished("baselines") or {}).get("died", {})
+        return tuple(name for name in self.made if name not in died)
 
     @property
     def whole_batch(self) -> int:
