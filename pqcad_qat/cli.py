@@ -554,6 +554,8 @@ def _print_result(folder: Path) -> None:
         CONSOLE.print(UNSTEADY_NOTE, highlight=False, soft_wrap=True)
     if report.quality_note:
         CONSOLE.print(report.quality_note, highlight=False)
+    if floating := [f"{row.layer} ({row.kind})" for row in report.layers if row.weight_bits is None]:
+        CONSOLE.print(f"in floating point: {', '.join(floating)}", highlight=False, markup=False)
     for goal in report.targets:
         mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[goal.holds]
         measured = "-" if goal.measured is None else f"{goal.measured:.4g}"

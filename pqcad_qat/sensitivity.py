@@ -23,8 +23,9 @@ from pqcad_qat.evaluation.sensitivity_page import Assignment, SensitivityReport
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import LayerRule, Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
+from pqcad_qat.quantization.layers import quantizable_layers
 from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, mixed_rules, with_bits
-from pqcad_qat.quantization.plan import FLOAT, LayerPlan, expected_bytes, plan_layers, quantizable_layers
+from pqcad_qat.quantization.plan import FLOAT, LayerPlan, expected_bytes, plan_layers
 from pqcad_qat.quantization.quantizers import set_weight_bits
 from pqcad_qat.quantization.sensitivity import LayerSensitivity, layer_sensitivities, output_error
 from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
-from pqcad_qat.quantization.plan import KINDS, LayerPlan, QuantizerSpec
+from pqcad_qat.quantization.layers import KINDS
+from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantizers import QuantizedLayer, quantized_layer, set_input_range
 
 SYMMETRIC_WEIGHTS = QuantizerSpec(4, per_channel=True, symmetric=True, signed=True, learned_scale=True, range="min_max")

@@ -19,7 +19,8 @@ from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.diffusion.untrained import shapes_of
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy
-from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers
+from pqcad_qat.quantization.layers import float_layers
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes
 from pqcad_qat.stages.prepared import planned_shapes
 
 

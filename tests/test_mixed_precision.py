@@ -14,8 +14,9 @@ import pytest
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import LayerRule, Policy
+from pqcad_qat.quantization.layers import quantizable_layers
 from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, lower_hull, mixed_rules, patterns
-from pqcad_qat.quantization.plan import FLOAT, plan_layers, quantizable_layers
+from pqcad_qat.quantization.plan import FLOAT, plan_layers
 from pqcad_qat.stages.prepared import Prepared, prepare
 
 WIDTHS = (2, 3, 4, 7)

@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.deployment.verification import INT8, ExecutionReport
+from pqcad_qat.deployment.verification import INT8, ExecutionReport, refuse_float
 from pqcad_qat.diffusion.calibration import read_calibration
 from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
 from pqcad_qat.diffusion.sampling import initial_noise
@@ -40,10 +40,9 @@ from pqcad_qat.evaluation.variant import openvino_variant, sample_images
 from pqcad_qat.pipeline import run
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
-from pqcad_qat.quantization.plan import float_layers
+from pqcad_qat.quantization.layers import float_layers
 from pqcad_qat.quantization.quantizers import blend_state, read_bits
 from pqcad_qat.quantization.student_folder import load_quantized
-from pqcad_qat.stages.deploying import _refuse_float
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.training.callback import TrainState
 from pqcad_qat.training.stage import StageSettings, train_stage
@@ -482,13 +481,13 @@ def test_a_layer_that_left_int8_is_an_error_that_names_it_unless_the_policy_list
     precisions = {layer.name: "i8" for layer in prepared.plan} | {"mid_block.resnets.0.conv1": "bf16"}
     shipped = tiny_run.path / "openvino"
     with pytest.raises(ExportError, match=r"executed in floating point: mid_block\.resnets\.0\.conv1 ran in bf16; .*execution: float"):
-        _refuse_float(shipped, prepared.plan, ExecutionReport(precisions, {}, "f32", {}))
+        refuse_float(prepared.plan, ExecutionReport(precisions, {}, "f32", {}), shipped)
     listed = [replace(layer, int8_exception=layer.name == "mid_block.resnets.0.conv1") for layer in prepared.plan]
-    _refuse_float(shipped, listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "u8"}))
+    refuse_float(listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "u8"}), shipped)
     with pytest.raises(
         ExportError, match=r"attention planned for INT8: mid_block\.attentions\.0 ran in bf16; quantization\.attention: float"
     ):
-        _refuse_float(shipped, listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "bf16"}))
+        refuse_float(listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "bf16"}), shipped)
 
 
 def test_preparing_leaves_the_full_precision_model_as_it_was(tiny_run: FinishedRun, tiny_model: DiffusionModel) -> None:

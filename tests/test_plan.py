@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from pqcad_qat.deployment.packing import PACKED_WIDTHS, stored_bits
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import LayerRule
-from pqcad_qat.quantization.plan import (
-    LayerPlan,
-    executes_int8,
-    expected_bytes,
-    float_layers,
-    missing_rungs,
-    plan_json,
-    plan_layers,
-    plan_table,
-)
+from pqcad_qat.quantization.layers import float_layers
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, missing_rungs, plan_json, plan_layers, plan_table
 from pqcad_qat.quantization.shortcut import split_shortcuts
 
 

@@ -18,7 +18,7 @@ from pqcad_qat.evaluation.record import Curves, Report, Target, Throughput, Timi
 from pqcad_qat.evaluation.report import from_json, to_json
 from pqcad_qat.evaluation.results import RunFacts, curves_of, report_of
 from pqcad_qat.pipeline import prepare
-from pqcad_qat.quantization.plan import float_layers
+from pqcad_qat.quantization.layers import float_layers
 from pqcad_qat.run_folder import RunFolder
 
 MEDIANS = {"fp32": 40.0, "ov-fp32": 20.0, "ov-bf16": 10.0, "nncf-int8": 8.0, "pqcad-openvino": 5.0}  # milliseconds a step

@@ -24,7 +24,8 @@ from pqcad_qat.pipeline import prepare
 from pqcad_qat.policy.cells import load_study
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, plan_layers
+from pqcad_qat.quantization.layers import float_layers
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, plan_layers
 from pqcad_qat.quantization.shortcut import split_shortcuts
 
 PRETRAINED = {  # (channels, pixels), and the parameters promised, in millions

@@ -103,8 +103,11 @@ def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None
         if node.get_type_name() == "Softmax" and path in found:
             found[path] += 1
             node.set_friendly_name(f"{path}/softmax")
-    if wrong := {path: times for path, times in found.items() if times != 1}:
-        raise ExportError(f"each attention must appear once in the converted graph; times found: {wrong}")
+    if wrong := [f"{path or 'the network itself'} {times} times" for path, times in found.items() if times != 1]:
+        raise ExportError(
+            f"quantization.attention: got int8; in the converted graph attention is computed by {', '.join(wrong)}; "
+            "allowed once by a module below the network, or float"
+        )
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:

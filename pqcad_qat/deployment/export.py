@@ -5,6 +5,7 @@ Not here: the torch modules that are traced (modules.py), the files (folder.py),
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from pqcad_qat.deployment.attention import AttentionRange, name_products, quanti
 from pqcad_qat.deployment.folder import MODEL_INDEX, OPENVINO_CONFIG, check_replaceable, nothing_further, write_folder
 from pqcad_qat.deployment.graph_inputs import SAMPLE, THOUSANDTHS, TIME, ports_of, spelled
 from pqcad_qat.deployment.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
+from pqcad_qat.deployment.marks import Marked, name_layers
 from pqcad_qat.deployment.modules import (
     IntegerConv2d,
     IntegerLinear,
@@ -34,13 +36,15 @@ from pqcad_qat.deployment.modules import (
     swapped,
     traced_path,
 )
-from pqcad_qat.deployment.packing import MATRIX_OPS, WeightFormat
+from pqcad_qat.deployment.packing import WeightFormat
 from pqcad_qat.deployment.parts import PartsToDeploy, pipeline_index, write_parts
 from pqcad_qat.deployment.rewrites import rewrite
+from pqcad_qat.deployment.time_path import keep_time_in_float32
 from pqcad_qat.deployment.timesteps import Times, known_times, timestep_tables
 from pqcad_qat.diffusion.architectures import TEXT, ConditionInput, architecture_of
+from pqcad_qat.diffusion.own_modules import one_line
 from pqcad_qat.diffusion.sampling import noise_schedule
-from pqcad_qat.errors import ExportError
+from pqcad_qat.errors import ExportError, PqcadError
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.quantizers import IntegerLayer
@@ -148,7 +152,7 @@ def convert(
     conditions: Sequence[ConditionInput] = (),
     attention: Mapping[str, AttentionRange] = MappingProxyType({}),
 ) -> ov.Model:
-    """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name.
+    """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name (marks.py).
 
     Inputs `sample`, of a transformer `hidden_states`, (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the
     conditions by name; output `out_sample` (B, C, H, W) float32. Of Flux the states and the output are rows of patches, and its places are
@@ -160,7 +164,7 @@ def convert(
     modules = dict(model.named_modules())
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")
-    replacements: dict[str, nn.Module] = {name: _integer_module(layer) for name, layer in layers.items()}
+    replacements: dict[str, nn.Module] = {name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())}
     packed = _packed(model)
     replacements |= timestep_tables(model, times, layers, THOUSANDTHS if packed else 1)
     texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
@@ -177,18 +181,47 @@ def convert(
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
         denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
         with quantized_attention(model, attention):
-            traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        graph: ov.Model = ov.convert_model(traced, example_input=example)
+            graph = _converted(denoiser, example)
     model.train(training)
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
+    name_layers(graph, layers)
     rewrite(graph)
     for port, name in zip(graph.inputs, ports, strict=True):
         port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})
-    _name_layers(graph, layers)
     name_products(graph, attention)
-    _check_groups(graph, layers)
+    if architecture_of(model) is None:
+        keep_time_in_float32(graph, graph.input(TIME).get_node())
     return graph
+
+
+def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Model:
+    """Trace and convert.
+
+    Raises:
+        ExportError: torch cannot trace it, or OpenVINO has no operation for what was traced.
+    """
+    try:
+        traced: Any = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+    except PqcadError:
+        raise
+    except Exception as error:  # whatever a module of the user's own raises
+        raise ExportError(f"the network cannot be traced: {one_line(error)}") from error
+    try:
+        return ov.convert_model(traced, example_input=example)
+    except Exception as error:  # OpenVINO's are of many classes
+        raise ExportError(f"OpenVINO cannot convert the network: {_unconverted(str(error), traced)}") from error
+
+
+def _unconverted(said: str, traced: Any) -> str:
+    """Which operations OpenVINO has no rule for, and the modules that compute them; or else what it says in one line."""
+    operations = re.findall(r"\b\w+::\w+\b", " ".join(line for line in said.splitlines() if "No conversion rule" in line))
+    if not operations:
+        return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it gives no reason")[:300]
+    graph = traced.inlined_graph  # its nodes live as long as it does
+    places = {traced_path(node.scopeName().rpartition("/")[2]) for name in operations for node in graph.findAllNodes(name)}
+    where = f", in {', '.join(sorted(filter(None, places)))}" if any(places) else ""
+    return f"it has no operation for {', '.join(operations)}{where}"
 
 
 def _part(model: nn.Module) -> str:
@@ -215,31 +248,6 @@ def _integer_module(layer: IntegerLayer) -> nn.Module:
     if layer.kind == "Linear":
         return IntegerLinear(layer)
     raise ExportError(f"{layer.name}: kind must be Conv2d or Linear, got {layer.kind!r}")
-
-
-def _name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
-    """Give each planned layer's convolution or matrix product the layer's module path as its friendly name."""
-    found: dict[str, list[ov.Node]] = {name: [] for name in layers}
-    for node in graph.get_ordered_ops():
-        scope = traced_path(node.get_friendly_name())
-        if node.get_type_name() in MATRIX_OPS and scope in found:
-            found[scope].append(node)
-    wrong = {name: len(nodes) for name, nodes in found.items() if len(nodes) != 1}
-    if wrong:
-        raise ExportError(f"each planned layer must appear once in the converted graph; times found: {wrong}")
-    for name, (node,) in found.items():
-        node.set_friendly_name(name)
-
-
-def _check_groups(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
-    """Layers that share an input quantizer must read one FakeQuantize."""
-    sources: dict[str, set[str]] = {}
-    for node in graph.get_ordered_ops():
-        if (layer := layers.get(node.get_friendly_name())) is not None:
-            sources.setdefault(layer.input_group, set()).add(node.input_value(0).get_node().get_friendly_name())
-    split = [group for group, names in sources.items() if len(names) > 1]
-    if split:
-        raise ExportError(f"layers of one input group must read one quantized tensor; these groups read several: {split}")
 
 
 def _train_timesteps(scheduler_config: Mapping[str, Any]) -> int:

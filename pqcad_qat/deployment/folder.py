@@ -193,7 +193,7 @@ def write_folder(
     """
     stored = pack_weights(graph, manifest["layers"], weights)
     with replaced(folder) as staging:
-        write_graph(graph, staging / part / GRAPH)
+        write_graph(graph, staging / part / GRAPH, manifest["layers"])
         if weights != "int8":
             compress_text(staging / part / GRAPH, staging / part / PACKED_GRAPH)
         for name, content in texts.items():

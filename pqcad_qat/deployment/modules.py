@@ -48,7 +48,7 @@ def needs_vnni(layer: IntegerLayer) -> bool:
 
 def traced_path(node: str) -> str:
     """The path of the module that a node was traced in, by the node's name; of a layer that bears its path as name, that path."""
-    return node.partition("/")[0].removeprefix("__module.denoiser.")
+    return node.partition("/")[0].removeprefix("__module.denoiser").removeprefix(".")
 
 
 class QuantizedInput(nn.Module):

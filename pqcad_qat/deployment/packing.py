@@ -42,6 +42,27 @@ UNREADABLE = (RuntimeError, OSError, EOFError, zlib.error, ValueError, TypeError
 MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
 
 
+FURTHER, FOLLOWING = "#", "/following"
+"""In names of nodes: before the number of a layer's call, from the second on; and of what multiplies a layer's output by constants."""
+
+RENAMED = ("/Dequantization", FOLLOWING, "_original")
+"""What may stand behind a layer's name where OpenVINO computes the layer together with what follows, or apart from its scale."""
+
+
+def call_name(layer: str, call: int) -> str:
+    """The name of the node that is one call, counted from 0, of a layer."""
+    return layer if call == 0 else f"{layer}{FURTHER}{call + 1}"
+
+
+def called_layer(node: str, layers: Collection[str]) -> str | None:
+    """The layer, one of these, that a product of this name is a call of; None of another product."""
+    for name in (node, *(node.partition(mark)[0] for mark in RENAMED)):
+        layer, _, call = name.rpartition(FURTHER)
+        if name in layers or (layer in layers and call.isdigit()):
+            return name if name in layers else layer
+    return None
+
+
 def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> int:
     """The fewest of `widths` that hold every value as a signed integer, or 8; unsigned bytes (of a zero point) stay what they are."""
     if weights.dtype == np.uint8:
@@ -81,14 +102,20 @@ def pack_weights(graph: ov.Model, layers: Collection[str], weights: WeightFormat
     Raises:
         ExportError: a planned layer whose weights are no 8-bit integers.
     """
-    found = {}
+    found: dict[str, int] = {}
     for node in graph.get_ordered_ops():
-        if (name := node.get_friendly_name()) in layers and node.get_type_name() in MATRIX_OPS:
-            constant = _weight_constant(node)
-            values = np.asarray(constant.data)
-            found[name] = stored_bits(values, PACKED_WIDTHS[weights])
-            if found[name] < 8:
-                _replace(constant, _packed_tensor(values, found[name]))
+        name = called_layer(node.get_friendly_name(), layers)
+        if name is None or node.get_type_name() not in MATRIX_OPS:
+            continue
+        constant = _weight_constant(node)
+        if name in found and constant.get_element_type() in CONTAINERS.values():
+            continue  # a further call, of the same constant
+        if constant.get_element_type() not in (ov.Type.i8, ov.Type.u8):
+            raise ExportError(f"{name}: weights must be int8 in the graph, got {constant.get_element_type()}")
+        values = np.asarray(constant.data)
+        found[name] = stored_bits(values, PACKED_WIDTHS[weights])
+        if found[name] < 8:
+            _replace(constant, _packed_tensor(values, found[name]))
     return found
 
 
@@ -113,8 +140,6 @@ def _weight_constant(node: ov.Node) -> ov.Node:
     source = node.input_value(1).get_node()
     while source.get_type_name() != "Constant":
         source = source.input_value(0).get_node()
-    if source.get_element_type() not in (ov.Type.i8, ov.Type.u8):
-        raise ExportError(f"{node.get_friendly_name()}: weights must be int8 in the graph, got {source.get_element_type()}")
     return source
 
 
@@ -126,17 +151,18 @@ def _replace(constant: ov.Node, tensor: ov.Tensor) -> None:
         consumer.replace_source_output(replacement.output(0))
 
 
-def write_graph(graph: ov.Model, xml: Path) -> None:
+def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None:
     """Write the graph's text and, beside it, its constants as they are (OpenVINO's default would round them to float16).
 
     Names that OpenVINO has numbered by all nodes that the process ever made are numbered by place, so that the same graph gives the same
-    bytes. Nodes whose names end with IN_FLOAT32 are marked so. White space between tags, a sixth of the text, goes.
+    bytes; those that are `named` are somebody's, whatever they look like. Nodes whose names end with IN_FLOAT32 are marked so. White space
+    between tags, a sixth of the text, goes.
     """
     xml.parent.mkdir(parents=True, exist_ok=True)
     graph.set_friendly_name(xml.parent.name)
     for place, node in enumerate(graph.get_ordered_ops()):
-        kind, _, number = node.get_friendly_name().rpartition("_")
-        if kind == node.get_type_name() and number.isdigit():
+        kind, _, number = (name := node.get_friendly_name()).rpartition("_")
+        if name not in named and kind == node.get_type_name() and number.isdigit():
             node.set_friendly_name(f"{kind}_{place}")
     ov.save_model(graph, xml, compress_to_fp16=False)
     plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(_FLOAT32_MARK, "")  # what was read bears it in more places

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.architectures import LARGEST_SIZE
+from pqcad_qat.diffusion.architectures import LARGEST_SIZE, architecture_of
 from pqcad_qat.diffusion.flux import TRAIN_TIMESTEPS
 from pqcad_qat.diffusion.sampling import NoiseSchedule
 from pqcad_qat.errors import ExportError
@@ -108,6 +108,8 @@ def timestep_tables(model: nn.Module, times: Times, layers: Mapping[str, Integer
         parts: of a training step that the graph's continuous time is given in: 1000 where it is given in thousandths.
     """
     found: dict[str, nn.Module] = {}
+    if architecture_of(model) is None:  # a module of the user's own may take sinusoids of anything: see time_path.py
+        return found
     config = getattr(model, "config", {})
     shared = config.get("class_embed_type") == "timestep"  # class labels go through it too
     for path, module in model.named_modules():

@@ -19,11 +19,14 @@ import torch.nn.functional as F
 
 from pqcad_qat.deployment.compiled import compile_graph
 from pqcad_qat.deployment.folder import read_graph, read_manifest
+from pqcad_qat.deployment.marks import quantizer_of
 from pqcad_qat.deployment.modules import effective_weights, traced_path
+from pqcad_qat.deployment.packing import MATRIX_OPS, called_layer
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.errors import ExportError
 
 if TYPE_CHECKING:
+    from pqcad_qat.quantization.plan import LayerPlan
     from pqcad_qat.quantization.quantizers import IntegerLayer
 
 INT8 = ("i8", "u8")
@@ -160,6 +163,24 @@ def execution_precision(folder: Path, layers: Collection[str], properties: Mappi
     )
 
 
+def refuse_float(plan: Sequence[LayerPlan], executed: ExecutionReport, where: object) -> None:
+    """A planned layer that left INT8 is an error, unless the policy lists it as an exception; an attention is one always.
+
+    Raises:
+        ExportError: which layers of `where` left it.
+    """
+    if missed := [f"{path} ran in {precision}" for path, precision in executed.attention.items() if precision not in INT8]:
+        raise ExportError(f"{where}: attention planned for INT8: {', '.join(missed)}; quantization.attention: float leaves it")
+    excepted = {layer.name for layer in plan if layer.int8_exception}
+    floating = {name: precision for name, precision in executed.precisions.items() if precision not in INT8}
+    left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
+    if left:
+        raise ExportError(
+            f"{where}: planned for INT8 but executed in floating point: {', '.join(left)}; "
+            "change the rule of these layers, or list them with execution: float"
+        )
+
+
 def executed_nodes(compiled: ov.CompiledModel) -> list[ExecutedNode]:
     """Every node of the execution graph of a compiled model."""
     return [ExecutedNode(*_node_facts(node)) for node in compiled.get_runtime_model().get_ops()]
@@ -173,10 +194,15 @@ def _node_facts(node: ov.Node) -> tuple[str, str, str, tuple[str, ...]]:
 
 
 def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> dict[str, str]:
-    """Runtime precision of the matrix node that each layer became; OpenVINO may leave its name to the dequantization fused into it."""
-    matrices = [node for node in nodes if node.kind in MATRIX_NODES]
-    found = {name.partition("/Dequantization")[0]: node.precision for node in matrices for name in node.names}
-    return {name: found.get(name, "absent") for name in layers}
+    """Runtime precision of the matrix node that each layer became, of several calls that differ the one that is not INT8.
+
+    OpenVINO may leave a layer's name to what it computes together with it (packing.RENAMED).
+    """
+    found: dict[str, list[str]] = {}
+    for node in (node for node in nodes if node.kind in MATRIX_NODES):
+        for name in {called_layer(name, layers) for name in node.names} - {None}:
+            found.setdefault(str(name), []).append(node.precision)
+    return {name: _first_float(found[name]) if name in found else "absent" for name in layers}
 
 
 def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> dict[str, str]:
@@ -232,7 +258,11 @@ def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mappi
         raise ExportError(f"layer_parity needs an input for every planned layer; none was given for {missing}")
     core = ov.Core()
     graph = read_graph(folder, core)
-    nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
+    nodes: dict[str, list[ov.Node]] = {}
+    held = graph.get_ordered_ops()  # until the last layer is cut out: what only a layer before it needs would go with that one
+    for node in held:
+        if node.get_type_name() in MATRIX_OPS and (name := called_layer(node.get_friendly_name(), layers)) is not None:
+            nodes.setdefault(name, []).append(node)
     if absent := [name for name in layers if name not in nodes]:
         raise ExportError(f"{', '.join(absent)}: planned, but the shipped graph has no such layer")
     return ParityReport(tuple(parity for part in _parts(layers, inputs) for parity in _part_parity(nodes, layers, part, core)))
@@ -251,13 +281,16 @@ def _parts(layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[
 
 
 def _part_parity(
-    nodes: Mapping[str, ov.Node], layers: Mapping[str, IntegerLayer], part: Mapping[str, _QuantizedInput], core: ov.Core
-) -> list[LayerParity]:
-    cut = _cut(nodes, {name: layers[name] for name in part}, {name: quantized.fed.shape for name, quantized in part.items()})
+    nodes: Mapping[str, Sequence[ov.Node]], layers: Mapping[str, IntegerLayer], part: Mapping[str, _QuantizedInput], core: ov.Core
+) -> Iterator[LayerParity]:
+    calls = [(name, node) for name in part for node in nodes[name]]
+    cut = _cut([(layers[name], node, part[name].fed.shape) for name, node in calls])
     compiled = compile_graph(cut, core, properties={"INFERENCE_PRECISION_HINT": "f32"})
     precisions = layer_precisions(executed_nodes(compiled), part)
-    outputs = compiled([quantized.fed for quantized in part.values()])
-    return [_compare(layers[name], quantized, outputs[index], precisions[name]) for index, (name, quantized) in enumerate(part.items())]
+    outputs = compiled([part[name].fed for name, _ in calls])
+    for name, quantized in part.items():
+        of_layer = [outputs[index] for index, (called, _) in enumerate(calls) if called == name]
+        yield _compare(layers[name], quantized, of_layer, precisions[name])
 
 
 @dataclass(frozen=True)
@@ -279,29 +312,32 @@ def _quantize(layer: IntegerLayer, x: npt.NDArray[np.float32]) -> _QuantizedInpu
     return _QuantizedInput(fed, integers, int(ties.sum()))
 
 
-def _cut(nodes: Mapping[str, ov.Node], layers: Mapping[str, IntegerLayer], shapes: Mapping[str, tuple[int, ...]]) -> ov.Model:
-    """These layers alone, each from its own Parameter to its own Result, in that order; `nodes`: of the shipped graph, by name."""
+def _cut(calls: Sequence[tuple[IntegerLayer, ov.Node, tuple[int, ...]]]) -> ov.Model:
+    """These layers alone, each from its own Parameter of a shape to its own Result, in that order; the nodes are the shipped graph's."""
     parameters, results = [], []
-    for name, layer in layers.items():
-        parameter = ov.opset13.parameter(list(shapes[name]), np.float32)
-        output, upsampled = _with_bias(nodes[name], layer)
+    for layer, node, shape in calls:
+        parameter = ov.opset13.parameter(list(shape), np.float32)
+        output, upsampled = _with_bias(node, layer)
         source = ov.opset13.slice(parameter, *(np.array(value) for value in UPSAMPLED)) if upsampled else parameter
-        quantized = _copy_quantizer(name, nodes[name].input_value(0).get_node(), source)
-        nodes[name].input(0).replace_source_output(quantized.output(0))
+        quantized = _copy_quantizer(layer.name, node, source)
+        if node.get_attributes().get("transpose_a"):  # a transposition that OpenVINO has moved into the product
+            *outer, last, features = range(len(shape))
+            quantized = ov.opset13.transpose(quantized, np.array([*outer, features, last]))
+        node.input(0).replace_source_output(quantized.output(0))
         parameters.append(parameter)
         results.append(ov.opset13.result(output))
     return ov.Model(results, parameters)
 
 
-def _copy_quantizer(name: str, fake_quantize: ov.Node, source: ov.Node) -> ov.Node:
+def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
     """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them.
 
     OpenVINO may move a transposition or a change of shape behind a quantizer: of one scale a tensor, it is the same before and after.
     """
-    while fake_quantize.get_type_name() in ("Transpose", "Reshape"):
-        fake_quantize = fake_quantize.input_value(0).get_node()
-    if fake_quantize.get_type_name() != "FakeQuantize":
-        raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {fake_quantize.get_type_name()}")
+    fake_quantize = quantizer_of(product)
+    if fake_quantize is None:
+        got = product.input_value(0).get_node().get_type_name()
+        raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {got}")
     ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
     source = _in_its_units(source, *(float(np.asarray(constant.data).item()) for constant in ranges))
     before = fake_quantize.input_value(0).get_node()
@@ -341,16 +377,17 @@ def _reader(layer: IntegerLayer, node: ov.Node, kind: str, rule: str) -> ov.Node
     return readers[0]
 
 
-def _compare(layer: IntegerLayer, quantized: _QuantizedInput, output: npt.NDArray[np.float32], precision: str) -> LayerParity:
+def _compare(layer: IntegerLayer, quantized: _QuantizedInput, outputs: Sequence[npt.NDArray[np.float32]], precision: str) -> LayerParity:
+    """`outputs`: of every call of the layer, each on the same input."""
     expected = _accumulators(layer, quantized.integers)
     channels = (-1,) + (1,) * (len(layer.stride) if layer.kind == "Conv2d" else 0)
     scale = np.asarray(layer.weight_scale, np.float64).reshape(channels) * layer.input_scale
     bias = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64).reshape(channels)
-    recovered = (output.astype(np.float64) - bias) / scale
+    recovered = np.stack([(output.astype(np.float64) - bias) / scale for output in outputs])
     error = np.abs(np.rint(recovered) - expected)
     return LayerParity(
         name=layer.name,
-        integers=expected.size,
+        integers=error.size,
         different=int(np.count_nonzero(error)),
         worst_error=int(error.max()),
         resolution=float(np.abs(recovered - np.rint(recovered)).max()),

@@ -143,8 +143,30 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Cond
         found = denoiser(x_t, steps, **(condition or {}))
     else:
         found = architecture.call(denoiser, x_t, steps, architecture.keywords(condition or {}))
-    prediction = cast(Tensor, found if isinstance(found, Tensor) else found[0])
-    return prediction if prediction.shape[1] == x_t.shape[1] else prediction[:, : x_t.shape[1]]
+    prediction = _prediction(denoiser, found)
+    more = prediction.dim() == x_t.dim() and prediction.shape[1] > x_t.shape[1]
+    return prediction[:, : x_t.shape[1]] if more else prediction
+
+
+def _prediction(denoiser: nn.Module, found: Any) -> Tensor:
+    """What a denoiser returned: its tensor, the first of several, or the one that is called `sample`.
+
+    Raises:
+        ModelError: something else.
+    """
+    match found:
+        case Tensor():
+            return found
+        case tuple() | list() if found and isinstance(found[0], Tensor):
+            return found[0]
+    sample = found.get("sample") if isinstance(found, Mapping) else getattr(found, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    keys = f" with {', '.join(map(repr, found))}" if isinstance(found, Mapping) else ""
+    raise ModelError(
+        f"{type(denoiser).__name__} returned {type(found).__name__}{keys}; "
+        "allowed a tensor, a tuple or list that begins with one, or what has one as `sample`"
+    )
 
 
 def check_time_table(model: DiffusionModel, train_timesteps: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import openvino as ov
 
 from pqcad_qat.deployment.modules import traced_path
+from pqcad_qat.deployment.packing import called_layer
 from pqcad_qat.deployment.verification import MATRIX_NODES
 from pqcad_qat.evaluation.baselines import Inputs
 from pqcad_qat.evaluation.benchmark import PROFILING, compile_for_latency, inputs_of, turn_order
@@ -129,7 +130,8 @@ def node_owners(nodes: Mapping[str, Node], groups: Mapping[str, str]) -> dict[st
 
 def _layer(node: Node, groups: Mapping[str, str]) -> str:
     """The planned layer that a matrix node computes: in INT8 it bears the layer's path as name, in floating point as scope."""
-    return next((path for path in map(traced_path, node.names) if path in groups), REST)
+    paths = (called_layer(name, groups) or traced_path(name) for name in node.names)
+    return next((path for path in paths if path in groups), REST)
 
 
 def _readers_of_one(layers: set[str], groups: Mapping[str, str]) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         spread=spread,
         ours=OURS,
         unknown=UNKNOWN,
+        float_kinds={row.layer: row.kind for row in report.layers if row.weight_bits is None},
         simulated=[row.layer for row in report.layers if row.weight_bits is not None and row.planned_execution != "int8"],
     )
 

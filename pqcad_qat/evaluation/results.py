@@ -41,7 +41,8 @@ from pqcad_qat.evaluation.record import (
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, VariantName, made, stages_of
-from pqcad_qat.quantization.plan import LayerPlan, executes_int8, float_layers, stored_bits
+from pqcad_qat.quantization.layers import float_kind, float_layers
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, stored_bits
 from pqcad_qat.training.metrics_log import read_metrics
 
 CLEARLY = 0.95
@@ -257,7 +258,7 @@ def _layers(facts: RunFacts) -> Iterator[LayerRow]:
     for name in float_layers(facts.model, facts.plan):
         module = facts.model.get_submodule(name)
         count = sum(parameter.numel() for parameter in module.parameters())
-        yield LayerRow(name, type(module).__name__, "-", None, None, (), count, "float")
+        yield LayerRow(name, float_kind(module), "-", None, None, (), count, "float")
 
 
 def _storage(facts: RunFacts) -> Iterator[StorageRow]:
@@ -276,6 +277,8 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
                 rest += 4 * parameter.numel()
         if integers + rest:
             yield StorageRow(group, integers, scales, rest)
+    if own := sum(4 * parameter.numel() for parameter in facts.model.parameters(recurse=False)):
+        yield StorageRow("its own", 0, 0, own)
 
 
 def curves_of(policy: Policy, logs: Path) -> Curves:

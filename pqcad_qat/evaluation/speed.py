@@ -49,7 +49,7 @@ from pqcad_qat.evaluation.record import OURS, Hardware, Throughput, Timing
 from pqcad_qat.evaluation.speed_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.evaluation.speed_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.evaluation.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
-from pqcad_qat.quantization.plan import quantizable_layers
+from pqcad_qat.quantization.layers import quantizable_layers
 from pqcad_qat.training.metrics_log import progress_bar
 
 WARM_UP = 3

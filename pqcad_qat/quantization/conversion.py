@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quantization.injectors import QuantizedConv2d, QuantizedLinear
-from pqcad_qat.quantization.plan import LayerPlan, evaluating, quantizable_layers
+from pqcad_qat.quantization.layers import quantizable_layers
+from pqcad_qat.quantization.plan import LayerPlan, evaluating
 from pqcad_qat.quantization.quantizers import (
     IntegerLayer,
     QuantizedLayer,

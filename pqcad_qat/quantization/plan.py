@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import PlanError, shortened
+from pqcad_qat.quantization.layers import CONSTANT, KINDS, float_kind, float_layers, parameter_count, quantizable_layers
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
-
-KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 
 PACKED = (2, 3, 4)
 """Bits that deployed weights can be packed to; wider ones take a byte."""
@@ -64,24 +64,29 @@ class LayerPlan:
     int8_exception: bool
 
 
-def plan_layers(model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: PredictArguments) -> tuple[LayerPlan, ...]:
+def plan_layers(
+    model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: PredictArguments, constant: Collection[str] = ()
+) -> tuple[LayerPlan, ...]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
 
     ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own target.
     ``example``: input of one forward pass, which shows the layers that read the same tensor.
+    ``constant``: layers that read what no input changes: they stay in floating point, since their outputs are constants of a graph.
     Raises PlanError with every fault: a pattern that matches nothing, a rule hidden by earlier ones, a planned layer that the
     model does not call or that no integer kernel can run, and layers that read one tensor but quantize it differently.
     """
     layers = quantizable_layers(model)
+    for name in constant:
+        layers[name].why_float = CONSTANT  # type: ignore[assignment]
     matches, faults = _match(model, layers, rules)
     first_readers, called = _read_tensors(model, layers, example)
     plans = []
     unfit: dict[tuple[int, str, str, str], list[str]] = {}
     for name, (index, pattern) in matches.items():
         rule = rules[index]
-        if rule.keep_float or rule.weights is None or rule.inputs is None:
+        if rule.keep_float or rule.weights is None or rule.inputs is None or name in constant:
             continue
-        for why, allowed in _unfit(layers[name], name in called):
+        for why, allowed in _unfit(name, layers[name], name in called):
             unfit.setdefault((index, pattern, why, allowed), []).append(name)
         plans.append(_layer_plan(name, layers[name], index, pattern, rule, rule.weights, rule.inputs, ladder))
     faults += [
@@ -120,17 +125,6 @@ def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str
     )
 
 
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Conv2d and nn.Linear by path. Subclasses compute something else, and are left alone."""
-    return {name: module for name, module in model.named_modules() if type(module) in KINDS}
-
-
-def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
-    """The convolutions and linear layers that stay in floating point."""
-    planned = {layer.name for layer in plan}
-    return tuple(name for name in quantizable_layers(model) if name not in planned)
-
-
 def executes_int8(layer: LayerPlan) -> bool:
     """Whether OpenVINO on a CPU runs the layer in INT8; if not, its widths are a simulation on that target.
 
@@ -146,14 +140,19 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
 
     Each weight scale is a float32, each weight zero point a byte.
     """
+    planned = {layer.name for layer in plan}
+    held = {id(own) for name, module in model.named_modules() if name not in planned for own in module._parameters.values()}
+    replaced: dict[int, int] = {}  # a weight that several layers share is in float32 once, if at all, and in integers for each
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     for layer in plan:
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
+        if id(weight) not in held:
+            replaced[id(weight)] = 4 * weight.numel()
         scales = weight.shape[0] if layer.weights.per_channel else 1
         total += (weight.numel() * stored_bits(layer.weights, PACKED if packed else ()) + 7) // 8
-        total += scales * (4 if layer.weights.symmetric else 5) - 4 * weight.numel()
-    return total
+        total += scales * (4 if layer.weights.symmetric else 5)
+    return total - sum(replaced.values())
 
 
 def stored_bits(weights: QuantizerSpec, widths: Collection[int]) -> int:
@@ -172,9 +171,11 @@ def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
         shared = "" if layer.input_group == layer.name else f" of {layer.input_group.rpartition('.')[2]}"
         runs = "INT8" if executes_int8(layer) else ("float, exception" if layer.int8_exception else "float, simulated")
         widths = ">".join(map(str, layer.ladder))
-        table.add_row(layer.name, layer.rule, widths, f"{layer.inputs.bits}{shared}", runs, f"{layer.parameters:,}")
+        table.add_row(escape(layer.name), escape(layer.rule), widths, escape(f"{layer.inputs.bits}{shared}"), runs, f"{layer.parameters:,}")
     for name in float_layers(model, plan):
-        table.add_row(name, "-", "float", "float", "float", f"{_parameters(model.get_submodule(name)):,}", style="dim")
+        module = model.get_submodule(name)
+        runs, count = f"float, {float_kind(module)}", f"{parameter_count(module):,}"
+        table.add_row(escape(name), "-", "float", "float", runs, count, style="dim")
     return table
 
 
@@ -191,6 +192,7 @@ def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
     return {
         "layers": [{**asdict(layer), "ladder": list(layer.ladder), "executes_int8": executes_int8(layer)} for layer in plan],
         "float_layers": list(float_layers(model, plan)),
+        "float_kinds": {name: float_kind(model.get_submodule(name)) for name in float_layers(model, plan)},
         "expected_bytes": {"float32": expected_bytes(model, (), False), "int8": expected_bytes(model, plan, False)}
         | {"packed": expected_bytes(model, plan, True)},
     }
@@ -262,13 +264,13 @@ def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
 
 
 def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: PredictArguments) -> tuple[dict[str, str], set[str]]:
-    """For each layer the first layer that reads a tensor it reads, and the layers that the model calls at all."""
-    readers: dict[int, tuple[Tensor, str]] = {}  # the tensor is kept so that its id stays its own
-    first: dict[str, str] = {}
+    """For each layer the first that reads the tensors it reads, in all calls of both, and the layers that the model calls at all."""
+    read: dict[str, tuple[int, ...]] = {}
+    alive: dict[int, Tensor] = {}  # so that the id of each tensor stays its own
 
     def watch(name: str, tensor: Tensor) -> None:
-        _, reader = readers.setdefault(id(tensor), (tensor, name))
-        first.setdefault(name, first.get(reader, reader))
+        alive[id(tensor)] = tensor
+        read[name] = (*read.get(name, ()), id(tensor))
 
     hooks = [layer.register_forward_pre_hook(_watcher(watch, name), with_kwargs=True) for name, layer in layers.items()]
     try:
@@ -277,7 +279,8 @@ def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: Predi
     finally:
         for hook in hooks:
             hook.remove()
-    return first, set(first)
+    first: dict[tuple[int, ...], str] = {}
+    return {name: first.setdefault(tensors, name) for name, tensors in read.items()}, set(read)
 
 
 def _watcher(watch: Any, name: str) -> Any:
@@ -321,13 +324,15 @@ def _layer_plan(
         ),
         input_group=name,
         ladder=(*(rung for rung in ladder if rung > weights.bits), weights.bits),
-        parameters=_parameters(layer),
+        parameters=parameter_count(layer),
         int8_exception=rule.execution == "float",
     )
 
 
-def _unfit(layer: nn.Module, called: bool) -> Iterator[tuple[str, str]]:
+def _unfit(name: str, layer: nn.Module, called: bool) -> Iterator[tuple[str, str]]:
     """Why the layer cannot be quantized, and what can."""
+    if "," in name:
+        yield "a comma in its path, which OpenVINO puts between names", "paths without one; keep_float: true leaves it alone"
     if not called:
         yield "the model never calls it, so its input cannot be calibrated", "layers that it calls; keep_float: true leaves it alone"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
@@ -374,7 +379,3 @@ def _caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
     if simulated := sum(not executes_int8(layer) for layer in plan):
         lines.append(f"{simulated} layers do not run in INT8 on an Intel CPU")
     return "\n".join(lines)
-
-
-def _parameters(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters())

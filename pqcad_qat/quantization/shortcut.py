@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pqcad_qat.diffusion.denoiser import PredictArguments, predict
+from pqcad_qat.diffusion.own_modules import one_line
+from pqcad_qat.errors import ModelError
 from pqcad_qat.quantization.plan import evaluating
 
 # functions that leave every value and every channel as it is; through them the seam of a concatenation can be followed. Not through a
@@ -68,9 +70,16 @@ def split_at(model: nn.Module, seams: Mapping[str, int]) -> nn.Module:
 
 
 def rewritable(model: nn.Module) -> nn.Module:
-    """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory."""
+    """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory.
+
+    Raises:
+        ModelError: it holds what Python cannot copy.
+    """
     kept = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    except Exception as error:  # whatever a module of the user's own holds
+        raise ModelError(f"{getattr(model, 'registered_as', type(model).__name__)}: it cannot be copied: {one_line(error)}") from error
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:

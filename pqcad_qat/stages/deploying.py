@@ -22,18 +22,16 @@ from pqcad_qat.deployment.modules import needs_vnni
 from pqcad_qat.deployment.part_parity import part_parity
 from pqcad_qat.deployment.parts import PartsToDeploy
 from pqcad_qat.deployment.runtime import OVUNet2DModel
-from pqcad_qat.deployment.verification import INT8, ExecutionReport, end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.deployment.verification import end_to_end_psnr, execution_precision, layer_parity, refuse_float
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.diffusion.ddim import DDPMSchedule
 from pqcad_qat.diffusion.denoiser import predict
-from pqcad_qat.errors import ExportError
 from pqcad_qat.evaluation.benchmark import node_profile, size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
-from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.student_folder import STEPS, save_quantized
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS
@@ -83,7 +81,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             write(shipped, policy.export.weights, deployed_parts)
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
-            _refuse_float(shipped, work.prepared.plan, executed)
+            refuse_float(work.prepared.plan, executed, shipped)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
             with recorded_inputs(student, states, work.path) as inputs:
                 parity = layer_parity(shipped, layers, inputs)
@@ -141,20 +139,6 @@ def _attention(work: Work, calibration: CalibrationSet, student: nn.Module) -> d
         return {}
     with work.console.status("export: ranges of attention"), frozen_weights(student.eval()):
         return attention_ranges(student, calibration.inputs(RANGE_INPUTS, work.policy.training.batch_size))
-
-
-def _refuse_float(folder: Path, plan: Sequence[LayerPlan], executed: ExecutionReport) -> None:
-    """A planned layer that left INT8 is an error, unless the policy lists it as an exception; an attention is one always."""
-    if missed := [f"{path} ran in {precision}" for path, precision in executed.attention.items() if precision not in INT8]:
-        raise ExportError(f"{folder}: attention planned for INT8: {', '.join(missed)}; quantization.attention: float leaves it")
-    excepted = {layer.name for layer in plan if layer.int8_exception}
-    floating = {name: precision for name, precision in executed.precisions.items() if precision not in INT8}
-    left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
-    if left:
-        raise ExportError(
-            f"{folder}: planned for INT8 but executed in floating point: {', '.join(left)}; "
-            "change the rule of these layers, or list them with execution: float"
-        )
 
 
 @torch.no_grad()

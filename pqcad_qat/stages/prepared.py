@@ -13,11 +13,13 @@ from torch import nn
 
 from pqcad_qat.deployment.attention import masked_attention
 from pqcad_qat.deployment.parts import PartFormat, chosen_formats
+from pqcad_qat.deployment.trial import try_training_and_export
 from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
 from pqcad_qat.diffusion.model_folder import scheduler_file
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, pipeline_parts
+from pqcad_qat.diffusion.probing import check_predictions, constant_readers, probe_states
 from pqcad_qat.diffusion.prompts import prompts_cut
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
@@ -26,6 +28,7 @@ from pqcad_qat.evaluation.features import check_shape
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import stages_of
+from pqcad_qat.quantization.layers import quantizable_layers
 from pqcad_qat.quantization.plan import LayerPlan, listed, missing_rungs, plan_layers
 from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
 
@@ -118,12 +121,18 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
         check_decoder(parts, model.sample_shape[0])
     with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
         pass  # raises where there is none
+    if model.custom:
+        check_predictions(model)
     split = rewritable(model.denoiser)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
     if policy.quantization.attention == "int8" and (masked := masked_attention(split, model.example)):
         raise PlanError(f"quantization.attention: got int8; attention under a mask has no INT8 here: {listed(masked)}; allowed float")
-    return split, plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example)
+    constant = constant_readers(split, quantizable_layers(split), probe_states(model)) if model.custom else ()
+    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example, constant)
+    if model.custom and "export" in stages_of(policy.evaluation.variants):
+        try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
+    return split, plan
 
 
 def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> tuple[str, ...]:

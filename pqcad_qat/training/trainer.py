@@ -22,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from pqcad_qat.diffusion.own_modules import hold_statistics
 from pqcad_qat.errors import DivergedError, InterruptedByUserError, PolicyError
 from pqcad_qat.policy.schema import Precision
 from pqcad_qat.processes import agreed, any_process, others_alive, process_count, refuse_drift
@@ -161,6 +162,7 @@ def _gradients(state: TrainState, callbacks: Sequence[Callback], parts: Sequence
     sums: dict[str, Tensor] = {}
     if not state.model.training:  # asked of the model: a wrapper says so of itself from the start
         state.network.train()
+        hold_statistics(state.network)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(state.network):
