@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import fire
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pqcad_qat import __version__
 from pqcad_qat.arguments import (
@@ -48,7 +49,12 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 130
 """Columns of what is not shown on a terminal."""
 
-CONSOLE = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH, quiet=launched()[0] > 0)
+CONSOLE = Console(
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH,
+    quiet=launched()[0] > 0,
+    markup=False,  # a pattern such as re:[/a-z]+ or a folder's name would be taken for it
+    emoji=False,
+)
 
 
 def run(policy: str, model: str | None = None, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
@@ -272,7 +278,7 @@ def _sample_prompt(
 
     if Path(out).suffix.lower() != ".png":
         raise UsageError(f"--out: got {out!r}; allowed a name in .png, for a prompt makes pictures")
-    with CONSOLE.status(f"sample: {prompt}") as status, warnings.catch_warnings(record=True) as told:
+    with CONSOLE.status(Text(f"sample: {prompt}")) as status, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         pipeline = TextToImage.from_pretrained(folder)
@@ -557,6 +563,6 @@ def _print_result(folder: Path) -> None:
     if floating := [f"{row.layer} ({row.kind})" for row in report.layers if row.weight_bits is None]:
         CONSOLE.print(f"in floating point: {', '.join(floating)}", highlight=False, markup=False)
     for goal in report.targets:
-        mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[goal.holds]
+        mark = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("not measured", "")}[goal.holds]
         measured = "-" if goal.measured is None else f"{goal.measured:.4g}"
-        CONSOLE.print(f"  {mark}: {goal.name}: {measured} {goal.comparison} {goal.bound:g}")
+        CONSOLE.print(Text.assemble("  ", mark, f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}"))

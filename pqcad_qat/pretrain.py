@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from diffusers import UNet2DModel
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from pqcad_qat.diffusion.conditions import ConditionSet, class_conditions, conditioned
@@ -70,7 +71,11 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         conditions = _conditions(model, classes)
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
         batches = noisy_batches(images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
-        state = train_stage(model, callbacks, batches, settings, console, warn=lambda fault: console.print(f"[yellow]warning:[/] {fault}"))
+
+        def warn(fault: str) -> None:
+            console.print(Text.assemble(("warning:", "yellow"), f" {fault}"))
+
+        state = train_stage(model, callbacks, batches, settings, console, warn)
         with agreed() as first, averaged_weights(state):
             if first:
                 save_model(model, scheduler, path / "model")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pqcad_qat import pipeline
 from pqcad_qat.cores import usable_cores
@@ -75,7 +76,7 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
                 _write_table(study, folder, command)
             else:
                 failed[cell.name] = fault
-                console.print(f"[red]failed:[/] {cell.name}: {fault}", soft_wrap=True)
+                console.print(Text.assemble(("failed:", "red"), f" {cell.name}: {fault}"), soft_wrap=True)
             bar.update(task, advance=1)
 
         (_in_turn if jobs == 1 else partial(_side_by_side, jobs=jobs))(waiting, folder, command, console, begin, end)
@@ -180,7 +181,7 @@ def _run_quietly(cell: Cell, folder: Path, command: str, threads: int) -> str | 
     torch.set_num_threads(threads)
     (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
     with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
-        return _run_cell(cell, folder, command, Console(file=file, width=160))
+        return _run_cell(cell, folder, command, Console(file=file, width=160, markup=False))
 
 
 def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str | None:

@@ -34,7 +34,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
     """Call the console script's function in this process, in an empty folder; (exit code, output, errors)."""
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.setattr(cli, "CONSOLE", Console(width=200, markup=False))
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -297,6 +297,16 @@ def test_overrides_on_the_command_line_reach_the_plan(call: Call, tiny_folder: P
     assert "type:Conv2d" in output
     assert "conv_in" in output
     assert "time_embedding.*" not in output
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(call: Call, tiny_folder: Path) -> None:
+    rule = "quantization.layers.2.match=['re:(conv|[/a-z0-9._]+)', 'type:[L]inear']"
+    code, output, _ = call("plan", SMOKE, *sets(tiny_folder, rule))
+    assert code == 0
+    assert "re:(conv|[/a-z0-9._]+)" in output
+    code, _, errors = call("plan", SMOKE, *sets(tiny_folder, "quantization.layers.2.match='[/bold]'"))
+    assert code == 2
+    assert "got '[/bold]', which matches no Conv2d or Linear" in errors
 
 
 def test_plan_says_where_a_layer_goes_to_a_width_that_the_ladder_does_not_list(call: Call, tiny_folder: Path) -> None:

@@ -27,6 +27,7 @@ from pqcad_qat.errors import PqcadError
 from pqcad_qat.policy.cells import load_study
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.plan import plan_text
 from pqcad_qat.stages.prepared import planned_shapes
 
 SCREEN = 4096
@@ -59,7 +60,8 @@ SNIPPETS = (
 VALUES = (
     None, True, False, "", " ", "x", "x" * 5000, "\x00", "\x1b[31m", "\ud800", "-1", "1e4", "null", "~", "~nobody/x", "/", ".", "..",
     "a" * 300,
-    "loop", "pipe", "/dev/zero", "a\nb", "re:(", "re:" + "(" * 3000, "re:a{99999999999}", "type:", "type:[", "[!", "*" * 300, "embedded:",
+    "loop", "pipe", "/dev/zero", "a\nb", "re:(", "re:" + "(" * 3000, "re:a{99999999999}", "type:", "type:[", "[!", "re:.*|[/x]", "[bold]*",
+    "*" * 300, "embedded:",
     "embedded:../..", "registered:", "none", "auto", 0, 1, -1, 2, 3, 7, 8, 20, 64, 1000, 1001, 2**31, 2**32, 2**63, -(2**63), 10**30,
     10**4200,
     0.0, -0.0, 0.5, 1.0, 1e-320, 1e300, float("inf"), float("nan"), [], {}, [None], [[]], [0], [8, 8], [4, 8], list(range(300)), {"a": 1},
@@ -81,7 +83,7 @@ WORDS = (
     "--interactive",
     "--trace", "--completion", "--verbose", "--separator", "embedded:digits", "embedded:", SOURCE, "registered:x", "sdxl-base-1.0",
     "name=x",
-    "seeds=[0]", "sampler.steps=10", "model.source=loop", "=", "a=b", "0.5x", "5MB", "1e9x", "*-seed0", "[", "run", "plan",
+    "seeds=[0]", "sampler.steps=10", "model.source=loop", "=", "a=b", "0.5x", "5MB", "1e9x", "*-seed0", "[", "[/x]", "run", "plan",
 )
 # fmt: on
 
@@ -146,7 +148,8 @@ def load_and_plan(kind: str, path: Path, overrides: tuple[str, ...] = ()) -> Non
         return
     policy = load_policy(path, overrides)
     small = policy.model_copy(update={"model": policy.model.model_copy(update={"source": SOURCE, "sample_size": None})})
-    planned_shapes(small.model_copy(update={"conditions": Policy.model_fields["conditions"].default}))
+    denoiser, layers = planned_shapes(small.model_copy(update={"conditions": Policy.model_fields["conditions"].default}))
+    plan_text(layers, denoiser)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def no_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in WORK:
             patch.setattr(name, begin)
-        patch.setattr(cli, "CONSOLE", Console(width=200))
+        patch.setattr(cli, "CONSOLE", Console(width=200, markup=False))
         patch.setattr("pqcad_qat.diffusion.untrained.shapes_of", begin)
         patch.setattr("pqcad_qat.study.check_cells", begin)
         yield

@@ -181,7 +181,7 @@ def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
 
 def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
     """The same table as plain text."""
-    console = Console(file=io.StringIO(), width=160)
+    console = Console(file=io.StringIO(), width=160, markup=False)
     with console.capture() as captured:
         console.print(plan_table(plan, model))
     return captured.get()

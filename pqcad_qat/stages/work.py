@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.disk import write_atomically
@@ -81,7 +82,7 @@ class Work:
             return
         self.warnings.append(message)
         write_atomically(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
-        self.console.print(f"[yellow]warning:[/] {message}")
+        self.console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
