@@ -22,8 +22,8 @@ from pqcad_qat.json_files import shown
 
 Config = Mapping[str, Any]
 
-SampleSize = int | tuple[int, int]
-"""Height and width of x_t, one number where they are alike."""
+SampleSize = int | tuple[int, ...]
+"""Height and width of x_t; one number where they are alike."""
 
 TEXT = "encoder_hidden_states"
 """The condition that is a sequence of text's tokens."""

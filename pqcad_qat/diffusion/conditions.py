@@ -137,12 +137,14 @@ class Conditioned:
         inputs: what it takes beside x_t and t; () where nothing.
         null_class: the label that stands for no class, where it has one of its own.
         folder: of its pipeline, for the text encoders there.
+        sides: height and width of x_t; None where the pipeline's own are meant.
     """
 
     source: str
     inputs: tuple[ConditionInput, ...]
     null_class: int | None = None
     folder: Path | None = None
+    sides: tuple[int, int] | None = None
 
     @property
     def labels(self) -> ConditionInput | None:
@@ -158,7 +160,7 @@ def conditioned(model: DiffusionModel) -> Conditioned:
     """What a full-precision model is conditioned on."""
     architecture = architecture_of(model.denoiser)
     null = None if architecture is None else architecture.null_class(model.denoiser.config)  # type: ignore[arg-type]
-    return Conditioned(model.source, model.condition_inputs, null, model.folder)
+    return Conditioned(model.source, model.condition_inputs, null, model.folder, model.sample_shape[1:])
 
 
 def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path | None = None) -> ConditionSet:
@@ -173,7 +175,7 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path
         return read_conditions(Path(section.embeddings), asked)
     if section.prompts is not None:
         prompts, folder = Path(section.prompts), asked.folder or Path(asked.source)
-        encoding = Encoding(section.tokens, section.guidance)
+        encoding = Encoding(section.tokens, section.guidance, asked.sides)
         if store is not None:
             return read_conditions(kept_prompts(prompts, folder, store, encoding), asked)
         return checked_conditions(encode_prompts(prompts, folder, encoding), asked, section.prompts)

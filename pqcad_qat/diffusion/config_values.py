@@ -24,8 +24,8 @@ from pqcad_qat.json_files import shown
 
 Config = Mapping[str, Any]
 
-LARGEST_SIDE = 4096
-"""Of x_t: height or width."""
+LARGEST_SIDE = 2048
+"""Of x_t: height or width, in pixels or latents."""
 
 MOST_LAYERS = 64
 """Of one kind in one block."""

@@ -17,6 +17,7 @@ import torch
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
+from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.config_faults import autoencoder
 from pqcad_qat.diffusion.config_values import bounded_build, check_values, class_of, silent, with_defaults
 from pqcad_qat.diffusion.model_folder import CONFIG, DECODERS, INDEX, STEM, TEXT_ENCODERS, TOKENIZERS, part_class, read_index
@@ -244,6 +245,19 @@ def check_decoder(parts: PipelineParts | None, channels: int) -> None:
     got = read_json(where).get("latent_channels", 4)
     if got != channels:
         raise ModelError(f"{where}: latent_channels: got {shown(got)}; allowed {channels}, as its denoiser has, or {_left_out(VAE)}")
+
+
+def check_text_width(parts: PipelineParts | None, inputs: Sequence[ConditionInput]) -> None:
+    """Raise ModelError where SDXL's second text encoder gives a pooled text of another width than the denoiser reads beside its sizes."""
+    wanted = [one.shape[0] for one in inputs if one.name == "text_embeds"]
+    if parts is None or not wanted or part_class(parts.index, TEXT_ENCODERS[1]) is None:
+        return
+    where = parts.folder / TEXT_ENCODERS[1] / CONFIG
+    if where.is_file() and (got := read_json(where).get("projection_dim", 512)) != wanted[0]:
+        raise ModelError(
+            f"{where}: projection_dim: got {shown(got)}; allowed {wanted[0]}, which the denoiser's projection_class_embeddings_input_dim "
+            "leaves beside six sizes; SDXL's refiner, which reads five, is not taken"
+        )
 
 
 def _left_out(part: str) -> str:

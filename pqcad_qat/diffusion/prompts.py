@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from pqcad_qat.content_store import kept
-from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser_folder
+from pqcad_qat.diffusion.config_faults import sides_of
+from pqcad_qat.diffusion.config_values import with_defaults
+from pqcad_qat.diffusion.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser_folder, read_index
 from pqcad_qat.diffusion.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.diffusion.prompt_cuts import LENGTH, cut_prompts
 from pqcad_qat.errors import ModelError
@@ -63,6 +65,9 @@ EMBEDDED_GUIDANCE = 3.5
 HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that prompts are not encoded with."""
 
+LEVELS = range(4)
+"""Of a VAE that is not there: each but the first halves a picture's sides."""
+
 BATCH = 16
 """Prompts encoded at a time."""
 
@@ -80,10 +85,12 @@ class Encoding:
     Attributes:
         tokens: that T5's prompts are filled up or cut to; None for as many as the pipeline's own `encode_prompt` asks for.
         guidance: of a denoiser that takes it as an input (FLUX.1 dev); None for EMBEDDED_GUIDANCE.
+        sides: height and width of x_t, where they are others than the denoiser's config says.
     """
 
     tokens: int | None = None
     guidance: float | None = None
+    sides: tuple[int, int] | None = None
 
 
 OWN_WAY = Encoding()
@@ -208,14 +215,17 @@ def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
 
 def _text_parts(name: str, folder: Path) -> Any:
     """The pipeline with its text encoders alone, in float32."""
-    index = read_json(folder / "model_index.json")
+    index = read_index(folder)
+    parts = PipelineParts(folder, index)
+    parts.check_there((*TEXT_ENCODERS, *TOKENIZERS))
     for part in TOKENIZERS:
-        if PipelineParts(folder, index).has(part):
+        if parts.has(part):
             check_tokenizer(folder / part)
     null = (part for part, entry in index.items() if isinstance(entry, list) and entry[-1] is None)
-    absent = dict.fromkeys((*(part for part in HEAVY if part in index), *null))
+    given: dict[str, Any] = dict.fromkeys((*(part for part in HEAVY if part in index), *null))
+    given |= {part: parts.load(part, attention="sdpa") for part in parts.text_encoders}
     try:
-        made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **absent)
+        made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
     except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
     if name == "StableDiffusion3Pipeline":  # without T5 it asks its transformer how wide the zeros are that stand for it
@@ -224,14 +234,16 @@ def _text_parts(name: str, folder: Path) -> Any:
 
 
 def _numbers(folder: Path, count: int, names: tuple[str, ...], encoding: Encoding) -> dict[str, Tensor]:
-    """What is no text: SDXL's sizes, an original and a target of the model's own size, not cropped; the guidance that FLUX.1 dev reads."""
+    """What is no text: SDXL's sizes, an original and a target of the size of x_t, not cropped; the guidance that FLUX.1 dev reads."""
     part = denoiser_folder(folder)
     config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
     if "text_embeds" in names:
-        size = config["sample_size"]
         vae = folder / "vae" / "config.json"
-        factor = 2 ** (len(read_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 8
-        height, width = (factor * side for side in ((size, size) if isinstance(size, int) else size))
+        levels = with_defaults("AutoencoderKL", read_json(vae))["block_out_channels"] if vae.is_file() else LEVELS
+        sides = encoding.sides or sides_of(config)
+        if sides is None:
+            raise ModelError(f"{part / 'config.json'}: sample_size: got null; allowed the height and width of x_t")
+        height, width = (2 ** (len(levels) - 1) * side for side in sides)
         sizes = torch.tensor([[height, width, 0, 0, height, width]])
         return {"time_ids": sizes.expand(count, -1).clone(), "unconditional.time_ids": sizes}
     if config.get("guidance_embeds"):

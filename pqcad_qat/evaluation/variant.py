@@ -70,6 +70,7 @@ class Variant:
         conditions: that its images choose from.
         guidance_scale: of classifier-free guidance, 1 for none.
         decode: of a model of latents: x_0 (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1]; None without a VAE.
+        undecoded: whether it makes latents of one channel or three, for which nothing here has a decoder.
     """
 
     name: str
@@ -81,10 +82,11 @@ class Variant:
     conditions: ConditionSet = field(default_factory=ConditionSet)
     guidance_scale: float = 1.0
     decode: Callable[[Float32], Float32] | None = None
+    undecoded: bool = False
 
     @property
     def latent(self) -> bool:
-        return is_latent(self.sample_shape)
+        return self.undecoded or self.decode is not None or is_latent(self.sample_shape)
 
 
 def pytorch_variant(
@@ -173,7 +175,7 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     else:
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
     variant = pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
-    return replace(variant, decode=decoder_of(model)), conditioned(model), model.scheduler_config
+    return replace(variant, decode=decoder_of(model), undecoded=model.decoder), conditioned(model), model.scheduler_config
 
 
 def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:

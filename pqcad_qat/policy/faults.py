@@ -170,7 +170,9 @@ class Schema:
             case "string":
                 return f"text that matches {node['pattern']}" if "pattern" in node else "non-empty text"
             case "array":
-                return f"a list of one or more, each {self.describe(self._resolve(node['items']))}"
+                alike = node.get("minItems") == node.get("maxItems")  # both are there, or neither
+                count = node["minItems"] if alike and "minItems" in node else "one or more"
+                return f"a list of {count}, each {self.describe(self._resolve(node['items']))}"
             case "object":
                 return f"a mapping with the keys {', '.join(node['properties'])}" if "properties" in node else "a mapping"
             case other:

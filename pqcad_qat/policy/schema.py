@@ -75,6 +75,8 @@ def _one_or_more(value: object) -> object:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=2048)]
+Sides = Annotated[tuple[Side, ...], Strict(False), Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -94,8 +96,10 @@ class ModelPolicy(Section):
         description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, a hub id, or "
         "registered:NAME"
     )
-    sample_size: Count | None = Field(
-        None, description="height and width of x_t, of which the export has one; null: the model's own (Flux: 128, of 1024 pixels)"
+    sample_size: Side | Sides | None = Field(
+        None,
+        description="height and width of x_t, one number or [height, width], of which the export has one; null: the model's own (Flux: "
+        "128, of 1024 pixels)",
     )
 
 

@@ -18,7 +18,7 @@ from pqcad_qat.diffusion.calibration import CalibrationRecipe
 from pqcad_qat.diffusion.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
 from pqcad_qat.diffusion.model_folder import scheduler_file
-from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, pipeline_parts
+from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.diffusion.probing import check_predictions, constant_readers, probe_states
 from pqcad_qat.diffusion.prompts import prompts_cut
 from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
@@ -117,6 +117,7 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     check_sampler(policy.sampler.name, schedule, model.source)
     check_time_table(model, schedule.train_timesteps)
     parts = pipeline_parts(model.folder)
+    check_text_width(parts, model.condition_inputs)
     if VAE in chosen_formats(parts, policy.pipeline.model_dump(), model.source, weights=False):
         check_decoder(parts, model.sample_shape[0])
     with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
