@@ -18,16 +18,17 @@ from diffusers import DiTPipeline
 pytest.importorskip("transformers")
 
 from conditional_models import saved
-from text_pipelines import T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
+from safetensors.torch import load_file, save_file
+from text_pipelines import PIPELINES, T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from pqcad_qat.deployment.folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
 from pqcad_qat.deployment.part_parity import part_parity
-from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
+from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder, scaled_latents
 from pqcad_qat.deployment.parts import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.diffusion.architectures import ConditionInput, condition_inputs
-from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, decoded, pipeline_parts
+from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, decoded, pipeline_parts, to_decoder
 from pqcad_qat.diffusion.sampling import noise_schedule, trajectory
 from pqcad_qat.errors import ExportError, ModelError
 
@@ -217,6 +218,35 @@ def test_a_pipeline_of_classes_is_diffusers_own_with_the_vae_of_its_source(tmp_p
     np.testing.assert_allclose(found.transpose(0, 3, 1, 2), np.clip(wanted / 2 + 0.5, 0, 1), atol=2e-2)
 
 
+MEAN, DEVIATION = [0.1, -0.2, 0.3, -0.4], [0.5, 1.5, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "unknown"])
+def test_latents_are_scaled_as_diffusers_pipeline_of_that_class_scales_them(kind: str, tmp_path: Path) -> None:
+    source = PIPELINES["stable-diffusion" if kind == "unknown" else kind](tmp_path)
+    config = source / "vae" / "config.json"
+    told = {"latents_mean": MEAN, "latents_std": DEVIATION, "shift_factor": 0.25}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **told}))
+    if kind == "unknown":
+        index = json.loads((source / "model_index.json").read_text())
+        (source / "model_index.json").write_text(json.dumps({**index, "_class_name": "MyPipeline"}))
+    parts = pipeline_parts(source)
+    assert parts is not None
+    vae: Any = parts.load(VAE)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, deviation = (torch.tensor(value).view(1, 4, 1, 1) for value in (MEAN, DEVIATION))
+    scaled = {  # as the pipelines spell it
+        "stable-diffusion": latents / 0.5,
+        "stable-diffusion-xl": latents * deviation / 0.5 + mean,
+        "stable-diffusion-3": latents / 0.5 + 0.25,
+        "unknown": (latents / 0.5 + 0.25) * deviation + mean,
+    }[kind]
+    torch.testing.assert_close(to_decoder(vae.config, latents), scaled)
+    np.testing.assert_allclose(scaled_latents(dict(vae.config), latents.numpy()), scaled.numpy(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(vae, latents), torch.cat([vae.decode(one[None]).sample for one in scaled]))
+
+
 # ---- what cannot be deployed -----------------------------------------------------------------------------------------------------
 
 
@@ -267,3 +297,67 @@ def test_weights_that_are_no_safetensors_are_refused(narrow: DeployedPipeline, t
     (tmp_path / "it" / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "it" / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(ModelError, match=r"vae: cannot load this AutoencoderKL"):
         PipelineParts(tmp_path / "it", narrow.source.index).load(VAE)
+
+
+def test_a_decoder_that_does_not_fit_is_told_from_configs_alone(narrow: DeployedPipeline, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(narrow.source.folder, tmp_path / "it"))
+    original = json.loads((folder / "vae" / "config.json").read_text())
+    for changes, words in (
+        ({"latents_mean": [0.1]}, "latents_mean: got \\[0.1\\]; allowed 4 numbers, one a latent channel"),
+        ({"scaling_factor": 0}, "scaling_factor: got 0; allowed a number from 1e-06"),
+        ({"out_channels": 1}, "out_channels: got 1; allowed 3"),
+        ({"block_out_channels": [8, 9]}, "norm_num_groups: got 4; allowed divisors of 9"),
+    ):
+        (folder / "vae" / "config.json").write_text(json.dumps({**original, **changes}))
+        with pytest.raises(ModelError, match=f"vae/config.json: {words}"):
+            chosen_formats(pipeline_parts(folder), AUTO, "it", weights=False)
+    (folder / "vae" / "config.json").write_text(json.dumps({**original, "latent_channels": 3}))
+    with pytest.raises(ModelError, match=r"latent_channels: got 3; allowed 4, as its denoiser has, or pipeline.vae: none"):
+        check_decoder(pipeline_parts(folder), 4)
+
+
+def test_weights_of_a_part_that_are_damaged_are_told_before_anything_is_trained(narrow: DeployedPipeline, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(narrow.source.folder, tmp_path / "it"))
+    for part, name in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        weights = load_file(folder / part / name)
+        key = sorted(weights)[0]
+        for damage, words in (
+            ({**weights, key: torch.full_like(weights[key], float("nan"))}, f"{key}: holds values that are not finite"),
+            ({other: value for other, value in weights.items() if other != key}, f"1 missing: {key}"),
+        ):
+            save_file(damage, folder / part / name, metadata={"format": "pt"})
+            with pytest.raises(ModelError, match=words):
+                chosen_formats(pipeline_parts(folder), AUTO, "it")
+        save_file(weights, folder / part / name, metadata={"format": "pt"})
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ModelError, match=r"tokenizer: has no tokenizer_config.json; a text encoder takes its tokenizer"):
+        chosen_formats(pipeline_parts(folder), AUTO, "it", weights=False)
+
+
+def test_a_part_of_another_precision_alone_is_taken(narrow: DeployedPipeline, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(narrow.source.folder, tmp_path / "it"))
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        halved = {name: value.half() for name, value in load_file(folder / part / f"{stem}.safetensors").items()}
+        (folder / part / f"{stem}.safetensors").unlink()
+        save_file(halved, folder / part / f"{stem}.fp16.safetensors", metadata={"format": "pt"})
+        parts = pipeline_parts(folder)
+        assert parts is not None
+        assert set(chosen_formats(parts, AUTO, "it")) == {"vae", "text_encoder"}
+        own = parts.load(part).state_dict()
+        assert all(torch.equal(own[name], value.float()) for name, value in halved.items())
+
+
+def test_a_quantizing_decoder_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
+    parts = PipelineParts(tmp_path, {"vqvae": ["diffusers", "VQModel"]})
+    with pytest.raises(ModelError, match=r"vqvae: got 'VQModel'; allowed a vae of AutoencoderKL in its place, or pipeline.vae: none"):
+        chosen_formats(parts, AUTO, "it")
+    assert chosen_formats(parts, {**AUTO, "vae": "none"}, "it") == {}
+
+
+def test_the_second_texts_width_is_what_six_sizes_leave(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder_2").mkdir()
+    (tmp_path / "text_encoder_2" / "config.json").write_text('{"projection_dim": 20}')
+    parts = PipelineParts(tmp_path, {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]})
+    check_text_width(parts, [ConditionInput("text_embeds", (20,), "float32")])
+    with pytest.raises(ModelError, match="projection_dim: got 20; allowed 12"):
+        check_text_width(parts, [ConditionInput("text_embeds", (12,), "float32")])

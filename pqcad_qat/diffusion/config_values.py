@@ -78,7 +78,7 @@ def check_values(name: str, config: Config, where: str) -> None:
     """
     faults = []
     for key, (kind, _) in _signature(name).items():
-        kind = int | tuple[int, ...] if key == "sample_size" and kind is not int else kind
+        kind = SIZE if key == "sample_size" and (kind is not int or "pos_embed_max_size" in _signature(name)) else kind
         if key in config and not (fits(config[key], kind, key) or (config[key] is None and key in WITHOUT_EFFECT)):
             faults.append(f"{key}: got {shown(config[key])}; allowed {_described(kind, key)}")
     if "sample_size" in config and "sample_size" not in _signature(name) and not fits(config["sample_size"], SIZE, "sample_size"):
