@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,45 +56,65 @@ rubbish = st.recursive(
 DROPPED = object()
 
 
+Call = Callable[[Path], object]
+
+
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model folders by name; whoever damages one of them puts it right again."""
     folder = tmp_path_factory.mktemp("models")
     for name in MODELS:
         saved(name, folder / name)
     pytest.importorskip("transformers")
-    from text_pipelines import stable_diffusion, stable_diffusion_xl
+    from text_pipelines import stable_diffusion
 
-    made = {"stable-diffusion": stable_diffusion, "stable-diffusion-xl": stable_diffusion_xl}
-    return {name: folder / name for name in MODELS} | {name: make(folder / name) for name, make in made.items()}
-
-
-def planned(source: str) -> DiffusionModel:
-    """All that `plan` reads of a model, less its policy."""
-    return looked_at(shapes_of(source), source, weights=False)
+    return {name: folder / name for name in MODELS} | {"pipeline": stable_diffusion(folder / "pipeline")}
 
 
-def loaded(source: str) -> DiffusionModel:
-    return looked_at(load_model(source), source, weights=True)
+def planned(folder: Path) -> object:
+    """All that `plan` reads of a denoiser."""
+    return of_use(shapes_of(str(folder)))
 
 
-def looked_at(model: DiffusionModel, source: str, weights: bool) -> DiffusionModel:
+def loaded(folder: Path) -> object:
+    return of_use(load_model(str(folder)))
+
+
+def of_use(model: DiffusionModel) -> object:
     check_time_table(model, 1000)
     parts = pipeline_parts(model.folder)
     check_text_width(parts, model.condition_inputs)
-    if VAE in chosen_formats(parts, AUTO, source, weights):
-        check_decoder(parts, model.sample_shape[0])
     assert model.example[0].shape[1:] == model.sample_shape
-    return model
+    return parts
 
 
-def ends_well(folder: Path, alike: bool = True) -> None:
+def parts_planned(folder: Path) -> object:
+    """All that `plan` reads of what stands beside a denoiser."""
+    return of_parts(folder, weights=False)
+
+
+def parts_loaded(folder: Path) -> object:
+    return of_parts(folder, weights=True)
+
+
+def of_parts(folder: Path, weights: bool) -> object:
+    parts = pipeline_parts(folder)
+    formats = chosen_formats(parts, AUTO, str(folder), weights)
+    if VAE in formats:
+        check_decoder(parts, 4)
+    return formats
+
+
+DENOISER, BESIDE = (planned, loaded), (parts_planned, parts_loaded)
+
+
+def ends_well(folder: Path, plan: Call, run: Call, alike: bool = True) -> None:
     """A model, or one error of bounded length that names something of the folder; no file more, from plan and from run."""
     before, outcomes = names(folder.parent), []
-    for call in (planned, loaded):
+    for call in (plan, run):
         try:
             with bounded():
-                call(str(folder))
+                call(folder)
             outcomes.append("")
         except PqcadError as error:
             outcomes.append(str(error))
@@ -129,11 +149,9 @@ def changed(path: Path, data: st.DataObject, keys: list[str]) -> bytes:
 
 
 CONFIGS = {
-    "class_unet": ["unet/config.json"],
-    "text_unet": ["unet/config.json"],
-    "text_and_size_unet": ["unet/config.json"],
+    **{name: ["unet/config.json"] for name in ("class_unet", "text_unet", "text_and_size_unet")},
     **{name: ["transformer/config.json"] for name in ("dit", "pixart", "sd3", "flux")},
-    "stable-diffusion": ["vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"],
+    "pipeline": ["vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"],
 }
 MORE_KEYS = [
     "time_cond_proj_dim",
@@ -148,20 +166,23 @@ MORE_KEYS = [
 
 @FUZZ
 @given(data=st.data())
-def test_fuzz_a_config_of_any_values_ends_in_a_model_or_one_error(pipelines: dict[str, Path], data: st.DataObject) -> None:
+def test_fuzz_a_config_of_any_values_ends_in_a_model_or_one_error(models: dict[str, Path], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(CONFIGS)))
-    path = pipelines[name] / data.draw(st.sampled_from(CONFIGS[name]))
+    path = models[name] / data.draw(st.sampled_from(CONFIGS[name]))
     with replaced(path, changed(path, data, MORE_KEYS)):
-        ends_well(pipelines[name])
+        ends_well(models[name], *(BESIDE if name == "pipeline" else DENOISER))
 
 
 @FUZZ
 @given(data=st.data())
-def test_fuzz_an_index_of_any_values_ends_in_a_model_or_one_error(pipelines: dict[str, Path], data: st.DataObject) -> None:
-    folder = pipelines[data.draw(st.sampled_from(["stable-diffusion-xl", "dit", "class_unet"]))]
+def test_fuzz_an_index_of_any_values_ends_in_a_model_or_one_error(models: dict[str, Path], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["pipeline", "dit", "class_unet"]))
+    folder = models[name]
     keys = ["controlnet", "vqvae", "image_encoder", "requires_aesthetics_score", "_class_name", "unet", "transformer"]
     with replaced(folder / "model_index.json", changed(folder / "model_index.json", data, keys)):
-        ends_well(folder)
+        ends_well(folder, *DENOISER)
+        if name == "pipeline":
+            ends_well(folder, *BESIDE)
 
 
 TEXTS = (
@@ -186,22 +207,28 @@ FILES = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.jso
 
 @FUZZ
 @given(name=st.sampled_from(FILES), text=st.sampled_from(TEXTS) | st.binary(max_size=40))
-def test_fuzz_any_text_in_the_place_of_json_ends_in_one_error(pipelines: dict[str, Path], name: str, text: bytes) -> None:
-    folder = pipelines["stable-diffusion"]
+def test_fuzz_any_text_in_the_place_of_json_ends_in_one_error(models: dict[str, Path], name: str, text: bytes) -> None:
+    folder = models["pipeline"]
     with replaced(folder / name, text):
-        ends_well(folder)
+        ends_well(folder, *(BESIDE if name.startswith(("vae", "text")) else DENOISER))
 
 
-WEIGHTS = {"class_unet": "unet/diffusion_pytorch_model.safetensors", "stable-diffusion": "vae/diffusion_pytorch_model.safetensors"}
+WEIGHTS = {"class_unet": "unet/diffusion_pytorch_model.safetensors", "pipeline": "vae/diffusion_pytorch_model.safetensors"}
 
 
 @FUZZ
 @given(data=st.data())
-def test_fuzz_damaged_weights_end_in_a_model_or_one_error(pipelines: dict[str, Path], data: st.DataObject) -> None:
+def test_fuzz_damaged_weights_end_in_a_model_or_one_error(models: dict[str, Path], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(WEIGHTS)))
-    path = pipelines[name] / WEIGHTS[name]
+    path = models[name] / WEIGHTS[name]
     with replaced(path, damaged(path.read_bytes(), data)):
-        ends_well(pipelines[name])
+        ends_well(models[name], lambda _: None, vae_loaded if name == "pipeline" else loaded)
+
+
+def vae_loaded(folder: Path) -> object:
+    parts = pipeline_parts(folder)
+    assert parts is not None
+    return parts.load(VAE)
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
@@ -229,34 +256,34 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
             return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-PLACES = ("", "model_index.json", "unet", "unet/config.json", "scheduler", "vae", "vae/config.json", "text_encoder", "tokenizer")
-MORE_PLACES = ("scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+OF_DENOISER = ("model_index.json", "unet", "unet/config.json", "scheduler", "scheduler/scheduler_config.json", "unet/model.safetensors")
+OF_PARTS = ("vae", "vae/config.json", "text_encoder", "text_encoder/config.json", "tokenizer", "tokenizer/tokenizer_config.json")
+STORED = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
 @FUZZ
-@given(places=st.lists(st.sampled_from(PLACES[1:] + MORE_PLACES), min_size=1, max_size=2, unique=True), kind=st.integers(0, 5))
-def test_fuzz_files_that_are_missing_or_something_else_end_in_one_error(
-    pipelines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, places: list[str], kind: int
+@given(place=st.sampled_from(OF_DENOISER + OF_PARTS + STORED), kind=st.sampled_from(["", "folder", "empty", "loop", "pipe", "zeros"]))
+def test_fuzz_a_file_that_is_missing_or_something_else_ends_in_one_error(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, place: str, kind: str
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged") / "model"
-    shutil.copytree(pipelines["stable-diffusion"], folder)
-    for place in (folder / place for place in places):
-        if not place.exists():
-            continue
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink()
-        match kind:
-            case 1:
-                place.mkdir()
-            case 2:
-                place.touch()
-            case 3:
-                place.symlink_to(place)
-            case 4:
-                os.mkfifo(place)
-            case 5:
-                place.symlink_to("/dev/zero")
-    ends_well(folder, alike=False)
+    shutil.copytree(models["pipeline"], folder)
+    path = folder / place
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "empty":
+            path.touch()
+        case "loop":
+            path.symlink_to(path)
+        case "pipe":
+            os.mkfifo(path)
+        case "zeros":
+            path.symlink_to("/dev/zero")
+    of_parts = place in OF_PARTS or place.startswith(("vae", "text"))
+    ends_well(folder, *(BESIDE if of_parts else DENOISER), alike=False)
     shutil.rmtree(folder.parent)
