@@ -32,7 +32,7 @@ from pqcad_qat.diffusion.conditions import (
 )
 from pqcad_qat.diffusion.denoiser import DiffusionModel, is_latent, load_model, predict
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.model_folder import denoiser_folder
+from pqcad_qat.diffusion.model_folder import check_no_single_file, denoiser_folder, local
 from pqcad_qat.diffusion.pipeline_parts import VAE, decoded, pipeline_parts
 from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
@@ -162,17 +162,19 @@ def open_folder(
 
 def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mapping[str, Any]]:
     """A folder's variant before it has conditions, what it takes, and its scheduler config."""
-    folder = Path(source).expanduser()
+    path = local(source)
+    folder = path or Path(source)
     for deployed in (folder, folder / "openvino"):
-        if (deployed / MANIFEST).is_file():
+        if path and (deployed / MANIFEST).is_file():
             runtime = OVUNet2DModel.from_pretrained(deployed)
             takes = Conditioned(source, condition_inputs(runtime.conditions))
             return _deployed_variant(folder.name, runtime, steps), takes, runtime.scheduler_config
-    if is_quantized_folder(folder):
+    if path and is_quantized_folder(folder):
         model, _, own = load_quantized(folder)
-    elif (denoiser_folder(folder) / "config.json").is_file() or not folder.exists():
+    elif not path or (denoiser_folder(folder) / "config.json").is_file():
         model, own = load_model(source), DEFAULT_STEPS
     else:
+        check_no_single_file(folder)
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
     variant = pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
     return replace(variant, decode=decoder_of(model), undecoded=model.decoder), conditioned(model), model.scheduler_config
