@@ -565,4 +565,6 @@ def _print_result(folder: Path) -> None:
     for goal in report.targets:
         mark = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("not measured", "")}[goal.holds]
         measured = "-" if goal.measured is None else f"{goal.measured:.4g}"
-        CONSOLE.print(Text.assemble("  ", mark, f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}"))
+        why = f" ({goal.note})" if goal.holds is None and goal.note else ""
+        told = f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}{why}"
+        CONSOLE.print(Text.assemble("  ", mark, told), soft_wrap=True)

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from report_fixture import fixture_curves, fixture_report, fixture_samples, fixture_variants, minimal_report
 
+from pqcad_qat import cli
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.page import bits, duration, headlines, number, render_page, size, summary, target_text, verdict
-from pqcad_qat.evaluation.record import SCHEMA_VERSION, Curves, Report, Series, Timing, Variant, target
-from pqcad_qat.evaluation.report import read_record, read_report, to_json, write_report
+from pqcad_qat.evaluation.record import SCHEMA_VERSION, UNSTEADY_NOTE, Curves, Report, Series, Target, Timing, Variant, target
+from pqcad_qat.evaluation.report import read_record, read_report, save_record, to_json, write_report
 
 INTERFACE = ["policy", "seed", "hardware", "variants", "fid_protocol", "bit_schedule", "parity", "execution", "timings_s"]
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -305,3 +306,19 @@ def test_units_are_said_as_a_person_would() -> None:
     assert [duration(9.94), duration(75), duration(7260)] == ["9.9 s", "1 min 15 s", "2 h 01 min"]
     assert [bits(None), bits(4.0), bits(4.18)] == ["floating point", "4", "4.18"]
     assert [target_text(None, "x"), target_text(0.2, "x"), target_text(55, "layers")] == [DASH, f"0.2{TIMES}", "55 layers"]
+
+
+def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = fixture_report()
+    rows = tuple(
+        replace(row, did_not_run="its process died", size_bytes=None) if row.name == "nncf-int8" else row for row in report.variants
+    )
+    goal = Target("milliseconds an image: pqcad-openvino / fp32", None, "<=", 0.1, None, "x", "the times of fp32 are unsteady")
+    wide = {"fp32": Timing(435, 300, 306, 1228, 60)}
+    save_record(tmp_path, replace(report, variants=rows, latency=wide, targets=(goal,)))
+    cli._print_result(tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "nncf-int8 did not run: its process died" in told
+    assert "434.00 unsteady" in told
+    assert UNSTEADY_NOTE in told
+    assert "not measured: milliseconds an image: pqcad-openvino / fp32: - <= 0.1 (the times of fp32 are unsteady)" in told

@@ -18,9 +18,10 @@ from report_fixture import fixture_report, minimal_report
 from rich.console import Console
 
 from pqcad_qat.errors import StudyError
-from pqcad_qat.evaluation.record import Report
+from pqcad_qat.evaluation.record import UNSTEADY_NOTE, Report, Timing
 from pqcad_qat.evaluation.run_comparison import Comparison, Row, Spread, compare_runs, named_runs
 from pqcad_qat.evaluation.run_comparison_page import (
+    cells,
     comparison_tables,
     figure_chart,
     headings,
@@ -83,6 +84,16 @@ def test_figures_that_differ_in_their_last_digits_alone_are_one() -> None:
 def test_a_spread_is_told_as_its_mean_is() -> None:
     assert spread_text(Spread(2.684e-4, 3.2e-6, 3)) == "2.68e-04 ± 3.2e-06"
     assert spread_text(Spread(2.684, 0.126, 3)) == "2.68 ± 0.13"
+
+
+def test_times_that_spread_too_widely_are_marked_beside_the_figure_and_explained() -> None:
+    wide = replace(report(), latency={"fp32": Timing(435, 300, 306, 1228, 60)})
+    comparison = compare({"runs/a": wide, "runs/b": report("w2a8", progressive={"steps": 4})})
+    found = [dict(zip(headings(comparison), cells(comparison, row), strict=True)) for row in comparison.rows]
+    assert [texts["variant"] for texts in found if texts["ms an image"].endswith(" unsteady")] == ["fp32", "fp32-half"]
+    for told in (render(comparison), markdown(comparison), *list(comparison_tables(comparison))[1:]):
+        assert UNSTEADY_NOTE in str(told)
+    assert UNSTEADY_NOTE not in render(compare({"runs/a": report()}))
 
 
 def test_what_was_not_measured_is_absent(seeds: Comparison) -> None:

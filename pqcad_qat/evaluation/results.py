@@ -152,7 +152,7 @@ def _variants(facts: RunFacts) -> Iterator[Variant]:
         # fp32 at half the steps is the same network: its step costs the same
         timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
         step = timing["median_ms"] / policy.export.batch_size if timing else None
-        size = benchmark["sizes"].get({"fp32-half": "fp32", "ov-bf16": "ov-fp32"}.get(name, name))
+        size = benchmark["sizes"].get("fp32" if name == "fp32-half" else name)
         quality = {key: figures.get(name, {}).get(key) for key in ("fid_real", "fid_fp", "psnr_fp", "ssim_fp")}
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
         image = step * steps * passes if step else None
