@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ def damaged_trees(draw: st.DrawFn) -> tuple[str, str, str]:
         holder, key = found[draw(st.integers(0, len(found) - 1))]
         match draw(st.integers(0, 4)):
             case 0:
-                holder[key] = draw(st.sampled_from(VALUES))
+                holder[key] = deepcopy(draw(st.sampled_from(VALUES)))  # which the next round may change
             case 1:
                 del holder[key]
             case 2:
