@@ -116,7 +116,7 @@ class SampleGrids(Callback):
         with averaged_weights(state) as model:
             config: Any = model.config
             shape = (config.in_channels, config.sample_size, config.sample_size)
-            sampler = pytorch_variant("fp32", model, self._scheduler, DEFAULT_STEPS, shape)
+            sampler = pytorch_variant("fp32", model, ddpm_schedule(self._scheduler), DEFAULT_STEPS, shape)
             images = sample_images(replace(sampler, conditions=self._conditions), SAMPLES, 0, SAMPLES)
         self._folder.mkdir(parents=True, exist_ok=True)
         save_grid(images, self._folder / f"step_{state.step:06d}.png")

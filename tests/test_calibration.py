@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 
 from pqcad_qat.diffusion.calibration import CalibrationRecipe, CalibrationSet, calibration_set, read_calibration, record
 from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
-from pqcad_qat.diffusion.sampling import initial_noise
+from pqcad_qat.diffusion.sampling import initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
 
 STEPS, TRAJECTORIES = 5, 6
@@ -88,10 +88,17 @@ def test_a_refined_set_holds_the_states_that_a_finer_sampler_visits(tiny_model: 
     assert torch.equal(refined.images, finer.images)
 
 
-def test_a_refinement_that_passes_by_the_samplers_time_steps_is_refused(tiny_model: DiffusionModel, recipe: CalibrationRecipe) -> None:
-    config = {**tiny_model.scheduler_config, "timestep_spacing": "linspace"}
-    with pytest.raises(ModelError, match=r"calibration\.refinement: got 2: with linspace spacing 10 steps do not visit"):
-        record(replace(tiny_model, scheduler_config=config), replace(recipe, refinement=2), 2)
+@pytest.mark.parametrize(("spacing", "steps", "times"), [("linspace", 4, [999, 666, 333, 0]), ("leading", 3, [666, 333, 0])])
+def test_steps_that_no_finer_sampler_visits_are_divided_all_the_same(
+    tiny_model: DiffusionModel, recipe: CalibrationRecipe, spacing: str, steps: int, times: list[int]
+) -> None:
+    config = {**tiny_model.scheduler_config, "timestep_spacing": spacing}
+    found = record(replace(tiny_model, scheduler_config=config), replace(recipe, steps=steps, refinement=2, trajectories=1), 1)
+    assert list(found.timesteps) == times
+    schedule, x_t = noise_schedule(config), found.states[:, 0]
+    for t, s in ((times[0], times[0] - (times[0] - times[1]) // 2), (times[0] - (times[0] - times[1]) // 2, times[1])):
+        x_t = schedule.step(predict(tiny_model.denoiser, x_t, t), x_t, t, s).detach()
+    torch.testing.assert_close(x_t, found.states[:, 1], rtol=1e-5, atol=1e-5)
 
 
 def test_recording_twice_gives_the_same_bits(tiny_model: DiffusionModel, recipe: CalibrationRecipe, recorded: CalibrationSet) -> None:

@@ -88,7 +88,7 @@ def test_numpy_and_torch_give_the_same_step() -> None:
     [
         ({"thresholding": True}, "thresholding: got true"),
         ({"prediction_type": "flow"}, "prediction_type: got 'flow'; allowed epsilon"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule: got 'sigmoid'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule: got 'sigmoid'; allowed linear, scaled_linear, squaredcos_cap_v2$"),
         ({"timestep_spacing": "odd"}, "timestep_spacing: got 'odd'"),
     ],
 )

@@ -119,9 +119,9 @@ def test_epsilon_is_not_distilled_where_there_is_no_signal() -> None:
     assert 999 in distillation_set(Denoiser(), recorded(Denoiser(), schedule("v_prediction")), schedule("v_prediction"), 8, 4, 4).timesteps
 
 
-def test_a_student_that_visits_other_times_than_its_teacher_is_refused() -> None:
+def test_a_set_without_states_at_the_students_times_is_refused() -> None:
     noise = schedule("v_prediction", "linspace")
-    with pytest.raises(ModelError, match=r"student_steps: got 4: with linspace spacing 8 steps do not visit"):
+    with pytest.raises(ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[666, 333\]"):
         distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
 
 

@@ -20,7 +20,8 @@ from pqcad_qat.deployment.folder import read_graph, read_manifest, sha256
 from pqcad_qat.deployment.modules import QuantizedInput, effective_weights
 from pqcad_qat.deployment.runtime import OVUNet2DModel
 from pqcad_qat.deployment.timesteps import TimestepTable
-from pqcad_qat.errors import ExportError
+from pqcad_qat.diffusion.schedulers import DDIM_KEYS
+from pqcad_qat.errors import ExportError, ModelError
 
 INPUTS = {"bits": 8, "symmetric": False}
 
@@ -144,7 +145,7 @@ def test_the_folder_has_the_layout_of_a_diffusers_pipeline(unet: Quantized, fold
     assert (index["_class_name"], index["scheduler"]) == ("DDIMPipeline", ["diffusers", "DDIMScheduler"])
     config = json.loads((folder / "unet" / "config.json").read_text())
     assert config["block_out_channels"] == list(unet.model.config["block_out_channels"])  # type: ignore[index]
-    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) == SCHEDULER
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) == {**DDIM_KEYS, **SCHEDULER}
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -210,5 +211,5 @@ def test_a_planned_layer_that_the_model_has_not_is_named(small: Quantized, tmp_p
 
 @pytest.mark.parametrize("steps", [None, 0, "1000"])
 def test_a_scheduler_config_without_time_steps_is_refused(small: Quantized, tmp_path: Path, steps: object) -> None:
-    with pytest.raises(ExportError, match="num_train_timesteps"):
-        export_model(small.model, {"num_train_timesteps": steps}, small.layers, SHAPE, 1, "int8", tmp_path / "openvino", {})
+    with pytest.raises(ModelError, match="num_train_timesteps"):
+        export_model(small.model, {**SCHEDULER, "num_train_timesteps": steps}, small.layers, SHAPE, 1, "int8", tmp_path / "openvino", {})

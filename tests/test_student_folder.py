@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import POLICIES, tiny_overrides
+from conftest import POLICIES, SCHEDULER, tiny_overrides
 from diffusers import DDIMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, predict
+from pqcad_qat.diffusion.schedulers import DDIM_KEYS
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
@@ -104,7 +105,7 @@ def test_saving_leaves_the_model_as_it_was(saved: tuple[Path, nn.Module, tuple[L
     with torch.no_grad():
         before = predict(model, *noise(2))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    save_quantized(tmp_path / "student", model, plan, True, {"num_train_timesteps": 1000}, 2)
+    save_quantized(tmp_path / "student", model, plan, True, SCHEDULER, 2)
     with torch.no_grad():
         assert torch.equal(predict(model, *noise(2)), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -152,7 +153,7 @@ def test_the_scheduler_is_the_models_with_the_students_steps(
     saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tiny_model: DiffusionModel
 ) -> None:
     written = json.loads((saved[0] / "scheduler" / "scheduler_config.json").read_text())
-    assert written == {**tiny_model.scheduler_config, "num_inference_steps": 2}
+    assert written == {**DDIM_KEYS, **tiny_model.scheduler_config, "num_inference_steps": 2}
 
 
 def test_a_quantized_folder_is_told_from_a_full_precision_one(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pqcad_qat.diffusion.denoiser import DiffusionModel
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.sampling import initial_noise
+from pqcad_qat.diffusion.sampling import initial_noise, noise_schedule
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.grid import save_grid
 from pqcad_qat.evaluation.variant import DEFAULT_STEPS, Variant, open_folder, pytorch_variant, sample_images
@@ -24,7 +24,7 @@ from pqcad_qat.evaluation.variant import DEFAULT_STEPS, Variant, open_folder, py
 
 @pytest.fixture
 def variant(tiny_model: DiffusionModel) -> Variant:
-    return pytorch_variant("fp32", tiny_model.denoiser, tiny_model.scheduler_config, 3, tiny_model.sample_shape)
+    return pytorch_variant("fp32", tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape)
 
 
 def test_images_are_those_of_diffusers_own_sampler(variant: Variant, tiny_model: DiffusionModel) -> None:

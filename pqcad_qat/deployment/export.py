@@ -43,14 +43,15 @@ from pqcad_qat.deployment.time_path import keep_time_in_float32
 from pqcad_qat.deployment.timesteps import Times, known_times, timestep_tables
 from pqcad_qat.diffusion.architectures import TEXT, ConditionInput, architecture_of
 from pqcad_qat.diffusion.own_modules import one_line
-from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.diffusion.sampling import noise_schedule, written_out
+from pqcad_qat.diffusion.schedulers import DDIM_SCHEDULER, FLOW_SCHEDULER
 from pqcad_qat.errors import ExportError, PqcadError
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.quantizers import IntegerLayer
 
-PIPELINES: Mapping[str, str] = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler": "PNDMPipeline"}
-"""diffusers' unconditional pipelines that want a scheduler of their own; DDPMPipeline takes the others."""
+UNCONDITIONAL: Mapping[str, str] = {DDIM_SCHEDULER: "DDIMPipeline", FLOW_SCHEDULER: "DDPMPipeline"}
+"""diffusers' pipeline of a denoiser alone, by the scheduler of our sampler."""
 
 OURS = ("pqcad_qat.deployment.runtime", "OVUNet2DModel")
 """The runtime's class, as model_index.json names the denoiser: as diffusers does with classes that are not its own."""
@@ -94,7 +95,7 @@ def export_model(
 
     Args:
         model: quantized denoiser, called by `predict`.
-        scheduler_config: diffusers scheduler config the model is sampled with; num_train_timesteps bounds its time steps.
+        scheduler_config: diffusers scheduler config the model is sampled with; it is written as that of our sampler, with every key.
         layers: every planned layer by module path, as integers.
         sample_shape: (C, H, W).
         batch_size: fixed batch of the graph.
@@ -111,14 +112,14 @@ def export_model(
         ModelError: a part that cannot be loaded.
     """
     check_replaceable(folder)
-    train_timesteps = _train_timesteps(scheduler_config)
     schedule = noise_schedule(scheduler_config)
+    scheduler = written_out(scheduler_config, schedule)
     graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions, attention)
     part = _part(model)
     texts = {
         f"{part}/{CONFIG}": _config(model),
-        SCHEDULER_CONFIG: scheduler_config,
-        MODEL_INDEX: _model_index(model, scheduler_config, bool(conditions), parts),
+        SCHEDULER_CONFIG: scheduler,
+        MODEL_INDEX: _model_index(model, scheduler, bool(conditions), parts),
         OPENVINO_CONFIG: _openvino_config(),
     }
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
@@ -129,7 +130,7 @@ def export_model(
         "weights": {},
         "sample_shape": list(sample_shape),
         "batch_size": batch_size,
-        "train_timesteps": train_timesteps,
+        "train_timesteps": schedule.train_timesteps,
         "timestep_dtype": schedule.timestep_dtype,
         "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
@@ -250,13 +251,6 @@ def _integer_module(layer: IntegerLayer) -> nn.Module:
     raise ExportError(f"{layer.name}: kind must be Conv2d or Linear, got {layer.kind!r}")
 
 
-def _train_timesteps(scheduler_config: Mapping[str, Any]) -> int:
-    steps = scheduler_config.get("num_train_timesteps")
-    if not isinstance(steps, int) or steps < 1:
-        raise ExportError(f"the scheduler config must give num_train_timesteps, a whole number above 0, got {steps!r}")
-    return steps
-
-
 def _config(model: nn.Module) -> dict[str, Any]:
     """The denoiser's diffusers config, less what only its folder of origin knew, and the learned variance that the graph does not give."""
     config = dict(getattr(model, "config", {}))
@@ -270,12 +264,12 @@ def _model_index(model: nn.Module, scheduler_config: Mapping[str, Any], conditio
 
     Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
     """
-    scheduler = str(scheduler_config.get("_class_name", "DDIMScheduler"))
+    scheduler = scheduler_config["_class_name"]
     own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
     ours = OURS_BY_CLASS.get(type(model).__name__, OURS)
     if parts is not None:
         return pipeline_index(parts, ours) | own
-    pipeline = "DiffusionPipeline" if conditional else PIPELINES.get(scheduler, "DDPMPipeline")
+    pipeline = "DiffusionPipeline" if conditional else UNCONDITIONAL[scheduler]
     return {"_class_name": pipeline, **own, _part(model): list(ours)}
 
 

@@ -26,14 +26,12 @@ from pqcad_qat.deployment.manifest import DENOISERS, SCHEDULER_CONFIG
 from pqcad_qat.deployment.packing import WeightFormat
 from pqcad_qat.deployment.stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.diffusion.schedulers import STEPS
 from pqcad_qat.errors import ModelError
 
 __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
 
 Float32 = npt.NDArray[np.float32]
-
-STEPS = "num_inference_steps"
-"""Key of the scheduler config: the sampling steps that the model is for, which diffusers' pipelines do not read."""
 
 CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 """Values of ONEDNN_MAX_CPU_ISA, which keeps oneDNN, and so OpenVINO, to the instructions of an older CPU."""
@@ -240,11 +238,8 @@ def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArr
     Raises:
         ModelError: the config is no schedule that we know; `path` is its own.
     """
-    try:
-        schedule, steps = noise_schedule(scheduler_config), scheduler_config.get(STEPS)
-        return None if steps is None else np.array([t for t, _ in schedule.walk(steps)], np.float64)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
+    schedule, steps = noise_schedule(scheduler_config, str(path)), scheduler_config.get(STEPS)
+    return None if steps is None else np.array([t for t, _ in schedule.walk(steps, f"{path}: {STEPS}")], np.float64)
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:

@@ -19,8 +19,9 @@ from pqcad_qat.deployment.folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
 from pqcad_qat.deployment.manifest import PARTS, SCHEDULER_CONFIG, listed
 from pqcad_qat.deployment.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.deployment.prompt_conditions import FLUX_GUIDANCE, LAYOUTS, Arrays, PromptLayout, Wanted
-from pqcad_qat.deployment.runtime import STEPS, Float32, OVUNet2DModel
+from pqcad_qat.deployment.runtime import Float32, OVUNet2DModel
 from pqcad_qat.diffusion.sampling import guided, initial_noise, noise_schedule, trajectory
+from pqcad_qat.diffusion.schedulers import STEPS
 from pqcad_qat.errors import ModelError
 from pqcad_qat.json_files import read_json
 

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pqcad_qat.diffusion import config_faults, flux
 from pqcad_qat.diffusion.config_faults import SIZES, sides_of
 from pqcad_qat.diffusion.config_values import check_values, with_defaults
-from pqcad_qat.diffusion.flow import FLOW_SCHEDULER, settled
+from pqcad_qat.diffusion.flow import settled
+from pqcad_qat.diffusion.schedulers import FLOW_SCHEDULER
 from pqcad_qat.errors import ModelError
 from pqcad_qat.json_files import shown
 
@@ -84,7 +85,7 @@ class Architecture:
         patch: side of the patches of x_t whose pixels are the channels that the config counts.
         default_size: height and width of x_t where the config has no place for them.
         resizable: whether x_t may have another size than the config says.
-        scheduler: (scheduler config, height and width of x_t) -> with what the class's own pipeline adds to it.
+        scheduler: (scheduler config, height and width of x_t, its file) -> with what the class's own pipeline adds to it.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Architecture:
     patch: int = 1
     default_size: int | None = None
     resizable: bool = False
-    scheduler: Callable[[Config, tuple[int, int]], dict[str, Any]] = lambda config, _: dict(config)
+    scheduler: Callable[[Config, tuple[int, int], str], dict[str, Any]] = lambda config, *_: dict(config)
 
     def sample_shape(self, config: Config) -> tuple[int, int, int]:
         """(C, H, W) of x_t, as a checked diffusers config says it."""
@@ -164,9 +165,9 @@ def _joint_attention(config: Config) -> tuple[ConditionInput, ...]:
     return found + ((ConditionInput("guidance", (), "float32"),) if config.get("guidance_embeds") else ())
 
 
-def _flux_scheduler(config: Config, size: tuple[int, int]) -> dict[str, Any]:
+def _flux_scheduler(config: Config, size: tuple[int, int], where: str) -> dict[str, Any]:
     tokens = size[0] // flux.PATCH * (size[1] // flux.PATCH)
-    return settled(config, tokens) if config.get("_class_name") == FLOW_SCHEDULER else dict(config)
+    return settled(config, tokens, where) if config.get("_class_name") == FLOW_SCHEDULER else dict(config)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {

@@ -42,7 +42,7 @@ class CalibrationRecipe:
         refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's own ODE.
         conditions: digest of the set that trajectories choose from, None for an unconditional model.
         guidance_scale: of classifier-free guidance, 1 for none.
-        also: steps of further samplers whose states are kept, where they visit other time steps.
+        also: steps of its students, whose states are kept too, where they visit other time steps.
     """
 
     model_digest: str
@@ -156,12 +156,12 @@ def record(
     `parts` is a folder for the batches that are recorded, from which a process that comes after this one goes on.
 
     Raises:
-        ModelError: the model gives values that are not finite, or the refined sampler passes by one of them.
+        ModelError: the model gives values that are not finite.
         InterruptedByUserError: Ctrl-C, with `parts`.
     """
     schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
-    coarse = schedule.passing((recipe.steps, *recipe.also))
-    fine = schedule.finer(coarse, recipe.refinement, f"calibration.refinement: got {recipe.refinement}")
+    coarse = schedule.passing(recipe.steps, recipe.also)
+    fine = schedule.finer(coarse, recipe.refinement)
     guiding = conditions.unconditional if recipe.guidance_scale != 1.0 else {}
 
     def batches(done: int) -> Iterator[dict[str, Tensor]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import DDIMScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import no_init_weights
 from safetensors.torch import save_file
@@ -32,7 +31,6 @@ from pqcad_qat.diffusion.architectures import (
     known_architecture,
 )
 from pqcad_qat.diffusion.config_values import bounded_build, class_of, silent
-from pqcad_qat.diffusion.flow import FLOW_SCHEDULER
 from pqcad_qat.diffusion.model_folder import (
     CONFIG,
     DECODERS,
@@ -54,10 +52,15 @@ from pqcad_qat.diffusion.model_folder import (
     scheduler_file,
 )
 from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
+from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.diffusion.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER
 from pqcad_qat.diffusion.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
 from pqcad_qat.errors import ModelError
 from pqcad_qat.json_files import read_json
 from pqcad_qat.policy.schema import EMBEDDED
+
+DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": DDIM_SCHEDULER, **DDIM_KEYS}
+"""Of an architecture that stands alone."""
 
 Condition = Mapping[str, Tensor]
 """What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
@@ -239,14 +242,19 @@ def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = No
     where = part / CONFIG
     config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
     alone = not index and not beside.exists() and not has_weights(part, STEM)  # an architecture, whose scheduler may be any
-    scheduler = dict(DDIMScheduler().config) if alone else read_json(beside, LAYOUT)
+    scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
     check_index(folder, index, known_architecture(config, str(where)).name)
-    shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where))
+    shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
     return replace(shapes, folder=folder, decoder=any(part_class(index, name) for name in DECODERS))
 
 
 def shapes_of_configs(
-    config: Mapping[str, Any], scheduler: Mapping[str, Any], source: str, sample_size: SampleSize | None = None, where: str | None = None
+    config: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    source: str,
+    sample_size: SampleSize | None = None,
+    where: str | None = None,
+    beside: str = "scheduler config",
 ) -> DiffusionModel:
     """The model of configs, whose denoiser holds shapes alone, on torch's meta device, and has been called once.
 
@@ -256,6 +264,7 @@ def shapes_of_configs(
         source: as the user named the model.
         sample_size: as of `load_model`.
         where: the denoiser's config lies, for messages; by default the source.
+        beside: where the scheduler's config lies.
 
     Raises:
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
@@ -265,7 +274,8 @@ def shapes_of_configs(
         denoiser, _ = untrained_denoiser(config, where, sample_size)
     denoiser.to("meta")  # buffers that come from numpy are on the CPU still
     if (architecture := architecture_of(denoiser)) is not None:
-        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(cast(Any, denoiser).config)[1:])
+        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(cast(Any, denoiser).config)[1:], beside)
+    noise_schedule(scheduler, beside)
     found = DiffusionModel(denoiser, dict(scheduler), source, "")
     try:
         with torch.no_grad():
@@ -323,6 +333,7 @@ def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
 
 def _load_registered(source: str) -> DiffusionModel:
     told, denoiser = registered(source)
+    noise_schedule(told.scheduler_config, f"{source}: scheduler_config")
     return _model(denoiser, dict(told.scheduler_config), source, told)
 
 
@@ -330,6 +341,8 @@ def _model(denoiser: Any, scheduler: dict[str, Any], source: str, custom: Regist
     denoiser = denoiser.float().eval()
     own = {"sample_shape": custom.sample_shape, "conditions": [str(wanted) for wanted in custom.conditions]} if custom else denoiser.config
     configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (own, scheduler)]
+    if scheduler["_class_name"] not in (DDIM_SCHEDULER, FLOW_SCHEDULER):
+        configs.append({"scheduler": scheduler["_class_name"]})  # which says what a key left out means
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
@@ -360,8 +373,8 @@ def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dic
     name, part = (architecture.name, architecture.part) if architecture else (None, PARTS[0])
     whole = architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
     pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
-    scheduler = FLOW_SCHEDULER if scheduler_config.get("_class_name") == FLOW_SCHEDULER else "DDIMScheduler"
-    return {"_class_name": pipeline, "scheduler": ["diffusers", scheduler], part: ["diffusers" if name else None, name]}
+    scheduler = ["diffusers", scheduler_config["_class_name"]]
+    return {"_class_name": pipeline, "scheduler": scheduler, part: ["diffusers" if name else None, name]}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

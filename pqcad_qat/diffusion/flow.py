@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 
-from pqcad_qat.diffusion.ddim import Array, Walk
+from pqcad_qat.diffusion.ddim import STEPS_KEY, Array, Walk
+from pqcad_qat.diffusion.schedulers import FLOW_SCHEDULER, MOST_TIMESTEPS, SIGMAS, Keys
 from pqcad_qat.errors import ModelError
 
-FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 FlowSpacing = Literal["linspace", "trailing"]
 
 SPACING = "timestep_spacing"
@@ -28,7 +28,19 @@ SPACING = "timestep_spacing"
 DIGITS = 4
 """Decimals of a time: float32 tells no more of 1000, and so equal times of two samplers are equal numbers."""
 
-UNKNOWN = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
+SHIFTS = (0.01, 100.0)
+"""Between which a shift lies: beyond them times that are a training step apart come to be the same in DIGITS."""
+
+DYNAMIC: Mapping[str, Any] = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "time_shift_type": "exponential",
+}
+"""Keys of a dynamic shift, with what they mean where they are left out."""
+
+UNKNOWN = ("invert_sigmas", "shift_terminal", *SIGMAS, "stochastic_sampling")
 """Keys of a scheduler config that make another schedule, or another sampler, of it."""
 
 
@@ -51,6 +63,12 @@ class FlowSchedule:
     prediction_type: ClassVar[Literal["flow"]] = "flow"
     timestep_dtype: ClassVar[Literal["float32"]] = "float32"
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the scheduler of diffusers that has this schedule, every key that decides it written out."""
+        off = {key: None if key == "shift_terminal" else False for key in (*UNKNOWN, "use_dynamic_shifting")}
+        return {"_class_name": FLOW_SCHEDULER, "num_train_timesteps": self.train_timesteps, "shift": self.shift, **off}
+
     def shifted(self, sigma: float) -> float:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
@@ -61,23 +79,27 @@ class FlowSchedule:
         """t of a sigma before its shift."""
         return round(self.train_timesteps * self.shifted(sigma), DIGITS)
 
-    def walk(self, steps: int) -> Walk:
-        """The steps of an N-step sampler, from noise at t = T to the image at 0.
+    def walk(self, steps: int, key: str = STEPS_KEY) -> Walk:
+        """The steps of an N-step sampler, from noise at t = T to the image at 0; `key` is who asks for them.
 
         Raises:
             ModelError: fewer than 1 step, or more than the model was trained with.
         """
         count = self.train_timesteps
         if not 1 <= steps <= count:
-            raise ModelError(f"sampling steps: got {steps}; allowed 1 to {count}, the model's training steps")
+            raise ModelError(f"{key}: got {steps}; allowed 1 to {count}, the model's training steps")
         last = 1 / steps if self.timestep_spacing == "trailing" else self.shifted(1 / count)
         return _through(self.time(float(sigma)) for sigma in np.linspace(1.0, last, steps))
 
-    def passing(self, counts: Sequence[int]) -> Walk:
-        """The steps of a walk that visits the times of several samplers."""
-        return _through(t for count in counts for t, _ in self.walk(count))
+    def student(self, steps: int, student_steps: int) -> FlowSchedule:
+        """Itself: whatever their number, steps begin at t = T."""
+        return self
 
-    def finer(self, walk: Walk, factor: int, asked: str) -> tuple[Walk, ...]:
+    def passing(self, steps: int, students: Sequence[int]) -> Walk:
+        """The steps of a walk that visits the times of N steps and of its students of so many."""
+        return _through(t for count in (steps, *students) for t, _ in self.walk(count))
+
+    def finer(self, walk: Walk, factor: int) -> tuple[Walk, ...]:
         """Each step of a walk in `factor` steps, even before the shift."""
         found = []
         for ends in walk:
@@ -94,8 +116,8 @@ class FlowSchedule:
         """The prediction that carries x_t to x_s in one step."""
         return euler_inverse(x_t, x_s, t / self.train_timesteps, s / self.train_timesteps)
 
-    def error_weight(self, t: float) -> float:
-        """What a squared error of a velocity at t weighs, in x_0 by truncated SNR.
+    def error_weight(self, t: float, s: float = 0.0) -> float:
+        """What a squared error of the velocity of a step weighs, in x_0 by truncated SNR.
 
         An error of x_0 = x_t - sigma v is sigma times one of v, and SNR = ((1 - sigma) / sigma)^2, so sigma^2 max(SNR, 1) is:
         """
@@ -103,34 +125,43 @@ class FlowSchedule:
         return max((1 - sigma) ** 2, sigma**2)
 
 
-def flow_schedule(config: Mapping[str, Any]) -> FlowSchedule:
-    """Read the config of a FlowMatchEulerDiscreteScheduler whose shift is settled (`settled`).
+def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> FlowSchedule:
+    """Read the config of a FlowMatchEulerDiscreteScheduler whose shift is settled (`settled`); `where` is its file.
 
     Raises:
-        ModelError: a key that these functions do not know how to honour.
+        ModelError: a key or a value that these functions do not know how to honour.
     """
-    for key in UNKNOWN:
-        if config.get(key):
-            raise ModelError(f"scheduler config: {key}: got {config[key]}; allowed null or false")
+    keys = Keys({"shift": 1.0, SPACING: "linspace", "num_train_timesteps": 1000, **config}, where)
+    keys.off(UNKNOWN)
     if config.get("use_dynamic_shifting"):
-        raise ModelError("scheduler config: use_dynamic_shifting: got true; allowed of a model whose pipeline says how, as Flux's does")
-    spacing = config.get(SPACING, "linspace")
-    if spacing not in get_args(FlowSpacing):
-        raise ModelError(f"scheduler config: {SPACING}: got {spacing!r}; allowed {', '.join(get_args(FlowSpacing))}")
-    return FlowSchedule(float(config.get("shift", 1.0)), spacing, int(config.get("num_train_timesteps", 1000)))
+        raise keys.fault("use_dynamic_shifting", "null or false, but of a model whose pipeline says how, as Flux's does")
+    spacing = keys.choice(SPACING, get_args(FlowSpacing))
+    timesteps = keys.whole("num_train_timesteps", 1, MOST_TIMESTEPS)
+    return FlowSchedule(keys.number("shift", *SHIFTS), cast(FlowSpacing, spacing), timesteps)
 
 
-def settled(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler config") -> dict[str, Any]:
     """The config with a dynamic shift as the fixed one that it is for an image of so many tokens, and the spacing of Flux's pipeline.
 
     diffusers' time_shift(mu) is the fixed shift by e^mu, of type linear by mu; mu lies on the line through the config's two ends.
+
+    Raises:
+        ModelError: a key or a value that is not one of a dynamic shift.
     """
     found = {**config, SPACING: "trailing"}
     if found.get("use_dynamic_shifting"):
-        ends = [float(config.get(key, default)) for key, default in (("base_image_seq_len", 256), ("max_image_seq_len", 4096))]
-        shifts = [float(config.get(key, default)) for key, default in (("base_shift", 0.5), ("max_shift", 1.15))]
+        keys = Keys({**DYNAMIC, **config}, where)
+        ends = [keys.number(key) for key in ("base_image_seq_len", "max_image_seq_len")]
+        shifts = [keys.number(key, above=-10, below=10) for key in ("base_shift", "max_shift")]
+        if ends[0] == ends[1]:
+            raise keys.fault("max_image_seq_len", "another number than base_image_seq_len")
         mu = shifts[0] + (shifts[1] - shifts[0]) * (tokens - ends[0]) / (ends[1] - ends[0])
-        linear = config.get("time_shift_type", "exponential") == "linear"
+        linear = keys.choice("time_shift_type", ("exponential", "linear")) == "linear"
+        low, high = SHIFTS if linear else (math.log(shift) for shift in SHIFTS)
+        if not low < mu < high:
+            raise keys.fault(
+                "max_shift", f"one that comes to a shift of {SHIFTS[0]:g} to {SHIFTS[1]:g} for {tokens} tokens; this is {mu:g}"
+            )
         found |= {"use_dynamic_shifting": False, "shift": mu if linear else math.exp(mu)}
     return found
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.own_modules import one_line, plain_module
+from pqcad_qat.diffusion.schedulers import DDIM_SCHEDULER
 from pqcad_qat.errors import ModelError, PqcadError
 
 REGISTERED = "registered:"
@@ -46,10 +47,12 @@ def register_denoiser(
             t (B,) int64, or float32 of flow matching, and returns the prediction (B, C, H, W); or a tuple or list that begins with it, or
             what has it as `sample`, a dictionary's key or an attribute.
         sample_shape: (C, H, W) of x_t.
-        scheduler_config: in diffusers' names: num_train_timesteps, beta_schedule, prediction_type, ...
+        scheduler_config: in diffusers' names: num_train_timesteps, beta_schedule, prediction_type, ...; of a DDIMScheduler, unless its
+            _class_name says another.
         conditions: what it takes beside x_t and t, by the names of its keyword arguments.
     """
-    _KNOWN[name] = RegisteredDenoiser(build, sample_shape, dict(scheduler_config), conditions)
+    scheduler = {"_class_name": DDIM_SCHEDULER, **scheduler_config}
+    _KNOWN[name] = RegisteredDenoiser(build, sample_shape, scheduler, conditions)
 
 
 def registered(source: str) -> tuple[RegisteredDenoiser, nn.Module]:

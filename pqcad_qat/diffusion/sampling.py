@@ -14,20 +14,40 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.diffusion.ddim import Array, DDPMSchedule, Walk, ddpm_schedule
-from pqcad_qat.diffusion.flow import FLOW_SCHEDULER, FlowSchedule, flow_schedule
+from pqcad_qat.diffusion.flow import FlowSchedule, flow_schedule
+from pqcad_qat.diffusion.schedulers import FLOW_SCHEDULER, STEPS, Keys, scheduler_class
 from pqcad_qat.errors import ModelError
 
 NoiseSchedule = DDPMSchedule | FlowSchedule
 """How noise and time belong together in a model, and with that the steps of its sampler: `walk`, `step` and `inverse`."""
 
 
-def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Read a diffusers scheduler config.
+def noise_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> NoiseSchedule:
+    """Read a diffusers scheduler config; `where` is its file.
 
     Raises:
-        ModelError: a key that these functions do not know how to honour.
+        ModelError: a class, a key or a value that these functions do not know how to honour.
     """
-    return flow_schedule(config) if config.get("_class_name") == FLOW_SCHEDULER else ddpm_schedule(config)
+    return flow_schedule(config, where) if scheduler_class(config, where) == FLOW_SCHEDULER else ddpm_schedule(config, where)
+
+
+def written_out(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
+    """The config of a deployed sampler: of the scheduler of diffusers that makes the schedule's steps, with every key that decides them.
+
+    What one class means by a key that is left out, another does not. Keys of ours stay as they are.
+    """
+    return {**config, **schedule.config}
+
+
+def distilled_steps(config: Mapping[str, Any], where: str) -> int | None:
+    """The sampling steps that the model of a deployed scheduler config was distilled for; None where it names none.
+
+    Raises:
+        ModelError: they are no steps that its sampler can make.
+    """
+    if config.get(STEPS) is None:
+        return None
+    return Keys(config, where).whole(STEPS, 1, noise_schedule(config, where).train_timesteps)
 
 
 def check_sampler(name: str | None, schedule: NoiseSchedule, source: str) -> None:

@@ -14,11 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.architectures import TEXT_TOKENS, ConditionInput, SampleSize
-from pqcad_qat.diffusion.denoiser import DenoiserInput, DiffusionModel, folder_shapes, load_model, shapes_of_configs, untrained_denoiser
+from pqcad_qat.diffusion.denoiser import (
+    DEFAULT_SCHEDULER,
+    DenoiserInput,
+    DiffusionModel,
+    folder_shapes,
+    load_model,
+    shapes_of_configs,
+    untrained_denoiser,
+)
 from pqcad_qat.diffusion.model_folder import (
     CONFIG,
     CONFIGS,
@@ -30,6 +37,7 @@ from pqcad_qat.diffusion.model_folder import (
     scheduler_file,
 )
 from pqcad_qat.diffusion.registry import REGISTERED
+from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.json_files import read_json
 from pqcad_qat.policy.schema import EMBEDDED
 
@@ -55,15 +63,15 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
     """
     path = local(source)
     if path is None:
-        return (read_json(Path(str(ARCHITECTURES / f"{source}.json"))), _default_scheduler()) if source in architectures() else None
+        return (read_json(Path(str(ARCHITECTURES / f"{source}.json"))), DEFAULT_SCHEDULER) if source in architectures() else None
     if path.is_file():
         check_no_single_file(path)
-        return read_json(path), _default_scheduler()
+        return read_json(path), DEFAULT_SCHEDULER
     if not (config := denoiser_folder(path) / CONFIG).is_file():
         check_no_single_file(path)
         return None
     beside = scheduler_file(path)
-    return read_json(config), read_json(beside) if beside.is_file() else _default_scheduler()
+    return read_json(config), read_json(beside) if beside.is_file() else DEFAULT_SCHEDULER
 
 
 def shapes_of(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
@@ -96,7 +104,7 @@ def random_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSi
     Raises:
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
     """
-    shapes_of_configs(config, {}, where, sample_size)
+    shapes_of_configs(config, DEFAULT_SCHEDULER, where, sample_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return untrained_denoiser(config, where, sample_size)[0]
@@ -117,7 +125,7 @@ def untrained_model(source: str, sample_size: SampleSize | None = None) -> Diffu
 def noise_inputs(model: DiffusionModel, count: int, seed: int = 0) -> DenoiserInput:
     """(x_t (B, C, H, W), t (B,), condition) of noise: time steps spread over all of them."""
     noise = np.random.default_rng(seed).standard_normal((count, *model.sample_shape), dtype=np.float32)
-    steps = torch.linspace(0, int(model.scheduler_config.get("num_train_timesteps", 1000)) - 1, count).long()
+    steps = torch.linspace(0, noise_schedule(model.scheduler_config).train_timesteps - 1, count).long()
     return torch.from_numpy(noise), steps, noise_condition(fixed_inputs(model.condition_inputs), count, seed)
 
 
@@ -139,7 +147,3 @@ def _noise_of(wanted: ConditionInput, count: int, dice: np.random.Generator) -> 
     if wanted.bound is not None:
         return dice.integers(wanted.bound, size=shape, dtype=np.int64)
     return dice.standard_normal(shape, dtype=np.float32)
-
-
-def _default_scheduler() -> dict[str, Any]:
-    return dict(DDIMScheduler().config)

@@ -17,6 +17,7 @@ import numpy as np
 from pqcad_qat.deployment.export import export_model
 from pqcad_qat.deployment.folder import MANIFEST, denoiser_config, read_manifest
 from pqcad_qat.diffusion.architectures import ConditionInput, condition_inputs
+from pqcad_qat.diffusion.sampling import noise_schedule
 from pqcad_qat.diffusion.untrained import architecture_configs, architectures, fixed_inputs, noise_condition, random_denoiser
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.baselines import XML_FILE, nncf_baseline, reasons, try_out
@@ -139,7 +140,7 @@ def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, 
     config, scheduler = configs
     model = quantized_untrained(configs, blueprint(configs, source, quantization), CALIBRATION_BATCHES)
     attention = noise_attention(model, quantization)
-    layers, steps = taken_integers(model.denoiser), int(scheduler.get("num_train_timesteps", 1000))
+    layers, steps = taken_integers(model.denoiser), noise_schedule(scheduler).train_timesteps
     provenance, conditions = {"model": source, "weights": "random"}, fixed_inputs(model.condition_inputs)
     shape = model.sample_shape
     export_model(model.denoiser, scheduler, layers, shape, 1, "int8", folder, provenance, conditions, attention=attention)

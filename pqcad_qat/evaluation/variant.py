@@ -32,14 +32,14 @@ from pqcad_qat.diffusion.conditions import (
 )
 from pqcad_qat.diffusion.denoiser import DiffusionModel, is_latent, load_model, predict
 from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.model_folder import check_no_single_file, denoiser_folder, local
+from pqcad_qat.diffusion.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
 from pqcad_qat.diffusion.pipeline_parts import VAE, decoded, pipeline_parts
-from pqcad_qat.diffusion.sampling import NoiseSchedule, initial_noise, noise_schedule, trajectory
+from pqcad_qat.diffusion.sampling import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.benchmark import compile_for_latency
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
-from pqcad_qat.quantization.student_folder import STEPS, is_quantized_folder, load_quantized
+from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized
 from pqcad_qat.tensor_files import gathered
 
 Float32 = npt.NDArray[np.float32]
@@ -89,9 +89,7 @@ class Variant:
         return self.undecoded or self.decode is not None or is_latent(self.sample_shape)
 
 
-def pytorch_variant(
-    name: str, denoiser: nn.Module, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int]
-) -> Variant:
+def pytorch_variant(name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int]) -> Variant:
     """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
     denoiser.eval()
 
@@ -102,7 +100,7 @@ def pytorch_variant(
             found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
             return found
 
-    return Variant(name, "pytorch", call, noise_schedule(scheduler_config), steps, sample_shape)
+    return Variant(name, "pytorch", call, schedule, steps, sample_shape)
 
 
 def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Variant:
@@ -111,18 +109,19 @@ def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Varia
 
 
 def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Variant:
-    schedule, own = noise_schedule(model.scheduler_config), model.scheduler_config.get(STEPS, DEFAULT_STEPS)
-    variant = Variant(name, "openvino", model.predict, schedule, steps or own, model.sample_shape)
+    where = str(model.folder / SCHEDULER_CONFIG)
+    schedule, own = noise_schedule(model.scheduler_config, where), distilled_steps(model.scheduler_config, where)
+    variant = Variant(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
     if PARTS[VAE] not in model.manifest.get("parts", {}):
         return variant
     return replace(variant, decode=lambda latents: PictureDecoder(model.folder, model.sample_shape)(latents))
 
 
 def openvino_file_variant(
-    name: str, xml: Path, scheduler_config: Mapping[str, Any], steps: int, sample_shape: tuple[int, int, int], batch_size: int
+    name: str, xml: Path, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
     """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
-    request, schedule = compile_for_latency(xml, {}).create_infer_request(), noise_schedule(scheduler_config)
+    request = compile_for_latency(xml, {}).create_infer_request()
 
     def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         parts = []
@@ -176,7 +175,8 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
     else:
         check_no_single_file(folder)
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
-    variant = pytorch_variant(folder.name, model.denoiser, model.scheduler_config, steps or own, model.sample_shape)
+    schedule = noise_schedule(model.scheduler_config)
+    variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, model.sample_shape)
     return replace(variant, decode=decoder_of(model), undecoded=model.decoder), conditioned(model), model.scheduler_config
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pqcad_qat.diffusion.denoiser import DiffusionModel, save_model, untrained_denoiser, write_json
-from pqcad_qat.diffusion.model_folder import denoiser_folder
+from pqcad_qat.diffusion.model_folder import SCHEDULER_CONFIG, denoiser_folder
+from pqcad_qat.diffusion.sampling import distilled_steps, noise_schedule, written_out
+from pqcad_qat.diffusion.schedulers import STEPS
 from pqcad_qat.errors import ModelError, PqcadError
 from pqcad_qat.json_files import read_json
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
@@ -31,15 +33,17 @@ from pqcad_qat.quantization.shortcut import merge_shortcuts, split_shortcuts
 
 PLAN = Path("quantization") / "plan.json"
 STATE = Path("quantization") / "model.safetensors"
-STEPS = "num_inference_steps"
-"""Key of the scheduler config that holds the steps the model was distilled for."""
 
 
 def save_quantized(
     folder: Path, model: nn.Module, plan: Sequence[LayerPlan], splits: bool, scheduler_config: Mapping[str, Any], steps: int
 ) -> None:
-    """Write a quantized model; `splits` says that its shortcuts are split, `steps` how many sampling steps it is for."""
-    save_model(_rounded(model), {**scheduler_config, STEPS: steps}, folder)
+    """Write a quantized model; `splits` says that its shortcuts are split, `steps` how many sampling steps it is for.
+
+    The scheduler config is written as that of our sampler, with every key.
+    """
+    scheduler = written_out(scheduler_config, noise_schedule(scheduler_config))
+    save_model(_rounded(model), {**scheduler, STEPS: steps}, folder)
     write_json(folder / PLAN, {"split_shortcuts": splits, "layers": [asdict(layer) for layer in plan]})
     save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, folder / STATE)
 
@@ -66,7 +70,9 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
     content = read_json(folder / PLAN)
     part = denoiser_folder(folder)
     config = read_json(part / "config.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler, where = read_json(folder / SCHEDULER_CONFIG), str(folder / SCHEDULER_CONFIG)
+    if (steps := distilled_steps(scheduler, where)) is None:
+        raise ModelError(f"{where}: {STEPS}: got nothing; allowed the sampling steps that the model was distilled for")
     try:
         plan = tuple(layer_plan(entry) for entry in content["layers"])
         denoiser, custom = untrained_denoiser(config, str(part / "config.json"))
@@ -75,7 +81,7 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
             split_shortcuts(denoiser, shell.example)
         quantize_model(denoiser, plan)
         denoiser.load_state_dict(load_file(folder / STATE), strict=True)
-        return shell, plan, int(scheduler[STEPS])
+        return shell, plan, steps
     except (PqcadError, KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: damaged folder of a quantized model: {error}") from error
 

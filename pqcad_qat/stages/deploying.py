@@ -5,7 +5,7 @@ Not here: how a folder is written and verified (deployment/), and how it is time
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from pqcad_qat.deployment.verification import end_to_end_psnr, execution_precisi
 from pqcad_qat.diffusion.architectures import ConditionInput
 from pqcad_qat.diffusion.calibration import CalibrationSet
 from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
-from pqcad_qat.diffusion.ddim import DDPMSchedule
 from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.diffusion.sampling import written_out
+from pqcad_qat.diffusion.schedulers import STEPS
 from pqcad_qat.evaluation.benchmark import node_profile, size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
-from pqcad_qat.quantization.student_folder import STEPS, save_quantized
+from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS
 from pqcad_qat.stages.work import Work
@@ -54,7 +55,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             return
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
-        scheduler = {**_scheduler(work), STEPS: steps, **_guidance(work)}
+        scheduler = {**written_out(model.scheduler_config, work.student_schedule), STEPS: steps, **_guidance(work)}
         save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
@@ -102,17 +103,6 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             parts=[asdict(part) for part in (() if deployed_parts is None else part_parity(deployed_parts, shipped))],
             packed_bytes=size_bytes(work.path / "baselines" / "packed"),
         )
-
-
-def _scheduler(work: Work) -> Mapping[str, Any]:
-    """The model's own scheduler config; of a whole pipeline under the name of the sampler that the student was distilled for.
-
-    Whether x_0 is clipped is written out then: another scheduler's config may leave it unsaid, and means otherwise.
-    """
-    config, schedule = work.prepared.model.scheduler_config, work.schedule
-    if not work.prepared.part_formats or not isinstance(schedule, DDPMSchedule):
-        return config
-    return {**config, "_class_name": "DDIMScheduler", "clip_sample": schedule.clip_sample_range is not None}
 
 
 def _guidance(work: Work) -> dict[str, Any]:

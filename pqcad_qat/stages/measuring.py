@@ -98,7 +98,7 @@ def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping
     match name:
         case "nncf-int8":
             file = openvino_files(work)[name]
-            return openvino_file_variant(name, file, full.scheduler_config, steps, work.shape, work.policy.export.batch_size)
+            return openvino_file_variant(name, file, work.sampled_by(name), steps, work.shape, work.policy.export.batch_size)
         case "pqcad-openvino":
             return openvino_variant(name, openvino_files(work)[name], steps)
         case "fp32" | "fp32-half":
@@ -107,7 +107,7 @@ def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping
             denoiser = at_targets(work, calibration)
         case _:
             denoiser = models[name]
-    return pytorch_variant(name, denoiser, full.scheduler_config, steps, work.shape)
+    return pytorch_variant(name, denoiser, work.sampled_by(name), steps, work.shape)
 
 
 def evaluate(work: Work) -> None:

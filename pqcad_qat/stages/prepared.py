@@ -21,7 +21,7 @@ from pqcad_qat.diffusion.model_folder import scheduler_file
 from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.diffusion.probing import check_predictions, constant_readers, probe_states
 from pqcad_qat.diffusion.prompts import prompts_cut
-from pqcad_qat.diffusion.sampling import check_sampler, noise_schedule
+from pqcad_qat.diffusion.sampling import NoiseSchedule, check_sampler, noise_schedule
 from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.errors import ModelError, PlanError
 from pqcad_qat.evaluation.features import check_shape
@@ -113,9 +113,7 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
     """All that can be known of a policy and its model before anything is trained: what cannot work is told here, by `plan` and by `run`."""
     check_features(policy, model)
-    schedule = noise_schedule(model.scheduler_config)
-    check_sampler(policy.sampler.name, schedule, model.source)
-    check_time_table(model, schedule.train_timesteps)
+    check_time_table(model, check_steps(policy, model).train_timesteps)
     parts = pipeline_parts(model.folder)
     check_text_width(parts, model.condition_inputs)
     if VAE in chosen_formats(parts, policy.pipeline.model_dump(), model.source, weights=False):
@@ -148,6 +146,25 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> 
     return (*(missing_rungs(plan, policy.progressive.ladder) if walks else ()), *cut)
 
 
+def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
+    """The model's schedule.
+
+    Raises:
+        ModelError: it has no sampler of the policy's name and numbers of steps, or none that its students learn by.
+    """
+    schedule, steps = noise_schedule(model.scheduler_config), policy.sampler.steps
+    check_sampler(policy.sampler.name, schedule, model.source)
+    schedule.walk(steps, "sampler.steps")
+    for count in policy.student_steps_by_round:
+        key = "distillation.student_steps"
+        student = schedule.student(steps, count)
+        if not any(student.error_weight(*step) for step in student.walk(count, key)):
+            raise ModelError(
+                f"{key}: got {count}; in so few steps the model is called only where its prediction says nothing; allowed more"
+            )
+    return schedule
+
+
 def check_features(policy: Policy, model: DiffusionModel) -> None:
     """Raises ModelError where the policy's feature network cannot be read, or does not read what the model makes."""
     source = policy.features
@@ -177,5 +194,5 @@ def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
         refinement=policy.calibration.refinement,
         conditions=prepared.conditions.digest,
         guidance_scale=policy.sampler.guidance_scale,
-        also=students if schedule.passing((steps, *students)) != schedule.walk(steps) else (),
+        also=students if schedule.passing(steps, students) != schedule.walk(steps) else (),
     )

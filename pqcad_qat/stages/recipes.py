@@ -137,11 +137,13 @@ class _Table:
         values, circumstances = self.training()
         rounds, teacher = policy.distillation.rounds, "pq"
         by_round = (policy.sampler.steps, *policy.student_steps_by_round)
+        schedule = noise_schedule(self.prepared.model.scheduler_config)
         teacher_weight, calibration_weight = loss_weights(policy, student)
         for number in range(1, rounds + 1):
             stage, targets = student_stage(policy, student, number), targets_stage(student, number)
             steps = {"sampler.steps": by_round[number - 1], "distillation.student_steps": by_round[number]}
-            taught = {**steps, "distillation.guidance": policy.guidance_scale("pq" if number == 1 else "pqcad")}
+            walk = schedule.student(by_round[0], by_round[number]).walk(by_round[number])
+            taught = {**steps, "walk": walk, "distillation.guidance": policy.guidance_scale("pq" if number == 1 else "pqcad")}
             found[targets] = Recipe(taught, ("calibration", teacher), _versions("torch", "brevitas"))
             learns = {
                 **values,
@@ -180,9 +182,11 @@ class _Table:
         """The images of a variant, whose model another stage has left, or is the full-precision one."""
         half = variant in HALF_STEPS
         steps = self.policy.distillation.student_steps if half else self.policy.sampler.steps
+        schedule = noise_schedule(self.prepared.model.scheduler_config)
         values = {
             "conditions": self.prepared.conditions.digest,
-            "sampler.name": noise_schedule(self.prepared.model.scheduler_config).sampler,
+            "sampler.name": schedule.sampler,
+            "walk": schedule.student(self.policy.sampler.steps, steps).walk(steps),
             "distillation.student_steps" if half else "sampler.steps": steps,
             "sampler.guidance_scale": self.policy.guidance_scale(variant),
             **self.section("evaluation", "variants", "features"),

@@ -50,7 +50,8 @@ SHOWN = 4
 def calibrate(work: Work) -> CalibrationSet:
     """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
     policy, recipe = work.policy, calibration_recipe(work.policy, work.prepared)
-    calls = recipe.trajectories * recipe.refinement * len(work.schedule.passing((recipe.steps, *recipe.also)))
+    fine = work.schedule.finer(work.schedule.passing(recipe.steps, recipe.also), recipe.refinement)
+    calls = recipe.trajectories * sum(map(len, fine))
     with work.folder.stage("calibration") as stage, work.bar("calibration", calls) as advance:
         if is_first():
             _keep_embeddings(work, stage.new)
@@ -128,9 +129,9 @@ def _targets(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Mod
             scale = policy.guidance_scale("pq" if number == 1 else "pqcad")  # of the teacher
             with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
-                parts = work.folder.parts(name)
-                found = distillation_set(teacher, calibration, work.schedule, taught, learned, batch, advance, scale, parts, name)
-            save_tensors(vars(found), file)
+                parts, schedule = work.folder.parts(name), work.schedule.student(steps[0], taught)
+                found = distillation_set(teacher, calibration, schedule, taught, learned, batch, advance, scale, parts, name)
+            save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
             stage.done()
     return DistillationSet(**load_file(file))
 
@@ -161,7 +162,7 @@ def _shown(work: Work, model: nn.Module, steps: int, guidance_scale: float) -> l
     every = 0 if work.prepared.model.latent else work.policy.training.samples_every
     chosen = work.prepared.conditions.of(work.policy.evaluation.seed, 0, SHOWN)
     follow = Guidance(chosen, work.prepared.conditions.unconditional, guidance_scale)
-    samples = TrainingSamples(noise, work.schedule, steps, every, follow)
+    samples = TrainingSamples(noise, work.schedule.student(work.policy.sampler.steps, steps), steps, every, follow)
     return [QuantizerLog(quantized_layers(model)), samples]
 
 

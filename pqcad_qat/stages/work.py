@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pqcad_qat.diffusion.sampling import noise_schedule
+from pqcad_qat.diffusion.sampling import NoiseSchedule, noise_schedule
 from pqcad_qat.disk import write_atomically
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made
@@ -39,6 +39,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.schedule = noise_schedule(self.prepared.model.scheduler_config)
+        self.student_schedule = self.schedule.student(self.policy.sampler.steps, self.policy.distillation.student_steps)
         self.shape = self.prepared.model.sample_shape
         told = self.path / WARNINGS
         self.warnings: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
@@ -62,6 +63,10 @@ class Work:
 
     def steps(self, name: str) -> int:
         return self.policy.distillation.student_steps if name in HALF_STEPS else self.policy.sampler.steps
+
+    def sampled_by(self, name: str) -> NoiseSchedule:
+        """The schedule of a variant; full precision in half the steps makes those of the student."""
+        return self.student_schedule if name in HALF_STEPS else self.schedule
 
     def decides(self, stage: str) -> dict[str, Any]:
         """All that decides a stage to the last bit."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.diffusion.calibration import CalibrationSet
+from pqcad_qat.diffusion.clipping import fold, nearest_target
 from pqcad_qat.diffusion.conditions import guided_call, rows_of
-from pqcad_qat.diffusion.ddim import Walk
+from pqcad_qat.diffusion.ddim import DDPMSchedule, Walk
 from pqcad_qat.diffusion.denoiser import Condition, predict
 from pqcad_qat.diffusion.sampling import NoiseSchedule, along, guided
 from pqcad_qat.errors import ModelError
@@ -35,6 +36,7 @@ class DistillationSet:
         calibration: (K, S, C, H, W), the prediction that carries x_t in one student step to the set's full-precision x_s.
         timesteps: (S,) of the states.
         weights: (S,), truncated-SNR weight of a squared error in the model's own parameterisation.
+        folds: (S, 3), of the steps' bounds on x_0 (clipping.py); None where the sampler does not clip.
     """
 
     states: Tensor
@@ -42,6 +44,7 @@ class DistillationSet:
     calibration: Tensor
     timesteps: Tensor
     weights: Tensor
+    folds: Tensor | None = None
 
 
 @torch.no_grad()
@@ -62,8 +65,9 @@ def distillation_set(
     Args:
         teacher: quantized denoiser, in evaluation mode.
         calibration: trajectories of the full-precision model, with its states at every time step of the student.
+        schedule: that the teacher samples by.
         teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an earlier round.
-        student_steps: S; every time step of the student must be one of the calibration set's, and one that the teacher comes by.
+        student_steps: S; every time step of the student must be one of the calibration set's.
         advance: told of the states done.
         guidance_scale: that the teacher samples with; 1 where it needs one pass.
         parts: folder for the batches of trajectories that are done, from which a process that comes after this one goes on.
@@ -71,18 +75,21 @@ def distillation_set(
 
     Raises:
         InterruptedByUserError: Ctrl-C, with `parts`.
-        ModelError: the student has time steps by which the teacher does not come, or at which the set has no states.
+        ModelError: the student has time steps at which the set has no states.
     """
+    schedule = schedule.student(teacher_steps, student_steps)
     student = schedule.walk(student_steps)
-    asked = f"distillation.student_steps: got {student_steps}"
     taught = [
         (step, walk)
-        for step, walk in zip(student, schedule.finer(student, teacher_steps // student_steps, asked), strict=True)
-        if schedule.error_weight(step[0])
+        for step, walk in zip(student, schedule.finer(student, teacher_steps // student_steps), strict=True)
+        if schedule.error_weight(*step)
     ]
     starts = [t for (t, _), _ in taught]
     if missing := [t for t in starts if t not in calibration.timesteps]:
-        raise ModelError(f"{asked}; the calibration set has no states at its time steps {missing[:5]}; allowed a divisor of sampler.steps")
+        raise ModelError(
+            f"distillation.student_steps: got {student_steps}; the calibration set has no states at its time steps {missing[:5]}; "
+            "allowed a divisor of sampler.steps"
+        )
     recorded = [calibration.timesteps.index(t) for t in starts]
     states = calibration.states[:, recorded]
     full = calibration.states[:, [*recorded[1:], -1]]  # the last step ends in the image
@@ -108,8 +115,17 @@ def distillation_set(
         teacher=carrying(landed),
         calibration=carrying(full),
         timesteps=torch.tensor(starts),
-        weights=torch.tensor([schedule.error_weight(t) for t in starts]),
+        weights=torch.tensor([schedule.error_weight(*step) for step, _ in taught]),
+        folds=_folds(schedule, tuple(step for step, _ in taught)),
     )
+
+
+def _folds(schedule: NoiseSchedule, steps: Walk) -> Tensor | None:
+    """(S, 3), what bounds the x_0 of each step; None where nothing does."""
+    if not isinstance(schedule, DDPMSchedule) or schedule.clip_sample_range is None:
+        return None
+    signals = [(schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)) for t, s in steps]
+    return torch.tensor([fold(*pair, schedule.prediction_type, schedule.clip_sample_range) for pair in signals])
 
 
 def _landing(
@@ -123,7 +139,7 @@ def _landing(
 
 
 def distillation_batches(data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None) -> BatchSource:
-    """Step -> {x_t, t, teacher, calibration, weight, condition} of a batch that mixes time steps: a pure function of seed and step.
+    """Step -> {x_t, t, teacher, calibration, weight, fold, condition} of a batch that mixes time steps: a pure function of seed and step.
 
     `condition` (K, ...) is what each trajectory is conditioned on.
     """
@@ -137,6 +153,8 @@ def distillation_batches(data: DistillationSet, batch_size: int, seed: int, cond
             "calibration": data.calibration[rows, columns],
             "weight": data.weights[columns],
         }
+        if data.folds is not None:
+            states["fold"] = data.folds[columns]
         return with_condition(states, {name: value[rows] for name, value in (condition or {}).items()})
 
     return batch
@@ -145,6 +163,8 @@ def distillation_batches(data: DistillationSet, batch_size: int, seed: int, cond
 @dataclass
 class CalibrationAssistedDistillation(Callback):
     """The two terms: w_T ||student - teacher||^2 + w_C ||student - full precision||^2, both in truncated-SNR weight.
+
+    A batch of states whose steps are clipped holds their `fold` (B, 3): the targets are then the nearest predictions that land there.
 
     Attributes:
         teacher_weight: w_T; 0 leaves the term out.
@@ -164,7 +184,7 @@ class CalibrationAssistedDistillation(Callback):
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
         prediction = self._prediction(state.network, batch).float()
         weighted = {"teacher": self.teacher_weight, "calibration": self.calibration_weight}
-        return {name: weight * self._error(prediction, batch[name], batch["weight"]) for name, weight in weighted.items() if weight}
+        return {name: weight * self._error(prediction, name, batch) for name, weight in weighted.items() if weight}
 
     def _prediction(self, network: nn.Module, batch: Batch) -> Tensor:
         """What the student samples with; both passes are one call, as processes that share the work want it."""
@@ -177,6 +197,10 @@ class CalibrationAssistedDistillation(Callback):
         return guided(conditional, unconditional, self.guidance_scale)
 
     @staticmethod
-    def _error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        """Weighted mean squared error of (B, C, H, W) under weights (B,)."""
-        return ((prediction - target).square().flatten(1).mean(dim=1) * weight).mean()
+    def _error(prediction: Tensor, name: str, batch: Batch) -> Tensor:
+        """Mean squared error of (B, C, H, W) to the target of this name, under the batch's weights (B,)."""
+        target = batch[name]
+        if "fold" in batch:
+            bounds = batch["fold"].T.reshape(3, -1, 1, 1, 1)
+            target = nearest_target(prediction.detach(), target, batch["x_t"], *bounds)
+        return ((prediction - target).square().flatten(1).mean(dim=1) * batch["weight"]).mean()

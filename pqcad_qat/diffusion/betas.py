@@ -1,0 +1,49 @@
+"""The noise schedules that diffusers knows by name, as the variances beta_t that noise is added with; numpy alone.
+
+Not here: what a scheduler config says of them (schedulers.py), and the steps of a sampler (ddim.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Betas = npt.NDArray[np.float64]
+
+LARGEST_BETA = 0.999
+"""Of schedules that are drawn as alpha_bar."""
+
+
+def named_betas(curve: str, first: float, last: float, count: int) -> Betas:
+    """(T,) beta_t of a curve, with diffusers' names."""
+    if curve == "linear":
+        return np.linspace(first, last, count)
+    if curve == "scaled_linear":
+        return np.linspace(math.sqrt(first), math.sqrt(last), count) ** 2
+    if curve == "sigmoid":
+        return (last - first) / (1 + np.exp(-np.linspace(-6, 6, count))) + first
+    time = np.arange(count + 1) / count
+    if curve == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, eq. 17
+        signal = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    elif curve == "exp":
+        signal = np.exp(-12.0 * time)
+    else:
+        assert curve == "laplace", curve
+        log_snr = -0.5 * np.copysign(1, 0.5 - time) * np.log(1 - 2 * np.abs(0.5 - time) + 1e-6)
+        signal = np.sqrt(1 / (1 + np.exp(-log_snr)))
+    betas: Betas = np.minimum(1.0 - signal[1:] / signal[:-1], LARGEST_BETA)
+    return betas
+
+
+def zero_terminal_snr(betas: Betas) -> Betas:
+    """Shift and scale sqrt(alpha_bar) so that it ends at 0 (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return betas_of(root**2)
+
+
+def betas_of(alpha_bar: npt.NDArray[np.float64]) -> Betas:
+    """(T,) beta_t of the shares of signal that they leave."""
+    return 1.0 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
