@@ -31,6 +31,7 @@ from pqcad_qat.deployment.verification import INT8, ExecutionReport, refuse_floa
 from pqcad_qat.diffusion.calibration import read_calibration
 from pqcad_qat.diffusion.denoiser import DiffusionModel, predict
 from pqcad_qat.diffusion.sampling import initial_noise
+from pqcad_qat.diffusion.schedulers import DDIM_KEYS
 from pqcad_qat.errors import ExportError
 from pqcad_qat.evaluation.features import load_features
 from pqcad_qat.evaluation.fidelity import evaluate_images
@@ -374,7 +375,7 @@ def test_the_student_loads_with_plain_diffusers_and_its_scheduler_knows_its_step
     assert (scheduler.config.num_train_timesteps, scheduler.config.num_inference_steps) == (1000, 2)
     for folder in (student, tiny_run.path / "openvino"):
         written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        assert written == {**SCHEDULER, "num_inference_steps": 2}
+        assert written == {**DDIM_KEYS, **SCHEDULER, "num_inference_steps": 2}
 
 
 def test_both_distilled_students_started_from_the_quantized_teacher_and_went_their_own_ways(tiny_run: FinishedRun) -> None:
@@ -430,7 +431,8 @@ def test_the_runtime_samples_where_every_training_library_is_absent(tiny_run: Fi
         "out = model(given['x'], given['t']).sample\n"
         "assert isinstance(out, np.ndarray) and out.dtype == np.float32\n"
         "from pqcad_qat.diffusion.sampling import noise_schedule, trajectory\n"
-        "walk = list(trajectory(model.predict, given['x'], noise_schedule({'beta_schedule': 'squaredcos_cap_v2'}), 2))\n"
+        "schedule = noise_schedule({'_class_name': 'DDIMScheduler', 'beta_schedule': 'squaredcos_cap_v2'})\n"
+        "walk = list(trajectory(model.predict, given['x'], schedule, 2))\n"
         "assert np.isfinite(walk[-1].x_s).all()\n"
         "np.save('out.npy', out)\n"
     )

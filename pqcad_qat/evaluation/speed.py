@@ -26,7 +26,7 @@ from torch import nn
 from pqcad_qat.deployment.folder import MANIFEST, read_manifest
 from pqcad_qat.deployment.modules import traced_path
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
-from pqcad_qat.diffusion.denoiser import shapes_of_configs
+from pqcad_qat.diffusion.denoiser import DEFAULT_SCHEDULER, shapes_of_configs
 from pqcad_qat.diffusion.untrained import random_denoiser
 from pqcad_qat.errors import ModelError
 from pqcad_qat.evaluation.baselines import Inputs, reasons, try_out
@@ -107,10 +107,11 @@ def measure_speed(
 def _report(
     subject: Subject, measurements: Sequence[Measurement], loading: tuple[LoadTime, ...], left_out: Mapping[str, str], command: str
 ) -> SpeedReport:
+    shapes = shapes_of_configs(subject.config, DEFAULT_SCHEDULER, subject.source)
     return SpeedReport(
         source=subject.source,
         weights=subject.weights,
-        parameters=sum(parameter.numel() for parameter in shapes_of_configs(subject.config, {}, subject.source).denoiser.parameters()),
+        parameters=sum(parameter.numel() for parameter in shapes.denoiser.parameters()),
         sample_shape=subject.sample_shape,
         steps=subject.steps,
         full_precision_steps=subject.full_precision_steps,
