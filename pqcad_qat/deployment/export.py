@@ -178,7 +178,7 @@ def convert(
     example = tuple(torch.from_numpy(value) for value in inputs.values())
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Converting a tensor")  # sizes become constants: the graph's are fixed on purpose
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
         denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
         with quantized_attention(model, attention):
