@@ -75,8 +75,8 @@ def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
         _check(path, condition, "shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, most, before)
         if condition["name"] in seen:
             _refuse(path, f"{before}name", condition["name"], "every name once")
-        if strange := [key for key in condition if key not in CONDITION]:
-            _refuse(path, before[:-2], strange[0], ", ".join(CONDITION))
+        if condition.keys() != CONDITION.keys():
+            _refuse(path, before[:-2], list(condition), ", ".join(CONDITION))
         seen.add(condition["name"])
 
 
@@ -102,6 +102,8 @@ def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any]
 def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
     """Raise ModelError for a key that the runtime reads of the scheduler's config beside its schedule (diffusion/sampling.py)."""
     most = manifest["train_timesteps"]
+    times = f"a whole number from 1 to {MOST_TIMES}"
+    _check(path, config, "num_train_timesteps", lambda value: value is None or _is_whole(value, 1, MOST_TIMES), times)
     _check(path, config, "num_inference_steps", lambda value: value is None or _is_whole(value, 1, most), f"1 to {most} sampling steps")
     _check(path, config, "guidance_scale", lambda value: value is None or _is_number(value, 1.0), "a number from 1")
     _check(path, config, "embedded_guidance", lambda value: value is None or _is_number(value, 0.0), "a number from 0")
