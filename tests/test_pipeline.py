@@ -191,6 +191,7 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
         "latency_ms_per_step",
         "latency_ms_per_image",
         "passes",
+        "did_not_run",
     }
     assert all(set(row) == keys | {"fid_real", "fid_fp", "psnr_fp", "ssim_fp"} for row in rows.values())
 
