@@ -6,6 +6,7 @@ the schedules with their steps, of DDPM's kin (ddim.py) and of flow matching (fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, cast
@@ -34,9 +35,11 @@ def noise_schedule(config: Mapping[str, Any], where: str = "scheduler config") -
 def written_out(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
     """The config of a deployed sampler: of the scheduler of diffusers that makes the schedule's steps, with every key that decides them.
 
-    What one class means by a key that is left out, another does not. Keys of ours stay as they are.
+    What one class means by a key that is left out, another does not. Other keys stay as they are, but for infinite ones, such as a solver's
+    lambda_min_clipped, which are no JSON.
     """
-    return {**config, **schedule.config}
+    finite = {key: value for key, value in config.items() if not isinstance(value, float) or math.isfinite(value)}
+    return {**finite, **schedule.config}
 
 
 def distilled_steps(config: Mapping[str, Any], where: str) -> int | None:
