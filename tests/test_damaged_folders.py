@@ -269,3 +269,13 @@ def test_a_prompt_that_is_cut_says_what_is_left_out(whole: Path, tmp_path: Path,
         pipeline("a cat a dog a")
     main(["sample", str(whole), "--prompt", "a cat", "--negative", "a dog a dog a cat", "--out", str(tmp_path / "grid.png")])
     assert "warning: text_encoder reads 5 tokens of a prompt; left out of this one: 'cat'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["1, 3", "4\x1a, 3", "4, 99", "99999999999, 3"])
+def test_a_constant_whose_bytes_are_not_its_shapes_which_may_end_openvinos_process_is_refused(folder: Path, shape: str) -> None:
+    text = folder / "unet" / "openvino_model.xml"
+    head, found, rest = text.read_text().partition('element_type="i8" shape="4, 3"')
+    assert found
+    text.write_text(f'{head}element_type="i8" shape="{shape}"{rest}')
+    resealed(folder, "unet/openvino_model.xml")
+    refused(folder, "openvino_model.xml: got a constant of shape .* in '12' bytes; allowed its own")

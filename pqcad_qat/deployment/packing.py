@@ -6,6 +6,7 @@ Not here: the folder around the graph (folder.py). Needs openvino and numpy.
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import zlib
 from collections.abc import Collection, Mapping
@@ -18,6 +19,7 @@ import openvino as ov
 
 from pqcad_qat.deployment.compiled import reason
 from pqcad_qat.errors import ExportError, ModelError
+from pqcad_qat.json_files import shown
 
 WeightFormat = Literal["int8", "int4", "packed"]
 
@@ -187,14 +189,33 @@ def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
             with gzip.open(text) as file:
                 plain = file.read(LONGEST_TEXT + 1)
             _check_length(text, len(plain))
+            _check_constants(text, plain)
             model = core.read_model(plain, weights.read_bytes())
         else:
             _check_length(text, text.stat().st_size)
+            _check_constants(text, text.read_bytes())
             model = core.read_model(text, weights)
         unpack_weights(model)
     except UNREADABLE as error:
         raise ModelError(f"{text.parent}: OpenVINO cannot read the graph there: {reason(error)}") from error
     return model
+
+
+def _check_constants(text: Path, plain: bytes) -> None:
+    """Raise ModelError for a constant whose bytes are not those of its shape: OpenVINO reads it, and may end the process in computing."""
+    for kind, shape, size in re.findall(rb'<data element_type="([^"]*)" shape="([^"]*)" offset="[^"]*" size="([^"]*)"', plain):
+        if (bits := _BITS.get(kind)) is None:
+            continue
+        whole = re.fullmatch(rb"(\d+(, ?\d+)*)?", shape) and size.isdigit()
+        taken = math.prod(int(side) for side in shape.split(b",") if side) * bits / 8 if whole else -1.0
+        if not whole or not taken <= int(size) < taken + 8:  # of fields smaller than a byte the last bytes are filled up
+            raise ModelError(
+                f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} bytes; allowed its own"
+            )
+
+
+_BITS: Mapping[bytes, int] = {b"u2": 2, b"u3": 3, b"i4": 4, b"u4": 4, b"i8": 8, b"u8": 8, b"f16": 16, b"f32": 32, b"i32": 32, b"i64": 64}
+"""Type of a constant -> bits of a value; of others nothing is checked."""
 
 
 def _check_length(text: Path, size: int) -> None:
