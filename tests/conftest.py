@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, save_model
 from pqcad_qat.evaluation.baselines import save_openvino
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what tests start
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLICIES = REPOSITORY / "policies"

@@ -53,7 +53,7 @@ from pqcad_qat.diffusion.model_folder import (
 )
 from pqcad_qat.diffusion.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
 from pqcad_qat.diffusion.sampling import noise_schedule
-from pqcad_qat.diffusion.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER
+from pqcad_qat.diffusion.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER, scheduler_class
 from pqcad_qat.diffusion.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
 from pqcad_qat.errors import ModelError
 from pqcad_qat.json_files import read_json
@@ -270,6 +270,7 @@ def shapes_of_configs(
         ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
     """
     where = where or source
+    scheduler_class(scheduler, beside)  # first: a model of another kin is best known by its scheduler
     with bounded_build(where), silent("diffusers"):
         denoiser, _ = untrained_denoiser(config, where, sample_size)
     denoiser.to("meta")  # buffers that come from numpy are on the CPU still
