@@ -112,6 +112,17 @@ def test_of_a_hub_id_another_precision_is_fetched_where_a_part_has_nothing_else(
     assert all(pattern.startswith(f"unet/{STEM}") for pattern in fetched[2])
 
 
+def test_a_scheduler_that_is_missing_is_told_by_plan_and_by_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _source, allow_patterns: str(folder))
+    shutil.rmtree(folder / "scheduler")
+    refused(folder, r"scheduler_config\.json: no such file")
+    for path in (folder / "model_index.json", folder / "unet" / WEIGHTS):
+        path.unlink()
+    assert shapes_of(str(folder)).sample_shape == (1, 32, 32)  # an architecture
+    with pytest.raises(ModelError, match=r"scheduler_config\.json: no such file"):
+        shapes_of("org/name")
+
+
 def test_a_checkpoint_in_a_single_file_says_what_makes_a_folder_of_it(tmp_path: Path) -> None:
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "v1-5.safetensors")
     for source in (tmp_path / "v1-5.safetensors", tmp_path):

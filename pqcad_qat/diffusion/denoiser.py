@@ -241,7 +241,8 @@ def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = No
     index, part = read_index(folder), denoiser_folder(folder)
     where = part / CONFIG
     config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
-    alone = not index and not beside.exists() and not has_weights(part, STEM)  # an architecture, whose scheduler may be any
+    alone = not index and not beside.exists() and not has_weights(part, STEM)
+    alone = alone and local(source) is not None  # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
     scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
     check_index(folder, index, known_architecture(config, str(where)).name)
     shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
