@@ -262,6 +262,12 @@ def test_a_model_of_absurd_size_is_given_up_while_it_is_described(folder: Path) 
     refused(folder, r"got a config of more than 100,000,000,000 parameters")
 
 
+def test_a_transformer_of_absurdly_many_layers_is_refused(tmp_path: Path) -> None:
+    saved("dit", tmp_path / "dit")
+    edit(tmp_path / "dit" / "transformer" / "config.json", num_layers=1000)
+    refused(tmp_path / "dit", "num_layers: got 1000; allowed a whole number from 1 to 200")
+
+
 def test_a_learned_table_of_times_is_as_long_as_the_schedule(tmp_path: Path) -> None:
     model = saved("class_unet", tmp_path / "model", time_embedding_type="learned", num_train_timesteps=100)
     check_time_table(model, 100)
