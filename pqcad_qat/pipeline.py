@@ -13,7 +13,7 @@ from textwrap import indent
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.disk import write_atomically
+from pqcad_qat.disk import room_for, write_atomically
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
@@ -23,6 +23,7 @@ from pqcad_qat.quantization.plan import plan_json, plan_text
 from pqcad_qat.run_folder import open_run
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploying import benchmark, export
+from pqcad_qat.stages.disk_use import room_warning
 from pqcad_qat.stages.measuring import evaluate, report, sample
 from pqcad_qat.stages.prepared import SHARED, notes_on, prepare
 from pqcad_qat.stages.recipes import recipes
@@ -44,7 +45,10 @@ def run(policy: Policy, path: Path, command: str, console: Console, resume: bool
         new_accelerator(policy.training.precision)
         prepared = prepare(policy, path.parent / SHARED)
         table = recipes(policy, prepared)
-    with located(policy), open_run(path, policy, resume, table, console) as folder:
+    with located(policy), open_run(path, policy, resume, table, console) as folder, room_for(path):
+        to_do = [stage for stage in table if folder.finished(stage) is None]
+        if (warning := room_warning(policy, prepared, table, to_do, path)) is not None:
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         return _all_stages(Work(policy, prepared, folder, console, shares_training), command)
 
 

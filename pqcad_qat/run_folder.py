@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,11 @@ class RunFolder:
         """Where a stage lays what is to outlive a killed process, until it is done."""
         return self.path / ".parts" / stage
 
+    def drop_parts(self, stage: str) -> None:
+        shutil.rmtree(self.parts(stage), ignore_errors=True)
+        with suppress(OSError):  # others lie there
+            self.parts(stage).parent.rmdir()
+
     @contextmanager
     def stage(self, name: str, together: bool = False) -> Iterator[Stage]:
         """A stage's work goes inside the block; its marker is written at the end, once `done` has been called.
@@ -109,7 +114,7 @@ class RunFolder:
                 yield stage
                 if first and stage.new and stage.facts is not None:
                     self.finish(name, time.perf_counter() - start, stage.facts)
-                    shutil.rmtree(self.parts(name), ignore_errors=True)
+                    self.drop_parts(name)
         if works and not together:
             with agreed():
                 pass  # the others have read
@@ -157,7 +162,7 @@ class RunFolder:
         there = [self.path / name for name in trained if (self.path / name).exists()]
         if not there:
             marker.unlink(missing_ok=True)
-            shutil.rmtree(self.parts(stage), ignore_errors=True)
+            self.drop_parts(stage)
             record.unlink()
             return None
         numbers = (self.path / SUPERSEDED / f"{stage}-{number}" for number in range(1, 1_000_000))
@@ -290,12 +295,13 @@ def _check_processes(launch: Path, processes: int) -> None:
 
 
 def _drop_drafts(folder: RunFolder) -> None:
-    """Remove what a killed process was about to move into place: `.NAME.PID` of files and checkpoints, `.NAME-RANDOM` of exports.
+    """Remove the parts of stages that are done, and what a killed process was about to move into place.
 
-    And the parts of stages that are done.
+    That is `.NAME.PID` of files and checkpoints, and `.NAME-RANDOM` of exports.
     """
-    finished = [folder.parts(stage) for stage in folder.recipes if folder.finished(stage) is not None]
-    for draft in [*(entry for entry in folder.path.rglob(".*") if DRAFT.fullmatch(entry.name)), *finished]:
+    for stage in (stage for stage in folder.recipes if folder.finished(stage) is not None):
+        folder.drop_parts(stage)
+    for draft in [entry for entry in folder.path.rglob(".*") if DRAFT.fullmatch(entry.name)]:
         if draft.is_dir():
             shutil.rmtree(draft)
         else:

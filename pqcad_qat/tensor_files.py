@@ -64,8 +64,8 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
 
 def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
     """The parts from the first row on; the first that is missing or damaged ends them, and is removed with all that lies behind it."""
-    files = sorted(folder.glob("*"))
-    done = 0
+    files, done = sorted(folder.glob("rows-*")), 0
+    drafts = list(folder.glob(".*"))
     while files and files[0].name == _name(done):
         try:
             part = load_file(files[0])
@@ -74,7 +74,7 @@ def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
         yield part
         done += _count(part)
         files.pop(0)
-    for left in files:
+    for left in (*files, *drafts):
         left.unlink()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pqcad_qat.content_store import content_digest, kept
+from pqcad_qat.content_store import content_digest, kept, parts_of
 
 PATIENCE = 120  # seconds; a busy machine is no failure
 
@@ -91,4 +91,35 @@ def test_what_a_killed_process_left_half_made_is_dropped(tmp_path: Path) -> None
     (draft / "half").write_text("")
     folder = kept(tmp_path, {}, writing("whole"))
     assert [path.name for path in folder.iterdir()] == ["file"]
+    assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_gone_once_the_folder_is_whole(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        parts_of(folder).mkdir(exist_ok=True)
+        (parts_of(folder) / "first").write_text("first")
+        (folder / "half").write_text("")
+        raise ValueError("disk full")
+
+    with pytest.raises(ValueError, match="disk full"):
+        kept(tmp_path, {}, fail)
+    draft = tmp_path / f".{content_digest({})}"
+    assert [path.relative_to(tmp_path) for path in draft.rglob("*") if path.is_file()] == [Path(draft.name) / "parts" / "first"]
+    (draft / "whole").mkdir()
+    (draft / "whole" / "half").write_text("of a process that was killed")
+
+    def go_on(folder: Path) -> None:
+        assert list(folder.iterdir()) == []
+        (folder / "file").write_text((parts_of(folder) / "first").read_text())
+
+    folder = kept(tmp_path, {}, go_on)
+    assert (folder / "file").read_text() == "first"
+    assert [*tmp_path.iterdir()] == [folder]
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_what_a_process_left_that_was_killed_after_it_had_moved_the_folder_is_removed(tmp_path: Path) -> None:
+    folder = kept(tmp_path, {}, writing("whole"))
+    (tmp_path / f".{folder.name}" / "parts").mkdir(parents=True)
+    assert kept(tmp_path, {}, lambda _: pytest.fail("made twice")) == folder
     assert [*tmp_path.iterdir()] == [folder]

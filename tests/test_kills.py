@@ -1,49 +1,138 @@
-"""Runs whose processes are killed at two dozen random moments, and a disk that is full: nothing is lost, and the weights are the same.
+"""Runs that are cut off in every stage, by either signal and by a full disk: they say so, lose nothing, and end with the same bits.
 
-Not here: runs that are killed at chosen moments (test_resume.py).
+By default every stage is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments of each, spread over the stages. Not here: a
+run that is cut off at chosen moments of its training as a command line (test_resume.py).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from conftest import POLICIES, environment, program, tiny_overrides
+from killed_runs import REPORT, STAGES
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pqcad_qat import cli
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
 
-PATIENCE = 600  # seconds; a busy machine is no failure
+PATIENCE = 3000  # seconds; a busy machine is no failure
+CHAINS = [("SIGKILL", 1), ("SIGINT", 2), ("full", 3)] if os.environ.get("PQCAD_KILLS") == "all" else [("SIGKILL+SIGINT+full", 0)]
+
+RESULTS = (
+    "calibration/trajectories.safetensors",
+    "models/*.safetensors",
+    "distillation/*.safetensors",
+    "samples/*.safetensors",
+    "student/**/*",
+    "openvino/**/*",
+    "baselines/**/openvino_model.bin",
+    "policy.yaml",
+    "plan.json",
+)
+"""What a run leaves that has no timings in it."""
 
 
-def test_runs_killed_at_random_moments_end_with_the_weights_of_one_left_alone_bit_for_bit(tiny_folder: Path, tmp_path: Path) -> None:
-    ends = {}
-    for name, kills in (("killed", 24), ("whole", 0)):
-        command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(tiny_folder), str(tmp_path / name), "7", str(kills)]
-        (tmp_path / name).mkdir()
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
-        assert done.returncode == 0, done.stderr
-        ends[name] = int(done.stdout)
-    for stage in ("pq", "fixed-bit"):
-        whole, *killed = (
-            load_file(tmp_path / name / str(number) / "run" / "models" / f"{stage}.safetensors")
-            for name in ("whole", "killed")
-            for number in range(ends[name])
-        )
-        for other in killed:
-            assert [key for key, value in whole.items() if not torch.equal(value, other[key])] == []
-    for number in range(ends["killed"]):
-        assert not (tmp_path / "killed" / str(number) / "run" / "warnings.json").exists()
+@dataclass(frozen=True)
+class Chain:
+    """A run in one process or many: how each ended (killed_runs.Ending)."""
+
+    root: Path
+    endings: list[dict[str, Any]]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        files = (path for pattern in RESULTS for path in (self.root / "run").glob(pattern) if path.is_file())
+        return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    @property
+    def left_over(self) -> list[str]:
+        """Drafts, locks and parts that no one will want."""
+        stores = [self.root / ".calibration", self.root / ".shared"]
+        hidden = [path for folder in (self.root / "run", *stores) for path in folder.rglob(".*")]
+        return [str(path) for path in hidden if path != self.root / "run" / ".lock"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all chains, and of their model."""
+    return tmp_path_factory.mktemp("chains")
+
+
+def chain(base: Path, name: str, kinds: str, seed: int) -> Chain:
+    (base / name).mkdir(exist_ok=True)
+    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(base / "model"), str(base / name), kinds, str(seed)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return Chain(base / name, json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path) -> Chain:
+    """The run that is left alone."""
+    found = chain(base, "whole", "none", 0)
+    assert [ending["code"] for ending in found.endings] == [0], found.endings[0]["said"]
+    return found
+
+
+@pytest.fixture
+def disk(base: Path) -> Iterator[str | None]:
+    """A small file system of its own, by its name below the folder of all chains; None where none can be mounted."""
+    (base / "disk").mkdir()
+    mounted = False
+    with suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(base / "disk")], check=True, capture_output=True)
+        mounted = True
+    yield "disk" if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(base / "disk")], check=True)
+    (base / "disk").rmdir()
+
+
+@pytest.mark.parametrize(("kinds", "seed"), CHAINS)
+def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alone(
+    kinds: str, seed: int, disk: str | None, base: Path, whole: Chain
+) -> None:
+    if disk is None and kinds == "full":
+        pytest.skip("no file system can be mounted here")
+    found = chain(base, disk or kinds, kinds if disk else kinds.removesuffix("+full"), seed)
+    *cut, last = found.endings
+    assert last["code"] == 0, last["said"]
+    assert {ending["stage"] for ending in cut} == {*STAGES, REPORT}
+    for ending in cut:
+        check_ending(ending, found.root)
+    for before, after in zip(found.endings, found.endings[1:], strict=False):
+        assert set(before["finished"]) <= set(after["finished"])
+    assert found.digests == whole.digests
+    assert found.left_over == []
+
+
+def check_ending(ending: Mapping[str, Any], root: Path) -> None:
+    """What a process said that was cut off: nothing where it was killed."""
+    code, said = ending["code"], ending["said"]
+    assert code in (-signal.SIGKILL, 130, 2), ending
+    assert "Traceback" not in said, said
+    if code == 130:
+        assert re.search(r"^interrupted.*; --resume goes on from there$", said, re.MULTILINE), said
+    if code == 2:
+        told = re.search(r"error: (\S+): cannot be written: No space left on device: (more than the )?[\d,]+ bytes", said)
+        assert told is not None, said
+        assert Path(told[1]).is_relative_to(root)
+        assert "what is finished is kept; --resume goes on from there" in said
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_run_goes_on_from_the_one_before(

@@ -13,7 +13,8 @@ from typing import Any
 from pqcad_qat.content_store import kept
 from pqcad_qat.deployment.timesteps import known_times
 from pqcad_qat.diffusion.calibration import CalibrationSet
-from pqcad_qat.errors import DiedError
+from pqcad_qat.disk import room_for
+from pqcad_qat.errors import DiedError, DiskError
 from pqcad_qat.evaluation.baselines import XML_FILE, Inputs, nncf_baseline, reasons, try_out
 from pqcad_qat.evaluation.benchmark import convert_float, example_inputs, ways_of
 from pqcad_qat.evaluation.hardware import hardware
@@ -66,8 +67,9 @@ def _convert(work: Work, calibration: CalibrationSet, folder: Path) -> None:
     batch, model = work.policy.export.batch_size, work.prepared.model
     times, condition = known_times(work.schedule, calibration.timesteps), work.prepared.conditions.of(0, 0, batch)
     try:
-        convert_float(model.denoiser, work.shape, batch, folder, times, condition)
-    except OSError:  # a full disk is no fault of the model's
+        with room_for(folder, sum(4 * parameter.numel() for parameter in model.denoiser.parameters())):
+            convert_float(model.denoiser, work.shape, batch, folder, times, condition)
+    except DiskError:  # no fault of the model's
         raise
     except Exception as error:
         raise DiedError(f"OpenVINO cannot convert it: {' '.join(str(error).split())[:300]}") from error

@@ -29,10 +29,12 @@ from pqcad_qat.diffusion.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.diffusion.denoiser import predict
 from pqcad_qat.diffusion.sampling import written_out
 from pqcad_qat.diffusion.schedulers import STEPS
+from pqcad_qat.disk import room_for
 from pqcad_qat.evaluation.benchmark import node_profile, size_bytes
 from pqcad_qat.evaluation.hardware import hardware
 from pqcad_qat.evaluation.speed import time_denoisers
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
+from pqcad_qat.quantization.plan import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS
@@ -56,7 +58,9 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
         policy, model = work.policy, work.prepared.model
         steps = policy.distillation.student_steps
         scheduler = {**written_out(model.scheduler_config, work.student_schedule), STEPS: steps, **_guidance(work)}
-        save_quantized(work.path / "student", student, work.prepared.plan, policy.quantization.split_shortcuts, scheduler, steps)
+        plan, split = work.prepared.plan, work.prepared.split
+        with room_for(work.path / "student", 2 * expected_bytes(split, (), packed=False)):
+            save_quantized(work.path / "student", student, plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
         deployed_parts = _parts(work, calibration, conditions)
@@ -75,7 +79,10 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
 
         def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
             batch, visited = policy.export.batch_size, calibration.timesteps
-            export_model(student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts, attention)
+            with room_for(folder, expected_bytes(split, plan, packed=weights != "int8")):
+                export_model(
+                    student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts, attention
+                )
 
         shipped = work.path / "openvino"
         with work.console.status("export: writing and verifying the OpenVINO folder"):
