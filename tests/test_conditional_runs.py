@@ -118,7 +118,7 @@ def test_the_manifest_says_what_the_graph_takes_and_anything_else_is_refused(dep
     with pytest.raises(ModelError, match=rf"takes the conditions {name}.*; got none"):
         model.predict(x, 5)
     with pytest.raises(ModelError, match=r"got .*mask"):
-        model(x, 5, **arrays, mask=x)
+        model(x, timestep=5, **arrays, mask=x)
     with pytest.raises(ModelError, match=rf"{name} must have shape \(2"):
         model.predict(x, 5, {**arrays, name: np.concatenate([arrays[name]] * 2)})
 

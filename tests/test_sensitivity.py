@@ -308,7 +308,7 @@ def test_the_command_times_the_embedded_digits_model_and_writes_a_policy(
     monkeypatch.setattr(layer_times, "ROUNDS", 1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
-    flags = [f"--set={override}" for override in tiny_overrides(Path("embedded:digits"))]
+    flags = [f"--set={override}" for override in tiny_overrides(Path("embedded:digits"), "evaluation.features=none")]
     cli.main(["sensitivity", str(POLICIES / "smoke.yaml"), "--states", "4", "--widths", "4", "--max-ms", "1.1x", *flags])
     folder = tmp_path / "runs" / "tiny-sensitivity"
     assert sorted(path.name for path in folder.iterdir()) == ["policy.yaml", "sensitivity.html", "sensitivity.json"]
