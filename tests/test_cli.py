@@ -412,16 +412,6 @@ def test_an_existing_run_is_refused_without_resume_and_left_untouched(call: Call
     assert content(tiny_run.path) == before
 
 
-def test_a_changed_policy_is_not_resumed_and_the_difference_shown(call: Call, tiny_run: FinishedRun, tiny_folder: Path) -> None:
-    before = content(tiny_run.path)
-    code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--set", "training.seed=1", "--out", tiny_run.path, "--resume")
-    assert code == 2
-    assert "the policy has changed since this run began" in errors
-    assert errors.count("\n  - ") == 1
-    assert "training.seed: was 0, now 1" in errors
-    assert content(tiny_run.path) == before
-
-
 def test_a_second_process_on_a_run_is_refused(call: Call, tiny_run: FinishedRun, tiny_folder: Path) -> None:
     with open_run(tiny_run.path, tiny_run.policy, resume=True):
         code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--out", tiny_run.path, "--resume")

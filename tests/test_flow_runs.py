@@ -70,7 +70,7 @@ def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     embeddings = write_embeddings(request.param, folder / "prompts.safetensors")
     own = [f"model.source={folder / 'model'}", f"conditions.embeddings={embeddings}", f"evaluation.variants={VARIANTS[request.param]}"]
     small = ["conditions.prompts=null", "conditions.tokens=null", "calibration.batch_size=4", "training.gradient_accumulation=1"]
-    policy = load_policy(POLICIES / f"w8a8-{request.param}.yaml", [*TINY, *own, *small])
+    policy = load_policy(POLICIES / f"w8a8-{request.param}.yaml", [*TINY, "evaluation.features=none", *own, *small])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
         path = run(policy, folder / "runs" / "tiny", "command", Console(quiet=True)).parent

@@ -150,10 +150,10 @@ def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
     return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
 
 
-def ways_of(name: str, machine: Hardware) -> list[dict[str, object]]:
-    """How the graph of a baseline is compiled to be timed, and one that is sampled to be sampled."""
+def ways_of(name: str, machine: Hardware, sampled: bool = False) -> list[dict[str, object]]:
+    """How the graph of a baseline is compiled to be timed, and where it is `sampled` too, to be sampled."""
     hint = precision_hint(name, machine)
-    configs = [{**PROFILING, **hint}] + [{}] * (hint != {} and name not in PRECISIONS)
+    configs = [{**PROFILING, **hint}] + [{}] * (sampled and hint != {} and name not in PRECISIONS)
     return [latency_properties(config) for config in configs]
 
 

@@ -48,8 +48,8 @@ def _attempts(work: Work, calibration: CalibrationSet) -> dict[str, Callable[[],
     machine = hardware()
     found: dict[str, Callable[[], object]] = {}
     for name in ("ov-fp32", "ov-bf16") if machine.native_bf16 else ("ov-fp32",):
-        found[name] = partial(_try_float, work, calibration, ways_of(name, machine))
-    return {**found, "nncf-int8": partial(_make_nncf, work, calibration, ways_of("nncf-int8", machine))}
+        found[name] = partial(_try_float, work, calibration, ways_of(name, machine, sampled=True))
+    return {**found, "nncf-int8": partial(_make_nncf, work, calibration, ways_of("nncf-int8", machine, sampled=True))}
 
 
 def _decides(work: Work, baseline: str) -> dict[str, Any]:
