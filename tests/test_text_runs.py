@@ -69,7 +69,7 @@ def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(tmp_path: 
     """By the policy that ships, of a FLUX.1 dev: its guidance is an input, and the folder knows which it was trained with."""
     (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
     own = [f"model.source={flux_dev(tmp_path)}", f"conditions.prompts={tmp_path / 'prompts.txt'}", f"conditions.tokens={T5_TOKENS}"]
-    small = ["conditions.guidance=2.5", "calibration.batch_size=4", "training.gradient_accumulation=1"]
+    small = ["evaluation.features=none", "conditions.guidance=2.5", "calibration.batch_size=4", "training.gradient_accumulation=1"]
     policy = load_policy(POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, "evaluation.variants=[pqcad-openvino]"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)
