@@ -184,6 +184,26 @@ def test_any_other_fault_of_the_machine_keeps_its_traceback(monkeypatch: pytest.
         cli.main(["schema"])
 
 
+def test_ctrl_c_after_a_benchmark_is_no_segmentation_fault(tmp_path: Path) -> None:
+    """Compiled graphs that go in the order in which they came leave a stack for signals behind; see shared_core."""
+    script = (
+        "import gc, signal, sys\n"
+        "from pathlib import Path\n"
+        "from conftest import fixed_batch_graph\n"
+        "from pqcad_qat.evaluation.benchmark import compile_for_latency\n"
+        "xml = fixed_batch_graph(1, (1, 8, 8), Path(sys.argv[1]))\n"
+        "graphs = [compile_for_latency(xml, {}) for _ in range(2)]\n"
+        "while graphs: del graphs[0]; gc.collect()\n"
+        "try: signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('told')\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
+
+
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and not file.exists():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,16 @@ CHOOSING = ("AUTO", "MULTI", "HETERO", "BATCH")
 
 LONGEST_REASON = 400
 """Characters of what OpenVINO says that an error repeats."""
+
+
+@cache
+def shared_core() -> ov.Core:
+    """The core by which this process compiles: one for all.
+
+    A core gives its thread a stack for signals, and puts back what was there before when it goes. Where of two cores the older goes first,
+    the younger puts back the stack that is gone, and the next signal, Ctrl-C among them, is a segmentation fault.
+    """
+    return ov.Core()
 
 
 class Requests:

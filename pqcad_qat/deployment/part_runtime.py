@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from pqcad_qat.deployment.compiled import Requests, compile_graph, reason
+from pqcad_qat.deployment.compiled import Requests, compile_graph, reason, shared_core
 from pqcad_qat.deployment.folder import tokenizer_of
 from pqcad_qat.deployment.graph_checks import port_of
 from pqcad_qat.deployment.manifest import CONFIG, GRAPH, LARGEST_SIDE, PARTS, WEIGHTS
@@ -61,7 +61,7 @@ class PictureDecoder:
         pictures = ([1, 3, self.factor * height, self.factor * width], "float32")
         if (got := port_of(graph.outputs[0])) != pictures:
             raise ModelError(f"{part / GRAPH}: got the output {got}; allowed {pictures}, of latents {sample_shape}")
-        self._requests = Requests(compile_graph(graph, ov.Core(), device, properties))
+        self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
 
     def __call__(self, latents: Float32) -> Float32:
         """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
@@ -108,7 +108,7 @@ class PromptEncoder:
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
         _reshape(graph, (1, self.tokens), self._part)
-        self._requests = Requests(compile_graph(graph, ov.Core(), device, properties))
+        self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
         """(1, tokens)."""
@@ -162,7 +162,7 @@ def _read(part: Path, needed: Collection[str]) -> ov.Model:
     Raises:
         ModelError: OpenVINO cannot read it, or it has not.
     """
-    graph = read_text_and_weights(part / GRAPH, part / WEIGHTS, ov.Core())
+    graph = read_text_and_weights(part / GRAPH, part / WEIGHTS, shared_core())
     try:
         known = {name for port in (*graph.inputs, *graph.outputs) for name in port.get_names()}
     except UNREADABLE as error:

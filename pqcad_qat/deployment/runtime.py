@@ -15,9 +15,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
-from pqcad_qat.deployment.compiled import Requests, compile_graph, executing, precision
+from pqcad_qat.deployment.compiled import Requests, compile_graph, executing, precision, shared_core
 from pqcad_qat.deployment.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.deployment.folder import MANIFEST, copy_folder, denoiser_config, read_graph, read_manifest, scheduler_config
 from pqcad_qat.deployment.graph_checks import check_graph
@@ -94,7 +93,7 @@ class OVUNet2DModel(StandIn):
         self._times = _student_times(self.scheduler_config, folder / SCHEDULER_CONFIG)
         self._told_of_times = False
         _warn_without_vnni(self.manifest, folder)
-        graph = read_graph(folder, core := ov.Core())
+        graph = read_graph(folder, core := shared_core())
         check_graph(graph, self.manifest, folder)
         self._ports = [port.get_names() for port in graph.inputs]
         self.compiled = compile_graph(graph, core, device, properties)

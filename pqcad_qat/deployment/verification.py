@@ -17,7 +17,7 @@ import openvino as ov
 import torch
 import torch.nn.functional as F
 
-from pqcad_qat.deployment.compiled import compile_graph
+from pqcad_qat.deployment.compiled import compile_graph, shared_core
 from pqcad_qat.deployment.folder import read_graph, read_manifest
 from pqcad_qat.deployment.marks import quantizer_of
 from pqcad_qat.deployment.modules import effective_weights, traced_path
@@ -256,7 +256,7 @@ def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mappi
     missing = [name for name in layers if name not in inputs]
     if missing:
         raise ExportError(f"layer_parity needs an input for every planned layer; none was given for {missing}")
-    core = ov.Core()
+    core = shared_core()
     graph = read_graph(folder, core)
     nodes: dict[str, list[ov.Node]] = {}
     held = graph.get_ordered_ops()  # until the last layer is cut out: what only a layer before it needs would go with that one

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.cores import usable_cores
-from pqcad_qat.deployment.compiled import compile_graph
+from pqcad_qat.deployment.compiled import compile_graph, shared_core
 from pqcad_qat.deployment.folder import MANIFEST, denoiser_bytes, read_graph
 from pqcad_qat.deployment.graph_inputs import PLACES, spelled
 from pqcad_qat.deployment.modules import TracedDenoiser, fixed_rotations, swapped
@@ -159,7 +159,7 @@ def ways_of(name: str, machine: Hardware, sampled: bool = False) -> list[dict[st
 
 def compile_source(source: Path, properties: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
     """Compile what `read_source` reads; errors as there."""
-    core = ov.Core()
+    core = shared_core()
     return compile_graph(read_source(source, core, batch), core, properties=properties)
 
 

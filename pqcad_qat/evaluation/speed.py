@@ -18,11 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
 import torch
 from rich.console import Console
 from torch import nn
 
+from pqcad_qat.deployment.compiled import shared_core
 from pqcad_qat.deployment.folder import MANIFEST, read_manifest
 from pqcad_qat.deployment.modules import traced_path
 from pqcad_qat.deployment.verification import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
@@ -212,7 +212,7 @@ def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], di
         files.pop("ov-bf16", None)
     for name, file in list(files.items()):
         try:
-            read_source(file, ov.Core(), timed.batch)
+            read_source(file, shared_core(), timed.batch)
         except FixedBatchError as error:
             left_out[name] = str(error).removeprefix(f"{file}: ")
             del files[name]
