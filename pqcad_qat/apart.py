@@ -37,7 +37,8 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         error, output = Path(folder) / "error.json", Path(folder) / "output"
-        command = [sys.executable, "-m", __name__, str(os.getpid()), f"{work.__module__}:{work.__qualname__}", str(error)]
+        # unbuffered: what it printed last is known however it ends
+        command = [sys.executable, "-u", "-m", __name__, str(os.getpid()), f"{work.__module__}:{work.__qualname__}", str(error)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with output.open("w") as told:
             # in a session of its own, since Ctrl-C reaches all of a terminal's: this process answers it, and ends the other
