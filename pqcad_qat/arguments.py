@@ -16,15 +16,11 @@ from typing import Literal
 
 import fire
 
-from pqcad_qat.errors import PqcadError, shortened
+from pqcad_qat.errors import UsageError, shortened
 from pqcad_qat.policy.schema import known_keys
 
 Commands = Mapping[str, Callable[..., None]]
 HELP = {"-h", "--help"}
-
-
-class UsageError(PqcadError):
-    """A command line that names what there is not, a value too many or of another type, or a flag without its value."""
 
 
 def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:

@@ -25,7 +25,6 @@ from rich.text import Text
 from pqcad_qat import __version__
 from pqcad_qat.arguments import (
     HELP,
-    UsageError,
     fire_arguments,
     help_text,
     one_of,
@@ -36,15 +35,15 @@ from pqcad_qat.arguments import (
     whole_number,
     with_model,
 )
-from pqcad_qat.errors import ModelError, shortened
+from pqcad_qat.errors import ModelError, UsageError, shortened
+from pqcad_qat.machine.processes import launched
+from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, Policy
-from pqcad_qat.processes import launched
-from pqcad_qat.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 
 if TYPE_CHECKING:
-    from pqcad_qat.evaluation.stage_costs import StageCost
-    from pqcad_qat.evaluation.variant import Variant
+    from pqcad_qat.stages.samplers import Variant
+    from pqcad_qat.timing.stage_costs import StageCost
 
 PIPED_WIDTH = 130
 """Columns of what is not shown on a terminal."""
@@ -68,7 +67,7 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: tupl
         resume: go on with an unfinished run; finished stages are not repeated.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    from pqcad_qat import pipeline
+    from pqcad_qat.commands import run as pipeline
 
     folder = Path(out) if out else Path("runs") / loaded.name
     page = pipeline.run(loaded, folder, _command_line(), CONSOLE, resume)
@@ -84,9 +83,9 @@ def compare(*runs: str, out: str | None = None) -> None:
         runs: folders of finished runs.
         out: page to write, with the same as .json and .md beside it; or a folder for them; comparison.html beside the first run by default.
     """
-    from pqcad_qat.evaluation.report import read_report
-    from pqcad_qat.evaluation.run_comparison import compare_runs, named_runs
-    from pqcad_qat.evaluation.run_comparison_page import comparison_tables, write_comparison
+    from pqcad_qat.report.comparison import compare_runs, named_runs
+    from pqcad_qat.report.comparison_page import comparison_tables, write_comparison
+    from pqcad_qat.report.report_files import read_report
 
     if not runs:
         raise UsageError("got no run; allowed one or more folders of finished runs")
@@ -115,12 +114,12 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
         dry_run: show the cells and what they would do, or what `plan` says against any of them.
     """
-    from pqcad_qat.policy.cells import load_study
+    from pqcad_qat.policy.study_cells import load_study
 
     loaded = load_study(Path(study), set)
-    from pqcad_qat.evaluation.run_comparison_page import comparison_tables
-    from pqcad_qat.study import STUDY_PAGE, cells_table, check_cells, chosen_cells
-    from pqcad_qat.study import sweep as run_cells
+    from pqcad_qat.commands.sweep import STUDY_PAGE, cells_table, check_cells, chosen_cells
+    from pqcad_qat.commands.sweep import sweep as run_cells
+    from pqcad_qat.report.comparison_page import comparison_tables
 
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
     if dry_run:
@@ -141,7 +140,7 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    from pqcad_qat.diffusion.model_folder import local
+    from pqcad_qat.models.model_folder import local
     from pqcad_qat.quantization.plan import plan_table
     from pqcad_qat.stages.prepared import notes_on, planned_shapes
 
@@ -161,7 +160,7 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
         runs: timed steps of each, in turns.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    from pqcad_qat.step_costs import costs_table, step_costs
+    from pqcad_qat.commands.profile import costs_table, step_costs
 
     states = loaded.training.batch_size
     costs = step_costs(loaded, whole_number("runs", runs), CONSOLE)
@@ -195,9 +194,9 @@ def sensitivity(
     if max_size is not None and max_ms is not None:
         raise UsageError("--max-ms: got it beside --max-size; allowed one of the two, since layers in floating point take more of both")
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
-    from pqcad_qat.disk import write_atomically
-    from pqcad_qat.evaluation.sensitivity_page import assignment_table, sensitivity_table, write_sensitivity
-    from pqcad_qat.sensitivity import Limit, measure_sensitivity
+    from pqcad_qat.commands.sensitivity import Limit, measure_sensitivity
+    from pqcad_qat.machine.files import write_atomically
+    from pqcad_qat.report.sensitivity_page import assignment_table, sensitivity_table, write_sensitivity
     from pqcad_qat.stages.prepared import CALIBRATION
 
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
@@ -223,7 +222,7 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
         resume: go on with an unfinished run.
     """
     loaded = load_pretrain_policy(Path(policy), set)
-    from pqcad_qat.pretrain import pretrain as train
+    from pqcad_qat.commands.pretrain import pretrain as train
 
     CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True)
 
@@ -273,8 +272,8 @@ def _sample_prompt(
     folder: str, prompt: str, negative: str | None, count: int, seed: int, steps: int | None, out: str, guidance: float | None
 ) -> None:
     """Pictures of a prompt, without PyTorch."""
-    from pqcad_qat.deployment.text_to_image import TextToImage
-    from pqcad_qat.evaluation.grid import save_grid
+    from pqcad_qat.report.grid import save_grid
+    from pqcad_qat.serving.text_to_image import TextToImage
 
     if Path(out).suffix.lower() != ".png":
         raise UsageError(f"--out: got {out!r}; allowed a name in .png, for a prompt makes pictures")
@@ -303,10 +302,10 @@ def _sample_choices(
     import torch
     from safetensors.torch import save_file
 
-    from pqcad_qat.diffusion.images import to_uint8
-    from pqcad_qat.evaluation.grid import save_grid
-    from pqcad_qat.evaluation.variant import sample_states
-    from pqcad_qat.training.metrics_log import progress_bar
+    from pqcad_qat.data.images import to_uint8
+    from pqcad_qat.machine.progress import progress_bar
+    from pqcad_qat.report.grid import save_grid
+    from pqcad_qat.stages.samplers import sample_states
 
     variant = _opened(folder, steps, conditions, guidance)
     suffixes = [".png"] * (not variant.latent or variant.decode is not None) + [".safetensors"] * variant.latent
@@ -347,10 +346,10 @@ def evaluate(
             policy says, or all classes.
         guidance: scale of classifier-free guidance; by default what the folder was made for.
     """
-    from pqcad_qat.evaluation.features import check_shape, load_features
-    from pqcad_qat.evaluation.fidelity import evaluate_images, fid_protocol
-    from pqcad_qat.evaluation.variant import sample_images
-    from pqcad_qat.training.metrics_log import progress_bar
+    from pqcad_qat.machine.progress import progress_bar
+    from pqcad_qat.quality.feature_network import check_shape, load_features
+    from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol
+    from pqcad_qat.stages.samplers import sample_images
 
     whole_number("images", images, least=2)
     whole_number("seed", seed, least=0)
@@ -393,7 +392,7 @@ def benchmark(
         policy: whose quantization rules an architecture gets; its model and its training do not matter.
         out: folder for benchmark.json and benchmark.html.
     """
-    from pqcad_qat.evaluation.hardware import INSTRUCTION_SETS
+    from pqcad_qat.timing.hardware import INSTRUCTION_SETS
 
     sizes = [whole_number("batches", batch) for batch in several("batches", batches)]
     sets = one_of("isa", several("isa", isa), INSTRUCTION_SETS)
@@ -401,8 +400,8 @@ def benchmark(
     if not isinstance(throughput, bool):
         raise UsageError(f"--throughput: got {throughput!r}; allowed --throughput or --nothroughput")
     folder = output_folder(out)
-    from pqcad_qat.evaluation.speed import measure_speed
-    from pqcad_qat.evaluation.speed_page import speed_tables, write_speed
+    from pqcad_qat.commands.benchmark import measure_speed
+    from pqcad_qat.report.benchmark_page import speed_tables, write_speed
 
     report = measure_speed(source, Path(policy), sizes, sets, runs, throughput, _command_line(), CONSOLE)
     for table in speed_tables(report):
@@ -423,9 +422,9 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     folder = output_folder(out)
-    from pqcad_qat.diffusion.untrained import architecture_configs, architectures
-    from pqcad_qat.evaluation.rehearsal import rehearse as rehearsed
-    from pqcad_qat.evaluation.rehearsal import stages_table, write_rehearsal
+    from pqcad_qat.commands.rehearse import rehearse as rehearsed
+    from pqcad_qat.commands.rehearse import stages_table, write_rehearsal
+    from pqcad_qat.models.untrained import architecture_configs, architectures
 
     source = loaded.model.source
     if (configs := architecture_configs(source)) is None:
@@ -449,9 +448,9 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
         path: of the data, where it is not at its default place.
         size: pixels of a side.
     """
-    from pqcad_qat.diffusion.images import load_images
-    from pqcad_qat.evaluation.feature_training import RECIPES, FeatureRecipe, make_features
-    from pqcad_qat.training.metrics_log import progress_bar
+    from pqcad_qat.data.images import load_images
+    from pqcad_qat.machine.progress import progress_bar
+    from pqcad_qat.quality.feature_training import RECIPES, FeatureRecipe, make_features
 
     train = load_images(data, path, size)
     test = load_images(data, path, size, split="test") if data == "fashion-mnist" else None
@@ -495,7 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _features_of(folder: str) -> str:
     """The feature network that belongs to a run's or an embedded model's images."""
-    from pqcad_qat.evaluation.features import embedded_features
+    from pqcad_qat.quality.feature_network import embedded_features
 
     policy = _policy_of(folder)
     if folder in embedded_features():
@@ -513,8 +512,8 @@ def _guidance(guidance: object) -> float | None:
 
 def _opened(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Variant:
     """A folder as the options of `sample` and `evaluate` want it."""
-    from pqcad_qat.evaluation.variant import open_folder
-    from pqcad_qat.run_folder import EMBEDDINGS
+    from pqcad_qat.stages.run_folder import EMBEDDINGS
+    from pqcad_qat.stages.samplers import open_folder
 
     section = None if (policy := _policy_of(folder)) is None else policy.conditions
     if (kept := Path(folder) / EMBEDDINGS).is_file():
@@ -541,8 +540,8 @@ def _command_line() -> str:
 
 def _print_result(folder: Path) -> None:
     """The report's table and targets, short."""
-    from pqcad_qat.evaluation.record import UNSTEADY, UNSTEADY_NOTE
-    from pqcad_qat.evaluation.report import read_report
+    from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE
+    from pqcad_qat.report.report_files import read_report
 
     report = read_report(folder)
     table = Table("variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=f"{report.policy['name']}: {folder}")

@@ -39,6 +39,10 @@ class ExportError(PqcadError):
     """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be converted."""
 
 
+class UsageError(PqcadError):
+    """A command line that names what there is not, a value too many or of another type, or a flag without its value."""
+
+
 class StudyError(PqcadError):
     """Runs cannot stand in one table, or some cells of a study failed."""
 

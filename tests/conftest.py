@@ -1,82 +1,36 @@
-"""What several test files share: a tiny full-precision model in diffusers layout, a policy for it, and one real run of the pipeline.
+"""The fixtures that several test files share: a tiny full-precision model in diffusers layout, a policy for it, and one real run.
 
-Not here: any test. Nothing needs a network or a data set.
+Not here: any test, and what no fixture needs (support/).
 """
 
 from __future__ import annotations
 
 import io
-import os
-import signal
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, so that repeats can be bitwise
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to others
-
-import numpy as np
-import openvino as ov
-import pytest
-import torch
-from diffusers import UNet2DModel
-from rich.console import Console
-
-from pqcad_qat.diffusion.denoiser import DiffusionModel, load_model, save_model
-from pqcad_qat.evaluation.baselines import save_openvino
-from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import Policy
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what tests start
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-POLICIES = REPOSITORY / "policies"
-
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-}
-
-TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes through every stage
-    "name=tiny",
-    "sampler.steps=4",
-    "distillation.student_steps=2",
-    "calibration.trajectories=4",
-    "calibration.batch_size=4",
-    "progressive.steps=9",
-    "distillation.steps=6",
-    "training.batch_size=4",
-    "training.checkpoint_every=3",
-    "training.samples_every=4",
-    "evaluation.images=8",
-    "evaluation.batch_size=8",
-    "evaluation.features=embedded:fashion-mnist",  # what the tiny model makes is of its shape
-    "export.latency_runs=2",
+# before torch: it sets the environment
+from tiny_runs import (
+    POLICIES,
+    REPOSITORY,
+    SCHEDULER,
+    CommandLine,
+    FinishedRun,
+    environment,
+    program,
+    tiny_overrides,
+    tiny_unet,
 )
 
+# isort: split
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run that was made once, for tests that only look at it.
+import pytest
+import torch
+from rich.console import Console
 
-    Attributes:
-        path: folder of the run.
-        page: what the pipeline returned.
-        policy: that it ran.
-        output: what it printed.
-    """
-
-    path: Path
-    page: Path
-    policy: Policy
-    output: str
+from pqcad_qat.models.denoiser import DiffusionModel, load_model, save_model
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import Policy
 
 
 @pytest.fixture(autouse=True)
@@ -94,20 +48,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_unet() -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-        norm_num_groups=8,
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path) -> DiffusionModel:
     return load_model(str(tiny_folder))
@@ -118,14 +58,10 @@ def tiny_policy(tiny_folder: Path) -> Policy:
     return load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
 
 
-def tiny_overrides(model: Path, *more: str) -> list[str]:
-    return [f"model.source={model}", *TINY, *more]
-
-
 @pytest.fixture(scope="session")
 def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """One real run from policy to report, in this process."""
-    from pqcad_qat import pipeline
+    from pqcad_qat.commands import run as pipeline
 
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("runs") / "tiny"
@@ -133,23 +69,9 @@ def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> F
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.evaluation.benchmark.usable_cores", lambda: 1)  # what the tests check are no timings
+        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)  # what the tests check are no timings
         page = pipeline.run(tiny_policy, path, "python -m pqcad_qat run tiny.yaml", console)
     return FinishedRun(path, page, tiny_policy, printed.getvalue())
-
-
-def fixed_batch_graph(batch: int, sample_shape: tuple[int, ...], folder: Path) -> Path:
-    """The xml of a graph with a denoiser's ports, in which the batch is written as a constant."""
-    ports = [
-        ov.opset13.parameter([batch, *sample_shape], np.float32, name="sample"),
-        ov.opset13.parameter([batch], np.int64, name="timestep"),
-    ]
-    rows = ov.opset13.reshape(ports[0], np.array([batch, -1, 1]), special_zero=False)
-    image = ov.opset13.reshape(rows, np.array([batch, *sample_shape]), special_zero=False)
-    return save_openvino(ov.Model([ov.opset13.result(image)], ports), folder)
-
-
-CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -160,12 +82,3 @@ def command_line() -> CommandLine:
         return subprocess.run(program(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=300)
 
     return call
-
-
-def program(arguments: Sequence[str | Path]) -> list[str]:
-    return [sys.executable, "-m", "pqcad_qat", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    """Of a subprocess: this source tree, no network, one thread, plain text."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

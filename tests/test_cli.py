@@ -16,14 +16,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, tiny_overrides
 from PIL import Image
 from rich.console import Console
 from small_networks import unet_config
+from tiny_runs import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, tiny_overrides
 
 from pqcad_qat import __version__, cli
-from pqcad_qat.arguments import UsageError, fire_arguments
-from pqcad_qat.run_folder import open_run
+from pqcad_qat.arguments import fire_arguments
+from pqcad_qat.errors import UsageError
+from pqcad_qat.stages.run_folder import open_run
 
 SMOKE = str(POLICIES / "smoke.yaml")
 STUDY = str(POLICIES / "studies" / "smoke.yaml")

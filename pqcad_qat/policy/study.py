@@ -1,6 +1,6 @@
 """What a study's file may say: the policies, overrides, axes and seeds whose product is its cells.
 
-Not here: quantization policies (policy/schema.py), and the expansion into cells (policy/cells.py).
+Not here: quantization policies (policy/schema.py), and the expansion into cells (policy/study_cells.py).
 """
 
 from __future__ import annotations

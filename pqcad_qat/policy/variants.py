@@ -1,6 +1,6 @@
 """The variants a run can make, and the stages that each takes.
 
-Not here: what the stages do (stages/), and the rows that come of them (evaluation/results.py).
+Not here: what the stages do (stages/), and the rows that come of them (stages/report_rows.py).
 """
 
 from __future__ import annotations

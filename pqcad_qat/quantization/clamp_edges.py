@@ -1,7 +1,7 @@
 """Where a quantizer of one scale starts to clamp, in units of what it quantizes: to the last bit, and in no more than some microseconds.
 
-Not here: quantizing, and what is done with the edges (rounding.py). In plain Python: between two convolutions all code is out of cache, and
-the least of it is what is fastest.
+Not here: quantizing, and what is done with the edges (fake_quantization.py). In plain Python: between two convolutions all code is out of
+cache, and the least of it is what is fastest.
 """
 
 from __future__ import annotations

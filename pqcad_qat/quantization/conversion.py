@@ -1,6 +1,6 @@
 """A planned model becomes a quantized one around the same Parameters, is calibrated, held still for sampling, and turned back.
 
-Nothing about single quantizers here: that is quantizers.py.
+Nothing about single quantizers here: that is quantized_layer.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quantization.injectors import QuantizedConv2d, QuantizedLinear
-from pqcad_qat.quantization.layers import quantizable_layers
+from pqcad_qat.models.denoiser import PredictArguments, predict
+from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
 from pqcad_qat.quantization.plan import LayerPlan, evaluating
-from pqcad_qat.quantization.quantizers import (
+from pqcad_qat.quantization.quantizable_layers import quantizable_layers
+from pqcad_qat.quantization.quantized_layer import (
     IntegerLayer,
     QuantizedLayer,
     float_layer,
@@ -30,7 +30,7 @@ from pqcad_qat.quantization.quantizers import (
     share_results,
 )
 from pqcad_qat.quantization.ranges import InputRange, input_bounds
-from pqcad_qat.quantization.shortcut import replace_modules
+from pqcad_qat.quantization.shortcuts import replace_modules
 
 
 def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:

@@ -1,6 +1,7 @@
 """Convolutions of training in INT8: on a CPU with VNNI, oneDNN multiplies the integers that quantized layers compute with.
 
-Not here: the quantizers (rounding.py, injectors.py), linear layers, whose products are too few, and the deployed graph (deployment/).
+Not here: the quantizers (fake_quantization.py, brevitas_layers.py), linear layers, whose products are too few, and the deployed graph
+(export/).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pqcad_qat.quantization.rounding import Grid, dequantized, integers_of, learned_gradients, reach_of, scale_and_zero_point
+from pqcad_qat.quantization.fake_quantization import Grid, dequantized, integers_of, learned_gradients, reach_of, scale_and_zero_point
 
 PER_ACTIVATION, PER_WEIGHT = 24, 1100
 """What the way to INT8 and back costs for each number read and written, in products that INT8 makes up for it with (measured on Zen 4)."""

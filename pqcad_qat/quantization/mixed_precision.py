@@ -1,6 +1,6 @@
 """Widths layer by layer within a budget, from what each costs and what it does to the output; and as rules that a person can read.
 
-Not here: how far the output moves (sensitivity.py).
+Not here: how far the output moves (layer_sensitivity.py).
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.denoiser import PredictArguments, predict
 from pqcad_qat.errors import PlanError, shortened
-from pqcad_qat.quantization.layers import CONSTANT, KINDS, float_kind, float_layers, parameter_count, quantizable_layers
+from pqcad_qat.models.denoiser import PredictArguments, predict
+from pqcad_qat.quantization.quantizable_layers import CONSTANT, KINDS, float_kind, float_layers, parameter_count, quantizable_layers
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -128,7 +128,7 @@ def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str
 def executes_int8(layer: LayerPlan) -> bool:
     """Whether OpenVINO on a CPU runs the layer in INT8; if not, its widths are a simulation on that target.
 
-    Inputs of every width from 2 to 8 bits do (deployment/modules.py says how). Asymmetric weights do up to 7 bits: at 8 their
+    Inputs of every width from 2 to 8 bits do (export/traceable_modules.py says how). Asymmetric weights do up to 7 bits: at 8 their
     distance to the zero point needs a ninth.
     """
     wide = not layer.weights.symmetric and layer.weights.bits == 8

@@ -1,6 +1,6 @@
 """One quantized input for the layers of one module that read one tensor, such as to_q, to_k and to_v of an attention.
 
-Not here: quantizers (injectors.py), and which layers share one (plan.py).
+Not here: quantizers (brevitas_layers.py), and which layers share one (plan.py).
 """
 
 from __future__ import annotations

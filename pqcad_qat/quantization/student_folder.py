@@ -1,6 +1,6 @@
 """A quantized model on disk: a diffusers folder that plain diffusers reads, and beside it the quantizers that make it exact.
 
-Not here: the folder that OpenVINO runs (deployment/export.py).
+Not here: the folder that OpenVINO runs (export/export_model.py).
 
     unet/             (or transformer/) the model with its weights rounded to their grid, in floating point, for plain diffusers
     quantization/     plan.json and model.safetensors: every Parameter, scale, zero point and bit-width, for us
@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pqcad_qat.diffusion.denoiser import DiffusionModel, save_model, untrained_denoiser, write_json
-from pqcad_qat.diffusion.model_folder import SCHEDULER_CONFIG, denoiser_folder
-from pqcad_qat.diffusion.sampling import distilled_steps, noise_schedule, written_out
-from pqcad_qat.diffusion.schedulers import STEPS
 from pqcad_qat.errors import ModelError, PqcadError
-from pqcad_qat.json_files import read_json
+from pqcad_qat.machine.json_files import read_json
+from pqcad_qat.models.denoiser import DiffusionModel, save_model, untrained_denoiser, write_json
+from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, denoiser_folder
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
-from pqcad_qat.quantization.quantizers import quantized_weight
-from pqcad_qat.quantization.shortcut import merge_shortcuts, split_shortcuts
+from pqcad_qat.quantization.quantized_layer import quantized_weight
+from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
+from pqcad_qat.sampling.schedulers import STEPS
+from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out
 
 PLAN = Path("quantization") / "plan.json"
 STATE = Path("quantization") / "model.safetensors"

@@ -1,6 +1,6 @@
 """The stage `baselines`: full precision as OpenVINO runs it, and as NNCF's post-training INT8; shared by runs side by side.
 
-Not here: how they are made and tried out (evaluation/baselines.py), and how they are timed and sampled (deploying.py, measuring.py).
+Not here: how they are made and tried out (timing/baseline_trials.py), and how they are timed and sampled (deploy.py, measure.py).
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pqcad_qat.content_store import kept
-from pqcad_qat.deployment.timesteps import known_times
-from pqcad_qat.diffusion.calibration import CalibrationSet
-from pqcad_qat.disk import room_for
+from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import DiedError, DiskError
-from pqcad_qat.evaluation.baselines import XML_FILE, Inputs, nncf_baseline, reasons, try_out
-from pqcad_qat.evaluation.benchmark import convert_float, example_inputs, ways_of
-from pqcad_qat.evaluation.hardware import hardware
+from pqcad_qat.export.time_tables import known_times
+from pqcad_qat.machine.content_store import kept
+from pqcad_qat.machine.files import room_for
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.recipes import BASELINE_INPUTS
 from pqcad_qat.stages.work import Work
+from pqcad_qat.timing.baseline_trials import XML_FILE, Inputs, nncf_baseline, reasons, try_out
+from pqcad_qat.timing.hardware import hardware
+from pqcad_qat.timing.latency import convert_float, example_inputs, ways_of
 
 FLOAT, NNCF = "baselines/float", "baselines/nncf"
 """Where they lie in a run's folder."""

@@ -9,11 +9,11 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from pqcad_qat.diffusion.sampling import noise_schedule
-from pqcad_qat.disk import free_bytes
+from pqcad_qat.machine.files import free_bytes
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.resuming import Recipes
+from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import Prepared
+from pqcad_qat.stages.resuming import Recipes
 
 _GB = 1e9
 

@@ -11,26 +11,26 @@ from pathlib import Path
 
 from torch import nn
 
-from pqcad_qat.deployment.attention import masked_attention
-from pqcad_qat.deployment.parts import PartFormat, chosen_formats
-from pqcad_qat.deployment.trial import try_training_and_export
-from pqcad_qat.diffusion.calibration import CalibrationRecipe
-from pqcad_qat.diffusion.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
-from pqcad_qat.diffusion.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
-from pqcad_qat.diffusion.model_folder import scheduler_file
-from pqcad_qat.diffusion.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
-from pqcad_qat.diffusion.probing import check_predictions, constant_readers, probe_states
-from pqcad_qat.diffusion.prompts import prompts_cut
-from pqcad_qat.diffusion.sampling import NoiseSchedule, check_sampler, noise_schedule
-from pqcad_qat.diffusion.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
+from pqcad_qat.data.calibration import CalibrationRecipe
 from pqcad_qat.errors import ModelError, PlanError
-from pqcad_qat.evaluation.features import check_shape
+from pqcad_qat.export.int8_attention import masked_attention
+from pqcad_qat.export.part_export import PartFormat, chosen_formats
+from pqcad_qat.export.trial_export import try_training_and_export
+from pqcad_qat.models.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
+from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
+from pqcad_qat.models.model_folder import scheduler_file
+from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
+from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states
+from pqcad_qat.models.prompts import prompts_cut
+from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import stages_of
-from pqcad_qat.quantization.layers import quantizable_layers
+from pqcad_qat.quality.feature_network import check_shape
 from pqcad_qat.quantization.plan import LayerPlan, listed, missing_rungs, plan_layers
-from pqcad_qat.quantization.shortcut import rewritable, split_shortcuts
+from pqcad_qat.quantization.quantizable_layers import quantizable_layers
+from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
+from pqcad_qat.sampling.trajectory import NoiseSchedule, check_sampler, noise_schedule
 
 RANGE_INPUTS = 512
 """Model inputs of the calibration set that activation ranges are taken from."""

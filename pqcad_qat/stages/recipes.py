@@ -11,14 +11,14 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from pqcad_qat.diffusion.pipeline_parts import VAE
-from pqcad_qat.diffusion.sampling import noise_schedule
-from pqcad_qat.evaluation.features import load_features
-from pqcad_qat.evaluation.variant import decoder_of
+from pqcad_qat.models.pipeline_parts import VAE
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made, round_name, stages_of
-from pqcad_qat.resuming import Recipe
+from pqcad_qat.quality.feature_network import load_features
+from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
+from pqcad_qat.stages.resuming import Recipe
+from pqcad_qat.stages.samplers import decoder_of
 
 UNSAMPLED: tuple[VariantName, ...] = ("ov-fp32", "ov-bf16")
 """Timed only: they compute what `fp32` computes."""

@@ -16,15 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pqcad_qat.diffusion.sampling import NoiseSchedule, noise_schedule
-from pqcad_qat.disk import write_atomically
+from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.processes import process_count
+from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made
-from pqcad_qat.processes import process_count
-from pqcad_qat.resuming import decides
-from pqcad_qat.run_folder import WARNINGS, RunFolder
+from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
 from pqcad_qat.stages.prepared import Prepared
-from pqcad_qat.training.metrics_log import progress_bar
+from pqcad_qat.stages.resuming import decides
+from pqcad_qat.stages.run_folder import WARNINGS, RunFolder
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """When, which and how layers go down in width: progressive quantization's schedules, as a pure decision and a thin callback.
 
-Not here: what a width is (quantization/quantizers.py). The paper (PQCAD-DM, arXiv 2506.16776) names a momentum-based mechanism that keeps
-low precision from perturbing the weights too much; its equations are not public, so what follows is our reading of it.
+Not here: what a width is (quantization/quantized_layer.py). The paper (PQCAD-DM, arXiv 2506.16776) names a momentum-based mechanism that
+keeps low precision from perturbing the weights too much; its equations are not public, so what follows is our reading of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.quantization.quantizers import (
+from pqcad_qat.quantization.quantized_layer import (
     QuantizedLayer,
     begin_blend,
     blend_state,

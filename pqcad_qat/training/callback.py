@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.conditions import CONDITION
+from pqcad_qat.models.conditions import CONDITION
 
 Batch = Mapping[str, Tensor]
 

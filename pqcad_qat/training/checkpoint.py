@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pqcad_qat.disk import room_for
 from pqcad_qat.errors import CheckpointError
+from pqcad_qat.machine.files import room_for
 from pqcad_qat.training.callback import Callback, TrainState
 
 FORMAT = 2

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.diffusion.calibration import CalibrationSet
-from pqcad_qat.diffusion.clipping import fold, nearest_target
-from pqcad_qat.diffusion.conditions import guided_call, rows_of
-from pqcad_qat.diffusion.ddim import DDPMSchedule, Walk
-from pqcad_qat.diffusion.denoiser import Condition, predict
-from pqcad_qat.diffusion.sampling import NoiseSchedule, along, guided
+from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import ModelError
-from pqcad_qat.tensor_files import gathered
+from pqcad_qat.machine.tensor_files import gathered
+from pqcad_qat.models.conditions import guided_call, rows_of
+from pqcad_qat.models.denoiser import Condition, predict
+from pqcad_qat.sampling.ddim import DDPMSchedule, Walk
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along, guided
+from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
-from pqcad_qat.training.quantization_aware import mixed_states
+from pqcad_qat.training.clipping import fold, nearest_target
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def distillation_batches(data: DistillationSet, batch_size: int, seed: int, cond
     """
 
     def batch(step: int) -> Batch:
-        rows, columns = mixed_states(len(data.states), len(data.timesteps), batch_size, seed, step)
+        rows, columns = mixed_states(len(data.states), len(data.timesteps), batch_size, batch_dice(seed, step))
         states = {
             "x_t": data.states[rows, columns],
             "t": data.timesteps[columns],

@@ -17,32 +17,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from torch.utils.tensorboard import SummaryWriter
 
+from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 LAYER = "layer/"
 """Scalars under this head are of single layers: they go to TensorBoard, and not to the file that the report reads."""
-
-
-def progress_bar(console: Console, quiet: bool = False) -> Progress:
-    """The one look of every progress line: name, bar, count, what is going on, time spent and left.
-
-    `quiet`: drawn only when it is told to, so that it takes no time from what is being timed.
-    """
-    return Progress(
-        TextColumn("[bold]{task.description:<14}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        auto_refresh=not quiet,
-    )
 
 
 @dataclass

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pqcad_qat.diffusion.calibration import CalibrationSet
-from pqcad_qat.diffusion.denoiser import predict
+from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.models.denoiser import predict
+from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 
 
@@ -37,7 +38,7 @@ def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int)
     t = torch.tensor(calibration.timesteps)
 
     def batch(step: int) -> Batch:
-        rows, columns = mixed_states(len(calibration.predictions), len(t), batch_size, seed, step)
+        rows, columns = mixed_states(len(calibration.predictions), len(t), batch_size, batch_dice(seed, step))
         target = calibration.predictions[rows, columns]
         if calibration.unconditional_predictions is not None:
             odd = calibration.passes(batch_size, step)
@@ -46,11 +47,3 @@ def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int)
         return with_condition(states, calibration.conditions_of(rows, step))
 
     return batch
-
-
-def mixed_states(trajectories: int, steps: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """(trajectory (B,), time index (B,)) of a batch: trajectories at random, time steps stratified so that every batch mixes them."""
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    rows = torch.randint(0, trajectories, (batch_size,), generator=dice)
-    part = (torch.randperm(batch_size, generator=dice) + torch.rand(batch_size, generator=dice)) / batch_size
-    return rows, (part * steps).long().clamp(max=steps - 1)

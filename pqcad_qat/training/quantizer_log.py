@@ -1,6 +1,6 @@
 """What quantizers do while a stage trains, as numbers for the log: each layer's width and ranges, and the mean width.
 
-Not here: who changes widths (bit_schedule.py), and what is wrong with a range (trouble.py).
+Not here: who changes widths (bit_schedule.py), and what is wrong with a range (divergence.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pqcad_qat.quantization.quantizers import QuantizedLayer, blend_state, range_sizes, read_bits
+from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, range_sizes, read_bits
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 OBSERVE_EVERY = 5

@@ -1,6 +1,6 @@
 """Going back after a divergence: to which checkpoint, and the record of it, by which a killed run comes to the same decisions.
 
-Not here: what a divergence is (trouble.py, trainer.py), nor what follows from the policy (stage.py).
+Not here: what a divergence is (divergence.py, trainer.py), nor what follows from the policy (training_stage.py).
 """
 
 from __future__ import annotations

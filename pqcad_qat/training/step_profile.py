@@ -1,6 +1,6 @@
 """What one training step costs, by part: the loop's own steps of several models in turns, with a stopwatch around their parts.
 
-Not here: which models those are (step_costs.py), nor the speed of inference (evaluation/benchmark.py).
+Not here: which models those are (step_costs.py), nor the speed of inference (timing/latency.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Images that a model samples while it trains, always from the same noise: what one looks at to see a stage go well or badly.
 
-Not here: the images of a run's report (evaluation/), and how they reach TensorBoard (metrics_log.py).
+Not here: the images of a run's report (report/), and how they reach TensorBoard (metrics_log.py).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqcad_qat.diffusion.conditions import Guidance
-from pqcad_qat.diffusion.images import to_uint8
-from pqcad_qat.diffusion.sampling import NoiseSchedule, trajectory
-from pqcad_qat.processes import is_first
+from pqcad_qat.data.images import to_uint8
+from pqcad_qat.machine.processes import is_first
+from pqcad_qat.models.conditions import Guidance
 from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.sampling.trajectory import NoiseSchedule, trajectory
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 
 

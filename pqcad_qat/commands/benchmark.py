@@ -1,0 +1,216 @@
+"""How fast a denoiser is by every way to run it: all candidates in turns in one process, and a process for every smaller instruction set.
+
+Not here: how a call is timed (latency.py, throughput.py), what is timed (benchmark_subject.py), or how it looks (benchmark_page.py).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.commands.benchmark_subject import Candidates, Subject, candidates, open_subject
+from pqcad_qat.errors import ModelError
+from pqcad_qat.export.proof import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
+from pqcad_qat.export.traceable_modules import traced_path
+from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.models.denoiser import DEFAULT_SCHEDULER, shapes_of_configs
+from pqcad_qat.models.untrained import random_denoiser
+from pqcad_qat.quantization.quantizable_layers import quantizable_layers
+from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
+from pqcad_qat.report.record import OURS, Hardware, Throughput
+from pqcad_qat.serving.compiled_graph import shared_core
+from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
+from pqcad_qat.timing.baseline_trials import Inputs, reasons, try_out
+from pqcad_qat.timing.hardware import CAPS, NATIVE, hardware, lacking
+from pqcad_qat.timing.latency import (
+    PROFILING,
+    FixedBatchError,
+    compile_for_latency,
+    precision_hint,
+    profile_rows,
+    read_source,
+    size_bytes,
+    time_denoisers,
+    torch_threads_kept,
+    ways_of,
+)
+from pqcad_qat.timing.load_time import load_times
+from pqcad_qat.timing.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
+
+PROFILED_CALLS = 20
+LOADS = 5
+
+
+def measure_speed(
+    source: str, policy: Path, batches: Sequence[int], isas: Sequence[str], runs: int, throughput: bool, command: str, console: Console
+) -> SpeedReport:
+    """Time a folder of ours, or an architecture, against what a user would run instead.
+
+    Args:
+        source, policy: as `speed_subject.open_subject`.
+        batches: images of a call.
+        isas: of hardware.INSTRUCTION_SETS; one that the CPU lacks is left out and the report says so.
+        runs: timed calls of every candidate, and calls of its bursts together.
+        throughput: whether candidates are also timed with several calls at a time.
+
+    Raises:
+        ModelError: nothing to time there, or the CPU has none of the instruction sets.
+        PolicyError, PlanError: as `open_subject`.
+    """
+    left_out = {isa: why for isa in isas if (why := lacking(isa, hardware()))}
+    timed = [isa for isa in isas if isa not in left_out]
+    if not timed:
+        raise ModelError("; ".join(f"{isa}: {why}" for isa, why in left_out.items()))
+    with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True) as bar:
+        task = bar.add_task("benchmark", total=2 + len(batches) * (1 + len(timed)), note=f"reading {source}")
+        bar.refresh()
+
+        def tell(note: str) -> None:
+            bar.update(task, note=note)
+            bar.refresh()
+            if bar.disable:
+                console.print(f"benchmark: {note}", soft_wrap=True)
+
+        subject = open_subject(source, policy, Path(temporary))
+        bar.advance(task)
+        tell("loading ours")
+        loading = load_times(subject.folder, Path(temporary) / "formats", min(runs, LOADS))
+        bar.advance(task)
+        measurements: list[Measurement] = []
+        for batch in batches:
+            tell(f"batch {batch}: making the baselines")
+            made = candidates(subject, batch, Path(temporary) / f"batch-{batch}")
+            bar.advance(task)
+            for isa in timed:
+                tell(f"batch {batch}, {isa}: timing")
+                measurements.append(measure(made, isa, runs, throughput))
+                bar.advance(task)
+    return _report(subject, measurements, loading, left_out, command)
+
+
+def _report(
+    subject: Subject, measurements: Sequence[Measurement], loading: tuple[LoadTime, ...], left_out: Mapping[str, str], command: str
+) -> SpeedReport:
+    shapes = shapes_of_configs(subject.config, DEFAULT_SCHEDULER, subject.source)
+    return SpeedReport(
+        source=subject.source,
+        weights=subject.weights,
+        parameters=sum(parameter.numel() for parameter in shapes.denoiser.parameters()),
+        sample_shape=subject.sample_shape,
+        steps=subject.steps,
+        full_precision_steps=subject.full_precision_steps,
+        measurements=tuple(measurements),
+        loading=loading,
+        left_out=left_out,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def measure(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
+    """Time the candidates in this process, or in one of its own that a smaller instruction set is forced on.
+
+    Raises:
+        ModelError: a candidate cannot be run, or its process died.
+    """
+    if isa == NATIVE:
+        return measure_here(timed, isa, runs, throughput)
+    try:
+        with _environment(CAPS[isa]), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(measure_here, timed, isa, runs, throughput).result()
+    except BrokenProcessPool:
+        raise ModelError(f"{isa}: the process that timed it died, out of memory perhaps") from None
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """The environment of processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
+    """Latency, throughput and their causes of every candidate that runs on this machine at this batch."""
+    machine, inputs = hardware(), timed.inputs()
+    files, left_out = _runnable(timed, machine)
+    if isa != NATIVE:  # as they are, they have been tried out when they were made
+        died = reasons({name: partial(try_out, file, inputs, ways_of(name, machine)) for name, file in files.items() if name != OURS})
+        files, left_out = {name: file for name, file in files.items() if name not in died}, {**left_out, **died}
+    denoiser = random_denoiser(timed.config, "config.json")
+    latencies = time_denoisers(denoiser, files, inputs, runs)
+    rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
+    known = list(quantizable_layers(denoiser))
+    executed = {
+        name: _executed(file, precision_hint(name, machine), inputs, known, min(runs, PROFILED_CALLS)) for name, file in files.items()
+    }
+    sizes = {"fp32": 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
+    sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
+    rows = [SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {})) for name, found in latencies.items()]
+    return Measurement(isa, timed.batch, machine, tuple(rows), left_out)
+
+
+def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Throughput]:
+    machine = hardware()
+    with torch_threads_kept():
+        loads = {name: openvino_load(file, precision_hint(name, machine), inputs) for name, file in files.items()}
+        return throughput_in_turns({"fp32": torch_load(denoiser, inputs), **loads}, len(inputs["sample"]), calls)
+
+
+def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files that can be timed, and why the others cannot."""
+    files, left_out = dict(timed.files), dict(timed.died)
+    if not machine.native_bf16:
+        left_out["ov-bf16"] = "bfloat16 is emulated here"
+        files.pop("ov-bf16", None)
+    for name, file in list(files.items()):
+        try:
+            read_source(file, shared_core(), timed.batch)
+        except FixedBatchError as error:
+            left_out[name] = str(error).removeprefix(f"{file}: ")
+            del files[name]
+    return files, left_out
+
+
+def _executed(file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequence[str], calls: int) -> dict[str, Any]:
+    """The fields of a SpeedRow that the execution graph of the timed file tells."""
+    compiled = compile_for_latency(file, {**PROFILING, **hint}, len(inputs["sample"]))
+    nodes = executed_nodes(compiled)
+    found: dict[str, Any] = {"layers": _layers(nodes, known)}
+    if (file / MANIFEST).is_file():
+        manifest = read_manifest(file)
+        planned = layer_precisions(nodes, manifest["layers"]) | attention_precisions(compiled, manifest.get("attention", {}))
+        missed = tuple(name for name, precision in planned.items() if precision not in INT8)
+        found = {"layers": found["layers"] | planned, "planned": len(planned), "planned_float": missed}
+    return found | {
+        "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        "kernels": dict(Counter(node.kernel for node in nodes if node.kind in MATRIX_NODES)),
+        "profile": profile_rows(compiled, inputs, calls),
+    }
+
+
+def _layers(nodes: Sequence[ExecutedNode], known: Sequence[str]) -> dict[str, str]:
+    """The precision of every layer that a matrix node is named after: by its module path as converted, or bare."""
+    found = {}
+    for node in nodes:
+        path = traced_path(node.names[0])
+        if node.kind in MATRIX_NODES and path in known:
+            found[path] = node.precision
+    return found

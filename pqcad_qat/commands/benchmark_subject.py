@@ -1,0 +1,147 @@
+"""What a benchmark times: a folder of ours, or an architecture whose random weights are quantized by a policy's rules; and its baselines.
+
+Not here: any timing (benchmark.py). Speed does not depend on the values of weights, so nothing is trained and no weights are read but ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.export.export_model import export_model
+from pqcad_qat.models.architectures import ConditionInput, condition_inputs
+from pqcad_qat.models.untrained import architecture_configs, architectures, fixed_inputs, noise_condition, random_denoiser
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.origins import located
+from pqcad_qat.policy.schema import QuantizationPolicy
+from pqcad_qat.quantization.conversion import taken_integers
+from pqcad_qat.report.record import OURS
+from pqcad_qat.sampling.trajectory import noise_schedule
+from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest
+from pqcad_qat.stages.blueprint import Configs, blueprint, noise_attention, quantized_untrained
+from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, try_out
+from pqcad_qat.timing.hardware import hardware
+from pqcad_qat.timing.latency import convert_float, example_inputs, ways_of
+
+CALIBRATION_BATCHES = (4, 4, 4, 4)
+"""Noise states that ranges are taken from, ours and NNCF's; with random weights they mean nothing, and cost no speed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network, and the deployed folder that is ours.
+
+    Attributes:
+        source: as the user named it.
+        config: of diffusers' class.
+        folder: deployed.
+        sample_shape: (C, H, W).
+        train_timesteps: T.
+        steps: sampling steps of an image that it was distilled for, None for an architecture.
+        full_precision_steps: those of the model that it came from, None where nothing says them.
+        weights: "of the folder", or "random".
+        conditions: what it takes beside x_t and t, every size known.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    folder: Path
+    sample_shape: tuple[int, int, int]
+    train_timesteps: int
+    steps: int | None
+    full_precision_steps: int | None
+    weights: str
+    conditions: tuple[ConditionInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is timed at one batch size; another process can be given it.
+
+    Attributes:
+        config: of the denoiser that PyTorch runs.
+        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder.
+        sample_shape: (C, H, W).
+        batch: images of a call.
+        conditions: of every call, every size known.
+        died: baseline that cannot be run -> why.
+    """
+
+    config: Mapping[str, Any]
+    files: Mapping[str, Path]
+    sample_shape: tuple[int, int, int]
+    batch: int
+    conditions: tuple[ConditionInput, ...] = ()
+    died: Mapping[str, str] = field(default_factory=dict)
+
+    def inputs(self, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+        """Of one call, by the names of the exported graph."""
+        return example_inputs(self.sample_shape, self.batch, seed, noise_condition(self.conditions, self.batch, seed))
+
+
+def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
+    """Recognise a folder of ours or an architecture; an architecture is quantized and exported below `temporary`.
+
+    Args:
+        source: a run or deployed folder, a denoiser's config.json or a folder with one, or the name of an architecture that ships.
+        policy: whose quantization rules an architecture gets; not read for a folder of ours.
+
+    Raises:
+        ModelError: none of them, or one that cannot be used; or an architecture, and no such policy.
+        PolicyError: the policy has faults.
+        PlanError: its rules do not fit the architecture.
+    """
+    path = Path(source).expanduser()
+    for folder in (path, path / "openvino"):
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder)
+            channels, height, width = manifest["sample_shape"]
+            steps, full = (manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps"))
+            config = denoiser_config(folder, manifest)
+            shape, total, takes = (channels, height, width), manifest["train_timesteps"], condition_inputs(manifest.get("conditions", ()))
+            return Subject(source, config, folder, shape, total, steps, full, "of the folder", takes)
+    if (configs := architecture_configs(source)) is None:
+        raise ModelError(
+            f"{source}: got nothing to time; allowed a run, a deployed OpenVINO folder, a denoiser's config.json or a folder with one, "
+            f"or the name of an architecture: {', '.join(architectures())}"
+        )
+    if not policy.is_file():
+        raise ModelError(f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE")
+    rules = load_policy(policy)
+    with located(rules):
+        return _quantized(source, configs, rules.quantization, temporary / "ours")
+
+
+def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
+    """Ours, and the baselines made for this batch in `folder`: OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 of it."""
+    shape, condition = subject.sample_shape, noise_condition(subject.conditions, batch)
+    float_xml, nncf_xml = (folder / kind / XML_FILE for kind in ("float", "nncf"))
+    convert_float(random_denoiser(subject.config, subject.source), shape, batch, float_xml.parent, subject.train_timesteps, condition)
+    made, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
+    inputs = [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
+    timed = ("ov-fp32", "ov-bf16") if machine.native_bf16 else ("ov-fp32",)
+    died = reasons(
+        {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
+        | {"nncf-int8": partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of("nncf-int8", machine))}
+    )
+    files = {"ov-fp32": float_xml, "ov-bf16": float_xml, "nncf-int8": nncf_xml, OURS: subject.folder}
+    return replace(made, files={name: file for name, file in files.items() if name not in died}, died=died)
+
+
+def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, folder: Path) -> Subject:
+    """The architecture as our exporter writes it: at the rules' target widths, ranges from noise, not trained."""
+    config, scheduler = configs
+    model = quantized_untrained(configs, blueprint(configs, source, quantization), CALIBRATION_BATCHES)
+    attention = noise_attention(model, quantization)
+    layers, steps = taken_integers(model.denoiser), noise_schedule(scheduler).train_timesteps
+    provenance, conditions = {"model": source, "weights": "random"}, fixed_inputs(model.condition_inputs)
+    shape = model.sample_shape
+    export_model(model.denoiser, scheduler, layers, shape, 1, "int8", folder, provenance, conditions, attention=attention)
+    return Subject(source, dict(config), folder, shape, steps, None, None, "random", conditions)

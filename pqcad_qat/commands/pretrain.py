@@ -1,0 +1,177 @@
+"""The pretraining run: from a policy of kind `pretrain` to a full-precision diffusers folder with its provenance.
+
+Not here: the loss and the batches (training/denoising.py), nor the loop (training/trainer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DModel
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from pqcad_qat.data.images import ImageSet, load_images
+from pqcad_qat.errors import PolicyError
+from pqcad_qat.machine.processes import agreed, is_first, process_count
+from pqcad_qat.models.conditions import ConditionSet, class_conditions, conditioned
+from pqcad_qat.models.denoiser import DiffusionModel, save_model, write_json
+from pqcad_qat.policy.origins import located
+from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.report.grid import save_grid
+from pqcad_qat.sampling.ddim import ddpm_schedule
+from pqcad_qat.stages.resuming import Recipe
+from pqcad_qat.stages.run_folder import open_run
+from pqcad_qat.stages.samplers import DEFAULT_STEPS, pytorch_variant, sample_images
+from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
+from pqcad_qat.training.checkpoint import CheckpointFolder
+from pqcad_qat.training.denoising import ClassLabels, DenoisingLoss, noisy_batches
+from pqcad_qat.training.trainer import LoopSettings, new_accelerator
+from pqcad_qat.training.training_stage import StageSettings, train_stage
+
+STAGE = "pretrain"
+"""The one stage of the run; it is never marked as done, since its last checkpoint says so."""
+
+SAMPLES = 64
+"""Images of a sample grid."""
+
+
+def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool = False) -> Path:
+    """Train a denoiser from real images; returns the folder `model/` in diffusers layout.
+
+    Raises:
+        PqcadError: no such data, a model config that diffusers refuses, a run that cannot be resumed.
+    """
+    data, training = policy.data, policy.training
+    with located(policy), agreed():
+        new_accelerator(training.precision)
+        images = load_images(data.source, data.path, data.size)
+        torch.manual_seed(training.seed)  # decides the first weights
+        model = _build(policy.model, channels=images.images.shape[1])
+        classes = _classes(policy, images)
+        _check_runs(model, images.images.shape[1])
+    scheduler = _scheduler(policy)
+    recipes = {STAGE: _recipe(policy, images)}
+    with open_run(path, policy, resume, recipes, console) as folder, folder.stage(STAGE, together=True):
+        loop = LoopSettings(
+            steps=training.steps,
+            learning_rate=training.learning_rate,
+            warmup=training.warmup,
+            ema=training.ema,
+            max_grad_norm=training.max_grad_norm,
+        )
+        checkpoints = CheckpointFolder(path / "checkpoints", training.checkpoint_every, training.keep_checkpoints)
+        settings = StageSettings(STAGE, loop, training.precision, checkpoints, path / "logs")
+        conditions = _conditions(model, classes)
+        callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
+        batches = noisy_batches(images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
+
+        def warn(fault: str) -> None:
+            console.print(Text.assemble(("warning:", "yellow"), f" {fault}"))
+
+        state = train_stage(model, callbacks, batches, settings, console, warn)
+        with agreed() as first, averaged_weights(state):
+            if first:
+                save_model(model, scheduler, path / "model")
+                write_json(path / "model" / "provenance.json", provenance(policy, images))
+    return path / "model"
+
+
+def _recipe(policy: PretrainPolicy, images: ImageSet) -> Recipe:
+    """What decides the weights."""
+    whole = policy.model_dump(mode="json")
+    training = whole["training"]
+    rare = {f"training.{key}": training.pop(key) for key in ("checkpoint_every", "keep_checkpoints", "sample_every")}
+    sections = {"training": training, "model": whole["model"], "scheduler": whole["scheduler"]}
+    values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return Recipe({"data": images.digest, **values}, (), rare, ("checkpoints", f"logs/{STAGE}.jsonl", "samples", "model"))
+
+
+def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
+    """How a model was made: the policy in full, the data's digest, and the versions."""
+    return {
+        "made_by": "python -m pqcad_qat pretrain",
+        "policy": policy.model_dump(mode="json"),
+        "data": {"name": images.name, "images": len(images), "sha256": images.digest},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
+    }
+
+
+class SampleGrids(Callback):
+    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end; by the first process alone."""
+
+    def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int, conditions: ConditionSet) -> None:
+        self.name = "sample-grids"
+        self._folder, self._scheduler, self._every, self._conditions = folder, scheduler, every, conditions
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        if state.step % self._every or not is_first():
+            return
+        with averaged_weights(state) as model:
+            config: Any = model.config
+            shape = (config.in_channels, config.sample_size, config.sample_size)
+            sampler = pytorch_variant("fp32", model, ddpm_schedule(self._scheduler), DEFAULT_STEPS, shape)
+            images = sample_images(replace(sampler, conditions=self._conditions), SAMPLES, 0, SAMPLES)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save_grid(images, self._folder / f"step_{state.step:06d}.png")
+
+
+def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
+    arguments = {key: value for key, value in config.items() if key != "class"}
+    try:
+        model: Any = UNet2DModel(**arguments)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"model: got what diffusers makes no UNet2DModel of: {error}") from error
+    for key in ("in_channels", "out_channels"):
+        if model.config[key] != channels:
+            raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
+    return cast(nn.Module, model)
+
+
+@torch.no_grad()
+def _check_runs(model: Any, channels: int) -> None:
+    """One call of the model: diffusers builds some sizes that then fit nowhere, and says so only here."""
+    size, classes = model.config.sample_size, model.config.num_class_embeds
+    labels = None if classes is None else torch.zeros(1, dtype=torch.int64)
+    try:
+        model.eval()(torch.zeros(1, channels, size, size), 0, class_labels=labels)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise PolicyError(f"model: got a UNet2DModel that cannot be called on images of {size} pixels: {error}") from error
+    model.train()
+
+
+def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:
+    """How labels condition the policy's model: a row of its table for every class of the data, and perhaps one more for no class."""
+    rows = policy.model.get("num_class_embeds")
+    if policy.model.get("class_embed_type") is not None:
+        raise PolicyError(
+            f"model.class_embed_type: got {policy.model['class_embed_type']!r}; allowed null: labels are looked up in a table"
+        )
+    if rows is None:
+        return None
+    if images.labels is None:
+        raise PolicyError(f"model.num_class_embeds: got {rows}; allowed null, as {images.name} has no labels")
+    count = int(images.labels.max()) + 1
+    if rows not in (count, count + 1):
+        raise PolicyError(
+            f"model.num_class_embeds: got {rows}; allowed {count}, the classes of {images.name}, or {count + 1}, with no class"
+        )
+    return ClassLabels(count if rows > count else None, policy.training.class_dropout)
+
+
+def _conditions(model: nn.Module, classes: ClassLabels | None) -> ConditionSet:
+    """What sample grids are conditioned on: every class."""
+    shell = DiffusionModel(model, {}, "the model", "")
+    return ConditionSet() if classes is None else class_conditions(conditioned(shell), "all", classes.null)
+
+
+def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:
+    """The policy's scheduler in diffusers' names."""
+    given = policy.scheduler.model_dump()
+    return {"_class_name": "DDIMScheduler", "num_train_timesteps": given.pop("train_timesteps"), "clip_sample": False, **given}

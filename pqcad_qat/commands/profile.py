@@ -1,0 +1,93 @@
+"""What a policy's training costs a step, against training its model in floating point: the command `profile`.
+
+Not here: how a step is timed (training/step_profile.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.models.denoiser import recomputed_activations
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.quantized_layer import begin_blend, set_blend, set_weight_bits
+from pqcad_qat.stages.prepared import prepare, prepare_untrained
+from pqcad_qat.stages.train import bit_schedule
+from pqcad_qat.training.callback import Callback
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
+from pqcad_qat.training.step_profile import PARTS, WARM_UP, StepProfile, profile_steps
+from pqcad_qat.training.trainer import new_accelerator
+from pqcad_qat.training.weight_distance import WeightDistance
+
+COLUMNS = {
+    "float": "floating point",
+    "fixed-bit": "target widths",
+    "pq": "between two widths",
+}
+"""Name of a candidate -> what its layers compute with."""
+
+STILL = 0.999
+"""Momentum of the transition that is timed: over the steps of a profile it stays where it is."""
+
+
+def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
+    """Time training steps of the policy's model, quantized and not, on noise: values do not change what a step costs.
+
+    The model may be an architecture alone, whose weights are random then.
+
+    Raises:
+        PqcadError: as `stages.prepared.prepare`; a precision that this machine does not have.
+    """
+    device = new_accelerator(policy.training.precision).device
+    prepared = prepare_untrained(policy) or prepare(policy)
+    noise = torch.Generator().manual_seed(0)
+    states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
+    data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.of(0, 0, len(states)))
+    settled, moving = (quantize_model(copy.deepcopy(prepared.split).to(device), prepared.plan) for _ in range(2))
+    inputs = [(x.to(device), t, {name: value.to(device) for name, value in condition.items()}) for x, t, condition in data.inputs(16, 4)]
+    for model in (settled, moving):
+        calibrate_ranges(model, inputs)
+    for layer in quantized_layers(settled).values():
+        set_weight_bits(layer, layer.plan.weights.bits)
+    schedule = bit_schedule(policy, prepared.plan, moving)
+    schedule.settings = replace(schedule.settings, momentum=STILL, deadline=10**9)
+    for layer in quantized_layers(moving).values():
+        if len(layer.plan.ladder) > 1:
+            begin_blend(layer, layer.plan.ladder[1])
+            set_blend(layer, 0.5)
+    candidates: dict[str, tuple[nn.Module, list[Callback]]] = {
+        "float": (copy.deepcopy(prepared.model.denoiser).to(device), [FullPrecisionMatching()]),
+        "fixed-bit": (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
+        "pq": (moving, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]),
+    }
+    training = policy.training
+    batches = calibration_batches(data, training.batch_size, training.seed)
+    with progress_bar(console) as bar, ExitStack() as stack:
+        for model, _ in candidates.values():
+            stack.enter_context(recomputed_activations(model, training.activation_checkpointing))
+        task = bar.add_task("profile", total=(runs + WARM_UP) * len(candidates), note="")
+        return profile_steps(candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done))
+
+
+def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Table:
+    """For the terminal; `states` are those of a step."""
+    table = Table("milliseconds a step", *(f"{name}: {COLUMNS[name]}" for name in costs), title=title)
+    for part in PARTS:
+        table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
+    table.add_section()
+    table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
+    table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
+    table.add_row("states a second", *(f"{1e3 * states / cost.total:.1f}" for cost in costs.values()))
+    table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
+    table.add_row("MB at the peak of a step", *(f"{cost.peak_bytes / 1e6:.0f}" for cost in costs.values()))
+    return table

@@ -1,0 +1,82 @@
+"""The stages of a run, in order.
+
+Not here: the stages themselves (stages/). A finished stage is not repeated, but read back, for as long as the policy says nothing else of
+what decides it (stages/recipes.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import indent
+
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.machine.files import room_for, write_atomically
+from pqcad_qat.machine.processes import agreed
+from pqcad_qat.policy.loading import dump_policy
+from pqcad_qat.policy.origins import located
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import stages_of
+from pqcad_qat.quantization.plan import plan_json, plan_text
+from pqcad_qat.stages.baselines import make_baselines
+from pqcad_qat.stages.deploy import benchmark, export
+from pqcad_qat.stages.disk_use import room_warning
+from pqcad_qat.stages.measure import evaluate, report, sample
+from pqcad_qat.stages.prepared import SHARED, notes_on, prepare
+from pqcad_qat.stages.recipes import recipes
+from pqcad_qat.stages.run_folder import open_run
+from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
+from pqcad_qat.stages.work import Work
+from pqcad_qat.training.metrics_log import log_texts
+from pqcad_qat.training.trainer import new_accelerator
+
+
+def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False) -> Path:
+    """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
+
+    With `shares_training` a stage that a run beside this one has trained, with all that decides it equal, is taken from there.
+
+    Raises:
+        PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
+    """
+    with located(policy), agreed():
+        new_accelerator(policy.training.precision)
+        prepared = prepare(policy, path.parent / SHARED)
+        table = recipes(policy, prepared)
+    with located(policy), open_run(path, policy, resume, table, console) as folder, room_for(path):
+        to_do = [stage for stage in table if folder.finished(stage) is None]
+        if (warning := room_warning(policy, prepared, table, to_do, path)) is not None:
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        return _all_stages(Work(policy, prepared, folder, console, shares_training), command)
+
+
+def _all_stages(work: Work, command: str) -> Path:
+    """The stages that the policy's variants take, in order."""
+    stages = stages_of(work.policy.evaluation.variants)
+    for note in notes_on(work.policy, work.prepared.plan, work.prepared.model.folder):
+        work.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    with agreed() as first:
+        if first:
+            write_atomically(work.path / "plan.json", json.dumps(plan_json(work.prepared.plan, work.prepared.split), indent=1))
+            texts = {"policy": dump_policy(work.policy), "plan": plan_text(work.prepared.plan, work.prepared.split)}
+            log_texts(work.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})  # Markdown's plain text
+    calibration = calibrate(work)
+    models: dict[str, nn.Module] = {}
+    if "pq" in stages:
+        models["pq"] = progressive(work, calibration)
+    if "fixed-bit" in stages:
+        models["fixed-bit"] = fixed_bit(work, calibration)
+    if "teacher" in stages:
+        for name in (name for name in ("pq-distilled", "pqcad") if name in stages):
+            models[name] = distill(work, name, calibration, models["pq"])
+    if "export" in stages:
+        export(work, calibration, models["pqcad"])
+    if "baselines" in stages:
+        make_baselines(work, calibration)
+    if "benchmark" in stages:
+        benchmark(work)
+    sample(work, calibration, models)
+    evaluate(work)
+    return report(work, command)

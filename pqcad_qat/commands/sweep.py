@@ -1,0 +1,237 @@
+"""A study: its cells run in turn or side by side, each a run of its own; what is finished is kept, a failure does not stop the others.
+
+Not here: the expansion of a study's file into cells (policy/study_cells.py), the stages of a cell (stages/), its table (report/).
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from fnmatch import fnmatchcase
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pqcad_qat.commands import run as pipeline
+from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
+from pqcad_qat.machine.cores import usable_cores
+from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.study_cells import Cell, Study
+from pqcad_qat.policy.variants import TRAINED, stages_of
+from pqcad_qat.quantization.plan import listed
+from pqcad_qat.report.comparison import Comparison, Run, compare_runs
+from pqcad_qat.report.comparison_page import write_comparison
+from pqcad_qat.report.report_files import PAGE_FILE, read_report
+from pqcad_qat.stages.prepared import planned_shapes
+from pqcad_qat.stages.run_folder import POLICY, check_policy
+
+STUDY_PAGE = "study.html"
+ERRORS = "errors"
+"""Folder of the tracebacks of cells that failed by no mistake of the user's."""
+
+CONSOLES = "consoles"
+"""Folder of what cells printed that ran beside others."""
+
+
+def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int = 1, only: str = "*") -> Comparison:
+    """Run every cell that is not finished, and after each write study.json, study.html and study.md of all that are.
+
+    Args:
+        only: glob on the names of the cells to run.
+        jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
+
+    Raises:
+        CheckpointError: a cell that is there belongs to another policy; nothing has been run.
+        StudyError: as `check_cells`, cells that time models were to run beside others, or `only` matches none: nothing has been run. Or
+            some cells failed; the others are in the table.
+        KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
+    """
+    _refuse_changed(study, folder)
+    chosen = chosen_cells(study, only)
+    waiting = [cell for cell in chosen if not finished(folder / cell.name)]
+    if jobs > 1:
+        _refuse_timings(waiting, jobs)
+    check_cells(waiting, console)
+    failed: dict[str, str] = {}
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"study {study.name}", total=len(chosen), completed=len(chosen) - len(waiting), note="")
+
+        def begin(cell: Cell) -> None:
+            bar.update(task, note=cell.name)
+            console.print(f"study {study.name}: cell {chosen.index(cell) + 1} of {len(chosen)}: {cell.name}")
+
+        def end(cell: Cell, fault: str | None) -> None:
+            if fault is None:
+                _write_table(study, folder, command)
+            else:
+                failed[cell.name] = fault
+                console.print(Text.assemble(("failed:", "red"), f" {cell.name}: {fault}"), soft_wrap=True)
+            bar.update(task, advance=1)
+
+        (_in_turn if jobs == 1 else partial(_side_by_side, jobs=jobs))(waiting, folder, command, console, begin, end)
+    comparison = _write_table(study, folder, command)
+    if failed:
+        listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
+        raise StudyError(f"{folder}: {len(failed)} of {len(chosen)} cells failed; the same command tries them again:\n{listed}")
+    return comparison
+
+
+def check_cells(cells: Sequence[Cell], console: Console) -> None:
+    """Plan every cell on its model's configs, cells that would be planned alike once.
+
+    Raises:
+        StudyError: what `plan` finds wrong with any of them, with their names.
+    """
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(json.dumps(_planned_by(cell.policy), sort_keys=True), []).append(cell)
+    faults: dict[str, list[str]] = {}
+    with console.status("study: planning every cell") as status:
+        for number, group in enumerate(alike.values(), start=1):
+            status.update(f"study: plan {number} of {len(alike)}: {group[0].name}")
+            try:
+                planned_shapes(group[0].policy)
+            except PqcadError as error:
+                faults.setdefault(str(error), []).extend(cell.name for cell in group)
+    if faults:
+        told = [f"{listed(names)}: {line}" for fault, names in faults.items() for line in fault.splitlines()]
+        raise StudyError("\n".join([f"got {sum(map(len, faults.values()))} of {len(cells)} cells that cannot run:", *told]))
+
+
+def _planned_by(policy: Policy) -> dict[str, Any]:
+    """What of a policy can make a difference to its plan: all but how it is trained."""
+    found = policy.model_dump(mode="json", exclude={"name", "progressive", "training"})
+    return {**found, "ladder": policy.progressive.ladder, "checkpointing": policy.training.activation_checkpointing}
+
+
+def _write_table(study: Study, folder: Path, command: str) -> Comparison:
+    """The table and page of the cells that are finished."""
+    done = [cell for cell in study.cells if finished(folder / cell.name)]
+    runs = [Run(str(folder / cell.name), cell.labels, read_report(folder / cell.name)) for cell in done]
+    comparison = compare_runs(study.name, runs, command)
+    write_comparison(comparison, folder / STUDY_PAGE)
+    return comparison
+
+
+def chosen_cells(study: Study, only: str) -> list[Cell]:
+    """The cells whose names match a glob.
+
+    Raises:
+        StudyError: there is none.
+    """
+    chosen = [cell for cell in study.cells if fnmatchcase(cell.name, only)]
+    if not chosen:
+        raise StudyError(
+            f"--only: got {only!r}, which matches none of the {len(study.cells)} cells; allowed a glob, as of {study.cells[0].name}"
+        )
+    return chosen
+
+
+def finished(path: Path) -> bool:
+    """The run's report, which is written last, is there."""
+    return (path / PAGE_FILE).is_file()
+
+
+Begin = Callable[[Cell], None]
+End = Callable[[Cell, str | None], None]
+"""Told of a cell that ended, and of what was wrong with it."""
+
+
+def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End) -> None:
+    for cell in cells:
+        begin(cell)
+        end(cell, _run_cell(cell, folder, command, console))
+
+
+def _side_by_side(cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End, jobs: int) -> None:
+    threads = max(1, usable_cores() // jobs)
+    waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell = waiting.pop()
+                    begin(cell)
+                    running[pool.submit(_run_quietly, cell, folder, command, threads)] = cell
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    cell = running.pop(future)
+                    try:
+                        end(cell, future.result())
+                    except BrokenProcessPool:
+                        died = f"{folder}: the process of {cell.name} died, perhaps for want of memory"
+                        raise StudyError(f"{died}; the same command goes on, and fewer --jobs need less") from None
+        except KeyboardInterrupt:
+            console.print("interrupted: waiting for the cells at work to write their checkpoints")
+            raise
+
+
+def _run_quietly(cell: Cell, folder: Path, command: str, threads: int) -> str | None:
+    """Run a cell in this process, which has nothing else to do; what it prints goes to a file."""
+    torch.set_num_threads(threads)
+    (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
+    with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
+        return _run_cell(cell, folder, command, Console(file=file, width=160, markup=False))
+
+
+def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str | None:
+    """Run a cell, or go on with it; what was wrong with it, or None."""
+    try:
+        pipeline.run(cell.policy, folder / cell.name, command, console, resume=True, shares_training=True)
+    except InterruptedByUserError:
+        raise KeyboardInterrupt from None
+    except PqcadError as error:
+        return str(error)
+    except Exception as error:  # a fault of this cell, whatever it is, must not lose the others
+        write_atomically(folder / ERRORS / f"{cell.name}.txt", traceback.format_exc())
+        return f"{type(error).__name__}: {error} ({ERRORS}/{cell.name}.txt has its traceback)"
+    return None
+
+
+def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
+    timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.evaluation.variants)]
+    if timing:
+        raise StudyError(
+            f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would disturb: {timing[0]}, ...; "
+            "allowed 1, or evaluation.variants without ov-fp32, ov-bf16, nncf-int8 and pqcad-openvino"
+        )
+
+
+def _refuse_changed(study: Study, folder: Path) -> None:
+    faults = []
+    for cell in study.cells:
+        try:
+            if (folder / cell.name / POLICY).is_file():
+                check_policy(folder / cell.name / POLICY, cell.policy)
+        except PqcadError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join([*faults, "--out DIR starts the study anew in another folder"]))
+
+
+def cells_table(study: Study, folder: Path, only: str = "*") -> Table:
+    """What every cell would do, and how far it is."""
+    chosen = chosen_cells(study, only)
+    table = Table("cell", "variants", "trains", "steps", "is", title=f"{study.name}: {len(chosen)} cells in {folder}")
+    for cell in chosen:
+        stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
+        path = folder / cell.name
+        state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"
+        steps = sum(_steps(cell.policy, stages))
+        table.add_row(cell.name, " ".join(cell.policy.evaluation.variants), " ".join(stages), str(steps), state)
+    return table
+
+
+def _steps(policy: Policy, stages: Sequence[str]) -> list[int]:
+    """Training steps of each stage."""
+    return [policy.progressive.steps if stage in ("pq", "fixed-bit") else policy.distillation.steps for stage in stages]

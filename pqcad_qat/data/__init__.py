@@ -1,0 +1,1 @@
+"""Real images, and full-precision calibration sets."""

@@ -1,0 +1,250 @@
+"""Full-precision trajectories: recorded once by the model's own sampler, kept in safetensors, reused by name of their hash.
+
+Not here: what they are used for (ranges, training targets, parity, paired fidelity). The set never holds quantized states.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.content_store import content_digest, kept, parts_of
+from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.tensor_files import gathered, save_tensors
+from pqcad_qat.models.conditions import CONDITION, ConditionSet, guided_call
+from pqcad_qat.models.denoiser import Condition, DenoiserInput, DiffusionModel, predict
+from pqcad_qat.models.prompts import UNCONDITIONAL
+from pqcad_qat.sampling.ddim import Walk
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise, noise_schedule
+
+TRAJECTORIES = "trajectories.safetensors"
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """Everything that decides a calibration set; its hash is the set's name.
+
+    Attributes:
+        model_digest: of the full-precision model.
+        sampler: its name.
+        steps: N, of the sampler whose states are kept.
+        trajectories: K.
+        seed: of their noise.
+        refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's own ODE.
+        conditions: digest of the set that trajectories choose from, None for an unconditional model.
+        guidance_scale: of classifier-free guidance, 1 for none.
+        also: steps of its students, whose states are kept too, where they visit other time steps.
+    """
+
+    model_digest: str
+    sampler: str
+    steps: int
+    trajectories: int
+    seed: int
+    refinement: int = 1
+    conditions: str | None = None
+    guidance_scale: float = 1.0
+    also: tuple[int, ...] = ()
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What its hash is taken of; what a model has no use for is left out."""
+        absent = {"conditions": None, "guidance_scale": 1.0, "also": ()}
+        return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
+
+    @property
+    def digest(self) -> str:
+        return content_digest(self.decides)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Trajectories of the full-precision model.
+
+    Attributes:
+        states: (K, N + 1, C, H, W) float32; states[:, i] is x_t at timesteps[i], states[:, N] the image x_0.
+        predictions: (K, N, C, H, W) float32, the model's prediction at each state under its trajectory's condition.
+        timesteps: the N time steps, falling; whole numbers, or of flow matching any.
+        condition: name -> (K, ...), what each trajectory is conditioned on; {} for an unconditional model.
+        unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where the trajectories are not guided.
+        unconditional_predictions: (K, N, C, H, W) float32, of that pass, None without guidance.
+    """
+
+    states: Tensor
+    predictions: Tensor
+    timesteps: tuple[float, ...]
+    condition: Condition = field(default_factory=dict)
+    unconditional: Condition = field(default_factory=dict)
+    unconditional_predictions: Tensor | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """(K, C, H, W): where the trajectories end."""
+        return self.states[:, -1]
+
+    def inputs(self, count: int, batch_size: int) -> Iterator[DenoiserInput]:
+        """`count` model inputs (x_t (B, C, H, W), t (B,), condition), spread evenly over trajectories and time steps.
+
+        Of guided trajectories every second one is of the unconditional pass.
+        """
+        total = self.predictions.shape[0] * len(self.timesteps)
+        flat = torch.linspace(0, total - 1, min(count, total)).long()
+        flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))]
+        t = torch.tensor(self.timesteps)
+        for first, part in zip(range(0, len(flat), batch_size), torch.split(flat, batch_size), strict=True):
+            row, column = part // len(self.timesteps), part % len(self.timesteps)
+            yield self.states[row, column], t[column], self.conditions_of(row, first)
+
+    def conditions_of(self, rows: Tensor, first: int) -> dict[str, Tensor]:
+        """Conditions (B, ...) of states of the trajectories `rows`, numbered from `first`; see `passes`."""
+        found = {name: value[rows] for name, value in self.condition.items()}
+        odd = self.passes(len(rows), first)
+        for name, value in self.unconditional.items():
+            found[name][odd] = value
+        return found
+
+    def passes(self, count: int, first: int) -> Tensor:
+        """(count,) true where a state is of the unconditional pass: every second one of guided trajectories."""
+        if not self.unconditional:
+            return torch.zeros(count, dtype=torch.bool)
+        return torch.arange(first, first + count) % 2 == 1
+
+
+def calibration_set(
+    model: DiffusionModel,
+    recipe: CalibrationRecipe,
+    batch_size: int,
+    cache: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    conditions: ConditionSet | None = None,
+) -> tuple[CalibrationSet, Path]:
+    """The set of a recipe, and its folder: read from `cache`, or recorded and written there.
+
+    `advance` is told of every step of a batch as it is made (number of trajectories moved). `conditions` are those of the recipe.
+    """
+
+    def make(draft: Path) -> None:
+        found = record(model, recipe, batch_size, advance, conditions, parts_of(draft))
+        save_tensors(_tensors(found), draft / TRAJECTORIES)
+        content = json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2)
+        write_atomically(draft / "recipe.json", content + "\n")
+
+    folder = kept(cache, recipe.decides, make)
+    return read_calibration(folder), folder
+
+
+@torch.no_grad()
+def record(
+    model: DiffusionModel,
+    recipe: CalibrationRecipe,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+    conditions: ConditionSet | None = None,
+    parts: Path | None = None,
+) -> CalibrationSet:
+    """Run the sampler from seeded noise and keep the state and prediction at every time step of the recipe.
+
+    `parts` is a folder for the batches that are recorded, from which a process that comes after this one goes on.
+
+    Raises:
+        ModelError: the model gives values that are not finite.
+        InterruptedByUserError: Ctrl-C, with `parts`.
+    """
+    schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
+    coarse = schedule.passing(recipe.steps, recipe.also)
+    fine = schedule.finer(coarse, recipe.refinement)
+    guiding = conditions.unconditional if recipe.guidance_scale != 1.0 else {}
+
+    def batches(done: int) -> Iterator[dict[str, Tensor]]:
+        if done:
+            advance(done * sum(map(len, fine)))
+        for first in range(done, recipe.trajectories, batch_size):
+            count = min(batch_size, recipe.trajectories - first)
+            passes = _Passes(model.denoiser)
+            follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
+            noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
+            yield _walked(noise, follow, passes, fine, schedule, advance, f"{model.source}: its full-precision trajectories")
+
+    found = gathered(parts, recipe.trajectories, batches, "calibration: trajectories")
+    return CalibrationSet(
+        states=found["states"],
+        predictions=found["predictions"],
+        timesteps=tuple(t for t, _ in coarse),
+        condition=conditions.of(recipe.seed, 0, recipe.trajectories),
+        unconditional=guiding,
+        unconditional_predictions=found.get("unconditional_predictions"),
+    )
+
+
+def _walked(
+    noise: Tensor,
+    follow: Callable[[Tensor, float], Tensor],
+    passes: _Passes,
+    fine: Sequence[Walk],
+    schedule: NoiseSchedule,
+    advance: Callable[[int], None],
+    what: str,
+) -> dict[str, Tensor]:
+    """A batch of trajectories (B, ...): states and predictions as of `CalibrationSet`."""
+    walk, image = [], noise
+    for inner in fine:
+        for number, step in enumerate(along(inner, follow, image, schedule)):
+            if number == 0:
+                walk.append((step.x_t, *passes.made))
+            passes.made.clear()
+            image = step.x_s
+            advance(len(noise))
+    states, *predictions = (torch.stack(column, dim=1) for column in zip(*walk, strict=True))
+    states = torch.cat([states, image[:, None]], dim=1)
+    if not bool(torch.isfinite(states).all()):
+        raise ModelError(f"{what} hold values that are not finite")
+    return {"states": states, **dict(zip(("predictions", "unconditional_predictions"), predictions, strict=False))}
+
+
+class _Passes:
+    """A denoiser that keeps what it predicted since it was last cleared."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.made: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
+        self.made.append(predict(self.denoiser, x_t, t, condition))
+        return self.made[-1]
+
+
+def _tensors(found: CalibrationSet) -> dict[str, Tensor]:
+    """The set as the tensors of a file."""
+    named = {"states": found.states, "predictions": found.predictions}
+    if found.unconditional_predictions is not None:
+        named["unconditional_predictions"] = found.unconditional_predictions
+    parts = ((CONDITION, found.condition), (UNCONDITIONAL, found.unconditional))
+    return named | {f"{prefix}{name}": value.contiguous() for prefix, part in parts for name, value in part.items()}
+
+
+def read_calibration(folder: Path) -> CalibrationSet:
+    """Read a set that `calibration_set` wrote.
+
+    Raises:
+        ModelError: the folder is incomplete or damaged.
+    """
+    try:
+        tensors = load_file(folder / TRAJECTORIES)
+        steps = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["timesteps"]
+        condition, unconditional = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (CONDITION, UNCONDITIONAL)
+        )
+        guided_too = tensors.get("unconditional_predictions")
+        return CalibrationSet(tensors["states"], tensors["predictions"], tuple(steps), condition, unconditional, guided_too)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder}: damaged calibration set: {error}; delete the folder and it is recorded anew") from error

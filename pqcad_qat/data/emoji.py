@@ -1,0 +1,102 @@
+"""Colour emoji as pictures: the bitmaps of a font's CBDT table, labelled with the groups of Unicode's own list.
+
+Not here: the size they are scaled to, and other pictures (data/images.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fontTools.ttLib import TTFont
+from numpy.typing import NDArray
+from PIL import Image
+
+from pqcad_qat.errors import ModelError
+
+NOTO_EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
+
+_VARIATION_SELECTOR = 0xFE0F  # asks for the coloured form: in the list, not in the font
+_LIGATURE = 4  # GSUB's lookup type: a sequence of glyphs becomes one
+
+Emoji = tuple[int, ...]
+"""Code points in ascending order: a font may spell a sequence backwards."""
+
+
+def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """The different bitmaps (RGBA) of the emoji that Unicode lists, in the font's order, and the number of each one's group.
+
+    Args:
+        font: with a CBDT table, as Noto Color Emoji has.
+        listing: Unicode's emoji-test.txt, whose groups are counted from 0 as they come.
+
+    Raises:
+        ModelError: a file is absent, or is not what it should be.
+    """
+    glyphs, groups = _read_font(font), read_groups(listing)
+    found: dict[bytes, int] = {}
+    for emoji, bitmap in glyphs:
+        if emoji in groups:
+            found.setdefault(bitmap, groups[emoji])
+    if not found:
+        raise ModelError(f"{font}: none of its {len(glyphs)} bitmaps is an emoji of {listing}")
+    try:
+        pictures = [Image.open(io.BytesIO(bitmap)).convert("RGBA") for bitmap in found]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ModelError(f"{font}: a bitmap that is not a readable picture: {error}") from error
+    return pictures, np.array(list(found.values()), np.int64)
+
+
+def read_groups(listing: Path) -> dict[Emoji, int]:
+    """Emoji -> the number of its group, from lines such as `1F600 ; fully-qualified # ...` under `# group: Smileys & Emotion`."""
+    if not listing.is_file():
+        raise ModelError(f"{listing}: no such file; Unicode's list of emoji comes with Debian's package unicode-data{_INSTALL}")
+    groups: dict[Emoji, int] = {}
+    group = -1
+    try:
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            group += line.startswith("# group:")
+            codes, separator, _ = line.partition(";")
+            if separator and not line.startswith("#"):
+                groups[_emoji(int(code, 16) for code in codes.split())] = group
+    except ValueError as error:
+        raise ModelError(f"{listing}: not Unicode's emoji-test.txt: {error}") from error
+    return groups
+
+
+_INSTALL = " (apt-get install fonts-noto-color-emoji unicode-data)"
+
+
+def _read_font(path: Path) -> list[tuple[Emoji, bytes]]:
+    """Emoji and PNG of every bitmap, in the order of the glyphs."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; the font comes with Debian's package fonts-noto-color-emoji{_INSTALL}")
+    try:
+        with TTFont(path, lazy=True) as font:
+            spelled = _spelled(font)
+            bitmaps = font["CBDT"].strikeData[0]
+            return [(_emoji(spelled[name]), bitmap.imageData) for name, bitmap in bitmaps.items() if name in spelled]
+    except Exception as error:  # fontTools raises anything from TTLibError to struct.error on a file of another kind
+        raise ModelError(f"{path}: not a font with colour bitmaps (CBDT): {error}") from error
+
+
+def _spelled(font: Any) -> dict[str, tuple[int, ...]]:
+    """Glyph -> the code points that spell it, alone or through ligatures."""
+    spelled: dict[str, tuple[int, ...]] = {name: (code,) for code, name in font.getBestCmap().items()}
+    lookups = font["GSUB"].table.LookupList.Lookup if "GSUB" in font else []
+    for table in chain.from_iterable(lookup.SubTable for lookup in lookups if lookup.LookupType == _LIGATURE):
+        for first, ligatures in table.ligatures.items():
+            for ligature in ligatures:
+                parts = [spelled.get(name) for name in (first, *ligature.Component)]
+                if None not in parts:
+                    spelled.setdefault(ligature.LigGlyph, sum(filter(None, parts), ()))
+    return spelled
+
+
+def _emoji(codes: Iterable[int]) -> Emoji:
+    return tuple(sorted(code for code in codes if code != _VARIATION_SELECTOR))

@@ -1,0 +1,219 @@
+"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, a folder of pictures.
+
+Not here: how emoji are read from a font (data/emoji.py), noise, trajectories (data/calibration.py), and what images are
+worth (quality/fidelity.py).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pqcad_qat.data.emoji import EMOJI_LIST, NOTO_EMOJI_FONT, emoji_pictures
+from pqcad_qat.errors import ModelError
+
+Source = Literal["fashion-mnist", "digits", "noto-emoji", "folder"]
+Split = Literal["train", "test"]
+
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
+FASHION_MNIST_PADDED = 32  # the 28 x 28 pictures with two zeros on each side
+PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+_IDX_UNSIGNED_BYTE = 0x08
+_FILES: dict[Split, tuple[str, str]] = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size and their labels, where there are any."""
+
+    images: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor | None  # int64 (N,)
+    name: str  # source, split and size, for people
+    digest: str  # SHA-256 of the pixels in (N, C, H, W) order, one byte each
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+
+def load_images(source: str, path: str | None = None, size: int = 32, split: str = "train", channels: int | None = None) -> ImageSet:
+    """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that cannot be.
+
+    `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them), or of pictures, or of
+    one folder of pictures per class; or the font of the emoji (default: where fonts-noto-color-emoji puts it), with Unicode's
+    emoji-test.txt beside it or where unicode-data puts it. Only Fashion-MNIST has a test split. `channels` (1 or 3) applies to
+    pictures and emoji; by default they are grey if every one is, else RGB.
+    """
+    if source not in get_args(Source):
+        raise ModelError(f"image source: got {source!r}; allowed {', '.join(get_args(Source))}")
+    if split not in get_args(Split) or (split == "test" and source != "fashion-mnist"):
+        raise ModelError(f"split of {source}: got {split!r}; allowed {'train, test' if source == 'fashion-mnist' else 'train'}")
+    if size < 1:
+        raise ModelError(f"image size: got {size}; allowed a positive number of pixels")
+    if source == "fashion-mnist":
+        pixels, labels = _fashion_mnist(Path(path or FASHION_MNIST_FOLDER), "test" if split == "test" else "train", size)
+        return image_set(pixels, labels, f"{source} {split} {size}x{size}")
+    if source == "digits":
+        pixels, labels = _digits(size)
+        return image_set(pixels, labels, f"{source} {size}x{size}")
+    if source == "noto-emoji":
+        pictures, labels = _emoji(Path(path or NOTO_EMOJI_FONT), size)
+        return image_set(_pixels(pictures, channels), labels, f"{source} {size}x{size}")
+    if path is None:
+        raise ModelError("image source folder: needs a path, got none")
+    files, classes = _picture_files(Path(path))
+    return image_set(_pixels([_picture(file, size) for file in files], channels), classes, f"{Path(path).name} {size}x{size}")
+
+
+def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name: str) -> ImageSet:
+    """Wrap pixels (N, C, H, W) and labels (N,) with their digest."""
+    pixels = np.ascontiguousarray(pixels)
+    return ImageSet(
+        images=torch.from_numpy(pixels),
+        labels=None if labels is None else torch.from_numpy(labels),
+        name=name,
+        digest=hashlib.sha256(pixels.tobytes()).hexdigest(),
+    )
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 of any shape -> float32 in [-1, 1], what the denoiser sees."""
+    return images.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floating point in [-1, 1] of any shape -> uint8, clamped and rounded to the nearest; raises ModelError on NaN and infinity."""
+    if not bool(torch.isfinite(images).all()):
+        raise ModelError(f"images must be finite: got {int((~torch.isfinite(images)).sum())} NaN or infinite values of {images.numel()}")
+    return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
+    """A gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError unless it is exactly that."""
+    try:
+        with gzip.open(path, "rb") as file:
+            header = file.read(4 + 4 * rank)
+            expected = bytes((0, 0, _IDX_UNSIGNED_BYTE, rank))
+            if len(header) != 4 + 4 * rank or header[:4] != expected:
+                raise ModelError(f"{path}: not IDX bytes of rank {rank}: must begin {expected.hex()}, got {header[:4].hex()}")
+            shape = struct.unpack(f">{rank}I", header[4:])
+            count = math.prod(shape)
+            data = file.read(count + 1)  # the one more shows trailing bytes, and reads the checksum of an exact file
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; {_WHERE_FROM}") from error
+    except (EOFError, zlib.error, OSError) as error:
+        raise ModelError(f"{path}: damaged or not gzip: {error}") from error
+    if len(data) != count:
+        dimensions, got = " x ".join(map(str, shape)), "more" if len(data) > count else len(data)
+        raise ModelError(f"{path}: must hold {dimensions} = {count} bytes as its header says, got {got}")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
+
+
+_WHERE_FROM = "Fashion-MNIST comes with Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist)"
+
+
+def _fashion_mnist(folder: Path, split: Split, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; {_WHERE_FROM}")
+    images, labels = read_idx(folder / _FILES[split][0], rank=3), read_idx(folder / _FILES[split][1], rank=1)
+    if len(images) != len(labels) or len(images) == 0:
+        raise ModelError(f"{folder}: {split} split must have as many images as labels, and some; got {len(images)} and {len(labels)}")
+    return _resize_by_padding(images, size)[:, None], labels.astype(np.int64)
+
+
+def _resize_by_padding(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(N, h, w) -> (N, size, size): zeros around where there is room, else padded to 32 and averaged over whole blocks."""
+    if size >= max(images.shape[1:]):
+        return _pad(images, size)
+    if FASHION_MNIST_PADDED % size or max(images.shape[1:]) > FASHION_MNIST_PADDED:
+        allowed = f"at least {max(images.shape[1:])}, or a divisor of {FASHION_MNIST_PADDED}"
+        raise ModelError(f"size of {images.shape[1]}x{images.shape[2]} images: got {size}; allowed {allowed}")
+    block = FASHION_MNIST_PADDED // size
+    blocks = _pad(images, FASHION_MNIST_PADDED).reshape(len(images), size, block, size, block)
+    return np.asarray(np.rint(blocks.mean(axis=(2, 4), dtype=np.float32)), dtype=np.uint8)
+
+
+def _pad(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    top, left = (size - images.shape[1]) // 2, (size - images.shape[2]) // 2
+    padded = np.zeros((len(images), size, size), dtype=np.uint8)
+    padded[:, top : top + images.shape[1], left : left + images.shape[2]] = images
+    return padded
+
+
+def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), sixteen levels and zero
+    resized = [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in pixels]
+    return np.stack(resized)[:, None], digits.target.astype(np.int64)
+
+
+def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
+    """The pictures of a folder in the order of their names; without any, those of its subfolders, whose order gives the labels."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder of pictures")
+    if files := _suffixed(folder):
+        return files, None
+    classes = [found for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (found := _suffixed(subfolder))]
+    if not classes:
+        raise ModelError(f"{folder}: no picture in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
+    return [path for found in classes for path in found], np.repeat(np.arange(len(classes)), [len(found) for found in classes])
+
+
+def _suffixed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """Over white, with white around to make them square, resized; mode RGB."""
+    listing = font.with_name(Path(EMOJI_LIST).name)
+    pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
+    return [ImageOps.pad(_over_white(one), (size, size), Image.Resampling.BICUBIC, color="white") for one in pictures], groups
+
+
+def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np.uint8]:
+    if channels not in (None, 1, 3):
+        raise ModelError(f"channels of pictures: got {channels}; allowed 1, 3")
+    mode = {None: _common_mode(pictures), 1: "L", 3: "RGB"}[channels]
+    pixels = np.stack([np.asarray(picture.convert(mode), dtype=np.uint8) for picture in pictures])
+    return pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)
+
+
+def _picture(path: Path, size: int) -> Image.Image:
+    """Upright, over white where transparent, cropped about its middle to a square, resized; mode L or RGB."""
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"channels must have 8 bits, got mode {file.mode}")
+            upright = ImageOps.exif_transpose(file)
+            grey = upright.mode in ("1", "L", "LA")
+            over = _over_white(upright)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ModelError(f"{path}: not a readable picture: {error}") from error
+    return ImageOps.fit(over.convert("L") if grey else over, (size, size), Image.Resampling.BICUBIC)
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    """RGB, white where transparent."""
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+
+
+def _common_mode(pictures: Sequence[Image.Image]) -> str:
+    return "L" if all(picture.mode == "L" for picture in pictures) else "RGB"

@@ -1,1 +1,0 @@
-"""From a quantized module to a folder that OpenVINO executes in INT8, and the proof that it does."""

@@ -1,0 +1,297 @@
+"""A quantized model -> a folder that OpenVINO runs in INT8: conversion, names, and what its configs and manifest say.
+
+Not here: the torch modules that are traced (traceable_modules.py), the files (deployed_folder.py), loading (runtime.py) and proof
+(proof.py).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import nn
+
+from pqcad_qat import __version__
+from pqcad_qat.errors import ExportError, PqcadError
+from pqcad_qat.export.graph_rewrites import rewrite
+from pqcad_qat.export.int8_attention import AttentionRange, name_products, quantized_attention
+from pqcad_qat.export.node_marks import Marked, name_layers
+from pqcad_qat.export.part_export import PartsToDeploy, pipeline_index, write_parts
+from pqcad_qat.export.time_path import keep_time_in_float32
+from pqcad_qat.export.time_tables import Times, known_times, timestep_tables
+from pqcad_qat.export.traceable_modules import (
+    IntegerConv2d,
+    IntegerLinear,
+    TracedDenoiser,
+    TracedSequence,
+    fixed_rotations,
+    needs_vnni,
+    swapped,
+    traced_path,
+)
+from pqcad_qat.models.architectures import TEXT, ConditionInput, architecture_of
+from pqcad_qat.models.own_modules import one_line
+from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, FLOW_SCHEDULER
+from pqcad_qat.sampling.trajectory import noise_schedule, written_out
+from pqcad_qat.serving.deployed_folder import MODEL_INDEX, OPENVINO_CONFIG, check_replaceable, nothing_further, write_folder
+from pqcad_qat.serving.graph_inputs import SAMPLE, THOUSANDTHS, TIME, ports_of, spelled
+from pqcad_qat.serving.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
+from pqcad_qat.serving.packing import WeightFormat
+
+if TYPE_CHECKING:
+    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+
+UNCONDITIONAL: Mapping[str, str] = {DDIM_SCHEDULER: "DDIMPipeline", FLOW_SCHEDULER: "DDPMPipeline"}
+"""diffusers' pipeline of a denoiser alone, by the scheduler of our sampler."""
+
+OURS = ("pqcad_qat.serving.runtime", "OVUNet2DModel")
+"""The runtime's class, as model_index.json names the denoiser: as diffusers does with classes that are not its own."""
+
+OURS_BY_CLASS = dict.fromkeys(
+    ("SD3Transformer2DModel", "FluxTransformer2DModel"), ("pqcad_qat.serving.transformer", "OVTransformer2DModel")
+)
+"""Of denoisers that their pipelines call otherwise."""
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    """What export_model left.
+
+    Attributes:
+        path: the folder.
+        manifest: the content of its manifest.json.
+        graph_bytes: size of the graph and its weights on disk.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    graph_bytes: int
+
+
+def export_model(
+    model: nn.Module,
+    scheduler_config: Mapping[str, Any],
+    layers: Mapping[str, IntegerLayer],
+    sample_shape: tuple[int, int, int],
+    batch_size: int,
+    weights: WeightFormat,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    conditions: Sequence[ConditionInput] = (),
+    visited: Sequence[float] = (),
+    parts: PartsToDeploy | None = None,
+    attention: Mapping[str, AttentionRange] = MappingProxyType({}),
+) -> ExportedFolder:
+    """Write the deployed form of a quantized model. The model itself is left as it was.
+
+    Args:
+        model: quantized denoiser, called by `predict`.
+        scheduler_config: diffusers scheduler config the model is sampled with; it is written as that of our sampler, with every key.
+        layers: every planned layer by module path, as integers.
+        sample_shape: (C, H, W).
+        batch_size: fixed batch of the graph.
+        weights: int8 runs anywhere; int4 and packed have fewer bits on disk and need our runtime.
+        folder: where to; an older deployed folder there is replaced, anything else refused.
+        provenance: policy, model source and digest, for the manifest.
+        conditions: what the denoiser takes beside x_t and t, every size known.
+        visited: times that a graph of continuous time is to know exactly.
+        parts: what stands beside the denoiser.
+        attention: modules whose attention is to be computed in INT8, and what its products read.
+
+    Raises:
+        ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
+        ModelError: a part that cannot be loaded.
+    """
+    check_replaceable(folder)
+    schedule = noise_schedule(scheduler_config)
+    scheduler = written_out(scheduler_config, schedule)
+    graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions, attention)
+    part = _part(model)
+    texts = {
+        f"{part}/{CONFIG}": _config(model),
+        SCHEDULER_CONFIG: scheduler,
+        MODEL_INDEX: _model_index(model, scheduler, bool(conditions), parts),
+        OPENVINO_CONFIG: _openvino_config(),
+    }
+    entries = {name: _layer_entry(layer) for name, layer in layers.items()}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "provenance": dict(provenance),
+        "graph": "",
+        "weights": {},
+        "sample_shape": list(sample_shape),
+        "batch_size": batch_size,
+        "train_timesteps": schedule.train_timesteps,
+        "timestep_dtype": schedule.timestep_dtype,
+        "conditions": [asdict(condition) for condition in conditions],
+        "cpu": _cpu(entries),
+        "layers": entries,
+        "attention": {path: asdict(seen) for path, seen in attention.items()},
+        "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
+    }
+    further = nothing_further if parts is None else partial(write_parts, parts)
+    written = write_folder(graph, weights, texts, manifest, folder, part, further)
+    graph_bytes = sum(path.stat().st_size for path in (folder / part).glob("openvino_model.*"))
+    return ExportedFolder(folder, written, graph_bytes)
+
+
+def convert(
+    model: nn.Module,
+    layers: Mapping[str, IntegerLayer],
+    sample_shape: tuple[int, int, int],
+    batch_size: int,
+    times: Times,
+    conditions: Sequence[ConditionInput] = (),
+    attention: Mapping[str, AttentionRange] = MappingProxyType({}),
+) -> ov.Model:
+    """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name (node_marks.py).
+
+    Inputs `sample`, of a transformer `hidden_states`, (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the
+    conditions by name; output `out_sample` (B, C, H, W) float32. Of Flux the states and the output are rows of patches, and its places are
+    inputs too (graph_inputs.py).
+
+    Raises:
+        ExportError: as export_model.
+    """
+    modules = dict(model.named_modules())
+    if unknown := [name for name in layers if name not in modules]:
+        raise ExportError(f"the model has no layer {', '.join(unknown)}")
+    replacements: dict[str, nn.Module] = {name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())}
+    packed = _packed(model)
+    replacements |= timestep_tables(model, times, layers, THOUSANDTHS if packed else 1)
+    texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
+    replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
+    names = [condition.name for condition in conditions]
+    given = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
+    time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
+    ports = ports_of(_part(model) == "transformer", packed, names)
+    inputs = spelled([{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **given})
+    example = tuple(torch.from_numpy(value) for value in inputs.values())
+    training = model.training
+    with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
+        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
+        denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
+        with quantized_attention(model, attention):
+            graph = _converted(denoiser, example)
+    model.train(training)
+    graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
+    name_layers(graph, layers)
+    rewrite(graph)
+    for port, name in zip(graph.inputs, ports, strict=True):
+        port.get_tensor().set_names({name})
+    graph.output(0).get_tensor().set_names({"out_sample"})
+    name_products(graph, attention)
+    if architecture_of(model) is None:
+        keep_time_in_float32(graph, graph.input(TIME).get_node())
+    return graph
+
+
+def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Model:
+    """Trace and convert.
+
+    Raises:
+        ExportError: torch cannot trace it, or OpenVINO has no operation for what was traced.
+    """
+    try:
+        traced: Any = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+    except PqcadError:
+        raise
+    except Exception as error:  # whatever a module of the user's own raises
+        raise ExportError(f"the network cannot be traced: {one_line(error)}") from error
+    try:
+        return ov.convert_model(traced, example_input=example)
+    except Exception as error:  # OpenVINO's are of many classes
+        raise ExportError(f"OpenVINO cannot convert the network: {_unconverted(str(error), traced)}") from error
+
+
+def _unconverted(said: str, traced: Any) -> str:
+    """Which operations OpenVINO has no rule for, and the modules that compute them; or else what it says in one line."""
+    operations = re.findall(r"\b\w+::\w+\b", " ".join(line for line in said.splitlines() if "No conversion rule" in line))
+    if not operations:
+        return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it gives no reason")[:300]
+    graph = traced.inlined_graph  # its nodes live as long as it does
+    places = {traced_path(node.scopeName().rpartition("/")[2]) for name in operations for node in graph.findAllNodes(name)}
+    where = f", in {', '.join(sorted(filter(None, places)))}" if any(places) else ""
+    return f"it has no operation for {', '.join(operations)}{where}"
+
+
+def _part(model: nn.Module) -> str:
+    architecture = architecture_of(model)
+    return "unet" if architecture is None else architecture.part
+
+
+def _packed(model: nn.Module) -> bool:
+    """Whether its pipeline packs patches of x_t into rows, as Flux's does."""
+    architecture = architecture_of(model)
+    return architecture is not None and architecture.patch > 1
+
+
+def _sizes(condition: ConditionInput) -> list[int]:
+    sizes = [size for size in condition.shape if size is not None]
+    if len(sizes) < len(condition.shape):
+        raise ExportError(f"{condition}: every size of an exported input must be known")
+    return sizes
+
+
+def _integer_module(layer: IntegerLayer) -> nn.Module:
+    if layer.kind == "Conv2d":
+        return IntegerConv2d(layer)
+    if layer.kind == "Linear":
+        return IntegerLinear(layer)
+    raise ExportError(f"{layer.name}: kind must be Conv2d or Linear, got {layer.kind!r}")
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """The denoiser's diffusers config, less what only its folder of origin knew, and the learned variance that the graph does not give."""
+    config = dict(getattr(model, "config", {}))
+    if config.get("out_channels") == 2 * config.get("in_channels", 0):
+        config["out_channels"] = config["in_channels"]
+    return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _model_index(model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
+    """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an unconditional one.
+
+    Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
+    """
+    scheduler = scheduler_config["_class_name"]
+    own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
+    ours = OURS_BY_CLASS.get(type(model).__name__, OURS)
+    if parts is not None:
+        return pipeline_index(parts, ours) | own
+    pipeline = "DiffusionPipeline" if conditional else UNCONDITIONAL[scheduler]
+    return {"_class_name": pipeline, **own, _part(model): list(ours)}
+
+
+def _openvino_config() -> dict[str, Any]:
+    """What optimum-intel writes beside a quantized model; `manifest.json` says more."""
+    return {"dtype": "int8", "input_info": None, "quantization_config": None, "save_onnx_model": False}
+
+
+def _layer_entry(layer: IntegerLayer) -> dict[str, Any]:
+    return {
+        "kind": layer.kind,
+        "weight_bits": layer.weight_bits,
+        "stored_bits": 8,
+        "input_bits": layer.input_bits,
+        "input_group": layer.input_group,
+        "needs_vnni": needs_vnni(layer),
+    }
+
+
+def _cpu(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """On which CPUs the integer sums are exact."""
+    needing = [name for name, entry in entries.items() if entry["needs_vnni"]]
+    note = "without VNNI the integer sums of these layers may overflow" if needing else "the integer sums are exact with AVX2 and better"
+    return {"exact_from": "vnni" if needing else "avx2", "layers_that_need_vnni": needing, "note": note}

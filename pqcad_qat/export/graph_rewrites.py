@@ -1,0 +1,65 @@
+"""A converted graph as OpenVINO runs it faster: other nodes that compute the same, where its own optimizations leave or make slow ones.
+
+Not here: the conversion (export_model.py), and two rewrites that have files of their own (normalization.py, upsampling.py). Measured on the
+architecture of google/ddpm-cifar10-32, see the README's benchmark.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as op
+
+from pqcad_qat.export.normalization import channels_last_normalization, redirect
+from pqcad_qat.export.upsampling import convolution_before_upsampling
+
+
+def rewrite(graph: ov.Model) -> None:
+    """Apply every rewrite of this file, in place; shapes and results stay."""
+    for node in graph.get_ordered_ops():
+        match node.get_type_name():
+            case "Slice" if (source := sliced_part(node)) is not None:
+                redirect(node, source)
+            case "ScaledDotProductAttention" if node.get_input_size() == 3 and not node.get_attributes()["causal"]:
+                redirect(node, _attention(*node.input_values()).output(0))
+            case "GroupNormalization":
+                channels_last_normalization(node)
+            case "Convolution":
+                convolution_before_upsampling(node)
+            case "Swish" if node.get_input_size() == 1 and len(node.get_output_shape(0)) == 4:
+                redirect(node, _silu(node.input_value(0)).output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def sliced_part(node: ov.Node) -> ov.Output | None:
+    """The input of a concatenation that a Slice takes out whole, None for any other Slice.
+
+    The two convolutions of a split shortcut (quantization/shortcuts.py) read halves of a concatenation: they may as well read its inputs.
+    """
+    joined, *bounds = node.input_values()
+    if joined.get_node().get_type_name() != "Concat" or any(bound.get_node().get_type_name() != "Constant" for bound in bounds):
+        return None
+    values = [bound.get_node().get_data().tolist() for bound in bounds]
+    axis = joined.get_node().get_attributes()["axis"]
+    if len(values) != 4 or values[2:] != [[1], [axis]]:
+        return None
+    at = 0
+    for part in joined.get_node().input_values():
+        if at == values[0][0] and part.get_shape() == node.get_output_shape(0):
+            return part
+        at += part.get_shape()[axis]
+    return None
+
+
+def _attention(query: ov.Output, key: ov.Output, value: ov.Output) -> ov.Node:
+    """softmax(Q K^T / sqrt(d)) V, with K transposed by the product; OpenVINO's own decomposition transposes it in a node of its own."""
+    scaled = op.multiply(query, np.float32(query.get_shape()[-1] ** -0.5))
+    return op.matmul(op.softmax(op.matmul(scaled, key, False, True), -1), value, False, False)
+
+
+def _silu(x: ov.Output) -> ov.Node:
+    """x / (1 + exp(-x)), in fewer instructions than Swish takes on a CPU.
+
+    The factor of the exponent is -1 but for one unit in its last place: OpenVINO turns -1 into Swish again.
+    """
+    return op.divide(x, op.add(op.exp(op.multiply(x, np.nextafter(np.float32(-1), np.float32(-2)))), np.float32(1)))

@@ -1,0 +1,66 @@
+"""What every quantized layer reads in one forward pass, kept in files: of a large model it is more than its weights.
+
+Not here: what it is compared with (proof.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.models.denoiser import DenoiserInput, predict
+from pqcad_qat.quantization.conversion import quantized_layers
+
+
+class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
+    """Layer -> what it reads before its quantizer, (B, C, H, W) or (..., I): read from its file whenever it is asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, layer: str) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = np.load(self._files[layer])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextmanager
+def recorded_inputs(model: nn.Module, inputs: DenoiserInput, beside: Path) -> Iterator[LayerInputs]:
+    """The inputs of every quantized layer while the model predicts once; layers that share an input quantizer share a file.
+
+    Args:
+        model: quantized and calibrated.
+        inputs: of `predict`.
+        beside: the folder in which the files lie while the context lasts.
+    """
+    layers = quantized_layers(model)
+    leaders = dict.fromkeys(layer.plan.input_group for layer in layers.values())
+    with tempfile.TemporaryDirectory(prefix=".inputs-", dir=beside) as folder:
+        files = {leader: Path(folder) / f"{place}.npy" for place, leader in enumerate(leaders)}
+        hooks = [layers[leader].register_forward_pre_hook(_writer(file)) for leader, file in files.items()]
+        try:
+            with torch.no_grad():
+                predict(model.eval(), *inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield LayerInputs({name: files[layer.plan.input_group] for name, layer in layers.items()})
+
+
+def _writer(file: Path) -> Callable[..., None]:
+    def hook(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        np.save(file, arguments[0].detach().numpy())
+
+    return hook

@@ -1,0 +1,106 @@
+"""Group normalization of a converted graph, as operations that run in the layout of the convolutions around it.
+
+OpenVINO normalizes groups of channels planar alone, between convolutions in INT8 that read and write channels last: every tensor changes
+its layout there and back, a tenth of a step. Not here: other rewrites (graph_rewrites.py).
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+import openvino.opset13 as op
+
+from pqcad_qat.serving.packing import IN_FLOAT32
+
+ROWS = [0, 2, 1]
+"""The transposition between (B, C, pixels) and (B, pixels, C), its own inverse."""
+
+
+def channels_last_normalization(norm: ov.Node) -> None:
+    """Put operations that take any layout of memory in the place of a GroupNormalization with constant gains and offsets.
+
+    Where the pixels of an image are rows around the normalization, as in diffusers' attention, the
+    image itself is normalized, and its rows are a view of what is channels last already.
+    """
+    if not all(_is_constant(value) for value in norm.input_values()[1:]):
+        return
+    gamma, beta = (value.get_node().get_data().astype(np.float32) for value in norm.input_values()[1:])
+    groups, epsilon = (norm.get_attributes()[key] for key in ("num_groups", "epsilon"))
+    source = _image(norm.input_value(0))
+    normal = _normalized(source, groups, epsilon, gamma, beta, norm.get_friendly_name())
+    if len(source.get_shape()) == len(norm.get_output_shape(0)):
+        redirect(norm, normal.output(0))
+        return
+    for reader in norm.output(0).get_target_inputs():
+        if _is_transpose(reader.get_node(), ROWS):
+            rows = op.reshape(op.transpose(normal, np.array([0, 2, 3, 1])), np.array([0, -1, len(gamma)]), True)
+            redirect(reader.get_node(), rows.output(0))
+        else:
+            reader.replace_source_output(op.reshape(normal, np.array([0, len(gamma), -1]), True).output(0))
+
+
+def _image(x: ov.Output) -> ov.Output:
+    """The (B, C, H, W) that x (B, C, pixels) is another form of; x itself where there is none."""
+    node = x.get_node()
+    if _is_transpose(node, ROWS) and _is_transpose(node.input_value(0).get_node(), ROWS):
+        node = node.input_value(0).get_node().input_value(0).get_node()
+    if len(x.get_shape()) != 3 or node.get_type_name() != "Reshape":
+        return x
+    image = node.input_value(0)
+    return image if len(image.get_shape()) == 4 and list(image.get_shape())[:2] == list(x.get_shape())[:2] else x
+
+
+def _normalized(
+    x: ov.Output, groups: int, epsilon: float, gamma: npt.NDArray[np.float32], beta: npt.NDArray[np.float32], name: str
+) -> ov.Node:
+    """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, x (B, C, ...), mean and variance of each of so many groups of channels.
+
+    The variance is the mean square less the square of the mean. Both are taken channel by channel, which OpenVINO sums in float32 in any
+    layout, and then of a group's channels; a few hundred numbers that stay in float32 also where the rest is BF16, in which a difference
+    of squares would be lost.
+    """
+    channels, space = len(gamma), list(x.get_shape())[2:]
+    pixels, last, numbers = op.constant(np.arange(2, 2 + len(space))), op.constant([2]), count()
+    grouped, by_channel = op.constant([0, groups, channels // groups]), op.constant([0, channels, *(1 for _ in space)])
+
+    def precise(node: ov.Node) -> ov.Node:
+        node.set_friendly_name(f"{name}/{next(numbers)}{IN_FLOAT32}")
+        return node
+
+    def of_group(node: ov.Node) -> ov.Node:
+        return precise(op.reshape(node, grouped, True))
+
+    def of_channel(node: ov.Node) -> ov.Node:
+        return precise(op.reshape(node, by_channel, True))
+
+    mean = precise(op.reduce_mean(of_group(op.reduce_mean(x, pixels, True)), last, True))
+    norm = precise(op.reduce_l2(of_group(op.reduce_l2(x, pixels, True)), last, True))
+    square = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
+    variance = precise(op.subtract(square, precise(op.multiply(mean, mean))))
+    deviation = precise(op.sqrt(precise(op.add(variance, np.float32(epsilon)))))
+    gain = of_channel(precise(op.divide(op.constant(gamma.reshape(1, groups, -1)), deviation)))
+    shift = of_channel(precise(op.multiply(mean, op.constant(-np.ones_like(gamma).reshape(1, groups, -1)))))
+    normal = op.add(op.multiply(op.add(x, shift), gain), op.constant(beta.reshape(1, channels, *(1 for _ in space))))
+    normal.set_friendly_name(name)
+    return normal
+
+
+def _is_constant(value: ov.Output) -> bool:
+    return bool(value.get_node().get_type_name() == "Constant")
+
+
+def _is_transpose(node: ov.Node, order: list[int]) -> bool:
+    return bool(
+        node.get_type_name() == "Transpose"
+        and _is_constant(node.input_value(1))
+        and node.input_value(1).get_node().get_data().tolist() == order
+    )
+
+
+def redirect(node: ov.Node, source: ov.Output) -> None:
+    """Make all that read the node read the source."""
+    for reader in node.output(0).get_target_inputs():
+        reader.replace_source_output(source)

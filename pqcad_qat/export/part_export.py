@@ -1,0 +1,193 @@
+"""The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as optimum-intel lays them out.
+
+Not here: where they come from (models/pipeline_parts.py), their graphs (part_graphs.py), the denoiser (export_model.py), or how they are
+run (part_runtime.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.errors import ExportError, ModelError
+from pqcad_qat.export.part_graphs import clip_graph, decoder_graph, t5_graph
+from pqcad_qat.machine.json_files import read_json
+from pqcad_qat.models.architectures import TEXT, TEXT_MASK, ConditionInput
+from pqcad_qat.models.model_folder import TEXT_ENCODERS
+from pqcad_qat.models.pipeline_parts import (
+    T5,
+    TOKENIZER,
+    VAE,
+    PipelineParts,
+    to_decoder,
+)
+from pqcad_qat.serving.deployed_folder import tokenizer_of, write_json
+from pqcad_qat.serving.manifest import GRAPH, PARTS
+
+PartFormat = Literal["float", "int8-weights", "int8"]
+
+AUTOMATIC: Mapping[str, PartFormat] = {VAE: "float", **dict.fromkeys(TEXT_ENCODERS, "int8-weights")}
+"""What `auto` stands for."""
+
+
+@dataclass(frozen=True)
+class PartsToDeploy:
+    """What is to stand beside the denoiser.
+
+    Attributes:
+        source: the full-precision pipeline.
+        formats: its part -> how it is written, of those that are deployed.
+        latents: (N, C, h, w), as the denoiser gives them: what an INT8 VAE is calibrated on, and what its size is taken from.
+        conditions: what the denoiser takes of a text, every size known; T5 is deployed for as many tokens as it asks for.
+    """
+
+    source: PipelineParts
+    formats: Mapping[str, PartFormat]
+    latents: Tensor
+    conditions: Sequence[ConditionInput] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether text comes with the mask of its tokens, as PixArt's does."""
+        return any(condition.name == TEXT_MASK for condition in self.conditions)
+
+    def tokens(self, part: str) -> int:
+        """Of a text encoder's input.
+
+        Raises:
+            ExportError: T5, and the denoiser does not say how many.
+        """
+        if self.source.class_of(part) != T5:
+            return int(self._config(part)["max_position_embeddings"])
+        beside = 0
+        if self.source.index.get("_class_name") == "StableDiffusion3Pipeline":  # whose text is CLIP's, and T5's after it
+            beside = int(self._config(TEXT_ENCODERS[0])["max_position_embeddings"])
+        found = [condition.shape[0] for condition in self.conditions if condition.name == TEXT]
+        if not found or found[0] is None or found[0] <= beside:
+            raise ExportError(f"{part}: T5 takes as many tokens as the denoiser's text has; got {found or 'none'}, {beside} of them CLIP's")
+        return found[0] - beside
+
+    def _config(self, part: str) -> dict[str, Any]:
+        return read_json(self.source.folder / part / "config.json")
+
+
+def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named: str, weights: bool = True) -> dict[str, PartFormat]:
+    """Part -> how it is deployed, as a policy's section has it; {} where there is nothing.
+
+    Args:
+        source: the parts of the model's folder.
+        asked: `vae` and `text_encoder`, each auto, none, or a format; what is asked of text_encoder holds for text_encoder_2 too.
+        named: the model, for messages.
+        weights: whether they are looked at too, beside configs.
+
+    Raises:
+        ModelError: a part that is asked for is not there, or cannot be taken.
+    """
+    formats: dict[str, PartFormat] = {}
+    for key, parts in ((VAE, (VAE,)), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
+        present = [part for part in parts if source is not None and source.has(part)]
+        if not present and asked[key] not in ("auto", "none"):
+            raise ModelError(f"pipeline.{key}: got {asked[key]}; allowed auto or none: {named} has no {key}")
+        if asked[key] != "none":
+            if source is not None:
+                source.check_there(parts)
+            formats |= {part: AUTOMATIC[part] if asked[key] == "auto" else cast(PartFormat, asked[key]) for part in present}
+    for part in formats:
+        assert source is not None
+        source.check(part)
+        if weights:
+            source.check_weights(part)
+    return formats
+
+
+def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]:
+    """Write every part below a deployed folder; what its manifest says of them.
+
+    Raises:
+        ModelError: a part cannot be loaded.
+        ExportError: it cannot be converted.
+    """
+    written = {}
+    for part, form in parts.formats.items():
+        module = parts.source.load(part)
+        place = folder / PARTS[part]
+        with _named(part):
+            graph = decoder_graph(module, parts.latents) if part == VAE else _text_encoder(parts, part, module)
+            graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
+            place.mkdir(parents=True)
+            ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
+        write_json(place / "config.json", _config(module, parts.source.folder / part))
+        if part != VAE:
+            _write_tokenizer(parts.source, tokenizer_of(part), folder / tokenizer_of(part))
+        written[PARTS[part]] = {"class": parts.source.class_of(part), "format": form}
+    return written
+
+
+def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
+    """The source's model_index.json, as of the deployed folder: what is not in it is null, and of the denoiser it names `denoiser`."""
+    kept = {*parts.formats, *(tokenizer_of(part) for part in parts.formats if part != VAE), "scheduler"}
+    index: dict[str, Any] = {}
+    for name, entry in parts.source.index.items():
+        if name in ("unet", "transformer"):
+            index[name] = list(denoiser)
+        elif isinstance(entry, list):
+            index[name] = entry if name in kept else [None, None]
+        elif name != "_name_or_path":
+            index[name] = entry
+    return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
+
+
+def _text_encoder(parts: PartsToDeploy, part: str, encoder: nn.Module) -> ov.Model:
+    tokens = parts.tokens(part)
+    if parts.source.class_of(part) == T5:
+        return t5_graph(encoder, tokens, parts.masked)
+    return clip_graph(encoder, read_json(parts.source.folder / part / "config.json"), tokens)
+
+
+def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:
+    import nncf  # takes seconds
+
+    nncf.set_log_level(logging.WARNING)
+    if form == "int8-weights":
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    if form == "int8":
+        return nncf.quantize(graph, nncf.Dataset([one.numpy() for one in calibration]), subset_size=len(calibration))
+    return graph
+
+
+def _scaled(vae: nn.Module, latents: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(to_decoder(cast(Any, vae).config, latents), 1)
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"{part}: cannot be converted to OpenVINO: {error}") from error
+
+
+def _config(module: nn.Module, source: Path) -> dict[str, Any]:
+    """The part's config, with every default of its class where it is one of diffusers'."""
+    config = dict(cast(Any, module).config) if hasattr(module, "decode") else read_json(source / "config.json")
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _write_tokenizer(source: PipelineParts, name: str, folder: Path) -> None:
+    """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not among them."""
+    shutil.copytree(source.folder / name, folder)
+    if not (folder / TOKENIZER).is_file():
+        import transformers
+
+        kind = transformers.T5Tokenizer if str(source.index[name][-1]).startswith("T5") else transformers.CLIPTokenizer
+        made = kind.from_pretrained(source.folder / name, local_files_only=True)
+        made.backend_tokenizer.save(str(folder / TOKENIZER))

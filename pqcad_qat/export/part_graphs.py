@@ -1,0 +1,85 @@
+"""The other parts of a pipeline as OpenVINO graphs of any batch: VAE decoder, CLIP and T5, their ports named as optimum-intel names them.
+
+Not here: which parts there are and how they are written (part_export.py), or how their graphs are run (part_runtime.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+
+class _Decoder(nn.Module):
+    """latent_sample (B, C, h, w), scaled -> sample (B, 3, H, W)."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.vae).decode(latent_sample, return_dict=False)[0])
+
+
+class _ClipEncoder(nn.Module):
+    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens, width)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        pooled = hasattr(found, "text_embeds")
+        first = (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
+        return (*first, *found.hidden_states)
+
+
+class _T5Encoder(nn.Module):
+    """input_ids (B, tokens) int64, and their mask where texts have one, of the same shape and dtype -> (B, tokens, width)."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state)
+
+
+def decoder_graph(vae: nn.Module, latents: Tensor) -> ov.Model:
+    """latent_sample (B, C, h, w), as the VAE takes them -> sample (B, 3, H, W), of the size of these latents."""
+    return _converted(_Decoder(vae), {"latent_sample": latents[:1].float()}, ["sample"])
+
+
+def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov.Model:
+    """input_ids (B, tokens) -> what CLIP's class gives, and hidden_states.0 to hidden_states.LAYERS; `config` is transformers'."""
+    given = {"input_ids": torch.full((1, tokens), config["eos_token_id"], dtype=torch.int64)}
+    pooled = encoder.__class__.__name__.endswith("WithProjection")
+    first = ["text_embeds", "last_hidden_state"] if pooled else ["last_hidden_state", "pooler_output"]
+    states = [f"hidden_states.{layer}" for layer in range(config["num_hidden_layers"] + 1)]
+    return _converted(_ClipEncoder(encoder), given, [*first, *states])
+
+
+def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
+    """input_ids (B, tokens), and attention_mask of the same shape where texts have one -> last_hidden_state (B, tokens, width)."""
+    given = {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
+    mask = {"attention_mask": (torch.arange(tokens) < tokens // 2 + 1).long()[None]} if masked else {}
+    return _converted(_T5Encoder(encoder), given | mask, ["last_hidden_state"])
+
+
+@torch.no_grad()
+def _converted(module: nn.Module, given: Mapping[str, Tensor], outputs: Sequence[str]) -> ov.Model:
+    """A graph of any batch, its ports named."""
+    example = tuple(given.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the tracer says of sizes, which are fixed but for the batch
+        traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        shapes = [ov.PartialShape([-1, *value.shape[1:]]) for value in example]
+        graph: ov.Model = ov.convert_model(traced, example_input=example, input=shapes)
+    for port, known in zip((*graph.inputs, *graph.outputs), (*given, *outputs), strict=True):
+        port.get_tensor().set_names({known})
+    return graph

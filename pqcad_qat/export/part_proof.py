@@ -1,0 +1,83 @@
+"""How near the deployed parts of a pipeline are to full precision's, from the files that ship: PSNR of pictures and of text's embeddings.
+
+Not here: the denoiser's own proofs (proof.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pqcad_qat.export.part_export import PartsToDeploy
+from pqcad_qat.export.proof import end_to_end_psnr
+from pqcad_qat.models.pipeline_parts import T5, VAE, decoded
+from pqcad_qat.serving.manifest import PARTS
+from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
+
+PICTURES, TEXTS = 4, 8
+"""Latents of the calibration set, and rows of seeded random tokens, that are compared."""
+
+
+@dataclass(frozen=True)
+class PartParity:
+    """One part of a deployed folder.
+
+    Attributes:
+        part: its folder.
+        format: as its manifest says.
+        size_bytes: of its files.
+        psnr: dB against full precision; the peak is the range of what full precision gives.
+    """
+
+    part: str
+    format: str
+    size_bytes: int
+    psnr: float
+
+
+def part_parity(parts: PartsToDeploy, folder: Path) -> tuple[PartParity, ...]:
+    """Every part of a deployed folder against its source.
+
+    Raises:
+        ModelError: a part that cannot be loaded.
+    """
+    found = []
+    for part, form in parts.formats.items():
+        files = (path for path in (folder / PARTS[part]).rglob("*") if path.is_file())
+        psnr = _picture_psnr(parts, folder) if part == VAE else _text_psnr(parts, part, folder)
+        found.append(PartParity(PARTS[part], form, sum(path.stat().st_size for path in files), psnr))
+    return tuple(found)
+
+
+def _picture_psnr(parts: PartsToDeploy, folder: Path) -> float:
+    latents = parts.latents[:PICTURES]
+    _, channels, height, width = latents.shape
+    found = PictureDecoder(folder, (channels, height, width))(latents.numpy())
+    return end_to_end_psnr(found, decoded(parts.source.load(VAE), latents).numpy())
+
+
+@torch.no_grad()
+def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
+    """Of the last hidden state."""
+    deployed, full = PromptEncoder(folder, part), parts.source.load(part)
+    texts = _random_texts(deployed, parts.source.class_of(part) == T5)
+    mask = np.broadcast_to(np.arange(deployed.tokens) < deployed.tokens // 2 + 1, texts.shape).astype(np.int64)
+    rows = [deployed.encoded(text[None], ["last_hidden_state"], counted[None]) for text, counted in zip(texts, mask, strict=True)]
+    wanted: Any = full(input_ids=torch.from_numpy(texts), attention_mask=torch.from_numpy(mask) if deployed.masked else None)
+    return end_to_end_psnr(np.concatenate([row["last_hidden_state"] for row in rows]), wanted.last_hidden_state.numpy())
+
+
+def _random_texts(encoder: PromptEncoder, t5: bool) -> npt.NDArray[np.int64]:
+    """(TEXTS, tokens): the empty prompt's tokens, of which all but the first and last are replaced by random ones.
+
+    CLIP's words have lower numbers than its first token, T5's any of its vocabulary.
+    """
+    texts = np.repeat(encoder.ids(""), TEXTS, 0)
+    words = int(encoder.config["vocab_size"] if t5 else texts[0, 0])
+    texts[:, 1:-1] = np.random.default_rng(0).integers(words, size=texts[:, 1:-1].shape)
+    return texts

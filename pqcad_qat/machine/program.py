@@ -1,0 +1,158 @@
+"""The program around a command: its memory, its processes, and how it ends: what is told, and with which exit code.
+
+Not here: the commands (cli.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+
+from pqcad_qat.errors import DiskError, InterruptedByUserError, PqcadError, UsageError, abridged, shortened
+from pqcad_qat.machine.cores import cores_of_share
+from pqcad_qat.machine.files import disk_refusal
+from pqcad_qat.machine.processes import check_launch, launched, leave, leave_the_word, speaks
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+ERRORS = Console(stderr=True)
+
+SHARED_COMMANDS = ("run", "pretrain")
+"""Several processes work on these together."""
+
+
+GOES_ON = {
+    **dict.fromkeys(("run", "pretrain"), "; --resume goes on from there"),
+    **dict.fromkeys(("sweep", "sensitivity"), "; the same command goes on from there"),
+}
+"""How a command goes on that was cut off."""
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """A request to terminate, such as a launcher sends to the other processes as soon as one has ended."""
+
+
+@contextmanager
+def told_endings(given: Sequence[str]) -> Iterator[None]:
+    """Inside, a command runs; whatever ends it becomes a message and an exit code: 2 where the user can mend it, 130 if interrupted.
+
+    Args:
+        given: the command line, the command first.
+    """
+    again = GOES_ON.get(given[0], "") if given else ""
+    try:
+        with _terminated_as_interrupted(), _disks_of_threads_silent():
+            _check_processes(given)
+            yield
+            leave()
+    except InterruptedByUserError as stop:
+        _end(stop, f"{stop}{again}", 130)
+    except DiskError as error:
+        _end(error, f"{error}{again and '; what is finished is kept' + again}", 2)
+    except PqcadError as error:
+        _end(error, abridged(str(error).splitlines()), 2)
+    except (OSError, SafetensorError) as error:
+        if (reason := _cannot_write(error) or _cannot_use(error)) is None:
+            raise
+        _end(error, reason, 2)
+    except KeyboardInterrupt as stop:
+        _end(stop, f"interrupted{again}", 130)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what training frees at every step and takes again at the next, and torch, if not imported yet, to take huge pages.
+
+    Page faults took an eighth of a step, and the page tables another twentieth of one between two widths.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # of the processes of a sweep
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass  # another system's allocator: nothing to tell
+
+
+def keep_to_share_of_cores() -> None:
+    """Tell torch, which is not imported yet and counts all cores, to start no more threads than a container's share of them feeds."""
+    if (cores := cores_of_share()) is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def _end(error: BaseException, text: str, code: int) -> NoReturn:
+    """Tell what ended the program, once however many processes it has, and leave."""
+    if speaks(error):
+        start = Text("error: ", "bold red") if code == 2 else Text()
+        ERRORS.print(start.append(Text(text)), highlight=False, soft_wrap=True)
+    elif not isinstance(error, _TerminatedError):
+        leave_the_word(code)
+    sys.exit(code)
+
+
+def _check_processes(given: Sequence[str]) -> None:
+    """Refuse several processes for what one does."""
+    check_launch()
+    count = launched()[1]
+    if count > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch says of every model that all its Parameters are used
+    if count > 1 and [*given, ""][0] not in SHARED_COMMANDS:
+        raise UsageError(f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, a request to terminate ends the program as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _disks_of_threads_silent() -> Iterator[None]:
+    """Inside, a thread that a full disk ends, as TensorBoard's, shows no traceback: whoever writes by it next gets the error."""
+    before = threading.excepthook
+
+    def show(failure: threading.ExceptHookArgs) -> None:
+        if failure.exc_value is None or disk_refusal(failure.exc_value) is None:
+            before(failure)
+
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _cannot_write(error: OSError | SafetensorError) -> str | None:
+    """What a disk refuses to write, where whoever writes does not say it better."""
+    if (reason := disk_refusal(error)) is None:
+        return None
+    return f"cannot write: {error if isinstance(error, OSError) and error.filename else reason}"
+
+
+def _cannot_use(error: OSError | SafetensorError) -> str | None:
+    """What is wrong with a path that the user named, where the system says so and no command did before."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
+        return None
+    return f"{shortened(str(error.filename), 300)}: {error.strerror}; allowed a path that can be read or written here"

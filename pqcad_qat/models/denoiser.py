@@ -1,0 +1,384 @@
+"""Where a full-precision denoiser comes from and goes to, and the one signature by which every denoiser is called.
+
+Not here: which classes of diffusers are known (architectures.py), plain modules of the user's own (registry.py), quantized denoisers
+(quantization/conversion.py), nor sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_utils import no_init_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import read_json
+from pqcad_qat.models.architectures import (
+    TEXT_TOKENS,
+    Architecture,
+    ConditionInput,
+    SampleSize,
+    architecture_of,
+    checked_config,
+    known_architecture,
+)
+from pqcad_qat.models.config_values import bounded_build, class_of, silent
+from pqcad_qat.models.model_folder import (
+    CONFIG,
+    DECODERS,
+    INDEX,
+    LAYOUT,
+    NO_CONFIG,
+    PARTS,
+    SCHEDULER_CONFIG,
+    STEM,
+    WEIGHTS,
+    check_index,
+    check_no_single_file,
+    denoiser_folder,
+    downloaded_pipeline,
+    embedded_folder,
+    local,
+    part_class,
+    read_index,
+    scheduler_file,
+)
+from pqcad_qat.models.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
+from pqcad_qat.models.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
+from pqcad_qat.policy.schema import EMBEDDED
+from pqcad_qat.sampling.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER, scheduler_class
+from pqcad_qat.sampling.trajectory import noise_schedule
+
+DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": DDIM_SCHEDULER, **DDIM_KEYS}
+"""Of an architecture that stands alone."""
+
+Condition = Mapping[str, Tensor]
+"""What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
+
+DenoiserInput = tuple[Tensor, Tensor, Condition]
+"""(x_t (B, C, H, W), t (B,), condition)."""
+
+PredictArguments = DenoiserInput | tuple[Tensor, Tensor]
+"""What follows the denoiser in a call of `predict`."""
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A full-precision denoiser with the scheduler it was trained for.
+
+    Attributes:
+        denoiser: called by `predict`; float32, in evaluation mode.
+        scheduler_config: diffusers' scheduler config.
+        source: as the user named it.
+        digest: SHA-256 over the weights and both configs.
+        custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config says it.
+        folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
+        decoder: whether its pipeline has a part that makes pictures of what it makes.
+    """
+
+    denoiser: nn.Module
+    scheduler_config: dict[str, Any]
+    source: str
+    digest: str
+    custom: RegisteredDenoiser | None = None
+    folder: Path | None = None
+    decoder: bool = False
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_t."""
+        if self.custom:
+            return self.custom.sample_shape
+        return self._architecture.sample_shape(cast(Any, self.denoiser).config)
+
+    @property
+    def latent(self) -> bool:
+        """Whether what it makes is no picture: its pipeline decodes it, or its channels are neither one nor three."""
+        return self.decoder or is_latent(self.sample_shape)
+
+    @property
+    def condition_inputs(self) -> tuple[ConditionInput, ...]:
+        """What the denoiser takes beside x_t and t, in the order in which it is exported."""
+        if self.custom:
+            return self.custom.conditions
+        return self._architecture.conditions(cast(Any, self.denoiser).config)
+
+    @property
+    def _architecture(self) -> Architecture:
+        found = architecture_of(self.denoiser)
+        assert found is not None
+        return found
+
+    @property
+    def example(self) -> DenoiserInput:
+        """One sample of zeros, which the denoiser accepts, on its device."""
+        with next((parameter.device for parameter in self.denoiser.parameters()), torch.device("cpu")):
+            condition = {
+                wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
+                for wanted in self.condition_inputs
+            }
+            return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
+
+
+def is_latent(sample_shape: tuple[int, int, int]) -> bool:
+    """Whether an x_0 (C, H, W) is no picture: neither of one channel nor of three."""
+    return sample_shape[0] not in (1, 3)
+
+
+def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Condition | None = None) -> Tensor:
+    """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
+
+    Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t, **condition)`.
+    """
+    steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
+    steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
+    if (architecture := architecture_of(denoiser)) is None:
+        found = denoiser(x_t, steps, **(condition or {}))
+    else:
+        found = architecture.call(denoiser, x_t, steps, architecture.keywords(condition or {}))
+    prediction = _prediction(denoiser, found)
+    more = prediction.dim() == x_t.dim() and prediction.shape[1] > x_t.shape[1]
+    return prediction[:, : x_t.shape[1]] if more else prediction
+
+
+def _prediction(denoiser: nn.Module, found: Any) -> Tensor:
+    """What a denoiser returned: its tensor, the first of several, or the one that is called `sample`.
+
+    Raises:
+        ModelError: something else.
+    """
+    match found:
+        case Tensor():
+            return found
+        case tuple() | list() if found and isinstance(found[0], Tensor):
+            return found[0]
+    sample = found.get("sample") if isinstance(found, Mapping) else getattr(found, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    keys = f" with {', '.join(map(repr, found))}" if isinstance(found, Mapping) else ""
+    raise ModelError(
+        f"{type(denoiser).__name__} returned {type(found).__name__}{keys}; "
+        "allowed a tensor, a tuple or list that begins with one, or what has one as `sample`"
+    )
+
+
+def check_time_table(model: DiffusionModel, train_timesteps: int) -> None:
+    """Raise ModelError for a denoiser that has learned fewer time steps than its scheduler counts."""
+    config: Mapping[str, Any] = {} if model.custom else cast(Any, model.denoiser).config
+    known = config.get("num_train_timesteps")
+    if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
+        raise ModelError(
+            f"{model.source}: num_train_timesteps: got {known} in the denoiser's config, whose time_embedding_type is learned; allowed "
+            f"{train_timesteps} or more, as in the scheduler's"
+        )
+
+
+@contextmanager
+def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass (Chen et al. 2016).
+
+    Raises:
+        ModelError: diffusers cannot do so for this architecture, or for some of its blocks.
+    """
+    if not wanted:
+        yield
+        return
+    model = cast(Any, denoiser)
+    blocks = {name: block for name, block in denoiser.named_modules() if re.fullmatch(r"(down_blocks|up_blocks)\.\d+|mid_block", name)}
+    without = [f"{name} ({type(block).__name__})" for name, block in blocks.items() if not hasattr(block, "gradient_checkpointing")]
+    kept_whole = not blocks and not hasattr(denoiser, "gradient_checkpointing")  # of a transformer the model itself holds the switch
+    if not getattr(model, "_supports_gradient_checkpointing", False) or kept_whole or without:
+        what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
+        raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        model.disable_gradient_checkpointing()
+
+
+def load_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
+    """Load `embedded:NAME`, `registered:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
+
+    `sample_size` is the height and width of x_t where they are to be others than the model's own.
+
+    Raises:
+        ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take that size.
+    """
+    if source.startswith(REGISTERED):
+        if sample_size is not None:
+            raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {source} was registered with its own")
+        return _load_registered(source)
+    if source.startswith(EMBEDDED):
+        with embedded_folder(source) as folder:
+            return _load_folder(folder, source, sample_size)
+    if (path := local(source)) is None:
+        note = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it"
+        return _load_folder(downloaded_pipeline(source), source, sample_size, note)
+    if path.is_file():
+        check_no_single_file(path)
+        raise ModelError(f"{path}: got a file, which holds no weights; allowed a folder in diffusers' layout, or a hub id")
+    return _load_folder(path, source, sample_size)
+
+
+def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
+    """The model of a folder in diffusers' layout whose denoiser holds shapes alone; no weights are read.
+
+    Raises:
+        ModelError: a config that is missing or cannot be used, or a pipeline whose denoiser reads what is no input here.
+    """
+    check_no_single_file(folder)
+    index, part = read_index(folder), denoiser_folder(folder)
+    where = part / CONFIG
+    config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
+    alone = not index and not beside.exists() and not has_weights(part, STEM)
+    alone = alone and local(source) is not None  # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
+    scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
+    check_index(folder, index, known_architecture(config, str(where)).name)
+    shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
+    return replace(shapes, folder=folder, decoder=any(part_class(index, name) for name in DECODERS))
+
+
+def shapes_of_configs(
+    config: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    source: str,
+    sample_size: SampleSize | None = None,
+    where: str | None = None,
+    beside: str = "scheduler config",
+) -> DiffusionModel:
+    """The model of configs, whose denoiser holds shapes alone, on torch's meta device, and has been called once.
+
+    Args:
+        config: of the denoiser.
+        scheduler: of its scheduler.
+        source: as the user named the model.
+        sample_size: as of `load_model`.
+        where: the denoiser's config lies, for messages; by default the source.
+        beside: where the scheduler's config lies.
+
+    Raises:
+        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+    """
+    where = where or source
+    scheduler_class(scheduler, beside)  # first: a model of another kin is best known by its scheduler
+    with bounded_build(where), silent("diffusers"):
+        denoiser, _ = untrained_denoiser(config, where, sample_size)
+    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
+    if (architecture := architecture_of(denoiser)) is not None:
+        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(cast(Any, denoiser).config)[1:], beside)
+    noise_schedule(scheduler, beside)
+    found = DiffusionModel(denoiser, dict(scheduler), source, "")
+    try:
+        with torch.no_grad():
+            predict(denoiser, *found.example)
+    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
+        raise ModelError(f"{where}: not the config of a working {type(denoiser).__name__}: {str(error)[:1000]}") from error
+    return found
+
+
+def untrained_denoiser(
+    config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None
+) -> tuple[nn.Module, RegisteredDenoiser | None]:
+    """A denoiser of a config before its weights are loaded, and what it was registered with, if it was.
+
+    Raises:
+        ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not take.
+    """
+    if str(config.get("_class_name")).startswith(REGISTERED):
+        told, module = registered(str(config["_class_name"]))
+        return module.eval(), told
+    architecture = known_architecture(config, where)
+    full = checked_config(architecture, config, where, sample_size)
+    size = full["sample_size"]
+    written = {key: value for key, value in config.items() if key != "_use_default_values"}
+    if isinstance(size, list) and "pos_embed_max_size" in full:  # a table of places is of a square
+        written["sample_size"] = max(size)
+    try:
+        denoiser: Any = class_of(architecture.name).from_config(written)
+    except ModelError:
+        raise
+    except Exception as error:  # diffusers raises anything on a config that it cannot follow
+        raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {str(error)[:1000]}") from error
+    if sample_size is not None or config.get("sample_size") is None or written.get("sample_size") != config["sample_size"]:
+        denoiser.register_to_config(sample_size=size)
+    return _without_label_dropout(denoiser).eval(), None
+
+
+def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note: str = "") -> DiffusionModel:
+    """`note` is what a message adds where there are no weights."""
+    shapes, part = folder_shapes(folder, source, sample_size), denoiser_folder(folder)
+    stored = fitting(stored_tensors(weight_files(part, STEM, note)), shapes.denoiser)
+    with no_init_weights():
+        denoiser, _ = untrained_denoiser(read_json(part / CONFIG), str(part / CONFIG), sample_size)
+    load_weights(denoiser, stored)
+    return replace(_model(denoiser, shapes.scheduler_config, source), folder=folder, decoder=shapes.decoder)
+
+
+def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
+    """Class labels are never dropped at random in training: what the model is to match was recorded with its label."""
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    return denoiser
+
+
+def _load_registered(source: str) -> DiffusionModel:
+    told, denoiser = registered(source)
+    noise_schedule(told.scheduler_config, f"{source}: scheduler_config")
+    return _model(denoiser, dict(told.scheduler_config), source, told)
+
+
+def _model(denoiser: Any, scheduler: dict[str, Any], source: str, custom: RegisteredDenoiser | None = None) -> DiffusionModel:
+    denoiser = denoiser.float().eval()
+    own = {"sample_shape": custom.sample_shape, "conditions": [str(wanted) for wanted in custom.conditions]} if custom else denoiser.config
+    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (own, scheduler)]
+    if scheduler["_class_name"] not in (DDIM_SCHEDULER, FLOW_SCHEDULER):
+        configs.append({"scheduler": scheduler["_class_name"]})  # which says what a key left out means
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
+    for name, value in sorted(denoiser.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return DiffusionModel(denoiser, scheduler, source, digest.hexdigest(), custom)
+
+
+def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
+    """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/ or transformer/, scheduler/."""
+    architecture = architecture_of(denoiser)
+    part = folder / (architecture.part if architecture else PARTS[0])
+    if architecture:
+        cast(Any, denoiser).save_pretrained(part, safe_serialization=True)
+        config = read_json(part / CONFIG)
+        config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
+    else:
+        config = {"_class_name": registered_as(denoiser)}
+        part.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS)
+    write_json(part / CONFIG, config)
+    write_json(folder / SCHEDULER_CONFIG, scheduler_config)
+    write_json(folder / INDEX, model_index(denoiser, scheduler_config))
+
+
+def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a whole pipeline."""
+    architecture = architecture_of(denoiser)
+    name, part = (architecture.name, architecture.part) if architecture else (None, PARTS[0])
+    whole = architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
+    pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
+    scheduler = ["diffusers", scheduler_config["_class_name"]]
+    return {"_class_name": pipeline, "scheduler": scheduler, part: ["diffusers" if name else None, name]}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")

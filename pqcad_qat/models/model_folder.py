@@ -1,0 +1,232 @@
+"""A pipeline's folder in diffusers' layout, local, embedded or of a hub: what its index names, where its denoiser and scheduler lie.
+
+Not here: weights (weight_files.py), what a config says (config_values.py), or the parts beside the denoiser (pipeline_parts.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import read_json, shown
+from pqcad_qat.models.weight_files import SAFETENSORS, VARIANTS, has_weights
+from pqcad_qat.policy.schema import EMBEDDED
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}{SAFETENSORS}"
+PARTS = ("unet", "transformer")
+"""Folders of a diffusers pipeline that hold a denoiser."""
+
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+
+DECODERS = ("vae", "vqvae")
+"""Parts that make pictures of latents."""
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+UNREAD = ("safety_checker", "feature_extractor")
+"""Parts that look at pictures, and give the denoiser nothing."""
+
+OF_PICTURES = re.compile("Control|Adapter|Kontext|Pix2Pix|Upscal|Depth|Redux|Refiner")
+"""In the names of pipelines whose denoisers read a picture beside the noisy sample."""
+
+SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+NO_CONFIG = "got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json"
+LAYOUT = "a folder in diffusers layout holds unet/config.json and scheduler/"
+
+SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
+"""In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
+
+CONFIGS = (INDEX, CONFIG, f"*/{CONFIG}", "scheduler/*.json", "scheduler_config.json", "tokenizer*/tokenizer_config.json")
+"""What a plan takes of a hub id."""
+
+WEIGHTS_AND_CONFIGS = (
+    INDEX,
+    CONFIG,
+    "scheduler/*.json",
+    "scheduler_config.json",
+    *(f"{part}/{CONFIG}" for part in (*PARTS, *DECODERS, "text_encoder*")),
+    *(
+        f"{weights}{kind}"
+        for weights in (STEM, *(f"{part}/{STEM}" for part in (*PARTS, "vae")), "text_encoder*/model")
+        for kind in (SAFETENSORS, f"{SAFETENSORS}.index.json", f"{SHARD}{SAFETENSORS}")
+    ),
+    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
+)
+"""What a run takes of a hub id: a whole pipeline's files, less other formats and variants of its weights (model.fp16.safetensors)."""
+
+
+def local(source: str) -> Path | None:
+    """What a source names on this machine, if it names anything there."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have, a place that may not be looked at, nobody's home
+        return None
+
+
+@contextmanager
+def embedded_folder(source: str) -> Iterator[Path]:
+    """The folder of `embedded:NAME`, in diffusers layout.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    name = source.removeprefix(EMBEDDED)
+    if source not in embedded_models():
+        raise ModelError(f"model.source: got {shown(source)}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
+    with as_file(files("pqcad_qat.assets") / name) as folder:
+        yield folder
+
+
+def embedded_models() -> list[str]:
+    """The names that `load_model` takes without network or files."""
+    assets = files("pqcad_qat.assets")
+    return sorted(EMBEDDED + entry.name for entry in assets.iterdir() if entry.joinpath(INDEX).is_file())
+
+
+def downloaded(source: str, patterns: Sequence[str]) -> Path:
+    """The folder of a hub id with the files that the patterns name; nothing of it is run.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has none of that name.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
+        raise ModelError(f"model.source: got {shown(source)}: no such folder, and it cannot be loaded from the hub: {reason}") from error
+
+
+def downloaded_pipeline(source: str) -> Path:
+    """The folder of a hub id with all that a run reads; weights of another precision for the parts that have no others.
+
+    Raises:
+        ModelError: as `downloaded`.
+    """
+    folder = downloaded(source, WEIGHTS_AND_CONFIGS)
+    stems = {"": STEM, **dict.fromkeys((*PARTS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
+    lacking = [
+        f"{part}/{stem}".lstrip("/")
+        for part, stem in stems.items()
+        if (folder / part / CONFIG).is_file() and not has_weights(folder / part, stem)
+    ]
+    kinds = [
+        kind
+        for variant in VARIANTS
+        for kind in (
+            f".{variant}{SAFETENSORS}",
+            f"{SAFETENSORS}.index.{variant}.json",
+            f".{variant}{SHARD}{SAFETENSORS}",
+            f"{SHARD}.{variant}{SAFETENSORS}",
+        )
+    ]
+    return downloaded(source, [f"{stem}{kind}" for stem in lacking for kind in kinds]) if lacking else folder
+
+
+def denoiser_folder(folder: Path) -> Path:
+    """The part of a pipeline's folder that holds its denoiser: unet/, transformer/, or the folder itself where all files lie at its top.
+
+    unet/ where there is none.
+
+    Raises:
+        ModelError: both are there, and the index does not say which.
+    """
+    present = [part for part in PARTS if (folder / part / CONFIG).is_file()]
+    if len(present) > 1:
+        index = read_index(folder)
+        listed = [part for part in present if part_class(index, part) is not None]
+        if len(listed) != 1:
+            raise ModelError(f"{folder / INDEX}: got {' and '.join(present)} in its folder; allowed one of them, which it names")
+        present = listed
+    if not present and (folder / CONFIG).is_file():
+        return folder
+    return folder / (present or PARTS)[0]
+
+
+def scheduler_file(folder: Path) -> Path:
+    """Where the scheduler's config lies, or belongs."""
+    return next((path for path in (folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG.name) if path.is_file()), folder / SCHEDULER_CONFIG)
+
+
+def check_no_single_file(path: Path) -> None:
+    """Raise ModelError for a checkpoint in a single file, or a folder that holds such files alone."""
+    if path.is_file() and path.suffix in SINGLE_FILES:
+        single = [path]
+    elif path.is_dir() and not (denoiser_folder(path) / CONFIG).is_file():
+        single = sorted(file for file in path.iterdir() if file.suffix in SINGLE_FILES and file.is_file())
+    else:
+        return
+    if single:
+        raise ModelError(
+            f"{single[0]}: got a checkpoint in a single file; allowed a folder in diffusers' layout, which diffusers makes of it: "
+            f"StableDiffusionPipeline.from_single_file({single[0].name!r}).save_pretrained(FOLDER), or its pipeline's class"
+        )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of a folder's model_index.json, each part of which names a library and a class, or is null; {} without such a file.
+
+    Raises:
+        ModelError: it cannot be read, or says something else of a part.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    index = read_json(path)
+    for part, entry in index.items():
+        if part.startswith("_"):
+            continue
+        known = part in (*PARTS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler")
+        if (known or isinstance(entry, list)) and not _names_a_class(entry):
+            raise ModelError(
+                f"{path}: {shown(part)[1:-1]}: got {shown(entry)}; allowed [library, class], or [null, null] where there is none"
+            )
+    return index
+
+
+def _names_a_class(entry: Any) -> bool:
+    pair = isinstance(entry, list) and len(entry) == 2
+    return pair and (entry == [None, None] or all(isinstance(name, str) and name for name in entry))
+
+
+def part_class(index: Mapping[str, Any], part: str) -> str | None:
+    """The class that an index names for a part; None where it names none."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) else None
+
+
+def check_index(folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
+    """Raise ModelError for a pipeline whose other parts give its denoiser what is no input here, or whose denoiser is of another class.
+
+    Args:
+        folder: the pipeline's.
+        index: its content.
+        denoiser: class of its denoiser, as its config says.
+    """
+    path, pipeline = folder / INDEX, shown(index.get("_class_name"))
+    named = next((name for part in PARTS if (name := part_class(index, part)) is not None), None)
+    if named not in (None, denoiser, "Transformer2DModel"):
+        part = next(part for part in PARTS if part_class(index, part) == named)
+        raise ModelError(f"{path}: {part}: got {shown(named)}; allowed {denoiser!r}, as its config says")
+    taken = (*PARTS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, *UNREAD, "scheduler")
+    for part, entry in index.items():
+        if not part.startswith("_") and part not in taken and isinstance(entry, list) and entry[1] is not None:
+            rule = "null: what it gives the pipeline or its denoiser is no input here"
+            raise ModelError(f"{path}: {shown(part)[1:-1]}: got {shown(entry[1])}; allowed {rule}")
+    if OF_PICTURES.search(pipeline):
+        raise ModelError(f"{path}: _class_name: got {pipeline}; allowed pipelines whose denoiser reads no picture beside the noisy sample")
+    if index.get("requires_aesthetics_score"):
+        raise ModelError(
+            f"{path}: requires_aesthetics_score: got true; allowed false: SDXL's refiner, which reads that score, is not taken; its base is"
+        )

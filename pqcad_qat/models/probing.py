@@ -1,0 +1,166 @@
+"""Whether a module of the user's own predicts as a denoiser has to, and which of its layers read what no input changes.
+
+It is called a few times on noise. Not here: what is mended when it is built (own_modules.py), or whether it can be deployed
+(export/trial_export.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pqcad_qat.errors import ModelError, PqcadError
+from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel, predict
+from pqcad_qat.models.own_modules import one_line
+from pqcad_qat.models.untrained import noise_inputs
+from pqcad_qat.sampling.trajectory import noise_schedule
+
+PROBES = 6
+"""States of noise, their time steps spread over all, on which it is called one by one."""
+
+SAME = 1e-3
+"""Of the largest value of a prediction: what may differ between two calls, whose sums may be added up in another order."""
+
+DECISIONS = tuple(
+    getattr(Tensor, name) for name in ("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy")
+)
+"""What makes Python's values of a tensor's: a traced graph holds what they were when it was traced."""
+
+
+def probe_states(model: DiffusionModel, count: int = PROBES) -> DenoiserInput:
+    """Noise, its time steps of the type that the model's schedule has."""
+    x, t, condition = noise_inputs(model, count)
+    return x, t.to(getattr(torch, noise_schedule(model.scheduler_config).timestep_dtype)), condition
+
+
+def check_predictions(model: DiffusionModel) -> None:
+    """Call a module of the user's own on noise, as a run will.
+
+    Raises:
+        ModelError: it raises; returns something else than a prediction, or another one for the same state at a second call or beside
+            other states; writes over what it is given; or decides by values, which no graph does.
+    """
+    states = probe_states(model)
+    denoiser, source, count = model.denoiser, model.source, len(states[0])
+    given = _copied(states)
+    whole = _called(denoiser, given, source)
+    _check_output(whole, states[0], source)
+    for name, before, after in zip(("x_t", "t", *states[2]), _tensors(states), _tensors(given), strict=True):
+        if not torch.equal(before, after):
+            raise ModelError(f"{source}: it writes over {name}, which it is given; allowed: it computes on a copy")
+    if _differ(whole, _called(denoiser, _copied(states), source)):
+        raise ModelError(f"{source}: it predicts differently when it is called again; allowed one prediction of one state: no randomness")
+    decisions = [_Decisions() for _ in range(count)]
+    alone = []
+    for place, watch in enumerate(decisions):
+        with watch:
+            alone.append(_called(denoiser, one_state(states, place), source))
+    for first, *others in zip_longest(*(watch.seen for watch in decisions)):
+        if any(other != first for other in others):
+            where = next(seen[0] for seen in (first, *others) if seen)
+            raise ModelError(f"{source}: it goes by a value of its inputs ({where}), which no graph does; allowed tensors, torch.where")
+    if _differ(whole, torch.cat(alone)):
+        raise ModelError(f"{source}: what it predicts of a state depends on the others of its batch; allowed states that do not mix")
+
+
+def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states: DenoiserInput) -> tuple[str, ...]:
+    """The layers that read the same whatever the network is given: what they compute is a constant of its graph.
+
+    Args:
+        network: as called by `predict`.
+        layers: that are looked at, by path.
+        states: on which it is called one by one.
+    """
+    read: dict[str, list[list[str]]] = {name: [] for name in layers}
+
+    def keeper(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: read[name][-1].append(_digest(args[0] if args else kwargs["input"]))
+
+    hooks = [layer.register_forward_pre_hook(keeper(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            for place in range(len(states[0])):
+                for calls in read.values():
+                    calls.append([])
+                predict(network, *one_state(states, place))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(name for name, (first, *others) in read.items() if first and all(other == first for other in others))
+
+
+def one_state(states: DenoiserInput, place: int) -> DenoiserInput:
+    """A batch of one of them."""
+    x, t, condition = states
+    return x[place : place + 1], t[place : place + 1], {name: value[place : place + 1] for name, value in condition.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()}"
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() > SAME * one.abs().max())
+
+
+def _copied(states: DenoiserInput) -> DenoiserInput:
+    x, t, condition = states
+    return x.clone(), t.clone(), {name: value.clone() for name, value in condition.items()}
+
+
+def _tensors(states: DenoiserInput) -> Iterable[Tensor]:
+    return states[0], states[1], *states[2].values()
+
+
+def _called(denoiser: nn.Module, states: DenoiserInput, source: str) -> Tensor:
+    try:
+        with torch.no_grad():
+            return predict(denoiser, *states).clone()
+    except PqcadError as error:
+        raise ModelError(f"{source}: {error}") from error
+    except Exception as error:  # whatever code of the user's own raises
+        x, t, condition = states
+        named = {"x_t": x, "t": t, **condition}
+        words = ", ".join(f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for name, value in named.items())
+        raise ModelError(f"{source}: called with {words} it raised {one_line(error)}") from error
+
+
+def _check_output(prediction: Tensor, x: Tensor, source: str) -> None:
+    got, allowed = tuple(prediction.shape), tuple(x.shape)
+    if got != allowed:
+        raise ModelError(f"{source}: of x_t {allowed} it returned a tensor {got}; allowed {allowed}, or more channels, which are cut off")
+    if prediction.dtype != torch.float32:
+        raise ModelError(f"{source}: it returned {prediction.dtype}; allowed torch.float32, as x_t")
+    if not bool(prediction.isfinite().all()):
+        raise ModelError(f"{source}: it returned NaN or infinity of noise; allowed finite numbers")
+
+
+class _Decisions(TorchFunctionMode):
+    """Keeps every value that Python is told of a tensor, and where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in DECISIONS:
+            self.seen.append((_place(), repr(result)))
+        return result
+
+
+def _place() -> str:
+    """The line that is being run, of all but torch and this file."""
+    torchs = Path(torch.__file__).parent
+    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__ and torchs not in Path(frame.filename).parents]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"

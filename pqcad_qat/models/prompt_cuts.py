@@ -1,0 +1,73 @@
+"""Which prompts of a file are longer than a pipeline's tokenizers take, and what of them no encoder reads.
+
+Not here: encoding them (prompts.py). Takes the library transformers; tokenizers alone are read, and no weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import shown
+from pqcad_qat.models.model_folder import TOKENIZERS, part_class, read_index
+from pqcad_qat.models.pipeline_parts import check_tokenizer
+
+MOST_TOLD = 5
+"""Prompts that are named one by one."""
+
+LENGTH = "max_sequence_length"
+"""Argument of an `encode_prompt` that has one: tokens that T5 is given."""
+
+
+def cut_prompts(lines: Sequence[tuple[int, str]], prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
+    """A sentence for every prompt that is cut: its line, the tokenizer, and the words that it leaves out.
+
+    Args:
+        lines: (number, prompt) of the file.
+        prompts: the file, for the sentences.
+        folder: a local pipeline's.
+        tokens: that T5's prompts are cut to; None for as many as the pipeline's own `encode_prompt` asks for.
+
+    Raises:
+        ModelError: a tokenizer cannot be read.
+    """
+    index = read_index(folder)
+    found = []
+    for part in TOKENIZERS:
+        if (name := part_class(index, part)) is None or not (folder / part).is_dir():
+            continue
+        tokenizer = _tokenizer(folder / part)
+        most = _most_tokens(str(index.get("_class_name")), tokens) if name.startswith("T5") else int(tokenizer.model_max_length)
+        for number, prompt in lines:
+            if cut := _cut(tokenizer, prompt, most):
+                found.append(f"conditions.prompts: {prompts}:{number}: {part} takes {most} tokens; not read: {shown(cut)}")
+    more = len(found) - MOST_TOLD
+    return (*found[:MOST_TOLD], *([f"conditions.prompts: {prompts}: {more} more prompts are cut"] if more > 0 else []))
+
+
+def _most_tokens(pipeline: str, tokens: int | None) -> int:
+    """Of T5's."""
+    if tokens is not None:
+        return tokens
+    return int(inspect.signature(getattr(diffusers, pipeline).encode_prompt).parameters[LENGTH].default)
+
+
+def _cut(tokenizer: Any, prompt: str, most: int) -> str:
+    """The end of a prompt that is not among its first tokens, of which the last is the one that ends it, as diffusers puts it."""
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    return str(tokenizer.decode(ids[most - 1 : -1])).strip() if len(ids) > most else ""
+
+
+def _tokenizer(folder: Path) -> Any:
+    check_tokenizer(folder)
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises anything from OSError to KeyError on a damaged folder
+        raise ModelError(f"{folder}: cannot be read as a tokenizer: {shown(str(error))}") from error

@@ -1,0 +1,1 @@
+"""What images are worth: feature networks, Frechet distances, PSNR and SSIM."""

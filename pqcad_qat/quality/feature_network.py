@@ -1,0 +1,242 @@
+"""The feature network that FID looks through: its shape, its files, and statistics of images through it.
+
+Not here: how it is trained (quality/feature_training.py), distances between statistics (quality/fidelity.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from pqcad_qat.data.images import ImageSet, to_float
+from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.schema import EMBEDDED, NO_FEATURES
+
+FORMAT = "pqcad_qat.features/1"
+_MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = "model.safetensors", "config.json", "reference.safetensors", "reference.json"
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The network's shape: what to build before the weights are loaded."""
+
+    channels: int = 1
+    size: int = 32
+    classes: int = 10
+    widths: tuple[int, ...] = (32, 32, 64, 64, 96, 64)  # the last is the number of features
+    strides: tuple[int, ...] = (2, 1, 2, 1, 2, 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that it reads."""
+        return self.channels, self.size, self.size
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Sums over features f (N, D), named as torchmetrics' FrechetInceptionDistance names its states."""
+
+    features_sum: Tensor  # float64 (D,)       sum of f
+    features_cov_sum: Tensor  # float64 (D, D) sum of f f^T, not centred
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """A trained feature network, who it is, and statistics of real images through it, where they exist."""
+
+    network: FeatureNetwork
+    source: str
+    sha256: str  # of model.safetensors
+    reference: FeatureStatistics | None
+    reference_name: str | None  # the data set and its number of images
+
+
+class FeatureNetwork(nn.Module):
+    """3x3 convolutions with batch normalization and ReLU, the global average as features, a linear layer to classes."""
+
+    def __init__(self, config: FeatureConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs = (config.channels, *config.widths[:-1])
+        self.blocks = nn.Sequential(*(_block(i, o, stride) for i, o, stride in zip(inputs, config.widths, config.strides, strict=True)))
+        self.classifier = nn.Linear(config.widths[-1], config.classes)
+
+    @property
+    def num_features(self) -> int:
+        return self.config.widths[-1]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] (N, C, H, W) -> features (N, D)."""
+        hidden: Tensor = self.blocks(x.contiguous(memory_format=torch.channels_last))
+        return hidden.mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] (N, C, H, W) -> logits (N, classes)."""
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
+
+
+def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 500) -> FeatureStatistics:
+    """Statistics of uint8 images (N, C, H, W): the one path that reference and generated images both take."""
+    check_images(network.config, images)
+    metric = FrechetInceptionDistance(feature=_FeatureExtractor(network), normalize=False)
+    with torch.no_grad():
+        for part in torch.split(images, batch_size):
+            metric.update(part, real=True)
+    return FeatureStatistics(metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples))
+
+
+def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
+    """Raise ModelError unless the feature network is there, whole, and reads images of this shape (C, H, W)."""
+    shape = load_features(source).network.config.shape
+    if shape != sample_shape:
+        fitting = [name for name in embedded_features() if load_features(name).network.config.shape == sample_shape]
+        allowed = [*fitting, f"a folder with a network for {_sizes(sample_shape)}", NO_FEATURES]
+        raise ModelError(
+            f"got {source!r}, which reads images of {_sizes(shape)}; the model makes {_sizes(sample_shape)}; allowed {', '.join(allowed)}"
+        )
+
+
+def _sizes(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def check_images(config: FeatureConfig, images: Tensor) -> None:
+    """Raise ModelError unless `images` are uint8 (N, C, H, W) of the size and channels that the network was trained on."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
+        got = f"{images.dtype} {tuple(images.shape)}"
+        raise ModelError(f"images for this feature network must be torch.uint8 (N, {', '.join(map(str, config.shape))}); got {got}")
+
+
+def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provenance: Mapping[str, Any]) -> Features:
+    """Write the network, its provenance and the statistics of the `real` images to `folder`; return them as `load_features` would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / _MODEL)
+    record = {"format": FORMAT, "network": asdict(network.config), "sha256": _sha256(folder / _MODEL), "provenance": dict(provenance)}
+    _write_json(folder / _CONFIG, record)
+    loaded, sha256 = _load_network(folder)  # the statistics come through what others will load, whatever layout training left in memory
+    save_reference(folder, image_statistics(loaded, real.images), f"{real.name}, {len(real)} images, sha256 {real.digest}", sha256)
+    return load_features(str(folder))
+
+
+def save_reference(folder: Path, statistics: FeatureStatistics, name: str, features_sha256: str) -> None:
+    """Write statistics of real images, bound to the network they came through."""
+    count = torch.tensor(statistics.num_samples, dtype=torch.int64)
+    tensors = {
+        "real_features_sum": statistics.features_sum,
+        "real_features_cov_sum": statistics.features_cov_sum,
+        "real_features_num_samples": count,
+    }
+    save_file(tensors, folder / _REFERENCE)
+    record = {"format": FORMAT, "name": name, "features_sha256": features_sha256, "sha256": _sha256(folder / _REFERENCE)}
+    _write_json(folder / _REFERENCE_RECORD, record)
+
+
+def load_features(source: str) -> Features:
+    """Load `embedded:NAME` or a folder that `save_features` wrote; raise ModelError where a file is missing or its digest differs."""
+    folder = _folder(source)
+    network, sha256 = _load_network(folder)
+    reference, name = _load_reference(folder, sha256, network.num_features)
+    return Features(network, source, sha256, reference, name)
+
+
+def embedded_features() -> list[str]:
+    """The names that `load_features` takes without files."""
+    assets = Path(str(resources.files("pqcad_qat.assets")))
+    return sorted(EMBEDDED + path.name.removeprefix("features-") for path in assets.glob("features-*"))
+
+
+class _FeatureExtractor(nn.Module):
+    """What torchmetrics calls: uint8 in, float64 features out, so that its sums and its result stay in double precision."""
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self.num_features = network.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.features(to_float(images)).double()
+
+
+def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def _folder(source: str) -> Path:
+    if not source.startswith(EMBEDDED):
+        return Path(source)
+    if source not in embedded_features():
+        raise ModelError(f"got {source!r}; allowed {', '.join(embedded_features())}, or a folder")
+    return Path(str(resources.files("pqcad_qat.assets"))) / f"features-{source.removeprefix(EMBEDDED)}"
+
+
+def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
+    """The network in evaluation mode, and the digest of its weights."""
+    config = _read_json(folder / _CONFIG)
+    sha256 = _verified(folder / _MODEL, config)
+    try:
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config["network"].items()}
+        network = FeatureNetwork(FeatureConfig(**fields))
+        network.load_state_dict(load_file(folder / _MODEL))
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder}: not a feature network of this format: {error}") from error
+    network.eval().requires_grad_(False)
+    return network, sha256
+
+
+def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tuple[FeatureStatistics | None, str | None]:
+    if not (folder / _REFERENCE_RECORD).exists():
+        return None, None
+    record = _read_json(folder / _REFERENCE_RECORD)
+    _verified(folder / _REFERENCE, record)
+    if record.get("features_sha256") != features_sha256:
+        raise ModelError(f"{folder / _REFERENCE}: made with the feature network {record.get('features_sha256')}, got {features_sha256}")
+    try:
+        tensors = load_file(folder / _REFERENCE)
+        total, outer, count = (tensors[f"real_features_{name}"] for name in ("sum", "cov_sum", "num_samples"))
+    except (KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder / _REFERENCE}: not statistics of features: {error}") from error
+    if total.shape != (dimensions,) or outer.shape != (dimensions, dimensions):
+        raise ModelError(f"{folder / _REFERENCE}: must hold ({dimensions},) and its square; got {tuple(total.shape)}, {tuple(outer.shape)}")
+    return FeatureStatistics(total, outer, int(count)), str(record.get("name"))
+
+
+def _verified(path: Path, record: dict[str, Any]) -> str:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    digest = _sha256(path)
+    if digest != record.get("sha256"):
+        raise ModelError(f"{path}: damaged or exchanged: SHA-256 must be {record.get('sha256')}, got {digest}")
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; a feature network is a folder with {_CONFIG} and {_MODEL}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ModelError(f"{path}: format must be {FORMAT!r}")
+    return record
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,143 @@
+"""How the feature network comes to be: a classifier of real images, trained in minutes on one core, with its provenance.
+
+Not here: the network itself and its files (quality/feature_network.py), the denoiser's training (training/denoising.py).
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
+
+from pqcad_qat.data.images import ImageSet, image_set, to_float
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quality.feature_network import FeatureConfig, FeatureNetwork, Features, save_features
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """How the network is trained: AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero."""
+
+    epochs: int = 5
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.02
+    shift: int = 2  # pixels, largest random translation of a batch
+    flip: bool = True  # mirror each image with probability one half
+    seed: int = 0
+
+
+RECIPES: Mapping[str, FeatureRecipe] = {
+    "digits": FeatureRecipe(epochs=40, shift=0, flip=False),  # few, they touch the border, and a mirror makes them others
+    "noto-emoji": FeatureRecipe(epochs=20),
+}
+"""Recipes of the data sets that the default does not suit."""
+
+HELD_OUT = 5
+"""Where a data set has no test split, every so many-th image is one to test on."""
+
+
+def train_feature_network(
+    images: ImageSet, recipe: FeatureRecipe = FeatureRecipe(), progress: Callable[[int, int, float], None] | None = None
+) -> FeatureNetwork:
+    """Train a classifier of `images` by cross-entropy; the same images, recipe and number of threads give the same weights.
+
+    `progress` is called after every step with (step, steps, loss). Raises ModelError where the images have no labels.
+    """
+    labels = _labels(images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        _, channels, size, _ = images.images.shape
+        config = FeatureConfig(channels=channels, size=size, classes=int(labels.max()) + 1)
+        network = FeatureNetwork(config)
+        convert_conv2d_weight_memory_format(network, torch.channels_last)
+        steps = recipe.epochs * (len(images) // min(recipe.batch_size, len(images)))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
+        for step, index in enumerate(_batches(len(images), recipe)):
+            loss = nn.functional.cross_entropy(network(_augment(to_float(images.images[index]), recipe)), labels[index])
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            if progress is not None:
+                progress(step + 1, steps, loss.item())
+    network.eval().requires_grad_(False)
+    return network
+
+
+def make_features(
+    folder: Path,
+    images: ImageSet,
+    test: ImageSet | None = None,
+    recipe: FeatureRecipe = FeatureRecipe(),
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Features:
+    """Train on `images`, measure on `test` or on images held out, and write network, provenance and the statistics of all `images`."""
+    train, test = hold_out(images) if test is None else (images, test)
+    network = train_feature_network(train, recipe, progress)
+    provenance: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "trained_on": _record(train),
+        "tested_on": _record(test),
+        "accuracy": accuracy(network, test),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+    return save_features(folder, network, images, provenance)
+
+
+def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """(to train on, to test on): every `HELD_OUT`-th image is of the second."""
+    if len(images) < HELD_OUT:
+        raise ModelError(f"{images.name}: got {len(images)} images; a feature network needs at least {HELD_OUT}")
+    labels, every = _labels(images), torch.arange(len(images))
+    parts = {"train": every[every % HELD_OUT > 0], "held-out": every[::HELD_OUT]}
+    train, test = (image_set(images.images[i].numpy(), labels[i].numpy(), f"{images.name} {name}") for name, i in parts.items())
+    return train, test
+
+
+def accuracy(network: FeatureNetwork, images: ImageSet, batch_size: int = 500) -> float:
+    """Share of `images` whose class the network gets right."""
+    labels = _labels(images)
+    with torch.no_grad():
+        guesses = torch.cat([network(to_float(part)).argmax(dim=1) for part in torch.split(images.images, batch_size)])
+    return (guesses == labels).double().mean().item()
+
+
+def _record(images: ImageSet) -> dict[str, Any]:
+    return {"name": images.name, "images": len(images), "sha256": images.digest}
+
+
+def _labels(images: ImageSet) -> Tensor:
+    if images.labels is None:
+        raise ModelError(f"{images.name}: a feature network learns classes; these images have no labels")
+    return images.labels
+
+
+def _learning_rate_factor(step: int, steps: int) -> float:
+    warmup = max(1, steps // 20)
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _batches(count: int, recipe: FeatureRecipe) -> Iterator[Tensor]:
+    """Indices of every batch of the training, each epoch in an order of its own; an incomplete last batch is left out."""
+    size = min(recipe.batch_size, count)
+    for _ in range(recipe.epochs):
+        order = torch.randperm(count)
+        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+
+
+def _augment(images: Tensor, recipe: FeatureRecipe) -> Tensor:
+    """Mirror some of the images (N, C, H, W), and roll all of them by one random translation."""
+    if recipe.flip:
+        images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2,)).tolist()
+    return images.roll((down, right), dims=(2, 3))

@@ -1,0 +1,179 @@
+"""What images are worth: FID against real data and against full precision, paired PSNR and SSIM, each with its protocol.
+
+Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size (timing/latency.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image import PeakSignalNoiseRatio
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics
+
+CUSTOMARY_FID_IMAGES = 10_000  # with fewer, FID is biased upwards by an amount that depends on their number
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels, the Gaussian window of Wang et al. 2004
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class FidProtocol:
+    """Everything that has to be equal before two FIDs may be compared."""
+
+    images: int
+    features: str
+    features_sha256: str
+    reference: str | None
+    sampler: str
+    steps: int
+    seed: int
+    under_10000: bool
+
+
+@dataclass(frozen=True)
+class FidelityFigures:
+    """One variant's images against real data and against full precision on the same seeds; every field is safe in strict JSON.
+
+    `psnr_fp` is pooled over all pixels of all images (one mean squared error), in dB. It is None where there is nothing to compare
+    with, and where the images are identical and PSNR is infinite: then `identical_to_fp` is true and `ssim_fp` is 1. `ssim_fp` is also
+    None where the images are smaller than its window.
+    """
+
+    images: int
+    fid_real: float | None
+    fid_fp: float | None
+    psnr_fp: float | None
+    ssim_fp: float | None
+    identical_to_fp: bool
+    rank_deficient: bool  # the images are too few for a covariance of full rank: no more of them than features
+
+
+def fid_protocol(features: Features, images: int, sampler: str, steps: int, seed: int) -> FidProtocol:
+    """The protocol of `images` generated images looked at through `features`."""
+    few = images < CUSTOMARY_FID_IMAGES
+    return FidProtocol(images, features.source, features.sha256, features.reference_name, sampler, steps, seed, under_10000=few)
+
+
+def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features | None) -> FidelityFigures:
+    """Figures of uint8 images (N, C, H, W), where `fp_images` are the full-precision model's images of the same seeds, in the same order.
+
+    Without `features` there are no FIDs, without their reference no `fid_real`; images smaller than SSIM's window have no SSIM. Raises
+    ModelError for fewer than two images, for images that the feature network was not made for, and for sets that do not pair.
+    """
+    if fp_images is not None:
+        _check_pair(images, fp_images)
+    fid_real, fid_fp = (None, None) if features is None else _fids(images, fp_images, features)
+    return FidelityFigures(
+        images=len(images),
+        fid_real=fid_real,
+        fid_fp=fid_fp,
+        psnr_fp=None if fp_images is None else paired_psnr(images, fp_images),
+        ssim_fp=None if fp_images is None or not has_ssim(images) else paired_ssim(images, fp_images),
+        identical_to_fp=fp_images is not None and torch.equal(images, fp_images),
+        rank_deficient=features is not None and len(images) <= features.network.num_features,
+    )
+
+
+def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
+    """Figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone, its peak the range of full precision's.
+
+    Raises ModelError for sets that do not pair.
+    """
+    if states.shape != fp_states.shape or states.ndim != 4 or not len(states):
+        raise ModelError(f"latents to compare must both be (N, C, H, W), N > 0; got {tuple(states.shape)} and {tuple(fp_states.shape)}")
+    error = float((states.double() - fp_states.double()).square().mean())
+    peak = float(fp_states.max() - fp_states.min())
+    psnr = 10 * math.log10(peak**2 / error) if error and peak else None
+    return FidelityFigures(len(states), None, None, psnr, None, identical_to_fp=error == 0, rank_deficient=False)
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """FID between two sets of features (Heusel et al. 2017), symmetric, by torchmetrics in float64; 0 where rounding makes it negative."""
+    dimensions = len(a.features_sum)
+    if a.features_sum.shape != b.features_sum.shape:
+        raise ModelError(f"statistics to compare must have equally many features; got {dimensions} and {len(b.features_sum)}")
+    if min(a.num_samples, b.num_samples) < 2:
+        raise ModelError(f"FID needs at least two images on either side; got {a.num_samples} and {b.num_samples}")
+    metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)  # one process alone evaluates
+    metric.update(torch.empty(0, dimensions, dtype=torch.float64), real=False)  # tells the metric that features are float64
+    metric.merge_state({**_state(a, "real"), **_state(b, "fake")})
+    return max(0.0, float(metric.compute()))
+
+
+def paired_psnr(images: Tensor, references: Tensor) -> float | None:
+    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None where it is infinite."""
+    _check_pair(images, references)
+    metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)
+    for part, reference in _unit_batches(images, references):
+        metric.update(part, reference)
+    decibels = float(metric.compute())
+    return decibels if math.isfinite(decibels) else None
+
+
+def has_ssim(images: Tensor) -> bool:
+    """Whether SSIM's window fits into images (N, C, H, W)."""
+    return min(images.shape[2:]) >= SSIM_WINDOW
+
+
+def paired_ssim(images: Tensor, references: Tensor) -> float:
+    """Mean SSIM of uint8 images (N, C, H, W), range 0..255, Gaussian window of 11 pixels (Wang et al. 2004)."""
+    _check_pair(images, references)
+    if not has_ssim(images):
+        raise ModelError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {images.shape[2]}x{images.shape[3]}")
+    edge = SSIM_WINDOW // 2  # only windows that lie inside the image count, as in the paper and in scikit-image
+    total = torch.zeros((), dtype=torch.float64)
+    for part, reference in _unit_batches(images, references):
+        _, values = structural_similarity_index_measure(
+            part, reference, data_range=1.0, sigma=SSIM_SIGMA, return_full_image=True
+        )  # (n, C, H, W)
+        total += values[:, :, edge:-edge, edge:-edge].double().mean(dim=(1, 2, 3)).sum()
+    return total.item() / len(images)
+
+
+class _Identity(nn.Module):
+    """For torchmetrics: the features themselves are given."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _fids(images: Tensor, fp_images: Tensor | None, features: Features) -> tuple[float | None, float | None]:
+    """Against the reference of real images, and against full precision."""
+    statistics = image_statistics(features.network, images)
+    fid_real = None if features.reference is None else frechet_distance(statistics, features.reference)
+    if fp_images is None:
+        return fid_real, None
+    if torch.equal(images, fp_images):  # full precision itself: 0, and not what rounding leaves of it
+        return fid_real, 0.0
+    return fid_real, frechet_distance(statistics, image_statistics(features.network, fp_images))
+
+
+def _state(statistics: FeatureStatistics, side: str) -> dict[str, Tensor]:
+    return {
+        f"{side}_features_sum": statistics.features_sum,
+        f"{side}_features_cov_sum": statistics.features_cov_sum,
+        f"{side}_features_num_samples": torch.tensor(statistics.num_samples),
+    }
+
+
+def _check_pair(images: Tensor, references: Tensor) -> None:
+    if images.dtype != torch.uint8 or references.dtype != torch.uint8:
+        raise ModelError(f"images to compare must be torch.uint8; got {images.dtype} and {references.dtype}")
+    if images.ndim != 4 or images.shape != references.shape or len(images) == 0:
+        raise ModelError(f"images to compare must both be (N, C, H, W), N > 0; got {tuple(images.shape)} and {tuple(references.shape)}")
+
+
+def _unit_batches(images: Tensor, references: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of batches in [0, 1]."""
+    batches = zip(torch.split(images, _BATCH), torch.split(references, _BATCH), strict=True)
+    return [(a.to(torch.float32) / 255, b.to(torch.float32) / 255) for a, b in batches]

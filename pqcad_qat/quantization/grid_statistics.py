@@ -1,0 +1,70 @@
+"""How a tensor uses the grid of its quantizer: what is clipped, what became zero, what is not finite.
+
+Not here: which of it is trouble (training/divergence.py), nor the grid itself (fake_quantization.py, ranges.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE, unclamped
+from pqcad_qat.quantization.quantized_layer import QuantizedLayer, input_quantizer_of, weight_quantizer_of
+
+
+class GridUse(NamedTuple):
+    """Some values of a tensor, evenly spread over it, on its grid.
+
+    Attributes:
+        integers: after the clamp, (values,).
+        clipped: share of the values that round to an integer beyond the grid's ends, 0..1.
+        collapsed: every value became zero, or the range of some row of the tensor is at its smallest; zeros alone are no collapse.
+    """
+
+    integers: Tensor
+    clipped: float
+    collapsed: bool
+
+
+@torch.no_grad()
+def weight_use(layer: QuantizedLayer, most: int) -> GridUse:
+    """Of at most `most` of a layer's weights at the present width; within a blend, the width that it comes from."""
+    return _use(layer.weight, weight_quantizer_of(layer), most)
+
+
+@torch.no_grad()
+def input_use(layer: QuantizedLayer, x: Tensor, most: int) -> GridUse:
+    """Of at most `most` of the values that a layer reads."""
+    return _use(x, input_quantizer_of(layer), most)
+
+
+@torch.no_grad()
+def not_finite(layer: QuantizedLayer) -> list[str]:
+    """What of a layer holds NaN or infinity, each in a few words: weights, bias, and the ranges of both quantizers."""
+    held = {"weights": layer.weight, "bias": layer.bias}
+    for kind, quant in (("weights", weight_quantizer_of(layer)), ("input", input_quantizer_of(layer))):
+        span, low, _ = quant.grid(layer.weight)
+        held |= {f"range of the {kind}": span, f"lower end of the range of the {kind}": low}
+    counts = {name: int((~value.isfinite()).sum()) for name, value in held.items() if value is not None}
+    return [f"{name} ({count} of {held[name].numel()} values)" for name, count in counts.items() if count]
+
+
+def _use(x: Tensor, quant: Any, most: int) -> GridUse:
+    span, low, bounds = quant.grid(x)
+    count = min(most, x.numel())
+    index = torch.arange(count, device=x.device) * x.numel() // count
+    row = index // (x.numel() // span.numel())
+    values = x.reshape(-1)[index]
+    raw, zero_point = unclamped(values, span.reshape(-1)[row], None if low is None else low.reshape(-1)[row], bounds)
+    integers = raw.clamp(*bounds)
+    clipped = int(torch.count_nonzero(raw != integers)) / count
+    vanished = not bool((integers if zero_point is None else integers - zero_point).any()) and bool(values.any())
+    return GridUse(integers, clipped, vanished or _at_smallest(x, span))
+
+
+def _at_smallest(x: Tensor, span: Tensor) -> bool:
+    """Whether some row that is not zero has the smallest range that there is."""
+    smallest = span.reshape(-1).abs() <= SMALLEST_RANGE
+    return bool(smallest.any()) and bool(x.reshape(span.numel(), -1)[smallest].abs().amax() > SMALLEST_RANGE)

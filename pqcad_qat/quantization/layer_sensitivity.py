@@ -1,0 +1,102 @@
+"""How far the output moves when one layer alone is quantized, at every width: measured, layer by layer.
+
+Not here: what follows for a policy (mixed_precision.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pqcad_qat.models.denoiser import PredictArguments, predict
+from pqcad_qat.quantization.conversion import quantized_layers, unquantized
+from pqcad_qat.quantization.plan import FLOAT, evaluating
+from pqcad_qat.quantization.quantized_layer import QuantizedLayer, set_weight_bits
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """Relative squared errors of the model's output, mean ||f_q - f||^2 over mean ||f||^2, by what alone was quantized.
+
+    Attributes:
+        name: path of the layer.
+        inputs: its input, at the plan's width; layers that read one tensor share its error evenly.
+        weights: its weights, by width.
+    """
+
+    name: str
+    inputs: float
+    weights: Mapping[int, float]
+
+    def error(self, bits: int) -> float:
+        """Of the whole layer with weights of this width; in floating point it makes none."""
+        return 0.0 if bits == FLOAT else self.inputs + self.weights[bits]
+
+
+def layer_sensitivities(
+    model: nn.Module,
+    widths: Sequence[int],
+    batches: Sequence[PredictArguments],
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[LayerSensitivity, ...]:
+    """Measure every quantized layer of a calibrated model; afterwards its weights have the last width.
+
+    Args:
+        model: all in floating point but what is being measured.
+        widths: of the weights; each gets the range that the plan's method finds for it.
+        batches: model inputs of the calibration set.
+        advance: told of every measurement: one a layer and width, and one an input tensor.
+    """
+    layers = quantized_layers(model)
+    groups: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.plan.input_group, []).append(name)
+    with evaluating(model), unquantized(model):
+        reference = [predict(model, *batch) for batch in batches]
+
+        def measured(proxy: Any) -> float:
+            with _enabled(proxy):
+                error = relative_error(model, reference, batches)
+            advance()
+            return error
+
+        inputs = {group: measured(layers[group].input_quant) / len(members) for group, members in groups.items()}
+        return tuple(
+            LayerSensitivity(name, inputs[layer.plan.input_group], dict(_by_width(layer, widths, measured)))
+            for name, layer in layers.items()
+        )
+
+
+def _by_width(layer: QuantizedLayer, widths: Sequence[int], measured: Callable[[Any], float]) -> Iterator[tuple[int, float]]:
+    for bits in widths:
+        set_weight_bits(layer, bits)
+        yield bits, measured(layer.weight_quant)
+
+
+@contextmanager
+def _enabled(proxy: Any) -> Iterator[None]:
+    proxy.disable_quant = False
+    try:
+        yield
+    finally:
+        proxy.disable_quant = True
+
+
+def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[PredictArguments]) -> float:
+    """The same error with every layer quantized at once, weights at these widths: what the sum over layers predicts."""
+    for name, layer in quantized_layers(model).items():
+        set_weight_bits(layer, bits[name])
+    with evaluating(model):
+        with unquantized(model):
+            reference = [predict(model, *batch) for batch in batches]
+        return relative_error(model, reference, batches)
+
+
+def relative_error(model: nn.Module, reference: Sequence[Tensor], batches: Sequence[PredictArguments]) -> float:
+    """Mean squared distance of the model's predictions to others, as a share of the others' mean square."""
+    distance = sum(float((predict(model, *batch) - known).square().sum()) for batch, known in zip(batches, reference, strict=True))
+    return distance / sum(float(known.square().sum()) for known in reference)

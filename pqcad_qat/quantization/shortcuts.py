@@ -1,0 +1,175 @@
+"""Convolutions over a concatenated shortcut, split in two so that each half of the channels has its own input quantizer.
+
+No quantizers here: the rewrite is of the floating-point model, and changes only the order of its sums.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.models.denoiser import PredictArguments, predict
+from pqcad_qat.models.own_modules import one_line
+from pqcad_qat.quantization.plan import evaluating
+
+# functions that leave every value and every channel as it is; through them the seam of a concatenation can be followed. Not through a
+# normalisation: behind it both halves have one scale, and a second 3x3 convolution costs a tenth of a step and brings nothing at 8 bits
+IDENTITIES: frozenset[Any] = frozenset({F.dropout, F.dropout2d, torch.clone, Tensor.clone, Tensor.contiguous, Tensor.float, Tensor.to})
+
+
+class SplitConv2d(nn.Module):
+    """conv([a, b]) = left(a) + right(b): one convolution as two, over the channels before and after the seam."""
+
+    is_split_convolution = True  # plan.py: rules that name the convolution match both halves
+
+    def __init__(self, left: nn.Conv2d, right: nn.Conv2d) -> None:
+        super().__init__()
+        self.left = left
+        self.right = right
+        self.seam = left.in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, O, H', W')."""
+        if self.training:  # the gradients of slices are each as large as x; those of a split are joined in one pass
+            left, right = torch.split(x, [self.seam, x.shape[1] - self.seam], dim=1)
+        else:  # slices are what export/graph_rewrites.py knows
+            left, right = x[:, : self.seam], x[:, self.seam :]
+        y: Tensor = self.left(left) + self.right(right)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"seam={self.seam}"
+
+
+def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
+    """Replace in place every Conv2d that reads a concatenation of two tensors along channels itself.
+
+    ``example``: input of one forward pass, in which the concatenations are seen.
+    """
+    return split_at(model, shortcut_seams(model, example))
+
+
+def shortcut_seams(model: nn.Module, example: PredictArguments) -> dict[str, int]:
+    """As find_shortcuts, by module path: for another model of the same modules."""
+    found = find_shortcuts(model, example)
+    return {name: found[module] for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module in found}
+
+
+def split_at(model: nn.Module, seams: Mapping[str, int]) -> nn.Module:
+    """Replace in place the convolutions of these paths; each has so many channels before its seam."""
+    layers = {model.get_submodule(name): seam for name, seam in seams.items()}
+    replace_modules(model, {layer: _split(cast(nn.Conv2d, layer), seam) for layer, seam in layers.items()})
+    return model
+
+
+def rewritable(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory.
+
+    Raises:
+        ModelError: it holds what Python cannot copy.
+    """
+    kept = [*model.parameters(), *model.buffers()]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    except Exception as error:  # whatever a module of the user's own holds
+        raise ModelError(f"{getattr(model, 'registered_as', type(model).__name__)}: it cannot be copied: {one_line(error)}") from error
+
+
+def merge_shortcuts(model: nn.Module) -> nn.Module:
+    """The inverse of split_shortcuts: every SplitConv2d of floating-point halves becomes one Conv2d again, in place."""
+    split = [module for module in model.modules() if isinstance(module, SplitConv2d)]
+    replace_modules(model, {module: _merge(module.left, module.right) for module in split})
+    return model
+
+
+def find_shortcuts(model: nn.Module, example: PredictArguments) -> dict[nn.Conv2d, int]:
+    """The convolutions over a two-part concatenation, and the channels before its seam."""
+    watch = _SeamWatch(model)
+    with evaluating(model), watch:
+        predict(model, *example)
+    return watch.found
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Put the new modules wherever the model holds the old ones; a module may hang in several places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children gives each child once only
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+class _SeamWatch(TorchFunctionMode):
+    """Follows seams from torch.cat to the convolutions that read them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.layers = {id(m.weight): m for m in model.modules() if type(m) is nn.Conv2d and m.groups == 1}
+        self.seams: dict[int, tuple[Tensor, int]] = {}  # the tensor is kept so that its id stays its own
+        self.other_inputs: set[nn.Conv2d] = set()
+        self.found: dict[nn.Conv2d, int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in (torch.cat, torch.concat, torch.concatenate):
+            self._concatenation(result, *args, **kwargs)
+        elif func is F.conv2d:
+            self._convolution(args[0], args[1])
+        elif func in IDENTITIES and args and id(args[0]) in self.seams and result.shape == args[0].shape:
+            self.seams[id(result)] = (result, self.seams[id(args[0])][1])
+        return result
+
+    def _concatenation(self, result: Tensor, tensors: Any, dim: int = 0, **kwargs: Any) -> None:
+        if result.dim() == 4 and dim in (1, -3) and len(tensors) == 2:
+            self.seams[id(result)] = (result, tensors[0].shape[1])
+
+    def _convolution(self, x: Tensor, weight: Tensor) -> None:
+        layer = self.layers.get(id(weight))
+        if layer is None or layer in self.other_inputs:
+            return
+        seam = self.seams[id(x)][1] if id(x) in self.seams else None
+        if seam is None or self.found.get(layer, seam) != seam:  # called over something else too: it cannot be split
+            self.found.pop(layer, None)
+            self.other_inputs.add(layer)
+        else:
+            self.found[layer] = seam
+
+
+def _split(layer: nn.Conv2d, seam: int) -> SplitConv2d:
+    left, right = _like(layer, seam, layer.bias is not None), _like(layer, layer.in_channels - seam, False)
+    left.weight = nn.Parameter(layer.weight.detach()[:, :seam].clone(), requires_grad=layer.weight.requires_grad)
+    right.weight = nn.Parameter(layer.weight.detach()[:, seam:].clone(), requires_grad=layer.weight.requires_grad)
+    left.bias = layer.bias
+    return SplitConv2d(left, right).train(layer.training)
+
+
+def _merge(left: nn.Conv2d, right: nn.Conv2d) -> nn.Conv2d:
+    merged = _like(left, left.in_channels + right.in_channels, left.bias is not None)
+    weight = torch.cat([left.weight.detach(), right.weight.detach()], dim=1)
+    merged.weight = nn.Parameter(weight, requires_grad=left.weight.requires_grad)
+    merged.bias = left.bias
+    return merged.train(left.training)
+
+
+def _like(layer: nn.Conv2d, in_channels: int, bias: bool) -> nn.Conv2d:
+    """An empty convolution of the same geometry over other channels; its Parameters are still to be set."""
+    return nn.Conv2d(
+        in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        bias=bias,
+        padding_mode=layer.padding_mode,
+        device="meta",
+    )

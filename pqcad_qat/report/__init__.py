@@ -1,0 +1,1 @@
+"""Everything that is shown: records, tables, pages, figures and comparisons."""

@@ -1,0 +1,245 @@
+"""A benchmark on the terminal, as JSON, and as a page that stands alone.
+
+Not here: the data's definition (benchmark_record.py), or any measurement (benchmark.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from rich import box
+from rich.table import Table
+
+from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
+from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
+from pqcad_qat.report.figures import largest_kinds, time_profile
+from pqcad_qat.report.page import TIMES, UNKNOWN, number, page_template
+from pqcad_qat.report.record import OURS, UNSTEADY, UNSTEADY_NOTE, VARIANTS, Hardware, ProfileRow, Throughput, Timing
+from pqcad_qat.report.report_files import write_atomic
+
+RATIO = f"ours / this, {TIMES}"
+JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
+
+
+def write_speed(report: SpeedReport, folder: Path) -> Path:
+    """Write benchmark.json and benchmark.html, each whole or not at all; returns the page."""
+    write_atomic(folder / JSON_FILE, json.dumps(asdict(report), indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(folder / PAGE_FILE, render(report).encode())
+    return folder / PAGE_FILE
+
+
+HEADINGS = ("", "ms a step", "minimum", "quartiles", "image steps/s", RATIO, "MB", "layers ran in")
+"""Of the tables of steps: a step is one call of the network with the whole batch."""
+
+
+def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
+    """A row's texts, under HEADINGS."""
+    found, rate = row.latency, row.throughput
+    spread = f"{number(found.lower_quartile_ms)} - {number(found.upper_quartile_ms)}"
+    images = UNKNOWN if rate is None else marked(rate.median, rate)
+    numbers = [images, _ratio(_ours(measurement), row, 1, 1), f"{row.size_bytes / 1e6:.2f}"]
+    return [row.name, marked(found.median_ms, found), number(found.minimum_ms), spread, *numbers, precisions_text(row)]
+
+
+def marked(value: float, measured: Timing | Throughput) -> str:
+    """A figure that rests on a measurement, and whether it spreads too widely to mean something."""
+    return f"{number(value)} {UNSTEADY}" if measured.unsteady else number(value)
+
+
+def image_headings(report: SpeedReport) -> list[str]:
+    """Of the tables of whole images; none where no steps are known."""
+    if report.steps is None:
+        return []
+    return ["", f"ms an image, {report.steps} steps each", "own steps", "ms an image, own steps", "images/s, own steps", RATIO]
+
+
+def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
+    """A row's texts, under `image_headings`: an image at the steps of ours, and at those that the candidate takes for one."""
+    assert report.steps is not None
+    own, a_step = own_steps(report, row.name), row.latency.median_ms / measurement.batch
+    same = marked(a_step * report.steps, row.latency)
+    if own is None:
+        return [row.name, same, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]
+    rate = UNKNOWN if row.throughput is None else marked(row.throughput.median / own, row.throughput)
+    ratio = _ratio(_ours(measurement), row, report.steps, own)
+    return [row.name, same, str(own), marked(a_step * own, row.latency), rate, ratio]
+
+
+def own_steps(report: SpeedReport, name: str) -> int | None:
+    """The sampling steps that a candidate takes for an image: ours the student's, the others full precision's."""
+    return report.steps if name == OURS else report.full_precision_steps
+
+
+def _ratio(ours: Timing | None, row: SpeedRow, our_steps: int, own: int) -> str:
+    """Unknown where one of the two times is no measurement."""
+    if ours is None or ours.unsteady or row.latency.unsteady:
+        return UNKNOWN
+    return number(ours.median_ms * our_steps / (row.latency.median_ms * own))
+
+
+LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", "all, ms")
+"""Headings of the table of load times."""
+
+
+def loading_cells(found: LoadTime) -> list[str]:
+    """A row's texts, under LOADING: medians."""
+    parts = (found.verify, found.read, found.compile)
+    times = [marked(part.median_ms, part) for part in parts]
+    return [found.weights, f"{found.size_bytes / 1e6:.2f}", *times, number(sum(part.median_ms for part in parts))]
+
+
+def precisions_text(row: SpeedRow) -> str:
+    """How many convolutions and linear layers executed in which precision: ``70 u8, 1 bf16``."""
+    if not row.layers:
+        return "f32" if row.name == "fp32" else UNKNOWN
+    counted = Counter(row.layers.values()).most_common()
+    return ", ".join(f"{count} {precision}" for precision, count in counted)
+
+
+def title(report: SpeedReport, measurement: Measurement) -> str:
+    """What one table is of."""
+    full = f", full precision {report.full_precision_steps}" if report.full_precision_steps else ""
+    image = f"; an image takes ours {report.steps}{full}" if report.steps else ""
+    return f"{report.source}: batch {measurement.batch}, {measurement.isa}: one denoising step{image}"
+
+
+def remarks(measurement: Measurement) -> list[str]:
+    """What must be said under a table: which planned layers left INT8, what was not timed, and what unsteady means."""
+    found = [f"{name}: not timed: {why}" for name, why in measurement.left_out.items()]
+    for row in measurement.rows:
+        if row.planned is not None:
+            done = row.planned - len(row.planned_float)
+            missed = f"; not: {', '.join(f'{name} ({row.layers[name]})' for name in row.planned_float)}" if row.planned_float else ""
+            found.insert(0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}")
+    if any(row.latency.unsteady or (row.throughput and row.throughput.unsteady) for row in measurement.rows):
+        found.append(UNSTEADY_NOTE)
+    return found
+
+
+def machine_text(machine: Hardware) -> str:
+    """CPU, instruction sets, cores and the settings that change timings."""
+    settings = "".join(f", {name}={value}" for name, value in machine.settings.items())
+    return f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}, {' '.join(machine.isa) or UNKNOWN}{settings}"
+
+
+def speed_tables(report: SpeedReport) -> Iterator[Table]:
+    """For the terminal: of each measurement its timings, and where the time of a step went."""
+    for measurement in report.measurements:
+        caption = "\n".join([machine_text(measurement.hardware), *remarks(measurement)])
+        yield _candidates_table(title(report, measurement), HEADINGS, [cells(measurement, row) for row in measurement.rows], caption)
+        if report.steps is not None:
+            rows = [image_cells(report, measurement, row) for row in measurement.rows]
+            yield _candidates_table("the same, an image", image_headings(report), rows)
+        yield _profile_table(measurement)
+    loading = Table(*LOADING, title=f"{report.source}: loading", box=box.SIMPLE_HEAD)
+    for found in report.loading:
+        loading.add_row(*loading_cells(found))
+    yield loading
+
+
+def _candidates_table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    table = Table(title=heading, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == OURS else "")
+    return table
+
+
+def _profile_table(measurement: Measurement) -> Table:
+    profiles = _profiles(measurement)
+    table = Table("kind of node", title="milliseconds of a step by kind of node", box=box.SIMPLE_HEAD)
+    for name in profiles:
+        table.add_column(name, justify="right")
+    for kind, spent in kind_milliseconds(profiles).items():
+        table.add_row(kind, *(number(value) if value else "" for value in spent))
+    return table
+
+
+def kind_milliseconds(profiles: Mapping[str, Sequence[ProfileRow]]) -> dict[str, list[float]]:
+    """Kind of node -> milliseconds of each candidate, the kinds that take most time first; the rest together as "other"."""
+    kinds = largest_kinds(profiles)
+    spent = {kind: [0.0] * len(profiles) for kind in kinds}
+    for column, rows in enumerate(profiles.values()):
+        for row in rows:
+            spent[row.kind if row.kind in spent else "other"][column] += row.milliseconds
+    return spent
+
+
+def render(report: SpeedReport) -> str:
+    """The page, self-contained."""
+    return page_template("benchmark_template.html").render(
+        report=report,
+        loading=(LOADING, [loading_cells(found) for found in report.loading]),
+        sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
+        variants={row.name: VARIANTS[row.name] for measurement in report.measurements for row in measurement.rows},
+        machine=machine_text(report.measurements[0].hardware),
+        versions=report.measurements[0].hardware.versions,
+        ours=OURS,
+    )
+
+
+def _section(report: SpeedReport, index: int, measurement: Measurement) -> dict[str, object]:
+    charts = (speed_chart(report, measurement, f"speed{index}"), time_profile(_profiles(measurement), f"time{index}"))
+    return {
+        "title": f"Batch {measurement.batch}, {measurement.isa}",
+        "machine": machine_text(measurement.hardware),
+        "tables": [
+            (HEADINGS, [cells(measurement, row) for row in measurement.rows]),
+            (headings := image_headings(report), [image_cells(report, measurement, row) for row in measurement.rows if headings]),
+        ],
+        "remarks": remarks(measurement),
+        "charts": [Markup(chart or "") for chart in charts],  # our own SVG, its texts escaped by canvas.py
+        "kernels": {
+            row.name: ", ".join(f"{count} {kernel}" for kernel, count in row.kernels.items()) for row in measurement.rows if row.kernels
+        },
+    }
+
+
+def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str:
+    """Latency of one step with its quartiles, and throughput where it was measured, a bar a candidate."""
+    rows = measurement.rows
+    rates = [row.throughput for row in rows]
+    panels = 2 if any(rates) else 1
+    with canvas(name, 9.6, 0.9 + 0.3 * len(rows)) as drawn:
+        axes = drawn.figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+        for place, row in enumerate(rows):
+            found = row.latency
+            _bar(drawn, axes[0], place, row, (found.median_ms, found.lower_quartile_ms, found.upper_quartile_ms), "ms")
+            if row.throughput is not None:
+                rate = row.throughput
+                _bar(drawn, axes[1], place, row, (rate.median, rate.lower_quartile, rate.upper_quartile), "image steps a second")
+        axes[0].set_title("ms a step, lower is better")
+        if panels == 2:
+            axes[1].set_title("image steps/s, higher is better")
+        axes[0].set_yticks(range(len(rows)), [row.name for row in rows])
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        for panel in axes:
+            panel.tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
+            panel.grid(axis="y", visible=False)
+        told = "; ".join(f"{row.name} {number(row.latency.median_ms)} ms" for row in rows)
+        return drawn.svg(f"{title(report, measurement)}: {told}")
+
+
+def _bar(drawn: Canvas, axes: Axes, place: int, row: SpeedRow, spread: tuple[float, float, float], unit: str) -> None:
+    median, lower, upper = spread
+    colour = COLOURS["accent" if row.name == OURS else "grey" if row.name == "fp32" else "blue"]
+    bars = axes.barh([place], [median], color=colour, height=0.66)
+    drawn.tip(bars[0], f"{row.name}: {number(median)} {unit}, quartiles {number(lower)} to {number(upper)}")
+    axes.plot([lower, upper], [place, place], color=COLOURS["ink"], lw=1.2)
+    axes.annotate(number(median), (upper, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.margins(x=0.16)
+
+
+def _profiles(measurement: Measurement) -> dict[str, tuple[ProfileRow, ...]]:
+    return {row.name: row.profile for row in measurement.rows if row.profile}
+
+
+def _ours(measurement: Measurement) -> Timing | None:
+    return next((row.latency for row in measurement.rows if row.name == OURS), None)

@@ -1,0 +1,183 @@
+"""A table of runs on the terminal, as Markdown, and as a page that stands alone; and the files that hold it.
+
+Not here: what stands in the table (comparison.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from rich.table import Table
+
+from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
+from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
+from pqcad_qat.report.page import MANY_IMAGES, UNKNOWN, number, page_template
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, VARIANTS, FidProtocol
+from pqcad_qat.report.report_files import write_atomic
+
+SCHEMA_VERSION = 2
+HEADINGS = {
+    "fid_real": "FID to real",
+    "fid_fp": "FID to full precision",
+    "psnr_fp": "PSNR to full precision, dB",
+    "latency_ms_per_image": "ms an image",
+}
+TIME = "latency_ms_per_image"
+PANELS = ("fid_real", "psnr_fp")
+_COLOURS = {"ptq": "amber", "fixed-bit": "violet", "pq": "accent", "pq-distilled": "rose", "pqcad": "blue", "pqcad-openvino": "blue"}
+
+
+def write_comparison(comparison: Comparison, page: Path) -> None:
+    """Write the page, and beside it the same as JSON and as a Markdown table; each whole or not at all."""
+    document = {"schema_version": SCHEMA_VERSION, **asdict(comparison)}
+    write_atomic(page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(page.with_suffix(".md"), markdown(comparison).encode())
+    write_atomic(page, render(comparison).encode())
+
+
+def headings(comparison: Comparison) -> list[str]:
+    """Of the columns: labels, then what every row has, then the figures that some row has."""
+    return [*comparison.headings, "variant", "bits W/A", "steps", "seeds", *(HEADINGS[figure] for figure in measured(comparison))]
+
+
+def measured(comparison: Comparison) -> list[str]:
+    return [figure for figure in HEADINGS if any(figure in row.figures for row in comparison.rows)]
+
+
+def cells(comparison: Comparison, row: Row) -> list[str]:
+    """A row's texts, under `headings`."""
+    bits = "" if row.weight_bits is None or row.activation_bits is None else f"{row.weight_bits:g}/{row.activation_bits:g}"
+    figures = {figure: spread_text(row.figures.get(figure)) for figure in measured(comparison)}
+    if row.unsteady and figures.get(TIME):
+        figures[TIME] += f" {UNSTEADY}"
+    variant = f"{row.variant} (did not run)" if row.did_not_run else row.variant
+    return [*row.labels.values(), variant, bits, str(row.steps), str(len(row.seeds)), *figures.values()]
+
+
+def remarks(part: Part) -> list[str]:
+    """What must be said under a table: what did not run and why, and what unsteady means."""
+    found = [f"{_label(row)} did not run: {why}" for row in part.rows for why in row.did_not_run]
+    return found + [UNSTEADY_NOTE] * any(row.unsteady and TIME in row.figures for row in part.rows)
+
+
+def spread_text(spread: Spread | None) -> str:
+    """``3.74 ± 0.05``, the deviation to as many decimals as the mean."""
+    if spread is None:
+        return ""
+    mean = number(spread.mean)
+    if spread.deviation is None:
+        return mean
+    if "e" in mean:
+        return f"{mean} ± {spread.deviation:.1e}"
+    return f"{mean} ± {spread.deviation:.{len(mean.partition('.')[2])}f}"
+
+
+def protocol_text(protocol: FidProtocol | None) -> str:
+    """How the FIDs were measured, in words."""
+    if protocol is None:
+        return "No FID was measured."
+    few = f" Fewer than the customary {MANY_IMAGES:,} images: they compare with one another only." if protocol.images < MANY_IMAGES else ""
+    text = (
+        f"FID: Frechet distance of {protocol.images:,} images (noise seed {protocol.seed}, sampler {protocol.sampler}) to "
+        f"{protocol.reference or 'nothing real'}, through the feature network {protocol.features} (sha256 "
+        f"{protocol.features_sha256}).{few} PSNR: against the full-precision images of the same noise. "
+        "±: standard deviation over training seeds."
+    )
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
+
+
+def part_title(comparison: Comparison, part: Part) -> str:
+    """The comparison's, and its model where there are several."""
+    return comparison.title if len(comparison.parts) == 1 else f"{comparison.title}: {part.model}"
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
+    """For the terminal: of every part a table, then its protocol."""
+    for part in comparison.parts:
+        table = Table(*headings(comparison), title=part_title(comparison, part))
+        for row in part.rows:
+            table.add_row(*cells(comparison, row))
+        yield table
+        yield " ".join([*remarks(part), protocol_text(part.protocol)])
+
+
+def markdown(comparison: Comparison) -> str:
+    """For a README: where it comes from, and of every part the table and the protocol."""
+    titles = headings(comparison)
+    texts = [f"From `{comparison.command}`:"]
+    for part in comparison.parts:
+        lines = [titles, ["---"] * len(titles), *(cells(comparison, row) for row in part.rows)]
+        texts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), *remarks(part), protocol_text(part.protocol)]
+    return "\n\n".join(texts) + "\n"
+
+
+def render(comparison: Comparison) -> str:
+    """The page, self-contained."""
+    return page_template("comparison_template.html").render(
+        comparison=comparison,
+        headings=headings(comparison),
+        labels=len(comparison.headings) + 1,
+        count=len(comparison.rows),
+        parts=[_part_context(comparison, part) for part in comparison.parts],
+        variants={name: VARIANTS[name] for name in VARIANTS if any(row.variant == name for row in comparison.rows)},
+        unknown=UNKNOWN,
+    )
+
+
+def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
+    """What the page's template reads of a part."""
+    return {
+        "model": part.model,
+        "rows": [cells(comparison, row) for row in part.rows],
+        "remarks": remarks(part),
+        "protocol": protocol_text(part.protocol),
+        "few_images": part.protocol is not None and part.protocol.images < MANY_IMAGES,
+        "chart": Markup(figure_chart(part.rows) or ""),  # our own SVG, its texts escaped by canvas.py
+    }
+
+
+def figure_chart(rows: Sequence[Row]) -> str | None:
+    """FID and PSNR of every row, means with their spread; None where neither was measured."""
+    panels = [figure for figure in PANELS if any(figure in row.figures for row in rows)]
+    if not panels:
+        return None
+    with canvas("runs", 9.6, 1.1 + 0.24 * len(rows)) as drawn:
+        axes = drawn.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for panel, figure in zip(axes, panels, strict=True):
+            _draw_figure(drawn, panel, figure, rows)
+        telling = [key for key in rows[0].labels if len({row.labels[key] for row in rows} - {ALL}) > 1]
+        axes[0].set_yticks(range(len(rows)), [_label(row, telling) for row in rows])
+        axes[0].tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
+        axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        return drawn.svg(f"{' and '.join(HEADINGS[figure] for figure in panels)}: {'; '.join(_told(rows, panels[0]))}")
+
+
+def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) -> None:
+    reference = next((row.figures[figure].mean for row in rows if row.variant == "fp32" and figure in row.figures), None)
+    if reference is not None:
+        axes.axvline(reference, color=COLOURS["muted"], lw=0.9, ls=(0, (4, 3)))
+    for place, row in enumerate(rows):
+        if figure not in row.figures:
+            continue
+        found = row.figures[figure]
+        colour = COLOURS[_COLOURS.get(row.variant, "grey")]
+        axes.plot([found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)], [place, place], color=colour, lw=2)
+        (point,) = axes.plot([found.mean], [place], "o", ms=6, color=colour)
+        drawn.tip(point, f"{_label(row)}: {HEADINGS[figure]} {spread_text(found)}, n = {found.count}")
+    axes.set_title(HEADINGS[figure])
+
+
+def _label(row: Row, keys: Collection[str] | None = None) -> str:
+    """The row's variant and labels, or only those of ``keys``: what all rows share tells nothing beside an axis."""
+    labels = [label for key, label in row.labels.items() if keys is None or key in keys]
+    return ", ".join([*([ALL] if labels and set(labels) == {ALL} else labels), row.variant])
+
+
+def _told(rows: Sequence[Row], figure: str) -> Iterator[str]:
+    return (f"{_label(row)} {spread_text(row.figures[figure])}" for row in rows if figure in row.figures)

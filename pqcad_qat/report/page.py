@@ -1,0 +1,246 @@
+"""The contents of report.html: what is said, in which words and order; the template only lays it out.
+
+Not here: charts (figures.py), strips of samples (sample_sheets.py), or files (report_files.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from pqcad_qat.report import figures
+from pqcad_qat.report.record import OURS, UNSTEADY, UNSTEADY_NOTE, VARIANTS, Curves, Report, Target, Timing, Variant
+from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
+
+MANY_IMAGES = 10_000  # with fewer, an FID depends on their number and compares only within one report
+BASELINES = {"ov-bf16": "OpenVINO BF16", "ov-fp32": "OpenVINO FP32", "fp32": "PyTorch FP32"}
+UNKNOWN = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One large number of the page's top: "3.1x", what it means, the two figures it comes from, and whether it is an improvement."""
+
+    value: str
+    meaning: str
+    basis: str
+    good: bool = True
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A labelled quantity and its share of the largest one, 0 to 1."""
+
+    label: str
+    text: str
+    share: float
+    ours: bool = False
+
+
+def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> str:
+    """The whole page, self-contained; a part that the record lacks is left out of it. Errors of samples as `samples.ordered`."""
+    template = page_template("report_template.html")
+    charts = {
+        "quality": figures.quality_latency(report),
+        "timeline": figures.bit_timeline(report, curves),
+        "distance": figures.weight_distance(curves),
+        "losses": figures.loss_curves(curves),
+        "time": figures.time_profile(report.profiles),
+        "storage": figures.storage_chart(report.storage),
+    }
+    return template.render(
+        report=report,
+        name=str(report.policy.get("name") or "run"),
+        summary=summary(report),
+        headlines=headlines(report),
+        verdict=verdict(report.targets),
+        created=report.created.replace("T", " ").replace("+00:00", " UTC"),
+        latencies=latency_bars(report),
+        stages=time_bars(report.timings_s),
+        rows=[(row, VARIANTS.get(row.name, ""), report.latency.get(row.name)) for row in report.variants],
+        best=best_values(report),
+        unsteady=report.unsteady,
+        unsteady_note=UNSTEADY_NOTE,
+        strips=strips(report, samples),
+        charts={name: Markup(svg or "") for name, svg in charts.items()},  # our own SVG, its texts escaped by canvas.py
+        few_images=report.fid_protocol is not None and report.fid_protocol.images < MANY_IMAGES,
+        target_text=target_text,
+        spread=spread,
+        ours=OURS,
+        unknown=UNKNOWN,
+        float_kinds={row.layer: row.kind for row in report.layers if row.weight_bits is None},
+        simulated=[row.layer for row in report.layers if row.weight_bits is not None and row.planned_execution != "int8"],
+    )
+
+
+def page_template(name: str) -> Template:
+    """A page's template, which finds the style sheet of every page as `style`."""
+    environment = Environment(
+        loader=FunctionLoader(_text), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters.update(number=number, size=size, duration=duration, bits=bits)
+    environment.globals["style"] = Markup(_text("page_style.css"))
+    return environment.get_template(name)
+
+
+def _text(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def summary(report: Report) -> str:
+    """One sentence on what was made: widths, steps, runtime."""
+    rows = {row.name: row for row in report.variants}
+    ours, full = rows.get(OURS) or rows.get("pqcad"), rows.get("fp32")
+    if ours is None:
+        return "No quantized model is part of this report."
+    steps = f"{ours.steps} sampling steps" + (f" in place of {full.steps}" if full and full.steps != ours.steps else "")
+    run = "executed by OpenVINO" if ours.name == OURS else "simulated in PyTorch"
+    return f"Weights of {bits(ours.weight_bits)} and activations of {bits(ours.activation_bits)} bits, {steps}, {run}."
+
+
+def headlines(report: Report) -> list[Headline]:
+    """Speed, size, quality and execution, each only where its numbers are known and steady; worse is said as plainly as better."""
+    rows = {row.name: row for row in report.variants}
+    steady = {name: row for name, row in rows.items() if name not in report.unsteady}
+    found = [speed for name in BASELINES if (speed := _speed(steady, name))]
+    ours, full = rows.get(OURS), rows.get("fp32")
+    if ours and full and ours.size_bytes and full.size_bytes:
+        basis = f"{size(full.size_bytes)} to {size(ours.size_bytes)}"
+        ratio = ours.size_bytes / full.size_bytes
+        found.append(Headline(f"{ratio:.2f}{TIMES}", "the size of full precision", basis, ratio < 1))
+    if quality := _quality(rows):
+        found.append(quality)
+    if report.execution:
+        done = f"{report.execution.executed_int8}/{report.execution.planned}"
+        exact = f"{report.parity.layers_exact} of {report.parity.layers_checked} equal to PyTorch to the integer" if report.parity else ""
+        complete = report.execution.executed_int8 == report.execution.planned
+        found.append(Headline(done, "planned layers executed in INT8", exact, complete))
+    return found
+
+
+def _speed(rows: Mapping[str, Variant], baseline: str) -> Headline | None:
+    times = [rows[name].latency_ms_per_image if name in rows else None for name in (baseline, OURS)]
+    theirs, ours = times
+    if not theirs or not ours:
+        return None
+    ratio, word = (theirs / ours, "faster") if theirs >= ours else (ours / theirs, "slower")
+    steps = rows[baseline].steps / rows[OURS].steps
+    share = f"{steps:.3g}{TIMES} from the number of steps, {theirs / ours / steps:.2f}{TIMES} from each"
+    basis = f"{number(theirs)} to {number(ours)} ms an image: {share}"
+    return Headline(f"{ratio:.1f}{TIMES}", f"{word} than {BASELINES[baseline]}", basis, word == "faster")
+
+
+def _quality(rows: Mapping[str, Variant]) -> Headline | None:
+    full = rows.get("fp32")
+    name = next((name for name in (OURS, "pqcad") if name in rows and rows[name].fid_real is not None), None)
+    if full is None or not full.fid_real or name is None:
+        return None
+    ours = rows[name].fid_real or 0.0
+    change = ours / full.fid_real - 1
+    word = "better" if change < 0 else "worse"
+    basis = f"{full.fid_real:.2f} to {ours:.2f}, {full.steps} to {rows[name].steps} steps ({name})"
+    return Headline(f"{100 * change:+.1f} %", f"FID, {word} than full precision", basis, change <= 0)
+
+
+def verdict(targets: Sequence[Target]) -> str:
+    """How many targets hold, in words."""
+    if not targets:
+        return ""
+    held, unmeasured = sum(t.holds is True for t in targets), sum(t.holds is None for t in targets)
+    missed = len(targets) - held - unmeasured
+    parts = [f"{held} of {len(targets)} targets hold"]
+    parts += [f"{missed} missed"] if missed else []
+    parts += [f"{unmeasured} not measured here"] if unmeasured else []
+    return ", ".join(parts)
+
+
+def target_text(value: float | None, unit: str) -> str:
+    """A measured value or bound with its unit."""
+    if value is None:
+        return UNKNOWN
+    shown = f"{value:.0f}" if unit == "layers" else f"{value:.4g}"
+    return f"{shown}{TIMES}" if unit == "x" else f"{shown} {unit}".strip()
+
+
+def latency_bars(report: Report) -> list[Bar]:
+    """Milliseconds an image of every variant that was timed, in the order of the table."""
+    timed = [(row, row.latency_ms_per_image) for row in report.variants if row.latency_ms_per_image]
+    longest = max((value for _, value in timed), default=1.0)
+    marks = dict.fromkeys(report.unsteady, f", {UNSTEADY}")
+    return [Bar(row.name, f"{number(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS) for row, value in timed]
+
+
+def time_bars(timings: Mapping[str, float]) -> list[Bar]:
+    """Wall time of every stage of the run."""
+    longest = max(timings.values(), default=1.0) or 1.0
+    return [Bar(stage, duration(seconds), seconds / longest) for stage, seconds in timings.items()]
+
+
+def best_values(report: Report) -> dict[str, float]:
+    """The best measured value of each column; a time that is unsteady is none."""
+    best: dict[str, float] = {}
+    for key, choose in (("size_bytes", min), ("latency_ms_per_image", min), ("latency_ms_per_step", min), ("fid_real", min)):
+        rows = [row for row in report.variants if not (key.startswith("latency") and row.name in report.unsteady)]
+        values = [value for row in rows if (value := getattr(row, key)) is not None]
+        if len(values) > 1:
+            best[key] = choose(values)
+    return best
+
+
+def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """One strip of images a variant, all of the same seeds, with what is known of its quality."""
+    rows = {row.name: row for row in report.variants}
+    found = []
+    for name, images in (ordered(samples) if samples else {}).items():
+        row, count = rows.get(name), min(len(images), STRIP_IMAGES)
+        facts = [] if row is None else [f"{row.steps} steps"]
+        facts += [f"FID {row.fid_real:.2f}"] if row and row.fid_real is not None else []
+        facts += [f"{row.psnr_fp:.1f} dB to fp32"] if row and row.psnr_fp is not None else []
+        alt = f"{count} images by {name} ({VARIANTS.get(name, 'a variant')}), from the same seeds as the other rows"
+        found.append({"name": name, "what": VARIANTS.get(name, ""), "facts": ", ".join(facts), "uri": strip_uri(images), "alt": alt})
+    return found
+
+
+def spread(timing: Timing | None) -> str:
+    """A timing's distribution in words."""
+    if timing is None:
+        return ""
+    quartiles = f"{number(timing.lower_quartile_ms, 3)} to {number(timing.upper_quartile_ms, 3)}"
+    return f"median of {timing.runs} runs {number(timing.median_ms, 3)} ms, quartiles {quartiles}, minimum {number(timing.minimum_ms, 3)}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A measurement with so many significant digits, never in exponents between 1e-3 and 1e6; a dash where it is unknown."""
+    if value is None:
+        return UNKNOWN
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:,.{max(0, digits - whole)}f}"
+
+
+def bits(value: float | None) -> str:
+    """A width, whole where it is."""
+    return "floating point" if value is None else f"{value:g}"
+
+
+def size(value: int | None) -> str:
+    """Bytes in decimal units."""
+    if value is None:
+        return UNKNOWN
+    return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,125 @@
+"""The report a run leaves: report.json (also read back here), samples.png and report.html.
+
+Not here: the data's definition (record.py), the pictures (figures.py), the page's contents (page.py), or any measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.report.page import render_page
+from pqcad_qat.report.record import SCHEMA_VERSION, Curves, Report
+from pqcad_qat.report.sample_sheets import sheet
+
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+SAMPLES_FILE = "samples.png"
+
+_REPORT = TypeAdapter(Report)
+_CURVES = TypeAdapter(Curves)
+
+
+def write_report(folder: Path, report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> None:
+    """Write report.json, samples.png and report.html into ``folder``, each whole or not at all.
+
+    ``samples``: variant name -> images (K, C, H, W) in [-1, 1], C 1 or 3, from the same K seeds for every variant.
+    Raises ModelError where the images do not fit that, or where a number that must be known is not finite.
+    """
+    seen, seen_curves = save_record(folder, report, curves)
+    if samples:
+        write_atomic(folder / SAMPLES_FILE, sheet(samples))
+    write_atomic(folder / PAGE_FILE, render_page(seen, seen_curves, samples).encode())
+
+
+def to_json(report: Report, curves: Curves | None = None) -> dict[str, Any]:
+    """The document of report.json: plain JSON values, every non-finite number null and named in ``warnings``."""
+    document = {"schema_version": report.schema_version} | _dump(_REPORT, report)
+    if curves is not None:
+        document["curves"] = _dump(_CURVES, curves)
+    faults: list[str] = []
+    document = {key: _finite(value, key, faults) for key, value in document.items()}
+    if faults:
+        shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
+        document["warnings"].append(f"not finite, recorded as unknown (null): {shown}")
+    return document
+
+
+def from_json(document: Mapping[str, Any], where: str = REPORT_FILE) -> tuple[Report, Curves]:
+    """The inverse of to_json. Raises ModelError that names the key, the rule and the value."""
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ModelError(f"{where}: schema_version: got {version!r}; this version of pqcad-qat reads {SCHEMA_VERSION}")
+    try:
+        return _REPORT.validate_python(document), _CURVES.validate_python(document.get("curves", {}))
+    except ValidationError as error:
+        faults = [f"{where}: {'.'.join(map(str, e['loc']))}: got {_short(e['input'])}; {e['msg']}" for e in error.errors()]
+        raise ModelError("\n".join(faults)) from None
+
+
+def save_record(folder: Path, report: Report, curves: Curves | None = None) -> tuple[Report, Curves]:
+    """Write report.json whole or not at all; returns what a reader of it will see."""
+    document = to_json(report, curves)
+    seen = from_json(document)
+    write_atomic(folder / REPORT_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    return seen
+
+
+def read_report(folder: Path) -> Report:
+    """The Report of a run's folder. Raises ModelError where it is missing, damaged or of another schema_version."""
+    return read_record(folder)[0]
+
+
+def read_record(folder: Path) -> tuple[Report, Curves]:
+    """The Report and the training curves of a run's folder; errors as read_report."""
+    path = folder / REPORT_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; a finished run leaves one") from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: must hold a JSON object; got {type(document).__name__}")
+    return from_json(document, str(path))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+def _dump(adapter: TypeAdapter[Any], value: object) -> dict[str, Any]:
+    dumped: dict[str, Any] = adapter.dump_python(value, mode="json", by_alias=True, warnings=False, fallback=lambda number: number.item())
+    return dumped
+
+
+def _finite(value: Any, path: str, faults: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item, f"{path}.{key}", faults) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item, f"{path}.{index}", faults) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        faults.append(f"{path} ({value})")
+        return None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,103 @@
+"""Sample images of several variants from the same seeds, as PNG: the labelled sheet, and one strip a variant for the page.
+
+Not here: charts (figures.py), or the sampling itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.report.record import VARIANTS
+
+GAP = 2  # pixels between images, before enlargement
+LABEL_WIDTH = 220  # pixels of the sheet's column of names
+STRIP_IMAGES = 16  # images of a strip, at most
+_SHEET_IMAGE = 64  # pixels an image is enlarged to at least, by a whole factor
+
+
+def ordered(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Variant -> uint8 images (K, H, W, 3), in the report's order; names of one's own come last.
+
+    Raises ModelError unless every variant has the same number K >= 1 of images (K, C, H, W), C 1 or 3, finite, float in [-1, 1] or uint8.
+    """
+    known = [name for name in VARIANTS if name in samples]
+    images = {name: _to_uint8(name, samples[name]) for name in (*known, *(name for name in samples if name not in VARIANTS))}
+    shapes = {name: array.shape for name, array in images.items()}
+    if len(set(shapes.values())) > 1:
+        raise ModelError(f"samples of all variants must have one shape, for they come from the same seeds; got {shapes}")
+    return images
+
+
+def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
+    if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
+        raise ModelError(f"samples of {name} must be (K, C, H, W) with K at least 1 and C 1 or 3; got {images.shape}")
+    if images.dtype != np.uint8:
+        if not np.isfinite(images).all():
+            raise ModelError(f"samples of {name} must be finite; got {np.count_nonzero(~np.isfinite(images))} values that are not")
+        images = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.broadcast_to(images.transpose(0, 2, 3, 1), (len(images), *images.shape[2:], 3))
+
+
+def sheet_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+    """(width, height) in pixels of a sheet of ``rows`` variants with ``columns`` images of height x width each."""
+    factor = _factor(height, width)
+    return LABEL_WIDTH + columns * (width + GAP) * factor + GAP * factor, rows * (height + GAP) * factor + GAP * factor
+
+
+def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
+    """samples.png: a row a variant with its name before it, a column a seed, enlarged by a whole factor. Errors as `ordered`."""
+    rows = ordered(samples)
+    columns, height, width, _ = next(iter(rows.values())).shape
+    factor = _factor(height, width)
+    page = Image.new("RGB", sheet_size(len(rows), columns, height, width), "white")
+    draw = ImageDraw.Draw(page)
+    name_font, note_font = ImageFont.load_default(17), ImageFont.load_default(11)
+    for index, (name, images) in enumerate(rows.items()):
+        top = (GAP + index * (height + GAP)) * factor
+        strip = _enlarged(_strip(images), factor)
+        page.paste(strip, (LABEL_WIDTH, top - GAP * factor), strip)
+        draw.text((12, top + 4), name, fill="#1a2028", font=name_font)
+        draw.multiline_text((12, top + 26), _wrapped(VARIANTS.get(name, "")), fill="#5b6573", font=note_font, spacing=0)
+    return _png(page)
+
+
+def strip_uri(images: np.ndarray) -> str:
+    """One variant's first images (K, H, W, 3) side by side, as a data URI at their own resolution."""
+    return "data:image/png;base64," + base64.b64encode(_png(_strip(images[:STRIP_IMAGES]))).decode()
+
+
+def _strip(images: np.ndarray) -> Image.Image:
+    """Images (K, H, W, 3) side by side, transparent between them."""
+    count, height, width, _ = images.shape
+    strip = np.zeros((height + 2 * GAP, count * (width + GAP) + GAP, 4), dtype=np.uint8)
+    for index, image in enumerate(images):
+        left = GAP + index * (width + GAP)
+        strip[GAP : GAP + height, left : left + width] = np.dstack([image, np.full((height, width), 255, dtype=np.uint8)])
+    return Image.fromarray(strip)
+
+
+def _factor(height: int, width: int) -> int:
+    return max(1, -(-_SHEET_IMAGE // max(height, width)))
+
+
+def _enlarged(image: Image.Image, factor: int) -> Image.Image:
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _wrapped(text: str, width: int = 36) -> str:
+    lines = [""]
+    for word in text.split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
+    return "\n".join(lines[:3])
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,220 @@
+"""What `sensitivity` found: its record, and the same on the terminal, as JSON, and as a page that stands alone.
+
+Not here: the measurement (quantization/layer_sensitivity.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.patches import Rectangle
+from rich.table import Table
+
+from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity
+from pqcad_qat.quantization.plan import FLOAT
+from pqcad_qat.report.canvas import COLOURS, canvas
+from pqcad_qat.report.page import TIMES, number, page_template
+from pqcad_qat.report.report_files import write_atomic
+
+SCHEMA_VERSION = 1
+JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
+
+MICROSECONDS = "\N{MICRO SIGN}s"
+
+SHADES = tuple(COLOURS[f"bits{bits}"] for bits in range(8, 1, -1))
+"""Of errors, from the smallest to the largest."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Widths of all layers, and what they come to.
+
+    Attributes:
+        bits: layer -> width of its weights.
+        bytes: of the weights, packed.
+        predicted: sum of the layers' errors.
+        error: measured with all layers quantized at once.
+        predicted_ms: of a step, the sum of the layers' times and of what is no layer's, on the machine that measured them.
+        measured_ms: by the clock, all assignments in turns; both where there was a limit of time.
+    """
+
+    bits: Mapping[str, int]
+    bytes: int
+    predicted: float
+    error: float
+    predicted_ms: float | None = None
+    measured_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """All that was measured.
+
+    Attributes:
+        policy, model: their names.
+        states: of the calibration set, on which errors were measured.
+        layers: in the model's order.
+        parameters: of each layer.
+        full_bytes: of the model in float32.
+        budget_bytes: that the chosen widths had to keep to.
+        assignments: the policy's own widths, and the chosen ones last.
+        command: that made it.
+        budget_ms: that a step had to keep to.
+        milliseconds: of a step, of each layer in INT8 (under its own width) and in floating point (under FLOAT), where they were measured.
+    """
+
+    policy: str
+    model: str
+    states: int
+    layers: tuple[LayerSensitivity, ...]
+    parameters: Mapping[str, int]
+    full_bytes: int
+    budget_bytes: int | None
+    assignments: Mapping[str, Assignment]
+    command: str
+    budget_ms: float | None = None
+    milliseconds: Mapping[str, Mapping[int, float]] | None = None
+
+    @property
+    def widths(self) -> list[int]:
+        """That were measured, widest first."""
+        return sorted(self.layers[0].weights, reverse=True)
+
+    @property
+    def columns(self) -> list[int]:
+        """The widths, and before them floating point where a layer could get it."""
+        return self.widths if self.milliseconds is None else [FLOAT, *self.widths]
+
+    @property
+    def shown(self) -> Assignment:
+        """The assignment that table and picture mark: the last one."""
+        return list(self.assignments.values())[-1]
+
+
+def write_sensitivity(report: SensitivityReport, folder: Path) -> Path:
+    """Write sensitivity.json and sensitivity.html, each whole or not at all; returns the page."""
+    document = {"schema_version": SCHEMA_VERSION, **asdict(report)}
+    write_atomic(folder / JSON_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(folder / PAGE_FILE, render(report).encode())
+    return folder / PAGE_FILE
+
+
+def decibels(error: float) -> str:
+    """A relative squared error in decibels; nothing moved at all is a dash."""
+    return f"{10 * math.log10(error):.1f}" if error > 0 else "\N{EN DASH}"
+
+
+def width_text(bits: int) -> str:
+    return "float" if bits == FLOAT else f"{bits} bits"
+
+
+def headings(report: SensitivityReport) -> list[str]:
+    times = () if report.milliseconds is None else (f"INT8 {MICROSECONDS}", f"float {MICROSECONDS}")
+    return ["layer", "parameters", *times, "inputs", *map(width_text, report.widths), "gets"]
+
+
+def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
+    """A layer's texts, under `headings`: errors in decibels below the output."""
+    times = () if report.milliseconds is None else report.milliseconds[layer.name].values()
+    errors = (decibels(error) for error in (layer.inputs, *(layer.weights[width] for width in report.widths)))
+    gets = report.shown.bits[layer.name]
+    shown = "float" if gets == FLOAT else str(gets)
+    return [layer.name, f"{report.parameters[layer.name]:,}", *(f"{1e3 * spent:.1f}" for spent in times), *errors, shown]
+
+
+def sensitivity_table(report: SensitivityReport) -> Table:
+    """For the terminal."""
+    table = Table(title=f"{report.policy}: error of the output in dB, one layer quantized alone", caption_justify="left")
+    for heading in headings(report):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for layer in report.layers:
+        table.add_row(*cells(report, layer))
+    return table
+
+
+def assignment_table(report: SensitivityReport) -> Table:
+    """For the terminal: what the widths of all layers come to."""
+    table = Table(*assignment_headings(report))
+    for row in assignment_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def assignment_headings(report: SensitivityReport) -> list[str]:
+    times = [] if report.milliseconds is None else ["sum of times, ms", "measured, ms"]
+    return ["widths", "mean bits", "MB", f"float32 {TIMES}", *times, "errors summed, dB", "together, dB"]
+
+
+def assignment_rows(report: SensitivityReport) -> list[list[str]]:
+    return [
+        [
+            name,
+            number(mean_bits(report, found)),
+            f"{found.bytes / 1e6:.2f}",
+            f"{found.bytes / report.full_bytes:.3f}",
+            *_step_texts(report, found),
+            decibels(found.predicted),
+            decibels(found.error),
+        ]
+        for name, found in report.assignments.items()
+    ]
+
+
+def _step_texts(report: SensitivityReport, found: Assignment) -> list[str]:
+    """Predicted and measured milliseconds, each also as a multiple of the first assignment's."""
+    first = next(iter(report.assignments.values()))
+    pairs = ((found.predicted_ms, first.predicted_ms), (found.measured_ms, first.measured_ms))
+    return [f"{spent:.3f} ({spent / whole:.3f}{TIMES})" for spent, whole in pairs if spent is not None and whole is not None]
+
+
+def mean_bits(report: SensitivityReport, assignment: Assignment) -> float:
+    """Of the planned layers, by their parameters."""
+    weighted = sum(width * report.parameters[name] for name, width in assignment.bits.items())
+    return weighted / sum(report.parameters[name] for name in assignment.bits)
+
+
+def render(report: SensitivityReport) -> str:
+    """The page, self-contained."""
+    return page_template("sensitivity_template.html").render(
+        report=report,
+        headings=headings(report),
+        rows=[cells(report, layer) for layer in report.layers],
+        assignment_headings=assignment_headings(report),
+        assignments=assignment_rows(report),
+        chart=Markup(sensitivity_chart(report)),  # our own SVG, its texts escaped by canvas.py
+    )
+
+
+def sensitivity_chart(report: SensitivityReport) -> str:
+    """A row a layer, a column a width: the darker, the further the output moves; what the layer gets is framed."""
+    errors = [error for layer in report.layers for error in layer.weights.values() if error > 0]
+    low, high = (10 * math.log10(extreme) for extreme in (min(errors), max(errors)))
+    with canvas("sensitivity", 9.6, 1.0 + 0.19 * len(report.layers)) as drawn:
+        axes = drawn.figure.subplots()
+        for row, layer in enumerate(report.layers):
+            for column, width in enumerate(report.columns):
+                error = layer.weights.get(width, 0.0)
+                share = _share(error, low, high)
+                cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=SHADES[round(share * (len(SHADES) - 1))], lw=0)
+                axes.add_patch(cell)
+                drawn.tip(cell, f"{layer.name} at {width} bits: {decibels(error)} dB" if width != FLOAT else f"{layer.name}: no error")
+            place = report.columns.index(report.shown.bits[layer.name])
+            axes.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS["rose"], lw=1.6))
+        axes.set_xlim(-0.5, len(report.columns) - 0.5)
+        axes.set_ylim(len(report.layers) - 0.5, -0.5)
+        axes.set_xticks(range(len(report.columns)), [width_text(width) for width in report.columns])
+        axes.set_yticks(range(len(report.layers)), [layer.name for layer in report.layers])
+        axes.tick_params(axis="both", length=0, labelsize=8)
+        axes.xaxis.tick_top()
+        axes.grid(visible=False)
+        return drawn.svg(f"Error of the output by layer and width, from {low:.0f} dB (light) to {high:.0f} dB (dark), one layer at a time")
+
+
+def _share(error: float, low: float, high: float) -> float:
+    """Where an error lies between the extremes, on the scale of decibels."""
+    return 0.0 if error <= 0 or high <= low else (10 * math.log10(error) - low) / (high - low)

@@ -1,0 +1,1 @@
+"""Noise schedules, sampling steps and trajectories, as pure functions over NumPy arrays or torch tensors."""

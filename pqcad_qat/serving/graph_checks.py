@@ -1,0 +1,64 @@
+"""Whether a graph is the one that the manifest beside it speaks of: its ports, and the layers that are planned.
+
+Not here: whether it computes what the plan says (proof.py). Needs openvino and numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.serving.compiled_graph import reason
+from pqcad_qat.serving.graph_inputs import expected_ports
+from pqcad_qat.serving.packing import MATRIX_OPS, UNREADABLE
+
+
+def check_graph(graph: ov.Model, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Raise ModelError for a graph with other ports or other layers than the folder's manifest says."""
+    where = str(folder / manifest["graph"])
+    try:
+        fault = _fault(graph, manifest)
+    except UNREADABLE as error:  # of names that are no text, and the like
+        raise ModelError(f"{where}: OpenVINO cannot read the graph there: {reason(error)}") from error
+    if fault:
+        raise ModelError(f"{where}: {fault}")
+
+
+def port_of(port: ov.Output) -> tuple[list[int], str]:
+    """Shape, -1 where it is free, and dtype of a graph's input or output."""
+    shape, kind = port.get_partial_shape(), port.get_element_type()
+    sizes = [size.get_length() if size.is_static else -1 for size in shape] if shape.rank.is_static else [-1]
+    return sizes, {ov.Type.f32: "float32", ov.Type.i64: "int64"}.get(kind, kind.to_string())
+
+
+def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
+    names = [port.get_names() for port in graph.inputs]
+    conditions: Sequence[Mapping[str, Any]] = manifest.get("conditions", ())
+    time, samples = manifest.get("timestep_dtype", "int64"), (manifest["batch_size"], manifest["sample_shape"])
+    expected = expected_ports(set().union(*names), *samples, time, conditions)
+    ports = {name: port_of(port) for port, known in zip(graph.inputs, names, strict=True) for name in known & expected.keys()}
+    if ports != expected or len(names) != len(expected):
+        told = _spelled(ports) or "none of them"
+        return f"got {len(names)} inputs, {told}; allowed {_spelled(expected)}, as the manifest says"
+    states = next(expected[name] for name in ("sample", "hidden_states") if name in expected)
+    if not graph.outputs or port_of(graph.outputs[0]) != states:
+        got = [port_of(port) for port in graph.outputs[:1]]
+        return f"got the output {got}; allowed {states}, as of the samples"
+    matrices = {node.get_friendly_name(): node for node in graph.get_ordered_ops() if node.get_type_name() in MATRIX_OPS}
+    if absent := [name for name in manifest["layers"] if name not in matrices]:
+        return f"has no layer {absent[0][:200]!r}, which the manifest lists"
+    # OpenVINO's CPU plugin ends the process (SIGFPE) where an INT8 product of rows has its weights the other way round
+    turned = [name for name in manifest["layers"] if matrices[name].get_type_name() == "MatMul" and not _transposed(matrices[name])]
+    return f"{turned[0][:200]}: got weights (inputs, outputs); allowed (outputs, inputs)" if turned else ""
+
+
+def _transposed(product: ov.Node) -> bool:
+    return bool(product.get_attributes().get("transpose_b"))
+
+
+def _spelled(ports: Mapping[str, tuple[list[int], str]]) -> str:
+    return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in ports.items())

@@ -1,0 +1,219 @@
+"""What the manifest.json of a deployed folder may say: every value that loading or running reads, and what its configs must agree with.
+
+Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import read_json, shown
+
+SCHEMA_VERSION = 1
+
+DENOISERS = ("unet", "transformer")
+"""Folders that a denoiser may lie in, by its class, as optimum-intel has them."""
+
+GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = "openvino_model.xml", "openvino_model.xml.gz", "openvino_model.bin", "config.json"
+"""In the denoiser's folder; the first three are also those of the pipeline's other parts."""
+
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
+PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
+"""Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
+
+FORMATS = ("int8", "int4", "packed")
+"""Of weights, on disk."""
+
+MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
+"""Without which there is no model."""
+
+LARGEST_SIDE, MOST_VALUES, MOST_TIMES = 2**16, 2**28, 10**6
+"""Bounds on a size, on the values of one tensor of the graph's batch, and on training time steps: over any model, under what would hang."""
+
+Fits = Callable[[Any], bool]
+
+
+def checked_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, every value of which is of the kind that its readers take.
+
+    Raises:
+        ModelError: it cannot be read, or has a value that is not allowed; the message names the key.
+    """
+    try:
+        manifest = read_json(path)
+    except ModelError as error:
+        raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
+    if not _is_whole(manifest.get("schema_version"), SCHEMA_VERSION, SCHEMA_VERSION):
+        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {shown(manifest.get('schema_version'))}")
+    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
+        raise ModelError(f"{path}: has no {', '.join(missing)}")
+    _check_entry(path, "", manifest, {key: rule for key, rule in VALUES.items() if key in manifest})
+    if outside := [name for name in manifest["files"] if not _is_inside(name)]:
+        raise ModelError(f"{path}: lists {_name(outside[0])}, which lies outside the folder")
+    for table, rules in TABLES.items():
+        for name, entry in manifest.get(table, {}).items():
+            _check_entry(path, f"{table}: {_name(name)}: ", entry, rules)
+    _check_conditions(path, manifest)
+    packed = manifest["weights"]["format"] != "int8"
+    _check(path, manifest, "graph", lambda graph: graph.endswith(".gz") == packed, f"{PACKED_GRAPH if packed else GRAPH} of these weights")
+    return manifest
+
+
+def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
+    """That conditions are whole and named apart, and that a batch of each, and of samples, is of a size that can be computed with."""
+    batch, seen = manifest["batch_size"], set[str]()
+    most = f"{MOST_VALUES} values in a batch of {batch}"
+    _check(path, manifest, "sample_shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, most)
+    for number, condition in enumerate(manifest.get("conditions", [])):
+        before = f"conditions: {number}: "
+        _check_entry(path, before, condition, CONDITION)
+        _check(path, condition, "shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, most, before)
+        if condition["name"] in seen:
+            _refuse(path, f"{before}name", condition["name"], "every name once")
+        if condition.keys() != CONDITION.keys():
+            _refuse(path, before[:-2], list(condition), ", ".join(CONDITION))
+        seen.add(condition["name"])
+
+
+def listed(manifest: Mapping[str, Any], path: Path, *names: str) -> None:
+    """Raise ModelError for a file that is needed and not on the manifest's list."""
+    for name in names:
+        if name not in manifest["files"]:
+            raise ModelError(f"{path}: lists no {name}")
+
+
+def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError where the denoiser's config is not that of the samples in the manifest; of a module of one's own it says nothing."""
+    channels = manifest["sample_shape"][0]
+    _check(path, config, "_class_name", lambda value: isinstance(value, str), "the name of the denoiser's class")
+    allowed = (channels, 4 * channels)  # of Flux, whose rows are patches of 2x2
+    _check(path, config, "in_channels", lambda value: value is None or value in allowed, f"{channels}, as sample_shape in the manifest")
+    sizes = f"null, or one or two whole numbers from 1 to {LARGEST_SIDE}"
+    _check(path, config, "sample_size", lambda value: value is None or _is_size(value) or _is_shape(value, (2,)), sizes)
+    width = "projection_class_embeddings_input_dim"
+    _check(path, config, width, lambda value: value is None or _is_size(value), "null, or a whole number above 0")
+
+
+def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError for a key that the runtime reads of the scheduler's config beside its schedule (sampling/trajectory.py)."""
+    most = manifest["train_timesteps"]
+    times = f"a whole number from 1 to {MOST_TIMES}"
+    _check(path, config, "num_train_timesteps", lambda value: value is None or _is_whole(value, 1, MOST_TIMES), times)
+    _check(path, config, "num_inference_steps", lambda value: value is None or _is_whole(value, 1, most), f"1 to {most} sampling steps")
+    _check(path, config, "guidance_scale", lambda value: value is None or _is_number(value, 1.0), "a number from 1")
+    _check(path, config, "embedded_guidance", lambda value: value is None or _is_number(value, 0.0), "a number from 0")
+    _check(path, config, "unconditional_class", lambda value: value is None or _is_whole(value, 0, LARGEST_SIDE), "a class's label")
+    _check(path, config, "_class_name", lambda value: value is None or isinstance(value, str), "the name of a scheduler's class")
+
+
+def _check_entry(path: Path, before: str, entry: Any, rules: Mapping[str, tuple[Fits, str]]) -> None:
+    if not isinstance(entry, dict):
+        _refuse(path, before[:-2], entry, "an object of keys and values")
+    for key, (fits, allowed) in rules.items():
+        _check(path, entry, key, fits, allowed, before)
+
+
+def _check(path: Path, config: Mapping[str, Any], key: str, fits: Fits, allowed: str, before: str = "") -> None:
+    if not fits(config.get(key)):
+        _refuse(path, before + key, config.get(key), allowed)
+
+
+def _refuse(path: Path, key: str, got: Any, allowed: str) -> NoReturn:
+    raise ModelError(f"{path}: {key}: got {shown(got)}; allowed {allowed}")
+
+
+def _name(text: str) -> str:
+    """What a damaged file says, in printable characters and few."""
+    return shown(text)[1:-1]
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value, 1, LARGEST_SIDE)
+
+
+def _is_number(value: Any, low: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < 1e9
+
+
+def _is_shape(value: Any, ranks: tuple[int, ...]) -> bool:
+    return isinstance(value, list) and len(value) in ranks and all(map(_is_size, value))
+
+
+def _is_graph(value: Any) -> bool:
+    part, _, name = value.partition("/") if isinstance(value, str) else ("", "", "")
+    return part in DENOISERS and name in (GRAPH, PACKED_GRAPH)
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and str(path) == name
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _optional_steps(provenance: Any) -> bool:
+    steps = (provenance.get(key) for key in ("sampling_steps", "full_precision_steps")) if isinstance(provenance, dict) else (0,)
+    return all(count is None or _is_whole(count, 1, MOST_TIMES) for count in steps)
+
+
+VALUES: Mapping[str, tuple[Fits, str]] = {
+    "graph": (_is_graph, f"{' or '.join(DENOISERS)}, then {GRAPH} or {PACKED_GRAPH}"),
+    "weights": (lambda value: _is_object(value) and value.get("format") in FORMATS, f"an object with format: {', '.join(FORMATS)}"),
+    "files": (_is_object, "an object of files"),
+    "sample_shape": (lambda value: _is_shape(value, (3,)), f"three whole numbers from 1 to {LARGEST_SIDE}: channels, height, width"),
+    "batch_size": (_is_size, f"a whole number from 1 to {LARGEST_SIDE}"),
+    "train_timesteps": (lambda value: _is_whole(value, 1, MOST_TIMES), f"a whole number from 1 to {MOST_TIMES}"),
+    "timestep_dtype": (lambda value: value in ("int64", "float32"), "int64 or float32"),
+    "conditions": (lambda value: isinstance(value, list), "a list"),
+    "layers": (_is_object, "an object of layers"),
+    "parts": (lambda value: _is_object(value) and set(value) <= {*PARTS.values()}, f"an object of {', '.join(PARTS.values())}"),
+    "provenance": (_optional_steps, f"an object whose sampling_steps and full_precision_steps lie in 1 to {MOST_TIMES}"),
+    "attention": (_is_object, "an object of modules"),
+}
+"""Key -> its check, and what it allows."""
+
+_TEXT: tuple[Fits, str] = (lambda value: isinstance(value, str), "text")
+_BITS: tuple[Fits, str] = (lambda value: value is None or _is_number(value, 0), "a number")
+
+TABLES: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
+    "files": {
+        "bytes": (lambda value: _is_whole(value, 0, 2**63), "a whole number"),
+        "sha256": (_is_digest, "64 hexadecimal digits"),
+    },
+    "parts": {"class": _TEXT, "format": _TEXT},
+    "layers": {
+        "kind": _TEXT,
+        "input_group": _TEXT,
+        "weight_bits": _BITS,
+        "stored_bits": _BITS,
+        "input_bits": _BITS,
+        "needs_vnni": (lambda value: value is None or isinstance(value, bool), "true or false"),
+    },
+}
+"""Key of a table -> what each of its entries holds."""
+
+CONDITION: Mapping[str, tuple[Fits, str]] = {
+    "name": (
+        lambda value: isinstance(value, str) and value.isidentifier() and value not in ("sample", "hidden_states", "timestep"),
+        "a name",
+    ),
+    "shape": (lambda value: _is_shape(value, tuple(range(8))), f"a list of whole numbers from 1 to {LARGEST_SIDE}"),
+    "dtype": (lambda value: value in ("float32", "int64"), "float32 or int64"),
+    "bound": (lambda value: value is None or _is_whole(value, 1, 2**62), "null, or a whole number above 0"),
+}
+"""Key of a condition -> its check."""

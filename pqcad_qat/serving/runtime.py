@@ -1,0 +1,262 @@
+"""Run a deployed folder: one compiled model, which stands where a diffusers denoiser would.
+
+Not here: its files (deployed_folder.py), how it is called (diffusers_calls.py) and looked at (diffusers_stand_in.py), its requests
+(compiled_graph.py), how it is made (export_model.py) or proved (proof.py). Needs openvino and numpy; torch only if the caller has it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.sampling.schedulers import STEPS
+from pqcad_qat.sampling.trajectory import noise_schedule
+from pqcad_qat.serving.compiled_graph import Requests, compile_graph, executing, precision, shared_core
+from pqcad_qat.serving.deployed_folder import MANIFEST, copy_folder, denoiser_config, read_graph, read_manifest, scheduler_config
+from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
+from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
+from pqcad_qat.serving.graph_checks import check_graph
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, prediction, spelled
+from pqcad_qat.serving.manifest import DENOISERS, SCHEDULER_CONFIG
+from pqcad_qat.serving.packing import WeightFormat
+
+__all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
+
+Float32 = npt.NDArray[np.float32]
+
+CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+"""Values of ONEDNN_MAX_CPU_ISA, which keeps oneDNN, and so OpenVINO, to the instructions of an older CPU."""
+
+TIME_TOLERANCE = 2.0**-8
+"""Share of a continuous time that a caller's may differ by: pipelines in bfloat16 round it so."""
+
+
+@dataclass(frozen=True)
+class UNetOutput:
+    """What a call returns, by attribute, key or place as of diffusers.
+
+    Attributes:
+        sample: (B, C, H, W), of the kind (torch or numpy) that was passed in.
+    """
+
+    sample: Any
+
+    def __getitem__(self, key: str | int) -> Any:
+        return {"sample": self.sample, 0: self.sample}[key]
+
+    def to_tuple(self) -> tuple[Any]:
+        return (self.sample,)
+
+
+class OVUNet2DModel(StandIn):
+    """A deployed denoiser, compiled: called with numpy arrays or torch tensors, it answers in kind.
+
+    It stands in for the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers. Where this module
+    is imported, ``DDIMPipeline.from_pretrained(folder)`` makes one by itself.
+    The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last sample, which are
+    cut off again: any batch works, and a multiple of `batch_size` wastes nothing.
+    One object may be called from any number of threads, each of which gets what it would get alone, bit for bit. They are served in turn,
+    every core for one call after the other, unless ``{"PERFORMANCE_HINT": "THROUGHPUT"}`` gives calls fewer cores and lets several run.
+
+    Attributes:
+        folder: where it was loaded from.
+        config: the UNet's config.json, by key or attribute.
+        scheduler_config: diffusers' config of the scheduler it is for.
+        manifest: what the folder says of itself.
+        sample_shape: (C, H, W) that the graph takes.
+        batch_size: samples a run of the graph.
+        conditions: what it takes beside sample and timestep, in order: {name, shape of one sample's, dtype, bound}.
+        inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use: what the layers outside the plan compute in.
+        training: False; it only predicts.
+    """
+
+    def __init__(self, folder: Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.config = UNetConfig(denoiser_config(folder, self.manifest))
+        self.scheduler_config = scheduler_config(folder, self.manifest)
+        channels, height, width = self.manifest["sample_shape"]
+        self.sample_shape: tuple[int, int, int] = (channels, height, width)
+        self.batch_size: int = self.manifest["batch_size"]
+        self._train_timesteps: int = self.manifest["train_timesteps"]
+        self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
+        self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
+        self._times = _student_times(self.scheduler_config, folder / SCHEDULER_CONFIG)
+        self._told_of_times = False
+        _warn_without_vnni(self.manifest, folder)
+        graph = read_graph(folder, core := shared_core())
+        check_graph(graph, self.manifest, folder)
+        self._ports = [port.get_names() for port in graph.inputs]
+        self.compiled = compile_graph(graph, core, device, properties)
+        self.inference_precision: str = precision(self.compiled)
+        self._requests = Requests(self.compiled)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> Self:
+        """Load a deployed folder.
+
+        Args:
+            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or the denoiser's folder in it.
+            device: OpenVINO's name of the device, such as CPU, AUTO or MULTI:CPU.
+            properties: OpenVINO properties over DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
+
+        Raises:
+            ModelError: not such a folder, a damaged one, no such device, or properties that OpenVINO refuses.
+        """
+        path = Path(folder)
+        inside = path.name in DENOISERS and not (path / MANIFEST).is_file()  # what diffusers' pipelines hand over
+        return cls(path.parent if inside else path, device, properties)
+
+    def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:
+        """Write the whole deployed folder again: the same files, byte for byte; or its weights in another format, with the same execution.
+
+        Args:
+            folder: where to; an older deployed folder there is replaced, anything else refused.
+            weights: int8 for plain OpenVINO; int4 or packed for the smallest files; by default as loaded.
+
+        Raises:
+            ModelError: the folder it was loaded from is gone or changed, or there is no such format.
+            ExportError: the target holds something else.
+        """
+        copy_folder(self.folder, Path(folder), weights)
+
+    @property
+    def compiled_for(self) -> str:
+        """OpenVINO's name of the device that computes."""
+        return executing(self.compiled)
+
+    def __call__(self, *positional: Any, **named: Any) -> UNetOutput | tuple[Any]:
+        """Predict as the diffusers model of `config`'s class does, with its own arguments, by place or by name (diffusers_calls.py).
+
+        Args:
+            positional, named: first `sample`, or `hidden_states`, (B, C, H, W), numpy array or torch tensor; `timestep`, a number, or an
+                array or tensor of shape (), (1,) or (B,), floats too, if they are whole numbers; the conditions, dicts such as
+                added_cond_kwargs among them: (B, ...), or (1, ...) for all samples; and `return_dict`: False returns a tuple of one.
+
+        Raises:
+            ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number in [0, T).
+        """
+        takes = [condition["name"] for condition in self.conditions]
+        call = read_call(str(self.config.get("_class_name")), takes, positional, named, str(self.folder))
+        times = as_array(call.timestep, f"{self.folder}: {TIME}")
+        found: Any = self._answer(call, as_array(call.states, f"{self.folder}: {SAMPLE}"), times.astype(np.float64))
+        if not isinstance(call.states, np.ndarray):
+            import torch
+
+            found = torch.from_numpy(found).to(call.states)
+        return UNetOutput(found) if call.as_dict else (found,)
+
+    forward = __call__
+
+    def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
+        """The prediction in the layout of the states (B, C, H, W) that a pipeline gave, at times in [0, T]."""
+        self._tell_of_other_steps(times)
+        return self.predict(states, times, call.conditions)
+
+    def predict(
+        self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> Float32:
+        """The same on numpy arrays alone: (B, C, H, W), time steps () or (1,) or (B,), conditions by name -> (B, C, H, W) float32."""
+        if sample.ndim != 4 or sample.shape[1:] != self.sample_shape or not len(sample):
+            raise ModelError(f"{self.folder}: samples must have shape (B, {', '.join(map(str, self.sample_shape))}), got {sample.shape}")
+        whole = [sample, self._timesteps(np.asarray(timestep), len(sample)), *self._conditions(condition or {}, len(sample))]
+        pieces = [self._run([part[start : start + self.batch_size] for part in whole]) for start in range(0, len(sample), self.batch_size)]
+        return np.concatenate(pieces)
+
+    def _conditions(self, given: Mapping[str, npt.NDArray[Any]], count: int) -> list[npt.NDArray[Any]]:
+        """The graph's conditions in its order, for `count` samples."""
+        wanted = {condition["name"]: condition for condition in self.conditions}
+        if given.keys() != wanted.keys():
+            raise ModelError(f"{self.folder}: takes the conditions {', '.join(wanted) or 'none'}; got {', '.join(given) or 'none'}")
+        return [self._condition(condition, given[name], count) for name, condition in wanted.items()]
+
+    def _condition(self, wanted: Mapping[str, Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+        name, shape, bound = wanted["name"], tuple(wanted["shape"]), wanted["bound"]
+        if value.shape not in ((count, *shape), (1, *shape)):
+            raise ModelError(f"{self.folder}: {name} must have shape {(count, *shape)}, got {value.shape}")
+        cast: npt.NDArray[Any] = value.astype(wanted["dtype"])
+        if bound is not None and ((cast != value).any() or cast.min() < 0 or cast.max() >= bound):
+            raise ModelError(f"{self.folder}: {name} must be whole numbers in [0, {bound}), got {value}")
+        return np.broadcast_to(cast, (count, *shape))
+
+    def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+        if timestep.shape not in ((), (1,), (count,)):
+            raise ModelError(f"{self.folder}: time steps must have shape (), (1,) or ({count},), got {timestep.shape}")
+        if self._timestep_dtype == "float32":
+            if not ((timestep >= 0) & (timestep <= self._train_timesteps)).all():
+                raise ModelError(f"{self.folder}: times must lie in [0, {self._train_timesteps}], got {timestep}")
+            return np.broadcast_to(timestep.astype(np.float32), (count,))
+        whole = np.rint(timestep).astype(np.int64)
+        if (whole != timestep).any() or whole.min() < 0 or whole.max() >= self._train_timesteps:
+            raise ModelError(
+                f"{self.folder}: time steps must be whole numbers in [0, {self._train_timesteps}), got {timestep}; schedulers lay whole "
+                "ones with timestep_spacing leading or trailing, and without Karras, exponential or beta sigmas"
+            )
+        return np.broadcast_to(whole, (count,))
+
+    def _run(self, parts: Sequence[npt.NDArray[Any]]) -> Float32:
+        """One run of the graph on up to batch_size samples: their states, time steps and conditions."""
+        missing = self.batch_size - len(parts[0])
+        if missing:
+            parts = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in parts]
+        names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
+        inputs = spelled(self._ports, dict(zip(names, (np.asarray(parts[0], np.float32), *parts[1:]), strict=True)))
+        (found,) = self._requests.infer(inputs, [0])
+        return prediction(found[: self.batch_size - missing], *self.sample_shape[1:])
+
+    def _tell_of_other_steps(self, times: npt.NDArray[np.float64]) -> None:
+        """Warn, once, of a call at a time that the student was not made for: of diffusers' 50 steps, above all."""
+        if self._told_of_times or self._times is None or not times.size:
+            return
+        off = np.abs(times.reshape(-1, 1) - self._times).min(axis=1)
+        if (off <= (TIME_TOLERANCE * times.reshape(-1) if self._timestep_dtype == "float32" else 0)).all():
+            return
+        self._told_of_times = True
+        count, wrong = self.scheduler_config[STEPS], times.reshape(-1)[off.argmax()]
+        warnings.warn(
+            f"{self.folder}: called at time {wrong:g}, where the sampler that it was made for never is: it has {count} steps. Write "
+            f"num_inference_steps={count} in the pipeline's call (without it diffusers runs 50 and the like), with the scheduler of the "
+            f"folder: {self.scheduler_config.get('_class_name', 'DDIMScheduler')}.from_pretrained({str(self.folder / 'scheduler')!r}). Of "
+            "other steps or schedulers see for yourself what they make",
+            stacklevel=4,
+        )
+
+
+def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArray[np.float64] | None:
+    """The times that the sampler visits which the model is for; None where the folder does not say its steps.
+
+    Raises:
+        ModelError: the config is no schedule that we know; `path` is its own.
+    """
+    schedule, steps = noise_schedule(scheduler_config, str(path)), scheduler_config.get(STEPS)
+    return None if steps is None else np.array([t for t, _ in schedule.walk(steps, f"{path}: {STEPS}")], np.float64)
+
+
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it; None where neither is known."""
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if cap in CAPS_WITHOUT_VNNI:
+        return False
+    if not cpuinfo.is_file():
+        return None
+    flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    return "avx_vnni" in flags or ("avx512_vnni" in flags and not cap.startswith("AVX2"))
+
+
+def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
+    needing = [name for name, layer in manifest["layers"].items() if layer.get("needs_vnni")]
+    if needing and has_vnni() is False:
+        warnings.warn(
+            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may overflow, as of {needing[0]}: "
+            "predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
+            stacklevel=3,
+        )

@@ -1,0 +1,151 @@
+"""Prompts become pictures: the text encoders, denoiser and VAE decoder of one deployed folder, with openvino, numpy and tokenizers.
+
+Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (prompt_conditions.py), or the sampler
+(sampling/trajectory.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.json_files import read_json
+from pqcad_qat.sampling.schedulers import STEPS
+from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule, trajectory
+from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
+from pqcad_qat.serving.manifest import PARTS, SCHEDULER_CONFIG, listed
+from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
+from pqcad_qat.serving.prompt_conditions import FLUX_GUIDANCE, LAYOUTS, Arrays, PromptLayout, Wanted
+from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A deployed text-to-image pipeline, compiled.
+
+    Attributes:
+        denoiser: by whose manifest and scheduler config it samples.
+        encoders: of prompts, by part.
+        layout: what is made of them.
+        decoder: of latents.
+        zero_negative: the other pass of guidance is conditioned on zeros where there is no negative prompt, as SDXL has it; else on the
+            empty prompt.
+    """
+
+    denoiser: OVUNet2DModel
+    encoders: Mapping[str, PromptEncoder]
+    layout: PromptLayout
+    decoder: PictureDecoder
+    zero_negative: bool
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> Self:
+        """Load a deployed folder, or that of a run.
+
+        Args:
+            folder: with manifest.json in it, or openvino/manifest.json.
+            device: OpenVINO's name of the device.
+            properties: OpenVINO properties over the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
+
+        Raises:
+            ModelError: not such a folder, a damaged one, one without the parts that a prompt takes, or tokenizers is not installed.
+        """
+        path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
+        denoiser = OVUNet2DModel(path, device, properties)  # every file is checked
+        present = denoiser.manifest.get("parts", {})
+        listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
+        index = read_json(path / MODEL_INDEX)
+        pipeline = str(index.get("_class_name"))
+        if (layout := LAYOUTS.get(pipeline)) is None:
+            raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline[:100]!r}; allowed for a prompt {', '.join(LAYOUTS)}")
+        if denoiser.scheduler_config.get(STEPS) is None:
+            raise ModelError(f"{path / SCHEDULER_CONFIG}: has no {STEPS}: the steps that the denoiser was distilled for")
+        if missing := [part for part in (*layout.encoders, PARTS["vae"]) if part not in present]:
+            raise ModelError(f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with them (policy: pipeline)")
+        taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
+        encoders = {part: PromptEncoder(path, part, device, properties) for part in taken}
+        decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
+        return cls(denoiser, encoders, layout, decoder, bool(index.get("force_zeros_for_empty_prompt")))
+
+    @property
+    def steps(self) -> int:
+        """That the denoiser was distilled for."""
+        return int(self.denoiser.scheduler_config[STEPS])
+
+    @property
+    def guidance(self) -> float:
+        """The scale of classifier-free guidance that it was made for; 1 where guidance was distilled."""
+        return float(self.denoiser.scheduler_config.get("guidance_scale", 1.0))
+
+    def __call__(
+        self,
+        prompt: str,
+        negative: str | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        count: int = 1,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> npt.NDArray[np.uint8]:
+        """Pictures (count, 3, H, W) of a prompt.
+
+        Args:
+            prompt: what is to be seen; words that are more than an encoder's tokens are left out, with a warning.
+            negative: what is not; takes guidance.
+            guidance: scale of classifier-free guidance; by default `guidance`.
+            steps: of the sampler; by default `steps`.
+            seed: of the noise; picture k of a seed starts from the same noise always.
+            count: of pictures, each from noise of its own.
+            advance: told of the pictures each time they are one step further.
+
+        Raises:
+            ModelError: a negative prompt without guidance, or steps that the sampler does not take.
+        """
+        scale = self.guidance if guidance is None else guidance
+        if negative is not None and scale == 1.0:
+            raise ModelError("a negative prompt takes guidance: got a scale of 1, at which there is no pass that it could condition")
+        self._tell_of_cuts(prompt, negative or "")
+        condition = self.embeddings(prompt)
+        other = {} if scale == 1.0 else self._other(condition, negative)
+
+        def follow(x_t: Float32, t: float) -> Float32:
+            if not other:
+                return self.denoiser.predict(x_t, t, condition)
+            both = {name: np.repeat(np.concatenate([value, other[name]]), len(x_t), 0) for name, value in condition.items()}
+            prediction = self.denoiser.predict(np.concatenate([x_t, x_t]), t, both)
+            return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
+
+        x = initial_noise(seed, 0, count, self.denoiser.sample_shape)
+        schedule = noise_schedule(self.denoiser.scheduler_config)
+        for step in trajectory(follow, x, schedule, self.steps if steps is None else steps):
+            x = np.asarray(step.x_s, np.float32)
+            advance(count)
+        return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)
+
+    def embeddings(self, prompt: str) -> Arrays:
+        """What the denoiser takes for a prompt, by name, (1, ...)."""
+        _, height, width = self.denoiser.sample_shape
+        shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
+        picture = (height * self.decoder.factor, width * self.decoder.factor)
+        told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, FLUX_GUIDANCE))
+        return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
+
+    def _tell_of_cuts(self, *prompts: str) -> None:
+        """Warn of the words that an encoder does not read, as diffusers does."""
+        for prompt in prompts:
+            for part, encoder in self.encoders.items():
+                if cut := encoder.cut(prompt):
+                    warnings.warn(f"{part} reads {encoder.tokens} tokens of a prompt; left out of this one: {cut!r}", stacklevel=3)
+
+    def _other(self, condition: Arrays, negative: str | None) -> Arrays:
+        """The condition of the unconditional pass."""
+        if negative is None and self.zero_negative:
+            return {name: value if name == "time_ids" else np.zeros_like(value) for name, value in condition.items()}
+        return self.embeddings(negative or "")

@@ -1,0 +1,168 @@
+"""The stages that deploy: the OpenVINO folder with its proofs, and its timing beside what it is compared with (baseline_trials.py).
+
+Not here: how a folder is written and verified (export/), and how it is timed (timing/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
+from pqcad_qat.export.layer_inputs import recorded_inputs
+from pqcad_qat.export.part_export import PartsToDeploy
+from pqcad_qat.export.part_proof import part_parity
+from pqcad_qat.export.proof import end_to_end_psnr, execution_precision, layer_parity, refuse_float
+from pqcad_qat.export.traceable_modules import needs_vnni
+from pqcad_qat.machine.files import room_for
+from pqcad_qat.models.architectures import ConditionInput
+from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
+from pqcad_qat.models.denoiser import predict
+from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
+from pqcad_qat.quantization.plan import expected_bytes
+from pqcad_qat.quantization.student_folder import save_quantized
+from pqcad_qat.sampling.schedulers import STEPS
+from pqcad_qat.sampling.trajectory import written_out
+from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE
+from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.stages.baselines import example_of, openvino_files
+from pqcad_qat.stages.prepared import RANGE_INPUTS
+from pqcad_qat.stages.work import Work
+from pqcad_qat.timing.hardware import hardware
+from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
+
+PROFILED = ("nncf-int8", "pqcad-openvino")
+
+PARITY_INPUTS = 64
+"""States on which the deployed model is compared end to end with the quantized PyTorch model."""
+
+
+def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
+    """Stage `export`: the student as folders, PyTorch's and OpenVINO's, the latter proven on the file that ships.
+
+    Raises:
+        ExportError: a planned layer did not execute in INT8, and the policy does not list it.
+    """
+    with work.folder.stage("export") as stage:
+        if not stage.new:
+            return
+        policy, model = work.policy, work.prepared.model
+        steps = policy.distillation.student_steps
+        scheduler = {**written_out(model.scheduler_config, work.student_schedule), STEPS: steps, **_guidance(work)}
+        plan, split = work.prepared.plan, work.prepared.split
+        with room_for(work.path / "student", 2 * expected_bytes(split, (), packed=False)):
+            save_quantized(work.path / "student", student, plan, policy.quantization.split_shortcuts, scheduler, steps)
+        layers = integer_layers(student)
+        conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
+        deployed_parts = _parts(work, calibration, conditions)
+        provenance = {
+            "policy": policy.name,
+            "model": model.source,
+            "model_digest": model.digest,
+            "sampler": work.schedule.sampler,
+            "sampling_steps": steps,
+            "full_precision_steps": policy.sampler.steps,
+            "training_seed": policy.training.seed,
+            **_guidance(work),
+        }
+
+        attention = _attention(work, calibration, student)
+
+        def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
+            batch, visited = policy.export.batch_size, calibration.timesteps
+            with room_for(folder, expected_bytes(split, plan, packed=weights != "int8")):
+                export_model(
+                    student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts, attention
+                )
+
+        shipped = work.path / "openvino"
+        with work.console.status("export: writing and verifying the OpenVINO folder"):
+            write(shipped, policy.export.weights, deployed_parts)
+            write(work.path / "baselines" / "packed", "packed")
+            executed = execution_precision(shipped, layers)
+            refuse_float(work.prepared.plan, executed, shipped)
+            states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
+            with recorded_inputs(student, states, work.path) as inputs:
+                parity = layer_parity(shipped, layers, inputs)
+            psnr = _end_to_end(work, shipped, student, calibration)
+        stage.done(
+            precisions=dict(executed.precisions),
+            attention=dict(executed.attention),
+            inference_precision=executed.inference_precision,
+            needs_vnni=[name for name, layer in layers.items() if needs_vnni(layer)],
+            parity={
+                "layers_checked": parity.layers_checked,
+                "layers_exact": parity.layers_exact,
+                "worst_layer": parity.worst_layer,
+                "worst_error": parity.worst_error,
+                "exact": {layer.name: layer.exact for layer in parity.layers},
+            },
+            end_to_end_psnr=psnr,
+            parts=[asdict(part) for part in (() if deployed_parts is None else part_parity(deployed_parts, shipped))],
+            packed_bytes=size_bytes(work.path / "baselines" / "packed"),
+        )
+
+
+def _guidance(work: Work) -> dict[str, Any]:
+    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one.
+
+    Of a denoiser that takes guidance as an input too, what it was told, where that was one number.
+    """
+    if not work.prepared.conditions.choices:
+        return {}
+    scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
+    told = {round(value, 4) for value in work.prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
+    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null}) | ({EMBEDDED_GUIDANCE: told.pop()} if len(told) == 1 else {})
+
+
+def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[ConditionInput]) -> PartsToDeploy | None:
+    """What stands beside the denoiser in the deployed folder."""
+    source, formats = work.prepared.parts, work.prepared.part_formats
+    return PartsToDeploy(source, formats, calibration.images, conditions) if source is not None and formats else None
+
+
+def _attention(work: Work, calibration: CalibrationSet, student: nn.Module) -> dict[str, AttentionRange]:
+    """What the products of attention read on states of the calibration set, if they are to run in INT8."""
+    if work.policy.quantization.attention == "float":
+        return {}
+    with work.console.status("export: ranges of attention"), frozen_weights(student.eval()):
+        return attention_ranges(student, calibration.inputs(RANGE_INPUTS, work.policy.training.batch_size))
+
+
+@torch.no_grad()
+def _end_to_end(work: Work, folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
+    """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration set."""
+    deployed = OVUNet2DModel.from_pretrained(folder)
+    ours, theirs = [], []
+    with frozen_weights(student.eval()):
+        for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):
+            theirs.append(predict(student, x, t, condition).numpy())
+            ours.append(deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()}))
+    return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
+
+
+def benchmark(work: Work) -> None:
+    """Everything is timed in one run, in turns, from the files that ship."""
+    with work.folder.stage("benchmark") as stage:
+        if not stage.new:
+            return
+        runs, files = work.policy.export.latency_runs, openvino_files(work)
+        inputs = example_of(work)
+        with work.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
+            timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
+            profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
+        sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
+        stage.done(
+            timings={name: asdict(value) for name, value in timings.items()},
+            profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},
+            sizes={"fp32": 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
+            hardware=asdict(hardware()),
+        )

@@ -1,0 +1,180 @@
+"""The stages that look at what was made: images of every variant, what they are worth, and the report.
+
+Not here: metrics (quality/) and pages (report/).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.data.images import to_uint8
+from pqcad_qat.machine.content_store import kept, parts_of
+from pqcad_qat.machine.files import whole_file
+from pqcad_qat.machine.processes import agreed
+from pqcad_qat.machine.tensor_files import save_tensors
+from pqcad_qat.policy.variants import TRAINED, UNTRAINED
+from pqcad_qat.quality.feature_network import load_features
+from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, has_ssim
+from pqcad_qat.report.report_files import write_report
+from pqcad_qat.stages.baselines import openvino_files
+from pqcad_qat.stages.prepared import SHARED
+from pqcad_qat.stages.recipes import sampled, sampling
+from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
+from pqcad_qat.stages.samplers import (
+    Variant,
+    decoder_of,
+    openvino_file_variant,
+    openvino_variant,
+    pytorch_variant,
+    sample_states,
+)
+from pqcad_qat.stages.train import at_targets
+from pqcad_qat.stages.work import Work
+from pqcad_qat.timing.hardware import hardware
+
+NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
+
+NO_SSIM = f"No SSIM: its window of {SSIM_WINDOW} pixels is larger than the images."
+
+OF_LATENTS = "The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
+DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pictures show their first channels."
+
+PICTURES = 10
+"""Images of a variant that the report shows."""
+
+
+def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
+    """Images of every variant from the same seeds; those that training does not touch are shared by runs side by side."""
+    for name in _shown(work):
+        with work.folder.stage(sampling(name)) as stage:
+            if not stage.new:
+                continue
+            file = _images_file(work, name)
+            make = partial(_make_images, work, name, calibration, models)
+            if name in UNTRAINED or (work.shares_training and name in TRAINED):
+                decides = work.decides(sampling(name))
+                shared = kept(work.path.parent / SHARED, decides, partial(_in_parts, make))
+                with whole_file(file, (shared / file.name).stat().st_size) as draft:
+                    shutil.copyfile(shared / file.name, draft)
+            else:
+                make(file.parent, work.folder.parts(sampling(name)))
+            stage.done(steps=work.steps(name))
+
+
+def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
+    make(folder, parts_of(folder))
+
+
+def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path, parts: Path) -> None:
+    variant = _variant(work, name, calibration, models)
+    count, batch = work.policy.evaluation.images, work.policy.evaluation.batch_size
+    with work.bar(f"sample {name}", count * variant.steps) as advance:
+        states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance, parts)
+    samples = {"latents": states} if work.prepared.model.latent else {"images": to_uint8(states)}
+    if (decode := decoder_of(work.prepared.model)) is not None:
+        with work.console.status(f"sample {name}: decoding"):
+            samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
+    save_tensors(samples, folder / _images_file(work, name).name)
+
+
+def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+    scale = work.policy.guidance_scale(name)
+    return replace(_sampler(work, name, calibration, models), conditions=work.prepared.conditions, guidance_scale=scale)
+
+
+def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+    full, steps = work.prepared.model, work.steps(name)
+    match name:
+        case "nncf-int8":
+            file = openvino_files(work)[name]
+            return openvino_file_variant(name, file, work.sampled_by(name), steps, work.shape, work.policy.export.batch_size)
+        case "pqcad-openvino":
+            return openvino_variant(name, openvino_files(work)[name], steps)
+        case "fp32" | "fp32-half":
+            denoiser = full.denoiser
+        case "ptq":
+            denoiser = at_targets(work, calibration)
+        case _:
+            denoiser = models[name]
+    return pytorch_variant(name, denoiser, work.sampled_by(name), steps, work.shape)
+
+
+def evaluate(work: Work) -> None:
+    """Stage `evaluation`: FID, PSNR and SSIM of every variant's images."""
+    with work.folder.stage("evaluation") as stage:
+        if not stage.new:
+            return
+        source, latent = work.policy.features, work.prepared.model.latent
+        features = None if source is None else load_features(source)
+        samples = {name: _samples(work, name) for name in _shown(work)}
+        full = samples["fp32"]
+        with work.console.status("evaluation: FID, PSNR, SSIM"):
+            figures = {
+                name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
+                for name, found in samples.items()
+            }
+        protocol = features and {
+            "features_sha256": features.sha256,
+            "reference": features.reference_name,
+            "features": features.source,
+            "sampler": work.schedule.sampler,
+        }
+        of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(work.prepared.model) is None else DECODED)
+        notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
+        note = " ".join(note for note in notes if note)
+        stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
+
+
+def report(work: Work, command: str) -> Path:
+    """The report's page, from what all stages noted."""
+    with agreed() as first:
+        if first:
+            _write_report(work, command)
+    return work.path / "report.html"
+
+
+def _write_report(work: Work, command: str) -> None:
+    stages = {name: work.folder.finished(name) or {} for name in work.folder.seconds()}
+    facts = RunFacts(work.policy, work.prepared.plan, work.prepared.split, stages, work.folder.seconds(), tuple(work.warnings), command)
+    full = _samples(work, "fp32")
+    samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in _shown(work)}
+    write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
+
+
+def _shown(work: Work) -> tuple[str, ...]:
+    """The variants that images are made of, less the baselines that have died."""
+    return tuple(name for name in sampled(work.policy) if name in work.runnable)
+
+
+def _images_file(work: Work, name: str) -> Path:
+    return work.path / "samples" / f"{name}.safetensors"
+
+
+def _samples(work: Work, name: str) -> Tensor:
+    """A variant's images (uint8), or its latents (float32)."""
+    found: Mapping[str, Tensor] = load_file(_images_file(work, name))
+    return found["latents"] if "latents" in found else found["images"]
+
+
+def _pictures(samples: Mapping[str, Tensor], full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Samples as pictures in [-1, 1]: images as they are, latents as they were decoded.
+
+    Of latents that nothing decodes the first channels, scaled by the range of full precision's.
+    """
+    images = samples.get("pictures", samples.get("images"))
+    if images is not None:
+        return np.asarray(images[:PICTURES].numpy() / np.float32(127.5) - 1, np.float32)
+    low, high, latents = full.min(), full.max(), samples["latents"][:PICTURES]
+    shown = latents[:, : 3 if latents.shape[1] > 2 else 1]
+    return np.asarray(((shown - low) / (high - low) * 2 - 1).clamp(-1, 1), np.float32)

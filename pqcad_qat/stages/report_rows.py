@@ -1,0 +1,300 @@
+"""From what the stages of a run noted to the rows of its report: variants, targets, layers, curves.
+
+Not here: measuring (latency.py, fidelity.py), the report's definition (record.py) or its looks (page.py, figures.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import pqcad_qat
+from pqcad_qat.export.proof import INT8
+from pqcad_qat.policy.loading import dump_policy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, VariantName, made, stages_of
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, stored_bits
+from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers
+from pqcad_qat.report.record import (
+    UNSTEADY,
+    Curves,
+    Execution,
+    FidProtocol,
+    Hardware,
+    LayerRow,
+    Parity,
+    PartRow,
+    ProfileRow,
+    Report,
+    Reproduction,
+    Series,
+    StorageRow,
+    Target,
+    Timing,
+    Transition,
+    Variant,
+    target,
+    unsteady_variants,
+)
+from pqcad_qat.serving.packing import PACKED_WIDTHS
+from pqcad_qat.training.metrics_log import read_metrics
+
+CLEARLY = 0.95
+"""A Frechet distance under this multiple of another's counts as clearly better."""
+
+SAME = 1.02
+"""A Frechet distance within this multiple of another's counts as no worse."""
+
+LOW_BITS = 3
+"""Weights of fewer bits than this are where progressive quantization has to beat fixed-bit training."""
+
+FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to real"}
+
+TIMES = ("latency_ms_per_image",)
+"""Those that rest on a timing."""
+
+Stages = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that a report is made of.
+
+    Attributes:
+        policy: as resolved.
+        plan: of every quantized layer.
+        model: the denoiser that the plan was made for.
+        stages: what each finished stage noted.
+        seconds: wall time by stage, in order.
+        warnings: told to the user while it ran.
+        command: that makes the run again.
+    """
+
+    policy: Policy
+    plan: Sequence[LayerPlan]
+    model: nn.Module
+    stages: Stages
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
+    command: str
+
+
+def report_of(facts: RunFacts) -> Report:
+    """The whole report; what a run left out is absent from it: rows, targets, and the parts of stages that did not run."""
+    variants = tuple(_variants(facts))
+    evaluation, benchmark = facts.stages["evaluation"], facts.stages.get("benchmark", {})
+    machine = (benchmark or evaluation)["hardware"]
+    policy = facts.policy
+    return Report(
+        policy=policy.model_dump(mode="json"),
+        seed=policy.training.seed,
+        hardware=Hardware(**{**machine, "isa": tuple(machine["isa"])}),
+        variants=variants,
+        fid_protocol=_protocol(facts),
+        bit_schedule=tuple(Transition(**entry) for entry in facts.stages.get("pq", {}).get("transitions", ())),
+        parity=_parity(facts),
+        execution=_execution(facts),
+        timings_s=facts.seconds,
+        targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
+        warnings=facts.warnings,
+        quality_note=evaluation.get("note", ""),
+        latency=_latency(facts),
+        layers=tuple(_layers(facts)),
+        profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()},
+        storage=tuple(_storage(facts)) if "export" in facts.stages else (),
+        parts=tuple(PartRow(**part) for part in facts.stages.get("export", {}).get("parts", ())),
+        reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _protocol(facts: RunFacts) -> FidProtocol | None:
+    """None where the run has no feature network, and so no FID."""
+    policy, protocol = facts.policy, facts.stages["evaluation"]["protocol"]
+    if protocol is None:
+        return None
+    return FidProtocol(images=policy.evaluation.images, **protocol, steps=policy.sampler.steps, seed=policy.evaluation.seed)
+
+
+def _variants(facts: RunFacts) -> Iterator[Variant]:
+    policy, benchmark = facts.policy, facts.stages.get("benchmark", {"timings": {}, "sizes": {}})
+    full, half = policy.sampler.steps, policy.distillation.student_steps
+    weights, inputs = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
+    simulated = "PyTorch, simulated"
+    rows: dict[VariantName, tuple[str, float, float]] = {
+        "fp32": ("PyTorch", 32, 32),
+        "fp32-half": ("PyTorch", 32, 32),
+        "ov-fp32": ("OpenVINO", 32, 32),
+        "ov-bf16": ("OpenVINO", 16, 16),
+        "nncf-int8": ("OpenVINO", 8, 8),
+        "ptq": (simulated, weights, inputs),
+        "fixed-bit": (simulated, weights, inputs),
+        "pq": (simulated, weights, inputs),
+        "pq-distilled": (simulated, weights, inputs),
+        "pqcad": (simulated, weights, inputs),
+        "pqcad-openvino": ("OpenVINO", weights, inputs),
+    }
+    figures, died = facts.stages["evaluation"]["figures"], _died(facts)
+    for name in made(policy.evaluation.variants):
+        runtime, weight_bits, input_bits = rows[name]
+        steps = half if name in HALF_STEPS else full
+        if name in died:
+            yield Variant(name, runtime, weight_bits, input_bits, steps, did_not_run=died[name])
+            continue
+        if name == "ov-bf16" and name not in benchmark["timings"]:
+            continue
+        # fp32 at half the steps is the same network: its step costs the same
+        timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
+        step = timing["median_ms"] / policy.export.batch_size if timing else None
+        size = benchmark["sizes"].get("fp32" if name == "fp32-half" else name)
+        quality = {key: figures.get(name, {}).get(key) for key in ("fid_real", "fid_fp", "psnr_fp", "ssim_fp")}
+        passes = 1 if policy.guidance_scale(name) == 1.0 else 2
+        image = step * steps * passes if step else None
+        yield Variant(name, runtime, weight_bits, input_bits, steps, size, step, image, **quality, passes=passes)
+
+
+def _died(facts: RunFacts) -> Mapping[str, str]:
+    """Baselines that could not be made or run, each with the reason."""
+    died: Mapping[str, str] = facts.stages.get("baselines", {}).get("died", {})
+    return died
+
+
+def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
+    """Mean width in bits over the planned layers, weighted by their parameters."""
+    widths = [(layer.weights.bits if weights else layer.inputs.bits, layer.parameters) for layer in plan]
+    return round(sum(bits * count for bits, count in widths) / sum(count for _, count in widths), 2)
+
+
+def _parity(facts: RunFacts) -> Parity | None:
+    if "export" not in facts.stages:
+        return None
+    export = facts.stages["export"]
+    found = {key: export["parity"][key] for key in ("layers_checked", "layers_exact", "worst_layer", "worst_error")}
+    return Parity(**found, end_to_end_psnr=export["end_to_end_psnr"])
+
+
+def _execution(facts: RunFacts) -> Execution | None:
+    if "export" not in facts.stages:
+        return None
+    precisions = facts.stages["export"]["precisions"]
+    integer = [name for name, precision in precisions.items() if precision in INT8]
+    left = (*(name for name in precisions if name not in integer), *float_layers(facts.model, facts.plan))
+    needs_vnni = tuple(facts.stages["export"]["needs_vnni"])
+    attention = facts.stages["export"].get("attention", {})
+    return Execution(planned=len(precisions), executed_int8=len(integer), float_layers=left, needs_vnni=needs_vnni, attention=attention)
+
+
+def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
+    """The promises about variants that the run was to make."""
+    execution, parity = _execution(facts), _parity(facts)
+    if execution and parity:
+        yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
+        yield target("layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, "layers")
+    asked = made(facts.policy.evaluation.variants)
+    low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
+    comparisons = (
+        ("pqcad-openvino", "ov-bf16", "latency_ms_per_image", 0.45),
+        ("pqcad-openvino", "ov-fp32", "latency_ms_per_image", 0.20),
+        ("pqcad-openvino", "fp32", "latency_ms_per_image", 0.10),
+        ("pqcad", "fp32", "fid_real", 1.10),
+        ("pqcad", "fp32-half", "fid_real", CLEARLY),
+        ("pqcad", "pq-distilled", "fid_real", CLEARLY),
+        ("pq", "fixed-bit", "fid_real", CLEARLY if low else SAME),
+    )
+    for one, other, figure, bound in comparisons:
+        measurable = figure != "fid_real" or _protocol(facts) is not None
+        if one in asked and other in asked and measurable:
+            note = _why_not(facts, rows, one, other, figure)
+            measured = None if note else _ratio(rows, one, other, figure)
+            yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, "x", note)
+    if execution:
+        packed = facts.stages["export"]["packed_bytes"] / facts.stages["benchmark"]["sizes"]["fp32"]
+        yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, "x")
+
+
+def _why_not(facts: RunFacts, rows: Mapping[str, Variant], one: str, other: str, figure: str) -> str:
+    """Why two variants do not compare, where they do not."""
+    if other not in rows:
+        return "BF16 is not native on this CPU"
+    if dead := [name for name in (one, other) if rows[name].did_not_run]:
+        return f"{' and '.join(dead)} did not run"
+    unsteady = unsteady_variants(_latency(facts)) if figure in TIMES else frozenset()
+    if wide := [name for name in (one, other) if name in unsteady]:
+        return f"the times of {' and '.join(wide)} are {UNSTEADY}: their quartiles lie too far apart"
+    return ""
+
+
+def _latency(facts: RunFacts) -> dict[str, Timing]:
+    return {name: Timing(**value) for name, value in facts.stages.get("benchmark", {}).get("timings", {}).items()}
+
+
+def _ratio(rows: Mapping[str, Variant], one: str, other: str, figure: str) -> float | None:
+    values = [getattr(rows[name], figure) if name in rows else None for name in (one, other)]
+    return None if values[0] is None or not values[1] else float(values[0] / values[1])
+
+
+def _layers(facts: RunFacts) -> Iterator[LayerRow]:
+    export = facts.stages.get("export", {"precisions": {}, "parity": {"exact": {}}})
+    precisions, exact = export["precisions"], export["parity"]["exact"]
+    for layer in facts.plan:
+        yield LayerRow(
+            layer=layer.name,
+            kind=layer.kind,
+            rule=layer.rule,
+            weight_bits=layer.weights.bits,
+            activation_bits=layer.inputs.bits,
+            ladder=layer.ladder,
+            parameters=layer.parameters,
+            planned_execution="int8" if executes_int8(layer) else "float",
+            executed=precisions.get(layer.name),
+            exact=exact.get(layer.name),
+        )
+    for name in float_layers(facts.model, facts.plan):
+        module = facts.model.get_submodule(name)
+        count = sum(parameter.numel() for parameter in module.parameters())
+        yield LayerRow(name, float_kind(module), "-", None, None, (), count, "float")
+
+
+def _storage(facts: RunFacts) -> Iterator[StorageRow]:
+    """Bytes of the shipped weights by the model's top-level parts: integers, scales, and what stays in float32."""
+    planned = {layer.name: layer for layer in facts.plan}
+    widths = PACKED_WIDTHS[facts.policy.export.weights]
+    for group, part in facts.model.named_children():
+        integers = scales = rest = 0
+        for name, parameter in part.named_parameters():
+            owner, _, kind = f"{group}.{name}".rpartition(".")
+            if owner in planned and kind == "weight":
+                layer = planned[owner]
+                integers += math.ceil(parameter.numel() * stored_bits(layer.weights, widths) / 8)
+                scales += 4 * (parameter.shape[0] if layer.weights.per_channel else 1)
+            else:
+                rest += 4 * parameter.numel()
+        if integers + rest:
+            yield StorageRow(group, integers, scales, rest)
+    if own := sum(4 * parameter.numel() for parameter in facts.model.parameters(recurse=False)):
+        yield StorageRow("its own", 0, 0, own)
+
+
+def curves_of(policy: Policy, logs: Path) -> Curves:
+    """What training logged, as series for the report's pictures."""
+    losses, momenta, distances = [], [], []
+    for stage in TRAINED:
+        if stage not in stages_of(policy.evaluation.variants):
+            continue
+        rows = read_metrics(logs / f"{stage}.jsonl")
+        losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
+        if stage in ("pq", "fixed-bit"):
+            distances.append(_series(stage, "weight_distance", "weight_distance", rows))
+        if stage == "pq":
+            momenta = [_series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")]
+    return Curves(tuple(losses), tuple(momenta), tuple(distances), policy.progressive.plateau, policy.progressive.perturbation)
+
+
+def _series(stage: str, name: str, key: str, rows: Sequence[Mapping[str, float]]) -> Series:
+    return Series(stage, name, tuple(int(row["step"]) for row in rows), tuple(row.get(key) for row in rows))

@@ -1,0 +1,228 @@
+"""A model that samples, whatever computes it: full precision, quantized in PyTorch, or a deployed OpenVINO folder.
+
+Not here: what its images are worth (fidelity.py), nor its speed (latency.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.data.images import to_uint8
+from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.tensor_files import gathered
+from pqcad_qat.models.architectures import condition_inputs
+from pqcad_qat.models.conditions import (
+    GUIDANCE,
+    NULL_CLASS,
+    Conditioned,
+    ConditionSet,
+    check_guidance,
+    chosen_conditions,
+    conditioned,
+    guided_call,
+)
+from pqcad_qat.models.denoiser import DiffusionModel, is_latent, load_model, predict
+from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
+from pqcad_qat.models.pipeline_parts import VAE, decoded, pipeline_parts
+from pqcad_qat.policy.schema import ConditionsPolicy
+from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized
+from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
+from pqcad_qat.serving.deployed_folder import MANIFEST
+from pqcad_qat.serving.manifest import PARTS
+from pqcad_qat.serving.part_runtime import PictureDecoder
+from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.timing.latency import compile_for_latency
+
+Float32 = npt.NDArray[np.float32]
+NumpyCondition = Mapping[str, npt.NDArray[Any]]
+Runtime = Literal["pytorch", "openvino"]
+
+DEFAULT_STEPS = 20
+"""Sampling steps of a full-precision folder that names none."""
+
+
+_NOTHING_TO_SAMPLE = (
+    "{}: got a folder with none of manifest.json, quantization/plan.json, openvino/, unet/config.json or transformer/config.json; allowed "
+    "a deployed OpenVINO folder, a quantized student, a run, or a diffusers model"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something that samples.
+
+    Attributes:
+        name: of its row in the report.
+        runtime: what computes it.
+        predict: (x_t (B, C, H, W) float32, t, condition) -> prediction of the same shape.
+        schedule: noise schedule that it samples with.
+        steps: of its sampler.
+        sample_shape: (C, H, W).
+        conditions: that its images choose from.
+        guidance_scale: of classifier-free guidance, 1 for none.
+        decode: of a model of latents: x_0 (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1]; None without a VAE.
+        undecoded: whether it makes latents of one channel or three, for which nothing here has a decoder.
+    """
+
+    name: str
+    runtime: Runtime
+    predict: Callable[[Float32, float, NumpyCondition], Float32]
+    schedule: NoiseSchedule
+    steps: int
+    sample_shape: tuple[int, int, int]
+    conditions: ConditionSet = field(default_factory=ConditionSet)
+    guidance_scale: float = 1.0
+    decode: Callable[[Float32], Float32] | None = None
+    undecoded: bool = False
+
+    @property
+    def latent(self) -> bool:
+        return self.undecoded or self.decode is not None or is_latent(self.sample_shape)
+
+
+def pytorch_variant(name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int]) -> Variant:
+    """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
+    denoiser.eval()
+
+    @torch.no_grad()
+    def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
+        with frozen_weights(denoiser):
+            given = {name: torch.from_numpy(value) for name, value in condition.items()}
+            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
+            return found
+
+    return Variant(name, "pytorch", call, schedule, steps, sample_shape)
+
+
+def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Variant:
+    """A deployed folder, run by our runtime from the files as they are."""
+    return _deployed_variant(name, OVUNet2DModel.from_pretrained(folder), steps)
+
+
+def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Variant:
+    where = str(model.folder / SCHEDULER_CONFIG)
+    schedule, own = noise_schedule(model.scheduler_config, where), distilled_steps(model.scheduler_config, where)
+    variant = Variant(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
+    if PARTS[VAE] not in model.manifest.get("parts", {}):
+        return variant
+    return replace(variant, decode=lambda latents: PictureDecoder(model.folder, model.sample_shape)(latents))
+
+
+def openvino_file_variant(
+    name: str, xml: Path, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int], batch_size: int
+) -> Variant:
+    """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
+    request = compile_for_latency(xml, {}).create_infer_request()
+
+    def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
+        parts = []
+        for first in range(0, len(x_t), batch_size):
+            count = min(batch_size, len(x_t) - first)
+            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
+            named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
+            request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
+            parts.append(np.array(request.get_output_tensor(0).data[:count]))
+        return np.concatenate(parts)
+
+    return Variant(name, "openvino", call, schedule, steps, sample_shape)
+
+
+def open_folder(
+    source: str, steps: int | None = None, conditions: ConditionsPolicy | None = None, guidance_scale: float | None = None
+) -> Variant:
+    """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model.
+
+    Args:
+        source: the folder, `embedded:NAME`, or a hub id.
+        steps: of the sampler; by default those the folder was made for.
+        conditions: of a conditional model; by default all classes.
+        guidance_scale: of classifier-free guidance; by default that the folder was made for.
+
+    Raises:
+        ModelError: none of them, or its model takes other conditions.
+    """
+    variant, asked, scheduler = _opened(source, steps)
+    section = conditions or ConditionsPolicy()
+    if section.unconditional_class is None:
+        section = section.model_copy(update={"unconditional_class": scheduler.get(NULL_CLASS)})
+    chosen, scale = chosen_conditions(asked, section), guidance_scale or scheduler.get(GUIDANCE, 1.0)
+    check_guidance(scale, chosen)
+    return replace(variant, conditions=chosen, guidance_scale=scale)
+
+
+def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mapping[str, Any]]:
+    """A folder's variant before it has conditions, what it takes, and its scheduler config."""
+    path = local(source)
+    folder = path or Path(source)
+    for deployed in (folder, folder / "openvino"):
+        if path and (deployed / MANIFEST).is_file():
+            runtime = OVUNet2DModel.from_pretrained(deployed)
+            takes = Conditioned(source, condition_inputs(runtime.conditions))
+            return _deployed_variant(folder.name, runtime, steps), takes, runtime.scheduler_config
+    if path and is_quantized_folder(folder):
+        model, _, own = load_quantized(folder)
+    elif not path or (denoiser_folder(folder) / "config.json").is_file():
+        model, own = load_model(source), DEFAULT_STEPS
+    else:
+        check_no_single_file(folder)
+        raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
+    schedule = noise_schedule(model.scheduler_config)
+    variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, model.sample_shape)
+    return replace(variant, decode=decoder_of(model), undecoded=model.decoder), conditioned(model), model.scheduler_config
+
+
+def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
+    """Latents to pictures, by the full-precision VAE that stands beside the model; it is loaded when it is called."""
+    parts = pipeline_parts(model.folder)
+    if parts is None or not model.latent or not parts.has(VAE):
+        return None
+
+    def decode(latents: Float32) -> Float32:
+        pictures: Float32 = decoded(parts.load(VAE), torch.from_numpy(latents)).numpy()
+        return pictures
+
+    return decode
+
+
+def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+    """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
+    return to_uint8(sample_states(variant, count, seed, batch_size, advance))
+
+
+def sample_states(
+    variant: Variant,
+    count: int,
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+    parts: Path | None = None,
+) -> Tensor:
+    """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and batch size.
+
+    `advance` is told of the images of a batch each time they are one step further. `parts` is a folder for the batches that are done, from
+    which a process that comes after this one goes on.
+    """
+
+    def batches(done: int) -> Iterator[dict[str, Tensor]]:
+        if done:
+            advance(done * variant.steps)
+        for first in range(done, count, batch_size):
+            noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
+            chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
+            condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
+            x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
+            for step in trajectory(follow, noise, variant.schedule, variant.steps):
+                x_0 = np.asarray(step.x_s, dtype=np.float32)
+                advance(len(noise))
+            yield {"states": torch.from_numpy(x_0)}
+
+    return gathered(parts, count, batches, f"sampling {variant.name}: images")["states"]

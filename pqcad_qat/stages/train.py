@@ -1,0 +1,224 @@
+"""The stages that train: calibration set, progressive quantization, its fixed-bit control, and distillation.
+
+Not here: how any of them works (data/, training/).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pqcad_qat.data.calibration import CalibrationSet, calibration_set
+from pqcad_qat.machine.content_store import kept
+from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.processes import agreed, is_first
+from pqcad_qat.machine.tensor_files import save_tensors
+from pqcad_qat.models.conditions import Guidance, save_conditions
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
+from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.sampling.trajectory import initial_noise
+from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, calibration_recipe
+from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights, student_stage, targets_stage
+from pqcad_qat.stages.run_folder import EMBEDDINGS
+from pqcad_qat.stages.work import Work
+from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
+from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
+from pqcad_qat.training.checkpoint import CheckpointFolder
+from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
+from pqcad_qat.training.quantizer_log import QuantizerLog
+from pqcad_qat.training.trainer import LoopSettings
+from pqcad_qat.training.training_samples import TrainingSamples
+from pqcad_qat.training.training_stage import StageSettings, train_stage
+from pqcad_qat.training.weight_distance import WeightDistance
+
+SHOWN = 4
+"""Images of a grid that shows how training goes."""
+
+
+def calibrate(work: Work) -> CalibrationSet:
+    """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
+    policy, recipe = work.policy, calibration_recipe(work.policy, work.prepared)
+    fine = work.schedule.finer(work.schedule.passing(recipe.steps, recipe.also), recipe.refinement)
+    calls = recipe.trajectories * sum(map(len, fine))
+    with work.folder.stage("calibration") as stage, work.bar("calibration", calls) as advance:
+        if is_first():
+            _keep_embeddings(work, stage.new)
+        store = work.path.parent / CALIBRATION
+        found, folder = calibration_set(
+            work.prepared.model, recipe, policy.calibration.batch_size, store, advance, work.prepared.conditions
+        )
+        if is_first():
+            work.link("calibration", folder)
+        stage.done(set=folder.name)
+    return found
+
+
+def _keep_embeddings(work: Work, anew: bool) -> None:
+    """The conditions of a model of text in the run's own folder, since the files that a policy names may move."""
+    file, section = work.path / EMBEDDINGS, work.policy.conditions
+    if (section.prompts, section.embeddings) != (None, None) and (anew or not file.exists()):
+        save_conditions(work.prepared.conditions, file)
+
+
+def progressive(work: Work, calibration: CalibrationSet) -> nn.Module:
+    """Stage `pq`: down the ladder to the target widths, against the full-precision prediction."""
+    model = _quantized(work, calibration, work.prepared.plan)
+    schedule = bit_schedule(work.policy, work.prepared.plan, model)
+    callbacks = [
+        schedule,
+        FullPrecisionMatching(),
+        WeightDistance(schedule.layers),
+        *_shown(work, model, work.policy.sampler.steps, work.policy.sampler.guidance_scale),
+    ]
+    _train(work, "pq", model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
+    return model
+
+
+def at_targets(work: Work, calibration: CalibrationSet) -> nn.Module:
+    """The model at its target widths, ranges calibrated: where fixed-bit training starts, and the variant `ptq`."""
+    return _quantized(work, calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in work.prepared.plan])
+
+
+def fixed_bit(work: Work, calibration: CalibrationSet) -> nn.Module:
+    """The control: the same seed, steps and data, at the target widths from the first step."""
+    model = at_targets(work, calibration)
+    callbacks = [
+        FullPrecisionMatching(),
+        WeightDistance(quantized_layers(model)),
+        *_shown(work, model, work.policy.sampler.steps, work.policy.sampler.guidance_scale),
+    ]
+    _train(work, "fixed-bit", model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
+    return model
+
+
+def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module) -> nn.Module:
+    """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
+    distillation, rounds = work.policy.distillation, work.policy.distillation.rounds
+    scale = work.policy.guidance_scale(name)
+    loss = CalibrationAssistedDistillation(*loss_weights(work.policy, name), scale, calibration.unconditional)
+    for number in range(1, rounds + 1):
+        targets = _targets(work, targets_stage(name, number), calibration, teacher, number)
+        student = copy.deepcopy(teacher)
+        batches = distillation_batches(targets, work.whole_batch, work.policy.training.seed, calibration.condition)
+        callbacks = [loss, *_shown(work, student, work.policy.student_steps_by_round[number - 1], scale)]
+        stage = student_stage(work.policy, name, number)
+        _train(work, stage, student, callbacks, batches, max(1, distillation.steps // rounds))
+        teacher = student
+    return teacher
+
+
+def _targets(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module, number: int) -> DistillationSet:
+    """What the students of a round learn from; the frozen teacher runs once."""
+    policy, steps = work.policy, (work.policy.sampler.steps, *work.policy.student_steps_by_round)
+    file = work.path / "distillation" / f"{name}.safetensors"
+    with work.folder.stage(name) as stage:
+        if stage.new:
+            calls = policy.calibration.trajectories * steps[number - 1]
+            scale = policy.guidance_scale("pq" if number == 1 else "pqcad")  # of the teacher
+            with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
+                batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
+                parts, schedule = work.folder.parts(name), work.schedule.student(steps[0], taught)
+                found = distillation_set(teacher, calibration, schedule, taught, learned, batch, advance, scale, parts, name)
+            save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
+            stage.done()
+    return DistillationSet(**load_file(file))
+
+
+def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
+    """The policy's way down, for a quantized model."""
+    progressive = policy.progressive
+    settings = BitScheduleSettings(
+        momentum=progressive.momentum,
+        plateau=progressive.plateau,
+        perturbation=progressive.perturbation,
+        layers_per_transition=progressive.layers_per_transition,
+        deadline=min(round(progressive.deadline * progressive.steps), progressive.steps - 1),  # the last step is made at the targets
+        blends=progressive.transition == "blend",
+        rungs=rungs(plan),
+        fixed=progressive.schedule == "fixed",
+    )
+    return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings)
+
+
+def _training_batches(work: Work, calibration: CalibrationSet) -> BatchSource:
+    return calibration_batches(calibration, work.whole_batch, work.policy.training.seed)
+
+
+def _shown(work: Work, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
+    """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not shown."""
+    noise = torch.from_numpy(initial_noise(work.policy.evaluation.seed, 0, SHOWN, work.shape))
+    every = 0 if work.prepared.model.latent else work.policy.training.samples_every
+    chosen = work.prepared.conditions.of(work.policy.evaluation.seed, 0, SHOWN)
+    follow = Guidance(chosen, work.prepared.conditions.unconditional, guidance_scale)
+    samples = TrainingSamples(noise, work.schedule.student(work.policy.sampler.steps, steps), steps, every, follow)
+    return [QuantizerLog(quantized_layers(model)), samples]
+
+
+def _quantized(work: Work, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
+    """The full-precision model with quantizers around its weights, ranges from the calibration set."""
+    model = quantize_model(copy.deepcopy(work.prepared.split), plan)
+    calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, work.policy.calibration.batch_size))
+    return model
+
+
+def _train(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int) -> None:
+    """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the CPU."""
+    with work.folder.stage(name, together=True) as stage:
+        if stage.new:
+            make = partial(_fit, work, name, model, callbacks, batches, steps)
+            if work.shares_training:
+                trained = kept(work.path.parent / SHARED, work.decides(name), make)
+                shutil.copytree(trained, work.path, dirs_exist_ok=True)
+            else:
+                make(work.path)
+            stage.done(transitions=json.loads((work.path / TRANSITIONS.format(name)).read_text(encoding="utf-8")))
+        model.load_state_dict(load_file(work.path / WEIGHTS.format(name)), strict=True)
+        model.cpu()
+
+
+def _fit(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int, folder: Path) -> None:
+    """Train, and leave in `folder` what a run's folder holds of a trained stage."""
+    state = train_stage(model, callbacks, batches, _stage_settings(work, name, steps), work.console, work.warn)
+    schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
+    transitions = [asdict(transition) for schedule in schedules for transition in schedule.transitions]
+    with agreed() as first:
+        if first:
+            _keep_trained(work, name, state, transitions, folder)
+
+
+def _keep_trained(work: Work, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    with torch.no_grad(), averaged_weights(state) as model:
+        weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    save_tensors(weights, folder / WEIGHTS.format(name))
+    write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
+    if folder != work.path:
+        (folder / "logs").mkdir()
+        shutil.copy2(work.path / "logs" / f"{name}.jsonl", folder / "logs")
+
+
+def _stage_settings(work: Work, name: str, steps: int) -> StageSettings:
+    training = work.policy.training
+    loop = LoopSettings(
+        steps=steps,
+        learning_rate=training.learning_rate,
+        warmup=min(20, steps // 10),
+        ema=training.ema,
+        accumulation=training.gradient_accumulation,
+        max_grad_norm=training.max_grad_norm,
+    )
+    checkpoints = CheckpointFolder(work.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints)
+    return StageSettings(
+        name, loop, training.precision, checkpoints, work.path / "logs", training.on_divergence, training.activation_checkpointing
+    )

@@ -1,0 +1,107 @@
+"""The baselines that OpenVINO and NNCF make of the full-precision graph, tried out where they may die: in processes of their own.
+
+Not here: full precision's own conversion and all timing (latency.py). Without torch, which such a process would load in vain.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from pqcad_qat.errors import DiedError, ModelError
+from pqcad_qat.machine.own_process import run_apart
+from pqcad_qat.serving.compiled_graph import compile_graph
+from pqcad_qat.serving.graph_inputs import spelled
+
+Inputs = Mapping[str, np.ndarray]
+Properties = Mapping[str, object]
+XML_FILE = "openvino_model.xml"
+
+
+def save_openvino(model: ov.Model, folder: Path) -> Path:
+    """Save as ``folder``/openvino_model.xml and .bin without rounding any constant; returns the xml's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ov.save_model(model, folder / XML_FILE, compress_to_fp16=False)
+    return folder / XML_FILE
+
+
+def nncf_baseline(float_xml: Path, calibration_inputs: Sequence[Inputs], folder: Path, ways: Sequence[Properties] = ({},)) -> Path:
+    """NNCF's post-training INT8 with its own defaults, calibrated on every one of ``calibration_inputs``; returns the saved xml.
+
+    It has been compiled in all of these ``ways`` and called once: to be timed from that file, as a user of it would run it.
+
+    Raises:
+        DiedError: NNCF or OpenVINO cannot do so; nothing is left in the folder then.
+    """
+    if not calibration_inputs:
+        raise ModelError("NNCF's baseline needs at least one calibration input; got none")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        arrays = Path(temporary) / "inputs.npz"
+        _write(calibration_inputs, arrays)
+        try:
+            run_apart(_quantize, str(float_xml), str(arrays), str(folder), [dict(way) for way in ways])
+        except DiedError:
+            for left in folder.glob(f"{Path(XML_FILE).stem}.*"):
+                left.unlink()
+            raise
+    return folder / XML_FILE
+
+
+def try_out(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
+    """Compile a graph in all of these ways, and call it once in each.
+
+    Raises:
+        DiedError: OpenVINO cannot.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        arrays = Path(temporary) / "inputs.npz"
+        _write([inputs], arrays)
+        run_apart(_try_out, str(xml), str(arrays), [dict(way) for way in ways])
+
+
+def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
+    """Why those that could not be done could not, by name; each is tried."""
+    died: dict[str, str] = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except DiedError as error:
+            died[name] = str(error)
+    return died
+
+
+def _quantize(float_xml: str, inputs: str, folder: str, ways: list[dict[str, object]]) -> None:
+    import nncf  # takes seconds, and only this baseline needs it
+
+    given = _read(inputs)
+    quantized = nncf.quantize(ov.Core().read_model(float_xml), nncf.Dataset(given), subset_size=len(given))
+    _call(save_openvino(quantized, Path(folder)), given[0], ways)
+
+
+def _try_out(xml: str, inputs: str, ways: list[dict[str, object]]) -> None:
+    _call(Path(xml), _read(inputs)[0], ways)
+
+
+def _call(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
+    for way in ways:
+        core = ov.Core()
+        compiled = compile_graph(core.read_model(xml), core, properties=way)
+        compiled.create_infer_request().infer(spelled([port.get_names() for port in compiled.inputs], inputs))
+
+
+def _write(inputs: Sequence[Inputs], file: Path) -> None:
+    with file.open("wb") as written:
+        stacked: dict[str, Any] = {name: np.stack([one[name] for one in inputs]) for name in inputs[0]}
+        np.savez(written, **stacked)
+
+
+def _read(file: str) -> list[dict[str, np.ndarray]]:
+    with np.load(file) as found:
+        arrays = {name: found[name] for name in found.files}
+    return [{name: array[index] for name, array in arrays.items()} for index in range(len(next(iter(arrays.values()))))]

@@ -1,0 +1,54 @@
+"""How long a deployed folder takes until it can predict, by the format of its weights on disk.
+
+Not here: how long a prediction takes (latency.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import openvino as ov
+
+from pqcad_qat.report.benchmark_record import LoadTime
+from pqcad_qat.serving.compiled_graph import compile_graph
+from pqcad_qat.serving.deployed_folder import copy_folder, read_graph, read_manifest
+from pqcad_qat.serving.packing import WeightFormat
+from pqcad_qat.timing.latency import size_bytes, timing
+
+Result = TypeVar("Result")
+
+FORMATS: tuple[WeightFormat, ...] = ("int8", "packed")
+
+
+def load_times(folder: Path, temporary: Path, runs: int) -> tuple[LoadTime, ...]:
+    """Load the folder as plain int8 and as packed weights, in turns; both are written below `temporary` first.
+
+    Raises:
+        ModelError: a damaged folder.
+    """
+    folders = {name: temporary / name for name in FORMATS}
+    for name in FORMATS:
+        copy_folder(folder, folders[name], name)
+    seconds: dict[WeightFormat, list[tuple[float, float, float]]] = {name: [] for name in FORMATS}
+    for turn in range(runs):
+        for name in FORMATS if turn % 2 else FORMATS[::-1]:
+            seconds[name].append(_load(folders[name]))
+    return tuple(LoadTime(name, size_bytes(folders[name]), *map(timing, zip(*rows, strict=True))) for name, rows in seconds.items())
+
+
+def _load(folder: Path) -> tuple[float, float, float]:
+    """Seconds of verifying, reading and compiling, as our runtime does them."""
+    core = ov.Core()
+    verify, _ = _timed(lambda: read_manifest(folder))
+    read, graph = _timed(lambda: read_graph(folder, core))
+    compiling, _ = _timed(lambda: compile_graph(graph, core))
+    return verify, read, compiling
+
+
+def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result

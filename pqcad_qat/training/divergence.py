@@ -1,0 +1,300 @@
+"""Trouble while a stage trains: a loss that explodes or jumps, ranges that collapsed or saturate, weights that oscillate; found, and named.
+
+Not here: what is done about a divergence (rollback.py, training_stage.py), nor how a layer uses its grid (quantization/grid_statistics.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.errors import DivergedError
+from pqcad_qat.quantization.grid_statistics import input_use, not_finite, weight_use
+from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, read_bits
+from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
+
+RISE = 100.0
+"""Times its lowest level over which a loss has exploded. Quantized training starts close to the full-precision optimum, so a healthy loss
+rises too: sixfold at a rate of 5e-4 before it comes back, in our runs."""
+
+NEGLIGIBLE = 1e-6
+"""Loss under which a rise means nothing: predictions are of order 1."""
+
+CALM = 0.1
+"""Share of the allowed loss under which training is well."""
+
+SETTLED = 10
+"""Steps after a change of width from which training counts as well again: a transition that does harm shows its harm by then."""
+
+SATURATED = 0.25
+"""Share of clipped values over which a range saturates: a range of least squared error clips 7 % of a Gaussian's values at 2 bits and less
+at more, and at worst 16 % of a SiLU's outputs, at 3 bits."""
+
+WEIGHTS_EVERY, INPUTS_EVERY = 5, 25
+"""Steps between two looks at the weights' integers (odd, since a weight that flips at every step shows it at odd distances alone), and at
+what the layers read. All that is watched takes 2 % of a step of a model as small as the digits', and less of larger ones."""
+
+TRACKED, READ = 256, 4096
+"""Weights of a layer, and values of its input, that are looked at; evenly spread. The state of so few fits into every checkpoint."""
+
+MEMORY = 0.9
+"""Decay of the frequency of flips, per look: about 50 steps."""
+
+OFTEN = 0.2
+"""Frequency of flips from which a weight oscillates: it turned back in one look of five."""
+
+OSCILLATING = 0.2
+"""Share of a layer's weights that may oscillate: healthy training, at 2 bits and a rate of 5e-4, had 7 % at most, at 8 bits."""
+
+Trouble = Literal["collapsed weights", "saturated weights", "oscillating weights", "collapsed inputs", "saturated inputs"]
+
+SAID: dict[Trouble, tuple[str, str]] = {
+    "collapsed weights": (
+        "the range of the weights collapsed: they are all zero, or a channel's scale is at its smallest",
+        "use scale: statistics, range: mse or more bits for these layers, or a lower training.learning_rate",
+    ),
+    "saturated weights": (
+        f"the range of the weights saturates: more than {SATURATED:.0%} of them are clipped",
+        "use scale: statistics or range: mse for these layers, or a lower training.learning_rate",
+    ),
+    "oscillating weights": (
+        f"weights oscillate between two integers: more than {OSCILLATING:.0%} of them turned back in every fifth look or oftener",
+        "lower training.learning_rate, give these layers more bits, or keep training.ema, which averages over it",
+    ),
+    "collapsed inputs": (
+        "the range of the inputs collapsed: every value becomes zero, or the scale is at its smallest",
+        "use range: mse, scale: statistics or more bits for the inputs, or a lower training.learning_rate",
+    ),
+    "saturated inputs": (
+        f"the range of the inputs saturates: more than {SATURATED:.0%} of the values are clipped",
+        "use scale: learned, more calibration.trajectories or range: min_max for the inputs, or a lower training.learning_rate",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LossLevel:
+    """A loss smoothed over about five steps (an exponential moving average with Adam's bias correction), and its lowest value so far."""
+
+    average: float = 0.0
+    count: int = 0
+    lowest: float = float("inf")
+
+    def updated(self, loss: float) -> LossLevel:
+        moved = replace(self, average=0.8 * self.average + 0.2 * loss, count=self.count + 1)
+        return replace(moved, lowest=max(NEGLIGIBLE, min(self.lowest, moved.value)))
+
+    @property
+    def value(self) -> float:
+        return self.average / (1 - 0.8**self.count)
+
+
+def allowed_rise(dropped: int) -> float:
+    """Times its lowest level that a loss may reach where layers went down by `dropped` bits: each bit doubles the distance between two
+    integers and so quadruples the squared rounding error; what is over that has another cause."""
+    return max(RISE, 4.0**dropped)
+
+
+@dataclass
+class Flips:
+    """How often weights turn back: Nagel et al. 2022 ("Overcoming oscillations in quantization-aware training", section 4), at every look.
+
+    Attributes, each (weights,), layer after layer:
+        integers: at the last look.
+        direction: of the last change, -1 or 1; 0 where there was none.
+        frequency: moving average of "changed, and the other way than before".
+    """
+
+    integers: Tensor
+    direction: Tensor
+    frequency: Tensor
+
+    @classmethod
+    def of(cls, integers: Tensor) -> Flips:
+        return cls(integers, torch.zeros_like(integers), torch.zeros_like(integers))
+
+    def look(self, integers: Tensor) -> None:
+        change = (integers - self.integers).sign()
+        self.frequency.lerp_((change * self.direction < 0).to(self.frequency.dtype), 1 - MEMORY)
+        self.direction = torch.where(change == 0, self.direction, change)
+        self.integers = integers
+
+
+@dataclass
+class TroubleWatch(Callback):
+    """Watches the loss at every step, weights and inputs at some; raises DivergedError, and warns of the rest once a layer and trouble.
+
+    Attributes:
+        stage: heads every warning.
+        layers: quantized layers by name.
+        warn: told in a sentence.
+        good: the last step at which all was well: the loss calm, and no change of width under way or just over. What is raised at a later
+            step may be undone by going back to a checkpoint of this one or an earlier one.
+    """
+
+    stage: str
+    layers: Mapping[str, QuantizedLayer]
+    warn: Callable[[str], None]
+    good: int = 0
+    _loss: LossLevel = LossLevel()
+    _judge_from: int = 0
+    _changed_at: int = -1
+    _busy_at: int = -SETTLED
+    _moved: list[str] = field(default_factory=list)
+    _told: set[str] = field(default_factory=set)
+    _flips: Flips | None = None
+    _inputs: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    _hooks: list[Any] = field(default_factory=list)
+    _batch: Batch = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = "trouble"
+        self._first = {name: read_bits(layer)[0] for name, layer in self.layers.items()}
+        self._widths = dict(self._first)
+
+    def before_step(self, state: TrainState) -> None:
+        if state.step % INPUTS_EVERY == 0:
+            self._hooks = [layer.register_forward_pre_hook(self._reader(name)) for name, layer in self.layers.items()]
+
+    def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
+        """Asked after those that run the model: what the backward pass computes again, and further micro-batches, are not read."""
+        self._batch = batch
+        self._stop_reading()
+        return {}
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        self._look_at_inputs(state.step)
+        self._judge(state.step, report.loss)
+        if self.layers and state.step % WEIGHTS_EVERY == 0:
+            self._look_at_weights(state.step)
+
+    def explain(self, state: TrainState) -> Sequence[str]:
+        self._look_at_inputs(state.step)
+        if wrong := [name for name, value in self._batch.items() if not bool(value.isfinite().all())]:
+            return [f"{', '.join(wrong)} of the batch not finite"]
+        causes = [f"layer {name}: {', '.join(found)} not finite" for name, layer in self.layers.items() if (found := not_finite(layer))]
+        known = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
+        named = dict(state.model.named_parameters())
+        causes += [f"{name} is not finite" for name, value in named.items() if id(value) not in known and not bool(value.isfinite().all())]
+        broken = [name for name, value in named.items() if value.grad is not None and not bool(value.grad.isfinite().all())]
+        if broken and not causes:
+            causes = [f"{self._owner(broken[-1])}: gradient not finite (the last of {len(broken)} such parameters)"]
+        return [*causes[:5], *([f"and {len(causes) - 5} more"] if len(causes) > 5 else []), "lower training.learning_rate"]
+
+    def _owner(self, parameter: str) -> str:
+        return next((f"layer {name}" for name in self.layers if parameter.startswith(f"{name}.")), parameter)
+
+    def forgive(self, step: int) -> None:
+        """Judge the loss again only after a while: the learning rate has just been lowered, and training goes on from where it is."""
+        self._judge_from = step + 2 * SETTLED
+
+    # ---- the loss ----------------------------------------------------------------------------------------------------------------
+
+    def _judge(self, step: int, loss: float) -> None:
+        blends = {name: blend_state(layer) for name, layer in self.layers.items()}
+        widths = {name: blend.next_bits if blend else read_bits(self.layers[name])[0] for name, blend in blends.items()}
+        moved = [name for name, width in widths.items() if width != self._widths[name]]
+        if moved:
+            self._changed_at, self._widths, self._moved = step - 1, widths, moved
+        self._loss = self._loss.updated(loss)
+        dropped = max((self._first[name] - width for name, width in widths.items()), default=0)
+        allowed = allowed_rise(dropped) * self._loss.lowest
+        if self._loss.value > allowed and step >= self._judge_from:
+            raise DivergedError(step, self._explosion(step, allowed))
+        if moved or any(blends.values()):
+            self._busy_at = step
+        if self._loss.value <= CALM * allowed and step - self._busy_at >= SETTLED:
+            self.good = step
+
+    def _explosion(self, step: int, allowed: float) -> str:
+        level = self._loss
+        text = f"step {step}: training diverged: the smoothed loss is {level.value:.3g}, {level.value / level.lowest:.0f} times its lowest"
+        text += f" ({level.lowest:.3g}); allowed {allowed / level.lowest:.0f} times"
+        if self._changed_at < 0:
+            return f"{text}; lower training.learning_rate"
+        widths = [f"layer {name} from {self._first[name]} to {self._widths[name]} bits" for name in self._moved[:5]]
+        more = f" and {len(self._moved) - 5} more" if len(self._moved) > 5 else ""
+        return (
+            f"{text}. The last change of width was at step {self._changed_at}: {', '.join(widths)}{more}; use progressive.transition: "
+            "blend, a later progressive.deadline, more bits for these layers, or a lower training.learning_rate"
+        )
+
+    # ---- weights and inputs ------------------------------------------------------------------------------------------------------
+
+    def _look_at_weights(self, step: int) -> None:
+        found: dict[Trouble, dict[str, str]] = {"collapsed weights": {}, "saturated weights": {}, "oscillating weights": {}}
+        uses = {name: weight_use(layer, TRACKED) for name, layer in self.layers.items()}
+        for name, use in uses.items():
+            if use.collapsed:
+                found["collapsed weights"][name] = f"{use.clipped:.0%} clipped"
+            elif use.clipped > SATURATED:
+                found["saturated weights"][name] = f"{use.clipped:.0%}"
+        sizes = [len(use.integers) for use in uses.values()]
+        integers = torch.cat([use.integers for use in uses.values()]).cpu()
+        if self._flips is None or step - self._busy_at <= WEIGHTS_EVERY:
+            self._flips = Flips.of(integers)
+        self._flips.look(integers)
+        shares = [float(part.double().mean()) for part in torch.split(self._flips.frequency >= OFTEN, sizes)]
+        found["oscillating weights"] = {name: f"{share:.0%}" for name, share in zip(uses, shares, strict=True) if share > OSCILLATING}
+        self._tell(step, found)
+
+    def _reader(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            use = input_use(self.layers[name], arguments[0].detach(), READ)
+            self._inputs.setdefault(name, []).append((use.clipped, use.collapsed))
+
+        return look
+
+    def _stop_reading(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _look_at_inputs(self, step: int) -> None:
+        found: dict[Trouble, dict[str, str]] = {"collapsed inputs": {}, "saturated inputs": {}}
+        for name, uses in self._inputs.items():
+            clipped = sum(share for share, _ in uses) / len(uses)
+            if all(collapsed for _, collapsed in uses):
+                found["collapsed inputs"][name] = f"{clipped:.0%} clipped"
+            elif clipped > SATURATED:
+                found["saturated inputs"][name] = f"{clipped:.0%}"
+        self._inputs = {}
+        self._tell(step, found)
+
+    def _tell(self, step: int, found: Mapping[Trouble, Mapping[str, str]]) -> None:
+        for trouble, layers in found.items():
+            new = {name: number for name, number in layers.items() if f"{trouble}: {name}" not in self._told}
+            if not new:
+                continue
+            self._told |= {f"{trouble}: {name}" for name in new}
+            what, advice = SAID[trouble]
+            listed = ", ".join(f"layer {name} ({number})" for name, number in new.items())
+            self.warn(f"{self.stage}: step {step}: {what}: {listed}; {advice}")
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "loss": asdict(self._loss) | {"lowest": min(self._loss.lowest, 1e30)},
+            "good": self.good,
+            "judge_from": self._judge_from,
+            "changed_at": self._changed_at,
+            "busy_at": self._busy_at,
+            "widths": self._widths,
+            "moved": self._moved,
+            "told": sorted(self._told),
+            "flips": {key: value.tolist() for key, value in vars(self._flips).items()} if self._flips else None,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """What has been told stays told, also where training goes back to before it."""
+        self._loss = LossLevel(**saved["loss"])
+        self.good, self._judge_from = saved["good"], saved["judge_from"]
+        self._changed_at, self._busy_at = saved["changed_at"], saved["busy_at"]
+        self._widths, self._moved = dict(saved["widths"]), list(saved["moved"])
+        self._told |= set(saved["told"])
+        self._flips = Flips(**{key: torch.tensor(value) for key, value in saved["flips"].items()}) if saved["flips"] else None

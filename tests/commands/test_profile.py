@@ -1,0 +1,58 @@
+"""The command `profile`: the policy's own step, quantized, in transition and in floating point; nothing here asserts a speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_runs import POLICIES, tiny_overrides
+
+from pqcad_qat import cli
+from pqcad_qat.commands import profile as step_costs
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.quantization.conversion import quantized_layers
+from pqcad_qat.quantization.quantized_layer import blend_state, read_bits
+from pqcad_qat.training.step_profile import StepProfile, profile_steps
+
+
+def test_its_models_are_what_the_columns_say(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
+    seen = {}
+
+    def looking(candidates: dict, *rest: object) -> dict[str, StepProfile]:  # type: ignore[type-arg]
+        found = profile_steps(candidates, *rest)  # type: ignore[arg-type]
+        seen.update({name: quantized_layers(model) for name, (model, _) in candidates.items()})
+        return found
+
+    monkeypatch.setattr(step_costs, "profile_steps", looking)
+    costs = step_costs.step_costs(policy, 1, Console(quiet=True))
+    assert list(costs) == list(step_costs.COLUMNS) == list(seen)
+    assert not seen["float"]
+    assert all(read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None for layer in seen["fixed-bit"].values())
+    ways = [blend_state(layer) for layer in seen["pq"].values() if len(layer.plan.ladder) > 1]
+    assert ways
+    assert all(blend is not None and 0.4 < blend.share < 0.6 for blend in ways)
+    assert costs["float"].kept_bytes < costs["fixed-bit"].kept_bytes
+
+
+def test_the_command_prints_every_part_and_writes_nothing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "CONSOLE", Console(width=160))
+    flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
+    cli.main(["profile", str(POLICIES / "smoke.yaml"), "--runs", "1", *flags])
+    printed = capsys.readouterr().out
+    for text in ("forward", "backward", "optimizer", "times float", "between two widths", "one step of 4 states"):
+        assert text in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_is_enough(tmp_path: Path, tiny_folder: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_bytes((tiny_folder / "unet" / "config.json").read_bytes())
+    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(config))
+    costs = step_costs.step_costs(policy, 1, Console(quiet=True))
+    table = step_costs.costs_table(costs, 4, "an architecture")
+    assert "states a second" in table.columns[0]._cells

@@ -1,0 +1,158 @@
+"""Modules of a user's own: what cannot be deployed is told by the plan, what the plan takes ends in INT8 with PyTorch's integers.
+
+Not here: diffusers' classes, and that `register_denoiser` makes a source of models (test_architectures.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from own_networks import DEPLOYED, REFUSED, SHAPE, WIDTH, Network, conv, image, network, rows
+from rich.console import Console
+from small_networks import rule
+from tiny_runs import POLICIES, TINY
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from pqcad_qat.commands import run as pipeline
+from pqcad_qat.errors import ModelError, PqcadError
+from pqcad_qat.models.architectures import ConditionInput
+from pqcad_qat.models.denoiser import load_model, predict
+from pqcad_qat.models.own_modules import hold_statistics, plain_module
+from pqcad_qat.models.registry import register_denoiser
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.plan import expected_bytes, plan_layers
+from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers, quantizable_layers
+from pqcad_qat.stages.prepared import planned_shapes
+
+SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "epsilon", "clip_sample": False}
+EVERY_LAYER = '[{match: ["type:Conv2d", "type:Linear"], weights: {bits: 4}, inputs: {bits: 8, symmetric: false}}]'
+
+
+def policy_of(name: str, build: Any, *more: str) -> Policy:
+    def seeded() -> Any:
+        torch.manual_seed(0)
+        return build()
+
+    register_denoiser(name, seeded, SHAPE, SCHEDULER)
+    every = ("evaluation.features=none", "quantization.attention=float", *more)
+    overrides = (f"model.source=registered:{name}", f"quantization.layers={EVERY_LAYER}", *every)
+    return load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides])
+
+
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_what_the_plan_takes_was_deployed_on_trial_with_every_planned_layer_in_int8_and_exact(name: str) -> None:
+    build, floating = DEPLOYED[name]
+    denoiser, plan = planned_shapes(policy_of(name, build))
+    assert {layer: float_kind(denoiser.get_submodule(layer)) for layer in float_layers(denoiser, plan)} == floating
+    assert [layer.name for layer in plan] == [layer for layer in quantizable_layers(denoiser) if layer not in floating]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_or_deployed_is_refused_by_the_plan_in_one_line(name: str) -> None:
+    build, said = REFUSED[name]
+    with pytest.raises(PqcadError, match=said) as caught:
+        planned_shapes(policy_of(name, build))
+    assert "\n" not in str(caught.value)
+    assert f"registered:{name}" in str(caught.value)
+
+
+def test_attention_in_int8_is_computed_once_by_a_module_or_refused_with_the_key() -> None:
+    with pytest.raises(PqcadError, match=r"quantization\.attention: got int8; .* by the network itself 2 times; allowed once .*, or float"):
+        planned_shapes(policy_of("attended", DEPLOYED["attended-twice"][0], "quantization.attention=int8"))
+    build = DEPLOYED["attention-and-recurrence"][0]
+    assert planned_shapes(policy_of("attention", build, "quantization.attention=int8"))[1]
+
+
+def test_a_comma_in_a_layers_path_is_refused_with_its_rule() -> None:
+    build = lambda: network(lambda self, h, t: self.mid(self.parts["a,b"](h)), parts=nn.ModuleDict({"a,b": conv()}))  # noqa: E731
+    with pytest.raises(PqcadError, match=r"names parts\.a,b: a comma in its path"):
+        planned_shapes(policy_of("comma", build))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, -8, 8), (3, 8.0, 8), "888", (0, 8, 8)])
+def test_a_sample_shape_that_is_none_is_refused(shape: Any) -> None:
+    register_denoiser("shape", Network, shape, SCHEDULER)
+    with pytest.raises(ModelError, match=r"registered:shape: sample_shape: got .*; allowed \(C, H, W\)"):
+        load_model("registered:shape")
+
+
+def test_conditions_are_condition_inputs_of_known_sizes() -> None:
+    register_denoiser("conditions", Network, SHAPE, SCHEDULER, ({"name": "tone"},))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"conditions: got \{'name': 'tone'\}; allowed ConditionInput"):
+        load_model("registered:conditions")
+    register_denoiser("conditions", Network, SHAPE, SCHEDULER, (ConditionInput("tone", (-2,), "float32"),))
+    with pytest.raises(ModelError, match=r"conditions: tone: got shape \(-2,\)"):
+        load_model("registered:conditions")
+
+
+@pytest.mark.parametrize("name", ["reparametrized", "orthogonal", "pruned", "compiled", "double", "inference-tensors", "frozen"])
+def test_a_module_is_made_plain_without_changing_what_it_predicts(name: str) -> None:
+    torch.manual_seed(0)
+    module = DEPLOYED[name][0]().eval()
+    x, t = torch.randn(2, *SHAPE), torch.tensor([3, 900])
+    inner = getattr(module, "_orig_mod", module)  # compiling it takes half a minute
+    with torch.no_grad():
+        before = copy.deepcopy(inner).float()(x, t) if name == "double" else inner(x, t)
+        plain = plain_module(module, "registered:plain")
+        torch.testing.assert_close(predict(plain, x, t), before, rtol=1e-5, atol=1e-6)
+    layers = {layer for layer, part in plain.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)}
+    assert set(quantizable_layers(plain)) == layers
+    assert all(parameter.requires_grad and not parameter.is_inference() for parameter in plain.parameters())
+
+
+def test_running_statistics_stay_while_the_network_trains() -> None:
+    training = nn.Sequential(conv(), nn.BatchNorm2d(WIDTH), nn.Dropout(0.5)).train()
+    hold_statistics(training)
+    assert [part.training for part in training] == [True, False, True]
+    mean = training[1].running_mean.clone()
+    training(torch.randn(2, WIDTH, 8, 8) + 3)
+    assert torch.equal(training[1].running_mean, mean)
+
+
+def test_a_weight_that_two_layers_share_takes_its_bytes_once_and_its_integers_twice() -> None:
+    shared = DEPLOYED["tied"][0]()
+    example = torch.zeros(1, *SHAPE), torch.zeros(1)
+    weight, total = shared.mid.weight.numel(), sum(parameter.numel() for parameter in shared.parameters())
+    both, one = (plan_layers(shared, (rule(*names, bits=8),), (), example) for names in (("mid", "two"), ("mid",)))
+    assert expected_bytes(shared, both, packed=False) == 4 * (total - weight) + 2 * (weight + 4 * WIDTH)
+    assert expected_bytes(shared, one, packed=False) == 4 * total + weight + 4 * WIDTH
+
+
+class Everything(Network):
+    """A layer called twice, one before a normalization, one of one output, a reparametrized one, a constant, and others in float."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(conv(bias=False), nn.BatchNorm2d(WIDTH)))
+        self.line, self.last = nn.Conv1d(WIDTH, WIDTH, 1), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.one, self.place = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, WIDTH)
+        self.narrow = parametrizations.spectral_norm(conv())
+        self.register_buffer("table", torch.randn(1, 64, WIDTH))
+
+    def middle(self, h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = h + image(self.last(F.silu(self.last(rows(h)))) + self.place(self.table).expand(len(h), -1, -1), h)
+        h = self.mid(h) + self.one(self.embedding(t))[:, :, None, None]
+        return self.narrow(F.silu(h)) + self.line(h.flatten(2)).view(h.shape)  # type: ignore[no-any-return]
+
+
+def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
+    policy = policy_of("everything", Everything, "evaluation.variants=[fp32,pqcad-openvino]", "training.samples_every=0")
+    path = pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True)).parent
+    plan, report = (json.loads((path / name).read_text()) for name in ("plan.json", "report.json"))
+    planned = [layer["name"] for layer in plan["layers"]]
+    assert planned == ["time", "enter", "leave", "mid.0", "last", "one", "narrow"]
+    assert report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] == len(planned)
+    floating = {"line": "Conv1d", "place": "Linear, reads a constant"}
+    assert plan["float_layers"] == list(floating) == report["execution"]["float_layers"]
+    assert plan["float_kinds"] == floating == {row["layer"]: row["kind"] for row in report["layers"] if row["weight_bits"] is None}
+    page = (path / "report.html").read_text()
+    assert "Linear, reads a constant" in page
+    assert "Conv1d" in page

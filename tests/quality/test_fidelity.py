@@ -1,0 +1,179 @@
+"""FID against Gaussians' closed form and scipy, PSNR and SSIM against scikit-image, and what is said where they mean nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import sqrtm
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
+
+from pqcad_qat.data.images import load_images
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics, load_features
+from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol, frechet_distance, paired_psnr, paired_ssim
+
+RNG = np.random.default_rng(0)
+DIGITS = load_images("digits", size=32).images  # uint8 (1797, 1, 32, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So that the tests do not wait for cores that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Features:
+    return load_features("embedded:fashion-mnist")
+
+
+def statistics(features: NDArray[np.float64]) -> FeatureStatistics:
+    return FeatureStatistics(torch.from_numpy(features.sum(axis=0)), torch.from_numpy(features.T @ features), len(features))
+
+
+def fid_by_scipy(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Heusel et al. 2017, equation 6."""
+    s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.real(sqrtm(s_a @ s_b))
+    return float(((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(s_a + s_b - 2 * root))
+
+
+def noisy(images: Tensor, sigma: float) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * sigma
+    return (images.float() + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_distance_is_scipys_matrix_root_on_correlated_features(scale: float) -> None:
+    mix = RNG.normal(size=(16, 16))
+    a, b = RNG.normal(size=(400, 16)) @ mix + 2, scale * RNG.normal(size=(300, 16))
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(fid_by_scipy(a, b), rel=1e-8)
+    assert frechet_distance(statistics(b), statistics(a)) == pytest.approx(fid_by_scipy(a, b), rel=1e-8)
+
+
+def test_the_distance_of_two_diagonal_gaussians_is_the_closed_form() -> None:
+    """Sets built so that mean and covariance are exact: |m_a - m_b|^2 + sum (s_a - s_b)^2."""
+    unit = np.concatenate([np.eye(4), -np.eye(4)])  # covariance 2 / 7 I, mean 0
+    unit *= math.sqrt(7 / 2)
+    a, b = unit * np.array([1.0, 2, 3, 4]), unit * np.array([4.0, 3, 2, 1]) + np.array([1.0, 0, 0, 2])
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(5 + 9 + 1 + 1 + 9, rel=1e-9)
+
+
+def test_a_set_is_at_no_distance_from_itself_also_where_its_covariance_has_no_full_rank() -> None:
+    few = RNG.normal(size=(5, 16))
+    assert 0 <= frechet_distance(statistics(few), statistics(few)) < 1e-6
+
+
+def test_statistics_that_cannot_be_compared_are_refused() -> None:
+    with pytest.raises(ModelError, match="got 3 and 4"):
+        frechet_distance(statistics(np.ones((5, 3))), statistics(np.ones((5, 4))))
+    with pytest.raises(ModelError, match="at least two images on either side; got 1 and 5"):
+        frechet_distance(statistics(np.ones((1, 3))), statistics(np.ones((5, 3))))
+
+
+def test_fid_through_the_embedded_network_is_scipys_on_its_features(embedded: Features) -> None:
+    a, b = DIGITS[:200], noisy(DIGITS[200:400], 40.0)
+    with torch.no_grad():
+        features = [embedded.network.features(images / 127.5 - 1).double().numpy() for images in (a, b)]
+    expected = fid_by_scipy(*features)
+    assert frechet_distance(image_statistics(embedded.network, a), image_statistics(embedded.network, b)) == pytest.approx(
+        expected, rel=1e-3
+    )
+
+
+def test_what_is_not_clothing_is_far_from_the_embedded_reference_of_clothing(embedded: Features) -> None:
+    noise = torch.from_numpy(RNG.integers(0, 256, (200, 1, 32, 32), dtype=np.uint8))
+    digits, static = (evaluate_images(images, None, embedded).fid_real for images in (DIGITS[:200], noise))
+    assert digits is not None
+    assert static is not None
+    assert digits > 20  # 512 held-out photographs of clothes stand at 0.2 to 0.4
+    assert static > 50
+
+
+def test_the_distance_to_full_precision_grows_with_the_difference(embedded: Features) -> None:
+    found = [evaluate_images(noisy(DIGITS[:128], sigma), DIGITS[:128], embedded) for sigma in (2.0, 20.0, 80.0)]
+    distances = [figures.fid_fp for figures in found if figures.fid_fp is not None]
+    assert distances == sorted(distances)
+    assert len(set(distances)) == 3
+    ratios = [figures.psnr_fp for figures in found if figures.psnr_fp is not None]
+    assert ratios == sorted(ratios, reverse=True)
+
+
+def test_psnr_is_scikit_images_over_the_whole_set() -> None:
+    a, b = DIGITS[:300], noisy(DIGITS[:300], 12.0)  # more than one batch
+    expected = peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255)  # type: ignore[no-untyped-call]
+    assert paired_psnr(a, b) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_is_the_mean_of_scikit_images_per_image(channels: int) -> None:
+    a = DIGITS[: 300 * channels].reshape(300, channels, 32, 32)
+    b = noisy(a, 25.0)
+    options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
+    expected = np.mean([structural_similarity(x, y, **options) for x, y in zip(a.numpy(), b.numpy(), strict=True)])  # type: ignore[no-untyped-call]
+    assert paired_ssim(a, b) == pytest.approx(expected, abs=1e-4)
+
+
+def test_identical_images_have_no_finite_psnr_and_the_figures_say_so_in_strict_json(embedded: Features) -> None:
+    figures = evaluate_images(DIGITS[:100], DIGITS[:100], embedded)
+    assert figures.psnr_fp is None
+    assert figures.identical_to_fp
+    assert figures.ssim_fp == pytest.approx(1.0, abs=1e-6)
+    assert figures.fid_fp == 0
+    assert json.loads(json.dumps(asdict(figures), allow_nan=False))["psnr_fp"] is None
+
+
+def test_without_a_counterpart_or_a_reference_the_figures_are_none(embedded: Features) -> None:
+    alone = evaluate_images(DIGITS[:100], None, embedded)
+    assert (alone.fid_fp, alone.psnr_fp, alone.ssim_fp, alone.identical_to_fp) == (None, None, None, False)
+    assert alone.fid_real is not None
+    assert evaluate_images(DIGITS[:100], None, replace(embedded, reference=None)).fid_real is None
+    paired = evaluate_images(DIGITS[:100], noisy(DIGITS[:100], 9.0), None)
+    assert (paired.fid_real, paired.fid_fp) == (None, None)
+    assert paired.psnr_fp is not None
+
+
+@pytest.mark.parametrize(("count", "deficient"), [(64, True), (65, False)])
+def test_a_covariance_of_too_few_images_is_marked(embedded: Features, count: int, deficient: bool) -> None:
+    assert evaluate_images(DIGITS[:count], None, embedded).rank_deficient is deficient
+
+
+def test_one_image_has_no_fid(embedded: Features) -> None:
+    with pytest.raises(ModelError, match="at least two images on either side; got 1"):
+        evaluate_images(DIGITS[:1], None, embedded)
+
+
+def test_sets_that_do_not_pair_are_refused(embedded: Features) -> None:
+    with pytest.raises(ModelError, match=r"got \(3, 1, 32, 32\) and \(2, 1, 32, 32\)"):
+        evaluate_images(DIGITS[:3], DIGITS[:2], embedded)
+    with pytest.raises(ModelError, match=r"must be torch\.uint8; got torch\.uint8 and torch\.float32"):
+        paired_psnr(DIGITS[:3], DIGITS[:3].float())
+    with pytest.raises(ModelError, match="at least 11x11 pixels; got 8x8"):
+        paired_ssim(DIGITS[:2, :, :8, :8], DIGITS[:2, :, :8, :8])
+
+
+def test_images_smaller_than_the_window_have_every_figure_but_ssim() -> None:
+    images = DIGITS[:4, :, :10, :10]
+    figures = evaluate_images(noisy(images, 9.0), images, None)
+    assert figures.ssim_fp is None
+    assert figures.psnr_fp == paired_psnr(noisy(images, 9.0), images)
+
+
+def test_the_protocol_names_network_reference_and_a_small_number_of_images(embedded: Features) -> None:
+    protocol = fid_protocol(embedded, images=512, sampler="ddim", steps=20, seed=7)
+    assert (protocol.features, protocol.features_sha256) == ("embedded:fashion-mnist", embedded.sha256)
+    assert protocol.reference is not None
+    assert protocol.reference.startswith("fashion-mnist train 32x32, 60000 images, sha256 ")
+    assert protocol.under_10000
+    assert not fid_protocol(embedded, images=10_000, sampler="ddim", steps=20, seed=7).under_10000

@@ -1,0 +1,148 @@
+"""What each stage depends on: which are done again for a change of each kind, and that the end is that of a new run.
+
+Not here: how recipes are recorded and compared (test_run_folder.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_runs import POLICIES, tiny_overrides
+
+from pqcad_qat.commands import run as pipeline
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.stages.prepared import prepare
+from pqcad_qat.stages.recipes import recipes
+from pqcad_qat.stages.resuming import decides, reason_to_repeat, record_of
+
+Records = dict[str, dict[str, object]]
+
+DEPLOYED = {"export", "benchmark", "samples-pqcad-openvino", "evaluation"}
+FLOATING = {"samples-fp32", "samples-fp32-half"}
+IMAGES = {f"samples-{name}" for name in ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")}
+STUDENTS = {"pqcad", "samples-pqcad", *DEPLOYED}
+DISTILLED = {"pq-distilled", "samples-pq-distilled", *STUDENTS}
+QUANTIZED = {"pq", "samples-pq", "teacher", *DISTILLED}
+CONTROL = {"fixed-bit", "samples-fixed-bit"}
+ALL = {"calibration", "baselines", *CONTROL, *QUANTIZED, *IMAGES}
+
+AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
+    "training.samples_every=0": set(),
+    "training.checkpoint_every=2": set(),
+    "training.keep_checkpoints=5": set(),
+    "training.on_divergence=stop": set(),
+    "training.activation_checkpointing=true": set(),
+    "calibration.batch_size=2": set(),
+    "evaluation.features=none": {"evaluation"},
+    "evaluation.variants=[fp32, pq]": {"evaluation"},
+    "evaluation.seed=5": {*IMAGES, "evaluation"},
+    "evaluation.images=4": {*IMAGES, "evaluation"},
+    "evaluation.batch_size=4": {*IMAGES, "evaluation"},
+    "export.latency_runs=9": {"benchmark"},
+    "export.weights=packed": DEPLOYED,
+    "export.batch_size=2": {*DEPLOYED, "baselines", "samples-nncf-int8"},
+    "quantization.attention=float": DEPLOYED,
+    "name=other": DEPLOYED,
+    "pipeline.vae=none": DEPLOYED,
+    "distillation.calibration_weight=0.5": STUDENTS,
+    "distillation.steps=8": DISTILLED,
+    "distillation.teacher_weight=0.5": DISTILLED,
+    "progressive.plateau=0.1": QUANTIZED,
+    "progressive.steps=8": {*CONTROL, *QUANTIZED},
+    "training.learning_rate=0.01": {*CONTROL, *QUANTIZED},
+    "training.seed=3": {*CONTROL, *QUANTIZED},
+    "training.precision=bf16": {*CONTROL, *QUANTIZED},
+    "quantization.layers[2].weights.bits=3": {*CONTROL, *QUANTIZED},
+    "quantization.split_shortcuts=false": {*CONTROL, *QUANTIZED},
+    "calibration.seed=3": ALL - FLOATING,
+    "calibration.trajectories=6": ALL - FLOATING,
+    "sampler.steps=8": ALL - {"samples-fp32-half"},
+    "distillation.student_steps=1": {*DISTILLED, "teacher", "samples-fp32-half"},
+}
+
+
+@pytest.fixture(scope="module")
+def records(tiny_folder: Path) -> Callable[[str], Records]:
+    """The records of every stage under an override."""
+
+    @lru_cache
+    def under(override: str) -> Records:
+        policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *([override] if override else [])))
+        table = recipes(policy, prepare(policy))
+        return {stage: record_of(table, stage) for stage in table}
+
+    return under
+
+
+def test_a_run_has_a_recipe_of_every_stage(records: Callable[[str], Records]) -> None:
+    assert set(records("")) == ALL
+
+
+@pytest.mark.parametrize("override", AGAIN)
+def test_a_change_of_the_policy_does_again_what_depends_on_it_and_nothing_else(override: str, records: Callable[[str], Records]) -> None:
+    was, now = records(""), records(override)
+    assert {stage for stage in now if reason_to_repeat(was[stage], now[stage]) is not None} == AGAIN[override]
+
+
+def test_every_key_of_a_policy_is_tried() -> None:
+    """A key that is new must say here what depends on it; these sections decide which model is loaded, or are one recipe as a whole."""
+    tried = {override.split("=")[0].split("[")[0] for override in AGAIN}
+    whole = load_policy(POLICIES / "smoke.yaml").model_dump()
+    for section in ("training", "evaluation", "export"):
+        optimizer = {"batch_size", "gradient_accumulation", "ema", "max_grad_norm"} if section == "training" else set()
+        assert {key for key in whole[section] if f"{section}.{key}" not in tried} == optimizer
+
+
+def test_rules_in_other_words_and_layers_that_may_run_in_float_are_trained_alike(tiny_folder: Path) -> None:
+    """What an export refuses is listed as an exception, by a rule of its own before the others; nothing is trained again for it."""
+    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
+    rules = policy.quantization.layers
+    excepted = rules[-1].model_copy(update={"match": ("mid_block.resnets.0.conv1",), "execution": "float"})
+    listed = policy.quantization.model_copy(update={"layers": (*rules[:-1], excepted, rules[-1])})
+    was, now = (recipes(one, prepare(one)) for one in (policy, policy.model_copy(update={"quantization": listed})))
+    again = {stage for stage in now if reason_to_repeat(record_of(was, stage), record_of(now, stage)) is not None}
+    assert again == DEPLOYED
+
+
+def test_what_runs_share_is_named_by_libraries_too(records: Callable[[str], Records], tiny_folder: Path) -> None:
+    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
+    table = recipes(policy, prepare(policy))
+    assert {"torch", "brevitas", "training.checkpoint_every"} <= decides(table, "pq").keys()
+    assert len({json.dumps(decides(table, stage)) for stage in table}) == len(table)
+
+
+def run(model: Path, path: Path, *overrides: str, resume: bool = False) -> str:
+    torch.set_num_threads(1)
+    printed = io.StringIO()
+    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(model, "evaluation.variants=[fp32, pq, pqcad]", *overrides))
+    pipeline.run(policy, path, "command", Console(file=printed, width=300), resume=resume)
+    return printed.getvalue()
+
+
+def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_for_bit(tiny_folder: Path, tmp_path: Path) -> None:
+    shorter = ("progressive.steps=3", "distillation.steps=3", "evaluation.images=2", "calibration.trajectories=2")
+    changes = (*shorter, "distillation.calibration_weight=0.5", "training.samples_every=0", "evaluation.features=none", "evaluation.seed=3")
+    run(tiny_folder, tmp_path / "one" / "run", *shorter)
+    pq = (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns
+    told = run(tiny_folder, tmp_path / "one" / "run", *changes, resume=True)
+    assert "kept: calibration, pq, teacher" in told
+    assert "again: pqcad (distillation.calibration_weight 1.0 -> 0.5), samples-fp32 (evaluation.seed 1234 -> 3)" in told
+    assert (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns == pq
+    run(tiny_folder, tmp_path / "two" / "run", *changes)
+    names = [f"{folder}/{name}.safetensors" for folder in ("models", "samples") for name in ("pq", "pqcad")]
+    for name in (*names, "samples/fp32.safetensors", "distillation/teacher.safetensors", "calibration/trajectories.safetensors"):
+        one, two = (load_file(tmp_path / root / "run" / name) for root in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert [key for key in one if not torch.equal(one[key], two[key])] == [], name
+    reports = [json.loads((tmp_path / root / "run" / "report.json").read_text()) for root in ("one", "two")]
+    assert reports[0]["variants"] == reports[1]["variants"]
+    assert reports[0]["policy"] == reports[1]["policy"]
+    assert (tmp_path / "one" / "run" / "superseded" / "pqcad-1" / "models" / "pqcad.safetensors").is_file()

@@ -1,0 +1,72 @@
+"""The parts of pqcad_qat/README.md that follow from the code: `python tests/support/architecture_page.py` writes them anew.
+
+Not here: the test that the page is up to date (test_architecture.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "pqcad_qat"
+PAGE = PACKAGE / "README.md"
+
+
+def summary(file: Path) -> str:
+    """The first paragraph of a module's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def contracts() -> list[dict[str, object]]:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found: list[dict[str, object]] = config["tool"]["importlinter"]["contracts"]
+    return found
+
+
+def rooms() -> list[str]:
+    """The layers of the import contract, highest first."""
+    layers = next(contract["layers"] for contract in contracts() if contract["type"] == "layers")
+    assert isinstance(layers, list)
+    return [name for layer in layers for name in layer.split(" | ")]
+
+
+def rules() -> str:
+    return "\n".join(f"- {contract['name']}." for contract in contracts()) + "\n"
+
+
+def house() -> str:
+    """One table row a room, highest first."""
+    rows = ["| room | what belongs there |", "|---|---|"]
+    for room in rooms():
+        folder, file = PACKAGE / room / "__init__.py", PACKAGE / f"{room}.py"
+        name, place = (f"{room}/", folder) if folder.exists() else (f"{room}.py", file)
+        rows.append(f"| `{name}` | {summary(place)} |")
+    return "\n".join(rows) + "\n"
+
+
+def files() -> str:
+    """Every file of every room with what it holds, rooms as in the table."""
+    text = []
+    for room in rooms():
+        modules = sorted(path for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py")
+        if modules:
+            text += [f"### {room}/", ""]
+            text += [f"- `{path.name}`: {summary(path)}" for path in modules] + [""]
+    return "\n".join(text)
+
+
+def page() -> str:
+    """The page with its three parts made anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, made in (("rules", rules()), ("house", house()), ("files", files())):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + made + end + rest.split(end)[1]
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

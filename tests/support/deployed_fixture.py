@@ -1,0 +1,105 @@
+"""A small quantized denoiser, and the folder that it is deployed to: what the three tests of deployment share.
+
+Not here: any test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny_runs import SCHEDULER, tiny_unet
+from torch import Tensor, nn
+
+from pqcad_qat.export.export_model import export_model
+from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
+from pqcad_qat.quantization.plan import plan_layers
+from pqcad_qat.quantization.quantized_layer import IntegerLayer
+from pqcad_qat.quantization.shortcuts import split_shortcuts
+from pqcad_qat.serving.packing import WeightFormat
+
+SHAPE = (1, 32, 32)
+BATCH = 2
+PROVENANCE = {"policy": "test", "model": {"source": "random weights", "digest": "none"}}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model, its layers in integers, and what they read and the model gave on one batch."""
+
+    model: nn.Module
+    layers: Mapping[str, IntegerLayer]
+    inputs: Mapping[str, np.ndarray]
+    states: Tensor  # (B, C, H, W)
+    timesteps: Tensor  # (B,)
+    prediction: np.ndarray  # (B, C, H, W)
+
+    def export(self, folder: Path, weights: WeightFormat = "int8", batch: int = BATCH) -> Path:
+        return export_model(self.model, SCHEDULER, self.layers, SHAPE, batch, weights, folder, PROVENANCE).path
+
+
+def quantized_unet(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
+    """The tiny UNet, its shortcuts split."""
+    torch.manual_seed(0)
+    return quantized(tiny_unet(), weights, inputs)
+
+
+def quantized_small(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
+    """The small denoiser below."""
+    torch.manual_seed(0)
+    return quantized(SmallDenoiser(), weights, inputs)
+
+
+def quantized(model: nn.Module, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
+    """The model with every layer quantized alike: keys of a policy's `weights` and `inputs`."""
+    states, timesteps = torch.randn(BATCH, *SHAPE), torch.tensor([999, 40])
+    split_shortcuts(model, (states, timesteps))
+    rule = LayerRule.model_validate({"match": ["type:Conv2d", "type:Linear"], "weights": dict(weights), "inputs": dict(inputs)})
+    plan = plan_layers(model, [rule], (weights["bits"],), (states, timesteps))
+    quantize_model(model, plan)
+    calibrate_ranges(model, [(states, timesteps)])
+    model.eval()
+    seen, prediction = _run(model, states, timesteps)
+    return Quantized(model, integer_layers(model), seen, states, timesteps, prediction)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, states: Tensor, timesteps: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    seen: dict[str, np.ndarray] = {}
+
+    def watch(name: str) -> Any:
+        return lambda _, arguments: seen.__setitem__(name, arguments[0].numpy().copy())
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in quantized_layers(model).items()]
+    output = model(states, timesteps)
+    prediction = (output if isinstance(output, Tensor) else output.sample).numpy()
+    for hook in hooks:
+        hook.remove()
+    return seen, prediction
+
+
+class SmallDenoiser(nn.Module):
+    """Every kind of layer that deployment must take to INT8, in a graph that compiles fast: x (B, 1, 32, 32), t (B,) -> (B, 1, 32, 32)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(1, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=2, bias=False)
+        self.time = nn.Linear(1, 16)
+        self.to_q, self.to_k = nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+        self.conv_out = nn.Conv2d(16, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.down(F.silu(self.conv_in(x))) + self.time(t.float()[:, None] / 1000)[:, :, None, None]
+        h = F.silu(self.grouped(F.silu(h)))
+        tokens = h.flatten(2).transpose(1, 2)  # (B, HW, C)
+        h = (self.to_q(tokens) * self.to_k(tokens)).transpose(1, 2).reshape(h.shape)
+        out: Tensor = self.conv_out(F.interpolate(h, scale_factor=2.0))
+        return out

@@ -1,0 +1,226 @@
+"""A program for test_kills.py: one small run through every stage in forked processes, cut off again and again until it ends by itself.
+
+    python killed_runs.py MODEL ROOT KINDS SEED
+
+KINDS, joined by +, are what each process meets in turn, at a moment of its own in one of the stages: SIGKILL, SIGINT, or `full`, a disk at
+ROOT that is full from then on, until the process has ended. With SEED 0 every stage is cut off once, otherwise 30 moments are spread over
+them. KINDS `none` is a run that is left alone, and comes first. Prints, as JSON, how each process ended and where.
+
+The processes are forked from one that has imported everything and used nothing. Not here: any test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from tiny_runs import POLICIES, SCHEDULER, tiny_overrides
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pqcad_qat import cli
+from pqcad_qat.commands import run  # noqa: F401 (the whole of it, before any fork)
+from pqcad_qat.models.denoiser import save_model
+from pqcad_qat.stages.run_folder import RunFolder, Stage
+
+SMALL = (  # beside tiny_runs.TINY
+    "sampler.steps=2",
+    "distillation.student_steps=1",
+    "calibration.refinement=1",
+    "calibration.batch_size=1",
+    "progressive.steps=4",
+    "distillation.steps=3",
+    "training.checkpoint_every=1",
+    "training.samples_every=0",
+    "evaluation.features=none",
+    "evaluation.images=4",
+    "evaluation.batch_size=1",
+    "export.latency_runs=1",
+)
+
+VARIANTS = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+STAGES = {  # stage -> moments in it
+    "calibration": 3,
+    "pq": 3,
+    "fixed-bit": 2,
+    "teacher": 2,
+    "pq-distilled": 2,
+    "pqcad": 2,
+    "export": 3,
+    "baselines": 3,
+    "benchmark": 1,
+    **{f"samples-{name}": 1 for name in VARIANTS},
+    "evaluation": 1,
+}
+EVENTS = "events.json"
+"""How many events each stage of a run has that is left alone: beside the model, for the runs that come after it."""
+
+REPORT = "report"
+"""What comes after the last stage, as a stage."""
+
+ORDER = [*STAGES, REPORT]
+FILLER = "filler"
+Moment = tuple[str, str, int]
+"""What is met, in which stage, and at which of its events: files changed, and calls of the model."""
+
+WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "shutil.copyfile", "shutil.rmtree")
+
+
+@dataclass
+class Place:
+    """Where a process is: a stage, and what has happened in it: files changed, calls of the model."""
+
+    stage: str = "start"
+    events: int = 0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a process ended: its exit code (of a signal the negative number), what it said, in which stage, and which were finished then."""
+
+    code: int
+    said: str
+    stage: str
+    finished: Sequence[str]
+
+
+def main(model: Path, root: Path, kinds: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    if not model.exists():
+        torch.manual_seed(0)
+        save_model(network().eval(), SCHEDULER, model)
+    found = [ended(started(model, root, None))] if kinds == "none" else list(cut_off(model, root, kinds.split("+"), seed))
+    print(json.dumps([asdict(ending) for ending in found]))
+
+
+def network() -> UNet2DModel:
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 16, "norm_num_groups": 4}
+    return UNet2DModel(in_channels=1, out_channels=1, **blocks, **sizes)
+
+
+def cut_off(model: Path, root: Path, kinds: Sequence[str], seed: int) -> Iterator[Ending]:
+    """A moment after the other, each in a process that goes on where the one before it was cut off; then one to the end."""
+    dice = random.Random(seed)
+    events = json.loads((model.parent / EVENTS).read_text())
+    stages = [(stage, count) for stage, count in {**STAGES, REPORT: 1}.items() for _ in range(count if seed else 1)]
+    for kind, (stage, count) in zip(cycle(kinds), stages, strict=False):
+        yield ended(started(model, root, (kind, stage, dice.randint(1, max(1, events[stage] // (2 * count))))))
+        (root / FILLER).unlink(missing_ok=True)
+    yield ended(started(model, root, None))
+
+
+def meet(kind: str, root: Path) -> None:
+    """What cuts the process off."""
+    if kind != "full":
+        signal.raise_signal(signal.Signals[kind])
+        return
+    with (root / FILLER).open("wb") as file, suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+            file.flush()
+
+
+@dataclass(frozen=True)
+class Process:
+    number: int
+    root: Path
+
+
+def started(model: Path, root: Path, moment: Moment | None) -> Process:
+    """A process that begins the run or goes on with it, and is cut off at the moment."""
+    number = os.fork()
+    if number:
+        return Process(number, root)
+    code = 1
+    try:
+        with outputs(model.parent / f"{root.name}.said") as said:
+            with watched(moment, root, model.parent / f"{root.name}.place"):
+                flags = [f"--set={override}" for override in tiny_overrides(model, *SMALL)]
+                try:
+                    cli.main(["run", str(POLICIES / "smoke.yaml"), "--out", str(root / "run"), "--resume", *flags])
+                    code = 0
+                except SystemExit as ended_with:
+                    code = int(ended_with.code or 0)
+            said.flush()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+@contextmanager
+def outputs(file: Path) -> Iterator[Any]:
+    """What the process prints goes into a file."""
+    with file.open("w", encoding="utf-8") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+        yield said
+
+
+@contextmanager
+def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
+    """Inside, events are counted by stage, and at that of the moment, or at the next one after its stage, the process is cut off."""
+    place, sent, events = Place(), False, dict[str, int]()
+    stage_of = RunFolder.stage
+    told.write_text(place.stage)
+
+    def event() -> None:
+        nonlocal sent
+        place.events += 1
+        events[place.stage] = max(place.events, events.get(place.stage, 0))
+        if moment is None or sent or place.stage not in ORDER:
+            return
+        kind, stage, number = moment
+        beyond = ORDER.index(place.stage) - ORDER.index(stage)
+        if beyond > 0 or (beyond == 0 and place.events >= number):
+            sent = True
+            meet(kind, root)
+
+    @contextmanager
+    def entered(folder: RunFolder, name: str, together: bool = False) -> Iterator[Stage]:
+        place.stage, place.events = name, 0
+        told.write_text(name)
+        with stage_of(folder, name, together) as stage:
+            yield stage
+        if name == "evaluation":
+            place.stage, place.events = REPORT, 0
+            told.write_text(REPORT)
+
+    def audit(name: str, arguments: tuple[Any, ...]) -> None:
+        writes = name in WRITES or (name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and str(arguments[0]).startswith(str(root)):
+            event()
+
+    def called(module: torch.nn.Module, _arguments: Any) -> None:
+        if isinstance(module, UNet2DModel):
+            event()
+
+    RunFolder.stage = entered  # type: ignore[method-assign]
+    sys.addaudithook(audit)
+    register_module_forward_pre_hook(called)
+    yield
+    if moment is None and not (told.parent / EVENTS).exists():
+        (told.parent / EVENTS).write_text(json.dumps(events))
+
+
+def ended(process: Process) -> Ending:
+    code = os.waitstatus_to_exitcode(os.waitpid(process.number, 0)[1])
+    beside = Path(sys.argv[1]).parent / process.root.name
+    finished = sorted(marker.stem for marker in (process.root / "run" / "stages").glob("*.json"))
+    said = beside.with_suffix(".said").read_text(encoding="utf-8", errors="replace")
+    return Ending(code, said, beside.with_suffix(".place").read_text(encoding="utf-8"), finished)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -1,0 +1,185 @@
+"""FIXTURE, not results: an invented but plausible report, to render and to test with.
+
+Not here: any test.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from pqcad_qat.report.record import (
+    Curves,
+    Execution,
+    FidProtocol,
+    Hardware,
+    LayerRow,
+    Parity,
+    ProfileRow,
+    Report,
+    Reproduction,
+    Series,
+    StorageRow,
+    Timing,
+    Transition,
+    Variant,
+    target,
+)
+
+BLOCKS = ("down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2")
+PQ_STEPS = 600
+
+
+def fixture_report() -> Report:
+    """An invented report with every part filled."""
+    layers = fixture_layers()
+    return Report(
+        policy={
+            "name": "w4a8 (FIXTURE, invented numbers)",
+            "model": {"source": "embedded:invented"},
+            "sampler": {"name": "ddim", "steps": 20},
+        },
+        seed=0,
+        hardware=Hardware(
+            "Invented CPU 9000 @ 2.40GHz",
+            ("avx2", "avx512_vnni", "avx512_bf16"),
+            2,
+            {"python": "3.11.7", "torch": "2.13.0", "openvino": "2026.4.1", "nncf": "3.4.0", "brevitas": "0.13.4", "diffusers": "0.42.1"},
+            native_bf16=True,
+        ),
+        variants=fixture_variants(),
+        fid_protocol=FidProtocol(2000, "invented-classifier", "ab" * 32, "60,000 training images (invented)", "ddim", 20, 0),
+        bit_schedule=fixture_schedule(layers),
+        parity=Parity(len(planned(layers)), len(planned(layers)), "mid_block.resnets.0.conv1", 0.0, 41.7),
+        execution=Execution(len(planned(layers)), len(planned(layers)), ("conv_in", "conv_out")),
+        timings_s={"calibrate": 41.2, "pq": 212.0, "fixed-bit": 171.3, "pqcad": 96.4, "export": 18.8, "evaluate": 122.0, "benchmark": 24.9},
+        targets=(
+            target("planned layers that executed in INT8", 55, "==", 55, "layers"),
+            target("milliseconds an image: pqcad-openvino / ov-bf16", 0.431, "<=", 0.45, "x"),
+            target("milliseconds an image: pqcad-openvino / ov-fp32", 0.243, "<=", 0.20, "x", "8 % of the step is reorders"),
+            target("milliseconds an image: pqcad-openvino / fp32", 0.071, "<=", 0.10, "x"),
+            target("Frechet distance to real: pqcad / fp32", 1.058, "<=", 1.10, "x"),
+            target("bytes packed / float32 weights", None, "<=", 0.16, "x", "this export keeps int8"),
+        ),
+        warnings=("up_blocks.2.resnets.1.conv2 reached its target by the deadline, its perturbation was still 0.14",),
+        latency={"fp32": Timing(21.7, 20.4, 21.2, 22.9, 60), "pqcad-openvino": Timing(3.02, 2.91, 2.98, 3.11, 60)},
+        layers=layers,
+        profiles={
+            "nncf-int8": (
+                ProfileRow("Convolution", "i8", 1.31, 38),
+                ProfileRow("Subgraph", "bf16", 0.72, 31),
+                ProfileRow("MVN", "f32", 0.55, 18),
+                ProfileRow("Reorder", "bf16", 0.31, 22),
+                ProfileRow("FullyConnected", "i8", 0.30, 12),
+                ProfileRow("FullyConnected", "bf16", 0.11, 3),
+                ProfileRow("Convolution", "bf16", 0.09, 1),
+            ),
+            "pqcad-openvino": (
+                ProfileRow("Convolution", "u8", 1.22, 36),
+                ProfileRow("Subgraph", "bf16", 0.64, 30),
+                ProfileRow("MVN", "bf16", 0.51, 18),
+                ProfileRow("FullyConnected", "i8", 0.26, 14),
+                ProfileRow("Reorder", "bf16", 0.21, 16),
+                ProfileRow("Transpose", "bf16", 0.08, 4),
+                ProfileRow("Convolution", "bf16", 0.07, 2),
+            ),
+        },
+        storage=(
+            *(StorageRow(block, 60_000 + 37_000 * i % 170_000, 2_400 + 300 * i, 4_100 + 700 * i) for i, block in enumerate(BLOCKS)),
+            StorageRow("conv_in", 0, 0, 1_280),
+            StorageRow("time_embedding", 20_480, 1_024, 1_024),
+        ),
+        reproduction=Reproduction("python -m pqcad_qat run policies/w4a8.yaml", "name: w4a8\nseed: 0\n", "0.1.0"),
+        created="2000-01-01T00:00:00+00:00",
+    )
+
+
+def fixture_variants() -> tuple[Variant, ...]:
+    """One invented row of each name."""
+    simulated = "PyTorch, simulated"
+    return (
+        Variant("fp32", "PyTorch", 32, 32, 20, 6_540_000, 21.7, 434.0, 8.31, None, None, None),
+        Variant("fp32-half", "PyTorch", 32, 32, 10, 6_540_000, 21.7, 217.0, 12.92, 3.1, 21.9, 0.861),
+        Variant("ov-fp32", "OpenVINO", 32, 32, 20, 6_900_000, 6.21, 124.2),
+        Variant("ov-bf16", "OpenVINO", 16, 16, 20, 6_900_000, 3.5, 70.0),
+        Variant("nncf-int8", "OpenVINO", 8, 8, 20, 2_050_000, 3.39, 67.8, 9.88, 0.61, 27.4, 0.942),
+        Variant("fixed-bit", simulated, 4.18, 8, 20, None, None, None, 8.74, 0.33, 28.1, 0.951),
+        Variant("pq", simulated, 4.18, 8, 20, None, None, None, 8.52, 0.29, 28.9, 0.957),
+        Variant("pq-distilled", simulated, 4.18, 8, 10, None, None, None, 10.6, 1.2, 24.0, 0.9),
+        Variant("pqcad", simulated, 4.18, 8, 10, None, None, None, 8.79, 0.41, 25.6, 0.921),
+        Variant("pqcad-openvino", "OpenVINO", 4.18, 8, 10, 1_690_000, 3.02, 30.2, 8.81, 0.42, 25.5, 0.920),
+    )
+
+
+def fixture_layers() -> tuple[LayerRow, ...]:
+    """55 planned layers and two that stay floating point."""
+    rows = [LayerRow("conv_in", "Conv2d", "conv_in", None, None, (), 320, "float", "bf16")]
+    for index, block in enumerate(BLOCKS):
+        for conv in range(8 if index else 7):
+            name = f"{block}.resnets.{conv // 3}.{('conv1', 'conv2', 'time_emb_proj')[conv % 3]}"
+            rows.append(LayerRow(name, "Conv2d", "*", 4, 8, (8, 6, 4), 9_216 * (1 + index), "int8", "u8", True))
+    rows.append(LayerRow("conv_out", "Conv2d", "conv_out", None, None, (), 289, "float", "bf16"))
+    return tuple(rows)
+
+
+def planned(layers: tuple[LayerRow, ...]) -> list[LayerRow]:
+    return [row for row in layers if row.weight_bits is not None]
+
+
+def fixture_schedule(layers: tuple[LayerRow, ...]) -> tuple[Transition, ...]:
+    """8 to 6 to 4 bits, a quarter of the layers at a time, the last by the deadline."""
+    generator, moves = np.random.default_rng(0), []
+    for rung, (start, first, second) in enumerate(((40, 8, 6), (190, 6, 4))):
+        for place, index in enumerate(generator.permutation(len(planned(layers)))):
+            step = start + 34 * (place // 14) + 7 * rung
+            late = rung == 1 and place >= 50
+            perturbation = float((0.03 if rung == 0 else 0.09) * generator.lognormal(0, 0.2))
+            cause = "deadline" if late else "plateau"
+            moves.append(Transition(400 if late else step, planned(layers)[index].layer, first, second, 0.004, perturbation, cause))
+    return tuple(sorted(moves, key=lambda move: move.step))
+
+
+def fixture_curves() -> Curves:
+    """Falling invented losses and momenta."""
+    generator = np.random.default_rng(1)
+
+    def series(stage: str, name: str, steps: int, start: float, end: float) -> Series:
+        values = [end + (start - end) * math.exp(-6 * step / steps) * float(generator.lognormal(0, 0.12)) for step in range(steps)]
+        return Series(stage, name, tuple(range(steps)), tuple(values))
+
+    losses = (
+        series("pq", "loss", PQ_STEPS, 0.02, 0.0016),
+        series("fixed-bit", "loss", PQ_STEPS, 0.05, 0.0021),
+        series("pq-distilled", "teacher", 300, 0.03, 0.006),
+        series("pqcad", "teacher", 300, 0.03, 0.007),
+        series("pqcad", "calibration", 300, 0.035, 0.004),
+    )
+    momenta = (
+        series("pq", "loss_momentum", PQ_STEPS, 0.05, 0.003),
+        series("pq", "perturbation", PQ_STEPS, 0.05, 0.04),
+        series("pq", "mean_bits", PQ_STEPS, 8, 4),
+    )
+    steps = tuple(range(1, 401, 5))
+    distances = tuple(
+        Series(stage, "weight_distance", steps, tuple(0.1 + scale * n / 400 for n in steps))
+        for stage, scale in (("pq", 0.1), ("fixed-bit", 0.2))
+    )
+    return Curves(losses, momenta, distances, 0.005, 0.12)
+
+
+def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:
+    """Invented blobs (K, 1, 32, 32) in [-1, 1], the same for all variants but for noise."""
+    generator = np.random.default_rng(2)
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    centres = generator.uniform(-0.3, 0.3, (count, 2))
+    blobs = np.stack([2 * np.exp(-6 * ((x - a) ** 2 + (y - b) ** 4)) - 1 for a, b in centres])[:, None]
+    names = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+    return {name: np.clip(blobs + generator.normal(0, 0.03 * i, blobs.shape), -1, 1).astype(np.float32) for i, name in enumerate(names)}
+
+
+def minimal_report() -> Report:
+    """Only what cannot be missing."""
+    full = fixture_report()
+    return Report(policy={"model": {"source": "embedded:invented"}}, seed=1, hardware=replace(full.hardware, native_bf16=None))

@@ -1,0 +1,51 @@
+"""What `optimum_pipelines` loads: tiny text-to-image folders, and the images of a prompt that our runtime makes of them.
+
+Not here: any test.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from text_pipelines import T5_TOKENS, deployed
+
+from pqcad_qat.sampling.trajectory import initial_noise
+from pqcad_qat.serving.graph_inputs import packed
+from pqcad_qat.serving.text_to_image import TextToImage
+
+ASKED = {"prompt": "a cat and two dogs", "negative": "a mat", "guidance": 2.5, "steps": 4, "seed": 7}
+
+T5 = {"max_sequence_length": T5_TOKENS, "height": 16, "width": 16}
+
+CALLED: Mapping[str, Mapping[str, Any]] = {
+    "stable-diffusion": {"guidance_scale": ASKED["guidance"]},
+    "stable-diffusion-xl": {"guidance_scale": ASKED["guidance"]},
+    "stable-diffusion-3": {"guidance_scale": ASKED["guidance"], **T5},
+    "flux": {"true_cfg_scale": ASKED["guidance"], "guidance_scale": 3.5, **T5},
+}
+"""Kind of pipeline -> how its diffusers class is asked for the same."""
+
+
+def make(served: Path) -> None:
+    """Write KIND/openvino for every kind, and in KIND/ asked.json, noise.npy, (1, C, h, w) or of Flux packed, and image.npy.
+
+    The last is uint8, (1, 3, H, W).
+    """
+    for kind, called in CALLED.items():
+        where = deployed(kind, served / kind, {"vae": "int8", "text_encoder": "int8-weights"})
+        pipeline = TextToImage.from_pretrained(where.folder, properties={"INFERENCE_PRECISION_HINT": "f32"})
+        image = pipeline(ASKED["prompt"], ASKED["negative"], ASKED["guidance"], ASKED["steps"], ASKED["seed"])  # type: ignore[arg-type]
+        np.save(served / kind / "image.npy", image)
+        noise = initial_noise(ASKED["seed"], 0, 1, pipeline.denoiser.sample_shape)  # type: ignore[arg-type]
+        np.save(served / kind / "noise.npy", packed(noise) if kind == "flux" else noise)
+        asked = {"prompt": ASKED["prompt"], "negative_prompt": ASKED["negative"], "num_inference_steps": ASKED["steps"]}
+        (served / kind / "asked.json").write_text(json.dumps({**asked, **called}))
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

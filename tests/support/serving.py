@@ -1,0 +1,68 @@
+"""The README's ways to serve a deployed folder, run as they stand there, and their images compared with those that `served_folder` made.
+
+Needs numpy, openvino, tokenizers and the package without its other dependencies: `tox -e check,serving` runs it where nothing else is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+FOLDER = "runs/w4a8/openvino"
+SCRIPTS = {"plain": "int8", "serve": "packed", "prompt": "text/openvino"}
+"""Script of the README -> the folder that it is given."""
+
+ABSENT = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "nncf",
+    "brevitas",
+    "accelerate",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "PIL",
+    "sklearn",
+    "rich",
+    "fire",
+)
+
+
+def readme_script(name: str) -> str:
+    """The code that follows a marker of the README."""
+    return README.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split("```python\n")[1].split("```")[0]
+
+
+def images_of(script: str, folder: Path) -> np.ndarray:
+    """What a script calls `images`, uint8 (B, C, H, W), when it is given another folder."""
+    assert FOLDER in script
+    found: dict[str, object] = {}
+    exec(script.replace(FOLDER, folder.as_posix()), found)
+    images = found["images"]
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+def main(served: Path, *names: str) -> None:
+    """Run the named scripts.
+
+    Raises AssertionError where a script's images are not the expected ones, or a module is there that should not be needed."""
+    for name in names:
+        expected = np.load(served / f"{SCRIPTS[name].split('/')[0]}.npy")
+        images = images_of(readme_script(name), served / SCRIPTS[name])
+        off = np.abs(images.astype(int) - expected[: len(images)].astype(int))
+        assert images.dtype == np.uint8, images.dtype
+        assert len(images) >= 2, images.shape
+        assert off.max() <= 1, f"{name}: off by {off.max()} of 255"  # one level: the order in which a step's terms are added
+        assert name != "plain" or not any(module.startswith("pqcad_qat") for module in sys.modules)
+        print(f"{name}: {len(images)} images, largest difference {off.max()} of 255")
+    present = [module for module in ABSENT if sys.modules.get(module) is not None]
+    assert not present, f"needed after all: {present}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,116 @@
+"""Small networks and plans for the tests of quantization: a denoiser's features in a few thousand parameters.
+
+Not here: any test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
+from pqcad_qat.quantization.quantizable_layers import KINDS
+from pqcad_qat.quantization.quantized_layer import QuantizedLayer, quantized_layer, set_input_range
+
+SYMMETRIC_WEIGHTS = QuantizerSpec(4, per_channel=True, symmetric=True, signed=True, learned_scale=True, range="min_max")
+ASYMMETRIC_INPUTS = QuantizerSpec(8, per_channel=False, symmetric=False, signed=False, learned_scale=True, range="min_max")
+
+
+class SkipNetwork(nn.Module):
+    """Two convolutions over a concatenated shortcut (one behind norm and SiLU, one direct), q, k and v over one tensor, an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(1, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.conv1 = nn.Conv2d(16, 8, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(16, 8, 1)
+        self.to_q, self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.conv_out = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """x (B, 1, H, W) -> (B, 1, H, W), whatever the time step."""
+        skip = self.conv_in(x)
+        joined = torch.cat([F.silu(self.down(skip)), skip], dim=1)
+        h = self.conv1(F.silu(self.norm(joined))) + self.conv_shortcut(joined)
+        rows = h.flatten(2).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(self.to_q(rows), self.to_k(rows), self.to_v(rows))
+        y: Tensor = self.conv_out(h + attended.transpose(1, 2).reshape(h.shape))
+        return y
+
+
+def skip_network(seed: int = 0) -> SkipNetwork:
+    torch.manual_seed(seed)
+    return SkipNetwork().eval()
+
+
+def example(batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
+    return timeless(torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed)))
+
+
+def timeless(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as the input of a denoiser that does not look at its time step."""
+    return x, torch.zeros(len(x), dtype=torch.long)
+
+
+class Timeless(nn.Sequential):
+    """Layers in a row as a denoiser that does not look at its time step."""
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y
+
+
+def rule(*match: str, bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any) -> LayerRule:
+    """A rule with quantizers of the given attributes; by default learned and min_max, inputs asymmetric."""
+    weight_values = {"bits": bits, "scale": "learned", "range": "min_max", **weights}
+    input_values = {"bits": 8, "symmetric": False, "range": "min_max", **(inputs or {})}
+    return LayerRule(match=match, weights=WeightQuantizer(**weight_values), inputs=InputQuantizer(**input_values))
+
+
+EVERYTHING = rule("type:Conv2d", "type:Linear")
+
+
+def layer_plan(
+    layer: nn.Module, weights: QuantizerSpec = SYMMETRIC_WEIGHTS, inputs: QuantizerSpec = ASYMMETRIC_INPUTS, ladder: tuple[int, ...] = ()
+) -> LayerPlan:
+    return LayerPlan("layer", KINDS[type(layer)], "*", 0, weights, inputs, "layer", ladder or (weights.bits,), 0, int8_exception=False)
+
+
+def quantized(layer: nn.Conv2d | nn.Linear, *specs: QuantizerSpec, ladder: tuple[int, ...] = ()) -> QuantizedLayer:
+    """The layer quantized and its input given the range [-1.5, 2.5]."""
+    result = quantized_layer(layer, layer_plan(layer, *specs, ladder=ladder))
+    set_input_range(result, -1.5, 2.5)
+    return result
+
+
+def convolution(seed: int = 0) -> nn.Conv2d:
+    """Six channels over four, one of them far larger, one all positive."""
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    with torch.no_grad():
+        layer.weight[1] *= 20
+        layer.weight[2].abs_()
+    return layer
+
+
+def unet_config(**changed: Any) -> dict[str, Any]:
+    """The config of a UNet2DModel that every part of a benchmark is quick on: 8x8, one channel, attention at the lower level."""
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 16,
+        "norm_num_groups": 4,
+    }
+    return config | changed

@@ -1,0 +1,115 @@
+"""A tiny full-precision model, the overrides that make a run of it take seconds, and how the tests start processes of their own.
+
+Not here: fixtures (conftest.py), or any test. Nothing needs a network or a data set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, so that repeats can be bitwise
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to others
+
+import numpy as np
+import openvino as ov
+from diffusers import UNet2DModel
+
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.timing.baseline_trials import save_openvino
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what tests start
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+POLICIES = REPOSITORY / "policies"
+SUPPORT = Path(__file__).resolve().parent
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes through every stage
+    "name=tiny",
+    "sampler.steps=4",
+    "distillation.student_steps=2",
+    "calibration.trajectories=4",
+    "calibration.batch_size=4",
+    "progressive.steps=9",
+    "distillation.steps=6",
+    "training.batch_size=4",
+    "training.checkpoint_every=3",
+    "training.samples_every=4",
+    "evaluation.images=8",
+    "evaluation.batch_size=8",
+    "evaluation.features=embedded:fashion-mnist",  # what the tiny model makes is of its shape
+    "export.latency_runs=2",
+)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that was made once, for tests that only look at it.
+
+    Attributes:
+        path: folder of the run.
+        page: what the pipeline returned.
+        policy: that it ran.
+        output: what it printed.
+    """
+
+    path: Path
+    page: Path
+    policy: Policy
+    output: str
+
+
+CommandLine = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def tiny_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=8,
+    )
+
+
+def tiny_overrides(model: Path, *more: str) -> list[str]:
+    return [f"model.source={model}", *TINY, *more]
+
+
+def fixed_batch_graph(batch: int, sample_shape: tuple[int, ...], folder: Path) -> Path:
+    """The xml of a graph with a denoiser's ports, in which the batch is written as a constant."""
+    ports = [
+        ov.opset13.parameter([batch, *sample_shape], np.float32, name="sample"),
+        ov.opset13.parameter([batch], np.int64, name="timestep"),
+    ]
+    rows = ov.opset13.reshape(ports[0], np.array([batch, -1, 1]), special_zero=False)
+    image = ov.opset13.reshape(rows, np.array([batch, *sample_shape]), special_zero=False)
+    return save_openvino(ov.Model([ov.opset13.result(image)], ports), folder)
+
+
+def program(arguments: Sequence[str | Path]) -> list[str]:
+    return [sys.executable, "-m", "pqcad_qat", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Of a subprocess: this source tree, no network, one thread, plain text."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

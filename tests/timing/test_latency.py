@@ -1,0 +1,330 @@
+"""Timing in turns, the machine's description, float baselines and their sizes and profiles; nothing here asserts a speed.
+
+Not here: the deployed INT8 folder (test_export_model.py).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from diffusers import UNet2DModel
+from tiny_runs import fixed_batch_graph
+
+from pqcad_qat.commands.benchmark import time_denoisers
+from pqcad_qat.errors import ModelError
+from pqcad_qat.timing.baseline_trials import nncf_baseline, save_openvino
+from pqcad_qat.timing.hardware import hardware, lacking, native_bf16
+from pqcad_qat.timing.latency import (
+    F32,
+    FixedBatchError,
+    compile_for_latency,
+    convert_float,
+    example_inputs,
+    node_profile,
+    openvino_candidate,
+    size_bytes,
+    time_interleaved,
+    timing,
+    torch_candidate,
+    turn_order,
+)
+
+SHAPE = (1, 8, 8)
+
+
+# ---- timing in turns
+
+
+class Clock:
+    """A clock that only the candidates move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def rest(self, seconds: float) -> None:
+        assert seconds >= 0.01, "threads of the candidate before must fall asleep"
+        self.calls.append("rest")
+
+    def candidate(self, name: str, *durations: float) -> Callable[[], None]:
+        remaining = list(durations)
+
+        def call() -> None:
+            self.calls.append(name)
+            self.now += remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("pqcad_qat.timing.latency.time.perf_counter", lambda: made.now)
+    monkeypatch.setattr("pqcad_qat.timing.latency.time.sleep", made.rest)
+    return made
+
+
+def test_every_candidate_is_warmed_then_timed_after_a_rest_and_an_untimed_call_of_its_own(clock: Clock) -> None:
+    time_interleaved({name: clock.candidate(name, 0.001) for name in "abc"}, runs=4, warmup=3)
+    assert clock.calls[:9] == [*"aaabbbccc"]
+    turns = clock.calls[9:]
+    assert Counter(turns) == {"rest": 12, "a": 8, "b": 8, "c": 8}
+    assert set(turns[::3]) == {"rest"}
+    assert turns[1::3] == turns[2::3]
+
+
+def test_only_the_second_call_of_a_turn_counts(clock: Clock) -> None:
+    # calls: settle 9, timed 1, settle 9, timed 2, ...
+    found = time_interleaved({"a": clock.candidate("a", 9, 0.001, 9, 0.002, 9, 0.003, 9, 0.004, 9, 0.1)}, runs=5, warmup=0)["a"]
+    assert found.runs == 5
+    assert (found.minimum_ms, found.lower_quartile_ms, found.median_ms, found.upper_quartile_ms) == pytest.approx((1, 2, 3, 4))
+
+
+def test_orders_rotate_so_that_each_is_first_equally_often_and_follows_each_other() -> None:
+    names = ("a", "b", "c", "d")
+    orders = [turn_order(names, turn) for turn in range(8)]
+    assert all(sorted(order) == list(names) for order in orders)
+    assert Counter(order[0] for order in orders) == dict.fromkeys(names, 2)
+    followers = {pair for order in orders for pair in pairwise(order)}
+    assert {("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")} <= followers
+
+
+def test_timing_is_numpys_percentiles_in_milliseconds() -> None:
+    seconds = np.random.default_rng(0).lognormal(-6, 0.3, 37)
+    found = timing(list(seconds))
+    expected = np.percentile(seconds, (0, 25, 50, 75)) * 1e3
+    assert (found.minimum_ms, found.lower_quartile_ms, found.median_ms, found.upper_quartile_ms) == pytest.approx(tuple(expected))
+
+
+def test_garbage_collection_is_off_while_timing_and_on_afterwards_even_on_failure() -> None:
+    states = []
+
+    def fail() -> None:
+        states.append(gc.isenabled())
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        time_interleaved({"a": fail}, runs=1, warmup=0)
+    assert states == [False]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("runs", "warmup"), [(0, 0), (1, -1)])
+def test_senseless_counts_are_refused(runs: int, warmup: int) -> None:
+    with pytest.raises(ValueError, match=f"got {runs} and {warmup}"):
+        time_interleaved({"a": lambda: None}, runs, warmup)
+
+
+# ---- the machine
+
+
+def cpuinfo(folder: Path, flags: str) -> Path:
+    path = folder / "cpuinfo"
+    path.write_text(f"processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\n", encoding="utf-8")
+    return path
+
+
+def test_hardware_reads_model_and_instruction_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    found = hardware(cpuinfo(tmp_path, "avx2 avx512_vnni amx_bf16 amx_tile amx_int8 avx_vnni avx512_bf16 avx512_vnni2"))
+    assert found.cpu == "Some CPU @ 2.00GHz"
+    assert found.isa == ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    assert found.native_bf16 is True
+    assert found.cores >= 1
+    assert found.versions["torch"] == torch.__version__
+    assert set(found.versions) >= {"python", "openvino", "nncf", "brevitas", "diffusers"}
+
+
+def test_hardware_tells_two_models_of_one_name_apart(tmp_path: Path) -> None:
+    path = cpuinfo(tmp_path, "avx2")
+    path.write_text("cpu family\t: 26\nmodel\t\t: 2\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert hardware(path).cpu == "Some CPU @ 2.00GHz (family 26, model 2)"
+
+
+def test_hardware_records_settings_that_change_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI")
+    found = hardware(cpuinfo(tmp_path, "avx2 avx512_bf16"))
+    assert found.settings["ONEDNN_MAX_CPU_ISA"] == "AVX2_VNNI"
+    assert found.native_bf16 is False
+
+
+def test_hardware_without_cpuinfo_knows_nothing_of_instruction_sets(tmp_path: Path) -> None:
+    found = hardware(tmp_path / "absent")
+    assert found.isa == ()
+    assert found.native_bf16 is None
+
+
+@pytest.mark.parametrize(
+    ("isa", "cap", "native"),
+    [
+        (("avx512_bf16",), "", True),
+        (("amx_bf16",), "avx512_core_amx", True),
+        (("avx2", "avx512_vnni"), "", False),
+        (("amx_bf16",), "AVX512_CORE_VNNI", False),
+    ],
+)
+def test_bf16_is_native_where_cpu_and_cap_allow(isa: tuple[str, ...], cap: str, native: bool) -> None:
+    assert native_bf16(isa, {"ONEDNN_MAX_CPU_ISA": cap}) is native
+
+
+@pytest.mark.parametrize(
+    ("isa", "has", "why"),
+    [
+        ("native", ("avx2",), ""),
+        ("avx2_vnni", ("avx2", "avx_vnni"), ""),
+        ("avx2_vnni", ("avx2", "avx512_vnni"), "this CPU has no avx_vnni"),
+        ("avx512_core_vnni", ("avx2", "avx_vnni"), "this CPU has no avx512_vnni"),
+        ("avx512_core_vnni", (), ""),  # unknown
+    ],
+)
+def test_a_cap_above_the_cpus_own_instruction_set_means_nothing(tmp_path: Path, isa: str, has: tuple[str, ...], why: str) -> None:
+    machine = hardware(cpuinfo(tmp_path, " ".join(has)) if has else tmp_path / "absent")
+    assert lacking(isa, machine) == why
+
+
+# ---- float model, NNCF baseline
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def converted(unet: UNet2DModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[ov.Model, Path]:
+    folder, before, keys = tmp_path_factory.mktemp("float"), unet.time_proj, list(unet.state_dict())
+    unet.train()
+    model = convert_float(unet, SHAPE, 2, folder, times=1000)
+    assert unet.training, "the model must be left as it was"
+    assert unet.time_proj is before
+    assert list(unet.state_dict()) == keys
+    unet.eval()
+    return model, folder / "openvino_model.xml"
+
+
+@pytest.fixture(scope="module")
+def baseline(converted: tuple[ov.Model, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    inputs = [example_inputs(SHAPE, 2, seed) for seed in range(3)]
+    return nncf_baseline(converted[1], inputs, tmp_path_factory.mktemp("nncf"))
+
+
+def output(candidate: Callable[[], Any]) -> np.ndarray:
+    (found,) = candidate().values()
+    return np.asarray(found)
+
+
+def test_float_conversion_computes_the_same_function_in_f32(unet: UNet2DModel, converted: tuple[ov.Model, Path]) -> None:
+    for seed in range(3):
+        inputs = example_inputs(SHAPE, 2, seed)
+        expected = torch_candidate(unet, inputs)().numpy()
+        np.testing.assert_allclose(output(openvino_candidate(converted[1], F32, inputs)), expected, atol=2e-5)
+
+
+def test_float_conversion_is_static_and_named_as_the_export(converted: tuple[ov.Model, Path]) -> None:
+    model, _ = converted
+    assert [(port.get_any_name(), list(port.shape)) for port in model.inputs] == [("sample", [2, 1, 8, 8]), ("timestep", [2])]
+    assert [(port.get_any_name(), list(port.shape)) for port in model.outputs] == [("out_sample", [2, 1, 8, 8])]
+
+
+def test_float_model_is_saved_without_rounding(unet: UNet2DModel, converted: tuple[ov.Model, Path]) -> None:
+    read = ov.Core().read_model(converted[1])
+    constants = [op for op in read.get_ops() if op.get_type_name() == "Constant"]
+    assert not any(op.get_element_type() == ov.Type.f16 for op in constants)
+    saved = {op.data.astype(np.float32).tobytes() for op in constants if op.get_element_type() == ov.Type.f32}
+    assert unet.conv_in.weight.detach().numpy().tobytes() in saved
+
+
+def test_nncf_baseline_stores_and_executes_int8(converted: tuple[ov.Model, Path], baseline: Path) -> None:
+    assert size_bytes(baseline.with_suffix(".bin")) < 0.5 * size_bytes(converted[1].with_suffix(".bin"))
+    rows = node_profile(baseline, {}, example_inputs(SHAPE, 2), runs=3)
+    convolutions = {row.precision for row in rows if row.kind == "Convolution"}
+    assert convolutions & {"i8", "u8"}
+
+
+def test_nncf_baseline_leaves_the_float_model_alone(converted: tuple[ov.Model, Path], baseline: Path) -> None:
+    assert baseline.is_file()
+    assert "FakeQuantize" not in {op.get_type_name() for op in converted[0].get_ops()}
+
+
+def test_nncf_baseline_needs_calibration(converted: tuple[ov.Model, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="at least one calibration input; got none"):
+        nncf_baseline(converted[1], [], tmp_path)
+
+
+def test_only_what_is_asked_for_is_timed_beside_full_precision_and_torchs_threads_stay(
+    unet: UNet2DModel, converted: tuple[ov.Model, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 2)
+    inputs = example_inputs(SHAPE, 2)
+    assert set(time_denoisers(unet, {"ov-fp32": converted[1]}, inputs, runs=1)) == {"fp32", "ov-fp32"}
+    assert set(time_denoisers(unet, {}, inputs, runs=1)) == {"fp32"}
+    assert torch.get_num_threads() == 1
+
+
+def test_profile_of_a_float_model_has_no_int8_and_is_sorted(converted: tuple[ov.Model, Path]) -> None:
+    rows = node_profile(converted[1], F32, example_inputs(SHAPE, 2), runs=3)
+    times = [row.milliseconds for row in rows]
+    assert times == sorted(times, reverse=True)
+    assert min(times) > 0
+    assert {row.precision for row in rows if row.kind == "Convolution"} == {"f32"}
+    assert sum(row.nodes for row in rows if row.kind == "Convolution") == sum(isinstance(m, torch.nn.Conv2d) for m in all_modules())
+
+
+def all_modules() -> list[torch.nn.Module]:
+    with torch.device("meta"):
+        config = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 16}
+        blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+        return list(UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **config, **blocks).modules())
+
+
+def test_candidates_from_missing_or_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="allowed an OpenVINO model's xml or a deployed folder"):
+        openvino_candidate(tmp_path / "absent.xml", {}, example_inputs(SHAPE, 1))
+    (tmp_path / "damaged.xml").write_text("<net", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"damaged\.xml: OpenVINO cannot read it"):
+        openvino_candidate(tmp_path / "damaged.xml", {}, example_inputs(SHAPE, 1))
+
+
+def test_a_graph_that_is_free_in_its_batch_takes_another_with_the_same_results(tmp_path: Path) -> None:
+    ports = [ov.opset13.parameter([1, 4], np.float32, name="sample"), ov.opset13.parameter([1], np.int64, name="timestep")]
+    doubled = ov.opset13.multiply(ports[0], np.float32(2))
+    free = save_openvino(ov.Model([ov.opset13.result(doubled)], ports), tmp_path / "free")
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(compile_for_latency(free, F32, 3)([rows, np.zeros(3, np.int64)])[0], 2 * rows)
+    assert list(compile_for_latency(free, F32).input(0).shape) == [1, 4]
+
+
+def test_a_graph_whose_batch_is_a_constant_refuses_another(tmp_path: Path) -> None:
+    with pytest.raises(FixedBatchError, match="got a batch of 5; allowed 2, which is fixed in its graph"):
+        compile_for_latency(fixed_batch_graph(2, SHAPE, tmp_path), F32, 5)
+
+
+def test_size_counts_all_files_below(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one").write_bytes(bytes(10))
+    (tmp_path / "a" / "b" / "two").write_bytes(bytes(7))
+    assert size_bytes(tmp_path) == 17
+    assert size_bytes(tmp_path / "a" / "b" / "two") == 7
+    with pytest.raises(ModelError, match="no such file or folder to measure"):
+        size_bytes(tmp_path / "absent")

@@ -1,0 +1,223 @@
+"""Runs that are cut off in every stage, by either signal and by a full disk: they say so, lose nothing, and end with the same bits.
+
+By default every stage is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments of each, spread over the stages. Not here: a
+run that is cut off at chosen moments of its training as a command line (test_resume.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed_runs import REPORT, STAGES
+from safetensors import SafetensorError
+from tiny_runs import POLICIES, SUPPORT, environment, program, tiny_overrides
+
+from pqcad_qat import cli
+from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
+
+PATIENCE = 3000  # seconds; a busy machine is no failure
+CHAINS = [("SIGKILL", 1), ("SIGINT", 2), ("full", 3)] if os.environ.get("PQCAD_KILLS") == "all" else [("SIGKILL+SIGINT+full", 0)]
+
+RESULTS = (
+    "calibration/trajectories.safetensors",
+    "models/*.safetensors",
+    "distillation/*.safetensors",
+    "samples/*.safetensors",
+    "student/**/*",
+    "openvino/**/*",
+    "baselines/**/openvino_model.bin",
+    "policy.yaml",
+    "plan.json",
+)
+"""What a run leaves that has no timings in it."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run in one process or many: how each ended (killed_runs.Ending)."""
+
+    root: Path
+    endings: list[dict[str, Any]]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        files = (path for pattern in RESULTS for path in (self.root / "run").glob(pattern) if path.is_file())
+        return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    @property
+    def left_over(self) -> list[str]:
+        """Drafts, locks and parts that no one will want."""
+        stores = [self.root / ".calibration", self.root / ".shared"]
+        hidden = [path for folder in (self.root / "run", *stores) for path in folder.rglob(".*")]
+        return [str(path) for path in hidden if path != self.root / "run" / ".lock"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all chains, and of their model."""
+    return tmp_path_factory.mktemp("chains")
+
+
+def chain(base: Path, name: str, kinds: str, seed: int) -> Chain:
+    (base / name).mkdir(exist_ok=True)
+    command = [sys.executable, str(SUPPORT / "killed_runs.py"), str(base / "model"), str(base / name), kinds, str(seed)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return Chain(base / name, json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path) -> Chain:
+    """The run that is left alone."""
+    found = chain(base, "whole", "none", 0)
+    assert [ending["code"] for ending in found.endings] == [0], found.endings[0]["said"]
+    return found
+
+
+@pytest.fixture
+def disk(base: Path) -> Iterator[str | None]:
+    """A small file system of its own, by its name below the folder of all chains; None where none can be mounted."""
+    (base / "disk").mkdir()
+    mounted = False
+    with suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(base / "disk")], check=True, capture_output=True)
+        mounted = True
+    yield "disk" if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(base / "disk")], check=True)
+    (base / "disk").rmdir()
+
+
+@pytest.mark.parametrize(("kinds", "seed"), CHAINS)
+def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alone(
+    kinds: str, seed: int, disk: str | None, base: Path, whole: Chain
+) -> None:
+    if disk is None and kinds == "full":
+        pytest.skip("no file system can be mounted here")
+    found = chain(base, disk or kinds, kinds if disk else kinds.removesuffix("+full"), seed)
+    *cut, last = found.endings
+    assert last["code"] == 0, last["said"]
+    assert {ending["stage"] for ending in cut} == {*STAGES, REPORT}
+    for ending in cut:
+        check_ending(ending, found.root)
+    for before, after in zip(found.endings, found.endings[1:], strict=False):
+        assert set(before["finished"]) <= set(after["finished"])
+    assert found.digests == whole.digests
+    assert found.left_over == []
+
+
+def check_ending(ending: Mapping[str, Any], root: Path) -> None:
+    """What a process said that was cut off: nothing where it was killed."""
+    code, said = ending["code"], ending["said"]
+    assert code in (-signal.SIGKILL, 130, 2), ending
+    assert "Traceback" not in said, said
+    if code == 130:
+        assert re.search(r"^interrupted.*; --resume goes on from there$", said, re.MULTILINE), said
+    if code == 2:
+        told = re.search(r"error: (\S+): cannot be written: No space left on device: (more than the )?[\d,]+ bytes", said)
+        assert told is not None, said
+        assert Path(told[1]).is_relative_to(root)
+        assert "what is finished is kept; --resume goes on from there" in said
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_run_goes_on_from_the_one_before(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The kernel refuses to let a file grow over a limit that is set while the run trains, as it does on a full disk."""
+    path = tmp_path / "run"
+    only = ["evaluation.variants=[fixed-bit]", "progressive.steps=60", "training.checkpoint_every=20", "evaluation.images=2"]
+    flags = [f"--set={override}" for override in tiny_overrides(tiny_folder, *only)]
+    command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        folder = CheckpointFolder(path / "checkpoints" / "fixed-bit", 20)
+        wait_for(folder.path / "step_000020" / "digests.json", process)
+        size = (folder.path / "step_000020" / "model.safetensors").stat().st_size
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2, errors
+    assert re.search(r"step_000040: cannot be written: File too large: [\d,]+ bytes are wanted, [\d,]+ are free", errors), errors
+    assert "Traceback" not in errors
+    assert [path.name for path in sorted(folder.path.iterdir())] == ["step_000020"]
+    assert damage(checkpoints(folder.path)[0]) is None
+    again = subprocess.run([*command, "--resume"], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert again.returncode == 0, again.stderr
+    assert "fixed-bit: going on from step 20" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_a_message_and_no_traceback_wherever_it_is_met(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def schema() -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "schema", schema)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["schema"])
+    assert ended.value.code == 2
+    assert "No space left on device" in capfd.readouterr().err
+
+
+def test_any_other_fault_of_the_machine_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schema() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(cli.COMMANDS, "schema", schema)
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["schema"])
+
+
+def test_ctrl_c_after_a_benchmark_is_no_segmentation_fault(tmp_path: Path) -> None:
+    """Compiled graphs that go in the order in which they came leave a stack for signals behind; see shared_core."""
+    script = (
+        "import gc, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tiny_runs import fixed_batch_graph\n"
+        "from pqcad_qat.timing.latency import compile_for_latency\n"
+        "xml = fixed_batch_graph(1, (1, 8, 8), Path(sys.argv[1]))\n"
+        "graphs = [compile_for_latency(xml, {}) for _ in range(2)]\n"
+        "while graphs: del graphs[0]; gc.collect()\n"
+        "try: signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('told')\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=SUPPORT, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and not file.exists():
+        assert time.monotonic() < deadline, f"no {file} after {PATIENCE} s"
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser writes to read-only folders too")
+def test_a_read_only_folder_is_an_error_before_anything_is_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    path.chmod(0o500)
+    flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
+    command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 2
+    assert f"{path}: cannot be written" in done.stderr

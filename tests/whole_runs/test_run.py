@@ -1,0 +1,503 @@
+"""A real run from policy to report: what it leaves, what it proves, and what others can do with the folder it ships.
+
+Not here: runs that are cut short (test_resume.py), the report's looks (test_report_files.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import REPOSITORY, SCHEDULER, FinishedRun
+from torch import nn
+
+from pqcad_qat.commands.run import run
+from pqcad_qat.data.calibration import read_calibration
+from pqcad_qat.errors import ExportError
+from pqcad_qat.export.proof import INT8, ExecutionReport, refuse_float
+from pqcad_qat.models.denoiser import DiffusionModel, predict
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.quality.feature_network import load_features
+from pqcad_qat.quality.fidelity import evaluate_images
+from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
+from pqcad_qat.quantization.quantizable_layers import float_layers
+from pqcad_qat.quantization.quantized_layer import blend_state, read_bits
+from pqcad_qat.quantization.student_folder import load_quantized
+from pqcad_qat.report.record import VARIANTS
+from pqcad_qat.report.sample_sheets import sheet_size
+from pqcad_qat.sampling.schedulers import DDIM_KEYS
+from pqcad_qat.sampling.trajectory import initial_noise
+from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.stages.prepared import prepare
+from pqcad_qat.stages.samplers import openvino_variant, sample_images
+from pqcad_qat.training.callback import TrainState
+from pqcad_qat.training.training_stage import StageSettings, train_stage
+
+LEFT = (  # DESIGN section 4
+    "policy.yaml",
+    "plan.json",
+    "calibration/trajectories.safetensors",
+    "checkpoints/pq",
+    "logs",
+    "student/model_index.json",
+    "student/unet/config.json",
+    "student/unet/diffusion_pytorch_model.safetensors",
+    "student/scheduler/scheduler_config.json",
+    "openvino/model_index.json",
+    "openvino/unet/openvino_model.xml",
+    "openvino/unet/openvino_model.bin",
+    "openvino/unet/config.json",
+    "openvino/scheduler/scheduler_config.json",
+    "openvino/manifest.json",
+    "samples.png",
+    "report.json",
+    "report.html",
+)
+KEYS = {
+    "schema_version",
+    "policy",
+    "seed",
+    "hardware",
+    "variants",
+    "fid_protocol",
+    "bit_schedule",
+    "parity",
+    "execution",
+    "timings_s",
+}
+BLOCKED = ("torch", "torchvision", "brevitas", "nncf", "diffusers", "accelerate", "transformers", "safetensors", "pydantic", "rich", "fire")
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run: FinishedRun) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((tiny_run.path / "report.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in report["variants"]}
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_run: FinishedRun) -> dict[str, dict[str, Any]]:
+    """plan.json's layers by name."""
+    content = json.loads((tiny_run.path / "plan.json").read_text())
+    return {layer["name"]: layer for layer in content["layers"]}
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_a_run_promises_is_there(tiny_run: FinishedRun) -> None:
+    assert [path for path in LEFT if not (tiny_run.path / path).exists()] == []
+    assert tiny_run.page == tiny_run.path / "report.html"
+    assert sorted(path.name for path in (tiny_run.path / "checkpoints").iterdir()) == ["fixed-bit", "pq", "pq-distilled", "pqcad"]
+
+
+def test_nothing_half_written_is_left(tiny_run: FinishedRun) -> None:
+    hidden = [path.name for path in tiny_run.path.rglob(".*") if path.name != ".lock"]
+    assert hidden == []
+
+
+def test_the_policy_is_kept_as_resolved(tiny_run: FinishedRun) -> None:
+    assert load_policy(tiny_run.path / "policy.yaml") == tiny_run.policy
+
+
+def test_the_calibration_link_holds_when_all_runs_move(tiny_run: FinishedRun) -> None:
+    link = tiny_run.path / "calibration"
+    assert link.is_symlink()
+    assert not Path(os.readlink(link)).is_absolute()
+    found = read_calibration(link)
+    assert found.states.shape == (4, 5, 1, 32, 32)
+
+
+def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run: FinishedRun) -> None:
+    events = EventAccumulator(str(tiny_run.path / "logs"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"{stage}/loss" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
+    assert {"pq/loss_momentum", "pq/perturbation", "pq/mean_bits", "pqcad/loss/teacher", "pqcad/loss/calibration"} <= tags
+    assert {f"{stage}/mean_bits" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
+    for layer in json.loads((tiny_run.path / "plan.json").read_text())["layers"]:
+        watched = {f"{stage}/layer/{layer['name']}/{what}" for stage in ("pq", "pqcad") for what in ("bits", "weight_range", "input_range")}
+        assert watched | {f"pq/layer/{layer['name']}/perturbation"} <= tags
+        ends = events.Scalars(f"pq/layer/{layer['name']}/bits")
+        assert (ends[0].value, events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value) == (8, layer["weights"]["bits"])
+        assert all(event.value > 0 for event in events.Scalars(f"pqcad/layer/{layer['name']}/weight_range"))
+    assert len(events.Scalars("pq/loss")) == tiny_run.policy.progressive.steps
+
+
+def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy_and_the_plan(tiny_run: FinishedRun) -> None:
+    events = EventAccumulator(str(tiny_run.path / "logs"))
+    events.Reload()
+    for stage, steps in (("pq", [4, 8]), ("fixed-bit", [4, 8]), ("pq-distilled", [4]), ("pqcad", [4])):
+        grids = events.Images(f"{stage}/samples")
+        assert [grid.step for grid in grids] == steps
+        assert all(grid.width >= 4 * 32 for grid in grids)  # four images of 32 pixels in a row
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in ("policy/text_summary", "plan/text_summary")}
+    assert "learning_rate: 0.0001" in texts["policy/text_summary"]
+    assert "down_blocks.0.resnets.0.conv1" in texts["plan/text_summary"]
+
+
+def test_samples_are_one_picture_with_a_row_a_variant(tiny_run: FinishedRun) -> None:
+    with Image.open(tiny_run.path / "samples.png") as picture:
+        assert picture.width > 8 * 64
+        assert picture.height > 8 * 64
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, Any]) -> None:
+    assert set(report) >= KEYS
+    assert report["schema_version"] == 1
+    assert report["policy"]["name"] == "tiny"
+    assert set(report["hardware"]) >= {"cpu", "isa", "cores", "versions"}
+    assert set(report["fid_protocol"]) == {"images", "features", "features_sha256", "reference", "sampler", "steps", "seed"}
+    assert set(report["bit_schedule"][0]) == {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"}
+    assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
+    assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
+    stages = {"calibration", "pq", "fixed-bit", "teacher", "pq-distilled", "pqcad", "export", "baselines", "benchmark", "evaluation"}
+    assert set(report["timings_s"]) >= stages
+
+
+def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    absent = {"ptq"} | (set() if report["hardware"]["native_bf16"] else {"ov-bf16"})
+    expected = [name for name in VARIANTS if name not in absent]
+    assert list(rows) == expected
+    keys = {
+        "name",
+        "runtime",
+        "weight_bits",
+        "activation_bits",
+        "steps",
+        "size_bytes",
+        "latency_ms_per_step",
+        "latency_ms_per_image",
+        "passes",
+        "did_not_run",
+    }
+    assert all(set(row) == keys | {"fid_real", "fid_fp", "psnr_fp", "ssim_fp"} for row in rows.values())
+
+
+def test_every_planned_layer_executed_in_int8_and_gave_pytorchs_integers(
+    tiny_run: FinishedRun, report: Mapping[str, Any], plan: Mapping[str, Any]
+) -> None:
+    left = float_layers(prepare(tiny_run.policy).split, prepare(tiny_run.policy).plan)
+    attention = report["execution"].pop("attention")
+    assert len(attention) == 4
+    assert set(attention.values()) <= set(INT8)
+    assert report["execution"] == {"planned": len(plan), "executed_int8": len(plan), "float_layers": list(left), "needs_vnni": []}
+    assert report["parity"]["layers_checked"] == report["parity"]["layers_exact"] == len(plan)
+    assert report["parity"]["worst_error"] == 0
+    assert report["parity"]["end_to_end_psnr"] > 30
+
+
+def test_the_bit_schedule_takes_every_layer_down_to_its_target(report: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    width = {name: layer["ladder"][0] for name, layer in plan.items()}
+    for move in report["bit_schedule"]:
+        assert width[move["layer"]] == move["from"] > move["to"]
+        width[move["layer"]] = move["to"]
+    assert width == {name: layer["weights"]["bits"] for name, layer in plan.items()}
+
+
+def test_distilled_variants_take_half_the_steps(rows: Mapping[str, Any]) -> None:
+    halved = {"fp32-half", "pq-distilled", "pqcad", "pqcad-openvino"}
+    assert {name: row["steps"] for name, row in rows.items()} == {name: 2 if name in halved else 4 for name in rows}
+
+
+def test_an_image_costs_its_steps(rows: Mapping[str, Any]) -> None:
+    timed = [row for row in rows.values() if row["latency_ms_per_step"] is not None]
+    assert {row["name"] for row in timed} >= {"fp32", "fp32-half", "ov-fp32", "nncf-int8", "pqcad-openvino"}
+    for row in timed:
+        assert row["latency_ms_per_image"] == pytest.approx(row["steps"] * row["latency_ms_per_step"])
+
+
+def test_sizes_are_those_of_the_files(rows: Mapping[str, Any], tiny_run: FinishedRun, tiny_model: DiffusionModel) -> None:
+    shipped = sum(path.stat().st_size for path in (tiny_run.path / "openvino").rglob("*") if path.is_file())
+    assert rows["pqcad-openvino"]["size_bytes"] == shipped
+    assert rows["fp32"]["size_bytes"] == 4 * sum(parameter.numel() for parameter in tiny_model.denoiser.parameters())
+
+
+def test_quality_figures_are_those_of_the_kept_images(rows: Mapping[str, Any], tiny_run: FinishedRun) -> None:
+    features = load_features("embedded:fashion-mnist")
+    images = {name: load_file(tiny_run.path / "samples" / f"{name}.safetensors")["images"] for name in ("fp32", "pqcad")}
+    assert images["pqcad"].shape == (8, 1, 32, 32)
+    again = evaluate_images(images["pqcad"], images["fp32"], features)
+    row = rows["pqcad"]
+    assert row["fid_real"] == pytest.approx(again.fid_real, rel=1e-6)
+    assert (row["psnr_fp"], row["ssim_fp"]) == (pytest.approx(again.psnr_fp, rel=1e-5), pytest.approx(again.ssim_fp, rel=1e-5))
+
+
+def test_the_page_needs_no_other_file_and_no_network(tiny_run: FinishedRun) -> None:
+    page = tiny_run.page.read_text(encoding="utf-8")
+    sources = re.findall(r"""(?:src|href|data|poster)\s*=\s*["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
+    assert [source[:60] for source in sources if not source.startswith(("data:", "#"))] == []
+    assert "@import" not in page
+    for name in ("pqcad-openvino", "fixed-bit", "nncf-int8", "tiny"):
+        assert name in page
+
+
+def test_the_report_says_how_to_make_it_again(report: Mapping[str, Any], tiny_run: FinishedRun) -> None:
+    assert report["reproduction"]["command"] == "python -m pqcad_qat run tiny.yaml"
+    assert report["policy"] == tiny_run.policy.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("momentum", 9), ("fixed", 9), ("momentum", 1)])
+def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, tmp_path: Path, schedule: str, steps: int) -> None:
+    policy = tiny_run.policy
+    progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
+    evaluation = policy.evaluation.model_copy(update={"variants": ("pq",)})
+    late = policy.model_copy(update={"progressive": progressive, "evaluation": evaluation})
+    path = run(late, tmp_path / "late", "command", Console(quiet=True)).parent
+    prepared = prepare(late)
+    model = quantize_model(prepared.split, prepared.plan)
+    model.load_state_dict(load_file(path / "models" / "pq.safetensors"))
+    layers = quantized_layers(model).values()
+    assert all(blend_state(layer) is None and read_bits(layer)[0] == layer.plan.weights.bits for layer in layers)
+
+
+# ---- runs of few variants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def partial_run(tiny_run: FinishedRun) -> Path:
+    """Beside the whole run, with the same policy but for the variants."""
+    asked = tiny_run.policy.evaluation.model_copy(update={"variants": ("fp32-half", "ptq", "fixed-bit")})
+    policy = tiny_run.policy.model_copy(update={"evaluation": asked})
+    return run(policy, tiny_run.path.with_name("partial"), "command", Console(quiet=True)).parent
+
+
+def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(partial_run: Path, rows: Mapping[str, Any]) -> None:
+    report = json.loads((partial_run / "report.json").read_text())
+    found = {row["name"]: row for row in report["variants"]}
+    assert list(found) == ["fp32", "fp32-half", "ptq", "fixed-bit"]
+    assert [path.name for path in (partial_run / "checkpoints").iterdir()] == ["fixed-bit"]
+    assert not (partial_run / "openvino").exists()
+    assert {name: found[name]["fid_real"] for name in ("fp32", "fixed-bit")} == {
+        name: rows[name]["fid_real"] for name in ("fp32", "fixed-bit")
+    }
+    assert found["ptq"]["steps"] == 4
+    assert 0 < found["ptq"]["psnr_fp"] < 60
+
+
+def test_a_report_of_few_variants_lacks_what_was_not_made(partial_run: Path) -> None:
+    report = json.loads((partial_run / "report.json").read_text())
+    assert (report["targets"], report["bit_schedule"], report["latency"], report["parity"], report["execution"]) == ([], [], {}, None, None)
+    assert {series["stage"] for series in report["curves"]["losses"]} == {"fixed-bit"}
+    page = (partial_run / "report.html").read_text()
+    assert "does not hold" not in page
+    assert 'id="costs"' not in page
+    with Image.open(partial_run / "samples.png") as picture:
+        assert picture.height == sheet_size(4, 8, 32, 32)[1]
+
+
+def test_runs_side_by_side_share_the_images_of_full_precision(tiny_run: FinishedRun, partial_run: Path) -> None:
+    shared = tiny_run.path.parent / ".shared"
+    assert sum((folder / "fp32.safetensors").exists() for folder in shared.iterdir()) == 1
+    assert not [folder for folder in shared.iterdir() if folder.name.startswith(".")]
+    for name in ("fp32", "fp32-half"):
+        one, other = (load_file(path / "samples" / f"{name}.safetensors")["images"] for path in (tiny_run.path, partial_run))
+        assert torch.equal(one, other)
+
+
+def test_runs_of_a_study_train_what_they_have_in_common_once(
+    tiny_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def counted(model: nn.Module, callbacks: Any, batches: Any, settings: StageSettings, *rest: Any) -> TrainState:
+        trained.append(settings.name)
+        return train_stage(model, callbacks, batches, settings, *rest)
+
+    monkeypatch.setattr("pqcad_qat.stages.train.train_stage", counted)
+    evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": ("fixed-bit", "pq")})
+    blends = tiny_run.policy.model_copy(update={"evaluation": evaluation})
+    jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
+    for name, policy in (("blends", blends), ("jumps", jumps)):
+        run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)
+    assert sorted(trained) == ["fixed-bit", "pq", "pq"]
+    one, other = (tmp_path / name for name in ("blends", "jumps"))
+    for file in ("models/fixed-bit.safetensors", "logs/fixed-bit.jsonl", "samples/fixed-bit.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    assert (one / "models/pq.safetensors").read_bytes() != (other / "models/pq.safetensors").read_bytes()
+
+
+def test_in_rounds_each_student_teaches_the_next(tiny_run: FinishedRun, tmp_path: Path) -> None:
+    """From 4 steps to 2 and to 1; the first round alone is the whole run's distillation, in half its training steps."""
+    policy = tiny_run.policy
+    evaluation = policy.evaluation.model_copy(update={"variants": ("pqcad",)})
+    distillation = policy.distillation.model_copy(update={"student_steps": 1, "rounds": 2})
+    rounds = policy.model_copy(update={"evaluation": evaluation, "distillation": distillation})
+    path = run(rounds, tmp_path / "rounds", "command", Console(quiet=True)).parent
+    report = json.loads((path / "report.json").read_text())
+    assert [row["steps"] for row in report["variants"]] == [4, 1]
+    assert {"teacher", "pqcad-round1", "teacher-pqcad-round1", "pqcad"} <= set(report["timings_s"])
+    assert [len((path / "logs" / f"{name}.jsonl").read_text().splitlines()) for name in ("pqcad-round1", "pqcad")] == [3, 3]
+    first, last = (load_file(path / "distillation" / f"{name}.safetensors") for name in ("teacher", "teacher-pqcad-round1"))
+    whole = load_file(tiny_run.path / "distillation" / "teacher.safetensors")
+    assert all(torch.equal(first[name], whole[name]) for name in whole)
+    assert (first["timesteps"].shape, last["timesteps"].shape) == ((2,), (1,))
+    assert not torch.equal(last["teacher"], last["calibration"])
+
+
+# ---- the student -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_student_that_is_kept_is_the_one_that_was_trained(tiny_run: FinishedRun) -> None:
+    model, _, steps = load_quantized(tiny_run.path / "student")
+    assert steps == 2
+    trained = load_file(tiny_run.path / "models" / "pqcad.safetensors")
+    kept = model.denoiser.state_dict()
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(kept[name], value) for name, value in trained.items())
+
+
+def test_the_student_loads_with_plain_diffusers_and_its_scheduler_knows_its_steps(tiny_run: FinishedRun) -> None:
+    student = tiny_run.path / "student"
+    assert UNet2DModel.from_pretrained(student / "unet", use_safetensors=True).config.sample_size == 32
+    scheduler = DDIMScheduler.from_pretrained(student / "scheduler")
+    assert (scheduler.config.num_train_timesteps, scheduler.config.num_inference_steps) == (1000, 2)
+    for folder in (student, tiny_run.path / "openvino"):
+        written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert written == {**DDIM_KEYS, **SCHEDULER, "num_inference_steps": 2}
+
+
+def test_both_distilled_students_started_from_the_quantized_teacher_and_went_their_own_ways(tiny_run: FinishedRun) -> None:
+    models = {name: load_file(tiny_run.path / "models" / f"{name}.safetensors") for name in ("pq", "pq-distilled", "pqcad")}
+    weight = "mid_block.resnets.0.conv1.weight"
+    moved = {name: (models[name][weight] - models["pq"][weight]).abs().max() for name in ("pq-distilled", "pqcad")}
+    assert all(0 < distance < 0.01 for distance in moved.values())
+    assert not torch.equal(models["pqcad"][weight], models["pq-distilled"][weight])
+
+
+# ---- what ships ------------------------------------------------------------------------------------------------------------------
+
+
+def states() -> tuple[np.ndarray, np.ndarray]:
+    """(x_t (3, 1, 32, 32), t (3,))"""
+    return np.random.default_rng(0).standard_normal((3, 1, 32, 32), dtype=np.float32), np.array([5, 400, 999])
+
+
+def in_a_process_of_its_own(script: str, tmp_path: Path, *arguments: str | Path, path: str = "") -> np.ndarray:
+    """Run a script with states.npz and out.npy in its folder; returns what it saved as out.npy."""
+    x, t = states()
+    np.savez(tmp_path / "states.npz", x=x, t=t)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return np.asarray(np.load(tmp_path / "out.npy"))
+
+
+def test_plain_openvino_runs_the_shipped_file_and_gives_what_our_runtime_gives(tiny_run: FinishedRun, tmp_path: Path) -> None:
+    script = (
+        "import sys, numpy as np, openvino as ov\n"
+        "assert not any(name.startswith(('pqcad', 'torch')) for name in sys.modules)\n"
+        "core = ov.Core()\n"
+        "request = core.compile_model(core.read_model(sys.argv[1]), 'CPU').create_infer_request()\n"
+        "given = np.load('states.npz')\n"
+        "run = lambda x, t: request.infer({'sample': x[None], 'timestep': np.array([t], np.int64)})['out_sample'].copy()\n"
+        "np.save('out.npy', np.concatenate([run(x, t) for x, t in zip(given['x'], given['t'])]))\n"
+    )
+    found = in_a_process_of_its_own(script, tmp_path, tiny_run.path / "openvino" / "unet" / "openvino_model.xml")
+    np.testing.assert_allclose(found, OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(*states()), atol=1e-3)
+
+
+def test_the_runtime_samples_where_every_training_library_is_absent(tiny_run: FinishedRun, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({BLOCKED!r}))  # an import of any of these fails from here on\n"
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "from pqcad_qat.serving.runtime import OVUNet2DModel\n"
+        "model = OVUNet2DModel.from_pretrained(Path(sys.argv[1]))\n"
+        "given = np.load('states.npz')\n"
+        "assert str(model.dtype) == 'float32' and str(model.device) == 'cpu'\n"
+        "out = model(given['x'], given['t']).sample\n"
+        "assert isinstance(out, np.ndarray) and out.dtype == np.float32\n"
+        "from pqcad_qat.sampling.trajectory import noise_schedule, trajectory\n"
+        "schedule = noise_schedule({'_class_name': 'DDIMScheduler', 'beta_schedule': 'squaredcos_cap_v2'})\n"
+        "walk = list(trajectory(model.predict, given['x'], schedule, 2))\n"
+        "assert np.isfinite(walk[-1].x_s).all()\n"
+        "np.save('out.npy', out)\n"
+    )
+    found = in_a_process_of_its_own(script, tmp_path, tiny_run.path / "openvino", path=str(REPOSITORY))
+    np.testing.assert_allclose(found, OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(*states()), atol=1e-3)
+
+
+def test_a_diffusers_pipeline_with_our_unet_makes_our_images(tiny_run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same states: theirs differ in their last bits after a step, and then a value may be rounded to either side of a boundary."""
+    folder = tiny_run.path / "openvino"
+    variant, given = openvino_variant("pqcad-openvino", folder), []
+
+    def recorded(x: np.ndarray, *rest: Any) -> np.ndarray:
+        given.append(x.copy())
+        return variant.predict(x, *rest)
+
+    ours = sample_images(replace(variant, predict=recorded), 2, 3, 2).permute(0, 2, 3, 1).numpy() / 255
+    unet, states_left = OVUNet2DModel.from_pretrained(folder), iter(given)
+    predict = unet.predict
+
+    def from_ours(x: np.ndarray, *rest: Any) -> np.ndarray:
+        state = next(states_left)
+        np.testing.assert_allclose(x, state, atol=1e-5)
+        return predict(state, *rest)
+
+    monkeypatch.setattr(unet, "predict", from_ours)
+    pipeline = DDIMPipeline(unet=unet, scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"))
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(initial_noise(3, 0, 2, (1, 32, 32)))
+    monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise)
+    theirs = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images  # (B, H, W, C) in [0, 1]
+    assert len(given) == 2
+    assert next(states_left, None) is None
+    assert np.abs(theirs - ours).max() < 1.5 / 255
+
+
+def test_the_deployed_predictions_are_near_the_quantized_models(tiny_run: FinishedRun) -> None:
+    model, _, _ = load_quantized(tiny_run.path / "student")
+    x, t = states()
+    with torch.no_grad(), frozen_weights(model.denoiser):
+        wanted = predict(model.denoiser, torch.from_numpy(x), torch.from_numpy(t)).numpy()
+    found = OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(x, t)
+    assert np.square(found - wanted).mean() < 1e-2 * np.square(wanted).mean()
+
+
+def test_a_layer_that_left_int8_is_an_error_that_names_it_unless_the_policy_lists_it(tiny_run: FinishedRun) -> None:
+    prepared = prepare(tiny_run.policy)
+    precisions = {layer.name: "i8" for layer in prepared.plan} | {"mid_block.resnets.0.conv1": "bf16"}
+    shipped = tiny_run.path / "openvino"
+    with pytest.raises(ExportError, match=r"executed in floating point: mid_block\.resnets\.0\.conv1 ran in bf16; .*execution: float"):
+        refuse_float(prepared.plan, ExecutionReport(precisions, {}, "f32", {}), shipped)
+    listed = [replace(layer, int8_exception=layer.name == "mid_block.resnets.0.conv1") for layer in prepared.plan]
+    refuse_float(listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "u8"}), shipped)
+    with pytest.raises(
+        ExportError, match=r"attention planned for INT8: mid_block\.attentions\.0 ran in bf16; quantization\.attention: float"
+    ):
+        refuse_float(listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "bf16"}), shipped)
+
+
+def test_preparing_leaves_the_full_precision_model_as_it_was(tiny_run: FinishedRun, tiny_model: DiffusionModel) -> None:
+    prepared = prepare(tiny_run.policy)
+    assert prepared.model.digest == tiny_model.digest
+    assert prepared.model.denoiser.state_dict().keys() == tiny_model.denoiser.state_dict().keys()
+    assert prepared.split.state_dict().keys() != tiny_model.denoiser.state_dict().keys()
+    x = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(prepared.split, x, 50), predict(tiny_model.denoiser, x, 50), rtol=1e-4, atol=1e-5)
