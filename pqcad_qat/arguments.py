@@ -1,6 +1,8 @@
-"""The command line's arguments before Fire reads them: what Fire would take wrongly is refused or rewritten, and its help made plain.
+"""The command line's arguments before Fire reads them: what Fire would take wrongly is refused or rewritten, and its
+help made plain.
 
-Not here: the commands (cli.py). Fire runs a command first and complains of an unknown flag afterwards, when a typo has cost a whole run.
+Not here: the commands (cli.py). Fire runs a command first and complains of an unknown flag afterwards, when a typo has
+cost a whole run.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:
     """The arguments as Fire reads them rightly: switches spelled out, every --set in one list.
 
     Raises:
-        UsageError: no such command, a flag that it does not have, one without a value or with one of another type, or an argument too many.
+        UsageError: no such command, a flag that it does not have, one without a value or with one of another type, or
+            an argument too many.
     """
     if not given or list(given[:2]) == ["--", "--completion"]:
         return list(given)  # Fire's own page, and its completion for shells
     name, *rest = given
     if name not in commands:
-        raise UsageError(f"{shortened(name)}: got an unknown command; allowed {known_keys(list(commands), name)}, --help or --version")
+        raise UsageError(
+            f"{shortened(name)}: got an unknown command; allowed {known_keys(list(commands), name)}, "
+            "--help or --version"
+        )
     parameters = inspect.signature(commands[name]).parameters
     positional: list[str] = []
     flags: dict[str, str] = {}
@@ -100,14 +106,19 @@ def _quoted(text: str) -> str:
 def _places(
     command: str, parameters: Mapping[str, inspect.Parameter], positional: Sequence[str], flags: Mapping[str, str]
 ) -> list[inspect.Parameter]:
-    """The parameter of each argument without a flag: those that the command needs and no flag gives, or the one that takes many.
+    """The parameter of each argument without a flag: those that the command needs and no flag gives, or the one that
+    takes many.
 
     Raises:
         UsageError: an argument too many.
     """
     if many := [parameter for parameter in parameters.values() if parameter.kind is parameter.VAR_POSITIONAL]:
         return many * len(positional)
-    free = [parameter for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in flags]
+    free = [
+        parameter
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and name not in flags
+    ]
     if len(positional) > len(free):
         surplus = shortened(" ".join(positional[len(free) :]))
         wanted = " ".join(parameter.name.upper() for parameter in free) or "none"
@@ -115,7 +126,9 @@ def _places(
     return free
 
 
-def _pairs(command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+def _pairs(
+    command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequence[str]
+) -> Iterator[tuple[str | None, str]]:
     """(flag, its value), or (None, value) for an argument without a flag."""
     waiting = iter(rest)
     for argument in waiting:
@@ -195,7 +208,9 @@ def whole_number(flag: str, value: object, least: int = 1, most: int | None = No
         UsageError: another one, or out of bounds.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        raise UsageError(f"--{flag}: got {value!r}; allowed a whole number from {least}" + ("" if most is None else f" to {most}"))
+        raise UsageError(
+            f"--{flag}: got {value!r}; allowed a whole number from {least}" + ("" if most is None else f" to {most}")
+        )
     return value
 
 

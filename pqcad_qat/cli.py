@@ -1,6 +1,7 @@
 """The command line: plain functions over the pipeline, read by Fire; what is printed, and exit codes.
 
-Not here: any work. Heavy libraries are imported inside the commands, so that `--help` and a policy's faults come at once.
+Not here: any work. Heavy libraries are imported inside the commands, so that `--help` and a policy's faults come at
+once.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ CONSOLE = Console(
 )
 
 
-def run(policy: str, model: str | None = None, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False) -> None:
+def run(
+    policy: str, model: str | None = None, out: str | None = None, set: tuple[str, ...] = (), resume: bool = False
+) -> None:
     """Take a policy's full-precision model to an INT8 OpenVINO folder and a report.
 
     Args:
@@ -77,11 +80,13 @@ def run(policy: str, model: str | None = None, out: str | None = None, set: tupl
 
 
 def compare(*runs: str, out: str | None = None) -> None:
-    """Put the reports of several runs into one table and picture; runs that differ in their seed alone become mean and spread.
+    """Put the reports of several runs into one table and picture; runs that differ in their seed alone become mean and
+    spread.
 
     Args:
         runs: folders of finished runs.
-        out: page to write, with the same as .json and .md beside it; or a folder for them; comparison.html beside the first run by default.
+        out: page to write, with the same as .json and .md beside it; or a folder for them; comparison.html beside the
+            first run by default.
     """
     from pqcad_qat.report.comparison import compare_runs, named_runs
     from pqcad_qat.report.comparison_page import comparison_tables, write_comparison
@@ -103,13 +108,16 @@ def compare(*runs: str, out: str | None = None) -> None:
     CONSOLE.print(f"page: {page}", soft_wrap=True)
 
 
-def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: str = "*", jobs: int = 1, dry_run: bool = False) -> None:
+def sweep(
+    study: str, out: str | None = None, set: tuple[str, ...] = (), only: str = "*", jobs: int = 1, dry_run: bool = False
+) -> None:
     """Run every cell of a study, each a run of its own, and put them into one table; what is finished or begun goes on.
 
     Args:
         study: file of kind study, such as policies/studies/smoke.yaml.
         out: folder of the study; runs/studies/NAME by default.
-        set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each further key.
+        set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each
+            further key.
         only: glob on the names of the cells to run, as '*-seed0'; the table has all that are finished.
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
         dry_run: show the cells and what they would do, or what `plan` says against any of them.
@@ -132,11 +140,13 @@ def sweep(study: str, out: str | None = None, set: tuple[str, ...] = (), only: s
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
-    """Show which rule quantizes which layer, to how many bits, and the expected size; reads configs alone, and no weights.
+    """Show which rule quantizes which layer, to how many bits, and the expected size; reads configs alone, and no
+    weights.
 
     Args:
         policy: policy file.
-        model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a denoiser's config.json.
+        model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a
+            denoiser's config.json.
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
@@ -155,7 +165,8 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
 
     Args:
         policy: policy file.
-        model: overrides model.source; the name of an architecture that ships, or a denoiser's config.json, has random weights.
+        model: overrides model.source; the name of an architecture that ships, or a denoiser's config.json, has random
+            weights.
         set: override of a key, as KEY=VALUE; given again for each further key.
         runs: timed steps of each, in turns.
     """
@@ -177,22 +188,28 @@ def sensitivity(
     states: int = 64,
     out: str | None = None,
 ) -> None:
-    """Measure how far the output moves when one layer alone is quantized, at every width; within a size or a time, write a mixed policy.
+    """Measure how far the output moves when one layer alone is quantized, at every width; within a size or a time,
+    write a mixed policy.
 
     Args:
         policy: policy file; its rules say which layers are quantized, and how but for the width.
         model: overrides model.source.
         set: override of a key, as KEY=VALUE; given again for each further key.
-        max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose least within it.
-        max_ms: of a step, as 4.2 (milliseconds) or 1.1x the step in INT8; writes policy.yaml with the layers left in floating point that
-            lose least within it. A CPU runs all widths alike, so that they stay the policy's own.
+        max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose
+            least within it.
+        max_ms: of a step, as 4.2 (milliseconds) or 1.1x the step in INT8; writes policy.yaml with the layers left in
+            floating point that lose least within it. A CPU runs all widths alike, so that they stay the policy's own.
         widths: of the weights, that a layer may get; 8 bits need a CPU with VNNI, 7 do not.
         states: of the calibration set, on which errors are measured.
-        out: folder for sensitivity.json, sensitivity.html and policy.yaml; runs/NAME-sensitivity of the policy by default.
+        out: folder for sensitivity.json, sensitivity.html and policy.yaml; runs/NAME-sensitivity of the policy by
+            default.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     if max_size is not None and max_ms is not None:
-        raise UsageError("--max-ms: got it beside --max-size; allowed one of the two, since layers in floating point take more of both")
+        raise UsageError(
+            "--max-ms: got it beside --max-size; allowed one of the two, since layers in floating point "
+            "take more of both"
+        )
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
     from pqcad_qat.commands.sensitivity import Limit, measure_sensitivity
     from pqcad_qat.machine.files import write_atomically
@@ -224,7 +241,9 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
     loaded = load_pretrain_policy(Path(policy), set)
     from pqcad_qat.commands.pretrain import pretrain as train
 
-    CONSOLE.print(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True)
+    CONSOLE.print(
+        f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True
+    )
 
 
 def sample(
@@ -238,18 +257,22 @@ def sample(
     prompt: str | None = None,
     negative: str | None = None,
 ) -> None:
-    """Sample images from a folder, of a prompt where one is given, and write them as a grid; latents as a safetensors file.
+    """Sample images from a folder, of a prompt where one is given, and write them as a grid; latents as a safetensors
+    file.
 
     Args:
-        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or embedded:NAME).
+        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or
+            embedded:NAME).
         count: number of images; 64 by default, 1 of a prompt.
         seed: of their noise; image k of a seed starts from the same noise in every kind of folder.
         steps: sampling steps; by default those the folder was made for.
-        out: PNG file; of a model of latents a safetensors file of them, or, where its folder has a VAE, pictures in a PNG file.
-        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default what a run's
-            policy says, or all classes.
+        out: PNG file; of a model of latents a safetensors file of them, or, where its folder has a VAE, pictures in a
+            PNG file.
+        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default
+            what a run's policy says, or all classes.
         guidance: scale of classifier-free guidance; by default what the folder was made for.
-        prompt: what is to be seen, of a run or deployed folder that holds a whole text-to-image pipeline; needs no PyTorch.
+        prompt: what is to be seen, of a run or deployed folder that holds a whole text-to-image pipeline; needs no
+            PyTorch.
         negative: what is not to be seen; takes a prompt and guidance.
     """
     if Path(out).suffix.lower() not in (".png", ".safetensors"):
@@ -269,7 +292,14 @@ def sample(
 
 
 def _sample_prompt(
-    folder: str, prompt: str, negative: str | None, count: int, seed: int, steps: int | None, out: str, guidance: float | None
+    folder: str,
+    prompt: str,
+    negative: str | None,
+    count: int,
+    seed: int,
+    steps: int | None,
+    out: str,
+    guidance: float | None,
 ) -> None:
     """Pictures of a prompt, without PyTorch."""
     from pqcad_qat.report.grid import save_grid
@@ -292,7 +322,11 @@ def _sample_prompt(
     for warning in told:
         CONSOLE.print(f"warning: {warning.message}", soft_wrap=True, markup=False, highlight=False)
     scale = pipeline.guidance if guidance is None else guidance
-    CONSOLE.print(f"{out}: {count} images of {prompt!r}, {laid} steps, guidance {scale:g}, openvino", soft_wrap=True, highlight=False)
+    CONSOLE.print(
+        f"{out}: {count} images of {prompt!r}, {laid} steps, guidance {scale:g}, openvino",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _sample_choices(
@@ -336,14 +370,15 @@ def evaluate(
     """Frechet distance of a folder's images to real ones, with its protocol.
 
     Args:
-        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or embedded:NAME).
+        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or
+            embedded:NAME).
         images: how many are sampled.
         seed: of their noise.
         steps: sampling steps; by default those the folder was made for.
-        features: feature network with its reference statistics: embedded:NAME or a folder; by default what a run's policy says,
-            or an embedded model's own.
-        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default what a run's
-            policy says, or all classes.
+        features: feature network with its reference statistics: embedded:NAME or a folder; by default what a run's
+            policy says, or an embedded model's own.
+        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default
+            what a run's policy says, or all classes.
         guidance: scale of classifier-free guidance; by default what the folder was made for.
     """
     from pqcad_qat.machine.progress import progress_bar
@@ -380,11 +415,12 @@ def benchmark(
     policy: str = "policies/w4a8.yaml",
     out: str = "benchmark",
 ) -> None:
-    """Time a folder of ours, or an architecture, against PyTorch, OpenVINO float32 and BF16, and NNCF's INT8, in turns in one process.
+    """Time a folder of ours, or an architecture, against PyTorch, OpenVINO float32 and BF16, and NNCF's INT8, in turns
+    in one process.
 
     Args:
-        source: a run or deployed OpenVINO folder; or a denoiser's config.json, a folder with one, or the name of an architecture that
-            ships, such as ddpm-cifar10-32: with random weights.
+        source: a run or deployed OpenVINO folder; or a denoiser's config.json, a folder with one, or the name of an
+            architecture that ships, such as ddpm-cifar10-32: with random weights.
         batches: images of a call, as [1,8].
         isa: instruction sets, each but native in a process of its own: of native, avx2, avx2_vnni, avx512_core_vnni.
         runs: timed calls of each.
@@ -412,12 +448,14 @@ def benchmark(
 
 
 def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
-    """Take an architecture with random weights to a deployed folder, with its proofs; show what each stage takes in time and memory.
+    """Take an architecture with random weights to a deployed folder, with its proofs; show what each stage takes in
+    time and memory.
 
     Args:
         policy: whose rules quantize it, and whose export.weights is written; its training does not matter.
         out: folder for rehearsal.json, openvino/ and packed/.
-        model: overrides model.source: the name of an architecture that ships, a denoiser's config.json, or a folder with one.
+        model: overrides model.source: the name of an architecture that ships, a denoiser's config.json, or a folder
+            with one.
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
@@ -429,7 +467,9 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
     source = loaded.model.source
     if (configs := architecture_configs(source)) is None:
         known = ", ".join(architectures())
-        raise UsageError(f"--model: got {source!r}; allowed a denoiser's config.json, a folder with one, or an architecture: {known}")
+        raise UsageError(
+            f"--model: got {source!r}; allowed a denoiser's config.json, a folder with one, or an architecture: {known}"
+        )
 
     def tell(cost: StageCost) -> None:
         CONSOLE.print(f"{cost.name}: {cost.seconds:.1f} s", highlight=False)
@@ -458,7 +498,11 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
         task = bar.add_task("features", total=None, note="")
         recipe = RECIPES.get(data, FeatureRecipe())
         make_features(
-            Path(out), train, test, recipe, lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}")
+            Path(out),
+            train,
+            test,
+            recipe,
+            lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}"),
         )
     CONSOLE.print(f"features: {out}", soft_wrap=True)
 
@@ -470,7 +514,21 @@ def schema() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
-    for command in (run, plan, sensitivity, profile, compare, sweep, pretrain, sample, evaluate, benchmark, rehearse, features, schema)
+    for command in (
+        run,
+        plan,
+        sensitivity,
+        profile,
+        compare,
+        sweep,
+        pretrain,
+        sample,
+        evaluate,
+        benchmark,
+        rehearse,
+        features,
+        schema,
+    )
 }
 
 
@@ -500,7 +558,10 @@ def _features_of(folder: str) -> str:
     if folder in embedded_features():
         return folder
     if policy is None or policy.features is None:
-        raise UsageError(f"--features: got none, and {folder} has none of its own; allowed {', '.join(embedded_features())}, or a folder")
+        raise UsageError(
+            f"--features: got none, and {folder} has none of its own; allowed "
+            f"{', '.join(embedded_features())}, or a folder"
+        )
     return policy.features
 
 
@@ -534,7 +595,9 @@ def _command_line() -> str:
     """What makes the run again, from its beginning."""
     count = launched()[1]
     start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
-    line = f"{start} -m pqcad_qat " + shlex.join(argument for argument in sys.argv[1:] if argument not in ("--resume", "-r"))
+    line = f"{start} -m pqcad_qat " + shlex.join(
+        argument for argument in sys.argv[1:] if argument not in ("--resume", "-r")
+    )
     return line.encode(errors="backslashreplace").decode()  # it is written into pages
 
 
@@ -544,10 +607,17 @@ def _print_result(folder: Path) -> None:
     from pqcad_qat.report.report_files import read_report
 
     report = read_report(folder)
-    table = Table("variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=f"{report.policy['name']}: {folder}")
+    table = Table(
+        "variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=f"{report.policy['name']}: {folder}"
+    )
     for row in report.variants:
         bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
-        numbers = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, None if row.size_bytes is None else row.size_bytes / 1e6]
+        numbers = [
+            row.fid_real,
+            row.psnr_fp,
+            row.latency_ms_per_image,
+            None if row.size_bytes is None else row.size_bytes / 1e6,
+        ]
         cells = ["" if number is None else f"{number:.2f}" for number in numbers]
         cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
         table.add_row(row.name, bits, str(row.steps), *cells)

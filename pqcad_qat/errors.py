@@ -16,7 +16,9 @@ class PqcadError(Exception):
 
 
 class PolicyError(PqcadError):
-    """A policy file is unreadable or breaks a rule; the message lists every fault as ``file:line: key: got X; allowed Y``."""
+    """A policy file is unreadable or breaks a rule; the message lists every fault as ``file:line: key: got X; allowed
+    Y``.
+    """
 
 
 class PlanError(PqcadError):
@@ -32,11 +34,15 @@ class CheckpointError(PqcadError):
 
 
 class DiskError(PqcadError):
-    """A disk is full, over its quota, or read-only; the message names the file, the bytes wanted and the bytes that are free."""
+    """A disk is full, over its quota, or read-only; the message names the file, the bytes wanted and the bytes that are
+    free.
+    """
 
 
 class ExportError(PqcadError):
-    """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be converted."""
+    """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be
+    converted.
+    """
 
 
 class UsageError(PqcadError):
@@ -77,7 +83,9 @@ class OtherProcessError(PqcadError):
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """What was got, as a message quotes it: on one line, of what can be printed, and never more than fits beside what is allowed."""
+    """What was got, as a message quotes it: on one line, of what can be printed, and never more than fits beside what
+    is allowed.
+    """
     shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[: most + 1])
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 

@@ -1,4 +1,5 @@
-"""The fixtures that several test files share: a tiny full-precision model in diffusers layout, a policy for it, and one real run.
+"""The fixtures that several test files share: a tiny full-precision model in diffusers layout, a policy for it, and one
+real run.
 
 Not here: any test, and what no fixture needs (support/).
 """
@@ -35,7 +36,9 @@ from pqcad_qat.policy.schema import Policy
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Whatever the test before has set (a benchmark takes every core): sums in one order, so that repeats can be bitwise."""
+    """Whatever the test before has set (a benchmark takes every core): sums in one order, so that repeats can be
+    bitwise.
+    """
     torch.set_num_threads(1)
 
 
@@ -79,6 +82,8 @@ def command_line() -> CommandLine:
     """Run `python -m pqcad_qat ARGUMENTS` as a process of its own."""
 
     def call(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(program(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(
+            program(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=300
+        )
 
     return call

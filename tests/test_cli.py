@@ -1,4 +1,5 @@
-"""The command line: help that reads well, what every command prints and writes, and mistakes that cost an exit code 2 and no traceback.
+"""The command line: help that reads well, what every command prints and writes, and mistakes that cost an exit code 2
+and no traceback.
 
 Not here: a whole `run` as a process (test_resume.py), the wording of a policy's faults (test_policy_loading.py).
 """
@@ -55,7 +56,406 @@ def sets(model: Path, *more: str) -> list[str]:
     return [f"--set={override}" for override in tiny_overrides(model, *more)]
 
 
-# ---- help ------------------------------------------------------------------------------------------------------------------------
+# ---- help
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
@@ -85,7 +485,9 @@ def test_help_and_a_policys_faults_come_without_loading_torch() -> None:
         "except SystemExit as end: assert end.code == 2\n"
         "assert not {'torch', 'diffusers', 'brevitas', 'openvino', 'nncf'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -102,7 +504,7 @@ def test_the_program_runs_from_any_folder(command_line: CommandLine, tmp_path: P
     assert done.stderr == ""
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
     "no such command": (["bogus"], r"bogus: got an unknown command; allowed run, plan, .*, --help or --version"),
@@ -113,18 +515,36 @@ MISTAKES = {
     "an unknown flag": (["run", SMOKE, "--otu", "x"], r"--otu: got an unknown flag of `run`; .*did you mean --out\?"),
     "an argument too many": (["run", SMOKE, "runs/x"], r"runs/x: got an argument too many for `run`; allowed POLICY"),
     "a flag twice": (["run", SMOKE, "--out", "x", "--out=y"], r"--out: got it a second time; allowed once"),
-    "a policy twice": (["run", SMOKE, "--policy", SMOKE], r"smoke\.yaml: got an argument too many for `run`; allowed none, and flags"),
+    "a policy twice": (
+        ["run", SMOKE, "--policy", SMOKE],
+        r"smoke\.yaml: got an argument too many for `run`; allowed none, and flags",
+    ),
     "a switch with a word": (["run", SMOKE, "--resume=maybe"], r"--resume: got maybe; allowed --resume alone"),
     "many digits": (
         ["sample", "embedded:digits", "--count", "9" * 5000],
         r"--count: got '9{57}\.\.\.'; allowed a whole number",
     ),
-    "a number without an end": (["sample", "embedded:digits", "--guidance", "1e999"], r"--guidance: got '1e999'; allowed a number"),
-    "a nesting for a number": (["sample", "embedded:digits", "--seed", "[" * 5000], r"--seed: got '\[{57}\.\.\.'; allowed a whole number"),
-    "batches that are no numbers": (["benchmark", "x", "--batches", "[1,two]"], r"--batches: got 'two'; allowed a whole number"),
+    "a number without an end": (
+        ["sample", "embedded:digits", "--guidance", "1e999"],
+        r"--guidance: got '1e999'; allowed a number",
+    ),
+    "a nesting for a number": (
+        ["sample", "embedded:digits", "--seed", "[" * 5000],
+        r"--seed: got '\[{57}\.\.\.'; allowed a whole number",
+    ),
+    "batches that are no numbers": (
+        ["benchmark", "x", "--batches", "[1,two]"],
+        r"--batches: got 'two'; allowed a whole number",
+    ),
     "a flag with nothing": (["run", SMOKE, "--out="], r"--out: got no value; allowed --out VALUE"),
-    "a name that no file system takes": (["run", "a" * 400], r"a{297}\.\.\.: got File name too long; allowed a policy file"),
-    "an output that no file system takes": (["benchmark", "x", "--out", "a" * 300], r"a: File name too long; allowed a path"),
+    "a name that no file system takes": (
+        ["run", "a" * 400],
+        r"a{297}\.\.\.: got File name too long; allowed a policy file",
+    ),
+    "an output that no file system takes": (
+        ["benchmark", "x", "--out", "a" * 300],
+        r"a: File name too long; allowed a path",
+    ),
     "a flag without a value": (["run", SMOKE, "--out"], r"--out: got no value"),
     "no such policy": (["run", "no-such.yaml"], r"no-such\.yaml: got No such file"),
     "a folder for a policy": (["run", str(POLICIES)], r"policies: got "),
@@ -135,19 +555,44 @@ MISTAKES = {
     "a value out of bounds": (["plan", SMOKE, "--set", "sampler.steps=0"], r"sampler\.steps: got 0; allowed"),
     "an unknown embedded model": (["plan", SMOKE, "--model", "embedded:nothing"], r"got 'embedded:nothing'; allowed"),
     "a model that is not there": (["plan", SMOKE, "--model", "./nothing"], r"got './nothing': no such folder"),
-    "no images": (["sample", "embedded:fashion-mnist", "--count", "0"], r"--count: got 0; allowed a whole number from 1"),
-    "a count that is no number": (["sample", "embedded:fashion-mnist", "--count", "many"], r"--count: got 'many'; allowed a whole number"),
-    "a negative seed": (["sample", "embedded:fashion-mnist", "--seed", "-1"], r"--seed: got -1; allowed a whole number from 0"),
-    "no steps": (["sample", "embedded:fashion-mnist", "--steps", "0"], r"--steps: got 0; allowed a whole number from 1"),
-    "a picture of no known kind": (["sample", "embedded:fashion-mnist", "--out", "2.50"], r"--out: got '2\.50'; allowed a name in \.png"),
+    "no images": (
+        ["sample", "embedded:fashion-mnist", "--count", "0"],
+        r"--count: got 0; allowed a whole number from 1",
+    ),
+    "a count that is no number": (
+        ["sample", "embedded:fashion-mnist", "--count", "many"],
+        r"--count: got 'many'; allowed a whole number",
+    ),
+    "a negative seed": (
+        ["sample", "embedded:fashion-mnist", "--seed", "-1"],
+        r"--seed: got -1; allowed a whole number from 0",
+    ),
+    "no steps": (
+        ["sample", "embedded:fashion-mnist", "--steps", "0"],
+        r"--steps: got 0; allowed a whole number from 1",
+    ),
+    "a picture of no known kind": (
+        ["sample", "embedded:fashion-mnist", "--out", "2.50"],
+        r"--out: got '2\.50'; allowed a name in \.png",
+    ),
     "a folder without a model": (["sample", str(POLICIES)], r"policies: got a folder with none of manifest\.json"),
-    "an image too few": (["evaluate", "embedded:fashion-mnist", "--images", "1"], r"--images: got 1; allowed a whole number from 2"),
+    "an image too few": (
+        ["evaluate", "embedded:fashion-mnist", "--images", "1"],
+        r"--images: got 1; allowed a whole number from 2",
+    ),
     "no timed runs": (["benchmark", str(POLICIES), "--runs", "0"], r"--runs: got 0"),
-    "nothing to time": (["benchmark", str(POLICIES)], r"policies: got nothing to time; allowed a run, .*ddpm-cifar10-32"),
-    "a policy that is not there": (["benchmark", "ddpm-cifar10-32"], r"policies/w4a8\.yaml: no such file; .* --policy FILE"),
+    "nothing to time": (
+        ["benchmark", str(POLICIES)],
+        r"policies: got nothing to time; allowed a run, .*ddpm-cifar10-32",
+    ),
+    "a policy that is not there": (
+        ["benchmark", "ddpm-cifar10-32"],
+        r"policies/w4a8\.yaml: no such file; .* --policy FILE",
+    ),
     "nothing to rehearse": (
         ["rehearse", str(POLICIES / "w4a8-sd15.yaml"), "--out", "x"],
-        r"--model: got 'stable-diffusion-v1-5/.*'; allowed a denoiser's config\.json, .* architecture: .*sdxl-base-1\.0",
+        r"--model: got 'stable-diffusion-v1-5/.*'; allowed a denoiser's config\.json, .* architecture: "
+        r".*sdxl-base-1\.0",
     ),
     "a file for a rehearsal": (
         ["rehearse", SMOKE, "--model", "ddpm-cifar10-32", "--out", SMOKE],
@@ -168,14 +613,32 @@ MISTAKES = {
         ["benchmark", "x", "--isa", "[native,sse]"],
         r"--isa: got 'sse'; allowed native, avx2, avx2_vnni, avx512",
     ),
-    "a switch that is no switch": (["benchmark", "x", "--throughput=3"], r"--throughput: got 3; allowed --throughput or --nothroughput"),
-    "a file for a folder": (["benchmark", "x", "--out", SMOKE], r"--out: got '.*smoke\.yaml', a file; allowed a folder"),
+    "a switch that is no switch": (
+        ["benchmark", "x", "--throughput=3"],
+        r"--throughput: got 3; allowed --throughput or --nothroughput",
+    ),
+    "a file for a folder": (
+        ["benchmark", "x", "--out", SMOKE],
+        r"--out: got '.*smoke\.yaml', a file; allowed a folder",
+    ),
     "nothing to compare": (["compare"], r"got no run; allowed one or more folders of finished runs"),
-    "a run that is not finished": (["compare", "/no/such/run"], r"/no/such/run/report\.json: no such file; a finished run leaves one"),
+    "a run that is not finished": (
+        ["compare", "/no/such/run"],
+        r"/no/such/run/report\.json: no such file; a finished run leaves one",
+    ),
     "a run twice": (["compare", "runs/a", "runs/../runs/a"], r"runs/a: got the same folder twice; allowed once"),
-    "a page of no known kind": (["compare", "runs/a", "--out", "a.pdf"], r"--out: got 'a\.pdf'; allowed a name in \.html, or a folder"),
-    "a policy for a study": (["sweep", SMOKE], r"smoke\.yaml:5: kind: got quantize, a policy for the command `run`; allowed study"),
-    "a study for a policy": (["run", STUDY], r"studies/smoke\.yaml:5: kind: got study, a policy for the command `sweep`; allowed quantize"),
+    "a page of no known kind": (
+        ["compare", "runs/a", "--out", "a.pdf"],
+        r"--out: got 'a\.pdf'; allowed a name in \.html, or a folder",
+    ),
+    "a policy for a study": (
+        ["sweep", SMOKE],
+        r"smoke\.yaml:5: kind: got quantize, a policy for the command `run`; allowed study",
+    ),
+    "a study for a policy": (
+        ["run", STUDY],
+        r"studies/smoke\.yaml:5: kind: got study, a policy for the command `sweep`; allowed quantize",
+    ),
     "no data to pretrain on": (
         ["pretrain", str(POLICIES / "pretrain-fashion-mnist.yaml"), "--set", "data.path=/no/such/data"],
         r"/no/such/data",
@@ -195,7 +658,9 @@ def test_a_mistake_ends_with_code_2_and_a_message_and_leaves_nothing(call: Call,
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_typo_in_a_policy_is_named_with_file_line_and_key_from_the_shell(command_line: CommandLine, tmp_path: Path) -> None:
+def test_a_typo_in_a_policy_is_named_with_file_line_and_key_from_the_shell(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
     policy = tmp_path / "mine.yaml"
     policy.write_text(f"extends: {SMOKE}\nname: mine\nsampler:\n  steps: 10\n  sped: 3\n")
     done = command_line("run", policy, cwd=tmp_path)
@@ -218,13 +683,15 @@ def test_feature_networks_that_do_not_fit_are_an_error(call: Call, tiny_folder: 
 
 
 def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
-    code, _, errors = call("plan", SMOKE, "--set", "nme=x", "--set=training.seed=-3", "--set", "progressive.ladder=[4, 8]")
+    code, _, errors = call(
+        "plan", SMOKE, "--set", "nme=x", "--set=training.seed=-3", "--set", "progressive.ladder=[4, 8]"
+    )
     assert code == 2
     for key in ("nme", "training.seed", "progressive.ladder"):
         assert f"--set {key}" in errors
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,7 +705,10 @@ def test_faults_of_several_overrides_are_reported_at_once(call: Call) -> None:
         (["sample", "x", "--count", "3", "--seed", "-1"], ["sample", '"x"', "--count=3", "--seed=-1"]),
         (["compare", "1", "a", "--out", "2", "b"], ["compare", '"1"', '"a"', '"b"', '--out="2"']),
         (["sweep", "a.yaml", "--dry-run"], ["sweep", '"a.yaml"', "--dry_run=True"]),
-        (["benchmark", "x", "--nothroughput", "--isa", "[avx2]"], ["benchmark", '"x"', "--throughput=False", '--isa=["avx2"]']),
+        (
+            ["benchmark", "x", "--nothroughput", "--isa", "[avx2]"],
+            ["benchmark", '"x"', "--throughput=False", '--isa=["avx2"]'],
+        ),
         (["benchmark", "x", "--batches", "1, 8"], ["benchmark", '"x"', "--batches=[1,8]"]),
         (["run", "größe \U0001f600.yaml"], ["run", '"größe \U0001f600.yaml"']),
         (["run", "\udcff"], ["run", r"'\udcff'"]),
@@ -276,17 +746,21 @@ def test_a_folder_whose_name_is_a_number_stays_a_name(call: Call, tiny_folder: P
     assert output.startswith("7.png: 1 images, 1 steps, pytorch")
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------------------
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_plan_shows_every_layer_with_its_rule_and_bits_and_writes_nothing(call: Call, tiny_folder: Path, tiny_run: FinishedRun) -> None:
+def test_plan_shows_every_layer_with_its_rule_and_bits_and_writes_nothing(
+    call: Call, tiny_folder: Path, tiny_run: FinishedRun
+) -> None:
     code, output, _ = call("plan", SMOKE, *sets(tiny_folder))
     assert code == 0
     layers = json.loads((tiny_run.path / "plan.json").read_text())["layers"]
     lines = output.splitlines()
     for layer in layers:
         found = [line for line in lines if re.search(rf"\b{re.escape(layer['name'])}\b", line)]
-        assert any(layer["rule"] in line and str(layer["parameters"]) in line.replace(",", "") for line in found), layer["name"]
+        assert any(layer["rule"] in line and str(layer["parameters"]) in line.replace(",", "") for line in found), (
+            layer["name"]
+        )
     assert not Path("runs").exists()
 
 
@@ -313,7 +787,10 @@ def test_what_looks_like_markup_is_shown_as_it_is(call: Call, tiny_folder: Path)
 def test_plan_says_where_a_layer_goes_to_a_width_that_the_ladder_does_not_list(call: Call, tiny_folder: Path) -> None:
     code, output, _ = call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 6]"))
     assert code == 0
-    assert re.search(r"note: progressive\.ladder: \[8, 6\] has no rung of 4 bits, the width of .* more; the last step there is 6>4", output)
+    assert re.search(
+        r"note: progressive\.ladder: \[8, 6\] has no rung of 4 bits, the width of .* more; the last step there is 6>4",
+        output,
+    )
     assert "no rung" not in call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 7, 6, 4]"))[1]
 
 
@@ -322,7 +799,8 @@ def test_model_on_the_command_line_wins_over_the_policy(call: Call, tiny_folder:
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps", "runtime"), [("", 2, "openvino"), ("openvino", 2, "openvino"), ("student", 2, "pytorch"), ("full", 20, "pytorch")]
+    ("kind", "steps", "runtime"),
+    [("", 2, "openvino"), ("openvino", 2, "openvino"), ("student", 2, "pytorch"), ("full", 20, "pytorch")],
 )
 def test_sample_takes_every_kind_of_folder(
     call: Call, tiny_run: FinishedRun, tiny_folder: Path, tmp_path: Path, kind: str, steps: int, runtime: str
@@ -335,14 +813,18 @@ def test_sample_takes_every_kind_of_folder(
         assert grid.size == (3 * (33 * 2 - 1), 3 * 32)
 
 
-def test_sampling_a_seed_twice_writes_the_same_bytes_and_another_seed_others(call: Call, tiny_run: FinishedRun, tmp_path: Path) -> None:
+def test_sampling_a_seed_twice_writes_the_same_bytes_and_another_seed_others(
+    call: Call, tiny_run: FinishedRun, tmp_path: Path
+) -> None:
     for name, seed in (("one", 5), ("again", 5), ("other", 6)):
         call("sample", tiny_run.path / "student", "--count", "1", "--seed", str(seed), "--out", f"{name}.png")
     one, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "again", "other"))
     assert one == again != other
 
 
-def test_a_comparison_lies_beside_the_runs_unless_told_otherwise(call: Call, tiny_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_comparison_lies_beside_the_runs_unless_told_otherwise(
+    call: Call, tiny_run: FinishedRun, tmp_path: Path
+) -> None:
     code, output, _ = call("compare", tiny_run.path)
     assert code == 0
     page = tiny_run.path.parent / "comparison.html"
@@ -372,7 +854,9 @@ def test_an_embedded_model_is_evaluated_with_the_features_of_its_data(call: Call
     assert json.loads(output)["fid_protocol"]["features"] == "embedded:digits"
 
 
-def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(call: Call, tiny_run: FinishedRun, tmp_path: Path) -> None:
+def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(
+    call: Call, tiny_run: FinishedRun, tmp_path: Path
+) -> None:
     code, output, _ = call("benchmark", tiny_run.path, "--batches", "2", "--runs", "1", "--nothroughput")
     assert code == 0
     for name in ("fp32", "ov-fp32", "nncf-int8", "pqcad-openvino"):
@@ -388,7 +872,19 @@ def test_benchmark_of_an_architecture_under_a_smaller_instruction_set_says_so_in
     command_line: CommandLine, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(unet_config()))
-    flags = ["--isa", "avx2", "--batches", "1", "--runs", "1", "--nothroughput", "--policy", str(POLICIES / "w4a8.yaml"), "--out", "found"]
+    flags = [
+        "--isa",
+        "avx2",
+        "--batches",
+        "1",
+        "--runs",
+        "1",
+        "--nothroughput",
+        "--policy",
+        str(POLICIES / "w4a8.yaml"),
+        "--out",
+        "found",
+    ]
     done = command_line("benchmark", "tiny.json", *flags, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     (measurement,) = json.loads((tmp_path / "found" / "benchmark.json").read_text())["measurements"]
@@ -398,14 +894,16 @@ def test_benchmark_of_an_architecture_under_a_smaller_instruction_set_says_so_in
     assert not [kernel for kernel in kernels if "avx512" in kernel or "amx" in kernel]
 
 
-# ---- runs that are not begun -----------------------------------------------------------------------------------------------------
+# ---- runs that are not begun -----------------------------------------------------------------------------------------
 
 
 def content(path: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in sorted(path.rglob("*"))}
 
 
-def test_an_existing_run_is_refused_without_resume_and_left_untouched(call: Call, tiny_run: FinishedRun, tiny_folder: Path) -> None:
+def test_an_existing_run_is_refused_without_resume_and_left_untouched(
+    call: Call, tiny_run: FinishedRun, tiny_folder: Path
+) -> None:
     before = content(tiny_run.path)
     code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--out", tiny_run.path)
     assert code == 2

@@ -1,6 +1,8 @@
-"""How fast a denoiser is by every way to run it: all candidates in turns in one process, and a process for every smaller instruction set.
+"""How fast a denoiser is by every way to run it: all candidates in turns in one process, and a process for every
+smaller instruction set.
 
-Not here: how a call is timed (latency.py, throughput.py), what is timed (benchmark_subject.py), or how it looks (benchmark_page.py).
+Not here: how a call is timed (latency.py, throughput.py), what is timed (benchmark_subject.py), or how it looks
+(benchmark_page.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from torch import nn
 
 from pqcad_qat.commands.benchmark_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.proof import INT8, MATRIX_NODES, ExecutedNode, attention_precisions, executed_nodes, layer_precisions
+from pqcad_qat.export.proof import (
+    INT8,
+    MATRIX_NODES,
+    ExecutedNode,
+    attention_precisions,
+    executed_nodes,
+    layer_precisions,
+)
 from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.denoiser import DEFAULT_SCHEDULER, shapes_of_configs
@@ -55,7 +64,14 @@ LOADS = 5
 
 
 def measure_speed(
-    source: str, policy: Path, batches: Sequence[int], isas: Sequence[str], runs: int, throughput: bool, command: str, console: Console
+    source: str,
+    policy: Path,
+    batches: Sequence[int],
+    isas: Sequence[str],
+    runs: int,
+    throughput: bool,
+    command: str,
+    console: Console,
 ) -> SpeedReport:
     """Time a folder of ours, or an architecture, against what a user would run instead.
 
@@ -102,7 +118,11 @@ def measure_speed(
 
 
 def _report(
-    subject: Subject, measurements: Sequence[Measurement], loading: tuple[LoadTime, ...], left_out: Mapping[str, str], command: str
+    subject: Subject,
+    measurements: Sequence[Measurement],
+    loading: tuple[LoadTime, ...],
+    left_out: Mapping[str, str],
+    command: str,
 ) -> SpeedReport:
     shapes = shapes_of_configs(subject.config, DEFAULT_SCHEDULER, subject.source)
     return SpeedReport(
@@ -152,18 +172,28 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     machine, inputs = hardware(), timed.inputs()
     files, left_out = _runnable(timed, machine)
     if isa != NATIVE:  # as they are, they have been tried out when they were made
-        died = reasons({name: partial(try_out, file, inputs, ways_of(name, machine)) for name, file in files.items() if name != OURS})
+        died = reasons(
+            {
+                name: partial(try_out, file, inputs, ways_of(name, machine))
+                for name, file in files.items()
+                if name != OURS
+            }
+        )
         files, left_out = {name: file for name, file in files.items() if name not in died}, {**left_out, **died}
     denoiser = random_denoiser(timed.config, "config.json")
     latencies = time_denoisers(denoiser, files, inputs, runs)
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
     known = list(quantizable_layers(denoiser))
     executed = {
-        name: _executed(file, precision_hint(name, machine), inputs, known, min(runs, PROFILED_CALLS)) for name, file in files.items()
+        name: _executed(file, precision_hint(name, machine), inputs, known, min(runs, PROFILED_CALLS))
+        for name, file in files.items()
     }
     sizes = {"fp32": 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
     sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
-    rows = [SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {})) for name, found in latencies.items()]
+    rows = [
+        SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {}))
+        for name, found in latencies.items()
+    ]
     return Measurement(isa, timed.batch, machine, tuple(rows), left_out)
 
 
@@ -196,7 +226,9 @@ def _executed(file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequen
     found: dict[str, Any] = {"layers": _layers(nodes, known)}
     if (file / MANIFEST).is_file():
         manifest = read_manifest(file)
-        planned = layer_precisions(nodes, manifest["layers"]) | attention_precisions(compiled, manifest.get("attention", {}))
+        planned = layer_precisions(nodes, manifest["layers"]) | attention_precisions(
+            compiled, manifest.get("attention", {})
+        )
         missed = tuple(name for name, precision in planned.items() if precision not in INT8)
         found = {"layers": found["layers"] | planned, "planned": len(planned), "planned_float": missed}
     return found | {

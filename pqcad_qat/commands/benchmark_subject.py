@@ -1,6 +1,8 @@
-"""What a benchmark times: a folder of ours, or an architecture whose random weights are quantized by a policy's rules; and its baselines.
+"""What a benchmark times: a folder of ours, or an architecture whose random weights are quantized by a policy's rules;
+and its baselines.
 
-Not here: any timing (benchmark.py). Speed does not depend on the values of weights, so nothing is trained and no weights are read but ours.
+Not here: any timing (benchmark.py). Speed does not depend on the values of weights, so nothing is trained and no
+weights are read but ours.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ import numpy as np
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.export_model import export_model
 from pqcad_qat.models.architectures import ConditionInput, condition_inputs
-from pqcad_qat.models.untrained import architecture_configs, architectures, fixed_inputs, noise_condition, random_denoiser
+from pqcad_qat.models.untrained import (
+    architecture_configs,
+    architectures,
+    fixed_inputs,
+    noise_condition,
+    random_denoiser,
+)
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import QuantizationPolicy
@@ -31,7 +39,9 @@ from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import convert_float, example_inputs, ways_of
 
 CALIBRATION_BATCHES = (4, 4, 4, 4)
-"""Noise states that ranges are taken from, ours and NNCF's; with random weights they mean nothing, and cost no speed."""
+"""Noise states that ranges are taken from, ours and NNCF's; with random weights they mean nothing, and cost no
+speed.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
     """Recognise a folder of ours or an architecture; an architecture is quantized and exported below `temporary`.
 
     Args:
-        source: a run or deployed folder, a denoiser's config.json or a folder with one, or the name of an architecture that ships.
+        source: a run or deployed folder, a denoiser's config.json or a folder with one, or the name of an architecture
+            that ships.
         policy: whose quantization rules an architecture gets; not read for a folder of ours.
 
     Raises:
@@ -103,27 +114,45 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             channels, height, width = manifest["sample_shape"]
-            steps, full = (manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps"))
+            steps, full = (
+                manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps")
+            )
             config = denoiser_config(folder, manifest)
-            shape, total, takes = (channels, height, width), manifest["train_timesteps"], condition_inputs(manifest.get("conditions", ()))
+            shape, total, takes = (
+                (channels, height, width),
+                manifest["train_timesteps"],
+                condition_inputs(manifest.get("conditions", ())),
+            )
             return Subject(source, config, folder, shape, total, steps, full, "of the folder", takes)
     if (configs := architecture_configs(source)) is None:
         raise ModelError(
-            f"{source}: got nothing to time; allowed a run, a deployed OpenVINO folder, a denoiser's config.json or a folder with one, "
+            f"{source}: got nothing to time; allowed a run, a deployed OpenVINO folder, a denoiser's "
+            "config.json or a folder with one, "
             f"or the name of an architecture: {', '.join(architectures())}"
         )
     if not policy.is_file():
-        raise ModelError(f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE")
+        raise ModelError(
+            f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE"
+        )
     rules = load_policy(policy)
     with located(rules):
         return _quantized(source, configs, rules.quantization, temporary / "ours")
 
 
 def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
-    """Ours, and the baselines made for this batch in `folder`: OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 of it."""
+    """Ours, and the baselines made for this batch in `folder`: OpenVINO's conversion, as float32 and BF16, and NNCF's
+    INT8 of it.
+    """
     shape, condition = subject.sample_shape, noise_condition(subject.conditions, batch)
     float_xml, nncf_xml = (folder / kind / XML_FILE for kind in ("float", "nncf"))
-    convert_float(random_denoiser(subject.config, subject.source), shape, batch, float_xml.parent, subject.train_timesteps, condition)
+    convert_float(
+        random_denoiser(subject.config, subject.source),
+        shape,
+        batch,
+        float_xml.parent,
+        subject.train_timesteps,
+        condition,
+    )
     made, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
     inputs = [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
     timed = ("ov-fp32", "ov-bf16") if machine.native_bf16 else ("ov-fp32",)
@@ -143,5 +172,7 @@ def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, 
     layers, steps = taken_integers(model.denoiser), noise_schedule(scheduler).train_timesteps
     provenance, conditions = {"model": source, "weights": "random"}, fixed_inputs(model.condition_inputs)
     shape = model.sample_shape
-    export_model(model.denoiser, scheduler, layers, shape, 1, "int8", folder, provenance, conditions, attention=attention)
+    export_model(
+        model.denoiser, scheduler, layers, shape, 1, "int8", folder, provenance, conditions, attention=attention
+    )
     return Subject(source, dict(config), folder, shape, steps, None, None, "random", conditions)

@@ -70,7 +70,9 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         settings = StageSettings(STAGE, loop, training.precision, checkpoints, path / "logs")
         conditions = _conditions(model, classes)
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
-        batches = noisy_batches(images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes)
+        batches = noisy_batches(
+            images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes
+        )
 
         def warn(fault: str) -> None:
             console.print(Text.assemble(("warning:", "yellow"), f" {fault}"))
@@ -90,7 +92,9 @@ def _recipe(policy: PretrainPolicy, images: ImageSet) -> Recipe:
     rare = {f"training.{key}": training.pop(key) for key in ("checkpoint_every", "keep_checkpoints", "sample_every")}
     sections = {"training": training, "model": whole["model"], "scheduler": whole["scheduler"]}
     values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return Recipe({"data": images.digest, **values}, (), rare, ("checkpoints", f"logs/{STAGE}.jsonl", "samples", "model"))
+    return Recipe(
+        {"data": images.digest, **values}, (), rare, ("checkpoints", f"logs/{STAGE}.jsonl", "samples", "model")
+    )
 
 
 def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
@@ -104,7 +108,9 @@ def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
 
 
 class SampleGrids(Callback):
-    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end; by the first process alone."""
+    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end; by the first
+    process alone.
+    """
 
     def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int, conditions: ConditionSet) -> None:
         self.name = "sample-grids"
@@ -142,16 +148,21 @@ def _check_runs(model: Any, channels: int) -> None:
     try:
         model.eval()(torch.zeros(1, channels, size, size), 0, class_labels=labels)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise PolicyError(f"model: got a UNet2DModel that cannot be called on images of {size} pixels: {error}") from error
+        raise PolicyError(
+            f"model: got a UNet2DModel that cannot be called on images of {size} pixels: {error}"
+        ) from error
     model.train()
 
 
 def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:
-    """How labels condition the policy's model: a row of its table for every class of the data, and perhaps one more for no class."""
+    """How labels condition the policy's model: a row of its table for every class of the data, and perhaps one more for
+    no class.
+    """
     rows = policy.model.get("num_class_embeds")
     if policy.model.get("class_embed_type") is not None:
         raise PolicyError(
-            f"model.class_embed_type: got {policy.model['class_embed_type']!r}; allowed null: labels are looked up in a table"
+            f"model.class_embed_type: got {policy.model['class_embed_type']!r}; allowed null: labels are "
+            "looked up in a table"
         )
     if rows is None:
         return None
@@ -160,7 +171,8 @@ def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:
     count = int(images.labels.max()) + 1
     if rows not in (count, count + 1):
         raise PolicyError(
-            f"model.num_class_embeds: got {rows}; allowed {count}, the classes of {images.name}, or {count + 1}, with no class"
+            f"model.num_class_embeds: got {rows}; allowed {count}, the classes of {images.name}, or "
+            f"{count + 1}, with no class"
         )
     return ClassLabels(count if rows > count else None, policy.training.class_dropout)
 
@@ -174,4 +186,9 @@ def _conditions(model: nn.Module, classes: ClassLabels | None) -> ConditionSet:
 def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:
     """The policy's scheduler in diffusers' names."""
     given = policy.scheduler.model_dump()
-    return {"_class_name": "DDIMScheduler", "num_train_timesteps": given.pop("train_timesteps"), "clip_sample": False, **given}
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": given.pop("train_timesteps"),
+        "clip_sample": False,
+        **given,
+    }

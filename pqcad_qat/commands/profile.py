@@ -54,7 +54,10 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
     data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.of(0, 0, len(states)))
     settled, moving = (quantize_model(copy.deepcopy(prepared.split).to(device), prepared.plan) for _ in range(2))
-    inputs = [(x.to(device), t, {name: value.to(device) for name, value in condition.items()}) for x, t, condition in data.inputs(16, 4)]
+    inputs = [
+        (x.to(device), t, {name: value.to(device) for name, value in condition.items()})
+        for x, t, condition in data.inputs(16, 4)
+    ]
     for model in (settled, moving):
         calibrate_ranges(model, inputs)
     for layer in quantized_layers(settled).values():
@@ -76,7 +79,9 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
         for model, _ in candidates.values():
             stack.enter_context(recomputed_activations(model, training.activation_checkpointing))
         task = bar.add_task("profile", total=(runs + WARM_UP) * len(candidates), note="")
-        return profile_steps(candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done))
+        return profile_steps(
+            candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done)
+        )
 
 
 def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Table:

@@ -1,6 +1,8 @@
-"""An architecture of any size with random weights: planned, quantized, exported and proven, with what each stage of it costs.
+"""An architecture of any size with random weights: planned, quantized, exported and proven, with what each stage of it
+costs.
 
-Not here: training, or how fast the result runs (benchmark.py). Neither memory nor time depends on the values of weights.
+Not here: training, or how fast the result runs (benchmark.py). Neither memory nor time depends on the values of
+weights.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ REPORT = "rehearsal.json"
 SHIPPED, PACKED = "openvino", "packed"
 """What a rehearsal leaves in its folder: its report, the deployed folder, and the same with packed weights."""
 
+
 @dataclass(frozen=True)
 class Rehearsal:
     """What was found.
@@ -65,7 +68,9 @@ class Rehearsal:
     command: str
 
 
-def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell: Callable[[StageCost], None]) -> Rehearsal:
+def rehearse(
+    policy: Policy, configs: Configs, folder: Path, command: str, tell: Callable[[StageCost], None]
+) -> Rehearsal:
     """Take an architecture to a deployed folder by a policy's rules, with the proofs of a run.
 
     Args:
@@ -108,7 +113,11 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
         executed_int8=executed.executed_int8,
         attention=executed.attention,
         exact=parity.layers_exact,
-        sizes={"float32": 4 * parameters, policy.export.weights: size_bytes(shipped), "packed": size_bytes(folder / PACKED)},
+        sizes={
+            "float32": 4 * parameters,
+            policy.export.weights: size_bytes(shipped),
+            "packed": size_bytes(folder / PACKED),
+        },
         stages=tuple(meter.costs),
         peak_bytes=meter.peak_bytes,
         hardware=hardware(),
@@ -117,26 +126,47 @@ def rehearse(policy: Policy, configs: Configs, folder: Path, command: str, tell:
 
 
 def _export(
-    model: DiffusionModel, layers: Mapping[str, IntegerLayer], attention: Mapping[str, AttentionRange], policy: Policy, folder: Path
+    model: DiffusionModel,
+    layers: Mapping[str, IntegerLayer],
+    attention: Mapping[str, AttentionRange],
+    policy: Policy,
+    folder: Path,
 ) -> None:
-    provenance, conditions = {"policy": policy.name, "model": model.source, "weights": "random"}, fixed_inputs(model.condition_inputs)
+    provenance, conditions = (
+        {"policy": policy.name, "model": model.source, "weights": "random"},
+        fixed_inputs(model.condition_inputs),
+    )
     scheduler, shape, how = model.scheduler_config, model.sample_shape, policy.export
     batch, weights = how.batch_size, how.weights
-    export_model(model.denoiser, scheduler, layers, shape, batch, weights, folder, provenance, conditions, attention=attention)
+    export_model(
+        model.denoiser, scheduler, layers, shape, batch, weights, folder, provenance, conditions, attention=attention
+    )
 
 
 def stages_table(found: Rehearsal) -> Table:
     """What each stage cost, and below it what came of them."""
-    table = Table("stage", title=f"{found.model}: {found.parameters / 1e6:,.1f} million parameters, {found.policy}", box=box.SIMPLE_HEAD)
+    table = Table(
+        "stage",
+        title=f"{found.model}: {found.parameters / 1e6:,.1f} million parameters, {found.policy}",
+        box=box.SIMPLE_HEAD,
+    )
     for heading in ("seconds", "MB at the peak", "MB kept"):
         table.add_column(heading, justify="right")
     for cost in found.stages:
-        table.add_row(cost.name, f"{cost.seconds:.1f}", *(_megabytes(value) for value in (cost.peak_bytes, cost.kept_bytes)))
+        table.add_row(
+            cost.name, f"{cost.seconds:.1f}", *(_megabytes(value) for value in (cost.peak_bytes, cost.kept_bytes))
+        )
     table.add_row("all", f"{sum(cost.seconds for cost in found.stages):.1f}", _megabytes(found.peak_bytes), "")
     sizes = ", ".join(f"{name} {_megabytes(size)} MB" for name, size in found.sizes.items())
-    layers = f"{found.executed_int8} of {found.planned} planned layers ran in INT8, {found.exact} with exactly PyTorch's integers"
+    layers = (
+        f"{found.executed_int8} of {found.planned} planned layers ran in INT8, {found.exact} with exactly "
+        "PyTorch's integers"
+    )
     if found.attention:
-        layers += f"; both products of attention in {sum(each in INT8 for each in found.attention.values())} of {len(found.attention)}"
+        layers += (
+            f"; both products of attention in {sum(each in INT8 for each in found.attention.values())} of "
+            f"{len(found.attention)}"
+        )
     table.caption, table.caption_justify = f"{layers}\n{sizes}", "left"
     return table
 

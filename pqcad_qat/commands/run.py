@@ -1,7 +1,7 @@
 """The stages of a run, in order.
 
-Not here: the stages themselves (stages/). A finished stage is not repeated, but read back, for as long as the policy says nothing else of
-what decides it (stages/recipes.py).
+Not here: the stages themselves (stages/). A finished stage is not repeated, but read back, for as long as the policy
+says nothing else of what decides it (stages/recipes.py).
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
 
 
-def run(policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False) -> Path:
+def run(
+    policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False
+) -> Path:
     """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
 
-    With `shares_training` a stage that a run beside this one has trained, with all that decides it equal, is taken from there.
+    With `shares_training` a stage that a run beside this one has trained, with all that decides it equal, is taken from
+    there.
 
     Raises:
         PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
@@ -59,9 +62,13 @@ def _all_stages(work: Work, command: str) -> Path:
         work.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     with agreed() as first:
         if first:
-            write_atomically(work.path / "plan.json", json.dumps(plan_json(work.prepared.plan, work.prepared.split), indent=1))
+            write_atomically(
+                work.path / "plan.json", json.dumps(plan_json(work.prepared.plan, work.prepared.split), indent=1)
+            )
             texts = {"policy": dump_policy(work.policy), "plan": plan_text(work.prepared.plan, work.prepared.split)}
-            log_texts(work.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})  # Markdown's plain text
+            log_texts(
+                work.path / "logs", {name: indent(text, "    ") for name, text in texts.items()}
+            )  # Markdown's plain text
     calibration = calibrate(work)
     models: dict[str, nn.Module] = {}
     if "pq" in stages:

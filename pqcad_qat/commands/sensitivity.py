@@ -1,6 +1,7 @@
 """How sensitive each layer is, and a policy of mixed widths within a size or a time: the command `sensitivity`.
 
-Not here: the measurement and the choice (quantization/), the times of layers (timing/layer_times.py), the page (sensitivity_page.py).
+Not here: the measurement and the choice (quantization/), the times of layers (timing/layer_times.py), the page
+(sensitivity_page.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ UNITS: Mapping[str, float] = {"MB": 1e6, "ms": 1e6}
 
 @dataclass(frozen=True)
 class Limit:
-    """What weights or a step may cost: a multiple of float32's bytes or of the step in INT8, megabytes (10^6 bytes), or milliseconds."""
+    """What weights or a step may cost: a multiple of float32's bytes or of the step in INT8, megabytes (10^6 bytes), or
+    milliseconds.
+    """
 
     number: float
     unit: Literal["x", "MB", "ms"]
@@ -96,7 +99,9 @@ def measure_sensitivity(
         if step is not None and times is not None:
             assigned |= {FLOATING: dict.fromkeys(own, FLOAT), CHOSEN: _choose(found, times, step)}
             _refuse_all_floating(assigned[CHOSEN], times, step)
-            chosen = _calibrated(policy, prepared, mixed_plan(policy, prepared, assigned[CHOSEN])[1], calibration, console)
+            chosen = _calibrated(
+                policy, prepared, mixed_plan(policy, prepared, assigned[CHOSEN])[1], calibration, console
+            )
             errors |= {FLOATING: 0.0, CHOSEN: output_error(chosen, assigned[CHOSEN], batches)}
             with console.status("sensitivity: timing what was chosen"):
                 trial.deploy(CHOSEN, integer_layers(chosen))
@@ -122,19 +127,27 @@ def measure_sensitivity(
         },
         command=command,
         budget_ms=None if step is None or times is None else step.of(times.whole) / 1e6,
-        milliseconds=None if times is None else {name: {bits: ns / 1e6 for bits, ns in at.items()} for name, at in times.layers.items()},
+        milliseconds=None
+        if times is None
+        else {name: {bits: ns / 1e6 for bits, ns in at.items()} for name, at in times.layers.items()},
     )
     return report, mixed_policy(policy, prepared, report) if CHOSEN in assigned else None
 
 
 def packed_sizes(prepared: Prepared, widths: Collection[int]) -> Costs:
-    """Bytes of the packed weights (`export.weights: packed`), scales included; a share is of all parameters in float32."""
+    """Bytes of the packed weights (`export.weights: packed`), scales included; a share is of all parameters in
+    float32.
+    """
     full = expected_bytes(prepared.split, (), packed=False)
     weights = {layer.name: 4 * prepared.split.get_parameter(f"{layer.name}.weight").numel() for layer in prepared.plan}
     layers: dict[str, dict[int, int]] = {}
     for layer in prepared.plan:
-        at = {bits: expected_bytes(prepared.split, with_bits([layer], {layer.name: bits}), packed=True) for bits in widths}
-        layers[layer.name] = {bits: size - full + weights[layer.name] for bits, size in at.items()} | {FLOAT: weights[layer.name]}
+        at = {
+            bits: expected_bytes(prepared.split, with_bits([layer], {layer.name: bits}), packed=True) for bits in widths
+        }
+        layers[layer.name] = {bits: size - full + weights[layer.name] for bits, size in at.items()} | {
+            FLOAT: weights[layer.name]
+        }
     return Costs(full, full - sum(weights.values()), layers)
 
 
@@ -156,7 +169,8 @@ def _refuse_all_floating(bits: Mapping[str, int], times: Costs, step: Limit) -> 
     if set(bits.values()) == {FLOAT}:
         raise PlanError(
             f"--max-ms: got {_step(step.of(times.whole), times)}; allowed less than {_step(times.of(bits), times)}, "
-            "which a step takes on this machine with all layers in floating point: within it nothing needs to be quantized"
+            "which a step takes on this machine with all layers in floating point: within it nothing "
+            "needs to be quantized"
         )
 
 
@@ -168,7 +182,8 @@ def _refuse_too_small(sizes: Costs, size: Limit, widths: Sequence[int]) -> None:
     got, least = size.of(sizes.whole), sizes.least
     if got < least:
         raise PlanError(
-            f"--max-size: got {got / sizes.whole:.3f}x ({got:,} bytes of weights); allowed at least {least / sizes.whole:.3f}x "
+            f"--max-size: got {got / sizes.whole:.3f}x ({got:,} bytes of weights); allowed at least "
+            f"{least / sizes.whole:.3f}x "
             f"({least:,} bytes), which all layers take at the smallest of the widths {', '.join(map(str, widths))}"
         )
 
@@ -183,7 +198,9 @@ def _calibration(policy: Policy, prepared: Prepared, cache: Path, console: Conso
     return found
 
 
-def _calibrated(policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], calibration: CalibrationSet, console: Console) -> nn.Module:
+def _calibrated(
+    policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], calibration: CalibrationSet, console: Console
+) -> nn.Module:
     """The model with these layers quantized, weights at their own widths, not trained."""
     model = quantize_model(copy.deepcopy(prepared.split), plan)
     with console.status("sensitivity: ranges"):
@@ -193,7 +210,9 @@ def _calibrated(policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], c
     return model
 
 
-def _layers(model: nn.Module, widths: Sequence[int], batches: Sequence[PredictArguments], console: Console) -> tuple[LayerSensitivity, ...]:
+def _layers(
+    model: nn.Module, widths: Sequence[int], batches: Sequence[PredictArguments], console: Console
+) -> tuple[LayerSensitivity, ...]:
     layers = quantized_layers(model).values()
     with progress_bar(console) as bar:
         total = len(layers) * len(widths) + len({layer.plan.input_group for layer in layers})
@@ -202,12 +221,19 @@ def _layers(model: nn.Module, widths: Sequence[int], batches: Sequence[PredictAr
 
 
 def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> dict[str, int]:
-    """Layer -> width: the sum of the layers' errors as small as the limit allows; that errors and costs add up is assumed."""
-    options = {layer.name: [Option(bits, cost, layer.error(bits)) for bits, cost in costs.layers[layer.name].items()] for layer in layers}
+    """Layer -> width: the sum of the layers' errors as small as the limit allows; that errors and costs add up is
+    assumed.
+    """
+    options = {
+        layer.name: [Option(bits, cost, layer.error(bits)) for bits, cost in costs.layers[layer.name].items()]
+        for layer in layers
+    }
     return choose_bits(options, limit.of(costs.whole) - costs.fixed)
 
 
-def mixed_plan(policy: Policy, prepared: Prepared, bits: Mapping[str, int]) -> tuple[tuple[LayerRule, ...], tuple[LayerPlan, ...]]:
+def mixed_plan(
+    policy: Policy, prepared: Prepared, bits: Mapping[str, int]
+) -> tuple[tuple[LayerRule, ...], tuple[LayerPlan, ...]]:
     """The policy's rules with the chosen widths, and what they plan, which is what was chosen."""
     rules = mixed_rules(policy.quantization.layers, prepared.plan, list(quantizable_layers(prepared.split)), bits)
     planned = plan_layers(prepared.split, rules, policy.progressive.ladder, prepared.model.example)
@@ -228,14 +254,20 @@ def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) 
             "export": policy.export.model_copy(update={"weights": weights}),
         }
     )
-    came_to = f"Widths chosen layer by layer: {chosen.bytes / report.full_bytes:.3f}x the size of float32, weights packed."
+    came_to = (
+        f"Widths chosen layer by layer: {chosen.bytes / report.full_bytes:.3f}x the size of float32, weights packed."
+    )
     if chosen.measured_ms is not None and own.measured_ms is not None:
-        came_to = f"Layers kept in floating point within a time: {chosen.measured_ms / own.measured_ms:.3f}x the step of all in INT8."
+        came_to = (
+            f"Layers kept in floating point within a time: {chosen.measured_ms / own.measured_ms:.3f}x the "
+            "step of all in INT8."
+        )
     head = [
         f"# {came_to}",
         "#",
         f"#     {report.command}",
         "#",
-        f"# Error of the output on {report.states} states of the calibration set, before any training: {chosen.error:.2e} of its square.",
+        f"# Error of the output on {report.states} states of the calibration set, before any training: "
+        f"{chosen.error:.2e} of its square.",
     ]
     return "\n".join(head) + "\n\n" + dump_policy(Policy.model_validate(made.model_dump()), whole=False)

@@ -1,4 +1,5 @@
-"""A policy's model deployed to look at its speed: some planned layers in INT8, all others in floating point, and what a step takes.
+"""A policy's model deployed to look at its speed: some planned layers in INT8, all others in floating point, and what a
+step takes.
 
 Not here: a run's own export (deploy.py), or the profile of one graph (timing/layer_times.py).
 """
@@ -50,18 +51,34 @@ class Trial:
         scheduler, shape, place = model.scheduler_config, model.sample_shape, self.folder / name
         attention = noise_attention(replace(model, denoiser=self.prepared.split), self.policy.quantization)
         batch, denoiser = how.batch_size, self.prepared.split
-        export_model(denoiser, scheduler, layers, shape, batch, "int8", place, provenance, conditions, self.visited, attention=attention)
+        export_model(
+            denoiser,
+            scheduler,
+            layers,
+            shape,
+            batch,
+            "int8",
+            place,
+            provenance,
+            conditions,
+            self.visited,
+            attention=attention,
+        )
 
     def clock(self, names: Collection[str]) -> dict[str, float]:
         """Milliseconds of a step of these folders, by the clock: medians over `export.latency_runs` calls in turns."""
         candidates = {name: openvino_candidate(self.folder / name, {}, self._inputs()) for name in names}
-        return {name: found.median_ms for name, found in time_interleaved(candidates, self.policy.export.latency_runs, WARMUP).items()}
+        return {
+            name: found.median_ms
+            for name, found in time_interleaved(candidates, self.policy.export.latency_runs, WARMUP).items()
+        }
 
     def costs(self, integer: str, floating: str) -> Costs:
-        """Nanoseconds of a step by what each planned layer runs in, from two folders: all planned layers in INT8, and none.
+        """Nanoseconds of a step by what each planned layer runs in, from two folders: all planned layers in INT8, and
+        none.
 
-        The profiles of both say which share each layer takes, the clock what the whole step takes with all layers in INT8. What is no
-        layer's own counts as that step has it, whatever runs in floating point.
+        The profiles of both say which share each layer takes, the clock what the whole step takes with all layers in
+        INT8. What is no layer's own counts as that step has it, whatever runs in floating point.
         """
         groups = {layer.name: layer.input_group for layer in self.prepared.plan}
         profiles = step_profiles({name: self.folder / name for name in (integer, floating)}, groups, self._inputs())

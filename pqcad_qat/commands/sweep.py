@@ -1,6 +1,8 @@
-"""A study: its cells run in turn or side by side, each a run of its own; what is finished is kept, a failure does not stop the others.
+"""A study: its cells run in turn or side by side, each a run of its own; what is finished is kept, a failure does not
+stop the others.
 
-Not here: the expansion of a study's file into cells (policy/study_cells.py), the stages of a cell (stages/), its table (report/).
+Not here: the expansion of a study's file into cells (policy/study_cells.py), the stages of a cell (stages/), its table
+(report/).
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
 
     Raises:
         CheckpointError: a cell that is there belongs to another policy; nothing has been run.
-        StudyError: as `check_cells`, cells that time models were to run beside others, or `only` matches none: nothing has been run. Or
-            some cells failed; the others are in the table.
+        StudyError: as `check_cells`, cells that time models were to run beside others, or `only` matches none: nothing
+            has been run. Or some cells failed; the others are in the table.
         KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
     """
     _refuse_changed(study, folder)
@@ -83,7 +85,9 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
     comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
-        raise StudyError(f"{folder}: {len(failed)} of {len(chosen)} cells failed; the same command tries them again:\n{listed}")
+        raise StudyError(
+            f"{folder}: {len(failed)} of {len(chosen)} cells failed; the same command tries them again:\n{listed}"
+        )
     return comparison
 
 
@@ -106,7 +110,9 @@ def check_cells(cells: Sequence[Cell], console: Console) -> None:
                 faults.setdefault(str(error), []).extend(cell.name for cell in group)
     if faults:
         told = [f"{listed(names)}: {line}" for fault, names in faults.items() for line in fault.splitlines()]
-        raise StudyError("\n".join([f"got {sum(map(len, faults.values()))} of {len(cells)} cells that cannot run:", *told]))
+        raise StudyError(
+            "\n".join([f"got {sum(map(len, faults.values()))} of {len(cells)} cells that cannot run:", *told])
+        )
 
 
 def _planned_by(policy: Policy) -> dict[str, Any]:
@@ -133,7 +139,8 @@ def chosen_cells(study: Study, only: str) -> list[Cell]:
     chosen = [cell for cell in study.cells if fnmatchcase(cell.name, only)]
     if not chosen:
         raise StudyError(
-            f"--only: got {only!r}, which matches none of the {len(study.cells)} cells; allowed a glob, as of {study.cells[0].name}"
+            f"--only: got {only!r}, which matches none of the {len(study.cells)} cells; allowed a glob, "
+            f"as of {study.cells[0].name}"
         )
     return chosen
 
@@ -154,7 +161,9 @@ def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console
         end(cell, _run_cell(cell, folder, command, console))
 
 
-def _side_by_side(cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End, jobs: int) -> None:
+def _side_by_side(
+    cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End, jobs: int
+) -> None:
     threads = max(1, usable_cores() // jobs)
     waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -202,7 +211,8 @@ def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
     timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.evaluation.variants)]
     if timing:
         raise StudyError(
-            f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would disturb: {timing[0]}, ...; "
+            f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would "
+            f"disturb: {timing[0]}, ...; "
             "allowed 1, or evaluation.variants without ov-fp32, ov-bf16, nncf-int8 and pqcad-openvino"
         )
 

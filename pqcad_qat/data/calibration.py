@@ -1,6 +1,8 @@
-"""Full-precision trajectories: recorded once by the model's own sampler, kept in safetensors, reused by name of their hash.
+"""Full-precision trajectories: recorded once by the model's own sampler, kept in safetensors, reused by name of their
+hash.
 
-Not here: what they are used for (ranges, training targets, parity, paired fidelity). The set never holds quantized states.
+Not here: what they are used for (ranges, training targets, parity, paired fidelity). The set never holds quantized
+states.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class CalibrationRecipe:
         steps: N, of the sampler whose states are kept.
         trajectories: K.
         seed: of their noise.
-        refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's own ODE.
+        refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's
+            own ODE.
         conditions: digest of the set that trajectories choose from, None for an unconditional model.
         guidance_scale: of classifier-free guidance, 1 for none.
         also: steps of its students, whose states are kept too, where they visit other time steps.
@@ -75,7 +78,8 @@ class CalibrationSet:
         predictions: (K, N, C, H, W) float32, the model's prediction at each state under its trajectory's condition.
         timesteps: the N time steps, falling; whole numbers, or of flow matching any.
         condition: name -> (K, ...), what each trajectory is conditioned on; {} for an unconditional model.
-        unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where the trajectories are not guided.
+        unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where the trajectories are
+            not guided.
         unconditional_predictions: (K, N, C, H, W) float32, of that pass, None without guidance.
     """
 
@@ -129,7 +133,8 @@ def calibration_set(
 ) -> tuple[CalibrationSet, Path]:
     """The set of a recipe, and its folder: read from `cache`, or recorded and written there.
 
-    `advance` is told of every step of a batch as it is made (number of trajectories moved). `conditions` are those of the recipe.
+    `advance` is told of every step of a batch as it is made (number of trajectories moved). `conditions` are those of
+    the recipe.
     """
 
     def make(draft: Path) -> None:
@@ -172,7 +177,9 @@ def record(
             passes = _Passes(model.denoiser)
             follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
             noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
-            yield _walked(noise, follow, passes, fine, schedule, advance, f"{model.source}: its full-precision trajectories")
+            yield _walked(
+                noise, follow, passes, fine, schedule, advance, f"{model.source}: its full-precision trajectories"
+            )
 
     found = gathered(parts, recipe.trajectories, batches, "calibration: trajectories")
     return CalibrationSet(
@@ -245,6 +252,10 @@ def read_calibration(folder: Path) -> CalibrationSet:
             for prefix in (CONDITION, UNCONDITIONAL)
         )
         guided_too = tensors.get("unconditional_predictions")
-        return CalibrationSet(tensors["states"], tensors["predictions"], tuple(steps), condition, unconditional, guided_too)
+        return CalibrationSet(
+            tensors["states"], tensors["predictions"], tuple(steps), condition, unconditional, guided_too
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder}: damaged calibration set: {error}; delete the folder and it is recorded anew") from error
+        raise ModelError(
+            f"{folder}: damaged calibration set: {error}; delete the folder and it is recorded anew"
+        ) from error

@@ -29,7 +29,8 @@ Emoji = tuple[int, ...]
 
 
 def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """The different bitmaps (RGBA) of the emoji that Unicode lists, in the font's order, and the number of each one's group.
+    """The different bitmaps (RGBA) of the emoji that Unicode lists, in the font's order, and the number of each one's
+    group.
 
     Args:
         font: with a CBDT table, as Noto Color Emoji has.
@@ -53,9 +54,13 @@ def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArra
 
 
 def read_groups(listing: Path) -> dict[Emoji, int]:
-    """Emoji -> the number of its group, from lines such as `1F600 ; fully-qualified # ...` under `# group: Smileys & Emotion`."""
+    """Emoji -> the number of its group, from lines such as `1F600 ; fully-qualified # ...` under `# group: Smileys &
+    Emotion`.
+    """
     if not listing.is_file():
-        raise ModelError(f"{listing}: no such file; Unicode's list of emoji comes with Debian's package unicode-data{_INSTALL}")
+        raise ModelError(
+            f"{listing}: no such file; Unicode's list of emoji comes with Debian's package unicode-data{_INSTALL}"
+        )
     groups: dict[Emoji, int] = {}
     group = -1
     try:

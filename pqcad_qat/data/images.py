@@ -1,4 +1,5 @@
-"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, a folder of pictures.
+"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, a
+folder of pictures.
 
 Not here: how emoji are read from a font (data/emoji.py), noise, trajectories (data/calibration.py), and what images are
 worth (quality/fidelity.py).
@@ -52,22 +53,29 @@ class ImageSet:
         return int(self.images.shape[0])
 
 
-def load_images(source: str, path: str | None = None, size: int = 32, split: str = "train", channels: int | None = None) -> ImageSet:
-    """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that cannot be.
+def load_images(
+    source: str, path: str | None = None, size: int = 32, split: str = "train", channels: int | None = None
+) -> ImageSet:
+    """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that
+    cannot be.
 
-    `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them), or of pictures, or of
-    one folder of pictures per class; or the font of the emoji (default: where fonts-noto-color-emoji puts it), with Unicode's
-    emoji-test.txt beside it or where unicode-data puts it. Only Fashion-MNIST has a test split. `channels` (1 or 3) applies to
-    pictures and emoji; by default they are grey if every one is, else RGB.
+    `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them), or of
+    pictures, or of one folder of pictures per class; or the font of the emoji (default: where fonts-noto-color-emoji
+    puts it), with Unicode's emoji-test.txt beside it or where unicode-data puts it. Only Fashion-MNIST has a test
+    split. `channels` (1 or 3) applies to pictures and emoji; by default they are grey if every one is, else RGB.
     """
     if source not in get_args(Source):
         raise ModelError(f"image source: got {source!r}; allowed {', '.join(get_args(Source))}")
     if split not in get_args(Split) or (split == "test" and source != "fashion-mnist"):
-        raise ModelError(f"split of {source}: got {split!r}; allowed {'train, test' if source == 'fashion-mnist' else 'train'}")
+        raise ModelError(
+            f"split of {source}: got {split!r}; allowed {'train, test' if source == 'fashion-mnist' else 'train'}"
+        )
     if size < 1:
         raise ModelError(f"image size: got {size}; allowed a positive number of pixels")
     if source == "fashion-mnist":
-        pixels, labels = _fashion_mnist(Path(path or FASHION_MNIST_FOLDER), "test" if split == "test" else "train", size)
+        pixels, labels = _fashion_mnist(
+            Path(path or FASHION_MNIST_FOLDER), "test" if split == "test" else "train", size
+        )
         return image_set(pixels, labels, f"{source} {split} {size}x{size}")
     if source == "digits":
         pixels, labels = _digits(size)
@@ -78,7 +86,9 @@ def load_images(source: str, path: str | None = None, size: int = 32, split: str
     if path is None:
         raise ModelError("image source folder: needs a path, got none")
     files, classes = _picture_files(Path(path))
-    return image_set(_pixels([_picture(file, size) for file in files], channels), classes, f"{Path(path).name} {size}x{size}")
+    return image_set(
+        _pixels([_picture(file, size) for file in files], channels), classes, f"{Path(path).name} {size}x{size}"
+    )
 
 
 def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name: str) -> ImageSet:
@@ -98,20 +108,29 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floating point in [-1, 1] of any shape -> uint8, clamped and rounded to the nearest; raises ModelError on NaN and infinity."""
+    """Floating point in [-1, 1] of any shape -> uint8, clamped and rounded to the nearest; raises ModelError on NaN and
+    infinity.
+    """
     if not bool(torch.isfinite(images).all()):
-        raise ModelError(f"images must be finite: got {int((~torch.isfinite(images)).sum())} NaN or infinite values of {images.numel()}")
+        raise ModelError(
+            f"images must be finite: got {int((~torch.isfinite(images)).sum())} NaN or infinite values of "
+            f"{images.numel()}"
+        )
     return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
-    """A gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError unless it is exactly that."""
+    """A gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError unless it is exactly
+    that.
+    """
     try:
         with gzip.open(path, "rb") as file:
             header = file.read(4 + 4 * rank)
             expected = bytes((0, 0, _IDX_UNSIGNED_BYTE, rank))
             if len(header) != 4 + 4 * rank or header[:4] != expected:
-                raise ModelError(f"{path}: not IDX bytes of rank {rank}: must begin {expected.hex()}, got {header[:4].hex()}")
+                raise ModelError(
+                    f"{path}: not IDX bytes of rank {rank}: must begin {expected.hex()}, got {header[:4].hex()}"
+                )
             shape = struct.unpack(f">{rank}I", header[4:])
             count = math.prod(shape)
             data = file.read(count + 1)  # the one more shows trailing bytes, and reads the checksum of an exact file
@@ -133,12 +152,16 @@ def _fashion_mnist(folder: Path, split: Split, size: int) -> tuple[NDArray[np.ui
         raise ModelError(f"{folder}: no such folder; {_WHERE_FROM}")
     images, labels = read_idx(folder / _FILES[split][0], rank=3), read_idx(folder / _FILES[split][1], rank=1)
     if len(images) != len(labels) or len(images) == 0:
-        raise ModelError(f"{folder}: {split} split must have as many images as labels, and some; got {len(images)} and {len(labels)}")
+        raise ModelError(
+            f"{folder}: {split} split must have as many images as labels, and some; got {len(images)} and {len(labels)}"
+        )
     return _resize_by_padding(images, size)[:, None], labels.astype(np.int64)
 
 
 def _resize_by_padding(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """(N, h, w) -> (N, size, size): zeros around where there is room, else padded to 32 and averaged over whole blocks."""
+    """(N, h, w) -> (N, size, size): zeros around where there is room, else padded to 32 and averaged over whole
+    blocks.
+    """
     if size >= max(images.shape[1:]):
         return _pad(images, size)
     if FASHION_MNIST_PADDED % size or max(images.shape[1:]) > FASHION_MNIST_PADDED:
@@ -166,15 +189,21 @@ def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
-    """The pictures of a folder in the order of their names; without any, those of its subfolders, whose order gives the labels."""
+    """The pictures of a folder in the order of their names; without any, those of its subfolders, whose order gives the
+    labels.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder of pictures")
     if files := _suffixed(folder):
         return files, None
-    classes = [found for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (found := _suffixed(subfolder))]
+    classes = [
+        found for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (found := _suffixed(subfolder))
+    ]
     if not classes:
         raise ModelError(f"{folder}: no picture in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
-    return [path for found in classes for path in found], np.repeat(np.arange(len(classes)), [len(found) for found in classes])
+    return [path for found in classes for path in found], np.repeat(
+        np.arange(len(classes)), [len(found) for found in classes]
+    )
 
 
 def _suffixed(folder: Path) -> list[Path]:
@@ -185,7 +214,9 @@ def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]
     """Over white, with white around to make them square, resized; mode RGB."""
     listing = font.with_name(Path(EMOJI_LIST).name)
     pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
-    return [ImageOps.pad(_over_white(one), (size, size), Image.Resampling.BICUBIC, color="white") for one in pictures], groups
+    return [
+        ImageOps.pad(_over_white(one), (size, size), Image.Resampling.BICUBIC, color="white") for one in pictures
+    ], groups
 
 
 def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np.uint8]:

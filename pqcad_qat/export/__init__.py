@@ -1,1 +1,3 @@
-"""From a quantized module to a folder that OpenVINO executes in INT8, and the proof that it does. Torch and NNCF are allowed here."""
+"""From a quantized module to a folder that OpenVINO executes in INT8, and the proof that it does. Torch and NNCF are
+allowed here.
+"""

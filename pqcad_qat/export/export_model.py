@@ -1,7 +1,7 @@
 """A quantized model -> a folder that OpenVINO runs in INT8: conversion, names, and what its configs and manifest say.
 
-Not here: the torch modules that are traced (traceable_modules.py), the files (deployed_folder.py), loading (runtime.py) and proof
-(proof.py).
+Not here: the torch modules that are traced (traceable_modules.py), the files (deployed_folder.py), loading (runtime.py)
+and proof (proof.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ from pqcad_qat.models.architectures import TEXT, ConditionInput, architecture_of
 from pqcad_qat.models.own_modules import one_line
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, FLOW_SCHEDULER
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
-from pqcad_qat.serving.deployed_folder import MODEL_INDEX, OPENVINO_CONFIG, check_replaceable, nothing_further, write_folder
+from pqcad_qat.serving.deployed_folder import (
+    MODEL_INDEX,
+    OPENVINO_CONFIG,
+    check_replaceable,
+    nothing_further,
+    write_folder,
+)
 from pqcad_qat.serving.graph_inputs import SAMPLE, THOUSANDTHS, TIME, ports_of, spelled
 from pqcad_qat.serving.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
 from pqcad_qat.serving.packing import WeightFormat
@@ -96,7 +102,8 @@ def export_model(
 
     Args:
         model: quantized denoiser, called by `predict`.
-        scheduler_config: diffusers scheduler config the model is sampled with; it is written as that of our sampler, with every key.
+        scheduler_config: diffusers scheduler config the model is sampled with; it is written as that of our sampler,
+            with every key.
         layers: every planned layer by module path, as integers.
         sample_shape: (C, H, W).
         batch_size: fixed batch of the graph.
@@ -137,7 +144,8 @@ def export_model(
         "cpu": _cpu(entries),
         "layers": entries,
         "attention": {path: asdict(seen) for path, seen in attention.items()},
-        "versions": {"pqcad-qat": __version__} | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
+        "versions": {"pqcad-qat": __version__}
+        | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
     further = nothing_further if parts is None else partial(write_parts, parts)
     written = write_folder(graph, weights, texts, manifest, folder, part, further)
@@ -154,11 +162,12 @@ def convert(
     conditions: Sequence[ConditionInput] = (),
     attention: Mapping[str, AttentionRange] = MappingProxyType({}),
 ) -> ov.Model:
-    """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name (node_marks.py).
+    """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name
+    (node_marks.py).
 
-    Inputs `sample`, of a transformer `hidden_states`, (B, C, H, W) float32, `timestep` (B,) int64, of continuous time float32, and the
-    conditions by name; output `out_sample` (B, C, H, W) float32. Of Flux the states and the output are rows of patches, and its places are
-    inputs too (graph_inputs.py).
+    Inputs `sample`, of a transformer `hidden_states`, (B, C, H, W) float32, `timestep` (B,) int64, of continuous time
+    float32, and the conditions by name; output `out_sample` (B, C, H, W) float32. Of Flux the states and the output are
+    rows of patches, and its places are inputs too (graph_inputs.py).
 
     Raises:
         ExportError: as export_model.
@@ -166,7 +175,9 @@ def convert(
     modules = dict(model.named_modules())
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")
-    replacements: dict[str, nn.Module] = {name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())}
+    replacements: dict[str, nn.Module] = {
+        name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())
+    }
     packed = _packed(model)
     replacements |= timestep_tables(model, times, layers, THOUSANDTHS if packed else 1)
     texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
@@ -175,12 +186,16 @@ def convert(
     given = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
     time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
     ports = ports_of(_part(model) == "transformer", packed, names)
-    inputs = spelled([{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **given})
+    inputs = spelled(
+        [{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **given}
+    )
     example = tuple(torch.from_numpy(value) for value in inputs.values())
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
-        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)  # what OpenVINO's converter traces with too
+        warnings.filterwarnings(
+            "ignore", "`torch.jit.trace", DeprecationWarning
+        )  # what OpenVINO's converter traces with too
         denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
         with quantized_attention(model, attention):
             graph = _converted(denoiser, example)
@@ -216,12 +231,18 @@ def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Mod
 
 
 def _unconverted(said: str, traced: Any) -> str:
-    """Which operations OpenVINO has no rule for, and the modules that compute them; or else what it says in one line."""
-    operations = re.findall(r"\b\w+::\w+\b", " ".join(line for line in said.splitlines() if "No conversion rule" in line))
+    """Which operations OpenVINO has no rule for, and the modules that compute them; or else what it says in one
+    line.
+    """
+    operations = re.findall(
+        r"\b\w+::\w+\b", " ".join(line for line in said.splitlines() if "No conversion rule" in line)
+    )
     if not operations:
         return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it gives no reason")[:300]
     graph = traced.inlined_graph  # its nodes live as long as it does
-    places = {traced_path(node.scopeName().rpartition("/")[2]) for name in operations for node in graph.findAllNodes(name)}
+    places = {
+        traced_path(node.scopeName().rpartition("/")[2]) for name in operations for node in graph.findAllNodes(name)
+    }
     where = f", in {', '.join(sorted(filter(None, places)))}" if any(places) else ""
     return f"it has no operation for {', '.join(operations)}{where}"
 
@@ -253,15 +274,22 @@ def _integer_module(layer: IntegerLayer) -> nn.Module:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """The denoiser's diffusers config, less what only its folder of origin knew, and the learned variance that the graph does not give."""
+    """The denoiser's diffusers config, less what only its folder of origin knew, and the learned variance that the
+    graph does not give.
+    """
     config = dict(getattr(model, "config", {}))
     if config.get("out_channels") == 2 * config.get("in_channels", 0):
         config["out_channels"] = config["in_channels"]
-    return {"_class_name": type(model).__name__} | {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"_class_name": type(model).__name__} | {
+        key: value for key, value in config.items() if not key.startswith("_")
+    }
 
 
-def _model_index(model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None) -> dict[str, Any]:
-    """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an unconditional one.
+def _model_index(
+    model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None
+) -> dict[str, Any]:
+    """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an
+    unconditional one.
 
     Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
     """
@@ -293,5 +321,9 @@ def _layer_entry(layer: IntegerLayer) -> dict[str, Any]:
 def _cpu(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """On which CPUs the integer sums are exact."""
     needing = [name for name, entry in entries.items() if entry["needs_vnni"]]
-    note = "without VNNI the integer sums of these layers may overflow" if needing else "the integer sums are exact with AVX2 and better"
+    note = (
+        "without VNNI the integer sums of these layers may overflow"
+        if needing
+        else "the integer sums are exact with AVX2 and better"
+    )
     return {"exact_from": "vnni" if needing else "avx2", "layers_that_need_vnni": needing, "note": note}

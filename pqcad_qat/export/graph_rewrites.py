@@ -1,7 +1,8 @@
-"""A converted graph as OpenVINO runs it faster: other nodes that compute the same, where its own optimizations leave or make slow ones.
+"""A converted graph as OpenVINO runs it faster: other nodes that compute the same, where its own optimizations leave or
+make slow ones.
 
-Not here: the conversion (export_model.py), and two rewrites that have files of their own (normalization.py, upsampling.py). Measured on the
-architecture of google/ddpm-cifar10-32, see the README's benchmark.
+Not here: the conversion (export_model.py), and two rewrites that have files of their own (normalization.py,
+upsampling.py). Measured on the architecture of google/ddpm-cifar10-32, see the README's benchmark.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ def rewrite(graph: ov.Model) -> None:
 def sliced_part(node: ov.Node) -> ov.Output | None:
     """The input of a concatenation that a Slice takes out whole, None for any other Slice.
 
-    The two convolutions of a split shortcut (quantization/shortcuts.py) read halves of a concatenation: they may as well read its inputs.
+    The two convolutions of a split shortcut (quantization/shortcuts.py) read halves of a concatenation: they may as
+    well read its inputs.
     """
     joined, *bounds = node.input_values()
-    if joined.get_node().get_type_name() != "Concat" or any(bound.get_node().get_type_name() != "Constant" for bound in bounds):
+    if joined.get_node().get_type_name() != "Concat" or any(
+        bound.get_node().get_type_name() != "Constant" for bound in bounds
+    ):
         return None
     values = [bound.get_node().get_data().tolist() for bound in bounds]
     axis = joined.get_node().get_attributes()["axis"]
@@ -52,7 +56,9 @@ def sliced_part(node: ov.Node) -> ov.Output | None:
 
 
 def _attention(query: ov.Output, key: ov.Output, value: ov.Output) -> ov.Node:
-    """softmax(Q K^T / sqrt(d)) V, with K transposed by the product; OpenVINO's own decomposition transposes it in a node of its own."""
+    """softmax(Q K^T / sqrt(d)) V, with K transposed by the product; OpenVINO's own decomposition transposes it in a
+    node of its own.
+    """
     scaled = op.multiply(query, np.float32(query.get_shape()[-1] ** -0.5))
     return op.matmul(op.softmax(op.matmul(scaled, key, False, True), -1), value, False, False)
 

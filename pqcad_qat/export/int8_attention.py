@@ -1,7 +1,8 @@
 """Attention's two products in INT8: what they read is observed in a model, and quantized in its exported graph.
 
-Softmax(q k^T / sqrt(d)) v: queries, keys and values become signed bytes, the probabilities unsigned ones, each tensor with one scale from
-the largest value that was seen. This is post-training quantization: the model that is exported computes them in floating point. Not
+Softmax(q k^T / sqrt(d)) v: queries, keys and values become signed bytes, the probabilities unsigned ones, each tensor
+with one scale from the largest value that was seen. This is post-training quantization: the model that is exported
+computes them in floating point. Not
 here: its layers (traceable_modules.py), the conversion (export_model.py), and what became of the products (proof.py).
 """
 
@@ -39,7 +40,9 @@ class AttentionRange:
 
 
 def masked_attention(model: nn.Module, example: PredictArguments) -> tuple[str, ...]:
-    """The modules whose attention cannot be computed in INT8: it is causal, or under a mask. Of a model of shapes alone too."""
+    """The modules whose attention cannot be computed in INT8: it is causal, or under a mask. Of a model of shapes alone
+    too.
+    """
 
     def plain(_: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -69,7 +72,9 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
         if not all(math.isfinite(largest) for largest in vars(seen).values()):
             raise ExportError(f"{path}: its attention reads NaN or infinity")
         before = found.get(path, seen)
-        found[path] = AttentionRange(*(max(pair) for pair in zip(vars(before).values(), vars(seen).values(), strict=True)))
+        found[path] = AttentionRange(
+            *(max(pair) for pair in zip(vars(before).values(), vars(seen).values(), strict=True))
+        )
         return torch.matmul(probability, value)
 
     with evaluating(model), _products(model, watch):
@@ -80,12 +85,18 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
 
 @contextmanager
 def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) -> Iterator[None]:
-    """Within, the products of the attentions that have ranges are written as fake quantization that OpenVINO executes in INT8."""
+    """Within, the products of the attentions that have ranges are written as fake quantization that OpenVINO executes
+    in INT8.
+    """
 
     def compute(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         at = ranges[path]
-        probability = _probabilities(_quantized(query, at.query, SIGNED_GRID), _quantized(key, at.key, SIGNED_GRID), scale)
-        return torch.matmul(_quantized(probability, at.probability, UNSIGNED_GRID), _quantized(value, at.value, SIGNED_GRID))
+        probability = _probabilities(
+            _quantized(query, at.query, SIGNED_GRID), _quantized(key, at.key, SIGNED_GRID), scale
+        )
+        return torch.matmul(
+            _quantized(probability, at.probability, UNSIGNED_GRID), _quantized(value, at.value, SIGNED_GRID)
+        )
 
     with _products(model, compute, ranges):
         yield
@@ -128,7 +139,11 @@ class _Attending(TorchFunctionMode):
         self.paths = None if paths is None else set(paths)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or (self.paths is not None and self.calls[-1] not in self.paths):
@@ -140,18 +155,29 @@ class _Attending(TorchFunctionMode):
             return func(*args, **kwargs)
         scale = given.get("scale")
         query = given["query"]
-        return self.compute(self.calls[-1], query, given["key"], given["value"], query.shape[-1] ** -0.5 if scale is None else float(scale))
+        return self.compute(
+            self.calls[-1],
+            query,
+            given["key"],
+            given["value"],
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+        )
 
 
 @contextmanager
 def _products(model: nn.Module, compute: Product, paths: Iterable[str] | None = None) -> Iterator[Mapping[str, None]]:
-    """Within, `compute` is called for every attention, or those of the paths; yields the paths that it cannot be called for."""
+    """Within, `compute` is called for every attention, or those of the paths; yields the paths that it cannot be called
+    for.
+    """
     calls: list[str] = []
 
     def leave(*_: Any) -> None:
         calls.pop()
 
-    hooks = [module.register_forward_pre_hook(lambda *_, path=path: calls.append(path)) for path, module in model.named_modules()]
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, path=path: calls.append(path))
+        for path, module in model.named_modules()
+    ]
     hooks += [module.register_forward_hook(leave) for module in model.modules()]
     try:
         with _Attending(compute, calls, paths) as attending:

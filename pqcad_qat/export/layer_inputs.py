@@ -20,7 +20,9 @@ from pqcad_qat.quantization.conversion import quantized_layers
 
 
 class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
-    """Layer -> what it reads before its quantizer, (B, C, H, W) or (..., I): read from its file whenever it is asked for."""
+    """Layer -> what it reads before its quantizer, (B, C, H, W) or (..., I): read from its file whenever it is asked
+    for.
+    """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
@@ -38,7 +40,8 @@ class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
 
 @contextmanager
 def recorded_inputs(model: nn.Module, inputs: DenoiserInput, beside: Path) -> Iterator[LayerInputs]:
-    """The inputs of every quantized layer while the model predicts once; layers that share an input quantizer share a file.
+    """The inputs of every quantized layer while the model predicts once; layers that share an input quantizer share a
+    file.
 
     Args:
         model: quantized and calibrated.

@@ -1,7 +1,9 @@
-"""Which node of a converted graph is which planned layer: a mark behind each while the graph is made, taken off when its nodes have names.
+"""Which node of a converted graph is which planned layer: a mark behind each while the graph is made, taken off when
+its nodes have names.
 
-The converter computes a convolution together with what follows where it can, a factor, a normalization or a quantizer: of the layer's own
-integers and scales nothing is left then. It knows no way through a mark. Without them OpenVINO does the same when it loads the graph,
+The converter computes a convolution together with what follows where it can, a factor, a normalization or a quantizer:
+of the layer's own integers and scales nothing is left then. It knows no way through a mark. Without them OpenVINO does
+the same when it loads the graph,
 where it costs nothing: names stay, and integers.
 """
 
@@ -43,11 +45,12 @@ class Marked(nn.Module):
 
 
 def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
-    """Name each planned layer's convolution or matrix product after the layer, further calls with their number, and take the marks off.
+    """Name each planned layer's convolution or matrix product after the layer, further calls with their number, and
+    take the marks off.
 
     Raises:
-        ExportError: a layer that is no product of its own quantized input, such as one of a constant; or layers of one input group that
-            read several quantized tensors.
+        ExportError: a layer that is no product of its own quantized input, such as one of a constant; or layers of one
+            input group that read several quantized tensors.
     """
     products: dict[str, list[ov.Node]] = {name: [] for name in layers}
     names = tuple(layers)
@@ -55,7 +58,9 @@ def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
         if (number := _mark(node)) is not None:
             products[names[number]].append(_product(node.input_value(0).get_node()))
             redirect(node, node.input_value(0))
-    if wrong := [name for name, nodes in products.items() if not nodes or any(quantizer_of(node) is None for node in nodes)]:
+    if wrong := [
+        name for name, nodes in products.items() if not nodes or any(quantizer_of(node) is None for node in nodes)
+    ]:
         raise ExportError(
             f"{', '.join(wrong)}: the converted graph has no product of the layer's quantized input; "
             "allowed layers whose input the network's inputs change; keep_float: true leaves it alone"
@@ -92,7 +97,9 @@ def _product(output: ov.Node) -> ov.Node:
 
 
 def _following(product: ov.Node) -> Iterator[ov.Node]:
-    """What a product's output goes through that OpenVINO may compute with it when it loads the graph: sums and factors of constants."""
+    """What a product's output goes through that OpenVINO may compute with it when it loads the graph: sums and factors
+    of constants.
+    """
     while len(readers := list(product.output(0).get_target_inputs())) == 1:
         product = readers[0].get_node()
         constants = [value.get_node().get_type_name() == "Constant" for value in product.input_values()]
@@ -106,6 +113,10 @@ def _check_groups(products: Mapping[str, Sequence[ov.Node]], layers: Mapping[str
     sources: dict[tuple[str, int], set[str]] = {}
     for name, nodes in products.items():
         for call, node in enumerate(nodes):
-            sources.setdefault((layers[name].input_group, call), set()).add(node.input_value(0).get_node().get_friendly_name())
+            sources.setdefault((layers[name].input_group, call), set()).add(
+                node.input_value(0).get_node().get_friendly_name()
+            )
     if split := sorted({group for (group, _), names in sources.items() if len(names) > 1}):
-        raise ExportError(f"layers of one input group must read one quantized tensor; these groups read several: {', '.join(split)}")
+        raise ExportError(
+            f"layers of one input group must read one quantized tensor; these groups read several: {', '.join(split)}"
+        )

@@ -1,7 +1,7 @@
 """Group normalization of a converted graph, as operations that run in the layout of the convolutions around it.
 
-OpenVINO normalizes groups of channels planar alone, between convolutions in INT8 that read and write channels last: every tensor changes
-its layout there and back, a tenth of a step. Not here: other rewrites (graph_rewrites.py).
+OpenVINO normalizes groups of channels planar alone, between convolutions in INT8 that read and write channels last:
+every tensor changes its layout there and back, a tenth of a step. Not here: other rewrites (graph_rewrites.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ ROWS = [0, 2, 1]
 
 
 def channels_last_normalization(norm: ov.Node) -> None:
-    """Put operations that take any layout of memory in the place of a GroupNormalization with constant gains and offsets.
+    """Put operations that take any layout of memory in the place of a GroupNormalization with constant gains and
+    offsets.
 
     Where the pixels of an image are rows around the normalization, as in diffusers' attention, the
     image itself is normalized, and its rows are a view of what is channels last already.
@@ -56,11 +57,12 @@ def _image(x: ov.Output) -> ov.Output:
 def _normalized(
     x: ov.Output, groups: int, epsilon: float, gamma: npt.NDArray[np.float32], beta: npt.NDArray[np.float32], name: str
 ) -> ov.Node:
-    """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, x (B, C, ...), mean and variance of each of so many groups of channels.
+    """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, x (B, C, ...), mean and variance of each of so many
+    groups of channels.
 
-    The variance is the mean square less the square of the mean. Both are taken channel by channel, which OpenVINO sums in float32 in any
-    layout, and then of a group's channels; a few hundred numbers that stay in float32 also where the rest is BF16, in which a difference
-    of squares would be lost.
+    The variance is the mean square less the square of the mean. Both are taken channel by channel, which OpenVINO sums
+    in float32 in any layout, and then of a group's channels; a few hundred numbers that stay in float32 also where the
+    rest is BF16, in which a difference of squares would be lost.
     """
     channels, space = len(gamma), list(x.get_shape())[2:]
     pixels, last, numbers = op.constant(np.arange(2, 2 + len(space))), op.constant([2]), count()

@@ -1,7 +1,8 @@
-"""The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as optimum-intel lays them out.
+"""The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as
+optimum-intel lays them out.
 
-Not here: where they come from (models/pipeline_parts.py), their graphs (part_graphs.py), the denoiser (export_model.py), or how they are
-run (part_runtime.py).
+Not here: where they come from (models/pipeline_parts.py), their graphs (part_graphs.py), the denoiser
+(export_model.py), or how they are run (part_runtime.py).
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class PartsToDeploy:
     Attributes:
         source: the full-precision pipeline.
         formats: its part -> how it is written, of those that are deployed.
-        latents: (N, C, h, w), as the denoiser gives them: what an INT8 VAE is calibrated on, and what its size is taken from.
-        conditions: what the denoiser takes of a text, every size known; T5 is deployed for as many tokens as it asks for.
+        latents: (N, C, h, w), as the denoiser gives them: what an INT8 VAE is calibrated on, and what its size is taken
+            from.
+        conditions: what the denoiser takes of a text, every size known; T5 is deployed for as many tokens as it asks
+            for.
     """
 
     source: PipelineParts
@@ -69,23 +72,31 @@ class PartsToDeploy:
         if self.source.class_of(part) != T5:
             return int(self._config(part)["max_position_embeddings"])
         beside = 0
-        if self.source.index.get("_class_name") == "StableDiffusion3Pipeline":  # whose text is CLIP's, and T5's after it
+        if (
+            self.source.index.get("_class_name") == "StableDiffusion3Pipeline"
+        ):  # whose text is CLIP's, and T5's after it
             beside = int(self._config(TEXT_ENCODERS[0])["max_position_embeddings"])
         found = [condition.shape[0] for condition in self.conditions if condition.name == TEXT]
         if not found or found[0] is None or found[0] <= beside:
-            raise ExportError(f"{part}: T5 takes as many tokens as the denoiser's text has; got {found or 'none'}, {beside} of them CLIP's")
+            raise ExportError(
+                f"{part}: T5 takes as many tokens as the denoiser's text has; got {found or 'none'}, "
+                f"{beside} of them CLIP's"
+            )
         return found[0] - beside
 
     def _config(self, part: str) -> dict[str, Any]:
         return read_json(self.source.folder / part / "config.json")
 
 
-def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named: str, weights: bool = True) -> dict[str, PartFormat]:
+def chosen_formats(
+    source: PipelineParts | None, asked: Mapping[str, str], named: str, weights: bool = True
+) -> dict[str, PartFormat]:
     """Part -> how it is deployed, as a policy's section has it; {} where there is nothing.
 
     Args:
         source: the parts of the model's folder.
-        asked: `vae` and `text_encoder`, each auto, none, or a format; what is asked of text_encoder holds for text_encoder_2 too.
+        asked: `vae` and `text_encoder`, each auto, none, or a format; what is asked of text_encoder holds for
+            text_encoder_2 too.
         named: the model, for messages.
         weights: whether they are looked at too, beside configs.
 
@@ -100,7 +111,9 @@ def chosen_formats(source: PipelineParts | None, asked: Mapping[str, str], named
         if asked[key] != "none":
             if source is not None:
                 source.check_there(parts)
-            formats |= {part: AUTOMATIC[part] if asked[key] == "auto" else cast(PartFormat, asked[key]) for part in present}
+            formats |= {
+                part: AUTOMATIC[part] if asked[key] == "auto" else cast(PartFormat, asked[key]) for part in present
+            }
     for part in formats:
         assert source is not None
         source.check(part)
@@ -133,7 +146,9 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
 
 
 def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
-    """The source's model_index.json, as of the deployed folder: what is not in it is null, and of the denoiser it names `denoiser`."""
+    """The source's model_index.json, as of the deployed folder: what is not in it is null, and of the denoiser it names
+    `denoiser`.
+    """
     kept = {*parts.formats, *(tokenizer_of(part) for part in parts.formats if part != VAE), "scheduler"}
     index: dict[str, Any] = {}
     for name, entry in parts.source.index.items():
@@ -183,7 +198,9 @@ def _config(module: nn.Module, source: Path) -> dict[str, Any]:
 
 
 def _write_tokenizer(source: PipelineParts, name: str, folder: Path) -> None:
-    """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not among them."""
+    """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not
+    among them.
+    """
     shutil.copytree(source.folder / name, folder)
     if not (folder / TOKENIZER).is_file():
         import transformers

@@ -1,6 +1,8 @@
-"""The other parts of a pipeline as OpenVINO graphs of any batch: VAE decoder, CLIP and T5, their ports named as optimum-intel names them.
+"""The other parts of a pipeline as OpenVINO graphs of any batch: VAE decoder, CLIP and T5, their ports named as
+optimum-intel names them.
 
-Not here: which parts there are and how they are written (part_export.py), or how their graphs are run (part_runtime.py).
+Not here: which parts there are and how they are written (part_export.py), or how their graphs are run
+(part_runtime.py).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class _Decoder(nn.Module):
 
 
 class _ClipEncoder(nn.Module):
-    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens, width)."""
+    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens,
+    width).
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -35,19 +39,25 @@ class _ClipEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         found = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
         pooled = hasattr(found, "text_embeds")
-        first = (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
+        first = (
+            (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
+        )
         return (*first, *found.hidden_states)
 
 
 class _T5Encoder(nn.Module):
-    """input_ids (B, tokens) int64, and their mask where texts have one, of the same shape and dtype -> (B, tokens, width)."""
+    """input_ids (B, tokens) int64, and their mask where texts have one, of the same shape and dtype -> (B, tokens,
+    width).
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state)
+        return cast(
+            Tensor, self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state
+        )
 
 
 def decoder_graph(vae: nn.Module, latents: Tensor) -> ov.Model:
@@ -56,7 +66,9 @@ def decoder_graph(vae: nn.Module, latents: Tensor) -> ov.Model:
 
 
 def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov.Model:
-    """input_ids (B, tokens) -> what CLIP's class gives, and hidden_states.0 to hidden_states.LAYERS; `config` is transformers'."""
+    """input_ids (B, tokens) -> what CLIP's class gives, and hidden_states.0 to hidden_states.LAYERS; `config` is
+    transformers'.
+    """
     given = {"input_ids": torch.full((1, tokens), config["eos_token_id"], dtype=torch.int64)}
     pooled = encoder.__class__.__name__.endswith("WithProjection")
     first = ["text_embeds", "last_hidden_state"] if pooled else ["last_hidden_state", "pooler_output"]
@@ -65,7 +77,9 @@ def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov
 
 
 def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
-    """input_ids (B, tokens), and attention_mask of the same shape where texts have one -> last_hidden_state (B, tokens, width)."""
+    """input_ids (B, tokens), and attention_mask of the same shape where texts have one -> last_hidden_state (B, tokens,
+    width).
+    """
     given = {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
     mask = {"attention_mask": (torch.arange(tokens) < tokens // 2 + 1).long()[None]} if masked else {}
     return _converted(_T5Encoder(encoder), given | mask, ["last_hidden_state"])

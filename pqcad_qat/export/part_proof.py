@@ -1,4 +1,5 @@
-"""How near the deployed parts of a pipeline are to full precision's, from the files that ship: PSNR of pictures and of text's embeddings.
+"""How near the deployed parts of a pipeline are to full precision's, from the files that ship: PSNR of pictures and of
+text's embeddings.
 
 Not here: the denoiser's own proofs (proof.py).
 """
@@ -67,8 +68,13 @@ def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
     deployed, full = PromptEncoder(folder, part), parts.source.load(part)
     texts = _random_texts(deployed, parts.source.class_of(part) == T5)
     mask = np.broadcast_to(np.arange(deployed.tokens) < deployed.tokens // 2 + 1, texts.shape).astype(np.int64)
-    rows = [deployed.encoded(text[None], ["last_hidden_state"], counted[None]) for text, counted in zip(texts, mask, strict=True)]
-    wanted: Any = full(input_ids=torch.from_numpy(texts), attention_mask=torch.from_numpy(mask) if deployed.masked else None)
+    rows = [
+        deployed.encoded(text[None], ["last_hidden_state"], counted[None])
+        for text, counted in zip(texts, mask, strict=True)
+    ]
+    wanted: Any = full(
+        input_ids=torch.from_numpy(texts), attention_mask=torch.from_numpy(mask) if deployed.masked else None
+    )
     return end_to_end_psnr(np.concatenate([row["last_hidden_state"] for row in rows]), wanted.last_hidden_state.numpy())
 
 

@@ -1,4 +1,5 @@
-"""Proof that a deployed folder is what the plan says: what each planned layer executed in, and that its integers are PyTorch's.
+"""Proof that a deployed folder is what the plan says: what each planned layer executed in, and that its integers are
+PyTorch's.
 
 Not here: FID and image fidelity (quality/). Everything is read back from the files that ship.
 """
@@ -34,7 +35,9 @@ MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")  # layer types in the
 PART_VALUES = 2**25
 """Input values of the layers that are compared at a time: some hundred megabytes on either side."""
 UPSAMPLED = ([0, 0], [2**31, 2**31], [2, 2], [2, 3])
-"""Slice's bounds, steps and axes that take an upsampled image to what it was upsampled from: every second pixel of every second row."""
+"""Slice's bounds, steps and axes that take an upsampled image to what it was upsampled from: every second pixel of
+every second row.
+"""
 
 TIE_BAND = 2.0**-13  # in steps; float32 arithmetic on a grid of 256 steps errs by at most 2^-14 of one
 Float64 = npt.NDArray[np.float64]
@@ -62,10 +65,12 @@ class ExecutionReport:
     """What the compiled model executes.
 
     Attributes:
-        precisions: runtime precision of each planned layer ("i8", "u8", "bf16", "f32"; "absent" where the graph has no such node).
+        precisions: runtime precision of each planned layer ("i8", "u8", "bf16", "f32"; "absent" where the graph has no
+            such node).
         node_types: (layer type, runtime precision) -> number of executed nodes.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use.
-        attention: of each attention planned for INT8 what its products run in, as of layers; the first that is not INT8 counts.
+        attention: of each attention planned for INT8 what its products run in, as of layers; the first that is not INT8
+            counts.
     """
 
     precisions: Mapping[str, str]
@@ -95,8 +100,10 @@ class LayerParity:
         integers: accumulators compared.
         different: how many differ.
         worst_error: largest difference of two accumulators.
-        resolution: largest distance of a recovered accumulator from a whole number; beside 0.5 the float32 output tells them apart.
-        ties: input values that lay on a rounding boundary to within float32 error, and were moved to their grid point for both sides.
+        resolution: largest distance of a recovered accumulator from a whole number; beside 0.5 the float32 output tells
+            them apart.
+        ties: input values that lay on a rounding boundary to within float32 error, and were moved to their grid point
+            for both sides.
         inputs: input values in all.
         precision: what the layer executed in.
     """
@@ -142,8 +149,11 @@ class ParityReport:
         return max(self.layers, key=lambda layer: (not layer.exact, layer.worst_error, layer.different))
 
 
-def execution_precision(folder: Path, layers: Collection[str], properties: Mapping[str, Any] | None = None) -> ExecutionReport:
-    """Compile the shipped file with the default settings and read from its execution graph what each planned layer runs in.
+def execution_precision(
+    folder: Path, layers: Collection[str], properties: Mapping[str, Any] | None = None
+) -> ExecutionReport:
+    """Compile the shipped file with the default settings and read from its execution graph what each planned layer runs
+    in.
 
     Args:
         folder: a deployed folder.
@@ -157,20 +167,27 @@ def execution_precision(folder: Path, layers: Collection[str], properties: Mappi
     compiled, nodes = model.compiled, executed_nodes(model.compiled)
     return ExecutionReport(
         precisions=layer_precisions(nodes, layers),
-        node_types=Counter((node.kind, node.precision) for node in nodes if node.kind not in ("Const", "Input", "Output")),
+        node_types=Counter(
+            (node.kind, node.precision) for node in nodes if node.kind not in ("Const", "Input", "Output")
+        ),
         inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
         attention=attention_precisions(compiled, model.manifest.get("attention", {})),
     )
 
 
 def refuse_float(plan: Sequence[LayerPlan], executed: ExecutionReport, where: object) -> None:
-    """A planned layer that left INT8 is an error, unless the policy lists it as an exception; an attention is one always.
+    """A planned layer that left INT8 is an error, unless the policy lists it as an exception; an attention is one
+    always.
 
     Raises:
         ExportError: which layers of `where` left it.
     """
-    if missed := [f"{path} ran in {precision}" for path, precision in executed.attention.items() if precision not in INT8]:
-        raise ExportError(f"{where}: attention planned for INT8: {', '.join(missed)}; quantization.attention: float leaves it")
+    if missed := [
+        f"{path} ran in {precision}" for path, precision in executed.attention.items() if precision not in INT8
+    ]:
+        raise ExportError(
+            f"{where}: attention planned for INT8: {', '.join(missed)}; quantization.attention: float leaves it"
+        )
     excepted = {layer.name for layer in plan if layer.int8_exception}
     floating = {name: precision for name, precision in executed.precisions.items() if precision not in INT8}
     left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
@@ -194,7 +211,8 @@ def _node_facts(node: ov.Node) -> tuple[str, str, str, tuple[str, ...]]:
 
 
 def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> dict[str, str]:
-    """Runtime precision of the matrix node that each layer became, of several calls that differ the one that is not INT8.
+    """Runtime precision of the matrix node that each layer became, of several calls that differ the one that is not
+    INT8.
 
     OpenVINO may leave a layer's name to what it computes together with it (packing.RENAMED).
     """
@@ -206,9 +224,11 @@ def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> 
 
 
 def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> dict[str, str]:
-    """Runtime precision of the products of each quantized attention (int8_attention.py); of two that differ the one that is not INT8.
+    """Runtime precision of the products of each quantized attention (int8_attention.py); of two that differ the one
+    that is not INT8.
 
-    OpenVINO runs both products and the softmax as one node, which computes in what its three inputs come in; or, without VNNI, one by one.
+    OpenVINO runs both products and the softmax as one node, which computes in what its three inputs come in; or,
+    without VNNI, one by one.
     """
     found: dict[str, list[str]] = {path: [] for path in paths}
     for node in compiled.get_runtime_model().get_ops():
@@ -217,7 +237,11 @@ def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> 
             if kind == "MatMul":
                 found[path].append(precision)
             elif kind == "Subgraph" and f"{path}/softmax" in names:
-                read = [_read_precision(value) for value in node.input_values() if _node_facts(value.get_node())[0] != "Const"]
+                read = [
+                    _read_precision(value)
+                    for value in node.input_values()
+                    if _node_facts(value.get_node())[0] != "Const"
+                ]
                 found[path] += read if len(read) == 3 else []
     return {path: _first_float(seen) if len(seen) > 1 else "absent" for path, seen in found.items()}
 
@@ -232,16 +256,18 @@ def _first_float(precisions: Sequence[str]) -> str:
     return next((precision for precision in precisions if precision not in INT8), precisions[0])
 
 
-def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> ParityReport:
+def layer_parity(
+    folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]
+) -> ParityReport:
     """Feed each planned layer of the shipped file a real input and compare its integer accumulators with exact ones.
 
-    The layers are cut out of the shipped graph from the input of their quantizer to the output of their bias, as many in one graph as
-    PART_VALUES allows, and compiled with INFERENCE_PRECISION_HINT f32, so that nothing around the INT8 arithmetic rounds. The
-    accumulators follow from the output, round((y - bias) / (s_x s_w)), and are compared with q_x * q_w computed in float64, where such
-    sums are exact.
+    The layers are cut out of the shipped graph from the input of their quantizer to the output of their bias, as many
+    in one graph as PART_VALUES allows, and compiled with INFERENCE_PRECISION_HINT f32, so that nothing around the INT8
+    arithmetic rounds. The accumulators follow from the output, round((y - bias) / (s_x s_w)), and are compared with q_x
+    * q_w computed in float64, where such sums are exact.
 
-    Values within TIE_BAND of a rounding boundary are decided by the last bit of float32 arithmetic (PyTorch divides by the scale, OpenVINO
-    multiplies by its inverse); they are moved to their grid point on both sides, and counted.
+    Values within TIE_BAND of a rounding boundary are decided by the last bit of float32 arithmetic (PyTorch divides by
+    the scale, OpenVINO multiplies by its inverse); they are moved to their grid point on both sides, and counted.
 
     Args:
         folder: a deployed folder.
@@ -259,16 +285,22 @@ def layer_parity(folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mappi
     core = shared_core()
     graph = read_graph(folder, core)
     nodes: dict[str, list[ov.Node]] = {}
-    held = graph.get_ordered_ops()  # until the last layer is cut out: what only a layer before it needs would go with that one
+    held = (
+        graph.get_ordered_ops()
+    )  # until the last layer is cut out: what only a layer before it needs would go with that one
     for node in held:
         if node.get_type_name() in MATRIX_OPS and (name := called_layer(node.get_friendly_name(), layers)) is not None:
             nodes.setdefault(name, []).append(node)
     if absent := [name for name in layers if name not in nodes]:
         raise ExportError(f"{', '.join(absent)}: planned, but the shipped graph has no such layer")
-    return ParityReport(tuple(parity for part in _parts(layers, inputs) for parity in _part_parity(nodes, layers, part, core)))
+    return ParityReport(
+        tuple(parity for part in _parts(layers, inputs) for parity in _part_parity(nodes, layers, part, core))
+    )
 
 
-def _parts(layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]) -> Iterator[dict[str, _QuantizedInput]]:
+def _parts(
+    layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]
+) -> Iterator[dict[str, _QuantizedInput]]:
     """The layers' quantized inputs, in order, as many at a time as PART_VALUES allows, one at least."""
     part: dict[str, _QuantizedInput] = {}
     for name, layer in layers.items():
@@ -281,7 +313,10 @@ def _parts(layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[
 
 
 def _part_parity(
-    nodes: Mapping[str, Sequence[ov.Node]], layers: Mapping[str, IntegerLayer], part: Mapping[str, _QuantizedInput], core: ov.Core
+    nodes: Mapping[str, Sequence[ov.Node]],
+    layers: Mapping[str, IntegerLayer],
+    part: Mapping[str, _QuantizedInput],
+    core: ov.Core,
 ) -> Iterator[LayerParity]:
     calls = [(name, node) for name in part for node in nodes[name]]
     cut = _cut([(layers[name], node, part[name].fed.shape) for name, node in calls])
@@ -313,7 +348,9 @@ def _quantize(layer: IntegerLayer, x: npt.NDArray[np.float32]) -> _QuantizedInpu
 
 
 def _cut(calls: Sequence[tuple[IntegerLayer, ov.Node, tuple[int, ...]]]) -> ov.Model:
-    """These layers alone, each from its own Parameter of a shape to its own Result, in that order; the nodes are the shipped graph's."""
+    """These layers alone, each from its own Parameter of a shape to its own Result, in that order; the nodes are the
+    shipped graph's.
+    """
     parameters, results = [], []
     for layer, node, shape in calls:
         parameter = ov.opset13.parameter(list(shape), np.float32)
@@ -332,7 +369,8 @@ def _cut(calls: Sequence[tuple[IntegerLayer, ov.Node, tuple[int, ...]]]) -> ov.M
 def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
     """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them.
 
-    OpenVINO may move a transposition or a change of shape behind a quantizer: of one scale a tensor, it is the same before and after.
+    OpenVINO may move a transposition or a change of shape behind a quantizer: of one scale a tensor, it is the same
+    before and after.
     """
     fake_quantize = quantizer_of(product)
     if fake_quantize is None:
@@ -357,7 +395,8 @@ def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float
 
 
 def _with_bias(node: ov.Node, layer: IntegerLayer) -> tuple[ov.Node, bool]:
-    """The shipped Add of the bias, or the product itself where the layer has none; and whether it upsamples what it reads.
+    """The shipped Add of the bias, or the product itself where the layer has none; and whether it upsamples what it
+    reads.
 
     In that case (upsampling.py) the whole image lies behind its phases.
     """
@@ -373,11 +412,15 @@ def _with_bias(node: ov.Node, layer: IntegerLayer) -> tuple[ov.Node, bool]:
 def _reader(layer: IntegerLayer, node: ov.Node, kind: str, rule: str) -> ov.Node:
     readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
     if len(readers) != 1 or readers[0].get_type_name() != kind:
-        raise ExportError(f"{layer.name}: {rule} in the shipped graph, got {[reader.get_type_name() for reader in readers]}")
+        raise ExportError(
+            f"{layer.name}: {rule} in the shipped graph, got {[reader.get_type_name() for reader in readers]}"
+        )
     return readers[0]
 
 
-def _compare(layer: IntegerLayer, quantized: _QuantizedInput, outputs: Sequence[npt.NDArray[np.float32]], precision: str) -> LayerParity:
+def _compare(
+    layer: IntegerLayer, quantized: _QuantizedInput, outputs: Sequence[npt.NDArray[np.float32]], precision: str
+) -> LayerParity:
     """`outputs`: of every call of the layer, each on the same input."""
     expected = _accumulators(layer, quantized.integers)
     channels = (-1,) + (1,) * (len(layer.stride) if layer.kind == "Conv2d" else 0)
@@ -406,7 +449,8 @@ def _accumulators(layer: IntegerLayer, integers: Float64) -> Float64:
 
 
 def end_to_end_psnr(predicted: npt.ArrayLike, reference: npt.ArrayLike) -> float:
-    """PSNR in dB of deployed predictions against the quantized PyTorch model's on the same states; the peak is the reference's range.
+    """PSNR in dB of deployed predictions against the quantized PyTorch model's on the same states; the peak is the
+    reference's range.
 
     Infinite where they are equal.
     """

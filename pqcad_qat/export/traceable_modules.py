@@ -1,4 +1,5 @@
-"""The plain torch modules that stand in for a quantized model's own while it is traced: what OpenVINO shall see, and nothing more.
+"""The plain torch modules that stand in for a quantized model's own while it is traced: what OpenVINO shall see, and
+nothing more.
 
 Not here: Brevitas, sinusoids of time (time_tables.py), and the conversion itself (export_model.py).
 """
@@ -30,7 +31,9 @@ UNSIGNED_GRID = (0, 255)
 
 
 def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int8] | npt.NDArray[np.int16]:
-    """weight_int - weight_zero_point: the integers that the scale multiplies; the layer's own array where that is the same."""
+    """weight_int - weight_zero_point: the integers that the scale multiplies; the layer's own array where that is the
+    same.
+    """
     if not layer.weight_zero_point.any():
         return layer.weight_int
     return np.asarray(layer.weight_int.astype(np.int16) - np.asarray(layer.weight_zero_point, np.int16))
@@ -39,24 +42,27 @@ def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int8] | npt.NDArray
 def needs_vnni(layer: IntegerLayer) -> bool:
     """Whether the layer may overflow on CPUs without VNNI.
 
-    There OpenVINO adds products of an unsigned and a signed byte in pairs, in 16 bits that saturate (vpmaddubsw); signed inputs are moved
-    up by 128 first. Weights of 7 bits and fewer never reach the bound.
+    There OpenVINO adds products of an unsigned and a signed byte in pairs, in 16 bits that saturate (vpmaddubsw);
+    signed inputs are moved up by 128 first. Weights of 7 bits and fewer never reach the bound.
     """
     largest_input = layer.input_high + (128 if layer.input_low < 0 else 0)
     return 2 * largest_input * int(np.abs(effective_weights(layer).astype(np.int16)).max()) > np.iinfo(np.int16).max
 
 
 def traced_path(node: str) -> str:
-    """The path of the module that a node was traced in, by the node's name; of a layer that bears its path as name, that path."""
+    """The path of the module that a node was traced in, by the node's name; of a layer that bears its path as name,
+    that path.
+    """
     return node.partition("/")[0].removeprefix("__module.denoiser").removeprefix(".")
 
 
 class QuantizedInput(nn.Module):
     """x -> its nearest point of the layer's input grid, as a FakeQuantize that OpenVINO executes in INT8.
 
-    OpenVINO takes 256 levels to INT8 and leaves narrower grids (7, 6, 5, 3, 2 bits) in floating point. A narrower grid is therefore
-    written as a Clamp to its ends, which lie on the grid, before a FakeQuantize of 256 levels with the same scale and zero point: the
-    same values, for every width.
+    OpenVINO takes 256 levels to INT8 and leaves narrower grids (7, 6, 5, 3, 2 bits) in floating point. A narrower grid
+    is therefore
+    written as a Clamp to its ends, which lie on the grid, before a FakeQuantize of 256 levels with the same scale and
+    zero point: the same values, for every width.
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
@@ -64,7 +70,10 @@ class QuantizedInput(nn.Module):
         low, high, zero = layer.input_low, layer.input_high, layer.input_zero_point
         self.grid = SIGNED_GRID if low < 0 else UNSIGNED_GRID
         if not self.grid[0] <= low <= zero <= high <= self.grid[1]:
-            raise ExportError(f"{layer.name}: the input grid must lie in {self.grid} and hold its zero point, got {(low, high)} and {zero}")
+            raise ExportError(
+                f"{layer.name}: the input grid must lie in {self.grid} and hold its zero point, got "
+                f"{(low, high)} and {zero}"
+            )
         self.scale, self.zero_point = float(layer.input_scale), int(zero)
         self.bounds = None if (low, high) == self.grid else ((low - zero) * self.scale, (high - zero) * self.scale)
 
@@ -75,13 +84,17 @@ class QuantizedInput(nn.Module):
 
 
 class QuantizedWeight(nn.Module):
-    """Integer weights behind NNCF's decompressor, whose scale stays float32 (NNCF's own float16 would change the function)."""
+    """Integer weights behind NNCF's decompressor, whose scale stays float32 (NNCF's own float16 would change the
+    function).
+    """
 
     def __init__(self, layer: IntegerLayer) -> None:
         super().__init__()
         weights = effective_weights(layer)
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))
-        if weights.min() >= -128 and weights.max() <= 127:  # a zero point, if any, is folded in: below 8 bits that always fits
+        if (
+            weights.min() >= -128 and weights.max() <= 127
+        ):  # a zero point, if any, is folded in: below 8 bits that always fits
             self.decompressor = INT8SymmetricWeightsDecompressor(scale)
             integers = torch.from_numpy(weights.astype(np.int8, copy=False))  # of a large model the only copy
         else:
@@ -105,7 +118,12 @@ class IntegerConv2d(nn.Module):
         super().__init__()
         self.input, self.weight = QuantizedInput(layer), QuantizedWeight(layer)
         self.register_buffer("bias", _bias(layer))
-        self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(self.input(x), self.weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -142,7 +160,9 @@ class FixedOutputs(nn.Module):
 
 
 def fixed_rotations(model: nn.Module, sample_shape: tuple[int, int, int], tokens: int | None) -> dict[str, nn.Module]:
-    """Flux's rotary embedding of x_t (C, H, W) and of so many tokens of text as the constant that it is: BF16 would round its angles."""
+    """Flux's rotary embedding of x_t (C, H, W) and of so many tokens of text as the constant that it is: BF16 would
+    round its angles.
+    """
     embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FluxPosEmbed)}
     ids = torch.cat([flux.text_places(tokens or 0), flux.places(*sample_shape[1:])])
     with torch.no_grad():
@@ -150,7 +170,9 @@ def fixed_rotations(model: nn.Module, sample_shape: tuple[int, int, int], tokens
 
 
 class TracedDenoiser(nn.Module):
-    """`predict` as a module with tensors alone as inputs, as tracing needs: (x_t, t, conditions in order) -> prediction."""
+    """`predict` as a module with tensors alone as inputs, as tracing needs: (x_t, t, conditions in order) ->
+    prediction.
+    """
 
     def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -170,7 +192,8 @@ class TracedDenoiser(nn.Module):
 
 
 class TracedSequence(TracedDenoiser):
-    """The same of Flux, as its pipeline calls it: (rows of patches, t / 1000, conditions in order, places of both) -> rows.
+    """The same of Flux, as its pipeline calls it: (rows of patches, t / 1000, conditions in order, places of both) ->
+    rows.
 
     The places are not looked at: `fixed_rotations` knows them.
     """
@@ -184,7 +207,9 @@ class TracedSequence(TracedDenoiser):
 
 @contextmanager
 def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with modules (by path) replaced wherever they hang, while the context lasts; afterwards it is as it was."""
+    """The model with modules (by path) replaced wherever they hang, while the context lasts; afterwards it is as it
+    was.
+    """
     news = {model.get_submodule(path): module for path, module in replacements.items()}
     children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     places = [(parent, name, child) for parent, name, child in children if child is not None and child in news]

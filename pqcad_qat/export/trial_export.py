@@ -1,6 +1,8 @@
-"""A module of the user's own deployed once before it is trained, on noise: what cannot end in INT8, with PyTorch's integers, is known then.
+"""A module of the user's own deployed once before it is trained, on noise: what cannot end in INT8, with PyTorch's
+integers, is known then.
 
-Not here: whether it predicts as a denoiser has to (models/probing.py). Classes of diffusers need no trial: their graphs are known.
+Not here: whether it predicts as a denoiser has to (models/probing.py). Classes of diffusers need no trial: their graphs
+are known.
 """
 
 from __future__ import annotations
@@ -36,8 +38,11 @@ FAR = 0.5
 """Of the size of a prediction: no rounding to INT8 moves a deployed one so far, but another function does."""
 
 
-def try_training_and_export(model: DiffusionModel, split: nn.Module, plan: Sequence[LayerPlan], attention: bool) -> None:
-    """Quantize a copy at the plan's target widths, take one step back through it, deploy it in a folder that goes again, and prove that.
+def try_training_and_export(
+    model: DiffusionModel, split: nn.Module, plan: Sequence[LayerPlan], attention: bool
+) -> None:
+    """Quantize a copy at the plan's target widths, take one step back through it, deploy it in a folder that goes
+    again, and prove that.
 
     Args:
         model: of the user's own.
@@ -64,7 +69,9 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
     x, t, condition = states
     try:
         hold_statistics(quantized.train())
-        predict(quantized, x[:2], t[:2], {name: value[:2] for name, value in condition.items()}).square().mean().backward()  # type: ignore[no-untyped-call]
+        predict(
+            quantized, x[:2], t[:2], {name: value[:2] for name, value in condition.items()}
+        ).square().mean().backward()  # type: ignore[no-untyped-call]
     except PqcadError:
         raise
     except Exception as error:  # whatever code of the user's own leads to
@@ -72,7 +79,9 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
     quantized.zero_grad()
 
 
-def _deploy(model: DiffusionModel, quantized: nn.Module, plan: Sequence[LayerPlan], states: DenoiserInput, attention: bool) -> None:
+def _deploy(
+    model: DiffusionModel, quantized: nn.Module, plan: Sequence[LayerPlan], states: DenoiserInput, attention: bool
+) -> None:
     layers, conditions = integer_layers(quantized), fixed_inputs(model.condition_inputs)
     with tempfile.TemporaryDirectory(prefix="pqcad-trial-") as scratch:
         folder = Path(scratch) / "openvino"
@@ -97,8 +106,11 @@ def _compare(folder: Path, quantized: nn.Module, states: DenoiserInput) -> None:
         x, t, condition = one_state(states, place)
         theirs.append(predict(quantized, x, t, condition).numpy())
         ours.append(deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()}))
-    error, size = (np.linalg.norm(values) for values in (np.concatenate(ours) - np.concatenate(theirs), np.concatenate(theirs)))
+    error, size = (
+        np.linalg.norm(values) for values in (np.concatenate(ours) - np.concatenate(theirs), np.concatenate(theirs))
+    )
     if error > FAR * size and size > 0:
         raise ExportError(
-            f"deployed, its predictions are {100 * error / size:.0f} % away from PyTorch's: its graph computes something else"
+            f"deployed, its predictions are {100 * error / size:.0f} % away from PyTorch's: its graph "
+            "computes something else"
         )

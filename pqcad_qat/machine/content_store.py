@@ -26,7 +26,8 @@ def content_digest(decides: Mapping[str, object]) -> str:
 def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None]) -> Path:
     """The folder of what `decides`: there already, or filled by `make` under a temporary name and moved into place.
 
-    Where another process is making it, this one waits for it rather than make the same. What a killed one left half made is dropped, but
+    Where another process is making it, this one waits for it rather than make the same. What a killed one left half
+    made is dropped, but
     for what lies in `parts_of` the folder that it filled: `make` finds that there, and goes on with it.
     """
     folder = store / content_digest(decides)
@@ -43,7 +44,9 @@ def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None
 
 
 def parts_of(folder: Path) -> Path:
-    """Where what `kept` fills a folder with lays what is to outlive a failure and a killed process, until the folder is whole."""
+    """Where what `kept` fills a folder with lays what is to outlive a failure and a killed process, until the folder is
+    whole.
+    """
     return folder.with_name(PARTS)
 
 

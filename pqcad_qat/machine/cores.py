@@ -1,6 +1,8 @@
-"""The cores that this process may keep busy: those that it may run on, and of a container's share of their time whole ones.
+"""The cores that this process may keep busy: those that it may run on, and of a container's share of their time whole
+ones.
 
-Threads beyond the share are worse than none: they wait for one another with time that the share counts, until all of them are stopped.
+Threads beyond the share are worse than none: they wait for one another with time that the share counts, until all of
+them are stopped.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 @contextmanager
 def whole_file(path: Path, size: int | None = None) -> Iterator[Path]:
-    """The name of a draft, moved into place once the block has written it; where the block fails, what was there stays and no draft does.
+    """The name of a draft, moved into place once the block has written it; where the block fails, what was there stays
+    and no draft does.
 
     Raises:
         DiskError: as `room_for`.
@@ -57,7 +58,9 @@ def room_for(path: Path, size: int | None = None) -> Iterator[None]:
         if (reason := disk_refusal(error)) is None:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename is not None else path
-        where, wanted = (path, size) if named.parent == path.parent else (named, None)  # a draft goes by the name of what it is of
+        where, wanted = (
+            (path, size) if named.parent == path.parent else (named, None)
+        )  # a draft goes by the name of what it is of
         raise DiskError(f"{where}: cannot be written: {reason}: {_wanted(where, wanted)}") from error
 
 
@@ -80,4 +83,8 @@ def free_bytes(path: Path) -> int:
 
 def _wanted(path: Path, size: int | None) -> str:
     free = free_bytes(path)
-    return f"more than the {free:,} bytes that are free are wanted" if size is None else f"{size:,} bytes are wanted, {free:,} are free"
+    return (
+        f"more than the {free:,} bytes that are free are wanted"
+        if size is None
+        else f"{size:,} bytes are wanted, {free:,} are free"
+    )

@@ -27,7 +27,8 @@ def read_json(path: Path, absent: str = "") -> dict[str, Any]:
         absent: what a message adds where there is no such file.
 
     Raises:
-        ModelError: no such file, no regular file, one that is too large, not readable, no JSON, or JSON of something else.
+        ModelError: no such file, no regular file, one that is too large, not readable, no JSON, or JSON of something
+            else.
     """
     try:
         if not path.is_file():  # before it is opened: a pipe would be waited for

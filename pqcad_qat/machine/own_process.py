@@ -1,6 +1,8 @@
-"""Work in a process of its own, so that what ends that process, a signal or a lack of memory, is an error with a reason here.
+"""Work in a process of its own, so that what ends that process, a signal or a lack of memory, is an error with a reason
+here.
 
-Not here: the work. It is a function at the top of a module, of values that JSON knows; what it makes it leaves in files.
+Not here: the work. It is a function at the top of a module, of values that JSON knows; what it makes it leaves in
+files.
 """
 
 from __future__ import annotations
@@ -38,10 +40,19 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         error, output = Path(folder) / "error.json", Path(folder) / "output"
         # unbuffered: what it printed last is known however it ends
-        command = [sys.executable, "-u", "-m", __name__, str(os.getpid()), f"{work.__module__}:{work.__qualname__}", str(error)]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            __name__,
+            str(os.getpid()),
+            f"{work.__module__}:{work.__qualname__}",
+            str(error),
+        ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with output.open("w") as told:
-            # in a session of its own, since Ctrl-C reaches all of a terminal's: this process answers it, and ends the other
+            # in a session of its own, since Ctrl-C reaches all of a terminal's: this process answers it, and ends the
+            # other
             child = subprocess.Popen(
                 [*command, json.dumps(arguments)],
                 stdin=subprocess.DEVNULL,
@@ -70,7 +81,13 @@ def _ending(code: int, output: str) -> str:
     if code > 0:
         return shortened(f"its process ended with exit code {code}: {last}", REASON)
     name, meaning = signal.Signals(-code).name, signal.strsignal(-code)
-    why = ", out of memory perhaps" if -code == signal.SIGKILL else f": {last}" if -code == signal.SIGABRT and last else ""
+    why = (
+        ", out of memory perhaps"
+        if -code == signal.SIGKILL
+        else f": {last}"
+        if -code == signal.SIGABRT and last
+        else ""
+    )
     return shortened(f"its process died of {name} ({meaning}){why}", REASON)
 
 

@@ -1,6 +1,8 @@
-"""The processes that share one run, as a launcher started them: which of them writes, what they agree on, and one end for all.
+"""The processes that share one run, as a launcher started them: which of them writes, what they agree on, and one end
+for all.
 
-Not here: how they share a batch and its gradients (training/trainer.py). With one process, the usual case, nothing is exchanged.
+Not here: how they share a batch and its gradients (training/trainer.py). With one process, the usual case, nothing is
+exchanged.
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ def launched() -> tuple[int, int]:
 
 
 def check_launch() -> None:
-    """Raise LaunchError where `accelerate launch` was asked for several processes and started one, as it does on CPUs without mpirun."""
+    """Raise LaunchError where `accelerate launch` was asked for several processes and started one, as it does on CPUs
+    without mpirun.
+    """
     asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if asked and not any(name in os.environ for name in (*WORLD, "LOCAL_RANK")):
         raise LaunchError(
-            "accelerate launch: got several processes to start, and has started one (with --cpu it leaves them to mpirun); "
-            "allowed --multi_gpu --num_processes N, which needs no GPU, or --num_processes 1"
+            "accelerate launch: got several processes to start, and has started one (with --cpu it "
+            "leaves them to mpirun); allowed --multi_gpu --num_processes N, which needs no GPU, or --num_processes 1"
         )
 
 
@@ -76,12 +80,16 @@ def exchanged(*values: float) -> list[list[float]]:
 
 @contextmanager
 def others_alive() -> Iterator[None]:
-    """Around what processes do together: where one has ended meanwhile, a LaunchError says so in place of the transport's own words."""
+    """Around what processes do together: where one has ended meanwhile, a LaunchError says so in place of the
+    transport's own words.
+    """
     try:
         yield
     except RuntimeError as error:
         if launched()[1] > 1 and LOST.search(str(error)):
-            raise LaunchError("another process of this run has ended; --resume goes on from the last checkpoint") from error
+            raise LaunchError(
+                "another process of this run has ended; --resume goes on from the last checkpoint"
+            ) from error
         raise
 
 
@@ -89,8 +97,8 @@ def others_alive() -> Iterator[None]:
 def agreed() -> Iterator[bool]:
     """A block that ends well on every process or on none; yields whether this is the first one.
 
-    Where it fails on all, each has its own error; where it fails on some, the others get OtherProcessError, and the first of those that
-    failed speaks, also where it is not the first of all.
+    Where it fails on all, each has its own error; where it fails on some, the others get OtherProcessError, and the
+    first of those that failed speaks, also where it is not the first of all.
     """
     error: BaseException | None = None
     try:
@@ -114,14 +122,18 @@ def any_process(value: bool) -> bool:
 
 
 def refuse_drift(when: str, values: Mapping[str, float]) -> None:
-    """Raise LaunchError where the processes hold different values, by name, of what each computes for itself and what they must share."""
+    """Raise LaunchError where the processes hold different values, by name, of what each computes for itself and what
+    they must share.
+    """
     rows = exchanged(*values.values())
-    apart = [(name, found) for name, *found in zip(values, *rows, strict=True) if any(value != found[0] for value in found)]
+    apart = [
+        (name, found) for name, *found in zip(values, *rows, strict=True) if any(value != found[0] for value in found)
+    ]
     if apart:
         (name, found), more = apart[0], len(apart) - 1
         raise LaunchError(
-            f"{when}: {name} differs between the processes: got sums {found}, and {more} more such; allowed machines of one kind, with "
-            "the same libraries"
+            f"{when}: {name} differs between the processes: got sums {found}, and {more} more such; "
+            "allowed machines of one kind, with the same libraries"
         )
 
 
@@ -131,7 +143,9 @@ def speaks(error: BaseException) -> bool:
 
 
 def leave_the_word(code: int) -> None:
-    """Where another process tells of the error: wait for it, since a launcher ends all processes as soon as one has ended."""
+    """Where another process tells of the error: wait for it, since a launcher ends all processes as soon as one has
+    ended.
+    """
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(code))
     time.sleep(WORD_S)
 
@@ -148,7 +162,9 @@ def _state() -> Any:
     from accelerate.utils import parse_flag_from_env
     from torch import accelerator
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available(), timeout=PATIENCE)
+    return PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available(), timeout=PATIENCE
+    )
 
 
 def _number(names: Sequence[str], default: int) -> int:

@@ -46,7 +46,8 @@ class _TerminatedError(KeyboardInterrupt):
 
 @contextmanager
 def told_endings(given: Sequence[str]) -> Iterator[None]:
-    """Inside, a command runs; whatever ends it becomes a message and an exit code: 2 where the user can mend it, 130 if interrupted.
+    """Inside, a command runs; whatever ends it becomes a message and an exit code: 2 where the user can mend it, 130 if
+    interrupted.
 
     Args:
         given: the command line, the command first.
@@ -72,7 +73,8 @@ def told_endings(given: Sequence[str]) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what training frees at every step and takes again at the next, and torch, if not imported yet, to take huge pages.
+    """Tell glibc to keep what training frees at every step and takes again at the next, and torch, if not imported yet,
+    to take huge pages.
 
     Page faults took an eighth of a step, and the page tables another twentieth of one between two widths.
     """
@@ -87,7 +89,9 @@ def keep_freed_memory() -> None:
 
 
 def keep_to_share_of_cores() -> None:
-    """Tell torch, which is not imported yet and counts all cores, to start no more threads than a container's share of them feeds."""
+    """Tell torch, which is not imported yet and counts all cores, to start no more threads than a container's share of
+    them feeds.
+    """
     if (cores := cores_of_share()) is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
@@ -107,9 +111,13 @@ def _check_processes(given: Sequence[str]) -> None:
     check_launch()
     count = launched()[1]
     if count > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch says of every model that all its Parameters are used
+        os.environ.setdefault(
+            "TORCH_CPP_LOG_LEVEL", "ERROR"
+        )  # else torch says of every model that all its Parameters are used
     if count > 1 and [*given, ""][0] not in SHARED_COMMANDS:
-        raise UsageError(f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work")
+        raise UsageError(
+            f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work"
+        )
 
 
 @contextmanager
@@ -128,7 +136,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _disks_of_threads_silent() -> Iterator[None]:
-    """Inside, a thread that a full disk ends, as TensorBoard's, shows no traceback: whoever writes by it next gets the error."""
+    """Inside, a thread that a full disk ends, as TensorBoard's, shows no traceback: whoever writes by it next gets the
+    error.
+    """
     before = threading.excepthook
 
     def show(failure: threading.ExceptHookArgs) -> None:

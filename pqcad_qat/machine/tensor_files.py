@@ -35,7 +35,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Rows]], what: str) -> dict[str, Tensor]:
-    """So many rows, made batch by batch; those that lie in the folder `parts` already are read, and it gets every batch that is made.
+    """So many rows, made batch by batch; those that lie in the folder `parts` already are read, and it gets every batch
+    that is made.
 
     Args:
         parts: of an earlier process that was cut off; None where nothing is to outlive this one.
@@ -50,7 +51,9 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
     done = sum(map(_count, held))
     try:
         for batch in batches(done) if done < rows else ():
-            held.append({name: value.contiguous() for name, value in batch.items()})  # as what is read is: a model may give channels last
+            held.append(
+                {name: value.contiguous() for name, value in batch.items()}
+            )  # as what is read is: a model may give channels last
             if parts is not None:
                 save_tensors(held[-1], parts / _name(done))
             done += _count(batch)
@@ -63,7 +66,9 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
 
 
 def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """The parts from the first row on; the first that is missing or damaged ends them, and is removed with all that lies behind it."""
+    """The parts from the first row on; the first that is missing or damaged ends them, and is removed with all that
+    lies behind it.
+    """
     files, done = sorted(folder.glob("rows-*")), 0
     drafts = list(folder.glob(".*"))
     while files and files[0].name == _name(done):

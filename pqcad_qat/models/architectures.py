@@ -1,4 +1,5 @@
-"""The denoisers that can be taken: what each class needs beside x_t and t, how its call is spelled, where its folder is.
+"""The denoisers that can be taken: what each class needs beside x_t and t, how its call is spelled, where its folder
+is.
 
 Not here: loading them, or calling them (denoiser.py), nor where conditions come from (conditions.py).
 """
@@ -85,7 +86,8 @@ class Architecture:
         patch: side of the patches of x_t whose pixels are the channels that the config counts.
         default_size: height and width of x_t where the config has no place for them.
         resizable: whether x_t may have another size than the config says.
-        scheduler: (scheduler config, height and width of x_t, its file) -> with what the class's own pipeline adds to it.
+        scheduler: (scheduler config, height and width of x_t, its file) -> with what the class's own pipeline adds to
+            it.
     """
 
     name: str
@@ -143,12 +145,17 @@ def _cross_attention(config: Config) -> tuple[ConditionInput, ...]:
     )
     if config.get("addition_embed_type") == "text_time":  # SDXL
         text = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
-        found += (ConditionInput("text_embeds", (text,), "float32"), ConditionInput("time_ids", (SIZES,), "int64", LARGEST_SIZE + 1))
+        found += (
+            ConditionInput("text_embeds", (text,), "float32"),
+            ConditionInput("time_ids", (SIZES,), "int64", LARGEST_SIZE + 1),
+        )
     return found + _class_labels(config)
 
 
 def _dit_conditions(config: Config) -> tuple[ConditionInput, ...]:
-    return (ConditionInput("class_labels", (), "int64", config["num_embeds_ada_norm"] + 1),)  # its table has a row for no class
+    return (
+        ConditionInput("class_labels", (), "int64", config["num_embeds_ada_norm"] + 1),
+    )  # its table has a row for no class
 
 
 def _pixart_conditions(config: Config) -> tuple[ConditionInput, ...]:
@@ -207,7 +214,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 """By the name of diffusers' class."""
 
 FORMER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
-"""norm_type -> the class, of configs that name the Transformer2DModel of which it was a kind: those of DiT and PixArt on the hub do."""
+"""norm_type -> the class, of configs that name the Transformer2DModel of which it was a kind: those of DiT and PixArt
+on the hub do.
+"""
 
 
 def architecture_of(denoiser: nn.Module) -> Architecture | None:
@@ -230,19 +239,26 @@ def known_architecture(config: Config, where: str) -> Architecture:
     return found
 
 
-def checked_config(architecture: Architecture, config: Config, where: str, sample_size: SampleSize | None = None) -> dict[str, Any]:
+def checked_config(
+    architecture: Architecture, config: Config, where: str, sample_size: SampleSize | None = None
+) -> dict[str, Any]:
     """A diffusers config with every default of its class, and the height and width of x_t: those asked for, or its own.
 
     Raises:
-        ModelError: a value that the class cannot be built with, or that asks for what we do not give; a size that it does not take.
+        ModelError: a value that the class cannot be built with, or that asks for what we do not give; a size that it
+            does not take.
     """
     check_values(architecture.name, config, where)
     if sample_size is not None and not architecture.resizable:
-        raise ModelError(f"model.sample_size: got {shown(sample_size)}; allowed null: {architecture.name} keeps its own")
+        raise ModelError(
+            f"model.sample_size: got {shown(sample_size)}; allowed null: {architecture.name} keeps its own"
+        )
     full = with_defaults(architecture.name, config)
     sides = sides_of({"sample_size": sample_size or full.get("sample_size") or architecture.default_size})
     if sides is None:
-        raise ModelError(f"{where}: sample_size: got null; allowed the height and width of x_t, for which the model is exported")
+        raise ModelError(
+            f"{where}: sample_size: got null; allowed the height and width of x_t, for which the model is exported"
+        )
     full["sample_size"] = sides[0] if sides[0] == sides[1] else list(sides)
     if (fault := next(chain(architecture.faults(full), config_faults.channels(full)), None)) is not None:
         of_policy = sample_size is not None and fault.startswith("sample_size")

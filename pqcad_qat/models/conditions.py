@@ -1,4 +1,5 @@
-"""What conditional models are conditioned on: the choices a policy gives, the choice of a trajectory, and classifier-free guidance.
+"""What conditional models are conditioned on: the choices a policy gives, the choice of a trajectory, and
+classifier-free guidance.
 
 Not here: what a denoiser takes (architectures.py), nor how prompts become embeddings (prompts.py).
 """
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from pqcad_qat.policy.schema import ConditionsPolicy
 
 CONDITION = "condition."
-"""Before the name of a condition's tensor where it stands beside states: in the file of a calibration set, in a batch."""
+"""Before the name of a condition's tensor where it stands beside states: in the file of a calibration set, in a
+batch.
+"""
 
 GUIDANCE, NULL_CLASS = "guidance_scale", "unconditional_class"
 """Keys of a scheduler config that say how a distilled model is sampled: its scale, and the label of its other pass."""
@@ -55,9 +58,13 @@ class ConditionSet:
         return len(next(iter(self.choices.values()))) if self.choices else 0
 
     def of(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
-        """The conditions (count, ...) of trajectories `first` to `first + count` of a seed; each chooses for itself, as with its noise."""
+        """The conditions (count, ...) of trajectories `first` to `first + count` of a seed; each chooses for itself, as
+        with its noise.
+        """
         rows = [
-            int(np.random.default_rng((seed, number, CHOICE)).integers(len(self))) for number in range(first, first + count) if self.choices
+            int(np.random.default_rng((seed, number, CHOICE)).integers(len(self)))
+            for number in range(first, first + count)
+            if self.choices
         ]
         return {name: value[rows] for name, value in self.choices.items()}
 
@@ -96,7 +103,9 @@ class Guidance:
 
     def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, float], Tensor]:
         """(x_t, t) -> the prediction of the denoiser that sampling follows."""
-        condition, other = ({name: value.to(device) for name, value in part.items()} for part in (self.condition, self.unconditional))
+        condition, other = (
+            {name: value.to(device) for name, value in part.items()} for part in (self.condition, self.unconditional)
+        )
         return guided_call(partial(predict, denoiser), condition, other, self.scale)
 
 
@@ -111,7 +120,8 @@ def guided_call(
     unconditional: Mapping[str, Array],
     scale: float,
 ) -> Callable[[Array, float], Array]:
-    """The prediction that sampling follows, as (x_t, t) -> prediction: of one pass at scale 1, of two guided ones above.
+    """The prediction that sampling follows, as (x_t, t) -> prediction: of one pass at scale 1, of two guided ones
+    above.
 
     Args:
         call: the denoiser, as (x_t, t, condition).
@@ -187,18 +197,25 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path
 
 
 def check_choices(asked: Conditioned, section: ConditionsPolicy, scale: float) -> None:
-    """Raise ModelError where `chosen_conditions` or `check_guidance` will, as far as that is known before a prompt is encoded."""
+    """Raise ModelError where `chosen_conditions` or `check_guidance` will, as far as that is known before a prompt is
+    encoded.
+    """
     if section.prompts is None or section.embeddings is not None:
         check_guidance(scale, chosen_conditions(asked, section))
         return
-    made = check_prompts(Path(section.prompts), asked.folder or Path(asked.source), Encoding(section.tokens, section.guidance))
+    made = check_prompts(
+        Path(section.prompts), asked.folder or Path(asked.source), Encoding(section.tokens, section.guidance)
+    )
     if apart := made.symmetric_difference(wanted.name for wanted in asked.inputs):
         raise ModelError(
-            f"conditions.prompts: got prompts, which make {', '.join(sorted(made))}; {asked}: apart: {', '.join(sorted(apart))}"
+            f"conditions.prompts: got prompts, which make {', '.join(sorted(made))}; {asked}: apart: "
+            f"{', '.join(sorted(apart))}"
         )
 
 
-def class_conditions(asked: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None) -> ConditionSet:
+def class_conditions(
+    asked: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None
+) -> ConditionSet:
     """Labels to choose from, and the one that stands for no class: the one given, or the model's own.
 
     Raises:
@@ -210,12 +227,17 @@ def class_conditions(asked: Conditioned, classes: Literal["all"] | Sequence[int]
     chosen = [label for label in range(labels.bound) if label != null] if classes == "all" else list(classes)
     for key, given in (("classes", chosen), ("unconditional_class", [] if null is None else [null])):
         if outside := [label for label in given if not 0 <= label < labels.bound]:
-            raise ModelError(f"conditions.{key}: got {outside[0]}; allowed 0 to {labels.bound - 1}, the classes of {asked.source}")
-    return ConditionSet({labels.name: torch.tensor(chosen)}, {} if null is None else {labels.name: torch.tensor([null])})
+            raise ModelError(
+                f"conditions.{key}: got {outside[0]}; allowed 0 to {labels.bound - 1}, the classes of {asked.source}"
+            )
+    return ConditionSet(
+        {labels.name: torch.tensor(chosen)}, {} if null is None else {labels.name: torch.tensor([null])}
+    )
 
 
 def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
-    """The conditions of a safetensors file: NAME (P, ...) for each tensor that the model takes, and unconditional.NAME (1, ...).
+    """The conditions of a safetensors file: NAME (P, ...) for each tensor that the model takes, and unconditional.NAME
+    (1, ...).
 
     Raises:
         ModelError: no such file, or one that does not hold what the model takes.
@@ -241,10 +263,13 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
     """The tensors of a file as a set, in the model's own dtypes.
 
     Raises:
-        ModelError: it lacks a tensor that the model takes, has one that it does not, or one of another shape; every fault is named.
+        ModelError: it lacks a tensor that the model takes, has one that it does not, or one of another shape; every
+            fault is named.
     """
     choices = {name: value for name, value in tensors.items() if not name.startswith(UNCONDITIONAL)}
-    unconditional = {name.removeprefix(UNCONDITIONAL): value for name, value in tensors.items() if name.startswith(UNCONDITIONAL)}
+    unconditional = {
+        name.removeprefix(UNCONDITIONAL): value for name, value in tensors.items() if name.startswith(UNCONDITIONAL)
+    }
     wanted = {part.name: part for part in asked.inputs}
     count = max((len(value) for value in choices.values() if value.ndim), default=0)
     faults: list[str] = []
@@ -252,7 +277,12 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
         if part or not prefix:
             faults += [f"{prefix}{name}: missing" for name in wanted if name not in part]
         faults += [f"{prefix}{name}: not taken by the model" for name in part if name not in wanted]
-        faults += [fault for name, value in part.items() if name in wanted for fault in _faults(prefix + name, value, wanted[name], rows)]
+        faults += [
+            fault
+            for name, value in part.items()
+            if name in wanted
+            for fault in _faults(prefix + name, value, wanted[name], rows)
+        ]
     if not faults:  # the exported graph has one shape, which both passes must fit
         faults = [
             f"{UNCONDITIONAL}{name}: got {tuple(value.shape[1:])}; allowed {tuple(choices[name].shape[1:])}, as {name}"
@@ -261,7 +291,10 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
         ]
     if faults or not wanted:
         raise ModelError("\n".join([f"{where}: {asked}", *(f"  - {fault}" for fault in faults)]))
-    one, other = ({name: part[name].to(getattr(torch, wanted[name].dtype)) for name in wanted if part} for part in (choices, unconditional))
+    one, other = (
+        {name: part[name].to(getattr(torch, wanted[name].dtype)) for name in wanted if part}
+        for part in (choices, unconditional)
+    )
     return ConditionSet(one, other)
 
 
@@ -274,7 +307,8 @@ def check_guidance(scale: float, conditions: ConditionSet) -> None:
     """Raise ModelError for guidance without a condition for its other pass."""
     if scale != 1.0 and not conditions.unconditional:
         raise ModelError(
-            f"sampler.guidance_scale: got {scale:g}; allowed 1 without a condition for the other pass: conditions.unconditional_class, or "
+            f"sampler.guidance_scale: got {scale:g}; allowed 1 without a condition for the other pass: "
+            "conditions.unconditional_class, or "
             f"tensors {UNCONDITIONAL}NAME in the file of conditions.embeddings"
         )
 

@@ -1,4 +1,5 @@
-"""What a diffusers config asks for that is not given here, or whose values do not go together: class by class, by the key at fault.
+"""What a diffusers config asks for that is not given here, or whose values do not go together: class by class, by the
+key at fault.
 
 Not here: the kinds and bounds of single values (config_values.py), nor what each class takes (architectures.py).
 """
@@ -17,7 +18,14 @@ ACTIVATIONS = ("swish", "silu", "mish", "gelu", "relu")
 FEED_FORWARD = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "linear-silu", "swiglu")
 """Activations of UNets' blocks, and of transformers'."""
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D", "KDownBlock2D")
+DOWN_BLOCKS = (
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "SkipDownBlock2D",
+    "AttnSkipDownBlock2D",
+    "KDownBlock2D",
+)
 UP_BLOCKS = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") for name in DOWN_BLOCKS)
 CROSS_DOWN = ("CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D", "KCrossAttnDownBlock2D", *DOWN_BLOCKS)
 CROSS_UP = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") for name in CROSS_DOWN)
@@ -72,7 +80,11 @@ def unet_2d(config: Config) -> Iterator[str]:
     yield from _among(config, "downsample_type", ("conv", "resnet", None))
     yield from _among(config, "upsample_type", ("conv", "resnet", None))
     if config["time_embedding_type"] == "fourier":
-        yield allowed("time_embedding_type", "fourier", "positional, learned: a time of noise levels (score-based models) is no time step")
+        yield allowed(
+            "time_embedding_type",
+            "fourier",
+            "positional, learned: a time of noise levels (score-based models) is no time step",
+        )
     yield from _among(config, "time_embedding_type", ("positional", "learned"))
     if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
         yield allowed("num_train_timesteps", None, "a number, as the scheduler's: time_embedding_type is learned")
@@ -90,7 +102,9 @@ def unet_2d_condition(config: Config) -> Iterator[str]:
     width = config["cross_attention_dim"]
     if not isinstance(width, int) and len(set(width)) != 1:
         yield allowed("cross_attention_dim", width, "one width for all blocks")
-    yield from _nothing(config, "time_cond_proj_dim", "the guidance that LCM's denoisers read beside the time is no input here")
+    yield from _nothing(
+        config, "time_cond_proj_dim", "the guidance that LCM's denoisers read beside the time is no input here"
+    )
     yield from _among(config, "addition_embed_type", (None, "text_time"))
     yield from _among(config, "encoder_hid_dim_type", (None, "text_proj"))
     yield from _among(config, "class_embed_type", (None, "timestep", "identity", "projection", "simple_projection"))
@@ -102,22 +116,39 @@ def unet_2d_condition(config: Config) -> Iterator[str]:
         yield allowed("encoder_hid_dim", None, f"a width, as encoder_hid_dim_type is {config['encoder_hid_dim_type']}")
     if config["class_embeddings_concat"] and config["class_embed_type"] is None and config["num_class_embeds"] is None:
         yield allowed("class_embeddings_concat", True, "false without class_embed_type or num_class_embeds")
-    if str(config["class_embed_type"]).endswith("projection") and config["projection_class_embeddings_input_dim"] is None:
-        yield allowed("projection_class_embeddings_input_dim", None, f"a width, as class_embed_type is {config['class_embed_type']}")
+    if (
+        str(config["class_embed_type"]).endswith("projection")
+        and config["projection_class_embeddings_input_dim"] is None
+    ):
+        yield allowed(
+            "projection_class_embeddings_input_dim",
+            None,
+            f"a width, as class_embed_type is {config['class_embed_type']}",
+        )
     yield from _text_and_sizes(config)
     yield from _unet(config, CROSS_DOWN, CROSS_UP, CROSS_MID)
     for key in ("conv_in_kernel", "conv_out_kernel"):
         if config[key] % 2 == 0:
             yield allowed(key, config[key], "odd numbers, which keep the size of x_t")
     levels = len(config["block_out_channels"])
-    per_level = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "only_cross_attention")
+    per_level = (
+        "layers_per_block",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+        "only_cross_attention",
+    )
     for key in (*per_level, "reverse_transformer_layers_per_block"):
         if isinstance(config[key], list | tuple) and len(config[key]) != levels:
             yield allowed(key, config[key], f"{levels} numbers, as many as block_out_channels")
     heads = config["attention_head_dim"]
-    for channels, count in zip(config["block_out_channels"], [heads] * levels if isinstance(heads, int) else heads, strict=False):
+    for channels, count in zip(
+        config["block_out_channels"], [heads] * levels if isinstance(heads, int) else heads, strict=False
+    ):
         if count > channels:
-            yield allowed("attention_head_dim", heads, f"at most {channels} for {channels} channels: it is the number of heads")
+            yield allowed(
+                "attention_head_dim", heads, f"at most {channels} for {channels} channels: it is the number of heads"
+            )
             return
 
 
@@ -130,10 +161,17 @@ def _text_and_sizes(config: Config) -> Iterator[str]:
         key = "addition_time_embed_dim" if width is None else "projection_class_embeddings_input_dim"
         yield allowed(key, None, "a width, as addition_embed_type is text_time")
     elif total == REFINER["text"] + REFINER["sizes"] * width:
-        rule = f"{REFINER['text'] + SIZES * width}: SDXL's refiner, which reads an aesthetic score, is not taken; its base model is"
+        rule = (
+            f"{REFINER['text'] + SIZES * width}: SDXL's refiner, which reads an aesthetic score, is not "
+            "taken; its base model is"
+        )
         yield allowed("projection_class_embeddings_input_dim", total, rule)
     elif total <= SIZES * width:
-        yield allowed("projection_class_embeddings_input_dim", total, f"over {SIZES * width}: {SIZES} sizes of {width}, and a text")
+        yield allowed(
+            "projection_class_embeddings_input_dim",
+            total,
+            f"over {SIZES * width}: {SIZES} sizes of {width}, and a text",
+        )
 
 
 def _unet(config: Config, downs: Sequence[str], ups: Sequence[str], mids: Sequence[str | None]) -> Iterator[str]:
@@ -153,7 +191,11 @@ def _unet(config: Config, downs: Sequence[str], ups: Sequence[str], mids: Sequen
     groups = config["norm_num_groups"]
     for index, count in enumerate(channels):
         kind = config["down_block_types"][index] if index < len(config["down_block_types"]) else ""
-        if groups is not None and count % groups and (index == 0 or not kind.endswith(("SkipDownBlock2D", "KDownBlock2D"))):
+        if (
+            groups is not None
+            and count % groups
+            and (index == 0 or not kind.endswith(("SkipDownBlock2D", "KDownBlock2D")))
+        ):
             yield allowed("norm_num_groups", groups, f"divisors of {count}, of block_out_channels {shown(channels)}")
             break
 
@@ -177,7 +219,11 @@ def pixart(config: Config) -> Iterator[str]:
         if config[key] is None:
             yield allowed(key, None, "a number")
     if (width := _width(config)) != config["cross_attention_dim"] and config["caption_channels"] is not None:
-        yield allowed("cross_attention_dim", config["cross_attention_dim"], f"{width}, as num_attention_heads times attention_head_dim")
+        yield allowed(
+            "cross_attention_dim",
+            config["cross_attention_dim"],
+            f"{width}, as num_attention_heads times attention_head_dim",
+        )
     yield from _patched(config)
 
 
@@ -192,11 +238,20 @@ def _patched(config: Config) -> Iterator[str]:
         yield from _among(config, "activation_fn", FEED_FORWARD)
     if width % 4:
         yield allowed(
-            "attention_head_dim", config["attention_head_dim"], f"one whose {config['num_attention_heads']} heads are a multiple of 4"
+            "attention_head_dim",
+            config["attention_head_dim"],
+            f"one whose {config['num_attention_heads']} heads are a multiple of 4",
         )
     tokens = (max(sides_of(config) or (0,)) // patch) ** 2
-    if max(tokens, (config.get("pos_embed_max_size") or 0) ** 2) * width > 8 * LARGEST_TABLE or tokens * width > LARGEST_TABLE:
-        yield allowed("sample_size", config["sample_size"], f"at most {LARGEST_TABLE} numbers in its table of places of width {width}")
+    if (
+        max(tokens, (config.get("pos_embed_max_size") or 0) ** 2) * width > 8 * LARGEST_TABLE
+        or tokens * width > LARGEST_TABLE
+    ):
+        yield allowed(
+            "sample_size",
+            config["sample_size"],
+            f"at most {LARGEST_TABLE} numbers in its table of places of width {width}",
+        )
     yield from size_fault(config, patch, "as patch_size")
 
 
@@ -209,7 +264,9 @@ def sd3(config: Config) -> Iterator[str]:
         return
     if config["caption_projection_dim"] != width:
         yield allowed(
-            "caption_projection_dim", config["caption_projection_dim"], f"{width}, as num_attention_heads times attention_head_dim"
+            "caption_projection_dim",
+            config["caption_projection_dim"],
+            f"{width}, as num_attention_heads times attention_head_dim",
         )
     yield from _patched(config)
 
@@ -233,7 +290,9 @@ def channels(config: Config) -> Iterator[str]:
     if outputs < inputs:
         more = f"{inputs - outputs} channels more than the {outputs} of its prediction"
         yield allowed(
-            "in_channels", inputs, f"{outputs}, as out_channels: {more}, of another picture, a mask or a depth, are no input here"
+            "in_channels",
+            inputs,
+            f"{outputs}, as out_channels: {more}, of another picture, a mask or a depth, are no input here",
         )
     elif outputs not in (inputs, 2 * inputs):  # twice: the prediction, then its variance
         yield allowed("out_channels", outputs, f"{inputs}, as in_channels, or {2 * inputs}, with a learned variance")
@@ -251,7 +310,11 @@ def autoencoder(config: Config) -> Iterator[str]:
             yield allowed(key, unknown[0], ", ".join(known))
     yield from _among(config, "act_fn", ACTIVATIONS)
     if strange := [count for count in levels if count % config["norm_num_groups"]]:
-        yield allowed("norm_num_groups", config["norm_num_groups"], f"divisors of {strange[0]}, of block_out_channels {shown(levels)}")
+        yield allowed(
+            "norm_num_groups",
+            config["norm_num_groups"],
+            f"divisors of {strange[0]}, of block_out_channels {shown(levels)}",
+        )
     if config["out_channels"] != 3:
         yield allowed("out_channels", config["out_channels"], "3: pictures")
     for key in ("latents_mean", "latents_std"):

@@ -1,4 +1,5 @@
-"""The values of a diffusers config, judged before anything is built of it: kinds by the class's own signature, and bounds on all numbers.
+"""The values of a diffusers config, judged before anything is built of it: kinds by the class's own signature, and
+bounds on all numbers.
 
 Not here: what the values of one class mean together (config_faults.py).
 """
@@ -17,7 +18,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import diffusers
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import shown
@@ -46,15 +50,27 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "num_single_layers": (0, 200),
     "norm_eps": (0, 1),
     "dropout": (0, 1),
-    **dict.fromkeys(("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"), (1, MOST_LAYERS)),
+    **dict.fromkeys(
+        ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"), (1, MOST_LAYERS)
+    ),
     **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor", "interpolation_scale"), (1e-3, 1e3)),
     **dict.fromkeys(("scaling_factor", "latents_std"), (1e-6, 1e6)),
 }
 
-KINDS: Mapping[str, Any] = {"freq_shift": float, "interpolation_scale": float | None, "transformer_layers_per_block": int | tuple}
+KINDS: Mapping[str, Any] = {
+    "freq_shift": float,
+    "interpolation_scale": float | None,
+    "transformer_layers_per_block": int | tuple,
+}
 """Where a signature says less, or other, than the class takes."""
 
-WITHOUT_EFFECT = ("downsample_type", "upsample_type", "resnet_out_scale_factor", "addition_embed_type_num_heads", "norm_num_groups")
+WITHOUT_EFFECT = (
+    "downsample_type",
+    "upsample_type",
+    "resnet_out_scale_factor",
+    "addition_embed_type_num_heads",
+    "norm_num_groups",
+)
 """Keys of which null is taken as well, by every class or by those that do not read them."""
 
 MOST_PARAMETERS, MOST_MODULES = 10**11, 30_000
@@ -81,10 +97,17 @@ def check_values(name: str, config: Config, where: str) -> None:
         kind = SIZE if key == "sample_size" and (kind is not int or "pos_embed_max_size" in _signature(name)) else kind
         if key in config and not (fits(config[key], kind, key) or (config[key] is None and key in WITHOUT_EFFECT)):
             faults.append(f"{key}: got {shown(config[key])}; allowed {_described(kind, key)}")
-    if "sample_size" in config and "sample_size" not in _signature(name) and not fits(config["sample_size"], SIZE, "sample_size"):
+    if (
+        "sample_size" in config
+        and "sample_size" not in _signature(name)
+        and not fits(config["sample_size"], SIZE, "sample_size")
+    ):
         faults.append(f"sample_size: got {shown(config['sample_size'])}; allowed {_described(SIZE, 'sample_size')}")
     if config.get("quantization_config") is not None:
-        faults.append("quantization_config: got weights that are quantized already; allowed null: full precision is what is quantized here")
+        faults.append(
+            "quantization_config: got weights that are quantized already; allowed null: full precision "
+            "is what is quantized here"
+        )
     if faults:
         raise ModelError("\n".join(f"{where}: {fault}" for fault in faults[:8]))
 
@@ -138,12 +161,15 @@ def _signature(name: str) -> dict[str, tuple[Any, Any]]:
     build = inspect.unwrap(class_of(name).__init__)
     hints = get_type_hints(build)
     parameters = {key: known for key, known in inspect.signature(build).parameters.items() if key != "self"}
-    return {key: (KINDS.get(key, hints.get(key, type(known.default))), known.default) for key, known in parameters.items()}
+    return {
+        key: (KINDS.get(key, hints.get(key, type(known.default))), known.default) for key, known in parameters.items()
+    }
 
 
 @contextmanager
 def bounded_build(where: str) -> Iterator[None]:
-    """Inside, modules are built on torch's meta device, where they take no memory; one of absurd size is given up while it grows.
+    """Inside, modules are built on torch's meta device, where they take no memory; one of absurd size is given up while
+    it grows.
 
     Raises:
         ModelError: more parameters or modules than MOST_PARAMETERS and MOST_MODULES.
@@ -154,7 +180,8 @@ def bounded_build(where: str) -> Iterator[None]:
         counts[kind] += more
         if counts[kind] > most:
             raise ModelError(
-                f"{where}: got a config of more than {most:,} {kind}; allowed fewer: are its widths and numbers of layers right?"
+                f"{where}: got a config of more than {most:,} {kind}; allowed fewer: are its widths and "
+                "numbers of layers right?"
             )
 
     def parameter(_module: nn.Module, _name: str, value: nn.Parameter | None) -> None:
@@ -174,7 +201,9 @@ def bounded_build(where: str) -> Iterator[None]:
 
 @contextmanager
 def silent(library: str) -> Iterator[None]:
-    """Inside, a library logs errors alone: of keys that a class does not know it says so again when weights are loaded."""
+    """Inside, a library logs errors alone: of keys that a class does not know it says so again when weights are
+    loaded.
+    """
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """Where a full-precision denoiser comes from and goes to, and the one signature by which every denoiser is called.
 
-Not here: which classes of diffusers are known (architectures.py), plain modules of the user's own (registry.py), quantized denoisers
-(quantization/conversion.py), nor sampling.
+Not here: which classes of diffusers are known (architectures.py), plain modules of the user's own (registry.py),
+quantized denoisers (quantization/conversion.py), nor sampling.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class DiffusionModel:
         scheduler_config: diffusers' scheduler config.
         source: as the user named it.
         digest: SHA-256 over the weights and both configs.
-        custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config says it.
+        custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config
+            says it.
         folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
         decoder: whether its pipeline has a part that makes pictures of what it makes.
     """
@@ -124,7 +125,9 @@ class DiffusionModel:
         """One sample of zeros, which the denoiser accepts, on its device."""
         with next((parameter.device for parameter in self.denoiser.parameters()), torch.device("cpu")):
             condition = {
-                wanted.name: torch.zeros(1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype))
+                wanted.name: torch.zeros(
+                    1, *(size or TEXT_TOKENS for size in wanted.shape), dtype=getattr(torch, wanted.dtype)
+                )
                 for wanted in self.condition_inputs
             }
             return torch.zeros(1, *self.sample_shape), torch.zeros(1, dtype=torch.long), condition
@@ -138,7 +141,8 @@ def is_latent(sample_shape: tuple[int, int, int]) -> bool:
 def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Condition | None = None) -> Tensor:
     """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
 
-    Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t, **condition)`.
+    Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t,
+    **condition)`.
     """
     steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
     steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
@@ -178,14 +182,16 @@ def check_time_table(model: DiffusionModel, train_timesteps: int) -> None:
     known = config.get("num_train_timesteps")
     if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
         raise ModelError(
-            f"{model.source}: num_train_timesteps: got {known} in the denoiser's config, whose time_embedding_type is learned; allowed "
+            f"{model.source}: num_train_timesteps: got {known} in the denoiser's config, whose "
+            "time_embedding_type is learned; allowed "
             f"{train_timesteps} or more, as in the scheduler's"
         )
 
 
 @contextmanager
 def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass (Chen et al. 2016).
+    """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass
+    (Chen et al. 2016).
 
     Raises:
         ModelError: diffusers cannot do so for this architecture, or for some of its blocks.
@@ -194,9 +200,19 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     model = cast(Any, denoiser)
-    blocks = {name: block for name, block in denoiser.named_modules() if re.fullmatch(r"(down_blocks|up_blocks)\.\d+|mid_block", name)}
-    without = [f"{name} ({type(block).__name__})" for name, block in blocks.items() if not hasattr(block, "gradient_checkpointing")]
-    kept_whole = not blocks and not hasattr(denoiser, "gradient_checkpointing")  # of a transformer the model itself holds the switch
+    blocks = {
+        name: block
+        for name, block in denoiser.named_modules()
+        if re.fullmatch(r"(down_blocks|up_blocks)\.\d+|mid_block", name)
+    }
+    without = [
+        f"{name} ({type(block).__name__})"
+        for name, block in blocks.items()
+        if not hasattr(block, "gradient_checkpointing")
+    ]
+    kept_whole = not blocks and not hasattr(
+        denoiser, "gradient_checkpointing"
+    )  # of a transformer the model itself holds the switch
     if not getattr(model, "_supports_gradient_checkpointing", False) or kept_whole or without:
         what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
         raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
@@ -213,11 +229,14 @@ def load_model(source: str, sample_size: SampleSize | None = None) -> DiffusionM
     `sample_size` is the height and width of x_t where they are to be others than the model's own.
 
     Raises:
-        ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take that size.
+        ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take
+            that size.
     """
     if source.startswith(REGISTERED):
         if sample_size is not None:
-            raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {source} was registered with its own")
+            raise ModelError(
+                f"model.sample_size: got {sample_size}; allowed null: {source} was registered with its own"
+            )
         return _load_registered(source)
     if source.startswith(EMBEDDED):
         with embedded_folder(source) as folder:
@@ -227,7 +246,9 @@ def load_model(source: str, sample_size: SampleSize | None = None) -> DiffusionM
         return _load_folder(downloaded_pipeline(source), source, sample_size, note)
     if path.is_file():
         check_no_single_file(path)
-        raise ModelError(f"{path}: got a file, which holds no weights; allowed a folder in diffusers' layout, or a hub id")
+        raise ModelError(
+            f"{path}: got a file, which holds no weights; allowed a folder in diffusers' layout, or a hub id"
+        )
     return _load_folder(path, source, sample_size)
 
 
@@ -235,14 +256,17 @@ def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = No
     """The model of a folder in diffusers' layout whose denoiser holds shapes alone; no weights are read.
 
     Raises:
-        ModelError: a config that is missing or cannot be used, or a pipeline whose denoiser reads what is no input here.
+        ModelError: a config that is missing or cannot be used, or a pipeline whose denoiser reads what is no input
+            here.
     """
     check_no_single_file(folder)
     index, part = read_index(folder), denoiser_folder(folder)
     where = part / CONFIG
     config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
     alone = not index and not beside.exists() and not has_weights(part, STEM)
-    alone = alone and local(source) is not None  # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
+    alone = (
+        alone and local(source) is not None
+    )  # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
     scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
     check_index(folder, index, known_architecture(config, str(where)).name)
     shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
@@ -283,7 +307,9 @@ def shapes_of_configs(
         with torch.no_grad():
             predict(denoiser, *found.example)
     except Exception as error:  # whatever a wrong size leads to in diffusers or torch
-        raise ModelError(f"{where}: not the config of a working {type(denoiser).__name__}: {str(error)[:1000]}") from error
+        raise ModelError(
+            f"{where}: not the config of a working {type(denoiser).__name__}: {str(error)[:1000]}"
+        ) from error
     return found
 
 
@@ -293,7 +319,8 @@ def untrained_denoiser(
     """A denoiser of a config before its weights are loaded, and what it was registered with, if it was.
 
     Raises:
-        ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not take.
+        ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not
+            take.
     """
     if str(config.get("_class_name")).startswith(REGISTERED):
         told, module = registered(str(config["_class_name"]))
@@ -310,7 +337,11 @@ def untrained_denoiser(
         raise
     except Exception as error:  # diffusers raises anything on a config that it cannot follow
         raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {str(error)[:1000]}") from error
-    if sample_size is not None or config.get("sample_size") is None or written.get("sample_size") != config["sample_size"]:
+    if (
+        sample_size is not None
+        or config.get("sample_size") is None
+        or written.get("sample_size") != config["sample_size"]
+    ):
         denoiser.register_to_config(sample_size=size)
     return _without_label_dropout(denoiser).eval(), None
 
@@ -339,9 +370,15 @@ def _load_registered(source: str) -> DiffusionModel:
     return _model(denoiser, dict(told.scheduler_config), source, told)
 
 
-def _model(denoiser: Any, scheduler: dict[str, Any], source: str, custom: RegisteredDenoiser | None = None) -> DiffusionModel:
+def _model(
+    denoiser: Any, scheduler: dict[str, Any], source: str, custom: RegisteredDenoiser | None = None
+) -> DiffusionModel:
     denoiser = denoiser.float().eval()
-    own = {"sample_shape": custom.sample_shape, "conditions": [str(wanted) for wanted in custom.conditions]} if custom else denoiser.config
+    own = (
+        {"sample_shape": custom.sample_shape, "conditions": [str(wanted) for wanted in custom.conditions]}
+        if custom
+        else denoiser.config
+    )
     configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (own, scheduler)]
     if scheduler["_class_name"] not in (DDIM_SCHEDULER, FLOW_SCHEDULER):
         configs.append({"scheduler": scheduler["_class_name"]})  # which says what a key left out means
@@ -363,17 +400,23 @@ def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder:
     else:
         config = {"_class_name": registered_as(denoiser)}
         part.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS)
+        save_file(
+            {name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS
+        )
     write_json(part / CONFIG, config)
     write_json(folder / SCHEDULER_CONFIG, scheduler_config)
     write_json(folder / INDEX, model_index(denoiser, scheduler_config))
 
 
 def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a whole pipeline."""
+    """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a
+    whole pipeline.
+    """
     architecture = architecture_of(denoiser)
     name, part = (architecture.name, architecture.part) if architecture else (None, PARTS[0])
-    whole = architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
+    whole = (
+        architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
+    )
     pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
     scheduler = ["diffusers", scheduler_config["_class_name"]]
     return {"_class_name": pipeline, "scheduler": scheduler, part: ["diffusers" if name else None, name]}

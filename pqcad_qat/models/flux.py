@@ -17,7 +17,9 @@ PATCH = 2
 """Side of a patch, in latents; its pixels are channels of the sequence."""
 
 DEFAULT_SIZE = 128
-"""Height and width of the latents where nothing says another: of pictures of 1024 pixels, FluxPipeline's own default."""
+"""Height and width of the latents where nothing says another: of pictures of 1024 pixels, FluxPipeline's own
+default.
+"""
 
 TRAIN_TIMESTEPS = 1000
 """What the class multiplies the time that it is given by."""
@@ -67,7 +69,9 @@ def call(denoiser: nn.Module, x_t: Tensor, t: Tensor, condition: dict[str, Any])
 
 @contextmanager
 def _in_float32(denoiser: nn.Module, times: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, sinusoids are taken of these times: in mixed precision the class rounds its own to bfloat16, which is 900 for 899.6."""
+    """Inside, sinusoids are taken of these times: in mixed precision the class rounds its own to bfloat16, which is 900
+    for 899.6.
+    """
     module = denoiser.module if isinstance(denoiser, DistributedDataParallel) else denoiser
     embedding: nn.Module = cast(Any, module).time_text_embed
     handle = embedding.register_forward_pre_hook(lambda _, given: (*times, *given[len(times) :]))

@@ -1,6 +1,8 @@
-"""A pipeline's folder in diffusers' layout, local, embedded or of a hub: what its index names, where its denoiser and scheduler lie.
+"""A pipeline's folder in diffusers' layout, local, embedded or of a hub: what its index names, where its denoiser and
+scheduler lie.
 
-Not here: weights (weight_files.py), what a config says (config_values.py), or the parts beside the denoiser (pipeline_parts.py).
+Not here: weights (weight_files.py), what a config says (config_values.py), or the parts beside the denoiser
+(pipeline_parts.py).
 """
 
 from __future__ import annotations
@@ -45,7 +47,14 @@ LAYOUT = "a folder in diffusers layout holds unet/config.json and scheduler/"
 SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
 """In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
 
-CONFIGS = (INDEX, CONFIG, f"*/{CONFIG}", "scheduler/*.json", "scheduler_config.json", "tokenizer*/tokenizer_config.json")
+CONFIGS = (
+    INDEX,
+    CONFIG,
+    f"*/{CONFIG}",
+    "scheduler/*.json",
+    "scheduler_config.json",
+    "tokenizer*/tokenizer_config.json",
+)
 """What a plan takes of a hub id."""
 
 WEIGHTS_AND_CONFIGS = (
@@ -61,7 +70,9 @@ WEIGHTS_AND_CONFIGS = (
     ),
     *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
 )
-"""What a run takes of a hub id: a whole pipeline's files, less other formats and variants of its weights (model.fp16.safetensors)."""
+"""What a run takes of a hub id: a whole pipeline's files, less other formats and variants of its weights
+(model.fp16.safetensors).
+"""
 
 
 def local(source: str) -> Path | None:
@@ -69,7 +80,11 @@ def local(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # a name that no file can have, a place that may not be looked at, nobody's home
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # a name that no file can have, a place that may not be looked at, nobody's home
         return None
 
 
@@ -82,7 +97,10 @@ def embedded_folder(source: str) -> Iterator[Path]:
     """
     name = source.removeprefix(EMBEDDED)
     if source not in embedded_models():
-        raise ModelError(f"model.source: got {shown(source)}; allowed {', '.join(embedded_models())}, a diffusers folder, or a hub id")
+        raise ModelError(
+            f"model.source: got {shown(source)}; allowed {', '.join(embedded_models())}, a diffusers "
+            "folder, or a hub id"
+        )
     with as_file(files("pqcad_qat.assets") / name) as folder:
         yield folder
 
@@ -105,7 +123,9 @@ def downloaded(source: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
         reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
-        raise ModelError(f"model.source: got {shown(source)}: no such folder, and it cannot be loaded from the hub: {reason}") from error
+        raise ModelError(
+            f"model.source: got {shown(source)}: no such folder, and it cannot be loaded from the hub: {reason}"
+        ) from error
 
 
 def downloaded_pipeline(source: str) -> Path:
@@ -135,7 +155,8 @@ def downloaded_pipeline(source: str) -> Path:
 
 
 def denoiser_folder(folder: Path) -> Path:
-    """The part of a pipeline's folder that holds its denoiser: unet/, transformer/, or the folder itself where all files lie at its top.
+    """The part of a pipeline's folder that holds its denoiser: unet/, transformer/, or the folder itself where all
+    files lie at its top.
 
     unet/ where there is none.
 
@@ -147,7 +168,9 @@ def denoiser_folder(folder: Path) -> Path:
         index = read_index(folder)
         listed = [part for part in present if part_class(index, part) is not None]
         if len(listed) != 1:
-            raise ModelError(f"{folder / INDEX}: got {' and '.join(present)} in its folder; allowed one of them, which it names")
+            raise ModelError(
+                f"{folder / INDEX}: got {' and '.join(present)} in its folder; allowed one of them, which it names"
+            )
         present = listed
     if not present and (folder / CONFIG).is_file():
         return folder
@@ -156,7 +179,10 @@ def denoiser_folder(folder: Path) -> Path:
 
 def scheduler_file(folder: Path) -> Path:
     """Where the scheduler's config lies, or belongs."""
-    return next((path for path in (folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG.name) if path.is_file()), folder / SCHEDULER_CONFIG)
+    return next(
+        (path for path in (folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG.name) if path.is_file()),
+        folder / SCHEDULER_CONFIG,
+    )
 
 
 def check_no_single_file(path: Path) -> None:
@@ -169,13 +195,16 @@ def check_no_single_file(path: Path) -> None:
         return
     if single:
         raise ModelError(
-            f"{single[0]}: got a checkpoint in a single file; allowed a folder in diffusers' layout, which diffusers makes of it: "
-            f"StableDiffusionPipeline.from_single_file({single[0].name!r}).save_pretrained(FOLDER), or its pipeline's class"
+            f"{single[0]}: got a checkpoint in a single file; allowed a folder in diffusers' layout, "
+            "which diffusers makes of it: "
+            f"StableDiffusionPipeline.from_single_file({single[0].name!r}).save_pretrained(FOLDER), or "
+            "its pipeline's class"
         )
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The content of a folder's model_index.json, each part of which names a library and a class, or is null; {} without such a file.
+    """The content of a folder's model_index.json, each part of which names a library and a class, or is null; {}
+    without such a file.
 
     Raises:
         ModelError: it cannot be read, or says something else of a part.
@@ -190,7 +219,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         known = part in (*PARTS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler")
         if (known or isinstance(entry, list)) and not _names_a_class(entry):
             raise ModelError(
-                f"{path}: {shown(part)[1:-1]}: got {shown(entry)}; allowed [library, class], or [null, null] where there is none"
+                f"{path}: {shown(part)[1:-1]}: got {shown(entry)}; allowed [library, class], or [null, "
+                "null] where there is none"
             )
     return index
 
@@ -207,7 +237,8 @@ def part_class(index: Mapping[str, Any], part: str) -> str | None:
 
 
 def check_index(folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
-    """Raise ModelError for a pipeline whose other parts give its denoiser what is no input here, or whose denoiser is of another class.
+    """Raise ModelError for a pipeline whose other parts give its denoiser what is no input here, or whose denoiser is
+    of another class.
 
     Args:
         folder: the pipeline's.
@@ -225,8 +256,12 @@ def check_index(folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
             rule = "null: what it gives the pipeline or its denoiser is no input here"
             raise ModelError(f"{path}: {shown(part)[1:-1]}: got {shown(entry[1])}; allowed {rule}")
     if OF_PICTURES.search(pipeline):
-        raise ModelError(f"{path}: _class_name: got {pipeline}; allowed pipelines whose denoiser reads no picture beside the noisy sample")
+        raise ModelError(
+            f"{path}: _class_name: got {pipeline}; allowed pipelines whose denoiser reads no picture "
+            "beside the noisy sample"
+        )
     if index.get("requires_aesthetics_score"):
         raise ModelError(
-            f"{path}: requires_aesthetics_score: got true; allowed false: SDXL's refiner, which reads that score, is not taken; its base is"
+            f"{path}: requires_aesthetics_score: got true; allowed false: SDXL's refiner, which reads "
+            "that score, is not taken; its base is"
         )

@@ -1,4 +1,5 @@
-"""A module of the user's own as all else takes it: unwrapped, its reparametrized weights plain Parameters, on the CPU, in float32.
+"""A module of the user's own as all else takes it: unwrapped, its reparametrized weights plain Parameters, on the CPU,
+in float32.
 
 Not here: where it comes from (registry.py), and whether it predicts as a denoiser has to (probing.py).
 """
@@ -31,9 +32,10 @@ WRAPPERS: tuple[tuple[type[nn.Module], str], ...] = (
 def plain_module(module: nn.Module, source: str) -> nn.Module:
     """The module in evaluation mode, in float32 on the CPU, as Python runs it line by line; its function is the same.
 
-    What compiles it, or shares its batches among devices, is taken off. A weight that is computed of others at every call, by a
-    parametrization, spectral or weight normalization or pruning, becomes the Parameter that it amounts to: so it is deployed, and so
-    its layer can be quantized.
+    What compiles it, or shares its batches among devices, is taken off. A weight that is computed of others at every
+    call, by a
+    parametrization, spectral or weight normalization or pruning, becomes the Parameter that it amounts to: so it is
+    deployed, and so its layer can be quantized.
 
     Raises:
         ModelError: compiled code without its Python, weights that are not there, or reparametrizations that fail.
@@ -43,12 +45,19 @@ def plain_module(module: nn.Module, source: str) -> nn.Module:
     module = _unwrapped(module)
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
-            raise ModelError(f"{source}: {name or 'the module'} is {_class(part)}, compiled; allowed a torch.nn.Module in Python")
+            raise ModelError(
+                f"{source}: {name or 'the module'} is {_class(part)}, compiled; allowed a torch.nn.Module in Python"
+            )
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if absent := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
-        raise ModelError(f"{source}: {absent[0]} has no values yet; allowed a module that was called once, or whose weights are loaded")
+        raise ModelError(
+            f"{source}: {absent[0]} has no values yet; allowed a module that was called once, or whose "
+            "weights are loaded"
+        )
     if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise ModelError(f"{source}: {absent[0]} is on the meta device, without values; allowed a module with its weights")
+        raise ModelError(
+            f"{source}: {absent[0]} is on the meta device, without values; allowed a module with its weights"
+        )
     module.cpu().float().eval()
     try:
         _fold(module)
@@ -61,7 +70,9 @@ def plain_module(module: nn.Module, source: str) -> nn.Module:
 
 
 def hold_statistics(network: nn.Module) -> None:
-    """Keep running means and variances as they are while the network trains: what it is to match was predicted with them."""
+    """Keep running means and variances as they are while the network trains: what it is to match was predicted with
+    them.
+    """
     for module in network.modules():
         if isinstance(module, _NormBase):
             module.eval()
@@ -72,7 +83,11 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
     packages = {Path(torch.__file__).parent, Path(__file__).parents[1]}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not any(p in Path(frame.filename).parents for p in packages)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(p in Path(frame.filename).parents for p in packages)
+    ]
     return f"{said} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else said
 
 
@@ -128,7 +143,9 @@ def _reparametrizing(part: nn.Module) -> Iterator[tuple[object, str]]:
 
 
 def _ordinary(module: nn.Module) -> None:
-    """Tensors that were made in inference mode as ordinary ones, which gradients may flow through; what is shared stays shared."""
+    """Tensors that were made in inference mode as ordinary ones, which gradients may flow through; what is shared stays
+    shared.
+    """
     ordinary: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept so that its id stays its own
     for part in module.modules():
         for name, parameter in part._parameters.items():

@@ -1,6 +1,7 @@
 """The parts of a pipeline's folder beside its denoiser: which are there, of which class, and how each is loaded.
 
-Not here: the denoiser and its scheduler (denoiser.py), what prompts become (prompts.py), or how parts are deployed (export/part_export.py).
+Not here: the denoiser and its scheduler (denoiser.py), what prompts become (prompts.py), or how parts are deployed
+(export/part_export.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,25 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.architectures import ConditionInput
 from pqcad_qat.models.config_faults import autoencoder
 from pqcad_qat.models.config_values import bounded_build, check_values, class_of, silent, with_defaults
-from pqcad_qat.models.model_folder import CONFIG, DECODERS, INDEX, STEM, TEXT_ENCODERS, TOKENIZERS, part_class, read_index
-from pqcad_qat.models.weight_files import check_finite, fitting, listed, load_weights, stored_tensors, variant_of, weight_files
+from pqcad_qat.models.model_folder import (
+    CONFIG,
+    DECODERS,
+    INDEX,
+    STEM,
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    part_class,
+    read_index,
+)
+from pqcad_qat.models.weight_files import (
+    check_finite,
+    fitting,
+    listed,
+    load_weights,
+    stored_tensors,
+    variant_of,
+    weight_files,
+)
 
 VAE, VQ = DECODERS
 
@@ -76,20 +94,29 @@ class PipelineParts:
         """
         found = part_class(self.index, part)
         if found not in CLASSES[part]:
-            raise ModelError(f"{self.folder / INDEX}: {part}: got {shown(found)}; allowed {', '.join(CLASSES[part])}, or {_left_out(part)}")
+            raise ModelError(
+                f"{self.folder / INDEX}: {part}: got {shown(found)}; allowed {', '.join(CLASSES[part])}, "
+                f"or {_left_out(part)}"
+            )
         return str(found)
 
     def check_there(self, parts: Sequence[str]) -> None:
-        """Raise ModelError where the index names a class for one of the parts whose folder is not there, or another decoder than a VAE."""
+        """Raise ModelError where the index names a class for one of the parts whose folder is not there, or another
+        decoder than a VAE.
+        """
         for part in parts:
             if (name := part_class(self.index, part)) is not None and not self.has(part):
-                raise ModelError(f"{self.folder / part}: no such folder, and {INDEX} names {shown(name)} for it; {_left_out(part)}")
+                raise ModelError(
+                    f"{self.folder / part}: no such folder, and {INDEX} names {shown(name)} for it; {_left_out(part)}"
+                )
         if VAE in parts and (name := part_class(self.index, VQ)) is not None:
             rule = f"a {VAE} of {', '.join(CLASSES[VAE])} in its place, or {_left_out(VAE)}, and samples are latents"
             raise ModelError(f"{self.folder / INDEX}: {VQ}: got {shown(name)}; allowed {rule}")
 
     def check(self, part: str) -> None:
-        """Raise ModelError for a part that cannot be taken, as far as the index, its configs and its tokenizer's tell."""
+        """Raise ModelError for a part that cannot be taken, as far as the index, its configs and its tokenizer's
+        tell.
+        """
         name, where = self.class_of(part), self.folder / part / CONFIG
         if part == VAE:
             with torch.no_grad(), _named(where, name):
@@ -102,7 +129,9 @@ class PipelineParts:
         check_tokenizer(self.folder / TOKENIZERS[TEXT_ENCODERS.index(part)])
 
     def check_weights(self, part: str) -> None:
-        """Raise ModelError for a part that is there without safetensors, or with others than its config's, or with damaged ones."""
+        """Raise ModelError for a part that is there without safetensors, or with others than its config's, or with
+        damaged ones.
+        """
         files = self._weight_files(part)
         stored = stored_tensors(files)
         if part == VAE:
@@ -131,7 +160,9 @@ class PipelineParts:
             raise ModelError(f"{where}: {fault} ({name})")
         unheeded = [key for key in SCALING if key not in HEEDED.get(str(self.index.get("_class_name")), SCALING)]
         with _named(where, name):
-            module: Any = class_of(name).from_config({key: value for key, value in config.items() if key != "_use_default_values"})
+            module: Any = class_of(name).from_config(
+                {key: value for key, value in config.items() if key != "_use_default_values"}
+            )
         module.register_to_config(**dict.fromkeys(unheeded))
         return cast(nn.Module, module)
 
@@ -165,7 +196,9 @@ class PipelineParts:
         kinds = {"missing_keys": "missing", "mismatched_keys": "of another shape"}
         faults = [(what, sorted(map(str, report[key]))) for key, what in kinds.items()]
         if said := [f"{len(names)} {what}: {listed(names)}" for what, names in faults if names]:
-            raise ModelError(f"{folder}: cannot load this {name}: its weights are not those of its config: {'; '.join(said)}")
+            raise ModelError(
+                f"{folder}: cannot load this {name}: its weights are not those of its config: {'; '.join(said)}"
+            )
         return cast(nn.Module, module)
 
     @property
@@ -177,7 +210,8 @@ class PipelineParts:
 
         Args:
             part: VAE or one of TEXT_ENCODERS.
-            attention: of a text encoder, as transformers names its ways to compute it; `eager` is the one that is traced.
+            attention: of a text encoder, as transformers names its ways to compute it; `eager` is the one that is
+                traced.
 
         Raises:
             ModelError: of another class, damaged, or of a library that is not installed.
@@ -202,7 +236,12 @@ class PipelineParts:
         for part in parts:
             for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
                 with path.open("rb") as file:
-                    found.update(f"{path.relative_to(self.folder).as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                    found.update(
+                        (
+                            f"{path.relative_to(self.folder).as_posix()} "
+                            f"{hashlib.file_digest(file, 'sha256').hexdigest()}\n"
+                        ).encode()
+                    )
         return found.hexdigest()
 
 
@@ -220,19 +259,31 @@ def pipeline_parts(folder: Path | None) -> PipelineParts | None:
 def check_transformers(what: str) -> None:
     """Raise ModelError where the library of text encoders is not installed."""
     if find_spec("transformers") is None:
-        raise ModelError(f"{what}: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'")
+        raise ModelError(
+            f"{what}: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'"
+        )
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ModelError for a tokenizer that is not there, or that takes libraries which are not: SentencePiece's file takes two more."""
+    """Raise ModelError for a tokenizer that is not there, or that takes libraries which are not: SentencePiece's file
+    takes two more.
+    """
     if not (folder / "tokenizer_config.json").is_file():
-        raise ModelError(f"{folder}: has no tokenizer_config.json; a text encoder takes its tokenizer, and {_left_out(TEXT_ENCODERS[0])}")
+        raise ModelError(
+            f"{folder}: has no tokenizer_config.json; a text encoder takes its tokenizer, and "
+            f"{_left_out(TEXT_ENCODERS[0])}"
+        )
     read_json(folder / "tokenizer_config.json")
     if (folder / TOKENIZER).is_file() or not (folder / "spiece.model").is_file():
         return
-    if missing := [name for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")) if not _found(module)]:
+    if missing := [
+        name
+        for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+        if not _found(module)
+    ]:
         raise ModelError(
-            f"{folder}: has spiece.model and no {TOKENIZER}, which takes {' and '.join(missing)}, not installed: pip install "
+            f"{folder}: has spiece.model and no {TOKENIZER}, which takes {' and '.join(missing)}, not "
+            "installed: pip install "
             f"{' '.join(missing)}; or put the {TOKENIZER} of another T5 of the same vocabulary there"
         )
 
@@ -244,18 +295,23 @@ def check_decoder(parts: PipelineParts | None, channels: int) -> None:
     where = parts.folder / VAE / CONFIG
     got = read_json(where).get("latent_channels", 4)
     if got != channels:
-        raise ModelError(f"{where}: latent_channels: got {shown(got)}; allowed {channels}, as its denoiser has, or {_left_out(VAE)}")
+        raise ModelError(
+            f"{where}: latent_channels: got {shown(got)}; allowed {channels}, as its denoiser has, or {_left_out(VAE)}"
+        )
 
 
 def check_text_width(parts: PipelineParts | None, inputs: Sequence[ConditionInput]) -> None:
-    """Raise ModelError where SDXL's second text encoder gives a pooled text of another width than the denoiser reads beside its sizes."""
+    """Raise ModelError where SDXL's second text encoder gives a pooled text of another width than the denoiser reads
+    beside its sizes.
+    """
     wanted = [one.shape[0] for one in inputs if one.name == "text_embeds"]
     if parts is None or not wanted or part_class(parts.index, TEXT_ENCODERS[1]) is None:
         return
     where = parts.folder / TEXT_ENCODERS[1] / CONFIG
     if where.is_file() and (got := read_json(where).get("projection_dim", 512)) != wanted[0]:
         raise ModelError(
-            f"{where}: projection_dim: got {shown(got)}; allowed {wanted[0]}, which the denoiser's projection_class_embeddings_input_dim "
+            f"{where}: projection_dim: got {shown(got)}; allowed {wanted[0]}, which the denoiser's "
+            "projection_class_embeddings_input_dim "
             "leaves beside six sizes; SDXL's refiner, which reads five, is not taken"
         )
 
@@ -267,7 +323,9 @@ def _left_out(part: str) -> str:
 
 @contextmanager
 def _named(where: Path, name: str) -> Iterator[None]:
-    """Inside, whatever diffusers and transformers raise on a damaged folder, from OSError to KeyError, becomes a ModelError."""
+    """Inside, whatever diffusers and transformers raise on a damaged folder, from OSError to KeyError, becomes a
+    ModelError.
+    """
     try:
         yield
     except ModelError:
@@ -284,7 +342,9 @@ def _found(module: str) -> bool:
 
 
 def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
-    """Latents (N, C, h, w) of a denoiser as its VAE's decoder takes them, by a config as `PipelineParts.load` leaves it."""
+    """Latents (N, C, h, w) of a denoiser as its VAE's decoder takes them, by a config as `PipelineParts.load` leaves
+    it.
+    """
     mean, std = (config.get(key) for key in ("latents_mean", "latents_std"))
     scaled: Tensor = latents.float() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
     if mean is None or std is None:

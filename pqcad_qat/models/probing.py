@@ -1,7 +1,7 @@
 """Whether a module of the user's own predicts as a denoiser has to, and which of its layers read what no input changes.
 
-It is called a few times on noise. Not here: what is mended when it is built (own_modules.py), or whether it can be deployed
-(export/trial_export.py).
+It is called a few times on noise. Not here: what is mended when it is built (own_modules.py), or whether it can be
+deployed (export/trial_export.py).
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ PROBES = 6
 """States of noise, their time steps spread over all, on which it is called one by one."""
 
 SAME = 1e-3
-"""Of the largest value of a prediction: what may differ between two calls, whose sums may be added up in another order."""
+"""Of the largest value of a prediction: what may differ between two calls, whose sums may be added up in another
+order.
+"""
 
 DECISIONS = tuple(
-    getattr(Tensor, name) for name in ("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy")
+    getattr(Tensor, name)
+    for name in ("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy")
 )
 """What makes Python's values of a tensor's: a traced graph holds what they were when it was traced."""
 
@@ -45,8 +48,8 @@ def check_predictions(model: DiffusionModel) -> None:
     """Call a module of the user's own on noise, as a run will.
 
     Raises:
-        ModelError: it raises; returns something else than a prediction, or another one for the same state at a second call or beside
-            other states; writes over what it is given; or decides by values, which no graph does.
+        ModelError: it raises; returns something else than a prediction, or another one for the same state at a second
+            call or beside other states; writes over what it is given; or decides by values, which no graph does.
     """
     states = probe_states(model)
     denoiser, source, count = model.denoiser, model.source, len(states[0])
@@ -57,7 +60,10 @@ def check_predictions(model: DiffusionModel) -> None:
         if not torch.equal(before, after):
             raise ModelError(f"{source}: it writes over {name}, which it is given; allowed: it computes on a copy")
     if _differ(whole, _called(denoiser, _copied(states), source)):
-        raise ModelError(f"{source}: it predicts differently when it is called again; allowed one prediction of one state: no randomness")
+        raise ModelError(
+            f"{source}: it predicts differently when it is called again; allowed one prediction of one "
+            "state: no randomness"
+        )
     decisions = [_Decisions() for _ in range(count)]
     alone = []
     for place, watch in enumerate(decisions):
@@ -66,9 +72,14 @@ def check_predictions(model: DiffusionModel) -> None:
     for first, *others in zip_longest(*(watch.seen for watch in decisions)):
         if any(other != first for other in others):
             where = next(seen[0] for seen in (first, *others) if seen)
-            raise ModelError(f"{source}: it goes by a value of its inputs ({where}), which no graph does; allowed tensors, torch.where")
+            raise ModelError(
+                f"{source}: it goes by a value of its inputs ({where}), which no graph does; allowed "
+                "tensors, torch.where"
+            )
     if _differ(whole, torch.cat(alone)):
-        raise ModelError(f"{source}: what it predicts of a state depends on the others of its batch; allowed states that do not mix")
+        raise ModelError(
+            f"{source}: what it predicts of a state depends on the others of its batch; allowed states that do not mix"
+        )
 
 
 def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states: DenoiserInput) -> tuple[str, ...]:
@@ -100,7 +111,11 @@ def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states
 def one_state(states: DenoiserInput, place: int) -> DenoiserInput:
     """A batch of one of them."""
     x, t, condition = states
-    return x[place : place + 1], t[place : place + 1], {name: value[place : place + 1] for name, value in condition.items()}
+    return (
+        x[place : place + 1],
+        t[place : place + 1],
+        {name: value[place : place + 1] for name, value in condition.items()},
+    )
 
 
 def _digest(tensor: Tensor) -> str:
@@ -129,14 +144,19 @@ def _called(denoiser: nn.Module, states: DenoiserInput, source: str) -> Tensor:
     except Exception as error:  # whatever code of the user's own raises
         x, t, condition = states
         named = {"x_t": x, "t": t, **condition}
-        words = ", ".join(f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for name, value in named.items())
+        words = ", ".join(
+            f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for name, value in named.items()
+        )
         raise ModelError(f"{source}: called with {words} it raised {one_line(error)}") from error
 
 
 def _check_output(prediction: Tensor, x: Tensor, source: str) -> None:
     got, allowed = tuple(prediction.shape), tuple(x.shape)
     if got != allowed:
-        raise ModelError(f"{source}: of x_t {allowed} it returned a tensor {got}; allowed {allowed}, or more channels, which are cut off")
+        raise ModelError(
+            f"{source}: of x_t {allowed} it returned a tensor {got}; allowed {allowed}, or more channels, "
+            "which are cut off"
+        )
     if prediction.dtype != torch.float32:
         raise ModelError(f"{source}: it returned {prediction.dtype}; allowed torch.float32, as x_t")
     if not bool(prediction.isfinite().all()):
@@ -151,7 +171,11 @@ class _Decisions(TorchFunctionMode):
         self.seen: list[tuple[str, str]] = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in DECISIONS:
@@ -162,5 +186,9 @@ class _Decisions(TorchFunctionMode):
 def _place() -> str:
     """The line that is being run, of all but torch and this file."""
     torchs = Path(torch.__file__).parent
-    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__ and torchs not in Path(frame.filename).parents]
+    frames = [
+        frame
+        for frame in traceback.extract_stack()
+        if frame.filename != __file__ and torchs not in Path(frame.filename).parents
+    ]
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"

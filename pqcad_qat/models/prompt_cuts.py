@@ -42,10 +42,16 @@ def cut_prompts(lines: Sequence[tuple[int, str]], prompts: Path, folder: Path, t
         if (name := part_class(index, part)) is None or not (folder / part).is_dir():
             continue
         tokenizer = _tokenizer(folder / part)
-        most = _most_tokens(str(index.get("_class_name")), tokens) if name.startswith("T5") else int(tokenizer.model_max_length)
+        most = (
+            _most_tokens(str(index.get("_class_name")), tokens)
+            if name.startswith("T5")
+            else int(tokenizer.model_max_length)
+        )
         for number, prompt in lines:
             if cut := _cut(tokenizer, prompt, most):
-                found.append(f"conditions.prompts: {prompts}:{number}: {part} takes {most} tokens; not read: {shown(cut)}")
+                found.append(
+                    f"conditions.prompts: {prompts}:{number}: {part} takes {most} tokens; not read: {shown(cut)}"
+                )
     more = len(found) - MOST_TOLD
     return (*found[:MOST_TOLD], *([f"conditions.prompts: {prompts}: {more} more prompts are cut"] if more > 0 else []))
 
@@ -58,7 +64,9 @@ def _most_tokens(pipeline: str, tokens: int | None) -> int:
 
 
 def _cut(tokenizer: Any, prompt: str, most: int) -> str:
-    """The end of a prompt that is not among its first tokens, of which the last is the one that ends it, as diffusers puts it."""
+    """The end of a prompt that is not among its first tokens, of which the last is the one that ends it, as diffusers
+    puts it.
+    """
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
     return str(tokenizer.decode(ids[most - 1 : -1])).strip() if len(ids) > most else ""
 

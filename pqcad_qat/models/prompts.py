@@ -48,7 +48,9 @@ LAYOUTS: Mapping[str, tuple[str, ...]] = {
         "unconditional.encoder_attention_mask",
     ),
 }
-"""Class of a pipeline -> what its `encode_prompt` returns, in order, by the names of a file of embeddings; "" is not one of them."""
+"""Class of a pipeline -> what its `encode_prompt` returns, in order, by the names of a file of embeddings; "" is not
+one of them.
+"""
 
 ASKED: Mapping[str, Any] = {
     "prompt_2": None,
@@ -57,7 +59,9 @@ ASKED: Mapping[str, Any] = {
     "num_images_per_prompt": 1,
     "do_classifier_free_guidance": True,
 }
-"""What `encode_prompt` is asked, as far as the pipeline's own has a word for it: the same prompt for every encoder, and the empty one."""
+"""What `encode_prompt` is asked, as far as the pipeline's own has a word for it: the same prompt for every encoder, and
+the empty one.
+"""
 
 EMBEDDED_GUIDANCE = 3.5
 """That FluxPipeline asks of a model whose guidance is an input, where nobody says another."""
@@ -83,7 +87,8 @@ class Encoding:
     """How prompts are to be encoded, where a pipeline leaves a choice.
 
     Attributes:
-        tokens: that T5's prompts are filled up or cut to; None for as many as the pipeline's own `encode_prompt` asks for.
+        tokens: that T5's prompts are filled up or cut to; None for as many as the pipeline's own `encode_prompt` asks
+            for.
         guidance: of a denoiser that takes it as an input (FLUX.1 dev); None for EMBEDDED_GUIDANCE.
         sides: height and width of x_t, where they are others than the denoiser's config says.
     """
@@ -97,11 +102,13 @@ OWN_WAY = Encoding()
 
 
 def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = OWN_WAY) -> Path:
-    """The file of embeddings of these prompts by the encoders of this folder: made once, and read back from the store from then on.
+    """The file of embeddings of these prompts by the encoders of this folder: made once, and read back from the store
+    from then on.
 
     Args:
         prompts, folder, encoding: as of `encode_prompts`.
-        store: beside the runs; the file's place in it is named by the hash of the prompts, encoders, tokenizers and sizes.
+        store: beside the runs; the file's place in it is named by the hash of the prompts, encoders, tokenizers and
+            sizes.
 
     Raises:
         ModelError: as `encode_prompts`.
@@ -131,7 +138,9 @@ def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> 
     check_transformers("conditions.prompts")
     name, names = _layout(folder)
     _asked(getattr(diffusers, name), name, encoding)
-    return {name for name in (*names, *_numbers(folder, 1, names, encoding)) if name and not name.startswith(UNCONDITIONAL)}
+    return {
+        name for name in (*names, *_numbers(folder, 1, names, encoding)) if name and not name.startswith(UNCONDITIONAL)
+    }
 
 
 @torch.no_grad()
@@ -144,8 +153,8 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
         encoding: where the pipeline leaves a choice.
 
     Raises:
-        ModelError: transformers is not installed, there are no prompts, no pipeline of a known class with text encoders, or one that
-            leaves no such choice.
+        ModelError: transformers is not installed, there are no prompts, no pipeline of a known class with text
+            encoders, or one that leaves no such choice.
     """
     lines = _lines(prompts)
     check_transformers("conditions.prompts")
@@ -169,13 +178,20 @@ def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
     if encoding.tokens is None:
         return {key: value for key, value in ASKED.items() if key in known}
     if LENGTH not in known:
-        raise ModelError(f"conditions.tokens: got {encoding.tokens}; allowed null: {name} has no T5, and CLIP's texts are of one length")
+        raise ModelError(
+            f"conditions.tokens: got {encoding.tokens}; allowed null: {name} has no T5, and CLIP's texts "
+            "are of one length"
+        )
     return {key: value for key, value in ASKED.items() if key in known} | {LENGTH: encoding.tokens}
 
 
 def prompts_cut(prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
-    """A sentence for every prompt of the file that a tokenizer of the pipeline's folder, if it is one, cuts (prompt_cuts.py)."""
-    return () if not (folder / "model_index.json").is_file() else cut_prompts(_numbered(prompts), prompts, folder, tokens)
+    """A sentence for every prompt of the file that a tokenizer of the pipeline's folder, if it is one, cuts
+    (prompt_cuts.py).
+    """
+    return (
+        () if not (folder / "model_index.json").is_file() else cut_prompts(_numbered(prompts), prompts, folder, tokens)
+    )
 
 
 def _lines(prompts: Path) -> list[str]:
@@ -189,10 +205,14 @@ def _numbered(prompts: Path) -> list[tuple[int, str]]:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         place = f"line {line}: no UTF-8"
-        raise ModelError(f"conditions.prompts: got {prompts}, which cannot be read as text ({place}); allowed a prompt a line") from error
+        raise ModelError(
+            f"conditions.prompts: got {prompts}, which cannot be read as text ({place}); allowed a prompt a line"
+        ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(f"conditions.prompts: got {prompts}, which cannot be read as text ({reason}); allowed a prompt a line") from error
+        raise ModelError(
+            f"conditions.prompts: got {prompts}, which cannot be read as text ({reason}); allowed a prompt a line"
+        ) from error
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ModelError(f"conditions.prompts: got no prompt in {prompts}; allowed one or more, a line each")
@@ -203,11 +223,15 @@ def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
     """The class of the pipeline, and the names of what its encoders give."""
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; conditions.embeddings takes a file")
+        raise ModelError(
+            f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; "
+            "conditions.embeddings takes a file"
+        )
     name = str(read_json(index).get("_class_name"))
     if name not in LAYOUTS:
         raise ModelError(
-            f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; conditions.embeddings takes a file of what the "
+            f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; "
+            "conditions.embeddings takes a file of what the "
             "pipeline's own encode_prompt gives (README, Models and conditions)"
         )
     return name, LAYOUTS[name]
@@ -228,13 +252,17 @@ def _text_parts(name: str, folder: Path) -> Any:
         made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
     except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
-    if name == "StableDiffusion3Pipeline":  # without T5 it asks its transformer how wide the zeros are that stand for it
+    if (
+        name == "StableDiffusion3Pipeline"
+    ):  # without T5 it asks its transformer how wide the zeros are that stand for it
         made.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "transformer" / "config.json")))
     return made.to(dtype=torch.float32)
 
 
 def _numbers(folder: Path, count: int, names: tuple[str, ...], encoding: Encoding) -> dict[str, Tensor]:
-    """What is no text: SDXL's sizes, an original and a target of the size of x_t, not cropped; the guidance that FLUX.1 dev reads."""
+    """What is no text: SDXL's sizes, an original and a target of the size of x_t, not cropped; the guidance that FLUX.1
+    dev reads.
+    """
     part = denoiser_folder(folder)
     config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
     if "text_embeds" in names:
@@ -250,5 +278,7 @@ def _numbers(folder: Path, count: int, names: tuple[str, ...], encoding: Encodin
         guidance = EMBEDDED_GUIDANCE if encoding.guidance is None else encoding.guidance
         return {"guidance": torch.full((count,), guidance), "unconditional.guidance": torch.full((1,), guidance)}
     if encoding.guidance is not None:
-        raise ModelError(f"conditions.guidance: got {encoding.guidance:g}; allowed null: {folder} takes no guidance as an input")
+        raise ModelError(
+            f"conditions.guidance: got {encoding.guidance:g}; allowed null: {folder} takes no guidance as an input"
+        )
     return {}

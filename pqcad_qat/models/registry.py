@@ -1,6 +1,7 @@
 """Plain torch modules of the user's own: told to us by a program before it runs a policy, and found by name.
 
-Not here: diffusers' classes (architectures.py). A policy file only names what a program registered; no file makes us import anything.
+Not here: diffusers' classes (architectures.py). A policy file only names what a program registered; no file makes us
+import anything.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def register_denoiser(
 
     Args:
         name: a later registration of the same name takes its place.
-        build: makes the module with its trained weights. It is called as `module(x_t, t, **condition)`, x_t (B, C, H, W) float32,
-            t (B,) int64, or float32 of flow matching, and returns the prediction (B, C, H, W); or a tuple or list that begins with it, or
-            what has it as `sample`, a dictionary's key or an attribute.
+        build: makes the module with its trained weights. It is called as `module(x_t, t, **condition)`, x_t (B, C, H,
+            W) float32, t (B,) int64, or float32 of flow matching, and returns the prediction (B, C, H, W); or a tuple
+            or list that begins with it, or what has it as `sample`, a dictionary's key or an attribute.
         sample_shape: (C, H, W) of x_t.
-        scheduler_config: in diffusers' names: num_train_timesteps, beta_schedule, prediction_type, ...; of a DDIMScheduler, unless its
-            _class_name says another.
+        scheduler_config: in diffusers' names: num_train_timesteps, beta_schedule, prediction_type, ...; of a
+            DDIMScheduler, unless its _class_name says another.
         conditions: what it takes beside x_t and t, by the names of its keyword arguments.
     """
     scheduler = {"_class_name": DDIM_SCHEDULER, **scheduler_config}
@@ -59,12 +60,15 @@ def registered(source: str) -> tuple[RegisteredDenoiser, nn.Module]:
     """What was told of `registered:NAME`, and its module, newly built, as `plain_module` has it.
 
     Raises:
-        ModelError: nothing was registered by that name in this process, what was builds no module, or its shapes are none.
+        ModelError: nothing was registered by that name in this process, what was builds no module, or its shapes are
+            none.
     """
     found = _KNOWN.get(source.removeprefix(REGISTERED))
     if found is None:
         known = ", ".join(REGISTERED + name for name in _KNOWN) or "none so far"
-        raise ModelError(f"model.source: got {source!r}; registered in this process: {known} (register_denoiser, before the run)")
+        raise ModelError(
+            f"model.source: got {source!r}; registered in this process: {known} (register_denoiser, before the run)"
+        )
     _check_shapes(source, found)
     try:
         module = found.build()
@@ -87,7 +91,9 @@ def _check_shapes(source: str, told: RegisteredDenoiser) -> None:
         if not isinstance(wanted, ConditionInput):
             raise ModelError(f"{source}: conditions: got {wanted!r}; allowed ConditionInput(name, shape, dtype)")
         if not all(size is None or _size(size) for size in wanted.shape):
-            raise ModelError(f"{source}: conditions: {wanted.name}: got shape {wanted.shape}; allowed whole numbers above 0, or None")
+            raise ModelError(
+                f"{source}: conditions: {wanted.name}: got shape {wanted.shape}; allowed whole numbers above 0, or None"
+            )
 
 
 def _size(size: object) -> bool:

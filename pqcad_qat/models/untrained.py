@@ -1,4 +1,5 @@
-"""Denoisers from their configs alone: shapes without weights, for plans; random weights, for what their values do not change.
+"""Denoisers from their configs alone: shapes without weights, for plans; random weights, for what their values do not
+change.
 
 Not here: trained weights (denoiser.py). No file of weights is looked for.
 """
@@ -53,7 +54,8 @@ def architectures() -> list[str]:
 
 
 def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The configs of a denoiser and of its scheduler, diffusers' default DDIM where none stands beside it; None where nothing is there.
+    """The configs of a denoiser and of its scheduler, diffusers' default DDIM where none stands beside it; None where
+    nothing is there.
 
     Args:
         source: a denoiser's config.json, a folder with one, or the name of an architecture that ships.
@@ -63,7 +65,11 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
     """
     path = local(source)
     if path is None:
-        return (read_json(Path(str(ARCHITECTURES / f"{source}.json"))), DEFAULT_SCHEDULER) if source in architectures() else None
+        return (
+            (read_json(Path(str(ARCHITECTURES / f"{source}.json"))), DEFAULT_SCHEDULER)
+            if source in architectures()
+            else None
+        )
     if path.is_file():
         check_no_single_file(path)
         return read_json(path), DEFAULT_SCHEDULER
@@ -75,7 +81,8 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
 
 
 def shapes_of(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
-    """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is built whole.
+    """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is
+    built whole.
 
     Args:
         source: as of `load_model`, or of `architecture_configs`.
@@ -111,7 +118,8 @@ def random_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSi
 
 
 def untrained_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel | None:
-    """The model of an architecture that ships or of a config.json, with seeded random weights; None of any other source.
+    """The model of an architecture that ships or of a config.json, with seeded random weights; None of any other
+    source.
 
     Raises:
         ModelError: a config that cannot be used.

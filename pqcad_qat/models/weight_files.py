@@ -1,4 +1,5 @@
-"""Weights in safetensors: which files hold them, whole or in shards, whether they are a module's, and their values into it.
+"""Weights in safetensors: which files hold them, whole or in shards, whether they are a module's, and their values into
+it.
 
 Not here: what a pipeline's folder holds beside them (model_folder.py). Nothing is unpickled.
 """
@@ -73,23 +74,35 @@ def weight_files(folder: Path, stem: str, note: str = "") -> tuple[Path, ...]:
     if found.suffix == SAFETENSORS:
         return (found,)
     weight_map = read_json(found).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ModelError(f"{found}: weight_map: got {shown(weight_map)}; allowed the name of a file for each tensor")
     shards = sorted(set(weight_map.values()))
     if strange := [name for name in shards if Path(name).name != name or not name.endswith(SAFETENSORS)]:
-        raise ModelError(f"{found}: weight_map: got {shown(strange[0])}; allowed names of {SAFETENSORS} files beside it")
+        raise ModelError(
+            f"{found}: weight_map: got {shown(strange[0])}; allowed names of {SAFETENSORS} files beside it"
+        )
     if missing := [name for name in shards if not (folder / name).is_file()]:
-        raise ModelError(f"{folder / missing[0]}: no such file; {found.name} lists {len(shards)} shards, and {len(missing)} are missing")
+        raise ModelError(
+            f"{folder / missing[0]}: no such file; {found.name} lists {len(shards)} shards, and "
+            f"{len(missing)} are missing"
+        )
     return tuple(folder / name for name in shards)
 
 
 def variant_of(file: Path) -> str | None:
-    """The precision that the name of a file of weights says, as diffusers and transformers call it; None where it says none."""
+    """The precision that the name of a file of weights says, as diffusers and transformers call it; None where it says
+    none.
+    """
     return next((variant for variant in VARIANTS if f".{variant}" in file.name), None)
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
-    """What the headers of safetensors files say, by the names that a module knows: without what wrapped it when it was saved.
+    """What the headers of safetensors files say, by the names that a module knows: without what wrapped it when it was
+    saved.
 
     Raises:
         ModelError: a file that cannot be read, or two with one tensor.
@@ -98,7 +111,10 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
     for file in files:
         for stored in _header(file):
             if stored.name in found:
-                raise _damaged(file, f"holds {shown(stored.name)}, as {found[stored.name].file.name} does; allowed one file a tensor")
+                raise _damaged(
+                    file,
+                    f"holds {shown(stored.name)}, as {found[stored.name].file.name} does; allowed one file a tensor",
+                )
             found[stored.name] = stored
     bare = dict(zip(_unwrapped(list(found)), found.values(), strict=True))
     return bare if len(bare) == len(found) else found
@@ -108,7 +124,8 @@ def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored
     """The stored tensors by the names of the module's own, whose shapes they have.
 
     Raises:
-        ModelError: tensors that are missing, of no use, of another shape, or no floating-point numbers; the first few of each are named.
+        ModelError: tensors that are missing, of no use, of another shape, or no floating-point numbers; the first few
+            of each are named.
     """
     known: dict[str, Any] = dict(stored)
     if (renamed := getattr(module, "_fix_state_dict_keys_on_load", None)) is not None:
@@ -130,12 +147,15 @@ def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored
     }
     if said := [f"{len(names)} {what}: {listed(names)}" for what, names in faults.items() if names]:
         file = next((part.file for part in stored.values()), Path("weights"))
-        raise _damaged(file, f"not the weights of the {type(module).__name__} that config.json describes: {'; '.join(said)}")
+        raise _damaged(
+            file, f"not the weights of the {type(module).__name__} that config.json describes: {'; '.join(said)}"
+        )
     return known
 
 
 def load_weights(module: nn.Module, stored: Mapping[str, Stored]) -> None:
-    """Make stored tensors the module's own, in the precision in which they are stored, where the files hold them: nothing is copied.
+    """Make stored tensors the module's own, in the precision in which they are stored, where the files hold them:
+    nothing is copied.
 
     Raises:
         ModelError: a file that changed, or a value that is not finite in float32; its tensor is named.
@@ -213,9 +233,14 @@ def _without_weights(folder: Path, stem: str, note: str) -> str:
     beside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     fault = f"{folder / f'{stem}{SAFETENSORS}'}: no such file; weights are read from safetensors only{note}"
     if other := [name for name in beside if name.endswith(OTHER_FORMATS)]:
-        return f"{fault}; got {other[0]}: reading it may run what is in it; diffusers' save_pretrained writes safetensors"
+        return (
+            f"{fault}; got {other[0]}: reading it may run what is in it; diffusers' save_pretrained writes safetensors"
+        )
     if named := [name for name in beside if name.startswith(stem) and name.endswith(SAFETENSORS)]:
-        return f"{fault}; got {named[0]}; allowed that name, or one with {', '.join(f'.{variant}' for variant in VARIANTS)} before its end"
+        return (
+            f"{fault}; got {named[0]}; allowed that name, or one with "
+            f"{', '.join(f'.{variant}' for variant in VARIANTS)} before its end"
+        )
     return fault
 
 

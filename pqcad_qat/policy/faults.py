@@ -1,6 +1,7 @@
 """Every fault of a policy's tree at once, in words: where it was written, what was got, what is allowed.
 
-Not here: reading files (policy/loading.py), and the rules themselves (policy/schema.py); the words come from the schema's own bounds.
+Not here: reading files (policy/loading.py), and the rules themselves (policy/schema.py); the words come from the
+schema's own bounds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ MANY = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault before it is put in words; the first location is the key at fault, the others are keys that it was judged by."""
+    """A fault before it is put in words; the first location is the key at fault, the others are keys that it was judged
+    by.
+    """
 
     locations: tuple[Location, ...]
     got: str
@@ -42,8 +45,9 @@ class Finding:
 def find_faults(kind: type[Section], tree: Tree) -> list[str]:
     """All faults, as ``file:line: key: got X; allowed Y``.
 
-    pydantic judges the rules between keys only where the keys alone are in order. So each round of faults is repaired in a copy with
-    values that the schema allows, and the copy is judged again; what then touches a repaired key says nothing about the policy.
+    pydantic judges the rules between keys only where the keys alone are in order. So each round of faults is repaired
+    in a copy with values that the schema allows, and the copy is judged again; what then touches a repaired key says
+    nothing about the policy.
     """
     schema = _schema(kind)
     data = tree.plain()
@@ -116,13 +120,17 @@ def _reads_as_number(text: str) -> bool:
 
 
 class Schema:
-    """The JSON Schema of a policy, read for three things: the part for a location, its description, a value that it allows."""
+    """The JSON Schema of a policy, read for three things: the part for a location, its description, a value that it
+    allows.
+    """
 
     def __init__(self, kind: type[Section]) -> None:
         self.root: Node = kind.model_json_schema()
 
     def follow(self, location: Location) -> tuple[Node, Location]:
-        """The part for the location, as far as there is one; beyond it stand pydantic's names for members of a union."""
+        """The part for the location, as far as there is one; beyond it stand pydantic's names for members of a
+        union.
+        """
         node = self.root
         for depth, step in enumerate(location):
             below = self._below(node, step)
@@ -134,7 +142,9 @@ class Schema:
     def _below(self, node: Node, step: str | int) -> Node | None:
         for member in self._members(node):
             below = (
-                member.get("items") if isinstance(step, int) else member.get("properties", {}).get(step, member.get("additionalProperties"))
+                member.get("items")
+                if isinstance(step, int)
+                else member.get("properties", {}).get(step, member.get("additionalProperties"))
             )
             if isinstance(below, dict):  # additionalProperties may be true or false
                 return self._resolve(below)
@@ -174,7 +184,9 @@ class Schema:
                 count = node["minItems"] if alike and "minItems" in node else "one or more"
                 return f"a list of {count}, each {self.describe(self._resolve(node['items']))}"
             case "object":
-                return f"a mapping with the keys {', '.join(node['properties'])}" if "properties" in node else "a mapping"
+                return (
+                    f"a mapping with the keys {', '.join(node['properties'])}" if "properties" in node else "a mapping"
+                )
             case other:
                 return str(other)
 
@@ -209,7 +221,9 @@ class Schema:
                 return [self._example(self._resolve(member["items"]), (*location, 0))]
             case "object":
                 required = member.get("required", [])
-                return {key: self._example(self._resolve(member["properties"][key]), (*location, key)) for key in required}
+                return {
+                    key: self._example(self._resolve(member["properties"][key]), (*location, key)) for key in required
+                }
         raise AssertionError(f"no example for {member}")
 
 

@@ -1,6 +1,8 @@
-"""A policy file becomes a Policy: `extends`, `--set`, every fault at once; and back: its YAML, its JSON Schema, what differs between two.
+"""A policy file becomes a Policy: `extends`, `--set`, every fault at once; and back: its YAML, its JSON Schema, what
+differs between two.
 
-Not here: the YAML tree (policy/tree.py), the wording of faults (policy/faults.py), what a policy may say (policy/schema.py).
+Not here: the YAML tree (policy/tree.py), the wording of faults (policy/faults.py), what a policy may say
+(policy/schema.py).
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ COMMANDS = {"quantize": "run", "pretrain": "pretrain", "study": "sweep"}  # kind
 
 
 def load_policy(path: Path, overrides: Sequence[str] = ()) -> Policy:
-    """The quantization policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a line."""
+    """The quantization policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a
+    line.
+    """
     return _load(Policy, "quantize", path, overrides)
 
 
 def load_pretrain_policy(path: Path, overrides: Sequence[str] = ()) -> PretrainPolicy:
-    """The pretraining policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a line."""
+    """The pretraining policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a
+    line.
+    """
     return _load(PretrainPolicy, "pretrain", path, overrides)
 
 
@@ -61,7 +67,9 @@ def raise_all(faults: Sequence[str]) -> None:
 
 
 def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
-    """The tree of a file, merged over those that it extends; `below` holds the files that led here. Raises PolicyError without a file."""
+    """The tree of a file, merged over those that it extends; `below` holds the files that led here. Raises PolicyError
+    without a file.
+    """
     tree, found = parse(read_text(path), lambda line: f"{path}:{line}")
     faults += found
     if tree is None:
@@ -89,12 +97,16 @@ def named_file(named: Tree, key: str, path: Path, faults: list[str]) -> Path | N
     """The policy file that a key of the file `path` names, relative to it; None and a fault where there is none."""
     if isinstance(named.value, str) and os.path.isfile(file := path.parent / os.path.expanduser(named.value)):
         return file
-    faults.append(f"{named.origin}: {key}: got {shortened(str(named.plain()))}; allowed a policy file, relative to this one")
+    faults.append(
+        f"{named.origin}: {key}: got {shortened(str(named.plain()))}; allowed a policy file, relative to this one"
+    )
     return None
 
 
 def override(tree: Tree, given: str, faults: list[str]) -> Tree:
-    """The tree with a ``key=value`` on top: dotted keys, indices as ``layers.0`` or ``layers[0]``, values in YAML; mappings merge."""
+    """The tree with a ``key=value`` on top: dotted keys, indices as ``layers.0`` or ``layers[0]``, values in YAML;
+    mappings merge.
+    """
     return overridden(tree, read_override(given, faults), faults)
 
 
@@ -153,7 +165,13 @@ def by_place(fault: str) -> tuple[str, int]:
 def dump_policy(policy: Policy | PretrainPolicy, whole: bool = True) -> str:
     """The policy as YAML with every key, or only those that are not as by default; loading it gives an equal policy."""
     return str(
-        yaml.dump(policy.model_dump(mode="json", exclude_defaults=not whole), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+        yaml.dump(
+            policy.model_dump(mode="json", exclude_defaults=not whole),
+            Dumper=Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=120,
+        )
     )
 
 
@@ -169,7 +187,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, dict) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            k: v
+            for key, item in value.items()
+            for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return {k: v for index, item in enumerate(value) for k, v in _flat(item, f"{prefix}[{index}]").items()}
     return {prefix: yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=1000).removesuffix("...\n").strip()}
@@ -185,9 +207,9 @@ def json_schema() -> dict[str, Any]:
     parts = schema["$defs"]
     for kind in kinds:
         part = parts[kind.__name__]
-        part["properties"] = {"extends": {"type": "string", "description": "policy file below this one, relative to it"}} | part[
-            "properties"
-        ]
+        part["properties"] = {
+            "extends": {"type": "string", "description": "policy file below this one, relative to it"}
+        } | part["properties"]
         part["anyOf"] = [{"required": ["extends"]}, {"required": part.pop("required")}]
         for section in part["properties"].values():
             parts.get(section.get("$ref", "").rsplit("/", 1)[-1], {}).pop("required", None)

@@ -25,7 +25,9 @@ KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+|\[\d+\])+(?=: )|[a-z_]+(?=: got )")
 
 @dataclass(frozen=True, eq=False)
 class Origins:
-    """Location -> ``file:line``, or the command line's ``--set key``. It says nothing of what a policy means, so that all are equal."""
+    """Location -> ``file:line``, or the command line's ``--set key``. It says nothing of what a policy means, so that
+    all are equal.
+    """
 
     places: Mapping[Location, str] = field(default_factory=dict)
 
@@ -43,7 +45,9 @@ class Origins:
 
 @contextmanager
 def located(policy: PolicyFile) -> Iterator[None]:
-    """Inside, whatever line of an error begins with a key of the policy, as in ``sampler.name: got ...``, is told with the key's place."""
+    """Inside, whatever line of an error begins with a key of the policy, as in ``sampler.name: got ...``, is told with
+    the key's place.
+    """
     try:
         yield
     except PqcadError as error:

@@ -1,4 +1,5 @@
-"""The keys of a policy that name files: each is relative to the file in which it stands, and absolute once that is read.
+"""The keys of a policy that name files: each is relative to the file in which it stands, and absolute once that is
+read.
 
 Not here: `extends`, which is read at once (policy/loading.py), nor whether what is named is of any use.
 """
@@ -43,7 +44,9 @@ def anchor(tree: Tree, file: Path, faults: list[str]) -> None:
 
 
 def anchor_override(steps: list[str], value: Tree, faults: list[str]) -> None:
-    """As `anchor`, of a value of the command line: what is there in the working folder is made absolute, anything else left as typed."""
+    """As `anchor`, of a value of the command line: what is there in the working folder is made absolute, anything else
+    left as typed.
+    """
     for location, node in _below(value, tuple(steps)):
         path = os.path.expanduser(str(node.value))
         there, fault = _is_there(Path(path))
@@ -64,7 +67,12 @@ def _paths(tree: Tree) -> Iterator[tuple[Location, Tree]]:
 
 
 def _below(tree: Tree, location: Location) -> Iterator[tuple[Location, Tree]]:
-    if location in PATHS and isinstance(tree.value, str) and tree.value and not re.fullmatch(PATHS[location], tree.value, re.DOTALL):
+    if (
+        location in PATHS
+        and isinstance(tree.value, str)
+        and tree.value
+        and not re.fullmatch(PATHS[location], tree.value, re.DOTALL)
+    ):
         yield location, tree
     if len(location) < max(map(len, PATHS)):
         for key, child in _children(tree).items():
@@ -85,7 +93,10 @@ def _from_file(text: str, file: Path, hub: bool) -> tuple[str, str | None]:
     if not os.path.isabs(path) and _is_there(Path(path))[0]:
         instead = os.path.relpath(path, file.parent)
         found = f"{meant} is not there, and {shortened(text)!r} of the working folder is not meant"
-        return text, f"got {shortened(text)!r}; allowed a path from the folder of {file.name}, such as {instead}: {found}"
+        return (
+            text,
+            f"got {shortened(text)!r}; allowed a path from the folder of {file.name}, such as {instead}: {found}",
+        )
     return (text if hub and HUB_ID.fullmatch(path) else meant), None
 
 
@@ -94,7 +105,11 @@ def _is_there(path: Path) -> tuple[bool, str | None]:
     try:
         path.stat()
     except ValueError:
-        return False, f"got {shortened(str(path))!r} (with a character that no path has); allowed a path that the file system takes"
+        return (
+            False,
+            f"got {shortened(str(path))!r} (with a character that no path has); allowed a path that the "
+            "file system takes",
+        )
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return False, f"got {shortened(str(path))!r} ({error.strerror}); allowed a path that the file system takes"

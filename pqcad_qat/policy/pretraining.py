@@ -11,7 +11,19 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pqcad_qat.policy.origins import Location
-from pqcad_qat.policy.schema import Count, Fault, Momentum, Name, PolicyFile, Precision, Section, Seed, Share, Text, known_keys
+from pqcad_qat.policy.schema import (
+    Count,
+    Fault,
+    Momentum,
+    Name,
+    PolicyFile,
+    Precision,
+    Section,
+    Seed,
+    Share,
+    Text,
+    known_keys,
+)
 
 
 class PretrainData(Section):
@@ -20,7 +32,9 @@ class PretrainData(Section):
     source: Literal["fashion-mnist", "digits", "noto-emoji", "folder"] = Field(
         "fashion-mnist", description="data set, or a folder of images"
     )
-    path: Text | None = Field(None, description="folder of the images, or font of the emoji; null means where Debian's packages put them")
+    path: Text | None = Field(
+        None, description="folder of the images, or font of the emoji; null means where Debian's packages put them"
+    )
     size: int = Field(32, ge=8, description="height and width in pixels that images are padded or scaled to")
 
     def faults(self) -> Iterator[Fault]:
@@ -32,9 +46,15 @@ class PretrainScheduler(Section):
     """The noise schedule, in diffusers' words."""
 
     train_timesteps: int = Field(1000, ge=2, description="time steps T of the forward process")
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("squaredcos_cap_v2", description="noise schedule")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field("v_prediction", description="what the model predicts")
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = Field("trailing", description="time steps a sampler visits")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        "squaredcos_cap_v2", description="noise schedule"
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
+        "v_prediction", description="what the model predicts"
+    )
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = Field(
+        "trailing", description="time steps a sampler visits"
+    )
 
 
 class PretrainTraining(Section):
@@ -42,11 +62,17 @@ class PretrainTraining(Section):
 
     steps: Count = Field(6000, description="training steps")
     batch_size: Count = Field(64, description="images that every process adds to a step")
-    learning_rate: float = Field(8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step")
+    learning_rate: float = Field(
+        8e-4, gt=0, le=1, description="peak rate of AdamW; a cosine takes it to zero at the last step"
+    )
     warmup: int = Field(200, ge=0, description="steps of linear rise to the peak")
-    class_dropout: Share = Field(0.1, description="share of labels that become the one of no class, where num_class_embeds has it")
+    class_dropout: Share = Field(
+        0.1, description="share of labels that become the one of no class, where num_class_embeds has it"
+    )
     precision: Precision = Field("bf16", description="arithmetic of the forward and backward pass")
-    ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
+    ema: Momentum = Field(
+        0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off"
+    )
     seed: Seed = Field(0, description="seed of everything random in training")
     checkpoint_every: Count = Field(500, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
@@ -60,10 +86,13 @@ class PretrainTraining(Section):
 
 # fmt: off
 UNET_KEYS = (  # diffusers' class and the arguments of its constructor
-    "class", "sample_size", "in_channels", "out_channels", "center_input_sample", "time_embedding_type", "time_embedding_dim",
+    "class", "sample_size", "in_channels", "out_channels", "center_input_sample", "time_embedding_type",
+    "time_embedding_dim",
     "freq_shift", "flip_sin_to_cos", "down_block_types", "mid_block_type", "up_block_types", "block_out_channels",
-    "layers_per_block", "mid_block_scale_factor", "downsample_padding", "downsample_type", "upsample_type", "dropout", "act_fn",
-    "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps", "resnet_time_scale_shift", "add_attention",
+    "layers_per_block", "mid_block_scale_factor", "downsample_padding", "downsample_type", "upsample_type", "dropout",
+    "act_fn",
+    "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps", "resnet_time_scale_shift",
+    "add_attention",
     "class_embed_type", "num_class_embeds", "num_train_timesteps",
 )
 # fmt: on

@@ -1,6 +1,8 @@
-"""What a quantization policy may say: frozen pydantic models with the unit, default and bounds of every key, and the rules between keys.
+"""What a quantization policy may say: frozen pydantic models with the unit, default and bounds of every key, and the
+rules between keys.
 
-Not here: pretraining policies (policy/pretraining.py), YAML (policy/loading.py), and what takes a model to decide (quantization/plan.py).
+Not here: pretraining policies (policy/pretraining.py), YAML (policy/loading.py), and what takes a model to decide
+(quantization/plan.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ NO_FEATURES = "none"
 
 
 class Fault(NamedTuple):
-    """A broken rule between keys: the key at fault first, then those that it was judged by, relative to the section with the rule."""
+    """A broken rule between keys: the key at fault first, then those that it was judged by, relative to the section
+    with the rule.
+    """
 
     keys: tuple[Location, ...]
     got: str
@@ -37,7 +41,9 @@ def known_keys(known: Collection[str], unknown: str) -> str:
 
 
 class Section(BaseModel):
-    """A frozen, strict part of a policy; `faults` yields the broken rules between its keys, and all of them are raised together."""
+    """A frozen, strict part of a policy; `faults` yields the broken rules between its keys, and all of them are raised
+    together.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -81,7 +87,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=2, le=8)]
-OneOrMore = BeforeValidator(_one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)])
+OneOrMore = BeforeValidator(
+    _one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+)
 Ladder = Annotated[tuple[Bits, ...], Strict(False), Field(min_length=1)]
 Classes = Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
 Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), OneOrMore]
@@ -93,33 +101,42 @@ class ModelPolicy(Section):
     """Where the full-precision model comes from."""
 
     source: Text = Field(
-        description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers layout, a hub id, or "
-        "registered:NAME"
+        description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers "
+        "layout, a hub id, or registered:NAME"
     )
     sample_size: Side | Sides | None = Field(
         None,
-        description="height and width of x_t, one number or [height, width], of which the export has one; null: the model's own (Flux: "
-        "128, of 1024 pixels)",
+        description="height and width of x_t, one number or [height, width], of which the export has one; null: the "
+        "model's own (Flux: 128, of 1024 pixels)",
     )
 
 
 class ConditionsPolicy(Section):
     """What a conditional model is conditioned on; each trajectory and each image has a seeded choice of its own."""
 
-    classes: Classes = Field("all", description="class labels to choose from, of a class-conditional model: all, or a list")
+    classes: Classes = Field(
+        "all", description="class labels to choose from, of a class-conditional model: all, or a list"
+    )
     unconditional_class: Annotated[int, Field(ge=0)] | None = Field(
         None, description="label that stands for no class, for guidance; null: the model's own (DiT has one)"
     )
     embeddings: Text | None = Field(
-        None, description="safetensors file: a tensor for each condition, prompts first; unconditional.NAME for guidance"
+        None,
+        description="safetensors file: a tensor for each condition, prompts first; unconditional.NAME for guidance",
     )
     prompts: Text | None = Field(
-        None, description="text file, a prompt a line, for a pipeline with text_encoder and tokenizer; takes the extra text"
+        None,
+        description="text file, a prompt a line, for a pipeline with text_encoder and tokenizer; takes the extra text",
     )
     tokens: Count | None = Field(
-        None, le=512, description="that T5's prompts are filled up or cut to; null: the pipeline's own (SD3 256, Flux 512, PixArt 120)"
+        None,
+        le=512,
+        description="that T5's prompts are filled up or cut to; null: the pipeline's own (SD3 256, Flux 512, PixArt "
+        "120)",
     )
-    guidance: float | None = Field(None, ge=0, le=100, description="of prompts, that FLUX.1 dev reads; null: its pipeline's own, 3.5")
+    guidance: float | None = Field(
+        None, ge=0, le=100, description="of prompts, that FLUX.1 dev reads; null: its pipeline's own, 3.5"
+    )
 
     def faults(self) -> Iterator[Fault]:
         if self.embeddings is not None and self.prompts is not None:
@@ -133,10 +150,14 @@ class SamplerPolicy(Section):
     """The full-precision model's own sampler, and the quantized teacher's."""
 
     name: Literal["ddim", "euler"] | None = Field(
-        None, description="deterministic sampler: euler of flow matching, ddim of DDPM's kin; null: whichever the model takes"
+        None,
+        description="deterministic sampler: euler of flow matching, ddim of DDPM's kin; null: whichever the model "
+        "takes",
     )
     steps: Count = Field(20, le=1000, description="denoising steps of an image, before distillation")
-    eta: float = Field(0.0, ge=0, le=0, description="share of fresh noise a step; 0, since calibration needs trajectories that repeat")
+    eta: float = Field(
+        0.0, ge=0, le=0, description="share of fresh noise a step; 0, since calibration needs trajectories that repeat"
+    )
     guidance_scale: float = Field(
         1.0, ge=1, description="of classifier-free guidance: two passes of the denoiser a step; 1: none, one pass"
     )
@@ -147,18 +168,28 @@ class CalibrationPolicy(Section):
 
     trajectories: Count = Field(128, description="recorded trajectories, each with every state from noise to image")
     seed: Seed = Field(0, description="seed of their noise")
-    refinement: Count = Field(2, le=16, description="full-precision steps recorded where the sampler makes one; finer targets than its own")
-    batch_size: Count = Field(64, description="trajectories sampled at a time; memory and speed only, the noise of each is its own")
+    refinement: Count = Field(
+        2, le=16, description="full-precision steps recorded where the sampler makes one; finer targets than its own"
+    )
+    batch_size: Count = Field(
+        64, description="trajectories sampled at a time; memory and speed only, the noise of each is its own"
+    )
 
 
 class WeightQuantizer(Section):
     """How a layer's weights are quantized."""
 
     bits: Bits = Field(description="target width in bits; progressive quantization walks down to it")
-    granularity: Literal["per_channel", "per_tensor"] = Field("per_channel", description="one scale an output channel, or one a tensor")
+    granularity: Literal["per_channel", "per_tensor"] = Field(
+        "per_channel", description="one scale an output channel, or one a tensor"
+    )
     symmetric: bool = Field(True, description="zero point fixed at 0")
-    scale: Literal["statistics", "learned"] = Field("statistics", description="computed from the weights each step, or a trained parameter")
-    range: Literal["min_max", "mse"] = Field("mse", description="statistic behind the scale: the extremes, or the least squared error")
+    scale: Literal["statistics", "learned"] = Field(
+        "statistics", description="computed from the weights each step, or a trained parameter"
+    )
+    range: Literal["min_max", "mse"] = Field(
+        "mse", description="statistic behind the scale: the extremes, or the least squared error"
+    )
 
 
 class InputQuantizer(Section):
@@ -166,11 +197,21 @@ class InputQuantizer(Section):
 
     bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
     granularity: Literal["per_tensor"] = Field("per_tensor", description="one scale a tensor")
-    symmetric: bool = Field(True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower")
-    signed: bool | Literal["auto"] = Field("auto", description="auto: unsigned where the calibrated minimum is >= 0; auto if asymmetric")
-    scale: Literal["statistics", "learned"] = Field("learned", description="kept as calibrated, or a trained parameter that starts there")
-    range: Literal["min_max", "percentile", "mse"] = Field("mse", description="statistic of the calibration set behind the scale")
-    percentile: float = Field(99.99, gt=50, le=100, description="percent of the values inside the range, where range is percentile")
+    symmetric: bool = Field(
+        True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower"
+    )
+    signed: bool | Literal["auto"] = Field(
+        "auto", description="auto: unsigned where the calibrated minimum is >= 0; auto if asymmetric"
+    )
+    scale: Literal["statistics", "learned"] = Field(
+        "learned", description="kept as calibrated, or a trained parameter that starts there"
+    )
+    range: Literal["min_max", "percentile", "mse"] = Field(
+        "mse", description="statistic of the calibration set behind the scale"
+    )
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="percent of the values inside the range, where range is percentile"
+    )
 
     def faults(self) -> Iterator[Fault]:
         if self.signed != "auto" and not self.symmetric:
@@ -180,18 +221,26 @@ class InputQuantizer(Section):
 class LayerRule(Section):
     """What happens to the layers that one of the patterns matches; the first rule that matches a layer wins."""
 
-    match: Patterns = Field(description="pattern or list of patterns: a glob on the module path, re:REGEX, or type:CLASS")
+    match: Patterns = Field(
+        description="pattern or list of patterns: a glob on the module path, re:REGEX, or type:CLASS"
+    )
     weights: WeightQuantizer | None = Field(None, description="weight quantizer; needed unless keep_float")
     inputs: InputQuantizer | None = Field(None, description="input quantizer; needed unless keep_float")
     keep_float: bool = Field(False, description="leave these layers in floating point on purpose")
-    execution: Literal["int8", "float"] = Field("int8", description="float: listed exceptions, quantized but free to run in floating point")
+    execution: Literal["int8", "float"] = Field(
+        "int8", description="float: listed exceptions, quantized but free to run in floating point"
+    )
 
     def faults(self) -> Iterator[Fault]:
         for key, value in (("weights", self.weights), ("inputs", self.inputs)):
             if self.keep_float and value is not None:
                 yield Fault(((key,), ("keep_float",)), "a quantizer", "none, as keep_float is true")
             if not self.keep_float and value is None:
-                yield Fault(((key,), ("keep_float",)), "nothing", "a quantizer such as {bits: 8}, or keep_float: true for the rule")
+                yield Fault(
+                    ((key,), ("keep_float",)),
+                    "nothing",
+                    "a quantizer such as {bits: 8}, or keep_float: true for the rule",
+                )
 
 
 Rules = Annotated[tuple[LayerRule, ...], Strict(False), Field(min_length=1)]
@@ -200,10 +249,14 @@ Rules = Annotated[tuple[LayerRule, ...], Strict(False), Field(min_length=1)]
 class QuantizationPolicy(Section):
     """Which layers are quantized, and how."""
 
-    split_shortcuts: bool = Field(True, description="split convolutions that read a concatenated shortcut: an input quantizer a half")
+    split_shortcuts: bool = Field(
+        True, description="split convolutions that read a concatenated shortcut: an input quantizer a half"
+    )
     layers: Rules = Field(description="rules in order; a layer that none matches stays in floating point")
     attention: Literal["float", "int8"] = Field(
-        "float", description="int8: attention's two products in INT8 in the deployed folder, 8 bits of extremes, not trained with"
+        "float",
+        description="int8: attention's two products in INT8 in the deployed folder, 8 bits of extremes, not trained "
+        "with",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -214,21 +267,33 @@ class QuantizationPolicy(Section):
                 before = first.setdefault(pattern, index)
                 if self.layers[before].model_copy(update={"match": rule.match}) != rule:
                     key, other = ("layers", index, "match"), ("layers", before)
-                    yield Fault((key, other), repr(pattern), f"a pattern once; rule [{before}] has it already, with other contents")
+                    yield Fault(
+                        (key, other),
+                        repr(pattern),
+                        f"a pattern once; rule [{before}] has it already, with other contents",
+                    )
 
 
 class ProgressivePolicy(Section):
     """Progressive quantization: the walk from the ladder's first width to each layer's target."""
 
     steps: Count = Field(70, description="training steps of the stage, from high precision to the end")
-    ladder: Ladder = Field((8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target")
+    ladder: Ladder = Field(
+        (8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target"
+    )
     schedule: Literal["momentum", "fixed"] = Field(
         "momentum", description="fixed: the same rungs at evenly spread steps, all layers at once"
     )
     momentum: Momentum = Field(0.9, description="decay of the exponential moving averages, per step")
-    transition: Literal["blend", "jump"] = Field("blend", description="blend: the next width's share grows step by step; jump: at once")
-    plateau: float = Field(0.002, ge=0, description="relative improvement of the loss a step under which a transition is due")
-    perturbation: float = Field(0.25, gt=0, description="relative change of a layer's weights over which its transition waits")
+    transition: Literal["blend", "jump"] = Field(
+        "blend", description="blend: the next width's share grows step by step; jump: at once"
+    )
+    plateau: float = Field(
+        0.002, ge=0, description="relative improvement of the loss a step under which a transition is due"
+    )
+    perturbation: float = Field(
+        0.25, gt=0, description="relative change of a layer's weights over which its transition waits"
+    )
     layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
     deadline: Share = Field(0.2, description="share of the steps after which every layer is at its target")
 
@@ -242,51 +307,70 @@ class DistillationPolicy(Section):
 
     steps: Count = Field(100, description="training steps, of all rounds together")
     student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
-    rounds: Count = Field(1, description="rounds down to student_steps, alike in factor; a round's student teaches the next one's")
-    teacher_weight: float = Field(0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out")
-    calibration_weight: float = Field(1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation")
+    rounds: Count = Field(
+        1, description="rounds down to student_steps, alike in factor; a round's student teaches the next one's"
+    )
+    teacher_weight: float = Field(
+        0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out"
+    )
+    calibration_weight: float = Field(
+        1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation"
+    )
     guidance: Literal["keep", "distill"] = Field(
-        "keep", description="of a guided sampler: the student keeps both passes, or learns to give the guided prediction in one"
+        "keep",
+        description="of a guided sampler: the student keeps both passes, or learns to give the guided prediction in "
+        "one",
     )
 
     def faults(self) -> Iterator[Fault]:
         if self.teacher_weight == 0 and self.calibration_weight == 0:
-            yield Fault((("calibration_weight",), ("teacher_weight",)), "0", "a number over 0, as teacher_weight is 0 too")
+            yield Fault(
+                (("calibration_weight",), ("teacher_weight",)), "0", "a number over 0, as teacher_weight is 0 too"
+            )
 
 
 class TrainingPolicy(Section):
     """What both training stages share."""
 
-    batch_size: Count = Field(32, description="states of a batch, of mixed time steps; a step takes one from every process")
+    batch_size: Count = Field(
+        32, description="states of a batch, of mixed time steps; a step takes one from every process"
+    )
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
     )
     gradient_accumulation: Count = Field(1, description="batches that every process adds to a step of the optimizer")
     activation_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass rather than keep them: less memory, more time"
+        False,
+        description="compute activations again in the backward pass rather than keep them: less memory, more time",
     )
-    ema: Momentum = Field(0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off")
+    ema: Momentum = Field(
+        0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off"
+    )
     seed: Seed = Field(0, description="seed of everything random in training")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
     samples_every: int = Field(50, ge=0, description="steps between sample grids in TensorBoard; 0 for none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
-        "rollback", description="back to the last good checkpoint, or on from there, at half the rate and up to 3 times; or an error"
+        "rollback",
+        description="back to the last good checkpoint, or on from there, at half the rate and up to 3 times; or an "
+        "error",
     )
 
 
 class EvaluationPolicy(Section):
     """Which variants are made, and how they are compared."""
 
-    variants: Variants = Field(DEFAULT_VARIANTS, description="what a run makes, and so its stages; fp32 always, ptq only where listed")
+    variants: Variants = Field(
+        DEFAULT_VARIANTS, description="what a run makes, and so its stages; fp32 always, ptq only where listed"
+    )
     images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text | None = Field(
         None,
-        description="feature network of FID with its reference statistics: embedded:NAME or a folder; null: an embedded model's own, for "
-        "other models none; none: figures against full precision only",
+        description="feature network of FID with its reference statistics: embedded:NAME or a folder; null: an "
+        "embedded model's own, for other models none; none: figures against full precision only",
     )
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 
@@ -296,11 +380,13 @@ class PipelinePolicy(Section):
 
     vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
         "auto",
-        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; auto: float if any",
+        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; "
+        "auto: float if any",
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
         "auto",
-        description="text encoders and tokenizers: float (float16 on disk), int8-weights; auto: int8-weights if any; takes the extra text",
+        description="text encoders and tokenizers: float (float16 on disk), int8-weights; auto: int8-weights if any; "
+        "takes the extra text",
     )
 
 
@@ -309,7 +395,9 @@ class ExportPolicy(Section):
 
     batch_size: Count = Field(1, description="fixed batch size of the exported model")
     weights: Literal["int8", "int4", "packed"] = Field(
-        "int8", description="int8: for plain OpenVINO; int4 or packed (2, 3 or 4 bits, the fewest that fit): on disk, for our runtime"
+        "int8",
+        description="int8: for plain OpenVINO; int4 or packed (2, 3 or 4 bits, the fewest that fit): on disk, for "
+        "our runtime",
     )
     latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
 

@@ -29,7 +29,9 @@ class StudyPolicy(Section):
     name: Name = Field(description="name of the study and of its folder")
     policies: Files = Field(description="policy files, relative to this one")
     set: Overrides = Field({}, description="overrides of every cell, key: value")
-    axes: dict[str, dict[str, Overrides]] = Field({}, description="axis -> level -> overrides, key: value, over those of set")
+    axes: dict[str, dict[str, Overrides]] = Field(
+        {}, description="axis -> level -> overrides, key: value, over those of set"
+    )
     seeds: Seeds = Field((0,), description="values of training.seed; figures are told as mean and spread over them")
 
     def faults(self) -> Iterator[Fault]:
@@ -41,13 +43,17 @@ class StudyPolicy(Section):
         for place, overrides in places:
             for keys in leaves(overrides):
                 if ".".join(keys) in OWN_KEYS:
-                    yield Fault(((*place, *keys), place), "a key that the study sets itself", "seeds: [...], or another key")
+                    yield Fault(
+                        ((*place, *keys), place), "a key that the study sets itself", "seeds: [...], or another key"
+                    )
 
     def _levels(self) -> Iterator[tuple[str, str, Overrides]]:
         return ((axis, level, keys) for axis, levels in self.axes.items() for level, keys in levels.items())
 
     def _named_wrongly(self) -> Iterator[Fault]:
-        names: list[Location] = [("axes", axis) for axis in self.axes] + [("axes", axis, level) for axis, level, _ in self._levels()]
+        names: list[Location] = [("axes", axis) for axis in self.axes] + [
+            ("axes", axis, level) for axis, level, _ in self._levels()
+        ]
         for location in names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(location[-1])):
                 yield Fault((location,), repr(location[-1]), "a name of letters, digits, '.', '_' and '-'")
@@ -61,7 +67,11 @@ class StudyPolicy(Section):
             for keys in leaves(overrides):
                 other = first.setdefault(".".join(keys), axis)
                 if other != axis:
-                    yield Fault((("axes", axis, level, *keys), ("axes", axis, level)), "a key of two axes", f"one; {other} sets it too")
+                    yield Fault(
+                        (("axes", axis, level, *keys), ("axes", axis, level)),
+                        "a key of two axes",
+                        f"one; {other} sets it too",
+                    )
 
 
 def leaves(overrides: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -14,7 +14,15 @@ from pathlib import Path
 
 from pqcad_qat.errors import PolicyError, shortened
 from pqcad_qat.policy.faults import find_faults
-from pqcad_qat.policy.loading import Override, overridden, override, raise_all, read_override, read_tree, refuse_other_kind
+from pqcad_qat.policy.loading import (
+    Override,
+    overridden,
+    override,
+    raise_all,
+    read_override,
+    read_tree,
+    refuse_other_kind,
+)
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study import StudyPolicy
 from pqcad_qat.policy.tree import Tree, assign, key_steps
@@ -60,7 +68,11 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     faults: list[str] = []
     tree = read_tree(path, (), faults)
-    own = [text for text in overrides if key_steps(text.partition("=")[0])[:1] in [[key] for key in StudyPolicy.model_fields]]
+    own = [
+        text
+        for text in overrides
+        if key_steps(text.partition("=")[0])[:1] in [[key] for key in StudyPolicy.model_fields]
+    ]
     for text in own:
         tree = override(tree, text, faults)
     if isinstance(tree.children, dict):
@@ -72,7 +84,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     for labels, cell in _combinations(tree, of_cells, faults):
         values += cell.size
         if values > VALUES:
-            faults.append(f"{tree.origin}: policies: got more than {VALUES:,} values in all cells; allowed up to so many")
+            faults.append(
+                f"{tree.origin}: policies: got more than {VALUES:,} values in all cells; allowed up to so many"
+            )
         if len(faults) >= ENOUGH or values > VALUES:
             break
         faults += find_faults(Policy, cell)
@@ -85,7 +99,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     return Study(study.name, tuple(cells))
 
 
-def _combinations(study: Tree, overrides: Sequence[Override | None], faults: list[str]) -> Iterator[tuple[dict[str, str], Tree]]:
+def _combinations(
+    study: Tree, overrides: Sequence[Override | None], faults: list[str]
+) -> Iterator[tuple[dict[str, str], Tree]]:
     """(labels, tree) of every policy at every combination of levels, as far as the file is in order."""
     axes = {axis: _mapping(levels) for axis, levels in _mapping(study.child("axes")).items() if _mapping(levels)}
     policies, seeds = (_listed(study.child(key)) for key in ("policies", "seeds"))
@@ -94,7 +110,10 @@ def _combinations(study: Tree, overrides: Sequence[Override | None], faults: lis
         return
     for base in _policies(policies, faults):
         for levels in product(*(levels.items() for levels in axes.values())):
-            labels = {"policy": str(base.plain().get("name", "")), **dict(zip(axes, (name for name, _ in levels), strict=True))}
+            labels = {
+                "policy": str(base.plain().get("name", "")),
+                **dict(zip(axes, (name for name, _ in levels), strict=True)),
+            }
             tree = base
             for overlay in (study.child("set"), *(overlay for _, overlay in levels)):
                 tree = _over(tree, _mapping(overlay), faults)
@@ -151,7 +170,9 @@ def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
     names = [cell.name for cell in cells]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{origin}: policies: got the cell {name} twice; allowed policies and levels whose names differ"
-    for model, key in product(dict.fromkeys(cell.policy.model.source for cell in cells), ("images", "features", "seed")):
+    for model, key in product(
+        dict.fromkeys(cell.policy.model.source for cell in cells), ("images", "features", "seed")
+    ):
         policies = [cell.policy for cell in cells if cell.policy.model.source == model]
         values = {str(policy.features if key == "features" else getattr(policy.evaluation, key)) for policy in policies}
         if len(values) > 1:

@@ -1,6 +1,7 @@
 """A policy's values as a tree that knows where each was written: merging, setting one value.
 
-Not here: how it is read (policy/yaml_text.py), what the values mean (policy/schema.py), and which of them are faults (policy/faults.py).
+Not here: how it is read (policy/yaml_text.py), what the values mean (policy/schema.py), and which of them are faults
+(policy/faults.py).
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def merge(below: Tree, above: Tree) -> Tree:
 
 
 def assign(tree: Tree, steps: Sequence[str], value: Tree) -> Tree:
-    """The tree with `value` merged in at the steps; a digit is an index where a list stands. Raises PolicyError for a wrong index."""
+    """The tree with `value` merged in at the steps; a digit is an index where a list stands. Raises PolicyError for a
+    wrong index.
+    """
     if not steps:
         return merge(tree, value)
     if isinstance(tree.children, list):

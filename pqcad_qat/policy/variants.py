@@ -9,7 +9,17 @@ from collections.abc import Collection, Mapping
 from typing import Literal, get_args
 
 VariantName = Literal[
-    "fp32", "fp32-half", "ov-fp32", "ov-bf16", "nncf-int8", "ptq", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino"
+    "fp32",
+    "fp32-half",
+    "ov-fp32",
+    "ov-bf16",
+    "nncf-int8",
+    "ptq",
+    "fixed-bit",
+    "pq",
+    "pq-distilled",
+    "pqcad",
+    "pqcad-openvino",
 ]
 Stage = Literal[
     "calibration",

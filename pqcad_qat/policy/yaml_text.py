@@ -25,7 +25,9 @@ BYTES = 1_000_000
 """Of a policy file."""
 
 NODES = 50_000
-"""Values and keys of a document, every alias counted as what it stands for; a policy with a rule for each of 800 layers has 30,000."""
+"""Values and keys of a document, every alias counted as what it stands for; a policy with a rule for each of 800 layers
+has 30,000.
+"""
 
 DEPTH = 40
 """Mappings and lists inside one another."""
@@ -44,7 +46,9 @@ class BoundError(yaml.MarkedYAMLError):
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that 1e-4 is a number and a date is text, as in YAML 1.2, and that its documents have bounds."""
+    """PyYAML's safe loader, except that 1e-4 is a number and a date is text, as in YAML 1.2, and that its documents
+    have bounds.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -75,7 +79,9 @@ for _class in (Loader, Dumper):
 
 def check_bounds(nodes: int, depth: int, mark: yaml.Mark | None) -> None:
     if nodes > NODES:
-        raise BoundError(None, None, f"a document of more than {NODES:,} values, aliases counted as what they stand for", mark)
+        raise BoundError(
+            None, None, f"a document of more than {NODES:,} values, aliases counted as what they stand for", mark
+        )
     if depth > DEPTH:
         raise BoundError(None, None, f"a nesting of more than {DEPTH} levels", mark)
 
@@ -84,19 +90,26 @@ def read_text(path: Path) -> str:
     """A policy file's text. Raises PolicyError where there is none to read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for a writer, a device might have no end
-            raise PolicyError(f"{path}: got {'a folder' if path.is_dir() else 'no regular file'}; allowed a policy file that can be read")
+            raise PolicyError(
+                f"{path}: got {'a folder' if path.is_dir() else 'no regular file'}; allowed a policy file "
+                "that can be read"
+            )
         with path.open("rb") as file:
             content = file.read(BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise PolicyError(f"{shortened(str(path), 300)}: got {reason}; allowed a policy file that can be read") from error
+        raise PolicyError(
+            f"{shortened(str(path), 300)}: got {reason}; allowed a policy file that can be read"
+        ) from error
     if len(content) > BYTES:
         raise PolicyError(f"{path}: got more than {BYTES:,} bytes; allowed a policy file of up to so many")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise PolicyError(f"{path}:{line}: got the byte 0x{error.object[error.start]:02x}; allowed text in UTF-8") from error
+        raise PolicyError(
+            f"{path}:{line}: got the byte 0x{error.object[error.start]:02x}; allowed text in UTF-8"
+        ) from error
 
 
 def parse(text: str, origin: Origin) -> tuple[Tree | None, list[str]]:
@@ -117,7 +130,9 @@ def _syntax_fault(error: yaml.MarkedYAMLError, origin: Origin) -> str:
     context = f" {error.context}" if error.context else ""
     hint = " (indent with spaces)" if "\\t" in str(error.problem) else ""
     allowed = "as much as a policy needs" if isinstance(error, BoundError) else f"YAML{hint}"
-    return f"{origin(mark.line + 1 if mark else 1)}: got {shortened(f'{error.problem}{context}', 200)}; allowed {allowed}"
+    return (
+        f"{origin(mark.line + 1 if mark else 1)}: got {shortened(f'{error.problem}{context}', 200)}; allowed {allowed}"
+    )
 
 
 @dataclass
@@ -142,10 +157,15 @@ class _Builder:
         origin = self.origin(written_at)
         if isinstance(node, yaml.MappingNode):
             self._refuse_duplicates(node, location)
-            children = {key.value: self.build(value, (*location, key.value), key) for key, value in self._resolved(node, location)}
+            children = {
+                key.value: self.build(value, (*location, key.value), key)
+                for key, value in self._resolved(node, location)
+            }
             return Tree(None, origin, children)
         if isinstance(node, yaml.SequenceNode):
-            return Tree(None, origin, [self.build(item, (*location, index), item) for index, item in enumerate(node.value)])
+            return Tree(
+                None, origin, [self.build(item, (*location, index), item) for index, item in enumerate(node.value)]
+            )
         return Tree(self._scalar(node, location), origin)
 
     def _resolved(self, node: yaml.MappingNode, location: Location) -> Pairs:
@@ -153,7 +173,9 @@ class _Builder:
         if id(node) in self.pairs:
             known = self.pairs[id(node)]
             if known is None:
-                raise yaml.constructor.ConstructorError(None, None, "a mapping that `<<` merges into itself", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a mapping that `<<` merges into itself", node.start_mark
+                )
             return known
         self.pairs[id(node)] = None
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -164,7 +186,9 @@ class _Builder:
                     merged |= {below.value: (below, under) for below, under in self._merged(part, location)}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self.faults.append(f"{self.origin(key)}: {key_path(location)}: got a list or mapping for a key; allowed text")
+                self.faults.append(
+                    f"{self.origin(key)}: {key_path(location)}: got a list or mapping for a key; allowed text"
+                )
             elif key.tag != MERGE:
                 merged[key.value] = (key, value)
         self.pairs[id(node)] = found = list(merged.values())
@@ -172,7 +196,9 @@ class _Builder:
 
     def _merged(self, node: yaml.Node, location: Location) -> Pairs:
         if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, f"no mapping to merge by `<<` at {key_path(location)}", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"no mapping to merge by `<<` at {key_path(location)}", node.start_mark
+            )
         return self._resolved(node, location)
 
     def _refuse_duplicates(self, node: yaml.MappingNode, location: Location) -> None:
@@ -181,7 +207,9 @@ class _Builder:
             key = key_node.value
             if isinstance(key_node, yaml.ScalarNode) and first.setdefault(key, key_node) is not key_node:
                 where = f"{self.origin(key_node)}: {key_path((*location, key))}"
-                self.faults.append(f"{where}: got the key a second time (first on line {first[key].start_mark.line + 1}); allowed once")
+                self.faults.append(
+                    f"{where}: got the key a second time (first on line {first[key].start_mark.line + 1}); allowed once"
+                )
 
     def _scalar(self, node: yaml.Node, location: Location) -> Any:
         if node.tag in TEXT:

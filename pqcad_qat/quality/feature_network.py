@@ -24,7 +24,12 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.schema import EMBEDDED, NO_FEATURES
 
 FORMAT = "pqcad_qat.features/1"
-_MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = "model.safetensors", "config.json", "reference.safetensors", "reference.json"
+_MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = (
+    "model.safetensors",
+    "config.json",
+    "reference.safetensors",
+    "reference.json",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.config = config
         inputs = (config.channels, *config.widths[:-1])
-        self.blocks = nn.Sequential(*(_block(i, o, stride) for i, o, stride in zip(inputs, config.widths, config.strides, strict=True)))
+        self.blocks = nn.Sequential(
+            *(_block(i, o, stride) for i, o, stride in zip(inputs, config.widths, config.strides, strict=True))
+        )
         self.classifier = nn.Linear(config.widths[-1], config.classes)
 
     @property
@@ -95,7 +102,9 @@ def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 
     with torch.no_grad():
         for part in torch.split(images, batch_size):
             metric.update(part, real=True)
-    return FeatureStatistics(metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples))
+    return FeatureStatistics(
+        metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples)
+    )
 
 
 def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
@@ -105,7 +114,8 @@ def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
         fitting = [name for name in embedded_features() if load_features(name).network.config.shape == sample_shape]
         allowed = [*fitting, f"a folder with a network for {_sizes(sample_shape)}", NO_FEATURES]
         raise ModelError(
-            f"got {source!r}, which reads images of {_sizes(shape)}; the model makes {_sizes(sample_shape)}; allowed {', '.join(allowed)}"
+            f"got {source!r}, which reads images of {_sizes(shape)}; the model makes "
+            f"{_sizes(sample_shape)}; allowed {', '.join(allowed)}"
         )
 
 
@@ -114,20 +124,35 @@ def _sizes(shape: tuple[int, int, int]) -> str:
 
 
 def check_images(config: FeatureConfig, images: Tensor) -> None:
-    """Raise ModelError unless `images` are uint8 (N, C, H, W) of the size and channels that the network was trained on."""
+    """Raise ModelError unless `images` are uint8 (N, C, H, W) of the size and channels that the network was trained
+    on.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
         got = f"{images.dtype} {tuple(images.shape)}"
-        raise ModelError(f"images for this feature network must be torch.uint8 (N, {', '.join(map(str, config.shape))}); got {got}")
+        raise ModelError(
+            f"images for this feature network must be torch.uint8 (N, {', '.join(map(str, config.shape))}); got {got}"
+        )
 
 
 def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provenance: Mapping[str, Any]) -> Features:
-    """Write the network, its provenance and the statistics of the `real` images to `folder`; return them as `load_features` would."""
+    """Write the network, its provenance and the statistics of the `real` images to `folder`; return them as
+    `load_features` would.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / _MODEL)
-    record = {"format": FORMAT, "network": asdict(network.config), "sha256": _sha256(folder / _MODEL), "provenance": dict(provenance)}
+    record = {
+        "format": FORMAT,
+        "network": asdict(network.config),
+        "sha256": _sha256(folder / _MODEL),
+        "provenance": dict(provenance),
+    }
     _write_json(folder / _CONFIG, record)
-    loaded, sha256 = _load_network(folder)  # the statistics come through what others will load, whatever layout training left in memory
-    save_reference(folder, image_statistics(loaded, real.images), f"{real.name}, {len(real)} images, sha256 {real.digest}", sha256)
+    loaded, sha256 = _load_network(
+        folder
+    )  # the statistics come through what others will load, whatever layout training left in memory
+    save_reference(
+        folder, image_statistics(loaded, real.images), f"{real.name}, {len(real)} images, sha256 {real.digest}", sha256
+    )
     return load_features(str(folder))
 
 
@@ -140,12 +165,19 @@ def save_reference(folder: Path, statistics: FeatureStatistics, name: str, featu
         "real_features_num_samples": count,
     }
     save_file(tensors, folder / _REFERENCE)
-    record = {"format": FORMAT, "name": name, "features_sha256": features_sha256, "sha256": _sha256(folder / _REFERENCE)}
+    record = {
+        "format": FORMAT,
+        "name": name,
+        "features_sha256": features_sha256,
+        "sha256": _sha256(folder / _REFERENCE),
+    }
     _write_json(folder / _REFERENCE_RECORD, record)
 
 
 def load_features(source: str) -> Features:
-    """Load `embedded:NAME` or a folder that `save_features` wrote; raise ModelError where a file is missing or its digest differs."""
+    """Load `embedded:NAME` or a folder that `save_features` wrote; raise ModelError where a file is missing or its
+    digest differs.
+    """
     folder = _folder(source)
     network, sha256 = _load_network(folder)
     reference, name = _load_reference(folder, sha256, network.num_features)
@@ -159,7 +191,9 @@ def embedded_features() -> list[str]:
 
 
 class _FeatureExtractor(nn.Module):
-    """What torchmetrics calls: uint8 in, float64 features out, so that its sums and its result stay in double precision."""
+    """What torchmetrics calls: uint8 in, float64 features out, so that its sums and its result stay in double
+    precision.
+    """
 
     def __init__(self, network: FeatureNetwork) -> None:
         super().__init__()
@@ -171,7 +205,9 @@ class _FeatureExtractor(nn.Module):
 
 
 def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 def _folder(source: str) -> Path:
@@ -187,7 +223,9 @@ def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
     config = _read_json(folder / _CONFIG)
     sha256 = _verified(folder / _MODEL, config)
     try:
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config["network"].items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in config["network"].items()
+        }
         network = FeatureNetwork(FeatureConfig(**fields))
         network.load_state_dict(load_file(folder / _MODEL))
     except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
@@ -202,14 +240,20 @@ def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tupl
     record = _read_json(folder / _REFERENCE_RECORD)
     _verified(folder / _REFERENCE, record)
     if record.get("features_sha256") != features_sha256:
-        raise ModelError(f"{folder / _REFERENCE}: made with the feature network {record.get('features_sha256')}, got {features_sha256}")
+        raise ModelError(
+            f"{folder / _REFERENCE}: made with the feature network {record.get('features_sha256')}, got "
+            f"{features_sha256}"
+        )
     try:
         tensors = load_file(folder / _REFERENCE)
         total, outer, count = (tensors[f"real_features_{name}"] for name in ("sum", "cov_sum", "num_samples"))
     except (KeyError, SafetensorError) as error:
         raise ModelError(f"{folder / _REFERENCE}: not statistics of features: {error}") from error
     if total.shape != (dimensions,) or outer.shape != (dimensions, dimensions):
-        raise ModelError(f"{folder / _REFERENCE}: must hold ({dimensions},) and its square; got {tuple(total.shape)}, {tuple(outer.shape)}")
+        raise ModelError(
+            f"{folder / _REFERENCE}: must hold ({dimensions},) and its square; got {tuple(total.shape)}, "
+            f"{tuple(outer.shape)}"
+        )
     return FeatureStatistics(total, outer, int(count)), str(record.get("name"))
 
 

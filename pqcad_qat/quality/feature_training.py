@@ -1,6 +1,8 @@
-"""How the feature network comes to be: a classifier of real images, trained in minutes on one core, with its provenance.
+"""How the feature network comes to be: a classifier of real images, trained in minutes on one core, with its
+provenance.
 
-Not here: the network itself and its files (quality/feature_network.py), the denoiser's training (training/denoising.py).
+Not here: the network itself and its files (quality/feature_network.py), the denoiser's training
+(training/denoising.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from pqcad_qat.quality.feature_network import FeatureConfig, FeatureNetwork, Fea
 
 @dataclass(frozen=True)
 class FeatureRecipe:
-    """How the network is trained: AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to zero."""
+    """How the network is trained: AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to
+    zero.
+    """
 
     epochs: int = 5
     batch_size: int = 128
@@ -35,7 +39,9 @@ class FeatureRecipe:
 
 
 RECIPES: Mapping[str, FeatureRecipe] = {
-    "digits": FeatureRecipe(epochs=40, shift=0, flip=False),  # few, they touch the border, and a mirror makes them others
+    "digits": FeatureRecipe(
+        epochs=40, shift=0, flip=False
+    ),  # few, they touch the border, and a mirror makes them others
     "noto-emoji": FeatureRecipe(epochs=20),
 }
 """Recipes of the data sets that the default does not suit."""
@@ -47,7 +53,8 @@ HELD_OUT = 5
 def train_feature_network(
     images: ImageSet, recipe: FeatureRecipe = FeatureRecipe(), progress: Callable[[int, int, float], None] | None = None
 ) -> FeatureNetwork:
-    """Train a classifier of `images` by cross-entropy; the same images, recipe and number of threads give the same weights.
+    """Train a classifier of `images` by cross-entropy; the same images, recipe and number of threads give the same
+    weights.
 
     `progress` is called after every step with (step, steps, loss). Raises ModelError where the images have no labels.
     """
@@ -80,7 +87,9 @@ def make_features(
     recipe: FeatureRecipe = FeatureRecipe(),
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Features:
-    """Train on `images`, measure on `test` or on images held out, and write network, provenance and the statistics of all `images`."""
+    """Train on `images`, measure on `test` or on images held out, and write network, provenance and the statistics of
+    all `images`.
+    """
     train, test = hold_out(images) if test is None else (images, test)
     network = train_feature_network(train, recipe, progress)
     provenance: dict[str, Any] = {
@@ -100,7 +109,9 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
         raise ModelError(f"{images.name}: got {len(images)} images; a feature network needs at least {HELD_OUT}")
     labels, every = _labels(images), torch.arange(len(images))
     parts = {"train": every[every % HELD_OUT > 0], "held-out": every[::HELD_OUT]}
-    train, test = (image_set(images.images[i].numpy(), labels[i].numpy(), f"{images.name} {name}") for name, i in parts.items())
+    train, test = (
+        image_set(images.images[i].numpy(), labels[i].numpy(), f"{images.name} {name}") for name, i in parts.items()
+    )
     return train, test
 
 
@@ -128,7 +139,9 @@ def _learning_rate_factor(step: int, steps: int) -> float:
 
 
 def _batches(count: int, recipe: FeatureRecipe) -> Iterator[Tensor]:
-    """Indices of every batch of the training, each epoch in an order of its own; an incomplete last batch is left out."""
+    """Indices of every batch of the training, each epoch in an order of its own; an incomplete last batch is left
+    out.
+    """
     size = min(recipe.batch_size, count)
     for _ in range(recipe.epochs):
         order = torch.randperm(count)

@@ -1,6 +1,8 @@
-"""What images are worth: FID against real data and against full precision, paired PSNR and SSIM, each with its protocol.
+"""What images are worth: FID against real data and against full precision, paired PSNR and SSIM, each with its
+protocol.
 
-Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size (timing/latency.py).
+Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size
+(timing/latency.py).
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class FidProtocol:
 
 @dataclass(frozen=True)
 class FidelityFigures:
-    """One variant's images against real data and against full precision on the same seeds; every field is safe in strict JSON.
+    """One variant's images against real data and against full precision on the same seeds; every field is safe in
+    strict JSON.
 
-    `psnr_fp` is pooled over all pixels of all images (one mean squared error), in dB. It is None where there is nothing to compare
-    with, and where the images are identical and PSNR is infinite: then `identical_to_fp` is true and `ssim_fp` is 1. `ssim_fp` is also
-    None where the images are smaller than its window.
+    `psnr_fp` is pooled over all pixels of all images (one mean squared error), in dB. It is None where there is nothing
+    to compare
+    with, and where the images are identical and PSNR is infinite: then `identical_to_fp` is true and `ssim_fp` is 1.
+    `ssim_fp` is also None where the images are smaller than its window.
     """
 
     images: int
@@ -57,14 +61,18 @@ class FidelityFigures:
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, seed: int) -> FidProtocol:
     """The protocol of `images` generated images looked at through `features`."""
     few = images < CUSTOMARY_FID_IMAGES
-    return FidProtocol(images, features.source, features.sha256, features.reference_name, sampler, steps, seed, under_10000=few)
+    return FidProtocol(
+        images, features.source, features.sha256, features.reference_name, sampler, steps, seed, under_10000=few
+    )
 
 
 def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features | None) -> FidelityFigures:
-    """Figures of uint8 images (N, C, H, W), where `fp_images` are the full-precision model's images of the same seeds, in the same order.
+    """Figures of uint8 images (N, C, H, W), where `fp_images` are the full-precision model's images of the same seeds,
+    in the same order.
 
-    Without `features` there are no FIDs, without their reference no `fid_real`; images smaller than SSIM's window have no SSIM. Raises
-    ModelError for fewer than two images, for images that the feature network was not made for, and for sets that do not pair.
+    Without `features` there are no FIDs, without their reference no `fid_real`; images smaller than SSIM's window have
+    no SSIM. Raises ModelError for fewer than two images, for images that the feature network was not made for, and for
+    sets that do not pair.
     """
     if fp_images is not None:
         _check_pair(images, fp_images)
@@ -81,12 +89,16 @@ def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features
 
 
 def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
-    """Figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone, its peak the range of full precision's.
+    """Figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone, its peak the range
+    of full precision's.
 
     Raises ModelError for sets that do not pair.
     """
     if states.shape != fp_states.shape or states.ndim != 4 or not len(states):
-        raise ModelError(f"latents to compare must both be (N, C, H, W), N > 0; got {tuple(states.shape)} and {tuple(fp_states.shape)}")
+        raise ModelError(
+            f"latents to compare must both be (N, C, H, W), N > 0; got {tuple(states.shape)} and "
+            f"{tuple(fp_states.shape)}"
+        )
     error = float((states.double() - fp_states.double()).square().mean())
     peak = float(fp_states.max() - fp_states.min())
     psnr = 10 * math.log10(peak**2 / error) if error and peak else None
@@ -94,20 +106,30 @@ def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """FID between two sets of features (Heusel et al. 2017), symmetric, by torchmetrics in float64; 0 where rounding makes it negative."""
+    """FID between two sets of features (Heusel et al. 2017), symmetric, by torchmetrics in float64; 0 where rounding
+    makes it negative.
+    """
     dimensions = len(a.features_sum)
     if a.features_sum.shape != b.features_sum.shape:
-        raise ModelError(f"statistics to compare must have equally many features; got {dimensions} and {len(b.features_sum)}")
+        raise ModelError(
+            f"statistics to compare must have equally many features; got {dimensions} and {len(b.features_sum)}"
+        )
     if min(a.num_samples, b.num_samples) < 2:
         raise ModelError(f"FID needs at least two images on either side; got {a.num_samples} and {b.num_samples}")
-    metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)  # one process alone evaluates
-    metric.update(torch.empty(0, dimensions, dtype=torch.float64), real=False)  # tells the metric that features are float64
+    metric = FrechetInceptionDistance(
+        feature=_Identity(dimensions), sync_on_compute=False
+    )  # one process alone evaluates
+    metric.update(
+        torch.empty(0, dimensions, dtype=torch.float64), real=False
+    )  # tells the metric that features are float64
     metric.merge_state({**_state(a, "real"), **_state(b, "fake")})
     return max(0.0, float(metric.compute()))
 
 
 def paired_psnr(images: Tensor, references: Tensor) -> float | None:
-    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None where it is infinite."""
+    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None where
+    it is infinite.
+    """
     _check_pair(images, references)
     metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)
     for part, reference in _unit_batches(images, references):
@@ -125,7 +147,9 @@ def paired_ssim(images: Tensor, references: Tensor) -> float:
     """Mean SSIM of uint8 images (N, C, H, W), range 0..255, Gaussian window of 11 pixels (Wang et al. 2004)."""
     _check_pair(images, references)
     if not has_ssim(images):
-        raise ModelError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {images.shape[2]}x{images.shape[3]}")
+        raise ModelError(
+            f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {images.shape[2]}x{images.shape[3]}"
+        )
     edge = SSIM_WINDOW // 2  # only windows that lie inside the image count, as in the paper and in scikit-image
     total = torch.zeros((), dtype=torch.float64)
     for part, reference in _unit_batches(images, references):
@@ -170,7 +194,10 @@ def _check_pair(images: Tensor, references: Tensor) -> None:
     if images.dtype != torch.uint8 or references.dtype != torch.uint8:
         raise ModelError(f"images to compare must be torch.uint8; got {images.dtype} and {references.dtype}")
     if images.ndim != 4 or images.shape != references.shape or len(images) == 0:
-        raise ModelError(f"images to compare must both be (N, C, H, W), N > 0; got {tuple(images.shape)} and {tuple(references.shape)}")
+        raise ModelError(
+            f"images to compare must both be (N, C, H, W), N > 0; got {tuple(images.shape)} and "
+            f"{tuple(references.shape)}"
+        )
 
 
 def _unit_batches(images: Tensor, references: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,5 @@
-"""Brevitas: its injectors for a plan's specs, its layers and proxies without their slow paths. The only file that imports it.
+"""Brevitas: its injectors for a plan's specs, its layers and proxies without their slow paths. The only file that
+imports it.
 
 Not here: what is done with the layers once they exist (quantized_layer.py).
 """
@@ -20,7 +21,14 @@ from brevitas.core.quant import IntQuant, RescalingIntQuant
 from brevitas.core.scaling import ParameterScaling, StatsFromParameterScaling
 from brevitas.core.stats import AbsMax
 from brevitas.core.zero_point import ParameterZeroPoint, StatsFromParameterZeroPoint, ZeroZeroPoint
-from brevitas.inject.enum import BitWidthImplType, FloatToIntImplType, QuantType, RestrictValueType, ScalingImplType, ScalingPerOutputType
+from brevitas.inject.enum import (
+    BitWidthImplType,
+    FloatToIntImplType,
+    QuantType,
+    RestrictValueType,
+    ScalingImplType,
+    ScalingPerOutputType,
+)
 from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
 from brevitas.quant.solver import ActQuantSolver, WeightQuantSolver
@@ -28,7 +36,14 @@ from dependencies import this  # type: ignore[import-untyped]  # the injection l
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE, Grid, integer_range, integers_of, quantize, scale_and_zero_point
+from pqcad_qat.quantization.fake_quantization import (
+    SMALLEST_RANGE,
+    Grid,
+    integer_range,
+    integers_of,
+    quantize,
+    scale_and_zero_point,
+)
 from pqcad_qat.quantization.integer_products import Geometry, Parts, applies, convolve
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
@@ -40,7 +55,8 @@ STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  #
 class BlendedQuant(RescalingIntQuant):
     """A weight's quantizer, which may be on its way from one width to the next: that state is in three buffers.
 
-    forward is Brevitas's own at the present width, and the definition; ``fused`` gives the same values and gradients, and the blend.
+    forward is Brevitas's own at the present width, and the definition; ``fused`` gives the same values and gradients,
+    and the blend.
     """
 
     def __init__(
@@ -57,13 +73,21 @@ class BlendedQuant(RescalingIntQuant):
         self.symmetric = isinstance(zero_point_impl, ZeroZeroPoint)
         self.register_buffer("next_bit_width", torch.tensor(0.0))  # 0: no transition
         self.register_buffer("blend_share", torch.tensor(0.0))
-        self.register_buffer("next_range", torch.ones(scaling_shape))  # range at the next width, as a multiple of the present one
+        self.register_buffer(
+            "next_range", torch.ones(scaling_shape)
+        )  # range at the next width, as a multiple of the present one
 
     def fused(self, x: Tensor) -> Tensor:
         """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""
         span, low = self._range(x)
         next_bits = number(self, "next_bit_width")
-        y = self._at(x, span, low, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.float32 if next_bits else product_dtype(x))
+        y = self._at(
+            x,
+            span,
+            low,
+            number(self.msb_clamp_bit_width_impl, "bit_width"),
+            torch.float32 if next_bits else product_dtype(x),
+        )
         if next_bits:
             factor = self.next_range
             following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
@@ -77,11 +101,15 @@ class BlendedQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers at the present width."""
-        return *self._range(x), integer_range(int(number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric)
+        return *self._range(x), integer_range(
+            int(number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric
+        )
 
     @torch.no_grad()
     def integer_parts(self, x: Tensor) -> Parts:
-        """What ``fused`` is the sum of, to rounding: two parts within a transition, otherwise one; none with a zero point."""
+        """What ``fused`` is the sum of, to rounding: two parts within a transition, otherwise one; none with a zero
+        point.
+        """
         if not self.symmetric:
             return ()
         span, _ = self._range(x)
@@ -95,17 +123,23 @@ class BlendedQuant(RescalingIntQuant):
             found.append((integers_of(x, scale, None).clamp_(*bounds), scale * share))
         return found
 
-    def _at(self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _at(
+        self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned, dtype)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.learned:
             return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value
-        return self.scaling_impl.parameter_list_stats(x), None if self.symmetric else self.zero_point_impl.parameter_list_stats(x)
+        return self.scaling_impl.parameter_list_stats(
+            x
+        ), None if self.symmetric else self.zero_point_impl.parameter_list_stats(x)
 
 
 class InputQuant(RescalingIntQuant):
-    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in BlendedQuant."""
+    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in
+    BlendedQuant.
+    """
 
     def __init__(
         self,
@@ -136,14 +170,19 @@ class InputQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers; the same for every x."""
-        bounds = integer_range(int(number(self.msb_clamp_bit_width_impl, "bit_width")), bool(number(self, "signed")), False)
+        bounds = integer_range(
+            int(number(self.msb_clamp_bit_width_impl, "bit_width")), bool(number(self, "signed")), False
+        )
         return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds
 
     def _require_range(self) -> None:
         if self.calibrated:
             return
         if not bool(self.scaling_impl.value.detach().isfinite()):  # in no graph, which a recomputed forward would lack
-            raise ModelError("an input quantizer has no range yet: calibrate_ranges or a calibrated state must come before a forward pass")
+            raise ModelError(
+                "an input quantizer has no range yet: calibrate_ranges or a calibrated state must come "
+                "before a forward pass"
+            )
         self.calibrated = True
 
 
@@ -164,7 +203,9 @@ class FixedZeroPoint(ParameterZeroPoint):
 
 
 class WeightSpan(nn.Module):
-    """The range of a weight computed from its values: the full span, times a share that is searched when the width changes."""
+    """The range of a weight computed from its values: the full span, times a share that is searched when the width
+    changes.
+    """
 
     ratio: Tensor  # (rows,)
 
@@ -193,7 +234,9 @@ class WeightLow(nn.Module):
 
 
 class WeightProxy(WeightQuantProxyFromInjector):
-    """Brevitas's weight proxy, but fused, without quantized-tensor objects, and not rebuilt on loading (which orphans Parameters)."""
+    """Brevitas's weight proxy, but fused, without quantized-tensor objects, and not rebuilt on loading (which orphans
+    Parameters).
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -222,7 +265,9 @@ class InputProxy(ActQuantProxyFromInjector):
         return y
 
     def retrieve_attribute(self, attribute: str, force_eval: bool = True) -> Any:
-        quantized = self.fused_activation_quant_proxy(torch.zeros_like(self.fused_activation_quant_proxy.tensor_quant.scaling_impl.value))
+        quantized = self.fused_activation_quant_proxy(
+            torch.zeros_like(self.fused_activation_quant_proxy.tensor_quant.scaling_impl.value)
+        )
         return getattr(self.create_quant_tensor(quantized, x=None), attribute)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -264,7 +309,9 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
 
 
 class QuantizedLinear(brevitas.nn.QuantLinear):
-    """QuantLinear that carries its plan and shows its quantization; ``shared_input`` is of the layers that read one tensor with it."""
+    """QuantLinear that carries its plan and shows its quantization; ``shared_input`` is of the layers that read one
+    tensor with it.
+    """
 
     plan: LayerPlan
     description: Any  # layer -> str
@@ -320,7 +367,9 @@ def weight_quantizer(plan: LayerPlan, weight: Tensor) -> Any:
 def input_quantizer(plan: LayerPlan) -> Any:
     """The Brevitas injector for a layer's input; its range is NaN until it is calibrated."""
     spec = plan.inputs
-    scaling, zero_point = (ParameterScaling, ParameterZeroPoint) if spec.learned_scale else (FixedScaling, FixedZeroPoint)
+    scaling, zero_point = (
+        (ParameterScaling, ParameterZeroPoint) if spec.learned_scale else (FixedScaling, FixedZeroPoint)
+    )
     attributes = {
         **_common(spec, spec.bits),
         **_parameters(scaling, zero_point, (), math.nan, spec.symmetric),
@@ -337,10 +386,13 @@ def input_quantizer(plan: LayerPlan) -> Any:
 def unregister_stateless(module: nn.Module) -> None:
     """Keep only the submodules with state registered; the others stay plain attributes, which work as before.
 
-    A Brevitas layer has some fifty submodules, and diffusers walks over all of a model's at every forward pass (``model.dtype``).
+    A Brevitas layer has some fifty submodules, and diffusers walks over all of a model's at every forward pass
+    (``model.dtype``).
     """
     for name, child in list(module._modules.items()):
-        if child is None or (name not in STATELESS and any(True for _ in itertools.chain(child.parameters(), child.buffers()))):
+        if child is None or (
+            name not in STATELESS and any(True for _ in itertools.chain(child.parameters(), child.buffers()))
+        ):
             if child is not None:
                 unregister_stateless(child)
             continue
@@ -373,7 +425,9 @@ def _parameters(scaling: Any, zero_point: Any, shape: tuple[int, ...], start: fl
 
 
 def number(module: nn.Module, name: str) -> float:
-    """A buffer's value. On accelerators it is read again only after it was written, so that the forward pass does not wait for it."""
+    """A buffer's value. On accelerators it is read again only after it was written, so that the forward pass does not
+    wait for it.
+    """
     buffer = module._buffers[name]
     assert buffer is not None
     if buffer.device.type == "cpu":
@@ -392,11 +446,17 @@ def write_number(module: nn.Module, name: str, value: float) -> None:
     assert buffer is not None
     buffer.fill_(value)
     if buffer.device.type != "cpu":
-        module.__dict__.setdefault("_numbers", {})[name] = (buffer, buffer._version, torch.tensor(value, dtype=buffer.dtype).item())
+        module.__dict__.setdefault("_numbers", {})[name] = (
+            buffer,
+            buffer._version,
+            torch.tensor(value, dtype=buffer.dtype).item(),
+        )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast has layers multiply in, to which it would round their quantized input and weight in a pass of its own; or float32."""
+    """What autocast has layers multiply in, to which it would round their quantized input and weight in a pass of its
+    own; or float32.
+    """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 

@@ -1,7 +1,8 @@
-"""Where a quantizer of one scale starts to clamp, in units of what it quantizes: to the last bit, and in no more than some microseconds.
+"""Where a quantizer of one scale starts to clamp, in units of what it quantizes: to the last bit, and in no more than
+some microseconds.
 
-Not here: quantizing, and what is done with the edges (fake_quantization.py). In plain Python: between two convolutions all code is out of
-cache, and the least of it is what is fastest.
+Not here: quantizing, and what is done with the edges (fake_quantization.py). In plain Python: between two convolutions
+all code is out of cache, and the least of it is what is fastest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import math
 from struct import Struct
 
 LARGEST = 2**8
-"""As many integers as bounds may hold. A bit more, and the sum with the zero point is rounded twice as coarsely: a search twice as long."""
+"""As many integers as bounds may hold. A bit more, and the sum with the zero point is rounded twice as coarsely: a
+search twice as long.
+"""
 _FLOAT, _INT = Struct("f"), Struct("i")
 _FLOAT_MAX = 3.4e38
 
@@ -18,7 +21,8 @@ _FLOAT_MAX = 3.4e38
 def clamp_edges(scale: float, zero_point: float, bounds: tuple[int, int]) -> tuple[float, float]:
     """The largest float32 whose integer is below ``bounds`` and the smallest whose integer is above.
 
-    The integer of x is round(x / scale + zero_point), every operation in float32, as PyTorch computes it. scale: a float32, positive;
+    The integer of x is round(x / scale + zero_point), every operation in float32, as PyTorch computes it. scale: a
+    float32, positive;
     zero_point: within the bounds. What is NaN or infinite clamps nothing.
     """
     if not (scale * LARGEST < _FLOAT_MAX and math.isfinite(zero_point)):
@@ -29,7 +33,9 @@ def clamp_edges(scale: float, zero_point: float, bounds: tuple[int, int]) -> tup
 def _edge(middle: float, scale: float, zero_point: float, bounds: tuple[int, int]) -> float:
     """The number next to the grid on the far side of ``middle``, which lies half an integer beyond its end."""
     lowest, highest = bounds
-    half_ulp = math.ldexp(math.copysign(1.0, middle), math.frexp(middle)[1] - 25)  # a sum so near the middle is rounded to it: fewer steps
+    half_ulp = math.ldexp(
+        math.copysign(1.0, middle), math.frexp(middle)[1] - 25
+    )  # a sum so near the middle is rounded to it: fewer steps
     bits = _bits((middle - half_ulp - zero_point) * scale)
     while lowest <= _integer(bits, scale, zero_point) <= highest:
         bits += 1

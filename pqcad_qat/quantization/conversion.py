@@ -1,4 +1,5 @@
-"""A planned model becomes a quantized one around the same Parameters, is calibrated, held still for sampling, and turned back.
+"""A planned model becomes a quantized one around the same Parameters, is calibrated, held still for sampling, and
+turned back.
 
 Nothing about single quantizers here: that is quantized_layer.py.
 """
@@ -34,13 +35,17 @@ from pqcad_qat.quantization.shortcuts import replace_modules
 
 
 def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
-    """Replace every planned layer in place by a quantized one around the same Parameters; weights start at the ladder's first rung.
+    """Replace every planned layer in place by a quantized one around the same Parameters; weights start at the ladder's
+    first rung.
 
-    Inputs have no range yet: calibrate_ranges or a loaded state gives them one, and until then a forward pass is refused.
+    Inputs have no range yet: calibrate_ranges or a loaded state gives them one, and until then a forward pass is
+    refused.
     """
     layers = quantizable_layers(model)
     if missing := [layer.name for layer in plan if layer.name not in layers]:
-        raise ModelError(f"the plan was made for another model: this one has no floating-point layer {', '.join(missing)}")
+        raise ModelError(
+            f"the plan was made for another model: this one has no floating-point layer {', '.join(missing)}"
+        )
     done: dict[str, QuantizedLayer] = {}
     for layer in plan:
         original = layers[layer.name]
@@ -61,7 +66,9 @@ def dequantize_model(model: nn.Module) -> nn.Module:
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Every quantized layer by path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedConv2d | QuantizedLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedConv2d | QuantizedLinear)
+    }
 
 
 def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
@@ -71,7 +78,9 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
 
 @torch.no_grad()
 def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
-    """As integer_layers, of a model that ends here: each layer's weight is let go of as soon as its integers are there."""
+    """As integer_layers, of a model that ends here: each layer's weight is let go of as soon as its integers are
+    there.
+    """
     found = {}
     for name, layer in quantized_layers(model).items():
         found[name] = integer_layer(name, layer)
@@ -95,7 +104,12 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
         watched.check()
     searched = {layer.plan.name for layer in leaders.values() if layer.plan.inputs.range != "min_max"}
     if searched:
-        _watch(model, layers, kept, {group: watched.watch_histogram for group, watched in seen.items() if group in searched})
+        _watch(
+            model,
+            layers,
+            kept,
+            {group: watched.watch_histogram for group, watched in seen.items() if group in searched},
+        )
     for layer in leaders.values():
         _set_range(layer, seen[layer.plan.name])
 
@@ -116,7 +130,9 @@ def unquantized(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Within, each quantized weight is computed once and reused: for sampling and for teachers. Nothing may train meanwhile."""
+    """Within, each quantized weight is computed once and reused: for sampling and for teachers. Nothing may train
+    meanwhile.
+    """
     proxies = [(layer, layer.weight_quant) for layer in quantized_layers(model).values()]
     with ExitStack() as stack:
         for layer, proxy in proxies:
@@ -155,4 +171,6 @@ def _shower(see: Callable[[Tensor], None]) -> Any:
 def _set_range(layer: QuantizedLayer, seen: InputRange) -> None:
     spec = layer.plan.inputs
     signed = seen.low < 0 if spec.signed == "auto" else spec.signed
-    set_input_range(layer, *input_bounds(seen, spec.range, spec.percentile, read_bits(layer)[1], signed, spec.symmetric))
+    set_input_range(
+        layer, *input_bounds(seen, spec.range, spec.percentile, read_bits(layer)[1], signed, spec.symmetric)
+    )

@@ -1,7 +1,8 @@
-"""Uniform quantization as one autograd function: Brevitas's values and gradients in a third of its passes and a tenth of its calls.
+"""Uniform quantization as one autograd function: Brevitas's values and gradients in a third of its passes and a tenth
+of its calls.
 
-No Brevitas, no modules and no state here: where ranges and widths come from is quantized_layer.py. Nor the kernels of GPUs:
-gpu_fake_quantization.py.
+No Brevitas, no modules and no state here: where ranges and widths come from is quantized_layer.py. Nor the kernels of
+GPUs: gpu_fake_quantization.py.
 """
 
 from __future__ import annotations
@@ -34,15 +35,22 @@ def integer_range(bits: int, signed: bool, narrow: bool) -> tuple[int, int]:
 
 
 def quantize(
-    x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype = torch.float32
+    x: Tensor,
+    span: Tensor,
+    low: Tensor | None,
+    bounds: tuple[int, int],
+    straight: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Quantize x to the integers of ``bounds`` and dequantize: y = (clamp(round(x / scale + zero_point)) - zero_point) * scale.
+    """Quantize x to the integers of ``bounds`` and dequantize: y = (clamp(round(x / scale + zero_point)) - zero_point)
+    * scale.
 
-    x: any shape, computed in float32. span: the range, broadcastable to x; scale = |span| / levels, where the levels are -bounds[0] for
-    signed and bounds[1] for unsigned integers. low: the magnitude of the range's lower end, in span's shape, or None for a zero point of
-    0; zero_point = clamp(round(low / scale)), so zero is always on the grid. ``straight``: the gradient of x passes where x is clamped
-    too (Brevitas's TensorClampSte); otherwise it is 0 there (TensorClamp). Rounding is straight through; the gradients of span and low
-    are those of Brevitas's ParameterScaling and ParameterZeroPoint. ``dtype``: what y is rounded to in the end.
+    x: any shape, computed in float32. span: the range, broadcastable to x; scale = |span| / levels, where the levels
+    are -bounds[0] for signed and bounds[1] for unsigned integers. low: the magnitude of the range's lower end, in
+    span's shape, or None for a zero point of 0; zero_point = clamp(round(low / scale)), so zero is always on the grid.
+    ``straight``: the gradient of x passes where x is clamped too (Brevitas's TensorClampSte); otherwise it is 0 there
+    (TensorClamp). Rounding is straight through; the gradients of span and low are those of Brevitas's ParameterScaling
+    and ParameterZeroPoint. ``dtype``: what y is rounded to in the end.
     """
     if x.is_cuda and (kernels := _kernels()) is not None and kernels.applies(x, span, low):
         fused: Tensor = kernels.quantize(x, span, low, bounds, straight, dtype)
@@ -57,19 +65,25 @@ def quantize(
 
 @cache
 def _kernels() -> Any:
-    """gpu_fake_quantization.py; None without Triton, which comes with torch's builds for GPUs. Importing it takes CPUs a second in vain."""
+    """gpu_fake_quantization.py; None without Triton, which comes with torch's builds for GPUs. Importing it takes CPUs
+    a second in vain.
+    """
     return None if find_spec("triton") is None else import_module("pqcad_qat.quantization.gpu_fake_quantization")
 
 
 def unclamped(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Tensor, Scale | None]:
-    """The integers of x before they are clamped to ``bounds``, in x's shape, and the zero point; arguments as for `quantize`."""
+    """The integers of x before they are clamped to ``bounds``, in x's shape, and the zero point; arguments as for
+    `quantize`.
+    """
     scale, zero_point = scale_and_zero_point(span, low, bounds)
     return integers_of(x.float(), scale, zero_point), zero_point
 
 
 class _Quantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool
+    ) -> Tensor:
         scale, zero_point = scale_and_zero_point(span, low, bounds)
         rounded = integers_of(x, scale, zero_point)
         ctx.bounds, ctx.straight = bounds, straight
@@ -87,7 +101,13 @@ class _Quantize(torch.autograd.Function):
         (gradient,) = gradients
         saved = ctx.saved_tensors
         if len(saved) <= 1:
-            return (Reach.of_integers(saved[0], ctx.bounds).inside(gradient) if saved else gradient), None, None, None, None
+            return (
+                (Reach.of_integers(saved[0], ctx.bounds).inside(gradient) if saved else gradient),
+                None,
+                None,
+                None,
+                None,
+            )
         x, y, span, low = saved
         scale, zero_point = scale_and_zero_point(span, low, ctx.bounds)
         reach = None if ctx.straight else reach_of(x, scale, zero_point, ctx.bounds)
@@ -108,7 +128,8 @@ class Reach(NamedTuple):
 
     def inside(self, gradient: Tensor, out: Tensor | None = None) -> Tensor:
         """The gradient where it passes, and 0 elsewhere."""
-        # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten times as much on CPUs
+        # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten
+        # times as much on CPUs
         if out is None:
             passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, *self)
         else:
@@ -124,9 +145,18 @@ def reach_of(x: Tensor, scale: Scale, zero_point: Scale | None, bounds: tuple[in
 
 
 def learned_gradients(
-    gradient: Tensor, x: Tensor, y: Tensor, reach: Reach | None, span: Tensor, low: Tensor | None, scale: Scale, bounds: tuple[int, int]
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor,
+    reach: Reach | None,
+    span: Tensor,
+    low: Tensor | None,
+    scale: Scale,
+    bounds: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low; ``reach`` is None where it passes straight."""
+    """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low; ``reach`` is None where it
+    passes straight.
+    """
     if reach is None:
         return gradient, *_range_gradients(_total((y - x).mul_(gradient), span), None, span, low, scale, bounds)
     work = reach.inside(x)
@@ -148,7 +178,9 @@ def _range_gradients(
     return span.new_tensor(of_span), None if of_low is None else span.new_tensor(of_low)
 
 
-def _through_range(of_scale: Any, clamped: Any, span: Any, low: Any, scale: Any, bounds: tuple[int, int]) -> tuple[Any, Any]:
+def _through_range(
+    of_scale: Any, clamped: Any, span: Any, low: Any, scale: Any, bounds: tuple[int, int]
+) -> tuple[Any, Any]:
     """Of numbers, or of tensors. The zero point, clamp(round(|low| / scale)), has a gradient too."""
     slope, of_low = of_scale / scale, None
     if clamped is not None:
@@ -171,14 +203,20 @@ def _levels(bounds: tuple[int, int]) -> int:
 
 
 def scale_and_zero_point(span: Tensor, low: Tensor | None, bounds: tuple[int, int]) -> tuple[Scale, Scale | None]:
-    """As `quantize` has them: numbers of a range that is one on the CPU (tensors cost thrice as long), otherwise in span's shape."""
+    """As `quantize` has them: numbers of a range that is one on the CPU (tensors cost thrice as long), otherwise in
+    span's shape.
+    """
     levels = _levels(bounds)
     if span.is_cpu and span.dim() == 0:
-        number = np.float32(max(abs(span.item()), SMALLEST_RANGE)) / np.float32(levels)  # max and min keep the NaN that comes first
+        number = np.float32(max(abs(span.item()), SMALLEST_RANGE)) / np.float32(
+            levels
+        )  # max and min keep the NaN that comes first
         zero = None if low is None else float(np.rint(np.float32(abs(low.item())) / number))
         return float(number), None if zero is None else min(max(zero, bounds[0]), bounds[1])
     scale = span.abs().clamp_(min=SMALLEST_RANGE)
-    scale.div_(levels if scale.is_cpu else scale.new_full((), levels))  # by a number of the host GPUs multiply its reciprocal
+    scale.div_(
+        levels if scale.is_cpu else scale.new_full((), levels)
+    )  # by a number of the host GPUs multiply its reciprocal
     return scale, None if low is None else low.abs().div_(scale).round_().clamp_(*bounds)
 
 
@@ -198,5 +236,7 @@ def dequantized(integers: Tensor, scale: Scale, zero_point: Scale | None) -> Ten
 
 
 def _total(work: Tensor, span: Tensor) -> Tensor:
-    """The sum over everything that shares a range, in a tensor of its own: where nothing does, sum_to_size would give back `work`."""
+    """The sum over everything that shares a range, in a tensor of its own: where nothing does, sum_to_size would give
+    back `work`.
+    """
     return work.clone() if work.shape == span.shape else work.sum_to_size(span.shape)

@@ -1,6 +1,8 @@
-"""The quantizer of fake_quantization.py as Triton kernels, for GPUs: one launch forward, and one or two backward, whatever is learned.
+"""The quantizer of fake_quantization.py as Triton kernels, for GPUs: one launch forward, and one or two backward,
+whatever is learned.
 
-Not here: what the values and gradients are (fake_quantization.py: these are the same), nor when a kernel is taken (`quantize` there).
+Not here: what the values and gradients are (fake_quantization.py: these are the same), nor when a kernel is taken
+(`quantize` there).
 """
 # Triton ships no types, and what it compiles is Python by its syntax alone:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -18,7 +20,9 @@ from torch.autograd.function import once_differentiable
 BLOCK = 1024
 """Elements that a program takes at a time."""
 PROGRAMS = 1024
-"""At most so many programs share a tensor's sums: some for every multiprocessor, and few enough for one block to add up what they found."""
+"""At most so many programs share a tensor's sums: some for every multiprocessor, and few enough for one block to add up
+what they found.
+"""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALONE = 4 * BLOCK
 """Up to so many elements one program is faster than a second launch."""
@@ -27,7 +31,9 @@ LARGEST = 2**30
 
 
 def applies(x: Tensor, span: Tensor, low: Tensor | None) -> bool:
-    """Whether the kernels take these arguments of rounding.quantize: one range for all of x, or one for each index of its first axis."""
+    """Whether the kernels take these arguments of rounding.quantize: one range for all of x, or one for each index of
+    its first axis.
+    """
     rows = span.numel()
     one_range = rows == 1 and span.dim() <= x.dim()
     return (
@@ -44,8 +50,11 @@ def _held_like(part: Tensor, span: Tensor, x: Tensor) -> bool:
     return part.dtype == torch.float32 and part.shape == span.shape and part.is_contiguous() and part.device == x.device
 
 
-def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype) -> Tensor:
-    """As rounding.quantize: its values to the last bit, and its gradients but for the order of sums, which is always the same.
+def quantize(
+    x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype
+) -> Tensor:
+    """As rounding.quantize: its values to the last bit, and its gradients but for the order of sums, which is always
+    the same.
 
     x is kept for the backward pass, in its own dtype, and nothing else of its size.
     """
@@ -58,7 +67,13 @@ def quantize(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], straight: bool, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        span: Tensor,
+        low: Tensor | None,
+        bounds: tuple[int, int],
+        straight: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         dense, y = _forward(x, span, low, bounds, dtype)
         ctx.bounds, ctx.straight = bounds, straight
@@ -86,14 +101,20 @@ class _Quantize(torch.autograd.Function):
         programs = min(triton.cdiv(size, BLOCK), PROGRAMS) if rows == 1 and size > ALONE else 1
         sums = of_span.new_empty(2 * programs) if programs > 1 else None
         arguments = (span, low, of_span, of_low)
-        _gradients[(rows * programs,)](gradient, x, *arguments, reaching, sums, size, programs, *ctx.bounds, ctx.straight, BLOCK)
+        _gradients[(rows * programs,)](
+            gradient, x, *arguments, reaching, sums, size, programs, *ctx.bounds, ctx.straight, BLOCK
+        )
         if sums is not None:
             _add_up[(1,)](sums, *arguments, programs, *ctx.bounds, PROGRAMS)
         return (gradient if ctx.straight else reaching), of_span, of_low, None, None, None
 
 
-def _forward(x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in memory without gaps, row after row (a copy where it is not so), and its quantized values in the same order."""
+def _forward(
+    x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x in memory without gaps, row after row (a copy where it is not so), and its quantized values in the same
+    order.
+    """
     y = torch.empty_like(x, dtype=dtype)
     rows, size = _rows(x, span)
     if y.stride() != x.stride() or (rows > 1 and x.stride(0) != size):  # empty_like leaves out gaps
@@ -109,7 +130,8 @@ def _rows(x: Tensor, span: Tensor) -> tuple[int, int]:
     return rows, x.numel() // rows
 
 
-# ---- on the GPU: names of constants are lower case too; lowest and highest are the bounds ----------------------------------------
+# ---- on the GPU: names of constants are lower case too; lowest and highest are the bounds
+# ----------------------------------------
 
 
 @triton.jit
@@ -120,18 +142,28 @@ def _quantize(x, span, low, y, size, lowest: tl.constexpr, highest: tl.constexpr
     column = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     here, within = row * size + column, column < size
     value = tl.load(x + here, mask=within, other=0.0).to(tl.float32)
-    tl.store(y + here, _dequantized(_integer(value, scale, zero_point, lowest, highest), scale, zero_point, lowest, highest), mask=within)
+    tl.store(
+        y + here,
+        _dequantized(_integer(value, scale, zero_point, lowest, highest), scale, zero_point, lowest, highest),
+        mask=within,
+    )
 
 
 @triton.jit
-def _pass_inside(gradient, x, span, low, reaching, size, lowest: tl.constexpr, highest: tl.constexpr, block: tl.constexpr):
+def _pass_inside(
+    gradient, x, span, low, reaching, size, lowest: tl.constexpr, highest: tl.constexpr, block: tl.constexpr
+):
     blocks = tl.cdiv(size, block)
     row = tl.program_id(0) // blocks
     scale, zero_point = _scale_and_zero_point(span, low, row, lowest, highest)
     column = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     here, within = row * size + column, column < size
     integer = _integer(tl.load(x + here, mask=within, other=0.0).to(tl.float32), scale, zero_point, lowest, highest)
-    tl.store(reaching + here, _inside(tl.load(gradient + here, mask=within, other=0.0), integer, lowest, highest), mask=within)
+    tl.store(
+        reaching + here,
+        _inside(tl.load(gradient + here, mask=within, other=0.0), integer, lowest, highest),
+        mask=within,
+    )
 
 
 @triton.jit
@@ -151,7 +183,9 @@ def _gradients(
     straight: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Each program walks over a share of a row. Alone with it, it finds the range's gradients; else it leaves two sums to `_add_up`."""
+    """Each program walks over a share of a row. Alone with it, it finds the range's gradients; else it leaves two sums
+    to `_add_up`.
+    """
     row, share = tl.program_id(0) // programs, tl.program_id(0) % programs
     scale, zero_point = _scale_and_zero_point(span, low, row, lowest, highest)
     along_scale = tl.zeros((block,), tl.float32)
@@ -212,7 +246,9 @@ def _store_gradients(
     lowest: tl.constexpr,
     highest: tl.constexpr,
 ):
-    """What rounding.learned_gradients makes of its two sums: (dy / dscale) * scale, and the gradient of what was clamped."""
+    """What rounding.learned_gradients makes of its two sums: (dy / dscale) * scale, and the gradient of what was
+    clamped.
+    """
     scale, _ = _scale_and_zero_point(span, low, row, lowest, highest)
     of_scale = along_scale / scale
     if of_low is not None:
@@ -228,7 +264,9 @@ def _store_gradients(
 @triton.jit
 def _scale_and_zero_point(span, low, row, lowest: tl.constexpr, highest: tl.constexpr):
     wide = tl.abs(tl.load(span + row))
-    scale = tl.div_rn(tl.where(wide < 1e-10, 1e-10, wide), _levels(lowest, highest))  # rounding.SMALLEST_RANGE; NaN stays NaN
+    scale = tl.div_rn(
+        tl.where(wide < 1e-10, 1e-10, wide), _levels(lowest, highest)
+    )  # rounding.SMALLEST_RANGE; NaN stays NaN
     zero_point = 0.0
     if low is not None:
         zero_point = _clamped(_rounded(tl.div_rn(tl.abs(tl.load(low + row)), scale), lowest, highest), lowest, highest)
@@ -256,7 +294,9 @@ def _rounded(x, lowest: tl.constexpr, highest: tl.constexpr):
     """x to the nearest integer, halves to the even one, from lowest - 1 to highest + 1; NaN stays NaN."""
     x = tl.where(x < lowest - 1.0, lowest - 1.0, x)
     x = tl.where(x > highest + 1.0, highest + 1.0, x)
-    nearest = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fractions there; rint is not in the interpreter of the tests
+    nearest = (
+        x + 12582912.0
+    ) - 12582912.0  # 1.5 * 2^23: float32 has no fractions there; rint is not in the interpreter of the tests
     return tl.where(nearest == 0.0, x * 0.0, nearest)  # -0.0 too
 
 

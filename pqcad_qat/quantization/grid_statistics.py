@@ -20,7 +20,8 @@ class GridUse(NamedTuple):
     Attributes:
         integers: after the clamp, (values,).
         clipped: share of the values that round to an integer beyond the grid's ends, 0..1.
-        collapsed: every value became zero, or the range of some row of the tensor is at its smallest; zeros alone are no collapse.
+        collapsed: every value became zero, or the range of some row of the tensor is at its smallest; zeros alone are
+            no collapse.
     """
 
     integers: Tensor

@@ -71,7 +71,9 @@ def layer_sensitivities(
         )
 
 
-def _by_width(layer: QuantizedLayer, widths: Sequence[int], measured: Callable[[Any], float]) -> Iterator[tuple[int, float]]:
+def _by_width(
+    layer: QuantizedLayer, widths: Sequence[int], measured: Callable[[Any], float]
+) -> Iterator[tuple[int, float]]:
     for bits in widths:
         set_weight_bits(layer, bits)
         yield bits, measured(layer.weight_quant)
@@ -98,5 +100,7 @@ def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[Pr
 
 def relative_error(model: nn.Module, reference: Sequence[Tensor], batches: Sequence[PredictArguments]) -> float:
     """Mean squared distance of the model's predictions to others, as a share of the others' mean square."""
-    distance = sum(float((predict(model, *batch) - known).square().sum()) for batch, known in zip(batches, reference, strict=True))
+    distance = sum(
+        float((predict(model, *batch) - known).square().sum()) for batch, known in zip(batches, reference, strict=True)
+    )
     return distance / sum(float(known.square().sum()) for known in reference)

@@ -1,4 +1,5 @@
-"""Widths layer by layer within a budget, from what each costs and what it does to the output; and as rules that a person can read.
+"""Widths layer by layer within a budget, from what each costs and what it does to the output; and as rules that a
+person can read.
 
 Not here: how far the output moves (layer_sensitivity.py).
 """
@@ -16,7 +17,8 @@ from pqcad_qat.quantization.plan import FLOAT, LayerPlan
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs by the widths of its layers, in any unit that adds up: bytes of its weights, or nanoseconds of a step.
+    """What a model costs by the widths of its layers, in any unit that adds up: bytes of its weights, or nanoseconds of
+    a step.
 
     Attributes:
         whole: what a budget may be a share of.
@@ -39,7 +41,9 @@ class Costs:
 
     def at(self, widths: Collection[int]) -> Costs:
         """The same of these widths alone."""
-        return replace(self, layers={name: {bits: costs[bits] for bits in widths} for name, costs in self.layers.items()})
+        return replace(
+            self, layers={name: {bits: costs[bits] for bits in widths} for name, costs in self.layers.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class Option:
 def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, int]:
     """Layer -> width: the sum of errors as small as the budget of costs allows.
 
-    Every layer starts at its cheapest width; the steps up that save most error for their cost are taken first, as long as they fit. On
-    the lower convex hull of each layer's options this is the best choice for the cost that it comes to (the greedy solution of the
-    multiple-choice knapsack; Sinha and Zoltners 1979).
+    Every layer starts at its cheapest width; the steps up that save most error for their cost are taken first, as long
+    as they fit. On the lower convex hull of each layer's options this is the best choice for the cost that it comes to
+    (the greedy solution of the multiple-choice knapsack; Sinha and Zoltners 1979).
 
     Raises:
         PlanError: even the cheapest widths cost more.
@@ -65,7 +69,9 @@ def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[st
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = sum(option.cost for option in chosen.values())
     if spent > budget:
-        raise PlanError(f"got a budget of {budget:,}; allowed at least {spent:,}, which all layers at their cheapest widths cost")
+        raise PlanError(
+            f"got a budget of {budget:,}; allowed at least {spent:,}, which all layers at their cheapest widths cost"
+        )
     steps = [(name, below, above) for name, hull in hulls.items() for below, above in pairwise(hull)]
     for name, below, above in sorted(steps, key=lambda step: _slope(step[1], step[2])):
         if chosen[name] is below and spent + above.cost - below.cost <= budget:
@@ -74,7 +80,9 @@ def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[st
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
-    """The options worth a thought, cheapest first: each step up costs more, errs less, and saves less error for its cost than the last."""
+    """The options worth a thought, cheapest first: each step up costs more, errs less, and saves less error for its
+    cost than the last.
+    """
     hull: list[Option] = []
     for option in sorted(options, key=lambda option: (option.cost, option.error, -option.bits)):
         if hull and option.error >= hull[-1].error:
@@ -96,7 +104,9 @@ def with_bits(plan: Sequence[LayerPlan], bits: Mapping[str, int]) -> tuple[Layer
 
 
 def patterns(names: Collection[str], others: Collection[str]) -> list[str]:
-    """Globs and paths that match these layers and none of the others, a glob wherever it stands for two layers or more."""
+    """Globs and paths that match these layers and none of the others, a glob wherever it stands for two layers or
+    more.
+    """
     return list(_covering("", list(names), list(others)))
 
 
@@ -119,8 +129,9 @@ def mixed_rules(
 ) -> tuple[LayerRule, ...]:
     """The rules by which the planned layers have these widths; `names`: of every layer that rules can match.
 
-    Layers that are to stay in floating point come first, in a rule of their own. Of the others each rule becomes as many as its layers have
-    widths, widest first; where they have its own it stays, less the patterns that have no layer left.
+    Layers that are to stay in floating point come first, in a rule of their own. Of the others each rule becomes as
+    many as its layers have widths, widest first; where they have its own it stays, less the patterns that have no layer
+    left.
     """
     floating = [layer.name for layer in plan if bits[layer.name] == FLOAT]
     found = [LayerRule.model_validate({"match": _only(floating, names), "keep_float": True})] if floating else []
@@ -131,7 +142,9 @@ def mixed_rules(
             found.append(rule)
         elif widths == [rule.weights.bits]:
             claiming = {layer.rule for layer in left}
-            found.append(rule.model_copy(update={"match": tuple(pattern for pattern in rule.match if pattern in claiming)}))
+            found.append(
+                rule.model_copy(update={"match": tuple(pattern for pattern in rule.match if pattern in claiming)})
+            )
         else:
             for width in widths:
                 match = _only([layer.name for layer in left if bits[layer.name] == width], names)

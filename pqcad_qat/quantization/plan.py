@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError, shortened
 from pqcad_qat.models.denoiser import PredictArguments, predict
-from pqcad_qat.quantization.quantizable_layers import CONSTANT, KINDS, float_kind, float_layers, parameter_count, quantizable_layers
+from pqcad_qat.quantization.quantizable_layers import (
+    CONSTANT,
+    KINDS,
+    float_kind,
+    float_layers,
+    parameter_count,
+    quantizable_layers,
+)
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
@@ -50,7 +57,9 @@ class QuantizerSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer that will be quantized. ``input_group`` names the layer whose input quantizer it shares: its own name if none."""
+    """One layer that will be quantized. ``input_group`` names the layer whose input quantizer it shares: its own name
+    if none.
+    """
 
     name: str
     kind: Literal["Conv2d", "Linear"]
@@ -65,15 +74,22 @@ class LayerPlan:
 
 
 def plan_layers(
-    model: nn.Module, rules: Sequence[LayerRule], ladder: Sequence[int], example: PredictArguments, constant: Collection[str] = ()
+    model: nn.Module,
+    rules: Sequence[LayerRule],
+    ladder: Sequence[int],
+    example: PredictArguments,
+    constant: Collection[str] = (),
 ) -> tuple[LayerPlan, ...]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
 
-    ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own target.
+    ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own
+    target.
     ``example``: input of one forward pass, which shows the layers that read the same tensor.
-    ``constant``: layers that read what no input changes: they stay in floating point, since their outputs are constants of a graph.
-    Raises PlanError with every fault: a pattern that matches nothing, a rule hidden by earlier ones, a planned layer that the
-    model does not call or that no integer kernel can run, and layers that read one tensor but quantize it differently.
+    ``constant``: layers that read what no input changes: they stay in floating point, since their outputs are constants
+    of a graph.
+    Raises PlanError with every fault: a pattern that matches nothing, a rule hidden by earlier ones, a planned layer
+    that the model does not call or that no integer kernel can run, and layers that read one tensor but quantize it
+    differently.
     """
     layers = quantizable_layers(model)
     for name in constant:
@@ -113,14 +129,16 @@ def _match_key(index: int) -> str:
 
 
 def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:
-    """What is to be known of a ladder without a rung for the width of some layers: their last step is one that it does not list."""
+    """What is to be known of a ladder without a rung for the width of some layers: their last step is one that it does
+    not list.
+    """
     off: dict[tuple[int, ...], list[str]] = {}
     for layer in plan:
         if layer.weights.bits not in ladder:
             off.setdefault(layer.ladder[-2:], []).append(layer.name)
     return tuple(
-        f"progressive.ladder: {list(ladder)} has no rung of {step[-1]} bits, the width of {listed(names)}; the last step there is "
-        f"{'>'.join(map(str, step))}"
+        f"progressive.ladder: {list(ladder)} has no rung of {step[-1]} bits, the width of "
+        f"{listed(names)}; the last step there is {'>'.join(map(str, step))}"
         for step, names in off.items()
     )
 
@@ -128,21 +146,26 @@ def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str
 def executes_int8(layer: LayerPlan) -> bool:
     """Whether OpenVINO on a CPU runs the layer in INT8; if not, its widths are a simulation on that target.
 
-    Inputs of every width from 2 to 8 bits do (export/traceable_modules.py says how). Asymmetric weights do up to 7 bits: at 8 their
-    distance to the zero point needs a ninth.
+    Inputs of every width from 2 to 8 bits do (export/traceable_modules.py says how). Asymmetric weights do up to 7
+    bits: at 8 their distance to the zero point needs a ninth.
     """
     wide = not layer.weights.symmetric and layer.weights.bits == 8
     return not wide and not layer.int8_exception
 
 
 def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
-    """Bytes of the deployed weights: planned layers as integers (``packed``: in 2, 3 or 4 bits where symmetric ones fit), the rest float32.
+    """Bytes of the deployed weights: planned layers as integers (``packed``: in 2, 3 or 4 bits where symmetric ones
+    fit), the rest float32.
 
     Each weight scale is a float32, each weight zero point a byte.
     """
     planned = {layer.name for layer in plan}
-    held = {id(own) for name, module in model.named_modules() if name not in planned for own in module._parameters.values()}
-    replaced: dict[int, int] = {}  # a weight that several layers share is in float32 once, if at all, and in integers for each
+    held = {
+        id(own) for name, module in model.named_modules() if name not in planned for own in module._parameters.values()
+    }
+    replaced: dict[
+        int, int
+    ] = {}  # a weight that several layers share is in float32 once, if at all, and in integers for each
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     for layer in plan:
         weight = model.get_submodule(layer.name).weight
@@ -156,13 +179,22 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
 
 
 def stored_bits(weights: QuantizerSpec, widths: Collection[int]) -> int:
-    """The fewest of the widths that the exporter can pack them to, or 8; a zero point that is folded in may need one bit more."""
+    """The fewest of the widths that the exporter can pack them to, or 8; a zero point that is folded in may need one
+    bit more.
+    """
     return min((bits for bits in widths if weights.symmetric and bits >= weights.bits), default=8)
 
 
 def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
-    """The plan for a terminal: layer, rule, widths and parameters; below it what the rules say and what the model will cost."""
-    table = Table(title=f"{len(plan)} layers quantized", caption=_caption(plan, model), caption_justify="left", box=box.SIMPLE_HEAD)
+    """The plan for a terminal: layer, rule, widths and parameters; below it what the rules say and what the model will
+    cost.
+    """
+    table = Table(
+        title=f"{len(plan)} layers quantized",
+        caption=_caption(plan, model),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("layer", overflow="fold")
     for heading in ("rule", "weights", "inputs", "runs in"):
         table.add_column(heading)
@@ -171,7 +203,14 @@ def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
         shared = "" if layer.input_group == layer.name else f" of {layer.input_group.rpartition('.')[2]}"
         runs = "INT8" if executes_int8(layer) else ("float, exception" if layer.int8_exception else "float, simulated")
         widths = ">".join(map(str, layer.ladder))
-        table.add_row(escape(layer.name), escape(layer.rule), widths, escape(f"{layer.inputs.bits}{shared}"), runs, f"{layer.parameters:,}")
+        table.add_row(
+            escape(layer.name),
+            escape(layer.rule),
+            widths,
+            escape(f"{layer.inputs.bits}{shared}"),
+            runs,
+            f"{layer.parameters:,}",
+        )
     for name in float_layers(model, plan):
         module = model.get_submodule(name)
         runs, count = f"float, {float_kind(module)}", f"{parameter_count(module):,}"
@@ -190,7 +229,9 @@ def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
 def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
     """The plan as plain data, for plan.json."""
     return {
-        "layers": [{**asdict(layer), "ladder": list(layer.ladder), "executes_int8": executes_int8(layer)} for layer in plan],
+        "layers": [
+            {**asdict(layer), "ladder": list(layer.ladder), "executes_int8": executes_int8(layer)} for layer in plan
+        ],
         "float_layers": list(float_layers(model, plan)),
         "float_kinds": {name: float_kind(model.get_submodule(name)) for name in float_layers(model, plan)},
         "expected_bytes": {"float32": expected_bytes(model, (), False), "int8": expected_bytes(model, plan, False)}
@@ -227,7 +268,9 @@ def matches_layer(pattern: str, name: str, model: nn.Module) -> bool:
     return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in names)
 
 
-def _match(model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[LayerRule]) -> tuple[dict[str, tuple[int, str]], list[str]]:
+def _match(
+    model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[LayerRule]
+) -> tuple[dict[str, tuple[int, str]], list[str]]:
     """The (rule index, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
     claimed: dict[str, tuple[int, str]] = {}
     faults = []
@@ -238,14 +281,20 @@ def _match(model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[Layer
             try:
                 hits = [name for name in layers if matches_layer(pattern, name, model)]
             except (re.error, RecursionError, OverflowError) as error:
-                faults.append(f"{got}, no regular expression ({shortened(str(error))}); allowed one, such as re:down_blocks.*")
+                faults.append(
+                    f"{got}, no regular expression ({shortened(str(error))}); allowed one, such as re:down_blocks.*"
+                )
                 continue
             if not hits:
-                faults.append(f"{got}, which matches no Conv2d or Linear of the model; allowed patterns that do{_suggest(pattern, layers)}")
+                faults.append(
+                    f"{got}, which matches no Conv2d or Linear of the model; allowed patterns that "
+                    f"do{_suggest(pattern, layers)}"
+                )
             elif all(name in before for name in hits):
                 owners = listed(sorted({f"[{before[name][0]}] ({_quoted(before[name][1])})" for name in hits}))
                 faults.append(
-                    f"{got}, whose layers earlier rules have: {owners}; allowed a pattern that matches one more, or an earlier place"
+                    f"{got}, whose layers earlier rules have: {owners}; allowed a pattern that matches "
+                    "one more, or an earlier place"
                 )
             for name in hits:
                 claimed.setdefault(name, (index, pattern))
@@ -263,8 +312,12 @@ def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
     return f"; close names: {', '.join(close)}" if close else ""
 
 
-def _read_tensors(model: nn.Module, layers: dict[str, nn.Module], example: PredictArguments) -> tuple[dict[str, str], set[str]]:
-    """For each layer the first that reads the tensors it reads, in all calls of both, and the layers that the model calls at all."""
+def _read_tensors(
+    model: nn.Module, layers: dict[str, nn.Module], example: PredictArguments
+) -> tuple[dict[str, str], set[str]]:
+    """For each layer the first that reads the tensors it reads, in all calls of both, and the layers that the model
+    calls at all.
+    """
     read: dict[str, tuple[int, ...]] = {}
     alive: dict[int, Tensor] = {}  # so that the id of each tensor stays its own
 
@@ -332,9 +385,15 @@ def _layer_plan(
 def _unfit(name: str, layer: nn.Module, called: bool) -> Iterator[tuple[str, str]]:
     """Why the layer cannot be quantized, and what can."""
     if "," in name:
-        yield "a comma in its path, which OpenVINO puts between names", "paths without one; keep_float: true leaves it alone"
+        yield (
+            "a comma in its path, which OpenVINO puts between names",
+            "paths without one; keep_float: true leaves it alone",
+        )
     if not called:
-        yield "the model never calls it, so its input cannot be calibrated", "layers that it calls; keep_float: true leaves it alone"
+        yield (
+            "the model never calls it, so its input cannot be calibrated",
+            "layers that it calls; keep_float: true leaves it alone",
+        )
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         yield f"padding_mode {layer.padding_mode!r} has no integer kernel", "'zeros'; keep_float: true leaves it alone"
 
@@ -356,17 +415,28 @@ def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     """Two rules that quantize one tensor's inputs differently, by the pairs of layers that read it."""
     leader, layer = pairs[0]
     got, allowed = (f"{one.inputs.bits} bits, {_words(one.inputs)}" for one in (layer, leader))
-    names = listed([f"{one.name} ({_quoted(one.rule)}) and {other.name} ({_quoted(other.rule)})" for one, other in pairs])
+    names = listed(
+        [f"{one.name} ({_quoted(one.rule)}) and {other.name} ({_quoted(other.rule)})" for one, other in pairs]
+    )
     where = f"quantization.layers[{layer.rule_index}].inputs"
-    return f"{where}: got {got}; allowed {allowed}, as rule [{leader.rule_index}], for they read the same tensor: {names}"
+    return (
+        f"{where}: got {got}; allowed {allowed}, as rule [{leader.rule_index}], for they read the same tensor: {names}"
+    )
 
 
 def _words(spec: QuantizerSpec) -> str:
-    sign = "" if not spec.symmetric or spec.per_channel else {True: " signed", False: " unsigned", "auto": " auto-signed"}[spec.signed]
+    sign = (
+        ""
+        if not spec.symmetric or spec.per_channel
+        else {True: " signed", False: " unsigned", "auto": " auto-signed"}[spec.signed]
+    )
     scale = f"{'learned' if spec.learned_scale else 'fixed'} scale from {spec.range}"
     if spec.range == "percentile":
         scale += f" {spec.percentile:g}"
-    return f"{'symmetric' if spec.symmetric else 'asymmetric'}{sign}, {'channel' if spec.per_channel else 'tensor'}, {scale}"
+    return (
+        f"{'symmetric' if spec.symmetric else 'asymmetric'}{sign}, "
+        f"{'channel' if spec.per_channel else 'tensor'}, {scale}"
+    )
 
 
 def _caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
@@ -375,7 +445,10 @@ def _caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
         lines.append(f"rule {index}, {pattern}: weights {_words(weights)}; inputs {_words(inputs)}")
     full = expected_bytes(model, (), False)
     sizes = ((label, expected_bytes(model, plan, packed)) for label, packed in (("int8", False), ("packed", True)))
-    lines.append(f"float32 {full / 1e6:.2f} MB; " + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes))
+    lines.append(
+        f"float32 {full / 1e6:.2f} MB; "
+        + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes)
+    )
     if simulated := sum(not executes_int8(layer) for layer in plan):
         lines.append(f"{simulated} layers do not run in INT8 on an Intel CPU")
     return "\n".join(lines)

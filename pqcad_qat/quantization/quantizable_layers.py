@@ -1,4 +1,5 @@
-"""Which modules of a network are layers: those that can be quantized, and those that stay in floating point whatever a policy says.
+"""Which modules of a network are layers: those that can be quantized, and those that stay in floating point whatever a
+policy says.
 
 Not here: what a policy's rules make of them (plan.py).
 """
@@ -26,7 +27,9 @@ CONSTANT = "reads a constant"
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Conv2d and nn.Linear by path. Subclasses, and layers with hooks, compute something else, and are left alone."""
+    """Every nn.Conv2d and nn.Linear by path. Subclasses, and layers with hooks, compute something else, and are left
+    alone.
+    """
     return {name: module for name, module in model.named_modules() if type(module) in KINDS and not _changed(module)}
 
 
@@ -38,7 +41,9 @@ def _changed(module: nn.Module) -> str:
 
 
 def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
-    """The layers that stay in floating point: all that multiply weights of their own, whether they could be quantized or not."""
+    """The layers that stay in floating point: all that multiply weights of their own, whether they could be quantized
+    or not.
+    """
     planned = {layer.name for layer in plan}
     return tuple(name for name, module in model.named_modules() if name not in planned and _multiplies(module))
 
@@ -50,12 +55,17 @@ def float_kind(layer: nn.Module) -> str:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module is a layer: torch's by their classes, others by a matrix called weight. Tables and normalizations are none."""
+    """Whether a module is a layer: torch's by their classes, others by a matrix called weight. Tables and
+    normalizations are none.
+    """
     if isinstance(module, LAYERS):
         return not isinstance(module, NonDynamicallyQuantizableLinear)  # a part of MultiheadAttention
     weight = module._parameters.get("weight")
     return (
-        weight is not None and weight.dim() >= 2 and not type(module).__module__.startswith("torch.nn.") and not isinstance(module, TABLES)
+        weight is not None
+        and weight.dim() >= 2
+        and not type(module).__module__.startswith("torch.nn.")
+        and not isinstance(module, TABLES)
     )
 
 

@@ -1,6 +1,7 @@
 """One quantized layer: built and turned back, its widths, blends and ranges read and set, its integers taken.
 
-Not here: Brevitas's modules (brevitas_layers.py), which layers are quantized (plan.py), and walking over a model (conversion.py).
+Not here: Brevitas's modules (brevitas_layers.py), which layers are quantized (plan.py), and walking over a model
+(conversion.py).
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class BlendState(NamedTuple):
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A quantized layer in integers: float32(weight_int - weight_zero_point) * weight_scale is the weight that PyTorch computes with.
+    """A quantized layer in integers: float32(weight_int - weight_zero_point) * weight_scale is the weight that PyTorch
+    computes with.
 
-    Scales are float32, per channel of shape (O, 1, 1, 1) or (O, 1), per tensor of shape (); zero points have the scales' shape.
-    The input becomes clamp(round(x / input_scale + input_zero_point), input_low, input_high).
+    Scales are float32, per channel of shape (O, 1, 1, 1) or (O, 1), per tensor of shape (); zero points have the
+    scales' shape. The input becomes clamp(round(x / input_scale + input_zero_point), input_low, input_high).
     """
 
     name: str
@@ -67,19 +69,27 @@ class IntegerLayer:
     groups: int
 
 
-# ---- building, and back ----------------------------------------------------------------------------------------------------------
+# ---- building, and back
+# ----------------------------------------------------------------------------------------------------------
 
 
 def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedLayer:
-    """A Brevitas layer around the same Parameters: weights at the first rung of the plan's ladder, the input still without a range."""
+    """A Brevitas layer around the same Parameters: weights at the first rung of the plan's ladder, the input still
+    without a range.
+    """
     quantizers = {"weight_quant": weight_quantizer(plan, layer.weight), "input_quant": input_quantizer(plan)}
     if isinstance(layer, nn.Conv2d):
         quantized: QuantizedLayer = QuantizedConv2d(**_geometry(layer), device=layer.weight.device, **quantizers)
     else:
-        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers)
+        quantized = QuantizedLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers
+        )
     quantized.plan, quantized.description = plan, describe
     quantized.weight.data = torch.empty(0)  # Brevitas never lets go of the weight that a layer was built with
-    quantized.weight, quantized.bias = layer.weight, layer.bias  # builds the weight quantizer anew, on the weight's device
+    quantized.weight, quantized.bias = (
+        layer.weight,
+        layer.bias,
+    )  # builds the weight quantizer anew, on the weight's device
     quantized.input_quant.to(layer.weight.device)
     quantized.weight_quant.to(layer.weight.device)
     unregister_stateless(quantized)
@@ -109,7 +119,8 @@ def share_input(layer: QuantizedLayer, leader: QuantizedLayer) -> None:
 
 
 def share_results(layers: Iterable[QuantizedLayer]) -> None:
-    """Make linear layers of one input quantizer that are children of one module quantize the tensor that they read once for all of them.
+    """Make linear layers of one input quantizer that are children of one module quantize the tensor that they read once
+    for all of them.
 
     Convolutions may multiply the integers of theirs, each by itself.
     """
@@ -130,20 +141,26 @@ def describe(layer: QuantizedLayer) -> str:
     towards = f"->{blend.next_bits} ({blend.share:.2f})" if blend else ""
     weights, inputs = layer.plan.weights, layer.plan.inputs
     granularity = "per_channel" if weights.per_channel else "per_tensor"
-    return f"weights={weight_bits}{towards} bits {_kind(weights)} {granularity}, inputs={input_bits} bits {_kind(inputs)}"
+    return (
+        f"weights={weight_bits}{towards} bits {_kind(weights)} {granularity}, inputs={input_bits} bits {_kind(inputs)}"
+    )
 
 
-# ---- widths and blends -----------------------------------------------------------------------------------------------------------
+# ---- widths and blends
+# -----------------------------------------------------------------------------------------------------------
 
 
 def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
     """(weight bits, input bits); during a transition the width that it comes from."""
     weights, inputs = weight_quantizer_of(layer), input_quantizer_of(layer)
-    return int(number(weights.msb_clamp_bit_width_impl, "bit_width")), int(number(inputs.msb_clamp_bit_width_impl, "bit_width"))
+    return int(number(weights.msb_clamp_bit_width_impl, "bit_width")), int(
+        number(inputs.msb_clamp_bit_width_impl, "bit_width")
+    )
 
 
 def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -> None:
-    """Jump to another weight width: a buffer write. ``reestimate`` also finds the range anew, by the plan's method, for that width.
+    """Jump to another weight width: a buffer write. ``reestimate`` also finds the range anew, by the plan's method, for
+    that width.
 
     A learned scale is rewritten in place: the Parameter, its gradient and the optimizer's state stay.
     """
@@ -174,7 +191,9 @@ def set_blend(layer: QuantizedLayer, share: float) -> None:
 
 
 def end_blend(layer: QuantizedLayer) -> None:
-    """End the transition on the next width alone, whatever the share is: afterwards the layer is a plain one of that width."""
+    """End the transition on the next width alone, whatever the share is: afterwards the layer is a plain one of that
+    width.
+    """
     blend = blend_state(layer)
     assert blend is not None, "the layer is in no transition"
     quant = weight_quantizer_of(layer)
@@ -208,7 +227,8 @@ def quantized_weight(layer: QuantizedLayer) -> Tensor:
     return weight
 
 
-# ---- ranges ----------------------------------------------------------------------------------------------------------------------
+# ---- ranges
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -216,22 +236,26 @@ def estimate_weight_range(layer: QuantizedLayer) -> None:
     """Set the range of the weights from their values, by the plan's method and for the present width."""
     span, low, ratio = _weight_range(layer, read_bits(layer)[0])
     for name, value in _range_tensors(layer).items():
-        value.copy_({"scale": span * ratio, "zero_point": -low * ratio, "ratio": ratio}[name.rstrip("_")].reshape(value.shape))
+        value.copy_(
+            {"scale": span * ratio, "zero_point": -low * ratio, "ratio": ratio}[name.rstrip("_")].reshape(value.shape)
+        )
 
 
 @torch.no_grad()
 def set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
     """Set the range of the layer's input, low <= 0 <= high, for every layer that shares the quantizer.
 
-    Zero is always on the grid (padding needs it): an asymmetric zero point is the rounded integer, not the real one. The range stays fixed,
-    or is where a learned scale (and, if asymmetric, a learned lower end) starts.
+    Zero is always on the grid (padding needs it): an asymmetric zero point is the rounded integer, not the real one.
+    The range stays fixed, or is where a learned scale (and, if asymmetric, a learned lower end) starts.
     """
     spec, quant = layer.plan.inputs, input_quantizer_of(layer)
     bits = read_bits(layer)[1]
     signed = (low < 0) if spec.signed == "auto" else spec.signed
     scale, _, _, largest = input_grid(low, high, bits, signed, spec.symmetric)
     if not (math.isfinite(scale) and scale > 0):
-        raise ModelError(f"layer {layer.plan.name}: its input range [{low:g}, {high:g}] leaves nothing to quantize as {_kind(spec)}")
+        raise ModelError(
+            f"layer {layer.plan.name}: its input range [{low:g}, {high:g}] leaves nothing to quantize as {_kind(spec)}"
+        )
     quant.signed.fill_(float(signed))
     quant.scaling_impl.value.fill_(scale * (largest + 1 if signed else largest))
     if not spec.symmetric:
@@ -250,22 +274,32 @@ def range_sizes(layer: QuantizedLayer) -> tuple[float, float]:
     return float(weight.abs().mean()), float(input_quantizer_of(layer).grid(layer.weight)[0].abs())
 
 
-# ---- integers --------------------------------------------------------------------------------------------------------------------
+# ---- integers
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
-    """The layer in the integers and scales that its forward pass computes with, exactly. Raises ExportError within a transition."""
+    """The layer in the integers and scales that its forward pass computes with, exactly. Raises ExportError within a
+    transition.
+    """
     blend = blend_state(layer)
     if blend is not None:
-        raise ExportError(f"layer {name} is between {blend.bits} and {blend.next_bits} bits: end the transition before taking its integers")
+        raise ExportError(
+            f"layer {name} is between {blend.bits} and {blend.next_bits} bits: end the transition before "
+            "taking its integers"
+        )
     quant = weight_quantizer_of(layer)
     _, scale, zero_point, bit_width = quant(layer.weight)
-    offset = 0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)  # unsigned integers moved into the range of int8
+    offset = (
+        0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)
+    )  # unsigned integers moved into the range of int8
     integers = quant.int_quant.to_int(scale, zero_point, bit_width, layer.weight) - offset
     zero_point = (zero_point - offset).expand_as(scale) if offset else torch.zeros_like(scale)
     assert integers.equal(integers.clamp(-128, 127)), "a weight is out of int8's range"
-    assert torch.equal((integers - zero_point) * scale, quantized_weight(layer)), "the integers do not give the weight back"
+    assert torch.equal((integers - zero_point) * scale, quantized_weight(layer)), (
+        "the integers do not give the weight back"
+    )
     input_scale, input_zero_point, input_low, input_high = input_parameters(layer)
     convolution = isinstance(layer, QuantizedConv2d)
     return IntegerLayer(
@@ -304,7 +338,10 @@ def _padding(name: str, layer: QuantizedLayer) -> tuple[int, ...]:
         return tuple(layer.padding)
     total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if any(t % 2 for t in total):
-        raise ExportError(f"layer {name}: padding 'same' of an even kernel {tuple(layer.kernel_size)} is uneven; give padding as numbers")
+        raise ExportError(
+            f"layer {name}: padding 'same' of an even kernel {tuple(layer.kernel_size)} is uneven; give "
+            "padding as numbers"
+        )
     return tuple(t // 2 for t in total)
 
 
@@ -322,7 +359,8 @@ def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
     }
 
 
-# ---- reading and writing the state -----------------------------------------------------------------------------------------------
+# ---- reading and writing the state
+# -----------------------------------------------------------------------------------------------
 
 
 def weight_quantizer_of(layer: QuantizedLayer) -> Any:
@@ -341,7 +379,9 @@ def _clear_blend(layer: QuantizedLayer) -> None:
 
 
 def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(span, low, ratio) of each row that shares a scale, all (rows,): the weight should be represented over span * ratio."""
+    """(span, low, ratio) of each row that shares a scale, all (rows,): the weight should be represented over span *
+    ratio.
+    """
     spec = layer.plan.weights
     rows = weight_rows(layer.weight, spec.per_channel)
     span = weight_span(rows, spec.symmetric).clamp(min=SMALLEST_RANGE)
@@ -349,7 +389,9 @@ def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
-    """The tensors that hold the range of the weights, to be written in place: learned ones, or shares of the full span."""
+    """The tensors that hold the range of the weights, to be written in place: learned ones, or shares of the full
+    span.
+    """
     quant = weight_quantizer_of(layer)
     if layer.plan.weights.learned_scale:
         learned = {"scale": quant.scaling_impl.value}
@@ -362,7 +404,9 @@ def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
-    """The range that the weights should have at another width, as a multiple of the present one, in the scale's shape."""
+    """The range that the weights should have at another width, as a multiple of the present one, in the scale's
+    shape.
+    """
     span, _, ratio = _weight_range(layer, bits)
     held = _range_tensors(layer)
     present = held["scale"].abs().reshape(-1) if "scale" in held else span * held.get("ratio", torch.ones_like(span))
@@ -371,5 +415,9 @@ def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
 
 
 def _kind(spec: QuantizerSpec) -> str:
-    sign = "" if spec.per_channel or not spec.symmetric else {True: "signed ", False: "unsigned ", "auto": ""}[spec.signed]
-    return f"{sign}{'symmetric' if spec.symmetric else 'asymmetric'} {'learned' if spec.learned_scale else 'statistics'}"
+    sign = (
+        "" if spec.per_channel or not spec.symmetric else {True: "signed ", False: "unsigned ", "auto": ""}[spec.signed]
+    )
+    return (
+        f"{sign}{'symmetric' if spec.symmetric else 'asymmetric'} {'learned' if spec.learned_scale else 'statistics'}"
+    )

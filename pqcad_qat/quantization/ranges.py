@@ -12,10 +12,14 @@ from pqcad_qat.errors import ModelError
 
 BINS = 8192
 CACHED = 2**16
-"""Elements of a weight that the search for its range takes at a time: few enough for a core's cache, which makes it many times faster."""
+"""Elements of a weight that the search for its range takes at a time: few enough for a core's cache, which makes it
+many times faster.
+"""
 AT_ONCE = 2**26
 """The same on an accelerator, which each step of the search keeps waiting: of any layer but the largest, all."""
-RATIOS = tuple(i / 50 for i in range(50, 4, -1))  # shares of the full range that the least-squares search tries, widest first
+RATIOS = tuple(
+    i / 50 for i in range(50, 4, -1)
+)  # shares of the full range that the least-squares search tries, widest first
 
 
 class InputRange:
@@ -30,7 +34,9 @@ class InputRange:
     def watch_extremes(self, x: Tensor) -> None:
         low, high = (value.item() for value in torch.aminmax(x.detach().float()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ModelError(f"calibration: the input of layer {self.name} holds NaN or infinite values; its range cannot be set")
+            raise ModelError(
+                f"calibration: the input of layer {self.name} holds NaN or infinite values; its range cannot be set"
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def watch_histogram(self, x: Tensor) -> None:
@@ -48,7 +54,9 @@ class InputRange:
         return (self.high - self.low) / BINS
 
     def percentiles(self, percent: float) -> tuple[float, float]:
-        """The values that leave (100 - percent) % of the samples outside on either side; to one bin, always around zero."""
+        """The values that leave (100 - percent) % of the samples outside on either side; to one bin, always around
+        zero.
+        """
         share = self.counts.cumsum(0) / self.counts.sum()
         tail = 1.0 - percent / 100.0
         first = int(torch.searchsorted(share, tail, right=True))
@@ -59,7 +67,9 @@ class InputRange:
         return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * self.width
 
 
-def input_bounds(seen: InputRange, method: str, percent: float, bits: int, signed: bool, symmetric: bool) -> tuple[float, float]:
+def input_bounds(
+    seen: InputRange, method: str, percent: float, bits: int, signed: bool, symmetric: bool
+) -> tuple[float, float]:
     """The range (low, high) that the quantizer of one input should represent, low <= 0 <= high."""
     if method == "percentile":
         low, high = seen.percentiles(percent)
@@ -102,8 +112,12 @@ def weight_rows(weight: Tensor, per_channel: bool) -> Tensor:
 
 
 def weight_span(rows: Tensor, symmetric: bool) -> Tensor:
-    """The full range of each row: largest magnitude (symmetric), or distance between the extremes and zero (asymmetric)."""
-    span: Tensor = rows.abs().amax(dim=1) if symmetric else rows.amax(dim=1).clamp(min=0) - rows.amin(dim=1).clamp(max=0)
+    """The full range of each row: largest magnitude (symmetric), or distance between the extremes and zero
+    (asymmetric).
+    """
+    span: Tensor = (
+        rows.abs().amax(dim=1) if symmetric else rows.amax(dim=1).clamp(min=0) - rows.amin(dim=1).clamp(max=0)
+    )
     return span
 
 

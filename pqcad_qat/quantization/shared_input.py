@@ -24,12 +24,14 @@ class Held:
 
 
 class SharedInput:
-    """Quantizes for the first of `readers` layers that read the same tensor one after another; the last one lets go of the result.
+    """Quantizes for the first of `readers` layers that read the same tensor one after another; the last one lets go of
+    the result.
 
-    The readers are children of one module, never of two. Activation checkpointing runs a part of a network once more in the backward pass,
-    by itself, and it must keep the same tensors then: a result that came from another part would be missing. Such a part mostly consists
-    of whole modules. Where a module cuts itself into parts, torch's hooks for what a graph saves tell one part, and one run of it, from
-    another.
+    The readers are children of one module, never of two. Activation checkpointing runs a part of a network once more in
+    the backward pass,
+    by itself, and it must keep the same tensors then: a result that came from another part would be missing. Such a
+    part mostly consists of whole modules. Where a module cuts itself into parts, torch's hooks for what a graph saves
+    tell one part, and one run of it, from another.
     """
 
     def __init__(self, readers: int) -> None:

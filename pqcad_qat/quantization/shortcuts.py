@@ -1,4 +1,5 @@
-"""Convolutions over a concatenated shortcut, split in two so that each half of the channels has its own input quantizer.
+"""Convolutions over a concatenated shortcut, split in two so that each half of the channels has its own input
+quantizer.
 
 No quantizers here: the rewrite is of the floating-point model, and changes only the order of its sums.
 """
@@ -19,9 +20,12 @@ from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.own_modules import one_line
 from pqcad_qat.quantization.plan import evaluating
 
-# functions that leave every value and every channel as it is; through them the seam of a concatenation can be followed. Not through a
-# normalisation: behind it both halves have one scale, and a second 3x3 convolution costs a tenth of a step and brings nothing at 8 bits
-IDENTITIES: frozenset[Any] = frozenset({F.dropout, F.dropout2d, torch.clone, Tensor.clone, Tensor.contiguous, Tensor.float, Tensor.to})
+# functions that leave every value and every channel as it is; through them the seam of a concatenation can be followed.
+# Not through a normalisation: behind it both halves have one scale, and a second 3x3 convolution costs a tenth of a
+# step and brings nothing at 8 bits
+IDENTITIES: frozenset[Any] = frozenset(
+    {F.dropout, F.dropout2d, torch.clone, Tensor.clone, Tensor.contiguous, Tensor.float, Tensor.to}
+)
 
 
 class SplitConv2d(nn.Module):
@@ -59,7 +63,11 @@ def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
 def shortcut_seams(model: nn.Module, example: PredictArguments) -> dict[str, int]:
     """As find_shortcuts, by module path: for another model of the same modules."""
     found = find_shortcuts(model, example)
-    return {name: found[module] for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module in found}
+    return {
+        name: found[module]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module in found
+    }
 
 
 def split_at(model: nn.Module, seams: Mapping[str, int]) -> nn.Module:
@@ -79,7 +87,9 @@ def rewritable(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     except Exception as error:  # whatever a module of the user's own holds
-        raise ModelError(f"{getattr(model, 'registered_as', type(model).__name__)}: it cannot be copied: {one_line(error)}") from error
+        raise ModelError(
+            f"{getattr(model, 'registered_as', type(model).__name__)}: it cannot be copied: {one_line(error)}"
+        ) from error
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:
@@ -116,7 +126,11 @@ class _SeamWatch(TorchFunctionMode):
         self.found: dict[nn.Conv2d, int] = {}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

@@ -1,10 +1,11 @@
-"""A quantized model on disk: a diffusers folder that plain diffusers reads, and beside it the quantizers that make it exact.
+"""A quantized model on disk: a diffusers folder that plain diffusers reads, and beside it the quantizers that make it
+exact.
 
 Not here: the folder that OpenVINO runs (export/export_model.py).
 
-    unet/             (or transformer/) the model with its weights rounded to their grid, in floating point, for plain diffusers
-    quantization/     plan.json and model.safetensors: every Parameter, scale, zero point and bit-width, for us
-    scheduler/        with the student's number of steps
+    unet/             (or transformer/) the model with its weights rounded to their grid, in floating point, for plain
+    diffusers quantization/     plan.json and model.safetensors: every Parameter, scale, zero point and bit-width, for
+    us scheduler/        with the student's number of steps
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ STATE = Path("quantization") / "model.safetensors"
 
 
 def save_quantized(
-    folder: Path, model: nn.Module, plan: Sequence[LayerPlan], splits: bool, scheduler_config: Mapping[str, Any], steps: int
+    folder: Path,
+    model: nn.Module,
+    plan: Sequence[LayerPlan],
+    splits: bool,
+    scheduler_config: Mapping[str, Any],
+    steps: int,
 ) -> None:
     """Write a quantized model; `splits` says that its shortcuts are split, `steps` how many sampling steps it is for.
 
@@ -88,5 +94,9 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
 
 def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
     """A LayerPlan from its JSON form."""
-    parts = {"weights": QuantizerSpec(**entry["weights"]), "inputs": QuantizerSpec(**entry["inputs"]), "ladder": tuple(entry["ladder"])}
+    parts = {
+        "weights": QuantizerSpec(**entry["weights"]),
+        "inputs": QuantizerSpec(**entry["inputs"]),
+        "ladder": tuple(entry["ladder"]),
+    }
     return LayerPlan(**{**entry, **parts})

@@ -56,11 +56,20 @@ def image_headings(report: SpeedReport) -> list[str]:
     """Of the tables of whole images; none where no steps are known."""
     if report.steps is None:
         return []
-    return ["", f"ms an image, {report.steps} steps each", "own steps", "ms an image, own steps", "images/s, own steps", RATIO]
+    return [
+        "",
+        f"ms an image, {report.steps} steps each",
+        "own steps",
+        "ms an image, own steps",
+        "images/s, own steps",
+        RATIO,
+    ]
 
 
 def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
-    """A row's texts, under `image_headings`: an image at the steps of ours, and at those that the candidate takes for one."""
+    """A row's texts, under `image_headings`: an image at the steps of ours, and at those that the candidate takes for
+    one.
+    """
     assert report.steps is not None
     own, a_step = own_steps(report, row.name), row.latency.median_ms / measurement.batch
     same = marked(a_step * report.steps, row.latency)
@@ -115,8 +124,14 @@ def remarks(measurement: Measurement) -> list[str]:
     for row in measurement.rows:
         if row.planned is not None:
             done = row.planned - len(row.planned_float)
-            missed = f"; not: {', '.join(f'{name} ({row.layers[name]})' for name in row.planned_float)}" if row.planned_float else ""
-            found.insert(0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}")
+            missed = (
+                f"; not: {', '.join(f'{name} ({row.layers[name]})' for name in row.planned_float)}"
+                if row.planned_float
+                else ""
+            )
+            found.insert(
+                0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}"
+            )
     if any(row.latency.unsteady or (row.throughput and row.throughput.unsteady) for row in measurement.rows):
         found.append(UNSTEADY_NOTE)
     return found
@@ -125,14 +140,19 @@ def remarks(measurement: Measurement) -> list[str]:
 def machine_text(machine: Hardware) -> str:
     """CPU, instruction sets, cores and the settings that change timings."""
     settings = "".join(f", {name}={value}" for name, value in machine.settings.items())
-    return f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}, {' '.join(machine.isa) or UNKNOWN}{settings}"
+    return (
+        f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}, "
+        f"{' '.join(machine.isa) or UNKNOWN}{settings}"
+    )
 
 
 def speed_tables(report: SpeedReport) -> Iterator[Table]:
     """For the terminal: of each measurement its timings, and where the time of a step went."""
     for measurement in report.measurements:
         caption = "\n".join([machine_text(measurement.hardware), *remarks(measurement)])
-        yield _candidates_table(title(report, measurement), HEADINGS, [cells(measurement, row) for row in measurement.rows], caption)
+        yield _candidates_table(
+            title(report, measurement), HEADINGS, [cells(measurement, row) for row in measurement.rows], caption
+        )
         if report.steps is not None:
             rows = [image_cells(report, measurement, row) for row in measurement.rows]
             yield _candidates_table("the same, an image", image_headings(report), rows)
@@ -143,7 +163,9 @@ def speed_tables(report: SpeedReport) -> Iterator[Table]:
     yield loading
 
 
-def _candidates_table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+def _candidates_table(
+    heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
+) -> Table:
     table = Table(title=heading, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -163,7 +185,9 @@ def _profile_table(measurement: Measurement) -> Table:
 
 
 def kind_milliseconds(profiles: Mapping[str, Sequence[ProfileRow]]) -> dict[str, list[float]]:
-    """Kind of node -> milliseconds of each candidate, the kinds that take most time first; the rest together as "other"."""
+    """Kind of node -> milliseconds of each candidate, the kinds that take most time first; the rest together as
+    "other".
+    """
     kinds = largest_kinds(profiles)
     spent = {kind: [0.0] * len(profiles) for kind in kinds}
     for column, rows in enumerate(profiles.values()):
@@ -192,12 +216,17 @@ def _section(report: SpeedReport, index: int, measurement: Measurement) -> dict[
         "machine": machine_text(measurement.hardware),
         "tables": [
             (HEADINGS, [cells(measurement, row) for row in measurement.rows]),
-            (headings := image_headings(report), [image_cells(report, measurement, row) for row in measurement.rows if headings]),
+            (
+                headings := image_headings(report),
+                [image_cells(report, measurement, row) for row in measurement.rows if headings],
+            ),
         ],
         "remarks": remarks(measurement),
         "charts": [Markup(chart or "") for chart in charts],  # our own SVG, its texts escaped by canvas.py
         "kernels": {
-            row.name: ", ".join(f"{count} {kernel}" for kernel, count in row.kernels.items()) for row in measurement.rows if row.kernels
+            row.name: ", ".join(f"{count} {kernel}" for kernel, count in row.kernels.items())
+            for row in measurement.rows
+            if row.kernels
         },
     }
 
@@ -214,7 +243,14 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
             _bar(drawn, axes[0], place, row, (found.median_ms, found.lower_quartile_ms, found.upper_quartile_ms), "ms")
             if row.throughput is not None:
                 rate = row.throughput
-                _bar(drawn, axes[1], place, row, (rate.median, rate.lower_quartile, rate.upper_quartile), "image steps a second")
+                _bar(
+                    drawn,
+                    axes[1],
+                    place,
+                    row,
+                    (rate.median, rate.lower_quartile, rate.upper_quartile),
+                    "image steps a second",
+                )
         axes[0].set_title("ms a step, lower is better")
         if panels == 2:
             axes[1].set_title("image steps/s, higher is better")

@@ -1,4 +1,5 @@
-"""Reports of several runs as a table a model: those of other seeds alone as mean and spread; FIDs that do not compare are refused.
+"""Reports of several runs as a table a model: those of other seeds alone as mean and spread; FIDs that do not compare
+are refused.
 
 Not here: how the table looks (comparison_page.py), or where the reports lie (report_files.py).
 """
@@ -99,7 +100,10 @@ def named_runs(reports: Mapping[str, Report]) -> list[Run]:
     policies: dict[str, set[str]] = {}
     for report in reports.values():
         policies.setdefault(_name(report), set()).add(_policy(report))
-    return [Run(path, {"run": path if len(policies[_name(report)]) > 1 else _name(report)}, report) for path, report in reports.items()]
+    return [
+        Run(path, {"run": path if len(policies[_name(report)]) > 1 else _name(report)}, report)
+        for path, report in reports.items()
+    ]
 
 
 def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
@@ -137,9 +141,15 @@ def _refuse_other_protocols(runs: Sequence[Run]) -> None:
     faults = []
     for path, protocol in known[1:]:
         first, reference = known[0]
-        differs = [f"{key}: {was} and {now}" for key in PROTOCOL if (was := getattr(reference, key)) != (now := getattr(protocol, key))]
+        differs = [
+            f"{key}: {was} and {now}"
+            for key in PROTOCOL
+            if (was := getattr(reference, key)) != (now := getattr(protocol, key))
+        ]
         if differs:
-            faults.append(f"{first} and {path}: got FIDs of different protocols ({'; '.join(differs)}); allowed one protocol")
+            faults.append(
+                f"{first} and {path}: got FIDs of different protocols ({'; '.join(differs)}); allowed one protocol"
+            )
     if faults:
         raise StudyError("\n".join(faults))
 
@@ -217,7 +227,9 @@ def _refuse_twice(name: str, runs: Sequence[Run]) -> None:
     for run in (run for run in runs if _variant(run, name)):
         other = first.setdefault(run.report.seed, run.path)
         if other != run.path:
-            raise StudyError(f"{other} and {run.path}: got {name} of the same policy and seed {run.report.seed} twice; allowed once")
+            raise StudyError(
+                f"{other} and {run.path}: got {name} of the same policy and seed {run.report.seed} twice; allowed once"
+            )
 
 
 def spread(values: Sequence[float]) -> Spread:

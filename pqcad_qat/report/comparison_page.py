@@ -30,20 +30,36 @@ HEADINGS = {
 }
 TIME = "latency_ms_per_image"
 PANELS = ("fid_real", "psnr_fp")
-_COLOURS = {"ptq": "amber", "fixed-bit": "violet", "pq": "accent", "pq-distilled": "rose", "pqcad": "blue", "pqcad-openvino": "blue"}
+_COLOURS = {
+    "ptq": "amber",
+    "fixed-bit": "violet",
+    "pq": "accent",
+    "pq-distilled": "rose",
+    "pqcad": "blue",
+    "pqcad-openvino": "blue",
+}
 
 
 def write_comparison(comparison: Comparison, page: Path) -> None:
     """Write the page, and beside it the same as JSON and as a Markdown table; each whole or not at all."""
     document = {"schema_version": SCHEMA_VERSION, **asdict(comparison)}
-    write_atomic(page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(
+        page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode()
+    )
     write_atomic(page.with_suffix(".md"), markdown(comparison).encode())
     write_atomic(page, render(comparison).encode())
 
 
 def headings(comparison: Comparison) -> list[str]:
     """Of the columns: labels, then what every row has, then the figures that some row has."""
-    return [*comparison.headings, "variant", "bits W/A", "steps", "seeds", *(HEADINGS[figure] for figure in measured(comparison))]
+    return [
+        *comparison.headings,
+        "variant",
+        "bits W/A",
+        "steps",
+        "seeds",
+        *(HEADINGS[figure] for figure in measured(comparison)),
+    ]
 
 
 def measured(comparison: Comparison) -> list[str]:
@@ -52,7 +68,9 @@ def measured(comparison: Comparison) -> list[str]:
 
 def cells(comparison: Comparison, row: Row) -> list[str]:
     """A row's texts, under `headings`."""
-    bits = "" if row.weight_bits is None or row.activation_bits is None else f"{row.weight_bits:g}/{row.activation_bits:g}"
+    bits = (
+        "" if row.weight_bits is None or row.activation_bits is None else f"{row.weight_bits:g}/{row.activation_bits:g}"
+    )
     figures = {figure: spread_text(row.figures.get(figure)) for figure in measured(comparison)}
     if row.unsteady and figures.get(TIME):
         figures[TIME] += f" {UNSTEADY}"
@@ -82,9 +100,14 @@ def protocol_text(protocol: FidProtocol | None) -> str:
     """How the FIDs were measured, in words."""
     if protocol is None:
         return "No FID was measured."
-    few = f" Fewer than the customary {MANY_IMAGES:,} images: they compare with one another only." if protocol.images < MANY_IMAGES else ""
+    few = (
+        f" Fewer than the customary {MANY_IMAGES:,} images: they compare with one another only."
+        if protocol.images < MANY_IMAGES
+        else ""
+    )
     text = (
-        f"FID: Frechet distance of {protocol.images:,} images (noise seed {protocol.seed}, sampler {protocol.sampler}) to "
+        f"FID: Frechet distance of {protocol.images:,} images (noise seed {protocol.seed}, sampler "
+        f"{protocol.sampler}) to "
         f"{protocol.reference or 'nothing real'}, through the feature network {protocol.features} (sha256 "
         f"{protocol.features_sha256}).{few} PSNR: against the full-precision images of the same noise. "
         "±: standard deviation over training seeds."
@@ -159,7 +182,9 @@ def figure_chart(rows: Sequence[Row]) -> str | None:
 
 
 def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) -> None:
-    reference = next((row.figures[figure].mean for row in rows if row.variant == "fp32" and figure in row.figures), None)
+    reference = next(
+        (row.figures[figure].mean for row in rows if row.variant == "fp32" and figure in row.figures), None
+    )
     if reference is not None:
         axes.axvline(reference, color=COLOURS["muted"], lw=0.9, ls=(0, (4, 3)))
     for place, row in enumerate(rows):
@@ -167,7 +192,12 @@ def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) ->
             continue
         found = row.figures[figure]
         colour = COLOURS[_COLOURS.get(row.variant, "grey")]
-        axes.plot([found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)], [place, place], color=colour, lw=2)
+        axes.plot(
+            [found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)],
+            [place, place],
+            color=colour,
+            lw=2,
+        )
         (point,) = axes.plot([found.mean], [place], "o", ms=6, color=colour)
         drawn.tip(point, f"{_label(row)}: {HEADINGS[figure]} {spread_text(found)}, n = {found.count}")
     axes.set_title(HEADINGS[figure])

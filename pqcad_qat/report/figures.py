@@ -22,7 +22,9 @@ _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 
 def quality_latency(report: Report) -> str | None:
-    """FID to real data against milliseconds an image, for the variants that have both; None where fewer than two have."""
+    """FID to real data against milliseconds an image, for the variants that have both; None where fewer than two
+    have.
+    """
     rows = [row for row in report.variants if row.fid_real is not None and row.latency_ms_per_image]
     if len(rows) < 2:
         return None
@@ -34,7 +36,14 @@ def quality_latency(report: Report) -> str | None:
             x, y = row.latency_ms_per_image or 0.0, row.fid_real or 0.0
             (point,) = axes.plot([x], [y], "o", ms=11 if ours else 8, color=colour, mec=COLOURS["surface"], mew=1.2)
             drawn.tip(point, f"{row.name}: {x:.1f} ms an image, FID {y:.2f}, {row.steps} steps")
-            axes.annotate(row.name, (x, y), xytext=(8, 5), textcoords="offset points", fontsize=9, weight="bold" if ours else "normal")
+            axes.annotate(
+                row.name,
+                (x, y),
+                xytext=(8, 5),
+                textcoords="offset points",
+                fontsize=9,
+                weight="bold" if ours else "normal",
+            )
         axes.set_xscale("log")
         _plain_log(axes.xaxis)
         axes.margins(x=0.18, y=0.22)
@@ -52,7 +61,9 @@ def _plain_log(axis: Axis) -> None:
 
 
 def bit_timeline(report: Report, curves: Curves) -> str | None:
-    """Weight width of every planned layer over progressive training, its mean, and both momenta; None without any transition."""
+    """Weight width of every planned layer over progressive training, its mean, and both momenta; None without any
+    transition.
+    """
     if not report.bit_schedule:
         return None
     layers, end = _timeline_layers(report), _timeline_end(report, curves)
@@ -63,12 +74,22 @@ def bit_timeline(report: Report, curves: Curves) -> str | None:
         _draw_mean(mean, report.bit_schedule, layers, end)
         momenta = {series.name: series for series in curves.momenta}
         _draw_momentum(drawn, loss, "loss", momenta.get("loss_momentum"), report.bit_schedule, curves.plateau)
-        _draw_momentum(drawn, perturbation, "perturbation", momenta.get("perturbation"), report.bit_schedule, curves.perturbation_bound)
+        _draw_momentum(
+            drawn,
+            perturbation,
+            "perturbation",
+            momenta.get("perturbation"),
+            report.bit_schedule,
+            curves.perturbation_bound,
+        )
         perturbation.set_xlabel("step of progressive quantization")
         perturbation.set_xlim(0, end)
         causes = {t.cause for t in report.bit_schedule}
         counted = ", ".join(f"{sum(t.cause == c for t in report.bit_schedule)} by {c}" for c in sorted(causes))
-        return drawn.svg(f"Bit-width timeline of {len(layers)} layers over {end} steps: {len(report.bit_schedule)} transitions, {counted}")
+        return drawn.svg(
+            f"Bit-width timeline of {len(layers)} layers over {end} steps: {len(report.bit_schedule)} "
+            f"transitions, {counted}"
+        )
 
 
 def _timeline_layers(report: Report) -> dict[str, tuple[int, int]]:
@@ -84,13 +105,17 @@ def _timeline_end(report: Report, curves: Curves) -> int:
     return max([*trained, *(t.step + 1 for t in report.bit_schedule)])
 
 
-def _draw_widths(drawn: Canvas, axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], end: int) -> None:
+def _draw_widths(
+    drawn: Canvas, axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], end: int
+) -> None:
     rows = {layer: index for index, layer in enumerate(layers)}
     for layer, (first, _) in layers.items():
         moves = [t for t in schedule if t.layer == layer]
         edges = [0, *(t.step for t in moves), end]
         for start, stop, bits in zip(edges, edges[1:], [first, *(t.to_bits for t in moves)], strict=False):
-            bar = axes.broken_barh([(start, stop - start)], (rows[layer] - 0.5, 1.0), color=COLOURS[f"bits{bits}"], lw=0)
+            bar = axes.broken_barh(
+                [(start, stop - start)], (rows[layer] - 0.5, 1.0), color=COLOURS[f"bits{bits}"], lw=0
+            )
             drawn.tip(bar, f"{layer}: {bits} bits, steps {start} to {stop}")
     for cause, marker, colour in _CAUSES:
         called = [t for t in schedule if t.cause == cause]
@@ -101,7 +126,9 @@ def _draw_widths(drawn: Canvas, axes: Axes, schedule: Sequence[Transition], laye
             axes.plot([], [], marker, ms=4.5, color=COLOURS[colour], label=f"called by {cause}")
     for bits in sorted({first for first, _ in layers.values()} | {t.to_bits for t in schedule}, reverse=True):
         axes.plot([], [], "s", ms=8, color=COLOURS[f"bits{bits}"], label=f"{bits} bits")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=9, handletextpad=0.3, columnspacing=1.2, borderaxespad=0.1)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=9, handletextpad=0.3, columnspacing=1.2, borderaxespad=0.1
+    )
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.grid(False)
     axes.set_yticks(*_group_ticks(list(layers)))
@@ -160,11 +187,22 @@ def _draw_momentum(
     if bound is not None:
         axes.axhline(bound, color=COLOURS["muted"], lw=0.9, ls=(0, (4, 3)))
         edge = axes.get_yaxis_transform()  # x in fractions of the axes, y in data
-        axes.text(0.995, bound, f"bound {bound:g}", transform=edge, ha="right", va="bottom", fontsize=8, color=COLOURS["muted"])
+        axes.text(
+            0.995,
+            bound,
+            f"bound {bound:g}",
+            transform=edge,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=COLOURS["muted"],
+        )
 
 
 def _points(series: Series, most: int = 1500) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, NaN for an unknown one; of a long series every n-th, which is more than a page has pixels for."""
+    """Steps and values, NaN for an unknown one; of a long series every n-th, which is more than a page has pixels
+    for.
+    """
     stride = max(1, -(-len(series.steps) // most))
     values = [np.nan if value is None else value for value in series.values[::stride]]
     return np.array(series.steps[::stride]), np.array(values, dtype=np.float64)
@@ -192,7 +230,9 @@ def loss_curves(curves: Curves) -> str | None:
             axes.legend()
         for axes in list(panels):
             axes.set_visible(False)
-        return drawn.svg("Loss curves, logarithmic: " + "; ".join(f"{k}: {', '.join(s.name for s in v)}" for k, v in stages.items()))
+        return drawn.svg(
+            "Loss curves, logarithmic: " + "; ".join(f"{k}: {', '.join(s.name for s in v)}" for k, v in stages.items())
+        )
 
 
 def weight_distance(curves: Curves) -> str | None:
@@ -206,12 +246,18 @@ def weight_distance(curves: Curves) -> str | None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.legend()
-        ends = (f"{series.stage} ends at {series.values[-1]:.3f}" for series in curves.distances if series.values[-1] is not None)
+        ends = (
+            f"{series.stage} ends at {series.values[-1]:.3f}"
+            for series in curves.distances
+            if series.values[-1] is not None
+        )
         return drawn.svg(f"Relative distance of the weights to full precision: {', '.join(ends)}")
 
 
 def time_profile(profiles: Mapping[str, Sequence[ProfileRow]], name: str = "time") -> str | None:
-    """Milliseconds of one step by kind of node, stacked by precision, one panel a variant on one scale; ``name`` is the page's id of it."""
+    """Milliseconds of one step by kind of node, stacked by precision, one panel a variant on one scale; ``name`` is the
+    page's id of it.
+    """
     profiles = {variant: rows for variant, rows in profiles.items() if rows}
     if not profiles:
         return None
@@ -222,7 +268,9 @@ def time_profile(profiles: Mapping[str, Sequence[ProfileRow]], name: str = "time
             _draw_profile(drawn, axes, rows, kinds)
             axes.set_title(f"{variant}: {sum(row.milliseconds for row in rows):.2f} ms")
             axes.set_xlabel("milliseconds a step")
-        handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        handles = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
         drawn.figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=6)
         totals = "; ".join(f"{key}: {sum(row.milliseconds for row in rows):.2f} ms" for key, rows in profiles.items())
         return drawn.svg(f"Time of one step by kind of node and precision. {totals}")
@@ -241,13 +289,17 @@ def largest_kinds(profiles: Mapping[str, Sequence[ProfileRow]], most: int = 9) -
 def _draw_profile(drawn: Canvas, axes: Axes, rows: Sequence[ProfileRow], kinds: Sequence[str]) -> None:
     left = dict.fromkeys(kinds, 0.0)
     labelled: set[str] = set()
-    for row in sorted(rows, key=lambda item: list(_PRECISIONS).index(item.precision) if item.precision in _PRECISIONS else 99):
+    for row in sorted(
+        rows, key=lambda item: list(_PRECISIONS).index(item.precision) if item.precision in _PRECISIONS else 99
+    ):
         kind = row.kind if row.kind in left else "other"
         label = _PRECISION_NAMES.get(row.precision, "other")
         shown = "_" if label in labelled else label
         labelled.add(label)
         colour = COLOURS[_PRECISIONS.get(row.precision, "grey")]
-        bars = axes.barh([kinds.index(kind)], [row.milliseconds], left=[left[kind]], color=colour, height=0.72, label=shown)
+        bars = axes.barh(
+            [kinds.index(kind)], [row.milliseconds], left=[left[kind]], color=colour, height=0.72, label=shown
+        )
         drawn.tip(bars[0], f"{row.kind}, {row.precision}: {row.milliseconds:.3f} ms in {row.nodes} nodes")
         left[kind] += row.milliseconds
     axes.set_yticks(range(len(kinds)), kinds)

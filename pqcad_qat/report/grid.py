@@ -17,7 +17,9 @@ SMALLEST_SIDE = 96
 
 
 def save_grid(images: npt.ArrayLike, path: Path) -> None:
-    """Write uint8 images (N, C, H, W), C 1 or 3, row by row in a nearly square grid with a pixel of white between them."""
+    """Write uint8 images (N, C, H, W), C 1 or 3, row by row in a nearly square grid with a pixel of white between
+    them.
+    """
     pictures = np.asarray(images)
     count, channels, height, width = pictures.shape
     columns = math.ceil(math.sqrt(count))

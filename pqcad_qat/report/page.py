@@ -26,7 +26,9 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 @dataclass(frozen=True)
 class Headline:
-    """One large number of the page's top: "3.1x", what it means, the two figures it comes from, and whether it is an improvement."""
+    """One large number of the page's top: "3.1x", what it means, the two figures it comes from, and whether it is an
+    improvement.
+    """
 
     value: str
     meaning: str
@@ -45,7 +47,9 @@ class Bar:
 
 
 def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> str:
-    """The whole page, self-contained; a part that the record lacks is left out of it. Errors of samples as `samples.ordered`."""
+    """The whole page, self-contained; a part that the record lacks is left out of it. Errors of samples as
+    `samples.ordered`.
+    """
     template = page_template("report_template.html")
     charts = {
         "quality": figures.quality_latency(report),
@@ -76,7 +80,9 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         ours=OURS,
         unknown=UNKNOWN,
         float_kinds={row.layer: row.kind for row in report.layers if row.weight_bits is None},
-        simulated=[row.layer for row in report.layers if row.weight_bits is not None and row.planned_execution != "int8"],
+        simulated=[
+            row.layer for row in report.layers if row.weight_bits is not None and row.planned_execution != "int8"
+        ],
     )
 
 
@@ -106,7 +112,9 @@ def summary(report: Report) -> str:
 
 
 def headlines(report: Report) -> list[Headline]:
-    """Speed, size, quality and execution, each only where its numbers are known and steady; worse is said as plainly as better."""
+    """Speed, size, quality and execution, each only where its numbers are known and steady; worse is said as plainly as
+    better.
+    """
     rows = {row.name: row for row in report.variants}
     steady = {name: row for name, row in rows.items() if name not in report.unsteady}
     found = [speed for name in BASELINES if (speed := _speed(steady, name))]
@@ -119,7 +127,11 @@ def headlines(report: Report) -> list[Headline]:
         found.append(quality)
     if report.execution:
         done = f"{report.execution.executed_int8}/{report.execution.planned}"
-        exact = f"{report.parity.layers_exact} of {report.parity.layers_checked} equal to PyTorch to the integer" if report.parity else ""
+        exact = (
+            f"{report.parity.layers_exact} of {report.parity.layers_checked} equal to PyTorch to the integer"
+            if report.parity
+            else ""
+        )
         complete = report.execution.executed_int8 == report.execution.planned
         found.append(Headline(done, "planned layers executed in INT8", exact, complete))
     return found
@@ -174,7 +186,10 @@ def latency_bars(report: Report) -> list[Bar]:
     timed = [(row, row.latency_ms_per_image) for row in report.variants if row.latency_ms_per_image]
     longest = max((value for _, value in timed), default=1.0)
     marks = dict.fromkeys(report.unsteady, f", {UNSTEADY}")
-    return [Bar(row.name, f"{number(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS) for row, value in timed]
+    return [
+        Bar(row.name, f"{number(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS)
+        for row, value in timed
+    ]
 
 
 def time_bars(timings: Mapping[str, float]) -> list[Bar]:
@@ -186,7 +201,12 @@ def time_bars(timings: Mapping[str, float]) -> list[Bar]:
 def best_values(report: Report) -> dict[str, float]:
     """The best measured value of each column; a time that is unsteady is none."""
     best: dict[str, float] = {}
-    for key, choose in (("size_bytes", min), ("latency_ms_per_image", min), ("latency_ms_per_step", min), ("fid_real", min)):
+    for key, choose in (
+        ("size_bytes", min),
+        ("latency_ms_per_image", min),
+        ("latency_ms_per_step", min),
+        ("fid_real", min),
+    ):
         rows = [row for row in report.variants if not (key.startswith("latency") and row.name in report.unsteady)]
         values = [value for row in rows if (value := getattr(row, key)) is not None]
         if len(values) > 1:
@@ -204,7 +224,15 @@ def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, 
         facts += [f"FID {row.fid_real:.2f}"] if row and row.fid_real is not None else []
         facts += [f"{row.psnr_fp:.1f} dB to fp32"] if row and row.psnr_fp is not None else []
         alt = f"{count} images by {name} ({VARIANTS.get(name, 'a variant')}), from the same seeds as the other rows"
-        found.append({"name": name, "what": VARIANTS.get(name, ""), "facts": ", ".join(facts), "uri": strip_uri(images), "alt": alt})
+        found.append(
+            {
+                "name": name,
+                "what": VARIANTS.get(name, ""),
+                "facts": ", ".join(facts),
+                "uri": strip_uri(images),
+                "alt": alt,
+            }
+        )
     return found
 
 
@@ -213,11 +241,16 @@ def spread(timing: Timing | None) -> str:
     if timing is None:
         return ""
     quartiles = f"{number(timing.lower_quartile_ms, 3)} to {number(timing.upper_quartile_ms, 3)}"
-    return f"median of {timing.runs} runs {number(timing.median_ms, 3)} ms, quartiles {quartiles}, minimum {number(timing.minimum_ms, 3)}"
+    return (
+        f"median of {timing.runs} runs {number(timing.median_ms, 3)} ms, quartiles {quartiles}, minimum "
+        f"{number(timing.minimum_ms, 3)}"
+    )
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A measurement with so many significant digits, never in exponents between 1e-3 and 1e6; a dash where it is unknown."""
+    """A measurement with so many significant digits, never in exponents between 1e-3 and 1e6; a dash where it is
+    unknown.
+    """
     if value is None:
         return UNKNOWN
     if value != 0 and not 1e-3 <= abs(value) < 1e6:

@@ -47,18 +47,20 @@ class Hardware:
 
 
 WIDEST = 0.2
-"""Quartiles of a measurement may lie as far apart as this share of its median; beyond, the machine was busy with something else.
+"""Quartiles of a measurement may lie as far apart as this share of its median; beyond, the machine was busy with
+something else.
 
-Calls of a third of a millisecond, too short to be interrupted, spread by 0.005 to 0.15 over thirty runs; calls of 18 ms on two cores that
-fifteen other programs used spread by 0.13 to 0.35, and their medians were three to seven times too long.
+Calls of a third of a millisecond, too short to be interrupted, spread by 0.005 to 0.15 over thirty runs; calls of 18 ms
+on two cores that fifteen other programs used spread by 0.13 to 0.35, and their medians were three to seven times too
+long.
 """
 
 UNSTEADY = "unsteady"
 """What stands beside such a figure."""
 
 UNSTEADY_NOTE = (
-    f"{UNSTEADY}: quartiles further apart than {WIDEST:.0%} of the median, as where other programs run meanwhile. No target is held "
-    "against such a time: measure again on an idle machine."
+    f"{UNSTEADY}: quartiles further apart than {WIDEST:.0%} of the median, as where other programs run "
+    "meanwhile. No target is held against such a time: measure again on an idle machine."
 )
 
 
@@ -159,9 +161,13 @@ class Execution:
 
     planned: int  # layers planned for INT8
     executed_int8: int
-    float_layers: tuple[str, ...] = ()  # layers that executed in floating point: left so by the plan, or listed exceptions
+    float_layers: tuple[
+        str, ...
+    ] = ()  # layers that executed in floating point: left so by the plan, or listed exceptions
     needs_vnni: tuple[str, ...] = ()  # layers whose sums may overflow on CPUs without VNNI
-    attention: Mapping[str, str] = field(default_factory=dict)  # attention planned for INT8 -> what its products executed in
+    attention: Mapping[str, str] = field(
+        default_factory=dict
+    )  # attention planned for INT8 -> what its products executed in
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,9 @@ class PartRow:
     part: str  # its folder: vae_decoder, text_encoder, ...
     format: str  # "float", "int8-weights", "int8"
     size_bytes: int
-    psnr: float | None  # dB against full precision: of pictures from the set's latents, of the last hidden state of random tokens
+    psnr: (
+        float | None
+    )  # dB against full precision: of pictures from the set's latents, of the last hidden state of random tokens
 
 
 @dataclass(frozen=True)
@@ -248,7 +256,9 @@ class Curves:
 
     losses: tuple[Series, ...] = ()  # one for each stage and term; drawn on a log scale
     momenta: tuple[Series, ...] = ()  # of stage "pq": "loss_momentum", "perturbation" (mean over layers), "mean_bits"
-    distances: tuple[Series, ...] = ()  # of "pq" and "fixed-bit": mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
+    distances: tuple[
+        Series, ...
+    ] = ()  # of "pq" and "fixed-bit": mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
     plateau: float | None = None  # the policy's bounds, drawn beside the momenta
     perturbation_bound: float | None = None
 
@@ -271,7 +281,9 @@ class Report:
     quality_note: str = ""  # what was left out of the figures of quality, and why; what they are of where not of images
     latency: Mapping[str, Timing] = field(default_factory=dict)  # variant -> distribution of one step
     layers: tuple[LayerRow, ...] = ()
-    profiles: Mapping[str, tuple[ProfileRow, ...]] = field(default_factory=dict)  # variant -> where its step's time went
+    profiles: Mapping[str, tuple[ProfileRow, ...]] = field(
+        default_factory=dict
+    )  # variant -> where its step's time went
     storage: tuple[StorageRow, ...] = ()  # of pqcad-openvino
     parts: tuple[PartRow, ...] = ()  # of the deployed folder, beside the denoiser
     reproduction: Reproduction | None = None
@@ -290,7 +302,9 @@ def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
     return frozenset(found | ({"fp32-half"} if "fp32" in found else set()))
 
 
-def target(name: str, measured: float | None, comparison: Comparison, bound: float, unit: str = "", note: str = "") -> Target:
+def target(
+    name: str, measured: float | None, comparison: Comparison, bound: float, unit: str = "", note: str = ""
+) -> Target:
     """A Target whose ``holds`` follows from the numbers; a missing or non-finite measurement gives None."""
     holds = None
     if measured is not None and math.isfinite(measured):

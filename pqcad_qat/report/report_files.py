@@ -1,6 +1,7 @@
 """The report a run leaves: report.json (also read back here), samples.png and report.html.
 
-Not here: the data's definition (record.py), the pictures (figures.py), the page's contents (page.py), or any measurement.
+Not here: the data's definition (record.py), the pictures (figures.py), the page's contents (page.py), or any
+measurement.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def from_json(document: Mapping[str, Any], where: str = REPORT_FILE) -> tuple[Re
     try:
         return _REPORT.validate_python(document), _CURVES.validate_python(document.get("curves", {}))
     except ValidationError as error:
-        faults = [f"{where}: {'.'.join(map(str, e['loc']))}: got {_short(e['input'])}; {e['msg']}" for e in error.errors()]
+        faults = [
+            f"{where}: {'.'.join(map(str, e['loc']))}: got {_short(e['input'])}; {e['msg']}" for e in error.errors()
+        ]
         raise ModelError("\n".join(faults)) from None
 
 
@@ -101,7 +104,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def _dump(adapter: TypeAdapter[Any], value: object) -> dict[str, Any]:
-    dumped: dict[str, Any] = adapter.dump_python(value, mode="json", by_alias=True, warnings=False, fallback=lambda number: number.item())
+    dumped: dict[str, Any] = adapter.dump_python(
+        value, mode="json", by_alias=True, warnings=False, fallback=lambda number: number.item()
+    )
     return dumped
 
 

@@ -1,4 +1,5 @@
-"""Sample images of several variants from the same seeds, as PNG: the labelled sheet, and one strip a variant for the page.
+"""Sample images of several variants from the same seeds, as PNG: the labelled sheet, and one strip a variant for the
+page.
 
 Not here: charts (figures.py), or the sampling itself.
 """
@@ -24,13 +25,18 @@ _SHEET_IMAGE = 64  # pixels an image is enlarged to at least, by a whole factor
 def ordered(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Variant -> uint8 images (K, H, W, 3), in the report's order; names of one's own come last.
 
-    Raises ModelError unless every variant has the same number K >= 1 of images (K, C, H, W), C 1 or 3, finite, float in [-1, 1] or uint8.
+    Raises ModelError unless every variant has the same number K >= 1 of images (K, C, H, W), C 1 or 3, finite, float in
+    [-1, 1] or uint8.
     """
     known = [name for name in VARIANTS if name in samples]
-    images = {name: _to_uint8(name, samples[name]) for name in (*known, *(name for name in samples if name not in VARIANTS))}
+    images = {
+        name: _to_uint8(name, samples[name]) for name in (*known, *(name for name in samples if name not in VARIANTS))
+    }
     shapes = {name: array.shape for name, array in images.items()}
     if len(set(shapes.values())) > 1:
-        raise ModelError(f"samples of all variants must have one shape, for they come from the same seeds; got {shapes}")
+        raise ModelError(
+            f"samples of all variants must have one shape, for they come from the same seeds; got {shapes}"
+        )
     return images
 
 
@@ -39,7 +45,9 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
         raise ModelError(f"samples of {name} must be (K, C, H, W) with K at least 1 and C 1 or 3; got {images.shape}")
     if images.dtype != np.uint8:
         if not np.isfinite(images).all():
-            raise ModelError(f"samples of {name} must be finite; got {np.count_nonzero(~np.isfinite(images))} values that are not")
+            raise ModelError(
+                f"samples of {name} must be finite; got {np.count_nonzero(~np.isfinite(images))} values that are not"
+            )
         images = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
     return np.broadcast_to(images.transpose(0, 2, 3, 1), (len(images), *images.shape[2:], 3))
 
@@ -51,7 +59,9 @@ def sheet_size(rows: int, columns: int, height: int, width: int) -> tuple[int, i
 
 
 def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
-    """samples.png: a row a variant with its name before it, a column a seed, enlarged by a whole factor. Errors as `ordered`."""
+    """samples.png: a row a variant with its name before it, a column a seed, enlarged by a whole factor. Errors as
+    `ordered`.
+    """
     rows = ordered(samples)
     columns, height, width, _ = next(iter(rows.values())).shape
     factor = _factor(height, width)
@@ -78,7 +88,9 @@ def _strip(images: np.ndarray) -> Image.Image:
     strip = np.zeros((height + 2 * GAP, count * (width + GAP) + GAP, 4), dtype=np.uint8)
     for index, image in enumerate(images):
         left = GAP + index * (width + GAP)
-        strip[GAP : GAP + height, left : left + width] = np.dstack([image, np.full((height, width), 255, dtype=np.uint8)])
+        strip[GAP : GAP + height, left : left + width] = np.dstack(
+            [image, np.full((height, width), 255, dtype=np.uint8)]
+        )
     return Image.fromarray(strip)
 
 

@@ -39,7 +39,8 @@ class Assignment:
         bytes: of the weights, packed.
         predicted: sum of the layers' errors.
         error: measured with all layers quantized at once.
-        predicted_ms: of a step, the sum of the layers' times and of what is no layer's, on the machine that measured them.
+        predicted_ms: of a step, the sum of the layers' times and of what is no layer's, on the machine that measured
+            them.
         measured_ms: by the clock, all assignments in turns; both where there was a limit of time.
     """
 
@@ -65,7 +66,8 @@ class SensitivityReport:
         assignments: the policy's own widths, and the chosen ones last.
         command: that made it.
         budget_ms: that a step had to keep to.
-        milliseconds: of a step, of each layer in INT8 (under its own width) and in floating point (under FLOAT), where they were measured.
+        milliseconds: of a step, of each layer in INT8 (under its own width) and in floating point (under FLOAT), where
+            they were measured.
     """
 
     policy: str
@@ -124,12 +126,20 @@ def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
     errors = (decibels(error) for error in (layer.inputs, *(layer.weights[width] for width in report.widths)))
     gets = report.shown.bits[layer.name]
     shown = "float" if gets == FLOAT else str(gets)
-    return [layer.name, f"{report.parameters[layer.name]:,}", *(f"{1e3 * spent:.1f}" for spent in times), *errors, shown]
+    return [
+        layer.name,
+        f"{report.parameters[layer.name]:,}",
+        *(f"{1e3 * spent:.1f}" for spent in times),
+        *errors,
+        shown,
+    ]
 
 
 def sensitivity_table(report: SensitivityReport) -> Table:
     """For the terminal."""
-    table = Table(title=f"{report.policy}: error of the output in dB, one layer quantized alone", caption_justify="left")
+    table = Table(
+        title=f"{report.policy}: error of the output in dB, one layer quantized alone", caption_justify="left"
+    )
     for heading in headings(report):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for layer in report.layers:
@@ -169,7 +179,9 @@ def _step_texts(report: SensitivityReport, found: Assignment) -> list[str]:
     """Predicted and measured milliseconds, each also as a multiple of the first assignment's."""
     first = next(iter(report.assignments.values()))
     pairs = ((found.predicted_ms, first.predicted_ms), (found.measured_ms, first.measured_ms))
-    return [f"{spent:.3f} ({spent / whole:.3f}{TIMES})" for spent, whole in pairs if spent is not None and whole is not None]
+    return [
+        f"{spent:.3f} ({spent / whole:.3f}{TIMES})" for spent, whole in pairs if spent is not None and whole is not None
+    ]
 
 
 def mean_bits(report: SensitivityReport, assignment: Assignment) -> float:
@@ -200,9 +212,16 @@ def sensitivity_chart(report: SensitivityReport) -> str:
             for column, width in enumerate(report.columns):
                 error = layer.weights.get(width, 0.0)
                 share = _share(error, low, high)
-                cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=SHADES[round(share * (len(SHADES) - 1))], lw=0)
+                cell = Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, facecolor=SHADES[round(share * (len(SHADES) - 1))], lw=0
+                )
                 axes.add_patch(cell)
-                drawn.tip(cell, f"{layer.name} at {width} bits: {decibels(error)} dB" if width != FLOAT else f"{layer.name}: no error")
+                drawn.tip(
+                    cell,
+                    f"{layer.name} at {width} bits: {decibels(error)} dB"
+                    if width != FLOAT
+                    else f"{layer.name}: no error",
+                )
             place = report.columns.index(report.shown.bits[layer.name])
             axes.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS["rose"], lw=1.6))
         axes.set_xlim(-0.5, len(report.columns) - 0.5)
@@ -212,7 +231,10 @@ def sensitivity_chart(report: SensitivityReport) -> str:
         axes.tick_params(axis="both", length=0, labelsize=8)
         axes.xaxis.tick_top()
         axes.grid(visible=False)
-        return drawn.svg(f"Error of the output by layer and width, from {low:.0f} dB (light) to {high:.0f} dB (dark), one layer at a time")
+        return drawn.svg(
+            f"Error of the output by layer and width, from {low:.0f} dB (light) to {high:.0f} dB (dark), "
+            "one layer at a time"
+        )
 
 
 def _share(error: float, low: float, high: float) -> float:

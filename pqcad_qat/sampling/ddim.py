@@ -1,10 +1,12 @@
 """DDPM's kin: noise schedules, time steps, the DDIM step and its inverse, as pure functions.
 
-Not here: which classes are kin, and their keys (schedulers.py), named betas (betas.py), what clipping means for a step's inverse
-(clipping.py), flow matching (flow.py), and what both share (trajectory.py). Every function takes numpy arrays and torch tensors alike.
+Not here: which classes are kin, and their keys (schedulers.py), named betas (betas.py), what clipping means for a
+step's inverse (clipping.py), flow matching (flow.py), and what both share (trajectory.py). Every function takes numpy
+arrays and torch tensors alike.
 
-Names are the papers': x_t the state, x_0 the image, eps the noise, v the velocity, alpha_bar_t the share of signal (its square root
-multiplies x_0). Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021, eq. 12), v (Salimans and Ho 2022, appendix D).
+Names are the papers': x_t the state, x_0 the image, eps the noise, v the velocity, alpha_bar_t the share of signal (its
+square root multiplies x_0). Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021, eq. 12), v (Salimans and Ho 2022,
+appendix D).
 """
 
 from __future__ import annotations
@@ -76,12 +78,14 @@ class DDPMSchedule:
         """The steps of an N-step sampler; `key` is who asks for them.
 
         Raises:
-            ModelError: there is none of so many steps, or it calls the denoiser where its prediction says nothing at all.
+            ModelError: there is none of so many steps, or it calls the denoiser where its prediction says nothing at
+                all.
         """
         times = timesteps(self, steps, key)
         if self.prediction_type == "epsilon" and self.alpha_bar_at(times[0]) == 0.0:
             raise ModelError(
-                f"{key}: got {steps}; they begin at time step {times[0]}, where rescale_betas_zero_snr leaves no signal and epsilon says "
+                f"{key}: got {steps}; they begin at time step {times[0]}, where rescale_betas_zero_snr "
+                "leaves no signal and epsilon says "
                 "nothing of the picture; allowed a scheduler of v_prediction or sample, or of timestep_spacing leading"
             )
         return tuple((t, next_timestep(self, t, steps)) for t in times)
@@ -89,18 +93,23 @@ class DDPMSchedule:
     def student(self, steps: int, student_steps: int) -> DDPMSchedule:
         """The schedule whose sampler of fewer steps begins where the N-step sampler of this one begins.
 
-        Trajectories start from pure noise at the first, noisiest time. A student that took pure noise for its state at a later time would
-        be where nobody trained it. With trailing and linspace spacing the first time is T - 1, whatever the number of steps. With leading
-        spacing it depends on it: the times of N steps are k r + steps_offset, r = T // N, k < N. Every f-th of them, the first included,
-        are k (f r) + steps_offset + (f - 1) r, k < N / f: leading spacing again, by another offset, as long as T // (N / f) is f r. Where
-        the divisions leave a rest it is not, and the schedule is cut short behind the first time that is visited, so that it is.
+        Trajectories start from pure noise at the first, noisiest time. A student that took pure noise for its state at
+        a later time would be where nobody trained it. With trailing and linspace spacing the first time is T - 1,
+        whatever the number of steps. With leading
+        spacing it depends on it: the times of N steps are k r + steps_offset, r = T // N, k < N. Every f-th of them,
+        the first included, are k (f r) + steps_offset + (f - 1) r, k < N / f: leading spacing again, by another offset,
+        as long as T // (N / f) is f r. Where the divisions leave a rest it is not, and the schedule is cut short behind
+        the first time that is visited, so that it is.
 
         Raises:
             ModelError: no sampler of so few steps begins there.
         """
         factor, ratio = steps // student_steps, self.train_timesteps // steps
         if self.timestep_spacing == "linspace" and student_steps == 1 < steps:
-            raise ModelError("distillation.student_steps: got 1; with linspace spacing one step begins at time step 0; allowed 2 or more")
+            raise ModelError(
+                "distillation.student_steps: got 1; with linspace spacing one step begins at time step "
+                "0; allowed 2 or more"
+            )
         if self.timestep_spacing != "leading" or factor == 1:
             return self
         changes: dict[str, Any] = {"steps_offset": self.steps_offset + (factor - 1) * ratio}
@@ -110,13 +119,17 @@ class DDPMSchedule:
         return ddpm_schedule({**self.config, **changes}, f"scheduler of a student of {student_steps} steps")
 
     def passing(self, steps: int, students: Sequence[int]) -> Walk:
-        """The steps of a sampler that visits the times of N steps and of its students; its own, where theirs are among them."""
+        """The steps of a sampler that visits the times of N steps and of its students; its own, where theirs are among
+        them.
+        """
         walk = self.walk(steps)
         times = {t for t, _ in walk} | {t for count in students for t, _ in self.student(steps, count).walk(count)}
         return walk if len(times) == len(walk) else tuple(pairwise([*sorted(times, reverse=True), END]))
 
     def finer(self, walk: Walk, factor: int) -> tuple[Walk, ...]:
-        """Each step of a whole walk, up to the time of the next, in `factor` parts as even as whole numbers allow, or fewer."""
+        """Each step of a whole walk, up to the time of the next, in `factor` parts as even as whole numbers allow, or
+        fewer.
+        """
         if factor == 1:
             return tuple((step,) for step in walk)
         found = []
@@ -127,14 +140,18 @@ class DDPMSchedule:
 
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
         """x_s (B, C, H, W) from x_t and the prediction there."""
-        return ddim_step(prediction, x_t, self.alpha_bar_at(t), self.alpha_bar_at(s), self.prediction_type, self.clip_sample_range)
+        return ddim_step(
+            prediction, x_t, self.alpha_bar_at(t), self.alpha_bar_at(s), self.prediction_type, self.clip_sample_range
+        )
 
     def inverse(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
         """The prediction that carries x_t to x_s in one step whose x_0 is not clipped."""
         return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), self.prediction_type)
 
     def error_weight(self, t: float, s: float = END) -> float:
-        """What a squared error of a step's prediction weighs, in x_0 by truncated SNR; 0 where it says nothing of x_0, or moves nothing."""
+        """What a squared error of a step's prediction weighs, in x_0 by truncated SNR; 0 where it says nothing of x_0,
+        or moves nothing.
+        """
         signal = self.alpha_bar_at(t)
         told = self.prediction_type != "epsilon" or signal >= LOW_SIGNAL
         return truncated_snr_weight(signal, self.prediction_type) if told and signal != self.alpha_bar_at(s) else 0.0
@@ -172,7 +189,9 @@ def _betas(written: Mapping[str, Any]) -> Betas:
     if written["trained_betas"] is not None:
         betas = np.asarray(written["trained_betas"], dtype=np.float64)
     else:
-        betas = named_betas(written["beta_schedule"], written["beta_start"], written["beta_end"], written["num_train_timesteps"])
+        betas = named_betas(
+            written["beta_schedule"], written["beta_start"], written["beta_end"], written["num_train_timesteps"]
+        )
     return zero_terminal_snr(betas) if written["rescale_betas_zero_snr"] else betas
 
 
@@ -183,8 +202,14 @@ def _written_betas(betas: Betas) -> dict[str, Any]:
 
 
 def _check_signal(alpha_bar: npt.NDArray[np.float64], written: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError where float32 has no noise left, or no signal; at the last time step there may be exactly none."""
-    key = "trained_betas" if written["trained_betas"] is not None else "beta_start, beta_end, beta_schedule and num_train_timesteps"
+    """Raises ModelError where float32 has no noise left, or no signal; at the last time step there may be exactly
+    none.
+    """
+    key = (
+        "trained_betas"
+        if written["trained_betas"] is not None
+        else "beta_start, beta_end, beta_schedule and num_train_timesteps"
+    )
     low = ~(alpha_bar >= LEAST_SIGNAL)
     low[-1] &= alpha_bar[-1] != 0.0
     if low.any() or alpha_bar[-1] < 0.0:
@@ -198,7 +223,8 @@ def timesteps(schedule: DDPMSchedule, steps: int, key: str = STEPS_KEY) -> tuple
     """The N time steps at which the denoiser is called, falling, as diffusers' DDIMScheduler lays them.
 
     Raises:
-        ModelError: fewer than 1 step, more than the model was trained with, or so many that diffusers leaves the schedule with them.
+        ModelError: fewer than 1 step, more than the model was trained with, or so many that diffusers leaves the
+            schedule with them.
     """
     count = schedule.train_timesteps
     if not 1 <= steps <= count:
@@ -210,10 +236,13 @@ def timesteps(schedule: DDPMSchedule, steps: int, key: str = STEPS_KEY) -> tuple
     else:
         laid = np.linspace(0, count - 1, steps).round()[::-1]
     if len(laid) != steps:  # rounding of T / N lets numpy's arange begin one step too many
-        raise ModelError(f"{key}: got {steps}; diffusers' trailing spacing lays {len(laid)}, the last before time 0; allowed another")
+        raise ModelError(
+            f"{key}: got {steps}; diffusers' trailing spacing lays {len(laid)}, the last before time 0; allowed another"
+        )
     if laid[0] >= count:
         raise ModelError(
-            f"{key}: got {steps}; with the scheduler's steps_offset of {schedule.steps_offset} they begin at time step {int(laid[0])} of "
+            f"{key}: got {steps}; with the scheduler's steps_offset of {schedule.steps_offset} they begin "
+            f"at time step {int(laid[0])} of "
             f"{count}; allowed fewer steps, or a smaller steps_offset"
         )
     return tuple(int(t) for t in laid)
@@ -224,7 +253,9 @@ def next_timestep(schedule: DDPMSchedule, t: int, steps: int) -> int:
     return t - schedule.train_timesteps // steps
 
 
-def split_prediction(prediction: Array, x_t: Array, alpha_bar_t: Any, prediction_type: PredictionType) -> tuple[Array, Array]:
+def split_prediction(
+    prediction: Array, x_t: Array, alpha_bar_t: Any, prediction_type: PredictionType
+) -> tuple[Array, Array]:
     """(x_0, eps) that a prediction at x_t stands for; alpha_bar_t is a number or broadcasts over (B, C, H, W)."""
     p, x = cast(Any, prediction), cast(Any, x_t)
     signal, noise = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
@@ -270,7 +301,8 @@ def ddim_step(
 
 
 def ddim_inverse(x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, prediction_type: PredictionType) -> Array:
-    """The prediction that carries x_t to x_s in one DDIM step: `ddim_step` solved for it (Salimans and Ho 2022, appendix G).
+    """The prediction that carries x_t to x_s in one DDIM step: `ddim_step` solved for it (Salimans and Ho 2022,
+    appendix G).
 
     x_t and x_s are two linear equations in (x_0, eps); the determinant is 0 only where t and s are the same time.
     """
@@ -289,7 +321,8 @@ def add_noise(x_0: Array, eps: Array, alpha_bar_t: Any) -> Array:
 
 
 def truncated_snr_weight(alpha_bar: float, prediction_type: PredictionType) -> float:
-    """Weight that turns a squared error of a prediction into max(SNR, 1) times the squared error of x_0 (Salimans and Ho 2022, section 4).
+    """Weight that turns a squared error of a prediction into max(SNR, 1) times the squared error of x_0 (Salimans and
+    Ho 2022, section 4).
 
     With SNR = a / (1 - a), an error of x_0 is sqrt((1 - a) / a) times one of epsilon, and sqrt(1 - a) times one of v.
     """

@@ -1,9 +1,12 @@
-"""Flow matching: the noise schedule of a FlowMatchEulerDiscreteScheduler, the Euler step and its inverse, as pure functions.
+"""Flow matching: the noise schedule of a FlowMatchEulerDiscreteScheduler, the Euler step and its inverse, as pure
+functions.
 
-Not here: DDPM's kin (ddim.py), and what both share (trajectory.py). Every function takes numpy arrays and torch tensors alike.
+Not here: DDPM's kin (ddim.py), and what both share (trajectory.py). Every function takes numpy arrays and torch tensors
+alike.
 
-Names are the papers': x_t = (1 - sigma) x_0 + sigma eps, the denoiser predicts the velocity eps - x_0, time is t = sigma T. Sources: flow
-matching (Lipman et al. 2023), rectified flow (Liu et al. 2023), the shift of sigma (Esser et al. 2024, eq. 23).
+Names are the papers': x_t = (1 - sigma) x_0 + sigma eps, the denoiser predicts the velocity eps - x_0, time is t =
+sigma T. Sources: flow matching (Lipman et al. 2023), rectified flow (Liu et al. 2023), the shift of sigma (Esser et al.
+2024, eq. 23).
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, MOST_TIMESTEPS, SIGMAS
 FlowSpacing = Literal["linspace", "trailing"]
 
 SPACING = "timestep_spacing"
-"""Key of ours in a flow's scheduler config: what the model's pipeline of diffusers hands its scheduler, which the config does not say."""
+"""Key of ours in a flow's scheduler config: what the model's pipeline of diffusers hands its scheduler, which the
+config does not say.
+"""
 
 DIGITS = 4
 """Decimals of a time: float32 tells no more of 1000, and so equal times of two samplers are equal numbers."""
@@ -50,8 +55,8 @@ class FlowSchedule:
 
     Attributes:
         shift: by which sigma is moved towards noise.
-        timestep_spacing: how N steps are laid before the shift: linspace from 1 to the scheduler's smallest sigma, its own way, as Stable
-            Diffusion 3 has it; or trailing, from 1 to 1/N, as Flux's pipeline asks for.
+        timestep_spacing: how N steps are laid before the shift: linspace from 1 to the scheduler's smallest sigma, its
+            own way, as Stable Diffusion 3 has it; or trailing, from 1 to 1/N, as Flux's pipeline asks for.
         train_timesteps: T.
     """
 
@@ -119,7 +124,8 @@ class FlowSchedule:
     def error_weight(self, t: float, s: float = 0.0) -> float:
         """What a squared error of the velocity of a step weighs, in x_0 by truncated SNR.
 
-        An error of x_0 = x_t - sigma v is sigma times one of v, and SNR = ((1 - sigma) / sigma)^2, so sigma^2 max(SNR, 1) is:
+        An error of x_0 = x_t - sigma v is sigma times one of v, and SNR = ((1 - sigma) / sigma)^2, so sigma^2 max(SNR,
+        1) is:
         """
         sigma = t / self.train_timesteps
         return max((1 - sigma) ** 2, sigma**2)
@@ -134,16 +140,20 @@ def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") ->
     keys = Keys({"shift": 1.0, SPACING: "linspace", "num_train_timesteps": 1000, **config}, where)
     keys.off(UNKNOWN)
     if config.get("use_dynamic_shifting"):
-        raise keys.fault("use_dynamic_shifting", "null or false, but of a model whose pipeline says how, as Flux's does")
+        raise keys.fault(
+            "use_dynamic_shifting", "null or false, but of a model whose pipeline says how, as Flux's does"
+        )
     spacing = keys.choice(SPACING, get_args(FlowSpacing))
     timesteps = keys.whole("num_train_timesteps", 1, MOST_TIMESTEPS)
     return FlowSchedule(keys.number("shift", *SHIFTS), cast(FlowSpacing, spacing), timesteps)
 
 
 def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler config") -> dict[str, Any]:
-    """The config with a dynamic shift as the fixed one that it is for an image of so many tokens, and the spacing of Flux's pipeline.
+    """The config with a dynamic shift as the fixed one that it is for an image of so many tokens, and the spacing of
+    Flux's pipeline.
 
-    diffusers' time_shift(mu) is the fixed shift by e^mu, of type linear by mu; mu lies on the line through the config's two ends.
+    diffusers' time_shift(mu) is the fixed shift by e^mu, of type linear by mu; mu lies on the line through the config's
+    two ends.
 
     Raises:
         ModelError: a key or a value that is not one of a dynamic shift.
@@ -160,7 +170,8 @@ def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler conf
         low, high = SHIFTS if linear else (math.log(shift) for shift in SHIFTS)
         if not low < mu < high:
             raise keys.fault(
-                "max_shift", f"one that comes to a shift of {SHIFTS[0]:g} to {SHIFTS[1]:g} for {tokens} tokens; this is {mu:g}"
+                "max_shift",
+                f"one that comes to a shift of {SHIFTS[0]:g} to {SHIFTS[1]:g} for {tokens} tokens; this is {mu:g}",
             )
         found |= {"use_dynamic_shifting": False, "shift": mu if linear else math.exp(mu)}
     return found

@@ -1,10 +1,11 @@
-"""Which scheduler classes of diffusers are taken, and their configs read key by key: what a key left out means, and what it may be.
+"""Which scheduler classes of diffusers are taken, and their configs read key by key: what a key left out means, and
+what it may be.
 
 Not here: the noise schedules themselves (ddim.py, flow.py).
 
-Our sampler is DDIM on the noise schedule of a class of DDPM's kin, and Euler's on that of flow matching. So a class can be taken where its
-schedule is that of betas, whatever solver it is; and a class that is in neither table is refused by name, since its model would be
-sampled wrongly without a word.
+Our sampler is DDIM on the noise schedule of a class of DDPM's kin, and Euler's on that of flow matching. So a class can
+be taken where its schedule is that of betas, whatever solver it is; and a class that is in neither table is refused by
+name, since its model would be sampled wrongly without a word.
 """
 
 from __future__ import annotations
@@ -64,9 +65,11 @@ class Kin:
     Attributes:
         defaults: of keys that a config leaves out, where they are not DDIM's. Solvers never clip, so theirs say so.
         curves: what its beta_schedule may be.
-        zero_snr: alpha_bar that rescale_betas_zero_snr leaves at the last time; None where the class does not know that key.
+        zero_snr: alpha_bar that rescale_betas_zero_snr leaves at the last time; None where the class does not know that
+            key.
         switches: keys of its own that lay times which DDIM cannot lay, or that make another schedule of its betas.
-        ends: whether its final_sigmas_type says where sampling ends: at the image, or at the noise of the first training step.
+        ends: whether its final_sigmas_type says where sampling ends: at the image, or at the noise of the first
+            training step.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +98,9 @@ KIN: Mapping[str, Kin] = {
     "HeunDiscreteScheduler": Kin(_K_DIFFUSION, (*DDIM_CURVES, "exp"), switches=SIGMAS),
     "KDPM2DiscreteScheduler": Kin(_K_DIFFUSION, switches=SIGMAS),
     "KDPM2AncestralDiscreteScheduler": Kin(_K_DIFFUSION, switches=SIGMAS),
-    "DPMSolverMultistepScheduler": Kin(_SOLVER, zero_snr=_NEARLY_ZERO, switches=(*_FLOWING, "use_lu_lambdas"), ends=True),
+    "DPMSolverMultistepScheduler": Kin(
+        _SOLVER, zero_snr=_NEARLY_ZERO, switches=(*_FLOWING, "use_lu_lambdas"), ends=True
+    ),
     "DPMSolverSinglestepScheduler": Kin(_SOLVER, switches=_FLOWING, ends=True),
     "UniPCMultistepScheduler": Kin(_SOLVER, zero_snr=_NEARLY_ZERO, switches=_FLOWING, ends=True),
     "DEISMultistepScheduler": Kin(_SOLVER, switches=_FLOWING),
@@ -132,7 +137,9 @@ class Keys:
         """A finite number between two bounds, both excluded."""
         value = self.config.get(key)
         if not _is_number(value) or not above < value < below:
-            bounds = [f"{word} {bound:g}" for word, bound in (("over", above), ("under", below)) if math.isfinite(bound)]
+            bounds = [
+                f"{word} {bound:g}" for word, bound in (("over", above), ("under", below)) if math.isfinite(bound)
+            ]
             raise self.fault(key, " ".join(["a number", " and ".join(bounds)]).strip())
         return float(value)
 
@@ -170,14 +177,17 @@ def scheduler_class(config: Mapping[str, Any], where: str) -> str:
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or (name not in KIN and name != FLOW_SCHEDULER):
-        raise Keys(config, where).fault("_class_name", f"{', '.join(KIN)}, whose noise is that of betas, or {FLOW_SCHEDULER}")
+        raise Keys(config, where).fault(
+            "_class_name", f"{', '.join(KIN)}, whose noise is that of betas, or {FLOW_SCHEDULER}"
+        )
     return name
 
 
 def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config of a class of DDPM's kin as one of DDIM's with every key, each of them checked.
 
-    A key that the config leaves out means what it means in its own class. Its beta_schedule may still be one that DDIM has no name for.
+    A key that the config leaves out means what it means in its own class. Its beta_schedule may still be one that DDIM
+    has no name for.
 
     Raises:
         ModelError: a class, a key or a value that cannot be honoured.
@@ -216,6 +226,12 @@ def _trained_betas(keys: Keys, timesteps: int) -> list[float] | None:
     value = value.tolist() if hasattr(value, "tolist") else value  # an array, in a config that a program made
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or len(value) != timesteps or not all(_is_number(beta) and 0 < beta <= 1 for beta in value):
-        raise keys.fault("trained_betas", f"null, or {timesteps} numbers over 0 and at most 1, as num_train_timesteps says")
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != timesteps
+        or not all(_is_number(beta) and 0 < beta <= 1 for beta in value)
+    ):
+        raise keys.fault(
+            "trained_betas", f"null, or {timesteps} numbers over 0 and at most 1, as num_train_timesteps says"
+        )
     return [float(beta) for beta in value]

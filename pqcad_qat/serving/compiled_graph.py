@@ -33,18 +33,21 @@ LONGEST_REASON = 400
 def shared_core() -> ov.Core:
     """The core by which this process compiles: one for all.
 
-    A core gives its thread a stack for signals, and puts back what was there before when it goes. Where of two cores the older goes first,
-    the younger puts back the stack that is gone, and the next signal, Ctrl-C among them, is a segmentation fault.
+    A core gives its thread a stack for signals, and puts back what was there before when it goes. Where of two cores
+    the older goes first, the younger puts back the stack that is gone, and the next signal, Ctrl-C among them, is a
+    segmentation fault.
     """
     return ov.Core()
 
 
 class Requests:
-    """A compiled graph's infer requests: as many as threads were ever in a call at a time, so that no call waits for another's arrays.
+    """A compiled graph's infer requests: as many as threads were ever in a call at a time, so that no call waits for
+    another's arrays.
 
-    How many of them compute at a time is the compiled graph's to say. With PERFORMANCE_HINT LATENCY, the default, it has one stream, which
-    takes every core for one request after the other: threads are served in turn, each as fast as alone. THROUGHPUT has several streams of
-    fewer cores each.
+    How many of them compute at a time is the compiled graph's to say. With PERFORMANCE_HINT LATENCY, the default, it
+    has one stream, which
+    takes every core for one request after the other: threads are served in turn, each as fast as alone. THROUGHPUT has
+    several streams of fewer cores each.
     """
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
@@ -63,15 +66,21 @@ class Requests:
             request = self._compiled.create_infer_request()
         try:
             request.infer({name: np.ascontiguousarray(value) for name, value in inputs.items()}, share_inputs=True)
-            return [np.array((request.get_output_tensor if isinstance(key, int) else request.get_tensor)(key).data) for key in outputs]
+            return [
+                np.array((request.get_output_tensor if isinstance(key, int) else request.get_tensor)(key).data)
+                for key in outputs
+            ]
         except (RuntimeError, ValueError, TypeError) as error:
             raise ModelError(f"OpenVINO cannot run the graph: {reason(error)}") from error
         finally:
             self._free.append(request)
 
 
-def compile_graph(model: ov.Model, core: ov.Core, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> ov.CompiledModel:
-    """Compile with DEFAULT_PROPERTIES under `properties`; on the CPU of a container that has a share of the cores, for as many threads.
+def compile_graph(
+    model: ov.Model, core: ov.Core, device: str = "CPU", properties: Mapping[str, Any] | None = None
+) -> ov.CompiledModel:
+    """Compile with DEFAULT_PROPERTIES under `properties`; on the CPU of a container that has a share of the cores, for
+    as many threads.
 
     Raises:
         ModelError: a device that is not there, or OpenVINO refuses a property or the graph.
@@ -98,7 +107,10 @@ def check_device(core: ov.Core, device: str) -> None:
     if (chooser in CHOOSING and colon and known.issuperset(named)) or alone or (chooser in known and not colon):
         return
     allowed = [*there, "AUTO", *(f"{name}:{there[0]}" for name in CHOOSING if there)]
-    raise ModelError(f"device: got {shown(device)}; allowed {', '.join(allowed)}: OpenVINO has {', '.join(there) or 'no device'} here")
+    raise ModelError(
+        f"device: got {shown(device)}; allowed {', '.join(allowed)}: OpenVINO has "
+        f"{', '.join(there) or 'no device'} here"
+    )
 
 
 def executing(compiled: ov.CompiledModel) -> str:
@@ -108,7 +120,9 @@ def executing(compiled: ov.CompiledModel) -> str:
 
 
 def precision(compiled: ov.CompiledModel) -> str:
-    """OpenVINO's INFERENCE_PRECISION_HINT in use; where several devices compute, that of each, with commas between those that differ."""
+    """OpenVINO's INFERENCE_PRECISION_HINT in use; where several devices compute, that of each, with commas between
+    those that differ.
+    """
     own = _property(compiled, "INFERENCE_PRECISION_HINT")
     each = [own] if own is not None else [entry.get("INFERENCE_PRECISION_HINT") for entry in _by_device(compiled)]
     told = [kind.to_string() if isinstance(kind, ov.Type) else str(kind) for kind in each if kind is not None]

@@ -50,14 +50,22 @@ def tokenizer_of(text_encoder: str) -> str:
 
 
 _UNPACKING = (
-    "pqcad_qat.serving.runtime unpacks both at load to the graph of the int8 form, bit for bit. That form is needed for plain OpenVINO, "
-    "which does not read the compressed text, nor run convolutions with packed constants in INT8: OVUNet2DModel.save_pretrained(FOLDER, "
+    "pqcad_qat.serving.runtime unpacks both at load to the graph of the int8 form, bit for bit. That "
+    "form is needed for plain OpenVINO, "
+    "which does not read the compressed text, nor run convolutions with packed constants in INT8: "
+    "OVUNet2DModel.save_pretrained(FOLDER, "
     'weights="int8") writes it.'
 )
 WEIGHTS_NOTE: Mapping[WeightFormat, str] = {
-    "int8": "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the planned layers in INT8.",
+    "int8": (
+        "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the "
+        "planned layers in INT8."
+    ),
     "int4": f"Weights that fit are packed to 4 bits, and the graph's text is compressed. {_UNPACKING}",
-    "packed": f"The smallest files: weights are packed to 2, 3 or 4 bits where they fit, and the text is compressed. {_UNPACKING}",
+    "packed": (
+        "The smallest files: weights are packed to 2, 3 or 4 bits where they fit, and the text is "
+        f"compressed. {_UNPACKING}"
+    ),
 }
 
 
@@ -126,7 +134,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         try:
             _check_file(folder, name, entry)
-        except (OSError, RuntimeError) as error:  # a link that leads to itself, a name too long, a file that may not be read
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # a link that leads to itself, a name too long, a file that may not be read
             why = error.strerror if isinstance(error, OSError) else shown(str(error))
             raise ModelError(f"{path}: lists {shown(name)[1:-1]}, which cannot be read: {why}") from error
     return manifest
@@ -151,7 +162,8 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 
 def read_graph(folder: Path, core: ov.Core) -> ov.Model:
-    """The graph that the manifest names, with every packed weight unpacked to int8: the same, bit for bit, whatever its format on disk.
+    """The graph that the manifest names, with every packed weight unpacked to int8: the same, bit for bit, whatever its
+    format on disk.
 
     Raises:
         ModelError: the manifest is not allowed, or OpenVINO cannot read the files.
@@ -180,7 +192,8 @@ def write_folder(
         graph: with int8 weights; it is packed in place.
         weights: their format on disk.
         texts: path inside the folder -> content of a JSON file.
-        manifest: all but what follows from the files: `graph`, `weights`, `files`, `parts`, and `stored_bits` of the `layers`.
+        manifest: all but what follows from the files: `graph`, `weights`, `files`, `parts`, and `stored_bits` of the
+            `layers`.
         folder: where to.
         part: of DENOISERS, that the graph is written in.
         further: writes what else belongs below the folder that it is given, and returns the manifest's `parts`.
@@ -211,7 +224,8 @@ def write_folder(
 
 
 def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None) -> None:
-    """Write a deployed folder again: the same files, byte for byte, or in another format of its weights, as export_model would have.
+    """Write a deployed folder again: the same files, byte for byte, or in another format of its weights, as
+    export_model would have.
 
     Raises:
         ModelError: a damaged source.
@@ -250,7 +264,8 @@ def denoiser_bytes(folder: Path) -> int:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to be filled, moved to its place when the context ends well; until then an older deployed folder there stays whole.
+    """A new folder to be filled, moved to its place when the context ends well; until then an older deployed folder
+    there stays whole.
 
     Raises:
         ExportError: what is there is no deployed folder.
@@ -269,7 +284,9 @@ def replaced(folder: Path) -> Iterator[Path]:
 def check_replaceable(folder: Path) -> None:
     """Raises ExportError where a deployed folder must not be written, since there is something else."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}")
+        raise ExportError(
+            f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}"
+        )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -280,4 +297,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and digest of every file, by path inside the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+    }

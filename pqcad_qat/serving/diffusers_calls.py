@@ -1,7 +1,7 @@
 """How diffusers' classes of denoisers are called: by place, by name, and what of it a deployed graph takes.
 
-Not here: what is computed (runtime.py). Needs numpy. Nothing that a caller says is passed over: what the graph does not take is refused,
-unless it is None or empty, as pipelines hand over what they do without.
+Not here: what is computed (runtime.py). Needs numpy. Nothing that a caller says is passed over: what the graph does not
+take is refused, unless it is None or empty, as pipelines hand over what they do without.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy.typing as npt
 from pqcad_qat.errors import ModelError
 
 STATES, TIME, ANSWER = ("sample", "hidden_states"), "timestep", "return_dict"
-"""Names of x_t, of which every class has one and all are understood; of t; and of the argument that asks for a tuple."""
+"""Names of x_t, of which every class has one and all are understood; of t; and of the argument that asks for a
+tuple.
+"""
 
 PLACES = ("img_ids", "txt_ids")
 
@@ -75,7 +77,10 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 }
 """Class of a denoiser -> the arguments of its `forward`, in order."""
 
-_RESIDUALS = "what a ControlNet or T2I-Adapter adds is no input of this graph: such a pipeline takes the model that it was made from"
+_RESIDUALS = (
+    "what a ControlNet or T2I-Adapter adds is no input of this graph: such a pipeline takes the model that "
+    "it was made from"
+)
 _MASK = "texts are exported without a mask, all their tokens count: leave it out"
 _ADAPTERS = "there are no layers that adapters could reach: merge them into the model before it is quantized"
 
@@ -131,11 +136,14 @@ def read_call(kind: str, takes: Sequence[str], positional: Sequence[Any], named:
         where: begins a complaint.
 
     Raises:
-        ModelError: an argument twice or too many, no x_t or t, a condition that is missing or that the graph does not take.
+        ModelError: an argument twice or too many, no x_t or t, a condition that is missing or that the graph does not
+            take.
     """
     parameters = PARAMETERS.get(kind, (STATES[0], TIME, *takes, ANSWER))
     if len(positional) > len(parameters):
-        raise ModelError(f"{where}: got {len(positional)} arguments by place; allowed {len(parameters)}: {', '.join(parameters)}")
+        raise ModelError(
+            f"{where}: got {len(positional)} arguments by place; allowed {len(parameters)}: {', '.join(parameters)}"
+        )
     given = dict(zip(parameters, positional, strict=False))
     if twice := [name for name in named if name in given]:
         raise ModelError(f"{where}: got {', '.join(twice)} by place and by name; allowed once")
@@ -143,17 +151,28 @@ def read_call(kind: str, takes: Sequence[str], positional: Sequence[Any], named:
     states = [given.pop(name) for name in STATES if given.get(name) is not None]
     timestep, answer = given.pop(TIME, None), given.pop(ANSWER, True)
     if len(states) != 1 or timestep is None:
-        raise ModelError(f"{where}: got {len(states)} of {' or '.join(STATES)} and {TIME} {timestep!r}; allowed one, and a time step")
+        raise ModelError(
+            f"{where}: got {len(states)} of {' or '.join(STATES)} and {TIME} {timestep!r}; allowed one, and a time step"
+        )
     places = {name: given.pop(name) for name in PLACES if name in parameters and name in given}
     leaves = list(_leaves(given))
     if sorted(name for _, name, _ in leaves) != sorted(takes):
         asked = [word for holder, name, _ in leaves if name not in takes for word in (name, holder)]
         why = "; ".join(dict.fromkeys(ADVICE[word] for word in asked if word in ADVICE))
-        got = f"takes the conditions {', '.join(takes) or 'none'}; got {', '.join(name for _, name, _ in leaves) or 'none'}"
+        got = (
+            f"takes the conditions {', '.join(takes) or 'none'}; got "
+            f"{', '.join(name for _, name, _ in leaves) or 'none'}"
+        )
         raise ModelError(f"{where}: {got}" + (f": {why}" if why else ""))
     arrays = {name: as_array(value, f"{where}: {name}") for _, name, value in leaves}
     img_ids = places.get(PLACES[0])
-    return Call(states[0], timestep, arrays, None if img_ids is None else as_array(img_ids, f"{where}: {PLACES[0]}"), bool(answer))
+    return Call(
+        states[0],
+        timestep,
+        arrays,
+        None if img_ids is None else as_array(img_ids, f"{where}: {PLACES[0]}"),
+        bool(answer),
+    )
 
 
 def _leaves(given: Mapping[str, Any], holder: str | None = None) -> Iterator[tuple[str, str, Any]]:
@@ -166,7 +185,11 @@ def _leaves(given: Mapping[str, Any], holder: str | None = None) -> Iterator[tup
 
 
 def _empty(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, Collection) and not hasattr(value, "shape") and not len(value))
+    return (
+        value is None
+        or value is False
+        or (isinstance(value, Collection) and not hasattr(value, "shape") and not len(value))
+    )
 
 
 def as_array(value: Any, where: str) -> npt.NDArray[Any]:
@@ -183,5 +206,7 @@ def as_array(value: Any, where: str) -> npt.NDArray[Any]:
     except ValueError:  # of lists of unequal lengths
         array = np.asarray(None)
     if array.dtype.kind not in "biuf":
-        raise ModelError(f"{where}: got {type(value).__name__}; allowed numbers, a numpy array or a torch tensor of them")
+        raise ModelError(
+            f"{where}: got {type(value).__name__}; allowed numbers, a numpy array or a torch tensor of them"
+        )
     return array

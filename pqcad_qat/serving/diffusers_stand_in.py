@@ -1,7 +1,8 @@
-"""What diffusers' pipelines and their users ask of a denoiser beside its call: a device, a dtype, its config, and much that it must refuse.
+"""What diffusers' pipelines and their users ask of a denoiser beside its call: a device, a dtype, its config, and much
+that it must refuse.
 
-Not here: the call (diffusers_calls.py) and what computes (runtime.py). diffusers and torch are looked at only where the caller has imported
-them.
+Not here: the call (diffusers_calls.py) and what computes (runtime.py). diffusers and torch are looked at only where the
+caller has imported them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ import numpy as np
 
 from pqcad_qat.errors import ModelError
 
-DEFAULT_NONE = ("time_cond_proj_dim", "encoder_hid_dim_type", "addition_embed_type", "addition_time_embed_dim", "class_embed_type")
+DEFAULT_NONE = (
+    "time_cond_proj_dim",
+    "encoder_hid_dim_type",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "class_embed_type",
+)
 """Keys that pipelines read of every UNet's config, None in most: so also of one that does not have them."""
 
 
 class ModelMixin:
-    """A part of a pipeline that can be loaded: diffusers asks the module that model_index.json names for a base class of this name."""
+    """A part of a pipeline that can be loaded: diffusers asks the module that model_index.json names for a base class
+    of this name.
+    """
 
 
 class NoLayersError(ModelError, AttributeError):
@@ -44,7 +53,8 @@ class StandIn(ModelMixin):
     """A compiled denoiser, as pipelines and users treat one of diffusers' own.
 
     Where diffusers is imported before it is made, it is one of diffusers' models to every check of a type, so that
-    ``Pipeline.from_pretrained(source, unet=model)`` takes it, and a pipeline's `to` reaches it. It has no layers, weights or gradients.
+    ``Pipeline.from_pretrained(source, unet=model)`` takes it, and a pipeline's `to` reaches it. It has no layers,
+    weights or gradients.
 
     Attributes:
         folder: where it was loaded from.
@@ -58,7 +68,9 @@ class StandIn(ModelMixin):
 
     def __new__(cls, *_arguments: Any, **_named: Any) -> Self:
         mixin = _mixin_of_diffusers()
-        return super().__new__(cls if mixin is None or issubclass(cls, mixin) else _known_to_diffusers(cast(Any, cls), mixin))
+        return super().__new__(
+            cls if mixin is None or issubclass(cls, mixin) else _known_to_diffusers(cast(Any, cls), mixin)
+        )
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +81,10 @@ class StandIn(ModelMixin):
 
     def __getattr__(self, name: str) -> Any:
         raise NoLayersError(
-            f"{self.__dict__.get('folder', 'a deployed model')}: has no {name!r}: it is one compiled graph, with no layers that weights, "
-            "processors or adapters could be read from or put into; what changes the model (LoRA, IP-Adapter, FreeU) is done to the model "
+            f"{self.__dict__.get('folder', 'a deployed model')}: has no {name!r}: it is one compiled "
+            "graph, with no layers that weights, "
+            "processors or adapters could be read from or put into; what changes the model (LoRA, "
+            "IP-Adapter, FreeU) is done to the model "
             "that it was made from, before it is quantized"
         )
 
@@ -111,9 +125,14 @@ class StandIn(ModelMixin):
             ModelError: another device or dtype, which the compiled graph cannot take.
         """
         for place in (*places, device, dtype):
-            if place is not None and not isinstance(place, bool) and str(place).removeprefix("torch.") not in ("cpu", "float32"):
+            if (
+                place is not None
+                and not isinstance(place, bool)
+                and str(place).removeprefix("torch.") not in ("cpu", "float32")
+            ):
                 raise ModelError(
-                    f"{self.folder}: cannot go to {place}: it runs on {self.compiled_for} from cpu memory, samples in float32; another "
+                    f"{self.folder}: cannot go to {place}: it runs on {self.compiled_for} from cpu "
+                    "memory, samples in float32; another "
                     "device that OpenVINO has is chosen at from_pretrained(FOLDER, device=...)"
                 )
         return self
@@ -174,7 +193,9 @@ class StandIn(ModelMixin):
 
     def state_dict(self, *_places: Any, **_how: Any) -> Mapping[str, Any]:
         """Raises ModelError: its weights are constants of a graph."""
-        raise ModelError(f"{self.folder}: has no state dict: its weights are constants of a graph; save_pretrained(FOLDER) writes it")
+        raise ModelError(
+            f"{self.folder}: has no state dict: its weights are constants of a graph; save_pretrained(FOLDER) writes it"
+        )
 
     def load_state_dict(self, *_places: Any, **_how: Any) -> None:
         """Raises ModelError, as `state_dict`."""
@@ -196,4 +217,8 @@ def _mixin_of_diffusers() -> type | None:
 @cache
 def _known_to_diffusers(ours: type, theirs: type) -> type:
     """A class that is both, and goes by the name of ours."""
-    return type(ours.__name__, (ours, theirs), {"__module__": ours.__module__, "__doc__": ours.__doc__, "__qualname__": ours.__qualname__})
+    return type(
+        ours.__name__,
+        (ours, theirs),
+        {"__module__": ours.__module__, "__doc__": ours.__doc__, "__qualname__": ours.__qualname__},
+    )

@@ -40,7 +40,9 @@ def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
     conditions: Sequence[Mapping[str, Any]] = manifest.get("conditions", ())
     time, samples = manifest.get("timestep_dtype", "int64"), (manifest["batch_size"], manifest["sample_shape"])
     expected = expected_ports(set().union(*names), *samples, time, conditions)
-    ports = {name: port_of(port) for port, known in zip(graph.inputs, names, strict=True) for name in known & expected.keys()}
+    ports = {
+        name: port_of(port) for port, known in zip(graph.inputs, names, strict=True) for name in known & expected.keys()
+    }
     if ports != expected or len(names) != len(expected):
         told = _spelled(ports) or "none of them"
         return f"got {len(names)} inputs, {told}; allowed {_spelled(expected)}, as the manifest says"
@@ -48,11 +50,17 @@ def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
     if not graph.outputs or port_of(graph.outputs[0]) != states:
         got = [port_of(port) for port in graph.outputs[:1]]
         return f"got the output {got}; allowed {states}, as of the samples"
-    matrices = {node.get_friendly_name(): node for node in graph.get_ordered_ops() if node.get_type_name() in MATRIX_OPS}
+    matrices = {
+        node.get_friendly_name(): node for node in graph.get_ordered_ops() if node.get_type_name() in MATRIX_OPS
+    }
     if absent := [name for name in manifest["layers"] if name not in matrices]:
         return f"has no layer {absent[0][:200]!r}, which the manifest lists"
     # OpenVINO's CPU plugin ends the process (SIGFPE) where an INT8 product of rows has its weights the other way round
-    turned = [name for name in manifest["layers"] if matrices[name].get_type_name() == "MatMul" and not _transposed(matrices[name])]
+    turned = [
+        name
+        for name in manifest["layers"]
+        if matrices[name].get_type_name() == "MatMul" and not _transposed(matrices[name])
+    ]
     return f"{turned[0][:200]}: got weights (inputs, outputs); allowed (outputs, inputs)" if turned else ""
 
 

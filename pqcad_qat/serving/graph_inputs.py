@@ -1,7 +1,8 @@
-"""What a deployed graph is given, by the names and in the layout of its class: a UNet's sample, a transformer's states, Flux's patches.
+"""What a deployed graph is given, by the names and in the layout of its class: a UNet's sample, a transformer's states,
+Flux's patches.
 
-Not here: who calls it (runtime.py), or how it came to have such ports (export_model.py). Needs numpy. Names and layouts are
-optimum-intel's, which are those of diffusers' pipelines.
+Not here: who calls it (runtime.py), or how it came to have such ports (export_model.py). Needs numpy. Names and layouts
+are optimum-intel's, which are those of diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ SAMPLE, STATES, TIME = "sample", "hidden_states", "timestep"
 """The port of x_t in a UNet's graph and in a transformer's; and that of t."""
 
 PLACES = ("img_ids", "txt_ids")
-"""Ports of Flux's graph alone: (H/2 W/2, 3) and (tokens, 3). They hold nothing that the graph does not know: it has one size."""
+"""Ports of Flux's graph alone: (H/2 W/2, 3) and (tokens, 3). They hold nothing that the graph does not know: it has one
+size.
+"""
 
 THOUSANDTHS = 1000
 """Of Flux time is given in them."""
@@ -56,14 +59,22 @@ def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[An
 def expected_ports(
     known: Collection[str], batch: int, sample_shape: Sequence[int], time: str, conditions: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[list[int], str]]:
-    """Name of a port -> its shape and dtype, in a graph that knows these names, for a batch of samples and their conditions."""
+    """Name of a port -> its shape and dtype, in a graph that knows these names, for a batch of samples and their
+    conditions.
+    """
     channels, height, width = sample_shape
     found = {condition["name"]: ([batch, *condition["shape"]], condition["dtype"]) for condition in conditions}
     found[TIME] = ([batch], time)
     rows = [height // 2 * (width // 2), 4 * channels]
     if PLACES[0] in known:
-        tokens = next((condition["shape"][0] for condition in conditions if condition["name"] == TEXT and condition["shape"]), 0)
-        return found | {STATES: ([batch, *rows], "float32"), PLACES[0]: ([rows[0], 3], "float32"), PLACES[1]: ([tokens, 3], "float32")}
+        tokens = next(
+            (condition["shape"][0] for condition in conditions if condition["name"] == TEXT and condition["shape"]), 0
+        )
+        return found | {
+            STATES: ([batch, *rows], "float32"),
+            PLACES[0]: ([rows[0], 3], "float32"),
+            PLACES[1]: ([tokens, 3], "float32"),
+        }
     return found | {SAMPLE if SAMPLE in known else STATES: ([batch, *sample_shape], "float32")}
 
 

@@ -1,6 +1,8 @@
-"""What the manifest.json of a deployed folder may say: every value that loading or running reads, and what its configs must agree with.
+"""What the manifest.json of a deployed folder may say: every value that loading or running reads, and what its configs
+must agree with.
 
-Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs the standard library alone.
+Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs the standard
+library alone.
 """
 
 from __future__ import annotations
@@ -18,12 +20,20 @@ SCHEMA_VERSION = 1
 DENOISERS = ("unet", "transformer")
 """Folders that a denoiser may lie in, by its class, as optimum-intel has them."""
 
-GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = "openvino_model.xml", "openvino_model.xml.gz", "openvino_model.bin", "config.json"
+GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
+    "openvino_model.xml",
+    "openvino_model.xml.gz",
+    "openvino_model.bin",
+    "config.json",
+)
 """In the denoiser's folder; the first three are also those of the pipeline's other parts."""
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
-PARTS: Mapping[str, str] = {"vae": "vae_decoder", **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}}
+PARTS: Mapping[str, str] = {
+    "vae": "vae_decoder",
+    **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")},
+}
 """Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
 
 FORMATS = ("int8", "int4", "packed")
@@ -33,7 +43,9 @@ MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "tra
 """Without which there is no model."""
 
 LARGEST_SIDE, MOST_VALUES, MOST_TIMES = 2**16, 2**28, 10**6
-"""Bounds on a size, on the values of one tensor of the graph's batch, and on training time steps: over any model, under what would hang."""
+"""Bounds on a size, on the values of one tensor of the graph's batch, and on training time steps: over any model, under
+what would hang.
+"""
 
 Fits = Callable[[Any], bool]
 
@@ -49,7 +61,9 @@ def checked_manifest(path: Path) -> dict[str, Any]:
     except ModelError as error:
         raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
     if not _is_whole(manifest.get("schema_version"), SCHEMA_VERSION, SCHEMA_VERSION):
-        raise ModelError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {shown(manifest.get('schema_version'))}")
+        raise ModelError(
+            f"{path}: schema_version must be {SCHEMA_VERSION}, got {shown(manifest.get('schema_version'))}"
+        )
     if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
         raise ModelError(f"{path}: has no {', '.join(missing)}")
     _check_entry(path, "", manifest, {key: rule for key, rule in VALUES.items() if key in manifest})
@@ -60,12 +74,20 @@ def checked_manifest(path: Path) -> dict[str, Any]:
             _check_entry(path, f"{table}: {_name(name)}: ", entry, rules)
     _check_conditions(path, manifest)
     packed = manifest["weights"]["format"] != "int8"
-    _check(path, manifest, "graph", lambda graph: graph.endswith(".gz") == packed, f"{PACKED_GRAPH if packed else GRAPH} of these weights")
+    _check(
+        path,
+        manifest,
+        "graph",
+        lambda graph: graph.endswith(".gz") == packed,
+        f"{PACKED_GRAPH if packed else GRAPH} of these weights",
+    )
     return manifest
 
 
 def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
-    """That conditions are whole and named apart, and that a batch of each, and of samples, is of a size that can be computed with."""
+    """That conditions are whole and named apart, and that a batch of each, and of samples, is of a size that can be
+    computed with.
+    """
     batch, seen = manifest["batch_size"], set[str]()
     most = f"{MOST_VALUES} values in a batch of {batch}"
     _check(path, manifest, "sample_shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, most)
@@ -88,11 +110,19 @@ def listed(manifest: Mapping[str, Any], path: Path, *names: str) -> None:
 
 
 def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError where the denoiser's config is not that of the samples in the manifest; of a module of one's own it says nothing."""
+    """Raise ModelError where the denoiser's config is not that of the samples in the manifest; of a module of one's own
+    it says nothing.
+    """
     channels = manifest["sample_shape"][0]
     _check(path, config, "_class_name", lambda value: isinstance(value, str), "the name of the denoiser's class")
     allowed = (channels, 4 * channels)  # of Flux, whose rows are patches of 2x2
-    _check(path, config, "in_channels", lambda value: value is None or value in allowed, f"{channels}, as sample_shape in the manifest")
+    _check(
+        path,
+        config,
+        "in_channels",
+        lambda value: value is None or value in allowed,
+        f"{channels}, as sample_shape in the manifest",
+    )
     sizes = f"null, or one or two whole numbers from 1 to {LARGEST_SIDE}"
     _check(path, config, "sample_size", lambda value: value is None or _is_size(value) or _is_shape(value, (2,)), sizes)
     width = "projection_class_embeddings_input_dim"
@@ -100,15 +130,35 @@ def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any]
 
 
 def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError for a key that the runtime reads of the scheduler's config beside its schedule (sampling/trajectory.py)."""
+    """Raise ModelError for a key that the runtime reads of the scheduler's config beside its schedule
+    (sampling/trajectory.py).
+    """
     most = manifest["train_timesteps"]
     times = f"a whole number from 1 to {MOST_TIMES}"
     _check(path, config, "num_train_timesteps", lambda value: value is None or _is_whole(value, 1, MOST_TIMES), times)
-    _check(path, config, "num_inference_steps", lambda value: value is None or _is_whole(value, 1, most), f"1 to {most} sampling steps")
+    _check(
+        path,
+        config,
+        "num_inference_steps",
+        lambda value: value is None or _is_whole(value, 1, most),
+        f"1 to {most} sampling steps",
+    )
     _check(path, config, "guidance_scale", lambda value: value is None or _is_number(value, 1.0), "a number from 1")
     _check(path, config, "embedded_guidance", lambda value: value is None or _is_number(value, 0.0), "a number from 0")
-    _check(path, config, "unconditional_class", lambda value: value is None or _is_whole(value, 0, LARGEST_SIDE), "a class's label")
-    _check(path, config, "_class_name", lambda value: value is None or isinstance(value, str), "the name of a scheduler's class")
+    _check(
+        path,
+        config,
+        "unconditional_class",
+        lambda value: value is None or _is_whole(value, 0, LARGEST_SIDE),
+        "a class's label",
+    )
+    _check(
+        path,
+        config,
+        "_class_name",
+        lambda value: value is None or isinstance(value, str),
+        "the name of a scheduler's class",
+    )
 
 
 def _check_entry(path: Path, before: str, entry: Any, rules: Mapping[str, tuple[Fits, str]]) -> None:
@@ -155,7 +205,13 @@ def _is_graph(value: Any) -> bool:
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name and str(path) == name
+    return (
+        bool(path.parts)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\0" not in name
+        and str(path) == name
+    )
 
 
 def _is_digest(value: Any) -> bool:
@@ -167,22 +223,38 @@ def _is_object(value: Any) -> bool:
 
 
 def _optional_steps(provenance: Any) -> bool:
-    steps = (provenance.get(key) for key in ("sampling_steps", "full_precision_steps")) if isinstance(provenance, dict) else (0,)
+    steps = (
+        (provenance.get(key) for key in ("sampling_steps", "full_precision_steps"))
+        if isinstance(provenance, dict)
+        else (0,)
+    )
     return all(count is None or _is_whole(count, 1, MOST_TIMES) for count in steps)
 
 
 VALUES: Mapping[str, tuple[Fits, str]] = {
     "graph": (_is_graph, f"{' or '.join(DENOISERS)}, then {GRAPH} or {PACKED_GRAPH}"),
-    "weights": (lambda value: _is_object(value) and value.get("format") in FORMATS, f"an object with format: {', '.join(FORMATS)}"),
+    "weights": (
+        lambda value: _is_object(value) and value.get("format") in FORMATS,
+        f"an object with format: {', '.join(FORMATS)}",
+    ),
     "files": (_is_object, "an object of files"),
-    "sample_shape": (lambda value: _is_shape(value, (3,)), f"three whole numbers from 1 to {LARGEST_SIDE}: channels, height, width"),
+    "sample_shape": (
+        lambda value: _is_shape(value, (3,)),
+        f"three whole numbers from 1 to {LARGEST_SIDE}: channels, height, width",
+    ),
     "batch_size": (_is_size, f"a whole number from 1 to {LARGEST_SIDE}"),
     "train_timesteps": (lambda value: _is_whole(value, 1, MOST_TIMES), f"a whole number from 1 to {MOST_TIMES}"),
     "timestep_dtype": (lambda value: value in ("int64", "float32"), "int64 or float32"),
     "conditions": (lambda value: isinstance(value, list), "a list"),
     "layers": (_is_object, "an object of layers"),
-    "parts": (lambda value: _is_object(value) and set(value) <= {*PARTS.values()}, f"an object of {', '.join(PARTS.values())}"),
-    "provenance": (_optional_steps, f"an object whose sampling_steps and full_precision_steps lie in 1 to {MOST_TIMES}"),
+    "parts": (
+        lambda value: _is_object(value) and set(value) <= {*PARTS.values()},
+        f"an object of {', '.join(PARTS.values())}",
+    ),
+    "provenance": (
+        _optional_steps,
+        f"an object whose sampling_steps and full_precision_steps lie in 1 to {MOST_TIMES}",
+    ),
     "attention": (_is_object, "an object of modules"),
 }
 """Key -> its check, and what it allows."""
@@ -209,7 +281,9 @@ TABLES: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
 
 CONDITION: Mapping[str, tuple[Fits, str]] = {
     "name": (
-        lambda value: isinstance(value, str) and value.isidentifier() and value not in ("sample", "hidden_states", "timestep"),
+        lambda value: (
+            isinstance(value, str) and value.isidentifier() and value not in ("sample", "hidden_states", "timestep")
+        ),
         "a name",
     ),
     "shape": (lambda value: _is_shape(value, tuple(range(8))), f"a list of whole numbers from 1 to {LARGEST_SIDE}"),

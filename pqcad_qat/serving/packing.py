@@ -1,4 +1,5 @@
-"""Weights on disk in fewer bits: integers as bit fields, and a graph whose planned weights are packed so, or unpacked to int8 again.
+"""Weights on disk in fewer bits: integers as bit fields, and a graph whose planned weights are packed so, or unpacked
+to int8 again.
 
 Not here: the folder around the graph (deployed_folder.py). Needs openvino and numpy.
 """
@@ -27,7 +28,9 @@ PACKED_WIDTHS: Mapping[WeightFormat, tuple[int, ...]] = {"int8": (), "int4": (4,
 """Bits that a layer's weights may be packed to; what fits none of them stays int8."""
 
 CONTAINERS: Mapping[int, ov.Type] = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4}
-"""The type of a packed constant. It has the right size and says the width; of these only int4 holds for OpenVINO what it holds for us."""
+"""The type of a packed constant. It has the right size and says the width; of these only int4 holds for OpenVINO what
+it holds for us.
+"""
 
 IN_FLOAT32 = "/float32"
 """Ending of the names of nodes that compute in float32 also where OpenVINO computes outside INT8 in BF16."""
@@ -45,10 +48,14 @@ MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
 
 
 FURTHER, FOLLOWING = "#", "/following"
-"""In names of nodes: before the number of a layer's call, from the second on; and of what multiplies a layer's output by constants."""
+"""In names of nodes: before the number of a layer's call, from the second on; and of what multiplies a layer's output
+by constants.
+"""
 
 RENAMED = ("/Dequantization", FOLLOWING, "_original")
-"""What may stand behind a layer's name where OpenVINO computes the layer together with what follows, or apart from its scale."""
+"""What may stand behind a layer's name where OpenVINO computes the layer together with what follows, or apart from its
+scale.
+"""
 
 
 def call_name(layer: str, call: int) -> str:
@@ -66,7 +73,9 @@ def called_layer(node: str, layers: Collection[str]) -> str | None:
 
 
 def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> int:
-    """The fewest of `widths` that hold every value as a signed integer, or 8; unsigned bytes (of a zero point) stay what they are."""
+    """The fewest of `widths` that hold every value as a signed integer, or 8; unsigned bytes (of a zero point) stay
+    what they are.
+    """
     if weights.dtype == np.uint8:
         return 8
     fitting = [bits for bits in widths if -(2 ** (bits - 1)) <= weights.min() and weights.max() < 2 ** (bits - 1)]
@@ -74,7 +83,8 @@ def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> in
 
 
 def pack_values(values: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
-    """Two's complement fields of `bits` bits, the first in the lowest bits of the first byte: for 4 bits OpenVINO's own layout of int4.
+    """Two's complement fields of `bits` bits, the first in the lowest bits of the first byte: for 4 bits OpenVINO's own
+    layout of int4.
 
     Returns:
         as many bytes as `bits` times the number of values rounded up to a multiple of 8 takes.
@@ -154,11 +164,12 @@ def _replace(constant: ov.Node, tensor: ov.Tensor) -> None:
 
 
 def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None:
-    """Write the graph's text and, beside it, its constants as they are (OpenVINO's default would round them to float16).
+    """Write the graph's text and, beside it, its constants as they are (OpenVINO's default would round them to
+    float16).
 
-    Names that OpenVINO has numbered by all nodes that the process ever made are numbered by place, so that the same graph gives the same
-    bytes; those that are `named` are somebody's, whatever they look like. Nodes whose names end with IN_FLOAT32 are marked so. White space
-    between tags, a sixth of the text, goes.
+    Names that OpenVINO has numbered by all nodes that the process ever made are numbered by place, so that the same
+    graph gives the same bytes; those that are `named` are somebody's, whatever they look like. Nodes whose names end
+    with IN_FLOAT32 are marked so. White space between tags, a sixth of the text, goes.
     """
     xml.parent.mkdir(parents=True, exist_ok=True)
     graph.set_friendly_name(xml.parent.name)
@@ -167,7 +178,9 @@ def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None
         if name not in named and kind == node.get_type_name() and number.isdigit():
             node.set_friendly_name(f"{kind}_{place}")
     ov.save_model(graph, xml, compress_to_fp16=False)
-    plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(_FLOAT32_MARK, "")  # what was read bears it in more places
+    plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(
+        _FLOAT32_MARK, ""
+    )  # what was read bears it in more places
     head = rf'<layer id="\d+" name="[^"]*{IN_FLOAT32}" [^>]*>(?:<data [^>]*/>)?'
     xml.write_text(re.sub(head, rf"\g<0>{_FLOAT32_MARK}", plain), encoding="utf-8")
 
@@ -202,19 +215,37 @@ def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
 
 
 def _check_constants(text: Path, plain: bytes) -> None:
-    """Raise ModelError for a constant whose bytes are not those of its shape: OpenVINO reads it, and may end the process in computing."""
-    for kind, shape, size in re.findall(rb'<data element_type="([^"]*)" shape="([^"]*)" offset="[^"]*" size="([^"]*)"', plain):
+    """Raise ModelError for a constant whose bytes are not those of its shape: OpenVINO reads it, and may end the
+    process in computing.
+    """
+    for kind, shape, size in re.findall(
+        rb'<data element_type="([^"]*)" shape="([^"]*)" offset="[^"]*" size="([^"]*)"', plain
+    ):
         if (bits := _BITS.get(kind)) is None:
             continue
         whole = re.fullmatch(rb"(\d+(, ?\d+)*)?", shape) and size.isdigit()
         taken = math.prod(int(side) for side in shape.split(b",") if side) * bits / 8 if whole else -1.0
-        if not whole or not taken <= int(size) < taken + 8:  # of fields smaller than a byte the last bytes are filled up
+        if (
+            not whole or not taken <= int(size) < taken + 8
+        ):  # of fields smaller than a byte the last bytes are filled up
             raise ModelError(
-                f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} bytes; allowed its own"
+                f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} "
+                "bytes; allowed its own"
             )
 
 
-_BITS: Mapping[bytes, int] = {b"u2": 2, b"u3": 3, b"i4": 4, b"u4": 4, b"i8": 8, b"u8": 8, b"f16": 16, b"f32": 32, b"i32": 32, b"i64": 64}
+_BITS: Mapping[bytes, int] = {
+    b"u2": 2,
+    b"u3": 3,
+    b"i4": 4,
+    b"u4": 4,
+    b"i8": 8,
+    b"u8": 8,
+    b"f16": 16,
+    b"f32": 32,
+    b"i32": 32,
+    b"i64": 64,
+}
 """Type of a constant -> bits of a value; of others nothing is checked."""
 
 

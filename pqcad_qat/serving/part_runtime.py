@@ -1,7 +1,7 @@
 """Run the other parts of a deployed folder: its VAE decoder, and its text encoders with their tokenizers.
 
-Not here: the denoiser (runtime.py), how parts are made (part_export.py), or what a pipeline makes of them (text_to_image.py). Needs
-openvino and numpy; prompts take the library tokenizers.
+Not here: the denoiser (runtime.py), how parts are made (part_export.py), or what a pipeline makes of them
+(text_to_image.py). Needs openvino and numpy; prompts take the library tokenizers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class PictureDecoder:
     """
 
     def __init__(
-        self, folder: Path, sample_shape: tuple[int, int, int], device: str = "CPU", properties: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        sample_shape: tuple[int, int, int],
+        device: str = "CPU",
+        properties: Mapping[str, Any] | None = None,
     ) -> None:
         """`folder` is deployed; `sample_shape` (C, h, w) is that of its latents.
 
@@ -52,7 +56,9 @@ class PictureDecoder:
         self.config = read_json(part / CONFIG)
         blocks = self.config.get("block_out_channels")
         if not isinstance(blocks, list) or not 1 <= len(blocks) <= MOST_BLOCKS:
-            raise ModelError(f"{part / CONFIG}: block_out_channels: got {shown(blocks)}; allowed a list of 1 to {MOST_BLOCKS}")
+            raise ModelError(
+                f"{part / CONFIG}: block_out_channels: got {shown(blocks)}; allowed a list of 1 to {MOST_BLOCKS}"
+            )
         self.factor: int = 2 ** (len(blocks) - 1)
         _check_scale(self.config, sample_shape[0], part / CONFIG)
         graph = _read(part, {"latent_sample"})
@@ -66,11 +72,15 @@ class PictureDecoder:
     def __call__(self, latents: Float32) -> Float32:
         """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
         scaled = scaled_latents(self.config, latents)
-        return np.concatenate([self._requests.infer({"latent_sample": one}, [0])[0] for one in np.split(scaled, len(scaled))])
+        return np.concatenate(
+            [self._requests.infer({"latent_sample": one}, [0])[0] for one in np.split(scaled, len(scaled))]
+        )
 
 
 def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
-    """Latents (N, C, h, w) of a denoiser as its VAE takes them; by the mean and deviation of each channel where its config has them."""
+    """Latents (N, C, h, w) of a denoiser as its VAE takes them; by the mean and deviation of each channel where its
+    config has them.
+    """
     mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
     scaled = np.asarray(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0), np.float32)
     if mean is None or deviation is None:
@@ -90,7 +100,9 @@ class PromptEncoder:
         masked: whether it is told which of the tokens are the prompt's, as PixArt's T5 is.
     """
 
-    def __init__(self, folder: Path, part: str, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, part: str, device: str = "CPU", properties: Mapping[str, Any] | None = None
+    ) -> None:
         """`folder` is deployed; `part` is text_encoder, text_encoder_2 or text_encoder_3.
 
         Raises:
@@ -103,7 +115,9 @@ class PromptEncoder:
         self.layers = sum(name.startswith("hidden_states.") for name in self.outputs) - 1
         sizes, _ = port_of(graph.input("input_ids"))
         if len(sizes) != 2 or not 1 <= sizes[1] <= LARGEST_SIDE:
-            raise ModelError(f"{self._part / GRAPH}: got input_ids of shape {sizes}; allowed (B, 1 to {LARGEST_SIDE} tokens)")
+            raise ModelError(
+                f"{self._part / GRAPH}: got input_ids of shape {sizes}; allowed (B, 1 to {LARGEST_SIDE} tokens)"
+            )
         self.tokens: int = sizes[1]
         self.masked = len(graph.inputs) > 1
         self._tokenizer = _tokenizer(folder / tokenizer_of(part), self.tokens)
@@ -129,18 +143,27 @@ class PromptEncoder:
         """What the encoder gives for a prompt, by name, (1, ...)."""
         return self.encoded(self.ids(prompt), outputs, self.mask(prompt) if self.masked else None)
 
-    def encoded(self, ids: npt.NDArray[np.int64], outputs: Sequence[str], mask: npt.NDArray[np.int64] | None = None) -> dict[str, Float32]:
+    def encoded(
+        self, ids: npt.NDArray[np.int64], outputs: Sequence[str], mask: npt.NDArray[np.int64] | None = None
+    ) -> dict[str, Float32]:
         """The same for tokens (1, tokens), all of which count where no mask is given."""
-        given = {"input_ids": ids} | ({"attention_mask": np.ones_like(ids) if mask is None else mask} if self.masked else {})
+        given = {"input_ids": ids} | (
+            {"attention_mask": np.ones_like(ids) if mask is None else mask} if self.masked else {}
+        )
         if missing := [name for name in outputs if name not in self.outputs]:
-            raise ModelError(f"{self._part / GRAPH}: got no output {missing[0]}; allowed one, which the denoiser's text is made of")
+            raise ModelError(
+                f"{self._part / GRAPH}: got no output {missing[0]}; allowed one, which the denoiser's text is made of"
+            )
         return dict(zip(outputs, self._requests.infer(given, outputs), strict=True))
 
 
 def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
     """Raise ModelError for a VAE's config that `scaled_latents` cannot take."""
     rules = {
-        "scaling_factor": (_is_number(config.get("scaling_factor")) and bool(config["scaling_factor"]), "a number other than 0"),
+        "scaling_factor": (
+            _is_number(config.get("scaling_factor")) and bool(config["scaling_factor"]),
+            "a number other than 0",
+        ),
         "shift_factor": (config.get("shift_factor") is None or _is_number(config["shift_factor"]), "null or a number"),
     }
     for key in ("latents_mean", "latents_std"):
@@ -168,7 +191,9 @@ def _read(part: Path, needed: Collection[str]) -> ov.Model:
     except UNREADABLE as error:
         raise ModelError(f"{part / GRAPH}: OpenVINO cannot read it: {reason(error)}") from error
     if not known.issuperset(needed) or not graph.outputs:
-        raise ModelError(f"{part / GRAPH}: got a graph without {', '.join(needed)} or without outputs; allowed one with both")
+        raise ModelError(
+            f"{part / GRAPH}: got a graph without {', '.join(needed)} or without outputs; allowed one with both"
+        )
     return graph
 
 
@@ -181,14 +206,17 @@ def _reshape(graph: ov.Model, shape: tuple[int, ...], part: Path) -> None:
     try:
         graph.reshape({port: list(shape) for port in graph.inputs})
     except UNREADABLE as error:
-        raise ModelError(f"{part / GRAPH}: OpenVINO cannot give its inputs the shape {shape}: {reason(error)}") from error
+        raise ModelError(
+            f"{part / GRAPH}: OpenVINO cannot give its inputs the shape {shape}: {reason(error)}"
+        ) from error
 
 
 def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
     """A tokenizer that cuts and fills up prompts as the pipeline's own does.
 
     Raises:
-        ModelError: the library tokenizers is not installed, the files cannot be read, or the padding token is not in the vocabulary.
+        ModelError: the library tokenizers is not installed, the files cannot be read, or the padding token is not in
+            the vocabulary.
     """
     if find_spec("tokenizers") is None:
         raise ModelError(f"{folder}: takes the library tokenizers, which is not installed: pip install tokenizers")
@@ -204,7 +232,9 @@ def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
     padding = named.get("content") if isinstance(named, dict) else named
     number = made.token_to_id(padding) if isinstance(padding, str) and _encodable(padding) else None
     if padding is None or number is None:
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: pad_token: got {shown(named)}; allowed a token of the vocabulary")
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: pad_token: got {shown(named)}; allowed a token of the vocabulary"
+        )
     made.enable_truncation(tokens)
     made.enable_padding(length=tokens, pad_id=number, pad_token=padding)
     return made

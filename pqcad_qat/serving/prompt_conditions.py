@@ -1,7 +1,7 @@
 """What each class of pipeline makes of a prompt: which of its text encoders gives which of the denoiser's conditions.
 
-Not here: the encoders (part_runtime.py), or what is sampled with the conditions (text_to_image.py). Needs numpy. Each function does what
-the `encode_prompt` of its class does in diffusers.
+Not here: the encoders (part_runtime.py), or what is sampled with the conditions (text_to_image.py). Needs numpy. Each
+function does what the `encode_prompt` of its class does in diffusers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _stable_diffusion(encoders: Encoders, prompt: str, _: Wanted) -> Arrays:
 
 def _stable_diffusion_xl(encoders: Encoders, prompt: str, wanted: Wanted) -> Arrays:
     states, pooled = _two_clips(encoders, prompt)
-    sizes = np.array([[*wanted.picture, 0, 0, *wanted.picture]], np.int64)  # of the original, not cropped, and of the picture
+    sizes = np.array(
+        [[*wanted.picture, 0, 0, *wanted.picture]], np.int64
+    )  # of the original, not cropped, and of the picture
     return {TEXT: states, PROJECTED: pooled[1], "time_ids": sizes}
 
 
@@ -108,7 +110,9 @@ class PromptLayout:
 LAYOUTS: Mapping[str, PromptLayout] = {
     "StableDiffusionPipeline": PromptLayout(("text_encoder",), _stable_diffusion),
     "StableDiffusionXLPipeline": PromptLayout(("text_encoder", "text_encoder_2"), _stable_diffusion_xl),
-    "StableDiffusion3Pipeline": PromptLayout(("text_encoder", "text_encoder_2"), _stable_diffusion_3, ("text_encoder_3",)),
+    "StableDiffusion3Pipeline": PromptLayout(
+        ("text_encoder", "text_encoder_2"), _stable_diffusion_3, ("text_encoder_3",)
+    ),
     "FluxPipeline": PromptLayout(("text_encoder", "text_encoder_2"), _flux),
     "PixArtAlphaPipeline": PromptLayout(("text_encoder",), _pixart),
 }

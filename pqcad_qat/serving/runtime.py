@@ -1,7 +1,8 @@
 """Run a deployed folder: one compiled model, which stands where a diffusers denoiser would.
 
-Not here: its files (deployed_folder.py), how it is called (diffusers_calls.py) and looked at (diffusers_stand_in.py), its requests
-(compiled_graph.py), how it is made (export_model.py) or proved (proof.py). Needs openvino and numpy; torch only if the caller has it.
+Not here: its files (deployed_folder.py), how it is called (diffusers_calls.py) and looked at (diffusers_stand_in.py),
+its requests (compiled_graph.py), how it is made (export_model.py) or proved (proof.py). Needs openvino and numpy; torch
+only if the caller has it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, executing, precision, shared_core
-from pqcad_qat.serving.deployed_folder import MANIFEST, copy_folder, denoiser_config, read_graph, read_manifest, scheduler_config
+from pqcad_qat.serving.deployed_folder import (
+    MANIFEST,
+    copy_folder,
+    denoiser_config,
+    read_graph,
+    read_manifest,
+    scheduler_config,
+)
 from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.serving.graph_checks import check_graph
@@ -59,12 +67,14 @@ class UNetOutput:
 class OVUNet2DModel(StandIn):
     """A deployed denoiser, compiled: called with numpy arrays or torch tensors, it answers in kind.
 
-    It stands in for the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers. Where this module
-    is imported, ``DDIMPipeline.from_pretrained(folder)`` makes one by itself.
-    The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last sample, which are
+    It stands in for the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers.
+    Where this module is imported, ``DDIMPipeline.from_pretrained(folder)`` makes one by itself.
+    The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last
+    sample, which are
     cut off again: any batch works, and a multiple of `batch_size` wastes nothing.
-    One object may be called from any number of threads, each of which gets what it would get alone, bit for bit. They are served in turn,
-    every core for one call after the other, unless ``{"PERFORMANCE_HINT": "THROUGHPUT"}`` gives calls fewer cores and lets several run.
+    One object may be called from any number of threads, each of which gets what it would get alone, bit for bit. They
+    are served in turn, every core for one call after the other, unless ``{"PERFORMANCE_HINT": "THROUGHPUT"}`` gives
+    calls fewer cores and lets several run.
 
     Attributes:
         folder: where it was loaded from.
@@ -101,11 +111,14 @@ class OVUNet2DModel(StandIn):
         self._requests = Requests(self.compiled)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None
+    ) -> Self:
         """Load a deployed folder.
 
         Args:
-            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or the denoiser's folder in it.
+            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or the denoiser's
+                folder in it.
             device: OpenVINO's name of the device, such as CPU, AUTO or MULTI:CPU.
             properties: OpenVINO properties over DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
 
@@ -117,7 +130,8 @@ class OVUNet2DModel(StandIn):
         return cls(path.parent if inside else path, device, properties)
 
     def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:
-        """Write the whole deployed folder again: the same files, byte for byte; or its weights in another format, with the same execution.
+        """Write the whole deployed folder again: the same files, byte for byte; or its weights in another format, with
+        the same execution.
 
         Args:
             folder: where to; an older deployed folder there is replaced, anything else refused.
@@ -135,15 +149,19 @@ class OVUNet2DModel(StandIn):
         return executing(self.compiled)
 
     def __call__(self, *positional: Any, **named: Any) -> UNetOutput | tuple[Any]:
-        """Predict as the diffusers model of `config`'s class does, with its own arguments, by place or by name (diffusers_calls.py).
+        """Predict as the diffusers model of `config`'s class does, with its own arguments, by place or by name
+        (diffusers_calls.py).
 
         Args:
-            positional, named: first `sample`, or `hidden_states`, (B, C, H, W), numpy array or torch tensor; `timestep`, a number, or an
-                array or tensor of shape (), (1,) or (B,), floats too, if they are whole numbers; the conditions, dicts such as
-                added_cond_kwargs among them: (B, ...), or (1, ...) for all samples; and `return_dict`: False returns a tuple of one.
+            positional, named: first `sample`, or `hidden_states`, (B, C, H, W), numpy array or torch tensor;
+                `timestep`, a number, or an array or tensor of shape (), (1,) or (B,), floats too, if they are whole
+                numbers; the conditions, dicts such as
+                added_cond_kwargs among them: (B, ...), or (1, ...) for all samples; and `return_dict`: False returns a
+                    tuple of one.
 
         Raises:
-            ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number in [0, T).
+            ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number
+                in [0, T).
         """
         takes = [condition["name"] for condition in self.conditions]
         call = read_call(str(self.config.get("_class_name")), takes, positional, named, str(self.folder))
@@ -165,18 +183,32 @@ class OVUNet2DModel(StandIn):
     def predict(
         self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> Float32:
-        """The same on numpy arrays alone: (B, C, H, W), time steps () or (1,) or (B,), conditions by name -> (B, C, H, W) float32."""
+        """The same on numpy arrays alone: (B, C, H, W), time steps () or (1,) or (B,), conditions by name -> (B, C, H,
+        W) float32.
+        """
         if sample.ndim != 4 or sample.shape[1:] != self.sample_shape or not len(sample):
-            raise ModelError(f"{self.folder}: samples must have shape (B, {', '.join(map(str, self.sample_shape))}), got {sample.shape}")
-        whole = [sample, self._timesteps(np.asarray(timestep), len(sample)), *self._conditions(condition or {}, len(sample))]
-        pieces = [self._run([part[start : start + self.batch_size] for part in whole]) for start in range(0, len(sample), self.batch_size)]
+            raise ModelError(
+                f"{self.folder}: samples must have shape (B, {', '.join(map(str, self.sample_shape))}), "
+                f"got {sample.shape}"
+            )
+        whole = [
+            sample,
+            self._timesteps(np.asarray(timestep), len(sample)),
+            *self._conditions(condition or {}, len(sample)),
+        ]
+        pieces = [
+            self._run([part[start : start + self.batch_size] for part in whole])
+            for start in range(0, len(sample), self.batch_size)
+        ]
         return np.concatenate(pieces)
 
     def _conditions(self, given: Mapping[str, npt.NDArray[Any]], count: int) -> list[npt.NDArray[Any]]:
         """The graph's conditions in its order, for `count` samples."""
         wanted = {condition["name"]: condition for condition in self.conditions}
         if given.keys() != wanted.keys():
-            raise ModelError(f"{self.folder}: takes the conditions {', '.join(wanted) or 'none'}; got {', '.join(given) or 'none'}")
+            raise ModelError(
+                f"{self.folder}: takes the conditions {', '.join(wanted) or 'none'}; got {', '.join(given) or 'none'}"
+            )
         return [self._condition(condition, given[name], count) for name, condition in wanted.items()]
 
     def _condition(self, wanted: Mapping[str, Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
@@ -198,7 +230,8 @@ class OVUNet2DModel(StandIn):
         whole = np.rint(timestep).astype(np.int64)
         if (whole != timestep).any() or whole.min() < 0 or whole.max() >= self._train_timesteps:
             raise ModelError(
-                f"{self.folder}: time steps must be whole numbers in [0, {self._train_timesteps}), got {timestep}; schedulers lay whole "
+                f"{self.folder}: time steps must be whole numbers in [0, {self._train_timesteps}), got "
+                f"{timestep}; schedulers lay whole "
                 "ones with timestep_spacing leading or trailing, and without Karras, exponential or beta sigmas"
             )
         return np.broadcast_to(whole, (count,))
@@ -222,11 +255,12 @@ class OVUNet2DModel(StandIn):
             return
         self._told_of_times = True
         count, wrong = self.scheduler_config[STEPS], times.reshape(-1)[off.argmax()]
+        scheduler = self.scheduler_config.get("_class_name", "DDIMScheduler")
         warnings.warn(
-            f"{self.folder}: called at time {wrong:g}, where the sampler that it was made for never is: it has {count} steps. Write "
-            f"num_inference_steps={count} in the pipeline's call (without it diffusers runs 50 and the like), with the scheduler of the "
-            f"folder: {self.scheduler_config.get('_class_name', 'DDIMScheduler')}.from_pretrained({str(self.folder / 'scheduler')!r}). Of "
-            "other steps or schedulers see for yourself what they make",
+            f"{self.folder}: called at time {wrong:g}, where the sampler that it was made for never is: it has {count} "
+            f"steps. Write num_inference_steps={count} in the pipeline's call (without it diffusers runs 50 and the "
+            f"like), with the folder's scheduler: {scheduler}.from_pretrained({str(self.folder / 'scheduler')!r}). "
+            "Of other steps or schedulers see for yourself what they make",
             stacklevel=4,
         )
 
@@ -242,7 +276,9 @@ def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArr
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it; None where neither is known."""
+    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it; None where
+    neither is known.
+    """
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if cap in CAPS_WITHOUT_VNNI:
         return False
@@ -256,7 +292,8 @@ def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
     needing = [name for name, layer in manifest["layers"].items() if layer.get("needs_vnni")]
     if needing and has_vnni() is False:
         warnings.warn(
-            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may overflow, as of {needing[0]}: "
+            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may "
+            f"overflow, as of {needing[0]}: "
             "predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
             stacklevel=3,
         )

@@ -1,7 +1,8 @@
-"""Prompts become pictures: the text encoders, denoiser and VAE decoder of one deployed folder, with openvino, numpy and tokenizers.
+"""Prompts become pictures: the text encoders, denoiser and VAE decoder of one deployed folder, with openvino, numpy and
+tokenizers.
 
-Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (prompt_conditions.py), or the sampler
-(sampling/trajectory.py).
+Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (prompt_conditions.py), or the
+sampler (sampling/trajectory.py).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class TextToImage:
         encoders: of prompts, by part.
         layout: what is made of them.
         decoder: of latents.
-        zero_negative: the other pass of guidance is conditioned on zeros where there is no negative prompt, as SDXL has it; else on the
-            empty prompt.
+        zero_negative: the other pass of guidance is conditioned on zeros where there is no negative prompt, as SDXL has
+            it; else on the empty prompt.
     """
 
     denoiser: OVUNet2DModel
@@ -46,16 +47,20 @@ class TextToImage:
     zero_negative: bool
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None
+    ) -> Self:
         """Load a deployed folder, or that of a run.
 
         Args:
             folder: with manifest.json in it, or openvino/manifest.json.
             device: OpenVINO's name of the device.
-            properties: OpenVINO properties over the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
+            properties: OpenVINO properties over the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT":
+                "f32"}``.
 
         Raises:
-            ModelError: not such a folder, a damaged one, one without the parts that a prompt takes, or tokenizers is not installed.
+            ModelError: not such a folder, a damaged one, one without the parts that a prompt takes, or tokenizers is
+                not installed.
         """
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
         denoiser = OVUNet2DModel(path, device, properties)  # every file is checked
@@ -64,11 +69,18 @@ class TextToImage:
         index = read_json(path / MODEL_INDEX)
         pipeline = str(index.get("_class_name"))
         if (layout := LAYOUTS.get(pipeline)) is None:
-            raise ModelError(f"{path / MODEL_INDEX}: _class_name: got {pipeline[:100]!r}; allowed for a prompt {', '.join(LAYOUTS)}")
+            raise ModelError(
+                f"{path / MODEL_INDEX}: _class_name: got {pipeline[:100]!r}; allowed for a prompt {', '.join(LAYOUTS)}"
+            )
         if denoiser.scheduler_config.get(STEPS) is None:
-            raise ModelError(f"{path / SCHEDULER_CONFIG}: has no {STEPS}: the steps that the denoiser was distilled for")
+            raise ModelError(
+                f"{path / SCHEDULER_CONFIG}: has no {STEPS}: the steps that the denoiser was distilled for"
+            )
         if missing := [part for part in (*layout.encoders, PARTS["vae"]) if part not in present]:
-            raise ModelError(f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with them (policy: pipeline)")
+            raise ModelError(
+                f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with "
+                "them (policy: pipeline)"
+            )
         taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
         encoders = {part: PromptEncoder(path, part, device, properties) for part in taken}
         decoder = PictureDecoder(path, denoiser.sample_shape, device, properties)
@@ -110,7 +122,9 @@ class TextToImage:
         """
         scale = self.guidance if guidance is None else guidance
         if negative is not None and scale == 1.0:
-            raise ModelError("a negative prompt takes guidance: got a scale of 1, at which there is no pass that it could condition")
+            raise ModelError(
+                "a negative prompt takes guidance: got a scale of 1, at which there is no pass that it could condition"
+            )
         self._tell_of_cuts(prompt, negative or "")
         condition = self.embeddings(prompt)
         other = {} if scale == 1.0 else self._other(condition, negative)
@@ -118,7 +132,9 @@ class TextToImage:
         def follow(x_t: Float32, t: float) -> Float32:
             if not other:
                 return self.denoiser.predict(x_t, t, condition)
-            both = {name: np.repeat(np.concatenate([value, other[name]]), len(x_t), 0) for name, value in condition.items()}
+            both = {
+                name: np.repeat(np.concatenate([value, other[name]]), len(x_t), 0) for name, value in condition.items()
+            }
             prediction = self.denoiser.predict(np.concatenate([x_t, x_t]), t, both)
             return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
 
@@ -142,7 +158,9 @@ class TextToImage:
         for prompt in prompts:
             for part, encoder in self.encoders.items():
                 if cut := encoder.cut(prompt):
-                    warnings.warn(f"{part} reads {encoder.tokens} tokens of a prompt; left out of this one: {cut!r}", stacklevel=3)
+                    warnings.warn(
+                        f"{part} reads {encoder.tokens} tokens of a prompt; left out of this one: {cut!r}", stacklevel=3
+                    )
 
     def _other(self, condition: Arrays, negative: str | None) -> Arrays:
         """The condition of the unconditional pass."""

@@ -25,8 +25,9 @@ PACKED = "FluxTransformer2DModel"
 class OVTransformer2DModel(OVUNet2DModel):
     """`OVUNet2DModel` as SD3Transformer2DModel and FluxTransformer2DModel are called: a pipeline's `transformer`.
 
-    Of Flux the states are rows of patches, (B, H/2 W/2, 4C), times lie in [0, 1], `img_ids` must be the places of the graph's patches, and
-    the answer is in rows too. The size of the latents is the graph's, so the pipeline's height and width must be its pixels.
+    Of Flux the states are rows of patches, (B, H/2 W/2, 4C), times lie in [0, 1], `img_ids` must be the places of the
+    graph's patches, and the answer is in rows too. The size of the latents is the graph's, so the pipeline's height and
+    width must be its pixels.
     """
 
     def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
@@ -42,4 +43,7 @@ class OVTransformer2DModel(OVUNet2DModel):
         last = [0, height // 2 - 1, width // 2 - 1]
         wrong = places is not None and (places.shape[-1:] != (3,) or (places.reshape(-1, 3).max(axis=0) != last).any())
         if states.shape[1:] != rows or wrong:
-            raise ModelError(f"{self.folder}: takes latents of {height}x{width}, packed to (B, {rows[0]}, {rows[1]}); got {states.shape}")
+            raise ModelError(
+                f"{self.folder}: takes latents of {height}x{width}, packed to (B, {rows[0]}, {rows[1]}); "
+                f"got {states.shape}"
+            )

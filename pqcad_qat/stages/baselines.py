@@ -1,6 +1,8 @@
-"""The stage `baselines`: full precision as OpenVINO runs it, and as NNCF's post-training INT8; shared by runs side by side.
+"""The stage `baselines`: full precision as OpenVINO runs it, and as NNCF's post-training INT8; shared by runs side by
+side.
 
-Not here: how they are made and tried out (timing/baseline_trials.py), and how they are timed and sampled (deploy.py, measure.py).
+Not here: how they are made and tried out (timing/baseline_trials.py), and how they are timed and sampled (deploy.py,
+measure.py).
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ FLOAT, NNCF = "baselines/float", "baselines/nncf"
 def make_baselines(work: Work, calibration: CalibrationSet) -> None:
     """Make and try out all of them, so that variants which are asked for later are there.
 
-    One that dies is noted with its reason, and the run goes on without it: another run tries it again, this one never. What was made is
-    kept whatever becomes of the others.
+    One that dies is noted with its reason, and the run goes on without it: another run tries it again, this one never.
+    What was made is kept whatever becomes of the others.
     """
     with work.folder.stage("baselines") as stage:
         if not stage.new:

@@ -1,4 +1,5 @@
-"""An architecture as shapes with its plan, and the same with random weights: for what does not depend on trained values.
+"""An architecture as shapes with its plan, and the same with random weights: for what does not depend on trained
+values.
 
 Not here: who looks at it (commands/rehearse.py, commands/benchmark_subject.py, commands/step_times.py).
 """
@@ -43,7 +44,9 @@ class Blueprint:
     sample_size: SampleSize | None = None
 
 
-def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: SampleSize | None = None) -> Blueprint:
+def blueprint(
+    configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: SampleSize | None = None
+) -> Blueprint:
     """The plan of an architecture at the rules' target widths; `source` names it, `sample_size` is as of `load_model`.
 
     Raises:
@@ -56,7 +59,9 @@ def blueprint(configs: Configs, source: str, quantization: QuantizationPolicy, s
     return Blueprint(shapes, seams, plan, sample_size)
 
 
-def quantized_untrained(configs: Configs, drawn: Blueprint, states: Sequence[int], stage: Stage = nullcontext) -> DiffusionModel:
+def quantized_untrained(
+    configs: Configs, drawn: Blueprint, states: Sequence[int], stage: Stage = nullcontext
+) -> DiffusionModel:
     """The architecture with random weights, quantized, its ranges from noise.
 
     Args:

@@ -1,4 +1,5 @@
-"""The stages that deploy: the OpenVINO folder with its proofs, and its timing beside what it is compared with (baseline_trials.py).
+"""The stages that deploy: the OpenVINO folder with its proofs, and its timing beside what it is compared with
+(baseline_trials.py).
 
 Not here: how a folder is written and verified (export/), and how it is timed (timing/).
 """
@@ -80,7 +81,18 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             batch, visited = policy.export.batch_size, calibration.timesteps
             with room_for(folder, expected_bytes(split, plan, packed=weights != "int8")):
                 export_model(
-                    student, scheduler, layers, work.shape, batch, weights, folder, provenance, conditions, visited, parts, attention
+                    student,
+                    scheduler,
+                    layers,
+                    work.shape,
+                    batch,
+                    weights,
+                    folder,
+                    provenance,
+                    conditions,
+                    visited,
+                    parts,
+                    attention,
                 )
 
         shipped = work.path / "openvino"
@@ -120,7 +132,11 @@ def _guidance(work: Work) -> dict[str, Any]:
         return {}
     scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
     told = {round(value, 4) for value in work.prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
-    return {GUIDANCE: scale} | ({} if null is None else {NULL_CLASS: null}) | ({EMBEDDED_GUIDANCE: told.pop()} if len(told) == 1 else {})
+    return (
+        {GUIDANCE: scale}
+        | ({} if null is None else {NULL_CLASS: null})
+        | ({EMBEDDED_GUIDANCE: told.pop()} if len(told) == 1 else {})
+    )
 
 
 def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[ConditionInput]) -> PartsToDeploy | None:
@@ -139,13 +155,17 @@ def _attention(work: Work, calibration: CalibrationSet, student: nn.Module) -> d
 
 @torch.no_grad()
 def _end_to_end(work: Work, folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
-    """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration set."""
+    """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration
+    set.
+    """
     deployed = OVUNet2DModel.from_pretrained(folder)
     ours, theirs = [], []
     with frozen_weights(student.eval()):
         for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):
             theirs.append(predict(student, x, t, condition).numpy())
-            ours.append(deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()}))
+            ours.append(
+                deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()})
+            )
     return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
 
 

@@ -18,14 +18,17 @@ from pqcad_qat.stages.resuming import Recipes
 _GB = 1e9
 
 
-def room_warning(policy: Policy, prepared: Prepared, recipes: Recipes, to_do: Collection[str], path: Path) -> str | None:
+def room_warning(
+    policy: Policy, prepared: Prepared, recipes: Recipes, to_do: Collection[str], path: Path
+) -> str | None:
     """What to tell where the stages that are to do want more than is free; None where there is room."""
     wanted = sum(stage_bytes(policy, prepared, recipes, stage) for stage in to_do)
     free = free_bytes(path)
     if wanted <= free:
         return None
     return (
-        f"{path}: the stages to do take about {wanted / _GB:.3g} GB, and {free / _GB:.3g} GB are free; fewer calibration.trajectories or "
+        f"{path}: the stages to do take about {wanted / _GB:.3g} GB, and {free / _GB:.3g} GB are free; "
+        "fewer calibration.trajectories or "
         "training.keep_checkpoints take less, and a run that a full disk ends goes on with --resume"
     )
 
@@ -35,10 +38,14 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
     weights = 4 * sum(parameter.numel() for parameter in prepared.split.parameters())
     state = 4 * math.prod(prepared.model.sample_shape)
     trajectories = policy.calibration.trajectories
-    if recipes[stage].trained:  # a checkpoint has the weights, their averages and two moments of each; one more while one is written
+    if recipes[
+        stage
+    ].trained:  # a checkpoint has the weights, their averages and two moments of each; one more while one is written
         return weights * (1 + 4 * (policy.training.keep_checkpoints + 1))
     if stage == "calibration":
-        steps = noise_schedule(prepared.model.scheduler_config).passing(policy.sampler.steps, policy.student_steps_by_round)
+        steps = noise_schedule(prepared.model.scheduler_config).passing(
+            policy.sampler.steps, policy.student_steps_by_round
+        )
         columns = 2 if policy.sampler.guidance_scale == 1.0 else 3
         return 2 * trajectories * (len(steps) * columns + 1) * state  # in parts, and as a whole
     if stage.startswith("teacher"):

@@ -47,7 +47,9 @@ NO_FID = "No FID: evaluation.features names no feature network, so there are fig
 
 NO_SSIM = f"No SSIM: its window of {SSIM_WINDOW} pixels is larger than the images."
 
-OF_LATENTS = "The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
+OF_LATENTS = (
+    "The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
+)
 DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pictures show their first channels."
 
 PICTURES = 10
@@ -55,7 +57,9 @@ PICTURES = 10
 
 
 def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
-    """Images of every variant from the same seeds; those that training does not touch are shared by runs side by side."""
+    """Images of every variant from the same seeds; those that training does not touch are shared by runs side by
+    side.
+    """
     for name in _shown(work):
         with work.folder.stage(sampling(name)) as stage:
             if not stage.new:
@@ -76,7 +80,9 @@ def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
     make(folder, parts_of(folder))
 
 
-def _make_images(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path, parts: Path) -> None:
+def _make_images(
+    work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path, parts: Path
+) -> None:
     variant = _variant(work, name, calibration, models)
     count, batch = work.policy.evaluation.images, work.policy.evaluation.batch_size
     with work.bar(f"sample {name}", count * variant.steps) as advance:
@@ -98,7 +104,9 @@ def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping
     match name:
         case "nncf-int8":
             file = openvino_files(work)[name]
-            return openvino_file_variant(name, file, work.sampled_by(name), steps, work.shape, work.policy.export.batch_size)
+            return openvino_file_variant(
+                name, file, work.sampled_by(name), steps, work.shape, work.policy.export.batch_size
+            )
         case "pqcad-openvino":
             return openvino_variant(name, openvino_files(work)[name], steps)
         case "fp32" | "fp32-half":
@@ -146,7 +154,15 @@ def report(work: Work, command: str) -> Path:
 
 def _write_report(work: Work, command: str) -> None:
     stages = {name: work.folder.finished(name) or {} for name in work.folder.seconds()}
-    facts = RunFacts(work.policy, work.prepared.plan, work.prepared.split, stages, work.folder.seconds(), tuple(work.warnings), command)
+    facts = RunFacts(
+        work.policy,
+        work.prepared.plan,
+        work.prepared.split,
+        stages,
+        work.folder.seconds(),
+        tuple(work.warnings),
+        command,
+    )
     full = _samples(work, "fp32")
     samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in _shown(work)}
     write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)

@@ -64,10 +64,12 @@ class Prepared:
 
 
 def prepare(policy: Policy, store: Path | None = None) -> Prepared:
-    """Load the policy's model and plan its layers; nothing is written but encoded prompts into the store, where one is given.
+    """Load the policy's model and plan its layers; nothing is written but encoded prompts into the store, where one is
+    given.
 
     Raises:
-        ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline do not fit it.
+        ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline
+            do not fit it.
         PlanError: the rules do not fit it.
     """
     with located(policy):
@@ -81,7 +83,8 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
-    """As `prepare`, with random weights and conditions of noise, where the policy names an architecture alone; None where it does not.
+    """As `prepare`, with random weights and conditions of noise, where the policy names an architecture alone; None
+    where it does not.
 
     Raises:
         ModelError, PlanError: as `prepare`.
@@ -95,7 +98,8 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
 
 
 def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships too.
+    """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships
+    too.
 
     Raises:
         ModelError: there is no such config, or the policy's sampler or conditions do not fit it.
@@ -111,7 +115,9 @@ def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    """All that can be known of a policy and its model before anything is trained: what cannot work is told here, by `plan` and by `run`."""
+    """All that can be known of a policy and its model before anything is trained: what cannot work is told here, by
+    `plan` and by `run`.
+    """
     check_features(policy, model)
     check_time_table(model, check_steps(policy, model).train_timesteps)
     parts = pipeline_parts(model.folder)
@@ -126,7 +132,10 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
     if policy.quantization.attention == "int8" and (masked := masked_attention(split, model.example)):
-        raise PlanError(f"quantization.attention: got int8; attention under a mask has no INT8 here: {listed(masked)}; allowed float")
+        raise PlanError(
+            "quantization.attention: got int8; attention under a mask has no INT8 here: "
+            f"{listed(masked)}; allowed float"
+        )
     constant = constant_readers(split, quantizable_layers(split), probe_states(model)) if model.custom else ()
     plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example, constant)
     if model.custom and "export" in stages_of(policy.evaluation.variants):
@@ -135,14 +144,17 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
 
 
 def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> tuple[str, ...]:
-    """What is no fault of a policy, and still not what somebody reads in it; told by `plan`, and by `run` before it begins.
+    """What is no fault of a policy, and still not what somebody reads in it; told by `plan`, and by `run` before it
+    begins.
 
     Args:
         policy, plan: that are told of.
         folder: of the model's pipeline, where it is at hand: its tokenizers cut long prompts.
     """
     section, walks = policy.conditions, "pq" in stages_of(policy.evaluation.variants)
-    cut = () if section.prompts is None or folder is None else prompts_cut(Path(section.prompts), folder, section.tokens)
+    cut = (
+        () if section.prompts is None or folder is None else prompts_cut(Path(section.prompts), folder, section.tokens)
+    )
     return (*(missing_rungs(plan, policy.progressive.ladder) if walks else ()), *cut)
 
 
@@ -160,7 +172,8 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
         student = schedule.student(steps, count)
         if not any(student.error_weight(*step) for step in student.walk(count, key)):
             raise ModelError(
-                f"{key}: got {count}; in so few steps the model is called only where its prediction says nothing; allowed more"
+                f"{key}: got {count}; in so few steps the model is called only where its prediction says "
+                "nothing; allowed more"
             )
     return schedule
 

@@ -1,7 +1,7 @@
 """One table of what decides each stage of a run: keys of the policy, the model, and the stages before it.
 
-By it a run that goes on under another policy knows what to do again, and runs side by side what they share. Not here: how recipes are
-compared (resuming.py).
+By it a run that goes on under another policy knows what to do again, and runs side by side what they share. Not here:
+how recipes are compared (resuming.py).
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def sampled(policy: Policy) -> tuple[VariantName, ...]:
 
 
 def targets_stage(student: str, number: int) -> str:
-    """The stage that runs the teacher of a student's round; the first round's teacher is the model of PQ, for all students."""
+    """The stage that runs the teacher of a student's round; the first round's teacher is the model of PQ, for all
+    students.
+    """
     return "teacher" if number == 1 else f"teacher-{round_name(student, number - 1)}"
 
 
@@ -117,7 +119,9 @@ class _Table:
     def layers(self, ladders: bool) -> dict[str, Any]:
         """What quantizers compute; the rule that says so and what runs in floating point decide no weight."""
         without = {"rule", "rule_index", "int8_exception", *(() if ladders else ("ladder",))}
-        plan = [{key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan]
+        plan = [
+            {key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan
+        ]
         return {"quantization.layers": plan, **self.section("quantization", "layers", "attention")}
 
     def training(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -128,8 +132,12 @@ class _Table:
 
     def quantization_aware(self, name: str) -> Recipe:
         values, circumstances = self.training()
-        progressive = self.section("progressive") if name == "pq" else {"progressive.steps": self.policy.progressive.steps}
-        return Recipe({**self.layers(name == "pq"), **values, **progressive}, ("calibration",), circumstances, trained_paths(name))
+        progressive = (
+            self.section("progressive") if name == "pq" else {"progressive.steps": self.policy.progressive.steps}
+        )
+        return Recipe(
+            {**self.layers(name == "pq"), **values, **progressive}, ("calibration",), circumstances, trained_paths(name)
+        )
 
     def distilled(self, student: str) -> dict[str, Recipe]:
         """The rounds of a student: the teacher's targets, then training."""
@@ -143,7 +151,11 @@ class _Table:
             stage, targets = student_stage(policy, student, number), targets_stage(student, number)
             steps = {"sampler.steps": by_round[number - 1], "distillation.student_steps": by_round[number]}
             walk = schedule.student(by_round[0], by_round[number]).walk(by_round[number])
-            taught = {**steps, "walk": walk, "distillation.guidance": policy.guidance_scale("pq" if number == 1 else "pqcad")}
+            taught = {
+                **steps,
+                "walk": walk,
+                "distillation.guidance": policy.guidance_scale("pq" if number == 1 else "pqcad"),
+            }
             found[targets] = Recipe(taught, ("calibration", teacher), _versions("torch", "brevitas"))
             learns = {
                 **values,
@@ -174,9 +186,15 @@ class _Table:
 
     def benchmark(self) -> Recipe:
         stages = stages_of(self.policy.evaluation.variants)
-        timed = [name for name in made(self.policy.evaluation.variants) if name in (*UNSAMPLED, "nncf-int8", "pqcad-openvino")]
+        timed = [
+            name
+            for name in made(self.policy.evaluation.variants)
+            if name in (*UNSAMPLED, "nncf-int8", "pqcad-openvino")
+        ]
         values = {**self.model, "evaluation.variants": timed, **self.section("export", "weights")}
-        return Recipe(values, tuple(name for name in ("export", "baselines") if name in stages), _versions("openvino", "torch"))
+        return Recipe(
+            values, tuple(name for name in ("export", "baselines") if name in stages), _versions("openvino", "torch")
+        )
 
     def samples(self, variant: VariantName) -> Recipe:
         """The images of a variant, whose model another stage has left, or is the full-precision one."""
@@ -193,7 +211,13 @@ class _Table:
         }
         if (parts := self.prepared.parts) is not None and decoder_of(self.prepared.model) is not None:
             values["decoder"] = parts.digest(VAE)
-        sources = {"nncf-int8": ("baselines",), "ptq": ("calibration",), "pqcad-openvino": ("export",), "fp32": (), "fp32-half": ()}
+        sources = {
+            "nncf-int8": ("baselines",),
+            "ptq": ("calibration",),
+            "pqcad-openvino": ("export",),
+            "fp32": (),
+            "fp32-half": (),
+        }
         if variant in ("fp32", "fp32-half"):
             values["model"] = self.prepared.model.digest
         if variant == "ptq":

@@ -86,7 +86,9 @@ class RunFacts:
 
 
 def report_of(facts: RunFacts) -> Report:
-    """The whole report; what a run left out is absent from it: rows, targets, and the parts of stages that did not run."""
+    """The whole report; what a run left out is absent from it: rows, targets, and the parts of stages that did not
+    run.
+    """
     variants = tuple(_variants(facts))
     evaluation, benchmark = facts.stages["evaluation"], facts.stages.get("benchmark", {})
     machine = (benchmark or evaluation)["hardware"]
@@ -106,7 +108,9 @@ def report_of(facts: RunFacts) -> Report:
         quality_note=evaluation.get("note", ""),
         latency=_latency(facts),
         layers=tuple(_layers(facts)),
-        profiles={name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()},
+        profiles={
+            name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()
+        },
         storage=tuple(_storage(facts)) if "export" in facts.stages else (),
         parts=tuple(PartRow(**part) for part in facts.stages.get("export", {}).get("parts", ())),
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
@@ -119,7 +123,9 @@ def _protocol(facts: RunFacts) -> FidProtocol | None:
     policy, protocol = facts.policy, facts.stages["evaluation"]["protocol"]
     if protocol is None:
         return None
-    return FidProtocol(images=policy.evaluation.images, **protocol, steps=policy.sampler.steps, seed=policy.evaluation.seed)
+    return FidProtocol(
+        images=policy.evaluation.images, **protocol, steps=policy.sampler.steps, seed=policy.evaluation.seed
+    )
 
 
 def _variants(facts: RunFacts) -> Iterator[Variant]:
@@ -187,7 +193,13 @@ def _execution(facts: RunFacts) -> Execution | None:
     left = (*(name for name in precisions if name not in integer), *float_layers(facts.model, facts.plan))
     needs_vnni = tuple(facts.stages["export"]["needs_vnni"])
     attention = facts.stages["export"].get("attention", {})
-    return Execution(planned=len(precisions), executed_int8=len(integer), float_layers=left, needs_vnni=needs_vnni, attention=attention)
+    return Execution(
+        planned=len(precisions),
+        executed_int8=len(integer),
+        float_layers=left,
+        needs_vnni=needs_vnni,
+        attention=attention,
+    )
 
 
 def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
@@ -195,7 +207,9 @@ def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
     execution, parity = _execution(facts), _parity(facts)
     if execution and parity:
         yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
-        yield target("layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, "layers")
+        yield target(
+            "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, "layers"
+        )
     asked = made(facts.policy.evaluation.variants)
     low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
     comparisons = (
@@ -292,8 +306,12 @@ def curves_of(policy: Policy, logs: Path) -> Curves:
         if stage in ("pq", "fixed-bit"):
             distances.append(_series(stage, "weight_distance", "weight_distance", rows))
         if stage == "pq":
-            momenta = [_series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")]
-    return Curves(tuple(losses), tuple(momenta), tuple(distances), policy.progressive.plateau, policy.progressive.perturbation)
+            momenta = [
+                _series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")
+            ]
+    return Curves(
+        tuple(losses), tuple(momenta), tuple(distances), policy.progressive.plateau, policy.progressive.perturbation
+    )
 
 
 def _series(stage: str, name: str, key: str, rows: Sequence[Mapping[str, float]]) -> Series:

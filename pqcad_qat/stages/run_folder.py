@@ -1,6 +1,8 @@
-"""The folder of a run: its policy, which stages are done and by which recipe, what is done again on resuming, and one run at a time.
+"""The folder of a run: its policy, which stages are done and by which recipe, what is done again on resuming, and one
+run at a time.
 
-Not here: what the stages do (stages/). Of the processes that share a run the first writes; the others wait for it, and read.
+Not here: what the stages do (stages/). Of the processes that share a run the first writes; the others wait for it, and
+read.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ class Stage:
 class RunFolder:
     """An open run.
 
-    Before a stage writes anything `recipes/NAME.json` says what decides it, and after everything else its marker `stages/NAME.json` what it
-    came to.
+    Before a stage writes anything `recipes/NAME.json` says what decides it, and after everything else its marker
+    `stages/NAME.json` what it came to.
 
     Attributes:
         recipes: of the stages of the run's policy, in order.
@@ -95,7 +97,8 @@ class RunFolder:
     def stage(self, name: str, together: bool = False) -> Iterator[Stage]:
         """A stage's work goes inside the block; its marker is written at the end, once `done` has been called.
 
-        Of several processes the first does the work, and to the others, which wait, the stage is an old one; `together` all do it.
+        Of several processes the first does the work, and to the others, which wait, the stage is an old one; `together`
+        all do it.
 
         Raises:
             InterruptedByUserError: Ctrl-C inside the block.
@@ -135,7 +138,9 @@ class RunFolder:
         return _read_marker(record) if record.exists() else None
 
     def outdated(self) -> dict[str, str]:
-        """Stages that were begun by another recipe than that of the run's policy, each with the reason to do it again."""
+        """Stages that were begun by another recipe than that of the run's policy, each with the reason to do it
+        again.
+        """
         found = {}
         for stage in self.recipes:
             there = self.begun(stage)
@@ -145,8 +150,15 @@ class RunFolder:
 
     def unrecorded(self) -> list[str]:
         """Stages that a version has begun which did not record recipes."""
-        left = {stage: [self._marker(stage), *(self.path / name for name in recipe.trained)] for stage, recipe in self.recipes.items()}
-        return [stage for stage, paths in left.items() if any(path.exists() for path in paths) and not self._record(stage).exists()]
+        left = {
+            stage: [self._marker(stage), *(self.path / name for name in recipe.trained)]
+            for stage, recipe in self.recipes.items()
+        }
+        return [
+            stage
+            for stage, paths in left.items()
+            if any(path.exists() for path in paths) and not self._record(stage).exists()
+        ]
 
     def adopt(self, stages: Sequence[str]) -> None:
         """Take stages as those of the run's policy."""
@@ -154,7 +166,8 @@ class RunFolder:
             write_atomically(self._record(stage), json.dumps(record_of(self.recipes, stage), indent=1))
 
     def set_aside(self, stage: str) -> Path | None:
-        """Make a stage one that is still to do: what it trained is moved to the folder that is returned, the rest stays until replaced.
+        """Make a stage one that is still to do: what it trained is moved to the folder that is returned, the rest stays
+        until replaced.
 
         The record goes last: whoever is killed on the way sets the stage aside once more.
         """
@@ -190,17 +203,22 @@ def _read_marker(marker: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_run(
-    path: Path, policy: Policy | PretrainPolicy, resume: bool, recipes: Recipes | None = None, console: Console | None = None
+    path: Path,
+    policy: Policy | PretrainPolicy,
+    resume: bool,
+    recipes: Recipes | None = None,
+    console: Console | None = None,
 ) -> Iterator[RunFolder]:
     """Open a new run folder, or with `resume` go on with one; another process on the same folder is refused.
 
-    With `resume` and no run there yet, one is begun: so a run that was killed in its first second goes on like any other. Where the run was
-    begun under another policy, the stages that this changes are done again and the others stay, which the console is told.
+    With `resume` and no run there yet, one is begun: so a run that was killed in its first second goes on like any
+    other. Where the run was begun under another policy, the stages that this changes are done again and the others
+    stay, which the console is told.
 
     Raises:
-        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be written, or the run
-            was begun by another number of processes, or under another policy by a version that recorded no recipes (every difference is
-            named).
+        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be
+            written, or the run was begun by another number of processes, or under another policy by a version that
+            recorded no recipes (every difference is named).
     """
     folder = RunFolder(path, recipes or {})
     with ExitStack() as stack:
@@ -236,13 +254,19 @@ def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes:
     return None
 
 
-def _go_on(folder: RunFolder, before: Policy | PretrainPolicy, policy: Policy | PretrainPolicy, console: Console) -> None:
-    """Compare the stages that are there with the policy's, tell which stay and which are done again, and make these ones to do."""
+def _go_on(
+    folder: RunFolder, before: Policy | PretrainPolicy, policy: Policy | PretrainPolicy, console: Console
+) -> None:
+    """Compare the stages that are there with the policy's, tell which stay and which are done again, and make these
+    ones to do.
+    """
     changes = difference(before, policy)
     if unrecorded := folder.unrecorded():
         if _as_by_default(before) != _as_by_default(policy):
             raise CheckpointError(
-                _changed(folder.path / POLICY, changes, "begun by a version that did not record what its stages depend on")
+                _changed(
+                    folder.path / POLICY, changes, "begun by a version that did not record what its stages depend on"
+                )
             )
         folder.adopt(unrecorded)
     again = folder.outdated()
@@ -250,7 +274,12 @@ def _go_on(folder: RunFolder, before: Policy | PretrainPolicy, policy: Policy | 
     for stage in again:
         _drop_warnings(folder.path / WARNINGS, stage)
         if (to := folder.set_aside(stage)) is not None:
-            console.print(f"  {stage}: what was trained is in {to}, and may be deleted", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"  {stage}: what was trained is in {to}, and may be deleted",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     if changes:
         write_atomically(folder.path / POLICY, dump_policy(policy))
 
@@ -281,7 +310,11 @@ def _drop_warnings(told: Path, stage: str) -> None:
     """Forget what was told of a stage that is done again."""
     if told.exists():
         messages: list[str] = json.loads(told.read_text(encoding="utf-8"))
-        left = [message for message in messages if not message.startswith(f"{stage}: ") and f"checkpoints/{stage}/" not in message]
+        left = [
+            message
+            for message in messages
+            if not message.startswith(f"{stage}: ") and f"checkpoints/{stage}/" not in message
+        ]
         write_atomically(told, json.dumps(left, indent=1))
 
 
@@ -290,7 +323,8 @@ def _check_processes(launch: Path, processes: int) -> None:
     begun = _read_marker(launch)["processes"] if launch.exists() else 1
     if processes != begun:
         raise CheckpointError(
-            f"{launch}: processes: got {processes}; allowed {begun}, with which the run was begun: each adds a batch to every step"
+            f"{launch}: processes: got {processes}; allowed {begun}, with which the run was begun: each "
+            "adds a batch to every step"
         )
 
 

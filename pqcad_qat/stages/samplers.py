@@ -51,7 +51,8 @@ DEFAULT_STEPS = 20
 
 
 _NOTHING_TO_SAMPLE = (
-    "{}: got a folder with none of manifest.json, quantization/plan.json, openvino/, unet/config.json or transformer/config.json; allowed "
+    "{}: got a folder with none of manifest.json, quantization/plan.json, openvino/, unet/config.json or "
+    "transformer/config.json; allowed "
     "a deployed OpenVINO folder, a quantized student, a run, or a diffusers model"
 )
 
@@ -89,7 +90,9 @@ class Variant:
         return self.undecoded or self.decode is not None or is_latent(self.sample_shape)
 
 
-def pytorch_variant(name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int]) -> Variant:
+def pytorch_variant(
+    name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int]
+) -> Variant:
     """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
     denoiser.eval()
 
@@ -120,14 +123,18 @@ def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Var
 def openvino_file_variant(
     name: str, xml: Path, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Variant:
-    """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a baseline."""
+    """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a
+    baseline.
+    """
     request = compile_for_latency(xml, {}).create_infer_request()
 
     def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         parts = []
         for first in range(0, len(x_t), batch_size):
             count = min(batch_size, len(x_t) - first)
-            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)  # a last piece is filled up with its last sample
+            rows = np.minimum(
+                np.arange(first, first + batch_size), first + count - 1
+            )  # a last piece is filled up with its last sample
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
             request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
             parts.append(np.array(request.get_output_tensor(0).data[:count]))
@@ -137,9 +144,13 @@ def openvino_file_variant(
 
 
 def open_folder(
-    source: str, steps: int | None = None, conditions: ConditionsPolicy | None = None, guidance_scale: float | None = None
+    source: str,
+    steps: int | None = None,
+    conditions: ConditionsPolicy | None = None,
+    guidance_scale: float | None = None,
 ) -> Variant:
-    """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model.
+    """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision
+    diffusers model.
 
     Args:
         source: the folder, `embedded:NAME`, or a hub id.
@@ -177,7 +188,11 @@ def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mappi
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
     schedule = noise_schedule(model.scheduler_config)
     variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, model.sample_shape)
-    return replace(variant, decode=decoder_of(model), undecoded=model.decoder), conditioned(model), model.scheduler_config
+    return (
+        replace(variant, decode=decoder_of(model), undecoded=model.decoder),
+        conditioned(model),
+        model.scheduler_config,
+    )
 
 
 def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
@@ -193,7 +208,9 @@ def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
     return decode
 
 
-def sample_images(variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None) -> Tensor:
+def sample_images(
+    variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
     """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
     return to_uint8(sample_states(variant, count, seed, batch_size, advance))
 
@@ -206,10 +223,11 @@ def sample_states(
     advance: Callable[[int], None] = lambda _: None,
     parts: Path | None = None,
 ) -> Tensor:
-    """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and batch size.
+    """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and
+    batch size.
 
-    `advance` is told of the images of a batch each time they are one step further. `parts` is a folder for the batches that are done, from
-    which a process that comes after this one goes on.
+    `advance` is told of the images of a batch each time they are one step further. `parts` is a folder for the batches
+    that are done, from which a process that comes after this one goes on.
     """
 
     def batches(done: int) -> Iterator[dict[str, Tensor]]:
@@ -218,7 +236,9 @@ def sample_states(
         for first in range(done, count, batch_size):
             noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
             chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
-            condition, unconditional = ({name: value.numpy() for name, value in part.items()} for part in (chosen, other))
+            condition, unconditional = (
+                {name: value.numpy() for name, value in part.items()} for part in (chosen, other)
+            )
             x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
             for step in trajectory(follow, noise, variant.schedule, variant.steps):
                 x_0 = np.asarray(step.x_s, dtype=np.float32)

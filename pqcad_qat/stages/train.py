@@ -35,7 +35,12 @@ from pqcad_qat.stages.work import Work
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
-from pqcad_qat.training.distillation import CalibrationAssistedDistillation, DistillationSet, distillation_batches, distillation_set
+from pqcad_qat.training.distillation import (
+    CalibrationAssistedDistillation,
+    DistillationSet,
+    distillation_batches,
+    distillation_set,
+)
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.quantizer_log import QuantizerLog
 from pqcad_qat.training.trainer import LoopSettings
@@ -104,7 +109,9 @@ def fixed_bit(work: Work, calibration: CalibrationSet) -> nn.Module:
 
 
 def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module) -> nn.Module:
-    """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model of PQ."""
+    """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model
+    of PQ.
+    """
     distillation, rounds = work.policy.distillation, work.policy.distillation.rounds
     scale = work.policy.guidance_scale(name)
     loss = CalibrationAssistedDistillation(*loss_weights(work.policy, name), scale, calibration.unconditional)
@@ -130,7 +137,9 @@ def _targets(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Mod
             with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
                 parts, schedule = work.folder.parts(name), work.schedule.student(steps[0], taught)
-                found = distillation_set(teacher, calibration, schedule, taught, learned, batch, advance, scale, parts, name)
+                found = distillation_set(
+                    teacher, calibration, schedule, taught, learned, batch, advance, scale, parts, name
+                )
             save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
             stage.done()
     return DistillationSet(**load_file(file))
@@ -144,7 +153,9 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
         plateau=progressive.plateau,
         perturbation=progressive.perturbation,
         layers_per_transition=progressive.layers_per_transition,
-        deadline=min(round(progressive.deadline * progressive.steps), progressive.steps - 1),  # the last step is made at the targets
+        deadline=min(
+            round(progressive.deadline * progressive.steps), progressive.steps - 1
+        ),  # the last step is made at the targets
         blends=progressive.transition == "blend",
         rungs=rungs(plan),
         fixed=progressive.schedule == "fixed",
@@ -157,7 +168,9 @@ def _training_batches(work: Work, calibration: CalibrationSet) -> BatchSource:
 
 
 def _shown(work: Work, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
-    """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not shown."""
+    """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not
+    shown.
+    """
     noise = torch.from_numpy(initial_noise(work.policy.evaluation.seed, 0, SHOWN, work.shape))
     every = 0 if work.prepared.model.latent else work.policy.training.samples_every
     chosen = work.prepared.conditions.of(work.policy.evaluation.seed, 0, SHOWN)
@@ -173,8 +186,12 @@ def _quantized(work: Work, calibration: CalibrationSet, plan: Sequence[LayerPlan
     return model
 
 
-def _train(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int) -> None:
-    """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the CPU."""
+def _train(
+    work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int
+) -> None:
+    """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the
+    CPU.
+    """
     with work.folder.stage(name, together=True) as stage:
         if stage.new:
             make = partial(_fit, work, name, model, callbacks, batches, steps)
@@ -188,7 +205,15 @@ def _train(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback
         model.cpu()
 
 
-def _fit(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int, folder: Path) -> None:
+def _fit(
+    work: Work,
+    name: str,
+    model: nn.Module,
+    callbacks: Sequence[Callback],
+    batches: BatchSource,
+    steps: int,
+    folder: Path,
+) -> None:
     """Train, and leave in `folder` what a run's folder holds of a trained stage."""
     state = train_stage(model, callbacks, batches, _stage_settings(work, name, steps), work.console, work.warn)
     schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
@@ -198,7 +223,9 @@ def _fit(work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback],
             _keep_trained(work, name, state, transitions, folder)
 
 
-def _keep_trained(work: Work, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def _keep_trained(
+    work: Work, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path
+) -> None:
     with torch.no_grad(), averaged_weights(state) as model:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     save_tensors(weights, folder / WEIGHTS.format(name))
@@ -218,7 +245,15 @@ def _stage_settings(work: Work, name: str, steps: int) -> StageSettings:
         accumulation=training.gradient_accumulation,
         max_grad_norm=training.max_grad_norm,
     )
-    checkpoints = CheckpointFolder(work.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints)
+    checkpoints = CheckpointFolder(
+        work.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints
+    )
     return StageSettings(
-        name, loop, training.precision, checkpoints, work.path / "logs", training.on_divergence, training.activation_checkpointing
+        name,
+        loop,
+        training.precision,
+        checkpoints,
+        work.path / "logs",
+        training.on_divergence,
+        training.activation_checkpointing,
     )

@@ -73,7 +73,9 @@ class Work:
         return decides(self.folder.recipes, stage)
 
     def link(self, name: str, folder: Path) -> None:
-        """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them move."""
+        """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them
+        move.
+        """
         link = self.path / name
         to = os.path.relpath(folder, link.parent)
         if not link.is_symlink() or os.readlink(link) != to:

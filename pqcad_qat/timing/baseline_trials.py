@@ -1,6 +1,8 @@
-"""The baselines that OpenVINO and NNCF make of the full-precision graph, tried out where they may die: in processes of their own.
+"""The baselines that OpenVINO and NNCF make of the full-precision graph, tried out where they may die: in processes of
+their own.
 
-Not here: full precision's own conversion and all timing (latency.py). Without torch, which such a process would load in vain.
+Not here: full precision's own conversion and all timing (latency.py). Without torch, which such a process would load in
+vain.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ def save_openvino(model: ov.Model, folder: Path) -> Path:
     return folder / XML_FILE
 
 
-def nncf_baseline(float_xml: Path, calibration_inputs: Sequence[Inputs], folder: Path, ways: Sequence[Properties] = ({},)) -> Path:
-    """NNCF's post-training INT8 with its own defaults, calibrated on every one of ``calibration_inputs``; returns the saved xml.
+def nncf_baseline(
+    float_xml: Path, calibration_inputs: Sequence[Inputs], folder: Path, ways: Sequence[Properties] = ({},)
+) -> Path:
+    """NNCF's post-training INT8 with its own defaults, calibrated on every one of ``calibration_inputs``; returns the
+    saved xml.
 
-    It has been compiled in all of these ``ways`` and called once: to be timed from that file, as a user of it would run it.
+    It has been compiled in all of these ``ways`` and called once: to be timed from that file, as a user of it would run
+    it.
 
     Raises:
         DiedError: NNCF or OpenVINO cannot do so; nothing is left in the folder then.

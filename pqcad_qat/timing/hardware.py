@@ -29,14 +29,32 @@ CAPS: Mapping[str, Mapping[str, str]] = {
     "avx2_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx512_core_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
-"""What a process must find in its environment when it starts, to compute as on a smaller CPU: OpenVINO and PyTorch read it once."""
+"""What a process must find in its environment when it starts, to compute as on a smaller CPU: OpenVINO and PyTorch read
+it once.
+"""
 
 INSTRUCTION_SETS = (NATIVE, *CAPS)
 _CAP_NEEDS: Mapping[str, str] = {"avx2": "avx2", "avx2_vnni": "avx_vnni", "avx512_core_vnni": "avx512_vnni"}
 # values of ONEDNN_MAX_CPU_ISA under which OpenVINO may still compute bfloat16 in hardware
-_BF16_CAPS = ("", "ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX")
+_BF16_CAPS = (
+    "",
+    "ALL",
+    "DEFAULT",
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX512_CORE_AMX",
+    "AVX512_CORE_AMX_FP16",
+    "AVX10_1_512_AMX",
+)
 _LIBRARIES = ("torch", "openvino", "nncf", "brevitas", "diffusers", "numpy")
-_SETTINGS = ("ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_SETTINGS = (
+    "ONEDNN_MAX_CPU_ISA",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "KMP_BLOCKTIME",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+)
 
 
 def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
@@ -62,14 +80,19 @@ def native_bf16(isa: tuple[str, ...], settings: Mapping[str, str]) -> bool:
 
 
 def lacking(isa: str, machine: Hardware) -> str:
-    """Why a machine cannot compute as with this instruction set, or nothing: under a cap above its own it would use another."""
+    """Why a machine cannot compute as with this instruction set, or nothing: under a cap above its own it would use
+    another.
+    """
     need = _CAP_NEEDS.get(isa)
     return "" if need is None or not machine.isa or need in machine.isa else f"this CPU has no {need}"
 
 
 def _cpu(text: str) -> str:
     """The model's name, and its family and number: of a virtual machine the name is often no more than "AMD EPYC"."""
-    name, numbers = _field(text, "model name"), [f"{key} {_field(text, of)}" for key, of in (("family", "cpu family"), ("model", "model"))]
+    name, numbers = (
+        _field(text, "model name"),
+        [f"{key} {_field(text, of)}" for key, of in (("family", "cpu family"), ("model", "model"))],
+    )
     return f"{name} ({', '.join(numbers)})" if name and all(number[-1].isdigit() for number in numbers) else name
 
 

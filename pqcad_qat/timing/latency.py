@@ -1,7 +1,7 @@
 """Latency, size and their causes: interleaved timing, the rows' candidates, profiles of time and bytes.
 
-Not here: NNCF's baseline (baseline_trials.py), image quality (fidelity.py), whether the export is right (export/proof.py), or how
-results look (report_files.py).
+Not here: NNCF's baseline (baseline_trials.py), image quality (fidelity.py), whether the export is right
+(export/proof.py), or how results look (report_files.py).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ PROFILING: Mapping[str, object] = {"PERF_COUNT": True}
 PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
 """What a variant asks of OpenVINO; the others take its defaults."""
 
-# After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor time spent while the
-# main thread slept: longer than a whole INT8 step. They spin by count: a CPU with a slower pause instruction takes about three times that.
+# After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor
+# time spent while the main thread slept: longer than a whole INT8 step. They spin by count: a CPU with a slower pause
+# instruction takes about three times that.
 REST_S = 0.02
 
 
@@ -53,9 +54,9 @@ class FixedBatchError(ModelError):
 def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
     """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine falls on all of them alike.
 
-    The order rotates from round to round, and runs backwards in every second rotation. Before each timed call come a rest of REST_S, in
-    which the threads of the candidate before fall asleep, and an untimed call of the same candidate, so that caches hold its weights, as
-    they do inside a sampler. Raises ValueError unless runs >= 1 and warmup >= 0.
+    The order rotates from round to round, and runs backwards in every second rotation. Before each timed call come a
+    rest of REST_S, in which the threads of the candidate before fall asleep, and an untimed call of the same candidate,
+    so that caches hold its weights, as they do inside a sampler. Raises ValueError unless runs >= 1 and warmup >= 0.
     """
     if runs < 1 or warmup < 0:
         raise ValueError(f"runs must be at least 1 and warmup at least 0; got {runs} and {warmup}")
@@ -76,7 +77,9 @@ def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, 
 
 
 def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
-    """The order of one round: rotated by one each round, and backwards after each full rotation, so that neighbours change sides."""
+    """The order of one round: rotated by one each round, and backwards after each full rotation, so that neighbours
+    change sides.
+    """
     lap, shift = divmod(turn, max(1, len(names)))
     order = (*names[shift:], *names[:shift])
     return order[::-1] if lap % 2 else order
@@ -103,12 +106,17 @@ def example_inputs(
     condition: Condition | None = None,
     timestep_dtype: Literal["int64", "float32"] = "int64",
 ) -> dict[str, np.ndarray]:
-    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32, timestep (B,).
+    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32,
+    timestep (B,).
 
     Beside them stands `condition` (B, ...), by name, where the model takes one.
     """
     noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
-    return {"sample": noise, "timestep": np.full(batch, 500, timestep_dtype), **{n: v.numpy() for n, v in (condition or {}).items()}}
+    return {
+        "sample": noise,
+        "timestep": np.full(batch, 500, timestep_dtype),
+        **{n: v.numpy() for n, v in (condition or {}).items()},
+    }
 
 
 def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
@@ -151,7 +159,9 @@ def latency_properties(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
-    """What a variant asks of OpenVINO here. Where BF16 is emulated or capped, OpenVINO's default must be told not to take it."""
+    """What a variant asks of OpenVINO here. Where BF16 is emulated or capped, OpenVINO's default must be told not to
+    take it.
+    """
     return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
 
 
@@ -169,7 +179,8 @@ def compile_source(source: Path, properties: Mapping[str, object], batch: int | 
 
 
 def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Model:
-    """Read a graph's xml, or a deployed folder, unpacked as our runtime does; at its own batch unless ``batch`` is another.
+    """Read a graph's xml, or a deployed folder, unpacked as our runtime does; at its own batch unless ``batch`` is
+    another.
 
     Raises:
         ModelError: ``source`` is neither, or cannot be read.
@@ -195,7 +206,9 @@ def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
         try:
             model.reshape({port: [batch, *shape[1:]] for port, shape in shapes.items()})
         except RuntimeError:
-            raise FixedBatchError(f"{source}: got a batch of {batch}; allowed {fixed.pop()}, which is fixed in its graph") from None
+            raise FixedBatchError(
+                f"{source}: got a batch of {batch}; allowed {fixed.pop()}, which is fixed in its graph"
+            ) from None
 
 
 def convert_float(
@@ -206,17 +219,21 @@ def convert_float(
     times: Times | None = None,
     condition: Condition | None = None,
 ) -> ov.Model:
-    """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep, `condition` -> out_sample.
+    """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep,
+    `condition` -> out_sample.
 
-    With ``folder`` it is saved there as openvino_model.xml, constants in float32 as they are (OpenVINO's default would round them to
-    float16). With ``times`` the time embedding becomes a table of them, as in our own export: BF16 rounds time step 999
-    to 1000, which would spoil a baseline's images for a reason that has nothing to do with its quantization. The model is left as it was.
+    With ``folder`` it is saved there as openvino_model.xml, constants in float32 as they are (OpenVINO's default would
+    round them to float16). With ``times`` the time embedding becomes a table of them, as in our own export: BF16 rounds
+    time step 999 to 1000, which would spoil a baseline's images for a reason that has nothing to do with its
+    quantization. The model is left as it was.
     """
     dtype: Literal["int64", "float32"] = "float32" if isinstance(times, Tensor) else "int64"
     inputs = example_inputs(sample_shape, batch, condition=condition, timestep_dtype=dtype)
     example = (torch.from_numpy(inputs["sample"]), torch.from_numpy(inputs["timestep"]), *(condition or {}).values())
     replacements = {} if times is None else timestep_tables(model, times, {})
-    replacements |= fixed_rotations(model, sample_shape, condition[TEXT].shape[1] if condition and TEXT in condition else None)
+    replacements |= fixed_rotations(
+        model, sample_shape, condition[TEXT].shape[1] if condition and TEXT in condition else None
+    )
     training = model.training
     denoiser = TracedDenoiser(model.eval(), tuple(condition or {}))
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
@@ -242,7 +259,9 @@ def size_bytes(path: Path) -> int:
 
 
 def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, runs: int = 20) -> tuple[ProfileRow, ...]:
-    """Mean milliseconds of one call by kind of node and precision, slowest first, from the execution graph of ``runs`` calls."""
+    """Mean milliseconds of one call by kind of node and precision, slowest first, from the execution graph of ``runs``
+    calls.
+    """
     return profile_rows(compile_for_latency(source, {**PROFILING, **config}, len(inputs["sample"])), inputs, runs)
 
 
@@ -271,7 +290,8 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
 
     Args:
         denoiser: full precision, for PyTorch: the candidate `fp32`.
-        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; `ov-bf16` is left out where BF16 is not native.
+        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; `ov-bf16` is left out where BF16 is
+            not native.
         inputs: of every candidate.
     """
     machine = hardware()

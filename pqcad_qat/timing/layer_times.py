@@ -1,6 +1,7 @@
 """What each layer takes of a step, and what all else takes: from OpenVINO's own profile of a graph, node by node.
 
-Not here: the time of the whole step by the clock (latency.py), or what is chosen by these times (quantization/mixed_precision.py).
+Not here: the time of the whole step by the clock (latency.py), or what is chosen by these times
+(quantization/mixed_precision.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Node:
         kind: layer type of the CPU plugin.
         names: of the original nodes that were fused into it.
         reads: the nodes whose outputs it reads.
-        microseconds: of a call, the mean over all calls since the graph was compiled, in whole ones; 0 where it is not executed.
+        microseconds: of a call, the mean over all calls since the graph was compiled, in whole ones; 0 where it is not
+            executed.
     """
 
     kind: str
@@ -63,7 +65,8 @@ class StepProfile:
 
 
 def step_profiles(graphs: Mapping[str, Path], groups: Mapping[str, str], inputs: Inputs) -> dict[str, StepProfile]:
-    """Profile graphs in turns, each compiled anew for every profile; of a layer the fastest counts, since all that disturbs it adds.
+    """Profile graphs in turns, each compiled anew for every profile; of a layer the fastest counts, since all that
+    disturbs it adds.
 
     Args:
         graphs: a deployed folder or a graph's xml, by name.
@@ -76,7 +79,9 @@ def step_profiles(graphs: Mapping[str, Path], groups: Mapping[str, str], inputs:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in graphs}
     for turn in range(ROUNDS):
         for name in turn_order(tuple(graphs), turn):
-            found[name].append(_profile(compile_for_latency(graphs[name], PROFILING, len(inputs["sample"])), groups, inputs))
+            found[name].append(
+                _profile(compile_for_latency(graphs[name], PROFILING, len(inputs["sample"])), groups, inputs)
+            )
     return {name: _fastest(profiles, groups) for name, profiles in found.items()}
 
 
@@ -86,7 +91,9 @@ def _fastest(profiles: list[dict[str, float]], groups: Mapping[str, str]) -> Ste
 
 
 def _profile(compiled: ov.CompiledModel, groups: Mapping[str, str], inputs: Inputs) -> dict[str, float]:
-    """Milliseconds of a call by layer and REST. What OpenVINO tells is a mean that the first calls count in: they are taken out again."""
+    """Milliseconds of a call by layer and REST. What OpenVINO tells is a mean that the first calls count in: they are
+    taken out again.
+    """
     request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
 
     def called(times: int) -> dict[str, Node]:
@@ -104,20 +111,27 @@ def _profile(compiled: ov.CompiledModel, groups: Mapping[str, str], inputs: Inpu
 
 
 def execution_graph(compiled: ov.CompiledModel) -> dict[str, Node]:
-    """What a model that was compiled with PROFILING executes, by name, in an order in which every node comes after those it reads."""
+    """What a model that was compiled with PROFILING executes, by name, in an order in which every node comes after
+    those it reads.
+    """
     nodes = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
-        kind, names, spent = (node.rt_info[key].astype(str) for key in ("layerType", "originalLayersNames", "execTimeMcs"))
+        kind, names, spent = (
+            node.rt_info[key].astype(str) for key in ("layerType", "originalLayersNames", "execTimeMcs")
+        )
         reads = tuple(value.get_node().get_friendly_name() for value in node.input_values())
-        nodes[node.get_friendly_name()] = Node(kind, tuple(names.split(",")), reads, int(spent) if spent.isdigit() else 0)
+        nodes[node.get_friendly_name()] = Node(
+            kind, tuple(names.split(",")), reads, int(spent) if spent.isdigit() else 0
+        )
     return nodes
 
 
 def node_owners(nodes: Mapping[str, Node], groups: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Node -> the planned layers whose time it takes, evenly, or REST alone.
 
-    A convolution or matrix product is its layer's own. Any other node (a change of precision or layout, a normalization, an activation, a
-    quantizer) belongs to the one layer that its result reaches before another matrix product; or to several, where they read one tensor.
+    A convolution or matrix product is its layer's own. Any other node (a change of precision or layout, a
+    normalization, an activation, a quantizer) belongs to the one layer that its result reaches before another matrix
+    product; or to several, where they read one tensor.
     """
     layers = {name: _layer(node, groups) for name, node in nodes.items() if node.kind in MATRIX_NODES}
     reached: dict[str, set[str]] = {name: set() for name in nodes}
@@ -129,10 +143,16 @@ def node_owners(nodes: Mapping[str, Node], groups: Mapping[str, str]) -> dict[st
 
 
 def _layer(node: Node, groups: Mapping[str, str]) -> str:
-    """The planned layer that a matrix node computes: in INT8 it bears the layer's path as name, in floating point as scope."""
+    """The planned layer that a matrix node computes: in INT8 it bears the layer's path as name, in floating point as
+    scope.
+    """
     paths = (called_layer(name, groups) or traced_path(name) for name in node.names)
     return next((path for path in paths if path in groups), REST)
 
 
 def _readers_of_one(layers: set[str], groups: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(sorted(layers)) if len({groups.get(layer, REST) for layer in layers} - {REST}) == 1 and REST not in layers else (REST,)
+    return (
+        tuple(sorted(layers))
+        if len({groups.get(layer, REST) for layer in layers} - {REST}) == 1 and REST not in layers
+        else (REST,)
+    )

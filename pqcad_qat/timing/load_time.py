@@ -36,7 +36,10 @@ def load_times(folder: Path, temporary: Path, runs: int) -> tuple[LoadTime, ...]
     for turn in range(runs):
         for name in FORMATS if turn % 2 else FORMATS[::-1]:
             seconds[name].append(_load(folders[name]))
-    return tuple(LoadTime(name, size_bytes(folders[name]), *map(timing, zip(*rows, strict=True))) for name, rows in seconds.items())
+    return tuple(
+        LoadTime(name, size_bytes(folders[name]), *map(timing, zip(*rows, strict=True)))
+        for name, rows in seconds.items()
+    )
 
 
 def _load(folder: Path) -> tuple[float, float, float]:

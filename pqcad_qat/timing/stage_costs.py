@@ -25,7 +25,8 @@ class StageCost:
     Attributes:
         name: of the stage.
         seconds: that it took.
-        peak_bytes: most resident memory meanwhile; None where the system does not tell it of a part of a process's life.
+        peak_bytes: most resident memory meanwhile; None where the system does not tell it of a part of a process's
+            life.
         kept_bytes: resident memory after it, all that can be given back being given back; None likewise.
     """
 

@@ -1,4 +1,5 @@
-"""Throughput: a denoiser kept busy in bursts of calls, OpenVINO's several at a time, PyTorch's back to back; bursts take turns.
+"""Throughput: a denoiser kept busy in bursts of calls, OpenVINO's several at a time, PyTorch's back to back; bursts
+take turns.
 
 Not here: the latency of one call (latency.py).
 """
@@ -23,7 +24,9 @@ ROUNDS = 5
 """Bursts of each candidate."""
 
 FILLS = 4
-"""How often a burst fills the queue at least, so that its beginning and its end, where threads have nothing to do, weigh little."""
+"""How often a burst fills the queue at least, so that its beginning and its end, where threads have nothing to do,
+weigh little.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Load:
 
 
 def openvino_load(source: Path, config: Mapping[str, object], inputs: Inputs) -> Load:
-    """A model from disk at the inputs' batch, compiled for throughput: OpenVINO chooses its streams and how many calls it wants at a time.
+    """A model from disk at the inputs' batch, compiled for throughput: OpenVINO chooses its streams and how many calls
+    it wants at a time.
 
     Errors as `benchmark.read_source`.
     """
@@ -67,7 +71,9 @@ def torch_load(model: nn.Module, inputs: Inputs) -> Load:
     return Load(burst, 1)
 
 
-def throughput_in_turns(loads: Mapping[str, Load], batch: int, calls: int, rounds: int = ROUNDS) -> dict[str, Throughput]:
+def throughput_in_turns(
+    loads: Mapping[str, Load], batch: int, calls: int, rounds: int = ROUNDS
+) -> dict[str, Throughput]:
     """Images that pass through the network in a second, every candidate in turns.
 
     Args:

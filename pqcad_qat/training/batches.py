@@ -15,7 +15,8 @@ def batch_dice(seed: int, step: int) -> torch.Generator:
 
 
 def mixed_states(examples: int, steps: int, batch_size: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(example (B,), time index (B,)) of a batch: examples at random, and one time step in each of B equal parts of all of them.
+    """(example (B,), time index (B,)) of a batch: examples at random, and one time step in each of B equal parts of all
+    of them.
 
     Such stratified time steps lower the variance of the loss (Kingma et al. 2021, appendix I.1).
     """

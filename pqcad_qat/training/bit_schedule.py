@@ -1,7 +1,9 @@
-"""When, which and how layers go down in width: progressive quantization's schedules, as a pure decision and a thin callback.
+"""When, which and how layers go down in width: progressive quantization's schedules, as a pure decision and a thin
+callback.
 
-Not here: what a width is (quantization/quantized_layer.py). The paper (PQCAD-DM, arXiv 2506.16776) names a momentum-based mechanism that
-keeps low precision from perturbing the weights too much; its equations are not public, so what follows is our reading of it.
+Not here: what a width is (quantization/quantized_layer.py). The paper (PQCAD-DM, arXiv 2506.16776) names a
+momentum-based mechanism that keeps low precision from perturbing the weights too much; its equations are not public, so
+what follows is our reading of it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from pqcad_qat.quantization.quantized_layer import (
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 OBSERVE_EVERY = 5
-"""Steps between two observations of the perturbations: they change slowly, and each costs two quantizations of every weight."""
+"""Steps between two observations of the perturbations: they change slowly, and each costs two quantizations of every
+weight.
+"""
 
 Cause = Literal["plateau", "deadline", "fixed"]
 
@@ -59,7 +63,9 @@ class BitScheduleSettings:
 
     @property
     def blend_momentum(self) -> float:
-        """beta of the blend: the momentum, or less where a blend would take more than half of the time that there is for a rung."""
+        """beta of the blend: the momentum, or less where a blend would take more than half of the time that there is
+        for a rung.
+        """
         time = self.deadline // max(1, 2 * len(self.rungs))
         return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, time))))
 
@@ -82,12 +88,16 @@ class BitScheduleSettings:
 
     @property
     def late_from(self) -> int:
-        """Step from which there is no time left for two blends, one after another: rungs are skipped and nothing pauses."""
+        """Step from which there is no time left for two blends, one after another: rungs are skipped and nothing
+        pauses.
+        """
         return self.deadline - 2 * self.blend_steps
 
     @property
     def warm_up(self) -> int:
-        """Steps before the loss momentum is believed: twice the averages' horizon, at most an eighth of the time there is."""
+        """Steps before the loss momentum is believed: twice the averages' horizon, at most an eighth of the time there
+        is.
+        """
         return max(2, min(round(2 / (1 - self.momentum)), self.deadline // 8))
 
 
@@ -109,7 +119,9 @@ class Momentum:
 
 @dataclass(frozen=True)
 class LossMomentum:
-    """Momentum of the relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l at the present widths."""
+    """Momentum of the relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l at the present
+    widths.
+    """
 
     smoothed: Momentum
     improvement: Momentum
@@ -128,7 +140,9 @@ class LossMomentum:
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """A layer as the decision sees it: its width, the rungs still below it, its perturbation momentum, and whether it is in transition."""
+    """A layer as the decision sees it: its width, the rungs still below it, its perturbation momentum, and whether it
+    is in transition.
+    """
 
     name: str
     bits: int
@@ -153,7 +167,9 @@ class Transition:
 def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
     """The widths that the layers of the longest ladders go down to, the widest first; the others go along."""
     longest = max((len(layer.ladder) for layer in plan), default=0)
-    return tuple(sorted({width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}, reverse=True))
+    return tuple(
+        sorted({width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}, reverse=True)
+    )
 
 
 def decide(
@@ -161,9 +177,10 @@ def decide(
 ) -> tuple[Transition, ...]:
     """The transitions that begin at `step`.
 
-    From the last call on, every layer that is not on its way is sent to its target at once. Before that, a transition is due when nothing
-    is in transition, the loss momentum has been observed for the warm-up and is under the plateau; then the least perturbed layers go one
-    rung down (to their target when it is late), as many as the share allows; those over the bound wait.
+    From the last call on, every layer that is not on its way is sent to its target at once. Before that, a transition
+    is due when nothing is in transition, the loss momentum has been observed for the warm-up and is under the plateau;
+    then the least perturbed layers go one rung down (to their target when it is late), as many as the share allows;
+    those over the bound wait.
 
     In a fixed schedule every layer goes down to the narrowest of its rungs that is due; the momenta are only recorded.
 
@@ -177,14 +194,19 @@ def decide(
     if settings.fixed:
         due = min(settings.due(step), default=math.inf)
         reached = [(layer, [rung for rung in layer.rungs if rung >= due]) for layer in waiting]
-        return tuple(_transition(step, layer, passed[-1], loss_momentum, "fixed") for layer, passed in reached if passed)
+        return tuple(
+            _transition(step, layer, passed[-1], loss_momentum, "fixed") for layer, passed in reached if passed
+        )
     if step >= settings.last_call:
         return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, "deadline") for layer in waiting)
     moving = any(layer.in_transition for layer in layers)
     if moving or loss_momentum is None or observed < settings.warm_up or loss_momentum >= settings.plateau:
         return ()
     allowed = max(1, math.floor(settings.layers_per_transition * len(layers)))
-    calm = sorted((layer for layer in waiting if layer.perturbation <= settings.perturbation), key=lambda layer: layer.perturbation)
+    calm = sorted(
+        (layer for layer in waiting if layer.perturbation <= settings.perturbation),
+        key=lambda layer: layer.perturbation,
+    )
     rung = -1 if step >= settings.late_from else 0
     return tuple(_transition(step, layer, layer.rungs[rung], loss_momentum, "plateau") for layer in calm[:allowed])
 
@@ -194,7 +216,9 @@ def _transition(step: int, layer: LayerStatus, to_bits: int, loss_momentum: floa
 
 
 def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momentum: float | None) -> float:
-    """lambda <- beta lambda + (1 - beta); in the momentum schedule it pauses while training gets worse than the plateau, unless late."""
+    """lambda <- beta lambda + (1 - beta); in the momentum schedule it pauses while training gets worse than the
+    plateau, unless late.
+    """
     worse = not settings.fixed and loss_momentum is not None and loss_momentum < -settings.plateau
     if worse and step < settings.late_from:
         return lam
@@ -203,7 +227,8 @@ def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momen
 
 @dataclass
 class MomentumBitSchedule(Callback):
-    """Moves the layers of a model down their ladders while it trains. Nothing begins before `state.held_until`, not even by the deadline.
+    """Moves the layers of a model down their ladders while it trains. Nothing begins before `state.held_until`, not
+    even by the deadline.
 
     Attributes:
         layers: quantized layers by name.
@@ -257,7 +282,9 @@ class MomentumBitSchedule(Callback):
         return ended
 
     def _believed(self) -> float | None:
-        """The loss momentum, once it has been observed for the warm-up: before that it is the noise of a few batches."""
+        """The loss momentum, once it has been observed for the warm-up: before that it is the noise of a few
+        batches.
+        """
         improvement = self._loss.improvement
         return improvement.value if improvement.count >= self.settings.warm_up else None
 
@@ -290,7 +317,11 @@ class MomentumBitSchedule(Callback):
     def scalars(self) -> dict[str, float]:
         """For the log: both momenta (the perturbation's mean), lambda, and each layer's perturbation."""
         lambdas = [blend.share for layer in self.layers.values() if (blend := blend_state(layer)) is not None]
-        waiting = [value for name in self.layers if self._rungs(name) and (value := self._perturbations[name].value) is not None]
+        waiting = [
+            value
+            for name in self.layers
+            if self._rungs(name) and (value := self._perturbations[name].value) is not None
+        ]
         return {
             "perturbation": sum(waiting) / len(waiting) if waiting else 0.0,
             "loss_momentum": self._loss.improvement.value or 0.0,

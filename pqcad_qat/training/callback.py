@@ -18,7 +18,9 @@ from pqcad_qat.models.conditions import CONDITION
 Batch = Mapping[str, Tensor]
 
 BatchSource = Callable[[int], Batch]
-"""Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data position."""
+"""Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data
+position.
+"""
 
 
 def with_condition(batch: Batch, condition: Mapping[str, Tensor]) -> Batch:
@@ -45,7 +47,8 @@ class TrainState:
         setbacks: divergences overcome so far; each has halved the learning rate.
         held_until: the step before which no bit transition may begin, after a divergence.
         scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
-        parameters: of the model, by name: the same ones from the first step to the last, so its modules are walked over once.
+        parameters: of the model, by name: the same ones from the first step to the last, so its modules are walked over
+            once.
     """
 
     model: nn.Module
@@ -125,7 +128,9 @@ class Callback:
         """Watches; state.step already counts the step that was made."""
 
     def explain(self, state: TrainState) -> Sequence[str]:
-        """Asked where the loss or a gradient is not finite, before the error is raised: what this callback sees to be the cause."""
+        """Asked where the loss or a gradient is not finite, before the error is raised: what this callback sees to be
+        the cause.
+        """
         return ()
 
     def scalars(self) -> Mapping[str, float]:

@@ -31,8 +31,8 @@ class CheckpointFolder:
     """Where checkpoints of one training stage live.
 
     Attributes:
-        every: steps between two of them; those in between (Ctrl-C, the last step) are dropped first, so that what is kept of the others
-            does not depend on them.
+        every: steps between two of them; those in between (Ctrl-C, the last step) are dropped first, so that what is
+            kept of the others does not depend on them.
         keep: the newest that are kept.
     """
 
@@ -60,7 +60,9 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
                 shutil.rmtree(final)
             draft.rename(final)
     except OSError as error:
-        raise CheckpointError(f"{final}: cannot write this checkpoint: {error.strerror}; older ones are intact (--resume)") from error
+        raise CheckpointError(
+            f"{final}: cannot write this checkpoint: {error.strerror}; older ones are intact (--resume)"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     found = checkpoints(folder.path)
@@ -169,7 +171,11 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     saved = optimizer.state_dict()
-    tensors = {f"{index}.{key}": torch.as_tensor(value) for index, entry in saved["state"].items() for key, value in entry.items()}
+    tensors = {
+        f"{index}.{key}": torch.as_tensor(value)
+        for index, entry in saved["state"].items()
+        for key, value in entry.items()
+    }
     return tensors, [{key: value for key, value in group.items() if _is_json(value)} for group in saved["param_groups"]]
 
 
@@ -177,7 +183,9 @@ def _is_json(value: object) -> bool:
     return isinstance(value, bool | int | float | str | list | tuple | None)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         index, key = flat.split(".", 1)

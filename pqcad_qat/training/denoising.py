@@ -21,7 +21,9 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 
 @dataclass
 class DenoisingLoss(Callback):
-    """Mean squared error of the prediction at a random time step (Ho et al. 2020, eq. 14), in the schedule's own parameterisation."""
+    """Mean squared error of the prediction at a random time step (Ho et al. 2020, eq. 14), in the schedule's own
+    parameterisation.
+    """
 
     def __post_init__(self) -> None:
         self.name = "denoising"
@@ -50,8 +52,12 @@ class ClassLabels:
         return torch.where(torch.rand(len(labels), generator=dice) < self.dropout, self.null, labels)
 
 
-def noisy_batches(images: ImageSet, schedule: DDPMSchedule, batch_size: int, seed: int, classes: ClassLabels | None = None) -> BatchSource:
-    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), class_labels where there are classes}: a pure function of seed and step."""
+def noisy_batches(
+    images: ImageSet, schedule: DDPMSchedule, batch_size: int, seed: int, classes: ClassLabels | None = None
+) -> BatchSource:
+    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), class_labels where there are classes}: a pure function of
+    seed and step.
+    """
     alpha_bar = torch.from_numpy(schedule.alpha_bar)
 
     def batch(step: int) -> Batch:
@@ -60,7 +66,11 @@ def noisy_batches(images: ImageSet, schedule: DDPMSchedule, batch_size: int, see
         x_0 = to_float(images.images[chosen])
         eps = torch.randn(x_0.shape, generator=dice)
         a = alpha_bar[t].float().view(-1, 1, 1, 1)
-        states = {"x_t": add_noise(x_0, eps, a), "t": t, "target": join_prediction(x_0, eps, a, schedule.prediction_type)}
+        states = {
+            "x_t": add_noise(x_0, eps, a),
+            "t": t,
+            "target": join_prediction(x_0, eps, a, schedule.prediction_type),
+        }
         if classes is None or images.labels is None:
             return states
         return with_condition(states, {"class_labels": classes.of(images.labels[chosen], dice)})

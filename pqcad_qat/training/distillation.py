@@ -1,7 +1,7 @@
 """Calibration-assisted distillation: the student's targets, their batches, and the two loss terms.
 
-Not here: the loop (trainer.py). The student runs half the teacher's steps (progressive distillation, Salimans and Ho 2022); the calibration
-term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not public.
+Not here: the loop (trainer.py). The student runs half the teacher's steps (progressive distillation, Salimans and Ho
+2022); the calibration term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not public.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class DistillationSet:
 
     Attributes:
         states: (K, S, C, H, W), x_t of the calibration set.
-        teacher: (K, S, C, H, W), the prediction that carries x_t in one student step to where the quantized teacher's steps land.
-        calibration: (K, S, C, H, W), the prediction that carries x_t in one student step to the set's full-precision x_s.
+        teacher: (K, S, C, H, W), the prediction that carries x_t in one student step to where the quantized teacher's
+            steps land.
+        calibration: (K, S, C, H, W), the prediction that carries x_t in one student step to the set's full-precision
+            x_s.
         timesteps: (S,) of the states.
         weights: (S,), truncated-SNR weight of a squared error in the model's own parameterisation.
         folds: (S, 3), of the steps' bounds on x_0 (clipping.py); None where the sampler does not clip.
@@ -66,11 +68,13 @@ def distillation_set(
         teacher: quantized denoiser, in evaluation mode.
         calibration: trajectories of the full-precision model, with its states at every time step of the student.
         schedule: that the teacher samples by.
-        teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an earlier round.
+        teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an
+            earlier round.
         student_steps: S; every time step of the student must be one of the calibration set's.
         advance: told of the states done.
         guidance_scale: that the teacher samples with; 1 where it needs one pass.
-        parts: folder for the batches of trajectories that are done, from which a process that comes after this one goes on.
+        parts: folder for the batches of trajectories that are done, from which a process that comes after this one goes
+            on.
         what: the stage that makes them, for whoever interrupts it.
 
     Raises:
@@ -87,8 +91,8 @@ def distillation_set(
     starts = [t for (t, _), _ in taught]
     if missing := [t for t in starts if t not in calibration.timesteps]:
         raise ModelError(
-            f"distillation.student_steps: got {student_steps}; the calibration set has no states at its time steps {missing[:5]}; "
-            "allowed a divisor of sampler.steps"
+            f"distillation.student_steps: got {student_steps}; the calibration set has no states at its "
+            f"time steps {missing[:5]}; allowed a divisor of sampler.steps"
         )
     recorded = [calibration.timesteps.index(t) for t in starts]
     states = calibration.states[:, recorded]
@@ -100,7 +104,9 @@ def distillation_set(
         for rows in torch.split(torch.arange(done, len(states)), batch_size):
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
-            landed = [_landing(walk, follow, states[rows, index], schedule, advance) for index, (_, walk) in enumerate(taught)]
+            landed = [
+                _landing(walk, follow, states[rows, index], schedule, advance) for index, (_, walk) in enumerate(taught)
+            ]
             yield {"landed": torch.stack(landed, dim=1)}
 
     landed = gathered(parts, len(states), batches, f"{what}: trajectories")["landed"]
@@ -129,7 +135,11 @@ def _folds(schedule: NoiseSchedule, steps: Walk) -> Tensor | None:
 
 
 def _landing(
-    walk: Walk, follow: Callable[[Tensor, float], Tensor], x_t: Tensor, schedule: NoiseSchedule, advance: Callable[[int], None]
+    walk: Walk,
+    follow: Callable[[Tensor, float], Tensor],
+    x_t: Tensor,
+    schedule: NoiseSchedule,
+    advance: Callable[[int], None],
 ) -> Tensor:
     """Where the steps of the teacher that `follow` calls land."""
     for step in along(walk, follow, x_t, schedule):
@@ -138,8 +148,11 @@ def _landing(
     return x_t
 
 
-def distillation_batches(data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None) -> BatchSource:
-    """Step -> {x_t, t, teacher, calibration, weight, fold, condition} of a batch that mixes time steps: a pure function of seed and step.
+def distillation_batches(
+    data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None
+) -> BatchSource:
+    """Step -> {x_t, t, teacher, calibration, weight, fold, condition} of a batch that mixes time steps: a pure function
+    of seed and step.
 
     `condition` (K, ...) is what each trajectory is conditioned on.
     """
@@ -164,7 +177,8 @@ def distillation_batches(data: DistillationSet, batch_size: int, seed: int, cond
 class CalibrationAssistedDistillation(Callback):
     """The two terms: w_T ||student - teacher||^2 + w_C ||student - full precision||^2, both in truncated-SNR weight.
 
-    A batch of states whose steps are clipped holds their `fold` (B, 3): the targets are then the nearest predictions that land there.
+    A batch of states whose steps are clipped holds their `fold` (B, 3): the targets are then the nearest predictions
+    that land there.
 
     Attributes:
         teacher_weight: w_T; 0 leaves the term out.

@@ -1,6 +1,8 @@
-"""Trouble while a stage trains: a loss that explodes or jumps, ranges that collapsed or saturate, weights that oscillate; found, and named.
+"""Trouble while a stage trains: a loss that explodes or jumps, ranges that collapsed or saturate, weights that
+oscillate; found, and named.
 
-Not here: what is done about a divergence (rollback.py, training_stage.py), nor how a layer uses its grid (quantization/grid_statistics.py).
+Not here: what is done about a divergence (rollback.py, training_stage.py), nor how a layer uses its grid
+(quantization/grid_statistics.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, 
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 
 RISE = 100.0
-"""Times its lowest level over which a loss has exploded. Quantized training starts close to the full-precision optimum, so a healthy loss
+"""Times its lowest level over which a loss has exploded. Quantized training starts close to the full-precision optimum,
+so a healthy loss
 rises too: sixfold at a rate of 5e-4 before it comes back, in our runs."""
 
 NEGLIGIBLE = 1e-6
@@ -28,18 +31,24 @@ CALM = 0.1
 """Share of the allowed loss under which training is well."""
 
 SETTLED = 10
-"""Steps after a change of width from which training counts as well again: a transition that does harm shows its harm by then."""
+"""Steps after a change of width from which training counts as well again: a transition that does harm shows its harm by
+then.
+"""
 
 SATURATED = 0.25
-"""Share of clipped values over which a range saturates: a range of least squared error clips 7 % of a Gaussian's values at 2 bits and less
-at more, and at worst 16 % of a SiLU's outputs, at 3 bits."""
+"""Share of clipped values over which a range saturates: a range of least squared error clips 7 % of a Gaussian's values
+at 2 bits and less at more, and at worst 16 % of a SiLU's outputs, at 3 bits."""
 
 WEIGHTS_EVERY, INPUTS_EVERY = 5, 25
-"""Steps between two looks at the weights' integers (odd, since a weight that flips at every step shows it at odd distances alone), and at
-what the layers read. All that is watched takes 2 % of a step of a model as small as the digits', and less of larger ones."""
+"""Steps between two looks at the weights' integers (odd, since a weight that flips at every step shows it at odd
+distances alone), and at what the layers read. All that is watched takes 2 % of a step of a model as small as the
+digits', and less of larger ones.
+"""
 
 TRACKED, READ = 256, 4096
-"""Weights of a layer, and values of its input, that are looked at; evenly spread. The state of so few fits into every checkpoint."""
+"""Weights of a layer, and values of its input, that are looked at; evenly spread. The state of so few fits into every
+checkpoint.
+"""
 
 MEMORY = 0.9
 """Decay of the frequency of flips, per look: about 50 steps."""
@@ -48,9 +57,13 @@ OFTEN = 0.2
 """Frequency of flips from which a weight oscillates: it turned back in one look of five."""
 
 OSCILLATING = 0.2
-"""Share of a layer's weights that may oscillate: healthy training, at 2 bits and a rate of 5e-4, had 7 % at most, at 8 bits."""
+"""Share of a layer's weights that may oscillate: healthy training, at 2 bits and a rate of 5e-4, had 7 % at most, at 8
+bits.
+"""
 
-Trouble = Literal["collapsed weights", "saturated weights", "oscillating weights", "collapsed inputs", "saturated inputs"]
+Trouble = Literal[
+    "collapsed weights", "saturated weights", "oscillating weights", "collapsed inputs", "saturated inputs"
+]
 
 SAID: dict[Trouble, tuple[str, str]] = {
     "collapsed weights": (
@@ -62,7 +75,8 @@ SAID: dict[Trouble, tuple[str, str]] = {
         "use scale: statistics or range: mse for these layers, or a lower training.learning_rate",
     ),
     "oscillating weights": (
-        f"weights oscillate between two integers: more than {OSCILLATING:.0%} of them turned back in every fifth look or oftener",
+        f"weights oscillate between two integers: more than {OSCILLATING:.0%} of them turned back in "
+        "every fifth look or oftener",
         "lower training.learning_rate, give these layers more bits, or keep training.ema, which averages over it",
     ),
     "collapsed inputs": (
@@ -71,14 +85,17 @@ SAID: dict[Trouble, tuple[str, str]] = {
     ),
     "saturated inputs": (
         f"the range of the inputs saturates: more than {SATURATED:.0%} of the values are clipped",
-        "use scale: learned, more calibration.trajectories or range: min_max for the inputs, or a lower training.learning_rate",
+        "use scale: learned, more calibration.trajectories or range: min_max for the inputs, or a lower "
+        "training.learning_rate",
     ),
 }
 
 
 @dataclass(frozen=True)
 class LossLevel:
-    """A loss smoothed over about five steps (an exponential moving average with Adam's bias correction), and its lowest value so far."""
+    """A loss smoothed over about five steps (an exponential moving average with Adam's bias correction), and its lowest
+    value so far.
+    """
 
     average: float = 0.0
     count: int = 0
@@ -94,14 +111,15 @@ class LossLevel:
 
 
 def allowed_rise(dropped: int) -> float:
-    """Times its lowest level that a loss may reach where layers went down by `dropped` bits: each bit doubles the distance between two
-    integers and so quadruples the squared rounding error; what is over that has another cause."""
+    """Times its lowest level that a loss may reach where layers went down by `dropped` bits: each bit doubles the
+    distance between two integers and so quadruples the squared rounding error; what is over that has another cause."""
     return max(RISE, 4.0**dropped)
 
 
 @dataclass
 class Flips:
-    """How often weights turn back: Nagel et al. 2022 ("Overcoming oscillations in quantization-aware training", section 4), at every look.
+    """How often weights turn back: Nagel et al. 2022 ("Overcoming oscillations in quantization-aware training", section
+    4), at every look.
 
     Attributes, each (weights,), layer after layer:
         integers: at the last look.
@@ -126,14 +144,15 @@ class Flips:
 
 @dataclass
 class TroubleWatch(Callback):
-    """Watches the loss at every step, weights and inputs at some; raises DivergedError, and warns of the rest once a layer and trouble.
+    """Watches the loss at every step, weights and inputs at some; raises DivergedError, and warns of the rest once a
+    layer and trouble.
 
     Attributes:
         stage: heads every warning.
         layers: quantized layers by name.
         warn: told in a sentence.
-        good: the last step at which all was well: the loss calm, and no change of width under way or just over. What is raised at a later
-            step may be undone by going back to a checkpoint of this one or an earlier one.
+        good: the last step at which all was well: the loss calm, and no change of width under way or just over. What is
+            raised at a later step may be undone by going back to a checkpoint of this one or an earlier one.
     """
 
     stage: str
@@ -161,7 +180,9 @@ class TroubleWatch(Callback):
             self._hooks = [layer.register_forward_pre_hook(self._reader(name)) for name, layer in self.layers.items()]
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
-        """Asked after those that run the model: what the backward pass computes again, and further micro-batches, are not read."""
+        """Asked after those that run the model: what the backward pass computes again, and further micro-batches, are
+        not read.
+        """
         self._batch = batch
         self._stop_reading()
         return {}
@@ -176,23 +197,40 @@ class TroubleWatch(Callback):
         self._look_at_inputs(state.step)
         if wrong := [name for name, value in self._batch.items() if not bool(value.isfinite().all())]:
             return [f"{', '.join(wrong)} of the batch not finite"]
-        causes = [f"layer {name}: {', '.join(found)} not finite" for name, layer in self.layers.items() if (found := not_finite(layer))]
+        causes = [
+            f"layer {name}: {', '.join(found)} not finite"
+            for name, layer in self.layers.items()
+            if (found := not_finite(layer))
+        ]
         known = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
         named = dict(state.model.named_parameters())
-        causes += [f"{name} is not finite" for name, value in named.items() if id(value) not in known and not bool(value.isfinite().all())]
-        broken = [name for name, value in named.items() if value.grad is not None and not bool(value.grad.isfinite().all())]
+        causes += [
+            f"{name} is not finite"
+            for name, value in named.items()
+            if id(value) not in known and not bool(value.isfinite().all())
+        ]
+        broken = [
+            name for name, value in named.items() if value.grad is not None and not bool(value.grad.isfinite().all())
+        ]
         if broken and not causes:
             causes = [f"{self._owner(broken[-1])}: gradient not finite (the last of {len(broken)} such parameters)"]
-        return [*causes[:5], *([f"and {len(causes) - 5} more"] if len(causes) > 5 else []), "lower training.learning_rate"]
+        return [
+            *causes[:5],
+            *([f"and {len(causes) - 5} more"] if len(causes) > 5 else []),
+            "lower training.learning_rate",
+        ]
 
     def _owner(self, parameter: str) -> str:
         return next((f"layer {name}" for name in self.layers if parameter.startswith(f"{name}.")), parameter)
 
     def forgive(self, step: int) -> None:
-        """Judge the loss again only after a while: the learning rate has just been lowered, and training goes on from where it is."""
+        """Judge the loss again only after a while: the learning rate has just been lowered, and training goes on from
+        where it is.
+        """
         self._judge_from = step + 2 * SETTLED
 
-    # ---- the loss ----------------------------------------------------------------------------------------------------------------
+    # ---- the loss
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _judge(self, step: int, loss: float) -> None:
         blends = {name: blend_state(layer) for name, layer in self.layers.items()}
@@ -212,21 +250,30 @@ class TroubleWatch(Callback):
 
     def _explosion(self, step: int, allowed: float) -> str:
         level = self._loss
-        text = f"step {step}: training diverged: the smoothed loss is {level.value:.3g}, {level.value / level.lowest:.0f} times its lowest"
+        text = (
+            f"step {step}: training diverged: the smoothed loss is {level.value:.3g}, "
+            f"{level.value / level.lowest:.0f} times its lowest"
+        )
         text += f" ({level.lowest:.3g}); allowed {allowed / level.lowest:.0f} times"
         if self._changed_at < 0:
             return f"{text}; lower training.learning_rate"
         widths = [f"layer {name} from {self._first[name]} to {self._widths[name]} bits" for name in self._moved[:5]]
         more = f" and {len(self._moved) - 5} more" if len(self._moved) > 5 else ""
         return (
-            f"{text}. The last change of width was at step {self._changed_at}: {', '.join(widths)}{more}; use progressive.transition: "
+            f"{text}. The last change of width was at step {self._changed_at}: {', '.join(widths)}{more}; "
+            "use progressive.transition: "
             "blend, a later progressive.deadline, more bits for these layers, or a lower training.learning_rate"
         )
 
-    # ---- weights and inputs ------------------------------------------------------------------------------------------------------
+    # ---- weights and inputs
+    # ------------------------------------------------------------------------------------------------------
 
     def _look_at_weights(self, step: int) -> None:
-        found: dict[Trouble, dict[str, str]] = {"collapsed weights": {}, "saturated weights": {}, "oscillating weights": {}}
+        found: dict[Trouble, dict[str, str]] = {
+            "collapsed weights": {},
+            "saturated weights": {},
+            "oscillating weights": {},
+        }
         uses = {name: weight_use(layer, TRACKED) for name, layer in self.layers.items()}
         for name, use in uses.items():
             if use.collapsed:
@@ -239,7 +286,9 @@ class TroubleWatch(Callback):
             self._flips = Flips.of(integers)
         self._flips.look(integers)
         shares = [float(part.double().mean()) for part in torch.split(self._flips.frequency >= OFTEN, sizes)]
-        found["oscillating weights"] = {name: f"{share:.0%}" for name, share in zip(uses, shares, strict=True) if share > OSCILLATING}
+        found["oscillating weights"] = {
+            name: f"{share:.0%}" for name, share in zip(uses, shares, strict=True) if share > OSCILLATING
+        }
         self._tell(step, found)
 
     def _reader(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -275,7 +324,8 @@ class TroubleWatch(Callback):
             listed = ", ".join(f"layer {name} ({number})" for name, number in new.items())
             self.warn(f"{self.stage}: step {step}: {what}: {listed}; {advice}")
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------------------------
+    # ---- checkpoints
+    # -------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -297,4 +347,6 @@ class TroubleWatch(Callback):
         self._changed_at, self._busy_at = saved["changed_at"], saved["busy_at"]
         self._widths, self._moved = dict(saved["widths"]), list(saved["moved"])
         self._told |= set(saved["told"])
-        self._flips = Flips(**{key: torch.tensor(value) for key, value in saved["flips"].items()}) if saved["flips"] else None
+        self._flips = (
+            Flips(**{key: torch.tensor(value) for key, value in saved["flips"].items()}) if saved["flips"] else None
+        )

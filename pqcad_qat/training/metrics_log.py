@@ -29,7 +29,8 @@ LAYER = "layer/"
 
 @dataclass
 class MetricsLog(Callback):
-    """Writes loss terms and the scalars of the other callbacks to TensorBoard and `<folder>/<stage>.jsonl`, and images to the former.
+    """Writes loss terms and the scalars of the other callbacks to TensorBoard and `<folder>/<stage>.jsonl`, and images
+    to the former.
 
     Used as a context manager around `fit`. Rows of steps after the one resumed from are dropped.
 
@@ -71,7 +72,9 @@ class MetricsLog(Callback):
             self._began, self._steps = monotonic(), 0
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._writer and self._progress:
             self._progress.stop()
             with suppress(OSError) if error else nullcontext():  # a full disk has its error already
@@ -113,7 +116,9 @@ class MetricsLog(Callback):
 
 
 def log_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Show texts (Markdown) in TensorBoard, by name; once for a folder, so that a resumed run does not show them again."""
+    """Show texts (Markdown) in TensorBoard, by name; once for a folder, so that a resumed run does not show them
+    again.
+    """
     if not any(folder.glob("events.*")):
         with SummaryWriter(str(folder)) as writer:
             for name, text in texts.items():

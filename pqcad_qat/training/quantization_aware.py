@@ -20,7 +20,9 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 
 @dataclass
 class FullPrecisionMatching(Callback):
-    """Mean squared error to the full-precision model's own prediction at the same state, in its own parameterisation."""
+    """Mean squared error to the full-precision model's own prediction at the same state, in its own
+    parameterisation.
+    """
 
     def __post_init__(self) -> None:
         self.name = "full-precision"

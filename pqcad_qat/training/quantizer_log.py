@@ -19,7 +19,8 @@ OBSERVE_EVERY = 5
 class QuantizerLog(Callback):
     """Logs the mean width at every step, and at some `layer/NAME/bits`, `.../weight_range` and `.../input_range`.
 
-    A range is its size in units of the tensor, of weights the mean over their scales; a blend counts as its mixture of two widths.
+    A range is its size in units of the tensor, of weights the mean over their scales; a blend counts as its mixture of
+    two widths.
 
     Attributes:
         layers: quantized layers by name.
@@ -49,4 +50,6 @@ class QuantizerLog(Callback):
 def mixed_width(layer: QuantizedLayer) -> float:
     """The layer's weight width in bits; in a transition between its two widths, by the share of the next."""
     blend = blend_state(layer)
-    return float(read_bits(layer)[0]) if blend is None else (1 - blend.share) * blend.bits + blend.share * blend.next_bits
+    return (
+        float(read_bits(layer)[0]) if blend is None else (1 - blend.share) * blend.bits + blend.share * blend.next_bits
+    )

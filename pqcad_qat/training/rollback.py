@@ -1,4 +1,5 @@
-"""Going back after a divergence: to which checkpoint, and the record of it, by which a killed run comes to the same decisions.
+"""Going back after a divergence: to which checkpoint, and the record of it, by which a killed run comes to the same
+decisions.
 
 Not here: what a divergence is (divergence.py, trainer.py), nor what follows from the policy (training_stage.py).
 """
@@ -67,17 +68,23 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
     try:
         return [Rollback(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged: {error}; delete {folder} and --resume trains this stage anew") from error
+        raise CheckpointError(
+            f"{file}: damaged: {error}; delete {folder} and --resume trains this stage anew"
+        ) from error
 
 
 def good_checkpoint(folder: CheckpointFolder, good: int) -> Path | None:
-    """The newest undamaged checkpoint of at most `good` steps; those that Ctrl-C left do not count, so that it never decides anything."""
+    """The newest undamaged checkpoint of at most `good` steps; those that Ctrl-C left do not count, so that it never
+    decides anything.
+    """
     found = [path for path in checkpoints(folder.path) if step_of(path) <= good and step_of(path) % folder.every == 0]
     return next((path for path in reversed(found) if damage(path) is None), None)
 
 
 def record_rollback(folder: CheckpointFolder, rollbacks: Sequence[Rollback]) -> None:
-    """Drop the checkpoints after the last rollback's, then write it down: a process killed between the two meets the divergence again."""
+    """Drop the checkpoints after the last rollback's, then write it down: a process killed between the two meets the
+    divergence again.
+    """
     try:
         for path in checkpoints(folder.path):
             if step_of(path) > rollbacks[-1].entered:

@@ -1,4 +1,5 @@
-"""What one training step costs, by part: the loop's own steps of several models in turns, with a stopwatch around their parts.
+"""What one training step costs, by part: the loop's own steps of several models in turns, with a stopwatch around their
+parts.
 
 Not here: which models those are (step_costs.py), nor the speed of inference (timing/latency.py).
 """
@@ -24,7 +25,9 @@ from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
 PARTS = ("batch", "schedule", "forward", "backward", "optimizer", "watch", "rest")
-"""Of a step, in order: `schedule` is what callbacks do before it and `watch` after it, `rest` gradient norm and moving averages."""
+"""Of a step, in order: `schedule` is what callbacks do before it and `watch` after it, `rest` gradient norm and moving
+averages.
+"""
 
 WARM_UP = 2
 
@@ -33,12 +36,14 @@ WARM_UP = 2
 class StepProfile:
     """Medians over the steps that were timed.
 
-    On an accelerator, which works while the host goes on, every part is waited for in steps of their own: their sum is more than `total`.
+    On an accelerator, which works while the host goes on, every part is waited for in steps of their own: their sum is
+    more than `total`.
 
     Attributes:
         milliseconds: part -> milliseconds a step.
         total: milliseconds a step, the median of whole steps, within which nothing more is waited for than in training.
-        kept_bytes: what autograd keeps of a step from the forward to the backward pass, Parameters and buffers not counted.
+        kept_bytes: what autograd keeps of a step from the forward to the backward pass, Parameters and buffers not
+            counted.
         peak_bytes: most that a step has allocated at once beyond what was there before it.
     """
 
@@ -50,7 +55,9 @@ class StepProfile:
 
 @dataclass
 class _Stopwatch:
-    """Adds up the seconds of the parts of the step at hand, unless it is stopped: on an accelerator it waits at the ends of each part."""
+    """Adds up the seconds of the parts of the step at hand, unless it is stopped: on an accelerator it waits at the
+    ends of each part.
+    """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -100,7 +107,8 @@ def profile_steps(
     runs: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, StepProfile]:
-    """Train every candidate for `runs` steps, in turns, so that a slow minute of the machine falls on all of them alike.
+    """Train every candidate for `runs` steps, in turns, so that a slow minute of the machine falls on all of them
+    alike.
 
     Args:
         candidates: name -> model, changed in place, and its callbacks.
@@ -138,8 +146,16 @@ def profile_steps(
     return {name: _medians(steps, kept[name], peak[name]) for name, steps in found.items()}
 
 
-def _train_once(state: TrainState, callbacks: Sequence[Callback], batches: BatchSource, ema: float, accelerator: Accelerator) -> None:
-    fit(state, callbacks, batches, LoopSettings(state.step + 1, learning_rate=1e-6, shape="constant", ema=ema), accelerator)
+def _train_once(
+    state: TrainState, callbacks: Sequence[Callback], batches: BatchSource, ema: float, accelerator: Accelerator
+) -> None:
+    fit(
+        state,
+        callbacks,
+        batches,
+        LoopSettings(state.step + 1, learning_rate=1e-6, shape="constant", ema=ema),
+        accelerator,
+    )
 
 
 def _medians(steps: Sequence[Mapping[str, float]], kept: int, peak: int) -> StepProfile:
@@ -165,7 +181,9 @@ def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
 
 
 def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
-    """Most bytes that are allocated at once on a device while `step` runs, beyond those before it, from torch's own record."""
+    """Most bytes that are allocated at once on a device while `step` runs, beyond those before it, from torch's own
+    record.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -174,7 +192,11 @@ def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on the terminal when it starts and stops
     with profile(profile_memory=True) as watched:
         step()
-    changes = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]" and _is_on(event, device)]
+    changes = [
+        event.nbytes()
+        for event in watched.profiler.kineto_results.events()
+        if event.name() == "[memory]" and _is_on(event, device)
+    ]
     return int(max(accumulate(changes, initial=0)))
 
 

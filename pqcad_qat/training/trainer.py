@@ -30,7 +30,9 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
 
 SMALLEST_SCALE = 1.0
-"""Scale of the loss in fp16 at which gradients that are not finite are no more an overflow: it starts at 65,536, and halves."""
+"""Scale of the loss in fp16 at which gradients that are not finite are no more an overflow: it starts at 65,536, and
+halves.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ class LoopSettings:
 
 
 def new_accelerator(precision: Precision) -> Accelerator:
-    """An Accelerator of this precision. Accelerate keeps the first one's settings for the whole process: they are forgotten here.
+    """An Accelerator of this precision. Accelerate keeps the first one's settings for the whole process: they are
+    forgotten here.
 
-    Processes hold the same model and compute the same decisions, so only gradients travel; Parameters may go without one.
+    Processes hold the same model and compute the same decisions, so only gradients travel; Parameters may go without
+    one.
 
     Raises:
         PolicyError: this machine does not have the precision.
@@ -71,16 +75,22 @@ def new_accelerator(precision: Precision) -> Accelerator:
     replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know the newer name
     try:
-        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[replicas])
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[replicas]
+        )
     except ValueError as error:
         raise PolicyError(f"training.precision: got {precision}, which this machine does not have: {error}") from error
     if precision == "fp16" and accelerator.scaler is None:
-        raise PolicyError(f"training.precision: got fp16 on {accelerator.device.type}; allowed fp32 or bf16: fp16 needs a GPU")
+        raise PolicyError(
+            f"training.precision: got fp16 on {accelerator.device.type}; allowed fp32 or bf16: fp16 needs a GPU"
+        )
     return accelerator
 
 
 def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
-    """The model as it was before Accelerate took it: its own forward, in float32, and Accelerate would take it, or a copy of it, again."""
+    """The model as it was before Accelerate took it: its own forward, in float32, and Accelerate would take it, or a
+    copy of it, again.
+    """
     model: nn.Module = accelerator.unwrap_model(state.network, keep_fp32_wrapper=False)
     vars(model).pop("forward", None)  # what Accelerate puts back is a copy of the class's own
     vars(model).pop("_is_accelerate_prepared", None)  # a model with this mark is neither moved to the device nor cast
@@ -89,7 +99,9 @@ def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
     """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
-    fused = accelerator.scaler is None  # fused, it would skip a step that overflows fp16 by itself, and Accelerate not know of it
+    fused = (
+        accelerator.scaler is None
+    )  # fused, it would skip a step that overflows fp16 by itself, and Accelerate not know of it
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     network, prepared = accelerator.prepare(model, optimizer)
     state = TrainState(model=model, optimizer=prepared, network=network, scaler=accelerator.scaler)
@@ -110,8 +122,8 @@ def fit(
     """Train from state.step to settings.steps; the state holds the result.
 
     Raises:
-        DivergedError: the loss, a gradient or a weight is not finite (the step, its terms, and the causes that callbacks see); the step
-            has changed no weight.
+        DivergedError: the loss, a gradient or a weight is not finite (the step, its terms, and the causes that
+            callbacks see); the step has changed no weight.
         InterruptedByUserError: Ctrl-C, after the step at hand and a checkpoint.
         CheckpointError: a checkpoint cannot be written.
     """
@@ -133,7 +145,9 @@ def fit(
                 raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
 
 
-def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator) -> StepReport:
+def _step(
+    state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator
+) -> StepReport:
     rate = settings.learning_rate_at(state.step, state.setbacks)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -154,10 +168,14 @@ def _step(state: TrainState, callbacks: Sequence[Callback], batch: Batch, settin
         state.optimizer.step()
         state.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
-            return StepReport(loss=loss, terms=values, gradient_norm=norm, learning_rate=rate, samples=len(next(iter(batch.values()))))
+            return StepReport(
+                loss=loss, terms=values, gradient_norm=norm, learning_rate=rate, samples=len(next(iter(batch.values())))
+            )
 
 
-def _gradients(state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator) -> dict[str, float]:
+def _gradients(
+    state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator
+) -> dict[str, float]:
     """Forward and backward of every micro-batch; the loss terms, means over all micro-batches of all processes."""
     sums: dict[str, Tensor] = {}
     if not state.model.training:  # asked of the model: a wrapper says so of itself from the start
@@ -177,7 +195,9 @@ def _gradients(state: TrainState, callbacks: Sequence[Callback], parts: Sequence
 
 
 def _may_overflow(scaler: torch.amp.GradScaler | None) -> bool:
-    """Whether gradients that are not finite may be so only since fp16 has been scaled too high: the scaler halves the scale each time."""
+    """Whether gradients that are not finite may be so only since fp16 has been scaled too high: the scaler halves the
+    scale each time.
+    """
     return scaler is not None and scaler.get_scale() > SMALLEST_SCALE
 
 
@@ -185,7 +205,9 @@ def _divergence(state: TrainState, callbacks: Sequence[Callback], values: dict[s
     """What is not finite, and why; the gradients are still as they came."""
     terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
     causes = [cause for callback in callbacks for cause in callback.explain(state)]
-    return f"step {state.step}: training diverged: loss terms {terms}, gradient norm {norm:g}" + "".join(f"; {cause}" for cause in causes)
+    return f"step {state.step}: training diverged: loss terms {terms}, gradient norm {norm:g}" + "".join(
+        f"; {cause}" for cause in causes
+    )
 
 
 def _share(batch: Batch, accelerator: Accelerator) -> Batch:
@@ -212,7 +234,10 @@ def _average(state: TrainState, decay: float) -> None:
 
 def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> None:
     if process_count() > 1:
-        refuse_drift(f"step {state.step}", {name: float(value.double().sum()) for name, value in state.model.state_dict().items()})
+        refuse_drift(
+            f"step {state.step}",
+            {name: float(value.double().sum()) for name, value in state.model.state_dict().items()},
+        )
     with agreed() as first:
         if first:
             write_checkpoint(folder, state, callbacks)

@@ -1,4 +1,5 @@
-"""Images that a model samples while it trains, always from the same noise: what one looks at to see a stage go well or badly.
+"""Images that a model samples while it trains, always from the same noise: what one looks at to see a stage go well or
+badly.
 
 Not here: the images of a run's report (report/), and how they reach TensorBoard (metrics_log.py).
 """

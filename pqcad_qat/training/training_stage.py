@@ -1,6 +1,8 @@
-"""One stage of training: the loop with its log, checkpoints and watch, gone on with where they end, gone back where it diverged.
+"""One stage of training: the loop with its log, checkpoints and watch, gone on with where they end, gone back where it
+diverged.
 
-Not here: the loop itself (trainer.py), what a divergence is (divergence.py), nor which stages there are (stages/, pretrain.py).
+Not here: the loop itself (trainer.py), what a divergence is (divergence.py), nor which stages there are (stages/,
+pretrain.py).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from pqcad_qat.training.rollback import Rollback, StageStart, good_checkpoint, r
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
 
 TRIES = 3
-"""Divergences that a stage overcomes; the learning rate is an eighth by then, and what still diverges has another cause."""
+"""Divergences that a stage overcomes; the learning rate is an eighth by then, and what still diverges has another
+cause.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class StageSettings:
         precision: arithmetic of the forward and backward pass.
         checkpoints: where they lie, and how many are kept.
         logs: folder of TensorBoard's events and of the numbers for the report.
-        on_divergence: "rollback" goes back to the last good checkpoint and holds bit transitions until the step of the divergence (no
-            longer than half of the stage), "lower_rate" goes on from where it is, past a step whose loss or gradient is not finite; both
-            at half the learning rate, and `TRIES` times at most. "stop" is an error.
+        on_divergence: "rollback" goes back to the last good checkpoint and holds bit transitions until the step of the
+            divergence (no longer than half of the stage), "lower_rate" goes on from where it is, past a step whose loss
+            or gradient is not finite; both at half the learning rate, and `TRIES` times at most. "stop" is an error.
         activation_checkpointing: less memory for more time.
     """
 
@@ -80,7 +84,15 @@ def train_stage(
     state = new_state(model, settings.loop, accelerator)
     try:
         with recomputed_activations(model, settings.activation_checkpointing):
-            _train(state, callbacks, batches, settings, console, warn if accelerator.is_main_process else _silent, accelerator)
+            _train(
+                state,
+                callbacks,
+                batches,
+                settings,
+                console,
+                warn if accelerator.is_main_process else _silent,
+                accelerator,
+            )
     finally:
         released(state, accelerator)
     return state
@@ -143,14 +155,18 @@ def _enter(
 
 
 def _held_until(diverged: int, settings: StageSettings) -> int:
-    """The step before which no transition begins; a blend takes at most half of the stage, so one that begins by then ends in time."""
+    """The step before which no transition begins; a blend takes at most half of the stage, so one that begins by then
+    ends in time.
+    """
     return min(diverged, (settings.loop.steps - 1) // 2)
 
 
 def _roll_back(
     state: TrainState, watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]
 ) -> None:
-    """Raise DivergedError where the tries are used up; otherwise the first process decides where to go back to, and writes it down."""
+    """Raise DivergedError where the tries are used up; otherwise the first process decides where to go back to, and
+    writes it down.
+    """
     if state.setbacks == TRIES:
         past = read_rollbacks(settings.checkpoints.path)
         tried = ", ".join(f"from step {rollback.entered} after step {rollback.step}" for rollback in past)
@@ -160,13 +176,18 @@ def _roll_back(
             _record_way_back(watch, trouble, settings, warn)
 
 
-def _record_way_back(watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]) -> None:
+def _record_way_back(
+    watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]
+) -> None:
     rollbacks = read_rollbacks(settings.checkpoints.path)
     checkpoint = good_checkpoint(settings.checkpoints, watch.good)
     entered = step_of(checkpoint) if checkpoint else 0
     where = f"the checkpoint of step {entered}" if checkpoint else "the start of the stage"
     rate, held = settings.loop.learning_rate * 0.5 ** (len(rollbacks) + 1), _held_until(trouble.step, settings)
-    warn(f"{settings.name}: {trouble}. Gone back to {where}, learning rate {rate:g}, no change of width before step {held}")
+    warn(
+        f"{settings.name}: {trouble}. Gone back to {where}, learning rate {rate:g}, no change of width "
+        f"before step {held}"
+    )
     record_rollback(settings.checkpoints, [*rollbacks, Rollback(trouble.step, entered, str(trouble))])
 
 
@@ -186,4 +207,6 @@ def _lower_rate(
 def _used_up(trouble: DivergedError, tried: str, settings: StageSettings) -> DivergedError:
     rate = settings.loop.learning_rate * 0.5**TRIES
     advice = "set training.learning_rate lower than that"
-    return DivergedError(trouble.step, f"{settings.name}: {trouble}. Tried: {tried}, down to a learning rate of {rate:g}; {advice}")
+    return DivergedError(
+        trouble.step, f"{settings.name}: {trouble}. Tried: {tried}, down to a learning rate of {rate:g}; {advice}"
+    )

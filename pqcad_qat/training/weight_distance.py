@@ -1,4 +1,5 @@
-"""How far the weights that compute are from full precision while a stage trains: what progressive quantization is to keep small.
+"""How far the weights that compute are from full precision while a stage trains: what progressive quantization is to
+keep small.
 
 Not here: the perturbation of one transition, which decides it (bit_schedule.py).
 """
@@ -20,7 +21,8 @@ OBSERVE_EVERY = 5
 
 @dataclass
 class WeightDistance(Callback):
-    """Mean over the layers of || Q(W) - W_0 || / || W_0 ||, W_0 the weights it is made with; a blend counts as what it computes with.
+    """Mean over the layers of || Q(W) - W_0 || / || W_0 ||, W_0 the weights it is made with; a blend counts as what it
+    computes with.
 
     Attributes:
         layers: quantized layers by name, around their full-precision weights.

@@ -1,4 +1,5 @@
-"""What a benchmark records of each candidate, in this process and in one that computes as on a smaller CPU; nothing here asserts a speed.
+"""What a benchmark records of each candidate, in this process and in one that computes as on a smaller CPU; nothing
+here asserts a speed.
 
 Not here: how it looks (test_benchmark_page.py), how a call or a burst is timed (test_latency.py, test_throughput.py).
 """
@@ -34,7 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Candidates:
     """A tiny architecture and its baselines at batch 2; ours was exported at batch 1."""
     folder = tmp_path_factory.mktemp("speed")
     (folder / "tiny.json").write_text(json.dumps(unet_config()), encoding="utf-8")
-    return candidates(open_subject(str(folder / "tiny.json"), POLICIES / "w4a8.yaml", folder / "made"), 2, folder / "batch-2")
+    return candidates(
+        open_subject(str(folder / "tiny.json"), POLICIES / "w4a8.yaml", folder / "made"), 2, folder / "batch-2"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,9 @@ def test_every_candidate_that_the_machine_can_run_is_timed_alone_and_under_load(
         assert row.throughput.median > 0
 
 
-def test_ours_takes_the_batch_that_is_timed_and_every_planned_layer_stays_in_int8(native: Measurement, made: Candidates) -> None:
+def test_ours_takes_the_batch_that_is_timed_and_every_planned_layer_stays_in_int8(
+    native: Measurement, made: Candidates
+) -> None:
     ours, manifest = rows(native)[OURS], read_manifest(made.files[OURS])
     planned = {*manifest["layers"], *manifest["attention"]}
     assert manifest["attention"]
@@ -84,7 +89,9 @@ def test_the_precision_of_every_layer_of_the_baselines_is_told(native: Measureme
 
 def test_sizes_are_of_the_files_that_were_timed(native: Measurement, made: Candidates) -> None:
     found = rows(native)
-    assert found["fp32"].size_bytes == 4 * sum(parameter.numel() for parameter in random_denoiser(unet_config(), "config").parameters())
+    assert found["fp32"].size_bytes == 4 * sum(
+        parameter.numel() for parameter in random_denoiser(unet_config(), "config").parameters()
+    )
     assert found["ov-fp32"].size_bytes == size_bytes(made.files["ov-fp32"].parent)
     assert found[OURS].size_bytes == size_bytes(made.files[OURS])
 
@@ -94,7 +101,9 @@ def test_the_profile_says_where_the_time_went(native: Measurement) -> None:
         assert ("Convolution" in {part.kind for part in row.profile}) is (row.name != "fp32")
 
 
-def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(made: Candidates, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(
+    made: Candidates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     found = measure(made, "avx2", runs=1, throughput=False)
     assert found.isa == "avx2"
@@ -108,14 +117,18 @@ def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(made: Candi
 
 
 def test_a_graph_with_a_fixed_batch_is_left_out_with_the_reason(made: Candidates, tmp_path: Path) -> None:
-    fixed = replace(made, files={"ov-fp32": fixed_batch_graph(2, made.sample_shape, tmp_path), OURS: made.files[OURS]}, batch=3)
+    fixed = replace(
+        made, files={"ov-fp32": fixed_batch_graph(2, made.sample_shape, tmp_path), OURS: made.files[OURS]}, batch=3
+    )
     found = measure_here(fixed, "native", runs=1, throughput=False)
     assert set(rows(found)) == {"fp32", OURS}
     assert found.left_out["ov-fp32"] == "got a batch of 3; allowed 2, which is fixed in its graph"
 
 
 @pytest.mark.parametrize(("native_bf16", "default"), [(True, {}), (None, {}), (False, F32)])
-def test_openvinos_default_is_left_alone_but_where_bf16_is_emulated(native_bf16: bool | None, default: Mapping[str, str]) -> None:
+def test_openvinos_default_is_left_alone_but_where_bf16_is_emulated(
+    native_bf16: bool | None, default: Mapping[str, str]
+) -> None:
     machine = Hardware("some CPU", ("avx2",), 1, {}, native_bf16)
     assert precision_hint(OURS, machine) == precision_hint("nncf-int8", machine) == default
     assert (precision_hint("ov-fp32", machine), precision_hint("ov-bf16", machine)) == (F32, BF16)
@@ -133,9 +146,15 @@ def test_an_instruction_set_that_the_cpu_lacks_is_left_out_or_refused_where_it_i
     def benchmark(*isas: str) -> object:
         return measure_speed(str(tmp_path / "tiny.json"), POLICIES / "w4a8.yaml", [1], isas, 1, False, "again", console)
 
-    with pytest.raises(ModelError, match="avx2_vnni: this CPU has no avx_vnni; avx512_core_vnni: this CPU has no avx512_vnni"):
+    with pytest.raises(
+        ModelError, match="avx2_vnni: this CPU has no avx_vnni; avx512_core_vnni: this CPU has no avx512_vnni"
+    ):
         benchmark("avx2_vnni", "avx512_core_vnni")
     report = benchmark("native", "avx2_vnni")
     assert [(part.isa, part.batch) for part in report.measurements] == [("native", 1)]
-    assert (report.left_out, report.steps, report.weights) == ({"avx2_vnni": "this CPU has no avx_vnni"}, None, "random")
+    assert (report.left_out, report.steps, report.weights) == (
+        {"avx2_vnni": "this CPU has no avx_vnni"},
+        None,
+        "random",
+    )
     assert "batch 1, native: timing" in console.file.getvalue()

@@ -56,7 +56,12 @@ def test_a_deployed_folder_and_the_run_that_holds_it_are_taken_as_they_are(tmp_p
     folder = quantized_unet({"bits": 4}, {"bits": 8}).export(tmp_path / "run" / "openvino")
     for source in (tmp_path / "run", folder):
         found = open_subject(str(source), Path("no-such-policy.yaml"), tmp_path / "made")
-        assert (found.folder, found.sample_shape, found.steps, found.weights) == (folder, (1, 32, 32), None, "of the folder")
+        assert (found.folder, found.sample_shape, found.steps, found.weights) == (
+            folder,
+            (1, 32, 32),
+            None,
+            "of the folder",
+        )
     assert not (tmp_path / "made").exists()
 
 
@@ -69,7 +74,9 @@ def test_the_steps_of_an_image_are_those_that_the_folder_says(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", ["config.json", "unet/config.json"])
-def test_a_folder_in_diffusers_layout_is_an_architecture_with_its_schedulers_time_steps(tmp_path: Path, place: str) -> None:
+def test_a_folder_in_diffusers_layout_is_an_architecture_with_its_schedulers_time_steps(
+    tmp_path: Path, place: str
+) -> None:
     written(tmp_path / "model" / place, unet_config())
     written(tmp_path / "model" / "scheduler" / "scheduler_config.json", SCHEDULER | {"num_train_timesteps": 77})
     found = open_subject(str(tmp_path / "model"), POLICY, tmp_path / "made")
@@ -83,12 +90,20 @@ def test_baselines_are_made_for_the_batch_and_of_the_same_architecture(architect
     for name in ("ov-fp32", "nncf-int8"):
         model = ov.Core().read_model(made.files[name])
         assert [list(port.shape) for port in model.inputs] == [[3, 1, 8, 8], [3]]
-    assert size_bytes(made.files["nncf-int8"].with_suffix(".bin")) < size_bytes(made.files["ov-fp32"].with_suffix(".bin"))
+    assert size_bytes(made.files["nncf-int8"].with_suffix(".bin")) < size_bytes(
+        made.files["ov-fp32"].with_suffix(".bin")
+    )
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "an unknown class": (unet_config(_class_name="UNet1DModel"), r"_class_name: got 'UNet1DModel'; allowed UNet2DModel, "),
-    "an unknown block": (unet_config(down_block_types=["Nope", "Nope"]), r"down_block_types: got 'Nope'; allowed DownBlock2D, "),
+    "an unknown class": (
+        unet_config(_class_name="UNet1DModel"),
+        r"_class_name: got 'UNet1DModel'; allowed UNet2DModel, ",
+    ),
+    "an unknown block": (
+        unet_config(down_block_types=["Nope", "Nope"]),
+        r"down_block_types: got 'Nope'; allowed DownBlock2D, ",
+    ),
     "a size in words": (
         unet_config(sample_size="large"),
         r"sample_size: got 'large'; allowed a whole number from 1 to 2048 or \[height, width\]",

@@ -34,8 +34,22 @@ MODEL = (
     "model={sample_size: 8, block_out_channels: [8, 16], down_block_types: [DownBlock2D, AttnDownBlock2D], "
     "up_block_types: [AttnUpBlock2D, UpBlock2D], attention_head_dim: 16, norm_num_groups: 8}"
 )
-TINY = ("name=digits", "data.source=digits", "data.size=8", MODEL, "training.precision=fp32", "training.steps=8", "training.batch_size=16")
-EVERY = ("training.warmup=2", "training.checkpoint_every=2", "training.keep_checkpoints=10", "training.sample_every=4", "training.ema=0.9")
+TINY = (
+    "name=digits",
+    "data.source=digits",
+    "data.size=8",
+    MODEL,
+    "training.precision=fp32",
+    "training.steps=8",
+    "training.batch_size=16",
+)
+EVERY = (
+    "training.warmup=2",
+    "training.checkpoint_every=2",
+    "training.keep_checkpoints=10",
+    "training.sample_every=4",
+    "training.ema=0.9",
+)
 
 WEIGHTS = Path("model") / "unet" / "diffusion_pytorch_model.safetensors"
 
@@ -83,11 +97,16 @@ def test_a_class_conditional_model_is_trained_with_some_labels_dropped_to_the_on
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
-        ({"num_class_embeds": 7}, r"model\.num_class_embeds: got 7; allowed 10, the classes of digits 8x8, or 11, with no class"),
+        (
+            {"num_class_embeds": 7},
+            r"model\.num_class_embeds: got 7; allowed 10, the classes of digits 8x8, or 11, with no class",
+        ),
         ({"class_embed_type": "timestep"}, r"model\.class_embed_type: got 'timestep'; allowed null"),
     ],
 )
-def test_a_table_of_labels_that_does_not_fit_the_data_is_refused(keys: dict[str, object], fault: str, tmp_path: Path) -> None:
+def test_a_table_of_labels_that_does_not_fit_the_data_is_refused(
+    keys: dict[str, object], fault: str, tmp_path: Path
+) -> None:
     policy = tiny()
     policy = policy.model_copy(update={"model": {**policy.model, **keys}})
     with pytest.raises(PolicyError, match=fault):
@@ -124,7 +143,9 @@ def test_every_step_is_logged(trained: Path) -> None:
     assert rows[-1]["learning_rate"] < rows[2]["learning_rate"]
 
 
-def test_a_run_that_was_killed_after_a_checkpoint_ends_with_the_same_weights_bit_for_bit(trained: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_after_a_checkpoint_ends_with_the_same_weights_bit_for_bit(
+    trained: Path, tmp_path: Path
+) -> None:
     killed = Path(shutil.copytree(trained, tmp_path / "digits"))
     for step in (4, 6, 8):
         shutil.rmtree(killed / "checkpoints" / f"step_{step:06d}")
@@ -156,7 +177,9 @@ def test_a_finished_run_is_refused_without_resume(trained: Path) -> None:
         pretrain(tiny(), trained, quiet())
 
 
-def test_another_policy_trains_anew_as_a_new_run_does_and_what_was_trained_is_moved_aside(trained: Path, tmp_path: Path) -> None:
+def test_another_policy_trains_anew_as_a_new_run_does_and_what_was_trained_is_moved_aside(
+    trained: Path, tmp_path: Path
+) -> None:
     changed, console = Path(shutil.copytree(trained, tmp_path / "digits")), quiet()
     pretrain(tiny("training.seed=1"), changed, console, resume=True)
     assert isinstance(console.file, io.StringIO)
@@ -167,7 +190,9 @@ def test_another_policy_trains_anew_as_a_new_run_does_and_what_was_trained_is_mo
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_a_finished_run_that_goes_on_with_checkpoints_at_other_steps_trains_nothing(trained: Path, tmp_path: Path) -> None:
+def test_a_finished_run_that_goes_on_with_checkpoints_at_other_steps_trains_nothing(
+    trained: Path, tmp_path: Path
+) -> None:
     path, console = Path(shutil.copytree(trained, tmp_path / "digits")), quiet()
     pretrain(tiny("training.checkpoint_every=3", "training.sample_every=5"), path, console, resume=True)
     assert isinstance(console.file, io.StringIO)
@@ -210,7 +235,8 @@ def test_the_command_trains_and_says_where_the_model_is(
     assert load_model(str(tmp_path / "run" / "model")).sample_shape == (1, 8, 8)
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------------------
+# ---- batches
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -1,4 +1,6 @@
-"""The command `profile`: the policy's own step, quantized, in transition and in floating point; nothing here asserts a speed."""
+"""The command `profile`: the policy's own step, quantized, in transition and in floating point; nothing here asserts a
+speed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def test_its_models_are_what_the_columns_say(tiny_folder: Path, monkeypatch: pyt
     costs = step_costs.step_costs(policy, 1, Console(quiet=True))
     assert list(costs) == list(step_costs.COLUMNS) == list(seen)
     assert not seen["float"]
-    assert all(read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None for layer in seen["fixed-bit"].values())
+    assert all(
+        read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None
+        for layer in seen["fixed-bit"].values()
+    )
     ways = [blend_state(layer) for layer in seen["pq"].values() if len(layer.plan.ladder) > 1]
     assert ways
     assert all(blend is not None and 0.4 < blend.share < 0.6 for blend in ways)

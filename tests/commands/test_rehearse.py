@@ -1,4 +1,5 @@
-"""An architecture with random weights, to a proven folder: what is made, what is told, and that saving memory changes no byte.
+"""An architecture with random weights, to a proven folder: what is made, what is told, and that saving memory changes
+no byte.
 
 Not here: full-size architectures, whose plans alone are made in tests (test_large_policies.py).
 """
@@ -43,7 +44,10 @@ STAGES = (
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("openvino_model*")}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("openvino_model*")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +66,22 @@ def found(source: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rehear
     return rehearse(policy, configs, folder, "rehearse", lambda _: None), folder
 
 
-def test_every_planned_layer_is_seen_in_int8_and_exact_and_every_stage_is_told(found: tuple[Rehearsal, Path], source: str) -> None:
+def test_every_planned_layer_is_seen_in_int8_and_exact_and_every_stage_is_told(
+    found: tuple[Rehearsal, Path], source: str
+) -> None:
     rehearsal, folder = found
-    assert rehearsal.planned == rehearsal.executed_int8 == rehearsal.exact == len(read_manifest(folder / "openvino")["layers"]) > 10
+    assert (
+        rehearsal.planned
+        == rehearsal.executed_int8
+        == rehearsal.exact
+        == len(read_manifest(folder / "openvino")["layers"])
+        > 10
+    )
     assert tuple(cost.name for cost in rehearsal.stages) == STAGES
     assert rehearsal.peak_bytes >= max(cost.kept_bytes or 0 for cost in rehearsal.stages)
-    assert rehearsal.parameters == sum(weights.numel() for weights in saved("text_unet", folder / "again").denoiser.parameters())
+    assert rehearsal.parameters == sum(
+        weights.numel() for weights in saved("text_unet", folder / "again").denoiser.parameters()
+    )
     assert rehearsal.sizes["packed"] < rehearsal.sizes["int8"]
     assert {path.name for path in folder.iterdir()} >= {"openvino", "packed"}
 
@@ -75,7 +89,12 @@ def test_every_planned_layer_is_seen_in_int8_and_exact_and_every_stage_is_told(f
 def test_its_record_is_the_table_that_is_shown(found: tuple[Rehearsal, Path], tmp_path: Path) -> None:
     rehearsal, _ = found
     assert json.loads(write_rehearsal(rehearsal, tmp_path).read_text()) == json.loads(json.dumps(asdict(rehearsal)))
-    assert [column.header for column in stages_table(rehearsal).columns] == ["stage", "seconds", "MB at the peak", "MB kept"]
+    assert [column.header for column in stages_table(rehearsal).columns] == [
+        "stage",
+        "seconds",
+        "MB at the peak",
+        "MB kept",
+    ]
     assert stages_table(rehearsal).row_count == len(STAGES) + 1
 
 
@@ -84,7 +103,9 @@ def model(source: str) -> DiffusionModel:
     """What the rehearsal exported, with its weights."""
     configs = architecture_configs(source)
     assert configs is not None
-    return quantized_untrained(configs, blueprint(configs, source, load_policy(POLICIES / "w4a8-sd15.yaml").quantization), (1,))
+    return quantized_untrained(
+        configs, blueprint(configs, source, load_policy(POLICIES / "w4a8-sd15.yaml").quantization), (1,)
+    )
 
 
 def test_letting_go_of_weights_changes_no_integer_and_no_byte_of_the_export(
@@ -98,7 +119,9 @@ def test_letting_go_of_weights_changes_no_integer_and_no_byte_of_the_export(
     assert all(np.array_equal(kept[name].weight_int, taken[name].weight_int) for name in kept)
 
 
-def test_inputs_of_layers_are_those_that_the_model_reads_and_are_gone_afterwards(model: DiffusionModel, tmp_path: Path) -> None:
+def test_inputs_of_layers_are_those_that_the_model_reads_and_are_gone_afterwards(
+    model: DiffusionModel, tmp_path: Path
+) -> None:
     layers, states = quantized_layers(model.denoiser), noise_inputs(model, 2)
     read: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():

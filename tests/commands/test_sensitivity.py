@@ -1,4 +1,5 @@
-"""How sensitive layers are, against one layer quantized by hand; and the command, from a policy to a policy that plans what was chosen.
+"""How sensitive layers are, against one layer quantized by hand; and the command, from a policy to a policy that plans
+what was chosen.
 
 Not here: the choice itself (test_mixed_precision.py).
 """
@@ -47,7 +48,10 @@ def prepared(tiny_folder: Path) -> Prepared:
 @pytest.fixture(scope="module")
 def batches(prepared: Prepared) -> list[tuple[Tensor, Tensor]]:
     noise = torch.Generator().manual_seed(3)
-    return [(torch.randn(4, *prepared.model.sample_shape, generator=noise), torch.tensor([900, 500, 100, 0])) for _ in range(2)]
+    return [
+        (torch.randn(4, *prepared.model.sample_shape, generator=noise), torch.tensor([900, 500, 100, 0]))
+        for _ in range(2)
+    ]
 
 
 @pytest.fixture
@@ -79,7 +83,9 @@ def test_a_layers_error_is_that_of_the_full_precision_model_with_its_weights_alo
         assert found[name].weights[2] > 4 * found[name].weights[4] > 16 * found[name].weights[7] > 0
 
 
-def test_layers_that_read_one_tensor_share_its_error(quantized: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_layers_that_read_one_tensor_share_its_error(
+    quantized: nn.Module, batches: list[tuple[Tensor, Tensor]]
+) -> None:
     found = {layer.name: layer for layer in layer_sensitivities(quantized, (4,), batches)}
     groups: dict[str, list[str]] = {}
     for name, layer in quantized_layers(quantized).items():
@@ -111,18 +117,24 @@ def test_the_error_of_all_layers_is_that_of_the_quantized_model(
     assert {name: layer.weight_bits for name, layer in integer_layers(quantized).items()} == bits
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------------------
+# ---- the command
+# ---------------------------------------------------------------------------------------------------------------------
 
 Measure = Callable[..., tuple[SensitivityReport, str | None]]
 
 
 @pytest.fixture(scope="module")
 def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Measure:
-    policy, cache = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder)), tmp_path_factory.mktemp("sensitivity")
+    policy, cache = (
+        load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder)),
+        tmp_path_factory.mktemp("sensitivity"),
+    )
 
     def run(size: Limit | None = None, step: Limit | None = None) -> tuple[SensitivityReport, str | None]:
         widths = WIDTHS if step is None else (4,)
-        return measure_sensitivity(policy, widths, 8, size, step, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET)
+        return measure_sensitivity(
+            policy, widths, 8, size, step, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET
+        )
 
     return run
 
@@ -130,19 +142,25 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
 @pytest.fixture(scope="module")
 def chosen(measure: Measure, prepared: Prepared) -> tuple[SensitivityReport, str]:
     sizes = packed_sizes(prepared, {4, 7})
-    report, text = measure(Limit((sizes.of(dict.fromkeys(sizes.layers, 4)) + sizes.of(dict.fromkeys(sizes.layers, 7))) / 2e6, "MB"))
+    report, text = measure(
+        Limit((sizes.of(dict.fromkeys(sizes.layers, 4)) + sizes.of(dict.fromkeys(sizes.layers, 7))) / 2e6, "MB")
+    )
     assert text is not None
     return report, text
 
 
-def test_the_chosen_widths_keep_to_the_size_and_move_the_output_less_than_smaller_ones(chosen: tuple[SensitivityReport, str]) -> None:
+def test_the_chosen_widths_keep_to_the_size_and_move_the_output_less_than_smaller_ones(
+    chosen: tuple[SensitivityReport, str],
+) -> None:
     report, _ = chosen
     found = report.assignments[CHOSEN]
     assert report.budget_bytes is not None
     assert report.assignments[OWN].bytes < found.bytes <= report.budget_bytes
     assert found.error < report.assignments[OWN].error
     assert {4, 7} <= set(found.bits.values()) <= set(WIDTHS)
-    assert found.predicted == pytest.approx(sum(layer.inputs + layer.weights[found.bits[layer.name]] for layer in report.layers))
+    assert found.predicted == pytest.approx(
+        sum(layer.inputs + layer.weights[found.bits[layer.name]] for layer in report.layers)
+    )
 
 
 def test_the_policy_that_is_written_plans_the_chosen_widths_at_the_size_that_is_told(
@@ -160,20 +178,27 @@ def test_the_policy_that_is_written_plans_the_chosen_widths_at_the_size_that_is_
 
 
 def _integers(prepared: Prepared) -> dict:  # type: ignore[type-arg]
-    model = quantize_model(copy.deepcopy(prepared.split), [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan])
+    model = quantize_model(
+        copy.deepcopy(prepared.split), [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan]
+    )
     calibrate_ranges(model, [(torch.randn(2, *prepared.model.sample_shape), torch.tensor([500, 1]))])
     return integer_layers(model)
 
 
 def test_a_size_that_no_widths_have_is_refused_before_anything_is_measured(measure: Measure) -> None:
     with pytest.raises(
-        PlanError, match=r"^--max-size: got 0.010x \([\d,]+ bytes of weights\); allowed at least 0\.\d+x .* widths 2, 4, 7$"
+        PlanError,
+        match=r"^--max-size: got 0.010x \([\d,]+ bytes of weights\); allowed at least 0\.\d+x .* widths 2, 4, 7$",
     ):
         measure(Limit(0.01, "x"))
 
 
 def test_a_limit_is_a_share_or_megabytes_or_milliseconds() -> None:
-    assert [Limit(number, unit).of(1000) for number, unit in ((0.25, "x"), (0.5, "MB"), (4.2, "ms"))] == [250, 500_000, 4_200_000]
+    assert [Limit(number, unit).of(1000) for number, unit in ((0.25, "x"), (0.5, "MB"), (4.2, "ms"))] == [
+        250,
+        500_000,
+        4_200_000,
+    ]
 
 
 def test_terminal_and_page_show_every_layer_with_its_errors_and_width(chosen: tuple[SensitivityReport, str]) -> None:
@@ -195,7 +220,19 @@ def test_the_command_writes_page_numbers_and_policy(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "CONSOLE", Console(width=160))
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
-    cli.main(["sensitivity", str(POLICIES / "smoke.yaml"), "--states", "4", "--widths", "[4,7]", "--max-size", "0.9x", *flags])
+    cli.main(
+        [
+            "sensitivity",
+            str(POLICIES / "smoke.yaml"),
+            "--states",
+            "4",
+            "--widths",
+            "[4,7]",
+            "--max-size",
+            "0.9x",
+            *flags,
+        ]
+    )
     folder = tmp_path / "runs" / "tiny-sensitivity"
     assert sorted(path.name for path in folder.iterdir()) == ["policy.yaml", "sensitivity.html", "sensitivity.json"]
     document = json.loads((folder / "sensitivity.json").read_text())
@@ -203,16 +240,22 @@ def test_the_command_writes_page_numbers_and_policy(
     assert "together, dB" in capsys.readouterr().out
 
 
-# ---- within a time ---------------------------------------------------------------------------------------------------------------
+# ---- within a time
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def dearer_floats() -> Iterator[None]:
-    """Times as if each layer took 0.1 ms in INT8 and 0.2 or 0.3 in floating point, and all else 3 ms, on every machine."""
+    """Times as if each layer took 0.1 ms in INT8 and 0.2 or 0.3 in floating point, and all else 3 ms, on every
+    machine.
+    """
 
     def costs(trial: Trial, integer: str, floating: str) -> Costs:
         assert {integer, floating} == {path.name for path in trial.folder.iterdir()}
-        layers = {layer.name: {layer.weights.bits: 10**5, FLOAT: (2 + at % 2) * 10**5} for at, layer in enumerate(trial.prepared.plan)}
+        layers = {
+            layer.name: {layer.weights.bits: 10**5, FLOAT: (2 + at % 2) * 10**5}
+            for at, layer in enumerate(trial.prepared.plan)
+        }
         return Costs(3 * 10**6 + len(layers) * 10**5, 3 * 10**6, layers)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -275,9 +318,16 @@ def test_terminal_and_page_show_times_and_what_stays_in_floating_point(timed: tu
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        (Limit(0.9, "x"), r"--max-ms: got [\d.]+ ms \(0\.900x the step .*\); allowed at least [\d.]+ ms \(1\.000x the step"),
+        (
+            Limit(0.9, "x"),
+            r"--max-ms: got [\d.]+ ms \(0\.900x the step .*\); allowed at least [\d.]+ ms \(1\.000x the step",
+        ),
         (Limit(1.0, "ms"), r"--max-ms: got 1\.000 ms .*; allowed at least"),
-        (Limit(9.0, "x"), r"--max-ms: got .*; allowed less than .*, which a step takes on this machine with all layers in floating point"),
+        (
+            Limit(9.0, "x"),
+            r"--max-ms: got .*; allowed less than .*, which a step takes on this machine with all layers "
+            r"in floating point",
+        ),
     ],
 )
 def test_a_time_that_no_choice_keeps_to_or_that_leaves_none_is_refused(
@@ -291,7 +341,9 @@ def test_a_time_that_no_choice_keeps_to_or_that_leaves_none_is_refused(
 def test_the_command_times_the_embedded_digits_model_and_writes_a_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the times of this machine, but floating point at least twice as slow as INT8, so that there is something to choose."""
+    """With the times of this machine, but floating point at least twice as slow as INT8, so that there is something to
+    choose.
+    """
     real = Trial.costs
 
     def costs(trial: Trial, integer: str, floating: str) -> Costs:
@@ -309,7 +361,9 @@ def test_the_command_times_the_embedded_digits_model_and_writes_a_policy(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
     flags = [f"--set={override}" for override in tiny_overrides(Path("embedded:digits"), "evaluation.features=none")]
-    cli.main(["sensitivity", str(POLICIES / "smoke.yaml"), "--states", "4", "--widths", "4", "--max-ms", "1.1x", *flags])
+    cli.main(
+        ["sensitivity", str(POLICIES / "smoke.yaml"), "--states", "4", "--widths", "4", "--max-ms", "1.1x", *flags]
+    )
     folder = tmp_path / "runs" / "tiny-sensitivity"
     assert sorted(path.name for path in folder.iterdir()) == ["policy.yaml", "sensitivity.html", "sensitivity.json"]
     document = json.loads((folder / "sensitivity.json").read_text())

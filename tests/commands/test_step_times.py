@@ -1,4 +1,5 @@
-"""A real small model in INT8 and in floating point: every planned layer gets its time from both graphs, and all stays within the step.
+"""A real small model in INT8 and in floating point: every planned layer gets its time from both graphs, and all stays
+within the step.
 
 Not here: whose a node is, case by case (test_layer_times.py). Nothing asserts a speed.
 """
@@ -30,7 +31,9 @@ def trial(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     torch.set_num_threads(1)
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
     prepared = prepare(policy)
-    model = quantize_model(copy.deepcopy(prepared.split), [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan])
+    model = quantize_model(
+        copy.deepcopy(prepared.split), [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan]
+    )
     calibrate_ranges(model, [(torch.randn(2, *prepared.model.sample_shape), torch.tensor([500, 1]))])
     layers = integer_layers(model)
     made = Trial(policy, prepared, (), tmp_path_factory.mktemp("trial"))
@@ -66,12 +69,16 @@ def test_every_node_has_an_owner_and_every_planned_layer_one_matrix_product(tria
     assert {"Convolution", "Reduce", "Subgraph"} <= set(kinds)
 
 
-def test_costs_are_the_step_by_the_clock_shared_out_by_the_profiles(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_the_step_by_the_clock_shared_out_by_the_profiles(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layer_times, "ROUNDS", 2)
     found = trial.costs("int8", "float")
     own = {layer.name: layer.weights.bits for layer in trial.prepared.plan}
     assert {name: set(at) for name, at in found.layers.items()} == {name: {bits, FLOAT} for name, bits in own.items()}
-    assert all(cost >= 0 for at in found.layers.values() for cost in at.values())  # 0: less than the profile's microsecond
+    assert all(
+        cost >= 0 for at in found.layers.values() for cost in at.values()
+    )  # 0: less than the profile's microsecond
     assert 0 <= found.fixed <= found.whole
     assert found.of(own) == pytest.approx(found.whole, abs=len(own))
     assert found.of(dict.fromkeys(own, FLOAT)) - found.fixed == sum(at[FLOAT] for at in found.layers.values())

@@ -63,7 +63,9 @@ class Swept:
 def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
     root = tmp_path_factory.mktemp("sweep")
-    overrides = tiny_overrides(tiny_folder, "progressive.steps=4", "seeds=[0, 1]", "evaluation.variants=[fp32, nncf-int8, pq]")
+    overrides = tiny_overrides(
+        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", "evaluation.variants=[fp32, nncf-int8, pq]"
+    )
     made: dict[str, int] = {}
     torch.set_num_threads(1)
     printed = io.StringIO()
@@ -71,7 +73,12 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         for stage, name in ((baselines, "nncf_baseline"), (measure, "sample_states")):
             patch.setattr(stage, name, counting(made, getattr(stage, name)))
-        sweep(load_study(STUDY, overrides), root / "tiny", "python -m pqcad_qat sweep smoke.yaml", Console(file=printed, width=200))
+        sweep(
+            load_study(STUDY, overrides),
+            root / "tiny",
+            "python -m pqcad_qat sweep smoke.yaml",
+            Console(file=printed, width=200),
+        )
     return Swept(overrides, root / "tiny", made, printed.getvalue())
 
 
@@ -96,7 +103,11 @@ def again(swept: Swept) -> None:
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_each_cell_is_a_run_of_its_own(swept: Swept) -> None:
@@ -104,7 +115,14 @@ def test_each_cell_is_a_run_of_its_own(swept: Swept) -> None:
         path = swept.folder / cell.name
         assert load_policy(path / "policy.yaml") == cell.policy
         assert [row.name for row in read_report(path).variants] == ["fp32", "nncf-int8", "pq"]
-    assert {path.name for path in swept.folder.iterdir()} == {*CELLS, ".calibration", ".shared", "study.html", "study.json", "study.md"}
+    assert {path.name for path in swept.folder.iterdir()} == {
+        *CELLS,
+        ".calibration",
+        ".shared",
+        "study.html",
+        "study.json",
+        "study.md",
+    }
 
 
 def test_what_training_does_not_touch_is_made_once(swept: Swept) -> None:
@@ -123,7 +141,9 @@ def test_the_table_has_a_row_a_combination_with_the_spread_over_seeds(swept: Swe
     rows = {(row["labels"]["schedule"], row["variant"]): row for row in document["parts"][0]["rows"]}
     assert list(rows) == [("all", "fp32"), ("all", "nncf-int8"), ("momentum", "pq"), ("fixed", "pq")]
     reports = [read_report(swept.folder / name) for name in CELLS[:2]]
-    distances = [row.fid_real for report in reports for row in report.variants if row.name == "pq" and row.fid_real is not None]
+    distances = [
+        row.fid_real for report in reports for row in report.variants if row.name == "pq" and row.fid_real is not None
+    ]
     found = rows["momentum", "pq"]["figures"]["fid_real"]
     assert (found["mean"], found["count"]) == (pytest.approx(statistics.mean(distances)), 2)
     assert found["deviation"] == pytest.approx(statistics.stdev(distances))
@@ -133,7 +153,10 @@ def test_the_table_has_a_row_a_combination_with_the_spread_over_seeds(swept: Swe
 def test_finished_cells_are_not_run_again(swept: Swept, copied: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: pytest.fail("run again"))
     again(copied)
-    assert json.loads((copied.folder / "study.json").read_text())["parts"] == json.loads((swept.folder / "study.json").read_text())["parts"]
+    assert (
+        json.loads((copied.folder / "study.json").read_text())["parts"]
+        == json.loads((swept.folder / "study.json").read_text())["parts"]
+    )
 
 
 def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
@@ -151,14 +174,18 @@ def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
 def test_a_changed_study_is_refused_before_anything_is_run(copied: Swept) -> None:
     before = times(copied.folder)
     with pytest.raises(CheckpointError) as caught:
-        sweep(load_study(STUDY, [*copied.overrides, "progressive.steps=5"]), copied.folder, "again", Console(quiet=True))
+        sweep(
+            load_study(STUDY, [*copied.overrides, "progressive.steps=5"]), copied.folder, "again", Console(quiet=True)
+        )
     assert str(caught.value).count("progressive.steps: was 4, now 5") == len(CELLS)
     assert "--out DIR starts the study anew" in str(caught.value)
     assert times(copied.folder) == before
 
 
 @pytest.mark.parametrize("fault", [PlanError("no such layer"), RuntimeError("no memory")])
-def test_a_cell_that_fails_does_not_lose_the_others(copied: Swept, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+def test_a_cell_that_fails_does_not_lose_the_others(
+    copied: Swept, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     for name in (CELLS[0], CELLS[2]):
         (copied.folder / name / "report.html").unlink()
     run = pipeline.run
@@ -169,7 +196,9 @@ def test_a_cell_that_fails_does_not_lose_the_others(copied: Swept, monkeypatch: 
         return run(policy, path, *arguments, **named)
 
     monkeypatch.setattr(pipeline, "run", failing)
-    with pytest.raises(StudyError, match=rf"1 of 4 cells failed; the same command tries them again:\n  - {CELLS[0]}: .*{fault}"):
+    with pytest.raises(
+        StudyError, match=rf"1 of 4 cells failed; the same command tries them again:\n  - {CELLS[0]}: .*{fault}"
+    ):
         again(copied)
     [part] = json.loads((copied.folder / "study.json").read_text())["parts"]
     rows = part["rows"]
@@ -189,8 +218,13 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
     assert [(copied.folder / name / "report.html").exists() for name in CELLS] == [False, True, True, True]
     [part] = json.loads((copied.folder / "study.json").read_text())["parts"]
     rows = part["rows"]
-    assert {row["labels"]["schedule"]: row["seeds"] for row in rows if row["variant"] == "pq"} == {"momentum": [1], "fixed": [0, 1]}
-    with pytest.raises(StudyError, match=r"--only: got 'w9\*', which matches none of the 4 cells; .* smoke-momentum-seed0"):
+    assert {row["labels"]["schedule"]: row["seeds"] for row in rows if row["variant"] == "pq"} == {
+        "momentum": [1],
+        "fixed": [0, 1],
+    }
+    with pytest.raises(
+        StudyError, match=r"--only: got 'w9\*', which matches none of the 4 cells; .* smoke-momentum-seed0"
+    ):
         sweep(copied.study, copied.folder, "again", Console(quiet=True), only="w9*")
 
 
@@ -199,7 +233,9 @@ def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swep
     printed = io.StringIO()
     sweep(load_study(STUDY, untimed), tmp_path, "beside", Console(file=printed, width=200), jobs=2)
     for cell in swept.study.cells:
-        ours, theirs = (load_file(folder / cell.name / "models" / "pq.safetensors") for folder in (tmp_path, swept.folder))
+        ours, theirs = (
+            load_file(folder / cell.name / "models" / "pq.safetensors") for folder in (tmp_path, swept.folder)
+        )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert cell.name in printed.getvalue()
@@ -228,7 +264,8 @@ def test_ctrl_c_ends_a_study_and_not_only_its_cell(
     assert "the same command goes on" in capsys.readouterr().err
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------------------
+# ---- the command line
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_every_cell_and_runs_nothing(
@@ -245,7 +282,9 @@ def test_a_dry_run_shows_every_cell_and_runs_nothing(
     assert times(copied.folder) == before
 
 
-def test_a_sweep_that_fails_ends_with_code_2(copied: Swept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_that_fails_ends_with_code_2(
+    copied: Swept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise PlanError("no such layer")
 

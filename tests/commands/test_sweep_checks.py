@@ -1,4 +1,5 @@
-"""What is wrong with any cell of a study is told before the first is run: by `sweep` and by its dry run, as `plan` says it.
+"""What is wrong with any cell of a study is told before the first is run: by `sweep` and by its dry run, as `plan` says
+it.
 
 Not here: cells that are run (test_sweep.py), faults of the study's file (test_study_cells.py).
 """
@@ -42,7 +43,9 @@ def study(tiny_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_all_faults_of_all_cells_are_told_before_the_first_is_run(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_of_all_cells_are_told_before_the_first_is_run(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: pytest.fail("a cell was run"))
     with pytest.raises(StudyError) as caught:
         sweep(load_study(study), tmp_path / "out", "python -m pqcad_qat sweep s.yaml", QUIET)

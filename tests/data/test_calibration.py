@@ -1,4 +1,5 @@
-"""Calibration sets: the trajectories against diffusers' own sampler, noise that does not depend on batching, reuse, and damage.
+"""Calibration sets: the trajectories against diffusers' own sampler, noise that does not depend on batching, reuse, and
+damage.
 
 Not here: the sampler's arithmetic (test_sampling.py).
 """
@@ -78,7 +79,9 @@ def test_noise_and_trajectories_do_not_depend_on_the_batch_size(
     torch.testing.assert_close(found.states, recorded.states, rtol=1e-4, atol=1e-4)
 
 
-def test_a_refined_set_holds_the_states_that_a_finer_sampler_visits(tiny_model: DiffusionModel, recipe: CalibrationRecipe) -> None:
+def test_a_refined_set_holds_the_states_that_a_finer_sampler_visits(
+    tiny_model: DiffusionModel, recipe: CalibrationRecipe
+) -> None:
     refined = record(tiny_model, replace(recipe, refinement=2), TRAJECTORIES)
     finer = record(tiny_model, replace(recipe, steps=2 * STEPS), TRAJECTORIES)
     columns = [finer.timesteps.index(t) for t in refined.timesteps]
@@ -88,12 +91,16 @@ def test_a_refined_set_holds_the_states_that_a_finer_sampler_visits(tiny_model: 
     assert torch.equal(refined.images, finer.images)
 
 
-@pytest.mark.parametrize(("spacing", "steps", "times"), [("linspace", 4, [999, 666, 333, 0]), ("leading", 3, [666, 333, 0])])
+@pytest.mark.parametrize(
+    ("spacing", "steps", "times"), [("linspace", 4, [999, 666, 333, 0]), ("leading", 3, [666, 333, 0])]
+)
 def test_steps_that_no_finer_sampler_visits_are_divided_all_the_same(
     tiny_model: DiffusionModel, recipe: CalibrationRecipe, spacing: str, steps: int, times: list[int]
 ) -> None:
     config = {**tiny_model.scheduler_config, "timestep_spacing": spacing}
-    found = record(replace(tiny_model, scheduler_config=config), replace(recipe, steps=steps, refinement=2, trajectories=1), 1)
+    found = record(
+        replace(tiny_model, scheduler_config=config), replace(recipe, steps=steps, refinement=2, trajectories=1), 1
+    )
     assert list(found.timesteps) == times
     schedule, x_t = noise_schedule(config), found.states[:, 0]
     for t, s in ((times[0], times[0] - (times[0] - times[1]) // 2), (times[0] - (times[0] - times[1]) // 2, times[1])):
@@ -101,7 +108,9 @@ def test_steps_that_no_finer_sampler_visits_are_divided_all_the_same(
     torch.testing.assert_close(x_t, found.states[:, 1], rtol=1e-5, atol=1e-5)
 
 
-def test_recording_twice_gives_the_same_bits(tiny_model: DiffusionModel, recipe: CalibrationRecipe, recorded: CalibrationSet) -> None:
+def test_recording_twice_gives_the_same_bits(
+    tiny_model: DiffusionModel, recipe: CalibrationRecipe, recorded: CalibrationSet
+) -> None:
     again = record(tiny_model, recipe, TRAJECTORIES)
     assert torch.equal(again.states, recorded.states)
     assert torch.equal(again.predictions, recorded.predictions)
@@ -141,13 +150,21 @@ def test_an_unconditional_set_keeps_the_name_it_had_before_there_were_conditions
 
 
 @pytest.mark.parametrize("change", [*CHANGES, {"conditions": "set"}, {"guidance_scale": 2.0}])
-def test_everything_that_decides_a_set_changes_its_name(recipe: CalibrationRecipe, change: dict[str, int | str]) -> None:
+def test_everything_that_decides_a_set_changes_its_name(
+    recipe: CalibrationRecipe, change: dict[str, int | str]
+) -> None:
     assert replace(recipe, **change).digest != recipe.digest
 
 
-def test_the_folder_says_what_it_was_made_from(cache: Path, recipe: CalibrationRecipe, recorded: CalibrationSet) -> None:
+def test_the_folder_says_what_it_was_made_from(
+    cache: Path, recipe: CalibrationRecipe, recorded: CalibrationSet
+) -> None:
     written = json.loads((cache / recipe.digest / "recipe.json").read_text())
-    assert (written["model_digest"], written["seed"], tuple(written["timesteps"])) == (recipe.model_digest, 7, recorded.timesteps)
+    assert (written["model_digest"], written["seed"], tuple(written["timesteps"])) == (
+        recipe.model_digest,
+        7,
+        recorded.timesteps,
+    )
     assert [path.name for path in cache.iterdir()] == [recipe.digest]  # no draft is left
 
 
@@ -167,14 +184,20 @@ def test_a_damaged_set_is_an_error_that_says_what_to_do(
         read_calibration(folder)
 
 
-def test_a_set_that_another_run_is_recording_is_waited_for(tiny_model: DiffusionModel, recipe: CalibrationRecipe, tmp_path: Path) -> None:
+def test_a_set_that_another_run_is_recording_is_waited_for(
+    tiny_model: DiffusionModel, recipe: CalibrationRecipe, tmp_path: Path
+) -> None:
     small = replace(recipe, trajectories=1, steps=2)
     others: list[Future[tuple[CalibrationSet, Path]]] = []
     with ThreadPoolExecutor() as pool:
 
         def meanwhile(_moved: int) -> None:
             if not others:
-                others.append(pool.submit(calibration_set, tiny_model, small, 1, tmp_path, lambda _: pytest.fail("recorded twice")))
+                others.append(
+                    pool.submit(
+                        calibration_set, tiny_model, small, 1, tmp_path, lambda _: pytest.fail("recorded twice")
+                    )
+                )
 
         found, folder = calibration_set(tiny_model, small, 1, tmp_path, meanwhile)
         other, same = others[0].result(60)

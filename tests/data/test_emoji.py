@@ -1,4 +1,6 @@
-"""Emoji of a colour font that the test builds: which bitmaps count, how sequences are recognised, and every fault as a ModelError."""
+"""Emoji of a colour font that the test builds: which bitmaps count, how sequences are recognised, and every fault as a
+ModelError.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ LIST = """\
 """
 CODES = {"face": 0x1F600, "surfer": 0x1F3C4, "joiner": 0x200D, "female": 0x2640, "ball": 0x26BD, "digit": 0x31}
 GLYPHS = (".notdef", *CODES, "woman", "unencoded", "nobody")
-LIGATURES = "feature ccmp { sub female joiner surfer by woman; sub joiner unencoded by nobody; } ccmp;"  # the first one backwards
+# the first one backwards
+LIGATURES = "feature ccmp { sub female joiner surfer by woman; sub joiner unencoded by nobody; } ccmp;"
 COLOURS = {"face": "yellow", "surfer": "blue", "ball": "black", "digit": "lime", "woman": "red", "nobody": "pink"}
 
 
@@ -84,7 +87,9 @@ def colours(pictures: list[Image.Image]) -> list[object]:
 YELLOW, BLUE, BLACK, RED = (255, 255, 0, 255), (0, 0, 255, 255), (0, 0, 0, 255), (255, 0, 0, 255)
 
 
-def test_groups_are_counted_as_they_come_and_sequences_known_in_any_order_without_their_selector(tmp_path: Path) -> None:
+def test_groups_are_counted_as_they_come_and_sequences_known_in_any_order_without_their_selector(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "list.txt").write_text(LIST)
     found = read_groups(tmp_path / "list.txt")
     assert found == {(0x1F600,): 0, (0x1F3C4,): 1, (0x200D, 0x2640, 0x1F3C4): 1, (0x26BD,): 2}
@@ -92,7 +97,12 @@ def test_groups_are_counted_as_they_come_and_sequences_known_in_any_order_withou
 
 def test_listed_emoji_come_in_the_fonts_order_with_their_groups(font: Path) -> None:
     pictures, groups = emoji_pictures(font, font.with_name("emoji-test.txt"))
-    assert colours(pictures) == [YELLOW, BLUE, BLACK, RED]  # neither the digit, which is not listed, nor what has no code point
+    assert colours(pictures) == [
+        YELLOW,
+        BLUE,
+        BLACK,
+        RED,
+    ]  # neither the digit, which is not listed, nor what has no code point
     assert groups.tolist() == [0, 1, 2, 1]
 
 
@@ -129,11 +139,23 @@ def test_scaling_down_averages_over_all_pixels(tmp_path: Path) -> None:
     [
         (lambda font: font.unlink(), r"font\.ttf: no such file; .*package fonts-noto-color-emoji"),
         (lambda font: font.write_bytes(b"no font"), r"font\.ttf: not a font with colour bitmaps \(CBDT\)"),
-        (lambda font: font.write_bytes(font.read_bytes()[:-300]), r"font\.ttf: not a font with colour bitmaps \(CBDT\)"),
+        (
+            lambda font: font.write_bytes(font.read_bytes()[:-300]),
+            r"font\.ttf: not a font with colour bitmaps \(CBDT\)",
+        ),
         (lambda font: write_font(font.parent, {}), r"font\.ttf: not a font with colour bitmaps \(CBDT\): .*CBDT"),
-        (lambda font: write_font(font.parent, {"ball": b"no picture"}), r"font\.ttf: a bitmap that is not a readable picture"),
-        (lambda font: write_font(font.parent, {"digit": png("red")}), r"none of its 1 bitmaps is an emoji of .*emoji-test\.txt"),
-        (lambda font: font.with_name("emoji-test.txt").write_text("x; y"), r"emoji-test\.txt: not Unicode's emoji-test\.txt"),
+        (
+            lambda font: write_font(font.parent, {"ball": b"no picture"}),
+            r"font\.ttf: a bitmap that is not a readable picture",
+        ),
+        (
+            lambda font: write_font(font.parent, {"digit": png("red")}),
+            r"none of its 1 bitmaps is an emoji of .*emoji-test\.txt",
+        ),
+        (
+            lambda font: font.with_name("emoji-test.txt").write_text("x; y"),
+            r"emoji-test\.txt: not Unicode's emoji-test\.txt",
+        ),
     ],
     ids=["absent", "no font", "cut short", "no bitmaps", "no picture", "nothing listed", "another list"],
 )

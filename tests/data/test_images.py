@@ -1,4 +1,6 @@
-"""Real images: pixels, labels and digests against what was written, and every fault of a file as a ModelError that names it."""
+"""Real images: pixels, labels and digests against what was written, and every fault of a file as a ModelError that
+names it.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,17 @@ def test_an_absent_data_set_names_the_package(tmp_path: Path, fashion: Path) -> 
         (gzip.compress(idx_bytes(PIXELS)[:-1]), "5 x 28 x 28 = 3920 bytes as its header says, got 3919"),
         (gzip.compress(idx_bytes(PIXELS) + b"x"), "3920 bytes as its header says, got more"),
     ],
-    ids=["truncated", "wrong checksum", "not compressed", "empty", "short header", "labels for images", "floats", "short", "long"],
+    ids=[
+        "truncated",
+        "wrong checksum",
+        "not compressed",
+        "empty",
+        "short header",
+        "labels for images",
+        "floats",
+        "short",
+        "long",
+    ],
 )
 def test_a_damaged_idx_file_is_an_error_that_names_the_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "images.gz"
@@ -171,7 +183,9 @@ def test_a_folder_without_readable_pictures_is_refused(tmp_path: Path) -> None:
         ({"source": "folder", "path": "{pictures}", "channels": 4}, "got 4; allowed 1, 3"),
     ],
 )
-def test_a_wrong_argument_is_answered_with_what_is_allowed(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+def test_a_wrong_argument_is_answered_with_what_is_allowed(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     if arguments.get("path") == "{pictures}":
         arguments = {**arguments, "path": str(tmp_path)}

@@ -109,7 +109,10 @@ def test_packed_weights_unpack_to_the_int8_graph_bit_for_bit(folder: Path, packe
 
 
 def test_packed_and_int8_folders_predict_alike_bitwise(unet: Quantized, folder: Path, packed: Path) -> None:
-    plain, small = (OVUNet2DModel.from_pretrained(path).predict(unet.states.numpy(), unet.timesteps.numpy()) for path in (folder, packed))
+    plain, small = (
+        OVUNet2DModel.from_pretrained(path).predict(unet.states.numpy(), unet.timesteps.numpy())
+        for path in (folder, packed)
+    )
     np.testing.assert_array_equal(plain, small)
 
 
@@ -179,7 +182,9 @@ def test_asymmetric_weights_below_8_bits_become_signed_integers_without_a_zero_p
     nodes = matrix_nodes(read_graph(quantized.export(tmp_path / "openvino"), ov.Core()))
     for name, layer in quantized.layers.items():
         assert np.any(layer.weight_zero_point)
-        np.testing.assert_array_equal(weights_of(nodes[name])[0].reshape(layer.weight_int.shape), effective_weights(layer))
+        np.testing.assert_array_equal(
+            weights_of(nodes[name])[0].reshape(layer.weight_int.shape), effective_weights(layer)
+        )
 
 
 def test_a_deployed_folder_is_replaced_and_any_other_refused(small: Quantized, tmp_path: Path) -> None:
@@ -212,4 +217,13 @@ def test_a_planned_layer_that_the_model_has_not_is_named(small: Quantized, tmp_p
 @pytest.mark.parametrize("steps", [None, 0, "1000"])
 def test_a_scheduler_config_without_time_steps_is_refused(small: Quantized, tmp_path: Path, steps: object) -> None:
     with pytest.raises(ModelError, match="num_train_timesteps"):
-        export_model(small.model, {**SCHEDULER, "num_train_timesteps": steps}, small.layers, SHAPE, 1, "int8", tmp_path / "openvino", {})
+        export_model(
+            small.model,
+            {**SCHEDULER, "num_train_timesteps": steps},
+            small.layers,
+            SHAPE,
+            1,
+            "int8",
+            tmp_path / "openvino",
+            {},
+        )

@@ -59,7 +59,9 @@ def test_ranges_are_the_largest_magnitudes_of_all_batches(keywords: dict[str, ob
     probability = max(float(torch.softmax(2 * x @ x.mT * scale, -1).max()) for x in (X, X / 2))
     largest = float(X.abs().max())
     assert list(found) == ["attention"]
-    np.testing.assert_allclose(list(vars(found["attention"]).values()), [2 * largest, largest, 3 * largest, probability], rtol=1e-6)
+    np.testing.assert_allclose(
+        list(vars(found["attention"]).values()), [2 * largest, largest, 3 * largest, probability], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("keywords", [{"is_causal": True}, {"attn_mask": torch.ones(8, 8).tril().bool()}])
@@ -124,7 +126,9 @@ def test_a_folder_without_it_says_nothing_of_attention(model: Quantized, tmp_pat
     assert execution_precision(model.export(tmp_path / "openvino"), model.layers).attention == {}
 
 
-def test_the_graph_computes_what_pytorch_simulates(model: Quantized, ranges: dict[str, AttentionRange], folder: Path) -> None:
+def test_the_graph_computes_what_pytorch_simulates(
+    model: Quantized, ranges: dict[str, AttentionRange], folder: Path
+) -> None:
     with torch.no_grad(), quantized_attention(model.model, ranges):
         wanted = model.model(model.states, model.timesteps).numpy()
     found = OVUNet2DModel.from_pretrained(folder, properties=F32).predict(model.states.numpy(), model.timesteps.numpy())
@@ -138,12 +142,24 @@ def test_the_manifest_holds_the_ranges(ranges: dict[str, AttentionRange], folder
 
 def test_attention_under_a_mask_is_refused_before_anything_is_trained() -> None:
     """As PixArt's: its policy leaves attention in floating point."""
-    refused = r"quantization.attention: got int8; attention under a mask has no INT8 here: .*\.0\.attn2, .* and 25 more; allowed float"
+    refused = (
+        r"quantization.attention: got int8; attention under a mask has no INT8 here: .*\.0\.attn2, .* and 25 "
+        r"more; allowed float"
+    )
     with pytest.raises(PlanError, match=refused):
-        planned_shapes(load_policy(POLICIES / "w8a8-pixart.yaml", ["model.source=PixArt-XL-2-512x512", "quantization.attention=int8"]))
+        planned_shapes(
+            load_policy(
+                POLICIES / "w8a8-pixart.yaml", ["model.source=PixArt-XL-2-512x512", "quantization.attention=int8"]
+            )
+        )
 
 
 def test_a_model_without_attention_has_nothing_to_refuse(tmp_path: Path) -> None:
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,), "add_attention": False}
+    blocks = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (32,),
+        "add_attention": False,
+    }
     UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, **blocks).save_config(tmp_path)
     assert planned_shapes(load_policy(POLICIES / "w4a8.yaml", [f"model.source={tmp_path}"]))[1]

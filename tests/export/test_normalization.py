@@ -31,7 +31,9 @@ def test_a_normalization_with_computed_gains_stays() -> None:
 
 @pytest.mark.parametrize(("turned", "transposes"), [(True, 1), (False, 0)])
 def test_rows_of_pixels_are_normalized_as_the_image(turned: bool, transposes: int) -> None:
-    """As diffusers' attention does it: x.view(B, C, H * W).transpose(1, 2), turned for the normalization and turned again."""
+    """As diffusers' attention does it: x.view(B, C, H * W).transpose(1, 2), turned for the normalization and turned
+    again.
+    """
 
     def attention(_: Tensor, b: Tensor) -> Tensor:
         rows = F.group_norm(b.flatten(2).transpose(1, 2).transpose(1, 2), 2, GAMMA, BETA)
@@ -67,10 +69,14 @@ class Normalized(nn.Module):
         return F.conv2d(self.norm(F.conv2d(x, self.weights, self.bias, padding=1)), self.same)
 
 
-@pytest.mark.skipif("BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="a CPU without BF16")
+@pytest.mark.skipif(
+    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="a CPU without BF16"
+)
 @pytest.mark.parametrize("mean", [0.0, 3.0, 10.0])
 def test_statistics_of_a_normalization_stay_in_float32_beside_bf16(mean: float, tmp_path: Path) -> None:
-    """From the file, as close as OpenVINO's own; squares rounded to BF16 would be 4 and 10 times as far off at means of 3 and 10."""
+    """From the file, as close as OpenVINO's own; squares rounded to BF16 would be 4 and 10 times as far off at means of
+    3 and 10.
+    """
     model = Normalized(mean)
     wanted, errors = model(model.example).numpy(), []
     own = ov.convert_model(model, example_input=(model.example,))

@@ -1,4 +1,6 @@
-"""The other parts of a pipeline in the deployed folder: what they compute, how they are stored, and what its index and manifest say."""
+"""The other parts of a pipeline in the deployed folder: what they compute, how they are stored, and what its index and
+manifest say.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,15 @@ from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.export.part_proof import part_parity
 from pqcad_qat.models.architectures import ConditionInput, condition_inputs
-from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, decoded, pipeline_parts, to_decoder
+from pqcad_qat.models.pipeline_parts import (
+    VAE,
+    PipelineParts,
+    check_decoder,
+    check_text_width,
+    decoded,
+    pipeline_parts,
+    to_decoder,
+)
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder, scaled_latents
@@ -46,7 +56,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> DeployedPipeline:
     """As Stable Diffusion 1.5, the VAE in INT8 and the text encoder with 8-bit weights."""
-    return deployed("stable-diffusion", tmp_path_factory.mktemp("narrow"), {"vae": "int8", "text_encoder": "int8-weights"})
+    return deployed(
+        "stable-diffusion", tmp_path_factory.mktemp("narrow"), {"vae": "int8", "text_encoder": "int8-weights"}
+    )
 
 
 def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -55,11 +67,16 @@ def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def outputs_of(where: DeployedPipeline, part: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What a deployed text encoder gives for the prompt, and what transformers gives for the same tokens, by name."""
-    encoder, full = PromptEncoder(where.folder, part, properties={"INFERENCE_PRECISION_HINT": "f32"}), where.source.load(part)
+    encoder, full = (
+        PromptEncoder(where.folder, part, properties={"INFERENCE_PRECISION_HINT": "f32"}),
+        where.source.load(part),
+    )
     with torch.no_grad():
         found: Any = full(input_ids=torch.from_numpy(encoder.ids(PROMPT)), output_hidden_states=True)
     wanted = {f"hidden_states.{layer}": state.numpy() for layer, state in enumerate(found.hidden_states)}
-    wanted |= {name: found[name].numpy() for name in ("last_hidden_state", "pooler_output", "text_embeds") if name in found}
+    wanted |= {
+        name: found[name].numpy() for name in ("last_hidden_state", "pooler_output", "text_embeds") if name in found
+    }
     return encoder(PROMPT, list(wanted)), wanted
 
 
@@ -83,7 +100,11 @@ def with_t5(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_deployed_t5_gives_what_transformers_gives_with_its_mask_or_without(with_t5: DeployedPipeline) -> None:
-    part = "text_encoder" if with_t5.source.has("text_encoder") and not with_t5.source.has("text_encoder_3") else "text_encoder_3"
+    part = (
+        "text_encoder"
+        if with_t5.source.has("text_encoder") and not with_t5.source.has("text_encoder_3")
+        else "text_encoder_3"
+    )
     encoder, full = PromptEncoder(with_t5.folder, part, properties=F32), with_t5.source.load(part)
     words: Any = T5TokenizerFast.from_pretrained(with_t5.source.folder / tokenizer_of(part))
     assert encoder.masked == (part == "text_encoder")
@@ -97,7 +118,9 @@ def test_a_deployed_t5_gives_what_transformers_gives_with_its_mask_or_without(wi
         np.testing.assert_allclose(found, wanted.last_hidden_state.numpy(), atol=5e-3)
 
 
-def test_a_t5_of_8_bit_weights_is_near_and_its_parity_says_so(tmp_path_factory: pytest.TempPathFactory, with_t5: DeployedPipeline) -> None:
+def test_a_t5_of_8_bit_weights_is_near_and_its_parity_says_so(
+    tmp_path_factory: pytest.TempPathFactory, with_t5: DeployedPipeline
+) -> None:
     if with_t5.source.has("text_encoder_3"):
         pytest.skip("once is enough")
     folder, inputs = tmp_path_factory.mktemp("t5"), condition_inputs(read_manifest(with_t5.folder)["conditions"])
@@ -110,7 +133,9 @@ def test_a_t5_of_8_bit_weights_is_near_and_its_parity_says_so(tmp_path_factory: 
 
 
 def test_a_float_vae_gives_the_pictures_of_diffusers(plain: DeployedPipeline) -> None:
-    found = PictureDecoder(plain.folder, (4, 8, 8), properties={"INFERENCE_PRECISION_HINT": "f32"})(plain.latents.numpy())
+    found = PictureDecoder(plain.folder, (4, 8, 8), properties={"INFERENCE_PRECISION_HINT": "f32"})(
+        plain.latents.numpy()
+    )
     np.testing.assert_allclose(found, decoded(plain.source.load(VAE), plain.latents).numpy(), atol=2e-3)
     assert found.shape == (8, 3, 16, 16)
 
@@ -128,14 +153,20 @@ def test_a_vae_in_int8_executes_in_int8_and_stays_near(narrow: DeployedPipeline)
 
 
 def test_8_bit_weights_take_less_room_than_float16(plain: DeployedPipeline, narrow: DeployedPipeline) -> None:
-    float_vae, int8_vae = ((where.folder / "vae_decoder" / "openvino_model.bin").stat().st_size for where in (plain, narrow))
+    float_vae, int8_vae = (
+        (where.folder / "vae_decoder" / "openvino_model.bin").stat().st_size for where in (plain, narrow)
+    )
     assert int8_vae < 0.8 * float_vae
 
 
 @pytest.mark.parametrize("kind", ["stable-diffusion", "stable-diffusion-xl"])
-def test_the_index_names_the_pipeline_and_what_is_there(kind: str, plain: DeployedPipeline, narrow: DeployedPipeline) -> None:
+def test_the_index_names_the_pipeline_and_what_is_there(
+    kind: str, plain: DeployedPipeline, narrow: DeployedPipeline
+) -> None:
     where = {"stable-diffusion": narrow, "stable-diffusion-xl": plain}[kind]
-    index, original = (json.loads((folder / "model_index.json").read_text()) for folder in (where.folder, where.source.folder))
+    index, original = (
+        json.loads((folder / "model_index.json").read_text()) for folder in (where.folder, where.source.folder)
+    )
     assert index.pop("unet") == ["pqcad_qat.serving.runtime", "OVUNet2DModel"]
     assert original.pop("unet") == ["diffusers", "UNet2DConditionModel"]
     assert index == original
@@ -147,7 +178,11 @@ def test_the_index_names_the_pipeline_and_what_is_there(kind: str, plain: Deploy
 def test_what_is_left_out_is_null_in_the_index(narrow: DeployedPipeline) -> None:
     formats = chosen_formats(narrow.source, {"vae": "float", "text_encoder": "none"}, "it")
     index = pipeline_index(PartsToDeploy(narrow.source, formats, narrow.latents), ("here", "Unet"))
-    assert (index["text_encoder"], index["tokenizer"], index["vae"]) == ([None, None], [None, None], ["diffusers", "AutoencoderKL"])
+    assert (index["text_encoder"], index["tokenizer"], index["vae"]) == (
+        [None, None],
+        [None, None],
+        ["diffusers", "AutoencoderKL"],
+    )
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
@@ -157,16 +192,23 @@ def test_the_manifest_says_what_each_part_is_and_holds_every_files_digest(narrow
         "vae_decoder": {"class": "AutoencoderKL", "format": "int8"},
         "text_encoder": {"class": "CLIPTextModel", "format": "int8-weights"},
     }
-    assert {"vae_decoder/openvino_model.bin", "text_encoder/openvino_model.xml", "tokenizer/tokenizer.json"} < manifest["files"].keys()
+    assert {"vae_decoder/openvino_model.bin", "text_encoder/openvino_model.xml", "tokenizer/tokenizer.json"} < manifest[
+        "files"
+    ].keys()
 
 
 def test_the_denoisers_size_leaves_the_other_parts_out(narrow: DeployedPipeline) -> None:
     files = read_manifest(narrow.folder)["files"]
     own = [name for name in files if name.split("/")[0] in ("unet", "scheduler") or "/" not in name]
-    assert denoiser_bytes(narrow.folder) == sum(files[name]["bytes"] for name in own) + (narrow.folder / "manifest.json").stat().st_size
+    assert (
+        denoiser_bytes(narrow.folder)
+        == sum(files[name]["bytes"] for name in own) + (narrow.folder / "manifest.json").stat().st_size
+    )
 
 
-@pytest.mark.parametrize("name", ["vae_decoder/openvino_model.bin", "text_encoder/config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["vae_decoder/openvino_model.bin", "text_encoder/config.json", "tokenizer/tokenizer.json"]
+)
 def test_a_damaged_part_is_refused_at_load(narrow: DeployedPipeline, name: str, tmp_path: Path) -> None:
     shutil.copytree(narrow.folder, tmp_path / "it")
     content = (tmp_path / "it" / name).read_bytes()
@@ -188,7 +230,9 @@ def test_a_tokenizer_of_the_older_files_gets_the_newer_one_beside_them(tmp_path:
     source = stable_diffusion(tmp_path)
     shutil.rmtree(source / "tokenizer")
     shutil.copytree(tmp_path / "words", source / "tokenizer")
-    (source / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": TOKENS, "pad_token": "<|endoftext|>"}))
+    (source / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": TOKENS, "pad_token": "<|endoftext|>"})
+    )
     parts = pipeline_parts(source)
     assert parts is not None
     made = tmp_path / "made"
@@ -204,15 +248,21 @@ def test_a_tokenizer_of_the_older_files_gets_the_newer_one_beside_them(tmp_path:
     assert PromptEncoder(made, "text_encoder").ids(PROMPT)[0].tolist() == full
 
 
-def test_a_pipeline_of_classes_is_diffusers_own_with_the_vae_of_its_source(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_pipeline_of_classes_is_diffusers_own_with_the_vae_of_its_source(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     where = deployed("dit", tmp_path_factory.mktemp("dit"), AUTO)
     vae, unet = where.source.load(VAE), OVUNet2DModel.from_pretrained(where.folder)
     pipeline = DiTPipeline.from_pretrained(where.folder, vae=vae)
     assert isinstance(pipeline.transformer, OVUNet2DModel)
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline([2], guidance_scale=1.0, num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="np").images
+    found = pipeline(
+        [2], guidance_scale=1.0, num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="np"
+    ).images
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).numpy()
-    for step in trajectory(lambda x, t: unet.predict(x, t, {"class_labels": np.array([2])}), x, noise_schedule(SCHEDULER), 3):
+    for step in trajectory(
+        lambda x, t: unet.predict(x, t, {"class_labels": np.array([2])}), x, noise_schedule(SCHEDULER), 3
+    ):
         x = np.float32(step.x_s)
     wanted = PictureDecoder(where.folder, (4, 8, 8), properties={"INFERENCE_PRECISION_HINT": "f32"})(x)
     np.testing.assert_allclose(found.transpose(0, 3, 1, 2), np.clip(wanted / 2 + 0.5, 0, 1), atol=2e-2)
@@ -247,7 +297,8 @@ def test_latents_are_scaled_as_diffusers_pipeline_of_that_class_scales_them(kind
         torch.testing.assert_close(decoded(vae, latents), torch.cat([vae.decode(one[None]).sample for one in scaled]))
 
 
-# ---- what cannot be deployed -----------------------------------------------------------------------------------------------------
+# ---- what cannot be deployed
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_by_default_a_model_without_other_parts_gets_none(tmp_path: Path) -> None:
@@ -265,14 +316,18 @@ def test_a_part_that_is_asked_for_and_not_there_is_an_error(tmp_path: Path, key:
 
 def test_a_part_of_another_class_is_refused(narrow: DeployedPipeline) -> None:
     index = {**narrow.source.index, "vae": ["diffusers", "VQModel"]}
-    with pytest.raises(ModelError, match=r"model_index\.json: vae: got 'VQModel'; allowed AutoencoderKL, or pipeline\.vae: none"):
+    with pytest.raises(
+        ModelError, match=r"model_index\.json: vae: got 'VQModel'; allowed AutoencoderKL, or pipeline\.vae: none"
+    ):
         chosen_formats(PipelineParts(narrow.source.folder, index), AUTO, "it")
 
 
 def test_a_third_text_encoder_of_another_class_is_not_left_out_in_silence(tmp_path: Path) -> None:
     (tmp_path / "text_encoder_3").mkdir()
     parts = PipelineParts(tmp_path, {"text_encoder_3": ["transformers", "GemmaModel"]})
-    with pytest.raises(ModelError, match=r"text_encoder_3: got 'GemmaModel'; allowed CLIPTextModel, .*pipeline\.text_encoder: none"):
+    with pytest.raises(
+        ModelError, match=r"text_encoder_3: got 'GemmaModel'; allowed CLIPTextModel, .*pipeline\.text_encoder: none"
+    ):
         chosen_formats(parts, AUTO, "it")
     assert chosen_formats(parts, {**AUTO, "text_encoder": "none"}, "it") == {}
 
@@ -285,7 +340,9 @@ def test_t5_is_deployed_for_the_tokens_of_a_denoisers_text_alone(tmp_path: Path)
         PartsToDeploy(parts, {}, torch.zeros(1)).tokens("text_encoder")
 
 
-def test_text_encoders_without_transformers_say_what_to_install(narrow: DeployedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_encoders_without_transformers_say_what_to_install(
+    narrow: DeployedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pqcad_qat.models.pipeline_parts.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"pipeline\.text_encoder: takes the library transformers.*pqcad-qat\[text\]"):
         chosen_formats(narrow.source, AUTO, "it")
@@ -294,7 +351,9 @@ def test_text_encoders_without_transformers_say_what_to_install(narrow: Deployed
 
 def test_weights_that_are_no_safetensors_are_refused(narrow: DeployedPipeline, tmp_path: Path) -> None:
     shutil.copytree(narrow.source.folder, tmp_path / "it")
-    (tmp_path / "it" / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "it" / "vae" / "diffusion_pytorch_model.bin")
+    (tmp_path / "it" / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        tmp_path / "it" / "vae" / "diffusion_pytorch_model.bin"
+    )
     with pytest.raises(ModelError, match=r"vae: cannot load this AutoencoderKL"):
         PipelineParts(tmp_path / "it", narrow.source.index).load(VAE)
 
@@ -312,11 +371,15 @@ def test_a_decoder_that_does_not_fit_is_told_from_configs_alone(narrow: Deployed
         with pytest.raises(ModelError, match=f"vae/config.json: {words}"):
             chosen_formats(pipeline_parts(folder), AUTO, "it", weights=False)
     (folder / "vae" / "config.json").write_text(json.dumps({**original, "latent_channels": 3}))
-    with pytest.raises(ModelError, match=r"latent_channels: got 3; allowed 4, as its denoiser has, or pipeline.vae: none"):
+    with pytest.raises(
+        ModelError, match=r"latent_channels: got 3; allowed 4, as its denoiser has, or pipeline.vae: none"
+    ):
         check_decoder(pipeline_parts(folder), 4)
 
 
-def test_weights_of_a_part_that_are_damaged_are_told_before_anything_is_trained(narrow: DeployedPipeline, tmp_path: Path) -> None:
+def test_weights_of_a_part_that_are_damaged_are_told_before_anything_is_trained(
+    narrow: DeployedPipeline, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(narrow.source.folder, tmp_path / "it"))
     for part, name in (("vae", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
         weights = load_file(folder / part / name)
@@ -330,7 +393,9 @@ def test_weights_of_a_part_that_are_damaged_are_told_before_anything_is_trained(
                 chosen_formats(pipeline_parts(folder), AUTO, "it")
         save_file(weights, folder / part / name, metadata={"format": "pt"})
     shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(ModelError, match=r"tokenizer: has no tokenizer_config.json; a text encoder takes its tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"tokenizer: has no tokenizer_config.json; a text encoder takes its tokenizer"
+    ):
         chosen_formats(pipeline_parts(folder), AUTO, "it", weights=False)
 
 
@@ -349,7 +414,9 @@ def test_a_part_of_another_precision_alone_is_taken(narrow: DeployedPipeline, tm
 
 def test_a_quantizing_decoder_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
     parts = PipelineParts(tmp_path, {"vqvae": ["diffusers", "VQModel"]})
-    with pytest.raises(ModelError, match=r"vqvae: got 'VQModel'; allowed a vae of AutoencoderKL in its place, or pipeline.vae: none"):
+    with pytest.raises(
+        ModelError, match=r"vqvae: got 'VQModel'; allowed a vae of AutoencoderKL in its place, or pipeline.vae: none"
+    ):
         chosen_formats(parts, AUTO, "it")
     assert chosen_formats(parts, {**AUTO, "vae": "none"}, "it") == {}
 

@@ -45,7 +45,9 @@ def folder(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ],
     ids=lambda spec: "-".join(map(str, spec.values())),
 )
-def test_every_layer_executes_in_int8_and_gives_pytorchs_integers(weights: dict[str, Any], inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_every_layer_executes_in_int8_and_gives_pytorchs_integers(
+    weights: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
     quantized = quantized_small(weights, inputs)
     folder = quantized.export(tmp_path / "openvino")
     executed = execution_precision(folder, quantized.layers)
@@ -139,7 +141,8 @@ def test_end_to_end_the_folder_is_close_to_the_quantized_model(quantized: Quanti
     assert end_to_end_psnr(prediction, quantized.prediction) > 35
 
 
-# ---- CPUs without VNNI -----------------------------------------------------------------------------------------------------------
+# ---- CPUs without VNNI
+# -----------------------------------------------------------------------------------------------------------
 
 
 UNDER_AN_OLDER_CPU = """
@@ -154,20 +157,30 @@ from pqcad_qat.export.proof import layer_parity
 quantized = quantized_small({"bits": int(sys.argv[1])}, json.loads(sys.argv[2]))
 folder = quantized.export(Path(sys.argv[3]) / "openvino")
 # every input at the end of its range: the largest sums that there can be
-extreme = {n: np.full_like(quantized.inputs[n], (l.input_high - l.input_zero_point) * l.input_scale) for n, l in quantized.layers.items()}
+extreme = {
+    name: np.full_like(quantized.inputs[name], (layer.input_high - layer.input_zero_point) * layer.input_scale)
+    for name, layer in quantized.layers.items()
+}
 parity = layer_parity(folder, quantized.layers, extreme)
 needing = [name for name, layer in quantized.layers.items() if needs_vnni(layer)]
 manifest = json.loads((folder / "manifest.json").read_text())
 assert needing == [name for name, layer in manifest["layers"].items() if layer["needs_vnni"]]
-print(json.dumps({"vnni": has_vnni(), "needing": needing, "wrong": [layer.name for layer in parity.layers if not layer.exact]}))
+wrong = [layer.name for layer in parity.layers if not layer.exact]
+print(json.dumps({"vnni": has_vnni(), "needing": needing, "wrong": wrong}))
 """
 
 
 @pytest.mark.parametrize(("bits", "overflows"), [(8, True), (7, False), (4, False)])
 @pytest.mark.parametrize("inputs", [A8, {"bits": 8, "symmetric": True, "signed": True}], ids=["unsigned", "signed"])
-def test_layers_that_overflow_without_vnni_are_those_that_are_said_to(bits: int, overflows: bool, inputs: Any, tmp_path: Path) -> None:
+def test_layers_that_overflow_without_vnni_are_those_that_are_said_to(
+    bits: int, overflows: bool, inputs: Any, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", UNDER_AN_OLDER_CPU, str(bits), json.dumps(inputs), str(tmp_path)]
-    older = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))}
+    older = {
+        **os.environ,
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
+    }
     done = subprocess.run(command, env=older, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -28,7 +28,9 @@ class Enlarging(nn.Module):
     def __init__(self, mode: str = "nearest", factor: int = 2, kernel: int = 3, **settings: Any) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(1, 8, 3, padding=1)
-        self.upsampler = Upsample2D(8, use_conv=True, out_channels=6, kernel_size=kernel, padding=kernel // 2, **settings)
+        self.upsampler = Upsample2D(
+            8, use_conv=True, out_channels=6, kernel_size=kernel, padding=kernel // 2, **settings
+        )
         self.conv_out = nn.Conv2d(6, 1, 3, stride=2, padding=1)
         self.time = nn.Linear(1, 8)
         self.mode, self.factor = mode, factor
@@ -63,11 +65,15 @@ def kinds(folder: Path) -> Counter[str]:
     ids=lambda spec: "-".join(map(str, spec.values())),
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_layer_gives_pytorchs_integers_in_int8(weights: dict[str, Any], inputs: dict[str, Any], bias: bool, tmp_path: Path) -> None:
+def test_the_layer_gives_pytorchs_integers_in_int8(
+    weights: dict[str, Any], inputs: dict[str, Any], bias: bool, tmp_path: Path
+) -> None:
     model = enlarging(weights, inputs, bias=bias)
     folder = model.export(tmp_path / "openvino")
     found = kinds(folder)
-    assert (found["DepthToSpace"], found["Interpolate"]) == (1, 1), "upsampling became phases; going back to the size did not"
+    assert (found["DepthToSpace"], found["Interpolate"]) == (1, 1), (
+        "upsampling became phases; going back to the size did not"
+    )
     assert execution_precision(folder, model.layers).float_layers == ()
     parity = layer_parity(folder, model.layers, model.inputs)
     assert parity.layers_exact == parity.layers_checked == 4
@@ -77,7 +83,9 @@ def test_the_layer_gives_pytorchs_integers_in_int8(weights: dict[str, Any], inpu
 def test_weights_on_disk_are_the_layers_own(weights: Any, tmp_path: Path) -> None:
     model = enlarging({"bits": 3}, A8)
     folder = model.export(tmp_path / "openvino", weights)
-    constants = [node for node in read_graph(folder, ov.Core()).get_ops() if list(node.get_output_shape(0)) == [6, 8, 3, 3]]
+    constants = [
+        node for node in read_graph(folder, ov.Core()).get_ops() if list(node.get_output_shape(0)) == [6, 8, 3, 3]
+    ]
     own = [node.get_data() for node in constants if node.get_type_name() == "Constant"]
     assert [array.dtype for array in own] == [np.int8]
     np.testing.assert_array_equal(own[0], model.layers["upsampler.conv"].weight_int)
@@ -103,6 +111,8 @@ def test_another_convolution_stays(weights: dict[str, Any], settings: dict[str, 
 
 def test_any_batch_is_predicted_as_in_pytorch(tmp_path: Path) -> None:
     model = enlarging(W4, A8)
-    deployed = OVUNet2DModel.from_pretrained(model.export(tmp_path / "openvino"), properties={"INFERENCE_PRECISION_HINT": "f32"})
+    deployed = OVUNet2DModel.from_pretrained(
+        model.export(tmp_path / "openvino"), properties={"INFERENCE_PRECISION_HINT": "f32"}
+    )
     found = deployed.predict(model.states.numpy(), model.timesteps.numpy())
     np.testing.assert_allclose(found, model.prediction, atol=0.02 * np.abs(model.prediction).max())

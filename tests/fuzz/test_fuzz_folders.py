@@ -27,13 +27,40 @@ from pqcad_qat.stages.samplers import open_folder
 LONGEST_MESSAGE = 4000
 
 NUMBERS = (0, 1, -1, 3, 0.5, -0.0, 1e308, 10**9, 2**63, 10**40, float("nan"), float("inf"))
-TEXTS = ("", "x", "../x", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "int8", "unet", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler")
-OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [0], [1, 2, 3], [10**9] * 3, [1, "x", None], {"a": 1}, [[1]] * 50)
+TEXTS = (
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    "x" * 5000,
+    "int8",
+    "unet",
+    "DDIMScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+OTHERS: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [0],
+    [1, 2, 3],
+    [10**9] * 3,
+    [1, "x", None],
+    {"a": 1},
+    [[1]] * 50,
+)
 
 JUNK = st.sampled_from((*NUMBERS, *TEXTS, *OTHERS))
 """Values that stand in a JSON file where others should."""
 
-ATTRIBUTES = st.sampled_from((b"", b"0", b"-1", b"1", b"2", b"99999999999", str(2**64 - 1).encode(), b"nan", b"x", b"1,2", b"i64", b"u2"))
+ATTRIBUTES = st.sampled_from(
+    (b"", b"0", b"-1", b"1", b"2", b"99999999999", str(2**64 - 1).encode(), b"nan", b"x", b"1,2", b"i64", b"u2")
+)
 """Of a graph's text."""
 
 Damage = Callable[[bytes, st.DataObject], bytes]
@@ -69,7 +96,11 @@ def damaged_json(content: bytes, data: st.DataObject) -> bytes:
 def damaged_graph(content: bytes, data: st.DataObject) -> bytes:
     packed = content[:2] == b"\x1f\x8b"
     text = bytearray(gzip.decompress(content) if packed else content)
-    kind = data.draw(st.sampled_from([rb'="([^"]*)"', rb"<dim>([^<]*)</dim>", rb"(<edge [^>]*/>|<layer .*?</layer>|<port .*?</port>)"]))
+    kind = data.draw(
+        st.sampled_from(
+            [rb'="([^"]*)"', rb"<dim>([^<]*)</dim>", rb"(<edge [^>]*/>|<layer .*?</layer>|<port .*?</port>)"]
+        )
+    )
     found = data.draw(st.sampled_from(list(re.finditer(kind, bytes(text), re.DOTALL))))
     other = data.draw(st.sampled_from(list(re.finditer(kind, bytes(text), re.DOTALL))))
     text[found.start(1) : found.end(1)] = data.draw(st.one_of(st.just(other.group(1)), ATTRIBUTES))

@@ -1,4 +1,5 @@
-"""Damaged model folders: each ends in a model or in one error that names the file, from plan's reading of configs and from loading.
+"""Damaged model folders: each ends in a model or in one error that names the file, from plan's reading of configs and
+from loading.
 
 Not here: schedulers, which are only read here, nor the policy around a model.
 """
@@ -48,10 +49,22 @@ WORDS = (
     "x" * 9000,
     "\x00",
 )
-BLOCKS = ("DownBlock2D", "AttnUpBlock2D", "CrossAttnDownBlock2D", "SkipDownBlock2D", "KDownBlock2D", "UNetMidBlock2D", "conv_in")
-scalars = st.none() | st.booleans() | st.sampled_from(EDGES) | st.sampled_from(REALS) | st.sampled_from((*WORDS, *BLOCKS))
+BLOCKS = (
+    "DownBlock2D",
+    "AttnUpBlock2D",
+    "CrossAttnDownBlock2D",
+    "SkipDownBlock2D",
+    "KDownBlock2D",
+    "UNetMidBlock2D",
+    "conv_in",
+)
+scalars = (
+    st.none() | st.booleans() | st.sampled_from(EDGES) | st.sampled_from(REALS) | st.sampled_from((*WORDS, *BLOCKS))
+)
 rubbish = st.recursive(
-    scalars, lambda part: st.lists(part, max_size=4) | st.dictionaries(st.sampled_from(("a", "b")), part, max_size=2), max_leaves=6
+    scalars,
+    lambda part: st.lists(part, max_size=4) | st.dictionaries(st.sampled_from(("a", "b")), part, max_size=2),
+    max_leaves=6,
 )
 DROPPED = object()
 
@@ -109,7 +122,9 @@ DENOISER, BESIDE = (planned, loaded), (parts_planned, parts_loaded)
 
 
 def ends_well(folder: Path, plan: Call, run: Call, alike: bool = True) -> None:
-    """A model, or one error of bounded length that names something of the folder; no file more, from plan and from run."""
+    """A model, or one error of bounded length that names something of the folder; no file more, from plan and from
+    run.
+    """
     before, outcomes = names(folder.parent), []
     for call in (plan, run):
         try:
@@ -144,7 +159,9 @@ def changed(path: Path, data: st.DataObject, keys: list[str]) -> bytes:
     content = json.loads(path.read_bytes())
     for key in data.draw(st.lists(st.sampled_from([*content, *keys]), min_size=1, max_size=3, unique=True)):
         value = data.draw(st.just(DROPPED) | rubbish)
-        content = {name: old for name, old in content.items() if name != key} | ({} if value is DROPPED else {key: value})
+        content = {name: old for name, old in content.items() if name != key} | (
+            {} if value is DROPPED else {key: value}
+        )
     return json.dumps(content).encode()
 
 
@@ -202,7 +219,13 @@ TEXTS = (
     b"\x00" * 100,
     b"{" + b'"x": 1, ' * 20_000 + b'"y": 2}',
 )
-FILES = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "vae/config.json", "text_encoder/config.json")
+FILES = (
+    "model_index.json",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+)
 
 
 @FUZZ
@@ -213,7 +236,10 @@ def test_fuzz_any_text_in_the_place_of_json_ends_in_one_error(models: dict[str, 
         ends_well(folder, *(BESIDE if name.startswith(("vae", "text")) else DENOISER))
 
 
-WEIGHTS = {"class_unet": "unet/diffusion_pytorch_model.safetensors", "pipeline": "vae/diffusion_pytorch_model.safetensors"}
+WEIGHTS = {
+    "class_unet": "unet/diffusion_pytorch_model.safetensors",
+    "pipeline": "vae/diffusion_pytorch_model.safetensors",
+}
 
 
 @FUZZ
@@ -243,26 +269,55 @@ def damaged(content: bytes, data: st.DataObject) -> bytes:
                 found[data.draw(st.integers(0, 8 + length + 64))] ^= data.draw(st.integers(1, 255))
             return bytes(found)
         case "length":
-            return struct.pack("<Q", data.draw(st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1, length + 1, length - 1]))) + content[8:]
+            return (
+                struct.pack("<Q", data.draw(st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1, length + 1, length - 1])))
+                + content[8:]
+            )
         case kind:
             header: dict[str, Any] = json.loads(content[8 : 8 + length])
             key = data.draw(st.sampled_from(sorted(header)))
             if kind == "entry":
                 part = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-                header[key] = {**header[key], part: data.draw(rubbish | st.sampled_from(["F16", "F64", "I8", "BOOL", "F8_E4M3", "U64"]))}
+                header[key] = {
+                    **header[key],
+                    part: data.draw(rubbish | st.sampled_from(["F16", "F64", "I8", "BOOL", "F8_E4M3", "U64"])),
+                }
             else:
-                header = {("module." if data.draw(st.booleans()) else "x") + name: entry for name, entry in header.items()}
+                header = {
+                    ("module." if data.draw(st.booleans()) else "x") + name: entry for name, entry in header.items()
+                }
             text = json.dumps(header).encode()
             return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-OF_DENOISER = ("model_index.json", "unet", "unet/config.json", "scheduler", "scheduler/scheduler_config.json", "unet/model.safetensors")
-OF_PARTS = ("vae", "vae/config.json", "text_encoder", "text_encoder/config.json", "tokenizer", "tokenizer/tokenizer_config.json")
-STORED = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+OF_DENOISER = (
+    "model_index.json",
+    "unet",
+    "unet/config.json",
+    "scheduler",
+    "scheduler/scheduler_config.json",
+    "unet/model.safetensors",
+)
+OF_PARTS = (
+    "vae",
+    "vae/config.json",
+    "text_encoder",
+    "text_encoder/config.json",
+    "tokenizer",
+    "tokenizer/tokenizer_config.json",
+)
+STORED = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 @FUZZ
-@given(place=st.sampled_from(OF_DENOISER + OF_PARTS + STORED), kind=st.sampled_from(["", "folder", "empty", "loop", "pipe", "zeros"]))
+@given(
+    place=st.sampled_from(OF_DENOISER + OF_PARTS + STORED),
+    kind=st.sampled_from(["", "folder", "empty", "loop", "pipe", "zeros"]),
+)
 def test_fuzz_a_file_that_is_missing_or_something_else_ends_in_one_error(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, place: str, kind: str
 ) -> None:

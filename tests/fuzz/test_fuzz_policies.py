@@ -1,6 +1,8 @@
-"""Damaged policies, studies, overrides and command lines: a result, or one error of exit code 2 that fits on a screen; nothing is written.
+"""Damaged policies, studies, overrides and command lines: a result, or one error of exit code 2 that fits on a screen;
+nothing is written.
 
-What would train, sample or time is left out: a command ends where its work would begin. Not here: models and deployed folders.
+What would train, sample or time is left out: a command ends where its work would begin. Not here: models and deployed
+folders.
 """
 
 from __future__ import annotations
@@ -37,55 +39,86 @@ SCREEN = 4096
 
 SOURCE = "registered:fuzzed"
 
-LOADERS: dict[str, Callable[[Path], Any]] = {"quantize": load_policy, "pretrain": load_pretrain_policy, "study": load_study}
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "quantize": load_policy,
+    "pretrain": load_pretrain_policy,
+    "study": load_study,
+}
 
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
 MERGES = "m0: &m0 {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 9))
 
 # fmt: off
 SNIPPETS = (
-    BOMB, MERGES, "&a [*a]", "&a {<<: *a}", "*nobody", "<<: 3\n", "{<<: [1]}", "? [a]\n: b\n", "? {a: b}\n: c\n", "? |\n  a\n: b\n",
-    "!!binary aGk=", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!python/name:os.system", "!!python/object/apply:os.system [ls]",
-    "!!int x", "!!int ''", "!!float x", "!!bool x", "!!null x", "!!timestamp x", "!!map x", "!!seq x", "!!str [a]", "!!merge x", "!x y",
-    "1e999", "-1e999", ".inf", ".nan", "0x" + "f" * 5000, "9" * 5000, "1" + ":59" * 300, "0b" + "1" * 9000, "1_0", "08", "0o7", "-0",
+    BOMB, MERGES, "&a [*a]", "&a {<<: *a}", "*nobody", "<<: 3\n", "{<<: [1]}", "? [a]\n: b\n", "? {a: b}\n: c\n",
+    "? |\n  a\n: b\n",
+    "!!binary aGk=", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!python/name:os.system",
+    "!!python/object/apply:os.system [ls]",
+    "!!int x", "!!int ''", "!!float x", "!!bool x", "!!null x", "!!timestamp x", "!!map x", "!!seq x", "!!str [a]",
+    "!!merge x", "!x y",
+    "1e999", "-1e999", ".inf", ".nan", "0x" + "f" * 5000, "9" * 5000, "1" + ":59" * 300, "0b" + "1" * 9000, "1_0",
+    "08", "0o7", "-0",
     "1e-400",
-    "2024-11-02", "2024-13-45", "2024-11-02T25:00:00Z", "=", "<<", "~", "null", "yes", "off", "''", '""', "[]", "{}", "[[]]", "{a: {}}",
-    "[" * 500, "{" * 500, "- " * 500, "{a: " * 500, "[" * 39 + "]" * 39, "\t", "\r", "\r\n", "\x00", "\x07", "\x1b[31m", "\ufeff", "\x85",
-    "\u2028", "\U0001f600", "\\", '"\\e[31m\\0"', '"\\ud800"', "---\n", "...\n", "--- \n--- \n", "%YAML 1.2\n---\n", "%TAG ! x\n---\n",
+    "2024-11-02", "2024-13-45", "2024-11-02T25:00:00Z", "=", "<<", "~", "null", "yes", "off", "''", '""', "[]", "{}",
+    "[[]]", "{a: {}}",
+    "[" * 500, "{" * 500, "- " * 500, "{a: " * 500, "[" * 39 + "]" * 39, "\t", "\r", "\r\n", "\x00", "\x07",
+    "\x1b[31m", "\ufeff", "\x85",
+    "\u2028", "\U0001f600", "\\", '"\\e[31m\\0"', '"\\ud800"', "---\n", "...\n", "--- \n--- \n", "%YAML 1.2\n---\n",
+    "%TAG ! x\n---\n",
     "%x\n",
-    "|\n  a\n", ">-\n  a\n", "'", '"', "#", ": ", ", ", "@", "`", "&", "*", "!", "|", ">", "%", "- ", "? ", "x" * 5000 + ": 1\n",
+    "|\n  a\n", ">-\n  a\n", "'", '"', "#", ": ", ", ", "@", "`", "&", "*", "!", "|", ">", "%", "- ", "? ",
+    "x" * 5000 + ": 1\n",
     "x" * 5000,
-    "extends: .\n", "extends: p.yaml\n", "extends: /dev/zero\n", "extends: pipe\n", "extends: loop\n", "extends: " + "a" * 300 + "\n",
-    'extends: "a\\0b"\n', "extends: [w4a8.yaml]\n", "extends: ~nobody/x\n", "extends: ../..\n", "kind: study\n", "kind: [a]\n",
+    "extends: .\n", "extends: p.yaml\n", "extends: /dev/zero\n", "extends: pipe\n", "extends: loop\n",
+    "extends: " + "a" * 300 + "\n",
+    'extends: "a\\0b"\n', "extends: [w4a8.yaml]\n", "extends: ~nobody/x\n", "extends: ../..\n", "kind: study\n",
+    "kind: [a]\n",
     "kind: {a: b}\n",
 )
 VALUES = (
-    None, True, False, "", " ", "x", "x" * 5000, "\x00", "\x1b[31m", "\ud800", "-1", "1e4", "null", "~", "~nobody/x", "/", ".", "..",
+    None, True, False, "", " ", "x", "x" * 5000, "\x00", "\x1b[31m", "\ud800", "-1", "1e4", "null", "~", "~nobody/x",
+    "/", ".", "..",
     "a" * 300,
-    "loop", "pipe", "/dev/zero", "a\nb", "re:(", "re:" + "(" * 3000, "re:a{99999999999}", "type:", "type:[", "[!", "re:.*|[/x]", "[bold]*",
+    "loop", "pipe", "/dev/zero", "a\nb", "re:(", "re:" + "(" * 3000, "re:a{99999999999}", "type:", "type:[", "[!",
+    "re:.*|[/x]", "[bold]*",
     "*" * 300, "embedded:",
-    "embedded:../..", "registered:", "none", "auto", 0, 1, -1, 2, 3, 7, 8, 20, 64, 1000, 1001, 2**31, 2**32, 2**63, -(2**63), 10**30,
+    "embedded:../..", "registered:", "none", "auto", 0, 1, -1, 2, 3, 7, 8, 20, 64, 1000, 1001, 2**31, 2**32, 2**63,
+    -(2**63), 10**30,
     10**4200,
-    0.0, -0.0, 0.5, 1.0, 1e-320, 1e300, float("inf"), float("nan"), [], {}, [None], [[]], [0], [8, 8], [4, 8], list(range(300)), {"a": 1},
-    {"bits": 8}, {"": 0}, {"x" * 5000: 1}, {"a.b": 1}, {"a[0]": {}}, [{"match": "*"}], {"match": "*", "keep_float": True}, ["x"] * 3000,
+    0.0, -0.0, 0.5, 1.0, 1e-320, 1e300, float("inf"), float("nan"), [], {}, [None], [[]], [0], [8, 8], [4, 8],
+    list(range(300)), {"a": 1},
+    {"bits": 8}, {"": 0}, {"x" * 5000: 1}, {"a.b": 1}, {"a[0]": {}}, [{"match": "*"}], {"match": "*",
+    "keep_float": True}, ["x"] * 3000,
 )
-KEYS = ("", ".", "[", "[0]", "x", "x" * 5000, "a." * 300 + "b", "name", "kind", "extends", "seeds", "policies", "axes", "set",
+KEYS = ("", ".", "[", "[0]", "x", "x" * 5000, "a." * 300 + "b", "name", "kind", "extends", "seeds", "policies", "axes",
+         "set",
     "model.source",
-    "model", "quantization.layers", "quantization.layers[0]", "quantization.layers.1.weights.bits", "quantization.layers[99999999999]",
-    "quantization.layers.-1", "sampler.steps", "sampler.name", "sampler.guidance_scale", "conditions.prompts", "conditions.embeddings",
-    "conditions.classes", "evaluation.features", "evaluation.variants", "progressive.ladder", "distillation.student_steps", "training.seed",
-    "export.batch_size", "pipeline.vae", "pipeline.text_encoder", "data.path", "data.size", "model.class", "model.block_out_channels",
+    "model", "quantization.layers", "quantization.layers[0]", "quantization.layers.1.weights.bits",
+    "quantization.layers[99999999999]",
+    "quantization.layers.-1", "sampler.steps", "sampler.name", "sampler.guidance_scale", "conditions.prompts",
+    "conditions.embeddings",
+    "conditions.classes", "evaluation.features", "evaluation.variants", "progressive.ladder",
+    "distillation.student_steps", "training.seed",
+    "export.batch_size", "pipeline.vae", "pipeline.text_encoder", "data.path", "data.size", "model.class",
+    "model.block_out_channels",
 )
 WORDS = (
-    "", "-", "--", "---", "-1", "-x", "--set", "--set=", "--help", "-h", "--version", "--", "--resume", "--noresume", "--resume=1",
+    "", "-", "--", "---", "-1", "-x", "--set", "--set=", "--help", "-h", "--version", "--", "--resume", "--noresume",
+    "--resume=1",
     "--out", "out",
-    "--model", "x", "x" * 5000, "1e999", "9" * 5000, "[" * 3000, "{" * 3000, "-" * 3000, "[1,8]", "(1,", "{'a': 1}", "None", "True",
+    "--model", "x", "x" * 5000, "1e999", "9" * 5000, "[" * 3000, "{" * 3000, "-" * 3000, "[1,8]", "(1,", "{'a': 1}",
+    "None", "True",
     "\udcff",
-    "\U0001f600", "'", '"', "\\", "a b", "/", ".", "..", "loop", "pipe", "/dev/null", "a" * 300, "p.yaml", "s.yaml", "t.yaml",
+    "\U0001f600", "'", '"', "\\", "a b", "/", ".", "..", "loop", "pipe", "/dev/null", "a" * 300, "p.yaml", "s.yaml",
+    "t.yaml",
     "--interactive",
-    "--trace", "--completion", "--verbose", "--separator", "embedded:digits", "embedded:", SOURCE, "registered:x", "sdxl-base-1.0",
+    "--trace", "--completion", "--verbose", "--separator", "embedded:digits", "embedded:", SOURCE, "registered:x",
+    "sdxl-base-1.0",
     "name=x",
-    "seeds=[0]", "sampler.steps=10", "model.source=loop", "=", "a=b", "0.5x", "5MB", "1e9x", "*-seed0", "[", "[/x]", "run", "plan",
+    "seeds=[0]", "sampler.steps=10", "model.source=loop", "=", "a=b", "0.5x", "5MB", "1e9x", "*-seed0", "[", "[/x]",
+    "run", "plan",
 )
 # fmt: on
 
@@ -100,7 +133,9 @@ class Fuzzed(nn.Module):
         self.mid_block = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, padding=1), "time_emb_proj": nn.Linear(4, 4)})
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = self.mid_block["time_emb_proj"](F.silu(self.time_embedding["linear_1"](t[:, None].float().expand(-1, 4))))
+        time = self.mid_block["time_emb_proj"](
+            F.silu(self.time_embedding["linear_1"](t[:, None].float().expand(-1, 4)))
+        )
         found: Tensor = self.conv_out(F.silu(self.mid_block["conv"](self.conv_in(x)) + time[:, :, None, None]))
         return found
 
@@ -117,7 +152,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     register_denoiser("fuzzed", Fuzzed, (1, 8, 8), SCHEDULER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setattr(prepared, "try_training_and_export", lambda *_, **__: ())  # a second of work, which no policy damages
+        patch.setattr(
+            prepared, "try_training_and_export", lambda *_, **__: ()
+        )  # a second of work, which no policy damages
         yield path
 
 
@@ -151,16 +188,416 @@ def load_and_plan(kind: str, path: Path, overrides: tuple[str, ...] = ()) -> Non
         return
     policy = load_policy(path, overrides)
     small = policy.model_copy(update={"model": policy.model.model_copy(update={"source": SOURCE, "sample_size": None})})
-    denoiser, layers = planned_shapes(small.model_copy(update={"conditions": Policy.model_fields["conditions"].default}))
+    denoiser, layers = planned_shapes(
+        small.model_copy(update={"conditions": Policy.model_fields["conditions"].default})
+    )
     plan_text(layers, denoiser)
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------------------
+# ---- text
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def damaged_texts(draw: st.DrawFn) -> tuple[str, str, bytes]:
-    """(kind, name, content) of a shipped file after a few cuts, copies, exchanges and insertions in its bytes and lines."""
+    """(kind, name, content) of a shipped file after a few cuts, copies, exchanges and insertions in bytes and lines."""
     kind, name = draw(st.sampled_from(SHIPPED))
     content = (POLICIES / name).read_bytes()
     for _ in range(draw(st.integers(1, 4))):
@@ -201,7 +638,7 @@ def test_fuzz_a_damaged_text_is_loaded_and_planned_or_refused(folder: Path, dama
     held(lambda: load_and_plan(kind, path))
 
 
-# ---- trees -----------------------------------------------------------------------------------------------------------------------
+# ---- trees -----------------------------------------------------------------------------------------------------------
 
 
 def whole(kind: str, name: str) -> Any:
@@ -241,9 +678,13 @@ def damaged_trees(draw: st.DrawFn) -> tuple[str, str, str]:
                     holder[draw(st.sampled_from([*KEYS, f"{key}s", str(key)[:-1]]))] = holder.pop(key)
             case 3:
                 other, there = found[draw(st.integers(0, len(found) - 1))]
-                holder[key] = yaml.safe_load(yaml.safe_dump(other[there])) if there in other or isinstance(there, int) else None
+                holder[key] = (
+                    yaml.safe_load(yaml.safe_dump(other[there])) if there in other or isinstance(there, int) else None
+                )
             case 4:
-                holder[key] = draw(st.sampled_from([st.integers(), st.floats(), st.text(max_size=40)]).flatmap(lambda one: one))
+                holder[key] = draw(
+                    st.sampled_from([st.integers(), st.floats(), st.text(max_size=40)]).flatmap(lambda one: one)
+                )
     return kind, name, yaml.safe_dump(data, allow_unicode=draw(st.booleans()))
 
 
@@ -256,17 +697,26 @@ def test_fuzz_a_damaged_tree_is_loaded_and_planned_or_refused(folder: Path, dama
     held(lambda: load_and_plan(kind, path))
 
 
-# ---- overrides -------------------------------------------------------------------------------------------------------------------
+# ---- overrides -------------------------------------------------------------------------------------------------------
 
 VALUE_TEXTS = st.one_of(
     st.sampled_from(SNIPPETS),
-    st.sampled_from(VALUES).map(lambda value: yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...")),
+    st.sampled_from(VALUES).map(
+        lambda value: yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...")
+    ),
     st.text(max_size=20),
 )
 LEAVES = sorted(
-    {".".join([section, key]) for section, part in WHOLE["quantize", "w4a8.yaml"].items() if isinstance(part, dict) for key in part}
+    {
+        ".".join([section, key])
+        for section, part in WHOLE["quantize", "w4a8.yaml"].items()
+        if isinstance(part, dict)
+        for key in part
+    }
 )
-OVERRIDES = st.builds("{}{}{}".format, st.sampled_from([*KEYS, *LEAVES]), st.sampled_from(["=", "=", "=", "", " = "]), VALUE_TEXTS)
+OVERRIDES = st.builds(
+    "{}{}{}".format, st.sampled_from([*KEYS, *LEAVES]), st.sampled_from(["=", "=", "=", "", " = "]), VALUE_TEXTS
+)
 
 
 @FUZZ
@@ -281,11 +731,14 @@ def test_fuzz_overrides_of_a_study_reach_every_cell_or_are_refused(folder: Path,
     held(lambda: load_study(folder / "studies" / "smoke.yaml", overrides))
 
 
-# ---- command lines ---------------------------------------------------------------------------------------------------------------
+# ---- command lines ---------------------------------------------------------------------------------------------------
 
-FLAGS = ("--set", "--model", "--out", "--policy", "--only", "--jobs", "--dry_run", "--dry-run", "--count", "--seed", "--steps", "--prompt",
-         "--negative", "--conditions", "--guidance", "--batches", "--isa", "--runs", "--throughput", "--widths", "--states", "--max-size",
-         "--max_ms", "--images", "--features", "--data", "--path", "--size", "--resume", "--states=", "-o", "-s", "-m", "-c")  # fmt: skip
+FLAGS = ("--set", "--model", "--out", "--policy", "--only", "--jobs", "--dry_run", "--dry-run", "--count", "--seed",
+         "--steps", "--prompt",
+         "--negative", "--conditions", "--guidance", "--batches", "--isa", "--runs", "--throughput", "--widths",
+         "--states", "--max-size",
+         "--max_ms", "--images", "--features", "--data", "--path", "--size", "--resume", "--states=", "-o", "-s", "-m",
+         "-c")  # fmt: skip
 ARGUMENTS = st.one_of(
     st.sampled_from(WORDS),
     st.sampled_from(FLAGS),
@@ -293,7 +746,18 @@ ARGUMENTS = st.one_of(
     OVERRIDES.map("--set={}".format),
     st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=12),
 )
-FILES = ("smoke.yaml", "w8a8.yaml", "pretrain-digits.yaml", "studies/smoke.yaml", "p.yaml", "nothing.yaml", "pipe", "loop", ".", "a" * 300)
+FILES = (
+    "smoke.yaml",
+    "w8a8.yaml",
+    "pretrain-digits.yaml",
+    "studies/smoke.yaml",
+    "p.yaml",
+    "nothing.yaml",
+    "pipe",
+    "loop",
+    ".",
+    "a" * 300,
+)
 WORK = (  # where a command's own work begins
     "pqcad_qat.commands.run.run",
     "pqcad_qat.commands.sweep.sweep",

@@ -22,7 +22,25 @@ from pqcad_qat.sampling.trajectory import noise_schedule, trajectory, written_ou
 
 RUBBISH = st.sampled_from(
     [
-        *(None, True, False, 0, 1, -1, 2, 1000.0, 0.5, -0.0, 1e-30, 1e30, 10**9, 10**400, math.nan, math.inf, -math.inf),
+        *(
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            2,
+            1000.0,
+            0.5,
+            -0.0,
+            1e-30,
+            1e30,
+            10**9,
+            10**400,
+            math.nan,
+            math.inf,
+            -math.inf,
+        ),
         *("", "1000", "linear", "x" * 5000, [], {}, [1], [None], {"a": 1}, [[0.1]]),
     ]
 )
@@ -58,18 +76,30 @@ KEYS: dict[str, st.SearchStrategy[Any]] = {
 
 CONFIGS = st.tuples(
     st.one_of(
-        *[st.sampled_from([*KIN, FLOW_SCHEDULER])] * 8, st.sampled_from(["EDMEulerScheduler", "LCMScheduler", "DDIM", "x" * 3000]), RUBBISH
+        *[st.sampled_from([*KIN, FLOW_SCHEDULER])] * 8,
+        st.sampled_from(["EDMEulerScheduler", "LCMScheduler", "DDIM", "x" * 3000]),
+        RUBBISH,
     ),
     st.fixed_dictionaries({}, optional=KEYS),
 ).map(lambda drawn: {"_class_name": drawn[0], **drawn[1]})
 
 
-NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "timestep_spacing")
+NOISE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "timestep_spacing",
+)
 
 
 @FUZZ
 @given(CONFIGS, st.sampled_from([1, 2, 3, 4, 7, 10, 20, 24, 50, 61, 0, 1000]), st.sampled_from([1, 2, 3, 5, 8]))
-def test_fuzz_a_scheduler_config_is_diffusers_own_schedule_or_one_error(config: dict[str, Any], steps: int, factor: int) -> None:
+def test_fuzz_a_scheduler_config_is_diffusers_own_schedule_or_one_error(
+    config: dict[str, Any], steps: int, factor: int
+) -> None:
     with bounded(), np.errstate(all="raise", under="ignore"):
         fault = ""
         try:
@@ -91,7 +121,9 @@ def test_fuzz_a_scheduler_config_is_diffusers_own_schedule_or_one_error(config: 
         if steps % factor == 0 and steps // factor > 1:
             student = schedule.student(steps, steps // factor)
             assert student.walk(steps // factor)[0][0] == walk[0][0]
-            assert {t for t, _ in student.walk(steps // factor)} <= {t for t, _ in schedule.passing(steps, (steps // factor,))}
+            assert {t for t, _ in student.walk(steps // factor)} <= {
+                t for t, _ in schedule.passing(steps, (steps // factor,))
+            }
             fine = [step for inner in schedule.finer(walk, factor) for step in inner]
             assert [s for _, s in fine][:-1] == [t for t, _ in fine][1:] or factor == 1
             assert all(math.isfinite(student.error_weight(t, s)) for t, s in student.walk(steps // factor))
@@ -116,4 +148,6 @@ def _check_flow(schedule: FlowSchedule, written: dict[str, Any], steps: int) -> 
     theirs: Any = FlowMatchEulerDiscreteScheduler.from_config(written)
     theirs.set_timesteps(steps)
     assume(schedule.timestep_spacing == "linspace")
-    np.testing.assert_allclose([t for t, _ in schedule.walk(steps)], theirs.timesteps.double().numpy(), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        [t for t, _ in schedule.walk(steps)], theirs.timesteps.double().numpy(), rtol=1e-5, atol=1e-3
+    )

@@ -94,7 +94,9 @@ def test_what_a_killed_process_left_half_made_is_dropped(tmp_path: Path) -> None
     assert [*tmp_path.iterdir()] == [folder]
 
 
-def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_gone_once_the_folder_is_whole(tmp_path: Path) -> None:
+def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_gone_once_the_folder_is_whole(
+    tmp_path: Path,
+) -> None:
     def fail(folder: Path) -> None:
         parts_of(folder).mkdir(exist_ok=True)
         (parts_of(folder) / "first").write_text("first")
@@ -104,7 +106,9 @@ def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_g
     with pytest.raises(ValueError, match="disk full"):
         kept(tmp_path, {}, fail)
     draft = tmp_path / f".{content_digest({})}"
-    assert [path.relative_to(tmp_path) for path in draft.rglob("*") if path.is_file()] == [Path(draft.name) / "parts" / "first"]
+    assert [path.relative_to(tmp_path) for path in draft.rglob("*") if path.is_file()] == [
+        Path(draft.name) / "parts" / "first"
+    ]
     (draft / "whole").mkdir()
     (draft / "whole" / "half").write_text("of a process that was killed")
 

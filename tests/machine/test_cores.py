@@ -1,4 +1,6 @@
-"""How many cores count where a control group limits them, and what is told of it: files laid out as Linux lays them out."""
+"""How many cores count where a control group limits them, and what is told of it: files laid out as Linux lays them
+out.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +49,20 @@ def counted(folder: Path, groups: str, files: dict[str, str]) -> int:
         ({"slice/unit/cpu.max": "\n"}, 8),
     ],
 )
-def test_a_group_of_the_second_version_and_those_around_it_limit_the_cores(files: dict[str, str], wanted: int, tmp_path: Path) -> None:
+def test_a_group_of_the_second_version_and_those_around_it_limit_the_cores(
+    files: dict[str, str], wanted: int, tmp_path: Path
+) -> None:
     assert counted(tmp_path, SECOND_VERSION, files) == wanted
 
 
 @pytest.mark.parametrize("hierarchy", ["cpu", "cpu,cpuacct"])
 @pytest.mark.parametrize(
-    ("group", "quota", "wanted"), [("docker/a1/", 200000, 2), ("", 250000, 2), ("docker/a1/", -1, 8), ("b2/", 200000, 8)]
+    ("group", "quota", "wanted"),
+    [("docker/a1/", 200000, 2), ("", 250000, 2), ("docker/a1/", -1, 8), ("b2/", 200000, 8)],
 )
-def test_a_group_of_the_first_version_does_too(hierarchy: str, group: str, quota: int, wanted: int, tmp_path: Path) -> None:
+def test_a_group_of_the_first_version_does_too(
+    hierarchy: str, group: str, quota: int, wanted: int, tmp_path: Path
+) -> None:
     files = {f"{hierarchy}/{group}cpu.cfs_quota_us": f"{quota}\n", f"{hierarchy}/{group}cpu.cfs_period_us": "100000\n"}
     assert counted(tmp_path, FIRST_VERSION, files) == wanted
 

@@ -1,4 +1,6 @@
-"""What is told where a disk has no room: the file, the bytes wanted and those that are free; before a run, what it takes."""
+"""What is told where a disk has no room: the file, the bytes wanted and those that are free; before a run, what it
+takes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from pqcad_qat.stages.recipes import recipes
         RuntimeError("basic_ios::clear: iostream error"),  # OpenVINO's
     ],
 )
-def test_a_full_disk_is_told_with_the_path_the_bytes_wanted_and_those_that_are_free(error: Exception, tmp_path: Path) -> None:
+def test_a_full_disk_is_told_with_the_path_the_bytes_wanted_and_those_that_are_free(
+    error: Exception, tmp_path: Path
+) -> None:
     path = tmp_path / "no" / "such" / "folder" / "x.safetensors"
     with (
         pytest.raises(DiskError, match=rf"^{path}: cannot be written: .*: 12,345 bytes are wanted, [\d,]+ are free$"),
@@ -36,7 +40,9 @@ def test_a_full_disk_is_told_with_the_path_the_bytes_wanted_and_those_that_are_f
     ):
         raise error
     with (
-        pytest.raises(DiskError, match=rf"^{path}: cannot be written: .*: more than the [\d,]+ bytes that are free are wanted$"),
+        pytest.raises(
+            DiskError, match=rf"^{path}: cannot be written: .*: more than the [\d,]+ bytes that are free are wanted$"
+        ),
         room_for(path),
     ):
         raise error
@@ -48,7 +54,9 @@ def test_the_file_that_the_system_names_is_the_one_that_is_told(tmp_path: Path) 
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("bad shape"), ValueError("no")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), RuntimeError("bad shape"), ValueError("no")]
+)
 def test_any_other_error_passes_as_it_is(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)) as caught, room_for(tmp_path):
         raise error
@@ -88,7 +96,9 @@ def test_the_estimate_covers_what_a_run_leaves_and_is_no_more_than_four_times_th
     policy, path = tiny_run.policy, tiny_run.path  # type: ignore[attr-defined]
     prepared = prepare(policy)
     table = recipes(policy, prepared)
-    left = sum(file.stat().st_size for file in [*path.rglob("*"), *(path.parent / ".calibration").rglob("*")] if file.is_file())
+    left = sum(
+        file.stat().st_size for file in [*path.rglob("*"), *(path.parent / ".calibration").rglob("*")] if file.is_file()
+    )
     estimate = sum(disk_use.stage_bytes(policy, prepared, table, stage) for stage in table)
     assert left < 1.5 * estimate
     assert estimate < 4 * left

@@ -1,4 +1,5 @@
-"""Work in a process of its own: every way in which that can end is told, and it never outlives the program that waits for it.
+"""Work in a process of its own: every way in which that can end is told, and it never outlives the program that waits
+for it.
 
 Not here: the baselines that are made so (test_baselines.py).
 """
@@ -77,9 +78,14 @@ def test_a_full_disk_is_told_as_one() -> None:
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_the_program_that_waits_for_it(ended_by: signal.Signals, tmp_path: Path) -> None:
     file = tmp_path / "number"
-    program = f"from test_own_process import wait\nfrom pqcad_qat.machine.own_process import run_apart\nrun_apart(wait, {str(file)!r})"
+    program = (
+        "from test_own_process import wait\nfrom pqcad_qat.machine.own_process import "
+        f"run_apart\nrun_apart(wait, {str(file)!r})"
+    )
     search = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(SUPPORT), environment()["PYTHONPATH"]])}
-    with subprocess.Popen([sys.executable, "-c", program], env={**environment(), **search}, stderr=subprocess.DEVNULL) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**environment(), **search}, stderr=subprocess.DEVNULL
+    ) as parent:
         number = int(awaited(file))
         parent.send_signal(ended_by)
         parent.wait(60)

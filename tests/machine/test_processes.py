@@ -1,7 +1,9 @@
-"""Two processes give what one gives with twice the batch, and end together: real processes, forked and under `accelerate launch`.
+"""Two processes give what one gives with twice the batch, and end together: real processes, forked and under
+`accelerate launch`.
 
-Sums over a batch are in another order where it is split, so floating point agrees to rounding alone, and quantized training until a value
-that lies between two integers is rounded the other way. Not here: one process's loop (test_trainer.py).
+Sums over a batch are in another order where it is split, so floating point agrees to rounding alone, and quantized
+training until a value that lies between two integers is rounded the other way. Not here: one process's loop
+(test_trainer.py).
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ def test_both_processes_hold_the_same_weights_averages_and_decisions(pair: Pair)
 
 
 @pytest.mark.parametrize("way", ["floating", "accumulated"])
-def test_floating_point_training_is_that_of_one_process_with_the_whole_batch(way: str, pair: Pair, tmp_path: Path) -> None:
+def test_floating_point_training_is_that_of_one_process_with_the_whole_batch(
+    way: str, pair: Pair, tmp_path: Path
+) -> None:
     """A Parameter that gets no gradient among them; `accumulated` in two micro-batches a process."""
     alone, weights = stage(tmp_path, floating=True)
     assert pair.ended(way)[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
@@ -87,11 +91,16 @@ def test_floating_point_training_is_that_of_one_process_with_the_whole_batch(way
         torch.testing.assert_close(value, weights[name], rtol=RELATIVE, atol=ABSOLUTE)
 
 
-def test_quantized_training_makes_the_transitions_of_one_process_with_the_whole_batch_and_its_losses(pair: Pair, tmp_path: Path) -> None:
+def test_quantized_training_makes_the_transitions_of_one_process_with_the_whole_batch_and_its_losses(
+    pair: Pair, tmp_path: Path
+) -> None:
     alone, weights = stage(tmp_path)
     shared = pair.ended("quantized")[0]
     decisions = [
-        [{key: entry[key] for key in ("step", "layer", "from_bits", "to_bits", "cause")} for entry in run["transitions"]]
+        [
+            {key: entry[key] for key in ("step", "layer", "from_bits", "to_bits", "cause")}
+            for entry in run["transitions"]
+        ]
         for run in (alone, shared)
     ]
     assert decisions[0] == decisions[1]
@@ -109,7 +118,9 @@ def test_what_is_not_finite_on_one_process_sends_both_back_to_the_same_step(pair
     assert (len(first["told"]), second["told"]) == (1, [])
 
 
-def test_a_request_to_end_that_one_process_gets_ends_both_after_the_step_with_one_checkpoint_and_the_run_goes_on(pair: Pair) -> None:
+def test_a_request_to_end_that_one_process_gets_ends_both_after_the_step_with_one_checkpoint_and_the_run_goes_on(
+    pair: Pair,
+) -> None:
     first, second = pair.ended("interrupted")
     assert first["error"] == second["error"] == "InterruptedByUserError"
     assert first["kept"] == [EVERY, MEDDLED + 1]
@@ -133,7 +144,8 @@ def test_processes_that_came_apart_are_an_error_at_the_next_checkpoint_and_none_
         assert found["kept"] == [EVERY]
 
 
-# ---- the command line under a launcher -------------------------------------------------------------------------------------------
+# ---- the command line under a launcher
+# -------------------------------------------------------------------------------------------
 
 
 def launcher(*arguments: str | Path) -> list[str]:
@@ -163,7 +175,9 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     floating = environment() | CAPS["avx2"]
     path = tmp_path / "two"
     command = launcher("run", POLICIES / "smoke.yaml", "--out", path, *flags(tiny_folder))
-    with subprocess.Popen(command, env=floating, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, env=floating, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         deadline = time.monotonic() + PATIENCE
         while process.poll() is None and not (path / "checkpoints/pq/step_000003/digests.json").exists():
             assert time.monotonic() < deadline
@@ -172,7 +186,9 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
         output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "RuntimeError" not in output, output
-    again = subprocess.run([*command, "--resume"], env=floating, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    again = subprocess.run(
+        [*command, "--resume"], env=floating, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("pq: going on from step ") == 1
     assert again.stdout.count("report: ") == 1
@@ -183,7 +199,10 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     subprocess.run(alone, env=floating, capture_output=True, check=True, timeout=PATIENCE)
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    for name in ("loss", "gradient_norm"):  # of the first step alone: at which one a value is rounded the other way depends on the CPU
+    for name in (
+        "loss",
+        "gradient_norm",
+    ):  # of the first step alone: at which one a value is rounded the other way depends on the CPU
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-5)
     assert [row["weight_distance"] for row in two] == pytest.approx([row["weight_distance"] for row in one], rel=1e-3)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=QUANTIZED)
@@ -199,11 +218,15 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
 def second_process(parent: int) -> int:
     """The process that the launcher started as the second."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    ranks = {re.search(r"(?:^|\0)RANK=(\d)", Path(f"/proc/{child}/environ").read_text())[1]: int(child) for child in children}  # type: ignore[index]
+    ranks = {
+        re.search(r"(?:^|\0)RANK=(\d)", Path(f"/proc/{child}/environ").read_text())[1]: int(child) for child in children
+    }  # type: ignore[index]
     return ranks["1"]
 
 
-def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with_twice_the_batch(
+    tmp_path: Path,
+) -> None:
     small = [
         "model.block_out_channels=[16, 16, 16]",
         "model.attention_head_dim=16",
@@ -227,13 +250,17 @@ def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with
 @pytest.mark.parametrize("late", [None, 0, 1])
 def test_a_users_error_is_one_message_of_a_process_that_ends_with_code_2(late: int | None, tmp_path: Path) -> None:
     """Whichever process comes to it first: the launcher terminates a second one that is still loading."""
-    (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(1)\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(1)\n"
+    )
     command = launcher("run", POLICIES / "smoke.yaml", "--out", tmp_path / "run", "--set=progressive.steps=0")
     found = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])}
     done = subprocess.run(command, env=found, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode != 0
     assert done.stderr.count("progressive.steps: got 0") == 1
-    codes = {int(rank): int(code) for rank, code in re.findall(r"\n +rank +: (\d) .*\n +exitcode +: (-?\d+)", done.stderr)}
+    codes = {
+        int(rank): int(code) for rank, code in re.findall(r"\n +rank +: (\d) .*\n +exitcode +: (-?\d+)", done.stderr)
+    }
     assert codes[0] == 2
     assert codes[1] in (2, 130, -signal.SIGTERM)
     assert not (tmp_path / "run").exists()
@@ -250,12 +277,19 @@ def test_a_process_that_is_terminated_while_another_tells_of_an_error_does_not_w
     )
     second = environment() | {"WORLD_SIZE": "2", "RANK": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], env=second, capture_output=True, text=True, check=False, timeout=PATIENCE
+        [sys.executable, "-c", "\n".join(lines)],
+        env=second,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_what_shares_no_work_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_shares_no_work_is_refused_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as ended:
@@ -264,7 +298,9 @@ def test_what_shares_no_work_is_refused_under_a_launcher(monkeypatch: pytest.Mon
     assert "sample: got 2 processes; allowed 1" in capsys.readouterr().err
 
 
-def test_a_launcher_that_started_one_process_where_several_were_asked_for_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_started_one_process_where_several_were_asked_for_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     check_launch()
     monkeypatch.setenv("MASTER_PORT", "29500")  # as `accelerate launch --cpu --num_processes 2` does
@@ -272,13 +308,17 @@ def test_a_launcher_that_started_one_process_where_several_were_asked_for_is_an_
         check_launch()
 
 
-def test_a_run_goes_on_with_as_many_processes_as_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_with_as_many_processes_as_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = load_policy(POLICIES / "smoke.yaml")
     with open_run(tmp_path / "run", policy, resume=False):
         pass
     monkeypatch.setattr(run_folder, "process_count", lambda: 2)
     with (
-        pytest.raises(CheckpointError, match=r"launch\.json: processes: got 2; allowed 1, with which the run was begun"),
+        pytest.raises(
+            CheckpointError, match=r"launch\.json: processes: got 2; allowed 1, with which the run was begun"
+        ),
         open_run(tmp_path / "run", policy, resume=True),
     ):
         pass

@@ -17,7 +17,9 @@ ROWS = torch.arange(14, dtype=torch.float32).reshape(7, 2)
 WHAT = "calibration: trajectories"
 
 
-def source(begun: list[int], stop: type[BaseException] | None = None, after: int = 0) -> Callable[[int], Iterator[dict[str, Tensor]]]:
+def source(
+    begun: list[int], stop: type[BaseException] | None = None, after: int = 0
+) -> Callable[[int], Iterator[dict[str, Tensor]]]:
     """Batches of two rows; notes where it begins, and ends with an error after so many batches."""
 
     def batches(done: int) -> Iterator[dict[str, Tensor]]:
@@ -81,16 +83,21 @@ def test_parts_behind_a_missing_one_are_made_again(tmp_path: Path) -> None:
 
 
 def test_what_goes_on_has_the_layout_in_memory_of_what_was_never_cut_off(tmp_path: Path) -> None:
-    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
     found = [
-        gathered(parts, 4, lambda done: ({"x": images[k : k + 2]} for k in range(done, 4, 2)), WHAT)["x"] for parts in (None, tmp_path)
+        gathered(parts, 4, lambda done: ({"x": images[k : k + 2]} for k in range(done, 4, 2)), WHAT)["x"]
+        for parts in (None, tmp_path)
     ]
     again = gathered(tmp_path, 4, lambda _: pytest.fail("made again"), WHAT)["x"]
     assert {tensor.stride() for tensor in (*found, again)} == {(192, 64, 8, 1)}
     assert torch.equal(found[0], again)
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tensors({"x": ROWS}, tmp_path / "file.safetensors")
 
     def fail(_tensors: dict[str, Tensor], path: Path) -> None:

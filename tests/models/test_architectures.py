@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from conditional_models import FLOW, MODELS, Plain, class_unet, conditions, dit, flux, pixart, saved, sd3, text_and_size_unet, text_unet
+from conditional_models import (
+    FLOW,
+    MODELS,
+    Plain,
+    class_unet,
+    conditions,
+    dit,
+    flux,
+    pixart,
+    saved,
+    sd3,
+    text_and_size_unet,
+    text_unet,
+)
 from tiny_runs import SCHEDULER
 from torch import Tensor
 
@@ -99,7 +112,9 @@ def test_a_folder_is_diffusers_own_and_gives_the_model_back(named: tuple[str, Di
     assert load_model(str(folder)).digest == model.digest
 
 
-@pytest.mark.parametrize(("kind", "takes"), [("timestep", "class_labels () int64 in [0, 1000)"), ("identity", "class_labels (64) float32")])
+@pytest.mark.parametrize(
+    ("kind", "takes"), [("timestep", "class_labels () int64 in [0, 1000)"), ("identity", "class_labels (64) float32")]
+)
 def test_labels_may_be_embedded_as_time_steps_or_come_embedded(kind: str, takes: str, tmp_path: Path) -> None:
     model = saved("class_unet", tmp_path / "model", class_embed_type=kind, num_class_embeds=None)
     assert [str(wanted) for wanted in model.condition_inputs] == [takes]
@@ -125,7 +140,10 @@ def test_another_size_of_x_t_may_be_asked_for(tmp_path: Path) -> None:
         with torch.no_grad():
             assert predict(model.denoiser, *model.example).shape == (1, 4, size, size)
     assert model.digest != load_model(str(tmp_path / "flux")).digest
-    for name, size, fault in (("dit", 12, "model.sample_size: got 12; allowed null: DiT"), ("flux", 7, "sample_size: got 7; allowed even")):
+    for name, size, fault in (
+        ("dit", 12, "model.sample_size: got 12; allowed null: DiT"),
+        ("flux", 7, "sample_size: got 7; allowed even"),
+    ):
         saved(name, tmp_path / name)
         with pytest.raises(ModelError, match=fault):
             load_model(str(tmp_path / name), size)

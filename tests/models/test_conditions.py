@@ -49,7 +49,9 @@ def test_a_trajectory_chooses_for_itself_whatever_the_batches(classes: Condition
     assert not torch.equal(found.of(8, 0, 40)["class_labels"], whole)
 
 
-def test_listed_classes_alone_are_chosen_and_all_leaves_out_the_one_of_no_class(classes: Conditioned, tmp_path: Path) -> None:
+def test_listed_classes_alone_are_chosen_and_all_leaves_out_the_one_of_no_class(
+    classes: Conditioned, tmp_path: Path
+) -> None:
     assert Counter(class_conditions(classes, [0, 3], 4).of(0, 0, 30)["class_labels"].tolist()).keys() == {0, 3}
     guided = class_conditions(classes, "all", 4)
     assert guided.choices["class_labels"].tolist() == [0, 1, 2, 3]
@@ -72,7 +74,9 @@ def test_a_file_holds_a_row_a_prompt_and_the_unconditional_pass(text: Conditione
     rows = found.of(0, 0, 20)["encoder_hidden_states"]
     assert rows.shape == (20, 5, 24)
     assert all(any(torch.equal(row, choice) for choice in found.choices["encoder_hidden_states"]) for row in rows)
-    assert torch.equal(found.unconditional["encoder_hidden_states"], conditions("text_unet", 1, seed=1)["encoder_hidden_states"])
+    assert torch.equal(
+        found.unconditional["encoder_hidden_states"], conditions("text_unet", 1, seed=1)["encoder_hidden_states"]
+    )
     assert [str(wanted) for wanted in exported_inputs(text.inputs, found)] == ["encoder_hidden_states (5, 24) float32"]
 
 
@@ -89,11 +93,17 @@ def test_halves_in_a_file_become_the_models_own_floats(text: Conditioned, tmp_pa
         ({"encoder_hidden_states": torch.ones(2, 24)}, r"got shape \(2, 24\); allowed \(2, tokens, 24\)"),
         ({"encoder_hidden_states": torch.full((2, 5, 24), torch.nan)}, "holds values that are not finite"),
         (
-            {"encoder_hidden_states": torch.ones(2, 5, 24), "unconditional.encoder_hidden_states": torch.ones(2, 5, 24)},
+            {
+                "encoder_hidden_states": torch.ones(2, 5, 24),
+                "unconditional.encoder_hidden_states": torch.ones(2, 5, 24),
+            },
             r"unconditional\.encoder_hidden_states: got shape \(2, 5, 24\); allowed \(1, tokens, 24\)",
         ),
         (
-            {"encoder_hidden_states": torch.ones(2, 5, 24), "unconditional.encoder_hidden_states": torch.ones(1, 4, 24)},
+            {
+                "encoder_hidden_states": torch.ones(2, 5, 24),
+                "unconditional.encoder_hidden_states": torch.ones(1, 4, 24),
+            },
             r"got \(4, 24\); allowed \(5, 24\), as encoder_hidden_states",
         ),
     ],
@@ -109,7 +119,10 @@ def test_a_file_of_something_else_is_refused_tensor_by_tensor(
 def test_sizes_must_be_whole_and_in_bounds(tmp_path: Path) -> None:
     asked = conditioned(saved("text_and_size_unet", tmp_path / "model"))
     tensors = load_file(write_embeddings("text_and_size_unet", tmp_path / "text.safetensors"))
-    for sizes, fault in ((tensors["time_ids"] + 0.5, "got 999.5; allowed whole numbers"), (tensors["time_ids"] * 9, "allowed 0 to 4096")):
+    for sizes, fault in (
+        (tensors["time_ids"] + 0.5, "got 999.5; allowed whole numbers"),
+        (tensors["time_ids"] * 9, "allowed 0 to 4096"),
+    ):
         save_file({**tensors, "time_ids": sizes}, tmp_path / "wrong.safetensors")
         with pytest.raises(ModelError, match=f"time_ids: .*{fault}"):
             read_conditions(tmp_path / "wrong.safetensors", asked)
@@ -123,7 +136,9 @@ def test_a_file_that_is_not_there_or_no_safetensors_is_named(text: Conditioned, 
         read_conditions(tmp_path / "text.safetensors", text)
 
 
-def test_a_section_that_does_not_fit_the_model_is_refused(text: Conditioned, classes: Conditioned, tmp_path: Path) -> None:
+def test_a_section_that_does_not_fit_the_model_is_refused(
+    text: Conditioned, classes: Conditioned, tmp_path: Path
+) -> None:
     unconditional = Conditioned("plain", ())
     assert chosen_conditions(unconditional, ConditionsPolicy()).choices == {}
     assert len(chosen_conditions(classes, ConditionsPolicy())) == 5
@@ -133,7 +148,10 @@ def test_a_section_that_does_not_fit_the_model_is_refused(text: Conditioned, cla
         with pytest.raises(ModelError, match=r"conditions\.classes: got class labels; .* takes"):
             chosen_conditions(asked, ConditionsPolicy(classes=(1,)))
     with pytest.raises(ModelError, match="takes no conditions"):
-        chosen_conditions(unconditional, ConditionsPolicy(embeddings=str(write_embeddings("text_unet", tmp_path / "text.safetensors"))))
+        chosen_conditions(
+            unconditional,
+            ConditionsPolicy(embeddings=str(write_embeddings("text_unet", tmp_path / "text.safetensors"))),
+        )
 
 
 def test_guidance_without_another_pass_is_refused(classes: Conditioned) -> None:
@@ -177,7 +195,8 @@ def test_prompts_for_another_pipeline_say_how_a_file_is_made(tmp_path: Path) -> 
     (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(
-        ModelError, match=r"got 'SanaPipeline'; allowed for prompts Stable.*a file of what the pipeline's own encode_prompt"
+        ModelError,
+        match=r"got 'SanaPipeline'; allowed for prompts Stable.*a file of what the pipeline's own encode_prompt",
     ):
         encode_prompts(tmp_path / "prompts.txt", tmp_path)
 
@@ -185,5 +204,7 @@ def test_prompts_for_another_pipeline_say_how_a_file_is_made(tmp_path: Path) -> 
 def test_prompts_without_transformers_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.models.pipeline_parts.find_spec", lambda _: None)
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    with pytest.raises(ModelError, match=r"takes the library transformers, which is not installed: pip install 'pqcad-qat\[text\]'"):
+    with pytest.raises(
+        ModelError, match=r"takes the library transformers, which is not installed: pip install 'pqcad-qat\[text\]'"
+    ):
         encode_prompts(tmp_path / "prompts.txt", tmp_path)

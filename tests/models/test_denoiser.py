@@ -38,7 +38,9 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_saved_model_comes_back_with_the_same_weights_configs_and_predictions(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+def test_a_saved_model_comes_back_with_the_same_weights_configs_and_predictions(
+    tiny_model: DiffusionModel, tmp_path: Path
+) -> None:
     save_model(tiny_model.denoiser, tiny_model.scheduler_config, tmp_path / "copy")
     copied = load_model(str(tmp_path / "copy"))
     for name, value in tiny_model.denoiser.state_dict().items():
@@ -79,7 +81,9 @@ def test_a_loaded_model_is_float32_in_evaluation_mode_and_knows_its_shape(folder
     assert [tuple(part.shape) for part in model.example[:2]] == [(1, 1, 32, 32), (1,)]
 
 
-def test_the_digest_changes_with_a_weight_and_with_the_scheduler_and_not_with_the_place(folder: Path, tiny_model: DiffusionModel) -> None:
+def test_the_digest_changes_with_a_weight_and_with_the_scheduler_and_not_with_the_place(
+    folder: Path, tiny_model: DiffusionModel
+) -> None:
     assert load_model(str(folder)).digest == tiny_model.digest
     edit(folder / SCHEDULER_CONFIG, prediction_type="epsilon")
     other_scheduler = load_model(str(folder)).digest

@@ -1,4 +1,6 @@
-"""Hub ids without a hub: a model in the hub's cache is found by its id, from plan to prompts; what is not there is refused in words."""
+"""Hub ids without a hub: a model in the hub's cache is found by its id, from plan to prompts; what is not there is
+refused in words.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,18 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache with the pipeline as NAME, and no hub; the client reads both settings when it is first imported."""
+    """The hub's cache with the pipeline as NAME, and no hub; the client reads both settings when it is first
+    imported.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return laid(pipeline, tmp_path / "hub")
 
 
 def laid(source: Path, cache: Path) -> Path:
-    """A folder as the hub's client keeps it: files by their digest, and a snapshot of links to them; returns the snapshot."""
+    """A folder as the hub's client keeps it: files by their digest, and a snapshot of links to them; returns the
+    snapshot.
+    """
     repository = cache / f"models--{NAME.replace('/', '--')}"
     snapshot, blobs = repository / "snapshots" / COMMIT, repository / "blobs"
     for folder in (repository / "refs", blobs):
@@ -66,10 +72,15 @@ def test_a_model_of_the_cache_is_the_model_of_its_folder(cache: Path, pipeline: 
 def test_its_prompts_are_encoded_and_its_parts_deployed(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
     model = load_model(NAME)
-    found = chosen_conditions(conditioned(model), ConditionsPolicy(prompts=str(tmp_path / "prompts.txt")), tmp_path / "store")
+    found = chosen_conditions(
+        conditioned(model), ConditionsPolicy(prompts=str(tmp_path / "prompts.txt")), tmp_path / "store"
+    )
     assert found.choices["encoder_hidden_states"].shape == (2, TOKENS, WIDTH)
     parts = pipeline_parts(model.folder)
-    assert chosen_formats(parts, {"vae": "auto", "text_encoder": "auto"}, NAME) == {"vae": "float", "text_encoder": "int8-weights"}
+    assert chosen_formats(parts, {"vae": "auto", "text_encoder": "auto"}, NAME) == {
+        "vae": "float",
+        "text_encoder": "int8-weights",
+    }
 
 
 def test_the_command_plans_a_policy_of_a_hub_id_by_its_configs_alone(cache: Path) -> None:
@@ -80,22 +91,29 @@ def test_the_command_plans_a_policy_of_a_hub_id_by_its_configs_alone(cache: Path
     done = subprocess.run(command, env={**environment(), **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "mid_block.attentions.0" in done.stdout
-    missing = subprocess.run([*command[:-1], "org/other"], env={**environment(), **settings}, capture_output=True, text=True, check=False)
+    missing = subprocess.run(
+        [*command[:-1], "org/other"], env={**environment(), **settings}, capture_output=True, text=True, check=False
+    )
     assert missing.returncode == 2
-    assert "model.source: got 'org/other': no such folder, and it cannot be loaded from the hub" in " ".join(missing.stderr.split())
+    assert "model.source: got 'org/other': no such folder, and it cannot be loaded from the hub" in " ".join(
+        missing.stderr.split()
+    )
     assert "Traceback" not in missing.stderr
 
 
 @pytest.mark.parametrize("name", ["org/other", "no id"])
 def test_what_is_not_in_the_cache_is_refused_in_words(cache: Path, name: str) -> None:
-    with pytest.raises(ModelError, match=rf"model\.source: got '{name}': no such folder, and it cannot be loaded from the hub: \w+"):
+    with pytest.raises(
+        ModelError, match=rf"model\.source: got '{name}': no such folder, and it cannot be loaded from the hub: \w+"
+    ):
         load_model(name)
 
 
 def test_a_repository_of_other_weights_is_refused_in_words(cache: Path) -> None:
     (cache / "unet" / WEIGHTS).rename(cache / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(
-        ModelError, match=rf"{WEIGHTS}: no such file; weights are read from safetensors only; of the hub's {NAME} it was not"
+        ModelError,
+        match=rf"{WEIGHTS}: no such file; weights are read from safetensors only; of the hub's {NAME} it was not",
     ):
         load_model(NAME)
 
@@ -104,6 +122,7 @@ def test_a_repository_of_other_weights_is_refused_in_words(cache: Path) -> None:
 def test_a_part_of_other_weights_is_refused_before_anything_is_trained(cache: Path, part: str, file: str) -> None:
     (cache / part / file).rename(cache / part / "pytorch_model.bin")
     with pytest.raises(
-        ModelError, match=rf"{part}/{file}: no such file; weights are read from safetensors only, and pipeline\.{part}: none"
+        ModelError,
+        match=rf"{part}/{file}: no such file; weights are read from safetensors only, and pipeline\.{part}: none",
     ):
         chosen_formats(pipeline_parts(load_model(NAME).folder), {"vae": "auto", "text_encoder": "auto"}, NAME)

@@ -1,4 +1,5 @@
-"""Layouts of model folders that people have: each is the same model, or one line with the reason; and what configs and indexes refuse.
+"""Layouts of model folders that people have: each is the same model, or one line with the reason; and what configs and
+indexes refuse.
 
 Not here: the folders that we write ourselves (test_denoiser.py), nor damage of any kind (test_fuzz_models.py).
 """
@@ -61,11 +62,14 @@ def refused(folder: Path, words: str, planned: bool = True) -> None:
         assert str(plan.value) == str(run.value)
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------------------------------
+# ---- layouts
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_files_that_all_lie_at_the_top_are_the_model_of_the_usual_layout(folder: Path, tiny_model: DiffusionModel, indexed: bool) -> None:
+def test_files_that_all_lie_at_the_top_are_the_model_of_the_usual_layout(
+    folder: Path, tiny_model: DiffusionModel, indexed: bool
+) -> None:
     for path in [*(folder / "unet").iterdir(), *(folder / "scheduler").iterdir()]:
         path.rename(folder / path.name)
     if not indexed:
@@ -80,23 +84,34 @@ def test_weights_of_another_precision_alone_are_taken_as_float32_of_their_values
     halved = {name: value.half() for name, value in load_file(folder / "unet" / WEIGHTS).items()}
     (folder / "unet" / WEIGHTS).unlink()
     if sharded:
-        shards = {name: f"{STEM}.fp16-0000{1 + (number > 9)}-of-00002.safetensors" for number, name in enumerate(halved)}
+        shards = {
+            name: f"{STEM}.fp16-0000{1 + (number > 9)}-of-00002.safetensors" for number, name in enumerate(halved)
+        }
         for shard in set(shards.values()):
             save_file({name: value for name, value in halved.items() if shards[name] == shard}, folder / "unet" / shard)
         (folder / "unet" / f"{STEM}.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": shards}))
     else:
         save_file(halved, folder / "unet" / f"{STEM}.fp16.safetensors")
     own = load_model(str(folder)).denoiser.state_dict()
-    assert all(own[name].dtype == torch.float32 and torch.equal(own[name], value.float()) for name, value in halved.items())
+    assert all(
+        own[name].dtype == torch.float32 and torch.equal(own[name], value.float()) for name, value in halved.items()
+    )
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_names_that_wrappers_put_before_every_tensor_are_passed_over(folder: Path, tiny_model: DiffusionModel, prefix: str) -> None:
-    save_file({prefix + name: value for name, value in load_file(folder / "unet" / WEIGHTS).items()}, folder / "unet" / WEIGHTS)
+def test_names_that_wrappers_put_before_every_tensor_are_passed_over(
+    folder: Path, tiny_model: DiffusionModel, prefix: str
+) -> None:
+    save_file(
+        {prefix + name: value for name, value in load_file(folder / "unet" / WEIGHTS).items()},
+        folder / "unet" / WEIGHTS,
+    )
     assert load_model(str(folder)).digest == tiny_model.digest
 
 
-def test_of_a_hub_id_another_precision_is_fetched_where_a_part_has_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_hub_id_another_precision_is_fetched_where_a_part_has_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched: list[list[str]] = []
 
     def snapshot_download(_source: str, allow_patterns: list[str]) -> str:
@@ -126,7 +141,11 @@ def test_a_scheduler_that_is_missing_is_told_by_plan_and_by_run(folder: Path, mo
 def test_a_checkpoint_in_a_single_file_says_what_makes_a_folder_of_it(tmp_path: Path) -> None:
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "v1-5.safetensors")
     for source in (tmp_path / "v1-5.safetensors", tmp_path):
-        refused(source, r"v1-5\.safetensors: got a checkpoint in a single file; .*from_single_file\('v1-5\.safetensors'\)\.save_pretrained")
+        refused(
+            source,
+            r"v1-5\.safetensors: got a checkpoint in a single file; "
+            r".*from_single_file\('v1-5\.safetensors'\)\.save_pretrained",
+        )
 
 
 def test_a_config_alone_has_no_weights(folder: Path) -> None:
@@ -143,26 +162,38 @@ def test_a_folder_with_two_denoisers_is_the_one_that_its_index_names(folder: Pat
     refused(folder, r"model_index\.json: got unet and transformer in its folder; allowed one of them")
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------------------
+# ---- weights
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_tensors_that_do_not_fit_are_counted_and_the_first_few_named(folder: Path) -> None:
     weights = load_file(folder / "unet" / WEIGHTS)
     save_file({f"of.another.model.{name * 20}": value for name, value in weights.items()}, folder / "unet" / WEIGHTS)
     count = len(weights)
-    refused(folder, rf"{count} missing: [^;]*, and {count - 5} more; {count} not of this model: of\.another", planned=False)
+    refused(
+        folder, rf"{count} missing: [^;]*, and {count - 5} more; {count} not of this model: of\.another", planned=False
+    )
     weights["conv_in.weight"] = weights["conv_in.weight"][:, :, :1].contiguous()
     weights["conv_in.bias"] = weights["conv_in.bias"].int()
     save_file(weights, folder / "unet" / WEIGHTS)
-    words = r"1 of another shape: conv_in\.weight \[16, 1, 1, 3\], not \[16, 1, 3, 3\]; 1 not in floating point: conv_in\.bias I32"
+    words = (
+        r"1 of another shape: conv_in\.weight \[16, 1, 1, 3\], not \[16, 1, 3, 3\]; 1 not in floating point: "
+        r"conv_in\.bias I32"
+    )
     refused(folder, words, planned=False)
 
 
 def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / "a.safetensors")
     for shards, words in (
-        ({"x": "a.safetensors", "y": "b.safetensors"}, r"b\.safetensors: no such file; .* lists 2 shards, and 1 are missing"),
-        ({"x": "../a.safetensors"}, r"weight_map: got '\.\./a\.safetensors'; allowed names of \.safetensors files beside it"),
+        (
+            {"x": "a.safetensors", "y": "b.safetensors"},
+            r"b\.safetensors: no such file; .* lists 2 shards, and 1 are missing",
+        ),
+        (
+            {"x": "../a.safetensors"},
+            r"weight_map: got '\.\./a\.safetensors'; allowed names of \.safetensors files beside it",
+        ),
         ({}, r"weight_map: got \{\}; allowed the name of a file for each tensor"),
     ):
         (folder / "unet" / INDEX).write_text(json.dumps({"weight_map": shards}))
@@ -173,11 +204,21 @@ def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
     ("name", "content", "words"),
     [
         (BIN, b"pickle", rf"weights are read from safetensors only; got {BIN}: reading it may run what is in it"),
-        (f"{STEM}.non_ema.safetensors", b"", r"no such file; .*; got .*non_ema\.safetensors; allowed that name, or one with \.fp32"),
-        (WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n", "holds git-lfs's pointer in the weights' place: `git lfs pull`"),
+        (
+            f"{STEM}.non_ema.safetensors",
+            b"",
+            r"no such file; .*; got .*non_ema\.safetensors; allowed that name, or one with \.fp32",
+        ),
+        (
+            WEIGHTS,
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "holds git-lfs's pointer in the weights' place: `git lfs pull`",
+        ),
     ],
 )
-def test_weights_in_another_form_are_refused_with_the_reason(folder: Path, name: str, content: bytes, words: str) -> None:
+def test_weights_in_another_form_are_refused_with_the_reason(
+    folder: Path, name: str, content: bytes, words: str
+) -> None:
     (folder / "unet" / WEIGHTS).unlink()
     (folder / "unet" / name).write_bytes(content)
     refused(folder, words, planned=False)
@@ -191,7 +232,8 @@ def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> Non
     refused(folder, r"mid_block\.resnets\.0\.conv1\.weight: holds values that are not finite", planned=False)
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------------------
+# ---- configs
+# ---------------------------------------------------------------------------------------------------------------------
 
 LEVELS: dict[str, Any] = {
     "block_out_channels": (16,) * 3,
@@ -204,24 +246,43 @@ TWO_LEVELS: dict[str, Any] = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
 REFUSED = {
-    "levels": (class_unet, "sample_size: got 18; allowed multiples of 4, which its 3 levels halve 2 times", {"sample_size": 18, **LEVELS}),
+    "levels": (
+        class_unet,
+        "sample_size: got 18; allowed multiples of 4, which its 3 levels halve 2 times",
+        {"sample_size": 18, **LEVELS},
+    ),
     "refiner": (
-        lambda: text_unet(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=1280 + 40),
+        lambda: text_unet(
+            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=1280 + 40
+        ),
         "projection_class_embeddings_input_dim: got 1320; allowed 1328: SDXL's refiner",
     ),
-    "lcm": (lambda: text_unet(time_cond_proj_dim=16), "time_cond_proj_dim: got 16; allowed null: the guidance that LCM's denoisers read"),
+    "lcm": (
+        lambda: text_unet(time_cond_proj_dim=16),
+        "time_cond_proj_dim: got 16; allowed null: the guidance that LCM's denoisers read",
+    ),
     "gligen": (lambda: text_unet(attention_type="gated"), "attention_type: got 'gated'; allowed default"),
-    "two texts": (lambda: text_unet(dual_cross_attention=True), "dual_cross_attention: got True; allowed null: a second text"),
+    "two texts": (
+        lambda: text_unet(dual_cross_attention=True),
+        "dual_cross_attention: got True; allowed null: a second text",
+    ),
     "image prompt": (
         lambda: text_unet(encoder_hid_dim_type="image_proj", encoder_hid_dim=8),
         "encoder_hid_dim_type: got 'image_proj'; allowed None, text_proj",
     ),
-    "score": (lambda: class_unet(time_embedding_type="fourier"), "time_embedding_type: got 'fourier'; allowed positional, learned"),
+    "score": (
+        lambda: class_unet(time_embedding_type="fourier"),
+        "time_embedding_type: got 'fourier'; allowed positional, learned",
+    ),
     "patches": (lambda: sd3(sample_size=18), "sample_size: got 18; allowed multiples of 2 up to 16"),
     "dit's patches": (lambda: dit(), "sample_size: got 9; allowed multiples of 2, as patch_size", {"sample_size": 9}),
     "flux's patches": (lambda: flux(), "sample_size: got 9; allowed even numbers", {"sample_size": 9}),
     "resolution": (lambda: pixart(use_additional_conditions=True), "use_additional_conditions: got true"),
-    "inpainting": (lambda: text_unet(), "in_channels: got 9; allowed 4, as out_channels: 5 channels more", {"in_channels": 9}),
+    "inpainting": (
+        lambda: text_unet(),
+        "in_channels: got 9; allowed 4, as out_channels: 5 channels more",
+        {"in_channels": 9},
+    ),
 }
 EDITED = {
     "sample_size": (10**9, f"allowed a whole number from 1 to {LARGEST_SIDE}"),
@@ -271,7 +332,9 @@ def test_a_transformer_of_absurdly_many_layers_is_refused(tmp_path: Path) -> Non
 def test_a_learned_table_of_times_is_as_long_as_the_schedule(tmp_path: Path) -> None:
     model = saved("class_unet", tmp_path / "model", time_embedding_type="learned", num_train_timesteps=100)
     check_time_table(model, 100)
-    with pytest.raises(ModelError, match=r"num_train_timesteps: got 100 in the denoiser's config.*allowed 1000 or more"):
+    with pytest.raises(
+        ModelError, match=r"num_train_timesteps: got 100 in the denoiser's config.*allowed 1000 or more"
+    ):
         check_time_table(shapes_of(str(tmp_path / "model")), 1000)
 
 
@@ -296,7 +359,9 @@ def test_a_rectangle_of_a_transformer_survives_its_own_folder(tmp_path: Path) ->
 
 def test_a_rectangle_is_deployed_with_the_integers_of_pytorch(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8, **TWO_LEVELS)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8, **TWO_LEVELS
+    )
     save_model(unet.eval(), SCHEDULER, tmp_path / "model")
     full = load_model(str(tmp_path / "model"), (8, 12))
     model = copy.deepcopy(full.denoiser)
@@ -316,7 +381,8 @@ def test_a_rectangle_is_deployed_with_the_integers_of_pytorch(tmp_path: Path) ->
     assert np.abs(runtime.predict(states[0].numpy(), 40) - wanted).max() < 0.1 * np.ptp(wanted)
 
 
-# ---- the index -------------------------------------------------------------------------------------------------------------------
+# ---- the index
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,21 +392,37 @@ def test_a_rectangle_is_deployed_with_the_integers_of_pytorch(tmp_path: Path) ->
         ({"unet": None}, "unet: got null"),
         ({"vae": "AutoencoderKL"}, "vae: got 'AutoencoderKL'"),
         ({"unet": ["diffusers", "UNet2DModel", "x"]}, "unet: got "),
-        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet: got 'UNet3DConditionModel'; allowed 'UNet2DModel', as its config says"),
-        ({"controlnet": ["diffusers", "ControlNetModel"]}, "controlnet: got 'ControlNetModel'; allowed null: what it gives"),
+        (
+            {"unet": ["diffusers", "UNet3DConditionModel"]},
+            "unet: got 'UNet3DConditionModel'; allowed 'UNet2DModel', as its config says",
+        ),
+        (
+            {"controlnet": ["diffusers", "ControlNetModel"]},
+            "controlnet: got 'ControlNetModel'; allowed null: what it gives",
+        ),
         ({"adapter": ["diffusers", "T2IAdapter"]}, "adapter: got 'T2IAdapter'"),
         ({"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, "image_encoder: got 'CLIPVision"),
-        ({"_class_name": "StableDiffusionControlNetPipeline"}, "_class_name: got 'StableDiffusionControlNetPipeline'; allowed pipelines"),
+        (
+            {"_class_name": "StableDiffusionControlNetPipeline"},
+            "_class_name: got 'StableDiffusionControlNetPipeline'; allowed pipelines",
+        ),
         ({"requires_aesthetics_score": True}, "requires_aesthetics_score: got true; allowed false: SDXL's refiner"),
     ],
 )
-def test_a_pipeline_whose_denoiser_reads_more_than_it_is_given_is_refused_by_name(folder: Path, changes: Any, words: str) -> None:
+def test_a_pipeline_whose_denoiser_reads_more_than_it_is_given_is_refused_by_name(
+    folder: Path, changes: Any, words: str
+) -> None:
     edit(folder / "model_index.json", **changes)
     refused(folder, words)
 
 
 def test_parts_that_give_the_denoiser_nothing_are_passed_over(folder: Path, tiny_model: DiffusionModel) -> None:
-    others = {"safety_checker": ["x", "Y"], "feature_extractor": ["x", "Y"], "image_encoder": [None, None], "requires_safety_checker": True}
+    others = {
+        "safety_checker": ["x", "Y"],
+        "feature_extractor": ["x", "Y"],
+        "image_encoder": [None, None],
+        "requires_safety_checker": True,
+    }
     edit(folder / "model_index.json", **others)
     assert load_model(str(folder)).digest == tiny_model.digest
 
@@ -352,7 +434,402 @@ def test_what_a_pipeline_decodes_are_latents_whatever_their_channels(folder: Pat
     assert shapes_of(str(folder)).latent
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------------------
+# ---- JSON
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -379,7 +856,11 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for path, words in ((tmp_path, "not a file"), (tmp_path / "absent", "no such file"), (tmp_path / "loop", "no such file")):
+    for path, words in (
+        (tmp_path, "not a file"),
+        (tmp_path / "absent", "no such file"),
+        (tmp_path / "loop", "no such file"),
+    ):
         with pytest.raises(ModelError, match=words):
             read_json(path)
     for source in ("~nobody-of-that-name/x", "x" * 5000, "a\x00b"):

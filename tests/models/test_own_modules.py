@@ -1,4 +1,5 @@
-"""Modules of a user's own: what cannot be deployed is told by the plan, what the plan takes ends in INT8 with PyTorch's integers.
+"""Modules of a user's own: what cannot be deployed is told by the plan, what the plan takes ends in INT8 with PyTorch's
+integers.
 
 Not here: diffusers' classes, and that `register_denoiser` makes a source of models (test_architectures.py).
 """
@@ -65,7 +66,10 @@ def test_what_cannot_be_trained_or_deployed_is_refused_by_the_plan_in_one_line(n
 
 
 def test_attention_in_int8_is_computed_once_by_a_module_or_refused_with_the_key() -> None:
-    with pytest.raises(PqcadError, match=r"quantization\.attention: got int8; .* by the network itself 2 times; allowed once .*, or float"):
+    with pytest.raises(
+        PqcadError,
+        match=r"quantization\.attention: got int8; .* by the network itself 2 times; allowed once .*, or float",
+    ):
         planned_shapes(policy_of("attended", DEPLOYED["attended-twice"][0], "quantization.attention=int8"))
     build = DEPLOYED["attention-and-recurrence"][0]
     assert planned_shapes(policy_of("attention", build, "quantization.attention=int8"))[1]
@@ -93,7 +97,9 @@ def test_conditions_are_condition_inputs_of_known_sizes() -> None:
         load_model("registered:conditions")
 
 
-@pytest.mark.parametrize("name", ["reparametrized", "orthogonal", "pruned", "compiled", "double", "inference-tensors", "frozen"])
+@pytest.mark.parametrize(
+    "name", ["reparametrized", "orthogonal", "pruned", "compiled", "double", "inference-tensors", "frozen"]
+)
 def test_a_module_is_made_plain_without_changing_what_it_predicts(name: str) -> None:
     torch.manual_seed(0)
     module = DEPLOYED[name][0]().eval()
@@ -127,7 +133,9 @@ def test_a_weight_that_two_layers_share_takes_its_bytes_once_and_its_integers_tw
 
 
 class Everything(Network):
-    """A layer called twice, one before a normalization, one of one output, a reparametrized one, a constant, and others in float."""
+    """A layer called twice, one before a normalization, one of one output, a reparametrized one, a constant, and others
+    in float.
+    """
 
     def __init__(self) -> None:
         super().__init__(nn.Sequential(conv(bias=False), nn.BatchNorm2d(WIDTH)))
@@ -144,15 +152,26 @@ class Everything(Network):
 
 def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-    policy = policy_of("everything", Everything, "evaluation.variants=[fp32,pqcad-openvino]", "training.samples_every=0")
+    policy = policy_of(
+        "everything", Everything, "evaluation.variants=[fp32,pqcad-openvino]", "training.samples_every=0"
+    )
     path = pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True)).parent
     plan, report = (json.loads((path / name).read_text()) for name in ("plan.json", "report.json"))
     planned = [layer["name"] for layer in plan["layers"]]
     assert planned == ["time", "enter", "leave", "mid.0", "last", "one", "narrow"]
-    assert report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] == len(planned)
+    assert (
+        report["execution"]["executed_int8"]
+        == report["execution"]["planned"]
+        == report["parity"]["layers_exact"]
+        == len(planned)
+    )
     floating = {"line": "Conv1d", "place": "Linear, reads a constant"}
     assert plan["float_layers"] == list(floating) == report["execution"]["float_layers"]
-    assert plan["float_kinds"] == floating == {row["layer"]: row["kind"] for row in report["layers"] if row["weight_bits"] is None}
+    assert (
+        plan["float_kinds"]
+        == floating
+        == {row["layer"]: row["kind"] for row in report["layers"] if row["weight_bits"] is None}
+    )
     page = (path / "report.html").read_text()
     assert "Linear, reads a constant" in page
     assert "Conv1d" in page

@@ -37,7 +37,9 @@ def lines(tmp_path: Path) -> Path:
     return tmp_path / "prompts.txt"
 
 
-def test_prompts_are_encoded_once_and_then_read_back(pipeline: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_encoded_once_and_then_read_back(
+    pipeline: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = kept_prompts(lines, pipeline, tmp_path / "store")
     wanted, found = encode_prompts(lines, pipeline), load_file(first)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
@@ -58,9 +60,13 @@ def test_prompts_are_encoded_once_and_then_read_back(pipeline: Path, lines: Path
 
 
 @pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json"])
-def test_another_encoder_or_tokenizer_has_embeddings_of_its_own(pipeline: Path, lines: Path, tmp_path: Path, name: str) -> None:
+def test_another_encoder_or_tokenizer_has_embeddings_of_its_own(
+    pipeline: Path, lines: Path, tmp_path: Path, name: str
+) -> None:
     shutil.copytree(pipeline, tmp_path / "copy")
-    assert (first := kept_prompts(lines, pipeline, tmp_path / "store")) == kept_prompts(lines, tmp_path / "copy", tmp_path / "store")
+    assert (first := kept_prompts(lines, pipeline, tmp_path / "store")) == kept_prompts(
+        lines, tmp_path / "copy", tmp_path / "store"
+    )
     content = bytearray((tmp_path / "copy" / name).read_bytes())
     content[-3:] = content[-3:] if name.endswith("json") else bytes(3)
     (tmp_path / "copy" / name).write_bytes(content + b"\n" * name.endswith("json"))
@@ -116,19 +122,30 @@ def test_t5s_prompts_are_what_t5_gives_behind_what_clip_gives(with_t5: tuple[str
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_t5_takes_as_many_tokens_as_its_pipeline_asks_for_and_the_model_takes_them(with_t5: tuple[str, Path], lines: Path) -> None:
+def test_t5_takes_as_many_tokens_as_its_pipeline_asks_for_and_the_model_takes_them(
+    with_t5: tuple[str, Path], lines: Path
+) -> None:
     kind, folder = with_t5
-    asked, section = conditioned(load_model(str(folder))), ConditionsPolicy(prompts=str(lines), guidance=2.0 if kind == "flux" else None)
+    asked, section = (
+        conditioned(load_model(str(folder))),
+        ConditionsPolicy(prompts=str(lines), guidance=2.0 if kind == "flux" else None),
+    )
     found = chosen_conditions(asked, section)
     assert found.choices["encoder_hidden_states"].shape == (2, OWN_TOKENS[kind], WIDTH)
     assert found.unconditional.keys() == found.choices.keys() == {wanted.name for wanted in asked.inputs}
-    assert kind != "flux" or found.choices["guidance"].tolist() == found.unconditional["guidance"].tolist() * 2 == [2.0, 2.0]
+    assert kind != "flux" or found.choices["guidance"].tolist() == found.unconditional["guidance"].tolist() * 2 == [
+        2.0,
+        2.0,
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_stable_diffusion_3_without_t5_has_zeros_for_it(lines: Path, tmp_path: Path) -> None:
     folder = PIPELINES["stable-diffusion-3"](tmp_path)
-    index = json.loads((folder / "model_index.json").read_text()) | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    index = json.loads((folder / "model_index.json").read_text()) | {
+        "text_encoder_3": [None, None],
+        "tokenizer_3": [None, None],
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
     text = encode_prompts(lines, folder, Encoding(tokens=7))["encoder_hidden_states"]
     assert text.shape == (2, TOKENS + 7, WIDTH)
@@ -139,7 +156,9 @@ def test_stable_diffusion_3_without_t5_has_zeros_for_it(lines: Path, tmp_path: P
 def test_choices_that_a_pipeline_does_not_leave_are_refused(pipeline: Path, lines: Path) -> None:
     with pytest.raises(ModelError, match=r"conditions\.tokens: got 9; allowed null: StableDiffusionPipeline has no T5"):
         encode_prompts(lines, pipeline, Encoding(tokens=9))
-    with pytest.raises(ModelError, match=r"conditions\.guidance: got 2; allowed null: .*pipeline takes no guidance as an input"):
+    with pytest.raises(
+        ModelError, match=r"conditions\.guidance: got 2; allowed null: .*pipeline takes no guidance as an input"
+    ):
         encode_prompts(lines, pipeline, Encoding(guidance=2.0))
 
 
@@ -158,15 +177,24 @@ def test_what_prompts_make_is_known_before_any_is_encoded(
         check_prompts(lines, pipeline, Encoding(guidance=2.0))
     with pytest.raises(ModelError, match="is no pipeline's folder with a text encoder"):
         check_prompts(lines, lines.parent)
-    with pytest.raises(ModelError, match=r"conditions\.prompts: got .*no\.txt, which cannot be read as text \(No such file"):
+    with pytest.raises(
+        ModelError, match=r"conditions\.prompts: got .*no\.txt, which cannot be read as text \(No such file"
+    ):
         check_prompts(lines.with_name("no.txt"), pipeline)
 
 
-def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = PIPELINES["pixart"](tmp_path)
     (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer" / "spiece.model")
-    monkeypatch.setattr("pqcad_qat.models.pipeline_parts.find_spec", lambda name: None if name == "sentencepiece" else name)
-    with pytest.raises(ModelError, match=r"tokenizer: has spiece\.model and no tokenizer\.json, which takes sentencepiece, not installed"):
+    monkeypatch.setattr(
+        "pqcad_qat.models.pipeline_parts.find_spec", lambda name: None if name == "sentencepiece" else name
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"tokenizer: has spiece\.model and no tokenizer\.json, which takes sentencepiece, not installed",
+    ):
         encode_prompts(lines, folder)
 
 
@@ -178,13 +206,17 @@ def test_a_folder_without_encoders_is_named(lines: Path, tmp_path: Path) -> None
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(pipeline: Path, tmp_path: Path) -> None:
     for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
         (tmp_path / name).write_bytes(mark + b"a cat\r\ntwo dogs\r\n")
-    plain, marked = (encode_prompts(tmp_path / name, pipeline)["encoder_hidden_states"] for name in ("plain.txt", "marked.txt"))
+    plain, marked = (
+        encode_prompts(tmp_path / name, pipeline)["encoder_hidden_states"] for name in ("plain.txt", "marked.txt")
+    )
     assert torch.equal(plain, marked)
 
 
 def test_bytes_that_are_no_utf_8_are_told_with_their_line(pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa cat\ntwo dogs\na caf\xe9\n")
-    with pytest.raises(ModelError, match=r"prompts.txt, which cannot be read as text \(line 3: no UTF-8\); allowed a prompt a line"):
+    with pytest.raises(
+        ModelError, match=r"prompts.txt, which cannot be read as text \(line 3: no UTF-8\); allowed a prompt a line"
+    ):
         encode_prompts(tmp_path / "prompts.txt", pipeline)
     (tmp_path / "prompts.txt").write_text("a cat", encoding="utf-16")
     with pytest.raises(ModelError, match=r"\(line 1: no UTF-8\)"):

@@ -19,7 +19,14 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import DiffusionModel, load_model, predict
 from pqcad_qat.models.model_folder import denoiser_folder
 from pqcad_qat.models.registry import register_denoiser
-from pqcad_qat.models.untrained import architectures, fixed_inputs, noise_condition, noise_inputs, random_denoiser, shapes_of
+from pqcad_qat.models.untrained import (
+    architectures,
+    fixed_inputs,
+    noise_condition,
+    noise_inputs,
+    random_denoiser,
+    shapes_of,
+)
 from pqcad_qat.policy.schema import LayerRule
 from pqcad_qat.quantization.plan import LayerPlan, expected_bytes, plan_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
@@ -50,7 +57,9 @@ def test_shapes_plan_as_weights_do(name: str, tmp_path: Path) -> None:
 
 def test_shapes_of_an_embedded_model_are_its_own() -> None:
     shapes, model = shapes_of("embedded:digits"), load_model("embedded:digits")
-    assert {n: v.shape for n, v in shapes.denoiser.state_dict().items()} == {n: v.shape for n, v in model.denoiser.state_dict().items()}
+    assert {n: v.shape for n, v in shapes.denoiser.state_dict().items()} == {
+        n: v.shape for n, v in model.denoiser.state_dict().items()
+    }
 
 
 def test_a_module_of_the_users_own_is_built_whole() -> None:
@@ -62,18 +71,24 @@ def test_a_copy_to_rewrite_shares_its_weights_and_leaves_the_model_as_it_is(tmp_
     model = saved("text_unet", tmp_path)
     before = [type(module) for module in model.denoiser.modules()]
     copied = split_shortcuts(rewritable(model.denoiser), model.example)
-    assert [type(module) for module in model.denoiser.modules()] == before != [type(module) for module in copied.modules()]
+    assert (
+        [type(module) for module in model.denoiser.modules()] == before != [type(module) for module in copied.modules()]
+    )
     assert copied.get_parameter("conv_in.weight") is model.denoiser.get_parameter("conv_in.weight")
 
 
 @pytest.mark.parametrize(("name", "of"), [("dit", "DiTTransformer2DModel"), ("pixart", "PixArtTransformer2DModel")])
-def test_a_config_that_names_the_former_class_of_a_transformer_is_of_its_present_one(name: str, of: str, tmp_path: Path) -> None:
+def test_a_config_that_names_the_former_class_of_a_transformer_is_of_its_present_one(
+    name: str, of: str, tmp_path: Path
+) -> None:
     model = saved(name, tmp_path)
     path = denoiser_folder(tmp_path) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "Transformer2DModel"}))
     assert type(shapes_of(str(tmp_path)).denoiser).__name__ == type(load_model(str(tmp_path)).denoiser).__name__ == of
     with torch.no_grad():
-        assert torch.equal(predict(load_model(str(tmp_path)).denoiser, *model.example), predict(model.denoiser, *model.example))
+        assert torch.equal(
+            predict(load_model(str(tmp_path)).denoiser, *model.example), predict(model.denoiser, *model.example)
+        )
 
 
 def test_the_architecture_of_cifar10_ships_with_one_attention_head_and_its_published_size() -> None:
@@ -96,7 +111,9 @@ def test_random_weights_are_the_same_every_time_and_leave_the_random_state_alone
 def test_noise_fits_the_model_and_repeats(name: str, tmp_path: Path) -> None:
     model = saved(name, tmp_path)
     first, second = noise_inputs(model, 3, seed=1), noise_inputs(model, 3, seed=1)
-    for one, other in zip((first[0], first[1], *first[2].values()), (second[0], second[1], *second[2].values()), strict=True):
+    for one, other in zip(
+        (first[0], first[1], *first[2].values()), (second[0], second[1], *second[2].values()), strict=True
+    ):
         assert torch.equal(one, other)
     with torch.no_grad():
         assert predict(model.denoiser, *first).shape == first[0].shape
@@ -109,7 +126,10 @@ def test_noise_fits_the_model_and_repeats(name: str, tmp_path: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty folder": (lambda _: None, r"got no config\.json of a denoiser; allowed unet/config\.json"),
-    "an unknown class": (lambda path: path.write_text('{"_class_name": "Unheard"}'), r"_class_name: got 'Unheard'; allowed UNet2DModel"),
+    "an unknown class": (
+        lambda path: path.write_text('{"_class_name": "Unheard"}'),
+        r"_class_name: got 'Unheard'; allowed UNet2DModel",
+    ),
     "sizes that do not fit": (
         lambda path: path.write_text(json.dumps(unet_config(block_out_channels=[8, 12], norm_num_groups=8))),
         r"UNet2DModel",

@@ -1,6 +1,7 @@
 """The policies for models that do not ship, on their architectures at full size: which layers each plans, and for what.
 
-Not here: weights, which a plan does without; what a small architecture costs on its way to a deployed folder (test_rehearse.py).
+Not here: weights, which a plan does without; what a small architecture costs on its way to a deployed folder
+(test_rehearse.py).
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ LARGE = {
         {4: "mid_block.resnets.0.conv1", 7: "mid_block.resnets.0.time_emb_proj"},
     ),
     "w8a8-sd15": Large(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1-5", "conv_in", 293, TEXT, ["prompts"], {8: "conv_out"}
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "stable-diffusion-v1-5",
+        "conv_in",
+        293,
+        TEXT,
+        ["prompts"],
+        {8: "conv_out"},
     ),
     "w8a8-sdxl": Large(
         "stabilityai/stable-diffusion-xl-base-1.0",
@@ -71,7 +78,13 @@ LARGE = {
         {8: "add_embedding.linear_1"},
     ),
     "w8a8-dit-xl-2": Large(
-        "facebook/DiT-XL-2-256", "DiT-XL-2-256", "pos_embed.proj", 254, ("class_labels",), [], {8: "transformer_blocks.0.norm1.linear"}
+        "facebook/DiT-XL-2-256",
+        "DiT-XL-2-256",
+        "pos_embed.proj",
+        254,
+        ("class_labels",),
+        [],
+        {8: "transformer_blocks.0.norm1.linear"},
     ),
     "w8a8-pixart": Large(
         "PixArt-alpha/PixArt-XL-2-512x512",
@@ -106,7 +119,9 @@ def test_each_names_the_real_model_it_is_for(name: str) -> None:
     assert (policy.name, policy.model.source) == (name, LARGE[name].hub)
     assert policy.sampler.guidance_scale > 1
     assert policy.training.activation_checkpointing
-    assert [key for key, value in policy.conditions if value != ConditionsPolicy.model_fields[key].default] == LARGE[name].given
+    assert [key for key, value in policy.conditions if value != ConditionsPolicy.model_fields[key].default] == LARGE[
+        name
+    ].given
 
 
 def test_each_plans_all_but_the_layer_that_reads_the_state_and_all_of_them_for_int8(
@@ -118,10 +133,14 @@ def test_each_plans_all_but_the_layer_that_reads_the_state_and_all_of_them_for_i
     assert all(executes_int8(layer) for layer in plan)
     assert {layer.weights.bits for layer in plan} == LARGE[name].bits.keys()
     widths = {layer.name: layer.weights.bits for layer in plan}
-    assert {bits: widths[layer] for bits, layer in LARGE[name].bits.items()} == {bits: bits for bits in LARGE[name].bits}
+    assert {bits: widths[layer] for bits, layer in LARGE[name].bits.items()} == {
+        bits: bits for bits in LARGE[name].bits
+    }
 
 
-def test_each_plan_tells_its_size_without_any_weights(name: str, planned: tuple[nn.Module, tuple[LayerPlan, ...]]) -> None:
+def test_each_plan_tells_its_size_without_any_weights(
+    name: str, planned: tuple[nn.Module, tuple[LayerPlan, ...]]
+) -> None:
     denoiser, plan = planned
     assert {parameter.device.type for parameter in denoiser.parameters()} == {"meta"}
     share = expected_bytes(denoiser, plan, packed=True) / expected_bytes(denoiser, (), packed=False)
@@ -138,10 +157,20 @@ def test_each_architecture_has_its_published_size_and_takes_its_conditions(archi
 
 def test_the_schedulers_of_latent_models_clip_nothing() -> None:
     latent = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    solvers = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler")  # PixArt's config has no clip_sample
-    for scheduler in ({"_class_name": "DDIMScheduler", "clip_sample": False}, *({"_class_name": name} for name in solvers)):
+    solvers = (
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "PNDMScheduler",
+    )  # PixArt's config has no clip_sample
+    for scheduler in (
+        {"_class_name": "DDIMScheduler", "clip_sample": False},
+        *({"_class_name": name} for name in solvers),
+    ):
         assert noise_schedule({**latent, **scheduler}).clip_sample_range is None
-    assert noise_schedule({**latent, "_class_name": "DDIMScheduler"}).clip_sample_range == DDIMScheduler().config.clip_sample_range
+    assert (
+        noise_schedule({**latent, "_class_name": "DDIMScheduler"}).clip_sample_range
+        == DDIMScheduler().config.clip_sample_range
+    )
 
 
 def test_the_prompts_that_ship_are_one_a_line_and_none_twice() -> None:

@@ -1,4 +1,5 @@
-"""Errors that a model makes of a policy name the file and line of the key, wherever it was written; and the places are no part of a policy.
+"""Errors that a model makes of a policy name the file and line of the key, wherever it was written; and the places are
+no part of a policy.
 
 Not here: faults of a file alone (test_policy_loading.py).
 """
@@ -73,7 +74,9 @@ def told(path: Path, *overrides: str) -> str:
 
 def test_a_rule_that_matches_nothing_is_told_with_its_file_and_line(tmp_path: Path) -> None:
     message = told(written(tmp_path, pattern="conv_inn"))
-    assert message.startswith("base.yaml:11: quantization.layers[1].match: got 'conv_inn', which matches no Conv2d or Linear")
+    assert message.startswith(
+        "base.yaml:11: quantization.layers[1].match: got 'conv_inn', which matches no Conv2d or Linear"
+    )
 
 
 def test_a_rule_keeps_the_file_where_it_stands_through_extends(tmp_path: Path) -> None:
@@ -95,7 +98,8 @@ def test_a_key_that_does_not_fit_the_model_is_told_with_its_file_and_line(tmp_pa
 def test_a_default_that_does_not_fit_has_the_line_of_what_is_there(base: Path) -> None:
     with pytest.raises(PlanError) as caught, located(load_policy(base)):
         raise PlanError(
-            "sampler.guidance_scale: got 2; allowed 1\nsampler: got it\nexport.batch_size: got 1; allowed 2\nno key: of any policy"
+            "sampler.guidance_scale: got 2; allowed 1\nsampler: got it\nexport.batch_size: got 1; "
+            "allowed 2\nno key: of any policy"
         )
     lines = str(caught.value).replace(f"{base.parent}/", "").splitlines()
     assert [line.split(": got")[0] for line in lines] == [
@@ -130,7 +134,10 @@ def test_places_are_no_part_of_what_a_policy_says(base: Path, tmp_path: Path) ->
     [
         ("conditions: {classes: [12]}", "child.yaml:3: conditions.classes: got 12; allowed 0 to 9"),
         ("conditions: {embeddings: nothing.safetensors}", "child.yaml:3: conditions.embeddings: got "),
-        ("training: {activation_checkpointing: true}", "child.yaml:3: training.activation_checkpointing: got true; allowed false"),
+        (
+            "training: {activation_checkpointing: true}",
+            "child.yaml:3: training.activation_checkpointing: got true; allowed false",
+        ),
         ("sampler: {guidance_scale: 3.0}", "child.yaml:3: sampler.guidance_scale: got 3; allowed 1 without"),
     ],
 )

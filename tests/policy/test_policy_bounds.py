@@ -31,7 +31,9 @@ MAPPINGS = nine("a0: &a0 {x: 1}\n", "a{0}: &a{0} {{k: [{1}]}}\n")
 MERGES = nine("a0: &a0 {name: x}\n", "a{0}: &a{0} {{<<: [{1}]}}\n")
 
 
-def faults(content: str | bytes, tmp_path: Path, *overrides: str, load: Callable[..., object] = load_policy) -> list[str]:
+def faults(
+    content: str | bytes, tmp_path: Path, *overrides: str, load: Callable[..., object] = load_policy
+) -> list[str]:
     path = tmp_path / "p.yaml"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with bounded(), pytest.raises(PolicyError) as caught:
@@ -44,7 +46,10 @@ def faults(content: str | bytes, tmp_path: Path, *overrides: str, load: Callable
 @pytest.mark.parametrize("bomb", [LISTS, MAPPINGS], ids=["lists", "mappings"])
 def test_aliases_count_as_what_they_stand_for(tmp_path: Path, bomb: str) -> None:
     [fault] = faults(bomb, tmp_path)
-    assert re.match(r"p\.yaml:\d+: got a document of more than 50,000 values, aliases counted as what they stand for; allowed", fault)
+    assert re.match(
+        r"p\.yaml:\d+: got a document of more than 50,000 values, aliases counted as what they stand for; allowed",
+        fault,
+    )
 
 
 def test_what_merge_keys_bring_is_each_key_once(tmp_path: Path) -> None:

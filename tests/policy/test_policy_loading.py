@@ -1,4 +1,6 @@
-"""A policy file becomes a Policy, or one report of all its faults with file, line and key; extends, overrides, and the way back."""
+"""A policy file becomes a Policy, or one report of all its faults with file, line and key; extends, overrides, and the
+way back.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
     return load_pretrain_policy(POLICIES / name) if name.startswith("pretrain") else load_policy(POLICIES / name)
 
 
-# --- faults of keys: one change to the good policy, one line in the report ---------------------------------------------------------
+# --- faults of keys: one change to the good policy, one line in the report
+# ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,15 +68,28 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         (
             "  steps: 20",
             "  stepz: 20",
-            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, eta, guidance_scale (did you mean steps?)",
+            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, eta, guidance_scale (did "
+            "you mean steps?)",
         ),
-        ("  steps: 20", "  colour: 20", "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, eta, guidance_scale"),
+        (
+            "  steps: 20",
+            "  colour: 20",
+            "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, eta, guidance_scale",
+        ),
         ("  steps: 20", "  steps: 2000", "p.yaml:4: sampler.steps: got 2000; allowed a whole number from 1 to 1000"),
-        ("  steps: 20", '  steps: "20"', 'p.yaml:4: sampler.steps: got "20" (text, not a number); allowed a whole number from 1 to 1000'),
+        (
+            "  steps: 20",
+            '  steps: "20"',
+            'p.yaml:4: sampler.steps: got "20" (text, not a number); allowed a whole number from 1 to 1000',
+        ),
         ("  steps: 20", "  steps: 20.0", "p.yaml:4: sampler.steps: got 20.0; allowed a whole number from 1 to 1000"),
         ("  steps: 20", "  steps: yes", "p.yaml:4: sampler.steps: got true; allowed a whole number from 1 to 1000"),
         ("  steps: 20", "  steps:", "p.yaml:4: sampler.steps: got null; allowed a whole number from 1 to 1000"),
-        ("  steps: 20", "  steps: 2024-13-45", 'p.yaml:4: sampler.steps: got "2024-13-45"; allowed a whole number from 1 to 1000'),
+        (
+            "  steps: 20",
+            "  steps: 2024-13-45",
+            'p.yaml:4: sampler.steps: got "2024-13-45"; allowed a whole number from 1 to 1000',
+        ),
         ("  steps: 20", "  eta: 0.5", "p.yaml:4: sampler.eta: got 0.5; allowed a number equal to 0"),
         ("  steps: 20", "  name: ddpm", 'p.yaml:4: sampler.name: got "ddpm"; allowed ddim, euler or null'),
         (
@@ -82,15 +98,28 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
             "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, eta, guidance_scale",
         ),
         ("{source: embedded:fashion-mnist}", "{}", "p.yaml:2: model.source: got nothing; allowed non-empty text"),
-        ("name: good", "name: a/b", 'p.yaml:1: name: got "a/b"; allowed text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$'),
-        ("{bits: 4}", "{bits: 9}", "p.yaml:11: quantization.layers[1].weights.bits: got 9; allowed a whole number from 2 to 8"),
-        ("{bits: 4}", "{}", "p.yaml:11: quantization.layers[1].weights.bits: got nothing; allowed a whole number from 2 to 8"),
+        (
+            "name: good",
+            "name: a/b",
+            'p.yaml:1: name: got "a/b"; allowed text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$',
+        ),
+        (
+            "{bits: 4}",
+            "{bits: 9}",
+            "p.yaml:11: quantization.layers[1].weights.bits: got 9; allowed a whole number from 2 to 8",
+        ),
+        (
+            "{bits: 4}",
+            "{}",
+            "p.yaml:11: quantization.layers[1].weights.bits: got nothing; allowed a whole number from 2 to 8",
+        ),
         ('["type:Conv2d"]', "[3]", "p.yaml:10: quantization.layers[1].match[0]: got 3; allowed non-empty text"),
         ('["type:Conv2d"]', '""', 'p.yaml:10: quantization.layers[1].match[0]: got ""; allowed non-empty text'),
         (
             '["type:Conv2d"]',
             "[]",
-            "p.yaml:10: quantization.layers[1].match: got []; allowed non-empty text or a list of one or more, each non-empty text",
+            "p.yaml:10: quantization.layers[1].match: got []; allowed non-empty text or a list of one or "
+            "more, each non-empty text",
         ),
         (
             "{bits: 4}",
@@ -123,8 +152,16 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
             "  steps: 20\nprogressive: {plateau: .nan}",
             "p.yaml:5: progressive.plateau: got NaN; allowed a number at least 0",
         ),
-        ("  steps: 20", "  steps: 20\n  steps: 10", "p.yaml:5: sampler.steps: got the key a second time (first on line 4); allowed once"),
-        ("  steps: 20", "  steps: 20\n  ? [1, 2]\n  : 3", "p.yaml:5: sampler: got a list or mapping for a key; allowed text"),
+        (
+            "  steps: 20",
+            "  steps: 20\n  steps: 10",
+            "p.yaml:5: sampler.steps: got the key a second time (first on line 4); allowed once",
+        ),
+        (
+            "  steps: 20",
+            "  steps: 20\n  ? [1, 2]\n  : 3",
+            "p.yaml:5: sampler: got a list or mapping for a key; allowed text",
+        ),
     ],
 )
 def test_a_fault_of_a_key_has_its_line(write: Write, old: str, new: str, report: str) -> None:
@@ -134,11 +171,18 @@ def test_a_fault_of_a_key_has_its_line(write: Write, old: str, new: str, report:
 @pytest.mark.parametrize(
     ("added", "report"),
     [
-        ("distillation:\n  student_steps: 8", "p.yaml:14: distillation.student_steps: got 8; allowed a divisor of sampler.steps (20)"),
-        ("progressive:\n  ladder: [6, 8]", "p.yaml:14: progressive.ladder: got [6, 8]; allowed widths in strictly descending order"),
+        (
+            "distillation:\n  student_steps: 8",
+            "p.yaml:14: distillation.student_steps: got 8; allowed a divisor of sampler.steps (20)",
+        ),
+        (
+            "progressive:\n  ladder: [6, 8]",
+            "p.yaml:14: progressive.ladder: got [6, 8]; allowed widths in strictly descending order",
+        ),
         (
             "progressive:\n  ladder: [6, 4]",
-            "p.yaml:8: quantization.layers[0].weights.bits: got 8; allowed at most 6, the first width of progressive.ladder",
+            "p.yaml:8: quantization.layers[0].weights.bits: got 8; allowed at most 6, the first width of "
+            "progressive.ladder",
         ),
         (
             "distillation:\n  teacher_weight: 0\n  calibration_weight: 0",
@@ -154,13 +198,14 @@ def test_a_fault_of_a_key_has_its_line(write: Write, old: str, new: str, report:
             "allowed a quantizer such as {bits: 8}, or keep_float: true for the rule",
         ),
         (
-            "    - match: type:Linear\n      weights: {bits: 4}\n      inputs:\n        bits: 8\n        symmetric: false\n"
-            "        signed: true",
+            "    - match: type:Linear\n      weights: {bits: 4}\n      inputs:\n        bits: 8\n        "
+            "symmetric: false\n        signed: true",
             "p.yaml:18: quantization.layers[2].inputs.signed: got true; allowed auto, as symmetric is false",
         ),
         (
             "    -\n      match: [conv_out, conv_in]\n      weights: {bits: 3}\n      inputs: {bits: 8}",
-            "p.yaml:14: quantization.layers[2].match: got 'conv_in'; allowed a pattern once; rule [0] has it already, with other contents",
+            "p.yaml:14: quantization.layers[2].match: got 'conv_in'; allowed a pattern once; rule [0] "
+            "has it already, with other contents",
         ),
     ],
 )
@@ -176,7 +221,9 @@ def test_a_rule_broken_by_a_default_has_the_line_of_the_key_that_is_there(write:
 def test_all_faults_are_reported_at_once_in_the_order_of_lines(write: Write) -> None:
     """Typos, types, bounds, repeated keys and rules between keys, also between sections that have other faults."""
     text = (
-        GOOD.replace("name: good", "nam: good").replace("steps: 20", "steps: 20\n  stepz: 1").replace("{bits: 4}", "{bits: 40}")
+        GOOD.replace("name: good", "nam: good")
+        .replace("steps: 20", "steps: 20\n  stepz: 1")
+        .replace("{bits: 4}", "{bits: 40}")
         + "distillation: {student_steps: 8, steps: none}\n"
         + "training:\n  learning_rate: fast\n  seed: 1\n  seed: 2\n"
         + "progressive: {ladder: [4, 6, 8], momentum: 2}\n"
@@ -216,11 +263,14 @@ def test_nonsense_in_any_place_is_a_report_or_a_policy_and_no_crash(write: Write
     for holder, key in list(places(data)):
         kept, holder[key] = holder[key], junk
         report = report_of(write(yaml.safe_dump(data)))
-        assert all(re.match(r".*p\.yaml:\d+: \S+( \S+)?: got .*; allowed .", line) for line in report.splitlines()), report
+        assert all(re.match(r".*p\.yaml:\d+: \S+( \S+)?: got .*; allowed .", line) for line in report.splitlines()), (
+            report
+        )
         holder[key] = kept
 
 
-# --- faults of the file -----------------------------------------------------------------------------------------------------------
+# --- faults of the file
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,9 +282,15 @@ def test_nonsense_in_any_place_is_a_report_or_a_policy_and_no_crash(write: Write
         ("name: a\nmodel: [1, 2\n", "p.yaml:3: got expected ',' or ']'"),
         ("name: a\nmodel:\n\tsource: x\n", "p.yaml:3: got found character '\\t' that cannot start any token"),
         ("name: a\nmodel: b: c\n", "p.yaml:2: got mapping values are not allowed here"),
-        ("name: a\n---\nname: b\n", "p.yaml:2: got but found another document expected a single document in the stream"),
+        (
+            "name: a\n---\nname: b\n",
+            "p.yaml:2: got but found another document expected a single document in the stream",
+        ),
         ("name: a\nmodel: *nobody\n", "p.yaml:2: got found undefined alias 'nobody'"),
-        ("name: a\nmodel: !!python/object:os.system {a: b}\n", "p.yaml:2: got the tag tag:yaml.org,2002:python/object:os.system"),
+        (
+            "name: a\nmodel: !!python/object:os.system {a: b}\n",
+            "p.yaml:2: got the tag tag:yaml.org,2002:python/object:os.system",
+        ),
         ("name: a\nmodel: &m [*m]\n", "p.yaml:2: got a nesting of more than 40 levels"),
         ("name: a\nmodel: \x07\n", "p.yaml:2: got the character '\\x07'; allowed printable text"),
         (b"name: a\nmodel: \xe4\n", "p.yaml:2: got the byte 0xe4; allowed text in UTF-8"),
@@ -251,7 +307,9 @@ def test_a_tab_is_told_apart_from_other_broken_yaml(write: Write) -> None:
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    assert faults(tmp_path / "no.yaml") == ["no.yaml: got No such file or directory; allowed a policy file that can be read"]
+    assert faults(tmp_path / "no.yaml") == [
+        "no.yaml: got No such file or directory; allowed a policy file that can be read"
+    ]
     (tmp_path / "folder").mkdir()
     assert faults(tmp_path / "folder") == ["folder: got a folder; allowed a policy file that can be read"]
 
@@ -264,7 +322,404 @@ def test_a_policy_of_the_other_kind_has_one_fault() -> None:
     assert fault.endswith("kind: got quantize, a policy for the command `run`; allowed pretrain")
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------------------
+# --- YAML
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 NUMBERS = [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.0e-4", 1e-4), (".5e-3", 5e-4), ("1", 1.0), ("0.0001", 1e-4)]
@@ -283,7 +738,9 @@ def test_a_quoted_number_is_text(write: Write) -> None:
 
 def test_anchors_and_merge_keys_work(write: Write) -> None:
     text = GOOD.replace("inputs: {bits: 8}\n    -", "inputs: &eight {bits: 8, symmetric: false}\n    -")
-    text = text.replace("weights: {bits: 4}\n      inputs: {bits: 8}", "weights: {bits: 4}\n      inputs: {<<: *eight, range: mse}")
+    text = text.replace(
+        "weights: {bits: 4}\n      inputs: {bits: 8}", "weights: {bits: 4}\n      inputs: {<<: *eight, range: mse}"
+    )
     inputs = load_policy(write(text)).quantization.layers[1].inputs
     assert inputs is not None
     assert (inputs.bits, inputs.symmetric, inputs.range) == (8, False, "mse")
@@ -293,14 +750,19 @@ def test_a_byte_order_mark_is_no_fault(write: Write) -> None:
     assert load_policy(write(b"\xef\xbb\xbf" + GOOD.encode())).name == "good"
 
 
-# --- extends ----------------------------------------------------------------------------------------------------------------------
+# --- extends ----------------------------------------------------------------------------------------------------------
 
 
 def test_extends_merges_mappings_and_replaces_lists(write: Write) -> None:
     write(GOOD + "training: {seed: 3, ema: 0.9}\nprogressive: {ladder: [8, 6, 4]}\n", "base.yaml")
     child = write("extends: base.yaml\nname: child\ntraining: {seed: 4}\nprogressive: {ladder: [8, 4]}\n")
     policy = load_policy(child)
-    assert (policy.name, policy.training.seed, policy.training.ema, policy.progressive.ladder) == ("child", 4, 0.9, (8, 4))
+    assert (policy.name, policy.training.seed, policy.training.ema, policy.progressive.ladder) == (
+        "child",
+        4,
+        0.9,
+        (8, 4),
+    )
     assert len(policy.quantization.layers) == 2
 
 
@@ -335,7 +797,7 @@ def test_extends_of_no_file(write: Write, value: str, got: str) -> None:
     assert fault == f"p.yaml:13: extends: got {got}; allowed a policy file, relative to this one"
 
 
-# --- overrides --------------------------------------------------------------------------------------------------------------------
+# --- overrides --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,21 +827,33 @@ def test_overrides_apply_in_order_and_merge_mappings(write: Write) -> None:
     [
         (
             "sampler.stepz=4",
-            "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, eta, guidance_scale (did you mean steps?)",
+            "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, eta, "
+            "guidance_scale (did you mean steps?)",
         ),
         ("sampler.steps=0", "--set sampler.steps: sampler.steps: got 0; allowed a whole number from 1 to 1000"),
-        ("sampler.steps.x=0", '--set sampler.steps.x: sampler.steps: got {"x": 0}; allowed a whole number from 1 to 1000'),
-        ("quantization.layers.2.keep_float=true", "--set quantization.layers.2.keep_float: got index 2; allowed 0 to 1"),
-        ("quantization.layers.first.keep_float=true", "--set quantization.layers.first.keep_float: got index first; allowed 0 to 1"),
+        (
+            "sampler.steps.x=0",
+            '--set sampler.steps.x: sampler.steps: got {"x": 0}; allowed a whole number from 1 to 1000',
+        ),
+        (
+            "quantization.layers.2.keep_float=true",
+            "--set quantization.layers.2.keep_float: got index 2; allowed 0 to 1",
+        ),
+        (
+            "quantization.layers.first.keep_float=true",
+            "--set quantization.layers.first.keep_float: got index first; allowed 0 to 1",
+        ),
         ("sampler.steps", "--set sampler.steps: got no key and value; allowed key=value, such as sampler.steps=10"),
         ("=3", "--set =3: got no key and value; allowed key=value, such as sampler.steps=10"),
         (
             "quantization.layers.0.weights.bits=1",
-            "--set quantization.layers.0.weights.bits: quantization.layers[0].weights.bits: got 1; allowed a whole number from 2 to 8",
+            "--set quantization.layers.0.weights.bits: quantization.layers[0].weights.bits: got 1; "
+            "allowed a whole number from 2 to 8",
         ),
         (
             "distillation.student_steps=3",
-            "--set distillation.student_steps: distillation.student_steps: got 3; allowed a divisor of sampler.steps (20)",
+            "--set distillation.student_steps: distillation.student_steps: got 3; allowed a divisor of "
+            "sampler.steps (20)",
         ),
     ],
 )
@@ -396,7 +870,7 @@ def test_an_override_can_mend_a_fault_of_the_file(write: Write) -> None:
     assert load_policy(write(GOOD.replace("steps: 20", "steps: 0")), ["sampler.steps=30"]).sampler.steps == 30
 
 
-# --- back to text -----------------------------------------------------------------------------------------------------------------
+# --- back to text -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -412,7 +886,9 @@ def test_shipped_policies_open_with_their_purpose_and_command_and_are_named_afte
     comment = [line for line in (POLICIES / name).read_text().splitlines()[:10] if line.startswith("#")]
     assert len(comment[0]) > 30
     command = "pretrain" if name.startswith("pretrain") else "run"
-    assert f"#     python -m pqcad_qat {command} policies/{name}" in [line.removesuffix(" --model FOLDER") for line in comment]
+    assert f"#     python -m pqcad_qat {command} policies/{name}" in [
+        line.removesuffix(" --model FOLDER") for line in comment
+    ]
     assert load_shipped(name).name == name.removesuffix(".yaml").removeprefix("pretrain-")
 
 
@@ -462,7 +938,7 @@ def test_difference_names_each_changed_key_with_both_values(write: Write) -> Non
     assert difference(before, before) == []
 
 
-# --- the JSON Schema --------------------------------------------------------------------------------------------------------------
+# --- the JSON Schema --------------------------------------------------------------------------------------------------
 
 
 def unknown_keys(value: object, node: dict[str, Any], parts: dict[str, Any]) -> list[str]:
@@ -485,7 +961,10 @@ def test_the_json_schema_has_the_keys_of_every_policy_and_no_others(name: str) -
     dumped = policy.model_dump(mode="json")
     assert unknown_keys(dumped, root, parts) == []
     assert dumped.keys() | {"extends"} == root["properties"].keys()
-    assert unknown_keys({"quantization": {"layers": [{"weight": 3}]}, "x": 1}, parts["Policy"], parts) == ["weight", "x"]
+    assert unknown_keys({"quantization": {"layers": [{"weight": 3}]}, "x": 1}, parts["Policy"], parts) == [
+        "weight",
+        "x",
+    ]
 
 
 def test_the_json_schema_requires_keys_only_without_extends() -> None:

@@ -1,4 +1,5 @@
-"""Every path of a policy is relative to the file in which it stands, wherever the command runs; of the command line, to the working folder.
+"""Every path of a policy is relative to the file in which it stands, wherever the command runs; of the command line, to
+the working folder.
 
 Not here: what is done with the files (test_conditions.py, test_feature_network.py).
 """
@@ -29,7 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (there / "my_ddpm").mkdir(parents=True)
     (there / "prompts.txt").write_text("a cat\n")
     (there / "base.yaml").write_text(
-        "name: base\nmodel: {source: my_ddpm}\nconditions: {prompts: prompts.txt}\nevaluation: {features: ../features}\n" + RULES
+        "name: base\nmodel: {source: my_ddpm}\nconditions: {prompts: prompts.txt}\nevaluation: "
+        "{features: ../features}\n" + RULES
     )
     (tmp_path / "features").mkdir()
     return there
@@ -89,7 +91,8 @@ def test_a_path_of_the_command_line_is_the_working_folders(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "word", ["embedded:digits", "registered:mine", "stabilityai/stable-diffusion-3.5-medium", "sdxl-base-1.0", "my_other_ddpm"]
+    "word",
+    ["embedded:digits", "registered:mine", "stabilityai/stable-diffusion-3.5-medium", "sdxl-base-1.0", "my_other_ddpm"],
 )
 def test_names_that_are_no_paths_stay(folder: Path, word: str) -> None:
     (folder / "p.yaml").write_text(f"extends: base.yaml\nmodel: {{source: '{word}'}}\nevaluation: {{features: none}}\n")
@@ -124,7 +127,9 @@ def test_a_path_that_is_there_from_the_working_folder_alone_is_refused_with_wher
     (Path.cwd() / "here").mkdir()
     (folder / "p.yaml").write_text(f"extends: base.yaml\n{key}\n")
     message = fault(folder / "p.yaml")
-    assert message.startswith(f"{folder / 'p.yaml'}:2: {line}: got 'here'; allowed a path from the folder of p.yaml, such as ")
+    assert message.startswith(
+        f"{folder / 'p.yaml'}:2: {line}: got 'here'; allowed a path from the folder of p.yaml, such as "
+    )
     assert "such as ../elsewhere/here" in message
     assert f"{folder / 'here'} is not there" in message
 
@@ -163,5 +168,7 @@ def test_the_paths_of_a_study_are_relative_to_the_study(folder: Path) -> None:
 
 def test_the_data_of_a_pretraining_policy_lie_relative_to_it(folder: Path) -> None:
     (folder / "pictures").mkdir()
-    (folder / "p.yaml").write_text(f"extends: {POLICIES / 'pretrain-digits.yaml'}\ndata: {{source: folder, path: pictures}}\n")
+    (folder / "p.yaml").write_text(
+        f"extends: {POLICIES / 'pretrain-digits.yaml'}\ndata: {{source: folder, path: pictures}}\n"
+    )
     assert load_pretrain_policy(folder / "p.yaml").data.path == str(folder / "pictures")

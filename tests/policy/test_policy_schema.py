@@ -25,7 +25,9 @@ PRETRAIN: dict[str, Any] = {"kind": "pretrain", "name": "p", "model": {"class": 
 def rule_faults(kind: type[Policy] | type[PretrainPolicy], data: dict[str, Any]) -> list[Fault]:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(data)
-    return [fault for error in caught.value.errors() if error["type"] == "policy_rule" for fault in error["ctx"]["faults"]]
+    return [
+        fault for error in caught.value.errors() if error["type"] == "policy_rule" for fault in error["ctx"]["faults"]
+    ]
 
 
 def quantization(*rules: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +89,18 @@ def test_bounds(section: str, key: str, allowed: list[object], refused: list[obj
 
 @pytest.mark.parametrize(
     ("steps", "student", "rounds", "by_round"),
-    [(20, 10, 1, (10,)), (20, 5, 1, (5,)), (20, 5, 2, (10, 5)), (27, 1, 3, (9, 3, 1)), (20, 20, 1, (20,)), (1000, 1, 3, (100, 10, 1))],
+    [
+        (20, 10, 1, (10,)),
+        (20, 5, 1, (5,)),
+        (20, 5, 2, (10, 5)),
+        (27, 1, 3, (9, 3, 1)),
+        (20, 20, 1, (20,)),
+        (1000, 1, 3, (100, 10, 1)),
+    ],
 )
-def test_rounds_of_distillation_divide_the_steps_alike(steps: int, student: int, rounds: int, by_round: tuple[int, ...]) -> None:
+def test_rounds_of_distillation_divide_the_steps_alike(
+    steps: int, student: int, rounds: int, by_round: tuple[int, ...]
+) -> None:
     keys = {"sampler": {"steps": steps}, "distillation": {"student_steps": student, "rounds": rounds}}
     assert Policy.model_validate(SMALLEST | keys).student_steps_by_round == by_round
 
@@ -110,7 +121,10 @@ def test_widths_are_whole_numbers_from_2_to_8(quantizer: str, bits: object) -> N
 @pytest.mark.parametrize(
     ("data", "key"),
     [
-        (SMALLEST | {"sampler": {"steps": 20}, "distillation": {"student_steps": 8}}, ("distillation", "student_steps")),
+        (
+            SMALLEST | {"sampler": {"steps": 20}, "distillation": {"student_steps": 8}},
+            ("distillation", "student_steps"),
+        ),
         (SMALLEST | {"distillation": {"student_steps": 10, "rounds": 2}}, ("distillation", "rounds")),
         (SMALLEST | {"distillation": {"teacher_weight": 0, "calibration_weight": 0.0}}, ("calibration_weight",)),
         (SMALLEST | {"progressive": {"ladder": [4, 6]}}, ("ladder",)),
@@ -142,7 +156,9 @@ def test_a_pattern_may_stand_twice_with_the_same_contents() -> None:
 def test_allowed_rules(rule: dict[str, Any]) -> None:
     written = Policy.model_validate(quantization(rule)).quantization.layers[0].model_dump(exclude_unset=True)
     assert written["match"] in (rule["match"], (rule["match"],))
-    assert {key: written[key] for key in rule if key != "match"} == {key: value for key, value in rule.items() if key != "match"}
+    assert {key: written[key] for key in rule if key != "match"} == {
+        key: value for key, value in rule.items() if key != "match"
+    }
 
 
 @pytest.mark.parametrize(
@@ -152,7 +168,10 @@ def test_allowed_rules(rule: dict[str, Any]) -> None:
         ({"data": {"size": 16}}, ("model", "sample_size")),
         ({"training": {"steps": 100, "warmup": 100}}, ("warmup",)),
         ({"model": {"class": "UNet2DConditionModel", "sample_size": 32}}, ("model", "class")),
-        ({"model": {"class": "UNet2DModel", "sample_size": 32, "block_out_channel": [32]}}, ("model", "block_out_channel")),
+        (
+            {"model": {"class": "UNet2DModel", "sample_size": 32, "block_out_channel": [32]}},
+            ("model", "block_out_channel"),
+        ),
     ],
 )
 def test_rules_between_keys_of_pretraining(change: dict[str, Any], key: tuple[str, ...]) -> None:
@@ -178,7 +197,9 @@ def fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("kind", [Policy, PretrainPolicy, StudyPolicy])
 def test_every_key_is_described(kind: type[Policy] | type[PretrainPolicy] | type[StudyPolicy]) -> None:
-    undescribed = [name for name, field in fields(kind.model_json_schema()) if "description" not in field and "$ref" not in field]
+    undescribed = [
+        name for name, field in fields(kind.model_json_schema()) if "description" not in field and "$ref" not in field
+    ]
     assert undescribed == []
 
 

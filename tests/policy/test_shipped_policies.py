@@ -75,7 +75,11 @@ def data_of(name: str) -> str:
 @lru_cache
 def untrained(data: str) -> DiffusionModel:
     """The architecture that a pretraining policy describes."""
-    config = {key: value for key, value in load_pretrain_policy(POLICIES / f"pretrain-{data}.yaml").model.items() if key != "class"}
+    config = {
+        key: value
+        for key, value in load_pretrain_policy(POLICIES / f"pretrain-{data}.yaml").model.items()
+        if key != "class"
+    }
     torch.manual_seed(0)
     return DiffusionModel(UNet2DModel(**config).eval(), {"num_train_timesteps": 1000}, data, "")
 
@@ -119,7 +123,9 @@ def test_the_class_conditional_policy_fits_the_model_that_its_pretraining_makes(
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart"])
-def test_the_policy_of_diffusion_transformers_plans_all_but_the_layer_that_reads_the_state(name: str, tmp_path: Path) -> None:
+def test_the_policy_of_diffusion_transformers_plans_all_but_the_layer_that_reads_the_state(
+    name: str, tmp_path: Path
+) -> None:
     policy, model = load_policy(POLICIES / "w4a8-dit.yaml"), saved(name, tmp_path / "model")
     plan = plan_layers(model.denoiser, policy.quantization.layers, policy.progressive.ladder, model.example)
     assert float_layers(model.denoiser, plan) == ("pos_embed.proj",)
@@ -138,7 +144,11 @@ def test_each_policy_of_a_flow_names_its_model_and_plans_all_but_the_layer_that_
     name: str, source: str, steps: tuple[int, int], reader: str, tmp_path: Path
 ) -> None:
     policy = load_policy(POLICIES / f"w8a8-{name}.yaml")
-    assert (policy.model.source, policy.sampler.name, policy.sampler.steps, policy.distillation.student_steps) == (source, None, *steps)
+    assert (policy.model.source, policy.sampler.name, policy.sampler.steps, policy.distillation.student_steps) == (
+        source,
+        None,
+        *steps,
+    )
     assert (policy.conditions.prompts, policy.pipeline.text_encoder) == (str(POLICIES / "prompts.txt"), "auto")
     saved(name, tmp_path / "model")
     embeddings = write_embeddings(name, tmp_path / "prompts.safetensors")
@@ -157,7 +167,13 @@ def test_each_policy_of_a_flow_plans_its_model_at_full_size(name: str, layers: i
         "pos_embed_max_size": 384,
         "dual_attention_layers": tuple(range(13)),
     }
-    shape = {"num_layers": 24, "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"}
+    shape = {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "qk_norm": "rms_norm",
+    }
     with torch.device("meta"):
         denoiser = SD3Transformer2DModel(**medium, **shape) if name == "sd3" else FluxTransformer2DModel()
         denoiser.register_to_config(sample_size=128)
@@ -179,7 +195,9 @@ def test_each_is_named_as_its_file_and_takes_the_embedded_model_and_features(nam
 
 
 @pytest.mark.parametrize(("name", "widths"), WEIGHT_BITS.items())
-def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_its_name(name: str, widths: set[int]) -> None:
+def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_its_name(
+    name: str, widths: set[int]
+) -> None:
     plan = planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name)))
     edges = [layer for layer in plan if layer.name == "conv_out" or layer.name.startswith("time_embedding.")]
     inner = [layer for layer in plan if layer not in edges]
@@ -191,7 +209,9 @@ def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_it
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)
 def test_each_plans_every_layer_for_int8_execution(name: str) -> None:
-    assert all(executes_int8(layer) for layer in planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name))))
+    assert all(
+        executes_int8(layer) for layer in planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name)))
+    )
 
 
 def test_the_default_policy_packs_to_at_most_a_sixth_of_the_float32_weights() -> None:
@@ -218,7 +238,9 @@ def test_each_embedded_model_is_what_its_pretraining_policy_makes(source: str) -
     policy = load_pretrain_policy(POLICIES / f"pretrain-{data}.yaml")
     embedded = load_model(source)
     found = embedded.denoiser.state_dict()
-    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in untrained(data).denoiser.state_dict().items()}
+    assert {name: value.shape for name, value in found.items()} == {
+        n: v.shape for n, v in untrained(data).denoiser.state_dict().items()
+    }
     scheduler = embedded.scheduler_config
     for key in ("beta_schedule", "prediction_type", "timestep_spacing"):
         assert scheduler[key] == getattr(policy.scheduler, key)

@@ -57,13 +57,20 @@ def names(study: Study) -> list[str]:
 def test_cells_are_the_product_of_policies_levels_and_seeds(write: Write) -> None:
     study = load_study(write(GOOD))
     assert study.name == "good"
-    assert names(study) == [f"smoke-{schedule}-long-seed{seed}" for schedule in ("momentum", "fixed") for seed in (3, 1)]
+    assert names(study) == [
+        f"smoke-{schedule}-long-seed{seed}" for schedule in ("momentum", "fixed") for seed in (3, 1)
+    ]
     assert study.cells[0].labels == {"policy": "smoke", "schedule": "momentum", "budget": "long"}
 
 
 def test_a_cell_is_its_policy_with_the_overrides_of_the_study_and_of_its_levels(write: Write) -> None:
     cell = load_study(write(GOOD)).cells[3]
-    overrides = ["name=smoke-fixed-long", "evaluation.images=16", "progressive.schedule=fixed", "progressive.deadline=0.5"]
+    overrides = [
+        "name=smoke-fixed-long",
+        "evaluation.images=16",
+        "progressive.schedule=fixed",
+        "progressive.deadline=0.5",
+    ]
     assert cell.policy == load_policy(SMOKE, [*overrides, "progressive.steps=400", "training.seed=1"])
 
 
@@ -93,8 +100,16 @@ def test_an_override_is_of_the_study_or_of_every_cell(write: Write) -> None:
             "quantization.layers.9.keep_float: true",
             "s.yaml:5: quantization.layers.9.keep_float: got index 9; allowed 0 to 2",
         ),
-        ("evaluation.images: 16", "training.seed: 1", "s.yaml:5: set.training.seed: got a key that the study sets itself; allowed seeds"),
-        ("evaluation.images: 16", "training: {seed: 1}", "s.yaml:5: set.training.seed: got a key that the study sets itself"),
+        (
+            "evaluation.images: 16",
+            "training.seed: 1",
+            "s.yaml:5: set.training.seed: got a key that the study sets itself; allowed seeds",
+        ),
+        (
+            "evaluation.images: 16",
+            "training: {seed: 1}",
+            "s.yaml:5: set.training.seed: got a key that the study sets itself",
+        ),
         ("steps: 400", "steps: 0", "s.yaml:11: progressive.steps: got 0; allowed a whole number at least 1"),
         ("budget:", "bud get:", "s.yaml:10: axes.bud get: got 'bud get'; allowed a name of letters, digits"),
         ("{progressive.steps: 400}", "[400]", "s.yaml:11: axes.budget.long: got [400]; allowed a mapping"),
@@ -105,14 +120,27 @@ def test_an_override_is_of_the_study_or_of_every_cell(write: Write) -> None:
         ),
         ("seeds: [3, 1]", "seeds: [3, 3]", "s.yaml:12: seeds: got [3, 3]; allowed each seed once"),
         ("seeds: [3, 1]", "seeds: []", "s.yaml:12: seeds: got []; allowed a list of one or more"),
-        ("seeds:", "sedes:", "s.yaml:12: sedes: got an unknown key; allowed kind, name, policies, set, axes, seeds (did you mean seeds?)"),
-        (f"[{SMOKE}]", "[nothing.yaml]", "s.yaml:3: policies[0]: got nothing.yaml; allowed a policy file, relative to this one"),
+        (
+            "seeds:",
+            "sedes:",
+            "s.yaml:12: sedes: got an unknown key; allowed kind, name, policies, set, axes, seeds (did "
+            "you mean seeds?)",
+        ),
+        (
+            f"[{SMOKE}]",
+            "[nothing.yaml]",
+            "s.yaml:3: policies[0]: got nothing.yaml; allowed a policy file, relative to this one",
+        ),
         (
             f"[{SMOKE}]",
             f"[{SMOKE}, {SMOKE}]",
             "s.yaml:3: policies: got the cell smoke-momentum-long-seed3 twice; allowed policies and levels whose",
         ),
-        ("kind: study", "kind: quantize", "s.yaml:1: kind: got quantize, a policy for the command `run`; allowed study"),
+        (
+            "kind: study",
+            "kind: quantize",
+            "s.yaml:1: kind: got quantize, a policy for the command `run`; allowed study",
+        ),
     ],
 )
 def test_a_fault_has_its_line(write: Write, old: str, new: str, report: str) -> None:
@@ -121,7 +149,10 @@ def test_a_fault_has_its_line(write: Write, old: str, new: str, report: str) -> 
 
 
 def test_all_faults_are_reported_at_once(write: Write) -> None:
-    text = GOOD.replace("images: 16", "images: 1").replace("steps: 400", "steps: 0").replace("[3, 1]", "[-1]") + "more: 1\n"
+    text = (
+        GOOD.replace("images: 16", "images: 1").replace("steps: 400", "steps: 0").replace("[3, 1]", "[-1]")
+        + "more: 1\n"
+    )
     found = faults(write(text), "sampler.sped=3")
     assert [fault.split(": got")[0] for fault in found] == [
         "--set sampler.sped: sampler.sped",
@@ -146,6 +177,6 @@ def test_cells_of_different_models_may_have_features_of_their_own(write: Write, 
 def test_cells_whose_fids_could_not_stand_in_one_table_are_refused(write: Write) -> None:
     text = GOOD.replace("  budget:\n", "  budget:\n    few: {evaluation.images: 8}\n")
     assert (
-        "evaluation.images: got 16, 8 in different cells of embedded:fashion-mnist; allowed one, for FIDs to be compared"
-        in faults(write(text))[0]
+        "evaluation.images: got 16, 8 in different cells of embedded:fashion-mnist; allowed one, for "
+        "FIDs to be compared" in faults(write(text))[0]
     )

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import pytest
 
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, EVERY_RUN, REFERENCE, STAGES, TRAINED, VariantName, made, stages_of
+from pqcad_qat.policy.variants import (
+    DEFAULT_VARIANTS,
+    EVERY_RUN,
+    REFERENCE,
+    STAGES,
+    TRAINED,
+    VariantName,
+    made,
+    stages_of,
+)
 from pqcad_qat.report.record import VARIANTS
 
 
@@ -36,7 +45,9 @@ def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None
         (("nncf-int8",), ("baselines", "benchmark")),
     ],
 )
-def test_a_run_takes_only_the_stages_of_what_is_listed(listed: tuple[VariantName, ...], stages: tuple[str, ...]) -> None:
+def test_a_run_takes_only_the_stages_of_what_is_listed(
+    listed: tuple[VariantName, ...], stages: tuple[str, ...]
+) -> None:
     assert [stage for stage in stages_of(listed) if stage not in EVERY_RUN] == list(stages)
 
 

@@ -1,4 +1,6 @@
-"""The feature network: trained on scikit-learn's digits, saved, loaded, damaged; and the one that ships in the package."""
+"""The feature network: trained on scikit-learn's digits, saved, loaded, damaged; and the one that ships in the
+package.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ import torch
 from pqcad_qat.data.images import ImageSet, image_set, load_images, to_float
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quality.feature_network import embedded_features, image_statistics, load_features
-from pqcad_qat.quality.feature_training import RECIPES, FeatureRecipe, accuracy, hold_out, make_features, train_feature_network
+from pqcad_qat.quality.feature_training import (
+    RECIPES,
+    FeatureRecipe,
+    accuracy,
+    hold_out,
+    make_features,
+    train_feature_network,
+)
 
 ASSETS = Path(str(resources.files("pqcad_qat.assets")))
 RECIPE = FeatureRecipe(epochs=3, batch_size=64, shift=0, flip=False)
@@ -79,7 +88,9 @@ def test_every_fifth_image_is_held_out_and_none_is_in_both_parts() -> None:
     assert (train.name, test.name) == ("digits 8x8 train", "digits 8x8 held-out")
 
 
-def test_without_a_test_split_the_network_is_measured_on_what_is_held_out_and_the_reference_is_of_all(tmp_path: Path) -> None:
+def test_without_a_test_split_the_network_is_measured_on_what_is_held_out_and_the_reference_is_of_all(
+    tmp_path: Path,
+) -> None:
     images = part(DIGITS, slice(0, 50))
     features = make_features(tmp_path, images, recipe=FeatureRecipe(epochs=1, batch_size=16))
     provenance = json.loads((tmp_path / "config.json").read_text())["provenance"]
@@ -95,7 +106,9 @@ def test_too_few_images_to_hold_some_out_are_refused() -> None:
 
 def test_progress_hears_of_every_step() -> None:
     heard: list[tuple[int, int, float]] = []
-    train_feature_network(part(DIGITS, slice(0, 70)), FeatureRecipe(epochs=2, batch_size=32), lambda *step: heard.append(step))
+    train_feature_network(
+        part(DIGITS, slice(0, 70)), FeatureRecipe(epochs=2, batch_size=32), lambda *step: heard.append(step)
+    )
     assert [(step, steps) for step, steps, _ in heard] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(loss > 0 for _, _, loss in heard)
 
@@ -127,7 +140,8 @@ def test_the_saved_reference_is_what_evaluation_computes_again(folder: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 9).byte(), torch.zeros(2, 3, 8, 8).byte(), torch.zeros(8, 8).byte()]
+    "images",
+    [torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 9, 9).byte(), torch.zeros(2, 3, 8, 8).byte(), torch.zeros(8, 8).byte()],
 )
 def test_images_of_another_kind_are_refused(folder: Path, images: torch.Tensor) -> None:
     with pytest.raises(ModelError, match=r"must be torch\.uint8 \(N, 1, 8, 8\); got"):
@@ -190,14 +204,17 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(folder: Path, tmp_pat
 
 def test_an_unknown_source_is_answered_with_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder"
+        ModelError,
+        match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder",
     ):
         load_features("embedded:cifar")
     with pytest.raises(ModelError, match=r"config\.json: no such file; a feature network is a folder with"):
         load_features(str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "images", "tested", "accuracy"), [("fashion-mnist", 60_000, 10_000, 0.91), ("digits", 1797, 360, 0.97)])
+@pytest.mark.parametrize(
+    ("name", "images", "tested", "accuracy"), [("fashion-mnist", 60_000, 10_000, 0.91), ("digits", 1797, 360, 0.97)]
+)
 def test_each_embedded_network_ships_small_with_its_provenance_and_the_statistics_of_all_images(
     name: str, images: int, tested: int, accuracy: float
 ) -> None:

@@ -1,4 +1,6 @@
-"""FID against Gaussians' closed form and scipy, PSNR and SSIM against scikit-image, and what is said where they mean nothing."""
+"""FID against Gaussians' closed form and scipy, PSNR and SSIM against scikit-image, and what is said where they mean
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def embedded() -> Features:
 
 
 def statistics(features: NDArray[np.float64]) -> FeatureStatistics:
-    return FeatureStatistics(torch.from_numpy(features.sum(axis=0)), torch.from_numpy(features.T @ features), len(features))
+    return FeatureStatistics(
+        torch.from_numpy(features.sum(axis=0)), torch.from_numpy(features.T @ features), len(features)
+    )
 
 
 def fid_by_scipy(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -87,9 +91,9 @@ def test_fid_through_the_embedded_network_is_scipys_on_its_features(embedded: Fe
     with torch.no_grad():
         features = [embedded.network.features(images / 127.5 - 1).double().numpy() for images in (a, b)]
     expected = fid_by_scipy(*features)
-    assert frechet_distance(image_statistics(embedded.network, a), image_statistics(embedded.network, b)) == pytest.approx(
-        expected, rel=1e-3
-    )
+    assert frechet_distance(
+        image_statistics(embedded.network, a), image_statistics(embedded.network, b)
+    ) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_is_not_clothing_is_far_from_the_embedded_reference_of_clothing(embedded: Features) -> None:
@@ -120,7 +124,13 @@ def test_psnr_is_scikit_images_over_the_whole_set() -> None:
 def test_ssim_is_the_mean_of_scikit_images_per_image(channels: int) -> None:
     a = DIGITS[: 300 * channels].reshape(300, channels, 32, 32)
     b = noisy(a, 25.0)
-    options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0}
+    options = {
+        "data_range": 255,
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "channel_axis": 0,
+    }
     expected = np.mean([structural_similarity(x, y, **options) for x, y in zip(a.numpy(), b.numpy(), strict=True)])  # type: ignore[no-untyped-call]
     assert paired_ssim(a, b) == pytest.approx(expected, abs=1e-4)
 

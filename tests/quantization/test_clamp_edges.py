@@ -18,10 +18,14 @@ BOUNDS = [(0, 255), (-128, 127), (-127, 127), (0, 15), (-8, 7), (-7, 7), (0, 3),
 def test_edges_are_the_last_numbers_that_are_clamped(bounds: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
     zero_points = [0.0, *bounds, *random.integers(bounds[0], bounds[1] + 1, 197)]
-    for scale, zero_point in zip(np.float32(10 ** random.uniform(-8, 6, len(zero_points))).tolist(), zero_points, strict=True):
+    for scale, zero_point in zip(
+        np.float32(10 ** random.uniform(-8, 6, len(zero_points))).tolist(), zero_points, strict=True
+    ):
         below, above = np.float32(clamp_edges(scale, float(zero_point), bounds))
         next_to = [below, np.nextafter(below, np.float32(np.inf)), np.nextafter(above, np.float32(-np.inf)), above]
-        integers = integers_of(torch.tensor(np.array(next_to)), torch.tensor(scale), torch.tensor(float(zero_point))).tolist()
+        integers = integers_of(
+            torch.tensor(np.array(next_to)), torch.tensor(scale), torch.tensor(float(zero_point))
+        ).tolist()
         assert integers[0] < bounds[0] <= integers[1], (scale, zero_point)
         assert integers[2] <= bounds[1] < integers[3], (scale, zero_point)
 

@@ -24,7 +24,9 @@ def test_per_channel_values_equal_torch_fake_quantize(bits: int) -> None:
     weight = torch.randn(16, 9, 3, 3, generator=torch.Generator().manual_seed(bits))
     span = weight.abs().amax(dim=(1, 2, 3), keepdim=True)
     low, high = integer_range(bits, signed=True, narrow=True)
-    reference = torch.fake_quantize_per_channel_affine(weight, (span / high).flatten(), torch.zeros(16, dtype=torch.int32), 0, low, high)
+    reference = torch.fake_quantize_per_channel_affine(
+        weight, (span / high).flatten(), torch.zeros(16, dtype=torch.int32), 0, low, high
+    )
     assert torch.equal(quantize(weight, span, None, (low, high), straight=True), reference)
 
 
@@ -80,7 +82,11 @@ def test_a_number_next_to_the_edge_has_a_gradient_where_its_integer_is_on_the_gr
     ranges = torch.tensor(span), torch.tensor(low)
     scale, zero_point = scale_and_zero_point(*ranges, (0, 255))
     middles = (torch.tensor([-0.5, 255.5]) - zero_point) * scale
-    x = (middles.view(torch.int32)[:, None] + torch.arange(-400, 401, dtype=torch.int32)).view(torch.float32).requires_grad_()
+    x = (
+        (middles.view(torch.int32)[:, None] + torch.arange(-400, 401, dtype=torch.int32))
+        .view(torch.float32)
+        .requires_grad_()
+    )
     integers, _ = unclamped(x.detach(), *ranges, (0, 255))
     quantize(x, ranges[0].requires_grad_(), ranges[1].requires_grad_(), (0, 255), straight=False).sum().backward()
     assert x.grad is not None

@@ -1,4 +1,6 @@
-"""The kernels for GPUs: `gpu_kernels.py` in a process of its own, for Triton is told to interpret them before it is imported."""
+"""The kernels for GPUs: `gpu_kernels.py` in a process of its own, for Triton is told to interpret them before it is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from tiny_runs import SUPPORT
 
 
 @pytest.mark.skipif(
-    find_spec("triton") is None, reason="Triton is not installed; it comes with torch's builds for GPUs, and with the extra `test`"
+    find_spec("triton") is None,
+    reason="Triton is not installed; it comes with torch's builds for GPUs, and with the extra `test`",
 )
 def test_kernels_give_the_eager_values_and_gradients() -> None:
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
@@ -24,7 +27,8 @@ def test_kernels_give_the_eager_values_and_gradients() -> None:
 
 def test_cpus_do_not_import_triton() -> None:
     code = (
-        "import sys, torch; before = 'triton' in sys.modules; from pqcad_qat.quantization.fake_quantization import quantize; "
+        "import sys, torch; before = 'triton' in sys.modules; from "
+        "pqcad_qat.quantization.fake_quantization import quantize; "
         "quantize(torch.ones(4), torch.tensor(1.0), None, (-7, 7), True); assert before or 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

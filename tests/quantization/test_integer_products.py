@@ -1,6 +1,7 @@
 """Convolutions in INT8 against Brevitas's own computation, and the rule by which a layer is computed so.
 
-Not here: the quantizers themselves (test_fake_quantization.py, test_quantized_layer.py), nor speed, which `profile` shows.
+Not here: the quantizers themselves (test_fake_quantization.py, test_quantized_layer.py), nor speed, which `profile`
+shows.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
 }
 ORDINARY = {"kernel_size": 3, "padding": 1}
 
-needs_vnni = pytest.mark.skipif(not multiplies_integers(), reason="this CPU, or the cap on its instruction sets, has no VNNI")
+needs_vnni = pytest.mark.skipif(
+    not multiplies_integers(), reason="this CPU, or the cap on its instruction sets, has no VNNI"
+)
 
 
 @pytest.fixture
@@ -74,7 +77,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
-def layer_of(weights: QuantizerSpec = SYMMETRIC_WEIGHTS, inputs: QuantizerSpec = ASYMMETRIC_INPUTS, **geometry: Any) -> QuantizedLayer:
+def layer_of(
+    weights: QuantizerSpec = SYMMETRIC_WEIGHTS, inputs: QuantizerSpec = ASYMMETRIC_INPUTS, **geometry: Any
+) -> QuantizedLayer:
     """32 channels over 16, one of them far larger than the others."""
     torch.manual_seed(0)
     plain = nn.Conv2d(16, 32, **(geometry or ORDINARY))
@@ -103,7 +108,9 @@ def gradients(y: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_values_and_gradients_are_those_of_brevitas(calls: list[Tensor], inputs: str, weights: str, geometry: str) -> None:
+def test_values_and_gradients_are_those_of_brevitas(
+    calls: list[Tensor], inputs: str, weights: str, geometry: str
+) -> None:
     layer, x = layer_of(WEIGHTS[weights], INPUTS[inputs], **GEOMETRIES[geometry]), activations()
     ours, theirs = layer(x), brevitas(layer, x)
     assert len(calls) == 1
@@ -149,7 +156,9 @@ def test_the_layout_stays_and_the_values_do_not_depend_on_it(calls: list[Tensor]
 def test_only_the_input_is_kept_for_the_backward_pass(calls: list[Tensor]) -> None:
     layer, x = layer_of(), activations()
     kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+    ):
         layer(x)
     assert kept.count(tuple(x.shape)) == 1
     assert len(calls) == 1
@@ -157,7 +166,9 @@ def test_only_the_input_is_kept_for_the_backward_pass(calls: list[Tensor]) -> No
 
 @needs_vnni
 def test_what_is_not_finite_reaches_the_gradients(calls: list[Tensor]) -> None:
-    """uint8 has no NaN, so a loss may not show one; the norm of the gradients does, and training stops on it before the step."""
+    """uint8 has no NaN, so a loss may not show one; the norm of the gradients does, and training stops on it before the
+    step.
+    """
     layer, x = layer_of(inputs=INPUTS["fixed"]), activations()
     with torch.no_grad():
         x[0, 0, 0, 0] = float("nan")
@@ -259,10 +270,19 @@ def test_an_input_without_a_range_is_refused() -> None:
     ],
 )
 def test_a_layer_is_in_int8_if_that_is_faster_and_exact(
-    monkeypatch: pytest.MonkeyPatch, batch: int, size: int, inputs: int, outputs: int, kernel: int, stride: int, expected: bool
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    size: int,
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    expected: bool,
 ) -> None:
     monkeypatch.setattr(integer_products, "multiplies_integers", lambda: True)
-    x, weight = (torch.empty(1).expand(shape) for shape in ((batch, inputs, size, size), (outputs, inputs, kernel, kernel)))
+    x, weight = (
+        torch.empty(1).expand(shape) for shape in ((batch, inputs, size, size), (outputs, inputs, kernel, kernel))
+    )
     geometry = Geometry([stride, stride], [kernel // 2] * 2, [1, 1])
     assert applies(x, weight, geometry) == expected
     assert not applies(x.double(), weight, geometry)
@@ -272,9 +292,13 @@ def test_a_layer_is_in_int8_if_that_is_faster_and_exact(
 
 
 @needs_vnni
-@pytest.mark.parametrize(("cap", "expected"), [("AVX2", "False"), ("AVX512_CORE", "False"), ("AVX512_CORE_VNNI", "True")])
+@pytest.mark.parametrize(
+    ("cap", "expected"), [("AVX2", "False"), ("AVX512_CORE", "False"), ("AVX512_CORE_VNNI", "True")]
+)
 def test_a_cap_on_the_instruction_sets_is_seen(cap: str, expected: str) -> None:
-    """Without VNNI oneDNN's products saturate: the same machine, seen by a process under a cap, multiplies no integers."""
+    """Without VNNI oneDNN's products saturate: the same machine, seen by a process under a cap, multiplies no
+    integers.
+    """
     code = "from pqcad_qat.quantization.integer_products import multiplies_integers; print(multiplies_integers())"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": cap}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -52,7 +52,11 @@ def test_the_choice_keeps_to_its_budget_and_no_combination_of_its_cost_is_much_b
         cost, error = total(options, choose_bits(options, budget))
         assert cost <= budget
         dearest = max(
-            a.error - b.error for found in options.values() for a in found for b in found if a.bits < b.bits and b.cost > budget - cost
+            a.error - b.error
+            for found in options.values()
+            for a in found
+            for b in found
+            if a.bits < b.bits and b.cost > budget - cost
         )
         assert best(options, budget) <= error <= best(options, budget) + dearest
 
@@ -77,12 +81,16 @@ def test_on_the_hull_the_choice_is_the_best_of_all(seed: int) -> None:
 
 def test_a_budget_for_everything_gives_every_layer_its_best_width() -> None:
     options = invented(0)
-    assert choose_bits(options, 10**9) == {name: min(found, key=lambda option: option.error).bits for name, found in options.items()}
+    assert choose_bits(options, 10**9) == {
+        name: min(found, key=lambda option: option.error).bits for name, found in options.items()
+    }
 
 
 def test_of_widths_that_cost_the_same_the_one_with_the_least_error_is_taken() -> None:
     """As 2 and 4 bits do, packed two a byte."""
-    assert choose_bits({"a": [Option(2, 5, 0.3), Option(3, 5, 0.2), Option(4, 5, 0.1), Option(7, 9, 0.01)]}, 8) == {"a": 4}
+    assert choose_bits({"a": [Option(2, 5, 0.3), Option(3, 5, 0.2), Option(4, 5, 0.1), Option(7, 9, 0.01)]}, 8) == {
+        "a": 4
+    }
 
 
 def test_a_budget_too_small_is_refused_with_the_least_that_would_do() -> None:
@@ -95,12 +103,18 @@ def test_of_one_width_or_floating_point_the_choice_is_as_good_as_any_to_within_o
     """As with a limit of time: floating point makes no error, and may even be the faster."""
     draw = random.Random(seed)
     options = {
-        name: [Option(draw.choice(WIDTHS), draw.randint(10, 99), draw.uniform(0.1, 9)), Option(FLOAT, draw.randint(10, 199), 0.0)]
+        name: [
+            Option(draw.choice(WIDTHS), draw.randint(10, 99), draw.uniform(0.1, 9)),
+            Option(FLOAT, draw.randint(10, 199), 0.0),
+        ]
         for name in "abcdefgh"
     }
     least = sum(min(option.cost for option in found) for found in options.values())
     most = sum(found[1].cost for found in options.values())
-    choices = [dict(zip(options, bits, strict=True)) for bits in product(*([o.bits for o in found] for found in options.values()))]
+    choices = [
+        dict(zip(options, bits, strict=True))
+        for bits in product(*([o.bits for o in found] for found in options.values()))
+    ]
     for budget in range(least, most + 40, 40):
         cost, error = total(options, choose_bits(options, budget))
         smallest = min(error for cost, error in (total(options, choice) for choice in choices) if cost <= budget)
@@ -114,7 +128,407 @@ def test_costs_add_up() -> None:
     assert (costs.least, costs.of({"a": FLOAT, "b": 4}), costs.at([4]).least) == (10 + 5 + 6, 10 + 9 + 7, 10 + 5 + 7)
 
 
-# ---- rules -----------------------------------------------------------------------------------------------------------------------
+# ---- rules
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -133,20 +547,29 @@ def mixed(policy: Policy, prepared: Prepared, bits: Mapping[str, int]) -> tuple[
 @pytest.mark.parametrize("own", [True, False])
 def test_rules_plan_what_was_chosen(tiny_policy: Policy, prepared: Prepared, seed: int, own: bool) -> None:
     draw = random.Random(seed)
-    bits = {layer.name: draw.choice([FLOAT, layer.weights.bits if own else draw.choice(WIDTHS)]) for layer in prepared.plan}
+    bits = {
+        layer.name: draw.choice([FLOAT, layer.weights.bits if own else draw.choice(WIDTHS)]) for layer in prepared.plan
+    }
     _, planned = mixed(tiny_policy, prepared, bits)
     assert planned == {name: width for name, width in bits.items() if width != FLOAT}
 
 
-def test_layers_in_floating_point_come_first_and_the_policys_own_rules_stay_as_they_are(tiny_policy: Policy, prepared: Prepared) -> None:
-    bits = {layer.name: FLOAT if layer.name.startswith("mid_block.resnets.0.") else layer.weights.bits for layer in prepared.plan}
+def test_layers_in_floating_point_come_first_and_the_policys_own_rules_stay_as_they_are(
+    tiny_policy: Policy, prepared: Prepared
+) -> None:
+    bits = {
+        layer.name: FLOAT if layer.name.startswith("mid_block.resnets.0.") else layer.weights.bits
+        for layer in prepared.plan
+    }
     rules, _ = mixed(tiny_policy, prepared, bits)
     assert rules[0] == LayerRule(match=("mid_block.resnets.0.*",), keep_float=True)
     assert rules[1:] == tiny_policy.quantization.layers
 
 
 def test_patterns_and_rules_that_have_no_layer_left_are_left_out(tiny_policy: Policy, prepared: Prepared) -> None:
-    time = {layer.name: FLOAT if layer.name.startswith("time_embedding.") else layer.weights.bits for layer in prepared.plan}
+    time = {
+        layer.name: FLOAT if layer.name.startswith("time_embedding.") else layer.weights.bits for layer in prepared.plan
+    }
     rules, _ = mixed(tiny_policy, prepared, time)
     assert [rule.match for rule in rules[:3]] == [("time_embedding.*",), ("conv_in",), ("conv_out",)]
     rules, _ = mixed(tiny_policy, prepared, time | {"conv_out": FLOAT})
@@ -155,7 +578,11 @@ def test_patterns_and_rules_that_have_no_layer_left_are_left_out(tiny_policy: Po
 
 NAMES = [
     "conv_in",
-    *(f"down.{block}.{layer}" for block in (0, 1, 10) for layer in ("conv1", "conv2", "attention.to_q", "attention.to_k")),
+    *(
+        f"down.{block}.{layer}"
+        for block in (0, 1, 10)
+        for layer in ("conv1", "conv2", "attention.to_q", "attention.to_k")
+    ),
     "conv_out",
 ]
 

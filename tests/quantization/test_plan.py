@@ -15,19 +15,31 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import LayerRule
-from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, missing_rungs, plan_json, plan_layers, plan_table
+from pqcad_qat.quantization.plan import (
+    LayerPlan,
+    executes_int8,
+    expected_bytes,
+    missing_rungs,
+    plan_json,
+    plan_layers,
+    plan_table,
+)
 from pqcad_qat.quantization.quantizable_layers import float_layers
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.serving.packing import PACKED_WIDTHS, stored_bits
 
 
-def plan(*rules: LayerRule, model: nn.Module | None = None, ladder: tuple[int, ...] = (8, 6, 4)) -> tuple[LayerPlan, ...]:
+def plan(
+    *rules: LayerRule, model: nn.Module | None = None, ladder: tuple[int, ...] = (8, 6, 4)
+) -> tuple[LayerPlan, ...]:
     return plan_layers(model or skip_network(), rules, ladder, example())
 
 
 def test_the_first_rule_wins_and_order_is_the_models() -> None:
     layers = plan(rule("conv_*", bits=8), rule("re:to_[qk]", bits=3), rule("type:Conv2d", "type:Linear"))
-    assert [layer.name for layer in layers] == [name for name, m in skip_network().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [layer.name for layer in layers] == [
+        name for name, m in skip_network().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
     claims = {layer.name: (layer.rule_index, layer.rule) for layer in layers}
     assert claims["conv_in"] == (0, "conv_*")
     assert claims["to_k"] == (1, "re:to_[qk]")
@@ -36,7 +48,9 @@ def test_the_first_rule_wins_and_order_is_the_models() -> None:
 
 
 def test_ladders_are_the_rungs_above_the_target() -> None:
-    layers = {layer.name: layer.ladder for layer in plan(rule("conv_in", bits=8), rule("conv1", bits=5), rule("*", bits=2))}
+    layers = {
+        layer.name: layer.ladder for layer in plan(rule("conv_in", bits=8), rule("conv1", bits=5), rule("*", bits=2))
+    }
     assert layers["conv_in"] == (8,)
     assert layers["conv1"] == (8, 6, 5)
     assert layers["down"] == (8, 6, 4, 2)
@@ -55,7 +69,9 @@ def test_a_ladder_without_a_rung_for_some_layers_is_told_with_their_last_step() 
 def test_specs_are_the_rules_words() -> None:
     inputs = {"symmetric": True, "signed": False}
     (layer,) = plan(rule("down", granularity="per_tensor", symmetric=False, scale="statistics", inputs=inputs))
-    assert (layer.weights.per_channel, layer.weights.symmetric, layer.weights.learned_scale, layer.weights.signed) == (False,) * 4
+    assert (layer.weights.per_channel, layer.weights.symmetric, layer.weights.learned_scale, layer.weights.signed) == (
+        False,
+    ) * 4
     assert (layer.inputs.symmetric, layer.inputs.signed, layer.inputs.learned_scale) == (True, False, True)
     assert layer.parameters == 8 * 8 * 9 + 8
 
@@ -82,8 +98,16 @@ def test_a_float_layer_in_between_does_not_break_the_group() -> None:
 
 def test_a_rule_for_a_split_convolution_claims_both_halves() -> None:
     model = split_shortcuts(skip_network(), example())
-    layers = {layer.name: layer for layer in plan(rule("conv_shortcut", bits=8), rule("re:conv1", bits=6), rule("*"), model=model)}
-    assert [layers[name].weights.bits for name in ("conv_shortcut.left", "conv_shortcut.right", "conv1", "down")] == [8, 8, 6, 4]
+    layers = {
+        layer.name: layer
+        for layer in plan(rule("conv_shortcut", bits=8), rule("re:conv1", bits=6), rule("*"), model=model)
+    }
+    assert [layers[name].weights.bits for name in ("conv_shortcut.left", "conv_shortcut.right", "conv1", "down")] == [
+        8,
+        8,
+        6,
+        4,
+    ]
     assert layers["conv_shortcut.left"].input_group != layers["conv_shortcut.right"].input_group
 
 
@@ -122,7 +146,9 @@ def test_one_dead_pattern_of_a_rule_is_a_fault_although_the_others_match() -> No
 def test_readers_of_one_tensor_must_agree() -> None:
     with pytest.raises(PlanError) as caught:
         plan(rule("to_k", inputs={"bits": 4}), rule("*"))
-    assert re.match(r"quantization\.layers\[0\]\.inputs: got 4 bits, .*; allowed 8 bits, .*, as rule \[1\]", str(caught.value))
+    assert re.match(
+        r"quantization\.layers\[0\]\.inputs: got 4 bits, .*; allowed 8 bits, .*, as rule \[1\]", str(caught.value)
+    )
     assert str(caught.value).endswith("for they read the same tensor: to_q ('*') and to_k ('to_k')")
 
 
@@ -139,7 +165,9 @@ def test_layers_that_cannot_be_calibrated_or_exported_are_faults() -> None:
     with pytest.raises(PlanError) as caught:
         plan(rule("*"), model=Unfit())
     assert "quantization.layers[0].match: got '*', which names spare: the model never calls it" in str(caught.value)
-    assert "got '*', which names down: padding_mode 'circular' has no integer kernel; allowed 'zeros'" in str(caught.value)
+    assert "got '*', which names down: padding_mode 'circular' has no integer kernel; allowed 'zeros'" in str(
+        caught.value
+    )
 
 
 def test_a_fault_of_many_layers_names_the_first_of_them() -> None:
@@ -176,7 +204,10 @@ def test_packed_weights_take_as_many_bits_as_the_exporter_packs_them_to(bits: in
     widest = np.array([2 ** (bits - 1) - 1, 1 - 2 ** (bits - 1)], np.int8)
     assert stored_bits(widest, PACKED_WIDTHS["packed"]) == stored
     layers = plan(rule("down", bits=bits), model=model)
-    assert expected_bytes(model, layers, packed=False) - expected_bytes(model, layers, packed=True) == 8 * 8 * 9 * (8 - stored) // 8
+    assert (
+        expected_bytes(model, layers, packed=False) - expected_bytes(model, layers, packed=True)
+        == 8 * 8 * 9 * (8 - stored) // 8
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -203,4 +234,6 @@ def test_the_table_and_the_json_say_it_all() -> None:
     assert content["layers"][0]["name"] == "down"
     assert content["layers"][0]["executes_int8"] is False
     assert content["float_layers"] == ["conv_in", "conv1", "conv_shortcut", "conv_out"]
-    assert content["expected_bytes"]["packed"] < content["expected_bytes"]["int8"] < content["expected_bytes"]["float32"]
+    assert (
+        content["expected_bytes"]["packed"] < content["expected_bytes"]["int8"] < content["expected_bytes"]["float32"]
+    )

@@ -36,7 +36,9 @@ from pqcad_qat.quantization.quantized_layer import (
 
 
 def weight_specs() -> Iterator[QuantizerSpec]:
-    for bits, per_channel, symmetric, learned, method in itertools.product((8, 4, 2), *[(True, False)] * 3, ("min_max", "mse")):
+    for bits, per_channel, symmetric, learned, method in itertools.product(
+        (8, 4, 2), *[(True, False)] * 3, ("min_max", "mse")
+    ):
         yield QuantizerSpec(bits, per_channel, symmetric, symmetric, learned, method)
 
 
@@ -85,7 +87,9 @@ def test_inputs_have_brevitas_values_and_gradients(spec: QuantizerSpec) -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("per_channel", "reference"), [(True, Int8WeightPerChannelFloat), (False, Int8WeightPerTensorFloat)])
+@pytest.mark.parametrize(
+    ("per_channel", "reference"), [(True, Int8WeightPerChannelFloat), (False, Int8WeightPerTensorFloat)]
+)
 def test_statistics_at_8_bits_are_the_quantizers_that_brevitas_ships(per_channel: bool, reference: object) -> None:
     import brevitas.nn
 
@@ -108,7 +112,11 @@ def test_layers_that_brevitas_computes_itself_agree() -> None:
 
 
 def test_parameters_stay_the_same_objects_and_the_way_back_is_exact() -> None:
-    for plain in (convolution(), nn.Linear(4, 5, bias=False), nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2, groups=2)):
+    for plain in (
+        convolution(),
+        nn.Linear(4, 5, bias=False),
+        nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2, groups=2),
+    ):
         layer = quantized(plain)
         assert layer.weight is plain.weight
         assert layer.bias is plain.bias
@@ -234,7 +242,9 @@ def test_state_dict_of_fixed_scales_has_the_same_keys_as_of_learned_ones() -> No
         (QuantizerSpec(8, False, False, False, False, "min_max"), 0.0, 2.55, (0.01, 0, 0, 255)),
     ],
 )
-def test_input_ranges_become_integers(spec: QuantizerSpec, low: float, high: float, expected: tuple[float, int, int, int]) -> None:
+def test_input_ranges_become_integers(
+    spec: QuantizerSpec, low: float, high: float, expected: tuple[float, int, int, int]
+) -> None:
     layer = quantized(convolution(), SYMMETRIC_WEIGHTS, spec)
     set_input_range(layer, low, high)
     assert input_parameters(layer) == pytest.approx(expected, rel=1e-6)
@@ -260,7 +270,9 @@ def test_integers_and_scales_give_the_weight_back_exactly(spec: QuantizerSpec) -
     assert integers.weight_int.dtype == np.int8
     assert integers.weight_scale.dtype == np.float32
     assert integers.weight_scale.shape == ((6, 1, 1, 1) if spec.per_channel else ())
-    restored = (integers.weight_int.astype(np.float32) - integers.weight_zero_point.astype(np.float32)) * integers.weight_scale
+    restored = (
+        integers.weight_int.astype(np.float32) - integers.weight_zero_point.astype(np.float32)
+    ) * integers.weight_scale
     assert np.array_equal(restored, quantized_weight(layer).numpy())
     limit = 2 ** (spec.bits - 1)
     assert integers.weight_int.min() >= -limit + spec.symmetric

@@ -42,7 +42,9 @@ def test_merging_gives_the_original_weights_back() -> None:
     model, original = skip_network(), skip_network()
     merge_shortcuts(split_shortcuts(model, example()))
     assert model.state_dict().keys() == original.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True)
+    )
     assert torch.equal(model(*example()), original(*example()))
 
 

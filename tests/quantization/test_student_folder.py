@@ -1,4 +1,5 @@
-"""A quantized model on disk: the same predictions after a round trip, plain diffusers on its unet/, and damaged folders.
+"""A quantized model on disk: the same predictions after a round trip, plain diffusers on its unet/, and damaged
+folders.
 
 Not here: the deployed folder (test_export_model.py), nor how a student is trained.
 """
@@ -60,7 +61,9 @@ def saved(
     return save(tiny_model, tiny_folder, True, tmp_path_factory.mktemp("student") / "student")
 
 
-def save(model: DiffusionModel, source: Path, splits: bool, folder: Path) -> tuple[Path, nn.Module, tuple[LayerPlan, ...]]:
+def save(
+    model: DiffusionModel, source: Path, splits: bool, folder: Path
+) -> tuple[Path, nn.Module, tuple[LayerPlan, ...]]:
     denoiser, plan = quantized(model, source, splits)
     save_quantized(folder, denoiser, plan, splits, model.scheduler_config, steps=2)
     return folder, denoiser, plan
@@ -72,7 +75,9 @@ def folder(saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tmp_path: Path)
     return Path(shutil.copytree(saved[0], tmp_path / "student"))
 
 
-def test_a_round_trip_gives_identical_predictions_the_plan_and_the_steps(saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]]) -> None:
+def test_a_round_trip_gives_identical_predictions_the_plan_and_the_steps(
+    saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]],
+) -> None:
     folder, model, plan = saved
     loaded, loaded_plan, steps = load_quantized(folder)
     assert (loaded_plan, steps) == (plan, 2)
@@ -81,7 +86,9 @@ def test_a_round_trip_gives_identical_predictions_the_plan_and_the_steps(saved: 
         assert torch.equal(predict(loaded.denoiser, *noise(1)), predict(model, *noise(1)))
 
 
-def test_a_model_whose_shortcuts_are_whole_comes_back_too(tiny_model: DiffusionModel, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_model_whose_shortcuts_are_whole_comes_back_too(
+    tiny_model: DiffusionModel, tiny_folder: Path, tmp_path: Path
+) -> None:
     folder, model, plan = save(tiny_model, tiny_folder, False, tmp_path / "student")
     assert not any(layer.name.endswith((".left", ".right")) for layer in plan)
     loaded, loaded_plan, _ = load_quantized(folder)
@@ -90,17 +97,23 @@ def test_a_model_whose_shortcuts_are_whole_comes_back_too(tiny_model: DiffusionM
         assert torch.equal(predict(loaded.denoiser, *noise(1)), predict(model, *noise(1)))
 
 
-def test_a_second_round_trip_writes_the_same_bytes(saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tmp_path: Path) -> None:
+def test_a_second_round_trip_writes_the_same_bytes(
+    saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tmp_path: Path
+) -> None:
     folder, _, _ = saved
     loaded, plan, steps = load_quantized(folder)
     save_quantized(tmp_path / "again", loaded.denoiser, plan, True, loaded.scheduler_config, steps)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
+    )
     for file in files:
         assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes(), file
 
 
-def test_saving_leaves_the_model_as_it_was(saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tmp_path: Path) -> None:
+def test_saving_leaves_the_model_as_it_was(
+    saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]], tmp_path: Path
+) -> None:
     _, model, plan = saved
     with torch.no_grad():
         before = predict(model, *noise(2))
@@ -116,7 +129,9 @@ def test_the_unet_is_the_original_architecture_with_weights_on_their_grid(
 ) -> None:
     folder, model, plan = saved
     plain = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
-    assert {n: v.shape for n, v in plain.state_dict().items()} == {n: v.shape for n, v in tiny_model.denoiser.state_dict().items()}
+    assert {n: v.shape for n, v in plain.state_dict().items()} == {
+        n: v.shape for n, v in tiny_model.denoiser.state_dict().items()
+    }
     layers = quantized_layers(model)
     for layer in plan:
         if layer.name in dict(plain.named_modules()):
@@ -141,7 +156,9 @@ def test_a_split_convolution_is_one_again_with_both_halves_rounded(
 def test_plain_diffusers_samples_from_the_folder(saved: tuple[Path, nn.Module, tuple[LayerPlan, ...]]) -> None:
     pipeline = DDIMPipeline.from_pretrained(saved[0], use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(batch_size=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    images = pipeline(
+        batch_size=1, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
     assert images.shape == (1, 32, 32, 1)
 
 

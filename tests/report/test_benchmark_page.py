@@ -52,11 +52,23 @@ LOADED = LoadTime("packed", 600_000, Timing(1, 1, 1, 1, 3), Timing(20, 20, 20, 2
 
 
 def record(steps: int | None = 10, *rows: SpeedRow, batch: int = 2) -> SpeedReport:
-    measurement = Measurement("native", batch, fixture_report().hardware, rows or (FULL, OURS), {"ov-bf16": "bfloat16 is emulated <here>"})
+    measurement = Measurement(
+        "native", batch, fixture_report().hardware, rows or (FULL, OURS), {"ov-bf16": "bfloat16 is emulated <here>"}
+    )
     left_out = {"avx2_vnni": "this CPU has no avx_vnni"}
     full = steps and 2 * steps
     return SpeedReport(
-        "runs/mine", "of the folder", 1_000_000, (1, 8, 8), steps, full, (measurement,), (LOADED,), left_out, "again", "2000-01-01"
+        "runs/mine",
+        "of the folder",
+        1_000_000,
+        (1, 8, 8),
+        steps,
+        full,
+        (measurement,),
+        (LOADED,),
+        left_out,
+        "again",
+        "2000-01-01",
     )
 
 
@@ -81,7 +93,11 @@ def test_an_image_takes_its_steps_and_shares_them_with_its_batch() -> None:
     assert full["ms an image, 10 steps each"] == "100"  # 20 ms x 10 steps / batch of 2
     assert (full["own steps"], full["ms an image, own steps"]) == ("20", "200")
     assert full["images/s, own steps"] == "3.00"  # 60 image steps / 20
-    assert (ours["own steps"], ours["ms an image, 10 steps each"], ours["ms an image, own steps"]) == ("10", "25.0", "25.0")
+    assert (ours["own steps"], ours["ms an image, 10 steps each"], ours["ms an image, own steps"]) == (
+        "10",
+        "25.0",
+        "25.0",
+    )
 
 
 def test_halved_steps_show_in_the_ratio_of_an_image() -> None:
@@ -99,8 +115,15 @@ def test_times_that_spread_too_widely_are_marked_beside_the_figure_and_give_no_r
     wide = replace(FULL, latency=Timing(435, 300, 306, 1228, 9), throughput=Throughput(60, 62, 40, 61, 5, 8, 1))
     report = record(10, wide, OURS)
     step, image = row_of(report, wide), image_of(report, wide)
-    assert (step["ms a step"], step["quartiles"], step["image steps/s"]) == ("435 unsteady", "306 - 1,228", "60.0 unsteady")
-    assert (image["ms an image, 10 steps each"], image["ms an image, own steps"]) == ("2,175 unsteady", "4,350 unsteady")
+    assert (step["ms a step"], step["quartiles"], step["image steps/s"]) == (
+        "435 unsteady",
+        "306 - 1,228",
+        "60.0 unsteady",
+    )
+    assert (image["ms an image, 10 steps each"], image["ms an image, own steps"]) == (
+        "2,175 unsteady",
+        "4,350 unsteady",
+    )
     assert image["images/s, own steps"] == "3.00 unsteady"
     assert {step["ours / this, ×"], image["ours / this, ×"]} == {"–"}  # noqa: RUF001
     assert row_of(report, OURS)["ms a step"] == "5.00"
@@ -133,9 +156,14 @@ def test_precisions_are_counted() -> None:
 
 
 def test_planned_layers_that_left_int8_are_named_with_what_they_ran_in() -> None:
-    assert remarks(record().measurements[0])[0] == "pqcad-openvino: 3 of 3 planned layers and attentions executed in INT8"
+    assert (
+        remarks(record().measurements[0])[0] == "pqcad-openvino: 3 of 3 planned layers and attentions executed in INT8"
+    )
     left = record(10, FULL, replace(OURS, planned=4, planned_float=("d",)))
-    assert remarks(left.measurements[0])[0] == "pqcad-openvino: 3 of 4 planned layers and attentions executed in INT8; not: d (bf16)"
+    assert (
+        remarks(left.measurements[0])[0]
+        == "pqcad-openvino: 3 of 4 planned layers and attentions executed in INT8; not: d (bf16)"
+    )
 
 
 def test_kinds_of_node_beyond_the_largest_are_summed() -> None:
@@ -148,7 +176,9 @@ def test_kinds_of_node_beyond_the_largest_are_summed() -> None:
 
 def test_the_terminal_shows_timings_precisions_what_was_left_out_and_the_profile() -> None:
     output = printed(record())
-    assert re.search(r"runs/mine: batch 2, native: one denoising step; an image takes ours 10, full precision 20", output)
+    assert re.search(
+        r"runs/mine: batch 2, native: one denoising step; an image takes ours 10, full precision 20", output
+    )
     assert re.search(r"pqcad-openvino +5\.00 +4\.00 +4\.60 - 5\.50 +300 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
     assert re.search(r"pqcad-openvino +25\.0 +10 +25\.0 +30\.0 +1\.00", output)
     assert "ov-bf16: not timed: bfloat16 is emulated <here>" in output
@@ -160,7 +190,11 @@ def test_json_holds_the_whole_record(tmp_path: Path) -> None:
     document = json.loads((page.parent / "benchmark.json").read_text(encoding="utf-8"))
     assert document["schema_version"] == 1
     measurement = document["measurements"][0]
-    assert (measurement["isa"], measurement["batch"], measurement["hardware"]["cpu"]) == ("native", 2, fixture_report().hardware.cpu)
+    assert (measurement["isa"], measurement["batch"], measurement["hardware"]["cpu"]) == (
+        "native",
+        2,
+        fixture_report().hardware.cpu,
+    )
     assert measurement["rows"][1]["latency"] == {
         "median_ms": 5,
         "minimum_ms": 4,
@@ -176,7 +210,14 @@ def test_the_page_stands_alone_says_it_all_and_escapes_what_it_is_given() -> Non
     report = record()
     page = render(replace(report, source="runs/<mine>"))
     assert not re.search(r"(src|href)=\"http|<script|<mine>|<here>", page)
-    for text in ("runs/&lt;mine&gt;", "1,000,000 parameters", "avx2_vnni", "brgconv_avx512_I8", "ms an image", "2 u8, 1 i8, 1 bf16"):
+    for text in (
+        "runs/&lt;mine&gt;",
+        "1,000,000 parameters",
+        "avx2_vnni",
+        "brgconv_avx512_I8",
+        "ms an image",
+        "2 u8, 1 i8, 1 bf16",
+    ):
         assert text in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     assert len(identifiers) == len(set(identifiers))

@@ -1,4 +1,5 @@
-"""Runs in one table: means and spreads, what is refused, and what the table says on the terminal, as Markdown and as a page.
+"""Runs in one table: means and spreads, what is refused, and what the table says on the terminal, as Markdown and as a
+page.
 
 Not here: runs themselves (test_sweep.py).
 """
@@ -34,11 +35,18 @@ from pqcad_qat.report.record import UNSTEADY_NOTE, Report, Timing
 DISTANCES = (8.0, 8.5, 9.5)
 
 
-def report(name: str = "w4a8", seed: int = 0, pqcad: float = 8.0, model: str = "embedded:invented", **policy: Any) -> Report:
+def report(
+    name: str = "w4a8", seed: int = 0, pqcad: float = 8.0, model: str = "embedded:invented", **policy: Any
+) -> Report:
     """The fixture with a seed and a distance of its own."""
     found = fixture_report()
     rows = tuple(replace(row, fid_real=pqcad) if row.name == "pqcad" else row for row in found.variants)
-    return replace(found, policy={"name": name, "model": {"source": model}, "training": {"seed": seed}, **policy}, seed=seed, variants=rows)
+    return replace(
+        found,
+        policy={"name": name, "model": {"source": model}, "training": {"seed": seed}, **policy},
+        seed=seed,
+        variants=rows,
+    )
 
 
 def compare(reports: dict[str, Report]) -> Comparison:
@@ -63,7 +71,9 @@ def row(comparison: Comparison, variant: str, label: str | None = None) -> Row:
 def test_runs_that_differ_in_their_seed_alone_are_mean_and_standard_deviation(seeds: Comparison) -> None:
     found = row(seeds, "pqcad")
     assert (found.seeds, found.labels, found.steps, found.weight_bits) == ((0, 1, 2), {"run": "w4a8"}, 10, 4.18)
-    assert found.figures["fid_real"] == Spread(statistics.mean(DISTANCES), pytest.approx(statistics.stdev(DISTANCES)), 3)
+    assert found.figures["fid_real"] == Spread(
+        statistics.mean(DISTANCES), pytest.approx(statistics.stdev(DISTANCES)), 3
+    )
     assert spread_text(found.figures["fid_real"]) == "8.67 ± 0.76"
 
 
@@ -74,7 +84,10 @@ def test_what_training_does_not_touch_has_no_spread_over_its_seeds(seeds: Compar
 def test_figures_that_differ_in_their_last_digits_alone_are_one() -> None:
     """As a distance of 0 does, which rounding may leave at 1e-11."""
     first, second = (
-        replace(found, variants=tuple(replace(row, fid_fp=distance) if row.name == "fp32" else row for row in found.variants))
+        replace(
+            found,
+            variants=tuple(replace(row, fid_fp=distance) if row.name == "fp32" else row for row in found.variants),
+        )
         for found, distance in ((report(), 0.0), (report("w2a8"), 1.3e-11))
     )
     found = row(compare({"a": first, "b": second}), "fp32")
@@ -122,11 +135,15 @@ def test_runs_of_other_policies_with_one_name_are_called_by_their_paths() -> Non
         ("seed", 7, "seed: 0 and 7"),
     ],
 )
-def test_fids_of_different_protocols_are_refused_with_both_runs_and_what_differs(key: str, value: Any, told: str) -> None:
+def test_fids_of_different_protocols_are_refused_with_both_runs_and_what_differs(
+    key: str, value: Any, told: str
+) -> None:
     other = report("w2a8")
     assert other.fid_protocol is not None
     changed = replace(other, fid_protocol=replace(other.fid_protocol, **{key: value}))
-    with pytest.raises(StudyError, match=rf"^runs/a and runs/b: got FIDs of different protocols \({told}\); allowed one protocol$"):
+    with pytest.raises(
+        StudyError, match=rf"^runs/a and runs/b: got FIDs of different protocols \({told}\); allowed one protocol$"
+    ):
         compare({"runs/a": report(), "runs/b": changed})
 
 
@@ -156,14 +173,21 @@ def test_sampling_steps_may_differ() -> None:
 
 
 def test_one_seed_of_one_policy_twice_is_refused() -> None:
-    with pytest.raises(StudyError, match="runs/a and runs/b: got fixed-bit of the same policy and seed 0 twice; allowed once"):
+    with pytest.raises(
+        StudyError, match="runs/a and runs/b: got fixed-bit of the same policy and seed 0 twice; allowed once"
+    ):
         compare({"runs/a": report(), "runs/b": report()})
 
 
 def test_runs_of_one_policy_that_made_other_variants_are_one_run() -> None:
     whole = report(evaluation={"variants": ["pq"]})
-    pq, rest = (replace(whole, variants=tuple(row for row in whole.variants if (row.name == "pq") == wanted)) for wanted in (True, False))
-    found = compare({"runs/a": pq, "runs/b": replace(rest, policy={**rest.policy, "evaluation": {"variants": ["pqcad"]}})})
+    pq, rest = (
+        replace(whole, variants=tuple(row for row in whole.variants if (row.name == "pq") == wanted))
+        for wanted in (True, False)
+    )
+    found = compare(
+        {"runs/a": pq, "runs/b": replace(rest, policy={**rest.policy, "evaluation": {"variants": ["pqcad"]}})}
+    )
     assert {label for row in found.rows for label in row.labels.values()} == {"w4a8"}
     assert [row.variant for row in found.rows] == [row.name for row in whole.variants]
 
@@ -181,7 +205,9 @@ def test_the_terminal_markdown_and_page_say_the_same(two: Comparison) -> None:
 
 def test_the_protocol_is_told_in_words_with_the_mark_of_few_images(two: Comparison) -> None:
     for text in (markdown(two), render(two)):
-        assert "Frechet distance of 2,000 images (noise seed 0, sampler ddim) to 60,000 training images (invented)" in text
+        assert (
+            "Frechet distance of 2,000 images (noise seed 0, sampler ddim) to 60,000 training images (invented)" in text
+        )
         assert f"invented-classifier (sha256 {'ab' * 8})" in text
         assert "Fewer than the customary 10,000 images" in text
     [part] = two.parts

@@ -72,7 +72,9 @@ def test_timeline_tells_each_transition_with_its_cause_and_momenta(charts: dict[
     told = titles(charts["timeline"])
     for move in fixture_report().bit_schedule:
         start = f"step {move.step}: {move.layer} from {move.from_bits} to {move.to_bits} bits, called by {move.cause}"
-        assert sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 3  # on the map and in both momenta's panels
+        assert (
+            sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 3
+        )  # on the map and in both momenta's panels
     assert "110 transitions, 5 by deadline, 105 by plateau" in charts["timeline"]
 
 
@@ -136,7 +138,11 @@ def test_nothing_to_draw_draws_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("name", "group"),
-    [("down_blocks.0.resnets.1.conv1", "down_blocks.0"), ("conv_in", "conv_in"), ("mid_block.resnets.0.conv1", "mid_block")],
+    [
+        ("down_blocks.0.resnets.1.conv1", "down_blocks.0"),
+        ("conv_in", "conv_in"),
+        ("mid_block.resnets.0.conv1", "mid_block"),
+    ],
 )
 def test_layer_group_is_the_block(name: str, group: str) -> None:
     assert figures.layer_group(name) == group

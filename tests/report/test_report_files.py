@@ -19,10 +19,30 @@ from report_fixture import fixture_curves, fixture_report, fixture_samples, fixt
 from pqcad_qat import cli
 from pqcad_qat.errors import ModelError
 from pqcad_qat.report.page import bits, duration, headlines, number, render_page, size, summary, target_text, verdict
-from pqcad_qat.report.record import SCHEMA_VERSION, UNSTEADY_NOTE, Curves, Report, Series, Target, Timing, Variant, target
+from pqcad_qat.report.record import (
+    SCHEMA_VERSION,
+    UNSTEADY_NOTE,
+    Curves,
+    Report,
+    Series,
+    Target,
+    Timing,
+    Variant,
+    target,
+)
 from pqcad_qat.report.report_files import read_record, read_report, save_record, to_json, write_report
 
-INTERFACE = ["policy", "seed", "hardware", "variants", "fid_protocol", "bit_schedule", "parity", "execution", "timings_s"]
+INTERFACE = [
+    "policy",
+    "seed",
+    "hardware",
+    "variants",
+    "fid_protocol",
+    "bit_schedule",
+    "parity",
+    "execution",
+    "timings_s",
+]
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 
 
@@ -55,11 +75,42 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
     assert set(document["hardware"]) >= {"cpu", "isa", "cores", "versions"}
     assert list(document["variants"][0]) == [
         *("name", "runtime", "weight_bits", "activation_bits", "steps", "size_bytes"),
-        *("latency_ms_per_step", "latency_ms_per_image", "fid_real", "fid_fp", "psnr_fp", "ssim_fp", "passes", "did_not_run"),
+        *(
+            "latency_ms_per_step",
+            "latency_ms_per_image",
+            "fid_real",
+            "fid_fp",
+            "psnr_fp",
+            "ssim_fp",
+            "passes",
+            "did_not_run",
+        ),
     ]
-    assert list(document["fid_protocol"]) == ["images", "features", "features_sha256", "reference", "sampler", "steps", "seed"]
-    assert list(document["bit_schedule"][0]) == ["step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"]
-    assert list(document["parity"]) == ["layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"]
+    assert list(document["fid_protocol"]) == [
+        "images",
+        "features",
+        "features_sha256",
+        "reference",
+        "sampler",
+        "steps",
+        "seed",
+    ]
+    assert list(document["bit_schedule"][0]) == [
+        "step",
+        "layer",
+        "from",
+        "to",
+        "loss_momentum",
+        "perturbation",
+        "cause",
+    ]
+    assert list(document["parity"]) == [
+        "layers_checked",
+        "layers_exact",
+        "worst_layer",
+        "worst_error",
+        "end_to_end_psnr",
+    ]
     assert list(document["execution"]) == ["planned", "executed_int8", "float_layers", "needs_vnni", "attention"]
     assert document["timings_s"]["pq"] == 212.0
 
@@ -112,8 +163,14 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
         ("{}", rf"schema_version: got None; this version of pqcad-qat reads {SCHEMA_VERSION}"),
         ('{"schema_version": 99}', "schema_version: got 99"),
         ('{"schema_version": 1, "seed": NaN}', "NaN is not JSON"),
-        ('{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}', r"seed: got 'x'; Input should be a valid integer"),
-        ('{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}', r"hardware\.cpu: got \{\}; Field required"),
+        (
+            '{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}',
+            r"seed: got 'x'; Input should be a valid integer",
+        ),
+        (
+            '{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}',
+            r"hardware\.cpu: got \{\}; Field required",
+        ),
     ],
 )
 def test_damaged_reports_are_refused_with_key_and_rule(tmp_path: Path, content: str, message: str) -> None:
@@ -149,7 +206,9 @@ class Page(HTMLParser):
         values = dict(attrs)
         self.tags.append(tag)
         self.ids += [found for key, found in attrs if key == "id" and found]
-        self.loads += [value or "" for key, value in attrs if key in ("src", "srcset", "data", "xlink:href", "href") and tag != "a"]
+        self.loads += [
+            value or "" for key, value in attrs if key in ("src", "srcset", "data", "xlink:href", "href") and tag != "a"
+        ]
         self.links += [values.get("href") or ""] if tag == "a" else []
         if tag == "img":
             self.alts.append(values.get("alt"))
@@ -189,7 +248,11 @@ def test_every_image_has_an_alternative_text(page: str) -> None:
 
 def test_page_shows_every_variant_target_and_layer(page: str) -> None:
     report = fixture_report()
-    for words in (*(v.name for v in report.variants), *(t.name for t in report.targets), *(row.layer for row in report.layers)):
+    for words in (
+        *(v.name for v in report.variants),
+        *(t.name for t in report.targets),
+        *(row.layer for row in report.layers),
+    ):
         assert words in page
 
 
@@ -204,7 +267,9 @@ def test_page_says_which_targets_hold_and_which_do_not(page: str) -> None:
 def test_fid_of_few_images_is_marked(images: int, marked: bool) -> None:
     report = fixture_report()
     assert report.fid_protocol is not None
-    report = replace(minimal_report(), variants=report.variants, fid_protocol=replace(report.fid_protocol, images=images))
+    report = replace(
+        minimal_report(), variants=report.variants, fid_protocol=replace(report.fid_protocol, images=images)
+    )
     shown = render_page(report, Curves(), {})
     assert ("fewer than 10,000 images" in shown) == marked
 
@@ -272,17 +337,26 @@ def test_headlines_say_slower_where_it_is_slower() -> None:
 def test_no_headline_without_both_numbers() -> None:
     without = [row for row in fixture_variants() if row.name != "ov-bf16"]
     assert "faster than OpenVINO BF16" not in [tile.meaning for tile in headlines(rows_of(*without))]
-    assert headlines(rows_of(*(replace(row, latency_ms_per_image=None, size_bytes=None, fid_real=None) for row in without))) == []
+    assert (
+        headlines(
+            rows_of(*(replace(row, latency_ms_per_image=None, size_bytes=None, fid_real=None) for row in without))
+        )
+        == []
+    )
 
 
 def test_summary_falls_back_to_what_there_is() -> None:
     rows = fixture_variants()
-    assert summary(rows_of(*rows)) == "Weights of 4.18 and activations of 8 bits, 10 sampling steps in place of 20, executed by OpenVINO."
+    assert (
+        summary(rows_of(*rows))
+        == "Weights of 4.18 and activations of 8 bits, 10 sampling steps in place of 20, executed by OpenVINO."
+    )
     assert summary(rows_of(*rows[:-1])).endswith("simulated in PyTorch.")
 
 
 @pytest.mark.parametrize(
-    ("measured", "comparison", "holds"), [(1.0, "<=", True), (1.1, "<=", False), (1.0, ">=", True), (0.9, ">=", False), (1.0, "==", True)]
+    ("measured", "comparison", "holds"),
+    [(1.0, "<=", True), (1.1, "<=", False), (1.0, ">=", True), (0.9, ">=", False), (1.0, "==", True)],
 )
 def test_target_holds_by_its_numbers(measured: float, comparison: Any, holds: bool) -> None:
     assert target("t", measured, comparison, 1.0).holds is holds
@@ -295,7 +369,15 @@ def test_target_without_a_measurement_neither_holds_nor_fails(measured: float | 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, DASH), (0.0, "0.000"), (0.4213, "0.421"), (12.345, "12.3"), (434.0, "434"), (54321.0, "54,321"), (1.5e-5, "1.50e-05")],
+    [
+        (None, DASH),
+        (0.0, "0.000"),
+        (0.4213, "0.421"),
+        (12.345, "12.3"),
+        (434.0, "434"),
+        (54321.0, "54,321"),
+        (1.5e-5, "1.50e-05"),
+    ],
 )
 def test_numbers_have_three_significant_digits(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -305,15 +387,24 @@ def test_units_are_said_as_a_person_would() -> None:
     assert [size(None), size(999), size(1_690_000)] == [DASH, "1.0 kB", "1.69 MB"]
     assert [duration(9.94), duration(75), duration(7260)] == ["9.9 s", "1 min 15 s", "2 h 01 min"]
     assert [bits(None), bits(4.0), bits(4.18)] == ["floating point", "4", "4.18"]
-    assert [target_text(None, "x"), target_text(0.2, "x"), target_text(55, "layers")] == [DASH, f"0.2{TIMES}", "55 layers"]
+    assert [target_text(None, "x"), target_text(0.2, "x"), target_text(55, "layers")] == [
+        DASH,
+        f"0.2{TIMES}",
+        "55 layers",
+    ]
 
 
-def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = fixture_report()
     rows = tuple(
-        replace(row, did_not_run="its process died", size_bytes=None) if row.name == "nncf-int8" else row for row in report.variants
+        replace(row, did_not_run="its process died", size_bytes=None) if row.name == "nncf-int8" else row
+        for row in report.variants
     )
-    goal = Target("milliseconds an image: pqcad-openvino / fp32", None, "<=", 0.1, None, "x", "the times of fp32 are unsteady")
+    goal = Target(
+        "milliseconds an image: pqcad-openvino / fp32", None, "<=", 0.1, None, "x", "the times of fp32 are unsteady"
+    )
     wide = {"fp32": Timing(435, 300, 306, 1228, 60)}
     save_record(tmp_path, replace(report, variants=rows, latency=wide, targets=(goal,)))
     cli._print_result(tmp_path)
@@ -321,4 +412,6 @@ def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(tmp_pat
     assert "nncf-int8 did not run: its process died" in told
     assert "434.00 unsteady" in told
     assert UNSTEADY_NOTE in told
-    assert "not measured: milliseconds an image: pqcad-openvino / fp32: - <= 0.1 (the times of fp32 are unsteady)" in told
+    assert (
+        "not measured: milliseconds an image: pqcad-openvino / fp32: - <= 0.1 (the times of fp32 are unsteady)" in told
+    )

@@ -74,7 +74,10 @@ def test_strip_is_a_transparent_png_of_the_images_own_resolution() -> None:
         ({"fp32": np.zeros((0, 1, 8, 8), np.float32)}, "K at least 1"),
         ({"pq": np.zeros((2, 2, 8, 8), np.float32)}, "C 1 or 3"),
         ({"pq": np.full((1, 1, 2, 2), np.nan, np.float32)}, "pq must be finite; got 4 values"),
-        ({"fp32": np.zeros((2, 1, 8, 8), np.float32), "pq": np.zeros((3, 1, 8, 8), np.float32)}, "one shape, for they come from"),
+        (
+            {"fp32": np.zeros((2, 1, 8, 8), np.float32), "pq": np.zeros((3, 1, 8, 8), np.float32)},
+            "one shape, for they come from",
+        ),
     ],
 )
 def test_images_that_do_not_fit_are_refused(samples: dict[str, np.ndarray], message: str) -> None:

@@ -45,8 +45,12 @@ def test_timesteps_equal_diffusers(spacing: str, steps: int) -> None:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("alpha_to_one", [False, True])
-def test_a_whole_ddim_trajectory_equals_diffusers(prediction_type: Any, clip: bool, spacing: str, alpha_to_one: bool) -> None:
-    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=alpha_to_one)
+def test_a_whole_ddim_trajectory_equals_diffusers(
+    prediction_type: Any, clip: bool, spacing: str, alpha_to_one: bool
+) -> None:
+    scheduler = DDIMScheduler(
+        prediction_type=prediction_type, clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=alpha_to_one
+    )
     schedule = ddpm_schedule(scheduler.config)
     scheduler.set_timesteps(12)
     ours = theirs = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -88,7 +92,10 @@ def test_numpy_and_torch_give_the_same_step() -> None:
     [
         ({"thresholding": True}, "thresholding: got true"),
         ({"prediction_type": "flow"}, "prediction_type: got 'flow'; allowed epsilon"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule: got 'sigmoid'; allowed linear, scaled_linear, squaredcos_cap_v2$"),
+        (
+            {"beta_schedule": "sigmoid"},
+            "beta_schedule: got 'sigmoid'; allowed linear, scaled_linear, squaredcos_cap_v2$",
+        ),
         ({"timestep_spacing": "odd"}, "timestep_spacing: got 'odd'"),
     ],
 )

@@ -20,7 +20,13 @@ from pqcad_qat.sampling.trajectory import check_sampler, noise_schedule, traject
 from pqcad_qat.training.distillation import distillation_set
 
 NAMED = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-FLUX = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+FLUX = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
 SHAPE = (2, 4, 4)
 
 
@@ -40,10 +46,14 @@ class Velocity(nn.Module):
 def flow_model(**config: Any) -> DiffusionModel:
     torch.manual_seed(0)
     denoiser, scheduler = Velocity(), {**NAMED, **config}
-    return DiffusionModel(denoiser, scheduler, "velocity", "digest", RegisteredDenoiser(lambda: denoiser, SHAPE, scheduler, ()))
+    return DiffusionModel(
+        denoiser, scheduler, "velocity", "digest", RegisteredDenoiser(lambda: denoiser, SHAPE, scheduler, ())
+    )
 
 
-def recorded(model: DiffusionModel, steps: int = 8, also: tuple[int, ...] = (4,), refinement: int = 1) -> CalibrationSet:
+def recorded(
+    model: DiffusionModel, steps: int = 8, also: tuple[int, ...] = (4,), refinement: int = 1
+) -> CalibrationSet:
     return record(model, CalibrationRecipe("", "euler", steps, 6, 0, refinement, also=also), 4)
 
 
@@ -87,7 +97,9 @@ def test_a_whole_trajectory_equals_diffusers_step_by_step(spacing: str) -> None:
     scheduler.set_timesteps(9, sigmas=list(np.linspace(1.0, 1 / 9, 9)) if spacing == "trailing" else None)
     schedule = noise_schedule({**scheduler.config, **NAMED, "timestep_spacing": spacing})
     x = theirs = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    for t, step in zip(scheduler.timesteps, trajectory(lambda x, t: torch.tanh(x + t / 1000), x, schedule, 9), strict=True):
+    for t, step in zip(
+        scheduler.timesteps, trajectory(lambda x, t: torch.tanh(x + t / 1000), x, schedule, 9), strict=True
+    ):
         assert step.t == pytest.approx(float(t), abs=2e-4)
         theirs = scheduler.step(torch.tanh(theirs + t / 1000), t, theirs).prev_sample
         torch.testing.assert_close(step.x_s, theirs, rtol=1e-5, atol=1e-5)
@@ -151,7 +163,9 @@ def test_a_sampler_that_does_not_fit_the_schedule_is_refused() -> None:
     flow, other = noise_schedule(NAMED), noise_schedule({"_class_name": "DDIMScheduler"})
     for name, schedule in ((None, flow), ("euler", flow), (None, other), ("ddim", other)):
         check_sampler(name, schedule, "model")
-    with pytest.raises(ModelError, match=r"sampler\.name: got 'ddim'; model predicts the velocities of flow matching; allowed euler"):
+    with pytest.raises(
+        ModelError, match=r"sampler\.name: got 'ddim'; model predicts the velocities of flow matching; allowed euler"
+    ):
         check_sampler("ddim", flow, "model")
     with pytest.raises(ModelError, match=r"sampler\.name: got 'euler'; model predicts epsilon.*; allowed ddim"):
         check_sampler("euler", other, "model")
@@ -166,7 +180,9 @@ def test_a_set_holds_the_states_of_the_sampler_and_of_its_student() -> None:
         for column, (t, s) in enumerate(pairwise([*found.timesteps, 0.0])):
             prediction = model.denoiser(found.states[:, column], torch.full((6,), t))
             torch.testing.assert_close(found.predictions[:, column], prediction)
-            torch.testing.assert_close(found.states[:, column + 1], schedule.step(prediction, found.states[:, column], t, s))
+            torch.testing.assert_close(
+                found.states[:, column + 1], schedule.step(prediction, found.states[:, column], t, s)
+            )
     assert next(found.inputs(4, 4))[1].dtype == torch.float32
 
 
@@ -186,7 +202,9 @@ def test_both_targets_of_distillation_land_where_they_say() -> None:
     for column, ((t, s), inner) in enumerate(zip(walk, schedule.finer(walk, 2), strict=True)):
         x = data.states[:, column]
         at = calibration.timesteps.index(s) if s else -1
-        torch.testing.assert_close(schedule.step(data.calibration[:, column], x, t, s), calibration.states[:, at], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            schedule.step(data.calibration[:, column], x, t, s), calibration.states[:, at], rtol=1e-4, atol=1e-5
+        )
         landed = x
         with torch.no_grad():
             for a, b in inner:  # two steps of the teacher in one of the student
@@ -196,5 +214,7 @@ def test_both_targets_of_distillation_land_where_they_say() -> None:
 
 def test_a_set_without_the_students_times_is_refused() -> None:
     model = flow_model(shift=3.0)
-    with pytest.raises(ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[8"):
+    with pytest.raises(
+        ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[8"
+    ):
         distillation_set(Velocity(), recorded(model, also=()), noise_schedule(model.scheduler_config), 8, 4, 4)

@@ -43,7 +43,11 @@ def deployed(schedule: DDPMSchedule) -> Any:
 
 
 def signature(name: str) -> dict[str, Any]:
-    return {key: value.default for key, value in inspect.signature(getattr(diffusers, name).__init__).parameters.items() if key != "self"}
+    return {
+        key: value.default
+        for key, value in inspect.signature(getattr(diffusers, name).__init__).parameters.items()
+        if key != "self"
+    }
 
 
 def test_every_key_of_ddim_is_written() -> None:
@@ -57,7 +61,9 @@ def test_a_key_that_is_left_out_means_what_it_means_in_its_class(name: str) -> N
         assert {**DDIM_KEYS, **kin.defaults}[key] == theirs[key], key
     assert ("rescale_betas_zero_snr" in theirs) == (kin.zero_snr is not None)
     assert ("final_sigmas_type" in theirs) == kin.ends
-    laying = {key for key in theirs if key.startswith("use_")} - {"use_dynamic_shifting"}  # which says something of flow sigmas alone
+    laying = {key for key in theirs if key.startswith("use_")} - {
+        "use_dynamic_shifting"
+    }  # which says something of flow sigmas alone
     assert set(kin.switches) == laying
 
 
@@ -72,7 +78,9 @@ def test_a_class_that_knows_no_clipping_does_not_clip(name: str) -> None:
 def test_the_noise_is_that_of_the_class_and_of_the_ddim_that_is_deployed(name: str, curve: str) -> None:
     wanted = own(name, beta_schedule=curve).alphas_cumprod.double().numpy()
     schedule = ours(name, beta_schedule=curve)
-    np.testing.assert_allclose(schedule.alpha_bar, wanted, rtol=3e-4, atol=1e-7)  # diffusers accumulates 1000 float32 products
+    np.testing.assert_allclose(
+        schedule.alpha_bar, wanted, rtol=3e-4, atol=1e-7
+    )  # diffusers accumulates 1000 float32 products
     np.testing.assert_allclose(deployed(schedule).alphas_cumprod.double().numpy(), wanted, rtol=3e-4, atol=1e-7)
 
 
@@ -86,7 +94,9 @@ def test_zero_terminal_snr_is_that_of_the_class_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KIN)
-@pytest.mark.parametrize("keys", [{}, {"steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False, "clip_sample": True}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"steps_offset": 1, "timestep_spacing": "leading", "set_alpha_to_one": False, "clip_sample": True}]
+)
 def test_the_steps_are_those_of_the_ddim_that_is_deployed(name: str, keys: dict[str, Any]) -> None:
     schedule = ours(name, **keys)
     scheduler = deployed(schedule)
@@ -120,7 +130,9 @@ def test_a_solver_that_ends_at_the_first_steps_noise_says_so_and_one_that_does_n
 
 @pytest.mark.parametrize("name", [*OTHERS, "DDIM", "", None, ["DDIMScheduler"], 3, {}])
 def test_any_other_class_is_refused_by_name(name: Any) -> None:
-    with pytest.raises(ModelError, match=r"scheduler_config\.json: _class_name: got .*; allowed DDIMScheduler, .*FlowMatchEuler") as caught:
+    with pytest.raises(
+        ModelError, match=r"scheduler_config\.json: _class_name: got .*; allowed DDIMScheduler, .*FlowMatchEuler"
+    ) as caught:
         noise_schedule({"_class_name": name}, WHERE)
     assert str(name)[:50] in str(caught.value) or name is None
     with pytest.raises(ModelError, match="_class_name: got nothing; allowed"):
@@ -141,13 +153,19 @@ SWITCHES = [(name, {switch: True}) for name, kin in KIN.items() for switch in ki
         ("DDIMScheduler", {"timestep_spacing": None}),
         ("DDIMScheduler", {"clip_sample": "no"}),
         ("DDIMScheduler", {"set_alpha_to_one": 1}),
-        *(("DDIMScheduler", {"num_train_timesteps": value}) for value in (math.nan, math.inf, True, -1, 0, 1000.5, "1000", None, 10**400)),
+        *(
+            ("DDIMScheduler", {"num_train_timesteps": value})
+            for value in (math.nan, math.inf, True, -1, 0, 1000.5, "1000", None, 10**400)
+        ),
         ("DDIMScheduler", {"num_train_timesteps": MOST_TIMESTEPS + 1}),
         *(("DDIMScheduler", {"steps_offset": value}) for value in (10**9, -1, 1000, 0.5, None)),
         *(("DDIMScheduler", {"beta_start": value}) for value in (-1.0, 0, 1, math.nan, "0.1", None, True)),
         *(("DDIMScheduler", {"beta_end": value, "beta_schedule": "scaled_linear"}) for value in (-2.0, 1.0, 10**400)),
         *(("DDIMScheduler", {"clip_sample_range": value}) for value in (0, -1.0, math.inf, None)),
-        *(("DDIMScheduler", {"trained_betas": value}) for value in ([0.1], "abc", {}, [0.1] * 999 + [-0.1], [0.1] * 999 + ["a"], 0.1)),
+        *(
+            ("DDIMScheduler", {"trained_betas": value})
+            for value in ([0.1], "abc", {}, [0.1] * 999 + [-0.1], [0.1] * 999 + ["a"], 0.1)
+        ),
         ("DDPMScheduler", {"rescale_betas_zero_snr": True, "num_train_timesteps": 1}),
     ],
 )
@@ -173,7 +191,10 @@ def test_betas_that_leave_float32_no_noise_or_no_signal_are_refused(keys: dict[s
 
 
 def test_whole_numbers_that_json_holds_as_floats_are_taken_and_so_are_those_left_out() -> None:
-    assert ours("DDIMScheduler", num_train_timesteps=1000.0, steps_offset=1.0).config == ours("DDIMScheduler", steps_offset=1).config
+    assert (
+        ours("DDIMScheduler", num_train_timesteps=1000.0, steps_offset=1.0).config
+        == ours("DDIMScheduler", steps_offset=1).config
+    )
 
 
 def test_keys_of_other_classes_are_passed_by_as_diffusers_does() -> None:
@@ -183,14 +204,17 @@ def test_keys_of_other_classes_are_passed_by_as_diffusers_does() -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, "2", 1001, True])
 def test_steps_that_a_deployed_sampler_cannot_make_are_refused(steps: object) -> None:
-    with pytest.raises(ModelError, match=rf"{WHERE}: num_inference_steps: got .*; allowed a whole number from 1 to 1000"):
+    with pytest.raises(
+        ModelError, match=rf"{WHERE}: num_inference_steps: got .*; allowed a whole number from 1 to 1000"
+    ):
         distilled_steps({"_class_name": "DDIMScheduler", "num_inference_steps": steps}, WHERE)
 
 
 def test_epsilon_where_there_is_no_signal_is_refused_and_v_and_other_spacings_are_not() -> None:
     keys = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     with pytest.raises(
-        ModelError, match=r"^sampler\.steps: got 8; they begin at time step 999, where rescale_betas_zero_snr leaves no signal"
+        ModelError,
+        match=r"^sampler\.steps: got 8; they begin at time step 999, where rescale_betas_zero_snr leaves no signal",
     ):
         ours("DDIMScheduler", **keys).walk(8, "sampler.steps")
     for more in ({"prediction_type": "v_prediction"}, {"prediction_type": "sample"}, {"timestep_spacing": "leading"}):
@@ -198,7 +222,9 @@ def test_epsilon_where_there_is_no_signal_is_refused_and_v_and_other_spacings_ar
 
 
 def test_the_weight_at_zero_terminal_snr_is_finite() -> None:
-    schedule = ddpm_schedule({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"})
+    schedule = ddpm_schedule(
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    )
     assert schedule.alpha_bar_at(999) == 0
     assert schedule.error_weight(999, 900) == 1.0
 
@@ -215,7 +241,13 @@ def test_a_flow_schedulers_values_are_checked_alike(keys: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("base_shift", "x"), ("max_shift", math.inf), ("max_image_seq_len", 256), ("base_image_seq_len", None), ("time_shift_type", "odd")],
+    [
+        ("base_shift", "x"),
+        ("max_shift", math.inf),
+        ("max_image_seq_len", 256),
+        ("base_image_seq_len", None),
+        ("time_shift_type", "odd"),
+    ],
 )
 def test_a_dynamic_shift_that_is_none_is_refused(key: str, value: object) -> None:
     with pytest.raises(ModelError, match=rf"{WHERE}: {key}: got "):

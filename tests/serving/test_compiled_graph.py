@@ -22,7 +22,9 @@ THREADS, CALLS = 16, 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized_small({"bits": 4}, {"bits": 8, "symmetric": False}).export(tmp_path_factory.mktemp("deployed") / "openvino")
+    return quantized_small({"bits": 4}, {"bits": 8, "symmetric": False}).export(
+        tmp_path_factory.mktemp("deployed") / "openvino"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,13 @@ def test_devices_that_hand_on_to_the_cpu_give_its_answers(folder: Path, deployed
     np.testing.assert_array_equal(chosen.predict(noise(3, 3), 40), deployed.predict(noise(3, 3), 40))
 
 
-@pytest.mark.parametrize("device", ["GPU.7", "NPU.7", "", "cpu", "CPU,GPU.7", "AUTO:GPU.7", "MULTI:GPU.7,CPU", "HETERO", None, "x" * 9999])
+@pytest.mark.parametrize(
+    "device", ["GPU.7", "NPU.7", "", "cpu", "CPU,GPU.7", "AUTO:GPU.7", "MULTI:GPU.7,CPU", "HETERO", None, "x" * 9999]
+)
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(device: Any) -> None:
     data = ov.opset13.parameter([1], np.float32)
-    with pytest.raises(ModelError, match=r"^device: got .*; allowed CPU.*, AUTO, AUTO:CPU, MULTI:CPU, .*: OpenVINO has CPU") as told:
+    with pytest.raises(
+        ModelError, match=r"^device: got .*; allowed CPU.*, AUTO, AUTO:CPU, MULTI:CPU, .*: OpenVINO has CPU"
+    ) as told:
         compile_graph(ov.Model([ov.opset13.result(data)], [data]), ov.Core(), device)
     assert len(str(told.value)) < 4000

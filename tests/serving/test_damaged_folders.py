@@ -1,4 +1,6 @@
-"""What a deployed folder says of itself is checked when it is loaded, also where every digest is right: one error names file and key."""
+"""What a deployed folder says of itself is checked when it is loaded, also where every digest is right: one error names
+file and key.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,10 @@ CONDITION = {"name": "encoder_hidden_states", "shape": [TOKENS, WIDTH], "dtype":
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sample_shape": [4, 4]}, r"manifest.json: sample_shape: got \[4, 4\]; allowed three whole numbers from 1 to 65536"),
+        (
+            {"sample_shape": [4, 4]},
+            r"manifest.json: sample_shape: got \[4, 4\]; allowed three whole numbers from 1 to 65536",
+        ),
         ({"sample_shape": [4, "4", 4]}, "sample_shape: got .*; allowed three whole numbers"),
         ({"sample_shape": [4, 10**9, 10**9]}, "sample_shape: got .*; allowed three whole numbers"),
         ({"sample_shape": [4, 65536, 65536]}, r"sample_shape: got .*; allowed 268435456 values in a batch of 2"),
@@ -85,23 +90,41 @@ CONDITION = {"name": "encoder_hidden_states", "shape": [TOKENS, WIDTH], "dtype":
         ({"timestep_dtype": "float32"}, r"allowed .*timestep \[2\] float32"),
         ({"conditions": {}}, "conditions: got {}; allowed a list"),
         ({"conditions": [7]}, "conditions: 0: got 7; allowed an object"),
-        ({"conditions": [{**CONDITION, "more": 1}]}, "conditions: 0: got .*'more'.*; allowed name, shape, dtype, bound"),
+        (
+            {"conditions": [{**CONDITION, "more": 1}]},
+            "conditions: 0: got .*'more'.*; allowed name, shape, dtype, bound",
+        ),
         (
             {"conditions": [{key: CONDITION[key] for key in ("name", "shape", "dtype")}]},
             "conditions: 0: got .*; allowed name, shape, dtype, bo",
         ),
         ({"conditions": [{**CONDITION, "shape": [TOKENS, -1]}]}, "conditions: 0: shape: got"),
-        ({"conditions": [{**CONDITION, "dtype": "float64"}]}, "conditions: 0: dtype: got 'float64'; allowed float32 or int64"),
+        (
+            {"conditions": [{**CONDITION, "dtype": "float64"}]},
+            "conditions: 0: dtype: got 'float64'; allowed float32 or int64",
+        ),
         ({"conditions": [{**CONDITION, "bound": "7"}]}, "conditions: 0: bound: got '7'; allowed null"),
         ({"conditions": [{**CONDITION, "name": "timestep"}]}, "conditions: 0: name: got 'timestep'"),
-        ({"conditions": [CONDITION, CONDITION]}, "conditions: 1: name: got 'encoder_hidden_states'; allowed every name once"),
+        (
+            {"conditions": [CONDITION, CONDITION]},
+            "conditions: 1: name: got 'encoder_hidden_states'; allowed every name once",
+        ),
         ({"conditions": []}, r"got 3 inputs.*; allowed timestep \[2\] int64, sample"),
         ({"layers": []}, r"layers: got \[\]; allowed an object"),
         ({"layers": {"x": None}}, "layers: x: got null; allowed an object"),
-        ({"layers": {"x": {"kind": "Linear", "input_group": "x", "needs_vnni": "no"}}}, "layers: x: needs_vnni: got 'no'; allowed true"),
-        ({"layers": {"x": {"kind": "Linear", "input_group": "x"}}}, "openvino_model.xml: has no layer 'x', which the manifest lists"),
+        (
+            {"layers": {"x": {"kind": "Linear", "input_group": "x", "needs_vnni": "no"}}},
+            "layers: x: needs_vnni: got 'no'; allowed true",
+        ),
+        (
+            {"layers": {"x": {"kind": "Linear", "input_group": "x"}}},
+            "openvino_model.xml: has no layer 'x', which the manifest lists",
+        ),
         ({"parts": {"vae": {}}}, "parts: got .*; allowed an object of vae_decoder, text_encoder"),
-        ({"parts": {"text_encoder_2": {"class": "CLIPTextModel", "format": "float"}}}, "lists no text_encoder_2/openvino_model.xml"),
+        (
+            {"parts": {"text_encoder_2": {"class": "CLIPTextModel", "format": "float"}}},
+            "lists no text_encoder_2/openvino_model.xml",
+        ),
         ({"provenance": {"sampling_steps": "5"}}, "provenance: got .*; allowed an object whose sampling_steps"),
         ({"weights": {"format": "int2"}}, "weights: got .*; allowed an object with format: int8, int4, packed"),
         ({"weights": {"format": "packed"}}, "graph: got .*; allowed openvino_model.xml.gz of these weights"),
@@ -109,7 +132,9 @@ CONDITION = {"name": "encoder_hidden_states", "shape": [TOKENS, WIDTH], "dtype":
         ({"files": []}, "files: got .*; allowed an object of files"),
     ],
 )
-def test_a_manifests_values_are_checked_and_against_the_graph(folder: Path, change: dict[str, Any], message: str) -> None:
+def test_a_manifests_values_are_checked_and_against_the_graph(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
     rewrite(folder, "manifest.json", lambda manifest: manifest.update(change))
     refused(folder, message)
 
@@ -134,18 +159,48 @@ def test_the_list_of_files_is_checked(folder: Path, name: str, entry: Any, messa
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("unet/config.json", {"in_channels": 3}, "unet/config.json: in_channels: got 3; allowed 4, as sample_shape in the manifest"),
-        ("unet/config.json", {"sample_size": "big"}, "sample_size: got 'big'; allowed null, or one or two whole numbers"),
+        (
+            "unet/config.json",
+            {"in_channels": 3},
+            "unet/config.json: in_channels: got 3; allowed 4, as sample_shape in the manifest",
+        ),
+        (
+            "unet/config.json",
+            {"sample_size": "big"},
+            "sample_size: got 'big'; allowed null, or one or two whole numbers",
+        ),
         ("unet/config.json", {"_class_name": None}, "_class_name: got null; allowed the name of the denoiser's class"),
-        ("scheduler/scheduler_config.json", {"num_inference_steps": "2"}, "num_inference_steps: got '2'; allowed 1 to 100 sampling steps"),
-        ("scheduler/scheduler_config.json", {"guidance_scale": [3]}, r"guidance_scale: got \[3\]; allowed a number from 1"),
-        ("scheduler/scheduler_config.json", {"unconditional_class": -1}, "unconditional_class: got -1; allowed a class's label"),
-        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps: got 1000000000; allowed a whole number"),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_inference_steps": "2"},
+            "num_inference_steps: got '2'; allowed 1 to 100 sampling steps",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"guidance_scale": [3]},
+            r"guidance_scale: got \[3\]; allowed a number from 1",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"unconditional_class": -1},
+            "unconditional_class: got -1; allowed a class's label",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 10**9},
+            "num_train_timesteps: got 1000000000; allowed a whole number",
+        ),
         ("scheduler/scheduler_config.json", {"beta_end": [7]}, "scheduler_config.json: beta_end: got "),
-        ("scheduler/scheduler_config.json", {"prediction_type": "x0"}, "scheduler_config.json: .*prediction_type: got 'x0'; allowed"),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "x0"},
+            "scheduler_config.json: .*prediction_type: got 'x0'; allowed",
+        ),
     ],
 )
-def test_configs_are_checked_against_the_manifest(folder: Path, name: str, change: dict[str, Any], message: str) -> None:
+def test_configs_are_checked_against_the_manifest(
+    folder: Path, name: str, change: dict[str, Any], message: str
+) -> None:
     rewrite(folder, name, lambda config: config.update(change))
     refused(folder, message)
 
@@ -153,13 +208,33 @@ def test_configs_are_checked_against_the_manifest(folder: Path, name: str, chang
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("vae_decoder/config.json", {"scaling_factor": 0}, "vae_decoder/config.json: scaling_factor: got 0; allowed a number other than 0"),
-        ("vae_decoder/config.json", {"block_out_channels": [8] * 99}, "block_out_channels: got .*; allowed a list of 1 to 12"),
-        ("vae_decoder/config.json", {"block_out_channels": [8]}, r"got the output .*; allowed \(\[1, 3, 4, 4\], 'float32'\), of latents"),
-        ("vae_decoder/config.json", {"latents_mean": [0.0]}, "latents_mean: got .*; allowed null or 4 numbers, one a channel"),
+        (
+            "vae_decoder/config.json",
+            {"scaling_factor": 0},
+            "vae_decoder/config.json: scaling_factor: got 0; allowed a number other than 0",
+        ),
+        (
+            "vae_decoder/config.json",
+            {"block_out_channels": [8] * 99},
+            "block_out_channels: got .*; allowed a list of 1 to 12",
+        ),
+        (
+            "vae_decoder/config.json",
+            {"block_out_channels": [8]},
+            r"got the output .*; allowed \(\[1, 3, 4, 4\], 'float32'\), of latents",
+        ),
+        (
+            "vae_decoder/config.json",
+            {"latents_mean": [0.0]},
+            "latents_mean: got .*; allowed null or 4 numbers, one a channel",
+        ),
         ("tokenizer/tokenizer.json", {"model": None}, "tokenizer.json: cannot be read as a tokenizer: "),
         ("tokenizer/tokenizer_config.json", {"pad_token": 7}, "pad_token: got 7; allowed a token of the vocabulary"),
-        ("model_index.json", {"_class_name": 7}, "model_index.json: _class_name: got '7'; allowed for a prompt StableDiffusionPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": 7},
+            "model_index.json: _class_name: got '7'; allowed for a prompt StableDiffusionPipeline",
+        ),
         ("scheduler/scheduler_config.json", {"num_inference_steps": None}, "has no num_inference_steps"),
     ],
 )
@@ -172,7 +247,9 @@ def test_only_the_graph_that_the_manifest_names_is_read(whole: Path, tmp_path: P
     """An unet/ of another model beside a transformer/, which the manifest names, and the other way round."""
     folder = Path(shutil.copytree(whole, tmp_path / "openvino"))
     shutil.copytree(folder / "unet", folder / "transformer")
-    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "PixArtTransformer2DModel", "in_channels": 4}))
+    (folder / "transformer" / "config.json").write_text(
+        json.dumps({"_class_name": "PixArtTransformer2DModel", "in_channels": 4})
+    )
     (folder / "transformer" / "openvino_model.xml").write_text("not a graph")
     assert OVUNet2DModel.from_pretrained(folder).config["_class_name"] == "UNet2DConditionModel"
     shutil.copyfile(whole / "unet" / "openvino_model.xml", folder / "transformer" / "openvino_model.xml")
@@ -195,7 +272,9 @@ def test_a_graph_that_unfolds_to_gigabytes_is_refused_before_it_does(packed: Pat
         OVUNet2DModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:30], lambda content: content[:20] + b"x" * 9 + content[29:], lambda _: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:30], lambda content: content[:20] + b"x" * 9 + content[29:], lambda _: b""]
+)
 def test_a_damaged_archive_is_refused(packed: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "openvino"))
     text = folder / "unet" / "openvino_model.xml.gz"
@@ -236,11 +315,17 @@ def test_a_matrix_the_other_way_round_which_ends_openvinos_process_is_refused(fo
 def test_a_folder_without_its_tokenizer_is_refused(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
     refused(folder, "the manifest lists tokenizer/tokenizer.json, which is missing", TextToImage.from_pretrained)
-    rewrite(folder, "manifest.json", lambda m: m.update(files={name: e for name, e in m["files"].items() if "tokenizer" not in name}))
+    rewrite(
+        folder,
+        "manifest.json",
+        lambda m: m.update(files={name: e for name, e in m["files"].items() if "tokenizer" not in name}),
+    )
     refused(folder, "lists no tokenizer/tokenizer.json", TextToImage.from_pretrained)
 
 
-def test_sample_of_a_damaged_folder_is_one_line_and_exit_code_2(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_of_a_damaged_folder_is_one_line_and_exit_code_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rewrite(folder, "manifest.json", lambda manifest: manifest.update(sample_shape=["a", None, 10**9]))
     for prompt in ([], ["--prompt", "a cat"]):
         with pytest.raises(SystemExit) as ended:
@@ -260,19 +345,36 @@ def test_a_folder_of_other_formats_is_the_same_graph(packed: Path, whole: Path, 
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_prompt_that_is_cut_says_what_is_left_out(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_that_is_cut_says_what_is_left_out(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline = TextToImage.from_pretrained(whole)
-    with pytest.warns(UserWarning, match=r"text_encoder reads 5 tokens of a prompt; left out of this one: 'dog, a cat'"):
+    with pytest.warns(
+        UserWarning, match=r"text_encoder reads 5 tokens of a prompt; left out of this one: 'dog, a cat'"
+    ):
         pipeline("a cat a dog a dog, a cat")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipeline("a cat a dog a")
-    main(["sample", str(whole), "--prompt", "a cat", "--negative", "a dog a dog a cat", "--out", str(tmp_path / "grid.png")])
+    main(
+        [
+            "sample",
+            str(whole),
+            "--prompt",
+            "a cat",
+            "--negative",
+            "a dog a dog a cat",
+            "--out",
+            str(tmp_path / "grid.png"),
+        ]
+    )
     assert "warning: text_encoder reads 5 tokens of a prompt; left out of this one: 'cat'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", ["1, 3", "4\x1a, 3", "4, 99", "99999999999, 3"])
-def test_a_constant_whose_bytes_are_not_its_shapes_which_may_end_openvinos_process_is_refused(folder: Path, shape: str) -> None:
+def test_a_constant_whose_bytes_are_not_its_shapes_which_may_end_openvinos_process_is_refused(
+    folder: Path, shape: str
+) -> None:
     text = folder / "unet" / "openvino_model.xml"
     head, found, rest = text.read_text().partition('element_type="i8" shape="4, 3"')
     assert found

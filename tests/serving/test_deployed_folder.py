@@ -40,14 +40,19 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_saved_model_is_the_folder_it_came_from_byte_for_byte(
-    name: WeightFormat, exported: Mapping[WeightFormat, Path], loaded: Mapping[WeightFormat, OVUNet2DModel], tmp_path: Path
+    name: WeightFormat,
+    exported: Mapping[WeightFormat, Path],
+    loaded: Mapping[WeightFormat, OVUNet2DModel],
+    tmp_path: Path,
 ) -> None:
     loaded[name].save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(exported[name])
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-@pytest.mark.parametrize(("before", "after"), [("int4", "int8"), ("packed", "int8"), ("int8", "packed"), ("int4", "packed")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("int4", "int8"), ("packed", "int8"), ("int8", "packed"), ("int4", "packed")]
+)
 def test_a_model_saved_in_another_format_is_what_the_exporter_writes_in_it(
     before: WeightFormat,
     after: WeightFormat,
@@ -59,7 +64,9 @@ def test_a_model_saved_in_another_format_is_what_the_exporter_writes_in_it(
     assert contents(tmp_path / "other") == contents(exported[after])
 
 
-def test_every_format_predicts_alike_bitwise(quantized: Quantized, loaded: Mapping[WeightFormat, OVUNet2DModel]) -> None:
+def test_every_format_predicts_alike_bitwise(
+    quantized: Quantized, loaded: Mapping[WeightFormat, OVUNet2DModel]
+) -> None:
     plain, *packed = [model.predict(quantized.states.numpy(), quantized.timesteps.numpy()) for model in loaded.values()]
     for prediction in packed:
         np.testing.assert_array_equal(prediction, plain)
@@ -85,7 +92,9 @@ def test_a_saved_folder_replaces_a_deployed_one_and_nothing_else(
         loaded["int8"].save_pretrained(tmp_path / "mine")
 
 
-def test_a_model_can_be_saved_over_itself_in_another_format(exported: Mapping[WeightFormat, Path], tmp_path: Path) -> None:
+def test_a_model_can_be_saved_over_itself_in_another_format(
+    exported: Mapping[WeightFormat, Path], tmp_path: Path
+) -> None:
     OVUNet2DModel.from_pretrained(exported["packed"]).save_pretrained(tmp_path / "it")
     model = OVUNet2DModel.from_pretrained(tmp_path / "it")
     model.save_pretrained(tmp_path / "it", weights="int8")
@@ -97,7 +106,9 @@ def test_an_unknown_format_is_refused(loaded: Mapping[WeightFormat, OVUNet2DMode
         loaded["int8"].save_pretrained(tmp_path / "it", weights="int2")  # type: ignore[arg-type]
 
 
-def test_a_folder_that_was_damaged_since_it_was_loaded_is_not_copied(exported: Mapping[WeightFormat, Path], tmp_path: Path) -> None:
+def test_a_folder_that_was_damaged_since_it_was_loaded_is_not_copied(
+    exported: Mapping[WeightFormat, Path], tmp_path: Path
+) -> None:
     OVUNet2DModel.from_pretrained(exported["int8"]).save_pretrained(tmp_path / "it")
     model = OVUNet2DModel.from_pretrained(tmp_path / "it")
     (tmp_path / "it" / "unet" / "config.json").write_text("{}")

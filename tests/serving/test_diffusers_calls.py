@@ -39,18 +39,50 @@ def test_arguments_go_by_place_as_in_diffusers(kind: str) -> None:
         (SAMPLE, ["class_labels"], (X,), {"timestep": 5, "class_labels": LABELS}),
         (COND, ["encoder_hidden_states"], (X, 5, TEXT), {}),
         (COND, ["encoder_hidden_states", "class_labels"], (X, 5, TEXT), {"class_labels": LABELS}),
-        (COND, ["encoder_hidden_states", "class_labels"], (X, 5, TEXT, LABELS, None, None, {}, {}, None, None, None, None, True), {}),
-        (COND, ["encoder_hidden_states", "text_embeds"], (X, 5, TEXT), {"added_cond_kwargs": {"text_embeds": LABELS, "time_ids": None}}),
-        (COND, ["encoder_hidden_states"], (X, 5), {"encoder_hidden_states": TEXT, "down_block_additional_residuals": ()}),
+        (
+            COND,
+            ["encoder_hidden_states", "class_labels"],
+            (X, 5, TEXT, LABELS, None, None, {}, {}, None, None, None, None, True),
+            {},
+        ),
+        (
+            COND,
+            ["encoder_hidden_states", "text_embeds"],
+            (X, 5, TEXT),
+            {"added_cond_kwargs": {"text_embeds": LABELS, "time_ids": None}},
+        ),
+        (
+            COND,
+            ["encoder_hidden_states"],
+            (X, 5),
+            {"encoder_hidden_states": TEXT, "down_block_additional_residuals": ()},
+        ),
         ("DiTTransformer2DModel", ["class_labels"], (X,), {"timestep": 5, "class_labels": LABELS}),
         ("DiTTransformer2DModel", ["class_labels"], (), {"sample": X, "timestep": 5, "class_labels": LABELS}),
-        ("PixArtTransformer2DModel", ["encoder_hidden_states", "encoder_attention_mask"], (X, TEXT, 5), {"encoder_attention_mask": LABELS}),
-        ("SD3Transformer2DModel", ["encoder_hidden_states", "pooled_projections"], (X, TEXT, LABELS, 5), {"joint_attention_kwargs": None}),
-        ("FluxTransformer2DModel", ["guidance"], (), {"hidden_states": X, "timestep": 5, "guidance": LABELS, "img_ids": LABELS}),
+        (
+            "PixArtTransformer2DModel",
+            ["encoder_hidden_states", "encoder_attention_mask"],
+            (X, TEXT, 5),
+            {"encoder_attention_mask": LABELS},
+        ),
+        (
+            "SD3Transformer2DModel",
+            ["encoder_hidden_states", "pooled_projections"],
+            (X, TEXT, LABELS, 5),
+            {"joint_attention_kwargs": None},
+        ),
+        (
+            "FluxTransformer2DModel",
+            ["guidance"],
+            (),
+            {"hidden_states": X, "timestep": 5, "guidance": LABELS, "img_ids": LABELS},
+        ),
         ("OwnModule", ["a", "b"], (X, 5, TEXT, LABELS), {}),
     ],
 )
-def test_a_call_is_read_as_its_class_reads_it(kind: str, takes: list[str], positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+def test_a_call_is_read_as_its_class_reads_it(
+    kind: str, takes: list[str], positional: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     call = read_call(kind, takes, positional, named, "folder")
     assert call.states is X
     assert call.timestep == 5
@@ -64,7 +96,13 @@ def test_a_call_is_read_as_its_class_reads_it(kind: str, takes: list[str], posit
 @pytest.mark.parametrize(
     ("kind", "takes", "positional", "named", "message"),
     [
-        (COND, [], (X, 5), {"down_block_additional_residuals": (torch.zeros(1), torch.zeros(2))}, "ControlNet or T2I-Adapter"),
+        (
+            COND,
+            [],
+            (X, 5),
+            {"down_block_additional_residuals": (torch.zeros(1), torch.zeros(2))},
+            "ControlNet or T2I-Adapter",
+        ),
         (COND, [], (X, 5), {"mid_block_additional_residual": torch.zeros(1)}, "ControlNet or T2I-Adapter"),
         (COND, [], (X, 5), {"timestep_cond": LABELS}, "give the pipeline a guidance_scale"),
         (
@@ -77,12 +115,42 @@ def test_a_call_is_read_as_its_class_reads_it(kind: str, takes: list[str], posit
         (COND, [], (X, 5), {"encoder_attention_mask": LABELS}, "exported without a mask"),
         (COND, [], (X, 5), {"added_cond_kwargs": {"image_embeds": [LABELS]}}, "adapters could reach"),
         (COND, ["encoder_hidden_states"], (X, 5), {}, "takes the conditions encoder_hidden_states; got none"),
-        (COND, ["encoder_hidden_states"], (X, 5, TEXT), {"encoder_hidden_state": TEXT}, "got encoder_hidden_states, encoder_hidden_state"),
-        (COND, ["encoder_hidden_states"], (X, 5, TEXT), {"encoder_hidden_states": TEXT}, "by place and by name; allowed once"),
-        (COND, ["encoder_hidden_states"], (X, 5, "a cat"), {}, "encoder_hidden_states: got str; allowed numbers, a numpy array"),
-        (COND, ["encoder_hidden_states"], (X, 5, [[1], [1, 2]]), {}, "encoder_hidden_states: got list; allowed numbers"),
+        (
+            COND,
+            ["encoder_hidden_states"],
+            (X, 5, TEXT),
+            {"encoder_hidden_state": TEXT},
+            "got encoder_hidden_states, encoder_hidden_state",
+        ),
+        (
+            COND,
+            ["encoder_hidden_states"],
+            (X, 5, TEXT),
+            {"encoder_hidden_states": TEXT},
+            "by place and by name; allowed once",
+        ),
+        (
+            COND,
+            ["encoder_hidden_states"],
+            (X, 5, "a cat"),
+            {},
+            "encoder_hidden_states: got str; allowed numbers, a numpy array",
+        ),
+        (
+            COND,
+            ["encoder_hidden_states"],
+            (X, 5, [[1], [1, 2]]),
+            {},
+            "encoder_hidden_states: got list; allowed numbers",
+        ),
         (SAMPLE, [], (X, 5, LABELS), {}, "the model has no classes: leave them out"),
-        (SAMPLE, [], (X, 5, None, True, 7), {}, "got 5 arguments by place; allowed 4: sample, timestep, class_labels, return_dict"),
+        (
+            SAMPLE,
+            [],
+            (X, 5, None, True, 7),
+            {},
+            "got 5 arguments by place; allowed 4: sample, timestep, class_labels, return_dict",
+        ),
         (SAMPLE, [], (X,), {}, "got 1 of sample or hidden_states and timestep None; allowed one, and a time step"),
         (SAMPLE, [], (X, 5), {"hidden_states": X}, "got 2 of sample or hidden_states"),
         ("SD3Transformer2DModel", [], (X,), {"timestep": 5, "skip_layers": [3]}, "leave skip_guidance_layers out"),
@@ -108,14 +176,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny UNet, for 5 steps."""
     made = quantized_unet({"bits": 8}, {"bits": 8})
     path = tmp_path_factory.mktemp("deployed") / "openvino"
-    return export_model(made.model, {**SCHEDULER, "num_inference_steps": 5}, made.layers, SHAPE, 2, "int8", path, {}).path
+    return export_model(
+        made.model, {**SCHEDULER, "num_inference_steps": 5}, made.layers, SHAPE, 2, "int8", path, {}
+    ).path
 
 
 def test_a_pipeline_that_is_not_told_the_steps_says_which_they_are_once(folder: Path) -> None:
     pipeline = DDIMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline(num_inference_steps=5, output_type="np")
-    with pytest.warns(UserWarning, match=r"openvino: called at time 979, .* it has 5 steps\. Write num_inference_steps=5 in"):
+    with pytest.warns(
+        UserWarning, match=r"openvino: called at time 979, .* it has 5 steps\. Write num_inference_steps=5 in"
+    ):
         pipeline(output_type="np")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*called at time")
@@ -127,7 +199,9 @@ def test_what_our_own_sampler_asks_for_is_not_questioned(folder: Path, recwarn: 
     assert not recwarn.list
 
 
-def test_a_pipeline_of_the_source_takes_the_deployed_model_as_it_takes_one_of_diffusers(folder: Path, tmp_path: Path) -> None:
+def test_a_pipeline_of_the_source_takes_the_deployed_model_as_it_takes_one_of_diffusers(
+    folder: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     save_model(tiny_unet().eval(), SCHEDULER, tmp_path / "unet")
     DDIMPipeline(tiny_unet(), diffusers.DDIMScheduler.from_config(SCHEDULER)).save_pretrained(tmp_path / "source")

@@ -1,4 +1,6 @@
-"""The deployed model where diffusers expects a UNet2DModel: its pipelines and schedulers give the images of the same model in PyTorch."""
+"""The deployed model where diffusers expects a UNet2DModel: its pipelines and schedulers give the images of the same
+model in PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 TOLERANCE = 0.05
-"""Largest difference of images in [0, 1] between OpenVINO and the quantized PyTorch model: inputs next to a rounding boundary fall to
-either side of it, which no two orders of summation decide alike."""
+"""Largest difference of images in [0, 1] between OpenVINO and the quantized PyTorch model: inputs next to a rounding
+boundary fall to either side of it, which no two orders of summation decide alike."""
 
 NEAR_DB = 40.0
 """PSNR between the two; the same network in full precision is at 29."""
@@ -45,24 +47,34 @@ def in_pipeline(pipeline: str, scheduler: str, steps: int = 5, **more: Any) -> C
     """Images (B, H, W, C) in [0, 1] of a diffusers pipeline."""
 
     def sample(unet: Any) -> np.ndarray:
-        made = getattr(diffusers, pipeline)(unet=unet, scheduler=getattr(diffusers, scheduler).from_config({**SCHEDULER, **more}))
+        made = getattr(diffusers, pipeline)(
+            unet=unet, scheduler=getattr(diffusers, scheduler).from_config({**SCHEDULER, **more})
+        )
         made.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(1)
-        images: np.ndarray = made(batch_size=BATCH, num_inference_steps=steps, generator=generator, output_type="np").images
+        images: np.ndarray = made(
+            batch_size=BATCH, num_inference_steps=steps, generator=generator, output_type="np"
+        ).images
         return images
 
     return sample
 
 
 def in_loop(scheduler: str, steps: int = 5, **more: Any) -> Callable[[Any], np.ndarray]:
-    """The same of diffusers' own denoising loop, which scales the inputs of samplers over sigma as no unconditional pipeline does."""
+    """The same of diffusers' own denoising loop, which scales the inputs of samplers over sigma as no unconditional
+    pipeline does.
+    """
 
     @torch.no_grad()
     def sample(unet: Any) -> np.ndarray:
         made = getattr(diffusers, scheduler).from_config({**SCHEDULER, **more})
         made.set_timesteps(steps)
         x = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(1)) * made.init_noise_sigma
-        generator = {"generator": torch.Generator().manual_seed(2)} if "generator" in inspect.signature(made.step).parameters else {}
+        generator = (
+            {"generator": torch.Generator().manual_seed(2)}
+            if "generator" in inspect.signature(made.step).parameters
+            else {}
+        )
         for t in made.timesteps:
             x = made.step(unet(made.scale_model_input(x, t), t).sample, t, x, **generator).prev_sample
         images: np.ndarray = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -90,7 +102,19 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
         in_loop("UniPCMultistepScheduler"),
         in_loop("DEISMultistepScheduler"),
     ],
-    ids=["ddim", "ddim-leading", "ddpm", "dpm", "dpm-linspace", "pndm", "euler", "euler-ancestral", "lms", "unipc", "deis"],
+    ids=[
+        "ddim",
+        "ddim-leading",
+        "ddpm",
+        "dpm",
+        "dpm-linspace",
+        "pndm",
+        "euler",
+        "euler-ancestral",
+        "lms",
+        "unipc",
+        "deis",
+    ],
 )
 def test_with_any_scheduler_the_images_are_those_of_the_quantized_model(
     quantized: Quantized, deployed: OVUNet2DModel, sample: Callable[[Any], np.ndarray]
@@ -109,7 +133,10 @@ def test_full_precision_lies_outside_that_tolerance(quantized: Quantized) -> Non
 
 @pytest.mark.parametrize("more", [{"timestep_spacing": "linspace"}, {"use_karras_sigmas": True}])
 def test_fractional_time_steps_are_refused_with_what_to_change(deployed: OVUNet2DModel, more: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=r"whole numbers in \[0, 1000\), got .*timestep_spacing leading or trailing, and without Karras"):
+    with pytest.raises(
+        ModelError,
+        match=r"whole numbers in \[0, 1000\), got .*timestep_spacing leading or trailing, and without Karras",
+    ):
         in_loop("EulerDiscreteScheduler", **more)(deployed)
 
 
@@ -133,12 +160,16 @@ def test_it_is_called_as_a_unet2dmodel_is(quantized: Quantized, deployed: OVUNet
     output: Any = deployed(x, t)
     for read in (output.sample, output[0], output["sample"], *output.to_tuple(), deployed(sample=x, timestep=t).sample):
         assert torch.equal(read, expected)
-    with pytest.raises(ModelError, match="takes the conditions none; got class_labels: the model has no classes: leave them out"):
+    with pytest.raises(
+        ModelError, match="takes the conditions none; got class_labels: the model has no classes: leave them out"
+    ):
         deployed(x, t, torch.zeros(BATCH))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
-def test_time_steps_may_be_floats_that_are_whole(deployed: OVUNet2DModel, quantized: Quantized, kind: torch.dtype) -> None:
+def test_time_steps_may_be_floats_that_are_whole(
+    deployed: OVUNet2DModel, quantized: Quantized, kind: torch.dtype
+) -> None:
     expected = deployed(quantized.states, 500).sample
     assert torch.equal(deployed(quantized.states, torch.tensor(500, dtype=kind)).sample, expected)
 
@@ -147,7 +178,11 @@ def test_it_answers_what_users_ask_of_a_module(deployed: OVUNet2DModel) -> None:
     assert deployed.eval() is deployed
     assert not deployed.training
     assert deployed.requires_grad_(False) is deployed
-    for same in (deployed.to("cpu"), deployed.to(torch.device("cpu"), torch.float32), deployed.to(device="cpu", dtype=torch.float32)):
+    for same in (
+        deployed.to("cpu"),
+        deployed.to(torch.device("cpu"), torch.float32),
+        deployed.to(device="cpu", dtype=torch.float32),
+    ):
         assert same is deployed
     for other in ("cuda", torch.float16, torch.device("meta")):
         with pytest.raises(ModelError, match=r"cannot go to .*: it runs on CPU"):

@@ -27,7 +27,9 @@ def test_four_bits_are_openvinos_int4(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(ov.compile_model(converted, "CPU")({})[0], values)
 
 
-@pytest.mark.parametrize(("bits", "values", "message"), [(4, [0, 8], r"4 bits hold \[-8, 7\], got \[0, 8\]"), (2, [-3, 0], r"\[-2, 1\]")])
+@pytest.mark.parametrize(
+    ("bits", "values", "message"), [(4, [0, 8], r"4 bits hold \[-8, 7\], got \[0, 8\]"), (2, [-3, 0], r"\[-2, 1\]")]
+)
 def test_values_beyond_the_width_are_refused(bits: int, values: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack_values(np.array(values, np.int8), bits)
@@ -35,7 +37,15 @@ def test_values_beyond_the_width_are_refused(bits: int, values: list[int], messa
 
 @pytest.mark.parametrize(
     ("low", "high", "int8", "int4", "packed"),
-    [(-2, 1, 8, 4, 2), (-1, 1, 8, 4, 2), (-2, 2, 8, 4, 3), (-4, 3, 8, 4, 3), (-8, 7, 8, 4, 4), (-9, 0, 8, 8, 8), (0, 127, 8, 8, 8)],
+    [
+        (-2, 1, 8, 4, 2),
+        (-1, 1, 8, 4, 2),
+        (-2, 2, 8, 4, 3),
+        (-4, 3, 8, 4, 3),
+        (-8, 7, 8, 4, 4),
+        (-9, 0, 8, 8, 8),
+        (0, 127, 8, 8, 8),
+    ],
 )
 def test_weights_take_the_fewest_bits_of_their_format(low: int, high: int, int8: int, int4: int, packed: int) -> None:
     weights = np.array([low, 0, high], np.int8)

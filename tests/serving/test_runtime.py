@@ -69,17 +69,29 @@ def test_any_batch_gives_each_samples_own_prediction(deployed: OVUNet2DModel, co
 
 def test_time_steps_may_be_a_number_an_array_or_a_tensor(deployed: OVUNet2DModel) -> None:
     x = noise(BATCH)
-    forms = [700, 700.0, np.int64(700), np.array([700]), np.full(BATCH, 700), torch.tensor(700), torch.full((BATCH,), 700)]
+    forms = [
+        700,
+        700.0,
+        np.int64(700),
+        np.array([700]),
+        np.full(BATCH, 700),
+        torch.tensor(700),
+        torch.full((BATCH,), 700),
+    ]
     first, *others = [deployed(x, form).sample for form in forms]
     for other in others:
         np.testing.assert_array_equal(first, other)
     assert np.abs(deployed(x, 20).sample - first).max() > 0
 
 
-def test_in_a_diffusers_pipeline_it_gives_what_the_scheduler_makes_of_its_predictions(folder: Path, deployed: OVUNet2DModel) -> None:
+def test_in_a_diffusers_pipeline_it_gives_what_the_scheduler_makes_of_its_predictions(
+    folder: Path, deployed: OVUNet2DModel
+) -> None:
     scheduler = DDIMScheduler.from_config(SCHEDULER)
     pipeline = DDIMPipeline.from_pretrained(folder, unet=deployed)
-    written, wanted = ({key: value for key, value in each.config.items() if key[0] != "_"} for each in (pipeline.scheduler, scheduler))
+    written, wanted = (
+        {key: value for key, value in each.config.items() if key[0] != "_"} for each in (pipeline.scheduler, scheduler)
+    )
     assert (pipeline.unet, type(pipeline.scheduler), written) == (deployed, DDIMScheduler, wanted)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
@@ -99,7 +111,9 @@ def test_it_has_what_pipelines_ask_for(deployed: OVUNet2DModel) -> None:
         _ = deployed.config.no_such_key
 
 
-def test_it_runs_where_torch_brevitas_nncf_and_diffusers_are_absent(folder: Path, deployed: OVUNet2DModel, tmp_path: Path) -> None:
+def test_it_runs_where_torch_brevitas_nncf_and_diffusers_are_absent(
+    folder: Path, deployed: OVUNet2DModel, tmp_path: Path
+) -> None:
     x = noise(BATCH)
     np.save(tmp_path / "x.npy", x)
     program = f"""
@@ -108,9 +122,12 @@ for absent in ("torch", "brevitas", "nncf", "diffusers", "pydantic"):
     sys.modules[absent] = None
 import numpy as np
 from pqcad_qat.serving.runtime import OVUNet2DModel
-np.save({str(tmp_path / "y.npy")!r}, OVUNet2DModel.from_pretrained({str(folder)!r})(np.load({str(tmp_path / "x.npy")!r}), 500).sample)
+model = OVUNet2DModel.from_pretrained({str(folder)!r})
+np.save({str(tmp_path / "y.npy")!r}, model(np.load({str(tmp_path / "x.npy")!r}), 500).sample)
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), deployed(x, 500).sample)
 
@@ -123,11 +140,16 @@ def test_properties_reach_openvino(folder: Path, deployed: OVUNet2DModel) -> Non
         OVUNet2DModel.from_pretrained(folder, properties={"NO_SUCH_PROPERTY": 1})
 
 
-def test_a_share_of_the_cores_gets_as_many_threads_unless_told_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_the_cores_gets_as_many_threads_unless_told_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cores, "cores_to_run_on", lambda: 2)
     monkeypatch.setattr(cores, "usable_cores", lambda: 1)
     for properties, threads in (({}, 1), ({"INFERENCE_NUM_THREADS": 2}, 2)):
-        assert OVUNet2DModel.from_pretrained(folder, properties=properties).compiled.get_property("INFERENCE_NUM_THREADS") == threads
+        assert (
+            OVUNet2DModel.from_pretrained(folder, properties=properties).compiled.get_property("INFERENCE_NUM_THREADS")
+            == threads
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
@@ -174,17 +196,25 @@ BIN, XML = "unet/openvino_model.bin", "unet/openvino_model.xml.gz"
         (lambda folder: (folder / "manifest.json").unlink(), "not a deployed folder"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read as a manifest"),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "cannot be read as a manifest"),
-        (lambda folder: rewrite_manifest(folder, lambda m: m.update(schema_version=99)), "schema_version must be 1, got 99"),
+        (
+            lambda folder: rewrite_manifest(folder, lambda m: m.update(schema_version=99)),
+            "schema_version must be 1, got 99",
+        ),
         (lambda folder: rewrite_manifest(folder, lambda m: m.pop("batch_size")), "has no batch_size"),
         (lambda folder: rewrite_manifest(folder, lambda m: m["files"].pop(BIN)), "lists no unet/openvino_model.bin"),
         (
             lambda folder: rewrite_manifest(folder, lambda m: m.update(graph="../../etc/passwd")),
             r"graph: got '../../etc/passwd'; allowed unet or",
         ),
-        (lambda folder: rewrite_manifest(folder, lambda m: m["files"].update({"../other": {}})), "lists ../other, which lies outside"),
+        (
+            lambda folder: rewrite_manifest(folder, lambda m: m["files"].update({"../other": {}})),
+            "lists ../other, which lies outside",
+        ),
     ],
 )
-def test_a_damaged_folder_is_refused_and_the_damage_named(copied: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_folder_is_refused_and_the_damage_named(
+    copied: Path, damage: Callable[[Path], object], message: str
+) -> None:
     damage(copied)
     with pytest.raises(ModelError, match=message):
         OVUNet2DModel.from_pretrained(copied)

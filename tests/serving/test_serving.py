@@ -32,11 +32,15 @@ def test_both_scripts_of_the_readme_sample_the_images_of_the_full_environment(se
 
 def test_openvinos_own_benchmark_runs_the_shipped_file(served: Path) -> None:
     line = next(
-        line for line in serving.README.read_text().split("<!-- benchmark_app -->")[1].splitlines() if line.startswith("benchmark_app")
+        line
+        for line in serving.README.read_text().split("<!-- benchmark_app -->")[1].splitlines()
+        if line.startswith("benchmark_app")
     )
     arguments = line.replace(serving.FOLDER, str(served / "int8")).replace("-t 10", "-niter 2").split()[1:]
     program = "from openvino.tools.benchmark.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sample (node: sample) : f32 / " in done.stdout
     assert "Throughput:" in done.stdout

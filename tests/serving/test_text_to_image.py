@@ -1,4 +1,6 @@
-"""Prompts of a deployed folder: the pictures of diffusers' own pipeline, without PyTorch; and what a folder must hold for them."""
+"""Prompts of a deployed folder: the pictures of diffusers' own pipeline, without PyTorch; and what a folder must hold
+for them.
+"""
 
 from __future__ import annotations
 
@@ -60,23 +62,34 @@ def pipeline_of(where: DeployedPipeline) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("prompt", "negative", "scale"), [("a cat", None, SCALE), (LONG, "two dogs", 2.0), ("", None, 1.0)])
+@pytest.mark.parametrize(
+    ("prompt", "negative", "scale"), [("a cat", None, SCALE), (LONG, "two dogs", 2.0), ("", None, 1.0)]
+)
 def test_a_prompt_gives_the_picture_of_diffusers_around_the_same_denoiser(
     plain: DeployedPipeline, ours: TextToImage, prompt: str, negative: str | None, scale: float
 ) -> None:
-    """From embeddings that differ as float16 weights do the denoiser's roundings part, so its picture is compared from the same ones."""
+    """From embeddings that differ as float16 weights do the denoiser's roundings part, so its picture is compared from
+    the same ones.
+    """
     texts = [ours.embeddings(text)["encoder_hidden_states"] for text in (prompt, negative or "")]
     for text, of_diffusers in zip(texts, encoded(plain, prompt, negative), strict=True):
         np.testing.assert_allclose(text, of_diffusers.numpy(), atol=5e-3)
     theirs = pipeline_of(plain)
     theirs.register_modules(unet=OVUNet2DModel.from_pretrained(plain.folder, properties=F32))
-    given = {name: torch.from_numpy(text) for name, text in zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True)}
+    given = {
+        name: torch.from_numpy(text)
+        for name, text in zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True)
+    }
     latents = torch.from_numpy(initial_noise(5, 0, 1, (4, 8, 8)))
-    wanted = theirs(latents=latents, num_inference_steps=3, guidance_scale=scale, output_type="np", **given).images.transpose(0, 3, 1, 2)
+    wanted = theirs(
+        latents=latents, num_inference_steps=3, guidance_scale=scale, output_type="np", **given
+    ).images.transpose(0, 3, 1, 2)
     found = ours(prompt, negative, scale, seed=5)
     assert found.shape == (1, 3, 16, 16)
     assert found.std() > 10
-    assert np.abs(found - 255 * wanted).max() < 1  # of 255: half a one is the rounding to bytes, and the decoder's weights are in float16
+    assert (
+        np.abs(found - 255 * wanted).max() < 1
+    )  # of 255: half a one is the rounding to bytes, and the decoder's weights are in float16
 
 
 @torch.no_grad()
@@ -118,7 +131,9 @@ def test_a_pipeline_with_t5_gives_the_picture_of_diffusers_around_the_same_denoi
     where = float_pipeline(kind, tmp_path_factory)
     ours, theirs = TextToImage.from_pretrained(where.folder, properties=F32), pipeline_of(where)
     kept = (OVUNet2DModel if kind == "pixart" else OVTransformer2DModel).from_pretrained(where.folder, properties=F32)
-    theirs.register_modules(transformer=kept, scheduler=type(theirs.scheduler).from_pretrained(where.folder, subfolder="scheduler"))
+    theirs.register_modules(
+        transformer=kept, scheduler=type(theirs.scheduler).from_pretrained(where.folder, subfolder="scheduler")
+    )
     noise = initial_noise(5, 0, 1, (4, 8, 8))
     for prompt, negative, scale in ((LONG, "two dogs", 2.0), ("A cat", None, 1.0)):
         guided = {"true_cfg_scale" if kind == "flux" else "guidance_scale": scale, "negative_prompt": negative or ""}
@@ -128,36 +143,48 @@ def test_a_pipeline_with_t5_gives_the_picture_of_diffusers_around_the_same_denoi
         assert found.shape == (1, 3, 16, 16)
         assert found.std() > 10
         off = np.abs(found - 255 * wanted)
-        assert off.mean() < 1  # of 255: weights of the parts are in float16, and a value may be rounded to either side of a boundary
+        assert (
+            off.mean() < 1
+        )  # of 255: weights of the parts are in float16, and a value may be rounded to either side of a boundary
         assert off.max() < 12
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_stable_diffusion_3_without_t5_makes_pictures_with_zeros_for_it(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_stable_diffusion_3_without_t5_makes_pictures_with_zeros_for_it(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
     where = float_pipeline("stable-diffusion-3", tmp_path_factory)
     parts = {part: entry for part, entry in read_manifest(where.folder)["parts"].items() if part != "text_encoder_3"}
     full = TextToImage.from_pretrained(where.folder, properties=F32)
     less = TextToImage.from_pretrained(changed(where.folder, tmp_path / "it", MANIFEST, parts=parts), properties=F32)
     with_it, without = (pipeline.embeddings("a cat") for pipeline in (full, less))
     np.testing.assert_array_equal(with_it["pooled_projections"], without["pooled_projections"])
-    np.testing.assert_array_equal(with_it["encoder_hidden_states"][:, :TOKENS], without["encoder_hidden_states"][:, :TOKENS])
+    np.testing.assert_array_equal(
+        with_it["encoder_hidden_states"][:, :TOKENS], without["encoder_hidden_states"][:, :TOKENS]
+    )
     assert with_it["encoder_hidden_states"][:, TOKENS:].any()
     assert not without["encoder_hidden_states"][:, TOKENS:].any()
     assert less("a cat").std() > 10
 
 
-@pytest.mark.parametrize("kind", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "pixart", "dit"])
+@pytest.mark.parametrize(
+    "kind", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "pixart", "dit"]
+)
 def test_a_pipeline_of_the_source_takes_the_deployed_model_and_is_told_its_steps(
     kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     where = float_pipeline(kind, tmp_path_factory)
     part = "transformer" if (where.folder / "transformer").is_dir() else "unet"
     name = json.loads((where.source.folder / MODEL_INDEX).read_text())["_class_name"]
-    ours = (OVTransformer2DModel if kind in ("stable-diffusion-3", "flux") else OVUNet2DModel).from_pretrained(where.folder, properties=F32)
+    ours = (OVTransformer2DModel if kind in ("stable-diffusion-3", "flux") else OVUNet2DModel).from_pretrained(
+        where.folder, properties=F32
+    )
     made = getattr(diffusers, name).from_pretrained(where.source.folder, **{part: ours})
     assert getattr(made, part) is ours
     made.set_progress_bar_config(disable=True)
-    asked = {"class_labels": [1], "guidance_scale": 1.0} if kind == "dit" else {"prompt": "a cat", **WITH_T5.get(kind, {})}
+    asked = (
+        {"class_labels": [1], "guidance_scale": 1.0} if kind == "dit" else {"prompt": "a cat", **WITH_T5.get(kind, {})}
+    )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         made(**asked, num_inference_steps=3, output_type="np")
@@ -171,7 +198,9 @@ def test_a_pipeline_of_the_source_takes_the_deployed_model_and_is_told_its_steps
 
 
 @pytest.mark.parametrize("kind", ["stable-diffusion", "flux"])
-def test_sixteen_threads_on_one_pipeline_get_the_pictures_of_one(kind: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_sixteen_threads_on_one_pipeline_get_the_pictures_of_one(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     pipeline = TextToImage.from_pretrained(float_pipeline(kind, tmp_path_factory).folder)
     words = ("a cat", "a dog", "dogs and a cat", "")
 
@@ -190,7 +219,9 @@ def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(large: D
         for prompt in ("", "A Cat!", "ein Hündchen  läuft", LONG):
             wanted = tokenizer(prompt, padding="max_length", max_length=TOKENS, truncation=True).input_ids
             assert encoder.ids(prompt)[0].tolist() == wanted
-    assert len({encoder.ids("")[0, -1] for encoder in pipeline.encoders.values()}) == 2  # they fill up with other tokens
+    assert (
+        len({encoder.ids("")[0, -1] for encoder in pipeline.encoders.values()}) == 2
+    )  # they fill up with other tokens
 
 
 def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None:
@@ -203,12 +234,29 @@ def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None
 
 
 @pytest.mark.parametrize("kind", ["stable-diffusion", "flux"])
-def test_the_command_writes_a_picture_without_pytorch(kind: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_the_command_writes_a_picture_without_pytorch(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
     folder = float_pipeline(kind, tmp_path_factory).folder
     absent = "('torch', 'diffusers', 'transformers', 'nncf', 'brevitas', 'accelerate')"
-    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); from pqcad_qat.cli import main; main(sys.argv[1:])"
-    asked = ["sample", str(folder), "--prompt", "a cat", "--negative", "a dog", "--guidance", "2", "--out", str(tmp_path / "cat.png")]
-    done = subprocess.run([sys.executable, "-c", script, *asked], env=environment(), capture_output=True, text=True, check=False)
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); from pqcad_qat.cli import main; main(sys.argv[1:])"
+    )
+    asked = [
+        "sample",
+        str(folder),
+        "--prompt",
+        "a cat",
+        "--negative",
+        "a dog",
+        "--guidance",
+        "2",
+        "--out",
+        str(tmp_path / "cat.png"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *asked], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "1 images of 'a cat', 3 steps, guidance 2, openvino" in done.stdout
     with Image.open(tmp_path / "cat.png") as picture:
@@ -217,7 +265,10 @@ def test_the_command_writes_a_picture_without_pytorch(kind: str, tmp_path_factor
 
 def test_the_readmes_program_makes_pictures_without_pytorch(plain: DeployedPipeline, tmp_path: Path) -> None:
     shutil.copytree(plain.folder, tmp_path / "text" / "openvino")
-    np.save(tmp_path / "text.npy", TextToImage.from_pretrained(plain.folder)("a lighthouse at dusk", "people", 5.0, seed=3, count=2))
+    np.save(
+        tmp_path / "text.npy",
+        TextToImage.from_pretrained(plain.folder)("a lighthouse at dusk", "people", 5.0, seed=3, count=2),
+    )
     absent = f"import sys; sys.modules.update(dict.fromkeys({serving.ABSENT!r})); "
     program = absent + "import runpy; runpy.run_path('tests/support/serving.py', run_name='__main__')"
     command = [sys.executable, "-c", program, str(tmp_path), "prompt"]
@@ -226,7 +277,8 @@ def test_the_readmes_program_makes_pictures_without_pytorch(plain: DeployedPipel
     assert "prompt: 2 images" in done.stdout
 
 
-# ---- what a prompt cannot do without ---------------------------------------------------------------------------------------------
+# ---- what a prompt cannot do without
+# ---------------------------------------------------------------------------------------------
 
 
 def changed(source: Path, folder: Path, name: str, **changes: Any) -> Path:
@@ -242,7 +294,9 @@ def changed(source: Path, folder: Path, name: str, **changes: Any) -> Path:
 
 def test_a_folder_of_another_pipeline_takes_no_prompt(plain: DeployedPipeline, tmp_path: Path) -> None:
     folder = changed(plain.folder, tmp_path / "it", MODEL_INDEX, _class_name="DiTPipeline")
-    with pytest.raises(ModelError, match=r"_class_name: got .DiTPipeline.; allowed for a prompt StableDiffusionPipeline"):
+    with pytest.raises(
+        ModelError, match=r"_class_name: got .DiTPipeline.; allowed for a prompt StableDiffusionPipeline"
+    ):
         TextToImage.from_pretrained(folder)
 
 
@@ -252,9 +306,13 @@ def test_a_folder_without_its_text_encoder_takes_no_prompt(plain: DeployedPipeli
         TextToImage.from_pretrained(folder)
 
 
-def test_without_the_library_of_tokenizers_it_is_named(plain: DeployedPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_of_tokenizers_it_is_named(
+    plain: DeployedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pqcad_qat.serving.part_runtime.find_spec", lambda _: None)
-    with pytest.raises(ModelError, match="takes the library tokenizers, which is not installed: pip install tokenizers"):
+    with pytest.raises(
+        ModelError, match="takes the library tokenizers, which is not installed: pip install tokenizers"
+    ):
         TextToImage.from_pretrained(plain.folder)
 
 

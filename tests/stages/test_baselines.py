@@ -1,4 +1,5 @@
-"""Baselines made and tried out in processes of their own: the same files as ever, and a run that goes on without one that dies.
+"""Baselines made and tried out in processes of their own: the same files as ever, and a run that goes on without one
+that dies.
 
 Not here: how such a process ends (test_own_process.py).
 """
@@ -57,7 +58,9 @@ def test_a_graph_that_cannot_be_run_is_a_reason_and_nothing_is_left_of_it(tmp_pa
     assert list((tmp_path / "nncf").iterdir()) == []
 
 
-def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothing(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     small = ("evaluation.variants=[fp32, ov-fp32, nncf-int8]", "evaluation.images=2", "calibration.trajectories=2")
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *small))
     died, fine = tmp_path / "died", tmp_path / "fine"
@@ -74,7 +77,11 @@ def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothin
             run(policy, died, "command", Console(quiet=True), resume=resume)
     assert attempts == ["nncf-int8"]
     rows = {row.name: row for row in read_report(died).variants}
-    assert (rows["nncf-int8"].did_not_run, rows["nncf-int8"].latency_ms_per_step, rows["nncf-int8"].psnr_fp) == (WHY, None, None)
+    assert (rows["nncf-int8"].did_not_run, rows["nncf-int8"].latency_ms_per_step, rows["nncf-int8"].psnr_fp) == (
+        WHY,
+        None,
+        None,
+    )
     assert rows["ov-fp32"].latency_ms_per_step
     assert f"baselines: nncf-int8 did not run: {WHY}" in read_report(died).warnings
     assert f"did not run: {WHY}" in (died / "report.html").read_text()

@@ -1,4 +1,6 @@
-"""What is deployed is the sampler that the student was made for: diffusers opens it from the folder, and its pictures are ours."""
+"""What is deployed is the sampler that the student was made for: diffusers opens it from the folder, and its pictures
+are ours.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ SIZE, STEPS = 16, 3
 def pixels() -> UNet2DModel:
     torch.manual_seed(0)
     blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    return UNet2DModel(sample_size=SIZE, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, **blocks).eval()
+    return UNet2DModel(
+        sample_size=SIZE, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, **blocks
+    ).eval()
 
 
 def pictures_of_diffusers(loaded: Any) -> np.ndarray:
@@ -45,7 +49,11 @@ def our_pictures(denoiser: Any, schedule: NoiseSchedule) -> np.ndarray:
     noise = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
     def follow(x_t: Tensor, t: float) -> Tensor:
-        return denoiser(x_t.float(), t).sample if isinstance(denoiser, OVUNet2DModel) else predict(denoiser, x_t.float(), t)
+        return (
+            denoiser(x_t.float(), t).sample
+            if isinstance(denoiser, OVUNet2DModel)
+            else predict(denoiser, x_t.float(), t)
+        )
 
     with torch.no_grad():
         *_, last = trajectory(follow, noise, schedule, STEPS)
@@ -88,7 +96,9 @@ def test_a_run_deploys_it_and_diffusers_pictures_are_ours(name: str, keys: dict[
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tmp_path / "model", *budget, *steps))
     pipeline.run(policy, tmp_path / "run", "python -m pqcad_qat run", Console(file=io.StringIO()))
     for folder in (tmp_path / "run" / "openvino", tmp_path / "run" / "student"):
-        index, config = (json.loads((folder / name).read_text()) for name in ("model_index.json", "scheduler/scheduler_config.json"))
+        index, config = (
+            json.loads((folder / name).read_text()) for name in ("model_index.json", "scheduler/scheduler_config.json")
+        )
         assert index["scheduler"][1] == config["_class_name"] == "DDIMScheduler"
         assert index["_class_name"] == "DDIMPipeline"
         assert config.keys() >= {*DDIM_KEYS, "num_inference_steps"}

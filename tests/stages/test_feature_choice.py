@@ -22,7 +22,12 @@ from pqcad_qat.quality.feature_training import FeatureRecipe, make_features
 
 
 def small_unet(channels: int, pixels: int) -> UNet2DModel:
-    sizes = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "norm_num_groups": 4}
+    sizes = {
+        "block_out_channels": (8,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "norm_num_groups": 4,
+    }
     return UNet2DModel(sample_size=pixels, in_channels=channels, out_channels=channels, layers_per_block=1, **sizes)
 
 
@@ -39,7 +44,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A feature network of one's own, for three channels of 16 pixels."""
     folder = tmp_path_factory.mktemp("network")
     pictures = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    make_features(folder, image_set(pictures.numpy(), torch.arange(20).numpy() % 10, "noise"), recipe=FeatureRecipe(epochs=1, batch_size=8))
+    make_features(
+        folder,
+        image_set(pictures.numpy(), torch.arange(20).numpy() % 10, "noise"),
+        recipe=FeatureRecipe(epochs=1, batch_size=8),
+    )
     return folder
 
 
@@ -61,7 +70,9 @@ def test_an_embedded_model_has_its_own_features_and_any_other_has_those_that_the
     assert policy.features == chosen
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in POLICIES.glob("w*.yaml") if path.stem != "w4a8-digits-classes"))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in POLICIES.glob("w*.yaml") if path.stem != "w4a8-digits-classes")
+)
 def test_a_shipped_policy_on_ones_own_model_compares_with_no_data_of_others(name: str) -> None:
     assert load_policy(POLICIES / f"{name}.yaml", ["model.source=my-model"]).features is None
 
@@ -82,7 +93,10 @@ def call(arguments: list[str]) -> int:
             "embedded:fashion-mnist",
             r"got 'embedded:fashion-mnist', which reads images of 1x32x32; the model makes 3x16x16; allowed a folder",
         ),
-        ("embedded:cifar", r"got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder"),
+        (
+            "embedded:cifar",
+            r"got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder",
+        ),
         ("no-such-folder", r"no-such-folder/config\.json: no such file"),
     ],
 )
@@ -96,7 +110,10 @@ def test_features_that_do_not_fit_are_told_with_their_key_before_anything_is_wri
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call([command, str(POLICIES / "smoke.yaml"), "--model", str(model), "--set", f"evaluation.features={features}"]) == 2
+    assert (
+        call([command, str(POLICIES / "smoke.yaml"), "--model", str(model), "--set", f"evaluation.features={features}"])
+        == 2
+    )
     assert re.search(rf"evaluation\.features: .*{message}", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
@@ -115,10 +132,15 @@ def test_a_network_of_ones_own_is_taken_where_it_fits_and_refused_where_not(
     flags = ["--set", f"evaluation.features={network}"]
     assert call(["plan", str(POLICIES / "smoke.yaml"), "--model", str(model), *flags]) == 0
     assert call(["plan", str(POLICIES / "smoke.yaml"), *flags]) == 2
-    assert "which reads images of 3x16x16; the model makes 1x32x32; allowed embedded:fashion-mnist" in capsys.readouterr().err
+    assert (
+        "which reads images of 3x16x16; the model makes 1x32x32; allowed embedded:fashion-mnist"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_damaged_network_is_told_before_anything_is_trained(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_network_is_told_before_anything_is_trained(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in network.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -127,8 +149,13 @@ def test_a_damaged_network_is_told_before_anything_is_trained(network: Path, tmp
     assert re.search(r"evaluation\.features: .*model\.safetensors: damaged or exchanged", capsys.readouterr().err)
 
 
-def test_evaluate_asks_for_the_features_of_a_model_that_has_none(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_asks_for_the_features_of_a_model_that_has_none(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(["evaluate", str(model), "--images", "2", "--steps", "1"]) == 2
     assert "--features: got none, and" in capsys.readouterr().err
     assert call(["evaluate", str(model), "--images", "2", "--steps", "1", "--features", "embedded:digits"]) == 2
-    assert "--features: got 'embedded:digits', which reads images of 1x16x16; the model makes 3x16x16" in capsys.readouterr().err
+    assert (
+        "--features: got 'embedded:digits', which reads images of 1x16x16; the model makes 3x16x16"
+        in capsys.readouterr().err
+    )

@@ -27,7 +27,10 @@ Records = dict[str, dict[str, object]]
 
 DEPLOYED = {"export", "benchmark", "samples-pqcad-openvino", "evaluation"}
 FLOATING = {"samples-fp32", "samples-fp32-half"}
-IMAGES = {f"samples-{name}" for name in ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")}
+IMAGES = {
+    f"samples-{name}"
+    for name in ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+}
 STUDENTS = {"pqcad", "samples-pqcad", *DEPLOYED}
 DISTILLED = {"pq-distilled", "samples-pq-distilled", *STUDENTS}
 QUANTIZED = {"pq", "samples-pq", "teacher", *DISTILLED}
@@ -87,13 +90,17 @@ def test_a_run_has_a_recipe_of_every_stage(records: Callable[[str], Records]) ->
 
 
 @pytest.mark.parametrize("override", AGAIN)
-def test_a_change_of_the_policy_does_again_what_depends_on_it_and_nothing_else(override: str, records: Callable[[str], Records]) -> None:
+def test_a_change_of_the_policy_does_again_what_depends_on_it_and_nothing_else(
+    override: str, records: Callable[[str], Records]
+) -> None:
     was, now = records(""), records(override)
     assert {stage for stage in now if reason_to_repeat(was[stage], now[stage]) is not None} == AGAIN[override]
 
 
 def test_every_key_of_a_policy_is_tried() -> None:
-    """A key that is new must say here what depends on it; these sections decide which model is loaded, or are one recipe as a whole."""
+    """A key that is new must say here what depends on it; these sections decide which model is loaded, or are one
+    recipe as a whole.
+    """
     tried = {override.split("=")[0].split("[")[0] for override in AGAIN}
     whole = load_policy(POLICIES / "smoke.yaml").model_dump()
     for section in ("training", "evaluation", "export"):
@@ -102,7 +109,9 @@ def test_every_key_of_a_policy_is_tried() -> None:
 
 
 def test_rules_in_other_words_and_layers_that_may_run_in_float_are_trained_alike(tiny_folder: Path) -> None:
-    """What an export refuses is listed as an exception, by a rule of its own before the others; nothing is trained again for it."""
+    """What an export refuses is listed as an exception, by a rule of its own before the others; nothing is trained
+    again for it.
+    """
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
     rules = policy.quantization.layers
     excepted = rules[-1].model_copy(update={"match": ("mid_block.resnets.0.conv1",), "execution": "float"})
@@ -122,14 +131,24 @@ def test_what_runs_share_is_named_by_libraries_too(records: Callable[[str], Reco
 def run(model: Path, path: Path, *overrides: str, resume: bool = False) -> str:
     torch.set_num_threads(1)
     printed = io.StringIO()
-    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(model, "evaluation.variants=[fp32, pq, pqcad]", *overrides))
+    policy = load_policy(
+        POLICIES / "smoke.yaml", tiny_overrides(model, "evaluation.variants=[fp32, pq, pqcad]", *overrides)
+    )
     pipeline.run(policy, path, "command", Console(file=printed, width=300), resume=resume)
     return printed.getvalue()
 
 
-def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_for_bit(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_for_bit(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     shorter = ("progressive.steps=3", "distillation.steps=3", "evaluation.images=2", "calibration.trajectories=2")
-    changes = (*shorter, "distillation.calibration_weight=0.5", "training.samples_every=0", "evaluation.features=none", "evaluation.seed=3")
+    changes = (
+        *shorter,
+        "distillation.calibration_weight=0.5",
+        "training.samples_every=0",
+        "evaluation.features=none",
+        "evaluation.seed=3",
+    )
     run(tiny_folder, tmp_path / "one" / "run", *shorter)
     pq = (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns
     told = run(tiny_folder, tmp_path / "one" / "run", *changes, resume=True)
@@ -138,7 +157,12 @@ def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_
     assert (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns == pq
     run(tiny_folder, tmp_path / "two" / "run", *changes)
     names = [f"{folder}/{name}.safetensors" for folder in ("models", "samples") for name in ("pq", "pqcad")]
-    for name in (*names, "samples/fp32.safetensors", "distillation/teacher.safetensors", "calibration/trajectories.safetensors"):
+    for name in (
+        *names,
+        "samples/fp32.safetensors",
+        "distillation/teacher.safetensors",
+        "calibration/trajectories.safetensors",
+    ):
         one, two = (load_file(tmp_path / root / "run" / name) for root in ("one", "two"))
         assert one.keys() == two.keys()
         assert [key for key in one if not torch.equal(one[key], two[key])] == [], name

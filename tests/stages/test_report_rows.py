@@ -21,7 +21,13 @@ from pqcad_qat.report.report_files import from_json, to_json
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import RunFolder
 
-MEDIANS = {"fp32": 40.0, "ov-fp32": 20.0, "ov-bf16": 10.0, "nncf-int8": 8.0, "pqcad-openvino": 5.0}  # milliseconds a step
+MEDIANS = {
+    "fp32": 40.0,
+    "ov-fp32": 20.0,
+    "ov-bf16": 10.0,
+    "nncf-int8": 8.0,
+    "pqcad-openvino": 5.0,
+}  # milliseconds a step
 DISTANCES = {"fp32": 10.0, "fp32-half": 14.0, "fixed-bit": 11.0, "pq": 11.1, "pq-distilled": 13.0, "pqcad": 10.5}
 
 
@@ -39,7 +45,13 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
 
 def steady(median: float) -> dict[str, float]:
     """A timing whose quartiles lie a tenth apart."""
-    return {"median_ms": median, "minimum_ms": 1.0, "lower_quartile_ms": 0.95 * median, "upper_quartile_ms": 1.05 * median, "runs": 5}
+    return {
+        "median_ms": median,
+        "minimum_ms": 1.0,
+        "lower_quartile_ms": 0.95 * median,
+        "upper_quartile_ms": 1.05 * median,
+        "runs": 5,
+    }
 
 
 def changed(facts: RunFacts, stage: str, **facts_of_stage: Any) -> RunFacts:
@@ -90,7 +102,10 @@ def test_targets_compare_what_the_project_promised(facts: RunFacts) -> None:
 
 
 def test_a_target_that_is_missed_says_so_as_it_is(facts: RunFacts) -> None:
-    figures = {**facts.stages["evaluation"]["figures"], "pqcad": {**facts.stages["evaluation"]["figures"]["pqcad"], "fid_real": 20.0}}
+    figures = {
+        **facts.stages["evaluation"]["figures"],
+        "pqcad": {**facts.stages["evaluation"]["figures"]["pqcad"], "fid_real": 20.0},
+    }
     goal = targets(report_of(changed(facts, "evaluation", figures=figures)))["Frechet distance to real: pqcad / fp32"]
     assert (goal.measured, goal.holds) == (2.0, False)
 
@@ -124,7 +139,11 @@ def test_a_target_that_rests_on_unsteady_times_is_not_measured_and_its_headline_
     report = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], "ov-fp32": wide}))
     assert report.unsteady == {"ov-fp32"}
     goal = targets(report)["milliseconds an image: pqcad-openvino / ov-fp32"]
-    assert (goal.measured, goal.holds, goal.note) == (None, None, "the times of ov-fp32 are unsteady: their quartiles lie too far apart")
+    assert (goal.measured, goal.holds, goal.note) == (
+        None,
+        None,
+        "the times of ov-fp32 are unsteady: their quartiles lie too far apart",
+    )
     assert targets(report)["milliseconds an image: pqcad-openvino / fp32"].holds
     told = {tile.meaning for tile in headlines(report)}
     assert "faster than OpenVINO FP32" not in told
@@ -142,7 +161,10 @@ def test_how_wide_is_too_wide() -> None:
 def test_a_baseline_that_died_is_a_row_without_figures_that_says_why(facts: RunFacts) -> None:
     stages = {
         **facts.stages,
-        "baselines": {**facts.stages["baselines"], "died": {"nncf-int8": "its process died of SIGSEGV", "ov-fp32": "no"}},
+        "baselines": {
+            **facts.stages["baselines"],
+            "died": {"nncf-int8": "its process died of SIGSEGV", "ov-fp32": "no"},
+        },
     }
     report = report_of(replace(facts, stages=stages))
     row = next(row for row in report.variants if row.name == "nncf-int8")
@@ -168,7 +190,9 @@ def test_packed_storage_halves_the_layers_of_four_bits(facts: RunFacts, weights:
     export = facts.policy.export.model_copy(update={"weights": weights})
     packed = report_of(replace(facts, policy=facts.policy.model_copy(update={"export": export})))
     sizes = [(facts.model.get_parameter(f"{layer.name}.weight").numel(), layer.weights.bits) for layer in facts.plan]
-    assert sum(row.weights_bytes for row in packed.storage) == sum(-(-count // 2) if bits <= 4 else count for count, bits in sizes)
+    assert sum(row.weights_bytes for row in packed.storage) == sum(
+        -(-count // 2) if bits <= 4 else count for count, bits in sizes
+    )
 
 
 def test_every_layer_is_listed_with_what_became_of_it(facts: RunFacts) -> None:
@@ -176,7 +200,11 @@ def test_every_layer_is_listed_with_what_became_of_it(facts: RunFacts) -> None:
     kept = float_layers(facts.model, facts.plan)
     assert [row.layer for row in rows] == [*(layer.name for layer in facts.plan), *kept]
     assert all(row.executed in ("i8", "u8") and row.exact for row in rows if row.layer not in kept)
-    assert all((row.weight_bits, row.planned_execution, row.exact) == (None, "float", None) for row in rows if row.layer in kept)
+    assert all(
+        (row.weight_bits, row.planned_execution, row.exact) == (None, "float", None)
+        for row in rows
+        if row.layer in kept
+    )
 
 
 def test_curves_are_what_training_logged(tiny_run: FinishedRun) -> None:

@@ -2,7 +2,8 @@
 
 Not here: checkpoints by themselves (test_trainer.py), the folder's rules (test_run_folder.py).
 
-    Ctrl-C while pq trains -> killed while fixed-bit trains -> killed between two stages -> killed while images are sampled -> to the end
+    Ctrl-C while pq trains -> killed while fixed-bit trains -> killed between two stages -> killed while images are
+    sampled -> to the end
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def part(command: list[str], path: Path, until: str = "", sent: signal.Signals = signal.SIGKILL) -> Part:
     """Run until a file is there, then send the signal; without a file, to the end."""
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + PATIENCE
         while until and process.poll() is None and not (path / until).exists():
             assert time.monotonic() < deadline, f"no {until} after {PATIENCE} s"
@@ -77,7 +80,9 @@ def part(command: list[str], path: Path, until: str = "", sent: signal.Signals =
         if until:
             process.send_signal(sent)
         output, errors = process.communicate(timeout=PATIENCE)
-    markers = {marker.stem: (marker.stat().st_mtime_ns, marker.read_text()) for marker in (path / "stages").glob("*.json")}
+    markers = {
+        marker.stem: (marker.stat().st_mtime_ns, marker.read_text()) for marker in (path / "stages").glob("*.json")
+    }
     return Part(process.returncode, output, errors, markers)
 
 
@@ -116,13 +121,18 @@ def test_the_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_
     interrupted: InterruptedRun, tiny_run: FinishedRun
 ) -> None:
     for name in ("pq", "fixed-bit", "pq-distilled", "pqcad"):
-        resumed, whole = (load_file(path / "models" / f"{name}.safetensors") for path in (interrupted.path, tiny_run.path))
+        resumed, whole = (
+            load_file(path / "models" / f"{name}.safetensors") for path in (interrupted.path, tiny_run.path)
+        )
         assert resumed.keys() == whole.keys()
         assert [key for key, value in whole.items() if not torch.equal(resumed[key], value)] == [], name
 
 
 def test_the_resumed_run_made_the_same_transitions(interrupted: InterruptedRun, tiny_run: FinishedRun) -> None:
-    resumed, whole = (json.loads((path / "stages" / "pq.json").read_text())["transitions"] for path in (interrupted.path, tiny_run.path))
+    resumed, whole = (
+        json.loads((path / "stages" / "pq.json").read_text())["transitions"]
+        for path in (interrupted.path, tiny_run.path)
+    )
     assert resumed == whole
 
 
@@ -131,7 +141,9 @@ def test_every_training_step_is_logged_once_with_the_loss_of_the_uninterrupted_r
 ) -> None:
     for name in ("pq", "fixed-bit", "pq-distilled", "pqcad"):
         resumed, whole = ((path / "logs" / f"{name}.jsonl").read_text() for path in (interrupted.path, tiny_run.path))
-        assert [json.loads(row) for row in resumed.splitlines()] == [json.loads(row) for row in whole.splitlines()], name
+        assert [json.loads(row) for row in resumed.splitlines()] == [json.loads(row) for row in whole.splitlines()], (
+            name
+        )
 
 
 def test_finished_stages_are_never_repeated(interrupted: InterruptedRun) -> None:
@@ -139,8 +151,14 @@ def test_finished_stages_are_never_repeated(interrupted: InterruptedRun) -> None
         assert {name: later.stages[name] for name in earlier.stages} == earlier.stages
 
 
-def test_the_resumed_run_ships_what_the_uninterrupted_one_ships(interrupted: InterruptedRun, tiny_run: FinishedRun) -> None:
-    for file in ("openvino/unet/openvino_model.bin", "student/quantization/model.safetensors", "distillation/teacher.safetensors"):
+def test_the_resumed_run_ships_what_the_uninterrupted_one_ships(
+    interrupted: InterruptedRun, tiny_run: FinishedRun
+) -> None:
+    for file in (
+        "openvino/unet/openvino_model.bin",
+        "student/quantization/model.safetensors",
+        "distillation/teacher.safetensors",
+    ):
         assert sha256(interrupted.path / file) == sha256(tiny_run.path / file), file
 
 

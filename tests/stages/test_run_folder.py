@@ -46,7 +46,9 @@ def enter(path: Path, policy: Policy | PretrainPolicy, resume: bool) -> RunFolde
 
 
 def content(path: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in sorted(path.rglob("*")) if file.is_file()}
+    return {
+        str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in sorted(path.rglob("*")) if file.is_file()
+    }
 
 
 def test_a_new_run_keeps_its_policy_as_resolved(path: Path, policy: Policy) -> None:
@@ -55,14 +57,21 @@ def test_a_new_run_keeps_its_policy_as_resolved(path: Path, policy: Policy) -> N
 
 def test_an_existing_run_is_refused_without_resume_and_left_untouched(path: Path, policy: Policy) -> None:
     before = content(path)
-    with pytest.raises(CheckpointError, match=r"holds a run already; --resume goes on with it, --out DIR starts another"):
+    with pytest.raises(
+        CheckpointError, match=r"holds a run already; --resume goes on with it, --out DIR starts another"
+    ):
         enter(path, policy, resume=False)
     assert content(path) == before
 
 
 RECIPES = {
     "calibration": Recipe({"sampler.steps": 10}),
-    "pq": Recipe({"training.learning_rate": 0.1}, ("calibration",), {"torch": "1"}, trained=("models/pq.safetensors", "checkpoints/pq")),
+    "pq": Recipe(
+        {"training.learning_rate": 0.1},
+        ("calibration",),
+        {"torch": "1"},
+        trained=("models/pq.safetensors", "checkpoints/pq"),
+    ),
     "export": Recipe({"export.batch_size": 1}, ("pq",)),
     "evaluation": Recipe({"evaluation.features": None}, ("pq",)),
 }
@@ -101,7 +110,9 @@ def test_a_run_that_goes_on_says_what_it_keeps_and_what_is_to_do(half: Path, pol
     assert done(folder) == {"calibration", "pq", "export"}
 
 
-def test_a_stage_whose_recipe_changed_is_done_again_with_all_that_read_it_and_the_rest_stays(half: Path, policy: Policy) -> None:
+def test_a_stage_whose_recipe_changed_is_done_again_with_all_that_read_it_and_the_rest_stays(
+    half: Path, policy: Policy
+) -> None:
     other = load_policy(POLICIES / "smoke.yaml", ["training.learning_rate=0.01"])
     folder, told = resumed(half, other, changed("pq", **{"training.learning_rate": 0.01}))
     assert told.splitlines() == [
@@ -116,11 +127,16 @@ def test_a_stage_whose_recipe_changed_is_done_again_with_all_that_read_it_and_th
     assert load_policy(half / "policy.yaml") == other
 
 
-def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_is_replaced(half: Path, policy: Policy) -> None:
+def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_is_replaced(
+    half: Path, policy: Policy
+) -> None:
     for rate in (0.2, 0.3):
         resumed(half, policy, changed("pq", **{"training.learning_rate": rate}))
         (half / "models" / "pq.safetensors").write_text(str(rate))
-        with open_run(half, policy, True, changed("pq", **{"training.learning_rate": rate})) as folder, folder.stage("pq") as stage:
+        with (
+            open_run(half, policy, True, changed("pq", **{"training.learning_rate": rate})) as folder,
+            folder.stage("pq") as stage,
+        ):
             assert stage.new
             stage.done()
     aside = half / "superseded"
@@ -133,7 +149,9 @@ def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_i
     assert (half / "openvino" / "manifest.json").exists()
 
 
-def test_checkpoints_of_a_stage_that_was_begun_by_another_recipe_are_not_gone_on_from(policy: Policy, tmp_path: Path) -> None:
+def test_checkpoints_of_a_stage_that_was_begun_by_another_recipe_are_not_gone_on_from(
+    policy: Policy, tmp_path: Path
+) -> None:
     with open_run(tmp_path / "run", policy, False, RECIPES) as folder, folder.stage("pq"):
         (tmp_path / "run" / "checkpoints" / "pq").mkdir(parents=True)  # and killed before it is done
     _, told = resumed(tmp_path / "run", policy, RECIPES)
@@ -151,7 +169,9 @@ def test_libraries_of_another_version_are_no_reason_to_do_a_stage_again(half: Pa
     assert done(folder) == {"calibration", "pq", "export"}
 
 
-def test_a_stage_that_the_policy_has_left_out_meanwhile_is_compared_when_it_comes_back(half: Path, policy: Policy) -> None:
+def test_a_stage_that_the_policy_has_left_out_meanwhile_is_compared_when_it_comes_back(
+    half: Path, policy: Policy
+) -> None:
     without = {name: recipe for name, recipe in RECIPES.items() if name != "export"}
     folder, told = resumed(half, policy, without)
     assert "again" not in told
@@ -182,7 +202,9 @@ def test_whoever_is_killed_while_a_stage_is_set_aside_sets_it_aside_the_next_tim
     folder, told = resumed(half, policy, changed("pq", rate=1))
     assert "again: pq" in told
     assert done(folder) == {"calibration"}
-    aside = sorted(path.relative_to(half / SUPERSEDED).as_posix() for path in (half / SUPERSEDED).rglob("*") if path.is_file())
+    aside = sorted(
+        path.relative_to(half / SUPERSEDED).as_posix() for path in (half / SUPERSEDED).rglob("*") if path.is_file()
+    )
     assert aside == [
         "pq-1/models/pq.safetensors",
         "pq-1/stages/pq.json",
@@ -191,7 +213,9 @@ def test_whoever_is_killed_while_a_stage_is_set_aside_sets_it_aside_the_next_tim
     ]
 
 
-def test_a_run_of_a_version_without_recipes_goes_on_under_its_own_policy_and_no_other(half: Path, policy: Policy) -> None:
+def test_a_run_of_a_version_without_recipes_goes_on_under_its_own_policy_and_no_other(
+    half: Path, policy: Policy
+) -> None:
     shutil.rmtree(half / "recipes")
     other = load_policy(POLICIES / "smoke.yaml", ["training.learning_rate=0.01", "progressive.steps=17"])
     before = content(half)
@@ -207,7 +231,9 @@ def test_a_run_of_a_version_without_recipes_goes_on_under_its_own_policy_and_no_
 
 def test_a_policy_that_an_older_version_wrote_with_its_features_is_the_same_policy(half: Path, policy: Policy) -> None:
     shutil.rmtree(half / "recipes")
-    (half / "policy.yaml").write_text(dump_policy(load_policy(POLICIES / "smoke.yaml", ["evaluation.features=embedded:fashion-mnist"])))
+    (half / "policy.yaml").write_text(
+        dump_policy(load_policy(POLICIES / "smoke.yaml", ["evaluation.features=embedded:fashion-mnist"]))
+    )
     folder, _ = resumed(half, policy, RECIPES)
     assert done(folder) == {"calibration", "pq", "export"}
 
@@ -242,7 +268,9 @@ def test_an_empty_folder_becomes_a_run(policy: Policy, tmp_path: Path) -> None:
     assert (tmp_path / "policy.yaml").is_file()
 
 
-def test_a_run_that_was_killed_before_its_policy_was_written_begins_with_resume_too(policy: Policy, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_policy_was_written_begins_with_resume_too(
+    policy: Policy, tmp_path: Path
+) -> None:
     (tmp_path / ".policy.yaml.123").write_text("name: sm")  # the draft that the killed process left
     enter(tmp_path, policy, resume=True)
     assert load_policy(tmp_path / "policy.yaml") == policy
@@ -262,7 +290,8 @@ def held_elsewhere(path: Path) -> subprocess.Popen[str]:
         "import sys\nfrom pathlib import Path\n"
         "from pqcad_qat.policy.loading import load_policy\nfrom pqcad_qat.stages.run_folder import open_run\n"
         "path = Path(sys.argv[1])\n"
-        "with open_run(path, load_policy(path / 'policy.yaml'), resume=True): print('open', flush=True); sys.stdin.read()\n"
+        "with open_run(path, load_policy(path / 'policy.yaml'), resume=True): print('open', flush=True); "
+        "sys.stdin.read()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], env=environment(), text=True, **pipes)  # type: ignore[call-overload]
@@ -279,7 +308,11 @@ def test_a_killed_process_leaves_no_lock(path: Path, policy: Policy) -> None:
 
 
 def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, policy: Policy) -> None:
-    drafts = [path / "checkpoints" / "pq" / ".step_000050.4242", path / ".openvino-x7_k2", path / "stages" / ".pq.json.17"]
+    drafts = [
+        path / "checkpoints" / "pq" / ".step_000050.4242",
+        path / ".openvino-x7_k2",
+        path / "stages" / ".pq.json.17",
+    ]
     for draft in drafts[:2]:
         draft.mkdir(parents=True)
         (draft / "half.bin").write_bytes(b"half")

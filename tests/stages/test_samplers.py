@@ -24,7 +24,9 @@ from pqcad_qat.stages.samplers import DEFAULT_STEPS, Variant, open_folder, pytor
 
 @pytest.fixture
 def variant(tiny_model: DiffusionModel) -> Variant:
-    return pytorch_variant("fp32", tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape)
+    return pytorch_variant(
+        "fp32", tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape
+    )
 
 
 def test_images_are_those_of_diffusers_own_sampler(variant: Variant, tiny_model: DiffusionModel) -> None:
@@ -98,7 +100,9 @@ def test_the_student_and_its_deployed_folder_make_nearly_the_same_images(tiny_ru
 
 
 def test_a_folder_with_none_of_them_is_refused_with_what_would_do(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"got a folder with none of manifest\.json.*allowed a deployed OpenVINO folder"):
+    with pytest.raises(
+        ModelError, match=r"got a folder with none of manifest\.json.*allowed a deployed OpenVINO folder"
+    ):
         open_folder(str(tmp_path))
 
 
@@ -114,7 +118,9 @@ def test_more_steps_than_the_model_was_trained_with_are_refused(tiny_folder: Pat
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (5, 2, 3), (9, 3, 3)])
-def test_a_grid_is_nearly_square_with_white_between_and_pixels_enlarged(tmp_path: Path, count: int, rows: int, columns: int) -> None:
+def test_a_grid_is_nearly_square_with_white_between_and_pixels_enlarged(
+    tmp_path: Path, count: int, rows: int, columns: int
+) -> None:
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 32, 32)
     save_grid(images, tmp_path / "deep" / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "deep" / "grid.png"))

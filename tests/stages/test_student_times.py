@@ -1,4 +1,6 @@
-"""A student visits its teacher's times, the first included, and the sampler that is deployed lays exactly them: against diffusers' DDIM."""
+"""A student visits its teacher's times, the first included, and the sampler that is deployed lays exactly them: against
+diffusers' DDIM.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ COUNTS = [(20, 10), (20, 5), (24, 8), (24, 12), (50, 25), (7, 7), (9, 3), (10, 1
 @pytest.mark.parametrize(("steps", "fewer"), COUNTS)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("total", [1000, 4000, 997])
-def test_with_leading_spacing_it_visits_every_so_many_th_time_of_its_teacher(steps: int, fewer: int, offset: int, total: int) -> None:
+def test_with_leading_spacing_it_visits_every_so_many_th_time_of_its_teacher(
+    steps: int, fewer: int, offset: int, total: int
+) -> None:
     teacher = schedule("leading", steps_offset=offset, num_train_timesteps=total, beta_end=0.005)
     student = teacher.student(steps, fewer)
     whole, part = teacher.walk(steps), student.walk(fewer)
@@ -53,7 +57,9 @@ def test_with_leading_spacing_it_visits_every_so_many_th_time_of_its_teacher(ste
 
 @pytest.mark.parametrize(("steps", "fewer"), [(steps, fewer) for steps, fewer in COUNTS if (steps, fewer) != (10, 1)])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_with_other_spacings_it_begins_where_its_teacher_does_and_is_diffusers_own(steps: int, fewer: int, spacing: str) -> None:
+def test_with_other_spacings_it_begins_where_its_teacher_does_and_is_diffusers_own(
+    steps: int, fewer: int, spacing: str
+) -> None:
     teacher = schedule(spacing)
     student = teacher.student(steps, fewer)
     assert student is teacher
@@ -68,7 +74,9 @@ def test_with_other_spacings_it_begins_where_its_teacher_does_and_is_diffusers_o
 @pytest.mark.parametrize(("first", "second", "third"), [(20, 10, 5), (24, 12, 4), (36, 12, 6)])
 def test_rounds_come_to_the_same_times_as_one_leap(spacing: str, first: int, second: int, third: int) -> None:
     teacher = schedule(spacing, steps_offset=1)
-    assert teacher.student(first, second).student(second, third).walk(third) == teacher.student(first, third).walk(third)
+    assert teacher.student(first, second).student(second, third).walk(third) == teacher.student(first, third).walk(
+        third
+    )
 
 
 @pytest.mark.parametrize(("steps", "fewer"), COUNTS[:6])
@@ -106,12 +114,15 @@ def test_finer_steps_follow_each_other_from_first_to_last(spacing: str, steps: i
 
 def test_a_number_of_steps_that_no_walk_has_is_told() -> None:
     with pytest.raises(
-        ModelError, match=r"^sampler\.steps: got 50; with the scheduler's steps_offset of 1 they begin at time step 50 of 50"
+        ModelError,
+        match=r"^sampler\.steps: got 50; with the scheduler's steps_offset of 1 they begin at time step 50 of 50",
     ):
         schedule("leading", num_train_timesteps=50, steps_offset=1).walk(50, "sampler.steps")
     with pytest.raises(ModelError, match="sampling steps: got 61; diffusers' trailing spacing lays 62"):
         schedule("trailing").walk(61)
-    with pytest.raises(ModelError, match=r"distillation\.student_steps: got 1; with linspace spacing one step begins at time step 0"):
+    with pytest.raises(
+        ModelError, match=r"distillation\.student_steps: got 1; with linspace spacing one step begins at time step 0"
+    ):
         schedule("linspace").student(4, 1)
 
 

@@ -1,4 +1,5 @@
-"""The parts of pqcad_qat/README.md that follow from the code: `python tests/support/architecture_page.py` writes them anew.
+"""The parts of pqcad_qat/README.md that follow from the code: `python tests/support/architecture_page.py` writes them
+anew.
 
 Not here: the test that the page is up to date (test_architecture.py).
 """

@@ -26,7 +26,12 @@ from pqcad_qat.models.denoiser import DiffusionModel, load_model, save_model
 
 TOKENS = 5
 BLOCK = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
-CROSS = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "cross_attention_dim": 24, **BLOCK}
+CROSS = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "cross_attention_dim": 24,
+    **BLOCK,
+}
 
 
 def class_unet(**more: Any) -> nn.Module:
@@ -42,34 +47,71 @@ def text_unet(**more: Any) -> nn.Module:
 
 def text_and_size_unet(**more: Any) -> nn.Module:
     """As SDXL's: with pooled text and sizes."""
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 12}
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 12,
+    }
     return text_unet(use_linear_projection=True, **added, **more)
 
 
 def dit(**more: Any) -> nn.Module:
     """Class labels, adaptive norms, a learned variance."""
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2, "num_embeds_ada_norm": 4}
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 4,
+    }
     return _stirred(DiTTransformer2DModel(sample_size=8, in_channels=4, **shape, **{"out_channels": 8, **more}))
 
 
 def pixart(**more: Any) -> nn.Module:
     """Cross attention to masked text."""
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2, "cross_attention_dim": 16}
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+        "patch_size": 2,
+        "cross_attention_dim": 16,
+    }
     text = {"caption_channels": 24, "use_additional_conditions": False}
     return _stirred(PixArtTransformer2DModel(sample_size=8, in_channels=4, out_channels=8, **{**shape, **text, **more}))
 
 
 def sd3(**more: Any) -> nn.Module:
-    """Joint attention to text; of its two blocks the first has a second attention, as in Stable Diffusion 3.5 medium."""
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 2, "caption_projection_dim": 16}
-    text = {"joint_attention_dim": 24, "pooled_projection_dim": 12, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+    """Joint attention to text; of its two blocks the first has a second attention, as in Stable Diffusion 3.5
+    medium.
+    """
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "caption_projection_dim": 16,
+    }
+    text = {
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 12,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0,),
+    }
     size = {"sample_size": 8, "pos_embed_max_size": 8}
     return _stirred(SD3Transformer2DModel(in_channels=4, out_channels=4, **{**shape, **text, **size, **more}))
 
 
 def flux(**more: Any) -> nn.Module:
-    """Joint attention to text, then blocks of one stream; its guidance is an input, as of FLUX.1-dev. Its latents are of 8x8."""
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (2, 2, 4)}
+    """Joint attention to text, then blocks of one stream; its guidance is an input, as of FLUX.1-dev. Its latents are
+    of 8x8.
+    """
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "axes_dims_rope": (2, 2, 4),
+    }
     text = {"joint_attention_dim": 24, "pooled_projection_dim": 12, "guidance_embeds": True}
     model = FluxTransformer2DModel(in_channels=16, **{**shape, **text, **more})
     model.register_to_config(sample_size=8)
@@ -85,7 +127,9 @@ def _stirred(model: nn.Module) -> nn.Module:
 
 
 class Plain(nn.Module):
-    """A module of a user's own, conditioned on a `tone` of two numbers: x (B, 1, H, W), t (B,), tone (B, 2) -> (B, 1, H, W)."""
+    """A module of a user's own, conditioned on a `tone` of two numbers: x (B, 1, H, W), t (B,), tone (B, 2) -> (B, 1,
+    H, W).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +181,10 @@ def conditions(name: str, count: int, seed: int = 0) -> dict[str, Tensor]:
     if name == "flux":
         found["guidance"] = torch.full((count,), 3.5)
     if name == "text_and_size_unet":
-        found |= {"text_embeds": torch.randn(count, 12, generator=dice), "time_ids": torch.tensor([[999, 768, 0, 0, 1024, 777]] * count)}
+        found |= {
+            "text_embeds": torch.randn(count, 12, generator=dice),
+            "time_ids": torch.tensor([[999, 768, 0, 0, 1024, 777]] * count),
+        }
     return found
 
 

@@ -60,7 +60,9 @@ def quantized(model: nn.Module, weights: Mapping[str, Any], inputs: Mapping[str,
     """The model with every layer quantized alike: keys of a policy's `weights` and `inputs`."""
     states, timesteps = torch.randn(BATCH, *SHAPE), torch.tensor([999, 40])
     split_shortcuts(model, (states, timesteps))
-    rule = LayerRule.model_validate({"match": ["type:Conv2d", "type:Linear"], "weights": dict(weights), "inputs": dict(inputs)})
+    rule = LayerRule.model_validate(
+        {"match": ["type:Conv2d", "type:Linear"], "weights": dict(weights), "inputs": dict(inputs)}
+    )
     plan = plan_layers(model, [rule], (weights["bits"],), (states, timesteps))
     quantize_model(model, plan)
     calibrate_ranges(model, [(states, timesteps)])
@@ -85,7 +87,9 @@ def _run(model: nn.Module, states: Tensor, timesteps: Tensor) -> tuple[dict[str,
 
 
 class SmallDenoiser(nn.Module):
-    """Every kind of layer that deployment must take to INT8, in a graph that compiles fast: x (B, 1, 32, 32), t (B,) -> (B, 1, 32, 32)."""
+    """Every kind of layer that deployment must take to INT8, in a graph that compiles fast: x (B, 1, 32, 32), t (B,) ->
+    (B, 1, 32, 32).
+    """
 
     def __init__(self) -> None:
         super().__init__()

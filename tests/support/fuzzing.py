@@ -1,6 +1,7 @@
 """What every fuzz test holds the software to: a right answer or one clear error, within 10 seconds and 2 GB.
 
-The examples follow from a fixed seed. PQCAD_FUZZ_EXAMPLES says how many each test tries: some hundred by default, more by `tox -e fuzz`.
+The examples follow from a fixed seed. PQCAD_FUZZ_EXAMPLES says how many each test tries: some hundred by default, more
+by `tox -e fuzz`.
 Not here: any test.
 """
 
@@ -49,7 +50,9 @@ def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, hard))
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)  # for a loop of C code that no signal interrupts
+    faulthandler.dump_traceback_later(
+        10 * seconds, exit=True, file=sys.__stderr__
+    )  # for a loop of C code that no signal interrupts
     try:
         yield
     finally:

@@ -1,5 +1,5 @@
-"""The kernels of gpu_fake_quantization.py against fake_quantization.py's own computation on the CPU; test_gpu_fake_quantization.py runs
-this file.
+"""The kernels of gpu_fake_quantization.py against fake_quantization.py's own computation on the CPU;
+test_gpu_fake_quantization.py runs this file.
 
 On a machine without a GPU under Triton's interpreter, which TRITON_INTERPRET=1 asks for before Triton is imported.
 """
@@ -42,8 +42,12 @@ def ranges(x: Tensor, per_row: bool, zero_point: bool) -> tuple[Tensor, Tensor |
     return span, span.abs() * 0.3 if zero_point else None
 
 
-def passed(call: Quantizer, device: str, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], *how: Any) -> Found:
-    """What a quantizer gives, and the gradients of x, span and low where it has some; how: straight, whether the range learns, dtype."""
+def passed(
+    call: Quantizer, device: str, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], *how: Any
+) -> Found:
+    """What a quantizer gives, and the gradients of x, span and low where it has some; how: straight, whether the range
+    learns, dtype.
+    """
     straight, learns, dtype = (*how, torch.float32)[:3]
     leaves = [None if part is None else part.detach().to(device) for part in (x, span, low)]
     for part, needs in zip(leaves, (True, learns, learns), strict=True):
@@ -91,7 +95,9 @@ def test_halves_ends_and_what_lies_far_outside_fall_as_in_the_eager_computation(
     edges = [0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4, 3e38, -3e38, float("inf"), float("-inf"), float("nan")]
     x = torch.cat([ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1), torch.tensor(edges)])
     span, low = torch.tensor(float(levels)), torch.tensor(levels / 4) if bounds[0] == 0 else None
-    y = gpu_fake_quantization.quantize(x.to(DEVICE), span.to(DEVICE), None if low is None else low.to(DEVICE), bounds, False, torch.float32).cpu()
+    y = gpu_fake_quantization.quantize(
+        x.to(DEVICE), span.to(DEVICE), None if low is None else low.to(DEVICE), bounds, False, torch.float32
+    ).cpu()
     torch.testing.assert_close(y, quantize(x, span, low, bounds, False), rtol=0, atol=0, equal_nan=True)
     expected = passed(quantize, "cpu", x[:-1], span, low, bounds, False, False)[1]
     assert expected is not None
@@ -184,7 +190,10 @@ def test_what_activation_checkpointing_computes_again_has_the_same_gradients(str
 
     x, span, low = values((4, 9)), torch.tensor(1.3), torch.tensor(0.4)
     for learns in (True, False):
-        ways = [passed(call, DEVICE, x, span, low, (0, 15), straight, learns) for call in (gpu_fake_quantization.quantize, recomputed)]
+        ways = [
+            passed(call, DEVICE, x, span, low, (0, 15), straight, learns)
+            for call in (gpu_fake_quantization.quantize, recomputed)
+        ]
         for mine, theirs in zip(*ways, strict=True):
             assert mine is theirs is None or (mine is not None and theirs is not None and same_bits(mine, theirs))
 

@@ -1,10 +1,12 @@
-"""A program for test_kills.py: one small run through every stage in forked processes, cut off again and again until it ends by itself.
+"""A program for test_kills.py: one small run through every stage in forked processes, cut off again and again until it
+ends by itself.
 
     python killed_runs.py MODEL ROOT KINDS SEED
 
-KINDS, joined by +, are what each process meets in turn, at a moment of its own in one of the stages: SIGKILL, SIGINT, or `full`, a disk at
-ROOT that is full from then on, until the process has ended. With SEED 0 every stage is cut off once, otherwise 30 moments are spread over
-them. KINDS `none` is a run that is left alone, and comes first. Prints, as JSON, how each process ended and where.
+KINDS, joined by +, are what each process meets in turn, at a moment of its own in one of the stages: SIGKILL, SIGINT,
+or `full`, a disk at ROOT that is full from then on, until the process has ended. With SEED 0 every stage is cut off
+once, otherwise 30 moments are spread over them. KINDS `none` is a run that is left alone, and comes first. Prints, as
+JSON, how each process ended and where.
 
 The processes are forked from one that has imported everything and used nothing. Not here: any test.
 """
@@ -87,7 +89,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended: its exit code (of a signal the negative number), what it said, in which stage, and which were finished then."""
+    """How a process ended: its exit code (of a signal the negative number), what it said, in which stage, and which
+    were finished then.
+    """
 
     code: int
     said: str
@@ -100,18 +104,28 @@ def main(model: Path, root: Path, kinds: str, seed: int) -> None:
     if not model.exists():
         torch.manual_seed(0)
         save_model(network().eval(), SCHEDULER, model)
-    found = [ended(started(model, root, None))] if kinds == "none" else list(cut_off(model, root, kinds.split("+"), seed))
+    found = (
+        [ended(started(model, root, None))] if kinds == "none" else list(cut_off(model, root, kinds.split("+"), seed))
+    )
     print(json.dumps([asdict(ending) for ending in found]))
 
 
 def network() -> UNet2DModel:
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 16, "norm_num_groups": 4}
+    sizes = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "norm_num_groups": 4,
+    }
     return UNet2DModel(in_channels=1, out_channels=1, **blocks, **sizes)
 
 
 def cut_off(model: Path, root: Path, kinds: Sequence[str], seed: int) -> Iterator[Ending]:
-    """A moment after the other, each in a process that goes on where the one before it was cut off; then one to the end."""
+    """A moment after the other, each in a process that goes on where the one before it was cut off; then one to the
+    end.
+    """
     dice = random.Random(seed)
     events = json.loads((model.parent / EVENTS).read_text())
     stages = [(stage, count) for stage, count in {**STAGES, REPORT: 1}.items() for _ in range(count if seed else 1)]
@@ -170,7 +184,9 @@ def outputs(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
-    """Inside, events are counted by stage, and at that of the moment, or at the next one after its stage, the process is cut off."""
+    """Inside, events are counted by stage, and at that of the moment, or at the next one after its stage, the process
+    is cut off.
+    """
     place, sent, events = Place(), False, dict[str, int]()
     stage_of = RunFolder.stage
     told.write_text(place.stage)
@@ -198,7 +214,9 @@ def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
             told.write_text(REPORT)
 
     def audit(name: str, arguments: tuple[Any, ...]) -> None:
-        writes = name in WRITES or (name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        writes = name in WRITES or (
+            name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if writes and str(arguments[0]).startswith(str(root)):
             event()
 

@@ -1,4 +1,5 @@
-"""Deployed text-to-image folders in optimum-intel's OVDiffusionPipeline: it executes in INT8, and gives the images of our runtime.
+"""Deployed text-to-image folders in optimum-intel's OVDiffusionPipeline: it executes in INT8, and gives the images of
+our runtime.
 
 `tox -e check,optimum` runs it where optimum-intel is and we are not, on folders that `served_pipelines` made.
 """
@@ -26,8 +27,8 @@ LEVELS = 1
 """Of 255, that a picture may differ by with the shapes fixed: the order in which a step's terms are added."""
 
 NEAR_DB = 30.0
-"""PSNR with sizes that are free, as optimum-intel has them by default: its kernels add in another order, and values beside a rounding
-boundary fall to either side of it."""
+"""PSNR with sizes that are free, as optimum-intel has them by default: its kernels add in another order, and values
+beside a rounding boundary fall to either side of it."""
 
 
 def image_of(pipeline: Any, kind: Path) -> np.ndarray:
@@ -63,7 +64,10 @@ def check(kind: Path) -> None:
     pipeline.reshape(batch_size=1, height=wanted.shape[2], width=wanted.shape[3], num_images_per_prompt=1)
     off = np.abs(image_of(pipeline, kind) - wanted).max()
     assert off <= LEVELS, f"{kind.name}: off by {off} of 255"
-    print(f"{kind.name}: off by {off:.0f} of 255, with free sizes by {np.abs(free - wanted).max():.0f}, the denoiser in INT8")
+    print(
+        f"{kind.name}: off by {off:.0f} of 255, with free sizes by {np.abs(free - wanted).max():.0f}, the "
+        "denoiser in INT8"
+    )
 
 
 def main(served: Path) -> None:

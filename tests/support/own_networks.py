@@ -1,4 +1,5 @@
-"""Modules of a user's own, each with one thing that real networks have and ours do not: what they end in is told by test_own_modules.py.
+"""Modules of a user's own, each with one thing that real networks have and ours do not: what they end in is told by
+test_own_modules.py.
 
 Not here: any test.
 """
@@ -138,9 +139,14 @@ def odd_names() -> Network:
 
 DEPLOYED: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, str]]] = {
     "called-twice": (lambda: network(lambda self, h, t: self.mid(F.silu(self.mid(h)))), {}),
-    "two-sizes": (lambda: network(lambda self, h, t: self.mid(h) + F.interpolate(self.mid(F.avg_pool2d(h, 2)), scale_factor=2.0)), {}),
+    "two-sizes": (
+        lambda: network(lambda self, h, t: self.mid(h) + F.interpolate(self.mid(F.avg_pool2d(h, 2)), scale_factor=2.0)),
+        {},
+    ),
     "attended-twice": (
-        lambda: network(attended_twice, q=nn.Linear(WIDTH, WIDTH), k=nn.Linear(WIDTH, WIDTH), v=nn.Linear(WIDTH, WIDTH)),
+        lambda: network(
+            attended_twice, q=nn.Linear(WIDTH, WIDTH), k=nn.Linear(WIDTH, WIDTH), v=nn.Linear(WIDTH, WIDTH)
+        ),
         {},
     ),
     "rows": (lambda: network(on_rows, nn.Linear(WIDTH, WIDTH, bias=False)), {}),
@@ -162,7 +168,9 @@ DEPLOYED: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, str]]] = {
     ),
     "other-layers": (
         lambda: network(
-            lambda self, h, t: self.cube(self.up(self.mid(image(rows(self.line(h.flatten(2))), h)))[:, :, None])[:, :, 0],
+            lambda self, h, t: self.cube(self.up(self.mid(image(rows(self.line(h.flatten(2))), h)))[:, :, None])[
+                :, :, 0
+            ],
             line=nn.Conv1d(WIDTH, WIDTH, 3, padding=1),
             up=nn.ConvTranspose2d(WIDTH, WIDTH, 3, padding=1),
             cube=nn.Conv3d(WIDTH, WIDTH, 1),
@@ -183,18 +191,28 @@ DEPLOYED: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, str]]] = {
     ),
     "hooked": (hooked, {"mid": "Conv2d, its hooks change it"}),
     "channels-last": (
-        lambda: network(lambda self, h, t: self.mid(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.Linear(WIDTH, WIDTH, bias=False)),
+        lambda: network(
+            lambda self, h, t: self.mid(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), nn.Linear(WIDTH, WIDTH, bias=False)
+        ),
         {},
     ),
-    "batch-norm": (lambda: Network(nn.Sequential(conv(bias=False), nn.BatchNorm2d(WIDTH), nn.SiLU(), conv(), nn.BatchNorm2d(WIDTH))), {}),
+    "batch-norm": (
+        lambda: Network(
+            nn.Sequential(conv(bias=False), nn.BatchNorm2d(WIDTH), nn.SiLU(), conv(), nn.BatchNorm2d(WIDTH))
+        ),
+        {},
+    ),
     "factors": (
         lambda: network(
-            lambda self, h, t: h + self.mid(h) * 0.5 + (self.lin(self.embedding(t)) / 3)[:, :, None, None], lin=nn.Linear(WIDTH, WIDTH)
+            lambda self, h, t: h + self.mid(h) * 0.5 + (self.lin(self.embedding(t)) / 3)[:, :, None, None],
+            lin=nn.Linear(WIDTH, WIDTH),
         ),
         {},
     ),
     "grouped": (
-        lambda: Network(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=2, dilation=2, groups=WIDTH), conv(), conv(bias=False))),
+        lambda: Network(
+            nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=2, dilation=2, groups=WIDTH), conv(), conv(bias=False))
+        ),
         {},
     ),
     "reparametrized": (
@@ -224,13 +242,16 @@ DEPLOYED: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, str]]] = {
     "odd-names": (odd_names, {}),
     "time-proj": (
         lambda: network(
-            lambda self, h, t: self.mid(h + self.time_proj(self.embedding(t))[:, :, None, None]), time_proj=nn.Linear(WIDTH, WIDTH)
+            lambda self, h, t: self.mid(h + self.time_proj(self.embedding(t))[:, :, None, None]),
+            time_proj=nn.Linear(WIDTH, WIDTH),
         ),
         {},
     ),
     "dictionary": (lambda: returning(lambda y, x: {"sample": y}), {}),
 }
-"""Name -> (what builds it, its layers in floating point and their kinds): deployed with every other layer in INT8 and exact."""
+"""Name -> (what builds it, its layers in floating point and their kinds): deployed with every other layer in INT8 and
+exact.
+"""
 
 
 def failing() -> nn.Module:
@@ -257,28 +278,55 @@ def raising(self: Any, h: Tensor, t: Tensor) -> Tensor:
 
 
 REFUSED: Mapping[str, tuple[Callable[[], Any], str]] = {
-    "build-fails": (failing, r"its build function failed: OSError: weights\.pt: no such file \(own_networks\.py:\d+\)$"),
+    "build-fails": (
+        failing,
+        r"its build function failed: OSError: weights\.pt: no such file \(own_networks\.py:\d+\)$",
+    ),
     "no-module": (lambda: 3, "its build function returned int; allowed a torch.nn.Module"),
     "lazy": (lambda: Network(nn.LazyConv2d(WIDTH, 3)), r"mid\.weight has no values yet"),
     "meta": (lambda: Network().to("meta"), r"time\.weight is on the meta device"),
     "scripted": (scripted, "compiled; allowed a torch.nn.Module in Python"),
-    "raises": (lambda: network(raising), r"x_t \(6, 3, 8, 8\) float32, t \(6,\) int64 it raised ValueError: two \(own_n"),
-    "one-of-a-batch": (lambda: network(lambda self, h, t: self.mid(h.view(1, WIDTH, 8, 8))), "it raised RuntimeError: shape"),
+    "raises": (
+        lambda: network(raising),
+        r"x_t \(6, 3, 8, 8\) float32, t \(6,\) int64 it raised ValueError: two \(own_n",
+    ),
+    "one-of-a-batch": (
+        lambda: network(lambda self, h, t: self.mid(h.view(1, WIDTH, 8, 8))),
+        "it raised RuntimeError: shape",
+    ),
     "dictionary": (lambda: returning(lambda y, x: {"eps": y}), "returned dict with 'eps'; allowed .* `sample`"),
     "text": (lambda: returning(lambda y, x: "noise"), "returned str; allowed a tensor"),
-    "shape": (lambda: returning(lambda y, x: y[:, :, :4]), r"it returned a tensor \(6, 3, 4, 8\); allowed \(6, 3, 8, 8\)"),
+    "shape": (
+        lambda: returning(lambda y, x: y[:, :, :4]),
+        r"it returned a tensor \(6, 3, 4, 8\); allowed \(6, 3, 8, 8\)",
+    ),
     "float64": (lambda: returning(lambda y, x: y.double()), r"it returned torch\.float64; allowed torch\.float32"),
-    "complex": (lambda: returning(lambda y, x: torch.complex(y, x)), r"it returned torch\.complex64; allowed torch\.float32"),
+    "complex": (
+        lambda: returning(lambda y, x: torch.complex(y, x)),
+        r"it returned torch\.complex64; allowed torch\.float32",
+    ),
     "nan": (lambda: returning(lambda y, x: y / 0 - y / 0), "it returned NaN or infinity"),
-    "random": (lambda: returning(lambda y, x: y + torch.randn_like(y)), "it predicts differently when it is called again"),
+    "random": (
+        lambda: returning(lambda y, x: y + torch.randn_like(y)),
+        "it predicts differently when it is called again",
+    ),
     "writes-over": (WritesOver, "it writes over x_t, which it is given"),
-    "mixes-states": (lambda: Network(nn.BatchNorm2d(WIDTH, track_running_stats=False)), "depends on the others of its batch"),
+    "mixes-states": (
+        lambda: Network(nn.BatchNorm2d(WIDTH, track_running_stats=False)),
+        "depends on the others of its batch",
+    ),
     "branches": (
         lambda: network(lambda self, h, t: self.mid(h) if t[0] > 500 else h),
         r"it goes by a value of its inputs \(own_networks\.py:\d+\)",
     ),
-    "numbers": (lambda: network(lambda self, h, t: self.mid(h) * t.float().mean().item()), "it goes by a value of its inputs"),
-    "without-gradients": (WithoutGradients, "it cannot be trained: RuntimeError: element 0 of tensors does not require grad"),
+    "numbers": (
+        lambda: network(lambda self, h, t: self.mid(h) * t.float().mean().item()),
+        "it goes by a value of its inputs",
+    ),
+    "without-gradients": (
+        WithoutGradients,
+        "it cannot be trained: RuntimeError: element 0 of tensors does not require grad",
+    ),
     "no-operation": (
         lambda: network(
             lambda self, h, t: self.mid(h + self.two(self.embedding(t), self.embedding(t))[..., None, None]),
@@ -288,7 +336,9 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], str]] = {
     ),
     "half-constant": (
         lambda: network(
-            lambda self, h, t: self.mid(h + (self.lin(self.embedding(t)) + self.lin(torch.ones(1, WIDTH)))[:, :, None, None]),
+            lambda self, h, t: self.mid(
+                h + (self.lin(self.embedding(t)) + self.lin(torch.ones(1, WIDTH)))[:, :, None, None]
+            ),
             lin=nn.Linear(WIDTH, WIDTH),
         ),
         "lin: the converted graph has no product of the layer's quantized input",

@@ -46,19 +46,38 @@ def fixture_report() -> Report:
             "Invented CPU 9000 @ 2.40GHz",
             ("avx2", "avx512_vnni", "avx512_bf16"),
             2,
-            {"python": "3.11.7", "torch": "2.13.0", "openvino": "2026.4.1", "nncf": "3.4.0", "brevitas": "0.13.4", "diffusers": "0.42.1"},
+            {
+                "python": "3.11.7",
+                "torch": "2.13.0",
+                "openvino": "2026.4.1",
+                "nncf": "3.4.0",
+                "brevitas": "0.13.4",
+                "diffusers": "0.42.1",
+            },
             native_bf16=True,
         ),
         variants=fixture_variants(),
-        fid_protocol=FidProtocol(2000, "invented-classifier", "ab" * 32, "60,000 training images (invented)", "ddim", 20, 0),
+        fid_protocol=FidProtocol(
+            2000, "invented-classifier", "ab" * 32, "60,000 training images (invented)", "ddim", 20, 0
+        ),
         bit_schedule=fixture_schedule(layers),
         parity=Parity(len(planned(layers)), len(planned(layers)), "mid_block.resnets.0.conv1", 0.0, 41.7),
         execution=Execution(len(planned(layers)), len(planned(layers)), ("conv_in", "conv_out")),
-        timings_s={"calibrate": 41.2, "pq": 212.0, "fixed-bit": 171.3, "pqcad": 96.4, "export": 18.8, "evaluate": 122.0, "benchmark": 24.9},
+        timings_s={
+            "calibrate": 41.2,
+            "pq": 212.0,
+            "fixed-bit": 171.3,
+            "pqcad": 96.4,
+            "export": 18.8,
+            "evaluate": 122.0,
+            "benchmark": 24.9,
+        },
         targets=(
             target("planned layers that executed in INT8", 55, "==", 55, "layers"),
             target("milliseconds an image: pqcad-openvino / ov-bf16", 0.431, "<=", 0.45, "x"),
-            target("milliseconds an image: pqcad-openvino / ov-fp32", 0.243, "<=", 0.20, "x", "8 % of the step is reorders"),
+            target(
+                "milliseconds an image: pqcad-openvino / ov-fp32", 0.243, "<=", 0.20, "x", "8 % of the step is reorders"
+            ),
             target("milliseconds an image: pqcad-openvino / fp32", 0.071, "<=", 0.10, "x"),
             target("Frechet distance to real: pqcad / fp32", 1.058, "<=", 1.10, "x"),
             target("bytes packed / float32 weights", None, "<=", 0.16, "x", "this export keeps int8"),
@@ -87,7 +106,10 @@ def fixture_report() -> Report:
             ),
         },
         storage=(
-            *(StorageRow(block, 60_000 + 37_000 * i % 170_000, 2_400 + 300 * i, 4_100 + 700 * i) for i, block in enumerate(BLOCKS)),
+            *(
+                StorageRow(block, 60_000 + 37_000 * i % 170_000, 2_400 + 300 * i, 4_100 + 700 * i)
+                for i, block in enumerate(BLOCKS)
+            ),
             StorageRow("conv_in", 0, 0, 1_280),
             StorageRow("time_embedding", 20_480, 1_024, 1_024),
         ),
@@ -137,7 +159,11 @@ def fixture_schedule(layers: tuple[LayerRow, ...]) -> tuple[Transition, ...]:
             late = rung == 1 and place >= 50
             perturbation = float((0.03 if rung == 0 else 0.09) * generator.lognormal(0, 0.2))
             cause = "deadline" if late else "plateau"
-            moves.append(Transition(400 if late else step, planned(layers)[index].layer, first, second, 0.004, perturbation, cause))
+            moves.append(
+                Transition(
+                    400 if late else step, planned(layers)[index].layer, first, second, 0.004, perturbation, cause
+                )
+            )
     return tuple(sorted(moves, key=lambda move: move.step))
 
 
@@ -146,7 +172,10 @@ def fixture_curves() -> Curves:
     generator = np.random.default_rng(1)
 
     def series(stage: str, name: str, steps: int, start: float, end: float) -> Series:
-        values = [end + (start - end) * math.exp(-6 * step / steps) * float(generator.lognormal(0, 0.12)) for step in range(steps)]
+        values = [
+            end + (start - end) * math.exp(-6 * step / steps) * float(generator.lognormal(0, 0.12))
+            for step in range(steps)
+        ]
         return Series(stage, name, tuple(range(steps)), tuple(values))
 
     losses = (
@@ -176,10 +205,15 @@ def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:
     centres = generator.uniform(-0.3, 0.3, (count, 2))
     blobs = np.stack([2 * np.exp(-6 * ((x - a) ** 2 + (y - b) ** 4)) - 1 for a, b in centres])[:, None]
     names = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
-    return {name: np.clip(blobs + generator.normal(0, 0.03 * i, blobs.shape), -1, 1).astype(np.float32) for i, name in enumerate(names)}
+    return {
+        name: np.clip(blobs + generator.normal(0, 0.03 * i, blobs.shape), -1, 1).astype(np.float32)
+        for i, name in enumerate(names)
+    }
 
 
 def minimal_report() -> Report:
     """Only what cannot be missing."""
     full = fixture_report()
-    return Report(policy={"model": {"source": "embedded:invented"}}, seed=1, hardware=replace(full.hardware, native_bf16=None))
+    return Report(
+        policy={"model": {"source": "embedded:invented"}}, seed=1, hardware=replace(full.hardware, native_bf16=None)
+    )

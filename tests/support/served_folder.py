@@ -1,4 +1,5 @@
-"""What `serving` serves: one model deployed as int8 and packed, a text-to-image pipeline, and their images of the full environment.
+"""What `serving` serves: one model deployed as int8 and packed, a text-to-image pipeline, and their images of the full
+environment.
 
 Not here: any test.
 """

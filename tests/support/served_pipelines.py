@@ -1,4 +1,5 @@
-"""What `optimum_pipelines` loads: tiny text-to-image folders, and the images of a prompt that our runtime makes of them.
+"""What `optimum_pipelines` loads: tiny text-to-image folders, and the images of a prompt that our runtime makes of
+them.
 
 Not here: any test.
 """
@@ -32,7 +33,8 @@ CALLED: Mapping[str, Mapping[str, Any]] = {
 
 
 def make(served: Path) -> None:
-    """Write KIND/openvino for every kind, and in KIND/ asked.json, noise.npy, (1, C, h, w) or of Flux packed, and image.npy.
+    """Write KIND/openvino for every kind, and in KIND/ asked.json, noise.npy, (1, C, h, w) or of Flux packed, and
+    image.npy.
 
     The last is uint8, (1, 3, H, W).
     """

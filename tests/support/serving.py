@@ -1,6 +1,8 @@
-"""The README's ways to serve a deployed folder, run as they stand there, and their images compared with those that `served_folder` made.
+"""The README's ways to serve a deployed folder, run as they stand there, and their images compared with those that
+`served_folder` made.
 
-Needs numpy, openvino, tokenizers and the package without its other dependencies: `tox -e check,serving` runs it where nothing else is.
+Needs numpy, openvino, tokenizers and the package without its other dependencies: `tox -e check,serving` runs it where
+nothing else is.
 """
 
 from __future__ import annotations
@@ -50,14 +52,18 @@ def images_of(script: str, folder: Path) -> np.ndarray:
 def main(served: Path, *names: str) -> None:
     """Run the named scripts.
 
-    Raises AssertionError where a script's images are not the expected ones, or a module is there that should not be needed."""
+    Raises AssertionError where a script's images are not the expected ones, or a module is there that should not be
+    needed.
+    """
     for name in names:
         expected = np.load(served / f"{SCRIPTS[name].split('/')[0]}.npy")
         images = images_of(readme_script(name), served / SCRIPTS[name])
         off = np.abs(images.astype(int) - expected[: len(images)].astype(int))
         assert images.dtype == np.uint8, images.dtype
         assert len(images) >= 2, images.shape
-        assert off.max() <= 1, f"{name}: off by {off.max()} of 255"  # one level: the order in which a step's terms are added
+        assert off.max() <= 1, (
+            f"{name}: off by {off.max()} of 255"
+        )  # one level: the order in which a step's terms are added
         assert name != "plain" or not any(module.startswith("pqcad_qat") for module in sys.modules)
         print(f"{name}: {len(images)} images, largest difference {off.max()} of 255")
     present = [module for module in ABSENT if sys.modules.get(module) is not None]

@@ -17,11 +17,15 @@ from pqcad_qat.quantization.quantizable_layers import KINDS
 from pqcad_qat.quantization.quantized_layer import QuantizedLayer, quantized_layer, set_input_range
 
 SYMMETRIC_WEIGHTS = QuantizerSpec(4, per_channel=True, symmetric=True, signed=True, learned_scale=True, range="min_max")
-ASYMMETRIC_INPUTS = QuantizerSpec(8, per_channel=False, symmetric=False, signed=False, learned_scale=True, range="min_max")
+ASYMMETRIC_INPUTS = QuantizerSpec(
+    8, per_channel=False, symmetric=False, signed=False, learned_scale=True, range="min_max"
+)
 
 
 class SkipNetwork(nn.Module):
-    """Two convolutions over a concatenated shortcut (one behind norm and SiLU, one direct), q, k and v over one tensor, an output."""
+    """Two convolutions over a concatenated shortcut (one behind norm and SiLU, one direct), q, k and v over one tensor,
+    an output.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +81,23 @@ EVERYTHING = rule("type:Conv2d", "type:Linear")
 
 
 def layer_plan(
-    layer: nn.Module, weights: QuantizerSpec = SYMMETRIC_WEIGHTS, inputs: QuantizerSpec = ASYMMETRIC_INPUTS, ladder: tuple[int, ...] = ()
+    layer: nn.Module,
+    weights: QuantizerSpec = SYMMETRIC_WEIGHTS,
+    inputs: QuantizerSpec = ASYMMETRIC_INPUTS,
+    ladder: tuple[int, ...] = (),
 ) -> LayerPlan:
-    return LayerPlan("layer", KINDS[type(layer)], "*", 0, weights, inputs, "layer", ladder or (weights.bits,), 0, int8_exception=False)
+    return LayerPlan(
+        "layer",
+        KINDS[type(layer)],
+        "*",
+        0,
+        weights,
+        inputs,
+        "layer",
+        ladder or (weights.bits,),
+        0,
+        int8_exception=False,
+    )
 
 
 def quantized(layer: nn.Conv2d | nn.Linear, *specs: QuantizerSpec, ladder: tuple[int, ...] = ()) -> QuantizedLayer:
@@ -100,7 +118,9 @@ def convolution(seed: int = 0) -> nn.Conv2d:
 
 
 def unet_config(**changed: Any) -> dict[str, Any]:
-    """The config of a UNet2DModel that every part of a benchmark is quick on: 8x8, one channel, attention at the lower level."""
+    """The config of a UNet2DModel that every part of a benchmark is quick on: 8x8, one channel, attention at the lower
+    level.
+    """
     config = {
         "_class_name": "UNet2DModel",
         "sample_size": 8,

@@ -45,7 +45,10 @@ def network(scale: str = "learned") -> nn.Module:
     model = Timeless(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3))
     weights = WeightQuantizer(bits=4, scale=scale)  # type: ignore[arg-type]
     plan = plan_layers(
-        model, [LayerRule(match=("type:Conv2d",), weights=weights, inputs=InputQuantizer(bits=8))], [8, 4], timeless(images(0))
+        model,
+        [LayerRule(match=("type:Conv2d",), weights=weights, inputs=InputQuantizer(bits=8))],
+        [8, 4],
+        timeless(images(0)),
     )
     quantize_model(model, plan)
     calibrate_ranges(model, [timeless(images(seed)) for seed in range(4)])

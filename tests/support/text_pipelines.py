@@ -1,4 +1,5 @@
-"""Tiny text-to-image pipelines in diffusers' layout, random weights, of every class that takes prompts, with tokenizers of few words.
+"""Tiny text-to-image pipelines in diffusers' layout, random weights, of every class that takes prompts, with tokenizers
+of few words.
 
 Not here: any test. Takes transformers.
 """
@@ -91,14 +92,22 @@ class DeployedPipeline:
 
 
 def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipeline:
-    """The pipeline of that name, every layer of the denoiser at 7 bits, ranges from two states, not trained; its parts as asked."""
+    """The pipeline of that name, every layer of the denoiser at 7 bits, ranges from two states, not trained; its parts
+    as asked.
+    """
     source = PIPELINES[kind](folder)
     full = load_model(str(source))
     model = copy.deepcopy(full.denoiser)
     tokens = TEXT_TOKENS.get(kind, TOKENS)
-    inputs = tuple(ConditionInput(w.name, tuple(size or tokens for size in w.shape), w.dtype, w.bound) for w in full.condition_inputs)
+    inputs = tuple(
+        ConditionInput(w.name, tuple(size or tokens for size in w.shape), w.dtype, w.bound)
+        for w in full.condition_inputs
+    )
     dice = torch.Generator().manual_seed(0)
-    given = {w.name: (torch.randn if w.dtype == "float32" else torch.ones)(2, *w.shape).to(getattr(torch, w.dtype)) for w in inputs}
+    given = {
+        w.name: (torch.randn if w.dtype == "float32" else torch.ones)(2, *w.shape).to(getattr(torch, w.dtype))
+        for w in inputs
+    }
     x = torch.randn(2, *full.sample_shape, generator=dice)
     rule = {"match": ["*"], "weights": {"bits": 7}, "inputs": {"bits": 8, "symmetric": False}}
     quantize_model(model, plan_layers(model, [LayerRule.model_validate(rule)], (7,), full.example))
@@ -118,9 +127,13 @@ _MADE: dict[str, DeployedPipeline] = {}
 
 
 def float_pipeline(kind: str, factory: pytest.TempPathFactory) -> DeployedPipeline:
-    """The deployed pipeline of that name with its parts in floating point: made once for all tests, which only look at it."""
+    """The deployed pipeline of that name with its parts in floating point: made once for all tests, which only look at
+    it.
+    """
     if kind not in _MADE:
-        _MADE[kind] = deployed(kind, factory.mktemp(kind), FLOAT if kind != "dit" else {**FLOAT, "text_encoder": "none"})
+        _MADE[kind] = deployed(
+            kind, factory.mktemp(kind), FLOAT if kind != "dit" else {**FLOAT, "text_encoder": "none"}
+        )
     return _MADE[kind]
 
 
@@ -218,7 +231,14 @@ def pixart_alpha(folder: Path) -> Path:
 
 def t5() -> T5EncoderModel:
     """Gated, of two layers and relative places, as T5 1.1."""
-    shape = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    shape = {
+        "d_model": WIDTH,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
     return T5EncoderModel(T5Config(vocab_size=len(PIECES), is_encoder_decoder=False, **shape)).eval()
 
 

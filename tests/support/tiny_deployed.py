@@ -1,4 +1,5 @@
-"""A deployed text-to-image folder of a few kB that loads in milliseconds: one planned layer, and graphs of a few nodes beside it.
+"""A deployed text-to-image folder of a few kB that loads in milliseconds: one planned layer, and graphs of a few nodes
+beside it.
 
 Not here: any test. No network: graphs are put together by hand, and written as the exporter writes them.
 """
@@ -48,7 +49,10 @@ def tiny_deployed(folder: Path, weights: WeightFormat = "int8") -> Path:
             "num_inference_steps": 2,
             "guidance_scale": 2.0,
         },
-        "model_index.json": {"_class_name": "StableDiffusionPipeline", "unet": ["pqcad_qat.serving.runtime", "OVUNet2DModel"]},
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "unet": ["pqcad_qat.serving.runtime", "OVUNet2DModel"],
+        },
     }
     manifest = {
         "schema_version": 1,
@@ -60,7 +64,14 @@ def tiny_deployed(folder: Path, weights: WeightFormat = "int8") -> Path:
         "conditions": [{"name": "encoder_hidden_states", "shape": [TOKENS, WIDTH], "dtype": "float32", "bound": None}],
         "cpu": {"exact_from": "avx2", "layers_that_need_vnni": [], "note": ""},
         "layers": {
-            LAYER: {"kind": "Linear", "weight_bits": 3, "stored_bits": 8, "input_bits": 8, "input_group": LAYER, "needs_vnni": False}
+            LAYER: {
+                "kind": "Linear",
+                "weight_bits": 3,
+                "stored_bits": 8,
+                "input_bits": 8,
+                "input_group": LAYER,
+                "needs_vnni": False,
+            }
         },
         "attention": {},
     }
@@ -77,23 +88,37 @@ def _denoiser() -> ov.Model:
     matrix = ops.multiply(ops.convert(whole, "f32"), ops.constant(np.float32(0.05)))
     product = ops.matmul(text, matrix, False, True, name=LAYER)  # (B, tokens, 4)
     told = ops.reshape(ops.reduce_mean(product, np.array([1])), np.array([BATCH, 4, 1, 1]), False)
-    late = ops.reshape(ops.multiply(ops.convert(time, "f32"), ops.constant(np.float32(1e-3))), np.array([BATCH, 1, 1, 1]), False)
+    late = ops.reshape(
+        ops.multiply(ops.convert(time, "f32"), ops.constant(np.float32(1e-3))), np.array([BATCH, 1, 1, 1]), False
+    )
     return _model(ops.add(ops.add(sample, told), late), "out_sample", sample, time, text)
 
 
 def _further(folder: Path) -> Mapping[str, Any]:
     ids = _input([-1, TOKENS], np.int64, "input_ids")
     table = ops.constant(np.linspace(-1, 1, len(WORDS) * WIDTH, dtype=np.float32).reshape(-1, WIDTH))
-    write_graph(_model(ops.gather(table, ids, 0), "last_hidden_state", ids), folder / "text_encoder" / "openvino_model.xml")
+    write_graph(
+        _model(ops.gather(table, ids, 0), "last_hidden_state", ids), folder / "text_encoder" / "openvino_model.xml"
+    )
     latents = _input([-1, *SHAPE], np.float32, "latent_sample")
     rows = ops.reshape(ops.concat([latents] * 3, 1), np.array([-1, *PICTURE[1:]]), False)
     write_graph(_model(rows, "sample", latents), folder / "vae_decoder" / "openvino_model.xml")
     write_json(folder / "text_encoder" / "config.json", {"_class_name": "CLIPTextModel"})
     blocks = {"block_out_channels": [8, 8], "scaling_factor": 0.5, "shift_factor": None}
     write_json(folder / "vae_decoder" / "config.json", {"_class_name": "AutoencoderKL", **blocks})
-    vocabulary = {"type": "WordLevel", "vocab": {word: number for number, word in enumerate(WORDS)}, "unk_token": "<unk>"}
+    vocabulary = {
+        "type": "WordLevel",
+        "vocab": {word: number for number, word in enumerate(WORDS)},
+        "unk_token": "<unk>",
+    }
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
-    tokenizer = {"version": "1.0", "added_tokens": [], **nothing, "pre_tokenizer": {"type": "Whitespace"}, "model": vocabulary}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        **nothing,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": vocabulary,
+    }
     write_json(folder / "tokenizer" / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer" / "tokenizer_config.json", {"pad_token": "<pad>", "model_max_length": TOKENS})
     part = {"format": "float"}

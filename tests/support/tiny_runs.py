@@ -1,4 +1,5 @@
-"""A tiny full-precision model, the overrides that make a run of it take seconds, and how the tests start processes of their own.
+"""A tiny full-precision model, the overrides that make a run of it take seconds, and how the tests start processes of
+their own.
 
 Not here: fixtures (conftest.py), or any test. Nothing needs a network or a data set.
 """
@@ -24,7 +25,9 @@ from diffusers import UNet2DModel
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.timing.baseline_trials import save_openvino
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would what tests start
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores Ctrl-C, and so would what tests start
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLICIES = REPOSITORY / "policies"

@@ -1,8 +1,10 @@
-"""A program for test_processes.py: small stages of training in two processes, forked by Accelerate; each says what it came to.
+"""A program for test_processes.py: small stages of training in two processes, forked by Accelerate; each says what it
+came to.
 
     python two_processes.py FOLDER
 
-leaves FOLDER/RANK.json (scenario -> findings) and FOLDER/RANK.safetensors. Not here: any test, nor the command line under a launcher.
+leaves FOLDER/RANK.json (scenario -> findings) and FOLDER/RANK.safetensors. Not here: any test, nor the command line
+under a launcher.
 """
 
 from __future__ import annotations
@@ -66,16 +68,26 @@ class Losses(Callback):
 
 
 def stage(
-    folder: Path, floating: bool = False, accumulation: int = 1, meddling: Meddling | None = None, source: Callable[[int], Batch] = batches
+    folder: Path,
+    floating: bool = False,
+    accumulation: int = 1,
+    meddling: Meddling | None = None,
+    source: Callable[[int], Batch] = batches,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A stage of progressive quantization, or of floating point, on a network that has a Parameter without use; what it came to."""
+    """A stage of progressive quantization, or of floating point, on a network that has a Parameter without use; what it
+    came to.
+    """
     model = floating_network() if floating else network()
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
     layers, losses = quantized_layers(model), Losses()
-    schedule = MomentumBitSchedule(layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 10.0, 10.0, 0.5, 30, (4,)))
+    schedule = MomentumBitSchedule(
+        layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 10.0, 10.0, 0.5, 30, (4,))
+    )
     callbacks = [*([] if floating else [schedule]), Matching(layers), losses, meddling or Meddling()]
     loop = LoopSettings(STEPS, learning_rate=RATE, ema=0.9, accumulation=accumulation)
-    settings = StageSettings("toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", EVERY), folder / "logs", "rollback")
+    settings = StageSettings(
+        "toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", EVERY), folder / "logs", "rollback"
+    )
     found: dict[str, Any] = {"error": None}
     told: list[str] = []
     try:
@@ -92,7 +104,9 @@ def stage(
         "transitions": decided,
         "kept": [step_of(path) for path in checkpoints(folder / "checkpoints")],
     }
-    found["rollbacks"] = json.loads((folder / "checkpoints" / RECORD).read_text()) if (folder / "checkpoints" / RECORD).exists() else []
+    found["rollbacks"] = (
+        json.loads((folder / "checkpoints" / RECORD).read_text()) if (folder / "checkpoints" / RECORD).exists() else []
+    )
     return found, {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
 

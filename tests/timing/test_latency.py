@@ -1,4 +1,5 @@
-"""Timing in turns, the machine's description, float baselines and their sizes and profiles; nothing here asserts a speed.
+"""Timing in turns, the machine's description, float baselines and their sizes and profiles; nothing here asserts a
+speed.
 
 Not here: the deployed INT8 folder (test_export_model.py).
 """
@@ -84,9 +85,13 @@ def test_every_candidate_is_warmed_then_timed_after_a_rest_and_an_untimed_call_o
 
 def test_only_the_second_call_of_a_turn_counts(clock: Clock) -> None:
     # calls: settle 9, timed 1, settle 9, timed 2, ...
-    found = time_interleaved({"a": clock.candidate("a", 9, 0.001, 9, 0.002, 9, 0.003, 9, 0.004, 9, 0.1)}, runs=5, warmup=0)["a"]
+    found = time_interleaved(
+        {"a": clock.candidate("a", 9, 0.001, 9, 0.002, 9, 0.003, 9, 0.004, 9, 0.1)}, runs=5, warmup=0
+    )["a"]
     assert found.runs == 5
-    assert (found.minimum_ms, found.lower_quartile_ms, found.median_ms, found.upper_quartile_ms) == pytest.approx((1, 2, 3, 4))
+    assert (found.minimum_ms, found.lower_quartile_ms, found.median_ms, found.upper_quartile_ms) == pytest.approx(
+        (1, 2, 3, 4)
+    )
 
 
 def test_orders_rotate_so_that_each_is_first_equally_often_and_follows_each_other() -> None:
@@ -102,7 +107,9 @@ def test_timing_is_numpys_percentiles_in_milliseconds() -> None:
     seconds = np.random.default_rng(0).lognormal(-6, 0.3, 37)
     found = timing(list(seconds))
     expected = np.percentile(seconds, (0, 25, 50, 75)) * 1e3
-    assert (found.minimum_ms, found.lower_quartile_ms, found.median_ms, found.upper_quartile_ms) == pytest.approx(tuple(expected))
+    assert (found.minimum_ms, found.lower_quartile_ms, found.median_ms, found.upper_quartile_ms) == pytest.approx(
+        tuple(expected)
+    )
 
 
 def test_garbage_collection_is_off_while_timing_and_on_afterwards_even_on_failure() -> None:
@@ -129,7 +136,10 @@ def test_senseless_counts_are_refused(runs: int, warmup: int) -> None:
 
 def cpuinfo(folder: Path, flags: str) -> Path:
     path = folder / "cpuinfo"
-    path.write_text(f"processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\n", encoding="utf-8")
+    path.write_text(
+        f"processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\n",
+        encoding="utf-8",
+    )
     return path
 
 
@@ -186,7 +196,9 @@ def test_bf16_is_native_where_cpu_and_cap_allow(isa: tuple[str, ...], cap: str, 
         ("avx512_core_vnni", (), ""),  # unknown
     ],
 )
-def test_a_cap_above_the_cpus_own_instruction_set_means_nothing(tmp_path: Path, isa: str, has: tuple[str, ...], why: str) -> None:
+def test_a_cap_above_the_cpus_own_instruction_set_means_nothing(
+    tmp_path: Path, isa: str, has: tuple[str, ...], why: str
+) -> None:
     machine = hardware(cpuinfo(tmp_path, " ".join(has)) if has else tmp_path / "absent")
     assert lacking(isa, machine) == why
 
@@ -234,7 +246,9 @@ def output(candidate: Callable[[], Any]) -> np.ndarray:
     return np.asarray(found)
 
 
-def test_float_conversion_computes_the_same_function_in_f32(unet: UNet2DModel, converted: tuple[ov.Model, Path]) -> None:
+def test_float_conversion_computes_the_same_function_in_f32(
+    unet: UNet2DModel, converted: tuple[ov.Model, Path]
+) -> None:
     for seed in range(3):
         inputs = example_inputs(SHAPE, 2, seed)
         expected = torch_candidate(unet, inputs)().numpy()
@@ -243,7 +257,10 @@ def test_float_conversion_computes_the_same_function_in_f32(unet: UNet2DModel, c
 
 def test_float_conversion_is_static_and_named_as_the_export(converted: tuple[ov.Model, Path]) -> None:
     model, _ = converted
-    assert [(port.get_any_name(), list(port.shape)) for port in model.inputs] == [("sample", [2, 1, 8, 8]), ("timestep", [2])]
+    assert [(port.get_any_name(), list(port.shape)) for port in model.inputs] == [
+        ("sample", [2, 1, 8, 8]),
+        ("timestep", [2]),
+    ]
     assert [(port.get_any_name(), list(port.shape)) for port in model.outputs] == [("out_sample", [2, 1, 8, 8])]
 
 
@@ -288,13 +305,18 @@ def test_profile_of_a_float_model_has_no_int8_and_is_sorted(converted: tuple[ov.
     assert times == sorted(times, reverse=True)
     assert min(times) > 0
     assert {row.precision for row in rows if row.kind == "Convolution"} == {"f32"}
-    assert sum(row.nodes for row in rows if row.kind == "Convolution") == sum(isinstance(m, torch.nn.Conv2d) for m in all_modules())
+    assert sum(row.nodes for row in rows if row.kind == "Convolution") == sum(
+        isinstance(m, torch.nn.Conv2d) for m in all_modules()
+    )
 
 
 def all_modules() -> list[torch.nn.Module]:
     with torch.device("meta"):
         config = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 16}
-        blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+        blocks = {
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        }
         return list(UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **config, **blocks).modules())
 
 
@@ -307,7 +329,10 @@ def test_candidates_from_missing_or_damaged_files_are_refused(tmp_path: Path) ->
 
 
 def test_a_graph_that_is_free_in_its_batch_takes_another_with_the_same_results(tmp_path: Path) -> None:
-    ports = [ov.opset13.parameter([1, 4], np.float32, name="sample"), ov.opset13.parameter([1], np.int64, name="timestep")]
+    ports = [
+        ov.opset13.parameter([1, 4], np.float32, name="sample"),
+        ov.opset13.parameter([1], np.int64, name="timestep"),
+    ]
     doubled = ov.opset13.multiply(ports[0], np.float32(2))
     free = save_openvino(ov.Model([ov.opset13.result(doubled)], ports), tmp_path / "free")
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -23,7 +23,9 @@ def test_both_formats_are_loaded_whichever_the_folder_has(weights: str, tmp_path
         written = tmp_path / "formats" / found.weights
         assert read_manifest(written)["weights"]["format"] == found.weights
         assert found.size_bytes == size_bytes(written)
-        parts = [getattr(found, field.name) for field in fields(found) if isinstance(getattr(found, field.name), Timing)]
+        parts = [
+            getattr(found, field.name) for field in fields(found) if isinstance(getattr(found, field.name), Timing)
+        ]
         assert [(part.runs, part.median_ms > 0) for part in parts] == [(2, True)] * 3
     assert (plain.weights, packed.weights) == ("int8", "packed")
     assert packed.size_bytes < plain.size_bytes

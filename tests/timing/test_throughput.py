@@ -43,7 +43,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_images_a_second_are_those_of_the_calls_in_flight_together(clock: Clock) -> None:
-    found = throughput_in_turns({"a": clock.load("a", 0.5), "b": clock.load("b", 0.5, in_flight=4)}, batch=8, calls=10, rounds=3)
+    found = throughput_in_turns(
+        {"a": clock.load("a", 0.5), "b": clock.load("b", 0.5, in_flight=4)}, batch=8, calls=10, rounds=3
+    )
     assert (found["a"].median, found["a"].maximum, found["a"].rounds) == (pytest.approx(16), pytest.approx(16), 3)
     assert found["b"].lower_quartile == found["b"].upper_quartile == pytest.approx(64)
 
@@ -71,7 +73,9 @@ def test_pytorch_makes_as_many_calls_as_it_is_told(monkeypatch: pytest.MonkeyPat
     assert (len(calls), load.in_flight) == (3, 1)
 
 
-def test_openvino_has_as_many_calls_in_flight_as_its_throughput_mode_asks_for_and_a_fixed_batch_is_refused(tmp_path: Path) -> None:
+def test_openvino_has_as_many_calls_in_flight_as_its_throughput_mode_asks_for_and_a_fixed_batch_is_refused(
+    tmp_path: Path,
+) -> None:
     convert_float(random_denoiser(unet_config(), "config"), (1, 8, 8), 1, tmp_path)
     xml = tmp_path / "openvino_model.xml"
     load = openvino_load(xml, F32, example_inputs((1, 8, 8), 1))

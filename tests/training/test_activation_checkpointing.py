@@ -40,7 +40,9 @@ from pqcad_qat.training.training_stage import StageSettings, train_stage
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_policy: Policy) -> nn.Module:
-    """The tiny model quantized, every other layer in a transition; tests copy it, so that their first forward pass is its first."""
+    """The tiny model quantized, every other layer in a transition; tests copy it, so that their first forward pass is
+    its first.
+    """
     prepared = prepare(tiny_policy)
     model = quantize_model(prepared.split, prepared.plan)
     calibrate_ranges(model, [(batch(0)["x_t"], batch(0)["t"])])
@@ -70,10 +72,14 @@ def test_gradients_are_the_same_to_the_last_bit_and_no_statistic_moves(calibrate
     kept, recomputed = gradients(copy.deepcopy(calibrated), again=False), gradients(model, again=True)
     assert kept.keys() == recomputed.keys() == dict(calibrated.named_parameters()).keys()
     assert [name for name, value in kept.items() if not torch.equal(value, recomputed[name])] == []
-    assert [name for name, value in model.state_dict().items() if not torch.equal(value, calibrated.state_dict()[name])] == []
+    assert [
+        name for name, value in model.state_dict().items() if not torch.equal(value, calibrated.state_dict()[name])
+    ] == []
 
 
-LEARNED = LayerRule.model_validate({"match": ["*"], "weights": {"bits": 8}, "inputs": {"bits": 8, "symmetric": False, "scale": "learned"}})
+LEARNED = LayerRule.model_validate(
+    {"match": ["*"], "weights": {"bits": 8}, "inputs": {"bits": 8, "symmetric": False, "scale": "learned"}}
+)
 
 CONDITIONAL = {  # several blocks each, so that what one of them quantizes might be missed by another
     "class_unet": {},
@@ -94,7 +100,9 @@ class Learner:
     x: Tensor
     condition: dict[str, Tensor]
 
-    def step(self, again: bool, mixed: bool = False, wrap: Callable[[nn.Module], nn.Module] = lambda model: model) -> dict[str, Tensor]:
+    def step(
+        self, again: bool, mixed: bool = False, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+    ) -> dict[str, Tensor]:
         """The prediction, and every gradient by name."""
         self.model.train().zero_grad()
         architecture, times = architecture_of(self.model), torch.tensor([40, 900])
@@ -104,7 +112,11 @@ class Learner:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
                 prediction = architecture.call(network, self.x, times, architecture.keywords(self.condition))[0]
             prediction.float().square().mean().backward()
-        found = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters() if parameter.grad is not None}
+        found = {
+            name: parameter.grad.clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
         return {"prediction": prediction.detach(), **found}
 
 
@@ -123,9 +135,13 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_conditional_models_compute_again_what_they_had_whoever_shares_an_input(name: str, tmp_path: Path) -> None:
-    """Values and gradients to the last bit; and but for the order of sums those of layers that share no quantized input."""
+    """Values and gradients to the last bit; and but for the order of sums those of layers that share no quantized
+    input.
+    """
     sharing = learner(name, tmp_path)
-    shared = [layer.shared_input for layer in quantized_layers(sharing.model).values() if getattr(layer, "shared_input", None)]
+    shared = [
+        layer.shared_input for layer in quantized_layers(sharing.model).values() if getattr(layer, "shared_input", None)
+    ]
     assert len(shared) > 3
     apart = copy.deepcopy(sharing)
     for layer in quantized_layers(apart.model).values():
@@ -139,7 +155,10 @@ def test_conditional_models_compute_again_what_they_had_whoever_shares_an_input(
         alone = apart.step(again=False, mixed=mixed)
         assert torch.equal(kept["prediction"], alone["prediction"])
         sizes = {name: float(value.abs().max()) for name, value in kept.items()}
-        for name, size in sizes.items():  # gradients that cancel to nothing are rounding alone: softmax does not see a bias of to_k
+        for (
+            name,
+            size,
+        ) in sizes.items():  # gradients that cancel to nothing are rounding alone: softmax does not see a bias of to_k
             atol = tolerance * max(size, 1e-2 * max(sizes.values()))
             torch.testing.assert_close(kept[name], alone[name], rtol=0, atol=atol, msg=name)
 
@@ -150,7 +169,9 @@ def test_data_parallel_training_computes_again_what_it_had(tmp_path: Path) -> No
     found = alone.step(again=False)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        parallel = alone.step(again=True, wrap=lambda model: DistributedDataParallel(model, find_unused_parameters=True))
+        parallel = alone.step(
+            again=True, wrap=lambda model: DistributedDataParallel(model, find_unused_parameters=True)
+        )
     finally:
         distributed.destroy_process_group()
     assert differing(found, parallel) == []
@@ -184,7 +205,9 @@ def test_a_module_may_checkpoint_parts_of_itself() -> None:
         model.zero_grad()
         y = model(x, t, again)
         y.square().sum().backward()
-        found.append({"y": y.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}})
+        found.append(
+            {"y": y.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+        )
     assert found[0].keys() == found[1].keys() >= {"first.weight", "fourth.weight"}
     assert torch.equal(found[0]["y"], found[1]["y"])
     for name, value in found[0].items():
@@ -193,7 +216,12 @@ def test_a_module_may_checkpoint_parts_of_itself() -> None:
 
 def stage(model: nn.Module, folder: Path, again: bool) -> nn.Module:
     settings = StageSettings(
-        "toy", LoopSettings(2, learning_rate=1e-4), "fp32", CheckpointFolder(folder), folder / "logs", activation_checkpointing=again
+        "toy",
+        LoopSettings(2, learning_rate=1e-4),
+        "fp32",
+        CheckpointFolder(folder),
+        folder / "logs",
+        activation_checkpointing=again,
     )
     train_stage(model, [FullPrecisionMatching()], batch, settings, Console(quiet=True))
     return model
@@ -207,7 +235,9 @@ def test_a_stage_ends_with_the_same_weights_and_inputs_are_looked_at_once(
     use = divergence.input_use
     monkeypatch.setattr(divergence, "input_use", lambda layer, *rest: looked.append(id(layer)) or use(layer, *rest))
     ends = [stage(copy.deepcopy(calibrated), tmp_path / str(again), again) for again in (False, True)]
-    assert [name for name, value in ends[0].state_dict().items() if not torch.equal(value, ends[1].state_dict()[name])] == []
+    assert [
+        name for name, value in ends[0].state_dict().items() if not torch.equal(value, ends[1].state_dict()[name])
+    ] == []
     assert len(looked) == len(set(looked)) == 2 * len(quantized_layers(calibrated))
     assert not any(getattr(module, "gradient_checkpointing", False) for module in ends[1].modules())
 
@@ -216,7 +246,11 @@ def test_a_profile_shows_that_less_is_kept_and_less_is_needed_at_once(calibrated
     plain, again = copy.deepcopy(calibrated), copy.deepcopy(calibrated)
     with recomputed_activations(again, True):
         found = profile_steps(
-            {name: (model, [FullPrecisionMatching()]) for name, model in (("plain", plain), ("again", again))}, batch, "fp32", 0.0, 1
+            {name: (model, [FullPrecisionMatching()]) for name, model in (("plain", plain), ("again", again))},
+            batch,
+            "fp32",
+            0.0,
+            1,
         )
     assert found["again"].kept_bytes < 0.7 * found["plain"].kept_bytes
     assert found["again"].peak_bytes < 0.8 * found["plain"].peak_bytes

@@ -29,10 +29,14 @@ from pqcad_qat.training.bit_schedule import (
 from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, new_state
 
-SETTINGS = BitScheduleSettings(momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120, rungs=(6, 4))
+SETTINGS = BitScheduleSettings(
+    momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120, rungs=(6, 4)
+)
 
 
-def layer(name: str, perturbation: float = 0.1, bits: int = 8, rungs: tuple[int, ...] = (6, 4), moving: bool = False) -> LayerStatus:
+def layer(
+    name: str, perturbation: float = 0.1, bits: int = 8, rungs: tuple[int, ...] = (6, 4), moving: bool = False
+) -> LayerStatus:
     return LayerStatus(name, bits, rungs, perturbation, moving)
 
 
@@ -63,7 +67,10 @@ def test_loss_momentum_of_a_constant_loss_is_zero() -> None:
 def test_the_least_perturbed_layers_go_first_as_many_as_the_share_allows() -> None:
     layers = [layer("a", 0.2), layer("b", 0.05), layer("c", 0.1), layer("d", 0.15)]
     begun = decide(50, SETTINGS, 0.001, 99, layers)
-    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("b", 8, 6, "plateau"), ("c", 8, 6, "plateau")]
+    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [
+        ("b", 8, 6, "plateau"),
+        ("c", 8, 6, "plateau"),
+    ]
     assert begun[0].loss_momentum == 0.001
     assert begun[0].perturbation == 0.05
 
@@ -85,7 +92,10 @@ def test_nothing_begins_while(momentum: float | None, observed: int, moving: boo
 def test_the_deadline_sends_every_waiting_layer_to_its_target_whatever_its_perturbation() -> None:
     layers = [layer("a", 9.0), layer("b", rungs=(), bits=4), layer("c", bits=6, rungs=(4,)), layer("d", moving=True)]
     begun = decide(SETTINGS.last_call, SETTINGS, 0.5, 0, layers)
-    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("a", 8, 4, "deadline"), ("c", 6, 4, "deadline")]
+    assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [
+        ("a", 8, 4, "deadline"),
+        ("c", 6, 4, "deadline"),
+    ]
 
 
 def test_lambda_follows_its_closed_form_and_takes_blend_steps() -> None:
@@ -103,7 +113,9 @@ def test_lambda_pauses_while_training_gets_worse_but_not_once_the_deadline_is_ne
 
 
 def test_when_it_is_late_a_transition_goes_straight_to_the_target() -> None:
-    early, late = (decide(step, SETTINGS, 0.001, 99, [layer("a")])[0] for step in (SETTINGS.late_from - 1, SETTINGS.late_from))
+    early, late = (
+        decide(step, SETTINGS, 0.001, 99, [layer("a")])[0] for step in (SETTINGS.late_from - 1, SETTINGS.late_from)
+    )
     assert (early.to_bits, late.to_bits, late.cause) == (6, 4, "plateau")
 
 
@@ -155,12 +167,18 @@ def test_a_fixed_schedule_never_pauses_a_blend() -> None:
 @pytest.mark.parametrize("deadline", [1, 2, 7, 10, 40, 120])
 @pytest.mark.parametrize("blends", [True, False])
 @pytest.mark.parametrize("widths", [(4,), (6, 4), (7, 6, 5, 4, 3, 2)])
-def test_a_fixed_schedule_is_at_its_target_by_the_deadline(deadline: int, blends: bool, widths: tuple[int, ...]) -> None:
+def test_a_fixed_schedule_is_at_its_target_by_the_deadline(
+    deadline: int, blends: bool, widths: tuple[int, ...]
+) -> None:
     settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, deadline, widths, blends, fixed=True)
     bits, ends, moves = 8, -1, []
     for step in range(deadline + 1):
         for transition in decide(
-            step, settings, None, 0, [layer("a", bits=bits, rungs=tuple(w for w in widths if w < bits), moving=step < ends)]
+            step,
+            settings,
+            None,
+            0,
+            [layer("a", bits=bits, rungs=tuple(w for w in widths if w < bits), moving=step < ends)],
         ):
             bits, ends = transition.to_bits, step + settings.blend_steps
             moves.append(step)
@@ -180,12 +198,16 @@ def test_the_rungs_of_a_plan_are_all_widths_that_layers_go_down_to() -> None:
 def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
     torch.manual_seed(0)
     model = Timeless(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
-    rule = LayerRule(match="type:Conv2d", weights=WeightQuantizer(bits=3, scale="learned"), inputs=InputQuantizer(bits=8))
+    rule = LayerRule(
+        match="type:Conv2d", weights=WeightQuantizer(bits=3, scale="learned"), inputs=InputQuantizer(bits=8)
+    )
     example = timeless(torch.randn(2, 1, 8, 8))
     plan = plan_layers(model, [rule], [8, 4], example)
     quantize_model(model, plan)
     calibrate_ranges(model, [example])
-    settings = BitScheduleSettings(momentum=0.5, plateau=0.01, perturbation=0.5, layers_per_transition=0.5, deadline=40, rungs=(4, 3))
+    settings = BitScheduleSettings(
+        momentum=0.5, plateau=0.01, perturbation=0.5, layers_per_transition=0.5, deadline=40, rungs=(4, 3)
+    )
     state = new_state(model, LoopSettings(steps=60, learning_rate=1e-3, ema=0.9), Accelerator(cpu=True))
     return model, state, MomentumBitSchedule(quantized_layers(model), plan, settings)
 

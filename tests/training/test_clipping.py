@@ -1,4 +1,6 @@
-"""The target of a clipped step: where it lands, what it costs, and that training by it comes nearer to where the step is to land."""
+"""The target of a clipped step: where it lands, what it costs, and that training by it comes nearer to where the step
+is to land.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def of_x_0(x_0: Tensor, x_t: Tensor, a_t: float, kind: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize(("a_t", "a_s"), STEPS)
-def test_a_prediction_whose_step_lands_there_is_its_own_target_however_much_is_clipped(kind: Any, a_t: float, a_s: float) -> None:
+def test_a_prediction_whose_step_lands_there_is_its_own_target_however_much_is_clipped(
+    kind: Any, a_t: float, a_s: float
+) -> None:
     x_t, x_0 = states()
     prediction = of_x_0(3 * x_0, x_t, a_t, kind)  # two thirds beyond a bound
     x_s = ddim_step(prediction, x_t, a_t, a_s, kind, BOUND)
@@ -54,16 +58,22 @@ def test_it_is_the_nearest_of_all_predictions_that_land_there(kind: Any, a_t: fl
     """Against a search through predictions."""
     for start, wanted in ((1.05, 0.97), (1.02, 0.2), (-1.5, -0.9), (0.3, -0.8), (4.0, 0.99)):
         x_t = torch.full((1, 1, 1, 1), 0.4, dtype=torch.float64)
-        prediction, inverse = (of_x_0(torch.tensor([[[[value]]]], dtype=torch.float64), x_t, a_t, kind) for value in (start, wanted))
+        prediction, inverse = (
+            of_x_0(torch.tensor([[[[value]]]], dtype=torch.float64), x_t, a_t, kind) for value in (start, wanted)
+        )
         x_s = ddim_step(inverse, x_t, a_t, a_s, kind)
         found = nearest_target(prediction, inverse, x_t, *folded(a_t, a_s, kind))
         tried = of_x_0(torch.linspace(-60, 60, 400_001, dtype=torch.float64).view(-1, 1, 1, 1), x_t, a_t, kind)
         error = (ddim_step(tried, x_t, a_t, a_s, kind, BOUND) - x_s).abs().flatten()
         lands = tried.flatten()[error <= 2e-4]  # a spacing of 3e-4 in x_0
         best = float((lands - prediction.flatten()).abs().min())
-        scale = float((of_x_0(torch.ones_like(x_t), x_t, a_t, kind) - of_x_0(torch.zeros_like(x_t), x_t, a_t, kind)).abs())
+        scale = float(
+            (of_x_0(torch.ones_like(x_t), x_t, a_t, kind) - of_x_0(torch.zeros_like(x_t), x_t, a_t, kind)).abs()
+        )
         folds = fold(a_t, a_s, kind, BOUND)[2]
-        assert float((found - prediction).abs()) == pytest.approx(best, abs=2e-3 * scale * max(1.0, min(folds, 60.0)) / a_s)
+        assert float((found - prediction).abs()) == pytest.approx(
+            best, abs=2e-3 * scale * max(1.0, min(folds, 60.0)) / a_s
+        )
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
@@ -76,13 +86,19 @@ def test_where_nothing_is_clipped_it_is_the_inverse_bit_for_bit(kind: Any, a_t: 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize(("a_t", "a_s"), STEPS)
-def test_where_no_prediction_of_a_side_lands_there_it_is_the_bound_which_lands_nearest(kind: Any, a_t: float, a_s: float) -> None:
+def test_where_no_prediction_of_a_side_lands_there_it_is_the_bound_which_lands_nearest(
+    kind: Any, a_t: float, a_s: float
+) -> None:
     x_t, _ = states(50)
     inverse = of_x_0(torch.full_like(x_t, 1.4), x_t, a_t, kind)
     x_s = ddim_step(inverse, x_t, a_t, a_s, kind)
     for start in (0.3, 1.1, 2.0):
-        target = nearest_target(of_x_0(torch.full_like(x_t, start), x_t, a_t, kind), inverse, x_t, *folded(a_t, a_s, kind))
-        torch.testing.assert_close(split_prediction(target, x_t, a_t, kind)[0], torch.ones_like(x_t), rtol=1e-6, atol=1e-6)
+        target = nearest_target(
+            of_x_0(torch.full_like(x_t, start), x_t, a_t, kind), inverse, x_t, *folded(a_t, a_s, kind)
+        )
+        torch.testing.assert_close(
+            split_prediction(target, x_t, a_t, kind)[0], torch.ones_like(x_t), rtol=1e-6, atol=1e-6
+        )
         error = (ddim_step(target, x_t, a_t, a_s, kind, BOUND) - x_s).abs()
         for x_0 in np.linspace(-1, 3, 41):
             tried = of_x_0(torch.full_like(x_t, float(x_0)), x_t, a_t, kind)
@@ -91,7 +107,9 @@ def test_where_no_prediction_of_a_side_lands_there_it_is_the_bound_which_lands_n
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize(("a_t", "a_s"), [(1e-9, 1e-3), (0.0, 1e-6), (1e-3, 1.0), (1 - 1e-6, 1.0), (0.5, 0.5 + 1e-9)])
-def test_errors_are_finite_and_no_larger_than_without_a_bound_or_the_way_to_it(kind: Any, a_t: float, a_s: float) -> None:
+def test_errors_are_finite_and_no_larger_than_without_a_bound_or_the_way_to_it(
+    kind: Any, a_t: float, a_s: float
+) -> None:
     if kind == "epsilon" and a_t == 0:
         return
     x_t = states()[0].float()

@@ -52,7 +52,12 @@ class Denoiser(nn.Module):
 
 
 def schedule(prediction: str, spacing: str = "trailing") -> DDPMSchedule:
-    config = {"prediction_type": prediction, "timestep_spacing": spacing, "clip_sample": False, "beta_schedule": "squaredcos_cap_v2"}
+    config = {
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        "clip_sample": False,
+        "beta_schedule": "squaredcos_cap_v2",
+    }
     return ddpm_schedule(config)
 
 
@@ -104,7 +109,13 @@ def test_a_student_teaches_the_next_rounds_in_its_own_steps() -> None:
         assert torch.equal(data.states[:, column], x_t)
         for t in (start, next_timestep(noise, start, 4)):  # two of the student's four steps
             last = next_timestep(noise, t, 4)
-            x_t = ddim_step(student(x_t, torch.full((6,), t))[0], x_t, noise.alpha_bar_at(t), noise.alpha_bar_at(last), "v_prediction")
+            x_t = ddim_step(
+                student(x_t, torch.full((6,), t))[0],
+                x_t,
+                noise.alpha_bar_at(t),
+                noise.alpha_bar_at(last),
+                "v_prediction",
+            )
         ends = noise.alpha_bar_at(start), noise.alpha_bar_at(last)
         landed = ddim_step(data.teacher[:, column].double(), data.states[:, column].double(), *ends, "v_prediction")
         torch.testing.assert_close(landed.float(), x_t, rtol=1e-3, atol=1e-3)
@@ -116,22 +127,37 @@ def test_epsilon_is_not_distilled_where_there_is_no_signal() -> None:
     data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
     assert 999 not in data.timesteps.tolist()
     assert len(data.timesteps) == 3
-    assert 999 in distillation_set(Denoiser(), recorded(Denoiser(), schedule("v_prediction")), schedule("v_prediction"), 8, 4, 4).timesteps
+    assert (
+        999
+        in distillation_set(
+            Denoiser(), recorded(Denoiser(), schedule("v_prediction")), schedule("v_prediction"), 8, 4, 4
+        ).timesteps
+    )
 
 
 def test_a_set_without_states_at_the_students_times_is_refused() -> None:
     noise = schedule("v_prediction", "linspace")
-    with pytest.raises(ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[666, 333\]"):
+    with pytest.raises(
+        ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[666, 333\]"
+    ):
         distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
 
 
 @pytest.mark.parametrize("alpha_bar", [0.01, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_weight_turns_a_prediction_error_into_a_truncated_snr_error_of_x_0(alpha_bar: float, prediction: Any) -> None:
+def test_the_weight_turns_a_prediction_error_into_a_truncated_snr_error_of_x_0(
+    alpha_bar: float, prediction: Any
+) -> None:
     x_t, p, q = torch.randn(3, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    error = (split_prediction(p, x_t, alpha_bar, prediction)[0] - split_prediction(q, x_t, alpha_bar, prediction)[0]).square().mean()
+    error = (
+        (split_prediction(p, x_t, alpha_bar, prediction)[0] - split_prediction(q, x_t, alpha_bar, prediction)[0])
+        .square()
+        .mean()
+    )
     wanted = max(alpha_bar / (1 - alpha_bar), 1) * error
-    assert truncated_snr_weight(alpha_bar, prediction) * (p - q).square().mean() == pytest.approx(float(wanted), rel=1e-9)
+    assert truncated_snr_weight(alpha_bar, prediction) * (p - q).square().mean() == pytest.approx(
+        float(wanted), rel=1e-9
+    )
 
 
 def test_every_batch_mixes_time_steps_and_repeats_bit_for_bit() -> None:
@@ -197,7 +223,10 @@ def recorded_guided(denoiser: nn.Module, noise: DDPMSchedule, scale: float) -> C
     with torch.no_grad():
         walk = list(trajectory(follow, x, noise, 8))
         both = [
-            torch.stack([predict(denoiser, step.x_t, step.t, rows_of(given, 6) if given is NULL else given) for step in walk], dim=1)
+            torch.stack(
+                [predict(denoiser, step.x_t, step.t, rows_of(given, 6) if given is NULL else given) for step in walk],
+                dim=1,
+            )
             for given in (labels, NULL)
         ]
     states = torch.stack([*(step.x_t for step in walk), walk[-1].x_s], dim=1)
@@ -252,7 +281,10 @@ def test_guidance_that_is_distilled_needs_one_pass_and_both_losses_fall() -> Non
     for scale in (1.0, 3.0):
         student, accelerator = Conditional(0.05), Accelerator(cpu=True)
         settings = LoopSettings(steps=60, learning_rate=0.02)
-        state, source = new_state(student, settings, accelerator), distillation_batches(data, 16, 0, guided_set.condition)
+        state, source = (
+            new_state(student, settings, accelerator),
+            distillation_batches(data, 16, 0, guided_set.condition),
+        )
         callback = CalibrationAssistedDistillation(0.25, 1.0, scale, NULL)
         before = sum(float(value.detach()) for value in callback.loss_terms(state, source(999)).values())
         fit(state, [callback], source, settings, accelerator)

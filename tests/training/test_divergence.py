@@ -28,7 +28,11 @@ from pqcad_qat.training.training_stage import StageSettings, train_stage
 
 
 def train(
-    folder: Path, rate: float = 1e-4, model: nn.Module | None = None, source: Callable[[int], Batch] = batches, **hooks: object
+    folder: Path,
+    rate: float = 1e-4,
+    model: nn.Module | None = None,
+    source: Callable[[int], Batch] = batches,
+    **hooks: object,
 ) -> list[str]:
     """Train a stage that stops at a divergence; returns its warnings."""
     model = model or network()
@@ -40,7 +44,9 @@ def train(
     return told
 
 
-def at(step: int, change: Callable[[nn.Module], None], layer: str = "2") -> Callable[[int, Mapping[str, nn.Module]], None]:
+def at(
+    step: int, change: Callable[[nn.Module], None], layer: str = "2"
+) -> Callable[[int, Mapping[str, nn.Module]], None]:
     def meddle(now: int, layers: Mapping[str, nn.Module]) -> None:
         if now == step:
             with torch.no_grad():
@@ -49,14 +55,17 @@ def at(step: int, change: Callable[[nn.Module], None], layer: str = "2") -> Call
     return meddle
 
 
-# ---- divergence ------------------------------------------------------------------------------------------------------------------
+# ---- divergence
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_weight_that_is_infinite_is_named_with_its_layer_and_step(tmp_path: Path) -> None:
     def broken(layer: nn.Module) -> None:
         layer.weight[0, 0, 0, 0] = math.inf  # type: ignore[index,operator]
 
-    with pytest.raises(DivergedError, match=r"step 7: training diverged: .*layer 2: weights \(1 of 576 values\) not finite"):
+    with pytest.raises(
+        DivergedError, match=r"step 7: training diverged: .*layer 2: weights \(1 of 576 values\) not finite"
+    ):
         train(tmp_path, meddle=at(7, broken))
 
 
@@ -81,7 +90,8 @@ def test_a_batch_that_is_not_finite_is_told_from_a_model_that_is_not(tmp_path: P
 
 def test_a_learning_rate_of_a_thousand_is_a_divergence_long_before_anything_is_infinite(tmp_path: Path) -> None:
     with pytest.raises(
-        DivergedError, match=r"step \d: training diverged: the smoothed loss is .* times its lowest.*training.learning_rate"
+        DivergedError,
+        match=r"step \d: training diverged: the smoothed loss is .* times its lowest.*training.learning_rate",
     ):
         train(tmp_path, rate=1e3)
 
@@ -106,7 +116,8 @@ def test_a_loss_may_rise_as_far_as_rounding_explains() -> None:
     assert [allowed_rise(bits) for bits in (0, 2, 4, 6)] == [100, 100, 256, 4096]
 
 
-# ---- ranges and oscillations -----------------------------------------------------------------------------------------------------
+# ---- ranges and oscillations
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,13 @@ def state_at(step: int) -> TrainState:
 
 
 def report(loss: float) -> StepReport:
-    return StepReport(loss=loss, terms={"teacher": loss / 4, "calibration": 3 * loss / 4}, gradient_norm=0.5, learning_rate=1e-3, samples=8)
+    return StepReport(
+        loss=loss,
+        terms={"teacher": loss / 4, "calibration": 3 * loss / 4},
+        gradient_norm=0.5,
+        learning_rate=1e-3,
+        samples=8,
+    )
 
 
 class Widths(Callback):
@@ -68,7 +74,11 @@ def test_tensorboard_gets_every_scalar_under_its_stage_single_layers_too(tmp_pat
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {"pq/loss", "pq/loss/teacher", "pq/mean_bits", "pq/layer/conv_in/bits"}
-    assert [(event.step, event.value) for event in events.Scalars("pq/loss")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert [(event.step, event.value) for event in events.Scalars("pq/loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
 
 
 def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path: Path) -> None:
@@ -123,7 +133,10 @@ def test_tensorboard_gets_the_callbacks_images_and_texts_once(tmp_path: Path) ->
     log_steps(MetricsLog("pq", tmp_path, 2, quiet(), [Pictures()]), range(1, 3))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(image.step, image.height, image.width) for image in events.Images("pq/samples")] == [(1, 8, 32), (2, 8, 32)]
+    assert [(image.step, image.height, image.width) for image in events.Images("pq/samples")] == [
+        (1, 8, 32),
+        (2, 8, 32),
+    ]
     (text,) = events.Tensors("policy/text_summary")
     assert text.tensor_proto.string_val == [b"first"]
 

@@ -42,7 +42,9 @@ class Dtypes(Callback):
             self.layer.register_forward_hook(lambda _layer, _inputs, output: self.seen.add(("layer", output.dtype)))
             for name in ("weight_quant", "input_quant"):
                 quantizer = getattr(self.layer, name)
-                quantizer.register_forward_hook(lambda _module, _inputs, output, name=name: self.seen.add((name, output.dtype)))
+                quantizer.register_forward_hook(
+                    lambda _module, _inputs, output, name=name: self.seen.add((name, output.dtype))
+                )
 
 
 def trained(folder: Path, precision: Precision) -> tuple[nn.Module, list[float], set[tuple[str, torch.dtype]]]:
@@ -50,7 +52,11 @@ def trained(folder: Path, precision: Precision) -> tuple[nn.Module, list[float],
     layers = quantized_layers(model)
     dtypes = Dtypes(layers["2"])
     settings = StageSettings(
-        "toy", LoopSettings(40, learning_rate=1e-3), precision, CheckpointFolder(folder / "checkpoints"), folder / "logs"
+        "toy",
+        LoopSettings(40, learning_rate=1e-3),
+        precision,
+        CheckpointFolder(folder / "checkpoints"),
+        folder / "logs",
     )
     train_stage(model, [Matching(layers), dtypes], batches, settings, Console(quiet=True))
     return model, [row["loss"] for row in read_metrics(folder / "logs" / "toy.jsonl")], dtypes.seen
@@ -88,12 +94,17 @@ def test_training_in_bf16_comes_near_to_float32_and_leaves_a_float32_model_with_
 
 def test_fp16_on_a_cpu_is_an_error_before_anything_is_written(tiny_policy: Policy, tmp_path: Path) -> None:
     training = tiny_policy.training.model_copy(update={"precision": "fp16"})
-    with pytest.raises(PolicyError, match=r"training\.precision: got fp16 on cpu; allowed fp32 or bf16: fp16 needs a GPU"):
-        pipeline.run(tiny_policy.model_copy(update={"training": training}), tmp_path / "run", "command", Console(quiet=True))
+    with pytest.raises(
+        PolicyError, match=r"training\.precision: got fp16 on cpu; allowed fp32 or bf16: fp16 needs a GPU"
+    ):
+        pipeline.run(
+            tiny_policy.model_copy(update={"training": training}), tmp_path / "run", "command", Console(quiet=True)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- fp16's scaler, with float32 in its place ------------------------------------------------------------------------------------
+# ---- fp16's scaler, with float32 in its place
+# ------------------------------------------------------------------------------------
 
 
 class Least(Callback):
@@ -128,7 +139,7 @@ def weights(state: TrainState) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
 
 
-def test_steps_whose_gradients_overflow_are_made_again_at_a_lower_scale_to_the_weights_of_training_without_a_scale() -> None:
+def test_steps_whose_gradients_overflow_are_made_again_at_a_lower_scale_to_the_weights_without_a_scale() -> None:
     state, accelerator = scaled(2.0**127)
     fit(state, [Least()], pairs, SETTINGS, accelerator)
     assert state.step == SETTINGS.steps

@@ -1,4 +1,5 @@
-"""What follows from a divergence: stop, on at a lower rate, or back to the last good checkpoint; the same however often the run is cut off.
+"""What follows from a divergence: stop, on at a lower rate, or back to the last good checkpoint; the same however often
+the run is cut off.
 
 Not here: how a divergence is found (test_divergence.py).
 """
@@ -39,7 +40,9 @@ class KilledError(Exception):
 
 
 class FragileDrop(Callback):
-    """A bit schedule that goes to 4 bits at a step, or when it may; the first time it leaves a range a hundred times too wide."""
+    """A bit schedule that goes to 4 bits at a step, or when it may; the first time it leaves a range a hundred times
+    too wide.
+    """
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.name, self.layer, self.dropped_at = "drop", layer, -1
@@ -68,7 +71,9 @@ class Ends(Callback):
         if state.step == self.kill:
             raise KilledError
         if state.step == self.interrupt:
-            handler = signal.getsignal(signal.SIGINT)  # called by hand: test_resume.py sends a real signal, to a process of its own
+            handler = signal.getsignal(
+                signal.SIGINT
+            )  # called by hand: test_resume.py sends a real signal, to a process of its own
             assert callable(handler)
             handler(signal.SIGINT, None)
 
@@ -77,23 +82,35 @@ class Result:
     """A stage after training: its layer that drops, all its numbers, and what was told."""
 
     def __init__(
-        self, folder: Path, way: Way, ends: Ends | None = None, rate: float = 1e-3, source: Callable[[int], Batch] = batches
+        self,
+        folder: Path,
+        way: Way,
+        ends: Ends | None = None,
+        rate: float = 1e-3,
+        source: Callable[[int], Batch] = batches,
     ) -> None:
         model = network()
         layers = quantized_layers(model)
         self.layer, self.told = layers["2"], list[str]()
         self.drop = FragileDrop(self.layer)
         loop = LoopSettings(steps=STEPS, learning_rate=rate, ema=0.9)
-        settings = StageSettings("toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", every=10), folder / "logs", way)
+        settings = StageSettings(
+            "toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", every=10), folder / "logs", way
+        )
         callbacks = [self.drop, Matching(layers), ends or Ends()]
         self.state = train_stage(model, callbacks, source, settings, Console(quiet=True), self.told.append)
-        self.numbers: dict[str, Tensor] = {**model.state_dict(), **{f"ema {name}": value for name, value in (self.state.ema or {}).items()}}
+        self.numbers: dict[str, Tensor] = {
+            **model.state_dict(),
+            **{f"ema {name}": value for name, value in (self.state.ema or {}).items()},
+        }
         self.rows = read_metrics(folder / "logs" / "toy.jsonl")
         self.rate_at = loop.learning_rate_at
 
 
 def same(one: Result, other: Result) -> bool:
-    return all(torch.equal(value, other.numbers[name]) for name, value in one.numbers.items()) and one.rows == other.rows
+    return (
+        all(torch.equal(value, other.numbers[name]) for name, value in one.numbers.items()) and one.rows == other.rows
+    )
 
 
 def cut_off(folder: Path, way: Way, ends: Sequence[Ends]) -> Result:
@@ -103,7 +120,9 @@ def cut_off(folder: Path, way: Way, ends: Sequence[Ends]) -> Result:
     return Result(folder, way)
 
 
-def test_a_rollback_enters_again_before_the_drop_holds_it_back_and_goes_on_to_the_end_at_half_the_rate(tmp_path: Path) -> None:
+def test_a_rollback_enters_again_before_the_drop_holds_it_back_and_goes_on_to_the_end_at_half_the_rate(
+    tmp_path: Path,
+) -> None:
     result = Result(tmp_path, "rollback")
     (record,) = json.loads((tmp_path / "checkpoints" / RECORD).read_text())
     assert (record["entered"], result.state.step, read_bits(result.layer)[0]) == (DROP, STEPS, 4)
@@ -127,11 +146,15 @@ def test_a_rollback_enters_again_before_the_drop_holds_it_back_and_goes_on_to_th
     ids=["again", "before the divergence", "after it", "with Ctrl-C in between"],
 )
 @pytest.mark.parametrize("way", ["rollback", "lower_rate"])
-def test_what_follows_a_divergence_is_bitwise_the_same_however_the_run_is_cut_off(tmp_path: Path, way: Way, ends: list[Ends]) -> None:
+def test_what_follows_a_divergence_is_bitwise_the_same_however_the_run_is_cut_off(
+    tmp_path: Path, way: Way, ends: list[Ends]
+) -> None:
     assert same(cut_off(tmp_path / "cut", way, ends), Result(tmp_path / "whole", way))
 
 
-def test_without_a_checkpoint_training_goes_back_to_the_start_and_ends_with_an_error_that_says_what_was_tried(tmp_path: Path) -> None:
+def test_without_a_checkpoint_training_goes_back_to_the_start_and_ends_with_an_error_that_says_what_was_tried(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(DivergedError) as caught:
         Result(tmp_path, "rollback", rate=1e3)
     assert f"step {caught.value.step}: training diverged" in str(caught.value)
@@ -154,7 +177,10 @@ def test_at_a_lower_rate_a_step_whose_loss_is_not_finite_is_left_out(tmp_path: P
 
     result = Result(tmp_path, "lower_rate", source=source)
     assert [row["step"] for row in result.rows if row["step"] < 12] == [1, 2, 3, 5, 6, 7, 9, 10, 11]
-    assert ["step 3: training diverged" in result.told[0], "step 7: training diverged" in result.told[1]] == [True, True]
+    assert ["step 3: training diverged" in result.told[0], "step 7: training diverged" in result.told[1]] == [
+        True,
+        True,
+    ]
 
 
 def test_stop_is_an_error_at_once(tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ def test_what_ctrl_c_left_is_dropped_before_the_checkpoints_at_their_own_steps(t
     assert left == [[5], [5, 7], [5, 8], [5, 10], [5, 10, 11], [10, 15]]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "digests.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "digests.json"]
+)
 @pytest.mark.parametrize("fault", ["truncated", "missing", "changed"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, file: str, fault: str) -> None:
     trained(CheckpointFolder(tmp_path, every=5))

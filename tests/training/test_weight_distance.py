@@ -33,7 +33,10 @@ def test_it_is_the_mean_relative_change_of_the_weights_in_use() -> None:
     model = network()
     layers = quantized_layers(model)
     distance = WeightDistance(layers)
-    wanted = [float((quantized_weight(layer) - layer.weight.detach()).norm() / layer.weight.detach().norm()) for layer in layers.values()]
+    wanted = [
+        float((quantized_weight(layer) - layer.weight.detach()).norm() / layer.weight.detach().norm())
+        for layer in layers.values()
+    ]
     assert distance.scalars() == {"weight_distance": pytest.approx(sum(wanted) / 2)}
     with torch.no_grad():
         for layer in layers.values():

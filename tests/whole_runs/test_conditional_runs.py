@@ -1,4 +1,5 @@
-"""Conditional models from plan to deployed folder: executed in INT8, integers equal, called as diffusers calls them, guided.
+"""Conditional models from plan to deployed folder: executed in INT8, integers equal, called as diffusers calls them,
+guided.
 
 Not here: what they take (test_architectures.py), and runs of unconditional models (test_run.py).
 """
@@ -71,7 +72,9 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_layer_executes_in_int8_and_gives_pytorchs_integers(deployed: Deployed) -> None:
     layers = integer_layers(deployed.model)
     assert execution_precision(deployed.folder, layers).float_layers == ()
-    with recorded_inputs(deployed.model, (deployed.x, deployed.t, deployed.condition), deployed.folder.parent) as inputs:
+    with recorded_inputs(
+        deployed.model, (deployed.x, deployed.t, deployed.condition), deployed.folder.parent
+    ) as inputs:
         parity = layer_parity(deployed.folder, layers, inputs)
     assert parity.layers_exact == parity.layers_checked == len(layers) > 10
 
@@ -84,11 +87,15 @@ def test_the_runtime_is_called_as_diffusers_calls_the_model(deployed: Deployed) 
     with torch.no_grad(), frozen_weights(deployed.model):
         wanted = predict(deployed.model, deployed.x, deployed.t, deployed.condition)
     assert (found - wanted).square().mean() < 1e-2 * wanted.square().mean()
-    plain = model.predict(deployed.x.numpy(), deployed.t.numpy(), {key: value.numpy() for key, value in deployed.condition.items()})
+    plain = model.predict(
+        deployed.x.numpy(), deployed.t.numpy(), {key: value.numpy() for key, value in deployed.condition.items()}
+    )
     np.testing.assert_array_equal(plain, found.numpy())
 
 
-def test_the_index_of_a_conditional_denoiser_alone_names_no_pipeline_that_would_call_it_without_conditions(deployed: Deployed) -> None:
+def test_the_index_of_a_conditional_denoiser_alone_names_no_pipeline_that_would_call_it_without_conditions(
+    deployed: Deployed,
+) -> None:
     index = json.loads((deployed.folder / "model_index.json").read_text())
     assert index["_class_name"] == "DiffusionPipeline"
     part = "transformer" if deployed.name == "pixart" else "unet"
@@ -101,7 +108,9 @@ def test_samples_keep_their_conditions_in_any_batch(deployed: Deployed) -> None:
     arrays = {key: value.numpy() for key, value in deployed.condition.items()}
     x, order = deployed.x.numpy(), [1, 0, 1]
     whole = model.predict(x, 500, arrays)
-    np.testing.assert_allclose(model.predict(x[order], 500, {key: value[order] for key, value in arrays.items()}), whole[order], atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict(x[order], 500, {key: value[order] for key, value in arrays.items()}), whole[order], atol=1e-5
+    )
     shared = model.predict(x, 500, {key: value[:1] for key, value in arrays.items()})
     np.testing.assert_array_equal(shared[0], whole[0])
 
@@ -112,7 +121,10 @@ def test_the_manifest_says_what_the_graph_takes_and_anything_else_is_refused(dep
         entry["name"]: (tuple(entry["shape"]), entry["dtype"])
         for entry in json.loads((deployed.folder / "manifest.json").read_text())["conditions"]
     }
-    assert listed == {key: (tuple(value.shape[1:]), str(value.dtype).removeprefix("torch.")) for key, value in deployed.condition.items()}
+    assert listed == {
+        key: (tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."))
+        for key, value in deployed.condition.items()
+    }
     x, arrays = deployed.x.numpy(), {key: value.numpy() for key, value in deployed.condition.items()}
     name = next(iter(arrays))
     with pytest.raises(ModelError, match=rf"takes the conditions {name}.*; got none"):
@@ -133,13 +145,18 @@ def test_a_label_outside_the_table_is_refused_at_run_time(deployed: Deployed) ->
             model.predict(deployed.x.numpy(), 5, wrong)
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------------------
+# ---- whole runs
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def made(name: str, policy: str, folder: Path, *overrides: str) -> Path:
     """A run of the model of that name, guided, with full precision's own choice of conditions."""
     saved(name, folder / "model")
-    source = [f"model.source={folder / 'model'}", "evaluation.features=none", "evaluation.variants=[fp32-half,pqcad-openvino]"]
+    source = [
+        f"model.source={folder / 'model'}",
+        "evaluation.features=none",
+        "evaluation.variants=[fp32-half,pqcad-openvino]",
+    ]
     loaded = load_policy(POLICIES / policy, [*TINY, *source, "sampler.guidance_scale=3.0", *overrides])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
@@ -149,7 +166,12 @@ def made(name: str, policy: str, folder: Path, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def dit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class labels and a learned variance; the student keeps both passes of guidance."""
-    return made("dit", "w4a8-dit.yaml", tmp_path_factory.mktemp("dit"), "evaluation.variants=[fp32-half,nncf-int8,pqcad-openvino]")
+    return made(
+        "dit",
+        "w4a8-dit.yaml",
+        tmp_path_factory.mktemp("dit"),
+        "evaluation.variants=[fp32-half,nncf-int8,pqcad-openvino]",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +179,20 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cross attention to text; the student learns the guided prediction."""
     folder = tmp_path_factory.mktemp("text")
     embeddings = write_embeddings("text_unet", folder / "text.safetensors")
-    return made("text_unet", "smoke.yaml", folder, f"conditions.embeddings={embeddings}", "distillation.guidance=distill")
+    return made(
+        "text_unet", "smoke.yaml", folder, f"conditions.embeddings={embeddings}", "distillation.guidance=distill"
+    )
 
 
 @pytest.mark.parametrize(("run_of", "passes"), [("dit_run", 2), ("text_run", 1)])
-def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(run_of: str, passes: int, request: pytest.FixtureRequest) -> None:
+def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
+    run_of: str, passes: int, request: pytest.FixtureRequest
+) -> None:
     path: Path = request.getfixturevalue(run_of)
     report = json.loads((path / "report.json").read_text())
-    assert report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
+    assert (
+        report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
+    )
     assert report["parity"]["end_to_end_psnr"] > 30
     assert report["fid_protocol"] is None
     assert "No FID: evaluation.features names no feature network" in report["quality_note"]
@@ -180,16 +208,23 @@ def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(run_of: str, pass
 
 def test_the_set_of_a_guided_run_holds_both_passes(text_run: Path) -> None:
     model, found = load_model(str(text_run.parents[1] / "model")), read_calibration(text_run / "calibration")
-    unconditional = {name: value.expand(len(found.states), *value.shape[1:]) for name, value in found.unconditional.items()}
+    unconditional = {
+        name: value.expand(len(found.states), *value.shape[1:]) for name, value in found.unconditional.items()
+    }
     assert found.unconditional_predictions is not None
     with torch.no_grad():
         for column, t in enumerate(found.timesteps):
             x = found.states[:, column]
             torch.testing.assert_close(predict(model.denoiser, x, t, found.condition), found.predictions[:, column])
-            torch.testing.assert_close(predict(model.denoiser, x, t, unconditional), found.unconditional_predictions[:, column])
+            torch.testing.assert_close(
+                predict(model.denoiser, x, t, unconditional), found.unconditional_predictions[:, column]
+            )
     parts = list(found.inputs(8, 4))
     rows = torch.cat([condition["encoder_hidden_states"] for _, _, condition in parts])
-    assert [bool(torch.equal(row, found.unconditional["encoder_hidden_states"][0])) for row in rows] == [False, True] * 4
+    assert [bool(torch.equal(row, found.unconditional["encoder_hidden_states"][0])) for row in rows] == [
+        False,
+        True,
+    ] * 4
 
 
 @pytest.mark.parametrize(("run_of", "scale"), [("dit_run", 3.0), ("text_run", 1.0)])
@@ -216,7 +251,9 @@ def test_a_learned_variance_is_no_part_of_what_is_deployed(dit_run: Path) -> Non
 
 def test_latents_beside_a_feature_network_are_refused_before_anything_is_made(dit_run: Path, tmp_path: Path) -> None:
     policy = load_policy(dit_run / "policy.yaml", ["evaluation.features=embedded:digits"])
-    with pytest.raises(ModelError, match=r"evaluation\.features: got 'embedded:digits'; .* makes latents of 4 channels.*allowed none"):
+    with pytest.raises(
+        ModelError, match=r"evaluation\.features: got 'embedded:digits'; .* makes latents of 4 channels.*allowed none"
+    ):
         run(policy, tmp_path / "run", "command", Console(quiet=True))
     assert not (tmp_path / "run").exists()
 
@@ -230,12 +267,21 @@ def test_a_plain_module_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
     save_file({"tone": torch.randn(3, 2)}, tmp_path / "tones.safetensors")
     rules = '[{match: "*", weights: {bits: 4}, inputs: {bits: 8}}]'
-    overrides = ["model.source=registered:tiny", f"conditions.embeddings={tmp_path / 'tones.safetensors'}", f"quantization.layers={rules}"]
+    overrides = [
+        "model.source=registered:tiny",
+        f"conditions.embeddings={tmp_path / 'tones.safetensors'}",
+        f"quantization.layers={rules}",
+    ]
     variants = "evaluation.variants=[fp32-half,pqcad-openvino]"
     policy = load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides, "evaluation.features=none", variants])
     path = run(policy, tmp_path / "runs" / "plain", "command", Console(quiet=True)).parent
     report = json.loads((path / "report.json").read_text())
-    assert report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] == 3
+    assert (
+        report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] == 3
+    )
     section = ConditionsPolicy(embeddings=str(tmp_path / "tones.safetensors"))
-    ours, theirs = (sample_states(open_folder(str(path / folder), conditions=section), 4, 0, 4) for folder in ("openvino", "student"))
+    ours, theirs = (
+        sample_states(open_folder(str(path / folder), conditions=section), 4, 0, 4)
+        for folder in ("openvino", "student")
+    )
     assert (ours - theirs).square().mean() < 1e-2 * theirs.square().mean()

@@ -1,4 +1,5 @@
-"""Stable Diffusion 3's and Flux's denoisers from policy to deployed folder, and diffusers' own scheduler with what was deployed.
+"""Stable Diffusion 3's and Flux's denoisers from policy to deployed folder, and diffusers' own scheduler with what was
+deployed.
 
 Not here: flow matching itself (test_flow.py), and what the classes take (test_architectures.py).
 """
@@ -68,8 +69,17 @@ def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     saved(request.param, folder / "model")
     embeddings = write_embeddings(request.param, folder / "prompts.safetensors")
-    own = [f"model.source={folder / 'model'}", f"conditions.embeddings={embeddings}", f"evaluation.variants={VARIANTS[request.param]}"]
-    small = ["conditions.prompts=null", "conditions.tokens=null", "calibration.batch_size=4", "training.gradient_accumulation=1"]
+    own = [
+        f"model.source={folder / 'model'}",
+        f"conditions.embeddings={embeddings}",
+        f"evaluation.variants={VARIANTS[request.param]}",
+    ]
+    small = [
+        "conditions.prompts=null",
+        "conditions.tokens=null",
+        "calibration.batch_size=4",
+        "training.gradient_accumulation=1",
+    ]
     policy = load_policy(POLICIES / f"w8a8-{request.param}.yaml", [*TINY, "evaluation.features=none", *own, *small])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
@@ -79,7 +89,9 @@ def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_every_planned_layer_executes_in_int8_with_pytorchs_integers(flow_run: FlowRun) -> None:
     report = flow_run.report
-    assert report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 25
+    assert (
+        report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 25
+    )
     assert report["execution"]["float_layers"] == [{"sd3": "pos_embed.proj", "flux": "x_embedder"}[flow_run.name]]
     assert report["parity"]["end_to_end_psnr"] > 30
 
@@ -93,7 +105,9 @@ def test_every_variant_is_sampled_and_compared_with_full_precision(flow_run: Flo
 
 
 def test_the_set_holds_the_times_of_the_sampler_and_of_its_student(flow_run: FlowRun) -> None:
-    schedule = noise_schedule(json.loads((flow_run.path / "student" / "scheduler" / "scheduler_config.json").read_text()))
+    schedule = noise_schedule(
+        json.loads((flow_run.path / "student" / "scheduler" / "scheduler_config.json").read_text())
+    )
     times = read_calibration(flow_run.path / "calibration").timesteps
     assert set(times) == {t for steps in (4, 2) for t, _ in schedule.walk(steps)}
 
@@ -109,13 +123,18 @@ def test_a_folder_is_sampled_as_it_was_distilled(flow_run: FlowRun) -> None:
 def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(flow_run: FlowRun) -> None:
     """As StableDiffusion3Pipeline and FluxPipeline do it, which the library transformers keeps from being imported."""
     folder = flow_run.path / "openvino"
-    transformer, ours = OVTransformer2DModel.from_pretrained(folder), open_folder(str(folder), conditions=flow_run.conditions)
+    transformer, ours = (
+        OVTransformer2DModel.from_pretrained(folder),
+        open_folder(str(folder), conditions=flow_run.conditions),
+    )
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     steps = scheduler.config.num_inference_steps
     latents = torch.from_numpy(initial_noise(7, 0, 3, ours.sample_shape))
     condition = ours.conditions.of(7, 0, 3)
     if flow_run.name == "flux":
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)  # mu has no say: the shift is settled
+        scheduler.set_timesteps(
+            sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0
+        )  # mu has no say: the shift is settled
         latents = flux.packed(latents)
     else:
         scheduler.set_timesteps(steps)
@@ -123,7 +142,9 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
         if flow_run.name == "flux":
             places = {"img_ids": flux.places(8, 8), "txt_ids": torch.zeros(5, 3)}
             with transformer.cache_context("cond"):
-                (velocity,) = transformer(latents, timestep=t.expand(3) / 1000, **places, **condition, return_dict=False)
+                (velocity,) = transformer(
+                    latents, timestep=t.expand(3) / 1000, **places, **condition, return_dict=False
+                )
         else:
             other = {name: value.expand(3, *value.shape[1:]) for name, value in ours.conditions.unconditional.items()}
             doubled = {name: torch.cat([other[name], value]) for name, value in condition.items()}
@@ -137,8 +158,12 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: FlowRun, precision: str) -> None:
-    """BF16 would round a time of 899.6 to 900 and a guidance of 3550 to 3552: sines of the fastest would mean something else."""
-    deployed = OVUNet2DModel.from_pretrained(flow_run.path / "openvino", properties={"INFERENCE_PRECISION_HINT": precision})
+    """BF16 would round a time of 899.6 to 900 and a guidance of 3550 to 3552: sines of the fastest would mean something
+    else.
+    """
+    deployed = OVUNet2DModel.from_pretrained(
+        flow_run.path / "openvino", properties={"INFERENCE_PRECISION_HINT": precision}
+    )
     model, _, _ = load_quantized(flow_run.path / "student")
     calibration = read_calibration(flow_run.path / "calibration")
     x, condition = calibration.states[:, 1], dict(calibration.condition)
@@ -157,11 +182,16 @@ def test_the_graph_takes_no_sines_at_run_time(flow_run: FlowRun) -> None:
     assert graph.input("timestep").get_element_type() == ov.Type.f32
 
 
-def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipeline_hands_over(flow_run: FlowRun) -> None:
+def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipeline_hands_over(
+    flow_run: FlowRun,
+) -> None:
     folder = flow_run.path / "openvino"
     assert not (folder / "unet").exists()
     assert json.loads((folder / "model_index.json").read_text())["transformer"][1] == "OVTransformer2DModel"
-    ports = {port.get_any_name(): list(port.shape) for port in ov.Core().read_model(folder / "transformer" / "openvino_model.xml").inputs}
+    ports = {
+        port.get_any_name(): list(port.shape)
+        for port in ov.Core().read_model(folder / "transformer" / "openvino_model.xml").inputs
+    }
     text = {"encoder_hidden_states": [1, 5, 24], "pooled_projections": [1, 12]}
     if flow_run.name == "sd3":
         assert ports == {"hidden_states": [1, 4, 8, 8], "timestep": [1], **text}
@@ -172,7 +202,9 @@ def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipel
         assert scheduler["embedded_guidance"] == 3.5
 
 
-def test_what_each_layer_takes_is_read_from_such_a_graph_too(flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_each_layer_takes_is_read_from_such_a_graph_too(
+    flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pqcad_qat.timing.layer_times.ROUNDS", 1)
     folder = flow_run.path / "openvino"
     groups = {name: layer["input_group"] for name, layer in read_manifest(folder)["layers"].items()}
@@ -194,7 +226,9 @@ def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: F
     ov.save_model(graph, before / "unet" / "openvino_model.xml", compress_to_fp16=False)
     manifest = json.loads((before / "manifest.json").read_text())
     names = [name.replace("transformer/", "unet/") for name in manifest["files"]]
-    manifest["files"] = {name: {"bytes": (before / name).stat().st_size, "sha256": sha256(before / name)} for name in names}
+    manifest["files"] = {
+        name: {"bytes": (before / name).stat().st_size, "sha256": sha256(before / name)} for name in names
+    }
     (before / "manifest.json").write_text(json.dumps(manifest | {"graph": "unet/openvino_model.xml"}))
     variants = [open_folder(str(folder), conditions=flow_run.conditions) for folder in (before, now)]
     old, new = (sample_states(variant, 2, 1, 2) for variant in variants)
@@ -205,7 +239,9 @@ def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: F
 
 def test_other_times_and_latents_than_the_graph_takes_are_refused(flow_run: FlowRun) -> None:
     transformer = OVTransformer2DModel.from_pretrained(flow_run.path / "openvino")
-    condition = arrays(open_folder(str(flow_run.path / "openvino"), conditions=flow_run.conditions).conditions.of(0, 0, 1))
+    condition = arrays(
+        open_folder(str(flow_run.path / "openvino"), conditions=flow_run.conditions).conditions.of(0, 0, 1)
+    )
     with pytest.raises(ModelError, match=r"times must lie in \[0, 1000\], got 1000.5"):
         transformer.predict(np.zeros((1, 4, 8, 8), np.float32), 1000.5, condition)
     if flow_run.name == "flux":
@@ -240,9 +276,13 @@ def test_the_runtimes_packing_is_that_of_training() -> None:
 def test_a_sampler_that_is_not_the_models_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     saved("sd3", tmp_path / "sd3")
     own = [f"model.source={tmp_path / 'sd3'}", "sampler.name=ddim"]
-    with pytest.raises(ModelError, match=r"sampler\.name: got 'ddim'; .*sd3 predicts the velocities of flow matching; allowed euler"):
+    with pytest.raises(
+        ModelError, match=r"sampler\.name: got 'ddim'; .*sd3 predicts the velocities of flow matching; allowed euler"
+    ):
         prepare(load_policy(POLICIES / "w8a8-sd3.yaml", own))
-    with pytest.raises(ModelError, match=r"sampler\.name: got 'euler'; embedded:fashion-mnist predicts .*; allowed ddim"):
+    with pytest.raises(
+        ModelError, match=r"sampler\.name: got 'euler'; embedded:fashion-mnist predicts .*; allowed ddim"
+    ):
         prepare(load_policy(POLICIES / "w8a8.yaml", ["sampler.name=euler"]))
 
 

@@ -1,7 +1,8 @@
-"""Runs that are cut off in every stage, by either signal and by a full disk: they say so, lose nothing, and end with the same bits.
+"""Runs that are cut off in every stage, by either signal and by a full disk: they say so, lose nothing, and end with
+the same bits.
 
-By default every stage is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments of each, spread over the stages. Not here: a
-run that is cut off at chosen moments of its training as a command line (test_resume.py).
+By default every stage is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments of each, spread over the
+stages. Not here: a run that is cut off at chosen moments of its training as a command line (test_resume.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from pqcad_qat import cli
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
 
 PATIENCE = 3000  # seconds; a busy machine is no failure
-CHAINS = [("SIGKILL", 1), ("SIGINT", 2), ("full", 3)] if os.environ.get("PQCAD_KILLS") == "all" else [("SIGKILL+SIGINT+full", 0)]
+CHAINS = (
+    [("SIGKILL", 1), ("SIGINT", 2), ("full", 3)]
+    if os.environ.get("PQCAD_KILLS") == "all"
+    else [("SIGKILL+SIGINT+full", 0)]
+)
 
 RESULTS = (
     "calibration/trajectories.safetensors",
@@ -95,7 +100,9 @@ def disk(base: Path) -> Iterator[str | None]:
     (base / "disk").mkdir()
     mounted = False
     with suppress(OSError, subprocess.CalledProcessError):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(base / "disk")], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(base / "disk")], check=True, capture_output=True
+        )
         mounted = True
     yield "disk" if mounted else None
     if mounted:
@@ -129,7 +136,9 @@ def check_ending(ending: Mapping[str, Any], root: Path) -> None:
     if code == 130:
         assert re.search(r"^interrupted.*; --resume goes on from there$", said, re.MULTILINE), said
     if code == 2:
-        told = re.search(r"error: (\S+): cannot be written: No space left on device: (more than the )?[\d,]+ bytes", said)
+        told = re.search(
+            r"error: (\S+): cannot be written: No space left on device: (more than the )?[\d,]+ bytes", said
+        )
         assert told is not None, said
         assert Path(told[1]).is_relative_to(root)
         assert "what is finished is kept; --resume goes on from there" in said
@@ -138,29 +147,46 @@ def check_ending(ending: Mapping[str, Any], root: Path) -> None:
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_run_goes_on_from_the_one_before(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """The kernel refuses to let a file grow over a limit that is set while the run trains, as it does on a full disk."""
+    """The kernel refuses to let a file grow over a limit that is set while the run trains, as it does on a full
+    disk.
+    """
     path = tmp_path / "run"
-    only = ["evaluation.variants=[fixed-bit]", "progressive.steps=60", "training.checkpoint_every=20", "evaluation.images=2"]
+    only = [
+        "evaluation.variants=[fixed-bit]",
+        "progressive.steps=60",
+        "training.checkpoint_every=20",
+        "evaluation.images=2",
+    ]
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder, *only)]
     command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         folder = CheckpointFolder(path / "checkpoints" / "fixed-bit", 20)
         wait_for(folder.path / "step_000020" / "digests.json", process)
         size = (folder.path / "step_000020" / "model.safetensors").stat().st_size
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, errors
-    assert re.search(r"step_000040: cannot be written: File too large: [\d,]+ bytes are wanted, [\d,]+ are free", errors), errors
+    assert re.search(
+        r"step_000040: cannot be written: File too large: [\d,]+ bytes are wanted, [\d,]+ are free", errors
+    ), errors
     assert "Traceback" not in errors
     assert [path.name for path in sorted(folder.path.iterdir())] == ["step_000020"]
     assert damage(checkpoints(folder.path)[0]) is None
-    again = subprocess.run([*command, "--resume"], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    again = subprocess.run(
+        [*command, "--resume"], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
     assert again.returncode == 0, again.stderr
     assert "fixed-bit: going on from step 20" in again.stdout
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_is_a_message_and_no_traceback_wherever_it_is_met(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -187,8 +213,7 @@ def test_any_other_fault_of_the_machine_keeps_its_traceback(monkeypatch: pytest.
 def test_ctrl_c_after_a_benchmark_is_no_segmentation_fault(tmp_path: Path) -> None:
     """Compiled graphs that go in the order in which they came leave a stack for signals behind; see shared_core."""
     script = (
-        "import gc, signal, sys\n"
-        "from pathlib import Path\n"
+        "import gc, signal, sys\nfrom pathlib import Path\n"
         "from tiny_runs import fixed_batch_graph\n"
         "from pqcad_qat.timing.latency import compile_for_latency\n"
         "xml = fixed_batch_graph(1, (1, 8, 8), Path(sys.argv[1]))\n"

@@ -80,7 +80,19 @@ KEYS = {
     "execution",
     "timings_s",
 }
-BLOCKED = ("torch", "torchvision", "brevitas", "nncf", "diffusers", "accelerate", "transformers", "safetensors", "pydantic", "rich", "fire")
+BLOCKED = (
+    "torch",
+    "torchvision",
+    "brevitas",
+    "nncf",
+    "diffusers",
+    "accelerate",
+    "transformers",
+    "safetensors",
+    "pydantic",
+    "rich",
+    "fire",
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +113,19 @@ def plan(tiny_run: FinishedRun) -> dict[str, dict[str, Any]]:
     return {layer["name"]: layer for layer in content["layers"]}
 
 
-# ---- what a run leaves -----------------------------------------------------------------------------------------------------------
+# ---- what a run leaves
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_everything_that_a_run_promises_is_there(tiny_run: FinishedRun) -> None:
     assert [path for path in LEFT if not (tiny_run.path / path).exists()] == []
     assert tiny_run.page == tiny_run.path / "report.html"
-    assert sorted(path.name for path in (tiny_run.path / "checkpoints").iterdir()) == ["fixed-bit", "pq", "pq-distilled", "pqcad"]
+    assert sorted(path.name for path in (tiny_run.path / "checkpoints").iterdir()) == [
+        "fixed-bit",
+        "pq",
+        "pq-distilled",
+        "pqcad",
+    ]
 
 
 def test_nothing_half_written_is_left(tiny_run: FinishedRun) -> None:
@@ -132,25 +150,43 @@ def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {f"{stage}/loss" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
-    assert {"pq/loss_momentum", "pq/perturbation", "pq/mean_bits", "pqcad/loss/teacher", "pqcad/loss/calibration"} <= tags
+    assert {
+        "pq/loss_momentum",
+        "pq/perturbation",
+        "pq/mean_bits",
+        "pqcad/loss/teacher",
+        "pqcad/loss/calibration",
+    } <= tags
     assert {f"{stage}/mean_bits" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
     for layer in json.loads((tiny_run.path / "plan.json").read_text())["layers"]:
-        watched = {f"{stage}/layer/{layer['name']}/{what}" for stage in ("pq", "pqcad") for what in ("bits", "weight_range", "input_range")}
+        watched = {
+            f"{stage}/layer/{layer['name']}/{what}"
+            for stage in ("pq", "pqcad")
+            for what in ("bits", "weight_range", "input_range")
+        }
         assert watched | {f"pq/layer/{layer['name']}/perturbation"} <= tags
         ends = events.Scalars(f"pq/layer/{layer['name']}/bits")
-        assert (ends[0].value, events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value) == (8, layer["weights"]["bits"])
+        assert (ends[0].value, events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value) == (
+            8,
+            layer["weights"]["bits"],
+        )
         assert all(event.value > 0 for event in events.Scalars(f"pqcad/layer/{layer['name']}/weight_range"))
     assert len(events.Scalars("pq/loss")) == tiny_run.policy.progressive.steps
 
 
-def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy_and_the_plan(tiny_run: FinishedRun) -> None:
+def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy_and_the_plan(
+    tiny_run: FinishedRun,
+) -> None:
     events = EventAccumulator(str(tiny_run.path / "logs"))
     events.Reload()
     for stage, steps in (("pq", [4, 8]), ("fixed-bit", [4, 8]), ("pq-distilled", [4]), ("pqcad", [4])):
         grids = events.Images(f"{stage}/samples")
         assert [grid.step for grid in grids] == steps
         assert all(grid.width >= 4 * 32 for grid in grids)  # four images of 32 pixels in a row
-    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in ("policy/text_summary", "plan/text_summary")}
+    texts = {
+        tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in ("policy/text_summary", "plan/text_summary")
+    }
     assert "learning_rate: 0.0001" in texts["policy/text_summary"]
     assert "down_blocks.0.resnets.0.conv1" in texts["plan/text_summary"]
 
@@ -161,7 +197,8 @@ def test_samples_are_one_picture_with_a_row_a_variant(tiny_run: FinishedRun) -> 
         assert picture.height > 8 * 64
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------------------
+# ---- the report
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, Any]) -> None:
@@ -169,11 +206,30 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     assert report["schema_version"] == 1
     assert report["policy"]["name"] == "tiny"
     assert set(report["hardware"]) >= {"cpu", "isa", "cores", "versions"}
-    assert set(report["fid_protocol"]) == {"images", "features", "features_sha256", "reference", "sampler", "steps", "seed"}
+    assert set(report["fid_protocol"]) == {
+        "images",
+        "features",
+        "features_sha256",
+        "reference",
+        "sampler",
+        "steps",
+        "seed",
+    }
     assert set(report["bit_schedule"][0]) == {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"}
     assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
     assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
-    stages = {"calibration", "pq", "fixed-bit", "teacher", "pq-distilled", "pqcad", "export", "baselines", "benchmark", "evaluation"}
+    stages = {
+        "calibration",
+        "pq",
+        "fixed-bit",
+        "teacher",
+        "pq-distilled",
+        "pqcad",
+        "export",
+        "baselines",
+        "benchmark",
+        "evaluation",
+    }
     assert set(report["timings_s"]) >= stages
 
 
@@ -203,13 +259,20 @@ def test_every_planned_layer_executed_in_int8_and_gave_pytorchs_integers(
     attention = report["execution"].pop("attention")
     assert len(attention) == 4
     assert set(attention.values()) <= set(INT8)
-    assert report["execution"] == {"planned": len(plan), "executed_int8": len(plan), "float_layers": list(left), "needs_vnni": []}
+    assert report["execution"] == {
+        "planned": len(plan),
+        "executed_int8": len(plan),
+        "float_layers": list(left),
+        "needs_vnni": [],
+    }
     assert report["parity"]["layers_checked"] == report["parity"]["layers_exact"] == len(plan)
     assert report["parity"]["worst_error"] == 0
     assert report["parity"]["end_to_end_psnr"] > 30
 
 
-def test_the_bit_schedule_takes_every_layer_down_to_its_target(report: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+def test_the_bit_schedule_takes_every_layer_down_to_its_target(
+    report: Mapping[str, Any], plan: Mapping[str, Any]
+) -> None:
     width = {name: layer["ladder"][0] for name, layer in plan.items()}
     for move in report["bit_schedule"]:
         assert width[move["layer"]] == move["from"] > move["to"]
@@ -229,7 +292,9 @@ def test_an_image_costs_its_steps(rows: Mapping[str, Any]) -> None:
         assert row["latency_ms_per_image"] == pytest.approx(row["steps"] * row["latency_ms_per_step"])
 
 
-def test_sizes_are_those_of_the_files(rows: Mapping[str, Any], tiny_run: FinishedRun, tiny_model: DiffusionModel) -> None:
+def test_sizes_are_those_of_the_files(
+    rows: Mapping[str, Any], tiny_run: FinishedRun, tiny_model: DiffusionModel
+) -> None:
     shipped = sum(path.stat().st_size for path in (tiny_run.path / "openvino").rglob("*") if path.is_file())
     assert rows["pqcad-openvino"]["size_bytes"] == shipped
     assert rows["fp32"]["size_bytes"] == 4 * sum(parameter.numel() for parameter in tiny_model.denoiser.parameters())
@@ -237,12 +302,17 @@ def test_sizes_are_those_of_the_files(rows: Mapping[str, Any], tiny_run: Finishe
 
 def test_quality_figures_are_those_of_the_kept_images(rows: Mapping[str, Any], tiny_run: FinishedRun) -> None:
     features = load_features("embedded:fashion-mnist")
-    images = {name: load_file(tiny_run.path / "samples" / f"{name}.safetensors")["images"] for name in ("fp32", "pqcad")}
+    images = {
+        name: load_file(tiny_run.path / "samples" / f"{name}.safetensors")["images"] for name in ("fp32", "pqcad")
+    }
     assert images["pqcad"].shape == (8, 1, 32, 32)
     again = evaluate_images(images["pqcad"], images["fp32"], features)
     row = rows["pqcad"]
     assert row["fid_real"] == pytest.approx(again.fid_real, rel=1e-6)
-    assert (row["psnr_fp"], row["ssim_fp"]) == (pytest.approx(again.psnr_fp, rel=1e-5), pytest.approx(again.ssim_fp, rel=1e-5))
+    assert (row["psnr_fp"], row["ssim_fp"]) == (
+        pytest.approx(again.psnr_fp, rel=1e-5),
+        pytest.approx(again.ssim_fp, rel=1e-5),
+    )
 
 
 def test_the_page_needs_no_other_file_and_no_network(tiny_run: FinishedRun) -> None:
@@ -260,7 +330,9 @@ def test_the_report_says_how_to_make_it_again(report: Mapping[str, Any], tiny_ru
 
 
 @pytest.mark.parametrize(("schedule", "steps"), [("momentum", 9), ("fixed", 9), ("momentum", 1)])
-def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, tmp_path: Path, schedule: str, steps: int) -> None:
+def test_a_deadline_at_the_very_end_still_ends_at_the_targets(
+    tiny_run: FinishedRun, tmp_path: Path, schedule: str, steps: int
+) -> None:
     policy = tiny_run.policy
     progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
     evaluation = policy.evaluation.model_copy(update={"variants": ("pq",)})
@@ -273,7 +345,8 @@ def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: Finished
     assert all(blend_state(layer) is None and read_bits(layer)[0] == layer.plan.weights.bits for layer in layers)
 
 
-# ---- runs of few variants --------------------------------------------------------------------------------------------------------
+# ---- runs of few variants
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +357,9 @@ def partial_run(tiny_run: FinishedRun) -> Path:
     return run(policy, tiny_run.path.with_name("partial"), "command", Console(quiet=True)).parent
 
 
-def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(partial_run: Path, rows: Mapping[str, Any]) -> None:
+def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(
+    partial_run: Path, rows: Mapping[str, Any]
+) -> None:
     report = json.loads((partial_run / "report.json").read_text())
     found = {row["name"]: row for row in report["variants"]}
     assert list(found) == ["fp32", "fp32-half", "ptq", "fixed-bit"]
@@ -299,7 +374,13 @@ def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(partial_
 
 def test_a_report_of_few_variants_lacks_what_was_not_made(partial_run: Path) -> None:
     report = json.loads((partial_run / "report.json").read_text())
-    assert (report["targets"], report["bit_schedule"], report["latency"], report["parity"], report["execution"]) == ([], [], {}, None, None)
+    assert (report["targets"], report["bit_schedule"], report["latency"], report["parity"], report["execution"]) == (
+        [],
+        [],
+        {},
+        None,
+        None,
+    )
     assert {series["stage"] for series in report["curves"]["losses"]} == {"fixed-bit"}
     page = (partial_run / "report.html").read_text()
     assert "does not hold" not in page
@@ -313,7 +394,9 @@ def test_runs_side_by_side_share_the_images_of_full_precision(tiny_run: Finished
     assert sum((folder / "fp32.safetensors").exists() for folder in shared.iterdir()) == 1
     assert not [folder for folder in shared.iterdir() if folder.name.startswith(".")]
     for name in ("fp32", "fp32-half"):
-        one, other = (load_file(path / "samples" / f"{name}.safetensors")["images"] for path in (tiny_run.path, partial_run))
+        one, other = (
+            load_file(path / "samples" / f"{name}.safetensors")["images"] for path in (tiny_run.path, partial_run)
+        )
         assert torch.equal(one, other)
 
 
@@ -349,15 +432,21 @@ def test_in_rounds_each_student_teaches_the_next(tiny_run: FinishedRun, tmp_path
     report = json.loads((path / "report.json").read_text())
     assert [row["steps"] for row in report["variants"]] == [4, 1]
     assert {"teacher", "pqcad-round1", "teacher-pqcad-round1", "pqcad"} <= set(report["timings_s"])
-    assert [len((path / "logs" / f"{name}.jsonl").read_text().splitlines()) for name in ("pqcad-round1", "pqcad")] == [3, 3]
-    first, last = (load_file(path / "distillation" / f"{name}.safetensors") for name in ("teacher", "teacher-pqcad-round1"))
+    assert [len((path / "logs" / f"{name}.jsonl").read_text().splitlines()) for name in ("pqcad-round1", "pqcad")] == [
+        3,
+        3,
+    ]
+    first, last = (
+        load_file(path / "distillation" / f"{name}.safetensors") for name in ("teacher", "teacher-pqcad-round1")
+    )
     whole = load_file(tiny_run.path / "distillation" / "teacher.safetensors")
     assert all(torch.equal(first[name], whole[name]) for name in whole)
     assert (first["timesteps"].shape, last["timesteps"].shape) == ((2,), (1,))
     assert not torch.equal(last["teacher"], last["calibration"])
 
 
-# ---- the student -----------------------------------------------------------------------------------------------------------------
+# ---- the student
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_student_that_is_kept_is_the_one_that_was_trained(tiny_run: FinishedRun) -> None:
@@ -379,15 +468,20 @@ def test_the_student_loads_with_plain_diffusers_and_its_scheduler_knows_its_step
         assert written == {**DDIM_KEYS, **SCHEDULER, "num_inference_steps": 2}
 
 
-def test_both_distilled_students_started_from_the_quantized_teacher_and_went_their_own_ways(tiny_run: FinishedRun) -> None:
-    models = {name: load_file(tiny_run.path / "models" / f"{name}.safetensors") for name in ("pq", "pq-distilled", "pqcad")}
+def test_both_distilled_students_started_from_the_quantized_teacher_and_went_their_own_ways(
+    tiny_run: FinishedRun,
+) -> None:
+    models = {
+        name: load_file(tiny_run.path / "models" / f"{name}.safetensors") for name in ("pq", "pq-distilled", "pqcad")
+    }
     weight = "mid_block.resnets.0.conv1.weight"
     moved = {name: (models[name][weight] - models["pq"][weight]).abs().max() for name in ("pq-distilled", "pqcad")}
     assert all(0 < distance < 0.01 for distance in moved.values())
     assert not torch.equal(models["pqcad"][weight], models["pq-distilled"][weight])
 
 
-# ---- what ships ------------------------------------------------------------------------------------------------------------------
+# ---- what ships
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def states() -> tuple[np.ndarray, np.ndarray]:
@@ -400,31 +494,35 @@ def in_a_process_of_its_own(script: str, tmp_path: Path, *arguments: str | Path,
     x, t = states()
     np.savez(tmp_path / "states.npz", x=x, t=t)
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return np.asarray(np.load(tmp_path / "out.npy"))
 
 
-def test_plain_openvino_runs_the_shipped_file_and_gives_what_our_runtime_gives(tiny_run: FinishedRun, tmp_path: Path) -> None:
+def test_plain_openvino_runs_the_shipped_file_and_gives_what_our_runtime_gives(
+    tiny_run: FinishedRun, tmp_path: Path
+) -> None:
     script = (
         "import sys, numpy as np, openvino as ov\n"
-        "assert not any(name.startswith(('pqcad', 'torch')) for name in sys.modules)\n"
-        "core = ov.Core()\n"
+        "assert not any(name.startswith(('pqcad', 'torch')) for name in sys.modules)\ncore = ov.Core()\n"
         "request = core.compile_model(core.read_model(sys.argv[1]), 'CPU').create_infer_request()\n"
         "given = np.load('states.npz')\n"
-        "run = lambda x, t: request.infer({'sample': x[None], 'timestep': np.array([t], np.int64)})['out_sample'].copy()\n"
+        "run = lambda x, t: request.infer({'sample': x[None], 'timestep': np.array([t], "
+        "np.int64)})['out_sample'].copy()\n"
         "np.save('out.npy', np.concatenate([run(x, t) for x, t in zip(given['x'], given['t'])]))\n"
     )
     found = in_a_process_of_its_own(script, tmp_path, tiny_run.path / "openvino" / "unet" / "openvino_model.xml")
-    np.testing.assert_allclose(found, OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(*states()), atol=1e-3)
+    np.testing.assert_allclose(
+        found, OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(*states()), atol=1e-3
+    )
 
 
 def test_the_runtime_samples_where_every_training_library_is_absent(tiny_run: FinishedRun, tmp_path: Path) -> None:
     script = (
-        "import sys\n"
-        f"sys.modules.update(dict.fromkeys({BLOCKED!r}))  # an import of any of these fails from here on\n"
-        "import numpy as np\n"
-        "from pathlib import Path\n"
+        f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED!r}))  # an import of any of these fails from here on\n"
+        "import numpy as np\nfrom pathlib import Path\n"
         "from pqcad_qat.serving.runtime import OVUNet2DModel\n"
         "model = OVUNet2DModel.from_pretrained(Path(sys.argv[1]))\n"
         "given = np.load('states.npz')\n"
@@ -434,15 +532,20 @@ def test_the_runtime_samples_where_every_training_library_is_absent(tiny_run: Fi
         "from pqcad_qat.sampling.trajectory import noise_schedule, trajectory\n"
         "schedule = noise_schedule({'_class_name': 'DDIMScheduler', 'beta_schedule': 'squaredcos_cap_v2'})\n"
         "walk = list(trajectory(model.predict, given['x'], schedule, 2))\n"
-        "assert np.isfinite(walk[-1].x_s).all()\n"
-        "np.save('out.npy', out)\n"
+        "assert np.isfinite(walk[-1].x_s).all()\nnp.save('out.npy', out)\n"
     )
     found = in_a_process_of_its_own(script, tmp_path, tiny_run.path / "openvino", path=str(REPOSITORY))
-    np.testing.assert_allclose(found, OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(*states()), atol=1e-3)
+    np.testing.assert_allclose(
+        found, OVUNet2DModel.from_pretrained(tiny_run.path / "openvino").predict(*states()), atol=1e-3
+    )
 
 
-def test_a_diffusers_pipeline_with_our_unet_makes_our_images(tiny_run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the same states: theirs differ in their last bits after a step, and then a value may be rounded to either side of a boundary."""
+def test_a_diffusers_pipeline_with_our_unet_makes_our_images(
+    tiny_run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same states: theirs differ in their last bits after a step, and then a value may be rounded to either
+    side of a boundary.
+    """
     folder = tiny_run.path / "openvino"
     variant, given = openvino_variant("pqcad-openvino", folder), []
 
@@ -483,12 +586,15 @@ def test_a_layer_that_left_int8_is_an_error_that_names_it_unless_the_policy_list
     prepared = prepare(tiny_run.policy)
     precisions = {layer.name: "i8" for layer in prepared.plan} | {"mid_block.resnets.0.conv1": "bf16"}
     shipped = tiny_run.path / "openvino"
-    with pytest.raises(ExportError, match=r"executed in floating point: mid_block\.resnets\.0\.conv1 ran in bf16; .*execution: float"):
+    with pytest.raises(
+        ExportError, match=r"executed in floating point: mid_block\.resnets\.0\.conv1 ran in bf16; .*execution: float"
+    ):
         refuse_float(prepared.plan, ExecutionReport(precisions, {}, "f32", {}), shipped)
     listed = [replace(layer, int8_exception=layer.name == "mid_block.resnets.0.conv1") for layer in prepared.plan]
     refuse_float(listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "u8"}), shipped)
     with pytest.raises(
-        ExportError, match=r"attention planned for INT8: mid_block\.attentions\.0 ran in bf16; quantization\.attention: float"
+        ExportError,
+        match=r"attention planned for INT8: mid_block\.attentions\.0 ran in bf16; quantization\.attention: float",
     ):
         refuse_float(listed, ExecutionReport(precisions, {}, "f32", {"mid_block.attentions.0": "bf16"}), shipped)
 
@@ -500,4 +606,6 @@ def test_preparing_leaves_the_full_precision_model_as_it_was(tiny_run: FinishedR
     assert prepared.split.state_dict().keys() != tiny_model.denoiser.state_dict().keys()
     x = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(predict(prepared.split, x, 50), predict(tiny_model.denoiser, x, 50), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            predict(prepared.split, x, 50), predict(tiny_model.denoiser, x, 50), rtol=1e-4, atol=1e-5
+        )

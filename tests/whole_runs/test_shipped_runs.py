@@ -72,16 +72,26 @@ def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
 
 def test_every_policy_for_a_model_that_does_not_ship_is_run() -> None:
     loaded = {path.stem: load_policy(path) for path in POLICIES.glob("*.yaml") if not path.stem.startswith("pretrain")}
-    assert LAYOUTS.keys() == {name for name, policy in loaded.items() if not policy.model.source.startswith("embedded:")}
+    assert LAYOUTS.keys() == {
+        name for name, policy in loaded.items() if not policy.model.source.startswith("embedded:")
+    }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_goes_through_training_distillation_export_and_proof(name: str, tmp_path: Path) -> None:
-    """As it is, and trained alone with activations computed again if they were not, or kept if they were: to the same weights."""
-    source, whole, trained = SOURCES[LAYOUTS[name]](tmp_path), tmp_path / "runs" / "whole", tmp_path / "runs" / "trained"
+    """As it is, and trained alone with activations computed again if they were not, or kept if they were: to the same
+    weights.
+    """
+    source, whole, trained = (
+        SOURCES[LAYOUTS[name]](tmp_path),
+        tmp_path / "runs" / "whole",
+        tmp_path / "runs" / "trained",
+    )
     policy = run_of(name, source, whole)
     report = json.loads((whole / "report.json").read_text())
-    assert report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
+    assert (
+        report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
+    )
     assert {row["name"] for row in report["variants"]} >= {*policy.evaluation.variants} - {"ov-bf16"}
     other = str(not policy.training.activation_checkpointing).lower()
     run_of(name, source, trained, f"training.activation_checkpointing={other}", "evaluation.variants=[pqcad]")

@@ -1,4 +1,5 @@
-"""A whole run of a text-to-image pipeline, from prompts to a folder that takes prompts; and what the commands make of it.
+"""A whole run of a text-to-image pipeline, from prompts to a folder that takes prompts; and what the commands make of
+it.
 
 Not here: what the parts compute (test_part_export.py), and other conditional models (test_conditional_runs.py).
 """
@@ -31,7 +32,13 @@ from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.text_to_image import TextToImage
 from pqcad_qat.stages.samplers import decoder_of
 
-SHORT = ("progressive.steps=2", "distillation.steps=2", "calibration.refinement=1", "evaluation.images=4", "export.latency_runs=1")
+SHORT = (
+    "progressive.steps=2",
+    "distillation.steps=2",
+    "calibration.refinement=1",
+    "evaluation.images=4",
+    "export.latency_runs=1",
+)
 
 
 def policy_of(folder: Path, *more: str) -> Policy:
@@ -58,7 +65,11 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
         "text_encoder": {"class": "CLIPTextModel", "format": "int8-weights"},
     }
     scheduler = json.loads((made / "openvino" / "scheduler" / "scheduler_config.json").read_text())
-    assert (scheduler["_class_name"], scheduler["num_inference_steps"], scheduler["guidance_scale"]) == ("DDIMScheduler", 2, 3.0)
+    assert (scheduler["_class_name"], scheduler["num_inference_steps"], scheduler["guidance_scale"]) == (
+        "DDIMScheduler",
+        2,
+        3.0,
+    )
     pipeline = TextToImage.from_pretrained(made)
     assert (pipeline.steps, pipeline.guidance) == (2, 3.0)
     assert pipeline("a cat").shape == (1, 3, 16, 16)
@@ -66,11 +77,24 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(tmp_path: Path) -> None:
-    """By the policy that ships, of a FLUX.1 dev: its guidance is an input, and the folder knows which it was trained with."""
+    """By the policy that ships, of a FLUX.1 dev: its guidance is an input, and the folder knows which it was trained
+    with.
+    """
     (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
-    own = [f"model.source={flux_dev(tmp_path)}", f"conditions.prompts={tmp_path / 'prompts.txt'}", f"conditions.tokens={T5_TOKENS}"]
-    small = ["evaluation.features=none", "conditions.guidance=2.5", "calibration.batch_size=4", "training.gradient_accumulation=1"]
-    policy = load_policy(POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, "evaluation.variants=[pqcad-openvino]"])
+    own = [
+        f"model.source={flux_dev(tmp_path)}",
+        f"conditions.prompts={tmp_path / 'prompts.txt'}",
+        f"conditions.tokens={T5_TOKENS}",
+    ]
+    small = [
+        "evaluation.features=none",
+        "conditions.guidance=2.5",
+        "calibration.batch_size=4",
+        "training.gradient_accumulation=1",
+    ]
+    policy = load_policy(
+        POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, "evaluation.variants=[pqcad-openvino]"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         path = run(policy, tmp_path / "runs" / "tiny", "command", Console(quiet=True)).parent
@@ -91,7 +115,10 @@ def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(tmp_path: 
 
 def test_a_report_says_how_near_the_other_parts_are_and_how_large(made: Path) -> None:
     rows = json.loads((made / "report.json").read_text())["parts"]
-    assert [(row["part"], row["format"]) for row in rows] == [("vae_decoder", "float"), ("text_encoder", "int8-weights")]
+    assert [(row["part"], row["format"]) for row in rows] == [
+        ("vae_decoder", "float"),
+        ("text_encoder", "int8-weights"),
+    ]
     for row in rows:
         files = (made / "openvino" / row["part"]).iterdir()
         assert row["size_bytes"] == sum(file.stat().st_size for file in files)
@@ -134,7 +161,18 @@ def test_embeddings_are_kept_beside_the_run_and_in_it(made: Path, monkeypatch: p
 def test_latents_of_a_run_are_sampled_as_pictures_or_as_they_are(made: Path, tmp_path: Path) -> None:
     pictures, latents, source = tmp_path / "grid.png", tmp_path / "latents.safetensors", made.parents[1] / "pipeline"
     for folder, out in ((made, pictures), (made / "openvino", latents)):
-        cli.main(["sample", str(folder), "--count", "4", "--out", str(out), "--conditions", str(made / "conditions.safetensors")])
+        cli.main(
+            [
+                "sample",
+                str(folder),
+                "--count",
+                "4",
+                "--out",
+                str(out),
+                "--conditions",
+                str(made / "conditions.safetensors"),
+            ]
+        )
     with Image.open(pictures) as grid:
         assert grid.size == (2 * 6 * 16 + 6, 2 * 6 * 16 + 6)  # two by two, enlarged sixfold
     assert load_file(latents)["latents"].shape == (4, 4, 8, 8)
@@ -157,7 +195,10 @@ MISTAKES = {
         ["--prompt", "a cat", "--out", "x.safetensors"],
         "allowed a name in .png, for a prompt makes pictures",
     ),
-    "two conditions": (["--prompt", "a cat", "--conditions", "all"], "--conditions: got a second condition; allowed none beside --prompt"),
+    "two conditions": (
+        ["--prompt", "a cat", "--conditions", "all"],
+        "--conditions: got a second condition; allowed none beside --prompt",
+    ),
     "a negative prompt alone": (["--negative", "a dog"], "--negative: got it alone; allowed beside --prompt"),
     "guidance under 1": (["--prompt", "a cat", "--guidance", "0.5"], "--guidance: got 0.5; allowed a number from 1"),
 }
@@ -175,11 +216,16 @@ def test_mistakes_with_prompts_say_what_is_allowed(made: Path, name: str, capsys
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("pipeline.text_encoder=float", r"pipeline\.text_encoder: got float; allowed auto or none: .* has no text_encoder"),
+        (
+            "pipeline.text_encoder=float",
+            r"pipeline\.text_encoder: got float; allowed auto or none: .* has no text_encoder",
+        ),
         ("pipeline.vae=int8", r"pipeline\.vae: got int8; allowed auto or none: .* has no vae"),
     ],
 )
-def test_parts_that_are_not_there_end_a_run_before_anything_is_made(made: Path, tmp_path: Path, override: str, fault: str) -> None:
+def test_parts_that_are_not_there_end_a_run_before_anything_is_made(
+    made: Path, tmp_path: Path, override: str, fault: str
+) -> None:
     for part in ("unet", "scheduler"):
         shutil.copytree(made.parents[1] / "pipeline" / part, tmp_path / "pipeline" / part)
     embeddings = ["conditions.prompts=null", f"conditions.embeddings={made / 'conditions.safetensors'}"]
