@@ -217,7 +217,7 @@ def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
         writes = name in WRITES or (
             name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         )
-        if writes and str(arguments[0]).startswith(str(root)):
+        if writes and str(arguments[0]).startswith(f"{root}{os.sep}"):  # and not what is noted beside it
             event()
 
     def called(module: torch.nn.Module, _arguments: Any) -> None:
