@@ -231,26 +231,12 @@ def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
     Raises:
         UsageError: no such size.
     """
-    number, unit = _measure(flag, text, "x|MB", "a share of float32 as 0.15x, or megabytes as 2.5MB")
-    return number, "x" if unit == "x" else "MB"
-
-
-def time_limit(flag: str, text: str) -> tuple[float, Literal["x", "ms"]]:
-    """A time of a step: how much, and whether as a multiple of the step in INT8 or in milliseconds.
-
-    Raises:
-        UsageError: no such time.
-    """
-    number, unit = _measure(flag, text, "x|ms|", "milliseconds as 4.2, or a multiple of the step in INT8 as 1.1x")
-    return number, "x" if unit == "x" else "ms"
-
-
-def _measure(flag: str, text: str, units: str, allowed: str) -> tuple[float, str]:
-    """A number and its unit, one of `units`, which are a regular expression's alternatives."""
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?|\.\d+)({units})", text)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
     if found is None:
-        raise UsageError(f"--{flag}: got {shortened(text)!r}; allowed {allowed}")
-    return float(found[1]), found[2]
+        raise UsageError(
+            f"--{flag}: got {shortened(text)!r}; allowed a share of float32 as 0.15x, or megabytes as 2.5MB"
+        )
+    return float(found[1]), "x" if found[2] == "x" else "MB"
 
 
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:

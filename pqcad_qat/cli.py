@@ -32,7 +32,6 @@ from pqcad_qat.arguments import (
     output_folder,
     several,
     size_limit,
-    time_limit,
     whole_number,
     with_model,
 )
@@ -183,12 +182,11 @@ def sensitivity(
     model: str | None = None,
     set: tuple[str, ...] = (),
     max_size: str | None = None,
-    max_ms: str | None = None,
     widths: tuple[int, ...] = (2, 3, 4, 7),
     states: int = 64,
     out: str | None = None,
 ) -> None:
-    """Measure how far the output moves when one layer alone is quantized, at every width; within a size or a time,
+    """Measure how far the output moves when one layer alone is quantized, at every width; within a size,
     write a mixed policy.
 
     Args:
@@ -197,19 +195,12 @@ def sensitivity(
         set: override of a key, as KEY=VALUE; given again for each further key.
         max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose
             least within it.
-        max_ms: of a step, as 4.2 (milliseconds) or 1.1x the step in INT8; writes policy.yaml with the layers left in
-            floating point that lose least within it. A CPU runs all widths alike, so that they stay the policy's own.
         widths: of the weights, that a layer may get; 8 bits need a CPU with VNNI, 7 do not.
         states: of the calibration set, on which errors are measured.
         out: folder for sensitivity.json, sensitivity.html and policy.yaml; runs/NAME-sensitivity of the policy by
             default.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    if max_size is not None and max_ms is not None:
-        raise UsageError(
-            "--max-ms: got it beside --max-size; allowed one of the two, since layers in floating point "
-            "take more of both"
-        )
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
     from pqcad_qat.commands.sensitivity import Limit, measure_sensitivity
     from pqcad_qat.machine.files import write_atomically
@@ -218,9 +209,8 @@ def sensitivity(
 
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
     size = None if max_size is None else Limit(*size_limit("max-size", max_size))
-    step = None if max_ms is None else Limit(*time_limit("max-ms", max_ms))
     store, count = folder.parent / CALIBRATION, whole_number("states", states)
-    report, mixed = measure_sensitivity(loaded, sizes, count, size, step, store, _command_line(), CONSOLE)
+    report, mixed = measure_sensitivity(loaded, sizes, count, size, store, _command_line(), CONSOLE)
     CONSOLE.print(sensitivity_table(report))
     CONSOLE.print(assignment_table(report))
     CONSOLE.print(f"page: {write_sensitivity(report, folder)}", soft_wrap=True)

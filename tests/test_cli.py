@@ -598,13 +598,9 @@ MISTAKES = {
         ["rehearse", SMOKE, "--model", "ddpm-cifar10-32", "--out", SMOKE],
         r"--out: got .*, a file; allowed a folder",
     ),
-    "a time that is none": (
-        ["sensitivity", SMOKE, "--max-ms", "fast"],
-        r"--max-ms: got 'fast'; allowed milliseconds as 4\.2, or a multiple of the step in INT8 as 1\.1x",
-    ),
-    "a size and a time": (
-        ["sensitivity", SMOKE, "--max-size", "0.2x", "--max-ms", "4.2"],
-        r"--max-ms: got it beside --max-size; allowed one of the two",
+    "a size that is none": (
+        ["sensitivity", SMOKE, "--max-size", "small"],
+        r"--max-size: got 'small'; allowed a share of float32 as 0\.15x, or megabytes as 2\.5MB",
     ),
     "no batch": (["benchmark", "x", "--batches", "[]"], r"--batches: got an empty list; allowed one value or more"),
     "a batch of none": (["benchmark", "x", "--batches", "[1,0]"], r"--batches: got 0; allowed a whole number from 1"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.conversion import quantized_layers, unquantized
-from pqcad_qat.quantization.plan import FLOAT, evaluating
+from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.quantization.quantized_layer import QuantizedLayer, set_weight_bits
 
 
@@ -33,8 +33,8 @@ class LayerSensitivity:
     weights: Mapping[int, float]
 
     def error(self, bits: int) -> float:
-        """Of the whole layer with weights of this width; in floating point it makes none."""
-        return 0.0 if bits == FLOAT else self.inputs + self.weights[bits]
+        """The error of the whole layer with weights of this width."""
+        return self.inputs + self.weights[bits]
 
 
 def layer_sensitivities(

@@ -12,13 +12,12 @@ from itertools import pairwise
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import LayerRule
-from pqcad_qat.quantization.plan import FLOAT, LayerPlan
+from pqcad_qat.quantization.plan import LayerPlan
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs by the widths of its layers, in any unit that adds up: bytes of its weights, or nanoseconds of
-    a step.
+    """What a model costs by the widths of its layers, in any unit that adds up, such as bytes of its weights.
 
     Attributes:
         whole: what a budget may be a share of.
@@ -129,22 +128,14 @@ def mixed_rules(
 ) -> tuple[LayerRule, ...]:
     """The rules by which the planned layers have these widths; `names`: of every layer that rules can match.
 
-    Layers that are to stay in floating point come first, in a rule of their own. Of the others each rule becomes as
-    many as its layers have widths, widest first; where they have its own it stays, less the patterns that have no layer
-    left.
+    Each rule becomes as many as its layers have widths, widest first; where they all have its own, it stays as it is.
     """
-    floating = [layer.name for layer in plan if bits[layer.name] == FLOAT]
-    found = [LayerRule.model_validate({"match": _only(floating, names), "keep_float": True})] if floating else []
+    found: list[LayerRule] = []
     for index, rule in enumerate(rules):
-        left = [layer for layer in plan if layer.rule_index == index and bits[layer.name] != FLOAT]
+        left = [layer for layer in plan if layer.rule_index == index]
         widths = sorted({bits[layer.name] for layer in left}, reverse=True)
-        if rule.weights is None:
+        if rule.weights is None or widths == [rule.weights.bits]:
             found.append(rule)
-        elif widths == [rule.weights.bits]:
-            claiming = {layer.rule for layer in left}
-            found.append(
-                rule.model_copy(update={"match": tuple(pattern for pattern in rule.match if pattern in claiming)})
-            )
         else:
             for width in widths:
                 match = _only([layer.name for layer in left if bits[layer.name] == width], names)

@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 PACKED = (2, 3, 4)
 """Bits that deployed weights can be packed to; wider ones take a byte."""
 
-FLOAT = 32
-"""As the width of a layer's weights: it stays in floating point."""
-
 
 @dataclass(frozen=True)
 class QuantizerSpec:

@@ -16,15 +16,12 @@ from matplotlib.patches import Rectangle
 from rich.table import Table
 
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity
-from pqcad_qat.quantization.plan import FLOAT
 from pqcad_qat.report.canvas import COLOURS, canvas
 from pqcad_qat.report.page import TIMES, number, page_template
 from pqcad_qat.report.report_files import write_atomic
 
 SCHEMA_VERSION = 1
 JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
-
-MICROSECONDS = "\N{MICRO SIGN}s"
 
 SHADES = tuple(COLOURS[f"bits{bits}"] for bits in range(8, 1, -1))
 """Of errors, from the smallest to the largest."""
@@ -39,17 +36,12 @@ class Assignment:
         bytes: of the weights, packed.
         predicted: sum of the layers' errors.
         error: measured with all layers quantized at once.
-        predicted_ms: of a step, the sum of the layers' times and of what is no layer's, on the machine that measured
-            them.
-        measured_ms: by the clock, all assignments in turns; both where there was a limit of time.
     """
 
     bits: Mapping[str, int]
     bytes: int
     predicted: float
     error: float
-    predicted_ms: float | None = None
-    measured_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +57,6 @@ class SensitivityReport:
         budget_bytes: that the chosen widths had to keep to.
         assignments: the policy's own widths, and the chosen ones last.
         command: that made it.
-        budget_ms: that a step had to keep to.
-        milliseconds: of a step, of each layer in INT8 (under its own width) and in floating point (under FLOAT), where
-            they were measured.
     """
 
     policy: str
@@ -79,18 +68,11 @@ class SensitivityReport:
     budget_bytes: int | None
     assignments: Mapping[str, Assignment]
     command: str
-    budget_ms: float | None = None
-    milliseconds: Mapping[str, Mapping[int, float]] | None = None
 
     @property
     def widths(self) -> list[int]:
         """That were measured, widest first."""
         return sorted(self.layers[0].weights, reverse=True)
-
-    @property
-    def columns(self) -> list[int]:
-        """The widths, and before them floating point where a layer could get it."""
-        return self.widths if self.milliseconds is None else [FLOAT, *self.widths]
 
     @property
     def shown(self) -> Assignment:
@@ -111,28 +93,14 @@ def decibels(error: float) -> str:
     return f"{10 * math.log10(error):.1f}" if error > 0 else "\N{EN DASH}"
 
 
-def width_text(bits: int) -> str:
-    return "float" if bits == FLOAT else f"{bits} bits"
-
-
 def headings(report: SensitivityReport) -> list[str]:
-    times = () if report.milliseconds is None else (f"INT8 {MICROSECONDS}", f"float {MICROSECONDS}")
-    return ["layer", "parameters", *times, "inputs", *map(width_text, report.widths), "gets"]
+    return ["layer", "parameters", "inputs", *(f"{width} bits" for width in report.widths), "gets"]
 
 
 def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
     """A layer's texts, under `headings`: errors in decibels below the output."""
-    times = () if report.milliseconds is None else report.milliseconds[layer.name].values()
     errors = (decibels(error) for error in (layer.inputs, *(layer.weights[width] for width in report.widths)))
-    gets = report.shown.bits[layer.name]
-    shown = "float" if gets == FLOAT else str(gets)
-    return [
-        layer.name,
-        f"{report.parameters[layer.name]:,}",
-        *(f"{1e3 * spent:.1f}" for spent in times),
-        *errors,
-        shown,
-    ]
+    return [layer.name, f"{report.parameters[layer.name]:,}", *errors, str(report.shown.bits[layer.name])]
 
 
 def sensitivity_table(report: SensitivityReport) -> Table:
@@ -156,8 +124,7 @@ def assignment_table(report: SensitivityReport) -> Table:
 
 
 def assignment_headings(report: SensitivityReport) -> list[str]:
-    times = [] if report.milliseconds is None else ["sum of times, ms", "measured, ms"]
-    return ["widths", "mean bits", "MB", f"float32 {TIMES}", *times, "errors summed, dB", "together, dB"]
+    return ["widths", "mean bits", "MB", f"float32 {TIMES}", "errors summed, dB", "together, dB"]
 
 
 def assignment_rows(report: SensitivityReport) -> list[list[str]]:
@@ -167,20 +134,10 @@ def assignment_rows(report: SensitivityReport) -> list[list[str]]:
             number(mean_bits(report, found)),
             f"{found.bytes / 1e6:.2f}",
             f"{found.bytes / report.full_bytes:.3f}",
-            *_step_texts(report, found),
             decibels(found.predicted),
             decibels(found.error),
         ]
         for name, found in report.assignments.items()
-    ]
-
-
-def _step_texts(report: SensitivityReport, found: Assignment) -> list[str]:
-    """Predicted and measured milliseconds, each also as a multiple of the first assignment's."""
-    first = next(iter(report.assignments.values()))
-    pairs = ((found.predicted_ms, first.predicted_ms), (found.measured_ms, first.measured_ms))
-    return [
-        f"{spent:.3f} ({spent / whole:.3f}{TIMES})" for spent, whole in pairs if spent is not None and whole is not None
     ]
 
 
@@ -209,24 +166,19 @@ def sensitivity_chart(report: SensitivityReport) -> str:
     with canvas("sensitivity", 9.6, 1.0 + 0.19 * len(report.layers)) as drawn:
         axes = drawn.figure.subplots()
         for row, layer in enumerate(report.layers):
-            for column, width in enumerate(report.columns):
-                error = layer.weights.get(width, 0.0)
+            for column, width in enumerate(report.widths):
+                error = layer.weights[width]
                 share = _share(error, low, high)
                 cell = Rectangle(
                     (column - 0.5, row - 0.5), 1, 1, facecolor=SHADES[round(share * (len(SHADES) - 1))], lw=0
                 )
                 axes.add_patch(cell)
-                drawn.tip(
-                    cell,
-                    f"{layer.name} at {width} bits: {decibels(error)} dB"
-                    if width != FLOAT
-                    else f"{layer.name}: no error",
-                )
-            place = report.columns.index(report.shown.bits[layer.name])
+                drawn.tip(cell, f"{layer.name} at {width} bits: {decibels(error)} dB")
+            place = report.widths.index(report.shown.bits[layer.name])
             axes.add_patch(Rectangle((place - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS["rose"], lw=1.6))
-        axes.set_xlim(-0.5, len(report.columns) - 0.5)
+        axes.set_xlim(-0.5, len(report.widths) - 0.5)
         axes.set_ylim(len(report.layers) - 0.5, -0.5)
-        axes.set_xticks(range(len(report.columns)), [width_text(width) for width in report.columns])
+        axes.set_xticks(range(len(report.widths)), [f"{width} bits" for width in report.widths])
         axes.set_yticks(range(len(report.layers)), [layer.name for layer in report.layers])
         axes.tick_params(axis="both", length=0, labelsize=8)
         axes.xaxis.tick_top()

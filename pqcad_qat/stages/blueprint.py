@@ -1,7 +1,7 @@
 """An architecture as shapes with its plan, and the same with random weights: for what does not depend on trained
 values.
 
-Not here: who looks at it (commands/rehearse.py, commands/benchmark_subject.py, commands/step_times.py).
+Not here: who looks at it (commands/rehearse.py, commands/benchmark_subject.py).
 """
 
 from __future__ import annotations

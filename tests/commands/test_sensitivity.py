@@ -10,7 +10,7 @@ import copy
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +21,16 @@ from tiny_runs import POLICIES, tiny_overrides
 from torch import Tensor, nn
 
 from pqcad_qat import cli
-from pqcad_qat.commands.sensitivity import CHOSEN, FLOATING, OWN, Limit, measure_sensitivity, packed_sizes
-from pqcad_qat.commands.step_times import Trial
+from pqcad_qat.commands.sensitivity import CHOSEN, OWN, Limit, measure_sensitivity, packed_sizes
 from pqcad_qat.errors import PlanError
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_sensitivity import layer_sensitivities, output_error
-from pqcad_qat.quantization.mixed_precision import Costs
-from pqcad_qat.quantization.plan import FLOAT, expected_bytes
+from pqcad_qat.quantization.plan import expected_bytes
 from pqcad_qat.quantization.quantized_layer import quantized_weight, set_weight_bits
-from pqcad_qat.report.sensitivity_page import SensitivityReport, assignment_table, decibels, render, sensitivity_table
+from pqcad_qat.report.sensitivity_page import SensitivityReport, decibels, render, sensitivity_table
 from pqcad_qat.stages.prepared import Prepared, prepare
-from pqcad_qat.timing import layer_times
 
 WIDTHS = (2, 4, 7)
 QUIET = Console(quiet=True)
@@ -130,10 +127,9 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
         tmp_path_factory.mktemp("sensitivity"),
     )
 
-    def run(size: Limit | None = None, step: Limit | None = None) -> tuple[SensitivityReport, str | None]:
-        widths = WIDTHS if step is None else (4,)
+    def run(size: Limit | None = None) -> tuple[SensitivityReport, str | None]:
         return measure_sensitivity(
-            policy, widths, 8, size, step, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET
+            policy, WIDTHS, 8, size, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET
         )
 
     return run
@@ -193,12 +189,8 @@ def test_a_size_that_no_widths_have_is_refused_before_anything_is_measured(measu
         measure(Limit(0.01, "x"))
 
 
-def test_a_limit_is_a_share_or_megabytes_or_milliseconds() -> None:
-    assert [Limit(number, unit).of(1000) for number, unit in ((0.25, "x"), (0.5, "MB"), (4.2, "ms"))] == [
-        250,
-        500_000,
-        4_200_000,
-    ]
+def test_a_limit_is_a_share_or_megabytes() -> None:
+    assert [Limit(number, unit).of(1000) for number, unit in ((0.25, "x"), (0.5, "MB"))] == [250, 500_000]
 
 
 def test_terminal_and_page_show_every_layer_with_its_errors_and_width(chosen: tuple[SensitivityReport, str]) -> None:
@@ -238,137 +230,3 @@ def test_the_command_writes_page_numbers_and_policy(
     document = json.loads((folder / "sensitivity.json").read_text())
     assert set(document["assignments"][CHOSEN]["bits"].values()) == {7}
     assert "together, dB" in capsys.readouterr().out
-
-
-# ---- within a time
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def dearer_floats() -> Iterator[None]:
-    """Times as if each layer took 0.1 ms in INT8 and 0.2 or 0.3 in floating point, and all else 3 ms, on every
-    machine.
-    """
-
-    def costs(trial: Trial, integer: str, floating: str) -> Costs:
-        assert {integer, floating} == {path.name for path in trial.folder.iterdir()}
-        layers = {
-            layer.name: {layer.weights.bits: 10**5, FLOAT: (2 + at % 2) * 10**5}
-            for at, layer in enumerate(trial.prepared.plan)
-        }
-        return Costs(3 * 10**6 + len(layers) * 10**5, 3 * 10**6, layers)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trial, "costs", costs)
-        yield
-
-
-@pytest.fixture(scope="module")
-def timed(measure: Measure, dearer_floats: None) -> tuple[SensitivityReport, str]:
-    report, text = measure(step=Limit(1.2, "x"))
-    assert text is not None
-    return report, text
-
-
-def test_layers_stay_in_floating_point_as_far_as_the_time_allows_and_the_others_keep_their_widths(
-    timed: tuple[SensitivityReport, str],
-) -> None:
-    report, _ = timed
-    own, floating, found = (report.assignments[name] for name in (OWN, FLOATING, CHOSEN))
-    assert set(found.bits) == set(floating.bits) == set(own.bits)
-    assert 0 < sum(bits == FLOAT for bits in found.bits.values()) < len(found.bits)
-    assert all(bits in (FLOAT, own.bits[name]) for name, bits in found.bits.items())
-    assert own.predicted_ms is not None
-    assert own.predicted_ms < found.predicted_ms <= report.budget_ms == pytest.approx(1.2 * own.predicted_ms)
-    assert found.predicted == pytest.approx(sum(layer.error(found.bits[layer.name]) for layer in report.layers))
-    assert floating.error == floating.predicted == 0 < found.error < own.error
-    assert floating.bytes == report.full_bytes
-    assert all(assignment.measured_ms > 0 for assignment in report.assignments.values())
-
-
-def test_the_policy_that_is_written_keeps_those_layers_in_floating_point_and_its_own_rules(
-    timed: tuple[SensitivityReport, str], tmp_path: Path
-) -> None:
-    report, text = timed
-    (tmp_path / "policy.yaml").write_text(text)
-    policy = load_policy(tmp_path / "policy.yaml")
-    planned = {layer.name: layer.weights.bits for layer in prepare(policy).plan}
-    assert planned == {name: bits for name, bits in report.assignments[CHOSEN].bits.items() if bits != FLOAT}
-    assert policy.quantization.layers[0].keep_float
-    assert (policy.name, policy.export.weights) == ("tiny-mixed", "int8")
-    assert re.match(r"# Layers kept in floating point within a time: \d\.\d{3}x the step of all in INT8\.\n", text)
-
-
-def test_terminal_and_page_show_times_and_what_stays_in_floating_point(timed: tuple[SensitivityReport, str]) -> None:
-    report, _ = timed
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(sensitivity_table(report))
-    console.print(assignment_table(report))
-    shown, page = console.export_text(), render(report)
-    kept = [name for name, bits in report.assignments[CHOSEN].bits.items() if bits == FLOAT]
-    for name in kept:
-        assert re.search(rf"{re.escape(name)} .* 100\.0 .* [23]00\.0 .* float ", shown)
-        assert f"{name}: no error" in page
-    assert len(re.findall(r"│ +float │", shown)) == len(kept)
-    for text in ("sum of times, ms", f"{report.assignments[CHOSEN].measured_ms:.3f}"):
-        assert text in shown
-        assert text in page
-
-
-@pytest.mark.parametrize(
-    ("limit", "message"),
-    [
-        (
-            Limit(0.9, "x"),
-            r"--max-ms: got [\d.]+ ms \(0\.900x the step .*\); allowed at least [\d.]+ ms \(1\.000x the step",
-        ),
-        (Limit(1.0, "ms"), r"--max-ms: got 1\.000 ms .*; allowed at least"),
-        (
-            Limit(9.0, "x"),
-            r"--max-ms: got .*; allowed less than .*, which a step takes on this machine with all layers "
-            r"in floating point",
-        ),
-    ],
-)
-def test_a_time_that_no_choice_keeps_to_or_that_leaves_none_is_refused(
-    measure: Measure, dearer_floats: None, monkeypatch: pytest.MonkeyPatch, limit: Limit, message: str
-) -> None:
-    monkeypatch.setattr(Trial, "deploy", lambda trial, name, _: (trial.folder / name).mkdir())
-    with pytest.raises(PlanError, match=message):
-        measure(step=limit)
-
-
-def test_the_command_times_the_embedded_digits_model_and_writes_a_policy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With the times of this machine, but floating point at least twice as slow as INT8, so that there is something to
-    choose.
-    """
-    real = Trial.costs
-
-    def costs(trial: Trial, integer: str, floating: str) -> Costs:
-        found = real(trial, integer, floating)
-        return replace(
-            found,
-            layers={
-                name: {bits: max(cost, 2 * min(at.values())) if bits == FLOAT else cost for bits, cost in at.items()}
-                for name, at in found.layers.items()
-            },
-        )
-
-    monkeypatch.setattr(Trial, "costs", costs)
-    monkeypatch.setattr(layer_times, "ROUNDS", 1)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
-    flags = [f"--set={override}" for override in tiny_overrides(Path("embedded:digits"), "evaluation.features=none")]
-    cli.main(
-        ["sensitivity", str(POLICIES / "smoke.yaml"), "--states", "4", "--widths", "4", "--max-ms", "1.1x", *flags]
-    )
-    folder = tmp_path / "runs" / "tiny-sensitivity"
-    assert sorted(path.name for path in folder.iterdir()) == ["policy.yaml", "sensitivity.html", "sensitivity.json"]
-    document = json.loads((folder / "sensitivity.json").read_text())
-    found = document["assignments"][CHOSEN]
-    assert 0 < list(found["bits"].values()).count(FLOAT) < len(found["bits"]) == len(document["milliseconds"]) == 70
-    assert document["assignments"][OWN]["predicted_ms"] <= found["predicted_ms"] <= document["budget_ms"]
-    assert load_policy(folder / "policy.yaml").quantization.layers[0].keep_float
-    assert "all in floating point" in capsys.readouterr().out

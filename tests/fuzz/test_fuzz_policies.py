@@ -737,7 +737,7 @@ FLAGS = ("--set", "--model", "--out", "--policy", "--only", "--jobs", "--dry_run
          "--steps", "--prompt",
          "--negative", "--conditions", "--guidance", "--batches", "--isa", "--runs", "--throughput", "--widths",
          "--states", "--max-size",
-         "--max_ms", "--images", "--features", "--data", "--path", "--size", "--resume", "--states=", "-o", "-s", "-m",
+         "--images", "--features", "--data", "--path", "--size", "--resume", "--states=", "-o", "-s", "-m",
          "-c")  # fmt: skip
 ARGUMENTS = st.one_of(
     st.sampled_from(WORDS),

@@ -35,13 +35,11 @@ from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
-from pqcad_qat.serving.deployed_folder import read_manifest, sha256
+from pqcad_qat.serving.deployed_folder import sha256
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.transformer import OVTransformer2DModel, packed, unpacked
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.samplers import open_folder, sample_states
-from pqcad_qat.timing.latency import example_inputs
-from pqcad_qat.timing.layer_times import step_profiles
 
 VARIANTS = {"sd3": "[fp32-half,nncf-int8,pqcad-openvino]", "flux": "[fp32-half,pqcad-openvino]"}
 
@@ -200,19 +198,6 @@ def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipel
         assert ports == {"hidden_states": [1, 16, 16], "timestep": [1], **text, **more}
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         assert scheduler["embedded_guidance"] == 3.5
-
-
-def test_what_each_layer_takes_is_read_from_such_a_graph_too(
-    flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pqcad_qat.timing.layer_times.ROUNDS", 1)
-    folder = flow_run.path / "openvino"
-    groups = {name: layer["input_group"] for name, layer in read_manifest(folder)["layers"].items()}
-    condition = open_folder(str(folder), conditions=flow_run.conditions).conditions.of(0, 0, 1)
-    inputs = example_inputs((4, 8, 8), 1, condition=condition, timestep_dtype="float32")
-    (profile,) = step_profiles({"it": folder}, groups, inputs).values()
-    assert profile.layers.keys() == groups.keys()
-    assert 0 < profile.rest < profile.step
 
 
 def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: FlowRun, tmp_path: Path) -> None:
