@@ -39,6 +39,7 @@ from pqcad_qat.errors import ModelError, UsageError, shortened
 from pqcad_qat.machine.processes import launched
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
+from pqcad_qat.policy.reference import markdown_reference
 from pqcad_qat.policy.schema import ConditionsPolicy, Policy
 
 if TYPE_CHECKING:
@@ -108,7 +109,13 @@ def compare(*runs: str, out: str | None = None) -> None:
 
 
 def sweep(
-    study: str, out: str | None = None, set: tuple[str, ...] = (), only: str = "*", jobs: int = 1, dry_run: bool = False
+    study: str,
+    out: str | None = None,
+    set: tuple[str, ...] = (),
+    only: str = "*",
+    jobs: int = 1,
+    dry_run: bool = False,
+    page: str | None = None,
 ) -> None:
     """Run every cell of a study, each a run of its own, and put them into one table; what is finished or begun goes on.
 
@@ -120,22 +127,43 @@ def sweep(
         only: glob on the names of the cells to run, as '*-seed0'; the table has all that are finished.
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
         dry_run: show the cells and what they would do, or what `plan` says against any of them.
+        page: Markdown file that gets the table too, between the lines <!-- NAME --> and <!-- end of NAME --> of the
+            study, or at its end.
     """
     from pqcad_qat.policy.study_cells import load_study
 
     loaded = load_study(Path(study), set)
     from pqcad_qat.commands.sweep import STUDY_PAGE, cells_table, check_cells, chosen_cells
     from pqcad_qat.commands.sweep import sweep as run_cells
-    from pqcad_qat.report.comparison_page import comparison_tables
+    from pqcad_qat.machine.files import write_atomically
+    from pqcad_qat.report.comparison_page import comparison_tables, markdown, with_section
 
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
+    if page is not None:
+        with_section(_page_text(page), loaded.name, "")
     if dry_run:
         check_cells(chosen_cells(loaded, str(only)), CONSOLE)
         CONSOLE.print(cells_table(loaded, folder, str(only)))
         return
     found = run_cells(loaded, folder, _command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
     CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
+    if page is not None:
+        write_atomically(Path(page), with_section(_page_text(page), loaded.name, markdown(found)))
     CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
+
+
+def _page_text(page: str) -> str:
+    """The text of a Markdown file; nothing where there is none yet.
+
+    Raises:
+        UsageError: it is no text, or its folder is not there.
+    """
+    if Path(page).parent.is_dir() and not Path(page).exists():
+        return ""
+    try:
+        return Path(page).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--page: got {shortened(page)!r}; allowed a Markdown file, or a new one") from error
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
@@ -497,9 +525,13 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
     CONSOLE.print(f"features: {out}", soft_wrap=True)
 
 
-def schema() -> None:
-    """Print the JSON Schema of policy files, for editors."""
-    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+def schema(markdown: bool = False) -> None:
+    """Print the JSON Schema of policy files, for editors.
+
+    Args:
+        markdown: print every key as a table to read instead.
+    """
+    sys.stdout.write(markdown_reference() if markdown else json.dumps(json_schema(), indent=2) + "\n")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

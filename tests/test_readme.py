@@ -1,59 +1,47 @@
-"""The README says what is: its policy reference equals the schema, and its test command exists."""
+"""The pages for users say what is: the policy reference is the schema, every shipped file is named, examples load."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from pydantic_core import PydanticUndefined
+import architecture_page
+import pytest
+import yaml
 
-from pqcad_qat.policy import schema
+from pqcad_qat.cli import main
 from pqcad_qat.policy.study_cells import load_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTIONS = {
-    "model": schema.ModelPolicy,
-    "conditions": schema.ConditionsPolicy,
-    "sampler": schema.SamplerPolicy,
-    "calibration": schema.CalibrationPolicy,
-    "quantization": schema.QuantizationPolicy,
-    "quantization.layers[]": schema.LayerRule,
-    "quantization.layers[].weights": schema.WeightQuantizer,
-    "quantization.layers[].inputs": schema.InputQuantizer,
-    "progressive": schema.ProgressivePolicy,
-    "distillation": schema.DistillationPolicy,
-    "training": schema.TrainingPolicy,
-    "evaluation": schema.EvaluationPolicy,
-    "export": schema.ExportPolicy,
-    "pipeline": schema.PipelinePolicy,
-}
-
-
-def policy_reference() -> list[str]:
-    """The rows of the README's table, from the schema."""
-    rows = []
-    for name, section in SECTIONS.items():
-        for key, field in section.model_fields.items():
-            default = "required" if field.default is PydanticUndefined else f"`{json.dumps(field.default)}`"
-            rows.append(f"| `{name}.{key}` | {default} | {field.description} |")
-    return rows
+POLICIES = architecture_page.POLICIES.read_text(encoding="utf-8")
+STUDIES = (ROOT / "policies" / "studies" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_policy_reference_is_the_schema() -> None:
-    written = [line for line in README.splitlines() if re.match(r"\| `(model|sampler|[a-z]+)\.[a-z_\[\].]+` \|", line)]
-    assert written == policy_reference()
+    assert architecture_page.policies() == POLICIES
+
+
+def test_the_policy_reference_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["schema", "--markdown"])
+    assert capsys.readouterr().out in POLICIES
+
+
+def test_the_policy_reference_has_every_key_of_a_policy_file() -> None:
+    keys = set(re.findall(r"^\| `([A-Za-z0-9_.]+)` \|", POLICIES, flags=re.MULTILINE))
+    policy = yaml.safe_load((ROOT / "policies" / "w4a8.yaml").read_text(encoding="utf-8"))
+    sections = {name: value for name, value in policy.items() if isinstance(value, dict)}
+    assert {f"{name}.{key}" for name, section in sections.items() for key in section} <= keys
 
 
 def test_every_shipped_policy_is_named() -> None:
     shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "policies").rglob("*.yaml")}
-    assert shipped == set(re.findall(r"`(policies/[a-z0-9/-]+\.yaml)`", README))
+    assert shipped == set(re.findall(r"`(policies/[a-z0-9/-]+\.yaml)`", POLICIES + STUDIES))
 
 
 def test_the_study_that_is_shown_is_one(tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "bits.yaml").write_text(README.split("```yaml")[1].split("```")[0])
+    (tmp_path / "studies" / "bits.yaml").write_text(STUDIES.split("```yaml")[1].split("```")[0])
     for name in ("w4a8.yaml", "w2a8.yaml"):
         (tmp_path / name).write_text((ROOT / "policies" / name).read_text())
     assert len(load_study(tmp_path / "studies" / "bits.yaml").cells) == 2 * 2 * 2 * 3

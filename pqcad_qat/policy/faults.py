@@ -159,6 +159,10 @@ class Schema:
         target: Node = self.root["$defs"][node["$ref"].rsplit("/", 1)[1]]
         return target | {key: value for key, value in node.items() if key != "$ref"}
 
+    def is_section(self, location: Location) -> bool:
+        """Whether a key has nothing but keys below it, whose names are known."""
+        return "properties" in self.follow(location)[0]
+
     def keys(self, node: Node) -> list[str]:
         return [key for member in self._members(node) for key in member.get("properties", {})]
 

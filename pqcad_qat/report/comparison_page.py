@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from rich.table import Table
 
+from pqcad_qat.errors import UsageError
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import MANY_IMAGES, UNKNOWN, number, page_template
@@ -138,6 +139,23 @@ def markdown(comparison: Comparison) -> str:
         lines = [titles, ["---"] * len(titles), *(cells(comparison, row) for row in part.rows)]
         texts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), *remarks(part), protocol_text(part.protocol)]
     return "\n\n".join(texts) + "\n"
+
+
+def with_section(text: str, name: str, section: str) -> str:
+    """A Markdown page whose section between the markers of this name is replaced, or added at its end.
+
+    Raises:
+        UsageError: the page has one marker without the other, or has one twice.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    if begin not in text and end not in text:
+        return f"{text.rstrip()}\n\n## {name}\n\n{begin}{section}{end}".lstrip()
+    if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+        raise UsageError(
+            f"got a page with one of the lines {begin.strip()} and {end.strip()}; allowed both once, or none"
+        )
+    before, rest = text.split(begin)
+    return before + begin + section + end + rest.split(end)[1]
 
 
 def render(comparison: Comparison) -> str:

@@ -18,7 +18,7 @@ import pytest
 from report_fixture import fixture_report, minimal_report
 from rich.console import Console
 
-from pqcad_qat.errors import StudyError
+from pqcad_qat.errors import StudyError, UsageError
 from pqcad_qat.report.comparison import Comparison, Row, Spread, compare_runs, named_runs
 from pqcad_qat.report.comparison_page import (
     cells,
@@ -28,6 +28,7 @@ from pqcad_qat.report.comparison_page import (
     markdown,
     render,
     spread_text,
+    with_section,
     write_comparison,
 )
 from pqcad_qat.report.record import UNSTEADY_NOTE, Report, Timing
@@ -238,3 +239,23 @@ def test_runs_without_figures_draw_nothing_and_say_so() -> None:
     found = compare({"runs/a": minimal_report()})
     assert figure_chart(found.rows) is None
     assert "No FID was measured" in render(found)
+
+
+def test_a_studys_section_of_a_page_is_replaced_and_all_else_stays(seeds: Comparison) -> None:
+    page = "# Studies\n\n<!-- bits -->\nold\n<!-- end of bits -->\n\nMeaning.\n"
+    written = with_section(page, "bits", markdown(seeds))
+    assert written == page.replace("old\n", markdown(seeds))
+    assert with_section(written, "bits", "old\n") == page
+
+
+def test_a_page_without_the_studys_section_gets_it_at_its_end() -> None:
+    assert with_section("", "bits", "table\n") == "## bits\n\n<!-- bits -->\ntable\n<!-- end of bits -->\n"
+    page = with_section("# Studies\n", "bits", "table\n")
+    assert page.startswith("# Studies\n\n## bits\n")
+    assert with_section(page, "bits", "table\n") == page
+
+
+@pytest.mark.parametrize("page", ["<!-- bits -->\n", "<!-- end of bits -->\n<!-- bits -->\n"])
+def test_a_page_whose_markers_do_not_match_is_refused(page: str) -> None:
+    with pytest.raises(UsageError, match="both once, or none"):
+        with_section(page, "bits", "")

@@ -1,7 +1,7 @@
-"""The parts of pqcad_qat/README.md that follow from the code: `python tests/support/architecture_page.py` writes them
-anew.
+"""The parts of pqcad_qat/README.md and policies/README.md that follow from the code:
+`python tests/support/architecture_page.py` writes them anew.
 
-Not here: the test that the page is up to date (test_architecture.py).
+Not here: the tests that the pages are up to date (test_architecture.py, test_readme.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import ast
 import tomllib
 from pathlib import Path
 
+from pqcad_qat.policy.reference import markdown_reference
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pqcad_qat"
 PAGE = PACKAGE / "README.md"
+POLICIES = ROOT / "policies" / "README.md"
 
 
 def summary(file: Path) -> str:
@@ -59,15 +62,24 @@ def files() -> str:
     return "\n".join(text)
 
 
-def page() -> str:
-    """The page with its three parts made anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in (("rules", rules()), ("house", house()), ("files", files())):
+def filled(page: Path, parts: dict[str, str]) -> str:
+    """The page's text with what stands between the markers of each part made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
-        text = before + begin + made + end + rest.split(end)[1]
+        text = before + begin + part + end + rest.split(end)[1]
     return text
+
+
+def page() -> str:
+    return filled(PAGE, {"rules": rules(), "house": house(), "files": files()})
+
+
+def policies() -> str:
+    return filled(POLICIES, {"keys": markdown_reference()})
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    POLICIES.write_text(policies(), encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Every key of every kind of policy as Markdown tables: its default, what it may be, and what it is for.
+
+Not here: what a policy may say (policy/schema.py), from which all of this is read.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pqcad_qat.policy.faults import Schema
+from pqcad_qat.policy.loading import COMMANDS
+from pqcad_qat.policy.origins import Location
+from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.policy.schema import Policy, Section
+from pqcad_qat.policy.study import StudyPolicy
+
+ANY_NAME = "NAME"
+"""Stands for a name of the user's own in the path of a key."""
+
+
+def markdown_reference() -> str:
+    """One heading a command, and under it one table a section of the policies that the command takes."""
+    kinds: tuple[type[Section], ...] = (Policy, PretrainPolicy, StudyPolicy)
+    return "\n".join(
+        f"## Keys for `{command}`\n\n{_tables(Schema(kind))}"
+        for command, kind in zip(COMMANDS.values(), kinds, strict=True)
+    )
+
+
+def _tables(schema: Schema) -> str:
+    names = schema.keys(schema.root)
+    single = [name for name in names if not schema.is_section((name,))]
+    tables = [_table(schema, [(name,) for name in single])]
+    for name in names:
+        if name not in single:
+            summary = schema.follow((name,))[0]["description"]
+            tables.append(f"### {name}\n\n{' '.join(summary.split())}\n\n{_table(schema, _keys_of(schema, (name,)))}")
+    return "\n".join(tables)
+
+
+def _keys_of(schema: Schema, section: Location) -> list[Location]:
+    """The keys of a section, each followed by those that lie below it."""
+    found: list[Location] = []
+    for key in schema.keys(schema.follow(section)[0]):
+        location = (*section, key)
+        found += [location] * (not schema.is_section(location))
+        found += [
+            below for place in (location, (*location, ANY_NAME), (*location, 0)) for below in _below(schema, place)
+        ]
+    return found
+
+
+def _below(schema: Schema, place: Location) -> list[Location]:
+    known = schema.follow(place)[1] == place
+    return _keys_of(schema, place) if known else []
+
+
+def _table(schema: Schema, locations: list[Location]) -> str:
+    rows = ["| key | default | may be | what it is |", "|---|---|---|---|"]
+    return "\n".join([*rows, *(_row(schema, location) for location in locations)]) + "\n"
+
+
+def _row(schema: Schema, location: Location) -> str:
+    node, _ = schema.follow(location)
+    path = ".".join("NUMBER" if isinstance(step, int) else step for step in location)
+    default = f"`{json.dumps(node['default'])}`" if "default" in node else "required"
+    cells = [f"`{path}`", default, schema.describe(node), node["description"]]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
