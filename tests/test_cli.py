@@ -25,6 +25,7 @@ from tiny_runs import POLICIES, REPOSITORY, CommandLine, FinishedRun, environmen
 from pqcad_qat import __version__, cli
 from pqcad_qat.arguments import fire_arguments
 from pqcad_qat.errors import UsageError
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_FP32, PQCAD_OPENVINO
 from pqcad_qat.stages.run_folder import open_run
 
 SMOKE = str(POLICIES / "smoke.yaml")
@@ -839,7 +840,7 @@ def test_evaluate_prints_json_that_agrees_with_the_runs_own_report(call: Call, t
     assert code == 0
     found = json.loads(output)
     report = json.loads((tiny_run.path / "report.json").read_text())
-    reported = next(row["fid_real"] for row in report["variants"] if row["name"] == "pqcad-openvino")
+    reported = next(row["fid_real"] for row in report["variants"] if row["name"] == PQCAD_OPENVINO)
     assert found["fid_real"] == pytest.approx(reported, rel=1e-3)
     assert found["fid_protocol"].items() >= {**report["fid_protocol"], "steps": 2}.items()
 
@@ -855,7 +856,7 @@ def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(
 ) -> None:
     code, output, _ = call("benchmark", tiny_run.path, "--batches", "2", "--runs", "1", "--nothroughput")
     assert code == 0
-    for name in ("fp32", "ov-fp32", "nncf-int8", "pqcad-openvino"):
+    for name in (FP32, OV_FP32, NNCF_INT8, PQCAD_OPENVINO):
         assert re.search(rf"^ *{name} +\d", output, re.MULTILINE)
     assert "an image takes ours 2" in output
     document = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())

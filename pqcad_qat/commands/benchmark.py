@@ -37,17 +37,20 @@ from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.denoiser import DEFAULT_SCHEDULER, shapes_of_configs
 from pqcad_qat.models.untrained import random_denoiser
+from pqcad_qat.policy.variants import OURS, REFERENCE
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
-from pqcad_qat.report.record import OURS, Hardware, Throughput
+from pqcad_qat.report.record import Hardware, Throughput
 from pqcad_qat.serving.compiled_graph import shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
 from pqcad_qat.timing.baseline_trials import Inputs, reasons, try_out
 from pqcad_qat.timing.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.timing.latency import (
+    PRECISIONS,
     PROFILING,
     FixedBatchError,
     compile_for_latency,
+    native,
     precision_hint,
     profile_rows,
     read_source,
@@ -188,7 +191,7 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
         name: _executed(file, precision_hint(name, machine), inputs, known, min(runs, PROFILED_CALLS))
         for name, file in files.items()
     }
-    sizes = {"fp32": 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
+    sizes = {REFERENCE: 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
     sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
     rows = [
         SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {}))
@@ -201,15 +204,15 @@ def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs,
     machine = hardware()
     with torch_threads_kept():
         loads = {name: openvino_load(file, precision_hint(name, machine), inputs) for name, file in files.items()}
-        return throughput_in_turns({"fp32": torch_load(denoiser, inputs), **loads}, len(inputs["sample"]), calls)
+        return throughput_in_turns({REFERENCE: torch_load(denoiser, inputs), **loads}, len(inputs["sample"]), calls)
 
 
 def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], dict[str, str]]:
     """The files that can be timed, and why the others cannot."""
     files, left_out = dict(timed.files), dict(timed.died)
-    if not machine.native_bf16:
-        left_out["ov-bf16"] = "bfloat16 is emulated here"
-        files.pop("ov-bf16", None)
+    for name in [name for name in PRECISIONS if not native(name, machine)]:
+        left_out[name] = "bfloat16 is emulated here"
+        files.pop(name, None)
     for name, file in list(files.items()):
         try:
             read_source(file, shared_core(), timed.batch)

@@ -29,14 +29,14 @@ from pqcad_qat.models.untrained import (
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import QuantizationPolicy
+from pqcad_qat.policy.variants import NNCF_INT8, OURS
 from pqcad_qat.quantization.conversion import taken_integers
-from pqcad_qat.report.record import OURS
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest
 from pqcad_qat.stages.blueprint import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.hardware import hardware
-from pqcad_qat.timing.latency import convert_float, example_inputs, ways_of
+from pqcad_qat.timing.latency import PRECISIONS, convert_float, example_inputs, native, ways_of
 
 CALIBRATION_BATCHES = (4, 4, 4, 4)
 """Noise states that ranges are taken from, ours and NNCF's; with random weights they mean nothing, and cost no
@@ -155,12 +155,12 @@ def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
     )
     made, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
     inputs = [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
-    timed = ("ov-fp32", "ov-bf16") if machine.native_bf16 else ("ov-fp32",)
+    timed = [name for name in PRECISIONS if native(name, machine)]
     died = reasons(
         {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
-        | {"nncf-int8": partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of("nncf-int8", machine))}
+        | {NNCF_INT8: partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of(NNCF_INT8, machine))}
     )
-    files = {"ov-fp32": float_xml, "ov-bf16": float_xml, "nncf-int8": nncf_xml, OURS: subject.folder}
+    files = {**dict.fromkeys(PRECISIONS, float_xml), NNCF_INT8: nncf_xml, OURS: subject.folder}
     return replace(made, files={name: file for name, file in files.items() if name not in died}, died=died)
 
 

@@ -24,6 +24,7 @@ from pqcad_qat.models.conditions import ConditionSet, class_conditions, conditio
 from pqcad_qat.models.denoiser import DiffusionModel, save_model, write_json
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.policy.variants import REFERENCE
 from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.ddim import ddpm_schedule
 from pqcad_qat.stages.resuming import Recipe
@@ -122,7 +123,7 @@ class SampleGrids(Callback):
         with averaged_weights(state) as model:
             config: Any = model.config
             shape = (config.in_channels, config.sample_size, config.sample_size)
-            sampler = pytorch_variant("fp32", model, ddpm_schedule(self._scheduler), DEFAULT_STEPS, shape)
+            sampler = pytorch_variant(REFERENCE, model, ddpm_schedule(self._scheduler), DEFAULT_STEPS, shape)
             images = sample_images(replace(sampler, conditions=self._conditions), SAMPLES, 0, SAMPLES)
         self._folder.mkdir(parents=True, exist_ok=True)
         save_grid(images, self._folder / f"step_{state.step:06d}.png")

@@ -19,6 +19,7 @@ from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.quantized_layer import begin_blend, set_blend, set_weight_bits
 from pqcad_qat.stages.prepared import prepare, prepare_untrained
@@ -31,8 +32,8 @@ from pqcad_qat.training.weight_distance import WeightDistance
 
 COLUMNS = {
     "float": "floating point",
-    "fixed-bit": "target widths",
-    "pq": "between two widths",
+    FIXED_BIT: "target widths",
+    PQ: "between two widths",
 }
 """Name of a candidate -> what its layers compute with."""
 
@@ -70,8 +71,8 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
             set_blend(layer, 0.5)
     candidates: dict[str, tuple[nn.Module, list[Callback]]] = {
         "float": (copy.deepcopy(prepared.model.denoiser).to(device), [FullPrecisionMatching()]),
-        "fixed-bit": (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
-        "pq": (moving, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]),
+        FIXED_BIT: (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
+        PQ: (moving, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]),
     }
     training = policy.training
     batches = calibration_batches(data, training.batch_size, training.seed)

@@ -18,7 +18,7 @@ from pqcad_qat.machine.processes import agreed
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import stages_of
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
 from pqcad_qat.quantization.plan import plan_json, plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
@@ -71,15 +71,15 @@ def _all_stages(work: Work, command: str) -> Path:
             )  # Markdown's plain text
     calibration = calibrate(work)
     models: dict[str, nn.Module] = {}
-    if "pq" in stages:
-        models["pq"] = progressive(work, calibration)
-    if "fixed-bit" in stages:
-        models["fixed-bit"] = fixed_bit(work, calibration)
+    if PQ in stages:
+        models[PQ] = progressive(work, calibration)
+    if FIXED_BIT in stages:
+        models[FIXED_BIT] = fixed_bit(work, calibration)
     if "teacher" in stages:
-        for name in (name for name in ("pq-distilled", "pqcad") if name in stages):
-            models[name] = distill(work, name, calibration, models["pq"])
+        for name in (name for name in STUDENTS if name in stages):
+            models[name] = distill(work, name, calibration, models[PQ])
     if "export" in stages:
-        export(work, calibration, models["pqcad"])
+        export(work, calibration, models[PQCAD])
     if "baselines" in stages:
         make_baselines(work, calibration)
     if "benchmark" in stages:

@@ -30,7 +30,7 @@ from pqcad_qat.machine.files import write_atomically
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
-from pqcad_qat.policy.variants import TRAINED, stages_of
+from pqcad_qat.policy.variants import QUANTIZATION_AWARE, TRAINED, VARIANTS, stages_of
 from pqcad_qat.quantization.plan import listed
 from pqcad_qat.report.comparison import Comparison, Run, compare_runs
 from pqcad_qat.report.comparison_page import write_comparison
@@ -209,11 +209,12 @@ def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str |
 
 def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
     timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.evaluation.variants)]
+    timed = [name for name, spec in VARIANTS.items() if "benchmark" in spec.stages]
     if timing:
         raise StudyError(
             f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would "
             f"disturb: {timing[0]}, ...; "
-            "allowed 1, or evaluation.variants without ov-fp32, ov-bf16, nncf-int8 and pqcad-openvino"
+            f"allowed 1, or evaluation.variants without {', '.join(timed)}"
         )
 
 
@@ -244,4 +245,4 @@ def cells_table(study: Study, folder: Path, only: str = "*") -> Table:
 
 def _steps(policy: Policy, stages: Sequence[str]) -> list[int]:
     """Training steps of each stage."""
-    return [policy.progressive.steps if stage in ("pq", "fixed-bit") else policy.distillation.steps for stage in stages]
+    return [policy.progressive.steps if stage in QUANTIZATION_AWARE else policy.distillation.steps for stage in stages]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from pydantic_core import PydanticCustomError
 
 from pqcad_qat.policy.origins import Location, Origins
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, DISTILLED, VariantName
+from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE, VARIANTS, VariantName
 
 EMBEDDED = "embedded:"
 """What the names of models and feature networks that ship with the package begin with."""
@@ -363,7 +363,8 @@ class EvaluationPolicy(Section):
     """Which variants are made, and how they are compared."""
 
     variants: Variants = Field(
-        DEFAULT_VARIANTS, description="what a run makes, and so its stages; fp32 always, ptq only where listed"
+        DEFAULT_VARIANTS,
+        description=f"what a run makes, and so its stages; {REFERENCE} always, {PTQ} only where listed",
     )
     images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
     batch_size: Count = Field(64, description="images sampled at a time")
@@ -436,7 +437,7 @@ class Policy(PolicyFile):
 
     def guidance_scale(self, variant: str) -> float:
         """Of classifier-free guidance as a variant samples: 1 where one pass of the denoiser is enough."""
-        once = self.distillation.guidance == "distill" and variant in DISTILLED
+        once = self.distillation.guidance == "distill" and VARIANTS[variant].distilled
         return 1.0 if once else self.sampler.guidance_scale
 
     def faults(self) -> Iterator[Fault]:

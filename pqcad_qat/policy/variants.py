@@ -1,83 +1,247 @@
-"""The variants a run can make, and the stages that each takes.
+"""The table of variants, that is of the rows of every result: all that is known of each, and the stages that it takes.
 
-Not here: what the stages do (stages/), and the rows that come of them (stages/report_rows.py).
+Not here: what the stages do (stages/), and the figures of a row (stages/report_rows.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Literal, get_args
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Literal
 
-VariantName = Literal[
-    "fp32",
-    "fp32-half",
-    "ov-fp32",
-    "ov-bf16",
-    "nncf-int8",
-    "ptq",
-    "fixed-bit",
-    "pq",
-    "pq-distilled",
-    "pqcad",
-    "pqcad-openvino",
-]
-Stage = Literal[
+FP32: Final = "fp32"
+FP32_HALF: Final = "fp32-half"
+OV_FP32: Final = "ov-fp32"
+OV_BF16: Final = "ov-bf16"
+NNCF_INT8: Final = "nncf-int8"
+PTQ: Final = "ptq"
+FIXED_BIT: Final = "fixed-bit"
+PQ: Final = "pq"
+PQ_DISTILLED: Final = "pq-distilled"
+PQCAD: Final = "pqcad"
+PQCAD_OPENVINO: Final = "pqcad-openvino"
+
+REFERENCE: Final = FP32
+"""Always made: what the others are compared with."""
+
+OURS: Final = PQCAD_OPENVINO
+"""The variant that is deployed."""
+
+QUANTIZATION_AWARE: Final = (PQ, FIXED_BIT)
+"""The stages that train against the full-precision prediction, each named as the variant that it makes."""
+
+STUDENTS: Final = (PQ_DISTILLED, PQCAD)
+"""The stages that distill, each named as the variant that it makes."""
+
+TRAINED: Final = (*QUANTIZATION_AWARE, *STUDENTS)
+"""The stages that train."""
+
+EVERY_RUN: Final = ("calibration", "samples", "evaluation")
+"""The stages that every run takes."""
+
+STAGES: Final = (
     "calibration",
-    "pq",
-    "fixed-bit",
+    *QUANTIZATION_AWARE,
     "teacher",
-    "pq-distilled",
-    "pqcad",
+    *STUDENTS,
     "export",
     "baselines",
     "benchmark",
     "samples",
     "evaluation",
-]
+)
+"""All stages, in the order in which they run."""
 
-REFERENCE: VariantName = "fp32"
-"""Always made: what the others are compared with."""
-
-DEFAULT_VARIANTS: tuple[VariantName, ...] = tuple(name for name in get_args(VariantName) if name != "ptq")
-
-HALF_STEPS: tuple[VariantName, ...] = ("fp32-half", "pq-distilled", "pqcad", "pqcad-openvino")
-"""Variants that sample in the student's steps."""
-
-DISTILLED: tuple[VariantName, ...] = ("pq-distilled", "pqcad", "pqcad-openvino")
-"""Variants of a distilled student."""
-
-UNTRAINED: tuple[VariantName, ...] = ("fp32", "fp32-half", "ov-fp32", "ov-bf16", "nncf-int8")
-"""Variants that no training touches: the same for all runs of one model and calibration set."""
-
-EVERY_RUN: tuple[Stage, ...] = ("calibration", "samples", "evaluation")
-
-TRAINED: tuple[Stage, ...] = ("pq", "fixed-bit", "pq-distilled", "pqcad")
-"""The stages that train, each named as the variant that it makes."""
-
-STAGES: Mapping[VariantName, tuple[Stage, ...]] = {  # beside those of every run
-    "fp32": (),
-    "fp32-half": (),
-    "ov-fp32": ("baselines", "benchmark"),
-    "ov-bf16": ("baselines", "benchmark"),
-    "nncf-int8": ("baselines", "benchmark"),
-    "ptq": (),
-    "fixed-bit": ("fixed-bit",),
-    "pq": ("pq",),
-    "pq-distilled": ("pq", "teacher", "pq-distilled"),
-    "pqcad": ("pq", "teacher", "pqcad"),
-    "pqcad-openvino": ("pq", "teacher", "pqcad", "export", "benchmark"),
-}
+PYTORCH: Final = "PyTorch"
+SIMULATED: Final = "PyTorch, simulated"
+OPENVINO: Final = "OpenVINO"
 
 
-def made(listed: Collection[VariantName]) -> tuple[VariantName, ...]:
+@dataclass(frozen=True)
+class VariantSpec:
+    """One way to get images, or the time of a step, from the model.
+
+    Attributes:
+        name: in policies and in reports.
+        summary: what it is.
+        runtime: what computes it; "simulated" is floating point that takes only the values of the quantizers.
+        weights_from: the stage that leaves its weights; None for those of the full-precision model as it is.
+        bits: widths of its weights and of its inputs; None where the policy says them.
+        student_steps: whether it samples in the student's steps rather than in the teacher's.
+        stages: beside those of every run, in any order.
+        sampled: whether images are made of it, or only its time is taken.
+        file: what OpenVINO runs, a folder in that of the run.
+        precision: the floating-point precision that OpenVINO is asked for; None for OpenVINO's own choice.
+        listed: whether a policy that lists no variants gets it.
+        baseline: what headlines call it where the deployed variant is compared with it.
+        colour: of its points in charts of several runs, a key of report.canvas.COLOURS.
+    """
+
+    name: str
+    summary: str
+    runtime: Literal["PyTorch", "PyTorch, simulated", "OpenVINO"]  # PYTORCH, SIMULATED or OPENVINO
+    weights_from: str | None
+    bits: tuple[float, float] | None = None
+    student_steps: bool = False
+    stages: tuple[str, ...] = ()
+    sampled: bool = True
+    file: str | None = None
+    precision: Literal["f32", "bf16"] | None = None
+    listed: bool = True
+    baseline: str = ""
+    colour: str = "grey"
+
+    @property
+    def timed_as(self) -> str:
+        """The variant whose step is timed for it: what PyTorch runs in full precision is one network at any steps."""
+        return REFERENCE if self.runtime == PYTORCH else self.name
+
+    @property
+    def distilled(self) -> bool:
+        """Whether its weights are those of a distilled student."""
+        return "teacher" in self.stages
+
+
+_FLOAT, _BASELINES = (32, 32), ("baselines", "benchmark")
+
+VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (  # in the order of the tables
+            VariantSpec(
+                name=FP32,
+                summary="full precision, all steps",
+                runtime=PYTORCH,
+                weights_from=None,
+                bits=_FLOAT,
+                baseline="PyTorch FP32",
+            ),
+            VariantSpec(
+                name=FP32_HALF,
+                summary="full precision at half the steps, not distilled",
+                runtime=PYTORCH,
+                weights_from=None,
+                bits=_FLOAT,
+                student_steps=True,
+            ),
+            VariantSpec(
+                name=OV_FP32,
+                summary="full precision compiled by OpenVINO, float32 kernels",
+                runtime=OPENVINO,
+                weights_from="baselines",
+                bits=_FLOAT,
+                stages=_BASELINES,
+                sampled=False,  # it computes what fp32 computes
+                file="baselines/float",
+                precision="f32",
+                baseline="OpenVINO FP32",
+            ),
+            VariantSpec(
+                name=OV_BF16,
+                summary="full precision compiled by OpenVINO, bfloat16 kernels",
+                runtime=OPENVINO,
+                weights_from="baselines",
+                bits=(16, 16),
+                stages=_BASELINES,
+                sampled=False,
+                file="baselines/float",
+                precision="bf16",
+                baseline="OpenVINO BF16",
+            ),
+            VariantSpec(
+                name=NNCF_INT8,
+                summary="post-training INT8 by NNCF, all steps",
+                runtime=OPENVINO,
+                weights_from="baselines",
+                bits=(8, 8),
+                stages=_BASELINES,
+                file="baselines/nncf",
+            ),
+            VariantSpec(
+                name=PTQ,
+                summary="post-training quantization by ours: as calibrated, at the target widths, not trained",
+                runtime=SIMULATED,
+                weights_from="calibration",
+                listed=False,
+                colour="amber",
+            ),
+            VariantSpec(
+                name=FIXED_BIT,
+                summary="quantization-aware training at one fixed width",
+                runtime=SIMULATED,
+                weights_from=FIXED_BIT,
+                stages=(FIXED_BIT,),
+                colour="violet",
+            ),
+            VariantSpec(
+                name=PQ,
+                summary="progressive quantization",
+                runtime=SIMULATED,
+                weights_from=PQ,
+                stages=(PQ,),
+                colour="accent",
+            ),
+            VariantSpec(
+                name=PQ_DISTILLED,
+                summary="progressive quantization, then distillation without calibration targets",
+                runtime=SIMULATED,
+                weights_from=PQ_DISTILLED,
+                student_steps=True,
+                stages=(PQ, "teacher", PQ_DISTILLED),
+                colour="rose",
+            ),
+            VariantSpec(
+                name=PQCAD,
+                summary="progressive quantization, then calibration-assisted distillation",
+                runtime=SIMULATED,
+                weights_from=PQCAD,
+                student_steps=True,
+                stages=(PQ, "teacher", PQCAD),
+                colour="blue",
+            ),
+            VariantSpec(
+                name=PQCAD_OPENVINO,
+                summary="pqcad exported and executed by OpenVINO in INT8",
+                runtime=OPENVINO,
+                weights_from="export",
+                student_steps=True,
+                stages=(PQ, "teacher", PQCAD, "export", "benchmark"),
+                file="openvino",
+                colour="blue",
+            ),
+        )
+    }
+)
+
+if TYPE_CHECKING:
+    VariantName = str
+else:
+    VariantName = Literal[tuple(VARIANTS)]
+"""What a policy may list."""
+
+DEFAULT_VARIANTS: Final = tuple(spec.name for spec in VARIANTS.values() if spec.listed)
+
+UNTRAINED: Final = tuple(spec.name for spec in VARIANTS.values() if spec.bits is not None)
+"""Variants that no policy's quantization and no training touches: the same for all runs of one model and calibration
+set.
+"""
+
+
+def summary_of(name: str) -> str:
+    """What a row of a result is; nothing of one that no run makes."""
+    return VARIANTS[name].summary if name in VARIANTS else ""
+
+
+def made(listed: Collection[str]) -> tuple[str, ...]:
     """The variants that a run makes, in the order of its tables."""
-    return tuple(name for name in STAGES if name == REFERENCE or name in listed)
+    return tuple(name for name in VARIANTS if name == REFERENCE or name in listed)
 
 
-def stages_of(listed: Collection[VariantName]) -> tuple[Stage, ...]:
+def stages_of(listed: Collection[str]) -> tuple[str, ...]:
     """The stages that the listed variants take, in the order in which they run."""
-    needed = {*EVERY_RUN, *(stage for name in listed for stage in STAGES[name])}
-    return tuple(stage for stage in get_args(Stage) if stage in needed)
+    needed = {*EVERY_RUN, *(stage for name in listed for stage in VARIANTS[name].stages)}
+    return tuple(stage for stage in STAGES if stage in needed)
 
 
 def round_name(stage: str, number: int) -> str:

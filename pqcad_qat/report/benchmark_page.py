@@ -16,11 +16,12 @@ from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
+from pqcad_qat.policy.variants import OURS, REFERENCE, summary_of
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
 from pqcad_qat.report.page import TIMES, UNKNOWN, number, page_template
-from pqcad_qat.report.record import OURS, UNSTEADY, UNSTEADY_NOTE, VARIANTS, Hardware, ProfileRow, Throughput, Timing
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing
 from pqcad_qat.report.report_files import write_atomic
 
 RATIO = f"ours / this, {TIMES}"
@@ -106,7 +107,7 @@ def loading_cells(found: LoadTime) -> list[str]:
 def precisions_text(row: SpeedRow) -> str:
     """How many convolutions and linear layers executed in which precision: ``70 u8, 1 bf16``."""
     if not row.layers:
-        return "f32" if row.name == "fp32" else UNKNOWN
+        return "f32" if row.name == REFERENCE else UNKNOWN
     counted = Counter(row.layers.values()).most_common()
     return ", ".join(f"{count} {precision}" for precision, count in counted)
 
@@ -202,7 +203,7 @@ def render(report: SpeedReport) -> str:
         report=report,
         loading=(LOADING, [loading_cells(found) for found in report.loading]),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
-        variants={row.name: VARIANTS[row.name] for measurement in report.measurements for row in measurement.rows},
+        variants={row.name: summary_of(row.name) for measurement in report.measurements for row in measurement.rows},
         machine=machine_text(report.measurements[0].hardware),
         versions=report.measurements[0].hardware.versions,
         ours=OURS,
@@ -265,7 +266,7 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
 
 def _bar(drawn: Canvas, axes: Axes, place: int, row: SpeedRow, spread: tuple[float, float, float], unit: str) -> None:
     median, lower, upper = spread
-    colour = COLOURS["accent" if row.name == OURS else "grey" if row.name == "fp32" else "blue"]
+    colour = COLOURS["accent" if row.name == OURS else "grey" if row.name == REFERENCE else "blue"]
     bars = axes.barh([place], [median], color=colour, height=0.66)
     drawn.tip(bars[0], f"{row.name}: {number(median)} {unit}, quartiles {number(lower)} to {number(upper)}")
     axes.plot([lower, upper], [place, place], color=COLOURS["ink"], lw=1.2)

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 class SpeedRow:
     """One candidate at one batch size."""
 
-    name: str  # a key of record.VARIANTS
+    name: str  # a key of policy.variants.VARIANTS
     latency: Timing  # of one call: one denoising step of the batch
     throughput: Throughput | None
     size_bytes: int  # every file of what was timed; of PyTorch, which has none here, its parameters as float32

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pqcad_qat.errors import StudyError
-from pqcad_qat.policy.variants import UNTRAINED
-from pqcad_qat.report.record import VARIANTS, FidProtocol, Report, Variant
+from pqcad_qat.policy.variants import UNTRAINED, VARIANTS
+from pqcad_qat.report.record import FidProtocol, Report, Variant
 
 QUALITY = ("fid_real", "fid_fp", "psnr_fp")
 FIGURES = (*QUALITY, "latency_ms_per_image")

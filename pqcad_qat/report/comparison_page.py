@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from rich.table import Table
 
 from pqcad_qat.errors import UsageError
+from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import MANY_IMAGES, UNKNOWN, number, page_template
-from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, VARIANTS, FidProtocol
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, FidProtocol
 from pqcad_qat.report.report_files import write_atomic
 
 SCHEMA_VERSION = 2
@@ -31,14 +32,6 @@ HEADINGS = {
 }
 TIME = "latency_ms_per_image"
 PANELS = ("fid_real", "psnr_fp")
-_COLOURS = {
-    "ptq": "amber",
-    "fixed-bit": "violet",
-    "pq": "accent",
-    "pq-distilled": "rose",
-    "pqcad": "blue",
-    "pqcad-openvino": "blue",
-}
 
 
 def write_comparison(comparison: Comparison, page: Path) -> None:
@@ -166,7 +159,9 @@ def render(comparison: Comparison) -> str:
         labels=len(comparison.headings) + 1,
         count=len(comparison.rows),
         parts=[_part_context(comparison, part) for part in comparison.parts],
-        variants={name: VARIANTS[name] for name in VARIANTS if any(row.variant == name for row in comparison.rows)},
+        variants={
+            name: spec.summary for name, spec in VARIANTS.items() if any(row.variant == name for row in comparison.rows)
+        },
         unknown=UNKNOWN,
     )
 
@@ -201,7 +196,7 @@ def figure_chart(rows: Sequence[Row]) -> str | None:
 
 def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) -> None:
     reference = next(
-        (row.figures[figure].mean for row in rows if row.variant == "fp32" and figure in row.figures), None
+        (row.figures[figure].mean for row in rows if row.variant == REFERENCE and figure in row.figures), None
     )
     if reference is not None:
         axes.axvline(reference, color=COLOURS["muted"], lw=0.9, ls=(0, (4, 3)))
@@ -209,7 +204,7 @@ def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) ->
         if figure not in row.figures:
             continue
         found = row.figures[figure]
-        colour = COLOURS[_COLOURS.get(row.variant, "grey")]
+        colour = COLOURS[VARIANTS[row.variant].colour if row.variant in VARIANTS else "grey"]
         axes.plot(
             [found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)],
             [place, place],

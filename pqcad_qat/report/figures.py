@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from pqcad_qat.policy.variants import OPENVINO, OURS, PQ
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.record import Curves, ProfileRow, Report, Series, StorageRow, Transition
 
@@ -31,8 +32,8 @@ def quality_latency(report: Report) -> str | None:
     with canvas("quality", 5.4, 3.5) as drawn:
         axes = drawn.figure.subplots()
         for row in rows:
-            ours = row.name == "pqcad-openvino"
-            colour = COLOURS["accent" if ours else "blue" if row.runtime == "OpenVINO" else "grey"]
+            ours = row.name == OURS
+            colour = COLOURS["accent" if ours else "blue" if row.runtime == OPENVINO else "grey"]
             x, y = row.latency_ms_per_image or 0.0, row.fid_real or 0.0
             (point,) = axes.plot([x], [y], "o", ms=11 if ours else 8, color=colour, mec=COLOURS["surface"], mew=1.2)
             drawn.tip(point, f"{row.name}: {x:.1f} ms an image, FID {y:.2f}, {row.steps} steps")
@@ -101,7 +102,7 @@ def _timeline_layers(report: Report) -> dict[str, tuple[int, int]]:
 
 
 def _timeline_end(report: Report, curves: Curves) -> int:
-    trained = [s.steps[-1] for s in (*curves.losses, *curves.momenta) if s.stage == "pq" and s.steps]
+    trained = [s.steps[-1] for s in (*curves.losses, *curves.momenta) if s.stage == PQ and s.steps]
     return max([*trained, *(t.step + 1 for t in report.bit_schedule)])
 
 

@@ -14,12 +14,13 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from pqcad_qat.policy.variants import FP32, OURS, PQCAD, REFERENCE, VARIANTS, summary_of
 from pqcad_qat.report import figures
-from pqcad_qat.report.record import OURS, UNSTEADY, UNSTEADY_NOTE, VARIANTS, Curves, Report, Target, Timing, Variant
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, Variant
 from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
 
 MANY_IMAGES = 10_000  # with fewer, an FID depends on their number and compares only within one report
-BASELINES = {"ov-bf16": "OpenVINO BF16", "ov-fp32": "OpenVINO FP32", "fp32": "PyTorch FP32"}
+BASELINES = {spec.name: spec.baseline for spec in reversed(tuple(VARIANTS.values())) if spec.baseline}
 UNKNOWN = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -68,7 +69,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         created=report.created.replace("T", " ").replace("+00:00", " UTC"),
         latencies=latency_bars(report),
         stages=time_bars(report.timings_s),
-        rows=[(row, VARIANTS.get(row.name, ""), report.latency.get(row.name)) for row in report.variants],
+        rows=[(row, summary_of(row.name), report.latency.get(row.name)) for row in report.variants],
         best=best_values(report),
         unsteady=report.unsteady,
         unsteady_note=UNSTEADY_NOTE,
@@ -103,7 +104,7 @@ def _text(name: str) -> str:
 def summary(report: Report) -> str:
     """One sentence on what was made: widths, steps, runtime."""
     rows = {row.name: row for row in report.variants}
-    ours, full = rows.get(OURS) or rows.get("pqcad"), rows.get("fp32")
+    ours, full = rows.get(OURS) or rows.get(PQCAD), rows.get(FP32)
     if ours is None:
         return "No quantized model is part of this report."
     steps = f"{ours.steps} sampling steps" + (f" in place of {full.steps}" if full and full.steps != ours.steps else "")
@@ -118,7 +119,7 @@ def headlines(report: Report) -> list[Headline]:
     rows = {row.name: row for row in report.variants}
     steady = {name: row for name, row in rows.items() if name not in report.unsteady}
     found = [speed for name in BASELINES if (speed := _speed(steady, name))]
-    ours, full = rows.get(OURS), rows.get("fp32")
+    ours, full = rows.get(OURS), rows.get(FP32)
     if ours and full and ours.size_bytes and full.size_bytes:
         basis = f"{size(full.size_bytes)} to {size(ours.size_bytes)}"
         ratio = ours.size_bytes / full.size_bytes
@@ -150,8 +151,8 @@ def _speed(rows: Mapping[str, Variant], baseline: str) -> Headline | None:
 
 
 def _quality(rows: Mapping[str, Variant]) -> Headline | None:
-    full = rows.get("fp32")
-    name = next((name for name in (OURS, "pqcad") if name in rows and rows[name].fid_real is not None), None)
+    full = rows.get(FP32)
+    name = next((name for name in (OURS, PQCAD) if name in rows and rows[name].fid_real is not None), None)
     if full is None or not full.fid_real or name is None:
         return None
     ours = rows[name].fid_real or 0.0
@@ -222,12 +223,12 @@ def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, 
         row, count = rows.get(name), min(len(images), STRIP_IMAGES)
         facts = [] if row is None else [f"{row.steps} steps"]
         facts += [f"FID {row.fid_real:.2f}"] if row and row.fid_real is not None else []
-        facts += [f"{row.psnr_fp:.1f} dB to fp32"] if row and row.psnr_fp is not None else []
-        alt = f"{count} images by {name} ({VARIANTS.get(name, 'a variant')}), from the same seeds as the other rows"
+        facts += [f"{row.psnr_fp:.1f} dB to {REFERENCE}"] if row and row.psnr_fp is not None else []
+        alt = f"{count} images by {name} ({summary_of(name) or 'a variant'}), from the same seeds as the other rows"
         found.append(
             {
                 "name": name,
-                "what": VARIANTS.get(name, ""),
+                "what": summary_of(name),
                 "facts": ", ".join(facts),
                 "uri": strip_uri(images),
                 "alt": alt,

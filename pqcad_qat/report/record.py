@@ -12,26 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
+from pqcad_qat.policy.variants import VARIANTS
+
 SCHEMA_VERSION = 1
 Comparison = Literal["<=", ">=", "=="]
-
-# every variant a report may hold, in the order of the tables, with what it is
-VARIANTS: dict[str, str] = {
-    "fp32": "full precision, all steps",
-    "fp32-half": "full precision at half the steps, not distilled",
-    "ov-fp32": "full precision compiled by OpenVINO, float32 kernels",
-    "ov-bf16": "full precision compiled by OpenVINO, bfloat16 kernels",
-    "nncf-int8": "post-training INT8 by NNCF, all steps",
-    "ptq": "post-training quantization by ours: as calibrated, at the target widths, not trained",
-    "fixed-bit": "quantization-aware training at one fixed width",
-    "pq": "progressive quantization",
-    "pq-distilled": "progressive quantization, then distillation without calibration targets",
-    "pqcad": "progressive quantization, then calibration-assisted distillation",
-    "pqcad-openvino": "pqcad exported and executed by OpenVINO in INT8",
-}
-
-OURS = "pqcad-openvino"
-"""The variant that is deployed."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +86,8 @@ class Throughput:
 class Variant:
     """One row of the result. A number nobody measured is None, never 0."""
 
-    name: str  # a key of VARIANTS
-    runtime: str  # "PyTorch", "PyTorch, simulated" or "OpenVINO"
+    name: str  # a key of policy.variants.VARIANTS
+    runtime: str  # as there
     weight_bits: float | None  # mean over planned layers by parameters, or the one width
     activation_bits: float | None
     steps: int  # sampling steps of one image
@@ -244,7 +228,7 @@ class Reproduction:
 class Series:
     """One quantity over training steps; a value that was not finite is None."""
 
-    stage: str  # the variant that was being trained: "pq", "fixed-bit", "pq-distilled", "pqcad"
+    stage: str  # the stage, named as the variant that was being trained
     name: str  # "loss", "teacher", "calibration", "loss_momentum", "perturbation", "mean_bits", ...
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
@@ -255,10 +239,12 @@ class Curves:
     """What training logged."""
 
     losses: tuple[Series, ...] = ()  # one for each stage and term; drawn on a log scale
-    momenta: tuple[Series, ...] = ()  # of stage "pq": "loss_momentum", "perturbation" (mean over layers), "mean_bits"
+    momenta: tuple[
+        Series, ...
+    ] = ()  # of progressive quantization: "loss_momentum", "perturbation" (mean over layers), "mean_bits"
     distances: tuple[
         Series, ...
-    ] = ()  # of "pq" and "fixed-bit": mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
+    ] = ()  # of quantization-aware training: mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
     plateau: float | None = None  # the policy's bounds, drawn beside the momenta
     perturbation_bound: float | None = None
 
@@ -284,7 +270,7 @@ class Report:
     profiles: Mapping[str, tuple[ProfileRow, ...]] = field(
         default_factory=dict
     )  # variant -> where its step's time went
-    storage: tuple[StorageRow, ...] = ()  # of pqcad-openvino
+    storage: tuple[StorageRow, ...] = ()  # of the deployed variant
     parts: tuple[PartRow, ...] = ()  # of the deployed folder, beside the denoiser
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
@@ -297,9 +283,9 @@ class Report:
 
 
 def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
-    """Of those that were timed, and of full precision at half the steps, whose time is full precision's."""
+    """The variants that were timed so, and those that have the time of one of them."""
     found = {name for name, timing in latency.items() if timing.unsteady}
-    return frozenset(found | ({"fp32-half"} if "fp32" in found else set()))
+    return frozenset(found | {name for name, spec in VARIANTS.items() if spec.timed_as in found})
 
 
 def target(

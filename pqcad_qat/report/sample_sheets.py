@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.report.record import VARIANTS
+from pqcad_qat.policy.variants import VARIANTS, summary_of
 
 GAP = 2  # pixels between images, before enlargement
 LABEL_WIDTH = 220  # pixels of the sheet's column of names
@@ -73,7 +73,7 @@ def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
         strip = _enlarged(_strip(images), factor)
         page.paste(strip, (LABEL_WIDTH, top - GAP * factor), strip)
         draw.text((12, top + 4), name, fill="#1a2028", font=name_font)
-        draw.multiline_text((12, top + 26), _wrapped(VARIANTS.get(name, "")), fill="#5b6573", font=note_font, spacing=0)
+        draw.multiline_text((12, top + 26), _wrapped(summary_of(name)), fill="#5b6573", font=note_font, spacing=0)
     return _png(page)
 
 

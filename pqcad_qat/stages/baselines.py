@@ -17,15 +17,17 @@ from pqcad_qat.errors import DiedError, DiskError
 from pqcad_qat.export.time_tables import known_times
 from pqcad_qat.machine.content_store import kept
 from pqcad_qat.machine.files import room_for
+from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.recipes import BASELINE_INPUTS
 from pqcad_qat.stages.work import Work
 from pqcad_qat.timing.baseline_trials import XML_FILE, Inputs, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.hardware import hardware
-from pqcad_qat.timing.latency import convert_float, example_inputs, ways_of
+from pqcad_qat.timing.latency import PRECISIONS, convert_float, example_inputs, native, ways_of
 
-FLOAT, NNCF = "baselines/float", "baselines/nncf"
-"""Where they lie in a run's folder."""
+NNCF = VARIANTS[NNCF_INT8].file or ""
+FLOAT = VARIANTS[OV_FP32].file or ""
+"""Where they lie in a run's folder; the second is what all baselines of the float graph run."""
 
 
 def make_baselines(work: Work, calibration: CalibrationSet) -> None:
@@ -49,9 +51,9 @@ def make_baselines(work: Work, calibration: CalibrationSet) -> None:
 def _attempts(work: Work, calibration: CalibrationSet) -> dict[str, Callable[[], object]]:
     machine = hardware()
     found: dict[str, Callable[[], object]] = {}
-    for name in ("ov-fp32", "ov-bf16") if machine.native_bf16 else ("ov-fp32",):
+    for name in (name for name in PRECISIONS if native(name, machine)):
         found[name] = partial(_try_float, work, calibration, ways_of(name, machine, sampled=True))
-    return {**found, "nncf-int8": partial(_make_nncf, work, calibration, ways_of("nncf-int8", machine, sampled=True))}
+    return {**found, NNCF_INT8: partial(_make_nncf, work, calibration, ways_of(NNCF_INT8, machine, sampled=True))}
 
 
 def _decides(work: Work, baseline: str) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def _make_nncf(work: Work, calibration: CalibrationSet, ways: list[dict[str, obj
         nncf_baseline(file, inputs, folder, ways)
 
     file = _float_file(work, calibration)
-    work.link(NNCF, kept(work.path.parent / SHARED, _decides(work, "nncf-int8"), make))
+    work.link(NNCF, kept(work.path.parent / SHARED, _decides(work, NNCF_INT8), make))
 
 
 def example_of(work: Work) -> Inputs:
@@ -103,10 +105,7 @@ def example_of(work: Work) -> Inputs:
 
 def openvino_files(work: Work) -> dict[str, Path]:
     """Variant -> what OpenVINO runs, of those that are made and can be run."""
-    files = {
-        "ov-fp32": work.path / FLOAT / XML_FILE,
-        "ov-bf16": work.path / FLOAT / XML_FILE,
-        "nncf-int8": work.path / NNCF / XML_FILE,
-        "pqcad-openvino": work.path / "openvino",
+    found = {name: work.path / file for name in work.runnable if (file := VARIANTS[name].file)}
+    return {
+        name: file / XML_FILE if VARIANTS[name].weights_from == "baselines" else file for name, file in found.items()
     }
-    return {name: file for name, file in files.items() if name in work.runnable}

@@ -27,6 +27,7 @@ from pqcad_qat.machine.files import room_for
 from pqcad_qat.models.architectures import ConditionInput
 from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
+from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
@@ -40,7 +41,8 @@ from pqcad_qat.stages.work import Work
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
 
-PROFILED = ("nncf-int8", "pqcad-openvino")
+PROFILED = tuple(spec.name for spec in VARIANTS.values() if spec.runtime == OPENVINO and spec.sampled)
+"""What OpenVINO runs in integers."""
 
 PARITY_INPUTS = 64
 """States on which the deployed model is compared end to end with the quantized PyTorch model."""
@@ -130,7 +132,7 @@ def _guidance(work: Work) -> dict[str, Any]:
     """
     if not work.prepared.conditions.choices:
         return {}
-    scale, null = work.policy.guidance_scale("pqcad"), work.prepared.conditions.null_class
+    scale, null = work.policy.guidance_scale(PQCAD), work.prepared.conditions.null_class
     told = {round(value, 4) for value in work.prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
     return (
         {GUIDANCE: scale}
@@ -183,6 +185,6 @@ def benchmark(work: Work) -> None:
         stage.done(
             timings={name: asdict(value) for name, value in timings.items()},
             profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},
-            sizes={"fp32": 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
+            sizes={REFERENCE: 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
             hardware=asdict(hardware()),
         )

@@ -23,7 +23,7 @@ from pqcad_qat.machine.content_store import kept, parts_of
 from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.policy.variants import TRAINED, UNTRAINED
+from pqcad_qat.policy.variants import OPENVINO, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, has_ssim
 from pqcad_qat.report.report_files import write_report
@@ -66,7 +66,7 @@ def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Modu
                 continue
             file = _images_file(work, name)
             make = partial(_make_images, work, name, calibration, models)
-            if name in UNTRAINED or (work.shares_training and name in TRAINED):
+            if name in UNTRAINED or (work.shares_training and VARIANTS[name].weights_from in TRAINED):
                 decides = work.decides(sampling(name))
                 shared = kept(work.path.parent / SHARED, decides, partial(_in_parts, make))
                 with whole_file(file, (shared / file.name).stat().st_size) as draft:
@@ -100,22 +100,19 @@ def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping
 
 
 def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
-    full, steps = work.prepared.model, work.steps(name)
-    match name:
-        case "nncf-int8":
-            file = openvino_files(work)[name]
-            return openvino_file_variant(
-                name, file, work.sampled_by(name), steps, work.shape, work.policy.export.batch_size
-            )
-        case "pqcad-openvino":
-            return openvino_variant(name, openvino_files(work)[name], steps)
-        case "fp32" | "fp32-half":
-            denoiser = full.denoiser
-        case "ptq":
-            denoiser = at_targets(work, calibration)
-        case _:
-            denoiser = models[name]
-    return pytorch_variant(name, denoiser, work.sampled_by(name), steps, work.shape)
+    spec, schedule, steps = VARIANTS[name], work.sampled_by(name), work.steps(name)
+    if spec.runtime == OPENVINO:
+        file = openvino_files(work)[name]
+        if spec.weights_from == "export":
+            return openvino_variant(name, file, steps)
+        return openvino_file_variant(name, file, schedule, steps, work.shape, work.policy.export.batch_size)
+    if spec.weights_from is None:
+        denoiser = work.prepared.model.denoiser
+    elif spec.weights_from == "calibration":
+        denoiser = at_targets(work, calibration)
+    else:
+        denoiser = models[spec.weights_from]
+    return pytorch_variant(name, denoiser, schedule, steps, work.shape)
 
 
 def evaluate(work: Work) -> None:
@@ -126,7 +123,7 @@ def evaluate(work: Work) -> None:
         source, latent = work.policy.features, work.prepared.model.latent
         features = None if source is None else load_features(source)
         samples = {name: _samples(work, name) for name in _shown(work)}
-        full = samples["fp32"]
+        full = samples[REFERENCE]
         with work.console.status("evaluation: FID, PSNR, SSIM"):
             figures = {
                 name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
@@ -163,7 +160,7 @@ def _write_report(work: Work, command: str) -> None:
         tuple(work.warnings),
         command,
     )
-    full = _samples(work, "fp32")
+    full = _samples(work, REFERENCE)
     samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in _shown(work)}
     write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
 

@@ -25,7 +25,7 @@ from pqcad_qat.models.prompts import prompts_cut
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import stages_of
+from pqcad_qat.policy.variants import PQ, stages_of
 from pqcad_qat.quality.feature_network import check_shape
 from pqcad_qat.quantization.plan import LayerPlan, listed, missing_rungs, plan_layers
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
@@ -151,7 +151,7 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> 
         policy, plan: that are told of.
         folder: of the model's pipeline, where it is at hand: its tokenizers cut long prompts.
     """
-    section, walks = policy.conditions, "pq" in stages_of(policy.evaluation.variants)
+    section, walks = policy.conditions, PQ in stages_of(policy.evaluation.variants)
     cut = (
         () if section.prompts is None or folder is None else prompts_cut(Path(section.prompts), folder, section.tokens)
     )

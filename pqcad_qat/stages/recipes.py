@@ -13,15 +13,22 @@ from typing import Any
 
 from pqcad_qat.models.pipeline_parts import VAE
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made, round_name, stages_of
+from pqcad_qat.policy.variants import (
+    OPENVINO,
+    PQ,
+    PQCAD,
+    QUANTIZATION_AWARE,
+    STUDENTS,
+    VARIANTS,
+    made,
+    round_name,
+    stages_of,
+)
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.resuming import Recipe
 from pqcad_qat.stages.samplers import decoder_of
-
-UNSAMPLED: tuple[VariantName, ...] = ("ov-fp32", "ov-bf16")
-"""Timed only: they compute what `fp32` computes."""
 
 BASELINE_INPUTS = 300
 """Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
@@ -55,10 +62,10 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
     table = _Table(policy, prepared)
     stages = stages_of(policy.evaluation.variants)
     found = {"calibration": table.calibration()}
-    for name in ("pq", "fixed-bit"):
+    for name in QUANTIZATION_AWARE:
         if name in stages:
             found[name] = table.quantization_aware(name)
-    for name in ("pq-distilled", "pqcad"):
+    for name in STUDENTS:
         if name in stages:
             found |= table.distilled(name)
     for name, stage in (("export", table.export), ("baselines", table.baselines), ("benchmark", table.benchmark)):
@@ -78,9 +85,9 @@ def sampling(variant: str) -> str:
     return f"samples-{variant}"
 
 
-def sampled(policy: Policy) -> tuple[VariantName, ...]:
+def sampled(policy: Policy) -> tuple[str, ...]:
     """The variants that images are made of."""
-    return tuple(name for name in made(policy.evaluation.variants) if name not in UNSAMPLED)
+    return tuple(name for name in made(policy.evaluation.variants) if VARIANTS[name].sampled)
 
 
 def targets_stage(student: str, number: int) -> str:
@@ -97,7 +104,7 @@ def student_stage(policy: Policy, student: str, number: int) -> str:
 
 def loss_weights(policy: Policy, student: str) -> tuple[float, float]:
     """(teacher's, calibration's) weight in the loss of a student; plain distillation has the teacher's alone."""
-    calibration = policy.distillation.calibration_weight if student == "pqcad" else 0.0
+    calibration = policy.distillation.calibration_weight if student == PQCAD else 0.0
     return policy.distillation.teacher_weight or float(calibration == 0), calibration
 
 
@@ -133,17 +140,17 @@ class _Table:
     def quantization_aware(self, name: str) -> Recipe:
         values, circumstances = self.training()
         progressive = (
-            self.section("progressive") if name == "pq" else {"progressive.steps": self.policy.progressive.steps}
+            self.section("progressive") if name == PQ else {"progressive.steps": self.policy.progressive.steps}
         )
         return Recipe(
-            {**self.layers(name == "pq"), **values, **progressive}, ("calibration",), circumstances, trained_paths(name)
+            {**self.layers(name == PQ), **values, **progressive}, ("calibration",), circumstances, trained_paths(name)
         )
 
     def distilled(self, student: str) -> dict[str, Recipe]:
         """The rounds of a student: the teacher's targets, then training."""
         policy, found = self.policy, dict[str, Recipe]()
         values, circumstances = self.training()
-        rounds, teacher = policy.distillation.rounds, "pq"
+        rounds, teacher = policy.distillation.rounds, PQ
         by_round = (policy.sampler.steps, *policy.student_steps_by_round)
         schedule = noise_schedule(self.prepared.model.scheduler_config)
         teacher_weight, calibration_weight = loss_weights(policy, student)
@@ -154,7 +161,7 @@ class _Table:
             taught = {
                 **steps,
                 "walk": walk,
-                "distillation.guidance": policy.guidance_scale("pq" if number == 1 else "pqcad"),
+                "distillation.guidance": policy.guidance_scale(PQ if number == 1 else PQCAD),
             }
             found[targets] = Recipe(taught, ("calibration", teacher), _versions("torch", "brevitas"))
             learns = {
@@ -178,7 +185,7 @@ class _Table:
             **self.section("export", "latency_runs"),
             **self.section("pipeline"),
         }
-        return Recipe(values, ("calibration", "pqcad"), _versions("openvino", "nncf", "torch", "diffusers"))
+        return Recipe(values, ("calibration", PQCAD), _versions("openvino", "nncf", "torch", "diffusers"))
 
     def baselines(self) -> Recipe:
         values = {"inputs": BASELINE_INPUTS, "export.batch_size": self.policy.export.batch_size}
@@ -186,19 +193,16 @@ class _Table:
 
     def benchmark(self) -> Recipe:
         stages = stages_of(self.policy.evaluation.variants)
-        timed = [
-            name
-            for name in made(self.policy.evaluation.variants)
-            if name in (*UNSAMPLED, "nncf-int8", "pqcad-openvino")
-        ]
+        timed = [name for name in made(self.policy.evaluation.variants) if VARIANTS[name].runtime == OPENVINO]
         values = {**self.model, "evaluation.variants": timed, **self.section("export", "weights")}
         return Recipe(
             values, tuple(name for name in ("export", "baselines") if name in stages), _versions("openvino", "torch")
         )
 
-    def samples(self, variant: VariantName) -> Recipe:
+    def samples(self, variant: str) -> Recipe:
         """The images of a variant, whose model another stage has left, or is the full-precision one."""
-        half = variant in HALF_STEPS
+        spec = VARIANTS[variant]
+        half = spec.student_steps
         steps = self.policy.distillation.student_steps if half else self.policy.sampler.steps
         schedule = noise_schedule(self.prepared.model.scheduler_config)
         values = {
@@ -211,18 +215,11 @@ class _Table:
         }
         if (parts := self.prepared.parts) is not None and decoder_of(self.prepared.model) is not None:
             values["decoder"] = parts.digest(VAE)
-        sources = {
-            "nncf-int8": ("baselines",),
-            "ptq": ("calibration",),
-            "pqcad-openvino": ("export",),
-            "fp32": (),
-            "fp32-half": (),
-        }
-        if variant in ("fp32", "fp32-half"):
+        if spec.weights_from is None:
             values["model"] = self.prepared.model.digest
-        if variant == "ptq":
+        if spec.weights_from == "calibration":
             values |= self.layers(ladders=False)
-        return Recipe(values, sources.get(variant, (variant,)), _versions("torch", "openvino"))
+        return Recipe(values, () if spec.weights_from is None else (spec.weights_from,), _versions("torch", "openvino"))
 
     def evaluation(self) -> Recipe:
         shown, source = sampled(self.policy), self.policy.features

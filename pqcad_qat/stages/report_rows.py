@@ -18,7 +18,22 @@ import pqcad_qat
 from pqcad_qat.export.proof import INT8
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import HALF_STEPS, TRAINED, VariantName, made, stages_of
+from pqcad_qat.policy.variants import (
+    FIXED_BIT,
+    FP32,
+    FP32_HALF,
+    OV_BF16,
+    OV_FP32,
+    PQ,
+    PQ_DISTILLED,
+    PQCAD,
+    PQCAD_OPENVINO,
+    QUANTIZATION_AWARE,
+    TRAINED,
+    VARIANTS,
+    made,
+    stages_of,
+)
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, stored_bits
 from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers
 from pqcad_qat.report.record import (
@@ -99,7 +114,7 @@ def report_of(facts: RunFacts) -> Report:
         hardware=Hardware(**{**machine, "isa": tuple(machine["isa"])}),
         variants=variants,
         fid_protocol=_protocol(facts),
-        bit_schedule=tuple(Transition(**entry) for entry in facts.stages.get("pq", {}).get("transitions", ())),
+        bit_schedule=tuple(Transition(**entry) for entry in facts.stages.get(PQ, {}).get("transitions", ())),
         parity=_parity(facts),
         execution=_execution(facts),
         timings_s=facts.seconds,
@@ -131,38 +146,23 @@ def _protocol(facts: RunFacts) -> FidProtocol | None:
 def _variants(facts: RunFacts) -> Iterator[Variant]:
     policy, benchmark = facts.policy, facts.stages.get("benchmark", {"timings": {}, "sizes": {}})
     full, half = policy.sampler.steps, policy.distillation.student_steps
-    weights, inputs = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
-    simulated = "PyTorch, simulated"
-    rows: dict[VariantName, tuple[str, float, float]] = {
-        "fp32": ("PyTorch", 32, 32),
-        "fp32-half": ("PyTorch", 32, 32),
-        "ov-fp32": ("OpenVINO", 32, 32),
-        "ov-bf16": ("OpenVINO", 16, 16),
-        "nncf-int8": ("OpenVINO", 8, 8),
-        "ptq": (simulated, weights, inputs),
-        "fixed-bit": (simulated, weights, inputs),
-        "pq": (simulated, weights, inputs),
-        "pq-distilled": (simulated, weights, inputs),
-        "pqcad": (simulated, weights, inputs),
-        "pqcad-openvino": ("OpenVINO", weights, inputs),
-    }
+    planned = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
     figures, died = facts.stages["evaluation"]["figures"], _died(facts)
     for name in made(policy.evaluation.variants):
-        runtime, weight_bits, input_bits = rows[name]
-        steps = half if name in HALF_STEPS else full
+        spec = VARIANTS[name]
+        (weight_bits, input_bits), steps = spec.bits or planned, half if spec.student_steps else full
         if name in died:
-            yield Variant(name, runtime, weight_bits, input_bits, steps, did_not_run=died[name])
+            yield Variant(name, spec.runtime, weight_bits, input_bits, steps, did_not_run=died[name])
             continue
-        if name == "ov-bf16" and name not in benchmark["timings"]:
+        if spec.precision == "bf16" and name not in benchmark["timings"]:
             continue
-        # fp32 at half the steps is the same network: its step costs the same
-        timing = benchmark["timings"].get("fp32" if name == "fp32-half" else name)
+        timing = benchmark["timings"].get(spec.timed_as)
         step = timing["median_ms"] / policy.export.batch_size if timing else None
-        size = benchmark["sizes"].get("fp32" if name == "fp32-half" else name)
+        size = benchmark["sizes"].get(spec.timed_as)
         quality = {key: figures.get(name, {}).get(key) for key in ("fid_real", "fid_fp", "psnr_fp", "ssim_fp")}
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
         image = step * steps * passes if step else None
-        yield Variant(name, runtime, weight_bits, input_bits, steps, size, step, image, **quality, passes=passes)
+        yield Variant(name, spec.runtime, weight_bits, input_bits, steps, size, step, image, **quality, passes=passes)
 
 
 def _died(facts: RunFacts) -> Mapping[str, str]:
@@ -213,13 +213,13 @@ def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
     asked = made(facts.policy.evaluation.variants)
     low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
     comparisons = (
-        ("pqcad-openvino", "ov-bf16", "latency_ms_per_image", 0.45),
-        ("pqcad-openvino", "ov-fp32", "latency_ms_per_image", 0.20),
-        ("pqcad-openvino", "fp32", "latency_ms_per_image", 0.10),
-        ("pqcad", "fp32", "fid_real", 1.10),
-        ("pqcad", "fp32-half", "fid_real", CLEARLY),
-        ("pqcad", "pq-distilled", "fid_real", CLEARLY),
-        ("pq", "fixed-bit", "fid_real", CLEARLY if low else SAME),
+        (PQCAD_OPENVINO, OV_BF16, "latency_ms_per_image", 0.45),
+        (PQCAD_OPENVINO, OV_FP32, "latency_ms_per_image", 0.20),
+        (PQCAD_OPENVINO, FP32, "latency_ms_per_image", 0.10),
+        (PQCAD, FP32, "fid_real", 1.10),
+        (PQCAD, FP32_HALF, "fid_real", CLEARLY),
+        (PQCAD, PQ_DISTILLED, "fid_real", CLEARLY),
+        (PQ, FIXED_BIT, "fid_real", CLEARLY if low else SAME),
     )
     for one, other, figure, bound in comparisons:
         measurable = figure != "fid_real" or _protocol(facts) is not None
@@ -228,7 +228,7 @@ def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
             measured = None if note else _ratio(rows, one, other, figure)
             yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, "x", note)
     if execution:
-        packed = facts.stages["export"]["packed_bytes"] / facts.stages["benchmark"]["sizes"]["fp32"]
+        packed = facts.stages["export"]["packed_bytes"] / facts.stages["benchmark"]["sizes"][FP32]
         yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, "x")
 
 
@@ -303,9 +303,9 @@ def curves_of(policy: Policy, logs: Path) -> Curves:
             continue
         rows = read_metrics(logs / f"{stage}.jsonl")
         losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
-        if stage in ("pq", "fixed-bit"):
+        if stage in QUANTIZATION_AWARE:
             distances.append(_series(stage, "weight_distance", "weight_distance", rows))
-        if stage == "pq":
+        if stage == PQ:
             momenta = [
                 _series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")
             ]

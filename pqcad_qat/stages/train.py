@@ -25,6 +25,7 @@ from pqcad_qat.machine.processes import agreed, is_first
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import Guidance, save_conditions
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.trajectory import initial_noise
@@ -87,7 +88,7 @@ def progressive(work: Work, calibration: CalibrationSet) -> nn.Module:
         WeightDistance(schedule.layers),
         *_shown(work, model, work.policy.sampler.steps, work.policy.sampler.guidance_scale),
     ]
-    _train(work, "pq", model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
+    _train(work, PQ, model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
     return model
 
 
@@ -104,7 +105,7 @@ def fixed_bit(work: Work, calibration: CalibrationSet) -> nn.Module:
         WeightDistance(quantized_layers(model)),
         *_shown(work, model, work.policy.sampler.steps, work.policy.sampler.guidance_scale),
     ]
-    _train(work, "fixed-bit", model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
+    _train(work, FIXED_BIT, model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
     return model
 
 
@@ -133,7 +134,7 @@ def _targets(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Mod
     with work.folder.stage(name) as stage:
         if stage.new:
             calls = policy.calibration.trajectories * steps[number - 1]
-            scale = policy.guidance_scale("pq" if number == 1 else "pqcad")  # of the teacher
+            scale = policy.guidance_scale(PQ if number == 1 else PQCAD)  # of the teacher
             with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
                 parts, schedule = work.folder.parts(name), work.schedule.student(steps[0], taught)

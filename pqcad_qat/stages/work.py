@@ -20,7 +20,7 @@ from pqcad_qat.machine.files import write_atomically
 from pqcad_qat.machine.processes import process_count
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import HALF_STEPS, VariantName, made
+from pqcad_qat.policy.variants import VARIANTS, made
 from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.resuming import decides
@@ -50,7 +50,7 @@ class Work:
         return self.folder.path
 
     @property
-    def runnable(self) -> tuple[VariantName, ...]:
+    def runnable(self) -> tuple[str, ...]:
         """The variants less the baselines that have died."""
         died = (self.folder.finished("baselines") or {}).get("died", {})
         return tuple(name for name in self.made if name not in died)
@@ -62,11 +62,11 @@ class Work:
         return training.batch_size * training.gradient_accumulation * process_count()
 
     def steps(self, name: str) -> int:
-        return self.policy.distillation.student_steps if name in HALF_STEPS else self.policy.sampler.steps
+        return self.policy.distillation.student_steps if VARIANTS[name].student_steps else self.policy.sampler.steps
 
     def sampled_by(self, name: str) -> NoiseSchedule:
         """The schedule of a variant; full precision in half the steps makes those of the student."""
-        return self.student_schedule if name in HALF_STEPS else self.schedule
+        return self.student_schedule if VARIANTS[name].student_steps else self.schedule
 
     def decides(self, stage: str) -> dict[str, Any]:
         """All that decides a stage to the last bit."""

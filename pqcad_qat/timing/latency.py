@@ -25,6 +25,7 @@ from pqcad_qat.export.traceable_modules import TracedDenoiser, fixed_rotations, 
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.models.architectures import TEXT
 from pqcad_qat.models.denoiser import Condition, predict
+from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, ProfileRow, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, read_graph
@@ -38,7 +39,9 @@ WARM_UP = 3
 """Calls of every candidate before the first that is timed."""
 
 PROFILING: Mapping[str, object] = {"PERF_COUNT": True}
-PRECISIONS: Mapping[str, Mapping[str, str]] = {"ov-fp32": F32, "ov-bf16": BF16}
+PRECISIONS: Mapping[str, Mapping[str, str]] = {
+    spec.name: {"INFERENCE_PRECISION_HINT": spec.precision} for spec in VARIANTS.values() if spec.precision
+}
 """What a variant asks of OpenVINO; the others take its defaults."""
 
 # After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor
@@ -165,6 +168,11 @@ def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
     return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
 
 
+def native(name: str, machine: Hardware) -> bool:
+    """Whether this CPU has the arithmetic that the variant asks OpenVINO for."""
+    return machine.native_bf16 is True or PRECISIONS.get(name) != BF16
+
+
 def ways_of(name: str, machine: Hardware, sampled: bool = False) -> list[dict[str, object]]:
     """How the graph of a baseline is compiled to be timed, and where it is `sampled` too, to be sampled."""
     hint = precision_hint(name, machine)
@@ -289,16 +297,16 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
     """Milliseconds of one call (one sampling step of a batch), every candidate in turns in this process.
 
     Args:
-        denoiser: full precision, for PyTorch: the candidate `fp32`.
-        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; `ov-bf16` is left out where BF16 is
-            not native.
+        denoiser: full precision, for PyTorch: the candidate REFERENCE.
+        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; those that are not
+            `native` are left out.
         inputs: of every candidate.
     """
     machine = hardware()
     with torch_threads_kept():
-        found: dict[str, Callable[[], object]] = {"fp32": torch_candidate(denoiser, inputs)}
+        found: dict[str, Callable[[], object]] = {REFERENCE: torch_candidate(denoiser, inputs)}
         for name, file in files.items():
-            if name != "ov-bf16" or machine.native_bf16:
+            if native(name, machine):
                 found[name] = openvino_candidate(file, precision_hint(name, machine), inputs)
         return time_interleaved(found, runs, WARM_UP)
 

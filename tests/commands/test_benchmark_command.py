@@ -20,10 +20,11 @@ from small_networks import unet_config
 from tiny_runs import POLICIES, fixed_batch_graph
 
 from pqcad_qat.commands.benchmark import measure, measure_here, measure_speed, precision_hint
-from pqcad_qat.commands.benchmark_subject import OURS, Candidates, candidates, open_subject
+from pqcad_qat.commands.benchmark_subject import Candidates, candidates, open_subject
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.proof import INT8
 from pqcad_qat.models.untrained import random_denoiser
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, OURS, OV_BF16, OV_FP32
 from pqcad_qat.report.benchmark_record import Measurement, SpeedRow
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.timing.hardware import Hardware, hardware
@@ -52,9 +53,9 @@ def rows(measurement: Measurement) -> Mapping[str, SpeedRow]:
 
 
 def test_every_candidate_that_the_machine_can_run_is_timed_alone_and_under_load(native: Measurement) -> None:
-    expected = {"fp32", "ov-fp32", "nncf-int8", OURS} | ({"ov-bf16"} if hardware().native_bf16 else set())
+    expected = {FP32, OV_FP32, NNCF_INT8, OURS} | ({OV_BF16} if hardware().native_bf16 else set())
     assert set(rows(native)) == expected
-    assert set(native.left_out) == {"ov-bf16"} - expected
+    assert set(native.left_out) == {OV_BF16} - expected
     for row in native.rows:
         assert (row.latency.runs, row.latency.minimum_ms > 0) == (2, True)
         assert row.throughput is not None
@@ -80,25 +81,25 @@ def test_the_precision_of_every_layer_of_the_baselines_is_told(native: Measureme
         if type(module) in (torch.nn.Conv2d, torch.nn.Linear)
     }
     found = rows(native)
-    assert found["ov-fp32"].layers == dict.fromkeys(layers, "f32")
-    assert found["ov-fp32"].inference_precision == "f32"
-    assert set(found["nncf-int8"].layers) == layers
-    assert set(found["nncf-int8"].layers.values()) & set(INT8)
-    assert not found["fp32"].layers
+    assert found[OV_FP32].layers == dict.fromkeys(layers, "f32")
+    assert found[OV_FP32].inference_precision == "f32"
+    assert set(found[NNCF_INT8].layers) == layers
+    assert set(found[NNCF_INT8].layers.values()) & set(INT8)
+    assert not found[FP32].layers
 
 
 def test_sizes_are_of_the_files_that_were_timed(native: Measurement, made: Candidates) -> None:
     found = rows(native)
-    assert found["fp32"].size_bytes == 4 * sum(
+    assert found[FP32].size_bytes == 4 * sum(
         parameter.numel() for parameter in random_denoiser(unet_config(), "config").parameters()
     )
-    assert found["ov-fp32"].size_bytes == size_bytes(made.files["ov-fp32"].parent)
+    assert found[OV_FP32].size_bytes == size_bytes(made.files[OV_FP32].parent)
     assert found[OURS].size_bytes == size_bytes(made.files[OURS])
 
 
 def test_the_profile_says_where_the_time_went(native: Measurement) -> None:
     for row in native.rows:
-        assert ("Convolution" in {part.kind for part in row.profile}) is (row.name != "fp32")
+        assert ("Convolution" in {part.kind for part in row.profile}) is (row.name != FP32)
 
 
 def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(
@@ -108,7 +109,7 @@ def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(
     found = measure(made, "avx2", runs=1, throughput=False)
     assert found.isa == "avx2"
     assert found.hardware.settings["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert found.left_out == {"ov-bf16": "bfloat16 is emulated here"}
+    assert found.left_out == {OV_BF16: "bfloat16 is emulated here"}
     assert {row.throughput for row in found.rows} == {None}
     ours = rows(found)[OURS]
     assert (ours.inference_precision, ours.planned_float) == ("f32", ())
@@ -118,11 +119,11 @@ def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(
 
 def test_a_graph_with_a_fixed_batch_is_left_out_with_the_reason(made: Candidates, tmp_path: Path) -> None:
     fixed = replace(
-        made, files={"ov-fp32": fixed_batch_graph(2, made.sample_shape, tmp_path), OURS: made.files[OURS]}, batch=3
+        made, files={OV_FP32: fixed_batch_graph(2, made.sample_shape, tmp_path), OURS: made.files[OURS]}, batch=3
     )
     found = measure_here(fixed, "native", runs=1, throughput=False)
-    assert set(rows(found)) == {"fp32", OURS}
-    assert found.left_out["ov-fp32"] == "got a batch of 3; allowed 2, which is fixed in its graph"
+    assert set(rows(found)) == {FP32, OURS}
+    assert found.left_out[OV_FP32] == "got a batch of 3; allowed 2, which is fixed in its graph"
 
 
 @pytest.mark.parametrize(("native_bf16", "default"), [(True, {}), (None, {}), (False, F32)])
@@ -130,8 +131,8 @@ def test_openvinos_default_is_left_alone_but_where_bf16_is_emulated(
     native_bf16: bool | None, default: Mapping[str, str]
 ) -> None:
     machine = Hardware("some CPU", ("avx2",), 1, {}, native_bf16)
-    assert precision_hint(OURS, machine) == precision_hint("nncf-int8", machine) == default
-    assert (precision_hint("ov-fp32", machine), precision_hint("ov-bf16", machine)) == (F32, BF16)
+    assert precision_hint(OURS, machine) == precision_hint(NNCF_INT8, machine) == default
+    assert (precision_hint(OV_FP32, machine), precision_hint(OV_BF16, machine)) == (F32, BF16)
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_left_out_or_refused_where_it_is_all(

@@ -18,7 +18,7 @@ from tiny_runs import POLICIES, SCHEDULER
 from pqcad_qat.commands.benchmark_subject import Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError, PlanError, PolicyError
 from pqcad_qat.export.proof import execution_precision
-from pqcad_qat.report.record import OURS
+from pqcad_qat.policy.variants import NNCF_INT8, OURS, OV_BF16, OV_FP32
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.timing.latency import size_bytes
 
@@ -85,14 +85,12 @@ def test_a_folder_in_diffusers_layout_is_an_architecture_with_its_schedulers_tim
 
 def test_baselines_are_made_for_the_batch_and_of_the_same_architecture(architecture: Subject, tmp_path: Path) -> None:
     made = candidates(architecture, 3, tmp_path)
-    assert set(made.files) == {"ov-fp32", "ov-bf16", "nncf-int8", OURS}
+    assert set(made.files) == {OV_FP32, OV_BF16, NNCF_INT8, OURS}
     assert made.files[OURS] == architecture.folder
-    for name in ("ov-fp32", "nncf-int8"):
+    for name in (OV_FP32, NNCF_INT8):
         model = ov.Core().read_model(made.files[name])
         assert [list(port.shape) for port in model.inputs] == [[3, 1, 8, 8], [3]]
-    assert size_bytes(made.files["nncf-int8"].with_suffix(".bin")) < size_bytes(
-        made.files["ov-fp32"].with_suffix(".bin")
-    )
+    assert size_bytes(made.files[NNCF_INT8].with_suffix(".bin")) < size_bytes(made.files[OV_FP32].with_suffix(".bin"))
 
 
 FAULTS: dict[str, tuple[Any, str]] = {

@@ -13,6 +13,7 @@ from tiny_runs import POLICIES, tiny_overrides
 from pqcad_qat import cli
 from pqcad_qat.commands import profile as step_costs
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.quantized_layer import blend_state, read_bits
 from pqcad_qat.training.step_profile import StepProfile, profile_steps
@@ -33,12 +34,12 @@ def test_its_models_are_what_the_columns_say(tiny_folder: Path, monkeypatch: pyt
     assert not seen["float"]
     assert all(
         read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None
-        for layer in seen["fixed-bit"].values()
+        for layer in seen[FIXED_BIT].values()
     )
-    ways = [blend_state(layer) for layer in seen["pq"].values() if len(layer.plan.ladder) > 1]
+    ways = [blend_state(layer) for layer in seen[PQ].values() if len(layer.plan.ladder) > 1]
     assert ways
     assert all(blend is not None and 0.4 < blend.share < 0.6 for blend in ways)
-    assert costs["float"].kept_bytes < costs["fixed-bit"].kept_bytes
+    assert costs["float"].kept_bytes < costs[FIXED_BIT].kept_bytes
 
 
 def test_the_command_prints_every_part_and_writes_nothing(

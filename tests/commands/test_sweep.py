@@ -26,6 +26,7 @@ from pqcad_qat.commands.sweep import sweep
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PlanError, StudyError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.study_cells import Study, load_study
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.stages import baselines, measure
 from pqcad_qat.stages.samplers import sample_states
@@ -64,7 +65,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
     root = tmp_path_factory.mktemp("sweep")
     overrides = tiny_overrides(
-        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", "evaluation.variants=[fp32, nncf-int8, pq]"
+        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", f"evaluation.variants=[fp32, {NNCF_INT8}, pq]"
     )
     made: dict[str, int] = {}
     torch.set_num_threads(1)
@@ -114,7 +115,7 @@ def test_each_cell_is_a_run_of_its_own(swept: Swept) -> None:
     for cell in swept.study.cells:
         path = swept.folder / cell.name
         assert load_policy(path / "policy.yaml") == cell.policy
-        assert [row.name for row in read_report(path).variants] == ["fp32", "nncf-int8", "pq"]
+        assert [row.name for row in read_report(path).variants] == [FP32, NNCF_INT8, PQ]
     assert {path.name for path in swept.folder.iterdir()} == {
         *CELLS,
         ".calibration",
@@ -126,7 +127,7 @@ def test_each_cell_is_a_run_of_its_own(swept: Swept) -> None:
 
 
 def test_what_training_does_not_touch_is_made_once(swept: Swept) -> None:
-    assert swept.made == {"fp32": 1, "nncf_baseline": 1, "nncf-int8": 1, "pq": 4}
+    assert swept.made == {FP32: 1, "nncf_baseline": 1, NNCF_INT8: 1, PQ: 4}
     assert len(list((swept.folder / ".calibration").iterdir())) == 1
 
 
@@ -139,12 +140,12 @@ def test_the_way_down_is_that_of_the_level(swept: Swept) -> None:
 def test_the_table_has_a_row_a_combination_with_the_spread_over_seeds(swept: Swept) -> None:
     document = json.loads((swept.folder / "study.json").read_text())
     rows = {(row["labels"]["schedule"], row["variant"]): row for row in document["parts"][0]["rows"]}
-    assert list(rows) == [("all", "fp32"), ("all", "nncf-int8"), ("momentum", "pq"), ("fixed", "pq")]
+    assert list(rows) == [("all", FP32), ("all", NNCF_INT8), ("momentum", PQ), ("fixed", PQ)]
     reports = [read_report(swept.folder / name) for name in CELLS[:2]]
     distances = [
-        row.fid_real for report in reports for row in report.variants if row.name == "pq" and row.fid_real is not None
+        row.fid_real for report in reports for row in report.variants if row.name == PQ and row.fid_real is not None
     ]
-    found = rows["momentum", "pq"]["figures"]["fid_real"]
+    found = rows["momentum", PQ]["figures"]["fid_real"]
     assert (found["mean"], found["count"]) == (pytest.approx(statistics.mean(distances)), 2)
     assert found["deviation"] == pytest.approx(statistics.stdev(distances))
     assert (swept.folder / "study.md").read_text().startswith("From `python -m pqcad_qat sweep smoke.yaml`:")
@@ -161,13 +162,13 @@ def test_finished_cells_are_not_run_again(swept: Swept, copied: Swept, monkeypat
 
 def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
     cell = copied.folder / CELLS[1]
-    for left in ("report.html", "report.json", "stages/evaluation.json", "stages/samples-pq.json"):
+    for left in ("report.html", "report.json", "stages/evaluation.json", f"stages/samples-{PQ}.json"):
         (cell / left).unlink()
     before = times(copied.folder)
     again(copied)
     changed = {path for path, time in times(copied.folder).items() if before.get(path) != time}
     written = {"report.html", "report.json", "samples.png", "plan.json", "samples/pq.safetensors"}
-    stages = {f"{folder}/{name}.json" for folder in ("recipes", "stages") for name in ("evaluation", "samples-pq")}
+    stages = {f"{folder}/{name}.json" for folder in ("recipes", "stages") for name in ("evaluation", f"samples-{PQ}")}
     assert changed == {*(f"{CELLS[1]}/{path}" for path in written | stages), "study.html", "study.json", "study.md"}
 
 
@@ -202,7 +203,7 @@ def test_a_cell_that_fails_does_not_lose_the_others(
         again(copied)
     [part] = json.loads((copied.folder / "study.json").read_text())["parts"]
     rows = part["rows"]
-    assert [row["seeds"] for row in rows if row["variant"] == "pq"] == [[1], [0, 1]]
+    assert [row["seeds"] for row in rows if row["variant"] == PQ] == [[1], [0, 1]]
     assert (copied.folder / "errors" / f"{CELLS[0]}.txt").exists() == isinstance(fault, RuntimeError)
 
 
@@ -218,7 +219,7 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
     assert [(copied.folder / name / "report.html").exists() for name in CELLS] == [False, True, True, True]
     [part] = json.loads((copied.folder / "study.json").read_text())["parts"]
     rows = part["rows"]
-    assert {row["labels"]["schedule"]: row["seeds"] for row in rows if row["variant"] == "pq"} == {
+    assert {row["labels"]["schedule"]: row["seeds"] for row in rows if row["variant"] == PQ} == {
         "momentum": [1],
         "fixed": [0, 1],
     }

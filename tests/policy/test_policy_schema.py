@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pqcad_qat.policy.pretraining import UNET_KEYS, PretrainPolicy
 from pqcad_qat.policy.schema import Fault, LayerRule, Policy
 from pqcad_qat.policy.study import StudyPolicy
+from pqcad_qat.policy.variants import FP32, PQ, PQCAD_OPENVINO, PTQ
 
 RULE: dict[str, Any] = {"match": "conv_in", "weights": {"bits": 4}, "inputs": {"bits": 8}}
 SMALLEST: dict[str, Any] = {"name": "p", "model": {"source": "m"}, "quantization": {"layers": [RULE]}}
@@ -72,7 +73,7 @@ def test_a_policy_survives_json() -> None:
         ("progressive", "perturbation", [0.1], [0.0, float("inf")]),
         ("progressive", "transition", ["blend", "jump"], ["fade"]),
         ("progressive", "schedule", ["momentum", "fixed"], ["none"]),
-        ("evaluation", "variants", [["fp32"], ["ptq", "pqcad-openvino"]], [[], ["fp16"], "pq"]),
+        ("evaluation", "variants", [[FP32], [PTQ, PQCAD_OPENVINO]], [[], ["fp16"], PQ]),
         ("training", "ema", [0.0, 0.999], [1.0]),
         ("training", "precision", ["fp32", "bf16", "fp16"], ["fp64"]),
         ("export", "weights", ["int8", "int4", "packed"], ["int2"]),

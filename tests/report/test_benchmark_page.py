@@ -16,6 +16,7 @@ import pytest
 from report_fixture import fixture_report
 from rich.console import Console
 
+from pqcad_qat.policy.variants import FP32, OV_BF16, PQCAD_OPENVINO
 from pqcad_qat.report.benchmark_page import (
     HEADINGS,
     cells,
@@ -33,9 +34,9 @@ from pqcad_qat.report.benchmark_page import (
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.record import UNSTEADY_NOTE, ProfileRow, Throughput, Timing
 
-FULL = SpeedRow("fp32", Timing(20, 19, 19.5, 21, 9), Throughput(60, 62, 59, 61, 5, 8, 1), 4_000_000)
+FULL = SpeedRow(FP32, Timing(20, 19, 19.5, 21, 9), Throughput(60, 62, 59, 61, 5, 8, 1), 4_000_000)
 OURS = SpeedRow(
-    "pqcad-openvino",
+    PQCAD_OPENVINO,
     Timing(5, 4, 4.6, 5.5, 9),
     Throughput(300, 310, 290, 305, 5, 8, 2),
     1_050_000,
@@ -53,7 +54,7 @@ LOADED = LoadTime("packed", 600_000, Timing(1, 1, 1, 1, 3), Timing(20, 20, 20, 2
 
 def record(steps: int | None = 10, *rows: SpeedRow, batch: int = 2) -> SpeedReport:
     measurement = Measurement(
-        "native", batch, fixture_report().hardware, rows or (FULL, OURS), {"ov-bf16": "bfloat16 is emulated <here>"}
+        "native", batch, fixture_report().hardware, rows or (FULL, OURS), {OV_BF16: "bfloat16 is emulated <here>"}
     )
     left_out = {"avx2_vnni": "this CPU has no avx_vnni"}
     full = steps and 2 * steps
@@ -157,12 +158,13 @@ def test_precisions_are_counted() -> None:
 
 def test_planned_layers_that_left_int8_are_named_with_what_they_ran_in() -> None:
     assert (
-        remarks(record().measurements[0])[0] == "pqcad-openvino: 3 of 3 planned layers and attentions executed in INT8"
+        remarks(record().measurements[0])[0]
+        == f"{PQCAD_OPENVINO}: 3 of 3 planned layers and attentions executed in INT8"
     )
     left = record(10, FULL, replace(OURS, planned=4, planned_float=("d",)))
     assert (
         remarks(left.measurements[0])[0]
-        == "pqcad-openvino: 3 of 4 planned layers and attentions executed in INT8; not: d (bf16)"
+        == f"{PQCAD_OPENVINO}: 3 of 4 planned layers and attentions executed in INT8; not: d (bf16)"
     )
 
 
@@ -179,9 +181,9 @@ def test_the_terminal_shows_timings_precisions_what_was_left_out_and_the_profile
     assert re.search(
         r"runs/mine: batch 2, native: one denoising step; an image takes ours 10, full precision 20", output
     )
-    assert re.search(r"pqcad-openvino +5\.00 +4\.00 +4\.60 - 5\.50 +300 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
-    assert re.search(r"pqcad-openvino +25\.0 +10 +25\.0 +30\.0 +1\.00", output)
-    assert "ov-bf16: not timed: bfloat16 is emulated <here>" in output
+    assert re.search(rf"{PQCAD_OPENVINO} +5\.00 +4\.00 +4\.60 - 5\.50 +300 +1\.00 +1\.05 +2 u8, 1 i8, 1 bf16", output)
+    assert re.search(rf"{PQCAD_OPENVINO} +25\.0 +10 +25\.0 +30\.0 +1\.00", output)
+    assert f"{OV_BF16}: not timed: bfloat16 is emulated <here>" in output
     assert re.search(r"Convolution +3\.50", output)
 
 
@@ -237,5 +239,5 @@ def test_the_picture_has_a_panel_for_what_was_measured_and_an_alternative_text(r
     report = record(10, row)
     svg = speed_chart(report, report.measurements[0], "chart")
     ElementTree.fromstring(svg.replace("xlink:href", "href"))
-    assert "pqcad-openvino 5.00 ms" in svg
+    assert f"{PQCAD_OPENVINO} 5.00 ms" in svg
     assert svg.count("lower is better") + svg.count("higher is better") == panels

@@ -19,6 +19,7 @@ from report_fixture import fixture_report, minimal_report
 from rich.console import Console
 
 from pqcad_qat.errors import StudyError, UsageError
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, OV_BF16, OV_FP32, PQ, PQCAD
 from pqcad_qat.report.comparison import Comparison, Row, Spread, compare_runs, named_runs
 from pqcad_qat.report.comparison_page import (
     cells,
@@ -41,7 +42,7 @@ def report(
 ) -> Report:
     """The fixture with a seed and a distance of its own."""
     found = fixture_report()
-    rows = tuple(replace(row, fid_real=pqcad) if row.name == "pqcad" else row for row in found.variants)
+    rows = tuple(replace(row, fid_real=pqcad) if row.name == PQCAD else row for row in found.variants)
     return replace(
         found,
         policy={"name": name, "model": {"source": model}, "training": {"seed": seed}, **policy},
@@ -70,7 +71,7 @@ def row(comparison: Comparison, variant: str, label: str | None = None) -> Row:
 
 
 def test_runs_that_differ_in_their_seed_alone_are_mean_and_standard_deviation(seeds: Comparison) -> None:
-    found = row(seeds, "pqcad")
+    found = row(seeds, PQCAD)
     assert (found.seeds, found.labels, found.steps, found.weight_bits) == ((0, 1, 2), {"run": "w4a8"}, 10, 4.18)
     assert found.figures["fid_real"] == Spread(
         statistics.mean(DISTANCES), pytest.approx(statistics.stdev(DISTANCES)), 3
@@ -79,7 +80,7 @@ def test_runs_that_differ_in_their_seed_alone_are_mean_and_standard_deviation(se
 
 
 def test_what_training_does_not_touch_has_no_spread_over_its_seeds(seeds: Comparison) -> None:
-    assert row(seeds, "nncf-int8").figures["fid_real"] == Spread(9.88, None, 1)
+    assert row(seeds, NNCF_INT8).figures["fid_real"] == Spread(9.88, None, 1)
 
 
 def test_figures_that_differ_in_their_last_digits_alone_are_one() -> None:
@@ -87,11 +88,11 @@ def test_figures_that_differ_in_their_last_digits_alone_are_one() -> None:
     first, second = (
         replace(
             found,
-            variants=tuple(replace(row, fid_fp=distance) if row.name == "fp32" else row for row in found.variants),
+            variants=tuple(replace(row, fid_fp=distance) if row.name == FP32 else row for row in found.variants),
         )
         for found, distance in ((report(), 0.0), (report("w2a8"), 1.3e-11))
     )
-    found = row(compare({"a": first, "b": second}), "fp32")
+    found = row(compare({"a": first, "b": second}), FP32)
     assert (found.labels, found.figures["fid_fp"].mean) == ({"run": "all"}, 0.0)
 
 
@@ -101,24 +102,24 @@ def test_a_spread_is_told_as_its_mean_is() -> None:
 
 
 def test_times_that_spread_too_widely_are_marked_beside_the_figure_and_explained() -> None:
-    wide = replace(report(), latency={"fp32": Timing(435, 300, 306, 1228, 60)})
+    wide = replace(report(), latency={FP32: Timing(435, 300, 306, 1228, 60)})
     comparison = compare({"runs/a": wide, "runs/b": report("w2a8", progressive={"steps": 4})})
     found = [dict(zip(headings(comparison), cells(comparison, row), strict=True)) for row in comparison.rows]
-    assert [texts["variant"] for texts in found if texts["ms an image"].endswith(" unsteady")] == ["fp32", "fp32-half"]
+    assert [texts["variant"] for texts in found if texts["ms an image"].endswith(" unsteady")] == [FP32, FP32_HALF]
     for told in (render(comparison), markdown(comparison), *list(comparison_tables(comparison))[1:]):
         assert UNSTEADY_NOTE in str(told)
     assert UNSTEADY_NOTE not in render(compare({"runs/a": report()}))
 
 
 def test_what_was_not_measured_is_absent(seeds: Comparison) -> None:
-    assert set(row(seeds, "ov-fp32").figures) == {"latency_ms_per_image"}
-    assert set(row(seeds, "pq").figures) == {"fid_real", "fid_fp", "psnr_fp"}
+    assert set(row(seeds, OV_FP32).figures) == {"latency_ms_per_image"}
+    assert set(row(seeds, PQ).figures) == {"fid_real", "fid_fp", "psnr_fp"}
 
 
 def test_what_is_the_same_in_all_runs_is_one_row(two: Comparison) -> None:
-    assert row(two, "fp32").labels == {"run": "all"}
-    assert row(two, "pqcad", "w4a8").seeds == row(two, "pqcad", "w2a8").seeds == (0,)
-    assert [row.variant for row in two.rows][:5] == ["fp32", "fp32-half", "ov-fp32", "ov-bf16", "nncf-int8"]
+    assert row(two, FP32).labels == {"run": "all"}
+    assert row(two, PQCAD, "w4a8").seeds == row(two, PQCAD, "w2a8").seeds == (0,)
+    assert [row.variant for row in two.rows][:5] == [FP32, FP32_HALF, OV_FP32, OV_BF16, NNCF_INT8]
 
 
 def test_runs_of_other_policies_with_one_name_are_called_by_their_paths() -> None:
@@ -175,19 +176,19 @@ def test_sampling_steps_may_differ() -> None:
 
 def test_one_seed_of_one_policy_twice_is_refused() -> None:
     with pytest.raises(
-        StudyError, match="runs/a and runs/b: got fixed-bit of the same policy and seed 0 twice; allowed once"
+        StudyError, match=f"runs/a and runs/b: got {FIXED_BIT} of the same policy and seed 0 twice; allowed once"
     ):
         compare({"runs/a": report(), "runs/b": report()})
 
 
 def test_runs_of_one_policy_that_made_other_variants_are_one_run() -> None:
-    whole = report(evaluation={"variants": ["pq"]})
+    whole = report(evaluation={"variants": [PQ]})
     pq, rest = (
-        replace(whole, variants=tuple(row for row in whole.variants if (row.name == "pq") == wanted))
+        replace(whole, variants=tuple(row for row in whole.variants if (row.name == PQ) == wanted))
         for wanted in (True, False)
     )
     found = compare(
-        {"runs/a": pq, "runs/b": replace(rest, policy={**rest.policy, "evaluation": {"variants": ["pqcad"]}})}
+        {"runs/a": pq, "runs/b": replace(rest, policy={**rest.policy, "evaluation": {"variants": [PQCAD]}})}
     )
     assert {label for row in found.rows for label in row.labels.values()} == {"w4a8"}
     assert [row.variant for row in found.rows] == [row.name for row in whole.variants]
@@ -230,7 +231,7 @@ def test_files_are_one_page_with_json_and_markdown_beside_it(seeds: Comparison, 
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["study.html", "study.json", "study.md"]
     document = json.loads((tmp_path / "deep" / "study.json").read_text())
     assert document["schema_version"] == 2
-    [found] = [row for row in document["parts"][0]["rows"] if row["variant"] == "pqcad"]
+    [found] = [row for row in document["parts"][0]["rows"] if row["variant"] == PQCAD]
     assert found["figures"]["fid_real"]["count"] == 3
     assert document["parts"][0]["protocol"]["features_sha256"] == "ab" * 32
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from report_fixture import fixture_curves, fixture_report, minimal_report
 
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, OV_FP32, PQ, PQCAD_OPENVINO
 from pqcad_qat.report import figures
 from pqcad_qat.report.record import Curves, ProfileRow, Series
 
@@ -101,21 +102,21 @@ def test_timeline_says_unknown_for_a_missing_momentum() -> None:
 
 def test_quality_shows_the_variants_with_both_numbers(charts: dict[str, str]) -> None:
     shown = texts(charts["quality"])
-    assert {"fp32", "fp32-half", "nncf-int8", "pqcad-openvino"} <= set(shown)
-    assert not {"ov-fp32", "pq"} & set(shown)
+    assert {FP32, FP32_HALF, NNCF_INT8, PQCAD_OPENVINO} <= set(shown)
+    assert not {OV_FP32, PQ} & set(shown)
 
 
 def test_profile_gathers_small_kinds_and_keeps_the_total() -> None:
     rows = tuple(ProfileRow(f"Kind{index}", "bf16", 1.0 / (1 + index), 1) for index in range(14))
-    svg = figures.time_profile({"pqcad-openvino": rows}) or ""
+    svg = figures.time_profile({PQCAD_OPENVINO: rows}) or ""
     assert "other" in texts(svg)
-    assert f"pqcad-openvino: {sum(row.milliseconds for row in rows):.2f} ms" in texts(svg)
+    assert f"{PQCAD_OPENVINO}: {sum(row.milliseconds for row in rows):.2f} ms" in texts(svg)
     assert sum(title.startswith("Kind") for title in titles(svg)) == 14
 
 
 def test_losses_draw_over_values_that_a_logarithm_or_json_cannot_hold() -> None:
-    series = Series("pq", "loss", (0, 1, 2, 3), (0.1, None, 0.0, 0.01))
-    assert "pq" in texts(figures.loss_curves(Curves(losses=(series,))) or "")
+    series = Series(PQ, "loss", (0, 1, 2, 3), (0.1, None, 0.0, 0.01))
+    assert PQ in texts(figures.loss_curves(Curves(losses=(series,))) or "")
 
 
 def test_names_from_a_model_cannot_break_out_of_a_chart() -> None:
@@ -149,5 +150,5 @@ def test_layer_group_is_the_block(name: str, group: str) -> None:
 
 
 def test_the_distance_of_weights_has_a_line_a_stage_and_says_where_it_ends(charts: dict[str, str]) -> None:
-    assert {"pq", "fixed-bit"} <= set(texts(charts["distance"]))
-    assert "pq ends at 0.199, fixed-bit ends at 0.298" in charts["distance"]
+    assert {PQ, FIXED_BIT} <= set(texts(charts["distance"]))
+    assert f"pq ends at 0.199, {FIXED_BIT} ends at 0.298" in charts["distance"]

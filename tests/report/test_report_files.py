@@ -18,6 +18,7 @@ from report_fixture import fixture_curves, fixture_report, fixture_samples, fixt
 
 from pqcad_qat import cli
 from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, NNCF_INT8, OV_BF16, PQ, PQCAD_OPENVINO
 from pqcad_qat.report.page import bits, duration, headlines, number, render_page, size, summary, target_text, verdict
 from pqcad_qat.report.record import (
     SCHEMA_VERSION,
@@ -112,12 +113,12 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
         "end_to_end_psnr",
     ]
     assert list(document["execution"]) == ["planned", "executed_int8", "float_layers", "needs_vnni", "attention"]
-    assert document["timings_s"]["pq"] == 212.0
+    assert document["timings_s"][PQ] == 212.0
 
 
 def test_unknown_numbers_are_null(folder: Path) -> None:
     document = strict((folder / "report.json").read_text(encoding="utf-8"))
-    row = next(row for row in document["variants"] if row["name"] == "fixed-bit")
+    row = next(row for row in document["variants"] if row["name"] == FIXED_BIT)
     assert row["size_bytes"] is None
     assert row["latency_ms_per_step"] is None
     assert strict(json.dumps(to_json(minimal_report())))["parity"] is None
@@ -130,7 +131,7 @@ def test_what_is_written_is_what_is_read(folder: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null_and_a_warning_names_them() -> None:
     report = replace(fixture_report(), variants=(replace(fixture_variants()[0], fid_real=math.nan, psnr_fp=math.inf),))
-    curves = Curves(losses=(Series("pq", "loss", (0, 1), (0.1, math.nan)),))
+    curves = Curves(losses=(Series(PQ, "loss", (0, 1), (0.1, math.nan)),))
     document = strict(json.dumps(to_json(report, curves), allow_nan=False))
     assert document["variants"][0]["fid_real"] is None
     assert document["curves"]["losses"][0]["values"] == [0.1, None]
@@ -139,7 +140,7 @@ def test_numbers_that_are_not_finite_become_null_and_a_warning_names_them() -> N
 
 
 def test_a_number_that_must_be_known_may_not_be_nan(tmp_path: Path) -> None:
-    report = replace(minimal_report(), latency={"fp32": Timing(math.nan, 1.0, 1.0, 1.0, 3)})
+    report = replace(minimal_report(), latency={FP32: Timing(math.nan, 1.0, 1.0, 1.0, 3)})
     with pytest.raises(ModelError, match=r"latency\.fp32\.median_ms: got None"):
         write_report(tmp_path, report, Curves(), {})
     assert list(tmp_path.iterdir()) == []
@@ -328,14 +329,14 @@ def rows_of(*variants: Variant) -> Report:
 
 
 def test_headlines_say_slower_where_it_is_slower() -> None:
-    base = Variant("ov-bf16", "OpenVINO", 16, 16, 20, latency_ms_per_image=10.0)
-    ours = Variant("pqcad-openvino", "OpenVINO", 4, 8, 10, latency_ms_per_image=15.0)
+    base = Variant(OV_BF16, "OpenVINO", 16, 16, 20, latency_ms_per_image=10.0)
+    ours = Variant(PQCAD_OPENVINO, "OpenVINO", 4, 8, 10, latency_ms_per_image=15.0)
     (tile,) = headlines(rows_of(base, ours))
     assert (tile.value, tile.meaning, tile.good) == (f"1.5{TIMES}", "slower than OpenVINO BF16", False)
 
 
 def test_no_headline_without_both_numbers() -> None:
-    without = [row for row in fixture_variants() if row.name != "ov-bf16"]
+    without = [row for row in fixture_variants() if row.name != OV_BF16]
     assert "faster than OpenVINO BF16" not in [tile.meaning for tile in headlines(rows_of(*without))]
     assert (
         headlines(
@@ -399,19 +400,20 @@ def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(
 ) -> None:
     report = fixture_report()
     rows = tuple(
-        replace(row, did_not_run="its process died", size_bytes=None) if row.name == "nncf-int8" else row
+        replace(row, did_not_run="its process died", size_bytes=None) if row.name == NNCF_INT8 else row
         for row in report.variants
     )
     goal = Target(
-        "milliseconds an image: pqcad-openvino / fp32", None, "<=", 0.1, None, "x", "the times of fp32 are unsteady"
+        f"milliseconds an image: {PQCAD_OPENVINO} / fp32", None, "<=", 0.1, None, "x", "the times of fp32 are unsteady"
     )
-    wide = {"fp32": Timing(435, 300, 306, 1228, 60)}
+    wide = {FP32: Timing(435, 300, 306, 1228, 60)}
     save_record(tmp_path, replace(report, variants=rows, latency=wide, targets=(goal,)))
     cli._print_result(tmp_path)
     told = " ".join(capsys.readouterr().out.split())
-    assert "nncf-int8 did not run: its process died" in told
+    assert f"{NNCF_INT8} did not run: its process died" in told
     assert "434.00 unsteady" in told
     assert UNSTEADY_NOTE in told
     assert (
-        "not measured: milliseconds an image: pqcad-openvino / fp32: - <= 0.1 (the times of fp32 are unsteady)" in told
+        f"not measured: milliseconds an image: {PQCAD_OPENVINO} / fp32: - <= 0.1 (the times of fp32 are unsteady)"
+        in told
     )

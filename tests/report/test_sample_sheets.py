@@ -14,6 +14,7 @@ from PIL import Image
 from report_fixture import fixture_samples
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.variants import FP32, PQ, PQCAD
 from pqcad_qat.report.sample_sheets import GAP, LABEL_WIDTH, ordered, sheet, sheet_size, strip_uri
 
 
@@ -47,21 +48,21 @@ def test_sheet_names_every_row() -> None:
 
 def test_rows_stand_in_the_order_of_the_report_and_other_names_last() -> None:
     image = np.zeros((1, 1, 4, 4), np.float32)
-    assert list(ordered({"mine": image, "pqcad": image, "fp32": image})) == ["fp32", "pqcad", "mine"]
+    assert list(ordered({"mine": image, PQCAD: image, FP32: image})) == [FP32, PQCAD, "mine"]
 
 
 def test_float_images_meet_uint8_at_both_ends_and_in_the_middle() -> None:
     values = np.array([-1.0, 0.0, 1.0, 3.0], np.float32).reshape(1, 1, 2, 2)
-    np.testing.assert_array_equal(ordered({"fp32": values})["fp32"][0, ..., 0], [[0, 128], [255, 255]])
+    np.testing.assert_array_equal(ordered({FP32: values})[FP32][0, ..., 0], [[0, 128], [255, 255]])
 
 
 def test_uint8_images_are_taken_as_they_are() -> None:
     colour = np.arange(12, dtype=np.uint8).reshape(1, 3, 2, 2)
-    np.testing.assert_array_equal(ordered({"fp32": colour})["fp32"][0], colour[0].transpose(1, 2, 0))
+    np.testing.assert_array_equal(ordered({FP32: colour})[FP32][0], colour[0].transpose(1, 2, 0))
 
 
 def test_strip_is_a_transparent_png_of_the_images_own_resolution() -> None:
-    uri = strip_uri(ordered(fixture_samples(20))["fp32"])
+    uri = strip_uri(ordered(fixture_samples(20))[FP32])
     strip = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
     assert strip.size == (16 * (32 + GAP) + GAP, 32 + 2 * GAP)
     assert np.asarray(strip)[0, 0, 3] == 0
@@ -70,12 +71,12 @@ def test_strip_is_a_transparent_png_of_the_images_own_resolution() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ({"fp32": np.zeros((4, 32, 32), np.float32)}, r"fp32 must be \(K, C, H, W\).*got \(4, 32, 32\)"),
-        ({"fp32": np.zeros((0, 1, 8, 8), np.float32)}, "K at least 1"),
-        ({"pq": np.zeros((2, 2, 8, 8), np.float32)}, "C 1 or 3"),
-        ({"pq": np.full((1, 1, 2, 2), np.nan, np.float32)}, "pq must be finite; got 4 values"),
+        ({FP32: np.zeros((4, 32, 32), np.float32)}, r"fp32 must be \(K, C, H, W\).*got \(4, 32, 32\)"),
+        ({FP32: np.zeros((0, 1, 8, 8), np.float32)}, "K at least 1"),
+        ({PQ: np.zeros((2, 2, 8, 8), np.float32)}, "C 1 or 3"),
+        ({PQ: np.full((1, 1, 2, 2), np.nan, np.float32)}, "pq must be finite; got 4 values"),
         (
-            {"fp32": np.zeros((2, 1, 8, 8), np.float32), "pq": np.zeros((3, 1, 8, 8), np.float32)},
+            {FP32: np.zeros((2, 1, 8, 8), np.float32), PQ: np.zeros((3, 1, 8, 8), np.float32)},
             "one shape, for they come from",
         ),
     ],

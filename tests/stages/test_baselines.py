@@ -21,6 +21,7 @@ from pqcad_qat.commands.run import run
 from pqcad_qat.errors import DiedError
 from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32
 from pqcad_qat.report.comparison import compare_runs, named_runs
 from pqcad_qat.report.comparison_page import cells, headings, markdown, remarks, render
 from pqcad_qat.report.report_files import read_report
@@ -48,12 +49,12 @@ def test_a_graph_that_cannot_be_run_is_a_reason_and_nothing_is_left_of_it(tmp_pa
     inputs = [example_inputs((1, 8, 8), 1)]
     died = reasons(
         {
-            "ov-fp32": lambda: try_out(tmp_path / XML_FILE, inputs[0], [{}]),
-            "nncf-int8": lambda: nncf_baseline(tmp_path / XML_FILE, inputs, tmp_path / "nncf"),
+            OV_FP32: lambda: try_out(tmp_path / XML_FILE, inputs[0], [{}]),
+            NNCF_INT8: lambda: nncf_baseline(tmp_path / XML_FILE, inputs, tmp_path / "nncf"),
             "fine": lambda: None,
         }
     )
-    assert died.keys() == {"ov-fp32", "nncf-int8"}
+    assert died.keys() == {OV_FP32, NNCF_INT8}
     assert all(why.startswith("RuntimeError: ") for why in died.values())
     assert list((tmp_path / "nncf").iterdir()) == []
 
@@ -61,13 +62,13 @@ def test_a_graph_that_cannot_be_run_is_a_reason_and_nothing_is_left_of_it(tmp_pa
 def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothing(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    small = ("evaluation.variants=[fp32, ov-fp32, nncf-int8]", "evaluation.images=2", "calibration.trajectories=2")
+    small = (f"evaluation.variants=[fp32, {OV_FP32}, {NNCF_INT8}]", "evaluation.images=2", "calibration.trajectories=2")
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *small))
     died, fine = tmp_path / "died", tmp_path / "fine"
     attempts: list[str] = []
 
     def dies(*_: Any) -> None:
-        attempts.append("nncf-int8")
+        attempts.append(NNCF_INT8)
         raise DiedError(WHY)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -75,15 +76,15 @@ def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothin
         patch.setattr(baselines, "nncf_baseline", dies)
         for resume in (False, True):
             run(policy, died, "command", Console(quiet=True), resume=resume)
-    assert attempts == ["nncf-int8"]
+    assert attempts == [NNCF_INT8]
     rows = {row.name: row for row in read_report(died).variants}
-    assert (rows["nncf-int8"].did_not_run, rows["nncf-int8"].latency_ms_per_step, rows["nncf-int8"].psnr_fp) == (
+    assert (rows[NNCF_INT8].did_not_run, rows[NNCF_INT8].latency_ms_per_step, rows[NNCF_INT8].psnr_fp) == (
         WHY,
         None,
         None,
     )
-    assert rows["ov-fp32"].latency_ms_per_step
-    assert f"baselines: nncf-int8 did not run: {WHY}" in read_report(died).warnings
+    assert rows[OV_FP32].latency_ms_per_step
+    assert f"baselines: {NNCF_INT8} did not run: {WHY}" in read_report(died).warnings
     assert f"did not run: {WHY}" in (died / "report.html").read_text()
 
     with pytest.MonkeyPatch.context() as patch:  # a run beside it finds full precision's graph, and makes NNCF's
@@ -99,9 +100,9 @@ def check_comparison(paths: Sequence[Path]) -> None:
     """Both rows are there, and only one of them has figures."""
     (died, fine) = named_runs({str(path): read_report(path) for path in paths})
     comparison = compare_runs("two", [died], "command")
-    row = next(row for row in comparison.rows if row.variant == "nncf-int8")
+    row = next(row for row in comparison.rows if row.variant == NNCF_INT8)
     texts = dict(zip(headings(comparison), cells(comparison, row), strict=True))
-    assert (texts["variant"], texts["ms an image"]) == ("nncf-int8 (did not run)", "")
+    assert (texts["variant"], texts["ms an image"]) == (f"{NNCF_INT8} (did not run)", "")
     (told,) = [remark for remark in remarks(comparison.parts[0]) if WHY in remark]
     assert told in render(comparison)
     assert told in markdown(comparison)

@@ -19,22 +19,22 @@ from tiny_runs import POLICIES, tiny_overrides
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.recipes import recipes
 from pqcad_qat.stages.resuming import decides, reason_to_repeat, record_of
 
 Records = dict[str, dict[str, object]]
 
-DEPLOYED = {"export", "benchmark", "samples-pqcad-openvino", "evaluation"}
-FLOATING = {"samples-fp32", "samples-fp32-half"}
+DEPLOYED = {"export", "benchmark", f"samples-{PQCAD_OPENVINO}", "evaluation"}
+FLOATING = {f"samples-{FP32}", f"samples-{FP32_HALF}"}
 IMAGES = {
-    f"samples-{name}"
-    for name in ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+    f"samples-{name}" for name in (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
 }
-STUDENTS = {"pqcad", "samples-pqcad", *DEPLOYED}
-DISTILLED = {"pq-distilled", "samples-pq-distilled", *STUDENTS}
-QUANTIZED = {"pq", "samples-pq", "teacher", *DISTILLED}
-CONTROL = {"fixed-bit", "samples-fixed-bit"}
+STUDENTS = {PQCAD, f"samples-{PQCAD}", *DEPLOYED}
+DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
+QUANTIZED = {PQ, f"samples-{PQ}", "teacher", *DISTILLED}
+CONTROL = {FIXED_BIT, f"samples-{FIXED_BIT}"}
 ALL = {"calibration", "baselines", *CONTROL, *QUANTIZED, *IMAGES}
 
 AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
@@ -51,7 +51,7 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "evaluation.batch_size=4": {*IMAGES, "evaluation"},
     "export.latency_runs=9": {"benchmark"},
     "export.weights=packed": DEPLOYED,
-    "export.batch_size=2": {*DEPLOYED, "baselines", "samples-nncf-int8"},
+    "export.batch_size=2": {*DEPLOYED, "baselines", f"samples-{NNCF_INT8}"},
     "quantization.attention=float": DEPLOYED,
     "name=other": DEPLOYED,
     "pipeline.vae=none": DEPLOYED,
@@ -67,8 +67,8 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "quantization.split_shortcuts=false": {*CONTROL, *QUANTIZED},
     "calibration.seed=3": ALL - FLOATING,
     "calibration.trajectories=6": ALL - FLOATING,
-    "sampler.steps=8": ALL - {"samples-fp32-half"},
-    "distillation.student_steps=1": {*DISTILLED, "teacher", "samples-fp32-half"},
+    "sampler.steps=8": ALL - {f"samples-{FP32_HALF}"},
+    "distillation.student_steps=1": {*DISTILLED, "teacher", f"samples-{FP32_HALF}"},
 }
 
 
@@ -124,7 +124,7 @@ def test_rules_in_other_words_and_layers_that_may_run_in_float_are_trained_alike
 def test_what_runs_share_is_named_by_libraries_too(records: Callable[[str], Records], tiny_folder: Path) -> None:
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
     table = recipes(policy, prepare(policy))
-    assert {"torch", "brevitas", "training.checkpoint_every"} <= decides(table, "pq").keys()
+    assert {"torch", "brevitas", "training.checkpoint_every"} <= decides(table, PQ).keys()
     assert len({json.dumps(decides(table, stage)) for stage in table}) == len(table)
 
 
@@ -153,10 +153,12 @@ def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_
     pq = (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns
     told = run(tiny_folder, tmp_path / "one" / "run", *changes, resume=True)
     assert "kept: calibration, pq, teacher" in told
-    assert "again: pqcad (distillation.calibration_weight 1.0 -> 0.5), samples-fp32 (evaluation.seed 1234 -> 3)" in told
+    assert (
+        f"again: pqcad (distillation.calibration_weight 1.0 -> 0.5), samples-{FP32} (evaluation.seed 1234 -> 3)" in told
+    )
     assert (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns == pq
     run(tiny_folder, tmp_path / "two" / "run", *changes)
-    names = [f"{folder}/{name}.safetensors" for folder in ("models", "samples") for name in ("pq", "pqcad")]
+    names = [f"{folder}/{name}.safetensors" for folder in ("models", "samples") for name in (PQ, PQCAD)]
     for name in (
         *names,
         "samples/fp32.safetensors",

@@ -14,6 +14,18 @@ import pytest
 from tiny_runs import FinishedRun
 
 from pqcad_qat.commands.run import prepare
+from pqcad_qat.policy.variants import (
+    FIXED_BIT,
+    FP32,
+    FP32_HALF,
+    NNCF_INT8,
+    OV_BF16,
+    OV_FP32,
+    PQ,
+    PQ_DISTILLED,
+    PQCAD,
+    PQCAD_OPENVINO,
+)
 from pqcad_qat.quantization.quantizable_layers import float_layers
 from pqcad_qat.report.page import headlines, render_page
 from pqcad_qat.report.record import Curves, Report, Target, Throughput, Timing
@@ -22,13 +34,13 @@ from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import RunFolder
 
 MEDIANS = {
-    "fp32": 40.0,
-    "ov-fp32": 20.0,
-    "ov-bf16": 10.0,
-    "nncf-int8": 8.0,
-    "pqcad-openvino": 5.0,
+    FP32: 40.0,
+    OV_FP32: 20.0,
+    OV_BF16: 10.0,
+    NNCF_INT8: 8.0,
+    PQCAD_OPENVINO: 5.0,
 }  # milliseconds a step
-DISTANCES = {"fp32": 10.0, "fp32-half": 14.0, "fixed-bit": 11.0, "pq": 11.1, "pq-distilled": 13.0, "pqcad": 10.5}
+DISTANCES = {FP32: 10.0, FP32_HALF: 14.0, FIXED_BIT: 11.0, PQ: 11.1, PQ_DISTILLED: 13.0, PQCAD: 10.5}
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +76,21 @@ def targets(report: Report) -> Mapping[str, Target]:
 
 def test_rows_hold_milliseconds_a_step_times_steps(facts: RunFacts) -> None:
     rows = {row.name: row for row in report_of(facts).variants}
-    assert (rows["fp32"].latency_ms_per_step, rows["fp32"].latency_ms_per_image) == (40.0, 160.0)
-    assert (rows["fp32-half"].latency_ms_per_step, rows["fp32-half"].latency_ms_per_image) == (40.0, 80.0)
-    assert (rows["pqcad-openvino"].latency_ms_per_step, rows["pqcad-openvino"].latency_ms_per_image) == (5.0, 10.0)
-    assert rows["pq"].latency_ms_per_step is None
+    assert (rows[FP32].latency_ms_per_step, rows[FP32].latency_ms_per_image) == (40.0, 160.0)
+    assert (rows[FP32_HALF].latency_ms_per_step, rows[FP32_HALF].latency_ms_per_image) == (40.0, 80.0)
+    assert (rows[PQCAD_OPENVINO].latency_ms_per_step, rows[PQCAD_OPENVINO].latency_ms_per_image) == (5.0, 10.0)
+    assert rows[PQ].latency_ms_per_step is None
 
 
 def test_a_step_of_a_batch_is_shared_by_its_images(facts: RunFacts) -> None:
     export = facts.policy.export.model_copy(update={"batch_size": 4})
     batched = replace(facts, policy=facts.policy.model_copy(update={"export": export}))
     rows = {row.name: row for row in report_of(batched).variants}
-    assert (rows["fp32"].latency_ms_per_step, rows["fp32"].latency_ms_per_image) == (10.0, 40.0)
+    assert (rows[FP32].latency_ms_per_step, rows[FP32].latency_ms_per_image) == (10.0, 40.0)
 
 
 def test_mean_bits_are_weighted_by_parameters(facts: RunFacts) -> None:
-    pq = next(row for row in report_of(facts).variants if row.name == "pq")
+    pq = next(row for row in report_of(facts).variants if row.name == PQ)
     total = sum(layer.parameters for layer in facts.plan)
     assert pq.weight_bits == round(sum(layer.weights.bits * layer.parameters for layer in facts.plan) / total, 2)
     assert pq.activation_bits == 8
@@ -90,13 +102,13 @@ def test_targets_compare_what_the_project_promised(facts: RunFacts) -> None:
     layers = len(facts.plan)
     assert measured["planned layers that executed in INT8"] == (layers, "==", layers, True)
     assert measured["layers whose integers equal PyTorch's"] == (layers, "==", layers, True)
-    assert measured["milliseconds an image: pqcad-openvino / ov-bf16"] == (10 / 40, "<=", 0.45, True)
-    assert measured["milliseconds an image: pqcad-openvino / ov-fp32"] == (10 / 80, "<=", 0.20, True)
-    assert measured["milliseconds an image: pqcad-openvino / fp32"] == (10 / 160, "<=", 0.10, True)
+    assert measured[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_BF16}"] == (10 / 40, "<=", 0.45, True)
+    assert measured[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_FP32}"] == (10 / 80, "<=", 0.20, True)
+    assert measured[f"milliseconds an image: {PQCAD_OPENVINO} / fp32"] == (10 / 160, "<=", 0.10, True)
     assert measured["Frechet distance to real: pqcad / fp32"] == (10.5 / 10, "<=", 1.10, True)
-    assert measured["Frechet distance to real: pqcad / fp32-half"] == (10.5 / 14, "<=", 0.95, True)
-    assert measured["Frechet distance to real: pqcad / pq-distilled"] == (10.5 / 13, "<=", 0.95, True)
-    assert measured["Frechet distance to real: pq / fixed-bit"] == (11.1 / 11, "<=", 1.02, True)
+    assert measured[f"Frechet distance to real: pqcad / {FP32_HALF}"] == (10.5 / 14, "<=", 0.95, True)
+    assert measured[f"Frechet distance to real: pqcad / {PQ_DISTILLED}"] == (10.5 / 13, "<=", 0.95, True)
+    assert measured[f"Frechet distance to real: pq / {FIXED_BIT}"] == (11.1 / 11, "<=", 1.02, True)
     assert measured["bytes packed, all files / float32 weights"][1:3] == ("<=", 0.16)
     assert len(goals) == 10
 
@@ -104,7 +116,7 @@ def test_targets_compare_what_the_project_promised(facts: RunFacts) -> None:
 def test_a_target_that_is_missed_says_so_as_it_is(facts: RunFacts) -> None:
     figures = {
         **facts.stages["evaluation"]["figures"],
-        "pqcad": {**facts.stages["evaluation"]["figures"]["pqcad"], "fid_real": 20.0},
+        PQCAD: {**facts.stages["evaluation"]["figures"][PQCAD], "fid_real": 20.0},
     }
     goal = targets(report_of(changed(facts, "evaluation", figures=figures)))["Frechet distance to real: pqcad / fp32"]
     assert (goal.measured, goal.holds) == (2.0, False)
@@ -122,34 +134,34 @@ def test_a_layer_that_left_int8_lowers_the_count_and_is_named(facts: RunFacts) -
 
 def test_at_two_bits_progressive_quantization_has_to_be_clearly_better(facts: RunFacts) -> None:
     narrow = tuple(replace(layer, weights=replace(layer.weights, bits=2)) for layer in facts.plan)
-    goal = targets(report_of(replace(facts, plan=narrow)))["Frechet distance to real: pq / fixed-bit"]
+    goal = targets(report_of(replace(facts, plan=narrow)))[f"Frechet distance to real: pq / {FIXED_BIT}"]
     assert (goal.bound, goal.holds) == (0.95, False)
 
 
 def test_without_native_bfloat16_there_is_no_row_and_a_target_that_was_not_measured(facts: RunFacts) -> None:
-    timings = {name: value for name, value in facts.stages["benchmark"]["timings"].items() if name != "ov-bf16"}
+    timings = {name: value for name, value in facts.stages["benchmark"]["timings"].items() if name != OV_BF16}
     report = report_of(changed(facts, "benchmark", timings=timings))
-    assert "ov-bf16" not in [row.name for row in report.variants]
-    goal = targets(report)["milliseconds an image: pqcad-openvino / ov-bf16"]
+    assert OV_BF16 not in [row.name for row in report.variants]
+    goal = targets(report)[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_BF16}"]
     assert (goal.measured, goal.holds, goal.note) == (None, None, "BF16 is not native on this CPU")
 
 
 def test_a_target_that_rests_on_unsteady_times_is_not_measured_and_its_headline_is_left_out(facts: RunFacts) -> None:
     wide = {**steady(435.0), "lower_quartile_ms": 306.0, "upper_quartile_ms": 1228.0}
-    report = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], "ov-fp32": wide}))
-    assert report.unsteady == {"ov-fp32"}
-    goal = targets(report)["milliseconds an image: pqcad-openvino / ov-fp32"]
+    report = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], OV_FP32: wide}))
+    assert report.unsteady == {OV_FP32}
+    goal = targets(report)[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_FP32}"]
     assert (goal.measured, goal.holds, goal.note) == (
         None,
         None,
-        "the times of ov-fp32 are unsteady: their quartiles lie too far apart",
+        f"the times of {OV_FP32} are unsteady: their quartiles lie too far apart",
     )
-    assert targets(report)["milliseconds an image: pqcad-openvino / fp32"].holds
+    assert targets(report)[f"milliseconds an image: {PQCAD_OPENVINO} / fp32"].holds
     told = {tile.meaning for tile in headlines(report)}
     assert "faster than OpenVINO FP32" not in told
     assert {"faster than PyTorch FP32", "faster than OpenVINO BF16"} <= told
-    half = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], "fp32": wide}))
-    assert half.unsteady == {"fp32", "fp32-half"}
+    half = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], FP32: wide}))
+    assert half.unsteady == {FP32, FP32_HALF}
 
 
 def test_how_wide_is_too_wide() -> None:
@@ -163,15 +175,15 @@ def test_a_baseline_that_died_is_a_row_without_figures_that_says_why(facts: RunF
         **facts.stages,
         "baselines": {
             **facts.stages["baselines"],
-            "died": {"nncf-int8": "its process died of SIGSEGV", "ov-fp32": "no"},
+            "died": {NNCF_INT8: "its process died of SIGSEGV", OV_FP32: "no"},
         },
     }
     report = report_of(replace(facts, stages=stages))
-    row = next(row for row in report.variants if row.name == "nncf-int8")
+    row = next(row for row in report.variants if row.name == NNCF_INT8)
     assert (row.did_not_run, row.steps, row.weight_bits) == ("its process died of SIGSEGV", 4, 8)
     assert {row.size_bytes, row.latency_ms_per_step, row.latency_ms_per_image, row.fid_fp, row.psnr_fp} == {None}
-    goal = targets(report)["milliseconds an image: pqcad-openvino / ov-fp32"]
-    assert (goal.measured, goal.holds, goal.note) == (None, None, "ov-fp32 did not run")
+    goal = targets(report)[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_FP32}"]
+    assert (goal.measured, goal.holds, goal.note) == (None, None, f"{OV_FP32} did not run")
     page = render_page(report, Curves(), {})
     assert "did not run: its process died of SIGSEGV" in page
     assert from_json(to_json(report))[0] == report
@@ -210,14 +222,14 @@ def test_every_layer_is_listed_with_what_became_of_it(facts: RunFacts) -> None:
 def test_curves_are_what_training_logged(tiny_run: FinishedRun) -> None:
     curves = curves_of(tiny_run.policy, tiny_run.path / "logs")
     assert {(series.stage, series.name) for series in curves.losses} == {
-        ("pq", "full_precision"),
-        ("fixed-bit", "full_precision"),
-        ("pq-distilled", "teacher"),
-        ("pqcad", "teacher"),
-        ("pqcad", "calibration"),
+        (PQ, "full_precision"),
+        (FIXED_BIT, "full_precision"),
+        (PQ_DISTILLED, "teacher"),
+        (PQCAD, "teacher"),
+        (PQCAD, "calibration"),
     }
     assert [series.name for series in curves.momenta] == ["loss_momentum", "perturbation", "mean_bits", "blend_lambda"]
     logged = [json.loads(line) for line in (tiny_run.path / "logs" / "pqcad.jsonl").read_text().splitlines()]
-    series = next(series for series in curves.losses if (series.stage, series.name) == ("pqcad", "calibration"))
+    series = next(series for series in curves.losses if (series.stage, series.name) == (PQCAD, "calibration"))
     assert series.steps == tuple(row["step"] for row in logged)
     assert series.values == tuple(row["loss/calibration"] for row in logged)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import POLICIES, FinishedRun, environment, program, tiny_overrides
 
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.training.checkpoint import sha256
 
 PATIENCE = 600  # seconds; a busy machine is no failure
@@ -57,12 +58,12 @@ def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
     command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
     first = part(command, path, "checkpoints/pq/step_000003/digests.json", signal.SIGINT)
-    (path / "checkpoints" / "pq" / "step_000999").mkdir()  # a later one, damaged
+    (path / "checkpoints" / PQ / "step_000999").mkdir()  # a later one, damaged
     parts = (
         first,
-        part([*command, "--resume"], path, "checkpoints/fixed-bit/step_000003/digests.json", signal.SIGKILL),
-        part([*command, "--resume"], path, "stages/fixed-bit.json", signal.SIGKILL),
-        part([*command, "--resume"], path, "stages/samples-fp32.json", signal.SIGKILL),
+        part([*command, "--resume"], path, f"checkpoints/{FIXED_BIT}/step_000003/digests.json", signal.SIGKILL),
+        part([*command, "--resume"], path, f"stages/{FIXED_BIT}.json", signal.SIGKILL),
+        part([*command, "--resume"], path, f"stages/samples-{FP32}.json", signal.SIGKILL),
         part([*command, "--resume"], path),
     )
     return InterruptedRun(path, parts)
@@ -98,17 +99,17 @@ def test_ctrl_c_ends_training_with_a_checkpoint_and_says_how_to_go_on(interrupte
 def test_the_kills_came_where_they_were_meant_to(interrupted: InterruptedRun) -> None:
     _, training, between, sampling, last = interrupted.parts
     assert [training.code, between.code, sampling.code] == [-signal.SIGKILL] * 3
-    assert set(training.stages) == {"calibration", "pq"}
-    assert "fixed-bit" in between.stages
+    assert set(training.stages) == {"calibration", PQ}
+    assert FIXED_BIT in between.stages
     assert "export" not in between.stages
-    assert "samples-fp32" in sampling.stages
+    assert f"samples-{FP32}" in sampling.stages
     assert "evaluation" not in sampling.stages
     assert last.code == 0, last.errors
 
 
 def test_every_part_goes_on_from_the_last_checkpoint(interrupted: InterruptedRun) -> None:
     assert "pq: going on from step " in interrupted.parts[1].output
-    assert "fixed-bit: going on from step " in interrupted.parts[2].output
+    assert f"{FIXED_BIT}: going on from step " in interrupted.parts[2].output
 
 
 def test_what_an_earlier_process_was_warned_of_is_in_the_report(interrupted: InterruptedRun) -> None:
@@ -120,7 +121,7 @@ def test_what_an_earlier_process_was_warned_of_is_in_the_report(interrupted: Int
 def test_the_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_bit(
     interrupted: InterruptedRun, tiny_run: FinishedRun
 ) -> None:
-    for name in ("pq", "fixed-bit", "pq-distilled", "pqcad"):
+    for name in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD):
         resumed, whole = (
             load_file(path / "models" / f"{name}.safetensors") for path in (interrupted.path, tiny_run.path)
         )
@@ -139,7 +140,7 @@ def test_the_resumed_run_made_the_same_transitions(interrupted: InterruptedRun, 
 def test_every_training_step_is_logged_once_with_the_loss_of_the_uninterrupted_run(
     interrupted: InterruptedRun, tiny_run: FinishedRun
 ) -> None:
-    for name in ("pq", "fixed-bit", "pq-distilled", "pqcad"):
+    for name in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD):
         resumed, whole = ((path / "logs" / f"{name}.jsonl").read_text() for path in (interrupted.path, tiny_run.path))
         assert [json.loads(row) for row in resumed.splitlines()] == [json.loads(row) for row in whole.splitlines()], (
             name
@@ -164,7 +165,7 @@ def test_the_resumed_run_ships_what_the_uninterrupted_one_ships(
 
 def test_the_whole_run_reports_itself_on_the_command_line(interrupted: InterruptedRun) -> None:
     last = interrupted.parts[-1].output
-    assert "pqcad-openvino" in last
+    assert PQCAD_OPENVINO in last
     assert f"report:   {interrupted.path / 'report.html'}" in last
     assert "planned layers that executed in INT8" in last
     command = json.loads((interrupted.path / "report.json").read_text())["reproduction"]["command"]

@@ -23,6 +23,7 @@ from pqcad_qat.machine.files import write_atomically
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import PQ
 from pqcad_qat.stages.resuming import Recipe, Recipes
 from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, open_run
 
@@ -66,14 +67,14 @@ def test_an_existing_run_is_refused_without_resume_and_left_untouched(path: Path
 
 RECIPES = {
     "calibration": Recipe({"sampler.steps": 10}),
-    "pq": Recipe(
+    PQ: Recipe(
         {"training.learning_rate": 0.1},
         ("calibration",),
         {"torch": "1"},
         trained=("models/pq.safetensors", "checkpoints/pq"),
     ),
-    "export": Recipe({"export.batch_size": 1}, ("pq",)),
-    "evaluation": Recipe({"evaluation.features": None}, ("pq",)),
+    "export": Recipe({"export.batch_size": 1}, (PQ,)),
+    "evaluation": Recipe({"evaluation.features": None}, (PQ,)),
 }
 
 
@@ -85,7 +86,7 @@ def changed(stage: str, **values: object) -> dict[str, Recipe]:
 def half(policy: Policy, tmp_path: Path) -> Path:
     """A run that was left after its export; two stages have laid down files."""
     with open_run(tmp_path / "half", policy, resume=False, recipes=RECIPES) as folder:
-        for name in ("calibration", "pq", "export"):
+        for name in ("calibration", PQ, "export"):
             with folder.stage(name) as stage:
                 stage.done()
     for file in ("models/pq.safetensors", "checkpoints/pq/step_000009/state.json", "openvino/manifest.json"):
@@ -107,14 +108,14 @@ def done(folder: RunFolder) -> set[str]:
 def test_a_run_that_goes_on_says_what_it_keeps_and_what_is_to_do(half: Path, policy: Policy) -> None:
     folder, told = resumed(half, policy, RECIPES)
     assert told.splitlines() == [f"{half}: going on", "  kept: calibration, pq, export", "  to do: evaluation"]
-    assert done(folder) == {"calibration", "pq", "export"}
+    assert done(folder) == {"calibration", PQ, "export"}
 
 
 def test_a_stage_whose_recipe_changed_is_done_again_with_all_that_read_it_and_the_rest_stays(
     half: Path, policy: Policy
 ) -> None:
     other = load_policy(POLICIES / "smoke.yaml", ["training.learning_rate=0.01"])
-    folder, told = resumed(half, other, changed("pq", **{"training.learning_rate": 0.01}))
+    folder, told = resumed(half, other, changed(PQ, **{"training.learning_rate": 0.01}))
     assert told.splitlines() == [
         f"{half}: going on, under another policy:",
         "  - training.learning_rate: was 0.0001, now 0.01",
@@ -131,18 +132,18 @@ def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_i
     half: Path, policy: Policy
 ) -> None:
     for rate in (0.2, 0.3):
-        resumed(half, policy, changed("pq", **{"training.learning_rate": rate}))
+        resumed(half, policy, changed(PQ, **{"training.learning_rate": rate}))
         (half / "models" / "pq.safetensors").write_text(str(rate))
         with (
-            open_run(half, policy, True, changed("pq", **{"training.learning_rate": rate})) as folder,
-            folder.stage("pq") as stage,
+            open_run(half, policy, True, changed(PQ, **{"training.learning_rate": rate})) as folder,
+            folder.stage(PQ) as stage,
         ):
             assert stage.new
             stage.done()
     aside = half / "superseded"
     assert [path.name for path in sorted(aside.iterdir())] == ["pq-1", "pq-2"]
     assert (aside / "pq-1" / "models" / "pq.safetensors").read_text() == "models/pq.safetensors"
-    assert (aside / "pq-1" / "checkpoints" / "pq" / "step_000009" / "state.json").exists()
+    assert (aside / "pq-1" / "checkpoints" / PQ / "step_000009" / "state.json").exists()
     assert (aside / "pq-1" / "stages" / "pq.json").exists()
     assert (aside / "pq-2" / "models" / "pq.safetensors").read_text() == "0.2"
     assert (half / "models" / "pq.safetensors").read_text() == "0.3"
@@ -152,21 +153,21 @@ def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_i
 def test_checkpoints_of_a_stage_that_was_begun_by_another_recipe_are_not_gone_on_from(
     policy: Policy, tmp_path: Path
 ) -> None:
-    with open_run(tmp_path / "run", policy, False, RECIPES) as folder, folder.stage("pq"):
-        (tmp_path / "run" / "checkpoints" / "pq").mkdir(parents=True)  # and killed before it is done
+    with open_run(tmp_path / "run", policy, False, RECIPES) as folder, folder.stage(PQ):
+        (tmp_path / "run" / "checkpoints" / PQ).mkdir(parents=True)  # and killed before it is done
     _, told = resumed(tmp_path / "run", policy, RECIPES)
     assert "  kept: pq (begun)" in told.splitlines()
-    assert (tmp_path / "run" / "checkpoints" / "pq").exists()
-    _, told = resumed(tmp_path / "run", policy, changed("pq", **{"training.learning_rate": 0.2}))
+    assert (tmp_path / "run" / "checkpoints" / PQ).exists()
+    _, told = resumed(tmp_path / "run", policy, changed(PQ, **{"training.learning_rate": 0.2}))
     assert "again: pq (training.learning_rate 0.1 -> 0.2)" in told
-    assert not (tmp_path / "run" / "checkpoints" / "pq").exists()
-    assert (tmp_path / "run" / "superseded" / "pq-1" / "checkpoints" / "pq").exists()
+    assert not (tmp_path / "run" / "checkpoints" / PQ).exists()
+    assert (tmp_path / "run" / "superseded" / "pq-1" / "checkpoints" / PQ).exists()
 
 
 def test_libraries_of_another_version_are_no_reason_to_do_a_stage_again(half: Path, policy: Policy) -> None:
-    folder, told = resumed(half, policy, {**RECIPES, "pq": replace(RECIPES["pq"], circumstances={"torch": "2"})})
+    folder, told = resumed(half, policy, {**RECIPES, PQ: replace(RECIPES[PQ], circumstances={"torch": "2"})})
     assert "again" not in told
-    assert done(folder) == {"calibration", "pq", "export"}
+    assert done(folder) == {"calibration", PQ, "export"}
 
 
 def test_a_stage_that_the_policy_has_left_out_meanwhile_is_compared_when_it_comes_back(
@@ -175,11 +176,11 @@ def test_a_stage_that_the_policy_has_left_out_meanwhile_is_compared_when_it_come
     without = {name: recipe for name, recipe in RECIPES.items() if name != "export"}
     folder, told = resumed(half, policy, without)
     assert "again" not in told
-    assert set(folder.seconds()) == {"calibration", "pq"}
+    assert set(folder.seconds()) == {"calibration", PQ}
     _, told = resumed(half, policy, RECIPES)
     assert "  kept: calibration, pq, export" in told.splitlines()
-    resumed(half, policy, {name: recipe for name, recipe in changed("pq", rate=1).items() if name != "export"})
-    _, told = resumed(half, policy, changed("pq", rate=1))
+    resumed(half, policy, {name: recipe for name, recipe in changed(PQ, rate=1).items() if name != "export"})
+    _, told = resumed(half, policy, changed(PQ, rate=1))
     assert "again: export (after pq)" in told
 
 
@@ -197,9 +198,9 @@ def test_whoever_is_killed_while_a_stage_is_set_aside_sets_it_aside_the_next_tim
 
     monkeypatch.setattr(Path, "rename", dying)
     with pytest.raises(KeyboardInterrupt):
-        resumed(half, policy, changed("pq", rate=1))
+        resumed(half, policy, changed(PQ, rate=1))
     monkeypatch.undo()
-    folder, told = resumed(half, policy, changed("pq", rate=1))
+    folder, told = resumed(half, policy, changed(PQ, rate=1))
     assert "again: pq" in told
     assert done(folder) == {"calibration"}
     aside = sorted(
@@ -226,7 +227,7 @@ def test_a_run_of_a_version_without_recipes_goes_on_under_its_own_policy_and_no_
     assert content(half) == before
     folder, told = resumed(half, policy, RECIPES)
     assert "  kept: calibration, pq, export" in told.splitlines()
-    assert done(folder) == {"calibration", "pq", "export"}
+    assert done(folder) == {"calibration", PQ, "export"}
 
 
 def test_a_policy_that_an_older_version_wrote_with_its_features_is_the_same_policy(half: Path, policy: Policy) -> None:
@@ -235,13 +236,13 @@ def test_a_policy_that_an_older_version_wrote_with_its_features_is_the_same_poli
         dump_policy(load_policy(POLICIES / "smoke.yaml", ["evaluation.features=embedded:fashion-mnist"]))
     )
     folder, _ = resumed(half, policy, RECIPES)
-    assert done(folder) == {"calibration", "pq", "export"}
+    assert done(folder) == {"calibration", PQ, "export"}
 
 
 def test_what_was_told_of_a_stage_that_is_done_again_is_forgotten(half: Path, policy: Policy) -> None:
     told = ["pq: step 3: diverged", "pqcad: step 1: diverged", "runs/a/checkpoints/pq/step_000003: damaged"]
     (half / "warnings.json").write_text(json.dumps(told))
-    resumed(half, policy, changed("pq", rate=1))
+    resumed(half, policy, changed(PQ, rate=1))
     assert json.loads((half / "warnings.json").read_text()) == ["pqcad: step 1: diverged"]
 
 
@@ -309,7 +310,7 @@ def test_a_killed_process_leaves_no_lock(path: Path, policy: Policy) -> None:
 
 def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, policy: Policy) -> None:
     drafts = [
-        path / "checkpoints" / "pq" / ".step_000050.4242",
+        path / "checkpoints" / PQ / ".step_000050.4242",
         path / ".openvino-x7_k2",
         path / "stages" / ".pq.json.17",
     ]
@@ -327,14 +328,14 @@ def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, pol
 
 def test_a_stage_is_done_only_once_it_says_so(path: Path, policy: Policy) -> None:
     with open_run(path, policy, resume=True) as folder:
-        with folder.stage("pq") as stage:
+        with folder.stage(PQ) as stage:
             assert stage.new
-        assert folder.finished("pq") is None
-        with folder.stage("pq") as stage:
+        assert folder.finished(PQ) is None
+        with folder.stage(PQ) as stage:
             stage.done(transitions=[1, 2])
-    with open_run(path, policy, resume=True) as folder, folder.stage("pq") as stage:
+    with open_run(path, policy, resume=True) as folder, folder.stage(PQ) as stage:
         assert not stage.new
-        found = folder.finished("pq")
+        found = folder.finished(PQ)
     assert found is not None
     assert found["transitions"] == [1, 2]
 
@@ -343,48 +344,48 @@ def test_a_stage_that_fails_is_not_done_even_if_it_said_so(path: Path) -> None:
     folder = RunFolder(path)
 
     def fail() -> None:
-        with folder.stage("pq") as stage:
+        with folder.stage(PQ) as stage:
             stage.done()
             raise ValueError("disk full")
 
     with pytest.raises(ValueError, match="disk full"):
         fail()
-    assert folder.finished("pq") is None
+    assert folder.finished(PQ) is None
 
 
 def test_reading_a_finished_stage_back_does_not_write_its_marker_again(path: Path) -> None:
     folder = RunFolder(path)
-    folder.finish("pq", 1.0, {})
+    folder.finish(PQ, 1.0, {})
     before = content(path)
-    with folder.stage("pq"):
+    with folder.stage(PQ):
         pass
     assert content(path) == before
 
 
 def test_seconds_are_in_the_order_in_which_stages_ended(path: Path) -> None:
     folder = RunFolder(path)
-    for number, name in enumerate(("pq", "export", "baselines")):
+    for number, name in enumerate((PQ, "export", "baselines")):
         folder.finish(name, float(number), {})
         time.sleep(0.01)
-    assert folder.seconds() == {"pq": 0.0, "export": 1.0, "baselines": 2.0}
-    assert list(folder.seconds()) == ["pq", "export", "baselines"]
+    assert folder.seconds() == {PQ: 0.0, "export": 1.0, "baselines": 2.0}
+    assert list(folder.seconds()) == [PQ, "export", "baselines"]
 
 
 def test_a_damaged_marker_is_an_error_that_names_the_file(path: Path) -> None:
     folder = RunFolder(path)
-    folder.finish("pq", 1.0, {})
+    folder.finish(PQ, 1.0, {})
     marker = path / "stages" / "pq.json"
     marker.write_text(marker.read_text()[:5])
     with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged"):
-        folder.finished("pq")
+        folder.finished(PQ)
     with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged"):
         folder.seconds()
 
 
 def test_numbers_that_json_does_not_know_are_never_written(path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        RunFolder(path).finish("pq", 1.0, {"loss": float("nan")})
-    assert RunFolder(path).finished("pq") is None
+        RunFolder(path).finish(PQ, 1.0, {"loss": float("nan")})
+    assert RunFolder(path).finished(PQ) is None
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tiny_runs import FinishedRun
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import DiffusionModel
+from pqcad_qat.policy.variants import FP32
 from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
 from pqcad_qat.stages.samplers import DEFAULT_STEPS, Variant, open_folder, pytorch_variant, sample_images
@@ -25,7 +26,7 @@ from pqcad_qat.stages.samplers import DEFAULT_STEPS, Variant, open_folder, pytor
 @pytest.fixture
 def variant(tiny_model: DiffusionModel) -> Variant:
     return pytorch_variant(
-        "fp32", tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape
+        FP32, tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape
     )
 
 

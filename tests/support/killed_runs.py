@@ -34,6 +34,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pqcad_qat import cli
 from pqcad_qat.commands import run  # noqa: F401 (the whole of it, before any fork)
 from pqcad_qat.models.denoiser import save_model
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 
 SMALL = (  # beside tiny_runs.TINY
@@ -51,14 +52,14 @@ SMALL = (  # beside tiny_runs.TINY
     "export.latency_runs=1",
 )
 
-VARIANTS = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+VARIANTS = (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
 STAGES = {  # stage -> moments in it
     "calibration": 3,
-    "pq": 3,
-    "fixed-bit": 2,
+    PQ: 3,
+    FIXED_BIT: 2,
     "teacher": 2,
-    "pq-distilled": 2,
-    "pqcad": 2,
+    PQ_DISTILLED: 2,
+    PQCAD: 2,
     "export": 3,
     "baselines": 3,
     "benchmark": 1,

@@ -10,6 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from pqcad_qat.policy.variants import (
+    FIXED_BIT,
+    FP32,
+    FP32_HALF,
+    NNCF_INT8,
+    OV_BF16,
+    OV_FP32,
+    PQ,
+    PQ_DISTILLED,
+    PQCAD,
+    PQCAD_OPENVINO,
+)
 from pqcad_qat.report.record import (
     Curves,
     Execution,
@@ -65,28 +77,33 @@ def fixture_report() -> Report:
         execution=Execution(len(planned(layers)), len(planned(layers)), ("conv_in", "conv_out")),
         timings_s={
             "calibrate": 41.2,
-            "pq": 212.0,
-            "fixed-bit": 171.3,
-            "pqcad": 96.4,
+            PQ: 212.0,
+            FIXED_BIT: 171.3,
+            PQCAD: 96.4,
             "export": 18.8,
             "evaluate": 122.0,
             "benchmark": 24.9,
         },
         targets=(
             target("planned layers that executed in INT8", 55, "==", 55, "layers"),
-            target("milliseconds an image: pqcad-openvino / ov-bf16", 0.431, "<=", 0.45, "x"),
+            target(f"milliseconds an image: {PQCAD_OPENVINO} / {OV_BF16}", 0.431, "<=", 0.45, "x"),
             target(
-                "milliseconds an image: pqcad-openvino / ov-fp32", 0.243, "<=", 0.20, "x", "8 % of the step is reorders"
+                f"milliseconds an image: {PQCAD_OPENVINO} / {OV_FP32}",
+                0.243,
+                "<=",
+                0.20,
+                "x",
+                "8 % of the step is reorders",
             ),
-            target("milliseconds an image: pqcad-openvino / fp32", 0.071, "<=", 0.10, "x"),
+            target(f"milliseconds an image: {PQCAD_OPENVINO} / fp32", 0.071, "<=", 0.10, "x"),
             target("Frechet distance to real: pqcad / fp32", 1.058, "<=", 1.10, "x"),
             target("bytes packed / float32 weights", None, "<=", 0.16, "x", "this export keeps int8"),
         ),
         warnings=("up_blocks.2.resnets.1.conv2 reached its target by the deadline, its perturbation was still 0.14",),
-        latency={"fp32": Timing(21.7, 20.4, 21.2, 22.9, 60), "pqcad-openvino": Timing(3.02, 2.91, 2.98, 3.11, 60)},
+        latency={FP32: Timing(21.7, 20.4, 21.2, 22.9, 60), PQCAD_OPENVINO: Timing(3.02, 2.91, 2.98, 3.11, 60)},
         layers=layers,
         profiles={
-            "nncf-int8": (
+            NNCF_INT8: (
                 ProfileRow("Convolution", "i8", 1.31, 38),
                 ProfileRow("Subgraph", "bf16", 0.72, 31),
                 ProfileRow("MVN", "f32", 0.55, 18),
@@ -95,7 +112,7 @@ def fixture_report() -> Report:
                 ProfileRow("FullyConnected", "bf16", 0.11, 3),
                 ProfileRow("Convolution", "bf16", 0.09, 1),
             ),
-            "pqcad-openvino": (
+            PQCAD_OPENVINO: (
                 ProfileRow("Convolution", "u8", 1.22, 36),
                 ProfileRow("Subgraph", "bf16", 0.64, 30),
                 ProfileRow("MVN", "bf16", 0.51, 18),
@@ -122,16 +139,16 @@ def fixture_variants() -> tuple[Variant, ...]:
     """One invented row of each name."""
     simulated = "PyTorch, simulated"
     return (
-        Variant("fp32", "PyTorch", 32, 32, 20, 6_540_000, 21.7, 434.0, 8.31, None, None, None),
-        Variant("fp32-half", "PyTorch", 32, 32, 10, 6_540_000, 21.7, 217.0, 12.92, 3.1, 21.9, 0.861),
-        Variant("ov-fp32", "OpenVINO", 32, 32, 20, 6_900_000, 6.21, 124.2),
-        Variant("ov-bf16", "OpenVINO", 16, 16, 20, 6_900_000, 3.5, 70.0),
-        Variant("nncf-int8", "OpenVINO", 8, 8, 20, 2_050_000, 3.39, 67.8, 9.88, 0.61, 27.4, 0.942),
-        Variant("fixed-bit", simulated, 4.18, 8, 20, None, None, None, 8.74, 0.33, 28.1, 0.951),
-        Variant("pq", simulated, 4.18, 8, 20, None, None, None, 8.52, 0.29, 28.9, 0.957),
-        Variant("pq-distilled", simulated, 4.18, 8, 10, None, None, None, 10.6, 1.2, 24.0, 0.9),
-        Variant("pqcad", simulated, 4.18, 8, 10, None, None, None, 8.79, 0.41, 25.6, 0.921),
-        Variant("pqcad-openvino", "OpenVINO", 4.18, 8, 10, 1_690_000, 3.02, 30.2, 8.81, 0.42, 25.5, 0.920),
+        Variant(FP32, "PyTorch", 32, 32, 20, 6_540_000, 21.7, 434.0, 8.31, None, None, None),
+        Variant(FP32_HALF, "PyTorch", 32, 32, 10, 6_540_000, 21.7, 217.0, 12.92, 3.1, 21.9, 0.861),
+        Variant(OV_FP32, "OpenVINO", 32, 32, 20, 6_900_000, 6.21, 124.2),
+        Variant(OV_BF16, "OpenVINO", 16, 16, 20, 6_900_000, 3.5, 70.0),
+        Variant(NNCF_INT8, "OpenVINO", 8, 8, 20, 2_050_000, 3.39, 67.8, 9.88, 0.61, 27.4, 0.942),
+        Variant(FIXED_BIT, simulated, 4.18, 8, 20, None, None, None, 8.74, 0.33, 28.1, 0.951),
+        Variant(PQ, simulated, 4.18, 8, 20, None, None, None, 8.52, 0.29, 28.9, 0.957),
+        Variant(PQ_DISTILLED, simulated, 4.18, 8, 10, None, None, None, 10.6, 1.2, 24.0, 0.9),
+        Variant(PQCAD, simulated, 4.18, 8, 10, None, None, None, 8.79, 0.41, 25.6, 0.921),
+        Variant(PQCAD_OPENVINO, "OpenVINO", 4.18, 8, 10, 1_690_000, 3.02, 30.2, 8.81, 0.42, 25.5, 0.920),
     )
 
 
@@ -179,21 +196,21 @@ def fixture_curves() -> Curves:
         return Series(stage, name, tuple(range(steps)), tuple(values))
 
     losses = (
-        series("pq", "loss", PQ_STEPS, 0.02, 0.0016),
-        series("fixed-bit", "loss", PQ_STEPS, 0.05, 0.0021),
-        series("pq-distilled", "teacher", 300, 0.03, 0.006),
-        series("pqcad", "teacher", 300, 0.03, 0.007),
-        series("pqcad", "calibration", 300, 0.035, 0.004),
+        series(PQ, "loss", PQ_STEPS, 0.02, 0.0016),
+        series(FIXED_BIT, "loss", PQ_STEPS, 0.05, 0.0021),
+        series(PQ_DISTILLED, "teacher", 300, 0.03, 0.006),
+        series(PQCAD, "teacher", 300, 0.03, 0.007),
+        series(PQCAD, "calibration", 300, 0.035, 0.004),
     )
     momenta = (
-        series("pq", "loss_momentum", PQ_STEPS, 0.05, 0.003),
-        series("pq", "perturbation", PQ_STEPS, 0.05, 0.04),
-        series("pq", "mean_bits", PQ_STEPS, 8, 4),
+        series(PQ, "loss_momentum", PQ_STEPS, 0.05, 0.003),
+        series(PQ, "perturbation", PQ_STEPS, 0.05, 0.04),
+        series(PQ, "mean_bits", PQ_STEPS, 8, 4),
     )
     steps = tuple(range(1, 401, 5))
     distances = tuple(
         Series(stage, "weight_distance", steps, tuple(0.1 + scale * n / 400 for n in steps))
-        for stage, scale in (("pq", 0.1), ("fixed-bit", 0.2))
+        for stage, scale in ((PQ, 0.1), (FIXED_BIT, 0.2))
     )
     return Curves(losses, momenta, distances, 0.005, 0.12)
 
@@ -204,7 +221,7 @@ def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
     centres = generator.uniform(-0.3, 0.3, (count, 2))
     blobs = np.stack([2 * np.exp(-6 * ((x - a) ** 2 + (y - b) ** 4)) - 1 for a, b in centres])[:, None]
-    names = ("fp32", "fp32-half", "nncf-int8", "fixed-bit", "pq", "pq-distilled", "pqcad", "pqcad-openvino")
+    names = (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
     return {
         name: np.clip(blobs + generator.normal(0, 0.03 * i, blobs.shape), -1, 1).astype(np.float32)
         for i, name in enumerate(names)

@@ -22,6 +22,7 @@ from tiny_runs import fixed_batch_graph
 
 from pqcad_qat.commands.benchmark import time_denoisers
 from pqcad_qat.errors import ModelError
+from pqcad_qat.policy.variants import FP32, OV_FP32
 from pqcad_qat.timing.baseline_trials import nncf_baseline, save_openvino
 from pqcad_qat.timing.hardware import hardware, lacking, native_bf16
 from pqcad_qat.timing.latency import (
@@ -294,8 +295,8 @@ def test_only_what_is_asked_for_is_timed_beside_full_precision_and_torchs_thread
 ) -> None:
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 2)
     inputs = example_inputs(SHAPE, 2)
-    assert set(time_denoisers(unet, {"ov-fp32": converted[1]}, inputs, runs=1)) == {"fp32", "ov-fp32"}
-    assert set(time_denoisers(unet, {}, inputs, runs=1)) == {"fp32"}
+    assert set(time_denoisers(unet, {OV_FP32: converted[1]}, inputs, runs=1)) == {FP32, OV_FP32}
+    assert set(time_denoisers(unet, {}, inputs, runs=1)) == {FP32}
     assert torch.get_num_threads() == 1
 
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.policy.variants import PQ
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 from pqcad_qat.training.metrics_log import LAYER, MetricsLog, log_texts, read_metrics
 
@@ -54,7 +55,7 @@ def log_steps(log: MetricsLog, steps: range) -> None:
 
 
 def test_every_step_is_a_row_with_its_terms_and_the_callbacks_scalars_but_not_single_layers(tmp_path: Path) -> None:
-    log = MetricsLog("pq", tmp_path, 3, quiet(), [Widths()])
+    log = MetricsLog(PQ, tmp_path, 3, quiet(), [Widths()])
     log_steps(log, range(1, 4))
     rows = read_metrics(tmp_path / "pq.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -70,7 +71,7 @@ def test_every_step_is_a_row_with_its_terms_and_the_callbacks_scalars_but_not_si
 
 
 def test_tensorboard_gets_every_scalar_under_its_stage_single_layers_too(tmp_path: Path) -> None:
-    log_steps(MetricsLog("pq", tmp_path, 3, quiet(), [Widths()]), range(1, 4))
+    log_steps(MetricsLog(PQ, tmp_path, 3, quiet(), [Widths()]), range(1, 4))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {"pq/loss", "pq/loss/teacher", "pq/mean_bits", "pq/layer/conv_in/bits"}
@@ -82,28 +83,28 @@ def test_tensorboard_gets_every_scalar_under_its_stage_single_layers_too(tmp_pat
 
 
 def test_a_resumed_run_drops_the_rows_it_makes_again(tmp_path: Path) -> None:
-    log_steps(MetricsLog("pq", tmp_path, 6, quiet()), range(1, 6))
-    log_steps(MetricsLog("pq", tmp_path, 6, quiet()), range(4, 7))
+    log_steps(MetricsLog(PQ, tmp_path, 6, quiet()), range(1, 6))
+    log_steps(MetricsLog(PQ, tmp_path, 6, quiet()), range(4, 7))
     assert [row["step"] for row in read_metrics(tmp_path / "pq.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out_and_written_anew(tmp_path: Path) -> None:
-    log_steps(MetricsLog("pq", tmp_path, 4, quiet()), range(1, 4))
+    log_steps(MetricsLog(PQ, tmp_path, 4, quiet()), range(1, 4))
     file = tmp_path / "pq.jsonl"
     file.write_text(file.read_text()[:-20])
     assert [row["step"] for row in read_metrics(file)] == [1, 2]
-    log_steps(MetricsLog("pq", tmp_path, 4, quiet()), range(3, 5))
+    log_steps(MetricsLog(PQ, tmp_path, 4, quiet()), range(3, 5))
     assert [row["step"] for row in read_metrics(file)] == [1, 2, 3, 4]
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
-    log_steps(MetricsLog("pq", tmp_path / "logs", 3, quiet(), enabled=False), range(1, 4))
+    log_steps(MetricsLog(PQ, tmp_path / "logs", 3, quiet(), enabled=False), range(1, 4))
     assert not (tmp_path / "logs").exists()
 
 
 def test_where_there_is_no_terminal_a_tenth_of_the_steps_is_one_line(tmp_path: Path) -> None:
     console = quiet()
-    log_steps(MetricsLog("pq", tmp_path, 40, console, [Widths()]), range(1, 41))
+    log_steps(MetricsLog(PQ, tmp_path, 40, console, [Widths()]), range(1, 41))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 10
@@ -117,7 +118,7 @@ def test_the_progress_line_counts_the_images_of_whole_batches_and_the_time_that_
     clock = iter(range(0, 1000, 3))  # a step takes three seconds
     monkeypatch.setattr("pqcad_qat.training.metrics_log.monotonic", lambda: float(next(clock)))
     console = quiet()
-    log_steps(MetricsLog("pq", tmp_path, 40, console), range(1, 5))
+    log_steps(MetricsLog(PQ, tmp_path, 40, console), range(1, 5))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().endswith(" 2.67 images/s, 0:01:48 left\n")  # batches of 8, and 36 steps to go
 
@@ -130,7 +131,7 @@ class Pictures(Callback):
 def test_tensorboard_gets_the_callbacks_images_and_texts_once(tmp_path: Path) -> None:
     for text in ("first", "again"):
         log_texts(tmp_path, {"policy": text})
-    log_steps(MetricsLog("pq", tmp_path, 2, quiet(), [Pictures()]), range(1, 3))
+    log_steps(MetricsLog(PQ, tmp_path, 2, quiet(), [Pictures()]), range(1, 3))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(image.step, image.height, image.width) for image in events.Images("pq/samples")] == [
@@ -148,9 +149,9 @@ def test_a_failing_stage_still_closes_the_log(tmp_path: Path) -> None:
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        broken_stage(MetricsLog("pq", tmp_path, 3, quiet()))
+        broken_stage(MetricsLog(PQ, tmp_path, 3, quiet()))
     assert json.loads((tmp_path / "pq.jsonl").read_text())["step"] == 1
-    with MetricsLog("pq", tmp_path, 3, quiet()):  # a second progress line of a console that still has one would raise
+    with MetricsLog(PQ, tmp_path, 3, quiet()):  # a second progress line of a console that still has one would raise
         pass
 
 

@@ -33,6 +33,7 @@ from pqcad_qat.models.denoiser import load_model, predict
 from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule
+from pqcad_qat.policy.variants import FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.serving.runtime import OVUNet2DModel
@@ -155,7 +156,7 @@ def made(name: str, policy: str, folder: Path, *overrides: str) -> Path:
     source = [
         f"model.source={folder / 'model'}",
         "evaluation.features=none",
-        "evaluation.variants=[fp32-half,pqcad-openvino]",
+        f"evaluation.variants=[{FP32_HALF},{PQCAD_OPENVINO}]",
     ]
     loaded = load_policy(POLICIES / policy, [*TINY, *source, "sampler.guidance_scale=3.0", *overrides])
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +171,7 @@ def dit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dit",
         "w4a8-dit.yaml",
         tmp_path_factory.mktemp("dit"),
-        "evaluation.variants=[fp32-half,nncf-int8,pqcad-openvino]",
+        f"evaluation.variants=[{FP32_HALF},{NNCF_INT8},{PQCAD_OPENVINO}]",
     )
 
 
@@ -198,11 +199,11 @@ def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
     assert "No FID: evaluation.features names no feature network" in report["quality_note"]
     assert report["quality_note"] in (path / "report.html").read_text().replace("&#39;", "'")
     rows = {row["name"]: row for row in report["variants"]}
-    assert {name: row["passes"] for name, row in rows.items()} == {**dict.fromkeys(rows, 2), "pqcad-openvino": passes}
+    assert {name: row["passes"] for name, row in rows.items()} == {**dict.fromkeys(rows, 2), PQCAD_OPENVINO: passes}
     for row in rows.values():
         assert row["latency_ms_per_image"] == pytest.approx(row["steps"] * row["passes"] * row["latency_ms_per_step"])
         assert (row["fid_real"], row["ssim_fp"]) == (None, None)
-    assert 0 < rows["pqcad-openvino"]["psnr_fp"] < 80
+    assert 0 < rows[PQCAD_OPENVINO]["psnr_fp"] < 80
     assert not [target for target in report["targets"] if "Frechet" in target["name"]]
 
 
@@ -231,7 +232,7 @@ def test_the_set_of_a_guided_run_holds_both_passes(text_run: Path) -> None:
 def test_a_folder_is_sampled_as_it_was_distilled(run_of: str, scale: float, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(run_of)
     section = load_policy(path / "policy.yaml").conditions
-    sampled = load_file(path / "samples" / "pqcad-openvino.safetensors")["latents"]
+    sampled = load_file(path / "samples" / f"{PQCAD_OPENVINO}.safetensors")["latents"]
     for folder in ("openvino", "student"):
         variant = open_folder(str(path / folder), conditions=section)
         assert (variant.guidance_scale, variant.steps, variant.latent) == (scale, 2, True)
@@ -272,7 +273,7 @@ def test_a_plain_module_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Mon
         f"conditions.embeddings={tmp_path / 'tones.safetensors'}",
         f"quantization.layers={rules}",
     ]
-    variants = "evaluation.variants=[fp32-half,pqcad-openvino]"
+    variants = f"evaluation.variants=[{FP32_HALF},{PQCAD_OPENVINO}]"
     policy = load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides, "evaluation.features=none", variants])
     path = run(policy, tmp_path / "runs" / "plain", "command", Console(quiet=True)).parent
     report = json.loads((path / "report.json").read_text())

@@ -32,6 +32,7 @@ from pqcad_qat.models import flux
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy
+from pqcad_qat.policy.variants import FP32, FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
@@ -41,7 +42,7 @@ from pqcad_qat.serving.transformer import OVTransformer2DModel, packed, unpacked
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.samplers import open_folder, sample_states
 
-VARIANTS = {"sd3": "[fp32-half,nncf-int8,pqcad-openvino]", "flux": "[fp32-half,pqcad-openvino]"}
+VARIANTS = {"sd3": f"[{FP32_HALF},{NNCF_INT8},{PQCAD_OPENVINO}]", "flux": f"[{FP32_HALF},{PQCAD_OPENVINO}]"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def test_every_planned_layer_executes_in_int8_with_pytorchs_integers(flow_run: F
 def test_every_variant_is_sampled_and_compared_with_full_precision(flow_run: FlowRun) -> None:
     rows = {row["name"]: row for row in flow_run.report["variants"]}
     assert {row["passes"] for row in rows.values()} == {2 if flow_run.name == "sd3" else 1}
-    assert all(row["psnr_fp"] > 15 for name, row in rows.items() if name != "fp32")
+    assert all(row["psnr_fp"] > 15 for name, row in rows.items() if name != FP32)
     manifest = json.loads((flow_run.path / "openvino" / "manifest.json").read_text())
     assert (manifest["timestep_dtype"], manifest["provenance"]["sampler"]) == ("float32", "euler")
 
@@ -111,7 +112,7 @@ def test_the_set_holds_the_times_of_the_sampler_and_of_its_student(flow_run: Flo
 
 
 def test_a_folder_is_sampled_as_it_was_distilled(flow_run: FlowRun) -> None:
-    sampled = load_file(flow_run.path / "samples" / "pqcad-openvino.safetensors")["latents"]
+    sampled = load_file(flow_run.path / "samples" / f"{PQCAD_OPENVINO}.safetensors")["latents"]
     for folder, least in (("openvino", 60.0), ("student", 25.0)):
         variant = open_folder(str(flow_run.path / folder), conditions=flow_run.conditions)
         assert (variant.steps, variant.sample_shape, variant.schedule.sampler) == (2, (4, 8, 8), "euler")

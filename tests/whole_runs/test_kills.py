@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from tiny_runs import POLICIES, SUPPORT, environment, program, tiny_overrides
 
 from pqcad_qat import cli
+from pqcad_qat.policy.variants import FIXED_BIT
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
 
 PATIENCE = 3000  # seconds; a busy machine is no failure
@@ -152,7 +153,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     """
     path = tmp_path / "run"
     only = [
-        "evaluation.variants=[fixed-bit]",
+        f"evaluation.variants=[{FIXED_BIT}]",
         "progressive.steps=60",
         "training.checkpoint_every=20",
         "evaluation.images=2",
@@ -162,7 +163,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        folder = CheckpointFolder(path / "checkpoints" / "fixed-bit", 20)
+        folder = CheckpointFolder(path / "checkpoints" / FIXED_BIT, 20)
         wait_for(folder.path / "step_000020" / "digests.json", process)
         size = (folder.path / "step_000020" / "model.safetensors").stat().st_size
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
@@ -178,7 +179,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
         [*command, "--resume"], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert again.returncode == 0, again.stderr
-    assert "fixed-bit: going on from step 20" in again.stdout
+    assert f"{FIXED_BIT}: going on from step 20" in again.stdout
 
 
 @pytest.mark.parametrize(

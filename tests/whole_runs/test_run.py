@@ -32,13 +32,26 @@ from pqcad_qat.errors import ExportError
 from pqcad_qat.export.proof import INT8, ExecutionReport, refuse_float
 from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.variants import (
+    FIXED_BIT,
+    FP32,
+    FP32_HALF,
+    NNCF_INT8,
+    OV_BF16,
+    OV_FP32,
+    PQ,
+    PQ_DISTILLED,
+    PQCAD,
+    PQCAD_OPENVINO,
+    PTQ,
+    VARIANTS,
+)
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import evaluate_images
 from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.quantizable_layers import float_layers
 from pqcad_qat.quantization.quantized_layer import blend_state, read_bits
 from pqcad_qat.quantization.student_folder import load_quantized
-from pqcad_qat.report.record import VARIANTS
 from pqcad_qat.report.sample_sheets import sheet_size
 from pqcad_qat.sampling.schedulers import DDIM_KEYS
 from pqcad_qat.sampling.trajectory import initial_noise
@@ -121,10 +134,10 @@ def test_everything_that_a_run_promises_is_there(tiny_run: FinishedRun) -> None:
     assert [path for path in LEFT if not (tiny_run.path / path).exists()] == []
     assert tiny_run.page == tiny_run.path / "report.html"
     assert sorted(path.name for path in (tiny_run.path / "checkpoints").iterdir()) == [
-        "fixed-bit",
-        "pq",
-        "pq-distilled",
-        "pqcad",
+        FIXED_BIT,
+        PQ,
+        PQ_DISTILLED,
+        PQCAD,
     ]
 
 
@@ -149,7 +162,7 @@ def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run
     events = EventAccumulator(str(tiny_run.path / "logs"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"{stage}/loss" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
+    assert {f"{stage}/loss" for stage in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD)} <= tags
     assert {
         "pq/loss_momentum",
         "pq/perturbation",
@@ -157,11 +170,11 @@ def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run
         "pqcad/loss/teacher",
         "pqcad/loss/calibration",
     } <= tags
-    assert {f"{stage}/mean_bits" for stage in ("pq", "fixed-bit", "pq-distilled", "pqcad")} <= tags
+    assert {f"{stage}/mean_bits" for stage in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD)} <= tags
     for layer in json.loads((tiny_run.path / "plan.json").read_text())["layers"]:
         watched = {
             f"{stage}/layer/{layer['name']}/{what}"
-            for stage in ("pq", "pqcad")
+            for stage in (PQ, PQCAD)
             for what in ("bits", "weight_range", "input_range")
         }
         assert watched | {f"pq/layer/{layer['name']}/perturbation"} <= tags
@@ -179,7 +192,7 @@ def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy
 ) -> None:
     events = EventAccumulator(str(tiny_run.path / "logs"))
     events.Reload()
-    for stage, steps in (("pq", [4, 8]), ("fixed-bit", [4, 8]), ("pq-distilled", [4]), ("pqcad", [4])):
+    for stage, steps in ((PQ, [4, 8]), (FIXED_BIT, [4, 8]), (PQ_DISTILLED, [4]), (PQCAD, [4])):
         grids = events.Images(f"{stage}/samples")
         assert [grid.step for grid in grids] == steps
         assert all(grid.width >= 4 * 32 for grid in grids)  # four images of 32 pixels in a row
@@ -220,11 +233,11 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
     stages = {
         "calibration",
-        "pq",
-        "fixed-bit",
+        PQ,
+        FIXED_BIT,
         "teacher",
-        "pq-distilled",
-        "pqcad",
+        PQ_DISTILLED,
+        PQCAD,
         "export",
         "baselines",
         "benchmark",
@@ -234,7 +247,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
 
 
 def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    absent = {"ptq"} | (set() if report["hardware"]["native_bf16"] else {"ov-bf16"})
+    absent = {PTQ} | (set() if report["hardware"]["native_bf16"] else {OV_BF16})
     expected = [name for name in VARIANTS if name not in absent]
     assert list(rows) == expected
     keys = {
@@ -281,13 +294,13 @@ def test_the_bit_schedule_takes_every_layer_down_to_its_target(
 
 
 def test_distilled_variants_take_half_the_steps(rows: Mapping[str, Any]) -> None:
-    halved = {"fp32-half", "pq-distilled", "pqcad", "pqcad-openvino"}
+    halved = {FP32_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO}
     assert {name: row["steps"] for name, row in rows.items()} == {name: 2 if name in halved else 4 for name in rows}
 
 
 def test_an_image_costs_its_steps(rows: Mapping[str, Any]) -> None:
     timed = [row for row in rows.values() if row["latency_ms_per_step"] is not None]
-    assert {row["name"] for row in timed} >= {"fp32", "fp32-half", "ov-fp32", "nncf-int8", "pqcad-openvino"}
+    assert {row["name"] for row in timed} >= {FP32, FP32_HALF, OV_FP32, NNCF_INT8, PQCAD_OPENVINO}
     for row in timed:
         assert row["latency_ms_per_image"] == pytest.approx(row["steps"] * row["latency_ms_per_step"])
 
@@ -296,18 +309,16 @@ def test_sizes_are_those_of_the_files(
     rows: Mapping[str, Any], tiny_run: FinishedRun, tiny_model: DiffusionModel
 ) -> None:
     shipped = sum(path.stat().st_size for path in (tiny_run.path / "openvino").rglob("*") if path.is_file())
-    assert rows["pqcad-openvino"]["size_bytes"] == shipped
-    assert rows["fp32"]["size_bytes"] == 4 * sum(parameter.numel() for parameter in tiny_model.denoiser.parameters())
+    assert rows[PQCAD_OPENVINO]["size_bytes"] == shipped
+    assert rows[FP32]["size_bytes"] == 4 * sum(parameter.numel() for parameter in tiny_model.denoiser.parameters())
 
 
 def test_quality_figures_are_those_of_the_kept_images(rows: Mapping[str, Any], tiny_run: FinishedRun) -> None:
     features = load_features("embedded:fashion-mnist")
-    images = {
-        name: load_file(tiny_run.path / "samples" / f"{name}.safetensors")["images"] for name in ("fp32", "pqcad")
-    }
-    assert images["pqcad"].shape == (8, 1, 32, 32)
-    again = evaluate_images(images["pqcad"], images["fp32"], features)
-    row = rows["pqcad"]
+    images = {name: load_file(tiny_run.path / "samples" / f"{name}.safetensors")["images"] for name in (FP32, PQCAD)}
+    assert images[PQCAD].shape == (8, 1, 32, 32)
+    again = evaluate_images(images[PQCAD], images[FP32], features)
+    row = rows[PQCAD]
     assert row["fid_real"] == pytest.approx(again.fid_real, rel=1e-6)
     assert (row["psnr_fp"], row["ssim_fp"]) == (
         pytest.approx(again.psnr_fp, rel=1e-5),
@@ -320,7 +331,7 @@ def test_the_page_needs_no_other_file_and_no_network(tiny_run: FinishedRun) -> N
     sources = re.findall(r"""(?:src|href|data|poster)\s*=\s*["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
     assert [source[:60] for source in sources if not source.startswith(("data:", "#"))] == []
     assert "@import" not in page
-    for name in ("pqcad-openvino", "fixed-bit", "nncf-int8", "tiny"):
+    for name in (PQCAD_OPENVINO, FIXED_BIT, NNCF_INT8, "tiny"):
         assert name in page
 
 
@@ -335,7 +346,7 @@ def test_a_deadline_at_the_very_end_still_ends_at_the_targets(
 ) -> None:
     policy = tiny_run.policy
     progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
-    evaluation = policy.evaluation.model_copy(update={"variants": ("pq",)})
+    evaluation = policy.evaluation.model_copy(update={"variants": (PQ,)})
     late = policy.model_copy(update={"progressive": progressive, "evaluation": evaluation})
     path = run(late, tmp_path / "late", "command", Console(quiet=True)).parent
     prepared = prepare(late)
@@ -352,7 +363,7 @@ def test_a_deadline_at_the_very_end_still_ends_at_the_targets(
 @pytest.fixture(scope="module")
 def partial_run(tiny_run: FinishedRun) -> Path:
     """Beside the whole run, with the same policy but for the variants."""
-    asked = tiny_run.policy.evaluation.model_copy(update={"variants": ("fp32-half", "ptq", "fixed-bit")})
+    asked = tiny_run.policy.evaluation.model_copy(update={"variants": (FP32_HALF, PTQ, FIXED_BIT)})
     policy = tiny_run.policy.model_copy(update={"evaluation": asked})
     return run(policy, tiny_run.path.with_name("partial"), "command", Console(quiet=True)).parent
 
@@ -362,14 +373,14 @@ def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(
 ) -> None:
     report = json.loads((partial_run / "report.json").read_text())
     found = {row["name"]: row for row in report["variants"]}
-    assert list(found) == ["fp32", "fp32-half", "ptq", "fixed-bit"]
-    assert [path.name for path in (partial_run / "checkpoints").iterdir()] == ["fixed-bit"]
+    assert list(found) == [FP32, FP32_HALF, PTQ, FIXED_BIT]
+    assert [path.name for path in (partial_run / "checkpoints").iterdir()] == [FIXED_BIT]
     assert not (partial_run / "openvino").exists()
-    assert {name: found[name]["fid_real"] for name in ("fp32", "fixed-bit")} == {
-        name: rows[name]["fid_real"] for name in ("fp32", "fixed-bit")
+    assert {name: found[name]["fid_real"] for name in (FP32, FIXED_BIT)} == {
+        name: rows[name]["fid_real"] for name in (FP32, FIXED_BIT)
     }
-    assert found["ptq"]["steps"] == 4
-    assert 0 < found["ptq"]["psnr_fp"] < 60
+    assert found[PTQ]["steps"] == 4
+    assert 0 < found[PTQ]["psnr_fp"] < 60
 
 
 def test_a_report_of_few_variants_lacks_what_was_not_made(partial_run: Path) -> None:
@@ -381,7 +392,7 @@ def test_a_report_of_few_variants_lacks_what_was_not_made(partial_run: Path) -> 
         None,
         None,
     )
-    assert {series["stage"] for series in report["curves"]["losses"]} == {"fixed-bit"}
+    assert {series["stage"] for series in report["curves"]["losses"]} == {FIXED_BIT}
     page = (partial_run / "report.html").read_text()
     assert "does not hold" not in page
     assert 'id="costs"' not in page
@@ -393,7 +404,7 @@ def test_runs_side_by_side_share_the_images_of_full_precision(tiny_run: Finished
     shared = tiny_run.path.parent / ".shared"
     assert sum((folder / "fp32.safetensors").exists() for folder in shared.iterdir()) == 1
     assert not [folder for folder in shared.iterdir() if folder.name.startswith(".")]
-    for name in ("fp32", "fp32-half"):
+    for name in (FP32, FP32_HALF):
         one, other = (
             load_file(path / "samples" / f"{name}.safetensors")["images"] for path in (tiny_run.path, partial_run)
         )
@@ -410,14 +421,14 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
         return train_stage(model, callbacks, batches, settings, *rest)
 
     monkeypatch.setattr("pqcad_qat.stages.train.train_stage", counted)
-    evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": ("fixed-bit", "pq")})
+    evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": (FIXED_BIT, PQ)})
     blends = tiny_run.policy.model_copy(update={"evaluation": evaluation})
     jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
     for name, policy in (("blends", blends), ("jumps", jumps)):
         run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)
-    assert sorted(trained) == ["fixed-bit", "pq", "pq"]
+    assert sorted(trained) == [FIXED_BIT, PQ, PQ]
     one, other = (tmp_path / name for name in ("blends", "jumps"))
-    for file in ("models/fixed-bit.safetensors", "logs/fixed-bit.jsonl", "samples/fixed-bit.safetensors"):
+    for file in (f"models/{FIXED_BIT}.safetensors", f"logs/{FIXED_BIT}.jsonl", f"samples/{FIXED_BIT}.safetensors"):
         assert (one / file).read_bytes() == (other / file).read_bytes()
     assert (one / "models/pq.safetensors").read_bytes() != (other / "models/pq.safetensors").read_bytes()
 
@@ -425,14 +436,14 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
 def test_in_rounds_each_student_teaches_the_next(tiny_run: FinishedRun, tmp_path: Path) -> None:
     """From 4 steps to 2 and to 1; the first round alone is the whole run's distillation, in half its training steps."""
     policy = tiny_run.policy
-    evaluation = policy.evaluation.model_copy(update={"variants": ("pqcad",)})
+    evaluation = policy.evaluation.model_copy(update={"variants": (PQCAD,)})
     distillation = policy.distillation.model_copy(update={"student_steps": 1, "rounds": 2})
     rounds = policy.model_copy(update={"evaluation": evaluation, "distillation": distillation})
     path = run(rounds, tmp_path / "rounds", "command", Console(quiet=True)).parent
     report = json.loads((path / "report.json").read_text())
     assert [row["steps"] for row in report["variants"]] == [4, 1]
-    assert {"teacher", "pqcad-round1", "teacher-pqcad-round1", "pqcad"} <= set(report["timings_s"])
-    assert [len((path / "logs" / f"{name}.jsonl").read_text().splitlines()) for name in ("pqcad-round1", "pqcad")] == [
+    assert {"teacher", "pqcad-round1", "teacher-pqcad-round1", PQCAD} <= set(report["timings_s"])
+    assert [len((path / "logs" / f"{name}.jsonl").read_text().splitlines()) for name in ("pqcad-round1", PQCAD)] == [
         3,
         3,
     ]
@@ -471,13 +482,11 @@ def test_the_student_loads_with_plain_diffusers_and_its_scheduler_knows_its_step
 def test_both_distilled_students_started_from_the_quantized_teacher_and_went_their_own_ways(
     tiny_run: FinishedRun,
 ) -> None:
-    models = {
-        name: load_file(tiny_run.path / "models" / f"{name}.safetensors") for name in ("pq", "pq-distilled", "pqcad")
-    }
+    models = {name: load_file(tiny_run.path / "models" / f"{name}.safetensors") for name in (PQ, PQ_DISTILLED, PQCAD)}
     weight = "mid_block.resnets.0.conv1.weight"
-    moved = {name: (models[name][weight] - models["pq"][weight]).abs().max() for name in ("pq-distilled", "pqcad")}
+    moved = {name: (models[name][weight] - models[PQ][weight]).abs().max() for name in (PQ_DISTILLED, PQCAD)}
     assert all(0 < distance < 0.01 for distance in moved.values())
-    assert not torch.equal(models["pqcad"][weight], models["pq-distilled"][weight])
+    assert not torch.equal(models[PQCAD][weight], models[PQ_DISTILLED][weight])
 
 
 # ---- what ships
@@ -547,7 +556,7 @@ def test_a_diffusers_pipeline_with_our_unet_makes_our_images(
     side of a boundary.
     """
     folder = tiny_run.path / "openvino"
-    variant, given = openvino_variant("pqcad-openvino", folder), []
+    variant, given = openvino_variant(PQCAD_OPENVINO, folder), []
 
     def recorded(x: np.ndarray, *rest: Any) -> np.ndarray:
         given.append(x.copy())

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import POLICIES
 
+from pqcad_qat.policy.variants import OV_BF16, PQ, PQCAD
+
 pytest.importorskip("transformers")
 
 from conditional_models import saved
@@ -92,9 +94,9 @@ def test_each_goes_through_training_distillation_export_and_proof(name: str, tmp
     assert (
         report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
     )
-    assert {row["name"] for row in report["variants"]} >= {*policy.evaluation.variants} - {"ov-bf16"}
+    assert {row["name"] for row in report["variants"]} >= {*policy.evaluation.variants} - {OV_BF16}
     other = str(not policy.training.activation_checkpointing).lower()
     run_of(name, source, trained, f"training.activation_checkpointing={other}", "evaluation.variants=[pqcad]")
-    for stage in ("pq", "pqcad"):
+    for stage in (PQ, PQCAD):
         one, two = (load_file(path / "models" / f"{stage}.safetensors") for path in (whole, trained))
         assert [key for key, value in one.items() if not value.equal(two[key])] == []

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from tiny_runs import POLICIES, TINY
 
+from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
+
 pytest.importorskip("transformers")
 
 from rich.console import Console
@@ -44,7 +46,7 @@ SHORT = (
 def policy_of(folder: Path, *more: str) -> Policy:
     """Of the pipeline in the folder, guided, with the prompts there."""
     source = [f"model.source={folder / 'pipeline'}", f"conditions.prompts={folder / 'prompts.txt'}"]
-    variants = ["evaluation.features=none", "evaluation.variants=[pqcad-openvino]", "sampler.guidance_scale=3.0"]
+    variants = ["evaluation.features=none", f"evaluation.variants=[{PQCAD_OPENVINO}]", "sampler.guidance_scale=3.0"]
     return load_policy(POLICIES / "smoke.yaml", [*TINY, *SHORT, *source, *variants, *more])
 
 
@@ -93,7 +95,7 @@ def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(tmp_path: 
         "training.gradient_accumulation=1",
     ]
     policy = load_policy(
-        POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, "evaluation.variants=[pqcad-openvino]"]
+        POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, f"evaluation.variants=[{PQCAD_OPENVINO}]"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
@@ -132,7 +134,7 @@ def test_the_denoisers_row_is_of_the_denoiser_alone(made: Path) -> None:
     rows = {row["name"]: row for row in json.loads((made / "report.json").read_text())["variants"]}
     files = read_manifest(made / "openvino")["files"]
     parts = sum(entry["bytes"] for name, entry in files.items() if name.startswith(("vae", "text", "token")))
-    assert rows["pqcad-openvino"]["size_bytes"] < sum(entry["bytes"] for entry in files.values()) - parts + 200_000
+    assert rows[PQCAD_OPENVINO]["size_bytes"] < sum(entry["bytes"] for entry in files.values()) - parts + 200_000
     assert parts > 0
 
 
@@ -142,7 +144,7 @@ def test_a_report_shows_pictures_that_the_full_precision_vae_decodes(made: Path)
     model = load_model(str(made.parents[1] / "pipeline"))
     decode = decoder_of(model)
     assert decode is not None
-    for name in ("fp32", "pqcad-openvino"):
+    for name in (FP32, PQCAD_OPENVINO):
         found = load_file(made / "samples" / f"{name}.safetensors")
         wanted = (decode(found["latents"].numpy()).clip(-1, 1) + 1) * 127.5
         assert found["pictures"].shape == (4, 3, 16, 16)
