@@ -6,8 +6,9 @@ Not here: what it is compared with (proof.py).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.models.denoiser import DenoiserInput, predict
+from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.conversion import quantized_layers
 
 
@@ -52,18 +54,10 @@ def recorded_inputs(model: nn.Module, inputs: DenoiserInput, beside: Path) -> It
     leaders = dict.fromkeys(layer.plan.input_group for layer in layers.values())
     with tempfile.TemporaryDirectory(prefix=".inputs-", dir=beside) as folder:
         files = {leader: Path(folder) / f"{place}.npy" for place, leader in enumerate(leaders)}
-        hooks = [layers[leader].register_forward_pre_hook(_writer(file)) for leader, file in files.items()]
-        try:
-            with torch.no_grad():
-                predict(model.eval(), *inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with watched_inputs((layers[leader], partial(_write, file)) for leader, file in files.items()), torch.no_grad():
+            predict(model.eval(), *inputs)
         yield LayerInputs({name: files[layer.plan.input_group] for name, layer in layers.items()})
 
 
-def _writer(file: Path) -> Callable[..., None]:
-    def hook(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        np.save(file, arguments[0].detach().numpy())
-
-    return hook
+def _write(file: Path, tensor: Tensor) -> None:
+    np.save(file, tensor.detach().numpy())

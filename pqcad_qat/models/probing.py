@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pqcad_qat.errors import ModelError, PqcadError
 from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel, predict
 from pqcad_qat.models.own_modules import one_line
 from pqcad_qat.models.untrained import noise_inputs
+from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.sampling.trajectory import noise_schedule
 
 PROBES = 6
@@ -92,19 +94,14 @@ def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states
     """
     read: dict[str, list[list[str]]] = {name: [] for name in layers}
 
-    def keeper(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: read[name][-1].append(_digest(args[0] if args else kwargs["input"]))
+    def note(name: str, tensor: Tensor) -> None:
+        read[name][-1].append(_digest(tensor))
 
-    hooks = [layer.register_forward_pre_hook(keeper(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            for place in range(len(states[0])):
-                for calls in read.values():
-                    calls.append([])
-                predict(network, *one_state(states, place))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched_inputs((layer, partial(note, name)) for name, layer in layers.items()), torch.no_grad():
+        for place in range(len(states[0])):
+            for calls in read.values():
+                calls.append([])
+            predict(network, *one_state(states, place))
     return tuple(name for name, (first, *others) in read.items() if first and all(other == first for other in others))
 
 

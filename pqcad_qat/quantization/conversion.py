@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import PredictArguments, predict
+from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
 from pqcad_qat.quantization.plan import LayerPlan, evaluating
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
@@ -148,24 +148,12 @@ def _watch(
     watchers: dict[str, Callable[[Tensor], None]],
 ) -> None:
     """Run the batches through the unquantized model and show each watcher what the layers of its group read."""
-    hooks = []
-    for layer in layers.values():
-        if (watcher := watchers.get(layer.plan.input_group)) is not None:
-            hooks.append(layer.register_forward_pre_hook(_shower(watcher), with_kwargs=True))
-    try:
-        with evaluating(model), unquantized(model):
-            for batch in batches:
-                predict(model, *batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _shower(see: Callable[[Tensor], None]) -> Any:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(args[0] if args else kwargs["input"])
-
-    return hook
+    watched = [
+        (layer, watchers[layer.plan.input_group]) for layer in layers.values() if layer.plan.input_group in watchers
+    ]
+    with watched_inputs(watched), evaluating(model), unquantized(model):
+        for batch in batches:
+            predict(model, *batch)
 
 
 def _set_range(layer: QuantizedLayer, seen: InputRange) -> None:

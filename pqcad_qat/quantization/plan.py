@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,7 +34,8 @@ from pqcad_qat.quantization.quantizable_layers import (
 )
 
 if TYPE_CHECKING:
-    from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+    from pqcad_qat.models.watched_layers import watched_inputs
+from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
 
 PACKED = (2, 3, 4)
 """Bits that deployed weights can be packed to; wider ones take a byte."""
@@ -318,26 +320,14 @@ def _read_tensors(
     read: dict[str, tuple[int, ...]] = {}
     alive: dict[int, Tensor] = {}  # so that the id of each tensor stays its own
 
-    def watch(name: str, tensor: Tensor) -> None:
+    def note(name: str, tensor: Tensor) -> None:
         alive[id(tensor)] = tensor
         read[name] = (*read.get(name, ()), id(tensor))
 
-    hooks = [layer.register_forward_pre_hook(_watcher(watch, name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            predict(model, *example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched_inputs((layer, partial(note, name)) for name, layer in layers.items()), evaluating(model):
+        predict(model, *example)
     first: dict[tuple[int, ...], str] = {}
     return {name: first.setdefault(tensors, name) for name, tensors in read.items()}, set(read)
-
-
-def _watcher(watch: Any, name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch(name, args[0] if args else kwargs["input"])
-
-    return hook
 
 
 def _layer_plan(

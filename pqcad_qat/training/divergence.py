@@ -8,13 +8,16 @@ Not here: what is done about a divergence (rollback.py, training_stage.py), nor 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqcad_qat.errors import DivergedError
+from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.grid_statistics import input_use, not_finite, weight_use
 from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, read_bits
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
@@ -167,7 +170,7 @@ class TroubleWatch(Callback):
     _told: set[str] = field(default_factory=set)
     _flips: Flips | None = None
     _inputs: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
-    _hooks: list[Any] = field(default_factory=list)
+    _reading: ExitStack = field(default_factory=ExitStack)
     _batch: Batch = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -177,14 +180,15 @@ class TroubleWatch(Callback):
 
     def before_step(self, state: TrainState) -> None:
         if state.step % INPUTS_EVERY == 0:
-            self._hooks = [layer.register_forward_pre_hook(self._reader(name)) for name, layer in self.layers.items()]
+            watchers = [(layer, partial(self._read, name)) for name, layer in self.layers.items()]
+            self._reading.enter_context(watched_inputs(watchers))
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
         """Asked after those that run the model: what the backward pass computes again, and further micro-batches, are
         not read.
         """
         self._batch = batch
-        self._stop_reading()
+        self._reading.close()
         return {}
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
@@ -291,17 +295,9 @@ class TroubleWatch(Callback):
         }
         self._tell(step, found)
 
-    def _reader(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            use = input_use(self.layers[name], arguments[0].detach(), READ)
-            self._inputs.setdefault(name, []).append((use.clipped, use.collapsed))
-
-        return look
-
-    def _stop_reading(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def _read(self, name: str, tensor: Tensor) -> None:
+        use = input_use(self.layers[name], tensor.detach(), READ)
+        self._inputs.setdefault(name, []).append((use.clipped, use.collapsed))
 
     def _look_at_inputs(self, step: int) -> None:
         found: dict[Trouble, dict[str, str]] = {"collapsed inputs": {}, "saturated inputs": {}}
