@@ -36,6 +36,7 @@ from pqcad_qat.arguments import (
     with_model,
 )
 from pqcad_qat.errors import ModelError, UsageError, shortened
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import launched
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
@@ -231,7 +232,6 @@ def sensitivity(
     loaded = load_policy(Path(policy), with_model(set, model))
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
     from pqcad_qat.commands.sensitivity import Limit, measure_sensitivity
-    from pqcad_qat.machine.files import write_atomically
     from pqcad_qat.report.sensitivity_page import assignment_table, sensitivity_table, write_sensitivity
     from pqcad_qat.stages.prepared import CALIBRATION
 
@@ -243,7 +243,7 @@ def sensitivity(
     CONSOLE.print(assignment_table(report))
     CONSOLE.print(f"page: {write_sensitivity(report, folder)}", soft_wrap=True)
     if mixed is not None:
-        write_atomically(folder / "policy.yaml", mixed)
+        write_file(folder / "policy.yaml", mixed)
         CONSOLE.print(f"policy: {folder / 'policy.yaml'}", soft_wrap=True)
 
 

@@ -19,9 +19,10 @@ from torch import nn
 
 from pqcad_qat.data.images import ImageSet, load_images
 from pqcad_qat.errors import PolicyError
+from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.models.conditions import ConditionSet, class_conditions, conditioned
-from pqcad_qat.models.denoiser import DiffusionModel, save_model, write_json
+from pqcad_qat.models.denoiser import DiffusionModel, save_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.variants import REFERENCE

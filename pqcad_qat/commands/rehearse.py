@@ -19,6 +19,7 @@ from pqcad_qat.export.export_model import export_model
 from pqcad_qat.export.int8_attention import AttentionRange
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import INT8, execution_precision, layer_parity
+from pqcad_qat.machine.files import write_json
 from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.untrained import fixed_inputs, noise_inputs
 from pqcad_qat.policy.origins import located
@@ -26,7 +27,7 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import taken_integers
 from pqcad_qat.quantization.quantized_layer import IntegerLayer
 from pqcad_qat.report.record import Hardware
-from pqcad_qat.serving.deployed_folder import copy_folder, write_json
+from pqcad_qat.serving.deployed_folder import copy_folder
 from pqcad_qat.stages.blueprint import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import size_bytes

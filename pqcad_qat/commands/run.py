@@ -13,7 +13,7 @@ from textwrap import indent
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.machine.files import room_for, write_atomically
+from pqcad_qat.machine.files import room_for, write_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
@@ -62,13 +62,12 @@ def _all_stages(work: Work, command: str) -> Path:
         work.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     with agreed() as first:
         if first:
-            write_atomically(
+            write_file(
                 work.path / "plan.json", json.dumps(plan_json(work.prepared.plan, work.prepared.split), indent=1)
             )
             texts = {"policy": dump_policy(work.policy), "plan": plan_text(work.prepared.plan, work.prepared.split)}
-            log_texts(
-                work.path / "logs", {name: indent(text, "    ") for name, text in texts.items()}
-            )  # Markdown's plain text
+            # Markdown's plain text
+            log_texts(work.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
     calibration = calibrate(work)
     models: dict[str, nn.Module] = {}
     if PQ in stages:

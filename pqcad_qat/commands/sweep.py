@@ -26,7 +26,7 @@ from rich.text import Text
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
 from pqcad_qat.machine.cores import usable_cores
-from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
@@ -202,7 +202,7 @@ def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str |
     except PqcadError as error:
         return str(error)
     except Exception as error:  # a fault of this cell, whatever it is, must not lose the others
-        write_atomically(folder / ERRORS / f"{cell.name}.txt", traceback.format_exc())
+        write_file(folder / ERRORS / f"{cell.name}.txt", traceback.format_exc())
         return f"{type(error).__name__}: {error} ({ERRORS}/{cell.name}.txt has its traceback)"
     return None
 

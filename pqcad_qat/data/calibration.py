@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.content_store import content_digest, kept, parts_of
-from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.tensor_files import gathered, save_tensors
 from pqcad_qat.models.conditions import CONDITION, ConditionSet, guided_call
 from pqcad_qat.models.denoiser import Condition, DenoiserInput, DiffusionModel, predict
@@ -141,7 +141,7 @@ def calibration_set(
         found = record(model, recipe, batch_size, advance, conditions, parts_of(draft))
         save_tensors(_tensors(found), draft / TRAJECTORIES)
         content = json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2)
-        write_atomically(draft / "recipe.json", content + "\n")
+        write_file(draft / "recipe.json", content + "\n")
 
     folder = kept(cache, recipe.decides, make)
     return read_calibration(folder), folder

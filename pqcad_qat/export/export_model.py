@@ -193,9 +193,8 @@ def convert(
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
-        warnings.filterwarnings(
-            "ignore", "`torch.jit.trace", DeprecationWarning
-        )  # what OpenVINO's converter traces with too
+        # what OpenVINO's converter traces with too
+        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
         denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
         with quantized_attention(model, attention):
             graph = _converted(denoiser, example)

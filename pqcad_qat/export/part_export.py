@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.part_graphs import clip_graph, decoder_graph, t5_graph
+from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.architectures import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.models.model_folder import TEXT_ENCODERS
@@ -31,7 +32,7 @@ from pqcad_qat.models.pipeline_parts import (
     PipelineParts,
     to_decoder,
 )
-from pqcad_qat.serving.deployed_folder import tokenizer_of, write_json
+from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.manifest import GRAPH, PARTS
 
 PartFormat = Literal["float", "int8-weights", "int8"]
@@ -72,9 +73,8 @@ class PartsToDeploy:
         if self.source.class_of(part) != T5:
             return int(self._config(part)["max_position_embeddings"])
         beside = 0
-        if (
-            self.source.index.get("_class_name") == "StableDiffusion3Pipeline"
-        ):  # whose text is CLIP's, and T5's after it
+        # whose text is CLIP's, and T5's after it
+        if self.source.index.get("_class_name") == "StableDiffusion3Pipeline":
             beside = int(self._config(TEXT_ENCODERS[0])["max_position_embeddings"])
         found = [condition.shape[0] for condition in self.conditions if condition.name == TEXT]
         if not found or found[0] is None or found[0] <= beside:

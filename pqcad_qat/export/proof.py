@@ -285,9 +285,8 @@ def layer_parity(
     core = shared_core()
     graph = read_graph(folder, core)
     nodes: dict[str, list[ov.Node]] = {}
-    held = (
-        graph.get_ordered_ops()
-    )  # until the last layer is cut out: what only a layer before it needs would go with that one
+    # until the last layer is cut out: what only a layer before it needs would go with that one
+    held = graph.get_ordered_ops()
     for node in held:
         if node.get_type_name() in MATRIX_OPS and (name := called_layer(node.get_friendly_name(), layers)) is not None:
             nodes.setdefault(name, []).append(node)

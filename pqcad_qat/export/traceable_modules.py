@@ -92,9 +92,8 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         weights = effective_weights(layer)
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))
-        if (
-            weights.min() >= -128 and weights.max() <= 127
-        ):  # a zero point, if any, is folded in: below 8 bits that always fits
+        # a zero point, if any, is folded in: below 8 bits that always fits
+        if weights.min() >= -128 and weights.max() <= 127:
             self.decompressor = INT8SymmetricWeightsDecompressor(scale)
             integers = torch.from_numpy(weights.astype(np.int8, copy=False))  # of a large model the only copy
         else:

@@ -1,19 +1,21 @@
-"""Files that are written whole or not at all, and what is told where a disk has no room for one.
+"""Files that are written whole or not at all, their digests, and what is told where a disk has no room for one.
 
-Not here: what is in them.
+Not here: what is in them, and tensors (tensor_files.py). Needs the standard library alone.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any
 
 from pqcad_qat.errors import DiskError
 
@@ -39,10 +41,22 @@ def whole_file(path: Path, size: int | None = None) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and move it into place."""
-    with whole_file(path, len(text)) as draft:
-        draft.write_text(text, encoding="utf-8")
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a reader never sees half of it."""
+    data = content.encode() if isinstance(content, str) else content
+    with whole_file(path, len(data)) as draft:
+        draft.write_bytes(data)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object whole or not at all."""
+    write_file(path, json.dumps(dict(content), indent=2) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -54,13 +68,12 @@ def room_for(path: Path, size: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if (reason := disk_refusal(error)) is None:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename is not None else path
-        where, wanted = (
-            (path, size) if named.parent == path.parent else (named, None)
-        )  # a draft goes by the name of what it is of
+        # a draft goes by the name of the file that it will be
+        where, wanted = (path, size) if named.parent == path.parent else (named, None)
         raise DiskError(f"{where}: cannot be written: {reason}: {_wanted(where, wanted)}") from error
 
 
@@ -68,11 +81,17 @@ def disk_refusal(error: BaseException) -> str | None:
     """What a disk has refused, or None where the error is of another kind."""
     if isinstance(error, OSError):
         number = error.errno
-    elif isinstance(error, SafetensorError):  # it has the number in its text alone
+    elif _is_of_safetensors(error):  # it has the number in its text alone
         number = int(known[1]) if (known := re.search(r"os error (\d+)", str(error))) else None
     else:  # OpenVINO writes by streams of C++, which do not say why they fail
         number = errno.ENOSPC if isinstance(error, RuntimeError) and "iostream error" in str(error) else None
     return os.strerror(number) if number in REFUSALS else None
+
+
+def _is_of_safetensors(error: BaseException) -> bool:
+    """Whether safetensors raised it, which need not be installed where a folder is served."""
+    module = sys.modules.get("safetensors")
+    return module is not None and isinstance(error, module.SafetensorError)
 
 
 def free_bytes(path: Path) -> int:

@@ -111,9 +111,8 @@ def _check_processes(given: Sequence[str]) -> None:
     check_launch()
     count = launched()[1]
     if count > 1:
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # else torch says of every model that all its Parameters are used
+        # else torch says of every model that all its Parameters are used
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if count > 1 and [*given, ""][0] not in SHARED_COMMANDS:
         raise UsageError(
             f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work"

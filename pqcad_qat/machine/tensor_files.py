@@ -51,9 +51,8 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
     done = sum(map(_count, held))
     try:
         for batch in batches(done) if done < rows else ():
-            held.append(
-                {name: value.contiguous() for name, value in batch.items()}
-            )  # as what is read is: a model may give channels last
+            # as what is read is: a model may give channels last
+            held.append({name: value.contiguous() for name, value in batch.items()})
             if parts is not None:
                 save_tensors(held[-1], parts / _name(done))
             done += _count(batch)

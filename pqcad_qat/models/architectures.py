@@ -153,9 +153,8 @@ def _cross_attention(config: Config) -> tuple[ConditionInput, ...]:
 
 
 def _dit_conditions(config: Config) -> tuple[ConditionInput, ...]:
-    return (
-        ConditionInput("class_labels", (), "int64", config["num_embeds_ada_norm"] + 1),
-    )  # its table has a row for no class
+    # its table has a row for no class
+    return (ConditionInput("class_labels", (), "int64", config["num_embeds_ada_norm"] + 1),)
 
 
 def _pixart_conditions(config: Config) -> tuple[ConditionInput, ...]:

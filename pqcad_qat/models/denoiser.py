@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.architectures import (
     TEXT_TOKENS,
@@ -210,9 +211,8 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         for name, block in blocks.items()
         if not hasattr(block, "gradient_checkpointing")
     ]
-    kept_whole = not blocks and not hasattr(
-        denoiser, "gradient_checkpointing"
-    )  # of a transformer the model itself holds the switch
+    # of a transformer the model itself holds the switch
+    kept_whole = not blocks and not hasattr(denoiser, "gradient_checkpointing")
     if not getattr(model, "_supports_gradient_checkpointing", False) or kept_whole or without:
         what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
         raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
@@ -264,9 +264,8 @@ def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = No
     where = part / CONFIG
     config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
     alone = not index and not beside.exists() and not has_weights(part, STEM)
-    alone = (
-        alone and local(source) is not None
-    )  # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
+    # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
+    alone = alone and local(source) is not None
     scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
     check_index(folder, index, known_architecture(config, str(where)).name)
     shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
@@ -420,8 +419,3 @@ def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dic
     pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
     scheduler = ["diffusers", scheduler_config["_class_name"]]
     return {"_class_name": pipeline, "scheduler": scheduler, part: ["diffusers" if name else None, name]}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")

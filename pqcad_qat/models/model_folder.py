@@ -80,11 +80,8 @@ def local(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # a name that no file can have, a place that may not be looked at, nobody's home
+    # a name that no file can have, a place that may not be looked at, nobody's home
+    except (OSError, RuntimeError, ValueError):
         return None
 
 

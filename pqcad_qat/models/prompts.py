@@ -252,9 +252,8 @@ def _text_parts(name: str, folder: Path) -> Any:
         made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
     except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
-    if (
-        name == "StableDiffusion3Pipeline"
-    ):  # without T5 it asks its transformer how wide the zeros are that stand for it
+    # without T5 it asks its transformer how wide the zeros are that stand for it
+    if name == "StableDiffusion3Pipeline":
         made.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "transformer" / "config.json")))
     return made.to(dtype=torch.float32)
 

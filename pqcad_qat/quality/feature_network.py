@@ -5,8 +5,6 @@ Not here: how it is trained (quality/feature_training.py), distances between sta
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -21,6 +19,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pqcad_qat.data.images import ImageSet, to_float
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.files import file_digest, write_json
+from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.policy.schema import EMBEDDED, NO_FEATURES
 
 FORMAT = "pqcad_qat.features/1"
@@ -143,13 +143,12 @@ def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provena
     record = {
         "format": FORMAT,
         "network": asdict(network.config),
-        "sha256": _sha256(folder / _MODEL),
+        "sha256": file_digest(folder / _MODEL),
         "provenance": dict(provenance),
     }
-    _write_json(folder / _CONFIG, record)
-    loaded, sha256 = _load_network(
-        folder
-    )  # the statistics come through what others will load, whatever layout training left in memory
+    write_json(folder / _CONFIG, record)
+    # the statistics come through what others will load, whatever layout training left in memory
+    loaded, sha256 = _load_network(folder)
     save_reference(
         folder, image_statistics(loaded, real.images), f"{real.name}, {len(real)} images, sha256 {real.digest}", sha256
     )
@@ -169,9 +168,9 @@ def save_reference(folder: Path, statistics: FeatureStatistics, name: str, featu
         "format": FORMAT,
         "name": name,
         "features_sha256": features_sha256,
-        "sha256": _sha256(folder / _REFERENCE),
+        "sha256": file_digest(folder / _REFERENCE),
     }
-    _write_json(folder / _REFERENCE_RECORD, record)
+    write_json(folder / _REFERENCE_RECORD, record)
 
 
 def load_features(source: str) -> Features:
@@ -220,7 +219,7 @@ def _folder(source: str) -> Path:
 
 def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
     """The network in evaluation mode, and the digest of its weights."""
-    config = _read_json(folder / _CONFIG)
+    config = _read_record(folder / _CONFIG)
     sha256 = _verified(folder / _MODEL, config)
     try:
         fields: dict[str, Any] = {
@@ -237,7 +236,7 @@ def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
 def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tuple[FeatureStatistics | None, str | None]:
     if not (folder / _REFERENCE_RECORD).exists():
         return None, None
-    record = _read_json(folder / _REFERENCE_RECORD)
+    record = _read_record(folder / _REFERENCE_RECORD)
     _verified(folder / _REFERENCE, record)
     if record.get("features_sha256") != features_sha256:
         raise ModelError(
@@ -260,27 +259,14 @@ def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tupl
 def _verified(path: Path, record: dict[str, Any]) -> str:
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    digest = _sha256(path)
+    digest = file_digest(path)
     if digest != record.get("sha256"):
         raise ModelError(f"{path}: damaged or exchanged: SHA-256 must be {record.get('sha256')}, got {digest}")
     return digest
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file; a feature network is a folder with {_CONFIG} and {_MODEL}") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ModelError(f"{path}: format must be {FORMAT!r}")
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path, f"a feature network is a folder with {_CONFIG} and {_MODEL}")
+    if record.get("format") != FORMAT:
+        raise ModelError(f"{path}: format: got {shown(record.get('format'))}; allowed {FORMAT!r}")
     return record
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -39,9 +39,8 @@ class FeatureRecipe:
 
 
 RECIPES: Mapping[str, FeatureRecipe] = {
-    "digits": FeatureRecipe(
-        epochs=40, shift=0, flip=False
-    ),  # few, they touch the border, and a mirror makes them others
+    # few, they touch the border, and a mirror makes them others
+    "digits": FeatureRecipe(epochs=40, shift=0, flip=False),
     "noto-emoji": FeatureRecipe(epochs=20),
 }
 """Recipes of the data sets that the default does not suit."""

@@ -116,12 +116,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         )
     if min(a.num_samples, b.num_samples) < 2:
         raise ModelError(f"FID needs at least two images on either side; got {a.num_samples} and {b.num_samples}")
-    metric = FrechetInceptionDistance(
-        feature=_Identity(dimensions), sync_on_compute=False
-    )  # one process alone evaluates
-    metric.update(
-        torch.empty(0, dimensions, dtype=torch.float64), real=False
-    )  # tells the metric that features are float64
+    # one process alone evaluates
+    metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)
+    # tells the metric that features are float64
+    metric.update(torch.empty(0, dimensions, dtype=torch.float64), real=False)
     metric.merge_state({**_state(a, "real"), **_state(b, "fake")})
     return max(0.0, float(metric.compute()))
 
@@ -153,9 +151,10 @@ def paired_ssim(images: Tensor, references: Tensor) -> float:
     edge = SSIM_WINDOW // 2  # only windows that lie inside the image count, as in the paper and in scikit-image
     total = torch.zeros((), dtype=torch.float64)
     for part, reference in _unit_batches(images, references):
+        # (n, C, H, W)
         _, values = structural_similarity_index_measure(
             part, reference, data_range=1.0, sigma=SSIM_SIGMA, return_full_image=True
-        )  # (n, C, H, W)
+        )
         total += values[:, :, edge:-edge, edge:-edge].double().mean(dim=(1, 2, 3)).sum()
     return total.item() / len(images)
 

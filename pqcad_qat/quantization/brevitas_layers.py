@@ -73,9 +73,8 @@ class BlendedQuant(RescalingIntQuant):
         self.symmetric = isinstance(zero_point_impl, ZeroZeroPoint)
         self.register_buffer("next_bit_width", torch.tensor(0.0))  # 0: no transition
         self.register_buffer("blend_share", torch.tensor(0.0))
-        self.register_buffer(
-            "next_range", torch.ones(scaling_shape)
-        )  # range at the next width, as a multiple of the present one
+        # range at the next width, as a multiple of the present one
+        self.register_buffer("next_range", torch.ones(scaling_shape))
 
     def fused(self, x: Tensor) -> Tensor:
         """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""

@@ -33,9 +33,8 @@ def clamp_edges(scale: float, zero_point: float, bounds: tuple[int, int]) -> tup
 def _edge(middle: float, scale: float, zero_point: float, bounds: tuple[int, int]) -> float:
     """The number next to the grid on the far side of ``middle``, which lies half an integer beyond its end."""
     lowest, highest = bounds
-    half_ulp = math.ldexp(
-        math.copysign(1.0, middle), math.frexp(middle)[1] - 25
-    )  # a sum so near the middle is rounded to it: fewer steps
+    # a sum so near the middle is rounded to it: fewer steps
+    half_ulp = math.ldexp(math.copysign(1.0, middle), math.frexp(middle)[1] - 25)
     bits = _bits((middle - half_ulp - zero_point) * scale)
     while lowest <= _integer(bits, scale, zero_point) <= highest:
         bits += 1

@@ -208,15 +208,13 @@ def scale_and_zero_point(span: Tensor, low: Tensor | None, bounds: tuple[int, in
     """
     levels = _levels(bounds)
     if span.is_cpu and span.dim() == 0:
-        number = np.float32(max(abs(span.item()), SMALLEST_RANGE)) / np.float32(
-            levels
-        )  # max and min keep the NaN that comes first
+        # max and min keep the NaN that comes first
+        number = np.float32(max(abs(span.item()), SMALLEST_RANGE)) / np.float32(levels)
         zero = None if low is None else float(np.rint(np.float32(abs(low.item())) / number))
         return float(number), None if zero is None else min(max(zero, bounds[0]), bounds[1])
     scale = span.abs().clamp_(min=SMALLEST_RANGE)
-    scale.div_(
-        levels if scale.is_cpu else scale.new_full((), levels)
-    )  # by a number of the host GPUs multiply its reciprocal
+    # by a number of the host GPUs multiply its reciprocal
+    scale.div_(levels if scale.is_cpu else scale.new_full((), levels))
     return scale, None if low is None else low.abs().div_(scale).round_().clamp_(*bounds)
 
 

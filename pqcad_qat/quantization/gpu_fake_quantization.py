@@ -264,9 +264,8 @@ def _store_gradients(
 @triton.jit
 def _scale_and_zero_point(span, low, row, lowest: tl.constexpr, highest: tl.constexpr):
     wide = tl.abs(tl.load(span + row))
-    scale = tl.div_rn(
-        tl.where(wide < 1e-10, 1e-10, wide), _levels(lowest, highest)
-    )  # rounding.SMALLEST_RANGE; NaN stays NaN
+    # rounding.SMALLEST_RANGE; NaN stays NaN
+    scale = tl.div_rn(tl.where(wide < 1e-10, 1e-10, wide), _levels(lowest, highest))
     zero_point = 0.0
     if low is not None:
         zero_point = _clamped(_rounded(tl.div_rn(tl.abs(tl.load(low + row)), scale), lowest, highest), lowest, highest)

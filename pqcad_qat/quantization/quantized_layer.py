@@ -86,10 +86,8 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
         )
     quantized.plan, quantized.description = plan, describe
     quantized.weight.data = torch.empty(0)  # Brevitas never lets go of the weight that a layer was built with
-    quantized.weight, quantized.bias = (
-        layer.weight,
-        layer.bias,
-    )  # builds the weight quantizer anew, on the weight's device
+    # builds the weight quantizer anew, on the weight's device
+    quantized.weight, quantized.bias = (layer.weight, layer.bias)
     quantized.input_quant.to(layer.weight.device)
     quantized.weight_quant.to(layer.weight.device)
     unregister_stateless(quantized)
@@ -291,9 +289,8 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
         )
     quant = weight_quantizer_of(layer)
     _, scale, zero_point, bit_width = quant(layer.weight)
-    offset = (
-        0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)
-    )  # unsigned integers moved into the range of int8
+    # unsigned integers moved into the range of int8
+    offset = 0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)
     integers = quant.int_quant.to_int(scale, zero_point, bit_width, layer.weight) - offset
     zero_point = (zero_point - offset).expand_as(scale) if offset else torch.zeros_like(scale)
     assert integers.equal(integers.clamp(-128, 127)), "a weight is out of int8's range"

@@ -17,9 +17,8 @@ many times faster.
 """
 AT_ONCE = 2**26
 """The same on an accelerator, which each step of the search keeps waiting: of any layer but the largest, all."""
-RATIOS = tuple(
-    i / 50 for i in range(50, 4, -1)
-)  # shares of the full range that the least-squares search tries, widest first
+# shares of the full range that the least-squares search tries, widest first
+RATIOS = tuple(i / 50 for i in range(50, 4, -1))
 
 
 class InputRange:

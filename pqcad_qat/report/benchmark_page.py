@@ -16,13 +16,13 @@ from matplotlib.axes import Axes
 from rich import box
 from rich.table import Table
 
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import OURS, REFERENCE, summary_of
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
 from pqcad_qat.report.page import TIMES, UNKNOWN, number, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing
-from pqcad_qat.report.report_files import write_atomic
 
 RATIO = f"ours / this, {TIMES}"
 JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
@@ -30,8 +30,8 @@ JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
 
 def write_speed(report: SpeedReport, folder: Path) -> Path:
     """Write benchmark.json and benchmark.html, each whole or not at all; returns the page."""
-    write_atomic(folder / JSON_FILE, json.dumps(asdict(report), indent=1, allow_nan=False, ensure_ascii=False).encode())
-    write_atomic(folder / PAGE_FILE, render(report).encode())
+    write_file(folder / JSON_FILE, json.dumps(asdict(report), indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_file(folder / PAGE_FILE, render(report).encode())
     return folder / PAGE_FILE
 
 

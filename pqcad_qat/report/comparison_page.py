@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from rich.table import Table
 
 from pqcad_qat.errors import UsageError
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import MANY_IMAGES, UNKNOWN, number, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, FidProtocol
-from pqcad_qat.report.report_files import write_atomic
 
 SCHEMA_VERSION = 2
 HEADINGS = {
@@ -37,11 +37,9 @@ PANELS = ("fid_real", "psnr_fp")
 def write_comparison(comparison: Comparison, page: Path) -> None:
     """Write the page, and beside it the same as JSON and as a Markdown table; each whole or not at all."""
     document = {"schema_version": SCHEMA_VERSION, **asdict(comparison)}
-    write_atomic(
-        page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode()
-    )
-    write_atomic(page.with_suffix(".md"), markdown(comparison).encode())
-    write_atomic(page, render(comparison).encode())
+    write_file(page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_file(page.with_suffix(".md"), markdown(comparison).encode())
+    write_file(page, render(comparison).encode())
 
 
 def headings(comparison: Comparison) -> list[str]:

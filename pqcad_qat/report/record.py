@@ -149,9 +149,8 @@ class Execution:
         str, ...
     ] = ()  # layers that executed in floating point: left so by the plan, or listed exceptions
     needs_vnni: tuple[str, ...] = ()  # layers whose sums may overflow on CPUs without VNNI
-    attention: Mapping[str, str] = field(
-        default_factory=dict
-    )  # attention planned for INT8 -> what its products executed in
+    # attention planned for INT8 -> what its products executed in
+    attention: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,8 @@ class PartRow:
     part: str  # its folder: vae_decoder, text_encoder, ...
     format: str  # "float", "int8-weights", "int8"
     size_bytes: int
-    psnr: (
-        float | None
-    )  # dB against full precision: of pictures from the set's latents, of the last hidden state of random tokens
+    # dB against full precision: of pictures from the set's latents, of the last hidden state of random tokens
+    psnr: float | None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.report.page import render_page
 from pqcad_qat.report.record import SCHEMA_VERSION, Curves, Report
 from pqcad_qat.report.sample_sheets import sheet
@@ -37,8 +37,8 @@ def write_report(folder: Path, report: Report, curves: Curves, samples: Mapping[
     """
     seen, seen_curves = save_record(folder, report, curves)
     if samples:
-        write_atomic(folder / SAMPLES_FILE, sheet(samples))
-    write_atomic(folder / PAGE_FILE, render_page(seen, seen_curves, samples).encode())
+        write_file(folder / SAMPLES_FILE, sheet(samples))
+    write_file(folder / PAGE_FILE, render_page(seen, seen_curves, samples).encode())
 
 
 def to_json(report: Report, curves: Curves | None = None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def save_record(folder: Path, report: Report, curves: Curves | None = None) -> t
     """Write report.json whole or not at all; returns what a reader of it will see."""
     document = to_json(report, curves)
     seen = from_json(document)
-    write_atomic(folder / REPORT_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_file(folder / REPORT_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
     return seen
 
 
@@ -93,14 +93,6 @@ def read_record(folder: Path) -> tuple[Report, Curves]:
     if not isinstance(document, dict):
         raise ModelError(f"{path}: must hold a JSON object; got {type(document).__name__}")
     return from_json(document, str(path))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
 
 
 def _dump(adapter: TypeAdapter[Any], value: object) -> dict[str, Any]:

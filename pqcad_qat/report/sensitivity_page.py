@@ -15,10 +15,10 @@ from markupsafe import Markup
 from matplotlib.patches import Rectangle
 from rich.table import Table
 
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity
 from pqcad_qat.report.canvas import COLOURS, canvas
 from pqcad_qat.report.page import TIMES, number, page_template
-from pqcad_qat.report.report_files import write_atomic
 
 SCHEMA_VERSION = 1
 JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
@@ -83,8 +83,8 @@ class SensitivityReport:
 def write_sensitivity(report: SensitivityReport, folder: Path) -> Path:
     """Write sensitivity.json and sensitivity.html, each whole or not at all; returns the page."""
     document = {"schema_version": SCHEMA_VERSION, **asdict(report)}
-    write_atomic(folder / JSON_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
-    write_atomic(folder / PAGE_FILE, render(report).encode())
+    write_file(folder / JSON_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_file(folder / PAGE_FILE, render(report).encode())
     return folder / PAGE_FILE
 
 

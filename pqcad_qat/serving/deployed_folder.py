@@ -5,8 +5,6 @@ Not here: where a graph comes from (export_model.py), or how one is run (runtime
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +15,7 @@ from typing import Any
 import openvino as ov
 
 from pqcad_qat.errors import ExportError, ModelError
+from pqcad_qat.machine.files import file_digest, write_json
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.serving.manifest import (
     CONFIG,
@@ -67,12 +66,6 @@ WEIGHTS_NOTE: Mapping[WeightFormat, str] = {
         f"compressed. {_UNPACKING}"
     ),
 }
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def denoiser_part(manifest: Mapping[str, Any]) -> str:
@@ -134,10 +127,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         try:
             _check_file(folder, name, entry)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # a link that leads to itself, a name too long, a file that may not be read
+        # a link that leads to itself, a name too long, a file that may not be read
+        except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else shown(str(error))
             raise ModelError(f"{path}: lists {shown(name)[1:-1]}, which cannot be read: {why}") from error
     return manifest
@@ -157,7 +148,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         raise ModelError(f"{folder}: the manifest lists {name}, which is missing")
     if (size := path.stat().st_size) != entry["bytes"]:
         raise ModelError(f"{path}: damaged: the manifest says {entry['bytes']} bytes, got {size}")
-    if (digest := sha256(path)) != entry["sha256"]:
+    if (digest := file_digest(path)) != entry["sha256"]:
         raise ModelError(f"{path}: damaged or changed: the manifest says sha256 {entry['sha256']}, got {digest}")
 
 
@@ -289,14 +280,10 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
-
-
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and digest of every file, by path inside the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in paths
     }

@@ -178,9 +178,8 @@ def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None
         if name not in named and kind == node.get_type_name() and number.isdigit():
             node.set_friendly_name(f"{kind}_{place}")
     ov.save_model(graph, xml, compress_to_fp16=False)
-    plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(
-        _FLOAT32_MARK, ""
-    )  # what was read bears it in more places
+    # what was read bears it in more places
+    plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(_FLOAT32_MARK, "")
     head = rf'<layer id="\d+" name="[^"]*{IN_FLOAT32}" [^>]*>(?:<data [^>]*/>)?'
     xml.write_text(re.sub(head, rf"\g<0>{_FLOAT32_MARK}", plain), encoding="utf-8")
 
@@ -225,9 +224,8 @@ def _check_constants(text: Path, plain: bytes) -> None:
             continue
         whole = re.fullmatch(rb"(\d+(, ?\d+)*)?", shape) and size.isdigit()
         taken = math.prod(int(side) for side in shape.split(b",") if side) * bits / 8 if whole else -1.0
-        if (
-            not whole or not taken <= int(size) < taken + 8
-        ):  # of fields smaller than a byte the last bytes are filled up
+        # of fields smaller than a byte the last bytes are filled up
+        if not whole or not taken <= int(size) < taken + 8:
             raise ModelError(
                 f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} "
                 "bytes; allowed its own"

@@ -51,9 +51,8 @@ def _stable_diffusion(encoders: Encoders, prompt: str, _: Wanted) -> Arrays:
 
 def _stable_diffusion_xl(encoders: Encoders, prompt: str, wanted: Wanted) -> Arrays:
     states, pooled = _two_clips(encoders, prompt)
-    sizes = np.array(
-        [[*wanted.picture, 0, 0, *wanted.picture]], np.int64
-    )  # of the original, not cropped, and of the picture
+    # of the original, not cropped, and of the picture
+    sizes = np.array([[*wanted.picture, 0, 0, *wanted.picture]], np.int64)
     return {TEXT: states, PROJECTED: pooled[1], "time_ids": sizes}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError
-from pqcad_qat.machine.files import room_for, write_atomically
+from pqcad_qat.machine.files import room_for, write_file
 from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
@@ -76,7 +76,7 @@ class RunFolder:
         return _read_marker(marker) if marker.exists() else None
 
     def finish(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
-        write_atomically(self._marker(stage), json.dumps({"seconds": seconds, **facts}, indent=1, allow_nan=False))
+        write_file(self._marker(stage), json.dumps({"seconds": seconds, **facts}, indent=1, allow_nan=False))
 
     def seconds(self) -> dict[str, float]:
         """Wall time of every finished stage of the policy, in the order in which they ended."""
@@ -113,7 +113,7 @@ class RunFolder:
             start = time.perf_counter()
             with self._endings_told(name):
                 if first and stage.new and name in self.recipes:
-                    write_atomically(self._record(name), json.dumps(record_of(self.recipes, name), indent=1))
+                    write_file(self._record(name), json.dumps(record_of(self.recipes, name), indent=1))
                 yield stage
                 if first and stage.new and stage.facts is not None:
                     self.finish(name, time.perf_counter() - start, stage.facts)
@@ -163,7 +163,7 @@ class RunFolder:
     def adopt(self, stages: Sequence[str]) -> None:
         """Take stages as those of the run's policy."""
         for stage in stages:
-            write_atomically(self._record(stage), json.dumps(record_of(self.recipes, stage), indent=1))
+            write_file(self._record(stage), json.dumps(record_of(self.recipes, stage), indent=1))
 
     def set_aside(self, stage: str) -> Path | None:
         """Make a stage one that is still to do: what it trained is moved to the folder that is returned, the rest stays
@@ -241,14 +241,15 @@ def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes:
         before = _policy_there(written, policy)
         _check_processes(launch, processes)
         return before
+    # a killed draft
     if path.is_dir() and any(
         not entry.name.startswith((f".{POLICY}.", f".{LAUNCH}.", LAUNCH)) for entry in path.iterdir()
-    ):  # a killed draft
+    ):
         raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(launch, json.dumps({"processes": processes}))
-        write_atomically(written, dump_policy(policy))
+        write_file(launch, json.dumps({"processes": processes}))
+        write_file(written, dump_policy(policy))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
     return None
@@ -281,7 +282,7 @@ def _go_on(
                 soft_wrap=True,
             )
     if changes:
-        write_atomically(folder.path / POLICY, dump_policy(policy))
+        write_file(folder.path / POLICY, dump_policy(policy))
 
 
 def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], console: Console) -> None:
@@ -315,7 +316,7 @@ def _drop_warnings(told: Path, stage: str) -> None:
             for message in messages
             if not message.startswith(f"{stage}: ") and f"checkpoints/{stage}/" not in message
         ]
-        write_atomically(told, json.dumps(left, indent=1))
+        write_file(told, json.dumps(left, indent=1))
 
 
 def _check_processes(launch: Path, processes: int) -> None:

@@ -132,9 +132,8 @@ def openvino_file_variant(
         parts = []
         for first in range(0, len(x_t), batch_size):
             count = min(batch_size, len(x_t) - first)
-            rows = np.minimum(
-                np.arange(first, first + batch_size), first + count - 1
-            )  # a last piece is filled up with its last sample
+            # a last piece is filled up with its last sample
+            rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
             request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
             parts.append(np.array(request.get_output_tensor(0).data[:count]))

@@ -20,7 +20,7 @@ from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.machine.content_store import kept
-from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed, is_first
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import Guidance, save_conditions
@@ -154,9 +154,8 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
         plateau=progressive.plateau,
         perturbation=progressive.perturbation,
         layers_per_transition=progressive.layers_per_transition,
-        deadline=min(
-            round(progressive.deadline * progressive.steps), progressive.steps - 1
-        ),  # the last step is made at the targets
+        # the last step is made at the targets
+        deadline=min(round(progressive.deadline * progressive.steps), progressive.steps - 1),
         blends=progressive.transition == "blend",
         rungs=rungs(plan),
         fixed=progressive.schedule == "fixed",
@@ -230,7 +229,7 @@ def _keep_trained(
     with torch.no_grad(), averaged_weights(state) as model:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     save_tensors(weights, folder / WEIGHTS.format(name))
-    write_atomically(folder / TRANSITIONS.format(name), json.dumps(transitions))
+    write_file(folder / TRANSITIONS.format(name), json.dumps(transitions))
     if folder != work.path:
         (folder / "logs").mkdir()
         shutil.copy2(work.path / "logs" / f"{name}.jsonl", folder / "logs")

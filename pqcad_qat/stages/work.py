@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import process_count
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.policy.schema import Policy
@@ -88,7 +88,7 @@ class Work:
         if message in self.warnings:
             return
         self.warnings.append(message)
-        write_atomically(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
+        write_file(self.path / WARNINGS, json.dumps(self.warnings, indent=1))
         self.console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
     @contextmanager

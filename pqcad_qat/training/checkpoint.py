@@ -5,7 +5,6 @@ Not here: when to write one (trainer.py). Nothing is pickled, so loading runs no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pqcad_qat.errors import CheckpointError
-from pqcad_qat.machine.files import room_for
+from pqcad_qat.machine.files import file_digest, room_for
 from pqcad_qat.training.callback import Callback, TrainState
 
 FORMAT = 2
@@ -91,7 +90,7 @@ def _write_files(draft: Path, files: Mapping[str, Mapping[str, Tensor]], facts: 
     for name, tensors in files.items():
         save_file(dict(tensors), draft / f"{name}.safetensors")
     (draft / "state.json").write_text(json.dumps(facts), encoding="utf-8")
-    digests = {name: sha256(draft / name) for name in FILES}
+    digests = {name: file_digest(draft / name) for name in FILES}
     (draft / "digests.json").write_text(json.dumps({"format": FORMAT, "sha256": digests}, indent=1), encoding="utf-8")
     for path in draft.iterdir():
         with path.open("rb") as file:
@@ -121,7 +120,7 @@ def damage(path: Path) -> str | None:
     for name in FILES:
         if not (path / name).is_file():
             return f"{name} is missing"
-        if sha256(path / name) != digests.get(name):
+        if file_digest(path / name) != digests.get(name):
             return f"{name} is damaged: its SHA-256 is not the one it was written with"
     return None
 
@@ -191,9 +190,3 @@ def _load_optimizer(
         index, key = flat.split(".", 1)
         entries.setdefault(int(index), {})[key] = value.clone()
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

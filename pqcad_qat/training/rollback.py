@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from pqcad_qat.errors import CheckpointError
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.training.callback import Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage, step_of
 
@@ -89,9 +89,6 @@ def record_rollback(folder: CheckpointFolder, rollbacks: Sequence[Rollback]) -> 
         for path in checkpoints(folder.path):
             if step_of(path) > rollbacks[-1].entered:
                 shutil.rmtree(path)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        draft = folder.path / f".{RECORD}.{os.getpid()}"
-        draft.write_text(json.dumps([asdict(rollback) for rollback in rollbacks], indent=1), encoding="utf-8")
-        draft.rename(folder.path / RECORD)
+        write_file(folder.path / RECORD, json.dumps([asdict(rollback) for rollback in rollbacks], indent=1))
     except OSError as error:
         raise CheckpointError(f"{folder.path / RECORD}: cannot be written: {error.strerror}") from error

@@ -99,9 +99,8 @@ def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
     """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
-    fused = (
-        accelerator.scaler is None
-    )  # fused, it would skip a step that overflows fp16 by itself, and Accelerate not know of it
+    # fused, it would skip a step that overflows fp16 by itself, and Accelerate not know of it
+    fused = accelerator.scaler is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     network, prepared = accelerator.prepare(model, optimizer)
     state = TrainState(model=model, optimizer=prepared, network=network, scaler=accelerator.scaler)

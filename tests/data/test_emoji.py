@@ -97,12 +97,8 @@ def test_groups_are_counted_as_they_come_and_sequences_known_in_any_order_withou
 
 def test_listed_emoji_come_in_the_fonts_order_with_their_groups(font: Path) -> None:
     pictures, groups = emoji_pictures(font, font.with_name("emoji-test.txt"))
-    assert colours(pictures) == [
-        YELLOW,
-        BLUE,
-        BLACK,
-        RED,
-    ]  # neither the digit, which is not listed, nor what has no code point
+    # neither the digit, which is not listed, nor what has no code point
+    assert colours(pictures) == [YELLOW, BLUE, BLACK, RED]
     assert groups.tolist() == [0, 1, 2, 1]
 
 

@@ -19,8 +19,9 @@ from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.export_model import export_model
 from pqcad_qat.export.time_tables import TimestepTable
 from pqcad_qat.export.traceable_modules import QuantizedInput, effective_weights
+from pqcad_qat.machine.files import file_digest
 from pqcad_qat.sampling.schedulers import DDIM_KEYS
-from pqcad_qat.serving.deployed_folder import read_graph, read_manifest, sha256
+from pqcad_qat.serving.deployed_folder import read_graph, read_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 INPUTS = {"bits": 8, "symmetric": False}
@@ -140,7 +141,7 @@ def test_the_manifest_says_what_is_inside(unet: Quantized, folder: Path, packed:
     assert {entry["stored_bits"] for entry in read_manifest(packed)["layers"].values()} == {4}
     on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == on_disk - {"manifest.json"}
-    assert all(entry["sha256"] == sha256(folder / name) for name, entry in manifest["files"].items())
+    assert all(entry["sha256"] == file_digest(folder / name) for name, entry in manifest["files"].items())
 
 
 def test_the_folder_has_the_layout_of_a_diffusers_pipeline(unet: Quantized, folder: Path) -> None:

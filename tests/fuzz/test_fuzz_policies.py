@@ -152,9 +152,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     register_denoiser("fuzzed", Fuzzed, (1, 8, 8), SCHEDULER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setattr(
-            prepared, "try_training_and_export", lambda *_, **__: ()
-        )  # a second of work, which no policy damages
+        # a second of work, which no policy damages
+        patch.setattr(prepared, "try_training_and_export", lambda *_, **__: ())
         yield path
 
 

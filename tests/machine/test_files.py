@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tiny_runs import POLICIES, tiny_overrides
 
 from pqcad_qat.errors import DiskError
-from pqcad_qat.machine.files import free_bytes, room_for, whole_file, write_atomically
+from pqcad_qat.machine.files import free_bytes, room_for, whole_file, write_file
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.stages import disk_use
 from pqcad_qat.stages.disk_use import room_warning
@@ -64,7 +64,7 @@ def test_any_other_error_passes_as_it_is(error: Exception, tmp_path: Path) -> No
 
 
 def test_a_file_is_there_whole_or_as_it_was_and_no_draft_is_left(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "deep" / "file", "one")
+    write_file(tmp_path / "deep" / "file", "one")
 
     def fill(path: Path) -> None:
         with whole_file(path, 3) as draft:

@@ -199,10 +199,8 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     subprocess.run(alone, env=floating, capture_output=True, check=True, timeout=PATIENCE)
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
-    for name in (
-        "loss",
-        "gradient_norm",
-    ):  # of the first step alone: at which one a value is rounded the other way depends on the CPU
+    # of the first step alone: at which one a value is rounded the other way depends on the CPU
+    for name in ("loss", "gradient_norm"):
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-5)
     assert [row["weight_distance"] for row in two] == pytest.approx([row["weight_distance"] for row in one], rel=1e-3)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=QUANTIZED)

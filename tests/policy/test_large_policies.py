@@ -157,11 +157,8 @@ def test_each_architecture_has_its_published_size_and_takes_its_conditions(archi
 
 def test_the_schedulers_of_latent_models_clip_nothing() -> None:
     latent = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    solvers = (
-        "DPMSolverMultistepScheduler",
-        "EulerDiscreteScheduler",
-        "PNDMScheduler",
-    )  # PixArt's config has no clip_sample
+    # PixArt's config has no clip_sample
+    solvers = ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler")
     for scheduler in (
         {"_class_name": "DDIMScheduler", "clip_sample": False},
         *({"_class_name": name} for name in solvers),

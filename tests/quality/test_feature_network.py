@@ -195,10 +195,10 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(folder: Path, tmp_pat
     with pytest.raises(ModelError, match="depth"):
         load_features(str(tmp_path))
     rewrite(config, format="something else")
-    with pytest.raises(ModelError, match="format must be"):
+    with pytest.raises(ModelError, match="format: got"):
         load_features(str(tmp_path))
     config.write_text("{")
-    with pytest.raises(ModelError, match="not JSON"):
+    with pytest.raises(ModelError, match="not readable as JSON"):
         load_features(str(tmp_path))
 
 

@@ -103,9 +103,8 @@ def test_training_a_quantized_network_lowers_its_loss() -> None:
     model, target = quantized_network(), skip_network()(*example()).detach()
     for layer in quantized_layers(model).values():
         set_weight_bits(layer, 4)
-    optimizer = torch.optim.Adam(
-        model.parameters(), 2e-4
-    )  # at ten times that the loss first rises, and where it ends is luck
+    # at ten times that the loss first rises, and where it ends is luck
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4)
     losses = []
     for _ in range(60):
         loss = (model(*example()) - target).square().mean()

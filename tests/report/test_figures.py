@@ -73,9 +73,8 @@ def test_timeline_tells_each_transition_with_its_cause_and_momenta(charts: dict[
     told = titles(charts["timeline"])
     for move in fixture_report().bit_schedule:
         start = f"step {move.step}: {move.layer} from {move.from_bits} to {move.to_bits} bits, called by {move.cause}"
-        assert (
-            sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 3
-        )  # on the map and in both momenta's panels
+        # on the map and in both momenta's panels
+        assert sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 3
     assert "110 transitions, 5 by deadline, 105 by plateau" in charts["timeline"]
 
 

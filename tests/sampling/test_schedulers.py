@@ -61,9 +61,8 @@ def test_a_key_that_is_left_out_means_what_it_means_in_its_class(name: str) -> N
         assert {**DDIM_KEYS, **kin.defaults}[key] == theirs[key], key
     assert ("rescale_betas_zero_snr" in theirs) == (kin.zero_snr is not None)
     assert ("final_sigmas_type" in theirs) == kin.ends
-    laying = {key for key in theirs if key.startswith("use_")} - {
-        "use_dynamic_shifting"
-    }  # which says something of flow sigmas alone
+    # which says something of flow sigmas alone
+    laying = {key for key in theirs if key.startswith("use_")} - {"use_dynamic_shifting"}
     assert set(kin.switches) == laying
 
 
@@ -78,9 +77,8 @@ def test_a_class_that_knows_no_clipping_does_not_clip(name: str) -> None:
 def test_the_noise_is_that_of_the_class_and_of_the_ddim_that_is_deployed(name: str, curve: str) -> None:
     wanted = own(name, beta_schedule=curve).alphas_cumprod.double().numpy()
     schedule = ours(name, beta_schedule=curve)
-    np.testing.assert_allclose(
-        schedule.alpha_bar, wanted, rtol=3e-4, atol=1e-7
-    )  # diffusers accumulates 1000 float32 products
+    # diffusers accumulates 1000 float32 products
+    np.testing.assert_allclose(schedule.alpha_bar, wanted, rtol=3e-4, atol=1e-7)
     np.testing.assert_allclose(deployed(schedule).alphas_cumprod.double().numpy(), wanted, rtol=3e-4, atol=1e-7)
 
 

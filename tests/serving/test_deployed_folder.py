@@ -11,7 +11,8 @@ import pytest
 from deployed_fixture import Quantized, quantized_small
 
 from pqcad_qat.errors import ExportError, ModelError
-from pqcad_qat.serving.deployed_folder import read_manifest, sha256
+from pqcad_qat.machine.files import file_digest
+from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
@@ -35,7 +36,7 @@ def loaded(exported: Mapping[WeightFormat, Path]) -> Mapping[WeightFormat, OVUNe
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -19,7 +19,7 @@ from tiny_runs import SCHEDULER, environment
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine import cores
-from pqcad_qat.serving.deployed_folder import sha256
+from pqcad_qat.machine.files import file_digest
 from pqcad_qat.serving.runtime import OVUNet2DModel, UNetOutput
 
 
@@ -224,7 +224,7 @@ def test_a_file_that_openvino_cannot_read_is_refused(copied: Path) -> None:
     (copied / XML).write_bytes(b"not a graph")
 
     def accept(manifest: dict[str, Any]) -> None:
-        manifest["files"][XML] = {"bytes": (copied / XML).stat().st_size, "sha256": sha256(copied / XML)}
+        manifest["files"][XML] = {"bytes": (copied / XML).stat().st_size, "sha256": file_digest(copied / XML)}
 
     rewrite_manifest(copied, accept)
     with pytest.raises(ModelError, match="OpenVINO cannot read"):

@@ -27,8 +27,9 @@ from text_pipelines import SCALE, T5_TOKENS, TOKENS, DeployedPipeline, float_pip
 from torch import Tensor
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.files import file_digest
 from pqcad_qat.sampling.trajectory import initial_noise
-from pqcad_qat.serving.deployed_folder import MANIFEST, MODEL_INDEX, read_manifest, sha256
+from pqcad_qat.serving.deployed_folder import MANIFEST, MODEL_INDEX, read_manifest
 from pqcad_qat.serving.graph_inputs import packed
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -87,9 +88,8 @@ def test_a_prompt_gives_the_picture_of_diffusers_around_the_same_denoiser(
     found = ours(prompt, negative, scale, seed=5)
     assert found.shape == (1, 3, 16, 16)
     assert found.std() > 10
-    assert (
-        np.abs(found - 255 * wanted).max() < 1
-    )  # of 255: half a one is the rounding to bytes, and the decoder's weights are in float16
+    # of 255: half a one is the rounding to bytes, and the decoder's weights are in float16
+    assert np.abs(found - 255 * wanted).max() < 1
 
 
 @torch.no_grad()
@@ -143,9 +143,8 @@ def test_a_pipeline_with_t5_gives_the_picture_of_diffusers_around_the_same_denoi
         assert found.shape == (1, 3, 16, 16)
         assert found.std() > 10
         off = np.abs(found - 255 * wanted)
-        assert (
-            off.mean() < 1
-        )  # of 255: weights of the parts are in float16, and a value may be rounded to either side of a boundary
+        # of 255: weights of the parts are in float16, and a value may be rounded to either side of a boundary
+        assert off.mean() < 1
         assert off.max() < 12
 
 
@@ -219,9 +218,8 @@ def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(large: D
         for prompt in ("", "A Cat!", "ein Hündchen  läuft", LONG):
             wanted = tokenizer(prompt, padding="max_length", max_length=TOKENS, truncation=True).input_ids
             assert encoder.ids(prompt)[0].tolist() == wanted
-    assert (
-        len({encoder.ids("")[0, -1] for encoder in pipeline.encoders.values()}) == 2
-    )  # they fill up with other tokens
+    # they fill up with other tokens
+    assert len({encoder.ids("")[0, -1] for encoder in pipeline.encoders.values()}) == 2
 
 
 def test_a_picture_of_a_seed_is_the_same_in_any_count(ours: TextToImage) -> None:
@@ -287,7 +285,7 @@ def changed(source: Path, folder: Path, name: str, **changes: Any) -> Path:
     for path, changing in ((folder / name, changes), (folder / MANIFEST, {})):
         content = json.loads(path.read_text()) | changing
         if path.name == MANIFEST and name != MANIFEST:
-            content["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            content["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
         path.write_text(json.dumps(content))
     return folder
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from tiny_runs import POLICIES, environment
 
 from pqcad_qat.errors import CheckpointError, PqcadError
-from pqcad_qat.machine.files import write_atomically
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
@@ -389,8 +389,8 @@ def test_numbers_that_json_does_not_know_are_never_written(path: Path) -> None:
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "deep" / "file.txt", "one")
-    write_atomically(tmp_path / "deep" / "file.txt", "two")
+    write_file(tmp_path / "deep" / "file.txt", "one")
+    write_file(tmp_path / "deep" / "file.txt", "two")
     assert (tmp_path / "deep" / "file.txt").read_text() == "two"
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["file.txt"]
 

@@ -50,9 +50,8 @@ def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, hard))
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(
-        10 * seconds, exit=True, file=sys.__stderr__
-    )  # for a loop of C code that no signal interrupts
+    # for a loop of C code that no signal interrupts
+    faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:

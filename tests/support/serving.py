@@ -61,9 +61,8 @@ def main(served: Path, *names: str) -> None:
         off = np.abs(images.astype(int) - expected[: len(images)].astype(int))
         assert images.dtype == np.uint8, images.dtype
         assert len(images) >= 2, images.shape
-        assert off.max() <= 1, (
-            f"{name}: off by {off.max()} of 255"
-        )  # one level: the order in which a step's terms are added
+        # one level: the order in which a step's terms are added
+        assert off.max() <= 1, f"{name}: off by {off.max()} of 255"
         assert name != "plain" or not any(module.startswith("pqcad_qat") for module in sys.modules)
         print(f"{name}: {len(images)} images, largest difference {off.max()} of 255")
     present = [module for module in ABSENT if sys.modules.get(module) is not None]

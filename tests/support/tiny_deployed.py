@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from pqcad_qat.serving.deployed_folder import write_folder, write_json
+from pqcad_qat.machine.files import file_digest, write_json
+from pqcad_qat.serving.deployed_folder import write_folder
 from pqcad_qat.serving.packing import WeightFormat, write_graph
 
 ops = ov.opset13
@@ -138,9 +139,9 @@ def _model(result: ov.Node, name: str, *inputs: ov.Node) -> ov.Model:
 
 def resealed(folder: Path, *names: str) -> None:
     """Note size and digest of changed files in the manifest, as if they had been written so."""
-    from pqcad_qat.serving.deployed_folder import MANIFEST, sha256
+    from pqcad_qat.serving.deployed_folder import MANIFEST
 
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in names:
-        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
     (folder / MANIFEST).write_text(json.dumps(manifest))

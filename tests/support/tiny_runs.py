@@ -25,9 +25,8 @@ from diffusers import UNet2DModel
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.timing.baseline_trials import save_openvino
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores Ctrl-C, and so would what tests start
+# a shell's background job ignores Ctrl-C, and so would what tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLICIES = REPOSITORY / "policies"

@@ -74,6 +74,5 @@ def test_every_candidate_makes_the_steps_of_the_loop_and_says_so() -> None:
 def test_kept_bytes_are_those_of_the_activations(hidden: int) -> None:
     model = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 1))
     (found,) = profile_steps({"m": (model, [Slow()])}, batch, "fp32", 0.0, 1).values()
-    assert found.kept_bytes == 4 * 16 * (
-        4 + hidden + 1
-    )  # the batch, tanh's output (also the second layer's input), the squared output
+    # the batch, tanh's output (also the second layer's input), the squared output
+    assert found.kept_bytes == 4 * 16 * (4 + hidden + 1)

@@ -28,6 +28,7 @@ from pqcad_qat.commands.run import run
 from pqcad_qat.data.calibration import read_calibration
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.time_tables import GUIDANCES, TimestepTable, known_times
+from pqcad_qat.machine.files import file_digest
 from pqcad_qat.models import flux
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.policy.loading import load_policy
@@ -36,7 +37,6 @@ from pqcad_qat.policy.variants import FP32, FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
-from pqcad_qat.serving.deployed_folder import sha256
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.transformer import OVTransformer2DModel, packed, unpacked
 from pqcad_qat.stages.prepared import prepare
@@ -131,9 +131,8 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
     latents = torch.from_numpy(initial_noise(7, 0, 3, ours.sample_shape))
     condition = ours.conditions.of(7, 0, 3)
     if flow_run.name == "flux":
-        scheduler.set_timesteps(
-            sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0
-        )  # mu has no say: the shift is settled
+        # mu has no say: the shift is settled
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
         latents = flux.packed(latents)
     else:
         scheduler.set_timesteps(steps)
@@ -213,7 +212,7 @@ def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: F
     manifest = json.loads((before / "manifest.json").read_text())
     names = [name.replace("transformer/", "unet/") for name in manifest["files"]]
     manifest["files"] = {
-        name: {"bytes": (before / name).stat().st_size, "sha256": sha256(before / name)} for name in names
+        name: {"bytes": (before / name).stat().st_size, "sha256": file_digest(before / name)} for name in names
     }
     (before / "manifest.json").write_text(json.dumps(manifest | {"graph": "unet/openvino_model.xml"}))
     variants = [open_folder(str(folder), conditions=flow_run.conditions) for folder in (before, now)]
