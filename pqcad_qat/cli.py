@@ -136,7 +136,7 @@ def sweep(
     loaded = load_study(Path(study), set)
     from pqcad_qat.commands.sweep import STUDY_PAGE, cells_table, check_cells, chosen_cells
     from pqcad_qat.commands.sweep import sweep as run_cells
-    from pqcad_qat.machine.files import write_atomically
+    from pqcad_qat.machine.files import write_file
     from pqcad_qat.report.comparison_page import comparison_tables, markdown, with_section
 
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
@@ -149,7 +149,7 @@ def sweep(
     found = run_cells(loaded, folder, _command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
     CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
     if page is not None:
-        write_atomically(Path(page), with_section(_page_text(page), loaded.name, markdown(found)))
+        write_file(Path(page), with_section(_page_text(page), loaded.name, markdown(found)))
     CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
 
 

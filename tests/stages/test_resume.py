@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import POLICIES, FinishedRun, environment, program, tiny_overrides
 
+from pqcad_qat.machine.files import file_digest
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
-from pqcad_qat.training.checkpoint import sha256
 
 PATIENCE = 600  # seconds; a busy machine is no failure
 
@@ -160,7 +160,7 @@ def test_the_resumed_run_ships_what_the_uninterrupted_one_ships(
         "student/quantization/model.safetensors",
         "distillation/teacher.safetensors",
     ):
-        assert sha256(interrupted.path / file) == sha256(tiny_run.path / file), file
+        assert file_digest(interrupted.path / file) == file_digest(tiny_run.path / file), file
 
 
 def test_the_whole_run_reports_itself_on_the_command_line(interrupted: InterruptedRun) -> None:
