@@ -11,6 +11,8 @@ import inspect
 import io
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Literal
 import fire
 
 from pqcad_qat.errors import UsageError, shortened
+from pqcad_qat.machine.processes import launched
 from pqcad_qat.policy.schema import known_keys
 
 Commands = Mapping[str, Callable[..., None]]
@@ -242,3 +245,23 @@ def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:
     """The overrides of a policy, with that of its model where one is given."""
     return [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
+
+
+def guidance_scale(value: object) -> float | None:
+    """The value of --guidance, where it is given.
+
+    Raises:
+        UsageError: no number from 1.
+    """
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 1):
+        raise UsageError(f"--guidance: got {value!r}; allowed a number from 1")
+    return value
+
+
+def command_line() -> str:
+    """The command that makes a run again, from its beginning."""
+    count = launched()[1]
+    start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "-r")]
+    line = f"{start} -m pqcad_qat {shlex.join(arguments)}"
+    return line.encode(errors="backslashreplace").decode()  # it is written into pages

@@ -1,7 +1,7 @@
-"""The command line: plain functions over the pipeline, read by Fire; what is printed, and exit codes.
+"""The command line: arguments become one call into commands/, and what comes back is printed.
 
-Not here: any work. Heavy libraries are imported inside the commands, so that `--help` and a policy's faults come at
-once.
+Not here: any work, nor what a table holds (report/). Heavy libraries are imported inside the commands, so that `--help`
+and a policy's faults come at once.
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import fire
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console, RenderableType
 
 from pqcad_qat import __version__
 from pqcad_qat.arguments import (
     HELP,
+    command_line,
     fire_arguments,
+    guidance_scale,
     help_text,
     one_of,
     output_folder,
@@ -35,17 +32,15 @@ from pqcad_qat.arguments import (
     whole_number,
     with_model,
 )
-from pqcad_qat.errors import ModelError, UsageError, shortened
+from pqcad_qat.errors import UsageError, shortened
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import launched
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, told_endings
 from pqcad_qat.policy.loading import json_schema, load_policy, load_pretrain_policy
 from pqcad_qat.policy.reference import markdown_reference
-from pqcad_qat.policy.schema import ConditionsPolicy, Policy
 
 if TYPE_CHECKING:
-    from pqcad_qat.stages.samplers import Variant
-    from pqcad_qat.timing.stage_costs import StageCost
+    from pqcad_qat.report.rehearsal_record import StageCost
 
 PIPED_WIDTH = 130
 """Columns of what is not shown on a terminal."""
@@ -56,6 +51,9 @@ CONSOLE = Console(
     markup=False,  # a pattern such as re:[/a-z]+ or a folder's name would be taken for it
     emoji=False,
 )
+
+PROGRESS = Console(stderr=True, quiet=launched()[0] > 0, markup=False, emoji=False)
+"""For the progress of commands whose output a program may read."""
 
 
 def run(
@@ -71,13 +69,11 @@ def run(
         resume: go on with an unfinished run; finished stages are not repeated.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    from pqcad_qat.commands import run as pipeline
+    from pqcad_qat.commands.run import run as run_policy
 
     folder = Path(out) if out else Path("runs") / loaded.name
-    page = pipeline.run(loaded, folder, _command_line(), CONSOLE, resume)
-    _print_result(folder)
-    deployed = f"\ndeployed: {folder / 'openvino'}" if (folder / "openvino").exists() else ""
-    CONSOLE.print(f"report:   {page}{deployed}", soft_wrap=True)
+    page = run_policy(loaded, folder, command_line(), CONSOLE, resume)
+    _show_result(folder, page)
 
 
 def compare(*runs: str, out: str | None = None) -> None:
@@ -89,24 +85,12 @@ def compare(*runs: str, out: str | None = None) -> None:
         out: page to write, with the same as .json and .md beside it; or a folder for them; comparison.html beside the
             first run by default.
     """
-    from pqcad_qat.report.comparison import compare_runs, named_runs
-    from pqcad_qat.report.comparison_page import comparison_tables, write_comparison
-    from pqcad_qat.report.report_files import read_report
+    from pqcad_qat.commands.compare import compare as compare_folders
+    from pqcad_qat.report.comparison_page import comparison_tables
 
-    if not runs:
-        raise UsageError("got no run; allowed one or more folders of finished runs")
-    folders = [os.path.realpath(run) for run in runs]
-    if twice := [run for run, folder in zip(runs, folders, strict=True) if folders.count(folder) > 1]:
-        raise UsageError(f"{twice[0]}: got the same folder twice; allowed once")
-    page = Path(folders[0]).parent if out is None else Path(out)
-    if page.suffix != ".html":
-        if page.suffix and not page.is_dir():
-            raise UsageError(f"--out: got {shortened(str(out))!r}; allowed a name in .html, or a folder")
-        page = page / "comparison.html"
-    found = compare_runs("comparison", named_runs({run: read_report(Path(run)) for run in runs}), _command_line())
-    CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
-    write_comparison(found, page)
-    CONSOLE.print(f"page: {page}", soft_wrap=True)
+    comparison, page = compare_folders(runs, out, command_line())
+    _show(*comparison_tables(comparison))
+    _tell(f"page: {page}")
 
 
 def sweep(
@@ -134,23 +118,23 @@ def sweep(
     from pqcad_qat.policy.study_cells import load_study
 
     loaded = load_study(Path(study), set)
-    from pqcad_qat.commands.sweep import STUDY_PAGE, cells_table, check_cells, chosen_cells
+    from pqcad_qat.commands.sweep import STUDY_PAGE, checked_cells
     from pqcad_qat.commands.sweep import sweep as run_cells
-    from pqcad_qat.machine.files import write_file
     from pqcad_qat.report.comparison_page import comparison_tables, markdown, with_section
+    from pqcad_qat.report.tables import cells_table
 
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
     if page is not None:
         with_section(_page_text(page), loaded.name, "")
     if dry_run:
-        check_cells(chosen_cells(loaded, str(only)), CONSOLE)
-        CONSOLE.print(cells_table(loaded, folder, str(only)))
+        cells = checked_cells(loaded, folder, CONSOLE, str(only))
+        _show(cells_table(cells, f"{loaded.name}: {len(cells)} cells in {folder}"))
         return
-    found = run_cells(loaded, folder, _command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
-    CONSOLE.print(*comparison_tables(found), sep="\n", highlight=False)
+    comparison = run_cells(loaded, folder, command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
+    _show(*comparison_tables(comparison))
     if page is not None:
-        write_file(Path(page), with_section(_page_text(page), loaded.name, markdown(found)))
-    CONSOLE.print(f"page: {folder / STUDY_PAGE}", soft_wrap=True)
+        write_file(Path(page), with_section(_page_text(page), loaded.name, markdown(comparison)))
+    _tell(f"page: {folder / STUDY_PAGE}")
 
 
 def _page_text(page: str) -> str:
@@ -178,14 +162,12 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
         set: override of a key, as KEY=VALUE; given again for each further key.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    from pqcad_qat.models.model_folder import local
-    from pqcad_qat.quantization.plan import plan_table
-    from pqcad_qat.stages.prepared import notes_on, planned_shapes
+    from pqcad_qat.commands.plan import plan as plan_policy
+    from pqcad_qat.report.tables import plan_table
 
-    denoiser, layers = planned_shapes(loaded)
-    CONSOLE.print(plan_table(layers, denoiser))
-    for note in notes_on(loaded, layers, local(loaded.model.source)):
-        CONSOLE.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    planned = plan_policy(loaded)
+    CONSOLE.print(plan_table(planned.layers, planned.denoiser))
+    _tell(*(f"note: {note}" for note in planned.notes))
 
 
 def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:
@@ -199,10 +181,10 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
         runs: timed steps of each, in turns.
     """
     loaded = load_policy(Path(policy), with_model(set, model))
-    from pqcad_qat.commands.profile import costs_table, step_costs
+    from pqcad_qat.commands.profile import profile as profile_policy
+    from pqcad_qat.report.tables import costs_table
 
-    states = loaded.training.batch_size
-    costs = step_costs(loaded, whole_number("runs", runs), CONSOLE)
+    costs, states = profile_policy(loaded, whole_number("runs", runs), CONSOLE), loaded.training.batch_size
     CONSOLE.print(costs_table(costs, states, f"{loaded.name}: one step of {states} states"))
 
 
@@ -238,7 +220,7 @@ def sensitivity(
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
     size = None if max_size is None else Limit(*size_limit("max-size", max_size))
     store, count = folder.parent / CALIBRATION, whole_number("states", states)
-    report, mixed = measure_sensitivity(loaded, sizes, count, size, store, _command_line(), CONSOLE)
+    report, mixed = measure_sensitivity(loaded, sizes, count, size, store, command_line(), CONSOLE)
     CONSOLE.print(sensitivity_table(report))
     CONSOLE.print(assignment_table(report))
     CONSOLE.print(f"page: {write_sensitivity(report, folder)}", soft_wrap=True)
@@ -259,9 +241,18 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
     loaded = load_pretrain_policy(Path(policy), set)
     from pqcad_qat.commands.pretrain import pretrain as train
 
-    CONSOLE.print(
-        f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}", soft_wrap=True
-    )
+    _tell(f"model: {train(loaded, Path(out) if out else Path('runs') / loaded.name, CONSOLE, resume)}")
+
+
+class _SampleOptions(TypedDict):
+    """What both kinds of sampling take."""
+
+    count: int
+    seed: int
+    steps: int | None
+    guidance: float | None
+    out: Path
+    console: Console
 
 
 def sample(
@@ -293,87 +284,27 @@ def sample(
             PyTorch.
         negative: what is not to be seen; takes a prompt and guidance.
     """
-    if Path(out).suffix.lower() not in (".png", ".safetensors"):
+    from pqcad_qat.commands import sample as sampling
+
+    if Path(out).suffix.lower() not in (sampling.PICTURES, sampling.LATENTS):
         raise UsageError(f"--out: got {out!r}; allowed a name in .png, or of latents in .safetensors")
-    number = (1 if prompt is not None else 64) if count is None else whole_number("count", count)
-    whole_number("seed", seed, least=0)
-    laid = None if steps is None else whole_number("steps", steps)
-    scale = _guidance(guidance)
-    if prompt is not None:
-        if conditions is not None:
-            raise UsageError("--conditions: got a second condition; allowed none beside --prompt")
-        _sample_prompt(folder, prompt, negative, number, seed, laid, out, scale)
-        return
-    if negative is not None:
+    how: _SampleOptions = {
+        "count": (1 if prompt is not None else 64) if count is None else whole_number("count", count),
+        "seed": whole_number("seed", seed, least=0),
+        "steps": None if steps is None else whole_number("steps", steps),
+        "guidance": guidance_scale(guidance),
+        "out": Path(out),
+        "console": PROGRESS,
+    }
+    if prompt is None and negative is not None:
         raise UsageError("--negative: got it alone; allowed beside --prompt")
-    _sample_choices(folder, number, seed, laid, out, conditions, scale)
-
-
-def _sample_prompt(
-    folder: str,
-    prompt: str,
-    negative: str | None,
-    count: int,
-    seed: int,
-    steps: int | None,
-    out: str,
-    guidance: float | None,
-) -> None:
-    """Pictures of a prompt, without PyTorch."""
-    from pqcad_qat.report.grid import save_grid
-    from pqcad_qat.serving.text_to_image import TextToImage
-
-    if Path(out).suffix.lower() != ".png":
-        raise UsageError(f"--out: got {out!r}; allowed a name in .png, for a prompt makes pictures")
-    with CONSOLE.status(Text(f"sample: {prompt}")) as status, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)
-        pipeline = TextToImage.from_pretrained(folder)
-        laid, done = steps or pipeline.steps, 0
-
-        def advance(_images: int) -> None:
-            nonlocal done
-            done += 1
-            status.update(f"sample: step {done} of {laid}")
-
-        save_grid(pipeline(prompt, negative, guidance, steps, seed, count, advance), Path(out))
-    for warning in told:
-        CONSOLE.print(f"warning: {warning.message}", soft_wrap=True, markup=False, highlight=False)
-    scale = pipeline.guidance if guidance is None else guidance
-    CONSOLE.print(
-        f"{out}: {count} images of {prompt!r}, {laid} steps, guidance {scale:g}, openvino",
-        soft_wrap=True,
-        highlight=False,
-    )
-
-
-def _sample_choices(
-    folder: str, count: int, seed: int, steps: int | None, out: str, conditions: str | None, guidance: float | None
-) -> None:
-    """Images or latents of what the folder's policy says, or of the choices that are given."""
-    import torch
-    from safetensors.torch import save_file
-
-    from pqcad_qat.data.images import to_uint8
-    from pqcad_qat.machine.progress import progress_bar
-    from pqcad_qat.report.grid import save_grid
-    from pqcad_qat.stages.samplers import sample_states
-
-    variant = _opened(folder, steps, conditions, guidance)
-    suffixes = [".png"] * (not variant.latent or variant.decode is not None) + [".safetensors"] * variant.latent
-    if (suffix := Path(out).suffix.lower()) not in suffixes:
-        made = "images" if not variant.latent else "latents" if variant.decode else "latents, and has no VAE"
-        raise UsageError(f"--out: got {out!r}; allowed a name in {' or '.join(suffixes)}, for {folder} makes {made}")
-    with progress_bar(CONSOLE) as bar:
-        task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
-        states = sample_states(variant, count, seed, min(count, 64), lambda done: bar.update(task, advance=done))
-    if suffix == ".safetensors":
-        save_file({"latents": states.contiguous()}, out)
+    if prompt is not None and conditions is not None:
+        raise UsageError("--conditions: got a second condition; allowed none beside --prompt")
+    if prompt is not None:
+        sampled = sampling.sample_prompt(folder, prompt, negative=negative, **how)
     else:
-        pictures = states if variant.decode is None else torch.from_numpy(variant.decode(states.numpy()))
-        save_grid(to_uint8(pictures).numpy(), Path(out))
-    made = "latents" if suffix == ".safetensors" else "images"
-    CONSOLE.print(f"{out}: {count} {made}, {variant.steps} steps, {variant.runtime}", soft_wrap=True)
+        sampled = sampling.sample(folder, conditions=conditions, **how)
+    _tell(*(f"warning: {warning}" for warning in sampled.warnings), f"{out}: {sampled.text}")
 
 
 def evaluate(
@@ -399,29 +330,19 @@ def evaluate(
             what a run's policy says, or all classes.
         guidance: scale of classifier-free guidance; by default what the folder was made for.
     """
-    from pqcad_qat.machine.progress import progress_bar
-    from pqcad_qat.quality.feature_network import check_shape, load_features
-    from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol
-    from pqcad_qat.stages.samplers import sample_images
+    from pqcad_qat.commands.evaluate import evaluate as evaluate_folder
 
-    whole_number("images", images, least=2)
-    whole_number("seed", seed, least=0)
-    laid = None if steps is None else whole_number("steps", steps)
-    variant = _opened(folder, laid, conditions, _guidance(guidance))
-    if variant.latent:
-        raise UsageError(f"{folder}: makes latents of {variant.sample_shape[0]} channels; allowed a model of images")
-    source = features or _features_of(folder)
-    try:
-        check_shape(source, variant.sample_shape)
-    except ModelError as error:
-        raise UsageError(f"--features: {error}") from error
-    network = load_features(source)
-    with progress_bar(CONSOLE) as bar:
-        task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
-        found = sample_images(variant, images, seed, 64, lambda done: bar.update(task, advance=done))
-    figures = evaluate_images(found, None, network)
-    protocol = fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed)
-    CONSOLE.print_json(json.dumps({"fid_real": figures.fid_real, "fid_protocol": asdict(protocol)}))
+    evaluation = evaluate_folder(
+        folder,
+        images=whole_number("images", images, least=2),
+        seed=whole_number("seed", seed, least=0),
+        steps=None if steps is None else whole_number("steps", steps),
+        features=features,
+        conditions=conditions,
+        guidance=guidance_scale(guidance),
+        console=PROGRESS,
+    )
+    CONSOLE.print_json(json.dumps(asdict(evaluation)))
 
 
 def benchmark(
@@ -457,12 +378,10 @@ def benchmark(
     from pqcad_qat.commands.benchmark import measure_speed
     from pqcad_qat.report.benchmark_page import speed_tables, write_speed
 
-    report = measure_speed(source, Path(policy), sizes, sets, runs, throughput, _command_line(), CONSOLE)
-    for table in speed_tables(report):
-        CONSOLE.print(table)
-    for name, why in report.left_out.items():
-        CONSOLE.print(f"{name}: not timed: {why}", highlight=False)
-    CONSOLE.print(f"page: {write_speed(report, folder)}", soft_wrap=True)
+    report = measure_speed(source, Path(policy), sizes, sets, runs, throughput, command_line(), CONSOLE)
+    _show(*speed_tables(report))
+    _tell(*(f"{name}: not timed: {why}" for name, why in report.left_out.items()))
+    _tell(f"page: {write_speed(report, folder)}")
 
 
 def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
@@ -478,23 +397,15 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
     """
     loaded = load_policy(Path(policy), with_model(set, model))
     folder = output_folder(out)
-    from pqcad_qat.commands.rehearse import rehearse as rehearsed
-    from pqcad_qat.commands.rehearse import stages_table, write_rehearsal
-    from pqcad_qat.models.untrained import architecture_configs, architectures
-
-    source = loaded.model.source
-    if (configs := architecture_configs(source)) is None:
-        known = ", ".join(architectures())
-        raise UsageError(
-            f"--model: got {source!r}; allowed a denoiser's config.json, a folder with one, or an architecture: {known}"
-        )
+    from pqcad_qat.commands.rehearse import rehearse as rehearse_policy
+    from pqcad_qat.report.tables import stages_table
 
     def tell(cost: StageCost) -> None:
-        CONSOLE.print(f"{cost.name}: {cost.seconds:.1f} s", highlight=False)
+        _tell(f"{cost.name}: {cost.seconds:.1f} s")
 
-    found = rehearsed(loaded, configs, folder, _command_line(), tell)
+    found, record = rehearse_policy(loaded, folder, command_line(), tell)
     CONSOLE.print(stages_table(found))
-    CONSOLE.print(f"record: {write_rehearsal(found, folder)}", soft_wrap=True)
+    _tell(f"record: {record}")
 
 
 def features(out: str, data: str = "fashion-mnist", path: str | None = None, size: int = 32) -> None:
@@ -506,23 +417,9 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
         path: of the data, where it is not at its default place.
         size: pixels of a side.
     """
-    from pqcad_qat.data.images import load_images
-    from pqcad_qat.machine.progress import progress_bar
-    from pqcad_qat.quality.feature_training import RECIPES, FeatureRecipe, make_features
+    from pqcad_qat.commands.features import features as train_features
 
-    train = load_images(data, path, size)
-    test = load_images(data, path, size, split="test") if data == "fashion-mnist" else None
-    with progress_bar(CONSOLE) as bar:
-        task = bar.add_task("features", total=None, note="")
-        recipe = RECIPES.get(data, FeatureRecipe())
-        make_features(
-            Path(out),
-            train,
-            test,
-            recipe,
-            lambda step, steps, loss: bar.update(task, total=steps, completed=step, note=f"{loss:.3f}"),
-        )
-    CONSOLE.print(f"features: {out}", soft_wrap=True)
+    _tell(f"features: {train_features(Path(out), data, path, size, CONSOLE)}")
 
 
 def schema(markdown: bool = False) -> None:
@@ -572,90 +469,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
 
 
-def _features_of(folder: str) -> str:
-    """The feature network that belongs to a run's or an embedded model's images."""
-    from pqcad_qat.quality.feature_network import embedded_features
-
-    policy = _policy_of(folder)
-    if folder in embedded_features():
-        return folder
-    if policy is None or policy.features is None:
-        raise UsageError(
-            f"--features: got none, and {folder} has none of its own; allowed "
-            f"{', '.join(embedded_features())}, or a folder"
-        )
-    return policy.features
-
-
-def _guidance(guidance: object) -> float | None:
-    if guidance is not None and (not isinstance(guidance, int | float) or isinstance(guidance, bool) or guidance < 1):
-        raise UsageError(f"--guidance: got {guidance!r}; allowed a number from 1")
-    return guidance
-
-
-def _opened(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Variant:
-    """A folder as the options of `sample` and `evaluate` want it."""
-    from pqcad_qat.stages.run_folder import EMBEDDINGS
-    from pqcad_qat.stages.samplers import open_folder
-
-    section = None if (policy := _policy_of(folder)) is None else policy.conditions
-    if (kept := Path(folder) / EMBEDDINGS).is_file():
-        section = ConditionsPolicy(embeddings=str(kept))
-    if conditions is not None and re.fullmatch(r"\[[\d, ]+\]", conditions):
-        section = ConditionsPolicy(classes=tuple(int(label) for label in re.findall(r"\d+", conditions)))
-    elif conditions is not None:
-        section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=conditions)
-    return open_folder(folder, steps, section, guidance)
-
-
-def _policy_of(folder: str) -> Policy | None:
-    """The policy of a run's folder."""
-    return load_policy(policy) if (policy := Path(folder) / "policy.yaml").is_file() else None
-
-
-def _command_line() -> str:
-    """What makes the run again, from its beginning."""
-    count = launched()[1]
-    start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
-    line = f"{start} -m pqcad_qat " + shlex.join(
-        argument for argument in sys.argv[1:] if argument not in ("--resume", "-r")
-    )
-    return line.encode(errors="backslashreplace").decode()  # it is written into pages
-
-
-def _print_result(folder: Path) -> None:
-    """The report's table and targets, short."""
-    from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE
+def _show_result(folder: Path, page: Path) -> None:
+    """The report of a run, short, and where its page and its deployed folder are."""
     from pqcad_qat.report.report_files import read_report
+    from pqcad_qat.report.tables import result_remarks, result_table
 
     report = read_report(folder)
-    table = Table(
-        "variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=f"{report.policy['name']}: {folder}"
-    )
-    for row in report.variants:
-        bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
-        numbers = [
-            row.fid_real,
-            row.psnr_fp,
-            row.latency_ms_per_image,
-            None if row.size_bytes is None else row.size_bytes / 1e6,
-        ]
-        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
-        cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
-        table.add_row(row.name, bits, str(row.steps), *cells)
-    CONSOLE.print(table)
-    for row in report.variants:
-        if row.did_not_run:
-            CONSOLE.print(f"{row.name} did not run: {row.did_not_run}", highlight=False, markup=False, soft_wrap=True)
-    if report.unsteady:
-        CONSOLE.print(UNSTEADY_NOTE, highlight=False, soft_wrap=True)
-    if report.quality_note:
-        CONSOLE.print(report.quality_note, highlight=False)
-    if floating := [f"{row.layer} ({row.kind})" for row in report.layers if row.weight_bits is None]:
-        CONSOLE.print(f"in floating point: {', '.join(floating)}", highlight=False, markup=False)
-    for goal in report.targets:
-        mark = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("not measured", "")}[goal.holds]
-        measured = "-" if goal.measured is None else f"{goal.measured:.4g}"
-        why = f" ({goal.note})" if goal.holds is None and goal.note else ""
-        told = f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}{why}"
-        CONSOLE.print(Text.assemble("  ", mark, told), soft_wrap=True)
+    CONSOLE.print(result_table(report, folder))
+    _tell(*result_remarks(report), f"report:   {page}")
+    if (folder / "openvino").exists():
+        _tell(f"deployed: {folder / 'openvino'}")
+
+
+def _show(*tables: RenderableType) -> None:
+    CONSOLE.print(*tables, sep="\n", highlight=False)
+
+
+def _tell(*lines: RenderableType) -> None:
+    """Lines that are not broken, so that a path can be copied."""
+    for line in lines:
+        CONSOLE.print(line, highlight=False, soft_wrap=True)

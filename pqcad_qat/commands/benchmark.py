@@ -93,7 +93,7 @@ def measure_speed(
     timed = [isa for isa in isas if isa not in left_out]
     if not timed:
         raise ModelError("; ".join(f"{isa}: {why}" for isa, why in left_out.items()))
-    with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True) as bar:
+    with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True, lines=False) as bar:
         task = bar.add_task("benchmark", total=2 + len(batches) * (1 + len(timed)), note=f"reading {source}")
         bar.refresh()
 

@@ -6,13 +6,11 @@ Not here: how a step is timed (training/step_profile.py).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
@@ -26,22 +24,15 @@ from pqcad_qat.stages.prepared import prepare, prepare_untrained
 from pqcad_qat.stages.train import bit_schedule
 from pqcad_qat.training.callback import Callback
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
-from pqcad_qat.training.step_profile import PARTS, WARM_UP, StepProfile, profile_steps
+from pqcad_qat.training.step_profile import WARM_UP, StepProfile, profile_steps
 from pqcad_qat.training.trainer import new_accelerator
 from pqcad_qat.training.weight_distance import WeightDistance
-
-COLUMNS = {
-    "float": "floating point",
-    FIXED_BIT: "target widths",
-    PQ: "between two widths",
-}
-"""Name of a candidate -> what its layers compute with."""
 
 STILL = 0.999
 """Momentum of the transition that is timed: over the steps of a profile it stays where it is."""
 
 
-def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
+def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
     """Time training steps of the policy's model, quantized and not, on noise: values do not change what a step costs.
 
     The model may be an architecture alone, whose weights are random then.
@@ -83,17 +74,3 @@ def step_costs(policy: Policy, runs: int, console: Console) -> dict[str, StepPro
         return profile_steps(
             candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done)
         )
-
-
-def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Table:
-    """For the terminal; `states` are those of a step."""
-    table = Table("milliseconds a step", *(f"{name}: {COLUMNS[name]}" for name in costs), title=title)
-    for part in PARTS:
-        table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
-    table.add_section()
-    table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
-    table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
-    table.add_row("states a second", *(f"{1e3 * states / cost.total:.1f}" for cost in costs.values()))
-    table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
-    table.add_row("MB at the peak of a step", *(f"{cost.peak_bytes / 1e6:.0f}" for cost in costs.values()))
-    return table

@@ -19,7 +19,8 @@ from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
-from pqcad_qat.quantization.plan import plan_json, plan_text
+from pqcad_qat.quantization.plan import plan_json
+from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning

@@ -17,7 +17,7 @@ from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.errors import PlanError
-from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.machine.progress import progress_bar, working
 from pqcad_qat.models.denoiser import PredictArguments
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
@@ -144,7 +144,7 @@ def _calibrated(
 ) -> nn.Module:
     """The model with these layers quantized, weights at their own widths, not trained."""
     model = quantize_model(copy.deepcopy(prepared.split), plan)
-    with console.status("sensitivity: ranges"):
+    with working(console, "sensitivity: ranges"):
         calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
     for layer in quantized_layers(model).values():
         set_weight_bits(layer, layer.plan.weights.bits)

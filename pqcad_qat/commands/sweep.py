@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.machine.files import write_file
-from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.machine.progress import progress_bar, working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
 from pqcad_qat.policy.variants import QUANTIZATION_AWARE, TRAINED, VARIANTS, stages_of
@@ -35,6 +34,7 @@ from pqcad_qat.quantization.plan import listed
 from pqcad_qat.report.comparison import Comparison, Run, compare_runs
 from pqcad_qat.report.comparison_page import write_comparison
 from pqcad_qat.report.report_files import PAGE_FILE, read_report
+from pqcad_qat.report.tables import CellState
 from pqcad_qat.stages.prepared import planned_shapes
 from pqcad_qat.stages.run_folder import POLICY, check_policy
 
@@ -66,7 +66,7 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
         _refuse_timings(waiting, jobs)
     check_cells(waiting, console)
     failed: dict[str, str] = {}
-    with progress_bar(console) as bar:
+    with progress_bar(console, lines=False) as bar:
         task = bar.add_task(f"study {study.name}", total=len(chosen), completed=len(chosen) - len(waiting), note="")
 
         def begin(cell: Cell) -> None:
@@ -101,9 +101,9 @@ def check_cells(cells: Sequence[Cell], console: Console) -> None:
     for cell in cells:
         alike.setdefault(json.dumps(_planned_by(cell.policy), sort_keys=True), []).append(cell)
     faults: dict[str, list[str]] = {}
-    with console.status("study: planning every cell") as status:
+    with working(console, "study: planning every cell") as tell:
         for number, group in enumerate(alike.values(), start=1):
-            status.update(f"study: plan {number} of {len(alike)}: {group[0].name}")
+            tell(f"study: plan {number} of {len(alike)}: {group[0].name}")
             try:
                 planned_shapes(group[0].policy)
             except PqcadError as error:
@@ -230,17 +230,22 @@ def _refuse_changed(study: Study, folder: Path) -> None:
         raise CheckpointError("\n".join([*faults, "--out DIR starts the study anew in another folder"]))
 
 
-def cells_table(study: Study, folder: Path, only: str = "*") -> Table:
-    """What every cell would do, and how far it is."""
+def checked_cells(study: Study, folder: Path, console: Console, only: str = "*") -> tuple[CellState, ...]:
+    """What every cell would do, and how far it is; nothing is run or written.
+
+    Raises:
+        StudyError: as `check_cells`, or `only` matches none.
+    """
     chosen = chosen_cells(study, only)
-    table = Table("cell", "variants", "trains", "steps", "is", title=f"{study.name}: {len(chosen)} cells in {folder}")
+    check_cells(chosen, console)
+    found = []
     for cell in chosen:
         stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
         path = folder / cell.name
         state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"
         steps = sum(_steps(cell.policy, stages))
-        table.add_row(cell.name, " ".join(cell.policy.evaluation.variants), " ".join(stages), str(steps), state)
-    return table
+        found.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state))
+    return tuple(found)
 
 
 def _steps(policy: Policy, stages: Sequence[str]) -> list[int]:

@@ -1,28 +1,121 @@
-"""The one progress bar of long work on a terminal.
+"""What long work tells while it goes on: a bar or a spinner on a terminal, and a line now and then elsewhere.
 
-Not here: what is printed where no terminal is.
+Not here: what is being done. No line holds escape codes, so that it can be kept in a file.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+SECONDS = 15.0
+"""Between two lines of one piece of work, where there is no terminal."""
 
 
-def progress_bar(console: Console, quiet: bool = False) -> Progress:
+class ProgressLines(Progress):
+    """A progress bar that prints lines instead where its console is no terminal: one every `seconds`, one at the end.
+
+    Attributes:
+        seconds: between two lines; None prints none.
+    """
+
+    def __init__(self, *columns: str | ProgressColumn, console: Console, auto_refresh: bool, seconds: float | None):
+        super().__init__(*columns, console=console, disable=not console.is_terminal, auto_refresh=auto_refresh)
+        self.seconds = seconds
+        self._told: dict[TaskID, float] = {}
+
+    def add_task(self, *args: Any, **fields: Any) -> TaskID:
+        task = super().add_task(*args, **fields)
+        self._told[task] = monotonic()
+        return task
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        """Print how far the work is, where it is time to."""
+        task = self._tasks[task_id]
+        if not self.disable or self.seconds is None or task.total is None or task_id not in self._told:
+            return
+        if not task.finished and monotonic() - self._told[task_id] < self.seconds:
+            return
+        self._told[task_id] = monotonic()
+        if task.finished:
+            del self._told[task_id]  # told for the last time
+        spent = timedelta(seconds=round(task.finished_time or task.elapsed or 0))
+        note = f", {task.fields['note']}" if task.fields.get("note") else ""
+        line = f"{task.description}: {task.completed:g} of {task.total:g}{note}, {spent}"
+        self.console.print(Text(line), soft_wrap=True)
+
+
+def progress_bar(console: Console, quiet: bool = False, lines: bool = True) -> ProgressLines:
     """The one look of every progress line: name, bar, count, what is going on, time spent and left.
 
-    `quiet`: drawn only when it is told to, so that it takes no time from what is being timed.
+    Args:
+        console: that it is shown on.
+        quiet: drawn only when it is told to, so that it takes no time from what is being timed.
+        lines: whether lines are printed where the console is no terminal.
     """
-    return Progress(
+    return ProgressLines(
         TextColumn("[bold]{task.description:<14}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
         auto_refresh=not quiet,
+        seconds=SECONDS if lines else None,
     )
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+    """Tell what is going on where nothing says how far it is: a spinner on a terminal, elsewhere a line at the start
+    and one now and then. The yielded function tells what comes next.
+    """
+    if console.is_terminal:
+        with console.status(Text(what)) as status:
+            yield lambda text: status.update(Text(text))
+        return
+    now, began, ended = [what], monotonic(), threading.Event()
+
+    def tell() -> None:
+        spent = timedelta(seconds=round(monotonic() - began))
+        console.print(Text(f"{now[0]}, {spent}" if spent else now[0]), soft_wrap=True)
+
+    def keep_telling() -> None:
+        while not ended.wait(2 * SECONDS):
+            tell()
+
+    tell()
+    teller = threading.Thread(target=keep_telling, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield lambda text: now.__setitem__(0, text)
+    finally:
+        ended.set()
+        teller.join()

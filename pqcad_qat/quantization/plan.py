@@ -1,13 +1,12 @@
 """The rules of a policy meet a model: which layer is quantized how, checked in full before anything is changed.
 
-No quantizers here, and nothing is rewritten: a plan is data, its table and its sizes.
+Not here: quantizers, and how a plan looks (report/tables.py). Nothing is rewritten: a plan is data and its sizes.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import io
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError, shortened
@@ -182,47 +177,6 @@ def stored_bits(weights: QuantizerSpec, widths: Collection[int]) -> int:
     bit more.
     """
     return min((bits for bits in widths if weights.symmetric and bits >= weights.bits), default=8)
-
-
-def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> Table:
-    """The plan for a terminal: layer, rule, widths and parameters; below it what the rules say and what the model will
-    cost.
-    """
-    table = Table(
-        title=f"{len(plan)} layers quantized",
-        caption=_caption(plan, model),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("layer", overflow="fold")
-    for heading in ("rule", "weights", "inputs", "runs in"):
-        table.add_column(heading)
-    table.add_column("parameters", justify="right")
-    for layer in plan:
-        shared = "" if layer.input_group == layer.name else f" of {layer.input_group.rpartition('.')[2]}"
-        runs = "INT8" if executes_int8(layer) else ("float, exception" if layer.int8_exception else "float, simulated")
-        widths = ">".join(map(str, layer.ladder))
-        table.add_row(
-            escape(layer.name),
-            escape(layer.rule),
-            widths,
-            escape(f"{layer.inputs.bits}{shared}"),
-            runs,
-            f"{layer.parameters:,}",
-        )
-    for name in float_layers(model, plan):
-        module = model.get_submodule(name)
-        runs, count = f"float, {float_kind(module)}", f"{parameter_count(module):,}"
-        table.add_row(escape(name), "-", "float", "float", runs, count, style="dim")
-    return table
-
-
-def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
-    """The same table as plain text."""
-    console = Console(file=io.StringIO(), width=160, markup=False)
-    with console.capture() as captured:
-        console.print(plan_table(plan, model))
-    return captured.get()
 
 
 def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
@@ -401,7 +355,7 @@ def _share_inputs(plans: list[LayerPlan], first_readers: dict[str, str]) -> tupl
 def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     """Two rules that quantize one tensor's inputs differently, by the pairs of layers that read it."""
     leader, layer = pairs[0]
-    got, allowed = (f"{one.inputs.bits} bits, {_words(one.inputs)}" for one in (layer, leader))
+    got, allowed = (f"{one.inputs.bits} bits, {quantizer_words(one.inputs)}" for one in (layer, leader))
     names = listed(
         [f"{one.name} ({_quoted(one.rule)}) and {other.name} ({_quoted(other.rule)})" for one, other in pairs]
     )
@@ -411,7 +365,8 @@ def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     )
 
 
-def _words(spec: QuantizerSpec) -> str:
+def quantizer_words(spec: QuantizerSpec) -> str:
+    """How a tensor is quantized, in words."""
     sign = (
         ""
         if not spec.symmetric or spec.per_channel
@@ -424,18 +379,3 @@ def _words(spec: QuantizerSpec) -> str:
         f"{'symmetric' if spec.symmetric else 'asymmetric'}{sign}, "
         f"{'channel' if spec.per_channel else 'tensor'}, {scale}"
     )
-
-
-def _caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
-    lines = []
-    for index, pattern, weights, inputs in dict.fromkeys((p.rule_index, p.rule, p.weights, p.inputs) for p in plan):
-        lines.append(f"rule {index}, {pattern}: weights {_words(weights)}; inputs {_words(inputs)}")
-    full = expected_bytes(model, (), False)
-    sizes = ((label, expected_bytes(model, plan, packed)) for label, packed in (("int8", False), ("packed", True)))
-    lines.append(
-        f"float32 {full / 1e6:.2f} MB; "
-        + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes)
-    )
-    if simulated := sum(not executes_int8(layer) for layer in plan):
-        lines.append(f"{simulated} layers do not run in INT8 on an Intel CPU")
-    return "\n".join(lines)

@@ -14,7 +14,6 @@ from pathlib import Path
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from rich import box
-from rich.table import Table
 
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import OURS, REFERENCE, summary_of
@@ -23,6 +22,7 @@ from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
 from pqcad_qat.report.page import TIMES, UNKNOWN, number, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing
+from pqcad_qat.report.terminal_table import TerminalTable
 
 RATIO = f"ours / this, {TIMES}"
 JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
@@ -147,7 +147,7 @@ def machine_text(machine: Hardware) -> str:
     )
 
 
-def speed_tables(report: SpeedReport) -> Iterator[Table]:
+def speed_tables(report: SpeedReport) -> Iterator[TerminalTable]:
     """For the terminal: of each measurement its timings, and where the time of a step went."""
     for measurement in report.measurements:
         caption = "\n".join([machine_text(measurement.hardware), *remarks(measurement)])
@@ -158,7 +158,7 @@ def speed_tables(report: SpeedReport) -> Iterator[Table]:
             rows = [image_cells(report, measurement, row) for row in measurement.rows]
             yield _candidates_table("the same, an image", image_headings(report), rows)
         yield _profile_table(measurement)
-    loading = Table(*LOADING, title=f"{report.source}: loading", box=box.SIMPLE_HEAD)
+    loading = TerminalTable(*LOADING, title=f"{report.source}: loading", box=box.SIMPLE_HEAD)
     for found in report.loading:
         loading.add_row(*loading_cells(found))
     yield loading
@@ -166,8 +166,8 @@ def speed_tables(report: SpeedReport) -> Iterator[Table]:
 
 def _candidates_table(
     heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
-) -> Table:
-    table = Table(title=heading, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+) -> TerminalTable:
+    table = TerminalTable(title=heading, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
@@ -175,9 +175,9 @@ def _candidates_table(
     return table
 
 
-def _profile_table(measurement: Measurement) -> Table:
+def _profile_table(measurement: Measurement) -> TerminalTable:
     profiles = _profiles(measurement)
-    table = Table("kind of node", title="milliseconds of a step by kind of node", box=box.SIMPLE_HEAD)
+    table = TerminalTable("kind of node", title="milliseconds of a step by kind of node", box=box.SIMPLE_HEAD)
     for name in profiles:
         table.add_column(name, justify="right")
     for kind, spent in kind_milliseconds(profiles).items():

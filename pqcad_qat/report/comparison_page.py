@@ -13,7 +13,6 @@ from pathlib import Path
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from rich.table import Table
 
 from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.files import write_file
@@ -22,6 +21,7 @@ from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import MANY_IMAGES, UNKNOWN, number, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, FidProtocol
+from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 2
 HEADINGS = {
@@ -112,10 +112,10 @@ def part_title(comparison: Comparison, part: Part) -> str:
     return comparison.title if len(comparison.parts) == 1 else f"{comparison.title}: {part.model}"
 
 
-def comparison_tables(comparison: Comparison) -> Iterator[Table | str]:
+def comparison_tables(comparison: Comparison) -> Iterator[TerminalTable | str]:
     """For the terminal: of every part a table, then its protocol."""
     for part in comparison.parts:
-        table = Table(*headings(comparison), title=part_title(comparison, part))
+        table = TerminalTable(*headings(comparison), title=part_title(comparison, part))
         for row in part.rows:
             table.add_row(*cells(comparison, row))
         yield table

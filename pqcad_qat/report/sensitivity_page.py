@@ -13,12 +13,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 from matplotlib.patches import Rectangle
-from rich.table import Table
 
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity
 from pqcad_qat.report.canvas import COLOURS, canvas
 from pqcad_qat.report.page import TIMES, number, page_template
+from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 1
 JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
@@ -103,9 +103,9 @@ def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
     return [layer.name, f"{report.parameters[layer.name]:,}", *errors, str(report.shown.bits[layer.name])]
 
 
-def sensitivity_table(report: SensitivityReport) -> Table:
+def sensitivity_table(report: SensitivityReport) -> TerminalTable:
     """For the terminal."""
-    table = Table(
+    table = TerminalTable(
         title=f"{report.policy}: error of the output in dB, one layer quantized alone", caption_justify="left"
     )
     for heading in headings(report):
@@ -115,9 +115,9 @@ def sensitivity_table(report: SensitivityReport) -> Table:
     return table
 
 
-def assignment_table(report: SensitivityReport) -> Table:
+def assignment_table(report: SensitivityReport) -> TerminalTable:
     """For the terminal: what the widths of all layers come to."""
-    table = Table(*assignment_headings(report))
+    table = TerminalTable(*assignment_headings(report))
     for row in assignment_rows(report):
         table.add_row(*row)
     return table

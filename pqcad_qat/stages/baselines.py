@@ -17,6 +17,7 @@ from pqcad_qat.errors import DiedError, DiskError
 from pqcad_qat.export.time_tables import known_times
 from pqcad_qat.machine.content_store import kept
 from pqcad_qat.machine.files import room_for
+from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.recipes import BASELINE_INPUTS
@@ -41,7 +42,7 @@ def make_baselines(work: Work, calibration: CalibrationSet) -> None:
             return
         died: dict[str, str] = {}
         for name, attempt in _attempts(work, calibration).items():
-            with work.console.status(f"baselines: {name}"):
+            with working(work.console, f"baselines: {name}"):
                 died |= reasons({name: attempt})
         for name in died.keys() & set(work.made):
             work.warn(f"baselines: {name} did not run: {died[name]}")

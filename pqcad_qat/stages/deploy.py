@@ -24,6 +24,7 @@ from pqcad_qat.export.part_proof import part_parity
 from pqcad_qat.export.proof import end_to_end_psnr, execution_precision, layer_parity, refuse_float
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for
+from pqcad_qat.machine.progress import working
 from pqcad_qat.models.architectures import ConditionInput
 from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
@@ -98,7 +99,7 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
                 )
 
         shipped = work.path / "openvino"
-        with work.console.status("export: writing and verifying the OpenVINO folder"):
+        with working(work.console, "export: writing and verifying the OpenVINO folder"):
             write(shipped, policy.export.weights, deployed_parts)
             write(work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
@@ -151,7 +152,7 @@ def _attention(work: Work, calibration: CalibrationSet, student: nn.Module) -> d
     """What the products of attention read on states of the calibration set, if they are to run in INT8."""
     if work.policy.quantization.attention == "float":
         return {}
-    with work.console.status("export: ranges of attention"), frozen_weights(student.eval()):
+    with working(work.console, "export: ranges of attention"), frozen_weights(student.eval()):
         return attention_ranges(student, calibration.inputs(RANGE_INPUTS, work.policy.training.batch_size))
 
 
@@ -178,7 +179,7 @@ def benchmark(work: Work) -> None:
             return
         runs, files = work.policy.export.latency_runs, openvino_files(work)
         inputs = example_of(work)
-        with work.console.status(f"benchmark: every candidate in turns, {runs} runs each"):
+        with working(work.console, f"benchmark: every candidate in turns, {runs} runs each"):
             timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
         sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}

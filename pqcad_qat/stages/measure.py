@@ -22,6 +22,7 @@ from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.content_store import kept, parts_of
 from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
+from pqcad_qat.machine.progress import working
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.variants import OPENVINO, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
@@ -89,7 +90,7 @@ def _make_images(
         states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance, parts)
     samples = {"latents": states} if work.prepared.model.latent else {"images": to_uint8(states)}
     if (decode := decoder_of(work.prepared.model)) is not None:
-        with work.console.status(f"sample {name}: decoding"):
+        with working(work.console, f"sample {name}: decoding"):
             samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
     save_tensors(samples, folder / _images_file(work, name).name)
 
@@ -124,7 +125,7 @@ def evaluate(work: Work) -> None:
         features = None if source is None else load_features(source)
         samples = {name: _samples(work, name) for name in _shown(work)}
         full = samples[REFERENCE]
-        with work.console.status("evaluation: FID, PSNR, SSIM"):
+        with working(work.console, "evaluation: FID, PSNR, SSIM"):
             figures = {
                 name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
                 for name, found in samples.items()

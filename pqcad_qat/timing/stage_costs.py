@@ -11,29 +11,12 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from pqcad_qat.report.rehearsal_record import StageCost
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5)
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """One stage.
-
-    Attributes:
-        name: of the stage.
-        seconds: that it took.
-        peak_bytes: most resident memory meanwhile; None where the system does not tell it of a part of a process's
-            life.
-        kept_bytes: resident memory after it, all that can be given back being given back; None likewise.
-    """
-
-    name: str
-    seconds: float
-    peak_bytes: int | None
-    kept_bytes: int | None
 
 
 class StageMeter:

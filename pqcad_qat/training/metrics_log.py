@@ -66,7 +66,7 @@ class MetricsLog(Callback):
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(self.folder))
-            self._progress = progress_bar(self.console)
+            self._progress = progress_bar(self.console, lines=False)
             self._progress.start()
             self._task = self._progress.add_task(self.stage, total=self.steps, note="")
             self._began, self._steps = monotonic(), 0

@@ -11,11 +11,13 @@ from rich.console import Console
 from tiny_runs import POLICIES, tiny_overrides
 
 from pqcad_qat import cli
-from pqcad_qat.commands import profile as step_costs
+from pqcad_qat.commands import profile as profile_module
+from pqcad_qat.commands.profile import profile
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.quantized_layer import blend_state, read_bits
+from pqcad_qat.report.tables import PROFILED, costs_table
 from pqcad_qat.training.step_profile import StepProfile, profile_steps
 
 
@@ -28,9 +30,9 @@ def test_its_models_are_what_the_columns_say(tiny_folder: Path, monkeypatch: pyt
         seen.update({name: quantized_layers(model) for name, (model, _) in candidates.items()})
         return found
 
-    monkeypatch.setattr(step_costs, "profile_steps", looking)
-    costs = step_costs.step_costs(policy, 1, Console(quiet=True))
-    assert list(costs) == list(step_costs.COLUMNS) == list(seen)
+    monkeypatch.setattr(profile_module, "profile_steps", looking)
+    costs = profile(policy, 1, Console(quiet=True))
+    assert list(costs) == list(PROFILED) == list(seen)
     assert not seen["float"]
     assert all(
         read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None
@@ -59,6 +61,6 @@ def test_an_architecture_is_enough(tmp_path: Path, tiny_folder: Path) -> None:
     config = tmp_path / "config.json"
     config.write_bytes((tiny_folder / "unet" / "config.json").read_bytes())
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(config))
-    costs = step_costs.step_costs(policy, 1, Console(quiet=True))
-    table = step_costs.costs_table(costs, 4, "an architecture")
+    costs = profile(policy, 1, Console(quiet=True))
+    table = costs_table(costs, 4, "an architecture")
     assert "states a second" in table.columns[0]._cells

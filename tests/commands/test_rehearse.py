@@ -17,7 +17,7 @@ import torch
 from conditional_models import saved
 from tiny_runs import POLICIES
 
-from pqcad_qat.commands.rehearse import Rehearsal, rehearse, stages_table, write_rehearsal
+from pqcad_qat.commands.rehearse import REPORT, rehearse
 from pqcad_qat.export import proof
 from pqcad_qat.export.export_model import export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
@@ -26,6 +26,8 @@ from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.untrained import architecture_configs, fixed_inputs, noise_inputs
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import integer_layers, quantized_layers, taken_integers
+from pqcad_qat.report.rehearsal_record import Rehearsal
+from pqcad_qat.report.tables import stages_table
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.stages.blueprint import blueprint, quantized_untrained
 
@@ -60,10 +62,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def found(source: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rehearsal, Path]:
-    folder, configs = tmp_path_factory.mktemp("rehearsed"), architecture_configs(source)
-    assert configs is not None
+    folder = tmp_path_factory.mktemp("rehearsed")
     policy = load_policy(POLICIES / "w4a8-sd15.yaml", [f"model.source={source}"])
-    return rehearse(policy, configs, folder, "rehearse", lambda _: None), folder
+    rehearsal, record = rehearse(policy, folder, "rehearse", lambda _: None)
+    assert record == folder / REPORT
+    return rehearsal, folder
 
 
 def test_every_planned_layer_is_seen_in_int8_and_exact_and_every_stage_is_told(
@@ -86,9 +89,9 @@ def test_every_planned_layer_is_seen_in_int8_and_exact_and_every_stage_is_told(
     assert {path.name for path in folder.iterdir()} >= {"openvino", "packed"}
 
 
-def test_its_record_is_the_table_that_is_shown(found: tuple[Rehearsal, Path], tmp_path: Path) -> None:
-    rehearsal, _ = found
-    assert json.loads(write_rehearsal(rehearsal, tmp_path).read_text()) == json.loads(json.dumps(asdict(rehearsal)))
+def test_its_record_is_the_table_that_is_shown(found: tuple[Rehearsal, Path]) -> None:
+    rehearsal, folder = found
+    assert json.loads((folder / REPORT).read_text()) == json.loads(json.dumps(asdict(rehearsal)))
     assert [column.header for column in stages_table(rehearsal).columns] == [
         "stage",
         "seconds",

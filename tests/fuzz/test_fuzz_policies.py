@@ -762,12 +762,12 @@ WORK = (  # where a command's own work begins
     "pqcad_qat.commands.sweep.sweep",
     "pqcad_qat.commands.pretrain.pretrain",
     "pqcad_qat.commands.sensitivity.measure_sensitivity",
-    "pqcad_qat.commands.profile.step_costs",
-    "pqcad_qat.stages.samplers.open_folder",
+    "pqcad_qat.commands.profile.profile",
+    "pqcad_qat.commands.opened.open_folder",
     "pqcad_qat.commands.benchmark.measure_speed",
     "pqcad_qat.commands.rehearse.rehearse",
-    "pqcad_qat.quality.feature_training.make_features",
-    "pqcad_qat.data.images.load_images",
+    "pqcad_qat.commands.features.make_features",
+    "pqcad_qat.commands.features.load_images",
     "pqcad_qat.serving.text_to_image.TextToImage.from_pretrained",
 )
 

@@ -408,7 +408,7 @@ def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(
     )
     wide = {FP32: Timing(435, 300, 306, 1228, 60)}
     save_record(tmp_path, replace(report, variants=rows, latency=wide, targets=(goal,)))
-    cli._print_result(tmp_path)
+    cli._show_result(tmp_path, tmp_path / "report.html")
     told = " ".join(capsys.readouterr().out.split())
     assert f"{NNCF_INT8} did not run: its process died" in told
     assert "434.00 unsteady" in told

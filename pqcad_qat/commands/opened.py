@@ -1,0 +1,41 @@
+"""A folder as `sample` and `evaluate` open it: with the conditions and the guidance that the command line asks for.
+
+Not here: what a folder holds (stages/samplers.py).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import ConditionsPolicy, Policy
+from pqcad_qat.stages.run_folder import EMBEDDINGS, POLICY
+from pqcad_qat.stages.samplers import Variant, open_folder
+
+
+def opened_folder(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Variant:
+    """What samples from a folder.
+
+    Args:
+        folder: a run, a deployed folder, a quantized student, or a full-precision diffusers folder.
+        steps: sampling steps; by default those the folder was made for.
+        conditions: all, class labels as [0,3], or a safetensors file; by default what a run's policy says.
+        guidance: scale of classifier-free guidance; by default what the folder was made for.
+
+    Raises:
+        ModelError, PolicyError: as `stages.samplers.open_folder`.
+    """
+    section = None if (policy := policy_of(folder)) is None else policy.conditions
+    if (embeddings := Path(folder) / EMBEDDINGS).is_file():
+        section = ConditionsPolicy(embeddings=str(embeddings))
+    if conditions is not None and re.fullmatch(r"\[[\d, ]+\]", conditions):
+        section = ConditionsPolicy(classes=tuple(int(label) for label in re.findall(r"\d+", conditions)))
+    elif conditions is not None:
+        section = ConditionsPolicy() if conditions == "all" else ConditionsPolicy(embeddings=conditions)
+    return open_folder(folder, steps, section, guidance)
+
+
+def policy_of(folder: str) -> Policy | None:
+    """The policy of a run's folder; None of any other folder."""
+    return load_policy(policy) if (policy := Path(folder) / POLICY).is_file() else None

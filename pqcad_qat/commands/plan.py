@@ -1,0 +1,40 @@
+"""The command `plan`: which rule quantizes which layer, and to how many bits, from configs alone.
+
+Not here: how rules meet a model (quantization/plan.py), and how a plan looks (report/tables.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pqcad_qat.models.model_folder import local
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.stages.prepared import notes_on, planned_shapes
+
+
+@dataclass(frozen=True)
+class PolicyPlan:
+    """A policy's plan.
+
+    Attributes:
+        denoiser: the network that it stands on, as shapes without weights.
+        layers: that will be quantized.
+        notes: what is no fault of the policy, and still not what somebody reads in it.
+    """
+
+    denoiser: nn.Module
+    layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...]
+
+
+def plan(policy: Policy) -> PolicyPlan:
+    """Plan a policy on its model's configs.
+
+    Raises:
+        ModelError, PlanError: as `stages.prepared.planned_shapes`.
+    """
+    denoiser, layers = planned_shapes(policy)
+    return PolicyPlan(denoiser, layers, notes_on(policy, layers, local(policy.model.source)))

@@ -1,0 +1,179 @@
+"""What commands show on a terminal: plans, results, cells of a study, costs of training steps and of rehearsals.
+
+Not here: tables that a page shows too (comparison_page.py, benchmark_page.py, sensitivity_page.py), and how a table
+fits a terminal (terminal_table.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from pqcad_qat.export.proof import INT8
+from pqcad_qat.policy.variants import FIXED_BIT, PQ
+from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, quantizer_words
+from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers, parameter_count
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report
+from pqcad_qat.report.rehearsal_record import Rehearsal
+from pqcad_qat.report.terminal_table import TerminalTable
+from pqcad_qat.training.step_profile import PARTS, StepProfile
+
+PROFILED = {
+    "float": "floating point",
+    FIXED_BIT: "target widths",
+    PQ: "between two widths",
+}
+"""Name of a candidate of `profile` -> what its layers compute with."""
+
+
+@dataclass(frozen=True)
+class CellState:
+    """One cell of a study: what it would do, and how far it is.
+
+    Attributes:
+        name: of the cell.
+        variants: that it makes.
+        trains: its stages that train.
+        steps: training steps of all of them.
+        state: new, begun or finished.
+    """
+
+    name: str
+    variants: tuple[str, ...]
+    trains: tuple[str, ...]
+    steps: int
+    state: str
+
+
+def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> TerminalTable:
+    """Every layer with its rule, widths and parameters; below it what the rules say and what the model will cost."""
+    table = TerminalTable(
+        title=f"{len(plan)} layers quantized",
+        caption=_plan_caption(plan, model),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("layer", "rule", "weights", "inputs", "runs in"):
+        table.add_column(heading)
+    table.add_column("parameters", justify="right")
+    for layer in plan:
+        shared = "" if layer.input_group == layer.name else f" of {layer.input_group.rpartition('.')[2]}"
+        runs = "INT8" if executes_int8(layer) else ("float, exception" if layer.int8_exception else "float, simulated")
+        widths = ">".join(map(str, layer.ladder))
+        cells = (layer.name, layer.rule, widths, f"{layer.inputs.bits}{shared}", runs, f"{layer.parameters:,}")
+        table.add_row(*map(Text, cells))
+    for name in float_layers(model, plan):
+        module = model.get_submodule(name)
+        runs, count = f"float, {float_kind(module)}", f"{parameter_count(module):,}"
+        table.add_row(*map(Text, (name, "-", "float", "float", runs, count)), style="dim")
+    return table
+
+
+def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
+    """The same table as plain text."""
+    console = Console(file=io.StringIO(), width=160, markup=False)
+    with console.capture() as captured:
+        console.print(plan_table(plan, model))
+    return captured.get()
+
+
+def _plan_caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
+    lines = []
+    for index, pattern, weights, inputs in dict.fromkeys((p.rule_index, p.rule, p.weights, p.inputs) for p in plan):
+        lines.append(f"rule {index}, {pattern}: weights {quantizer_words(weights)}; inputs {quantizer_words(inputs)}")
+    full = expected_bytes(model, (), False)
+    sizes = ((label, expected_bytes(model, plan, packed)) for label, packed in (("int8", False), ("packed", True)))
+    lines.append(
+        f"float32 {full / 1e6:.2f} MB; "
+        + "; ".join(f"{label} {size / 1e6:.2f} MB ({size / full:.3f}x)" for label, size in sizes)
+    )
+    if simulated := sum(not executes_int8(layer) for layer in plan):
+        lines.append(f"{simulated} layers do not run in INT8 on an Intel CPU")
+    return "\n".join(lines)
+
+
+def result_table(report: Report, folder: Path) -> TerminalTable:
+    """The variants of a run's report, short."""
+    title = f"{report.policy['name']}: {folder}"
+    table = TerminalTable("variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=title)
+    for row in report.variants:
+        bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
+        megabytes = None if row.size_bytes is None else row.size_bytes / 1e6
+        numbers = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, megabytes]
+        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+        cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
+        table.add_row(row.name, bits, str(row.steps), *cells)
+    return table
+
+
+def result_remarks(report: Report) -> Iterator[Text]:
+    """Below the table: what did not run, what the figures mean, what stayed in floating point, and the targets."""
+    for row in report.variants:
+        if row.did_not_run:
+            yield Text(f"{row.name} did not run: {row.did_not_run}")
+    if report.unsteady:
+        yield Text(UNSTEADY_NOTE)
+    if report.quality_note:
+        yield Text(report.quality_note)
+    if floating := [f"{row.layer} ({row.kind})" for row in report.layers if row.weight_bits is None]:
+        yield Text(f"in floating point: {', '.join(floating)}")
+    for goal in report.targets:
+        mark = {True: ("holds", "green"), False: ("does not hold", "red"), None: ("not measured", "")}[goal.holds]
+        measured = "-" if goal.measured is None else f"{goal.measured:.4g}"
+        why = f" ({goal.note})" if goal.holds is None and goal.note else ""
+        yield Text.assemble("  ", mark, f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}{why}")
+
+
+def cells_table(cells: Sequence[CellState], title: str) -> TerminalTable:
+    """What every cell of a study would do, and how far it is."""
+    table = TerminalTable("cell", "variants", "trains", "steps", "is", title=title)
+    for cell in cells:
+        table.add_row(cell.name, " ".join(cell.variants), " ".join(cell.trains), str(cell.steps), cell.state)
+    return table
+
+
+def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> TerminalTable:
+    """What a training step of so many states costs, part by part."""
+    table = TerminalTable("milliseconds a step", *(f"{name}: {PROFILED[name]}" for name in costs), title=title)
+    for part in PARTS:
+        table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
+    table.add_section()
+    table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
+    table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
+    table.add_row("states a second", *(f"{1e3 * states / cost.total:.1f}" for cost in costs.values()))
+    table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
+    table.add_row("MB at the peak of a step", *(f"{cost.peak_bytes / 1e6:.0f}" for cost in costs.values()))
+    return table
+
+
+def stages_table(found: Rehearsal) -> TerminalTable:
+    """What each stage of a rehearsal cost, and below it what came of them."""
+    title = f"{found.model}: {found.parameters / 1e6:,.1f} million parameters, {found.policy}"
+    table = TerminalTable("stage", title=title, box=box.SIMPLE_HEAD)
+    for heading in ("seconds", "MB at the peak", "MB kept"):
+        table.add_column(heading, justify="right")
+    for cost in found.stages:
+        bytes_of_stage = (_megabytes(value) for value in (cost.peak_bytes, cost.kept_bytes))
+        table.add_row(cost.name, f"{cost.seconds:.1f}", *bytes_of_stage)
+    table.add_row("all", f"{sum(cost.seconds for cost in found.stages):.1f}", _megabytes(found.peak_bytes), "")
+    sizes = ", ".join(f"{name} {_megabytes(size)} MB" for name, size in found.sizes.items())
+    layers = (
+        f"{found.executed_int8} of {found.planned} planned layers ran in INT8, {found.exact} with exactly "
+        "PyTorch's integers"
+    )
+    if found.attention:
+        integer = sum(each in INT8 for each in found.attention.values())
+        layers += f"; both products of attention in {integer} of {len(found.attention)}"
+    table.caption, table.caption_justify = f"{layers}\n{sizes}", "left"
+    return table
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f}"
