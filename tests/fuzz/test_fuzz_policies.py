@@ -30,7 +30,7 @@ from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import load_study
-from pqcad_qat.quantization.plan import plan_text
+from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages import prepared
 from pqcad_qat.stages.prepared import planned_shapes
 
