@@ -1,4 +1,4 @@
-"""What the README says of serving runs as it stands there, without the dependencies that it does without."""
+"""What pqcad_qat/serving/README.md says runs as it stands there, without the dependencies that it does without."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_both_scripts_of_the_readme_sample_the_images_of_the_full_environment(served: Path) -> None:
+def test_both_scripts_of_the_page_sample_the_images_of_the_full_environment(served: Path) -> None:
     program = ABSENT + "import runpy; runpy.run_path('tests/support/serving.py', run_name='__main__')"
     command = [sys.executable, "-c", program, str(served), "plain", "serve"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
@@ -33,7 +33,7 @@ def test_both_scripts_of_the_readme_sample_the_images_of_the_full_environment(se
 def test_openvinos_own_benchmark_runs_the_shipped_file(served: Path) -> None:
     line = next(
         line
-        for line in serving.README.read_text().split("<!-- benchmark_app -->")[1].splitlines()
+        for line in serving.PAGE.read_text().split("<!-- benchmark_app -->")[1].splitlines()
         if line.startswith("benchmark_app")
     )
     arguments = line.replace(serving.FOLDER, str(served / "int8")).replace("-t 10", "-niter 2").split()[1:]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from deployed_fixture import PROVENANCE, SHAPE, quantized_unet
-from serving import images_of, readme_script
+from serving import images_of, page_script
 from tiny_runs import SCHEDULER
 
 from pqcad_qat.export.export_model import export_model
@@ -33,11 +33,11 @@ def make(served: Path) -> None:
 
 
 def make_pipeline(served: Path) -> None:
-    """Write text/openvino, and text.npy, what the README's prompt makes of it; takes transformers."""
+    """Write text/openvino, and text.npy, what the page's prompt makes of it; takes transformers."""
     from text_pipelines import deployed
 
     folder = deployed("stable-diffusion", served / "text", {"vae": "auto", "text_encoder": "auto"}).folder
-    np.save(served / "text.npy", images_of(readme_script("prompt"), folder))
+    np.save(served / "text.npy", images_of(page_script("prompt"), folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's ways to serve a deployed folder, run as they stand there, and their images compared with those that
+"""The ways to serve of pqcad_qat/serving/README.md, run as they stand there, and their images compared with those that
 `served_folder` made.
 
 Needs numpy, openvino, tokenizers and the package without its other dependencies: `tox -e check,serving` runs it where
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "pqcad_qat" / "serving" / "README.md"
 FOLDER = "runs/w4a8/openvino"
 SCRIPTS = {"plain": "int8", "serve": "packed", "prompt": "text/openvino"}
-"""Script of the README -> the folder that it is given."""
+"""Script of the page -> the folder that it is given."""
 
 ABSENT = (
     "torch",
@@ -34,9 +34,9 @@ ABSENT = (
 )
 
 
-def readme_script(name: str) -> str:
-    """The code that follows a marker of the README."""
-    return README.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split("```python\n")[1].split("```")[0]
+def page_script(name: str) -> str:
+    """The code that follows a marker of the page."""
+    return PAGE.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split("```python\n")[1].split("```")[0]
 
 
 def images_of(script: str, folder: Path) -> np.ndarray:
@@ -57,7 +57,7 @@ def main(served: Path, *names: str) -> None:
     """
     for name in names:
         expected = np.load(served / f"{SCRIPTS[name].split('/')[0]}.npy")
-        images = images_of(readme_script(name), served / SCRIPTS[name])
+        images = images_of(page_script(name), served / SCRIPTS[name])
         off = np.abs(images.astype(int) - expected[: len(images)].astype(int))
         assert images.dtype == np.uint8, images.dtype
         assert len(images) >= 2, images.shape
