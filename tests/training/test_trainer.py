@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,3 +223,13 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "step_000020").iterdir())
     assert files == ["digests.json", "ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert json.loads((tmp_path / "step_000020" / "state.json").read_text())["step"] == 20
+
+
+def test_the_callback_of_the_architecture_page_logs_what_it_says() -> None:
+    page = (Path(__file__).parents[2] / "pqcad_qat" / "README.md").read_text(encoding="utf-8")
+    written: dict[str, Any] = {}
+    exec(page.split("<!-- callback -->")[1].split("```python\n")[1].split("```")[0], written)
+    state, accelerator = fresh(SETTINGS)
+    callback = written["WeightNorm"]()
+    fit(state, [Regression(), callback], batches, SETTINGS, accelerator)
+    assert callback.scalars() == {"weight_norm": pytest.approx(float(weights(state).norm()))}
