@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import architecture_page
 import pytest
 import yaml
 
 from pqcad_qat.cli import main
+from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.study_cells import load_study
+from pqcad_qat.policy.variants import VariantName
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +49,44 @@ def test_the_study_that_is_shown_is_one(tmp_path: Path) -> None:
     for name in ("w4a8.yaml", "w2a8.yaml"):
         (tmp_path / name).write_text((ROOT / "policies" / name).read_text())
     assert len(load_study(tmp_path / "studies" / "bits.yaml").cells) == 2 * 2 * 2 * 3
+
+
+def test_the_policy_that_is_shown_is_one(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "policies", tmp_path / "policies")
+    (tmp_path / "mine.yaml").write_text(README.split("```yaml")[1].split("```")[0])
+    assert load_policy(tmp_path / "mine.yaml").name == "mine"
+
+
+def test_the_variants_that_are_explained_are_those_of_the_program() -> None:
+    rows = re.findall(r"^\| (`[a-z0-9-]+`(?:, `[a-z0-9-]+`)*) \|", README.split("| variant |")[1], flags=re.MULTILINE)
+    explained = [name for row in rows for name in re.findall(r"`([a-z0-9-]+)`", row)]
+    assert sorted(explained) == sorted(get_args(VariantName))
+
+
+def test_the_readme_is_read_in_ten_minutes() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("policies/**/*.md"), *ROOT.glob("pqcad_qat/**/*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", page.read_text(encoding="utf-8"))
+        if not leads_somewhere(page, *link)
+    ]
+    assert broken == []
+
+
+def leads_somewhere(page: Path, file: str, anchor: str) -> bool:
+    """The file is there, and so is the heading that the anchor is made of."""
+    target = (page.parent / file).resolve() if file else page
+    if not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return anchor[1:] in [re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_ci_finds_the_test_command() -> None:
