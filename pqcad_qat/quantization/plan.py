@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError, shortened
 from pqcad_qat.models.denoiser import PredictArguments, predict
+from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.quantizable_layers import (
     CONSTANT,
     KINDS,
@@ -29,8 +30,7 @@ from pqcad_qat.quantization.quantizable_layers import (
 )
 
 if TYPE_CHECKING:
-    from pqcad_qat.models.watched_layers import watched_inputs
-from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+    from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
 
 PACKED = (2, 3, 4)
 """Bits that deployed weights can be packed to; wider ones take a byte."""
