@@ -305,11 +305,8 @@ class ProgressivePolicy(Section):
 class DistillationPolicy(Section):
     """Calibration-assisted distillation to fewer sampling steps."""
 
-    steps: Count = Field(100, description="training steps, of all rounds together")
+    steps: Count = Field(100, description="training steps")
     student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
-    rounds: Count = Field(
-        1, description="rounds down to student_steps, alike in factor; a round's student teaches the next one's"
-    )
     teacher_weight: float = Field(
         0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out"
     )
@@ -421,13 +418,6 @@ class Policy(PolicyFile):
     pipeline: PipelinePolicy = PipelinePolicy()
 
     @property
-    def student_steps_by_round(self) -> tuple[int, ...]:
-        """Sampling steps of each round's student; () where no such rounds lead to distillation.student_steps."""
-        steps, rounds = self.sampler.steps, self.distillation.rounds
-        factor = _factor(steps // self.distillation.student_steps, rounds)
-        return tuple(steps // factor**number for number in range(1, rounds + 1)) if factor else ()
-
-    @property
     def features(self) -> str | None:
         """The feature network that FID looks through, None without FID: the policy's, or an embedded model's own."""
         source, listed = self.model.source, self.evaluation.features
@@ -445,19 +435,8 @@ class Policy(PolicyFile):
         if steps % student:
             keys: tuple[Location, ...] = (("distillation", "student_steps"), ("sampler", "steps"))
             yield Fault(keys, str(student), f"a divisor of sampler.steps ({steps})")
-        elif len(self.student_steps_by_round) < self.distillation.rounds:
-            fitting = [rounds for rounds in range(1, steps.bit_length()) if _factor(steps // student, rounds)]
-            keys = (("distillation", "rounds"), ("distillation", "student_steps"))
-            allowed = f"{', '.join(map(str, fitting))}: that many equal factors lead from {steps} steps to {student}"
-            yield Fault(keys, str(self.distillation.rounds), allowed)
         first = self.progressive.ladder[0]
         for index, rule in enumerate(self.quantization.layers):
             if rule.weights is not None and rule.weights.bits > first:
                 keys = (("quantization", "layers", index, "weights", "bits"), ("progressive", "ladder"))
                 yield Fault(keys, str(rule.weights.bits), f"at most {first}, the first width of progressive.ladder")
-
-
-def _factor(ratio: int, rounds: int) -> int:
-    """The whole number whose power it is, or 0."""
-    factor = round(ratio ** (1 / rounds))
-    return factor if factor**rounds == ratio and (factor > 1 or rounds == 1) else 0

@@ -242,8 +242,3 @@ def stages_of(listed: Collection[str]) -> tuple[str, ...]:
     """The stages that the listed variants take, in the order in which they run."""
     needed = {*EVERY_RUN, *(stage for name in listed for stage in VARIANTS[name].stages)}
     return tuple(stage for stage in STAGES if stage in needed)
-
-
-def round_name(stage: str, number: int) -> str:
-    """The stage of a distillation's round before its last."""
-    return f"{stage}-round{number}"

@@ -44,11 +44,11 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
         return weights * (1 + 4 * (policy.training.keep_checkpoints + 1))
     if stage == "calibration":
         steps = noise_schedule(prepared.model.scheduler_config).passing(
-            policy.sampler.steps, policy.student_steps_by_round
+            policy.sampler.steps, (policy.distillation.student_steps,)
         )
         columns = 2 if policy.sampler.guidance_scale == 1.0 else 3
         return 2 * trajectories * (len(steps) * columns + 1) * state  # in parts, and as a whole
-    if stage.startswith("teacher"):
+    if stage == "teacher":
         return 4 * trajectories * policy.sampler.steps * state
     if stage.startswith("samples-"):
         return 2 * policy.evaluation.images * state

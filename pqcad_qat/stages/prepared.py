@@ -167,14 +167,13 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
     schedule, steps = noise_schedule(model.scheduler_config), policy.sampler.steps
     check_sampler(policy.sampler.name, schedule, model.source)
     schedule.walk(steps, "sampler.steps")
-    for count in policy.student_steps_by_round:
-        key = "distillation.student_steps"
-        student = schedule.student(steps, count)
-        if not any(student.error_weight(*step) for step in student.walk(count, key)):
-            raise ModelError(
-                f"{key}: got {count}; in so few steps the model is called only where its prediction says "
-                "nothing; allowed more"
-            )
+    key, count = "distillation.student_steps", policy.distillation.student_steps
+    student = schedule.student(steps, count)
+    if not any(student.error_weight(*step) for step in student.walk(count, key)):
+        raise ModelError(
+            f"{key}: got {count}; in so few steps the model is called only where its prediction says nothing; "
+            "allowed more"
+        )
     return schedule
 
 
@@ -197,7 +196,7 @@ def check_features(policy: Policy, model: DiffusionModel) -> None:
 def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
     """What the policy's calibration set is recorded by."""
     schedule, steps = noise_schedule(prepared.model.scheduler_config), policy.sampler.steps
-    students = policy.student_steps_by_round
+    students = (policy.distillation.student_steps,)
     return CalibrationRecipe(
         model_digest=prepared.model.digest,
         sampler=schedule.sampler,

@@ -21,7 +21,6 @@ from pqcad_qat.policy.variants import (
     STUDENTS,
     VARIANTS,
     made,
-    round_name,
     stages_of,
 )
 from pqcad_qat.quality.feature_network import load_features
@@ -90,18 +89,6 @@ def sampled(policy: Policy) -> tuple[str, ...]:
     return tuple(name for name in made(policy.evaluation.variants) if VARIANTS[name].sampled)
 
 
-def targets_stage(student: str, number: int) -> str:
-    """The stage that runs the teacher of a student's round; the first round's teacher is the model of PQ, for all
-    students.
-    """
-    return "teacher" if number == 1 else f"teacher-{round_name(student, number - 1)}"
-
-
-def student_stage(policy: Policy, student: str, number: int) -> str:
-    """The stage that trains a student's round."""
-    return student if number == policy.distillation.rounds else round_name(student, number)
-
-
 def loss_weights(policy: Policy, student: str) -> tuple[float, float]:
     """(teacher's, calibration's) weight in the loss of a student; plain distillation has the teacher's alone."""
     calibration = policy.distillation.calibration_weight if student == PQCAD else 0.0
@@ -147,34 +134,30 @@ class _Table:
         )
 
     def distilled(self, student: str) -> dict[str, Recipe]:
-        """The rounds of a student: the teacher's targets, then training."""
-        policy, found = self.policy, dict[str, Recipe]()
+        """The two stages of a student: what its teacher gives as targets, then training."""
+        policy = self.policy
         values, circumstances = self.training()
-        rounds, teacher = policy.distillation.rounds, PQ
-        by_round = (policy.sampler.steps, *policy.student_steps_by_round)
+        steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
         schedule = noise_schedule(self.prepared.model.scheduler_config)
         teacher_weight, calibration_weight = loss_weights(policy, student)
-        for number in range(1, rounds + 1):
-            stage, targets = student_stage(policy, student, number), targets_stage(student, number)
-            steps = {"sampler.steps": by_round[number - 1], "distillation.student_steps": by_round[number]}
-            walk = schedule.student(by_round[0], by_round[number]).walk(by_round[number])
-            taught = {
-                **steps,
-                "walk": walk,
-                "distillation.guidance": policy.guidance_scale(PQ if number == 1 else PQCAD),
-            }
-            found[targets] = Recipe(taught, ("calibration", teacher), _versions("torch", "brevitas"))
-            learns = {
-                **values,
-                "distillation.steps": policy.distillation.steps // rounds,
-                "distillation.student_steps": by_round[number],
-                "distillation.teacher_weight": teacher_weight,
-                "distillation.calibration_weight": calibration_weight,
-                "distillation.guidance": policy.guidance_scale(student),
-            }
-            found[stage] = Recipe(learns, ("calibration", teacher, targets), circumstances, trained_paths(stage))
-            teacher = stage
-        return found
+        taught = {
+            "sampler.steps": steps,
+            "distillation.student_steps": student_steps,
+            "walk": schedule.student(steps, student_steps).walk(student_steps),
+            "distillation.guidance": policy.guidance_scale(PQ),
+        }
+        learns = {
+            **values,
+            "distillation.steps": policy.distillation.steps,
+            "distillation.student_steps": student_steps,
+            "distillation.teacher_weight": teacher_weight,
+            "distillation.calibration_weight": calibration_weight,
+            "distillation.guidance": policy.guidance_scale(student),
+        }
+        return {
+            "teacher": Recipe(taught, ("calibration", PQ), _versions("torch", "brevitas")),
+            student: Recipe(learns, ("calibration", PQ, "teacher"), circumstances, trained_paths(student)),
+        }
 
     def export(self) -> Recipe:
         values = {

@@ -25,12 +25,12 @@ from pqcad_qat.machine.processes import agreed, is_first
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import Guidance, save_conditions
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD
+from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.trajectory import initial_noise
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, calibration_recipe
-from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights, student_stage, targets_stage
+from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights
 from pqcad_qat.stages.run_folder import EMBEDDINGS
 from pqcad_qat.stages.work import Work
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
@@ -110,36 +110,29 @@ def fixed_bit(work: Work, calibration: CalibrationSet) -> nn.Module:
 
 
 def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module) -> nn.Module:
-    """The last round's student; each starts from its teacher and keeps its quantizers, the first teacher is the model
-    of PQ.
-    """
-    distillation, rounds = work.policy.distillation, work.policy.distillation.rounds
-    scale = work.policy.guidance_scale(name)
+    """The student; it starts from its teacher, the model of PQ, and keeps its quantizers."""
+    policy, scale = work.policy.distillation, work.policy.guidance_scale(name)
     loss = CalibrationAssistedDistillation(*loss_weights(work.policy, name), scale, calibration.unconditional)
-    for number in range(1, rounds + 1):
-        targets = _targets(work, targets_stage(name, number), calibration, teacher, number)
-        student = copy.deepcopy(teacher)
-        batches = distillation_batches(targets, work.whole_batch, work.policy.training.seed, calibration.condition)
-        callbacks = [loss, *_shown(work, student, work.policy.student_steps_by_round[number - 1], scale)]
-        stage = student_stage(work.policy, name, number)
-        _train(work, stage, student, callbacks, batches, max(1, distillation.steps // rounds))
-        teacher = student
-    return teacher
+    targets = _targets(work, calibration, teacher)
+    student = copy.deepcopy(teacher)
+    batches = distillation_batches(targets, work.whole_batch, work.policy.training.seed, calibration.condition)
+    callbacks = [loss, *_shown(work, student, policy.student_steps, scale)]
+    _train(work, name, student, callbacks, batches, policy.steps)
+    return student
 
 
-def _targets(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module, number: int) -> DistillationSet:
-    """What the students of a round learn from; the frozen teacher runs once."""
-    policy, steps = work.policy, (work.policy.sampler.steps, *work.policy.student_steps_by_round)
+def _targets(work: Work, calibration: CalibrationSet, teacher: nn.Module) -> DistillationSet:
+    """What students learn from; the frozen teacher runs once for all of them."""
+    policy, name = work.policy, "teacher"
+    steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
     file = work.path / "distillation" / f"{name}.safetensors"
     with work.folder.stage(name) as stage:
         if stage.new:
-            calls = policy.calibration.trajectories * steps[number - 1]
-            scale = policy.guidance_scale(PQ if number == 1 else PQCAD)  # of the teacher
+            calls, scale = policy.calibration.trajectories * steps, policy.guidance_scale(PQ)
             with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
-                batch, (taught, learned) = policy.calibration.batch_size, steps[number - 1 : number + 1]
-                parts, schedule = work.folder.parts(name), work.schedule.student(steps[0], taught)
+                batch, parts = policy.calibration.batch_size, work.folder.parts(name)
                 found = distillation_set(
-                    teacher, calibration, schedule, taught, learned, batch, advance, scale, parts, name
+                    teacher, calibration, work.schedule, steps, student_steps, batch, advance, scale, parts, name
                 )
             save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
             stage.done()

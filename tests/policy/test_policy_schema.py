@@ -88,30 +88,6 @@ def test_bounds(section: str, key: str, allowed: list[object], refused: list[obj
             Policy.model_validate(SMALLEST | {section: {key: value}})
 
 
-@pytest.mark.parametrize(
-    ("steps", "student", "rounds", "by_round"),
-    [
-        (20, 10, 1, (10,)),
-        (20, 5, 1, (5,)),
-        (20, 5, 2, (10, 5)),
-        (27, 1, 3, (9, 3, 1)),
-        (20, 20, 1, (20,)),
-        (1000, 1, 3, (100, 10, 1)),
-    ],
-)
-def test_rounds_of_distillation_divide_the_steps_alike(
-    steps: int, student: int, rounds: int, by_round: tuple[int, ...]
-) -> None:
-    keys = {"sampler": {"steps": steps}, "distillation": {"student_steps": student, "rounds": rounds}}
-    assert Policy.model_validate(SMALLEST | keys).student_steps_by_round == by_round
-
-
-def test_rounds_that_do_not_come_out_are_told_which_would() -> None:
-    keys = {"sampler": {"steps": 16}, "distillation": {"student_steps": 1, "rounds": 3}}
-    (fault,) = rule_faults(Policy, SMALLEST | keys)
-    assert (fault.got, fault.allowed) == ("3", "1, 2, 4: that many equal factors lead from 16 steps to 1")
-
-
 @pytest.mark.parametrize("bits", [1, 9, 4.0, "4", True])
 @pytest.mark.parametrize("quantizer", ["weights", "inputs"])
 def test_widths_are_whole_numbers_from_2_to_8(quantizer: str, bits: object) -> None:
@@ -126,7 +102,6 @@ def test_widths_are_whole_numbers_from_2_to_8(quantizer: str, bits: object) -> N
             SMALLEST | {"sampler": {"steps": 20}, "distillation": {"student_steps": 8}},
             ("distillation", "student_steps"),
         ),
-        (SMALLEST | {"distillation": {"student_steps": 10, "rounds": 2}}, ("distillation", "rounds")),
         (SMALLEST | {"distillation": {"teacher_weight": 0, "calibration_weight": 0.0}}, ("calibration_weight",)),
         (SMALLEST | {"progressive": {"ladder": [4, 6]}}, ("ladder",)),
         (SMALLEST | {"progressive": {"ladder": [3, 2]}}, ("quantization", "layers", 0, "weights", "bits")),

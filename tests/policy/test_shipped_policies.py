@@ -57,7 +57,7 @@ STUDIES = {
     "bits": (42, 3),
     "bits-digits": (42, 3),
     "steps": (8, 3),
-    "steps-digits": (24, 3),
+    "steps-digits": (16, 3),
     "momentum": (9, 3),
     "momentum-digits": (9, 3),
     "scales-digits": (9, 3),

@@ -70,15 +70,6 @@ def test_with_other_spacings_it_begins_where_its_teacher_does_and_is_diffusers_o
         assert times(part) == times(teacher.walk(steps))[:: steps // fewer]
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(("first", "second", "third"), [(20, 10, 5), (24, 12, 4), (36, 12, 6)])
-def test_rounds_come_to_the_same_times_as_one_leap(spacing: str, first: int, second: int, third: int) -> None:
-    teacher = schedule(spacing, steps_offset=1)
-    assert teacher.student(first, second).student(second, third).walk(third) == teacher.student(first, third).walk(
-        third
-    )
-
-
 @pytest.mark.parametrize(("steps", "fewer"), COUNTS[:6])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_states_are_recorded_at_all_of_its_times(spacing: str, steps: int, fewer: int) -> None:

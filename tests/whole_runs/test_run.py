@@ -433,29 +433,6 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
     assert (one / "models/pq.safetensors").read_bytes() != (other / "models/pq.safetensors").read_bytes()
 
 
-def test_in_rounds_each_student_teaches_the_next(tiny_run: FinishedRun, tmp_path: Path) -> None:
-    """From 4 steps to 2 and to 1; the first round alone is the whole run's distillation, in half its training steps."""
-    policy = tiny_run.policy
-    evaluation = policy.evaluation.model_copy(update={"variants": (PQCAD,)})
-    distillation = policy.distillation.model_copy(update={"student_steps": 1, "rounds": 2})
-    rounds = policy.model_copy(update={"evaluation": evaluation, "distillation": distillation})
-    path = run(rounds, tmp_path / "rounds", "command", Console(quiet=True)).parent
-    report = json.loads((path / "report.json").read_text())
-    assert [row["steps"] for row in report["variants"]] == [4, 1]
-    assert {"teacher", "pqcad-round1", "teacher-pqcad-round1", PQCAD} <= set(report["timings_s"])
-    assert [len((path / "logs" / f"{name}.jsonl").read_text().splitlines()) for name in ("pqcad-round1", PQCAD)] == [
-        3,
-        3,
-    ]
-    first, last = (
-        load_file(path / "distillation" / f"{name}.safetensors") for name in ("teacher", "teacher-pqcad-round1")
-    )
-    whole = load_file(tiny_run.path / "distillation" / "teacher.safetensors")
-    assert all(torch.equal(first[name], whole[name]) for name in whole)
-    assert (first["timesteps"].shape, last["timesteps"].shape) == ((2,), (1,))
-    assert not torch.equal(last["teacher"], last["calibration"])
-
-
 # ---- the student
 # -----------------------------------------------------------------------------------------------------------------
 
