@@ -107,7 +107,7 @@ def export_model(
         layers: every planned layer by module path, as integers.
         sample_shape: (C, H, W).
         batch_size: fixed batch of the graph.
-        weights: int8 runs anywhere; int4 and packed have fewer bits on disk and need our runtime.
+        weights: int8 runs anywhere; packed has fewer bits on disk and needs our runtime.
         folder: where to; an older deployed folder there is replaced, anything else refused.
         provenance: policy, model source and digest, for the manifest.
         conditions: what the denoiser takes beside x_t and t, every size known.

@@ -392,10 +392,10 @@ class ExportPolicy(Section):
     """The deployed folder, and how its speed is measured."""
 
     batch_size: Count = Field(1, description="fixed batch size of the exported model")
-    weights: Literal["int8", "int4", "packed"] = Field(
+    weights: Literal["int8", "packed"] = Field(
         "int8",
-        description="int8: for plain OpenVINO; int4 or packed (2, 3 or 4 bits, the fewest that fit): on disk, for "
-        "our runtime",
+        description="int8: for plain OpenVINO; packed: the fewest of 2, 3, 4 and 8 bits that fit on disk, for our "
+        "runtime",
     )
     latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
 

@@ -49,7 +49,7 @@ def tokenizer_of(text_encoder: str) -> str:
 
 
 _UNPACKING = (
-    "pqcad_qat.serving.runtime unpacks both at load to the graph of the int8 form, bit for bit. That "
+    "pqcad_qat.serving.runtime unpacks it at load to the graph of the int8 form, bit for bit. That "
     "form is needed for plain OpenVINO, "
     "which does not read the compressed text, nor run convolutions with packed constants in INT8: "
     "OVUNet2DModel.save_pretrained(FOLDER, "
@@ -60,7 +60,6 @@ WEIGHTS_NOTE: Mapping[WeightFormat, str] = {
         "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the "
         "planned layers in INT8."
     ),
-    "int4": f"Weights that fit are packed to 4 bits, and the graph's text is compressed. {_UNPACKING}",
     "packed": (
         "The smallest files: weights are packed to 2, 3 or 4 bits where they fit, and the text is "
         f"compressed. {_UNPACKING}"

@@ -36,7 +36,7 @@ PARTS: Mapping[str, str] = {
 }
 """Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
 
-FORMATS = ("int8", "int4", "packed")
+FORMATS = ("int8", "packed")
 """Of weights, on disk."""
 
 MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")

@@ -22,9 +22,9 @@ from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.machine.json_files import shown
 from pqcad_qat.serving.compiled_graph import reason
 
-WeightFormat = Literal["int8", "int4", "packed"]
+WeightFormat = Literal["int8", "packed"]
 
-PACKED_WIDTHS: Mapping[WeightFormat, tuple[int, ...]] = {"int8": (), "int4": (4,), "packed": (2, 3, 4)}
+PACKED_WIDTHS: Mapping[WeightFormat, tuple[int, ...]] = {"int8": (), "packed": (2, 3, 4)}
 """Bits that a layer's weights may be packed to; what fits none of them stays int8."""
 
 CONTAINERS: Mapping[int, ov.Type] = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4}

@@ -135,7 +135,7 @@ class OVUNet2DModel(StandIn):
 
         Args:
             folder: where to; an older deployed folder there is replaced, anything else refused.
-            weights: int8 for plain OpenVINO; int4 or packed for the smallest files; by default as loaded.
+            weights: int8 for plain OpenVINO; packed for the smallest files; by default as loaded.
 
         Raises:
             ModelError: the folder it was loaded from is gone or changed, or there is no such format.

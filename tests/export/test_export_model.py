@@ -39,7 +39,7 @@ def folder(unet: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(unet: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unet.export(tmp_path_factory.mktemp("int4") / "openvino", "int4")
+    return unet.export(tmp_path_factory.mktemp("packed") / "openvino", "packed")
 
 
 @pytest.fixture(scope="module")

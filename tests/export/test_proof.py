@@ -69,7 +69,7 @@ def test_every_layer_of_a_unet_executes_in_int8_and_gives_pytorchs_integers(quan
 
 def test_packed_weights_give_the_same_integers(tmp_path: Path) -> None:
     quantized = quantized_small({"bits": 4, "symmetric": False}, A8)
-    parity = layer_parity(quantized.export(tmp_path / "openvino", "int4"), quantized.layers, quantized.inputs)
+    parity = layer_parity(quantized.export(tmp_path / "openvino", "packed"), quantized.layers, quantized.inputs)
     assert parity.layers_exact == parity.layers_checked
 
 

@@ -79,7 +79,7 @@ def test_the_layer_gives_pytorchs_integers_in_int8(
     assert parity.layers_exact == parity.layers_checked == 4
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "packed"])
+@pytest.mark.parametrize("weights", ["int8", "packed"])
 def test_weights_on_disk_are_the_layers_own(weights: Any, tmp_path: Path) -> None:
     model = enlarging({"bits": 3}, A8)
     folder = model.export(tmp_path / "openvino", weights)

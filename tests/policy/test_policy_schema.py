@@ -76,7 +76,7 @@ def test_a_policy_survives_json() -> None:
         ("evaluation", "variants", [[FP32], [PTQ, PQCAD_OPENVINO]], [[], ["fp16"], PQ]),
         ("training", "ema", [0.0, 0.999], [1.0]),
         ("training", "precision", ["fp32", "bf16", "fp16"], ["fp64"]),
-        ("export", "weights", ["int8", "int4", "packed"], ["int2"]),
+        ("export", "weights", ["int8", "packed"], ["int4"]),
         ("evaluation", "images", [2], [1]),
     ],
 )

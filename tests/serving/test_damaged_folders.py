@@ -126,7 +126,7 @@ CONDITION = {"name": "encoder_hidden_states", "shape": [TOKENS, WIDTH], "dtype":
             "lists no text_encoder_2/openvino_model.xml",
         ),
         ({"provenance": {"sampling_steps": "5"}}, "provenance: got .*; allowed an object whose sampling_steps"),
-        ({"weights": {"format": "int2"}}, "weights: got .*; allowed an object with format: int8, int4, packed"),
+        ({"weights": {"format": "int2"}}, "weights: got .*; allowed an object with format: int8, packed"),
         ({"weights": {"format": "packed"}}, "graph: got .*; allowed openvino_model.xml.gz of these weights"),
         ({"graph": "transformer/openvino_model.xml"}, "lists no transformer/openvino_model.xml"),
         ({"files": []}, "files: got .*; allowed an object of files"),

@@ -16,7 +16,7 @@ from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
-FORMATS: tuple[WeightFormat, ...] = ("int8", "int4", "packed")
+FORMATS: tuple[WeightFormat, ...] = ("int8", "packed")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,7 @@ def test_a_saved_model_is_the_folder_it_came_from_byte_for_byte(
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [("int4", "int8"), ("packed", "int8"), ("int8", "packed"), ("int4", "packed")]
-)
+@pytest.mark.parametrize(("before", "after"), [("packed", "int8"), ("int8", "packed")])
 def test_a_model_saved_in_another_format_is_what_the_exporter_writes_in_it(
     before: WeightFormat,
     after: WeightFormat,
@@ -76,7 +74,6 @@ def test_every_format_predicts_alike_bitwise(
 def test_three_bits_take_three_eighths_of_the_room(quantized: Quantized, exported: Mapping[WeightFormat, Path]) -> None:
     count = sum(layer.weight_int.size for layer in quantized.layers.values())
     sizes = {name: (folder / "unet/openvino_model.bin").stat().st_size for name, folder in exported.items()}
-    assert sizes["int8"] - sizes["int4"] == pytest.approx(count * 4 / 8, rel=0.01)
     assert sizes["int8"] - sizes["packed"] == pytest.approx(count * 5 / 8, rel=0.01)
     assert {layer["stored_bits"] for layer in read_manifest(exported["packed"])["layers"].values()} == {3}
 
@@ -103,7 +100,7 @@ def test_a_model_can_be_saved_over_itself_in_another_format(
 
 
 def test_an_unknown_format_is_refused(loaded: Mapping[WeightFormat, OVUNet2DModel], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="weights must be int8, int4, packed, got 'int2'"):
+    with pytest.raises(ModelError, match="weights must be int8, packed, got 'int2'"):
         loaded["int8"].save_pretrained(tmp_path / "it", weights="int2")  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ def quantized() -> Quantized:
 
 @pytest.fixture(scope="module")
 def folder(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized.export(tmp_path_factory.mktemp("deployed") / "openvino", "int4")
+    return quantized.export(tmp_path_factory.mktemp("deployed") / "openvino", "packed")
 
 
 @pytest.fixture(scope="module")

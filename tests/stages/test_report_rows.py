@@ -197,9 +197,8 @@ def test_storage_counts_every_parameter_once(facts: RunFacts) -> None:
     assert sum(row.float_bytes for row in report.storage) == 4 * (parameters - weights)
 
 
-@pytest.mark.parametrize("weights", ["int4", "packed"])
-def test_packed_storage_halves_the_layers_of_four_bits(facts: RunFacts, weights: str) -> None:
-    export = facts.policy.export.model_copy(update={"weights": weights})
+def test_packed_storage_halves_the_layers_of_four_bits(facts: RunFacts) -> None:
+    export = facts.policy.export.model_copy(update={"weights": "packed"})
     packed = report_of(replace(facts, policy=facts.policy.model_copy(update={"export": export})))
     sizes = [(facts.model.get_parameter(f"{layer.name}.weight").numel(), layer.weights.bits) for layer in facts.plan]
     assert sum(row.weights_bytes for row in packed.storage) == sum(
