@@ -155,9 +155,6 @@ class SamplerPolicy(Section):
         "takes",
     )
     steps: Count = Field(20, le=1000, description="denoising steps of an image, before distillation")
-    eta: float = Field(
-        0.0, ge=0, le=0, description="share of fresh noise a step; 0, since calibration needs trajectories that repeat"
-    )
     guidance_scale: float = Field(
         1.0, ge=1, description="of classifier-free guidance: two passes of the denoiser a step; 1: none, one pass"
     )
@@ -193,10 +190,9 @@ class WeightQuantizer(Section):
 
 
 class InputQuantizer(Section):
-    """How a layer's input tensor is quantized."""
+    """How a layer's input tensor is quantized, with one scale."""
 
     bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
-    granularity: Literal["per_tensor"] = Field("per_tensor", description="one scale a tensor")
     symmetric: bool = Field(
         True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower"
     )
@@ -206,11 +202,8 @@ class InputQuantizer(Section):
     scale: Literal["statistics", "learned"] = Field(
         "learned", description="kept as calibrated, or a trained parameter that starts there"
     )
-    range: Literal["min_max", "percentile", "mse"] = Field(
-        "mse", description="statistic of the calibration set behind the scale"
-    )
-    percentile: float = Field(
-        99.99, gt=50, le=100, description="percent of the values inside the range, where range is percentile"
+    range: Literal["min_max", "mse"] = Field(
+        "mse", description="statistic of the calibration set behind the scale: the extremes, or the least squared error"
     )
 
     def faults(self) -> Iterator[Fault]:

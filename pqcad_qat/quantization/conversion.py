@@ -91,7 +91,7 @@ def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
 def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
     """Set the range of every input from what the layers read while the model runs unquantized.
 
-    ``batches``: inputs of the model. One pass finds the extremes; percentile and mse ranges take a second one.
+    ``batches``: inputs of the model. One pass finds the extremes; ranges of least squared error take a second one.
     Raises ModelError that names the layer whose input is NaN, infinite, zero everywhere, or never seen.
     """
     layers = quantized_layers(model)
@@ -159,6 +159,4 @@ def _watch(
 def _set_range(layer: QuantizedLayer, seen: InputRange) -> None:
     spec = layer.plan.inputs
     signed = seen.low < 0 if spec.signed == "auto" else spec.signed
-    set_input_range(
-        layer, *input_bounds(seen, spec.range, spec.percentile, read_bits(layer)[1], signed, spec.symmetric)
-    )
+    set_input_range(layer, *input_bounds(seen, spec.range, read_bits(layer)[1], signed, spec.symmetric))

@@ -45,8 +45,7 @@ class QuantizerSpec:
     symmetric: bool
     signed: bool | Literal["auto"]
     learned_scale: bool
-    range: str  # min_max, mse; inputs also percentile
-    percentile: float = 100.0
+    range: str  # min_max, mse
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,6 @@ def _layer_plan(
             signed=inputs.signed if inputs.symmetric else False,
             learned_scale=inputs.scale == "learned",
             range=inputs.range,
-            percentile=inputs.percentile,
         ),
         input_group=name,
         ladder=(*(rung for rung in ladder if rung > weights.bits), weights.bits),
@@ -373,8 +371,6 @@ def quantizer_words(spec: QuantizerSpec) -> str:
         else {True: " signed", False: " unsigned", "auto": " auto-signed"}[spec.signed]
     )
     scale = f"{'learned' if spec.learned_scale else 'fixed'} scale from {spec.range}"
-    if spec.range == "percentile":
-        scale += f" {spec.percentile:g}"
     return (
         f"{'symmetric' if spec.symmetric else 'asymmetric'}{sign}, "
         f"{'channel' if spec.per_channel else 'tensor'}, {scale}"

@@ -1,4 +1,4 @@
-"""Where a quantizer's range comes from: extremes, percentiles or least squared error, of weights and of watched inputs.
+"""Where a quantizer's range comes from: extremes or least squared error, of weights and of watched inputs.
 
 No modules and no Brevitas here: numbers in, numbers out.
 """
@@ -52,29 +52,13 @@ class InputRange:
     def width(self) -> float:
         return (self.high - self.low) / BINS
 
-    def percentiles(self, percent: float) -> tuple[float, float]:
-        """The values that leave (100 - percent) % of the samples outside on either side; to one bin, always around
-        zero.
-        """
-        share = self.counts.cumsum(0) / self.counts.sum()
-        tail = 1.0 - percent / 100.0
-        first = int(torch.searchsorted(share, tail, right=True))
-        last = int(torch.searchsorted(share, 1.0 - tail))
-        return self.low + first * self.width, self.low + min(last + 1, BINS) * self.width
-
     def centres(self) -> Tensor:
         return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * self.width
 
 
-def input_bounds(
-    seen: InputRange, method: str, percent: float, bits: int, signed: bool, symmetric: bool
-) -> tuple[float, float]:
+def input_bounds(seen: InputRange, method: str, bits: int, signed: bool, symmetric: bool) -> tuple[float, float]:
     """The range (low, high) that the quantizer of one input should represent, low <= 0 <= high."""
-    if method == "percentile":
-        low, high = seen.percentiles(percent)
-    else:
-        low, high = seen.low, seen.high
-    low, high = min(low, 0.0), max(high, 0.0)
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     if method == "mse":
         ratio = _best_input_ratio(seen, low, high, bits, signed, symmetric)
         low, high = low * ratio, high * ratio

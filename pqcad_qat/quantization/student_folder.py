@@ -96,8 +96,13 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
 def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
     """A LayerPlan from its JSON form."""
     parts = {
-        "weights": QuantizerSpec(**entry["weights"]),
-        "inputs": QuantizerSpec(**entry["inputs"]),
+        "weights": _quantizer_spec(entry["weights"]),
+        "inputs": _quantizer_spec(entry["inputs"]),
         "ladder": tuple(entry["ladder"]),
     }
     return LayerPlan(**{**entry, **parts})
+
+
+def _quantizer_spec(entry: Mapping[str, Any]) -> QuantizerSpec:
+    """A QuantizerSpec from its JSON form; folders of before 2026-11-28 have a key `percentile`, which nothing reads."""
+    return QuantizerSpec(**{key: value for key, value in entry.items() if key != "percentile"})

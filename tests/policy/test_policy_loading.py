@@ -68,13 +68,12 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         (
             "  steps: 20",
             "  stepz: 20",
-            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, eta, guidance_scale (did "
-            "you mean steps?)",
+            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, guidance_scale (did you mean steps?)",
         ),
         (
             "  steps: 20",
             "  colour: 20",
-            "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, eta, guidance_scale",
+            "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, guidance_scale",
         ),
         ("  steps: 20", "  steps: 2000", "p.yaml:4: sampler.steps: got 2000; allowed a whole number from 1 to 1000"),
         (
@@ -90,12 +89,16 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
             "  steps: 2024-13-45",
             'p.yaml:4: sampler.steps: got "2024-13-45"; allowed a whole number from 1 to 1000',
         ),
-        ("  steps: 20", "  eta: 0.5", "p.yaml:4: sampler.eta: got 0.5; allowed a number equal to 0"),
+        (
+            "  steps: 20",
+            "  guidance_scale: 0.5",
+            "p.yaml:4: sampler.guidance_scale: got 0.5; allowed a number at least 1",
+        ),
         ("  steps: 20", "  name: ddpm", 'p.yaml:4: sampler.name: got "ddpm"; allowed ddim, euler or null'),
         (
             "sampler:\n  steps: 20",
             "sampler: 20",
-            "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, eta, guidance_scale",
+            "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, guidance_scale",
         ),
         ("{source: embedded:fashion-mnist}", "{}", "p.yaml:2: model.source: got nothing; allowed non-empty text"),
         (
@@ -827,7 +830,7 @@ def test_overrides_apply_in_order_and_merge_mappings(write: Write) -> None:
     [
         (
             "sampler.stepz=4",
-            "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, eta, "
+            "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, "
             "guidance_scale (did you mean steps?)",
         ),
         ("sampler.steps=0", "--set sampler.steps: sampler.steps: got 0; allowed a whole number from 1 to 1000"),

@@ -37,7 +37,7 @@ def quantization(*rules: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_policy_of_required_keys_alone_has_every_default() -> None:
     policy = Policy.model_validate(SMALLEST)
-    assert (policy.sampler.steps, policy.distillation.student_steps, policy.sampler.eta) == (20, 10, 0.0)
+    assert (policy.sampler.steps, policy.distillation.student_steps) == (20, 10)
     assert policy.progressive.ladder == (8, 6, 4)
     assert policy.evaluation.seed != policy.calibration.seed
     rule = policy.quantization.layers[0]
@@ -45,7 +45,7 @@ def test_a_policy_of_required_keys_alone_has_every_default() -> None:
     assert rule.weights is not None
     assert (rule.weights.granularity, rule.weights.symmetric, rule.weights.scale) == ("per_channel", True, "statistics")
     assert rule.inputs is not None
-    assert (rule.inputs.signed, rule.inputs.percentile) == ("auto", 99.99)
+    assert (rule.inputs.signed, rule.inputs.range) == ("auto", "mse")
 
 
 def test_a_policy_cannot_be_changed() -> None:
@@ -64,7 +64,6 @@ def test_a_policy_survives_json() -> None:
     ("section", "key", "allowed", "refused"),
     [
         ("sampler", "steps", [10, 1000], [0, 1001, 10.0, "10", True, None]),
-        ("sampler", "eta", [0, 0.0], [0.5, -0.1, "0"]),
         ("sampler", "name", ["ddim"], ["ddpm", 1]),
         ("calibration", "seed", [0, 2**32 - 1], [-1, 2**32]),
         ("progressive", "ladder", [[8], [8, 4, 2]], [[], [9, 4], [8, 1], [4, 8], [8, 8, 4], 8, ["8"]]),

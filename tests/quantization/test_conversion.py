@@ -116,9 +116,9 @@ def test_training_a_quantized_network_lowers_its_loss() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("method", ["min_max", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["min_max", "mse"])
 def test_calibration_sets_each_input_to_what_the_float_layer_reads(method: str) -> None:
-    model = quantized_network(rule("*", inputs={"range": method, "percentile": 99.0}), calibrated=False)
+    model = quantized_network(rule("*", inputs={"range": method}), calibrated=False)
     read: list[torch.Tensor] = []
     hook = model.down.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     batches = [example(seed=seed) for seed in (3, 4)]
@@ -134,8 +134,6 @@ def test_calibration_sets_each_input_to_what_the_float_layer_reads(method: str) 
     else:
         assert covered[0] > extremes[0] - scale
         assert covered[1] < extremes[1] + scale
-    if method == "percentile":
-        assert covered[1] == pytest.approx(float(skip_in.flatten().quantile(0.99)), abs=2 * scale)
 
 
 def test_a_sign_is_found_by_calibration() -> None:

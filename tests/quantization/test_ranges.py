@@ -18,15 +18,11 @@ def watched(*batches: torch.Tensor) -> InputRange:
     return seen
 
 
-def test_extremes_and_percentiles_over_batches() -> None:
+def test_extremes_over_batches() -> None:
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     values[0] = 1000.0
     seen = watched(*values.chunk(4))
     assert (seen.low, seen.high) == (float(values.min()), 1000.0)
-    bin_width = (seen.high - seen.low) / 8192
-    low, high = seen.percentiles(99.0)
-    assert low == pytest.approx(float(values.quantile(0.01)), abs=bin_width)
-    assert high == pytest.approx(float(values.quantile(0.99)), abs=bin_width)
 
 
 @pytest.mark.parametrize(("signed", "symmetric"), [(True, True), (False, False)])
@@ -38,7 +34,7 @@ def test_mse_range_is_within_a_step_of_the_best_of_a_dense_search(signed: bool, 
         return float(((((values / scale).round() + zero).clamp(low, high) - zero) * scale - values).square().mean())
 
     seen = watched(values)
-    low, high = input_bounds(seen, "mse", 99.99, 4, signed, symmetric)
+    low, high = input_bounds(seen, "mse", 4, signed, symmetric)
     best = min(error(i / 500) for i in range(25, 501))
     assert error(high / seen.high) < 1.02 * best
     assert error(high / seen.high) < error(1.0)
@@ -47,7 +43,7 @@ def test_mse_range_is_within_a_step_of_the_best_of_a_dense_search(signed: bool, 
 
 def test_zero_is_always_inside() -> None:
     seen = watched(torch.linspace(2.0, 5.0, 100))
-    assert input_bounds(seen, "min_max", 99.99, 8, signed=False, symmetric=False) == (0.0, 5.0)
+    assert input_bounds(seen, "min_max", 8, signed=False, symmetric=False) == (0.0, 5.0)
 
 
 def test_weight_ratio_of_an_exact_grid_is_one() -> None:
