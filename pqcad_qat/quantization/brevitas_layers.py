@@ -40,11 +40,8 @@ from pqcad_qat.quantization.fake_quantization import (
     SMALLEST_RANGE,
     Grid,
     integer_range,
-    integers_of,
     quantize,
-    scale_and_zero_point,
 )
-from pqcad_qat.quantization.integer_products import Geometry, Parts, applies, convolve
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
 from pqcad_qat.quantization.shared_input import SharedInput
@@ -104,24 +101,6 @@ class BlendedQuant(RescalingIntQuant):
             int(number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric
         )
 
-    @torch.no_grad()
-    def integer_parts(self, x: Tensor) -> Parts:
-        """What ``fused`` is the sum of, to rounding: two parts within a transition, otherwise one; none with a zero
-        point.
-        """
-        if not self.symmetric:
-            return ()
-        span, _ = self._range(x)
-        parts = [(span, number(self.msb_clamp_bit_width_impl, "bit_width"), torch.ones_like(self.blend_share))]
-        if next_bits := number(self, "next_bit_width"):
-            parts = [(*parts[0][:2], 1 - self.blend_share), (span * self.next_range, next_bits, self.blend_share)]
-        found = []
-        for width, bits, share in parts:
-            bounds = integer_range(int(bits), True, True)
-            scale, _ = scale_and_zero_point(width, None, bounds)
-            found.append((integers_of(x, scale, None).clamp_(*bounds), scale * share))
-        return found
-
     def _at(
         self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -160,12 +139,8 @@ class InputQuant(RescalingIntQuant):
         return values
 
     def fused(self, x: Tensor) -> Tensor:
-        return quantize(x, *self.calibrated_grid(x), straight=False, dtype=product_dtype(x))
-
-    def calibrated_grid(self, x: Tensor) -> Grid:
-        """As ``grid``; raises ModelError where calibration has not set one."""
         self._require_range()
-        return self.grid(x)
+        return quantize(x, *self.grid(x), straight=False, dtype=product_dtype(x))
 
     def grid(self, x: Tensor) -> Grid:
         """Range, lower end and integers; the same for every x."""
@@ -284,24 +259,8 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
-        weight = self.weight_quant(self.weight)
-        if parts := self._integer_parts(x):
-            grid = self.input_quant.fused_activation_quant_proxy.tensor_quant.calibrated_grid(x)
-            return convolve(x, grid, weight, parts, self.bias, self._geometry())
-        y: Tensor = self._conv_forward(self.input_quant(x), weight, self.bias)
+        y: Tensor = self._conv_forward(self.input_quant(x), self.weight_quant(self.weight), self.bias)
         return y
-
-    def _integer_parts(self, x: Tensor) -> Parts:
-        """What the weight is the sum of where integers are multiplied; nothing where floating-point numbers are."""
-        plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        quantized = not (self.input_quant.disable_quant or self.weight_quant.disable_quant)
-        if not (plain and quantized and applies(x, self.weight, self._geometry())):
-            return ()
-        parts: Parts = self.weight_quant.tensor_quant.integer_parts(self.weight)
-        return parts
-
-    def _geometry(self) -> Geometry:
-        return Geometry(list(self.stride), list(self.padding), list(self.dilation))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.description(self)}"

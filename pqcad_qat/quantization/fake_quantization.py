@@ -10,13 +10,11 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from pqcad_qat.quantization.clamp_edges import LARGEST, clamp_edges
 
 SMALLEST_RANGE = 1e-10  # a channel of zeros keeps a positive scale
 
@@ -101,68 +99,44 @@ class _Quantize(torch.autograd.Function):
         (gradient,) = gradients
         saved = ctx.saved_tensors
         if len(saved) <= 1:
-            return (
-                (Reach.of_integers(saved[0], ctx.bounds).inside(gradient) if saved else gradient),
-                None,
-                None,
-                None,
-                None,
-            )
+            return (inside(gradient, saved[0], ctx.bounds) if saved else gradient), None, None, None, None
         x, y, span, low = saved
         scale, zero_point = scale_and_zero_point(span, low, ctx.bounds)
-        reach = None if ctx.straight else reach_of(x, scale, zero_point, ctx.bounds)
-        return *learned_gradients(gradient, x, y, reach, span, low, scale, ctx.bounds), None, None
+        integers = None if ctx.straight else integers_of(x, scale, zero_point)
+        return *learned_gradients(gradient, x, y, integers, span, low, scale, ctx.bounds), None, None
 
 
-class Reach(NamedTuple):
-    """Where a gradient passes a clamp: where ``values``, in its shape, lie between ``low`` and ``high``."""
-
-    values: Tensor
-    low: float
-    high: float
-
-    @classmethod
-    def of_integers(cls, integers: Tensor, bounds: tuple[int, int]) -> Reach:
-        """By integers that are not clamped yet."""
-        return cls(integers, bounds[0] - 0.5, bounds[1] + 0.5)
-
-    def inside(self, gradient: Tensor, out: Tensor | None = None) -> Tensor:
-        """The gradient where it passes, and 0 elsewhere."""
-        # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten
-        # times as much on CPUs
-        if out is None:
-            passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, *self)
-        else:
-            passed = torch.ops.aten.hardtanh_backward.grad_input(gradient, *self, grad_input=out)
-        return passed
-
-
-def reach_of(x: Tensor, scale: Scale, zero_point: Scale | None, bounds: tuple[int, int]) -> Reach:
-    """Where the gradient passes to x: read off x itself where its scale is a number, off its integers elsewhere."""
-    if isinstance(scale, float) and bounds[1] - bounds[0] < LARGEST:
-        return Reach(x, *clamp_edges(scale, 0.0 if zero_point is None else float(zero_point), bounds))
-    return Reach.of_integers(integers_of(x, scale, zero_point), bounds)
+def inside(gradient: Tensor, integers: Tensor, bounds: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """The gradient where the integers, not clamped yet and in its shape, lie within the bounds, and 0 elsewhere."""
+    # hardtanh's derivative is one vectorised pass on every device; comparisons that make boolean masks cost ten
+    # times as much on CPUs
+    low, high = bounds[0] - 0.5, bounds[1] + 0.5
+    if out is None:
+        passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, integers, low, high)
+    else:
+        passed = torch.ops.aten.hardtanh_backward.grad_input(gradient, integers, low, high, grad_input=out)
+    return passed
 
 
 def learned_gradients(
     gradient: Tensor,
     x: Tensor,
     y: Tensor,
-    reach: Reach | None,
+    integers: Tensor | None,
     span: Tensor,
     low: Tensor | None,
     scale: Scale,
     bounds: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low; ``reach`` is None where it
-    passes straight.
+    """What the gradient of y = quantize(x, span, low, bounds) gives to x, span and low; ``integers``: of x, not
+    clamped yet, or None where the gradient passes straight.
     """
-    if reach is None:
+    if integers is None:
         return gradient, *_range_gradients(_total((y - x).mul_(gradient), span), None, span, low, scale, bounds)
-    work = reach.inside(x)
+    work = inside(x, integers, bounds)
     torch.sub(y, work, out=work)  # before the product: y and x are nearly equal, and two long sums would cancel
     of_scale = _total(work.mul_(gradient), span)
-    reaching = reach.inside(gradient, out=work)
+    reaching = inside(gradient, integers, bounds, out=work)
     clamped = None if low is None else _total(gradient - reaching, span)  # not of each by itself: see above
     return reaching, *_range_gradients(of_scale, clamped, span, low, scale, bounds)
 

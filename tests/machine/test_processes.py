@@ -171,13 +171,11 @@ def flags(model: Path, *more: str) -> list[str]:
 def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_one_process_with_twice_the_batch(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """In floating point: which layers multiply integers depends on how many states a process computes at once."""
-    floating = environment() | CAPS["avx2"]
+    """Under one cap of instructions, so that kernels do not depend on how many states a process computes at once."""
+    capped = environment() | CAPS["avx2"]
     path = tmp_path / "two"
     command = launcher("run", POLICIES / "smoke.yaml", "--out", path, *flags(tiny_folder))
-    with subprocess.Popen(
-        command, env=floating, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with subprocess.Popen(command, env=capped, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         deadline = time.monotonic() + PATIENCE
         while process.poll() is None and not (path / "checkpoints/pq/step_000003/digests.json").exists():
             assert time.monotonic() < deadline
@@ -187,7 +185,7 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     assert process.returncode != 0
     assert "RuntimeError" not in output, output
     again = subprocess.run(
-        [*command, "--resume"], env=floating, capture_output=True, text=True, check=False, timeout=PATIENCE
+        [*command, "--resume"], env=capped, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("pq: going on from step ") == 1
@@ -196,7 +194,7 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
 
     alone = [sys.executable, "-m", "pqcad_qat", "run", str(POLICIES / "smoke.yaml"), "--out", str(tmp_path / "one")]
     alone += flags(tiny_folder, "training.batch_size=8")
-    subprocess.run(alone, env=floating, capture_output=True, check=True, timeout=PATIENCE)
+    subprocess.run(alone, env=capped, capture_output=True, check=True, timeout=PATIENCE)
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
     # of the first step alone: at which one a value is rounded the other way depends on the CPU
