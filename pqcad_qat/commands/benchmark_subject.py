@@ -18,7 +18,7 @@ import numpy as np
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.export_model import export_model
-from pqcad_qat.models.architectures import ConditionInput, condition_inputs
+from pqcad_qat.models.families.family import ConditionInput, condition_inputs
 from pqcad_qat.models.untrained import (
     architecture_configs,
     architectures,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import UNet2DModel
 from rich.console import Console
 from rich.text import Text
 from torch import nn
@@ -22,7 +21,9 @@ from pqcad_qat.errors import PolicyError
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.models.conditions import ConditionSet, class_conditions, conditioned
+from pqcad_qat.models.config_values import class_of
 from pqcad_qat.models.denoiser import DiffusionModel, save_model
+from pqcad_qat.models.families.unet import FAMILY
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.variants import REFERENCE
@@ -133,9 +134,9 @@ class SampleGrids(Callback):
 def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
     arguments = {key: value for key, value in config.items() if key != "class"}
     try:
-        model: Any = UNet2DModel(**arguments)
+        model: Any = class_of(FAMILY.name)(**arguments)
     except (TypeError, ValueError) as error:
-        raise PolicyError(f"model: got what diffusers makes no UNet2DModel of: {error}") from error
+        raise PolicyError(f"model: got what diffusers makes no {FAMILY.name} of: {error}") from error
     for key in ("in_channels", "out_channels"):
         if model.config[key] != channels:
             raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
@@ -151,7 +152,7 @@ def _check_runs(model: Any, channels: int) -> None:
         model.eval()(torch.zeros(1, channels, size, size), 0, class_labels=labels)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise PolicyError(
-            f"model: got a UNet2DModel that cannot be called on images of {size} pixels: {error}"
+            f"model: got a {FAMILY.name} that cannot be called on images of {size} pixels: {error}"
         ) from error
     model.train()
 

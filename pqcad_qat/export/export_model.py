@@ -39,9 +39,12 @@ from pqcad_qat.export.traceable_modules import (
     swapped,
     traced_path,
 )
-from pqcad_qat.models.architectures import TEXT, ConditionInput, architecture_of
+from pqcad_qat.models.families.family import PIPELINE_ROOT, TEXT, ConditionInput
+from pqcad_qat.models.families.latent_rows import THOUSANDTHS
+from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.table import family_of
+from pqcad_qat.models.families.unet import UNCONDITIONAL
 from pqcad_qat.models.own_modules import one_line
-from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, FLOW_SCHEDULER
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,
@@ -50,23 +53,12 @@ from pqcad_qat.serving.deployed_folder import (
     nothing_further,
     write_folder,
 )
-from pqcad_qat.serving.graph_inputs import SAMPLE, THOUSANDTHS, TIME, ports_of, spelled
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, ports_of, spelled
 from pqcad_qat.serving.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
 from pqcad_qat.serving.packing import WeightFormat
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.quantized_layer import IntegerLayer
-
-UNCONDITIONAL: Mapping[str, str] = {DDIM_SCHEDULER: "DDIMPipeline", FLOW_SCHEDULER: "DDPMPipeline"}
-"""diffusers' pipeline of a denoiser alone, by the scheduler of our sampler."""
-
-OURS = ("pqcad_qat.serving.runtime", "OVUNet2DModel")
-"""The runtime's class, as model_index.json names the denoiser: as diffusers does with classes that are not its own."""
-
-OURS_BY_CLASS = dict.fromkeys(
-    ("SD3Transformer2DModel", "FluxTransformer2DModel"), ("pqcad_qat.serving.transformer", "OVTransformer2DModel")
-)
-"""Of denoisers that their pipelines call otherwise."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +115,7 @@ def export_model(
     schedule = noise_schedule(scheduler_config)
     scheduler = written_out(scheduler_config, schedule)
     graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions, attention)
-    part = _part(model)
+    part = family_of(model).part
     texts = {
         f"{part}/{CONFIG}": _config(model),
         SCHEDULER_CONFIG: scheduler,
@@ -178,14 +170,14 @@ def convert(
     replacements: dict[str, nn.Module] = {
         name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())
     }
-    packed = _packed(model)
-    replacements |= timestep_tables(model, times, layers, THOUSANDTHS if packed else 1)
+    family = family_of(model)
+    replacements |= timestep_tables(model, times, layers, THOUSANDTHS if family.takes_rows else 1)
     texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
     replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
     names = [condition.name for condition in conditions]
     given = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
     time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
-    ports = ports_of(_part(model) == "transformer", packed, names)
+    ports = ports_of(family, names)
     inputs = spelled(
         [{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **given}
     )
@@ -195,7 +187,7 @@ def convert(
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
         # what OpenVINO's converter traces with too
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
-        denoiser = (TracedSequence if packed else TracedDenoiser)(model, names).eval()
+        denoiser = (TracedSequence if family.takes_rows else TracedDenoiser)(model, names).eval()
         with quantized_attention(model, attention):
             graph = _converted(denoiser, example)
     model.train(training)
@@ -206,7 +198,7 @@ def convert(
         port.get_tensor().set_names({name})
     graph.output(0).get_tensor().set_names({"out_sample"})
     name_products(graph, attention)
-    if architecture_of(model) is None:
+    if family is OWN_MODULE:
         keep_time_in_float32(graph, graph.input(TIME).get_node())
     return graph
 
@@ -246,17 +238,6 @@ def _unconverted(said: str, traced: Any) -> str:
     return f"it has no operation for {', '.join(operations)}{where}"
 
 
-def _part(model: nn.Module) -> str:
-    architecture = architecture_of(model)
-    return "unet" if architecture is None else architecture.part
-
-
-def _packed(model: nn.Module) -> bool:
-    """Whether its pipeline packs patches of x_t into rows, as Flux's does."""
-    architecture = architecture_of(model)
-    return architecture is not None and architecture.patch > 1
-
-
 def _sizes(condition: ConditionInput) -> list[int]:
     sizes = [size for size in condition.shape if size is not None]
     if len(sizes) < len(condition.shape):
@@ -294,11 +275,11 @@ def _model_index(
     """
     scheduler = scheduler_config["_class_name"]
     own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
-    ours = OURS_BY_CLASS.get(type(model).__name__, OURS)
+    family = family_of(model)
     if parts is not None:
-        return pipeline_index(parts, ours) | own
-    pipeline = "DiffusionPipeline" if conditional else UNCONDITIONAL[scheduler]
-    return {"_class_name": pipeline, **own, _part(model): list(ours)}
+        return pipeline_index(parts, family.runtime) | own
+    pipeline = PIPELINE_ROOT if conditional else UNCONDITIONAL[scheduler]
+    return {"_class_name": pipeline, **own, family.part: list(family.runtime)}
 
 
 def _openvino_config() -> dict[str, Any]:

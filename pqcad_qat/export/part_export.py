@@ -23,7 +23,8 @@ from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.part_graphs import clip_graph, decoder_graph, t5_graph
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.architectures import TEXT, TEXT_MASK, ConditionInput
+from pqcad_qat.models.families.family import TEXT, TEXT_MASK, ConditionInput
+from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.models.model_folder import TEXT_ENCODERS
 from pqcad_qat.models.pipeline_parts import (
     T5,
@@ -72,10 +73,9 @@ class PartsToDeploy:
         """
         if self.source.class_of(part) != T5:
             return int(self._config(part)["max_position_embeddings"])
-        beside = 0
-        # whose text is CLIP's, and T5's after it
-        if self.source.index.get("_class_name") == "StableDiffusion3Pipeline":
-            beside = int(self._config(TEXT_ENCODERS[0])["max_position_embeddings"])
+        layout = prompt_layouts().get(str(self.source.index.get("_class_name")))
+        before = None if layout is None else layout.before_t5
+        beside = 0 if before is None else int(self._config(before)["max_position_embeddings"])
         found = [condition.shape[0] for condition in self.conditions if condition.name == TEXT]
         if not found or found[0] is None or found[0] <= beside:
             raise ExportError(

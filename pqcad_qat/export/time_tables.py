@@ -15,8 +15,10 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError
-from pqcad_qat.models.architectures import LARGEST_SIZE, architecture_of
-from pqcad_qat.models.flux import TRAIN_TIMESTEPS
+from pqcad_qat.models.families.family import LARGEST_SIZE
+from pqcad_qat.models.families.latent_rows import THOUSANDTHS
+from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.table import family_of
 from pqcad_qat.sampling.trajectory import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def timestep_tables(
         parts: of a training step that the graph's continuous time is given in: 1000 where it is given in thousandths.
     """
     found: dict[str, nn.Module] = {}
-    if architecture_of(model) is None:  # a module of the user's own may take sinusoids of anything: see time_path.py
+    if family_of(model) is OWN_MODULE:  # a module of the user's own may take sinusoids of anything: see time_path.py
         return found
     config = getattr(model, "config", {})
     shared = config.get("class_embed_type") == "timestep"  # class labels go through it too
@@ -145,7 +147,7 @@ def timestep_tables(
                 tables = {"timestep": table}
                 if config.get("guidance_embeds"):
                     guidance = layers.get(f"{scope}guidance_embedder.linear_1")
-                    tables["guidance"] = TimestepTable(module, GUIDANCES, guidance, TRAIN_TIMESTEPS)
+                    tables["guidance"] = TimestepTable(module, GUIDANCES, guidance, THOUSANDTHS)
                 found[path] = TablesInTurn(tables)
             else:
                 found[path] = table

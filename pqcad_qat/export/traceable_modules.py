@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from nncf.torch.quantization.layers import INT8AsymmetricWeightsDecompressor, INT8SymmetricWeightsDecompressor
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError
 from pqcad_qat.export.time_tables import TablesInTurn
-from pqcad_qat.models import flux
 from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.families.latent_rows import PLACES, places, text_places
+from pqcad_qat.models.families.table import families
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.quantized_layer import IntegerLayer
@@ -159,11 +159,12 @@ class FixedOutputs(nn.Module):
 
 
 def fixed_rotations(model: nn.Module, sample_shape: tuple[int, int, int], tokens: int | None) -> dict[str, nn.Module]:
-    """Flux's rotary embedding of x_t (C, H, W) and of so many tokens of text as the constant that it is: BF16 would
-    round its angles.
+    """The rotary embedding of patches of x_t (C, H, W) and of so many tokens of text as the constant that it is: BF16
+    would round its angles.
     """
-    embeddings = {path: module for path, module in model.named_modules() if isinstance(module, FluxPosEmbed)}
-    ids = torch.cat([flux.text_places(tokens or 0), flux.places(*sample_shape[1:])])
+    classes = {name for family in families().values() for name in family.rotations}
+    embeddings = {path: module for path, module in model.named_modules() if type(module).__name__ in classes}
+    ids = torch.from_numpy(np.concatenate([text_places(tokens or 0), places(*sample_shape[1:])]))
     with torch.no_grad():
         return {path: FixedOutputs(module(ids)) for path, module in embeddings.items()}
 
@@ -191,16 +192,16 @@ class TracedDenoiser(nn.Module):
 
 
 class TracedSequence(TracedDenoiser):
-    """The same of Flux, as its pipeline calls it: (rows of patches, t / 1000, conditions in order, places of both) ->
-    rows.
+    """The same for a denoiser that takes rows: (rows of patches, t / 1000, conditions in order, places of patches and
+    of text) -> rows.
 
     The places are not looked at: `fixed_rotations` knows them.
     """
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
-        *conditions, image_places, text_places = rest
-        named, places = self._named(timestep, conditions), {"img_ids": image_places, "txt_ids": text_places}
-        found: Tensor = self.denoiser(hidden_states, timestep=timestep, **named, **places, return_dict=False)[0]
+        conditions, ids = rest[: -len(PLACES)], dict(zip(PLACES, rest[-len(PLACES) :], strict=True))
+        named = self._named(timestep, conditions)
+        found: Tensor = self.denoiser(hidden_states, timestep=timestep, **named, **ids, return_dict=False)[0]
         return found
 
 

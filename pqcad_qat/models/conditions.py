@@ -1,7 +1,7 @@
 """What conditional models are conditioned on: the choices a policy gives, the choice of a trajectory, and
 classifier-free guidance.
 
-Not here: what a denoiser takes (architectures.py), nor how prompts become embeddings (prompts.py).
+Not here: what a denoiser takes (families/), nor how prompts become embeddings (prompts.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.models.architectures import ConditionInput, architecture_of
 from pqcad_qat.models.denoiser import Condition, DiffusionModel, predict
+from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.prompts import UNCONDITIONAL, Encoding, check_prompts, encode_prompts, kept_prompts
 from pqcad_qat.sampling.ddim import Array
 from pqcad_qat.sampling.trajectory import guided
@@ -168,8 +169,7 @@ class Conditioned:
 
 def conditioned(model: DiffusionModel) -> Conditioned:
     """What a full-precision model is conditioned on."""
-    architecture = architecture_of(model.denoiser)
-    null = None if architecture is None else architecture.null_class(model.denoiser.config)  # type: ignore[arg-type]
+    null = family_of(model.denoiser).null_class(getattr(model.denoiser, "config", {}))
     return Conditioned(model.source, model.condition_inputs, null, model.folder, model.sample_shape[1:])
 
 

@@ -1,6 +1,6 @@
 """Where a full-precision denoiser comes from and goes to, and the one signature by which every denoiser is called.
 
-Not here: which classes of diffusers are known (architectures.py), plain modules of the user's own (registry.py),
+Not here: which classes of diffusers are known (families/), plain modules of the user's own (registry.py),
 quantized denoisers (quantization/conversion.py), nor sampling.
 """
 
@@ -24,23 +24,17 @@ from torch import Tensor, nn
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.architectures import (
-    TEXT_TOKENS,
-    Architecture,
-    ConditionInput,
-    SampleSize,
-    architecture_of,
-    checked_config,
-    known_architecture,
-)
 from pqcad_qat.models.config_values import bounded_build, class_of, silent
+from pqcad_qat.models.denoiser_config import SampleSize, checked_config, known_family
+from pqcad_qat.models.families.family import PIPELINE_ROOT, TEXT_TOKENS, ConditionInput, Family
+from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.model_folder import (
     CONFIG,
     DECODERS,
     INDEX,
     LAYOUT,
     NO_CONFIG,
-    PARTS,
     SCHEDULER_CONFIG,
     STEM,
     WEIGHTS,
@@ -101,7 +95,7 @@ class DiffusionModel:
         """(C, H, W) of x_t."""
         if self.custom:
             return self.custom.sample_shape
-        return self._architecture.sample_shape(cast(Any, self.denoiser).config)
+        return self._family.sample_shape(cast(Any, self.denoiser).config)
 
     @property
     def latent(self) -> bool:
@@ -113,13 +107,11 @@ class DiffusionModel:
         """What the denoiser takes beside x_t and t, in the order in which it is exported."""
         if self.custom:
             return self.custom.conditions
-        return self._architecture.conditions(cast(Any, self.denoiser).config)
+        return self._family.conditions(cast(Any, self.denoiser).config)
 
     @property
-    def _architecture(self) -> Architecture:
-        found = architecture_of(self.denoiser)
-        assert found is not None
-        return found
+    def _family(self) -> Family:
+        return family_of(self.denoiser)
 
     @property
     def example(self) -> DenoiserInput:
@@ -147,11 +139,8 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Cond
     """
     steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
     steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
-    if (architecture := architecture_of(denoiser)) is None:
-        found = denoiser(x_t, steps, **(condition or {}))
-    else:
-        found = architecture.call(denoiser, x_t, steps, architecture.keywords(condition or {}))
-    prediction = _prediction(denoiser, found)
+    family = family_of(denoiser)
+    prediction = _prediction(denoiser, family.call(denoiser, x_t, steps, family.keywords(condition or {})))
     more = prediction.dim() == x_t.dim() and prediction.shape[1] > x_t.shape[1]
     return prediction[:, : x_t.shape[1]] if more else prediction
 
@@ -267,7 +256,7 @@ def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = No
     # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
     alone = alone and local(source) is not None
     scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
-    check_index(folder, index, known_architecture(config, str(where)).name)
+    check_index(folder, index, known_family(config, str(where)).name)
     shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
     return replace(shapes, folder=folder, decoder=any(part_class(index, name) for name in DECODERS))
 
@@ -298,8 +287,8 @@ def shapes_of_configs(
     with bounded_build(where), silent("diffusers"):
         denoiser, _ = untrained_denoiser(config, where, sample_size)
     denoiser.to("meta")  # buffers that come from numpy are on the CPU still
-    if (architecture := architecture_of(denoiser)) is not None:
-        scheduler = architecture.scheduler(scheduler, architecture.sample_shape(cast(Any, denoiser).config)[1:], beside)
+    if (family := family_of(denoiser)) is not OWN_MODULE:
+        scheduler = family.scheduler(scheduler, family.sample_shape(cast(Any, denoiser).config)[1:], beside)
     noise_schedule(scheduler, beside)
     found = DiffusionModel(denoiser, dict(scheduler), source, "")
     try:
@@ -324,18 +313,18 @@ def untrained_denoiser(
     if str(config.get("_class_name")).startswith(REGISTERED):
         told, module = registered(str(config["_class_name"]))
         return module.eval(), told
-    architecture = known_architecture(config, where)
-    full = checked_config(architecture, config, where, sample_size)
+    family = known_family(config, where)
+    full = checked_config(family, config, where, sample_size)
     size = full["sample_size"]
     written = {key: value for key, value in config.items() if key != "_use_default_values"}
     if isinstance(size, list) and "pos_embed_max_size" in full:  # a table of places is of a square
         written["sample_size"] = max(size)
     try:
-        denoiser: Any = class_of(architecture.name).from_config(written)
+        denoiser: Any = class_of(family.name).from_config(written)
     except ModelError:
         raise
     except Exception as error:  # diffusers raises anything on a config that it cannot follow
-        raise ModelError(f"{where}: diffusers makes no {architecture.name} of it: {str(error)[:1000]}") from error
+        raise ModelError(f"{where}: diffusers makes no {family.name} of it: {str(error)[:1000]}") from error
     if (
         sample_size is not None
         or config.get("sample_size") is None
@@ -390,9 +379,9 @@ def _model(
 
 def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
     """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/ or transformer/, scheduler/."""
-    architecture = architecture_of(denoiser)
-    part = folder / (architecture.part if architecture else PARTS[0])
-    if architecture:
+    family = family_of(denoiser)
+    part = folder / family.part
+    if family is not OWN_MODULE:
         cast(Any, denoiser).save_pretrained(part, safe_serialization=True)
         config = read_json(part / CONFIG)
         config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
@@ -411,11 +400,11 @@ def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dic
     """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a
     whole pipeline.
     """
-    architecture = architecture_of(denoiser)
-    name, part = (architecture.name, architecture.part) if architecture else (None, PARTS[0])
-    whole = (
-        architecture is not None and name == "UNet2DModel" and not architecture.conditions(cast(Any, denoiser).config)
-    )
-    pipeline = "DDIMPipeline" if whole else "DiffusionPipeline"
-    scheduler = ["diffusers", scheduler_config["_class_name"]]
-    return {"_class_name": pipeline, "scheduler": scheduler, part: ["diffusers" if name else None, name]}
+    family = family_of(denoiser)
+    known = family is not OWN_MODULE
+    conditional = known and family.conditions(cast(Any, denoiser).config)
+    return {
+        "_class_name": PIPELINE_ROOT if conditional else family.alone,
+        "scheduler": ["diffusers", scheduler_config["_class_name"]],
+        family.part: ["diffusers", family.name] if known else [None, None],
+    }

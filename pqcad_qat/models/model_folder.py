@@ -7,7 +7,6 @@ Not here: weights (weight_files.py), what a config says (config_values.py), or t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -16,6 +15,9 @@ from typing import Any
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
+from pqcad_qat.models.families import stable_diffusion
+from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.models.families.table import FORMER_CLASS, OF_PICTURES
 from pqcad_qat.models.weight_files import SAFETENSORS, VARIANTS, has_weights
 from pqcad_qat.policy.schema import EMBEDDED
 
@@ -23,7 +25,7 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}{SAFETENSORS}"
-PARTS = ("unet", "transformer")
+PARTS: tuple[str, ...] = DENOISER_FOLDERS
 """Folders of a diffusers pipeline that hold a denoiser."""
 
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
@@ -35,9 +37,6 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 UNREAD = ("safety_checker", "feature_extractor")
 """Parts that look at pictures, and give the denoiser nothing."""
-
-OF_PICTURES = re.compile("Control|Adapter|Kontext|Pix2Pix|Upscal|Depth|Redux|Refiner")
-"""In the names of pipelines whose denoisers read a picture beside the noisy sample."""
 
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
@@ -194,7 +193,8 @@ def check_no_single_file(path: Path) -> None:
         raise ModelError(
             f"{single[0]}: got a checkpoint in a single file; allowed a folder in diffusers' layout, "
             "which diffusers makes of it: "
-            f"StableDiffusionPipeline.from_single_file({single[0].name!r}).save_pretrained(FOLDER), or "
+            f"{stable_diffusion.FAMILY.pipelines[0].name}.from_single_file({single[0].name!r})"
+            ".save_pretrained(FOLDER), or "
             "its pipeline's class"
         )
 
@@ -244,7 +244,7 @@ def check_index(folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
     """
     path, pipeline = folder / INDEX, shown(index.get("_class_name"))
     named = next((name for part in PARTS if (name := part_class(index, part)) is not None), None)
-    if named not in (None, denoiser, "Transformer2DModel"):
+    if named not in (None, denoiser, FORMER_CLASS):
         part = next(part for part in PARTS if part_class(index, part) == named)
         raise ModelError(f"{path}: {part}: got {shown(named)}; allowed {denoiser!r}, as its config says")
     taken = (*PARTS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, *UNREAD, "scheduler")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.models.architectures import ConditionInput
-from pqcad_qat.models.config_faults import autoencoder
 from pqcad_qat.models.config_values import bounded_build, check_values, class_of, silent, with_defaults
+from pqcad_qat.models.families.config_faults import autoencoder
+from pqcad_qat.models.families.family import SCALING, ConditionInput
+from pqcad_qat.models.families.table import pipelines
 from pqcad_qat.models.model_folder import (
     CONFIG,
     DECODERS,
@@ -52,16 +53,6 @@ TOKENIZER = "tokenizer.json"
 
 TEXT_STEM = "model"
 """Of the names of a text encoder's weights."""
-
-SCALING = ("shift_factor", "latents_mean", "latents_std")
-"""Keys of a VAE's config, beside scaling_factor, that say how latents are scaled for its decoder."""
-
-HEEDED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("StableDiffusionPipeline", "PixArtAlphaPipeline", "DiTPipeline"), ()),
-    "StableDiffusionXLPipeline": ("latents_mean", "latents_std"),
-    **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline"), ("shift_factor",)),
-}
-"""diffusers' class of a pipeline -> which of them it heeds. A class that does not stand here is taken to heed all."""
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     VAE: ("AutoencoderKL",),
@@ -158,7 +149,9 @@ class PipelineParts:
         full = with_defaults(name, config)
         if (fault := next(autoencoder(full), None)) is not None:
             raise ModelError(f"{where}: {fault} ({name})")
-        unheeded = [key for key in SCALING if key not in HEEDED.get(str(self.index.get("_class_name")), SCALING)]
+        pipeline = pipelines().get(str(self.index.get("_class_name")))
+        heeded = SCALING if pipeline is None else pipeline.scaling  # a class that is not known is taken to heed all
+        unheeded = [key for key in SCALING if key not in heeded]
         with _named(where, name):
             module: Any = class_of(name).from_config(
                 {key: value for key, value in config.items() if key != "_use_default_values"}

@@ -20,37 +20,13 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.content_store import kept
 from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.models.config_faults import sides_of
 from pqcad_qat.models.config_values import with_defaults
+from pqcad_qat.models.families.config_faults import sides_of
+from pqcad_qat.models.families.prompt_layouts import PromptLayout
+from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.models.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser_folder, read_index
 from pqcad_qat.models.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.models.prompt_cuts import LENGTH, cut_prompts
-
-LAYOUTS: Mapping[str, tuple[str, ...]] = {
-    "StableDiffusionPipeline": ("encoder_hidden_states", "unconditional.encoder_hidden_states"),
-    "StableDiffusionXLPipeline": (
-        "encoder_hidden_states",
-        "unconditional.encoder_hidden_states",
-        "text_embeds",
-        "unconditional.text_embeds",
-    ),
-    "StableDiffusion3Pipeline": (
-        "encoder_hidden_states",
-        "unconditional.encoder_hidden_states",
-        "pooled_projections",
-        "unconditional.pooled_projections",
-    ),
-    "FluxPipeline": ("encoder_hidden_states", "pooled_projections", ""),
-    "PixArtAlphaPipeline": (
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-        "unconditional.encoder_hidden_states",
-        "unconditional.encoder_attention_mask",
-    ),
-}
-"""Class of a pipeline -> what its `encode_prompt` returns, in order, by the names of a file of embeddings; "" is not
-one of them.
-"""
 
 ASKED: Mapping[str, Any] = {
     "prompt_2": None,
@@ -62,9 +38,6 @@ ASKED: Mapping[str, Any] = {
 """What `encode_prompt` is asked, as far as the pipeline's own has a word for it: the same prompt for every encoder, and
 the empty one.
 """
-
-EMBEDDED_GUIDANCE = 3.5
-"""That FluxPipeline asks of a model whose guidance is an input, where nobody says another."""
 
 HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that prompts are not encoded with."""
@@ -89,7 +62,7 @@ class Encoding:
     Attributes:
         tokens: that T5's prompts are filled up or cut to; None for as many as the pipeline's own `encode_prompt` asks
             for.
-        guidance: of a denoiser that takes it as an input (FLUX.1 dev); None for EMBEDDED_GUIDANCE.
+        guidance: of a denoiser that takes it as an input (FLUX.1 dev); None for what its pipeline tells it.
         sides: height and width of x_t, where they are others than the denoiser's config says.
     """
 
@@ -113,12 +86,12 @@ def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = 
     Raises:
         ModelError: as `encode_prompts`.
     """
-    lines, (pipeline, names) = _lines(prompts), _layout(folder)
+    lines, (pipeline, layout) = _lines(prompts), _layout(folder)
     decides = {
         "prompts": lines,
         "pipeline": pipeline,
         "encoders": PipelineParts(folder, {}).digest(*TEXT_ENCODERS, *TOKENIZERS),
-        "sizes": {name: value.tolist() for name, value in _numbers(folder, 1, names, encoding).items()},
+        "sizes": {name: value.tolist() for name, value in _numbers(folder, 1, layout, encoding).items()},
         "tokens": encoding.tokens,
     }
 
@@ -136,11 +109,10 @@ def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> 
     """
     _lines(prompts)
     check_transformers("conditions.prompts")
-    name, names = _layout(folder)
-    _asked(getattr(diffusers, name), name, encoding)
-    return {
-        name for name in (*names, *_numbers(folder, 1, names, encoding)) if name and not name.startswith(UNCONDITIONAL)
-    }
+    pipeline, layout = _layout(folder)
+    _asked(getattr(diffusers, pipeline), pipeline, encoding)
+    names = (*layout.gives, *_numbers(folder, 1, layout, encoding))
+    return {name for name in names if name and not name.startswith(UNCONDITIONAL)}
 
 
 @torch.no_grad()
@@ -158,9 +130,10 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
     """
     lines = _lines(prompts)
     check_transformers("conditions.prompts")
-    name, names = _layout(folder)
-    numbers = _numbers(folder, len(lines), names, encoding)
-    pipeline = _text_parts(name, folder)
+    name, layout = _layout(folder)
+    names = layout.gives
+    numbers = _numbers(folder, len(lines), layout, encoding)
+    pipeline = _text_parts(name, layout, folder)
     asked = _asked(pipeline, name, encoding)
     parts = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
     encoded = [dict(zip(names, pipeline.encode_prompt(part, **asked), strict=True)) for part in parts]
@@ -219,8 +192,8 @@ def _numbered(prompts: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The class of the pipeline, and the names of what its encoders give."""
+def _layout(folder: Path) -> tuple[str, PromptLayout]:
+    """The class of the pipeline, and what it makes of a prompt."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(
@@ -228,16 +201,16 @@ def _layout(folder: Path) -> tuple[str, tuple[str, ...]]:
             "conditions.embeddings takes a file"
         )
     name = str(read_json(index).get("_class_name"))
-    if name not in LAYOUTS:
+    if (layout := prompt_layouts().get(name)) is None:
         raise ModelError(
-            f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(LAYOUTS)}; "
+            f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(prompt_layouts())}; "
             "conditions.embeddings takes a file of what the "
             "pipeline's own encode_prompt gives (README, Models and conditions)"
         )
-    return name, LAYOUTS[name]
+    return name, layout
 
 
-def _text_parts(name: str, folder: Path) -> Any:
+def _text_parts(name: str, layout: PromptLayout, folder: Path) -> Any:
     """The pipeline with its text encoders alone, in float32."""
     index = read_index(folder)
     parts = PipelineParts(folder, index)
@@ -252,19 +225,18 @@ def _text_parts(name: str, folder: Path) -> Any:
         made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
     except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
-    # without T5 it asks its transformer how wide the zeros are that stand for it
-    if name == "StableDiffusion3Pipeline":
+    if layout.reads_denoiser:
         made.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "transformer" / "config.json")))
     return made.to(dtype=torch.float32)
 
 
-def _numbers(folder: Path, count: int, names: tuple[str, ...], encoding: Encoding) -> dict[str, Tensor]:
+def _numbers(folder: Path, count: int, layout: PromptLayout, encoding: Encoding) -> dict[str, Tensor]:
     """What is no text: SDXL's sizes, an original and a target of the size of x_t, not cropped; the guidance that FLUX.1
     dev reads.
     """
     part = denoiser_folder(folder)
     config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
-    if "text_embeds" in names:
+    if "text_embeds" in layout.gives:
         vae = folder / "vae" / "config.json"
         levels = with_defaults("AutoencoderKL", read_json(vae))["block_out_channels"] if vae.is_file() else LEVELS
         sides = encoding.sides or sides_of(config)
@@ -274,7 +246,7 @@ def _numbers(folder: Path, count: int, names: tuple[str, ...], encoding: Encodin
         sizes = torch.tensor([[height, width, 0, 0, height, width]])
         return {"time_ids": sizes.expand(count, -1).clone(), "unconditional.time_ids": sizes}
     if config.get("guidance_embeds"):
-        guidance = EMBEDDED_GUIDANCE if encoding.guidance is None else encoding.guidance
+        guidance = layout.guidance if encoding.guidance is None else encoding.guidance
         return {"guidance": torch.full((count,), guidance), "unconditional.guidance": torch.full((1,), guidance)}
     if encoding.guidance is not None:
         raise ModelError(

@@ -1,6 +1,6 @@
 """Plain torch modules of the user's own: told to us by a program before it runs a policy, and found by name.
 
-Not here: diffusers' classes (architectures.py). A policy file only names what a program registered; no file makes us
+Not here: diffusers' classes (families/). A policy file only names what a program registered; no file makes us
 import anything.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from pqcad_qat.errors import ModelError, PqcadError
-from pqcad_qat.models.architectures import ConditionInput
+from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.own_modules import one_line, plain_module
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.architectures import TEXT_TOKENS, ConditionInput, SampleSize
 from pqcad_qat.models.denoiser import (
     DEFAULT_SCHEDULER,
     DenoiserInput,
@@ -28,6 +27,8 @@ from pqcad_qat.models.denoiser import (
     shapes_of_configs,
     untrained_denoiser,
 )
+from pqcad_qat.models.denoiser_config import SampleSize
+from pqcad_qat.models.families.family import TEXT_TOKENS, ConditionInput
 from pqcad_qat.models.model_folder import (
     CONFIG,
     CONFIGS,

@@ -14,68 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.models.families.latent_rows import PLACES
+from pqcad_qat.models.families.table import family_named
 
 STATES, TIME, ANSWER = ("sample", "hidden_states"), "timestep", "return_dict"
 """Names of x_t, of which every class has one and all are understood; of t; and of the argument that asks for a
 tuple.
 """
-
-PLACES = ("img_ids", "txt_ids")
-
-PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "UNet2DModel": ("sample", "timestep", "class_labels", "return_dict"),
-    "UNet2DConditionModel": (
-        "sample",
-        "timestep",
-        "encoder_hidden_states",
-        "class_labels",
-        "timestep_cond",
-        "attention_mask",
-        "cross_attention_kwargs",
-        "added_cond_kwargs",
-        "down_block_additional_residuals",
-        "mid_block_additional_residual",
-        "down_intrablock_additional_residuals",
-        "encoder_attention_mask",
-        "return_dict",
-    ),
-    "DiTTransformer2DModel": ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs", "return_dict"),
-    "PixArtTransformer2DModel": (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "added_cond_kwargs",
-        "cross_attention_kwargs",
-        "attention_mask",
-        "encoder_attention_mask",
-        "return_dict",
-    ),
-    "SD3Transformer2DModel": (
-        "hidden_states",
-        "encoder_hidden_states",
-        "pooled_projections",
-        "timestep",
-        "block_controlnet_hidden_states",
-        "joint_attention_kwargs",
-        "return_dict",
-        "skip_layers",
-    ),
-    "FluxTransformer2DModel": (
-        "hidden_states",
-        "encoder_hidden_states",
-        "pooled_projections",
-        "timestep",
-        "img_ids",
-        "txt_ids",
-        "guidance",
-        "joint_attention_kwargs",
-        "controlnet_block_samples",
-        "controlnet_single_block_samples",
-        "return_dict",
-        "controlnet_blocks_repeat",
-    ),
-}
-"""Class of a denoiser -> the arguments of its `forward`, in order."""
 
 _RESIDUALS = (
     "what a ControlNet or T2I-Adapter adds is no input of this graph: such a pipeline takes the model that "
@@ -115,7 +60,7 @@ class Call:
         states: x_t, as the caller has it.
         timestep: t.
         conditions: by name, as numpy arrays.
-        places: of Flux, img_ids where it was given.
+        places: img_ids, where a class that takes rows was given them.
         as_dict: False where a tuple is asked for.
     """
 
@@ -139,7 +84,7 @@ def read_call(kind: str, takes: Sequence[str], positional: Sequence[Any], named:
         ModelError: an argument twice or too many, no x_t or t, a condition that is missing or that the graph does not
             take.
     """
-    parameters = PARAMETERS.get(kind, (STATES[0], TIME, *takes, ANSWER))
+    parameters = family_named(kind).parameters or (STATES[0], TIME, *takes, ANSWER)
     if len(positional) > len(parameters):
         raise ModelError(
             f"{where}: got {len(positional)} arguments by place; allowed {len(parameters)}: {', '.join(parameters)}"

@@ -1,8 +1,8 @@
 """What the manifest.json of a deployed folder may say: every value that loading or running reads, and what its configs
 must agree with.
 
-Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs the standard
-library alone.
+Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs numpy
+alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
+from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.models.families.table import families
 
 SCHEMA_VERSION = 1
 
-DENOISERS = ("unet", "transformer")
+DENOISERS = DENOISER_FOLDERS
 """Folders that a denoiser may lie in, by its class, as optimum-intel has them."""
 
 GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
@@ -115,7 +117,7 @@ def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any]
     """
     channels = manifest["sample_shape"][0]
     _check(path, config, "_class_name", lambda value: isinstance(value, str), "the name of the denoiser's class")
-    allowed = (channels, 4 * channels)  # of Flux, whose rows are patches of 2x2
+    allowed = {channels * family.channel_factor for family in families().values()} | {channels}
     _check(
         path,
         config,

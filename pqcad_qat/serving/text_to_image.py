@@ -1,7 +1,7 @@
 """Prompts become pictures: the text encoders, denoiser and VAE decoder of one deployed folder, with openvino, numpy and
 tokenizers.
 
-Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (prompt_conditions.py), or the
+Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (models/families/), or the
 sampler (sampling/trajectory.py).
 """
 
@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json
+from pqcad_qat.models.families.prompt_layouts import Arrays, PromptLayout, Wanted
+from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
 from pqcad_qat.serving.manifest import PARTS, SCHEDULER_CONFIG, listed
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
-from pqcad_qat.serving.prompt_conditions import FLUX_GUIDANCE, LAYOUTS, Arrays, PromptLayout, Wanted
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
 
 
@@ -68,9 +69,10 @@ class TextToImage:
         listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
         index = read_json(path / MODEL_INDEX)
         pipeline = str(index.get("_class_name"))
-        if (layout := LAYOUTS.get(pipeline)) is None:
+        if (layout := prompt_layouts().get(pipeline)) is None:
             raise ModelError(
-                f"{path / MODEL_INDEX}: _class_name: got {pipeline[:100]!r}; allowed for a prompt {', '.join(LAYOUTS)}"
+                f"{path / MODEL_INDEX}: _class_name: got {pipeline[:100]!r}; "
+                f"allowed for a prompt {', '.join(prompt_layouts())}"
             )
         if denoiser.scheduler_config.get(STEPS) is None:
             raise ModelError(
@@ -150,7 +152,7 @@ class TextToImage:
         _, height, width = self.denoiser.sample_shape
         shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
         picture = (height * self.decoder.factor, width * self.decoder.factor)
-        told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, FLUX_GUIDANCE))
+        told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, self.layout.guidance))
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
 
     def _tell_of_cuts(self, *prompts: str) -> None:

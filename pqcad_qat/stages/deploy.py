@@ -25,9 +25,9 @@ from pqcad_qat.export.proof import end_to_end_psnr, execution_precision, layer_p
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working
-from pqcad_qat.models.architectures import ConditionInput
 from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import expected_bytes

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.tensor_files import gathered
-from pqcad_qat.models.architectures import condition_inputs
 from pqcad_qat.models.conditions import (
     GUIDANCE,
     NULL_CLASS,
@@ -30,6 +29,7 @@ from pqcad_qat.models.conditions import (
     guided_call,
 )
 from pqcad_qat.models.denoiser import DiffusionModel, is_latent, load_model, predict
+from pqcad_qat.models.families.family import condition_inputs
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
 from pqcad_qat.models.pipeline_parts import VAE, decoded, pipeline_parts
 from pqcad_qat.policy.schema import ConditionsPolicy

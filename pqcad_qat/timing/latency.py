@@ -23,13 +23,14 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.export.time_tables import Times, timestep_tables
 from pqcad_qat.export.traceable_modules import TracedDenoiser, fixed_rotations, swapped
 from pqcad_qat.machine.cores import usable_cores
-from pqcad_qat.models.architectures import TEXT
 from pqcad_qat.models.denoiser import Condition, predict
+from pqcad_qat.models.families.family import TEXT
+from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, ProfileRow, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, read_graph
-from pqcad_qat.serving.graph_inputs import PLACES, spelled
+from pqcad_qat.serving.graph_inputs import spelled
 from pqcad_qat.timing.baseline_trials import Inputs, save_openvino
 from pqcad_qat.timing.hardware import hardware
 

@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.export.part_proof import part_parity
-from pqcad_qat.models.architectures import ConditionInput, condition_inputs
+from pqcad_qat.models.families.family import ConditionInput, condition_inputs
 from pqcad_qat.models.pipeline_parts import (
     VAE,
     PipelineParts,

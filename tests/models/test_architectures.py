@@ -31,8 +31,9 @@ from torch import Tensor
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.architectures import ARCHITECTURES, ConditionInput
 from pqcad_qat.models.denoiser import DiffusionModel, load_model, model_index, predict, save_model, untrained_denoiser
+from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.models.families.table import families
 from pqcad_qat.models.registry import register_denoiser
 
 TAKES = {
@@ -197,7 +198,7 @@ def test_an_unknown_class_is_refused_with_those_that_are_known(tmp_path: Path) -
     saved("dit", tmp_path / "model")
     config = tmp_path / "model" / "transformer" / "config.json"
     config.write_text(json.dumps({**read_json(config), "_class_name": "SanaTransformer2DModel"}))
-    with pytest.raises(ModelError, match=f"got 'SanaTransformer2DModel'; allowed {', '.join(ARCHITECTURES)}"):
+    with pytest.raises(ModelError, match=f"got 'SanaTransformer2DModel'; allowed {', '.join(families())}"):
         load_model(str(tmp_path / "model"))
 
 

@@ -23,8 +23,8 @@ from torch.nn.utils import parametrizations
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.errors import ModelError, PqcadError
-from pqcad_qat.models.architectures import ConditionInput
 from pqcad_qat.models.denoiser import load_model, predict
+from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.own_modules import hold_statistics, plain_module
 from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import load_policy

@@ -14,7 +14,7 @@ from tiny_runs import POLICIES, SCHEDULER
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError, PqcadError
-from pqcad_qat.models.architectures import ConditionInput
+from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import dump_policy, load_policy
 from pqcad_qat.policy.origins import key_location, key_path, located

@@ -17,9 +17,9 @@ from tiny_runs import SCHEDULER, tiny_unet
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.export_model import export_model
-from pqcad_qat.models.architectures import ARCHITECTURES
 from pqcad_qat.models.denoiser import save_model
-from pqcad_qat.serving.diffusers_calls import PARAMETERS, read_call
+from pqcad_qat.models.families.table import families, family_named
+from pqcad_qat.serving.diffusers_calls import read_call
 from pqcad_qat.serving.diffusers_stand_in import UNetConfig
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
@@ -27,9 +27,9 @@ X, TEXT, LABELS = np.zeros((2, 4, 8, 8)), np.ones((2, 7, 24)), np.array([1, 2])
 COND, SAMPLE = "UNet2DConditionModel", "UNet2DModel"
 
 
-@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+@pytest.mark.parametrize("kind", list(families()))
 def test_arguments_go_by_place_as_in_diffusers(kind: str) -> None:
-    assert PARAMETERS[kind] == tuple(inspect.signature(getattr(diffusers, kind).forward).parameters)[1:]
+    assert family_named(kind).parameters == tuple(inspect.signature(getattr(diffusers, kind).forward).parameters)[1:]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest
+from pqcad_qat.models.families.latent_rows import packed
 from pqcad_qat.sampling.trajectory import initial_noise
 from pqcad_qat.serving.deployed_folder import MANIFEST, MODEL_INDEX, read_manifest
-from pqcad_qat.serving.graph_inputs import packed
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
 from pqcad_qat.serving.transformer import OVTransformer2DModel

@@ -55,10 +55,11 @@ def files() -> str:
     """Every file of every room with what it holds, rooms as in the table."""
     text = []
     for room in rooms():
-        modules = sorted(path for path in (PACKAGE / room).glob("*.py") if path.name != "__init__.py")
+        folder = PACKAGE / room
+        modules = sorted(path for path in folder.rglob("*.py") if path.name != "__init__.py")
         if modules:
             text += [f"### {room}/", ""]
-            text += [f"- `{path.name}`: {summary(path)}" for path in modules] + [""]
+            text += [f"- `{path.relative_to(folder).as_posix()}`: {summary(path)}" for path in modules] + [""]
     return "\n".join(text)
 
 

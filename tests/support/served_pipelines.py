@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from text_pipelines import T5_TOKENS, deployed
 
+from pqcad_qat.models.families.latent_rows import packed
 from pqcad_qat.sampling.trajectory import initial_noise
-from pqcad_qat.serving.graph_inputs import packed
 from pqcad_qat.serving.text_to_image import TextToImage
 
 ASKED = {"prompt": "a cat and two dogs", "negative": "a mat", "guidance": 2.5, "steps": 4, "seed": 7}

@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.models.architectures import architecture_of
 from pqcad_qat.models.denoiser import recomputed_activations
+from pqcad_qat.models.families.table import family_of
 from pqcad_qat.policy.schema import LayerRule, Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
@@ -105,12 +105,11 @@ class Learner:
     ) -> dict[str, Tensor]:
         """The prediction, and every gradient by name."""
         self.model.train().zero_grad()
-        architecture, times = architecture_of(self.model), torch.tensor([40, 900])
-        assert architecture is not None
+        family, times = family_of(self.model), torch.tensor([40, 900])
         with recomputed_activations(self.model, again):
             network = wrap(self.model)
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                prediction = architecture.call(network, self.x, times, architecture.keywords(self.condition))[0]
+                prediction = family.call(network, self.x, times, family.keywords(self.condition))[0]
             prediction.float().square().mean().backward()
         found = {
             name: parameter.grad.clone()

@@ -27,9 +27,9 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.export.export_model import export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import execution_precision, layer_parity
-from pqcad_qat.models.architectures import ConditionInput
 from pqcad_qat.models.conditions import ConditionSet, exported_inputs
 from pqcad_qat.models.denoiser import load_model, predict
+from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule

@@ -29,8 +29,8 @@ from pqcad_qat.data.calibration import read_calibration
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.time_tables import GUIDANCES, TimestepTable, known_times
 from pqcad_qat.machine.files import file_digest
-from pqcad_qat.models import flux
 from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.families.latent_rows import packed, places, unpacked
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.policy.variants import FP32, FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
@@ -38,7 +38,7 @@ from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
 from pqcad_qat.serving.runtime import OVUNet2DModel
-from pqcad_qat.serving.transformer import OVTransformer2DModel, packed, unpacked
+from pqcad_qat.serving.transformer import OVTransformer2DModel
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.samplers import open_folder, sample_states
 
@@ -133,16 +133,14 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
     if flow_run.name == "flux":
         # mu has no say: the shift is settled
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
-        latents = flux.packed(latents)
+        latents = packed(latents)
     else:
         scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         if flow_run.name == "flux":
-            places = {"img_ids": flux.places(8, 8), "txt_ids": torch.zeros(5, 3)}
+            ids = {"img_ids": places(8, 8), "txt_ids": torch.zeros(5, 3)}
             with transformer.cache_context("cond"):
-                (velocity,) = transformer(
-                    latents, timestep=t.expand(3) / 1000, **places, **condition, return_dict=False
-                )
+                (velocity,) = transformer(latents, timestep=t.expand(3) / 1000, **ids, **condition, return_dict=False)
         else:
             other = {name: value.expand(3, *value.shape[1:]) for name, value in ours.conditions.unconditional.items()}
             doubled = {name: torch.cat([other[name], value]) for name, value in condition.items()}
@@ -150,7 +148,7 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
             without, text = output.sample.chunk(2)  # type: ignore[union-attr]
             velocity = without + ours.guidance_scale * (text - without)
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    found = flux.unpacked(latents, 8, 8) if flow_run.name == "flux" else latents
+    found = unpacked(latents, 8, 8) if flow_run.name == "flux" else latents
     assert decibels(found, sample_states(ours, 3, 7, 3)) > 60
 
 
@@ -232,7 +230,7 @@ def test_other_times_and_latents_than_the_graph_takes_are_refused(flow_run: Flow
     if flow_run.name == "flux":
         rows = np.zeros((1, 16, 16), np.float32)
         with pytest.raises(ModelError, match=r"takes latents of 8x8, packed to \(B, 16, 16\); got"):
-            transformer(rows, timestep=0.5, img_ids=flux.places(4, 16), **condition)
+            transformer(rows, timestep=0.5, img_ids=places(4, 16), **condition)
     with pytest.raises(ModelError, match="takes the conditions encoder_hidden_states"):
         transformer(rows if flow_run.name == "flux" else np.zeros((1, 4, 8, 8), np.float32), timestep=0.5)
 
@@ -254,7 +252,8 @@ def test_a_table_of_continuous_time_finds_the_nearest_that_it_knows() -> None:
 
 def test_the_runtimes_packing_is_that_of_training() -> None:
     x = torch.randn(2, 4, 8, 6)
-    np.testing.assert_array_equal(packed(x.numpy()), flux.packed(x).numpy())
+    np.testing.assert_array_equal(packed(x.numpy()), packed(x).numpy())
+    np.testing.assert_array_equal(unpacked(packed(x.numpy()), 8, 6), unpacked(packed(x), 8, 6).numpy())
     np.testing.assert_array_equal(unpacked(packed(x.numpy()), 8, 6), x.numpy())
 
 

@@ -1,0 +1,93 @@
+"""What a pipeline makes of a prompt, in the words that families describe it with: which of its text encoders gives
+which of the denoiser's conditions.
+
+Not here: the layouts (with their families), or the encoders: those of diffusers (models/prompts.py) and those that are
+deployed (serving/part_runtime.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+LAST, PROJECTED = "last_hidden_state", "text_embeds"
+"""What a text encoder gives: the states of its last layer, and one vector for the whole text."""
+
+
+class TextEncoder(Protocol):
+    """A deployed text encoder with its tokenizer.
+
+    Attributes:
+        outputs: what it can give, by name.
+        layers: the layers of a CLIP that gives `hidden_states.0` to `hidden_states.LAYERS`.
+    """
+
+    outputs: tuple[str, ...]
+    layers: int
+
+    def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
+        """What it gives for a prompt, by name, (1, ...)."""
+
+    def mask(self, prompt: str) -> npt.NDArray[np.int64]:
+        """(1, tokens): 1 for the prompt's tokens, 0 for those that fill it up."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the denoiser asks for.
+
+    Attributes:
+        shapes: name of a condition -> its shape without the batch.
+        picture: height and width in pixels.
+        guidance: the guidance that a denoiser is told which takes it as an input.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    picture: tuple[int, int]
+    guidance: float
+
+
+Encoders = Mapping[str, TextEncoder]
+Conditions = Callable[[Encoders, str, Wanted], Arrays]
+"""(text encoders by part, prompt, what is wanted) -> the denoiser's conditions by name, (1, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLayout:
+    """How one class of pipelines reads a prompt.
+
+    Attributes:
+        gives: what its `encode_prompt` returns, in order, by the names of a file of embeddings; "" is not one of them.
+        encoders: the text encoders that a prompt takes.
+        optional: the encoders for which zeros may stand.
+        conditions: what its `encode_prompt` does, from deployed encoders.
+        reads_denoiser: whether its `encode_prompt` reads the config of the denoiser.
+        before_t5: the encoder whose tokens stand before T5's in one sequence.
+        guidance: what it tells a denoiser that takes guidance as an input, where nobody says another.
+    """
+
+    gives: tuple[str, ...]
+    encoders: tuple[str, ...]
+    conditions: Conditions
+    optional: tuple[str, ...] = ()
+    reads_denoiser: bool = False
+    before_t5: str | None = None
+    guidance: float = 1.0
+
+
+def two_clips(encoders: Encoders, prompt: str) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+    """The last layer but one of both CLIPs, side by side, and what each gives for the text as a whole, if it does."""
+    states, pooled = [], []
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = encoders[part]
+        name = f"hidden_states.{encoder.layers - 1}"
+        encoded = encoder(prompt, [name, PROJECTED] if PROJECTED in encoder.outputs else [name])
+        states.append(encoded[name])
+        pooled.append(encoded.get(PROJECTED, np.zeros((1, 0), np.float32)))
+    return np.concatenate(states, -1), pooled
