@@ -1,7 +1,7 @@
 """The values of a diffusers config, judged before anything is built of it: kinds by the class's own signature, and
 bounds on all numbers.
 
-Not here: what the values of one class mean together (config_faults.py).
+Not here: what the values of one class mean together (families/).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from pqcad_qat.commands.rehearse import rehearse
 from pqcad_qat.models import families as folder
 from pqcad_qat.models.denoiser import DiffusionModel, load_model, predict, save_model
 from pqcad_qat.models.families.table import families, pipelines
-from pqcad_qat.models.untrained import architecture_configs, noise_inputs
+from pqcad_qat.models.untrained import noise_inputs
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
@@ -61,17 +61,13 @@ def sana(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DiffusionM
     sys.modules.pop(f"{folder.__name__}.sana")
 
 
-def test_a_family_is_added_in_one_file_and_its_models_are_deployed_in_int8(
-    sana: DiffusionModel, tmp_path: Path
-) -> None:
+def test_a_family_is_added_in_one_file_and_deployed_in_int8(sana: DiffusionModel, tmp_path: Path) -> None:
     x, t, condition = noise_inputs(sana, 2)
     with torch.no_grad():
         (own_call,) = sana.denoiser(x, timestep=t, **condition, return_dict=False)
         assert torch.equal(predict(sana.denoiser, x, t, condition), own_call)
     policy = load_policy(POLICIES / "w8a8.yaml", [f"model.source={sana.source}", ALL_IN_INT8])
-    configs = architecture_configs(sana.source)
-    assert configs is not None
-    rehearsal = rehearse(policy, configs, tmp_path / "rehearsed", "rehearse", lambda _: None)
+    rehearsal, _ = rehearse(policy, tmp_path / "rehearsed", "rehearse", lambda _: None)
     assert rehearsal.planned == rehearsal.executed_int8 == rehearsal.exact > 20
     deployed = OVUNet2DModel.from_pretrained(tmp_path / "rehearsed" / "openvino")
     by_name = {name: value.numpy() for name, value in condition.items()}
@@ -81,8 +77,9 @@ def test_a_family_is_added_in_one_file_and_its_models_are_deployed_in_int8(
 
 
 def test_the_arguments_of_the_page_are_those_of_the_class(sana: DiffusionModel) -> None:
+    written = families()[type(sana.denoiser).__name__].parameters
     known = tuple(inspect.signature(type(sana.denoiser).forward).parameters)[1:]
-    assert families()[type(sana.denoiser).__name__].parameters == known
+    assert known[: len(written)] == written
 
 
 def test_nothing_else_asks_for_a_class_by_name() -> None:

@@ -60,6 +60,12 @@ class ConditionInput:
         return f"{self.name} ({sizes}) {self.dtype}" + (f" in [0, {self.bound})" if self.bound is not None else "")
 
 
+def text_inputs(width: int, masked: bool = False) -> tuple[ConditionInput, ...]:
+    """A text of tokens of so many numbers, and the mask that says which of its tokens count, where there is one."""
+    mask = (ConditionInput(TEXT_MASK, (None,), "float32"),) if masked else ()
+    return ConditionInput(TEXT, (None, width), "float32"), *mask
+
+
 def condition_inputs(entries: Iterable[Mapping[str, Any]]) -> tuple[ConditionInput, ...]:
     """The inputs that the entries of a deployed folder's manifest describe."""
     return tuple(ConditionInput(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
@@ -92,7 +98,7 @@ class Family:
     Attributes:
         name: diffusers' class of the denoiser.
         part: the folder of a pipeline that holds it.
-        parameters: the arguments of its `forward`, in order.
+        parameters: the arguments of its `forward`, in order, as far as they are given by place.
         conditions: config -> the tensors that it takes beside x_t and t.
         faults: config with every default -> what it asks for that we do not give, and values that do not go together.
         former: the norm_type by which configs of the older class Transformer2DModel mean this one.

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from pqcad_qat.models.families.config_faults import allowed, among, patched, total_width
-from pqcad_qat.models.families.family import TEXT, TEXT_MASK, ConditionInput, Config, Family, Pipeline
+from pqcad_qat.models.families.family import TEXT, TEXT_MASK, ConditionInput, Config, Family, Pipeline, text_inputs
 from pqcad_qat.models.families.prompt_layouts import LAST, Arrays, Encoders, PromptLayout, Wanted
 
 
 def _conditions(config: Config) -> tuple[ConditionInput, ...]:
-    width = config["caption_channels"] or config["cross_attention_dim"]
-    return ConditionInput(TEXT, (None, width), "float32"), ConditionInput(TEXT_MASK, (None,), "float32")
+    return text_inputs(config["caption_channels"] or config["cross_attention_dim"], masked=True)
 
 
 def _faults(config: Config) -> Iterator[str]:

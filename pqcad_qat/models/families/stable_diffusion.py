@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pqcad_qat.models.families.config_faults import allowed, among, nothing
-from pqcad_qat.models.families.family import LARGEST_SIZE, TEXT, ConditionInput, Config, Family, Pipeline
+from pqcad_qat.models.families.family import LARGEST_SIZE, TEXT, ConditionInput, Config, Family, Pipeline, text_inputs
 from pqcad_qat.models.families.prompt_layouts import (
     LAST,
     PROJECTED,
@@ -35,9 +35,7 @@ SIZES = 6
 
 def _conditions(config: Config) -> tuple[ConditionInput, ...]:
     width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
-    inputs: tuple[ConditionInput, ...] = (
-        ConditionInput(TEXT, (None, width if isinstance(width, int) else width[0]), "float32"),
-    )
+    inputs = text_inputs(width if isinstance(width, int) else width[0])
     if config.get("addition_embed_type") == "text_time":  # SDXL
         text = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
         inputs += (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pqcad_qat.models.families.config_faults import allowed, patched, sides_of, total_width
-from pqcad_qat.models.families.family import TEXT, ConditionInput, Config, Family, Pipeline
+from pqcad_qat.models.families.family import TEXT, ConditionInput, Config, Family, Pipeline, text_inputs
 from pqcad_qat.models.families.prompt_layouts import LAST, Arrays, Encoders, PromptLayout, Wanted, two_clips
 
 POOLED = "pooled_projections"
@@ -17,10 +17,8 @@ POOLED = "pooled_projections"
 
 def joint_attention(config: Config) -> tuple[ConditionInput, ...]:
     """Text as tokens and as one vector; and guidance, where the denoiser takes it as an input."""
-    inputs: tuple[ConditionInput, ...] = (
-        ConditionInput(TEXT, (None, config["joint_attention_dim"]), "float32"),
-        ConditionInput(POOLED, (config["pooled_projection_dim"],), "float32"),
-    )
+    pooled = ConditionInput(POOLED, (config["pooled_projection_dim"],), "float32")
+    inputs = (*text_inputs(config["joint_attention_dim"]), pooled)
     return inputs + ((ConditionInput("guidance", (), "float32"),) if config.get("guidance_embeds") else ())
 
 
