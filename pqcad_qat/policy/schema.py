@@ -106,8 +106,8 @@ class ModelPolicy(Section):
     )
     sample_size: Side | Sides | None = Field(
         None,
-        description="height and width of x_t, one number or [height, width], of which the export has one; null: the "
-        "model's own (Flux: 128, of 1024 pixels)",
+        description="height and width of x_t: one number, or [height, width]; the deployed graph has this size alone;"
+        " null: the model's own (Flux: 128, for 1024 pixels)",
     )
 
 
@@ -115,27 +115,32 @@ class ConditionsPolicy(Section):
     """What a conditional model is conditioned on; each trajectory and each image has a seeded choice of its own."""
 
     classes: Classes = Field(
-        "all", description="class labels to choose from, of a class-conditional model: all, or a list"
+        "all", description="class labels to choose from, for a class-conditional model: all, or a list"
     )
     unconditional_class: Annotated[int, Field(ge=0)] | None = Field(
         None, description="label that stands for no class, for guidance; null: the model's own (DiT has one)"
     )
     embeddings: Text | None = Field(
         None,
-        description="safetensors file: a tensor for each condition, prompts first; unconditional.NAME for guidance",
+        description="safetensors file with a tensor for each condition, prompts first; guidance also needs "
+        "unconditional.NAME",
     )
     prompts: Text | None = Field(
         None,
-        description="text file, a prompt a line, for a pipeline with text_encoder and tokenizer; takes the extra text",
+        description="text file with one prompt a line, for a pipeline with text encoders and tokenizers; needs the "
+        "extra text: pip install '.[text]'",
     )
     tokens: Count | None = Field(
         None,
         le=512,
-        description="that T5's prompts are filled up or cut to; null: the pipeline's own (SD3 256, Flux 512, PixArt "
-        "120)",
+        description="number of tokens that T5's prompts are padded or cut to; null: the pipeline's own (SD3 256, Flux"
+        " 512, PixArt 120)",
     )
     guidance: float | None = Field(
-        None, ge=0, le=100, description="of prompts, that FLUX.1 dev reads; null: its pipeline's own, 3.5"
+        None,
+        ge=0,
+        le=100,
+        description="guidance that FLUX.1 dev reads beside its prompts; null: its pipeline's own, 3.5",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -151,12 +156,15 @@ class SamplerPolicy(Section):
 
     name: Literal["ddim", "euler"] | None = Field(
         None,
-        description="deterministic sampler: euler of flow matching, ddim of DDPM's kin; null: whichever the model "
-        "takes",
+        description="deterministic sampler: euler for flow matching, ddim for all other models; null: the one that "
+        "the model takes",
     )
-    steps: Count = Field(20, le=1000, description="denoising steps of an image, before distillation")
+    steps: Count = Field(20, le=1000, description="sampling steps of an image, before distillation")
     guidance_scale: float = Field(
-        1.0, ge=1, description="of classifier-free guidance: two passes of the denoiser a step; 1: none, one pass"
+        1.0,
+        ge=1,
+        description="scale of classifier-free guidance, which takes two denoiser calls a sampling step; 1: none, one "
+        "call",
     )
 
 
@@ -166,10 +174,12 @@ class CalibrationPolicy(Section):
     trajectories: Count = Field(128, description="recorded trajectories, each with every state from noise to image")
     seed: Seed = Field(0, description="seed of their noise")
     refinement: Count = Field(
-        2, le=16, description="full-precision steps recorded where the sampler makes one; finer targets than its own"
+        2,
+        le=16,
+        description="full-precision steps that are recorded for each step of the sampler; more make finer targets",
     )
     batch_size: Count = Field(
-        64, description="trajectories sampled at a time; memory and speed only, the noise of each is its own"
+        64, description="trajectories sampled at a time; it decides memory and speed, and no result"
     )
 
 
@@ -178,14 +188,16 @@ class WeightQuantizer(Section):
 
     bits: Bits = Field(description="target width in bits; progressive quantization walks down to it")
     granularity: Literal["per_channel", "per_tensor"] = Field(
-        "per_channel", description="one scale an output channel, or one a tensor"
+        "per_channel", description="one scale for each output channel, or one for the whole tensor"
     )
     symmetric: bool = Field(True, description="zero point fixed at 0")
     scale: Literal["statistics", "learned"] = Field(
-        "statistics", description="computed from the weights each step, or a trained parameter"
+        "statistics",
+        description="statistics: computed from the weights at each training step; learned: a trained parameter",
     )
     range: Literal["min_max", "mse"] = Field(
-        "mse", description="statistic behind the scale: the extremes, or the least squared error"
+        "mse",
+        description="what the scale is computed from: min_max takes the extremes, mse the range of least squared error",
     )
 
 
@@ -193,14 +205,12 @@ class InputQuantizer(Section):
     """How a layer's input tensor is quantized, with one scale."""
 
     bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
-    symmetric: bool = Field(
-        True, description="zero point fixed at 0; asymmetric is closer for lopsided inputs, and slower"
-    )
+    symmetric: bool = Field(True, description="zero point fixed at 0; false is closer for lopsided inputs, and slower")
     signed: bool | Literal["auto"] = Field(
-        "auto", description="auto: unsigned where the calibrated minimum is >= 0; auto if asymmetric"
+        "auto", description="auto: unsigned if no calibrated value is negative; must be auto if symmetric is false"
     )
     scale: Literal["statistics", "learned"] = Field(
-        "learned", description="kept as calibrated, or a trained parameter that starts there"
+        "learned", description="statistics: kept as calibrated; learned: a trained parameter that starts there"
     )
     range: Literal["min_max", "mse"] = Field(
         "mse", description="statistic of the calibration set behind the scale: the extremes, or the least squared error"
@@ -221,7 +231,7 @@ class LayerRule(Section):
     inputs: InputQuantizer | None = Field(None, description="input quantizer; needed unless keep_float")
     keep_float: bool = Field(False, description="leave these layers in floating point on purpose")
     execution: Literal["int8", "float"] = Field(
-        "int8", description="float: listed exceptions, quantized but free to run in floating point"
+        "int8", description="float: quantize these layers, but leave OpenVINO free to execute them in floating point"
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -243,13 +253,15 @@ class QuantizationPolicy(Section):
     """Which layers are quantized, and how."""
 
     split_shortcuts: bool = Field(
-        True, description="split convolutions that read a concatenated shortcut: an input quantizer a half"
+        True,
+        description="split a convolution that reads a concatenated shortcut in two, each half with an input quantizer"
+        " of its own",
     )
     layers: Rules = Field(description="rules in order; a layer that none matches stays in floating point")
     attention: Literal["float", "int8"] = Field(
         "float",
-        description="int8: attention's two products in INT8 in the deployed folder, 8 bits of extremes, not trained "
-        "with",
+        description="int8: compute attention's two products in INT8 in the deployed folder, in 8 bits over the "
+        "extremes; training does not see it",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -275,11 +287,13 @@ class ProgressivePolicy(Section):
         (8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target"
     )
     schedule: Literal["momentum", "fixed"] = Field(
-        "momentum", description="fixed: the same rungs at evenly spread steps, all layers at once"
+        "momentum",
+        description="momentum: transitions when the momenta call for them; fixed: at evenly spread steps, all layers "
+        "at once",
     )
     momentum: Momentum = Field(0.9, description="decay of the exponential moving averages, per step")
     transition: Literal["blend", "jump"] = Field(
-        "blend", description="blend: the next width's share grows step by step; jump: at once"
+        "blend", description="blend: the next width's share grows with each training step; jump: all at once"
     )
     plateau: float = Field(
         0.002, ge=0, description="relative improvement of the loss a step under which a transition is due"
@@ -299,7 +313,7 @@ class DistillationPolicy(Section):
     """Calibration-assisted distillation to fewer sampling steps."""
 
     steps: Count = Field(100, description="training steps")
-    student_steps: Count = Field(10, description="sampling steps of the student; divides sampler.steps")
+    student_steps: Count = Field(10, description="sampling steps of the student; must divide sampler.steps")
     teacher_weight: float = Field(
         0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out"
     )
@@ -308,8 +322,8 @@ class DistillationPolicy(Section):
     )
     guidance: Literal["keep", "distill"] = Field(
         "keep",
-        description="of a guided sampler: the student keeps both passes, or learns to give the guided prediction in "
-        "one",
+        description="for a guided sampler: keep leaves the student both denoiser calls, distill teaches it the guided"
+        " prediction in one",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -322,14 +336,12 @@ class DistillationPolicy(Section):
 class TrainingPolicy(Section):
     """What both training stages share."""
 
-    batch_size: Count = Field(
-        32, description="states of a batch, of mixed time steps; a step takes one from every process"
-    )
+    batch_size: Count = Field(32, description="states of a batch, at mixed times of the diffusion")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
     )
-    gradient_accumulation: Count = Field(1, description="batches that every process adds to a step of the optimizer")
+    gradient_accumulation: Count = Field(1, description="batches that each process adds to a training step")
     activation_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass rather than keep them: less memory, more time",
@@ -344,8 +356,8 @@ class TrainingPolicy(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
         "rollback",
-        description="back to the last good checkpoint, or on from there, at half the rate and up to 3 times; or an "
-        "error",
+        description="rollback: back to the last good checkpoint; lower_rate: on from there; both at half the learning"
+        " rate, up to 3 times; stop: an error",
     )
 
 
@@ -360,8 +372,8 @@ class EvaluationPolicy(Section):
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text | None = Field(
         None,
-        description="feature network of FID with its reference statistics: embedded:NAME or a folder; null: an "
-        "embedded model's own, for other models none; none: figures against full precision only",
+        description="feature network of FID, with statistics of real images: embedded:NAME or a folder; none: no FID;"
+        " null: an embedded model's own, and none for other models",
     )
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 
@@ -371,13 +383,13 @@ class PipelinePolicy(Section):
 
     vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
         "auto",
-        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the set's latents; "
-        "auto: float if any",
+        description="VAE decoder: float (float16 on disk), int8-weights, or int8, which is calibrated on the set's "
+        "latents; auto: float if there is a VAE",
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
         "auto",
-        description="text encoders and tokenizers: float (float16 on disk), int8-weights; auto: int8-weights if any; "
-        "takes the extra text",
+        description="text encoders and tokenizers: float (float16 on disk) or int8-weights; auto: int8-weights if "
+        "there are any; needs the extra text: pip install '.[text]'",
     )
 
 
@@ -387,8 +399,8 @@ class ExportPolicy(Section):
     batch_size: Count = Field(1, description="fixed batch size of the exported model")
     weights: Literal["int8", "packed"] = Field(
         "int8",
-        description="int8: for plain OpenVINO; packed: the fewest of 2, 3, 4 and 8 bits that fit on disk, for our "
-        "runtime",
+        description="format on disk: int8 for plain OpenVINO; packed in the fewest of 2, 3, 4 and 8 bits that hold a "
+        "layer's weights, for our runtime",
     )
     latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
 

@@ -28,7 +28,7 @@ class StudyPolicy(Section):
     kind: Literal["study"] = Field(description="tells a study from a policy")
     name: Name = Field(description="name of the study and of its folder")
     policies: Files = Field(description="policy files, relative to this one")
-    set: Overrides = Field({}, description="overrides of every cell, key: value")
+    set: Overrides = Field({}, description="overrides for every cell, key: value")
     axes: dict[str, dict[str, Overrides]] = Field(
         {}, description="axis -> level -> overrides, key: value, over those of set"
     )
