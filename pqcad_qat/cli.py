@@ -342,7 +342,8 @@ def evaluate(
         guidance=guidance_scale(guidance),
         console=PROGRESS,
     )
-    CONSOLE.print_json(json.dumps(asdict(evaluation)))
+    protocol = {**asdict(evaluation.fid_protocol), "under_10000": evaluation.fid_protocol.under_10000}
+    CONSOLE.print_json(json.dumps({"fid_real": evaluation.fid_real, "fid_protocol": protocol}))
 
 
 def benchmark(

@@ -13,7 +13,8 @@ from pqcad_qat.commands.opened import opened_folder, policy_of
 from pqcad_qat.errors import ModelError, UsageError
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.quality.feature_network import check_shape, embedded_features, load_features
-from pqcad_qat.quality.fidelity import FidProtocol, evaluate_images, fid_protocol
+from pqcad_qat.quality.fid_protocol import FidProtocol
+from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol
 from pqcad_qat.stages.samplers import sample_images
 
 BATCH = 64

@@ -11,10 +11,10 @@ from pathlib import Path
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, Policy
 from pqcad_qat.stages.run_folder import EMBEDDINGS, POLICY
-from pqcad_qat.stages.samplers import Variant, open_folder
+from pqcad_qat.stages.samplers import Sampler, open_folder
 
 
-def opened_folder(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Variant:
+def opened_folder(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Sampler:
     """What samples from a folder.
 
     Args:

@@ -50,7 +50,7 @@ def run(
         prepared = prepare(policy, path.parent / SHARED)
         table = recipes(policy, prepared)
     with located(policy), open_run(path, policy, resume, table, console) as folder, room_for(path):
-        to_do = [stage for stage in table if folder.finished(stage) is None]
+        to_do = [stage for stage in table if not folder.finished(stage)]
         if (warning := room_warning(policy, prepared, table, to_do, path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         return _all_stages(Work(policy, prepared, folder, console, shares_training), command)

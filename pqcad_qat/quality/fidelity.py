@@ -18,24 +18,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics
+from pqcad_qat.quality.fid_protocol import FidProtocol
 
-CUSTOMARY_FID_IMAGES = 10_000  # with fewer, FID is biased upwards by an amount that depends on their number
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels, the Gaussian window of Wang et al. 2004
 _BATCH = 256
-
-
-@dataclass(frozen=True)
-class FidProtocol:
-    """Everything that has to be equal before two FIDs may be compared."""
-
-    images: int
-    features: str
-    features_sha256: str
-    reference: str | None
-    sampler: str
-    steps: int
-    seed: int
-    under_10000: bool
 
 
 @dataclass(frozen=True)
@@ -60,10 +46,7 @@ class FidelityFigures:
 
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, seed: int) -> FidProtocol:
     """The protocol of `images` generated images looked at through `features`."""
-    few = images < CUSTOMARY_FID_IMAGES
-    return FidProtocol(
-        images, features.source, features.sha256, features.reference_name, sampler, steps, seed, under_10000=few
-    )
+    return FidProtocol(images, features.source, features.sha256, features.reference_name, sampler, steps, seed)
 
 
 def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features | None) -> FidelityFigures:

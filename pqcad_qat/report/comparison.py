@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from pqcad_qat.errors import StudyError
 from pqcad_qat.policy.variants import UNTRAINED, VARIANTS
-from pqcad_qat.report.record import FidProtocol, Report, Variant
+from pqcad_qat.quality.fid_protocol import FidProtocol
+from pqcad_qat.report.record import Report, VariantRow
 
 QUALITY = ("fid_real", "fid_fp", "psnr_fp")
 FIGURES = (*QUALITY, "latency_ms_per_image")
@@ -177,7 +178,7 @@ def _model(report: Report) -> str:
     return str(cast(dict[str, Any], report.policy["model"])["source"])
 
 
-def _variant(run: Run, name: str) -> Variant | None:
+def _variant(run: Run, name: str) -> VariantRow | None:
     return next((row for row in run.report.variants if row.name == name), None)
 
 
@@ -187,7 +188,7 @@ def _is_one(name: str, runs: Sequence[Run]) -> bool:
     return len(rows) > 1 and all(_alike(row, rows[0]) for row in rows)
 
 
-def _alike(a: Variant, b: Variant) -> bool:
+def _alike(a: VariantRow, b: VariantRow) -> bool:
     same = (a.weight_bits, a.activation_bits, a.steps) == (b.weight_bits, b.activation_bits, b.steps)
     return same and all(_agree(getattr(a, figure), getattr(b, figure)) for figure in QUALITY)
 

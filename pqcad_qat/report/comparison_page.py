@@ -17,10 +17,11 @@ from matplotlib.axes import Axes
 from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
+from pqcad_qat.quality.fid_protocol import MANY_IMAGES, FidProtocol
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
-from pqcad_qat.report.page import MANY_IMAGES, UNKNOWN, number, page_template
-from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, FidProtocol
+from pqcad_qat.report.page import UNKNOWN, number, page_template
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE
 from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 2
@@ -94,7 +95,7 @@ def protocol_text(protocol: FidProtocol | None) -> str:
         return "No FID was measured."
     few = (
         f" Fewer than the customary {MANY_IMAGES:,} images: they compare with one another only."
-        if protocol.images < MANY_IMAGES
+        if protocol.under_10000
         else ""
     )
     text = (
@@ -171,7 +172,7 @@ def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
         "rows": [cells(comparison, row) for row in part.rows],
         "remarks": remarks(part),
         "protocol": protocol_text(part.protocol),
-        "few_images": part.protocol is not None and part.protocol.images < MANY_IMAGES,
+        "few_images": part.protocol is not None and part.protocol.under_10000,
         "chart": Markup(figure_chart(part.rows) or ""),  # our own SVG, its texts escaped by canvas.py
     }
 

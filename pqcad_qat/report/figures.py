@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from pqcad_qat.policy.variants import OPENVINO, OURS, PQ
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
-from pqcad_qat.report.record import Curves, ProfileRow, Report, Series, StorageRow, Transition
+from pqcad_qat.report.record import Curves, ProfileRow, Report, Series, StorageRow
+from pqcad_qat.training.transition import Transition
 
 _PRECISIONS = {"i8": "accent", "u8": "accent", "i4": "accent", "bf16": "amber", "f16": "amber", "f32": "violet"}
 _PRECISION_NAMES = {"i8": "INT8", "u8": "INT8", "i4": "INT4", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}

@@ -16,10 +16,9 @@ from markupsafe import Markup
 
 from pqcad_qat.policy.variants import FP32, OURS, PQCAD, REFERENCE, VARIANTS, summary_of
 from pqcad_qat.report import figures
-from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, Variant
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
 from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
 
-MANY_IMAGES = 10_000  # with fewer, an FID depends on their number and compares only within one report
 BASELINES = {spec.name: spec.baseline for spec in reversed(tuple(VARIANTS.values())) if spec.baseline}
 UNKNOWN = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -75,7 +74,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         unsteady_note=UNSTEADY_NOTE,
         strips=strips(report, samples),
         charts={name: Markup(svg or "") for name, svg in charts.items()},  # our own SVG, its texts escaped by canvas.py
-        few_images=report.fid_protocol is not None and report.fid_protocol.images < MANY_IMAGES,
+        few_images=report.fid_protocol is not None and report.fid_protocol.under_10000,
         target_text=target_text,
         spread=spread,
         ours=OURS,
@@ -138,7 +137,7 @@ def headlines(report: Report) -> list[Headline]:
     return found
 
 
-def _speed(rows: Mapping[str, Variant], baseline: str) -> Headline | None:
+def _speed(rows: Mapping[str, VariantRow], baseline: str) -> Headline | None:
     times = [rows[name].latency_ms_per_image if name in rows else None for name in (baseline, OURS)]
     theirs, ours = times
     if not theirs or not ours:
@@ -150,7 +149,7 @@ def _speed(rows: Mapping[str, Variant], baseline: str) -> Headline | None:
     return Headline(f"{ratio:.1f}{TIMES}", f"{word} than {BASELINES[baseline]}", basis, word == "faster")
 
 
-def _quality(rows: Mapping[str, Variant]) -> Headline | None:
+def _quality(rows: Mapping[str, VariantRow]) -> Headline | None:
     full = rows.get(FP32)
     name = next((name for name in (OURS, PQCAD) if name in rows and rows[name].fid_real is not None), None)
     if full is None or not full.fid_real or name is None:

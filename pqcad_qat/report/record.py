@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from pqcad_qat.policy.variants import VARIANTS
+from pqcad_qat.quality.fid_protocol import FidProtocol
+from pqcad_qat.training.transition import Transition
 
 SCHEMA_VERSION = 1
 Comparison = Literal["<=", ">=", "=="]
@@ -83,7 +85,7 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class Variant:
+class VariantRow:
     """One row of the result. A number nobody measured is None, never 0."""
 
     name: str  # a key of policy.variants.VARIANTS
@@ -100,32 +102,6 @@ class Variant:
     ssim_fp: float | None = None  # 0 to 1, likewise
     passes: int = 1  # of the denoiser in a step: 2 under classifier-free guidance, and an image's time counts both
     did_not_run: str = ""  # why, of a baseline that could not be made or run: its figures are unknown
-
-
-@dataclass(frozen=True)
-class FidProtocol:
-    """All that decides an FID number."""
-
-    images: int
-    features: str  # name of the feature network
-    features_sha256: str
-    reference: str | None  # what the real statistics are of
-    sampler: str
-    steps: int  # of the full-precision sampler
-    seed: int
-
-
-@dataclass(frozen=True)
-class Transition:
-    """One layer's move to a narrower width."""
-
-    step: int  # of progressive training
-    layer: str
-    from_bits: Annotated[int, Field(alias="from")]
-    to_bits: Annotated[int, Field(alias="to")]
-    loss_momentum: float | None  # averaged relative improvement of the loss
-    perturbation: float | None  # averaged || Q_to(W) - Q_from(W) || / || Q_from(W) ||
-    cause: str  # "plateau", "deadline", or "fixed"
 
 
 @dataclass(frozen=True)
@@ -254,7 +230,7 @@ class Report:
     policy: Mapping[str, JsonValue]
     seed: int
     hardware: Hardware
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[VariantRow, ...] = ()
     fid_protocol: FidProtocol | None = None
     bit_schedule: tuple[Transition, ...] = ()
     parity: Parity | None = None

@@ -21,6 +21,7 @@ from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.recipes import BASELINE_INPUTS
+from pqcad_qat.stages.stage_records import BaselinesRecord
 from pqcad_qat.stages.work import Work
 from pqcad_qat.timing.baseline_trials import XML_FILE, Inputs, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.hardware import hardware
@@ -46,7 +47,7 @@ def make_baselines(work: Work, calibration: CalibrationSet) -> None:
                 died |= reasons({name: attempt})
         for name in died.keys() & set(work.made):
             work.warn(f"baselines: {name} did not run: {died[name]}")
-        stage.done(died=died)
+        stage.done(BaselinesRecord(died))
 
 
 def _attempts(work: Work, calibration: CalibrationSet) -> dict[str, Callable[[], object]]:

@@ -7,7 +7,6 @@ Not here: how a folder is written and verified (export/), and how it is timed (t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,14 @@ from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
+from pqcad_qat.report.record import PartRow
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS
+from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, IntegerParity
 from pqcad_qat.stages.work import Work
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
@@ -108,21 +109,24 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             with recorded_inputs(student, states, work.path) as inputs:
                 parity = layer_parity(shipped, layers, inputs)
             psnr = _end_to_end(work, shipped, student, calibration)
+        parts = () if deployed_parts is None else part_parity(deployed_parts, shipped)
         stage.done(
-            precisions=dict(executed.precisions),
-            attention=dict(executed.attention),
-            inference_precision=executed.inference_precision,
-            needs_vnni=[name for name, layer in layers.items() if needs_vnni(layer)],
-            parity={
-                "layers_checked": parity.layers_checked,
-                "layers_exact": parity.layers_exact,
-                "worst_layer": parity.worst_layer,
-                "worst_error": parity.worst_error,
-                "exact": {layer.name: layer.exact for layer in parity.layers},
-            },
-            end_to_end_psnr=psnr,
-            parts=[asdict(part) for part in (() if deployed_parts is None else part_parity(deployed_parts, shipped))],
-            packed_bytes=size_bytes(work.path / "baselines" / "packed"),
+            ExportRecord(
+                precisions=dict(executed.precisions),
+                attention=dict(executed.attention),
+                inference_precision=executed.inference_precision,
+                needs_vnni=tuple(name for name, layer in layers.items() if needs_vnni(layer)),
+                parity=IntegerParity(
+                    layers_checked=parity.layers_checked,
+                    layers_exact=parity.layers_exact,
+                    worst_layer=parity.worst_layer,
+                    worst_error=parity.worst_error,
+                    exact={layer.name: layer.exact for layer in parity.layers},
+                ),
+                end_to_end_psnr=psnr,
+                parts=tuple(PartRow(part.part, part.format, part.size_bytes, part.psnr) for part in parts),
+                packed_bytes=size_bytes(work.path / "baselines" / "packed"),
+            )
         )
 
 
@@ -184,8 +188,10 @@ def benchmark(work: Work) -> None:
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
         sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
         stage.done(
-            timings={name: asdict(value) for name, value in timings.items()},
-            profiles={name: [asdict(row) for row in rows] for name, rows in profiles.items()},
-            sizes={REFERENCE: 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
-            hardware=asdict(hardware()),
+            BenchmarkRecord(
+                timings=timings,
+                profiles=profiles,
+                sizes={REFERENCE: 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
+                hardware=hardware(),
+            )
         )

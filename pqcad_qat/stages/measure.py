@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,30 @@ from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import working
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.policy.variants import OPENVINO, REFERENCE, TRAINED, UNTRAINED, VARIANTS
+from pqcad_qat.policy.variants import OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
-from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, has_ssim
+from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim
 from pqcad_qat.report.report_files import write_report
 from pqcad_qat.stages.baselines import openvino_files
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.recipes import sampled, sampling
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
+from pqcad_qat.stages.run_folder import Record
 from pqcad_qat.stages.samplers import (
-    Variant,
+    Sampler,
     decoder_of,
     openvino_file_variant,
     openvino_variant,
     pytorch_variant,
     sample_states,
+)
+from pqcad_qat.stages.stage_records import (
+    BaselinesRecord,
+    BenchmarkRecord,
+    EvaluationRecord,
+    ExportRecord,
+    SamplesRecord,
+    TrainingRecord,
 )
 from pqcad_qat.stages.train import at_targets
 from pqcad_qat.stages.work import Work
@@ -74,7 +83,7 @@ def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Modu
                     shutil.copyfile(shared / file.name, draft)
             else:
                 make(file.parent, work.folder.parts(sampling(name)))
-            stage.done(steps=work.steps(name))
+            stage.done(SamplesRecord(work.steps(name)))
 
 
 def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
@@ -95,12 +104,12 @@ def _make_images(
     save_tensors(samples, folder / _images_file(work, name).name)
 
 
-def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Sampler:
     scale = work.policy.guidance_scale(name)
     return replace(_sampler(work, name, calibration, models), conditions=work.prepared.conditions, guidance_scale=scale)
 
 
-def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Variant:
+def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Sampler:
     spec, schedule, steps = VARIANTS[name], work.sampled_by(name), work.steps(name)
     if spec.runtime == OPENVINO:
         file = openvino_files(work)[name]
@@ -127,19 +136,17 @@ def evaluate(work: Work) -> None:
         full = samples[REFERENCE]
         with working(work.console, "evaluation: FID, PSNR, SSIM"):
             figures = {
-                name: asdict(evaluate_latents(found, full) if latent else evaluate_images(found, full, features))
+                name: evaluate_latents(found, full) if latent else evaluate_images(found, full, features)
                 for name, found in samples.items()
             }
-        protocol = features and {
-            "features_sha256": features.sha256,
-            "reference": features.reference_name,
-            "features": features.source,
-            "sampler": work.schedule.sampler,
-        }
+        asked, protocol = work.policy.evaluation, None
+        if features is not None:
+            steps, sampler = work.policy.sampler.steps, work.schedule.sampler
+            protocol = fid_protocol(features, asked.images, sampler, steps, asked.seed)
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(work.prepared.model) is None else DECODED)
         notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
         note = " ".join(note for note in notes if note)
-        stage.done(figures=figures, protocol=protocol, note=note, hardware=asdict(hardware()))
+        stage.done(EvaluationRecord(figures, protocol, hardware(), note))
 
 
 def report(work: Work, command: str) -> Path:
@@ -151,15 +158,25 @@ def report(work: Work, command: str) -> Path:
 
 
 def _write_report(work: Work, command: str) -> None:
-    stages = {name: work.folder.finished(name) or {} for name in work.folder.seconds()}
+    seconds = work.folder.seconds()
+
+    def noted(stage: str, kind: type[Record]) -> Record | None:
+        return work.folder.read(stage, kind) if stage in seconds else None
+
+    evaluation = noted("evaluation", EvaluationRecord)
+    assert evaluation is not None  # the stage before this one
     facts = RunFacts(
-        work.policy,
-        work.prepared.plan,
-        work.prepared.split,
-        stages,
-        work.folder.seconds(),
-        tuple(work.warnings),
-        command,
+        policy=work.policy,
+        plan=work.prepared.plan,
+        model=work.prepared.split,
+        evaluation=evaluation,
+        progressive=noted(PQ, TrainingRecord),
+        export=noted("export", ExportRecord),
+        baselines=noted("baselines", BaselinesRecord),
+        benchmark=noted("benchmark", BenchmarkRecord),
+        seconds=seconds,
+        warnings=tuple(work.warnings),
+        command=command,
     )
     full = _samples(work, REFERENCE)
     samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in _shown(work)}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -34,30 +33,32 @@ from pqcad_qat.policy.variants import (
     made,
     stages_of,
 )
+from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, stored_bits
 from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers
 from pqcad_qat.report.record import (
     UNSTEADY,
     Curves,
     Execution,
-    FidProtocol,
-    Hardware,
     LayerRow,
     Parity,
-    PartRow,
-    ProfileRow,
     Report,
     Reproduction,
     Series,
     StorageRow,
     Target,
-    Timing,
-    Transition,
-    Variant,
+    VariantRow,
     target,
     unsteady_variants,
 )
 from pqcad_qat.serving.packing import PACKED_WIDTHS
+from pqcad_qat.stages.stage_records import (
+    BaselinesRecord,
+    BenchmarkRecord,
+    EvaluationRecord,
+    ExportRecord,
+    TrainingRecord,
+)
 from pqcad_qat.training.metrics_log import read_metrics
 
 CLEARLY = 0.95
@@ -74,7 +75,7 @@ FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet
 TIMES = ("latency_ms_per_image",)
 """Those that rest on a timing."""
 
-Stages = Mapping[str, Mapping[str, Any]]
+_NOT_MEASURED = FidelityFigures(0, None, None, None, None, identical_to_fp=False, rank_deficient=False)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class RunFacts:
         policy: as resolved.
         plan: of every quantized layer.
         model: the denoiser that the plan was made for.
-        stages: what each finished stage noted.
+        evaluation, progressive, export, baselines, benchmark: what these stages noted; None for those that the run does
+            not take.
         seconds: wall time by stage, in order.
         warnings: told to the user while it ran.
         command: that makes the run again.
@@ -94,7 +96,11 @@ class RunFacts:
     policy: Policy
     plan: Sequence[LayerPlan]
     model: nn.Module
-    stages: Stages
+    evaluation: EvaluationRecord
+    progressive: TrainingRecord | None
+    export: ExportRecord | None
+    baselines: BaselinesRecord | None
+    benchmark: BenchmarkRecord | None
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     command: str
@@ -105,70 +111,65 @@ def report_of(facts: RunFacts) -> Report:
     run.
     """
     variants = tuple(_variants(facts))
-    evaluation, benchmark = facts.stages["evaluation"], facts.stages.get("benchmark", {})
-    machine = (benchmark or evaluation)["hardware"]
-    policy = facts.policy
+    policy, benchmark, export = facts.policy, facts.benchmark, facts.export
     return Report(
         policy=policy.model_dump(mode="json"),
         seed=policy.training.seed,
-        hardware=Hardware(**{**machine, "isa": tuple(machine["isa"])}),
+        hardware=(benchmark or facts.evaluation).hardware,
         variants=variants,
-        fid_protocol=_protocol(facts),
-        bit_schedule=tuple(Transition(**entry) for entry in facts.stages.get(PQ, {}).get("transitions", ())),
-        parity=_parity(facts),
-        execution=_execution(facts),
+        fid_protocol=facts.evaluation.protocol,
+        bit_schedule=facts.progressive.transitions if facts.progressive else (),
+        parity=_parity(export) if export else None,
+        execution=_execution(facts, export) if export else None,
         timings_s=facts.seconds,
         targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
         warnings=facts.warnings,
-        quality_note=evaluation.get("note", ""),
-        latency=_latency(facts),
+        quality_note=facts.evaluation.note,
+        latency=benchmark.timings if benchmark else {},
         layers=tuple(_layers(facts)),
-        profiles={
-            name: tuple(ProfileRow(**row) for row in rows) for name, rows in benchmark.get("profiles", {}).items()
-        },
-        storage=tuple(_storage(facts)) if "export" in facts.stages else (),
-        parts=tuple(PartRow(**part) for part in facts.stages.get("export", {}).get("parts", ())),
+        profiles=benchmark.profiles if benchmark else {},
+        storage=tuple(_storage(facts)) if export else (),
+        parts=export.parts if export else (),
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _protocol(facts: RunFacts) -> FidProtocol | None:
-    """None where the run has no feature network, and so no FID."""
-    policy, protocol = facts.policy, facts.stages["evaluation"]["protocol"]
-    if protocol is None:
-        return None
-    return FidProtocol(
-        images=policy.evaluation.images, **protocol, steps=policy.sampler.steps, seed=policy.evaluation.seed
-    )
-
-
-def _variants(facts: RunFacts) -> Iterator[Variant]:
-    policy, benchmark = facts.policy, facts.stages.get("benchmark", {"timings": {}, "sizes": {}})
+def _variants(facts: RunFacts) -> Iterator[VariantRow]:
+    policy, benchmark = facts.policy, facts.benchmark
+    timings, sizes = (benchmark.timings, benchmark.sizes) if benchmark else ({}, {})
     full, half = policy.sampler.steps, policy.distillation.student_steps
     planned = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
-    figures, died = facts.stages["evaluation"]["figures"], _died(facts)
+    died = facts.baselines.died if facts.baselines else {}
     for name in made(policy.evaluation.variants):
         spec = VARIANTS[name]
         (weight_bits, input_bits), steps = spec.bits or planned, half if spec.student_steps else full
         if name in died:
-            yield Variant(name, spec.runtime, weight_bits, input_bits, steps, did_not_run=died[name])
+            yield VariantRow(name, spec.runtime, weight_bits, input_bits, steps, did_not_run=died[name])
             continue
-        if spec.precision == "bf16" and name not in benchmark["timings"]:
+        if spec.precision == "bf16" and name not in timings:
             continue
-        timing = benchmark["timings"].get(spec.timed_as)
-        step = timing["median_ms"] / policy.export.batch_size if timing else None
-        size = benchmark["sizes"].get(spec.timed_as)
-        quality = {key: figures.get(name, {}).get(key) for key in ("fid_real", "fid_fp", "psnr_fp", "ssim_fp")}
+        timing = timings.get(spec.timed_as)
+        step = timing.median_ms / policy.export.batch_size if timing else None
+        size = sizes.get(spec.timed_as)
+        quality = facts.evaluation.figures.get(name, _NOT_MEASURED)
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
         image = step * steps * passes if step else None
-        yield Variant(name, spec.runtime, weight_bits, input_bits, steps, size, step, image, **quality, passes=passes)
-
-
-def _died(facts: RunFacts) -> Mapping[str, str]:
-    """Baselines that could not be made or run, each with the reason."""
-    died: Mapping[str, str] = facts.stages.get("baselines", {}).get("died", {})
-    return died
+        yield VariantRow(
+            name=name,
+            runtime=spec.runtime,
+            weight_bits=weight_bits,
+            activation_bits=input_bits,
+            steps=steps,
+            size_bytes=size,
+            latency_ms_per_step=step,
+            latency_ms_per_image=image,
+            fid_real=quality.fid_real,
+            fid_fp=quality.fid_fp,
+            psnr_fp=quality.psnr_fp,
+            ssim_fp=quality.ssim_fp,
+            passes=passes,
+        )
 
 
 def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
@@ -177,35 +178,33 @@ def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
     return round(sum(bits * count for bits, count in widths) / sum(count for _, count in widths), 2)
 
 
-def _parity(facts: RunFacts) -> Parity | None:
-    if "export" not in facts.stages:
-        return None
-    export = facts.stages["export"]
-    found = {key: export["parity"][key] for key in ("layers_checked", "layers_exact", "worst_layer", "worst_error")}
-    return Parity(**found, end_to_end_psnr=export["end_to_end_psnr"])
-
-
-def _execution(facts: RunFacts) -> Execution | None:
-    if "export" not in facts.stages:
-        return None
-    precisions = facts.stages["export"]["precisions"]
-    integer = [name for name, precision in precisions.items() if precision in INT8]
-    left = (*(name for name in precisions if name not in integer), *float_layers(facts.model, facts.plan))
-    needs_vnni = tuple(facts.stages["export"]["needs_vnni"])
-    attention = facts.stages["export"].get("attention", {})
-    return Execution(
-        planned=len(precisions),
-        executed_int8=len(integer),
-        float_layers=left,
-        needs_vnni=needs_vnni,
-        attention=attention,
+def _parity(export: ExportRecord) -> Parity:
+    found = export.parity
+    return Parity(
+        layers_checked=found.layers_checked,
+        layers_exact=found.layers_exact,
+        worst_layer=found.worst_layer,
+        worst_error=found.worst_error,
+        end_to_end_psnr=export.end_to_end_psnr,
     )
 
 
-def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
+def _execution(facts: RunFacts, export: ExportRecord) -> Execution:
+    integer = [name for name, precision in export.precisions.items() if precision in INT8]
+    left = (*(name for name in export.precisions if name not in integer), *float_layers(facts.model, facts.plan))
+    return Execution(
+        planned=len(export.precisions),
+        executed_int8=len(integer),
+        float_layers=left,
+        needs_vnni=export.needs_vnni,
+        attention=export.attention,
+    )
+
+
+def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target]:
     """The promises about variants that the run was to make."""
-    execution, parity = _execution(facts), _parity(facts)
-    if execution and parity:
+    if facts.export:
+        execution, parity = _execution(facts, facts.export), _parity(facts.export)
         yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
         yield target(
             "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, "layers"
@@ -222,40 +221,35 @@ def _targets(facts: RunFacts, rows: Mapping[str, Variant]) -> Iterator[Target]:
         (PQ, FIXED_BIT, "fid_real", CLEARLY if low else SAME),
     )
     for one, other, figure, bound in comparisons:
-        measurable = figure != "fid_real" or _protocol(facts) is not None
+        measurable = figure != "fid_real" or facts.evaluation.protocol is not None
         if one in asked and other in asked and measurable:
             note = _why_not(facts, rows, one, other, figure)
             measured = None if note else _ratio(rows, one, other, figure)
             yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, "x", note)
-    if execution:
-        packed = facts.stages["export"]["packed_bytes"] / facts.stages["benchmark"]["sizes"][FP32]
+    if facts.export and facts.benchmark:
+        packed = facts.export.packed_bytes / facts.benchmark.sizes[FP32]
         yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, "x")
 
 
-def _why_not(facts: RunFacts, rows: Mapping[str, Variant], one: str, other: str, figure: str) -> str:
+def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], one: str, other: str, figure: str) -> str:
     """Why two variants do not compare, where they do not."""
     if other not in rows:
         return "BF16 is not native on this CPU"
     if dead := [name for name in (one, other) if rows[name].did_not_run]:
         return f"{' and '.join(dead)} did not run"
-    unsteady = unsteady_variants(_latency(facts)) if figure in TIMES else frozenset()
+    unsteady = unsteady_variants(facts.benchmark.timings) if facts.benchmark and figure in TIMES else frozenset()
     if wide := [name for name in (one, other) if name in unsteady]:
         return f"the times of {' and '.join(wide)} are {UNSTEADY}: their quartiles lie too far apart"
     return ""
 
 
-def _latency(facts: RunFacts) -> dict[str, Timing]:
-    return {name: Timing(**value) for name, value in facts.stages.get("benchmark", {}).get("timings", {}).items()}
-
-
-def _ratio(rows: Mapping[str, Variant], one: str, other: str, figure: str) -> float | None:
+def _ratio(rows: Mapping[str, VariantRow], one: str, other: str, figure: str) -> float | None:
     values = [getattr(rows[name], figure) if name in rows else None for name in (one, other)]
     return None if values[0] is None or not values[1] else float(values[0] / values[1])
 
 
 def _layers(facts: RunFacts) -> Iterator[LayerRow]:
-    export = facts.stages.get("export", {"precisions": {}, "parity": {"exact": {}}})
-    precisions, exact = export["precisions"], export["parity"]["exact"]
+    precisions, exact = (facts.export.precisions, facts.export.parity.exact) if facts.export else ({}, {})
     for layer in facts.plan:
         yield LayerRow(
             layer=layer.name,

@@ -14,10 +14,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError
@@ -43,17 +44,28 @@ SUPERSEDED = "superseded"
 DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png|safetensors))\.\d+|\.(openvino|packed|inputs)-\w+")
 """Names under which something is written before it is moved into place."""
 
+_DAMAGED = "{}: damaged: {}; delete it and --resume does this stage again"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage notes when it is done: nothing, unless it has a record of its own (stage_records.py)."""
+
+
+NOTHING = StageRecord()
+Record = TypeVar("Record", bound=StageRecord)
+
 
 @dataclass
 class Stage:
     """A stage at work. `new` is False where an earlier run has done it: then its results are read back."""
 
     new: bool
-    facts: dict[str, Any] | None = None
+    record: StageRecord | None = None
 
-    def done(self, **facts: Any) -> None:
-        """Note what the stage found (JSON values); without this call it counts as not done."""
-        self.facts = facts
+    def done(self, record: StageRecord = NOTHING) -> None:
+        """Note what the stage came to; without this call it counts as not done."""
+        self.record = record
 
 
 @dataclass(frozen=True)
@@ -70,13 +82,26 @@ class RunFolder:
     path: Path
     recipes: Recipes = field(default_factory=dict)
 
-    def finished(self, stage: str) -> dict[str, Any] | None:
+    def finished(self, stage: str) -> bool:
+        """Whether a stage is done."""
+        marker = self._marker(stage)
+        return marker.exists() and "seconds" in _read_marker(marker)
+
+    def read(self, stage: str, kind: type[Record]) -> Record | None:
         """What a finished stage noted, or None where it is still to do."""
         marker = self._marker(stage)
-        return _read_marker(marker) if marker.exists() else None
+        if not marker.exists():
+            return None
+        try:
+            return TypeAdapter(kind).validate_python(_read_marker(marker), by_alias=True, by_name=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise CheckpointError(_DAMAGED.format(marker, f"{where}: {fault['msg']}")) from error
 
-    def finish(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
-        write_file(self._marker(stage), json.dumps({"seconds": seconds, **facts}, indent=1, allow_nan=False))
+    def finish(self, stage: str, seconds: float, record: StageRecord) -> None:
+        noted = {"seconds": seconds, **asdict(record)}
+        write_file(self._marker(stage), json.dumps(noted, indent=1, allow_nan=False))
 
     def seconds(self) -> dict[str, float]:
         """Wall time of every finished stage of the policy, in the order in which they ended."""
@@ -109,14 +134,14 @@ class RunFolder:
             with agreed():
                 pass  # the first is done
         with agreed() as first:
-            stage = Stage(new=works and self.finished(name) is None)
+            stage = Stage(new=works and not self.finished(name))
             start = time.perf_counter()
             with self._endings_told(name):
                 if first and stage.new and name in self.recipes:
                     write_file(self._record(name), json.dumps(record_of(self.recipes, name), indent=1))
                 yield stage
-                if first and stage.new and stage.facts is not None:
-                    self.finish(name, time.perf_counter() - start, stage.facts)
+                if first and stage.new and stage.record is not None:
+                    self.finish(name, time.perf_counter() - start, stage.record)
                     self.drop_parts(name)
         if works and not together:
             with agreed():
@@ -197,7 +222,7 @@ def _read_marker(marker: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{marker}: damaged: {error}; delete it and --resume does this stage again") from error
+        raise CheckpointError(_DAMAGED.format(marker, error)) from error
     return found
 
 
@@ -288,7 +313,7 @@ def _go_on(
 def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], console: Console) -> None:
     """What stays, what is done again and why, and what was not begun."""
     stays = [stage for stage in folder.recipes if stage not in again and folder.begun(stage) is not None]
-    kept = [stage if folder.finished(stage) is not None else f"{stage} (begun)" for stage in stays]
+    kept = [stage if folder.finished(stage) else f"{stage} (begun)" for stage in stays]
     new = [stage for stage in folder.recipes if stage not in again and stage not in stays]
     lines = [
         f"{folder.path}: going on" + (", under another policy:" if changes else ""),
@@ -334,7 +359,7 @@ def _drop_drafts(folder: RunFolder) -> None:
 
     That is `.NAME.PID` of files and checkpoints, and `.NAME-RANDOM` of exports.
     """
-    for stage in (stage for stage in folder.recipes if folder.finished(stage) is not None):
+    for stage in (stage for stage in folder.recipes if folder.finished(stage)):
         folder.drop_parts(stage)
     for draft in [entry for entry in folder.path.rglob(".*") if DRAFT.fullmatch(entry.name)]:
         if draft.is_dir():

@@ -58,7 +58,7 @@ _NOTHING_TO_SAMPLE = (
 
 
 @dataclass(frozen=True)
-class Variant:
+class Sampler:
     """Something that samples.
 
     Attributes:
@@ -92,7 +92,7 @@ class Variant:
 
 def pytorch_variant(
     name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int]
-) -> Variant:
+) -> Sampler:
     """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
     denoiser.eval()
 
@@ -103,18 +103,18 @@ def pytorch_variant(
             found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
             return found
 
-    return Variant(name, "pytorch", call, schedule, steps, sample_shape)
+    return Sampler(name, "pytorch", call, schedule, steps, sample_shape)
 
 
-def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Variant:
+def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Sampler:
     """A deployed folder, run by our runtime from the files as they are."""
     return _deployed_variant(name, OVUNet2DModel.from_pretrained(folder), steps)
 
 
-def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Variant:
+def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sampler:
     where = str(model.folder / SCHEDULER_CONFIG)
     schedule, own = noise_schedule(model.scheduler_config, where), distilled_steps(model.scheduler_config, where)
-    variant = Variant(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
+    variant = Sampler(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
     if PARTS[VAE] not in model.manifest.get("parts", {}):
         return variant
     return replace(variant, decode=lambda latents: PictureDecoder(model.folder, model.sample_shape)(latents))
@@ -122,7 +122,7 @@ def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Var
 
 def openvino_file_variant(
     name: str, xml: Path, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int], batch_size: int
-) -> Variant:
+) -> Sampler:
     """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a
     baseline.
     """
@@ -139,7 +139,7 @@ def openvino_file_variant(
             parts.append(np.array(request.get_output_tensor(0).data[:count]))
         return np.concatenate(parts)
 
-    return Variant(name, "openvino", call, schedule, steps, sample_shape)
+    return Sampler(name, "openvino", call, schedule, steps, sample_shape)
 
 
 def open_folder(
@@ -147,7 +147,7 @@ def open_folder(
     steps: int | None = None,
     conditions: ConditionsPolicy | None = None,
     guidance_scale: float | None = None,
-) -> Variant:
+) -> Sampler:
     """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision
     diffusers model.
 
@@ -169,7 +169,7 @@ def open_folder(
     return replace(variant, conditions=chosen, guidance_scale=scale)
 
 
-def _opened(source: str, steps: int | None) -> tuple[Variant, Conditioned, Mapping[str, Any]]:
+def _opened(source: str, steps: int | None) -> tuple[Sampler, Conditioned, Mapping[str, Any]]:
     """A folder's variant before it has conditions, what it takes, and its scheduler config."""
     path = local(source)
     folder = path or Path(source)
@@ -208,14 +208,14 @@ def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
 
 
 def sample_images(
-    variant: Variant, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None
+    variant: Sampler, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
     """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
     return to_uint8(sample_states(variant, count, seed, batch_size, advance))
 
 
 def sample_states(
-    variant: Variant,
+    variant: Sampler,
     count: int,
     seed: int,
     batch_size: int,

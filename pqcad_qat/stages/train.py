@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,6 +32,7 @@ from pqcad_qat.sampling.trajectory import initial_noise
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, calibration_recipe
 from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights
 from pqcad_qat.stages.run_folder import EMBEDDINGS
+from pqcad_qat.stages.stage_records import CalibrationRecord, TrainingRecord
 from pqcad_qat.stages.work import Work
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
@@ -47,7 +48,10 @@ from pqcad_qat.training.quantizer_log import QuantizerLog
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_samples import TrainingSamples
 from pqcad_qat.training.training_stage import StageSettings, train_stage
+from pqcad_qat.training.transition import Transition
 from pqcad_qat.training.weight_distance import WeightDistance
+
+_TRANSITIONS = TypeAdapter(tuple[Transition, ...])
 
 SHOWN = 4
 """Images of a grid that shows how training goes."""
@@ -67,7 +71,7 @@ def calibrate(work: Work) -> CalibrationSet:
         )
         if is_first():
             work.link("calibration", folder)
-        stage.done(set=folder.name)
+        stage.done(CalibrationRecord(folder.name))
     return found
 
 
@@ -193,7 +197,8 @@ def _train(
                 shutil.copytree(trained, work.path, dirs_exist_ok=True)
             else:
                 make(work.path)
-            stage.done(transitions=json.loads((work.path / TRANSITIONS.format(name)).read_text(encoding="utf-8")))
+            transitions = (work.path / TRANSITIONS.format(name)).read_bytes()
+            stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True)))
         model.load_state_dict(load_file(work.path / WEIGHTS.format(name)), strict=True)
         model.cpu()
 
@@ -210,19 +215,17 @@ def _fit(
     """Train, and leave in `folder` what a run's folder holds of a trained stage."""
     state = train_stage(model, callbacks, batches, _stage_settings(work, name, steps), work.console, work.warn)
     schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
-    transitions = [asdict(transition) for schedule in schedules for transition in schedule.transitions]
+    transitions = [transition for schedule in schedules for transition in schedule.transitions]
     with agreed() as first:
         if first:
             _keep_trained(work, name, state, transitions, folder)
 
 
-def _keep_trained(
-    work: Work, name: str, state: TrainState, transitions: Sequence[Mapping[str, Any]], folder: Path
-) -> None:
+def _keep_trained(work: Work, name: str, state: TrainState, transitions: Sequence[Transition], folder: Path) -> None:
     with torch.no_grad(), averaged_weights(state) as model:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     save_tensors(weights, folder / WEIGHTS.format(name))
-    write_file(folder / TRANSITIONS.format(name), json.dumps(transitions))
+    write_file(folder / TRANSITIONS.format(name), json.dumps([asdict(transition) for transition in transitions]))
     if folder != work.path:
         (folder / "logs").mkdir()
         shutil.copy2(work.path / "logs" / f"{name}.jsonl", folder / "logs")

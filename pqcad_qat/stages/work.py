@@ -25,6 +25,7 @@ from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.resuming import decides
 from pqcad_qat.stages.run_folder import WARNINGS, RunFolder
+from pqcad_qat.stages.stage_records import BaselinesRecord
 
 
 @dataclass
@@ -52,7 +53,8 @@ class Work:
     @property
     def runnable(self) -> tuple[str, ...]:
         """The variants less the baselines that have died."""
-        died = (self.folder.finished("baselines") or {}).get("died", {})
+        baselines = self.folder.read("baselines", BaselinesRecord)
+        died = {} if baselines is None else baselines.died
         return tuple(name for name in self.made if name not in died)
 
     @property

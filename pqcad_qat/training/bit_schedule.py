@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.quantized_layer import (
@@ -25,13 +25,13 @@ from pqcad_qat.quantization.quantized_layer import (
     set_weight_bits,
 )
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
+from pqcad_qat.training.transition import Cause, Transition
 
 OBSERVE_EVERY = 5
 """Steps between two observations of the perturbations: they change slowly, and each costs two quantizations of every
 weight.
 """
 
-Cause = Literal["plateau", "deadline", "fixed"]
 
 BLEND_ENDS_AT = 0.95
 """Share of the next width at which a blend ends and the next width computes alone."""
@@ -149,19 +149,6 @@ class LayerStatus:
     rungs: tuple[int, ...]
     perturbation: float
     in_transition: bool
-
-
-@dataclass(frozen=True)
-class Transition:
-    """A decided transition, as report.json's `bit_schedule` records it."""
-
-    step: int
-    layer: str
-    from_bits: int
-    to_bits: int
-    loss_momentum: float | None
-    perturbation: float
-    cause: Cause
 
 
 def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from pqcad_qat.report.record import (
     Series,
     Target,
     Timing,
-    Variant,
+    VariantRow,
     target,
 )
 from pqcad_qat.report.report_files import read_record, read_report, save_record, to_json, write_report
@@ -324,13 +324,13 @@ def test_headline_splits_a_speed_up_into_steps_and_step_cost() -> None:
     assert tile.basis == f"70.0 to 30.2 ms an image: 2{TIMES} from the number of steps, 1.16{TIMES} from each"
 
 
-def rows_of(*variants: Variant) -> Report:
+def rows_of(*variants: VariantRow) -> Report:
     return replace(minimal_report(), variants=variants)
 
 
 def test_headlines_say_slower_where_it_is_slower() -> None:
-    base = Variant(OV_BF16, "OpenVINO", 16, 16, 20, latency_ms_per_image=10.0)
-    ours = Variant(PQCAD_OPENVINO, "OpenVINO", 4, 8, 10, latency_ms_per_image=15.0)
+    base = VariantRow(OV_BF16, "OpenVINO", 16, 16, 20, latency_ms_per_image=10.0)
+    ours = VariantRow(PQCAD_OPENVINO, "OpenVINO", 4, 8, 10, latency_ms_per_image=15.0)
     (tile,) = headlines(rows_of(base, ours))
     assert (tile.value, tile.meaning, tile.good) == (f"1.5{TIMES}", "slower than OpenVINO BF16", False)
 

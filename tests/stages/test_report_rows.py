@@ -32,6 +32,13 @@ from pqcad_qat.report.record import Curves, Report, Target, Throughput, Timing
 from pqcad_qat.report.report_files import from_json, to_json
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_records import (
+    BaselinesRecord,
+    BenchmarkRecord,
+    EvaluationRecord,
+    ExportRecord,
+    TrainingRecord,
+)
 
 MEDIANS = {
     FP32: 40.0,
@@ -47,27 +54,35 @@ DISTANCES = {FP32: 10.0, FP32_HALF: 14.0, FIXED_BIT: 11.0, PQ: 11.1, PQ_DISTILLE
 def facts(tiny_run: FinishedRun) -> RunFacts:
     """The tiny run's facts with timings and distances of a whole number or two."""
     folder = RunFolder(tiny_run.path)
-    stages: dict[str, Any] = {name: folder.finished(name) for name in folder.seconds()}
-    stages["benchmark"]["timings"] = {name: steady(median) for name, median in MEDIANS.items()}
-    for name, distance in DISTANCES.items():
-        stages["evaluation"]["figures"][name]["fid_real"] = distance
     prepared = prepare(tiny_run.policy)
-    return RunFacts(tiny_run.policy, prepared.plan, prepared.split, stages, folder.seconds(), ("a warning",), "command")
-
-
-def steady(median: float) -> dict[str, float]:
-    """A timing whose quartiles lie a tenth apart."""
-    return {
-        "median_ms": median,
-        "minimum_ms": 1.0,
-        "lower_quartile_ms": 0.95 * median,
-        "upper_quartile_ms": 1.05 * median,
-        "runs": 5,
+    evaluation, benchmark = folder.read("evaluation", EvaluationRecord), folder.read("benchmark", BenchmarkRecord)
+    assert evaluation is not None
+    assert benchmark is not None
+    figures = {
+        name: replace(found, fid_real=DISTANCES.get(name, found.fid_real)) for name, found in evaluation.figures.items()
     }
+    return RunFacts(
+        policy=tiny_run.policy,
+        plan=prepared.plan,
+        model=prepared.split,
+        evaluation=replace(evaluation, figures=figures),
+        progressive=folder.read(PQ, TrainingRecord),
+        export=folder.read("export", ExportRecord),
+        baselines=folder.read("baselines", BaselinesRecord),
+        benchmark=replace(benchmark, timings={name: steady(median) for name, median in MEDIANS.items()}),
+        seconds=folder.seconds(),
+        warnings=("a warning",),
+        command="command",
+    )
+
+
+def steady(median: float) -> Timing:
+    """A timing whose quartiles lie a tenth apart."""
+    return Timing(median, 1.0, 0.95 * median, 1.05 * median, runs=5)
 
 
 def changed(facts: RunFacts, stage: str, **facts_of_stage: Any) -> RunFacts:
-    return replace(facts, stages={**facts.stages, stage: {**facts.stages[stage], **facts_of_stage}})
+    return replace(facts, **{stage: replace(getattr(facts, stage), **facts_of_stage)})
 
 
 def targets(report: Report) -> Mapping[str, Target]:
@@ -114,16 +129,14 @@ def test_targets_compare_what_the_project_promised(facts: RunFacts) -> None:
 
 
 def test_a_target_that_is_missed_says_so_as_it_is(facts: RunFacts) -> None:
-    figures = {
-        **facts.stages["evaluation"]["figures"],
-        PQCAD: {**facts.stages["evaluation"]["figures"][PQCAD], "fid_real": 20.0},
-    }
+    found = facts.evaluation.figures
+    figures = {**found, PQCAD: replace(found[PQCAD], fid_real=20.0)}
     goal = targets(report_of(changed(facts, "evaluation", figures=figures)))["Frechet distance to real: pqcad / fp32"]
     assert (goal.measured, goal.holds) == (2.0, False)
 
 
 def test_a_layer_that_left_int8_lowers_the_count_and_is_named(facts: RunFacts) -> None:
-    precisions = {**facts.stages["export"]["precisions"], "conv_out": "bf16"}
+    precisions = {**facts.export.precisions, "conv_out": "bf16"}
     report = report_of(changed(facts, "export", precisions=precisions))
     assert report.execution is not None
     assert report.execution.planned - report.execution.executed_int8 == 1
@@ -139,7 +152,7 @@ def test_at_two_bits_progressive_quantization_has_to_be_clearly_better(facts: Ru
 
 
 def test_without_native_bfloat16_there_is_no_row_and_a_target_that_was_not_measured(facts: RunFacts) -> None:
-    timings = {name: value for name, value in facts.stages["benchmark"]["timings"].items() if name != OV_BF16}
+    timings = {name: value for name, value in facts.benchmark.timings.items() if name != OV_BF16}
     report = report_of(changed(facts, "benchmark", timings=timings))
     assert OV_BF16 not in [row.name for row in report.variants]
     goal = targets(report)[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_BF16}"]
@@ -147,8 +160,8 @@ def test_without_native_bfloat16_there_is_no_row_and_a_target_that_was_not_measu
 
 
 def test_a_target_that_rests_on_unsteady_times_is_not_measured_and_its_headline_is_left_out(facts: RunFacts) -> None:
-    wide = {**steady(435.0), "lower_quartile_ms": 306.0, "upper_quartile_ms": 1228.0}
-    report = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], OV_FP32: wide}))
+    wide = replace(steady(435.0), lower_quartile_ms=306.0, upper_quartile_ms=1228.0)
+    report = report_of(changed(facts, "benchmark", timings={**facts.benchmark.timings, OV_FP32: wide}))
     assert report.unsteady == {OV_FP32}
     goal = targets(report)[f"milliseconds an image: {PQCAD_OPENVINO} / {OV_FP32}"]
     assert (goal.measured, goal.holds, goal.note) == (
@@ -160,7 +173,7 @@ def test_a_target_that_rests_on_unsteady_times_is_not_measured_and_its_headline_
     told = {tile.meaning for tile in headlines(report)}
     assert "faster than OpenVINO FP32" not in told
     assert {"faster than PyTorch FP32", "faster than OpenVINO BF16"} <= told
-    half = report_of(changed(facts, "benchmark", timings={**facts.stages["benchmark"]["timings"], FP32: wide}))
+    half = report_of(changed(facts, "benchmark", timings={**facts.benchmark.timings, FP32: wide}))
     assert half.unsteady == {FP32, FP32_HALF}
 
 
@@ -171,14 +184,8 @@ def test_how_wide_is_too_wide() -> None:
 
 
 def test_a_baseline_that_died_is_a_row_without_figures_that_says_why(facts: RunFacts) -> None:
-    stages = {
-        **facts.stages,
-        "baselines": {
-            **facts.stages["baselines"],
-            "died": {NNCF_INT8: "its process died of SIGSEGV", OV_FP32: "no"},
-        },
-    }
-    report = report_of(replace(facts, stages=stages))
+    died = {NNCF_INT8: "its process died of SIGSEGV", OV_FP32: "no"}
+    report = report_of(changed(facts, "baselines", died=died))
     row = next(row for row in report.variants if row.name == NNCF_INT8)
     assert (row.did_not_run, row.steps, row.weight_bits) == ("its process died of SIGSEGV", 4, 8)
     assert {row.size_bytes, row.latency_ms_per_step, row.latency_ms_per_image, row.fid_fp, row.psnr_fp} == {None}

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ
 from pqcad_qat.stages.resuming import Recipe, Recipes
-from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, open_run
+from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, StageRecord, open_run
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def resumed(path: Path, policy: Policy, recipes: Recipes) -> tuple[RunFolder, st
 
 
 def done(folder: RunFolder) -> set[str]:
-    return {stage for stage in folder.recipes if folder.finished(stage) is not None}
+    return {stage for stage in folder.recipes if folder.finished(stage)}
 
 
 def test_a_run_that_goes_on_says_what_it_keeps_and_what_is_to_do(half: Path, policy: Policy) -> None:
@@ -326,18 +326,31 @@ def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, pol
     assert mine.exists()
 
 
+@dataclass(frozen=True)
+class Noted(StageRecord):
+    """What the stages of this file note."""
+
+    losses: tuple[float, ...]
+
+
+def test_a_record_that_does_not_fit_its_type_is_an_error_that_names_the_file_and_the_key(path: Path) -> None:
+    folder = RunFolder(path)
+    folder.finish(PQ, 1.0, StageRecord())
+    with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged: losses: Field required"):
+        folder.read(PQ, Noted)
+    assert folder.read("export", Noted) is None
+
+
 def test_a_stage_is_done_only_once_it_says_so(path: Path, policy: Policy) -> None:
     with open_run(path, policy, resume=True) as folder:
         with folder.stage(PQ) as stage:
             assert stage.new
-        assert folder.finished(PQ) is None
+        assert not folder.finished(PQ)
         with folder.stage(PQ) as stage:
-            stage.done(transitions=[1, 2])
+            stage.done(Noted((1.0, 2.0)))
     with open_run(path, policy, resume=True) as folder, folder.stage(PQ) as stage:
         assert not stage.new
-        found = folder.finished(PQ)
-    assert found is not None
-    assert found["transitions"] == [1, 2]
+        assert folder.read(PQ, Noted) == Noted((1.0, 2.0))
 
 
 def test_a_stage_that_fails_is_not_done_even_if_it_said_so(path: Path) -> None:
@@ -350,12 +363,12 @@ def test_a_stage_that_fails_is_not_done_even_if_it_said_so(path: Path) -> None:
 
     with pytest.raises(ValueError, match="disk full"):
         fail()
-    assert folder.finished(PQ) is None
+    assert not folder.finished(PQ)
 
 
 def test_reading_a_finished_stage_back_does_not_write_its_marker_again(path: Path) -> None:
     folder = RunFolder(path)
-    folder.finish(PQ, 1.0, {})
+    folder.finish(PQ, 1.0, StageRecord())
     before = content(path)
     with folder.stage(PQ):
         pass
@@ -365,7 +378,7 @@ def test_reading_a_finished_stage_back_does_not_write_its_marker_again(path: Pat
 def test_seconds_are_in_the_order_in_which_stages_ended(path: Path) -> None:
     folder = RunFolder(path)
     for number, name in enumerate((PQ, "export", "baselines")):
-        folder.finish(name, float(number), {})
+        folder.finish(name, float(number), StageRecord())
         time.sleep(0.01)
     assert folder.seconds() == {PQ: 0.0, "export": 1.0, "baselines": 2.0}
     assert list(folder.seconds()) == [PQ, "export", "baselines"]
@@ -373,7 +386,7 @@ def test_seconds_are_in_the_order_in_which_stages_ended(path: Path) -> None:
 
 def test_a_damaged_marker_is_an_error_that_names_the_file(path: Path) -> None:
     folder = RunFolder(path)
-    folder.finish(PQ, 1.0, {})
+    folder.finish(PQ, 1.0, StageRecord())
     marker = path / "stages" / "pq.json"
     marker.write_text(marker.read_text()[:5])
     with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged"):
@@ -384,8 +397,8 @@ def test_a_damaged_marker_is_an_error_that_names_the_file(path: Path) -> None:
 
 def test_numbers_that_json_does_not_know_are_never_written(path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        RunFolder(path).finish(PQ, 1.0, {"loss": float("nan")})
-    assert RunFolder(path).finished(PQ) is None
+        RunFolder(path).finish(PQ, 1.0, Noted((float("nan"),)))
+    assert not RunFolder(path).finished(PQ)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -20,17 +20,17 @@ from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.policy.variants import FP32
 from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
-from pqcad_qat.stages.samplers import DEFAULT_STEPS, Variant, open_folder, pytorch_variant, sample_images
+from pqcad_qat.stages.samplers import DEFAULT_STEPS, Sampler, open_folder, pytorch_variant, sample_images
 
 
 @pytest.fixture
-def variant(tiny_model: DiffusionModel) -> Variant:
+def variant(tiny_model: DiffusionModel) -> Sampler:
     return pytorch_variant(
         FP32, tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape
     )
 
 
-def test_images_are_those_of_diffusers_own_sampler(variant: Variant, tiny_model: DiffusionModel) -> None:
+def test_images_are_those_of_diffusers_own_sampler(variant: Sampler, tiny_model: DiffusionModel) -> None:
     scheduler = DDIMScheduler.from_config(tiny_model.scheduler_config)
     scheduler.set_timesteps(3)
     x_t = torch.from_numpy(initial_noise(5, 0, 4, (1, 32, 32)))
@@ -43,25 +43,25 @@ def test_images_are_those_of_diffusers_own_sampler(variant: Variant, tiny_model:
     assert (found.int() - wanted.int()).abs().max() <= 1
 
 
-def test_image_number_k_does_not_depend_on_how_many_are_made_or_in_which_batches(variant: Variant) -> None:
+def test_image_number_k_does_not_depend_on_how_many_are_made_or_in_which_batches(variant: Sampler) -> None:
     whole = sample_images(variant, 5, 0, 5)
     for batch_size in (1, 2):
         assert (sample_images(variant, 5, 0, batch_size).int() - whole.int()).abs().max() <= 1
     assert (sample_images(variant, 2, 0, 8).int() - whole[:2].int()).abs().max() <= 1
 
 
-def test_sampling_twice_gives_the_same_images_and_another_seed_others(variant: Variant) -> None:
+def test_sampling_twice_gives_the_same_images_and_another_seed_others(variant: Sampler) -> None:
     assert torch.equal(sample_images(variant, 2, 0, 2), sample_images(variant, 2, 0, 2))
     assert not torch.equal(sample_images(variant, 2, 0, 2), sample_images(variant, 2, 1, 2))
 
 
-def test_progress_counts_images_times_steps(variant: Variant) -> None:
+def test_progress_counts_images_times_steps(variant: Sampler) -> None:
     moved: list[int] = []
     sample_images(variant, 5, 0, 2, moved.append)
     assert (sum(moved), len(moved)) == (15, 9)
 
 
-def test_sampling_leaves_the_weights_as_they_were(variant: Variant, tiny_model: DiffusionModel) -> None:
+def test_sampling_leaves_the_weights_as_they_were(variant: Sampler, tiny_model: DiffusionModel) -> None:
     before = {name: value.clone() for name, value in tiny_model.denoiser.state_dict().items()}
     sample_images(variant, 1, 0, 1)
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.denoiser.state_dict().items())

@@ -22,10 +22,10 @@ from pqcad_qat.policy.variants import (
     PQCAD,
     PQCAD_OPENVINO,
 )
+from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.report.record import (
     Curves,
     Execution,
-    FidProtocol,
     Hardware,
     LayerRow,
     Parity,
@@ -35,10 +35,10 @@ from pqcad_qat.report.record import (
     Series,
     StorageRow,
     Timing,
-    Transition,
-    Variant,
+    VariantRow,
     target,
 )
+from pqcad_qat.training.transition import Transition
 
 BLOCKS = ("down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1", "up_blocks.2")
 PQ_STEPS = 600
@@ -135,20 +135,20 @@ def fixture_report() -> Report:
     )
 
 
-def fixture_variants() -> tuple[Variant, ...]:
+def fixture_variants() -> tuple[VariantRow, ...]:
     """One invented row of each name."""
     simulated = "PyTorch, simulated"
     return (
-        Variant(FP32, "PyTorch", 32, 32, 20, 6_540_000, 21.7, 434.0, 8.31, None, None, None),
-        Variant(FP32_HALF, "PyTorch", 32, 32, 10, 6_540_000, 21.7, 217.0, 12.92, 3.1, 21.9, 0.861),
-        Variant(OV_FP32, "OpenVINO", 32, 32, 20, 6_900_000, 6.21, 124.2),
-        Variant(OV_BF16, "OpenVINO", 16, 16, 20, 6_900_000, 3.5, 70.0),
-        Variant(NNCF_INT8, "OpenVINO", 8, 8, 20, 2_050_000, 3.39, 67.8, 9.88, 0.61, 27.4, 0.942),
-        Variant(FIXED_BIT, simulated, 4.18, 8, 20, None, None, None, 8.74, 0.33, 28.1, 0.951),
-        Variant(PQ, simulated, 4.18, 8, 20, None, None, None, 8.52, 0.29, 28.9, 0.957),
-        Variant(PQ_DISTILLED, simulated, 4.18, 8, 10, None, None, None, 10.6, 1.2, 24.0, 0.9),
-        Variant(PQCAD, simulated, 4.18, 8, 10, None, None, None, 8.79, 0.41, 25.6, 0.921),
-        Variant(PQCAD_OPENVINO, "OpenVINO", 4.18, 8, 10, 1_690_000, 3.02, 30.2, 8.81, 0.42, 25.5, 0.920),
+        VariantRow(FP32, "PyTorch", 32, 32, 20, 6_540_000, 21.7, 434.0, 8.31, None, None, None),
+        VariantRow(FP32_HALF, "PyTorch", 32, 32, 10, 6_540_000, 21.7, 217.0, 12.92, 3.1, 21.9, 0.861),
+        VariantRow(OV_FP32, "OpenVINO", 32, 32, 20, 6_900_000, 6.21, 124.2),
+        VariantRow(OV_BF16, "OpenVINO", 16, 16, 20, 6_900_000, 3.5, 70.0),
+        VariantRow(NNCF_INT8, "OpenVINO", 8, 8, 20, 2_050_000, 3.39, 67.8, 9.88, 0.61, 27.4, 0.942),
+        VariantRow(FIXED_BIT, simulated, 4.18, 8, 20, None, None, None, 8.74, 0.33, 28.1, 0.951),
+        VariantRow(PQ, simulated, 4.18, 8, 20, None, None, None, 8.52, 0.29, 28.9, 0.957),
+        VariantRow(PQ_DISTILLED, simulated, 4.18, 8, 10, None, None, None, 10.6, 1.2, 24.0, 0.9),
+        VariantRow(PQCAD, simulated, 4.18, 8, 10, None, None, None, 8.79, 0.41, 25.6, 0.921),
+        VariantRow(PQCAD_OPENVINO, "OpenVINO", 4.18, 8, 10, 1_690_000, 3.02, 30.2, 8.81, 0.42, 25.5, 0.920),
     )
 
 
