@@ -93,6 +93,10 @@ def others_alive() -> Iterator[None]:
         raise
 
 
+_told_here: list[BaseException] = []
+"""The errors of this process, not the first one, that it tells for all."""
+
+
 @contextmanager
 def agreed() -> Iterator[bool]:
     """A block that ends well on every process or on none; yields whether this is the first one.
@@ -110,7 +114,7 @@ def agreed() -> Iterator[bool]:
     failed = [bool(row[0]) for row in exchanged(error is not None)]
     if error is not None:
         if 0 < _state().process_index == failed.index(True):
-            error.speaks = True  # type: ignore[attr-defined]
+            _told_here.append(error)
         raise error
     if any(failed):
         raise OtherProcessError(f"process {failed.index(True)} of this run has failed")
@@ -139,7 +143,9 @@ def refuse_drift(when: str, values: Mapping[str, float]) -> None:
 
 def speaks(error: BaseException) -> bool:
     """Whether it is this process that tells the user of an error that ends the run."""
-    return not isinstance(error, OtherProcessError) and (launched()[0] == 0 or hasattr(error, "speaks"))
+    return not isinstance(error, OtherProcessError) and (
+        launched()[0] == 0 or any(told is error for told in _told_here)
+    )
 
 
 def leave_the_word(code: int) -> None:

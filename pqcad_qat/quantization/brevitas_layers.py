@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import brevitas.nn
@@ -34,6 +35,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
 from brevitas.quant.solver import ActQuantSolver, WeightQuantSolver
 from dependencies import this  # type: ignore[import-untyped]  # the injection library that Brevitas is built on
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quantization.fake_quantization import (
@@ -354,8 +356,15 @@ def unregister_stateless(module: nn.Module) -> None:
             if child is not None:
                 unregister_stateless(child)
             continue
-        del module._modules[name]
-        module.__dict__[name] = child
+        keep_unregistered(module, name, child)
+
+
+def keep_unregistered(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Make the child a plain attribute in the place of the registered one: no walk over the modules, no state dict and
+    no move to another device meets it.
+    """
+    del module._modules[name]
+    object.__setattr__(module, name, child)
 
 
 def _common(spec: QuantizerSpec, bits: int) -> dict[str, Any]:
@@ -382,6 +391,10 @@ def _parameters(scaling: Any, zero_point: Any, shape: tuple[int, ...], start: fl
     }
 
 
+_READ: MutableMapping[Tensor, tuple[int, float]] = WeakTensorKeyDictionary()
+"""Buffer on an accelerator -> the version of it that was read or written last, and its value then."""
+
+
 def number(module: nn.Module, name: str) -> float:
     """A buffer's value. On accelerators it is read again only after it was written, so that the forward pass does not
     wait for it.
@@ -390,11 +403,10 @@ def number(module: nn.Module, name: str) -> float:
     assert buffer is not None
     if buffer.device.type == "cpu":
         return buffer.item()
-    known = module.__dict__.setdefault("_numbers", {})
-    tensor, version, value = known.get(name, (None, -1, 0.0))
-    if tensor is not buffer or version != buffer._version:
+    version, value = _READ.get(buffer, (-1, 0.0))
+    if version != buffer._version:
         value = buffer.item()
-        known[name] = (buffer, buffer._version, value)
+        _READ[buffer] = (buffer._version, value)
     return float(value)
 
 
@@ -404,11 +416,7 @@ def write_number(module: nn.Module, name: str, value: float) -> None:
     assert buffer is not None
     buffer.fill_(value)
     if buffer.device.type != "cpu":
-        module.__dict__.setdefault("_numbers", {})[name] = (
-            buffer,
-            buffer._version,
-            torch.tensor(value, dtype=buffer.dtype).item(),
-        )
+        _READ[buffer] = (buffer._version, torch.tensor(value, dtype=buffer.dtype).item())
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -20,6 +20,7 @@ from pqcad_qat.quantization.brevitas_layers import (
     QuantizedConv2d,
     QuantizedLinear,
     input_quantizer,
+    keep_unregistered,
     number,
     unregister_stateless,
     weight_quantizer,
@@ -112,8 +113,7 @@ def share_input(layer: QuantizedLayer, leader: QuantizedLayer) -> None:
 
     Only the leader registers it as a module: one Parameter, and one entry of the state dict.
     """
-    del layer._modules["input_quant"]
-    layer.__dict__["input_quant"] = leader.input_quant
+    keep_unregistered(layer, "input_quant", leader.input_quant)
 
 
 def share_results(layers: Iterable[QuantizedLayer]) -> None:
