@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.models.families.family import ConditionInput, condition_inputs
 from pqcad_qat.models.untrained import (
     architecture_configs,
@@ -170,9 +170,16 @@ def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, 
     model = quantized_untrained(configs, blueprint(configs, source, quantization), CALIBRATION_BATCHES)
     attention = noise_attention(model, quantization)
     layers, steps = taken_integers(model.denoiser), noise_schedule(scheduler).train_timesteps
-    provenance, conditions = {"model": source, "weights": "random"}, fixed_inputs(model.condition_inputs)
-    shape = model.sample_shape
-    export_model(
-        model.denoiser, scheduler, layers, shape, 1, "int8", folder, provenance, conditions, attention=attention
+    conditions, shape = fixed_inputs(model.condition_inputs), model.sample_shape
+    request = ExportRequest(
+        model=model.denoiser,
+        scheduler_config=scheduler,
+        layers=layers,
+        sample_shape=shape,
+        batch_size=1,
+        provenance={"model": source, "weights": "random"},
+        conditions=conditions,
+        attention=attention,
     )
+    export_model(request, folder)
     return Subject(source, dict(config), folder, shape, steps, None, None, "random", conditions)

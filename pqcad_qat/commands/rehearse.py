@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pqcad_qat.errors import UsageError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import execution_precision, layer_parity
@@ -106,12 +106,14 @@ def _export(
     policy: Policy,
     folder: Path,
 ) -> None:
-    provenance, conditions = (
-        {"policy": policy.name, "model": model.source, "weights": "random"},
-        fixed_inputs(model.condition_inputs),
+    request = ExportRequest(
+        model=model.denoiser,
+        scheduler_config=model.scheduler_config,
+        layers=layers,
+        sample_shape=model.sample_shape,
+        batch_size=policy.export.batch_size,
+        provenance={"policy": policy.name, "model": model.source, "weights": "random"},
+        conditions=fixed_inputs(model.condition_inputs),
+        attention=attention,
     )
-    scheduler, shape, how = model.scheduler_config, model.sample_shape, policy.export
-    batch, weights = how.batch_size, how.weights
-    export_model(
-        model.denoiser, scheduler, layers, shape, batch, weights, folder, provenance, conditions, attention=attention
-    )
+    export_model(request, folder, policy.export.weights)

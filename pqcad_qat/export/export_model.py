@@ -76,45 +76,54 @@ class ExportedFolder:
     graph_bytes: int
 
 
-def export_model(
-    model: nn.Module,
-    scheduler_config: Mapping[str, Any],
-    layers: Mapping[str, IntegerLayer],
-    sample_shape: tuple[int, int, int],
-    batch_size: int,
-    weights: WeightFormat,
-    folder: Path,
-    provenance: Mapping[str, Any],
-    conditions: Sequence[ConditionInput] = (),
-    visited: Sequence[float] = (),
-    parts: PartsToDeploy | None = None,
-    attention: Mapping[str, AttentionRange] = MappingProxyType({}),
-) -> ExportedFolder:
-    """Write the deployed form of a quantized model. The model itself is left as it was.
+@dataclass(frozen=True)
+class ExportRequest:
+    """A quantized model, and what its deployed form is to say and take.
 
-    Args:
+    Attributes:
         model: quantized denoiser, called by `predict`.
         scheduler_config: diffusers scheduler config the model is sampled with; it is written as that of our sampler,
             with every key.
         layers: every planned layer by module path, as integers.
         sample_shape: (C, H, W).
         batch_size: fixed batch of the graph.
-        weights: int8 runs anywhere; packed has fewer bits on disk and needs our runtime.
-        folder: where to; an older deployed folder there is replaced, anything else refused.
         provenance: policy, model source and digest, for the manifest.
         conditions: what the denoiser takes beside x_t and t, every size known.
         visited: times that a graph of continuous time is to know exactly.
-        parts: what stands beside the denoiser.
         attention: modules whose attention is to be computed in INT8, and what its products read.
+        parts: what stands beside the denoiser.
+    """
+
+    model: nn.Module
+    scheduler_config: Mapping[str, Any]
+    layers: Mapping[str, IntegerLayer]
+    sample_shape: tuple[int, int, int]
+    batch_size: int
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    conditions: Sequence[ConditionInput] = ()
+    visited: Sequence[float] = ()
+    attention: Mapping[str, AttentionRange] = MappingProxyType({})
+    parts: PartsToDeploy | None = None
+
+
+def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "int8") -> ExportedFolder:
+    """Write the deployed form of a quantized model. The model itself is left as it was.
+
+    Args:
+        request: the model, and what is said of it.
+        folder: where to; an older deployed folder there is replaced, anything else refused.
+        weights: int8 runs anywhere; packed has fewer bits on disk and needs our runtime.
 
     Raises:
         ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
         ModelError: a part that cannot be loaded.
     """
     check_replaceable(folder)
+    model, layers, scheduler_config = request.model, request.layers, request.scheduler_config
+    conditions, parts = request.conditions, request.parts
     schedule = noise_schedule(scheduler_config)
     scheduler = written_out(scheduler_config, schedule)
-    graph = convert(model, layers, sample_shape, batch_size, known_times(schedule, visited), conditions, attention)
+    graph = convert(request, known_times(schedule, request.visited))
     part = family_of(model).part
     texts = {
         f"{part}/{CONFIG}": _config(model),
@@ -125,17 +134,17 @@ def export_model(
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "provenance": dict(provenance),
+        "provenance": dict(request.provenance),
         "graph": "",
         "weights": {},
-        "sample_shape": list(sample_shape),
-        "batch_size": batch_size,
+        "sample_shape": list(request.sample_shape),
+        "batch_size": request.batch_size,
         "train_timesteps": schedule.train_timesteps,
         "timestep_dtype": schedule.timestep_dtype,
         "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
         "layers": entries,
-        "attention": {path: asdict(seen) for path, seen in attention.items()},
+        "attention": {path: asdict(seen) for path, seen in request.attention.items()},
         "versions": {"pqcad-qat": __version__}
         | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
@@ -145,15 +154,7 @@ def export_model(
     return ExportedFolder(folder, written, graph_bytes)
 
 
-def convert(
-    model: nn.Module,
-    layers: Mapping[str, IntegerLayer],
-    sample_shape: tuple[int, int, int],
-    batch_size: int,
-    times: Times,
-    conditions: Sequence[ConditionInput] = (),
-    attention: Mapping[str, AttentionRange] = MappingProxyType({}),
-) -> ov.Model:
+def convert(request: ExportRequest, times: Times) -> ov.Model:
     """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name
     (node_marks.py).
 
@@ -164,6 +165,8 @@ def convert(
     Raises:
         ExportError: as export_model.
     """
+    model, layers, conditions, attention = request.model, request.layers, request.conditions, request.attention
+    sample_shape, batch_size = request.sample_shape, request.batch_size
     modules = dict(model.named_modules())
     if unknown := [name for name in layers if name not in modules]:
         raise ExportError(f"the model has no layer {', '.join(unknown)}")

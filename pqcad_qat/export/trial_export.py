@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pqcad_qat.errors import ExportError, ModelError, PqcadError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import execution_precision, layer_parity, refuse_float
@@ -82,12 +82,21 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
 def _deploy(
     model: DiffusionModel, quantized: nn.Module, plan: Sequence[LayerPlan], states: DenoiserInput, attention: bool
 ) -> None:
-    layers, conditions = integer_layers(quantized), fixed_inputs(model.condition_inputs)
+    layers = integer_layers(quantized)
     with tempfile.TemporaryDirectory(prefix="pqcad-trial-") as scratch:
         folder = Path(scratch) / "openvino"
         ranges = attention_ranges(quantized, [states]) if attention else {}
-        scheduler, shape, visited = model.scheduler_config, model.sample_shape, states[1].tolist()
-        export_model(quantized, scheduler, layers, shape, 1, "int8", folder, {}, conditions, visited, attention=ranges)
+        request = ExportRequest(
+            model=quantized,
+            scheduler_config=model.scheduler_config,
+            layers=layers,
+            sample_shape=model.sample_shape,
+            batch_size=1,
+            conditions=fixed_inputs(model.condition_inputs),
+            visited=states[1].tolist(),
+            attention=ranges,
+        )
+        export_model(request, folder)
         refuse_float(plan, execution_precision(folder, layers), "a trial")
         with recorded_inputs(quantized, states, Path(scratch)) as inputs:
             parity = layer_parity(folder, layers, inputs)

@@ -7,6 +7,7 @@ Not here: how a folder is written and verified (export/), and how it is timed (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.part_export import PartsToDeploy
@@ -35,6 +36,7 @@ from pqcad_qat.report.record import PartRow
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE
+from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS
@@ -79,30 +81,27 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             **_guidance(work),
         }
 
-        attention = _attention(work, calibration, student)
+        request = ExportRequest(
+            model=student,
+            scheduler_config=scheduler,
+            layers=layers,
+            sample_shape=work.shape,
+            batch_size=policy.export.batch_size,
+            provenance=provenance,
+            conditions=conditions,
+            visited=calibration.timesteps,
+            attention=_attention(work, calibration, student),
+            parts=deployed_parts,
+        )
 
-        def write(folder: Path, weights: Any, parts: PartsToDeploy | None = None) -> None:
-            batch, visited = policy.export.batch_size, calibration.timesteps
+        def write(request: ExportRequest, folder: Path, weights: WeightFormat) -> None:
             with room_for(folder, expected_bytes(split, plan, packed=weights != "int8")):
-                export_model(
-                    student,
-                    scheduler,
-                    layers,
-                    work.shape,
-                    batch,
-                    weights,
-                    folder,
-                    provenance,
-                    conditions,
-                    visited,
-                    parts,
-                    attention,
-                )
+                export_model(request, folder, weights)
 
         shipped = work.path / "openvino"
         with working(work.console, "export: writing and verifying the OpenVINO folder"):
-            write(shipped, policy.export.weights, deployed_parts)
-            write(work.path / "baselines" / "packed", "packed")
+            write(request, shipped, policy.export.weights)
+            write(replace(request, parts=None), work.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
             refuse_float(work.prepared.plan, executed, shipped)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))

@@ -19,7 +19,7 @@ from tiny_runs import POLICIES
 
 from pqcad_qat.commands.rehearse import REPORT, rehearse
 from pqcad_qat.export import proof
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.models.denoiser import DiffusionModel, predict
@@ -115,7 +115,10 @@ def test_letting_go_of_weights_changes_no_integer_and_no_byte_of_the_export(
     found: tuple[Rehearsal, Path], model: DiffusionModel, tmp_path: Path
 ) -> None:
     kept, conditions = integer_layers(model.denoiser), fixed_inputs(model.condition_inputs)
-    export_model(model.denoiser, model.scheduler_config, kept, model.sample_shape, 1, "int8", tmp_path, {}, conditions)
+    request = ExportRequest(
+        model.denoiser, model.scheduler_config, kept, model.sample_shape, batch_size=1, conditions=conditions
+    )
+    export_model(request, tmp_path)
     assert digests(tmp_path) == digests(found[1] / "openvino")
     taken = taken_integers(model.denoiser)
     assert {layer.weight.numel() for layer in quantized_layers(model.denoiser).values()} == {0}

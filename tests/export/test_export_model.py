@@ -16,7 +16,7 @@ from tiny_runs import SCHEDULER
 from torch import nn
 
 from pqcad_qat.errors import ExportError, ModelError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.time_tables import TimestepTable
 from pqcad_qat.export.traceable_modules import QuantizedInput, effective_weights
 from pqcad_qat.machine.files import file_digest
@@ -219,12 +219,6 @@ def test_a_planned_layer_that_the_model_has_not_is_named(small: Quantized, tmp_p
 def test_a_scheduler_config_without_time_steps_is_refused(small: Quantized, tmp_path: Path, steps: object) -> None:
     with pytest.raises(ModelError, match="num_train_timesteps"):
         export_model(
-            small.model,
-            {**SCHEDULER, "num_train_timesteps": steps},
-            small.layers,
-            SHAPE,
-            1,
-            "int8",
+            ExportRequest(small.model, {**SCHEDULER, "num_train_timesteps": steps}, small.layers, SHAPE, batch_size=1),
             tmp_path / "openvino",
-            {},
         )

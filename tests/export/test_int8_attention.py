@@ -16,7 +16,7 @@ from tiny_runs import POLICIES
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError, PlanError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges, masked_attention, quantized_attention
 from pqcad_qat.export.proof import execution_precision, layer_parity
 from pqcad_qat.policy.loading import load_policy
@@ -110,7 +110,8 @@ def ranges(model: Quantized) -> dict[str, AttentionRange]:
 @pytest.fixture(scope="module")
 def folder(model: Quantized, ranges: dict[str, AttentionRange], tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("attention") / "openvino"
-    return export_model(model.model, SCHEDULER, model.layers, SHAPE, 2, "int8", place, {}, attention=ranges).path
+    request = ExportRequest(model.model, SCHEDULER, model.layers, SHAPE, batch_size=2, attention=ranges)
+    return export_model(request, place).path
 
 
 def test_both_products_execute_in_int8_beside_every_layer(model: Quantized, folder: Path) -> None:

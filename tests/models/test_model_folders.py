@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import SCHEDULER
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.machine.json_files import LARGEST_FILE, read_json
@@ -372,7 +372,7 @@ def test_a_rectangle_is_deployed_with_the_integers_of_pytorch(tmp_path: Path) ->
     calibrate_ranges(model, [states])
     layers, deployed = integer_layers(model.eval()), tmp_path / "openvino"
     with recorded_inputs(model, states, tmp_path) as recorded:
-        export_model(model, full.scheduler_config, layers, full.sample_shape, 2, "int8", deployed, {})
+        export_model(ExportRequest(model, full.scheduler_config, layers, full.sample_shape, batch_size=2), deployed)
         assert layer_parity(deployed, layers, recorded).layers_exact == len(layers)
     runtime = OVUNet2DModel.from_pretrained(deployed)
     assert (runtime.sample_shape, list(runtime.config["sample_size"])) == ((1, 8, 12), [8, 12])

@@ -16,7 +16,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from tiny_runs import SCHEDULER, tiny_unet
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.models.denoiser import save_model
 from pqcad_qat.models.families.table import families, family_named
 from pqcad_qat.serving.diffusers_calls import read_call
@@ -176,9 +176,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny UNet, for 5 steps."""
     made = quantized_unet({"bits": 8}, {"bits": 8})
     path = tmp_path_factory.mktemp("deployed") / "openvino"
-    return export_model(
-        made.model, {**SCHEDULER, "num_inference_steps": 5}, made.layers, SHAPE, 2, "int8", path, {}
-    ).path
+    request = ExportRequest(made.model, {**SCHEDULER, "num_inference_steps": 5}, made.layers, SHAPE, batch_size=2)
+    return export_model(request, path).path
 
 
 def test_a_pipeline_that_is_not_told_the_steps_says_which_they_are_once(folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tiny_runs import SCHEDULER, tiny_unet
 from torch import Tensor, nn
 
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.policy.schema import LayerRule
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
@@ -41,7 +41,8 @@ class Quantized:
     prediction: np.ndarray  # (B, C, H, W)
 
     def export(self, folder: Path, weights: WeightFormat = "int8", batch: int = BATCH) -> Path:
-        return export_model(self.model, SCHEDULER, self.layers, SHAPE, batch, weights, folder, PROVENANCE).path
+        request = ExportRequest(self.model, SCHEDULER, self.layers, SHAPE, batch_size=batch, provenance=PROVENANCE)
+        return export_model(request, folder, weights).path
 
 
 def quantized_unet(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:

@@ -14,7 +14,7 @@ from deployed_fixture import PROVENANCE, SHAPE, quantized_unet
 from serving import images_of, page_script
 from tiny_runs import SCHEDULER
 
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.serving.deployed_folder import copy_folder
 from pqcad_qat.stages.samplers import openvino_variant, sample_images
 
@@ -25,7 +25,8 @@ def make(served: Path) -> None:
     """Write int8/, packed/ and their images.npy, uint8 (B, C, H, W) of seed 0."""
     quantized = quantized_unet({"bits": 4}, {"bits": 8, "symmetric": False})
     folder, scheduler = served / "packed", {**SCHEDULER, "num_inference_steps": STEPS}
-    export_model(quantized.model, scheduler, quantized.layers, SHAPE, 2, "packed", folder, PROVENANCE)
+    request = ExportRequest(quantized.model, scheduler, quantized.layers, SHAPE, batch_size=2, provenance=PROVENANCE)
+    export_model(request, folder, "packed")
     variant = openvino_variant("full", folder)
     copy_folder(folder, served / "int8", "int8")
     for name in ("int8", "packed"):

@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats
 from pqcad_qat.models.conditions import GUIDANCE
 from pqcad_qat.models.denoiser import load_model
@@ -118,7 +118,10 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     deployable = PartsToDeploy(parts, chosen_formats(parts, asked, str(source)), latents, inputs)
     scheduler = {**full.scheduler_config, STEPS: 3, GUIDANCE: SCALE}
     layers, path = integer_layers(model.eval()), folder / "openvino"
-    export_model(model, scheduler, layers, full.sample_shape, 2, "int8", path, {}, inputs, parts=deployable)
+    request = ExportRequest(
+        model, scheduler, layers, full.sample_shape, batch_size=2, conditions=inputs, parts=deployable
+    )
+    export_model(request, path)
     return DeployedPipeline(parts, path, latents)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pqcad_qat.commands.run import run
 from pqcad_qat.data.calibration import read_calibration
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.export_model import export_model
+from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import execution_precision, layer_parity
 from pqcad_qat.models.conditions import ConditionSet, exported_inputs
@@ -66,7 +66,8 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     calibrate_ranges(model, [(x, t, condition)])
     inputs = exported_inputs(full.condition_inputs, ConditionSet(condition))
     layers = integer_layers(model)
-    export_model(model.eval(), SCHEDULER, layers, full.sample_shape, BATCH, "int8", folder / "openvino", {}, inputs)
+    request = ExportRequest(model.eval(), SCHEDULER, layers, full.sample_shape, batch_size=BATCH, conditions=inputs)
+    export_model(request, folder / "openvino")
     return Deployed(request.param, model, x, t, condition, folder / "openvino")
 
 
