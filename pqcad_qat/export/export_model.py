@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,10 +98,10 @@ class ExportRequest:
     layers: Mapping[str, IntegerLayer]
     sample_shape: tuple[int, int, int]
     batch_size: int
-    provenance: Mapping[str, Any] = MappingProxyType({})
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     conditions: Sequence[ConditionInput] = ()
     visited: Sequence[float] = ()
-    attention: Mapping[str, AttentionRange] = MappingProxyType({})
+    attention: Mapping[str, AttentionRange] = field(default_factory=dict)
     parts: PartsToDeploy | None = None
 
 
