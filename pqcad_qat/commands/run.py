@@ -25,11 +25,10 @@ from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning
 from pqcad_qat.stages.measure import evaluate, report, sample
-from pqcad_qat.stages.prepared import SHARED, notes_on, prepare
+from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare
 from pqcad_qat.stages.recipes import recipes
-from pqcad_qat.stages.run_folder import open_run
+from pqcad_qat.stages.run_folder import RunFolder, open_run
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
-from pqcad_qat.stages.work import Work
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
 
@@ -53,37 +52,39 @@ def run(
         to_do = [stage for stage in table if not folder.finished(stage)]
         if (warning := room_warning(policy, prepared, table, to_do, path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-        return _all_stages(Work(policy, prepared, folder, console, shares_training), command)
+        return _all_stages(policy, prepared, folder, console, command, shares_training=shares_training)
 
 
-def _all_stages(work: Work, command: str) -> Path:
+def _all_stages(
+    policy: Policy, prepared: Prepared, run: RunFolder, console: Console, command: str, *, shares_training: bool
+) -> Path:
     """The stages that the policy's variants take, in order."""
-    stages = stages_of(work.policy.evaluation.variants)
-    for note in notes_on(work.policy, work.prepared.plan, work.prepared.model.folder):
-        work.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    stages = stages_of(policy.evaluation.variants)
+    for note in notes_on(policy, prepared.plan, prepared.model.folder):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     with agreed() as first:
         if first:
-            write_file(
-                work.path / "plan.json", json.dumps(plan_json(work.prepared.plan, work.prepared.split), indent=1)
-            )
-            texts = {"policy": dump_policy(work.policy), "plan": plan_text(work.prepared.plan, work.prepared.split)}
+            write_file(run.path / "plan.json", json.dumps(plan_json(prepared.plan, prepared.split), indent=1))
+            texts = {"policy": dump_policy(policy), "plan": plan_text(prepared.plan, prepared.split)}
             # Markdown's plain text
-            log_texts(work.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
-    calibration = calibrate(work)
+            log_texts(run.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
+    calibration = calibrate(policy, prepared, run, console)
     models: dict[str, nn.Module] = {}
     if PQ in stages:
-        models[PQ] = progressive(work, calibration)
+        models[PQ] = progressive(policy, prepared, run, console, calibration, shares_training=shares_training)
     if FIXED_BIT in stages:
-        models[FIXED_BIT] = fixed_bit(work, calibration)
+        models[FIXED_BIT] = fixed_bit(policy, prepared, run, console, calibration, shares_training=shares_training)
     if "teacher" in stages:
         for name in (name for name in STUDENTS if name in stages):
-            models[name] = distill(work, name, calibration, models[PQ])
+            models[name] = distill(
+                policy, prepared, run, console, name, calibration, models[PQ], shares_training=shares_training
+            )
     if "export" in stages:
-        export(work, calibration, models[PQCAD])
+        export(policy, prepared, run, console, calibration, models[PQCAD])
     if "baselines" in stages:
-        make_baselines(work, calibration)
+        make_baselines(policy, prepared, run, console, calibration)
     if "benchmark" in stages:
-        benchmark(work)
-    sample(work, calibration, models)
-    evaluate(work)
-    return report(work, command)
+        benchmark(policy, prepared, run, console)
+    sample(policy, prepared, run, console, calibration, models, shares_training=shares_training)
+    evaluate(policy, prepared, run, console)
+    return report(policy, prepared, run, command)

@@ -93,6 +93,14 @@ def progress_bar(console: Console, quiet: bool = False, lines: bool = True) -> P
 
 
 @contextmanager
+def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The progress of one piece of work; the yielded function advances it."""
+    with progress_bar(console) as bar:
+        task = bar.add_task(name, total=total, note="")
+        yield lambda count: bar.update(task, advance=count)
+
+
+@contextmanager
 def working(console: Console, what: str) -> Iterator[Callable[[str], None]]:
     """Tell what is going on where nothing says how far it is: a spinner on a terminal, elsewhere a line at the start
     and one now and then. The yielded function tells what comes next.

@@ -435,6 +435,10 @@ class Policy(PolicyFile):
         once = self.distillation.guidance == "distill" and VARIANTS[variant].distilled
         return 1.0 if once else self.sampler.guidance_scale
 
+    def sampling_steps(self, variant: str) -> int:
+        """Of an image of a variant."""
+        return self.distillation.student_steps if VARIANTS[variant].student_steps else self.sampler.steps
+
     def faults(self) -> Iterator[Fault]:
         steps, student = self.sampler.steps, self.distillation.student_steps
         if steps % student:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
@@ -28,6 +29,7 @@ from pqcad_qat.machine.progress import working
 from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import expected_bytes
@@ -39,9 +41,9 @@ from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
-from pqcad_qat.stages.prepared import RANGE_INPUTS
+from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
+from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, IntegerParity
-from pqcad_qat.stages.work import Work
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
 
@@ -52,45 +54,56 @@ PARITY_INPUTS = 64
 """States on which the deployed model is compared end to end with the quantized PyTorch model."""
 
 
-def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
+def export(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    calibration: CalibrationSet,
+    student: nn.Module,
+) -> None:
     """Stage `export`: the student as folders, PyTorch's and OpenVINO's, the latter proven on the file that ships.
 
     Raises:
         ExportError: a planned layer did not execute in INT8, and the policy does not list it.
     """
-    with work.folder.stage("export") as stage:
+    with run.stage("export") as stage:
         if not stage.new:
             return
-        policy, model = work.policy, work.prepared.model
+        model = prepared.model
         steps = policy.distillation.student_steps
-        scheduler = {**written_out(model.scheduler_config, work.student_schedule), STEPS: steps, **_guidance(work)}
-        plan, split = work.prepared.plan, work.prepared.split
-        with room_for(work.path / "student", 2 * expected_bytes(split, (), packed=False)):
-            save_quantized(work.path / "student", student, plan, policy.quantization.split_shortcuts, scheduler, steps)
+        scheduler = {
+            **written_out(model.scheduler_config, prepared.student_schedule(policy)),
+            STEPS: steps,
+            **_guidance(policy, prepared),
+        }
+        plan, split = prepared.plan, prepared.split
+        with room_for(run.path / "student", 2 * expected_bytes(split, (), packed=False)):
+            save_quantized(run.path / "student", student, plan, policy.quantization.split_shortcuts, scheduler, steps)
         layers = integer_layers(student)
-        conditions = exported_inputs(model.condition_inputs, work.prepared.conditions)
-        deployed_parts = _parts(work, calibration, conditions)
+        conditions = exported_inputs(model.condition_inputs, prepared.conditions)
+        deployed_parts = _parts(prepared, calibration, conditions)
         provenance = {
             "policy": policy.name,
             "model": model.source,
             "model_digest": model.digest,
-            "sampler": work.schedule.sampler,
+            "sampler": prepared.schedule.sampler,
             "sampling_steps": steps,
             "full_precision_steps": policy.sampler.steps,
             "training_seed": policy.training.seed,
-            **_guidance(work),
+            **_guidance(policy, prepared),
         }
 
         request = ExportRequest(
             model=student,
             scheduler_config=scheduler,
             layers=layers,
-            sample_shape=work.shape,
+            sample_shape=prepared.model.sample_shape,
             batch_size=policy.export.batch_size,
             provenance=provenance,
             conditions=conditions,
             visited=calibration.timesteps,
-            attention=_attention(work, calibration, student),
+            attention=_attention(policy, console, calibration, student),
             parts=deployed_parts,
         )
 
@@ -98,16 +111,16 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
             with room_for(folder, expected_bytes(split, plan, packed=weights != "int8")):
                 export_model(request, folder, weights)
 
-        shipped = work.path / "openvino"
-        with working(work.console, "export: writing and verifying the OpenVINO folder"):
+        shipped = run.path / "openvino"
+        with working(console, "export: writing and verifying the OpenVINO folder"):
             write(request, shipped, policy.export.weights)
-            write(replace(request, parts=None), work.path / "baselines" / "packed", "packed")
+            write(replace(request, parts=None), run.path / "baselines" / "packed", "packed")
             executed = execution_precision(shipped, layers)
-            refuse_float(work.prepared.plan, executed, shipped)
+            refuse_float(prepared.plan, executed, shipped)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
-            with recorded_inputs(student, states, work.path) as inputs:
+            with recorded_inputs(student, states, run.path) as inputs:
                 parity = layer_parity(shipped, layers, inputs)
-            psnr = _end_to_end(work, shipped, student, calibration)
+            psnr = _end_to_end(shipped, student, calibration)
         parts = () if deployed_parts is None else part_parity(deployed_parts, shipped)
         stage.done(
             ExportRecord(
@@ -124,20 +137,20 @@ def export(work: Work, calibration: CalibrationSet, student: nn.Module) -> None:
                 ),
                 end_to_end_psnr=psnr,
                 parts=tuple(PartRow(part.part, part.format, part.size_bytes, part.psnr) for part in parts),
-                packed_bytes=size_bytes(work.path / "baselines" / "packed"),
+                packed_bytes=size_bytes(run.path / "baselines" / "packed"),
             )
         )
 
 
-def _guidance(work: Work) -> dict[str, Any]:
+def _guidance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
     """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one.
 
     Of a denoiser that takes guidance as an input too, what it was told, where that was one number.
     """
-    if not work.prepared.conditions.choices:
+    if not prepared.conditions.choices:
         return {}
-    scale, null = work.policy.guidance_scale(PQCAD), work.prepared.conditions.null_class
-    told = {round(value, 4) for value in work.prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
+    scale, null = policy.guidance_scale(PQCAD), prepared.conditions.null_class
+    told = {round(value, 4) for value in prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
     return (
         {GUIDANCE: scale}
         | ({} if null is None else {NULL_CLASS: null})
@@ -145,22 +158,26 @@ def _guidance(work: Work) -> dict[str, Any]:
     )
 
 
-def _parts(work: Work, calibration: CalibrationSet, conditions: Sequence[ConditionInput]) -> PartsToDeploy | None:
+def _parts(
+    prepared: Prepared, calibration: CalibrationSet, conditions: Sequence[ConditionInput]
+) -> PartsToDeploy | None:
     """What stands beside the denoiser in the deployed folder."""
-    source, formats = work.prepared.parts, work.prepared.part_formats
+    source, formats = prepared.parts, prepared.part_formats
     return PartsToDeploy(source, formats, calibration.images, conditions) if source is not None and formats else None
 
 
-def _attention(work: Work, calibration: CalibrationSet, student: nn.Module) -> dict[str, AttentionRange]:
+def _attention(
+    policy: Policy, console: Console, calibration: CalibrationSet, student: nn.Module
+) -> dict[str, AttentionRange]:
     """What the products of attention read on states of the calibration set, if they are to run in INT8."""
-    if work.policy.quantization.attention == "float":
+    if policy.quantization.attention == "float":
         return {}
-    with working(work.console, "export: ranges of attention"), frozen_weights(student.eval()):
-        return attention_ranges(student, calibration.inputs(RANGE_INPUTS, work.policy.training.batch_size))
+    with working(console, "export: ranges of attention"), frozen_weights(student.eval()):
+        return attention_ranges(student, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
 
 
 @torch.no_grad()
-def _end_to_end(work: Work, folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
+def _end_to_end(folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
     """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration
     set.
     """
@@ -175,22 +192,22 @@ def _end_to_end(work: Work, folder: Path, student: nn.Module, calibration: Calib
     return end_to_end_psnr(np.concatenate(ours), np.concatenate(theirs))
 
 
-def benchmark(work: Work) -> None:
+def benchmark(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
     """Everything is timed in one run, in turns, from the files that ship."""
-    with work.folder.stage("benchmark") as stage:
+    with run.stage("benchmark") as stage:
         if not stage.new:
             return
-        runs, files = work.policy.export.latency_runs, openvino_files(work)
-        inputs = example_of(work)
-        with working(work.console, f"benchmark: every candidate in turns, {runs} runs each"):
-            timings = time_denoisers(work.prepared.model.denoiser, files, inputs, runs)
+        runs, files = policy.export.latency_runs, openvino_files(policy, run)
+        inputs = example_of(policy, prepared)
+        with working(console, f"benchmark: every candidate in turns, {runs} runs each"):
+            timings = time_denoisers(prepared.model.denoiser, files, inputs, runs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
         sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
         stage.done(
             BenchmarkRecord(
                 timings=timings,
                 profiles=profiles,
-                sizes={REFERENCE: 4 * sum(p.numel() for p in work.prepared.model.denoiser.parameters()), **sizes},
+                sizes={REFERENCE: 4 * sum(p.numel() for p in prepared.model.denoiser.parameters()), **sizes},
                 hardware=hardware(),
             )
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,17 +23,18 @@ from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.content_store import kept, parts_of
 from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
-from pqcad_qat.machine.progress import working
+from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim
 from pqcad_qat.report.report_files import write_report
-from pqcad_qat.stages.baselines import openvino_files
-from pqcad_qat.stages.prepared import SHARED
+from pqcad_qat.stages.baselines import openvino_files, runnable
+from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.recipes import sampled, sampling
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
-from pqcad_qat.stages.run_folder import Record
+from pqcad_qat.stages.run_folder import Record, RunFolder
 from pqcad_qat.stages.samplers import (
     Sampler,
     decoder_of,
@@ -50,7 +52,6 @@ from pqcad_qat.stages.stage_records import (
     TrainingRecord,
 )
 from pqcad_qat.stages.train import at_targets
-from pqcad_qat.stages.work import Work
 from pqcad_qat.timing.hardware import hardware
 
 NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
@@ -66,24 +67,36 @@ PICTURES = 10
 """Images of a variant that the report shows."""
 
 
-def sample(work: Work, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> None:
+def sample(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    calibration: CalibrationSet,
+    models: Mapping[str, nn.Module],
+    *,
+    shares_training: bool,
+) -> None:
     """Images of every variant from the same seeds; those that training does not touch are shared by runs side by
     side.
     """
-    for name in _shown(work):
-        with work.folder.stage(sampling(name)) as stage:
+    for name in _shown(policy, run):
+        with run.stage(sampling(name)) as stage:
             if not stage.new:
                 continue
-            file = _images_file(work, name)
-            make = partial(_make_images, work, name, calibration, models)
-            if name in UNTRAINED or (work.shares_training and VARIANTS[name].weights_from in TRAINED):
-                decides = work.decides(sampling(name))
-                shared = kept(work.path.parent / SHARED, decides, partial(_in_parts, make))
+            file = _images_file(run, name)
+
+            def make(folder: Path, parts: Path, name: str = name) -> None:
+                _make_images(policy, prepared, run, console, name, calibration, models, folder, parts)
+
+            if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
+                decides = run.decides(sampling(name))
+                shared = kept(run.path.parent / SHARED, decides, partial(_in_parts, make))
                 with whole_file(file, (shared / file.name).stat().st_size) as draft:
                     shutil.copyfile(shared / file.name, draft)
             else:
-                make(file.parent, work.folder.parts(sampling(name)))
-            stage.done(SamplesRecord(work.steps(name)))
+                make(file.parent, run.parts(sampling(name)))
+            stage.done(SamplesRecord(policy.sampling_steps(name)))
 
 
 def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
@@ -91,110 +104,136 @@ def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
 
 
 def _make_images(
-    work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module], folder: Path, parts: Path
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    name: str,
+    calibration: CalibrationSet,
+    models: Mapping[str, nn.Module],
+    folder: Path,
+    parts: Path,
 ) -> None:
-    variant = _variant(work, name, calibration, models)
-    count, batch = work.policy.evaluation.images, work.policy.evaluation.batch_size
-    with work.bar(f"sample {name}", count * variant.steps) as advance:
-        states = sample_states(variant, count, work.policy.evaluation.seed, batch, advance, parts)
-    samples = {"latents": states} if work.prepared.model.latent else {"images": to_uint8(states)}
-    if (decode := decoder_of(work.prepared.model)) is not None:
-        with working(work.console, f"sample {name}: decoding"):
+    variant = _variant(policy, prepared, run, name, calibration, models)
+    count, batch = policy.evaluation.images, policy.evaluation.batch_size
+    with counting(console, f"sample {name}", count * variant.steps) as advance:
+        states = sample_states(variant, count, policy.evaluation.seed, batch, advance, parts)
+    samples = {"latents": states} if prepared.model.latent else {"images": to_uint8(states)}
+    if (decode := decoder_of(prepared.model)) is not None:
+        with working(console, f"sample {name}: decoding"):
             samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
-    save_tensors(samples, folder / _images_file(work, name).name)
+    save_tensors(samples, folder / _images_file(run, name).name)
 
 
-def _variant(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Sampler:
-    scale = work.policy.guidance_scale(name)
-    return replace(_sampler(work, name, calibration, models), conditions=work.prepared.conditions, guidance_scale=scale)
+def _variant(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    name: str,
+    calibration: CalibrationSet,
+    models: Mapping[str, nn.Module],
+) -> Sampler:
+    scale = policy.guidance_scale(name)
+    return replace(
+        _sampler(policy, prepared, run, name, calibration, models), conditions=prepared.conditions, guidance_scale=scale
+    )
 
 
-def _sampler(work: Work, name: str, calibration: CalibrationSet, models: Mapping[str, nn.Module]) -> Sampler:
-    spec, schedule, steps = VARIANTS[name], work.sampled_by(name), work.steps(name)
+def _sampler(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    name: str,
+    calibration: CalibrationSet,
+    models: Mapping[str, nn.Module],
+) -> Sampler:
+    spec, schedule, steps = VARIANTS[name], prepared.sampled_by(policy, name), policy.sampling_steps(name)
     if spec.runtime == OPENVINO:
-        file = openvino_files(work)[name]
+        file = openvino_files(policy, run)[name]
         if spec.weights_from == "export":
             return openvino_variant(name, file, steps)
-        return openvino_file_variant(name, file, schedule, steps, work.shape, work.policy.export.batch_size)
+        return openvino_file_variant(name, file, schedule, steps, prepared.model.sample_shape, policy.export.batch_size)
     if spec.weights_from is None:
-        denoiser = work.prepared.model.denoiser
+        denoiser = prepared.model.denoiser
     elif spec.weights_from == "calibration":
-        denoiser = at_targets(work, calibration)
+        denoiser = at_targets(policy, prepared, calibration)
     else:
         denoiser = models[spec.weights_from]
-    return pytorch_variant(name, denoiser, schedule, steps, work.shape)
+    return pytorch_variant(name, denoiser, schedule, steps, prepared.model.sample_shape)
 
 
-def evaluate(work: Work) -> None:
+def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
     """Stage `evaluation`: FID, PSNR and SSIM of every variant's images."""
-    with work.folder.stage("evaluation") as stage:
+    with run.stage("evaluation") as stage:
         if not stage.new:
             return
-        source, latent = work.policy.features, work.prepared.model.latent
+        source, latent = policy.features, prepared.model.latent
         features = None if source is None else load_features(source)
-        samples = {name: _samples(work, name) for name in _shown(work)}
+        samples = {name: _samples(run, name) for name in _shown(policy, run)}
         full = samples[REFERENCE]
-        with working(work.console, "evaluation: FID, PSNR, SSIM"):
+        with working(console, "evaluation: FID, PSNR, SSIM"):
             figures = {
                 name: evaluate_latents(found, full) if latent else evaluate_images(found, full, features)
                 for name, found in samples.items()
             }
-        asked, protocol = work.policy.evaluation, None
+        asked, protocol = policy.evaluation, None
         if features is not None:
-            steps, sampler = work.policy.sampler.steps, work.schedule.sampler
+            steps, sampler = policy.sampler.steps, prepared.schedule.sampler
             protocol = fid_protocol(features, asked.images, sampler, steps, asked.seed)
-        of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(work.prepared.model) is None else DECODED)
+        of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
         notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
         note = " ".join(note for note in notes if note)
         stage.done(EvaluationRecord(figures, protocol, hardware(), note))
 
 
-def report(work: Work, command: str) -> Path:
+def report(policy: Policy, prepared: Prepared, run: RunFolder, command: str) -> Path:
     """The report's page, from what all stages noted."""
     with agreed() as first:
         if first:
-            _write_report(work, command)
-    return work.path / "report.html"
+            _write_report(policy, prepared, run, command)
+    return run.path / "report.html"
 
 
-def _write_report(work: Work, command: str) -> None:
-    seconds = work.folder.seconds()
+def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: str) -> None:
+    seconds = run.seconds()
 
     def noted(stage: str, kind: type[Record]) -> Record | None:
-        return work.folder.read(stage, kind) if stage in seconds else None
+        return run.read(stage, kind) if stage in seconds else None
 
     evaluation = noted("evaluation", EvaluationRecord)
     assert evaluation is not None  # the stage before this one
     facts = RunFacts(
-        policy=work.policy,
-        plan=work.prepared.plan,
-        model=work.prepared.split,
+        policy=policy,
+        plan=prepared.plan,
+        model=prepared.split,
         evaluation=evaluation,
         progressive=noted(PQ, TrainingRecord),
         export=noted("export", ExportRecord),
         baselines=noted("baselines", BaselinesRecord),
         benchmark=noted("benchmark", BenchmarkRecord),
         seconds=seconds,
-        warnings=tuple(work.warnings),
+        warnings=tuple(run.warnings()),
         command=command,
     )
-    full = _samples(work, REFERENCE)
-    samples: dict[str, Any] = {name: _pictures(load_file(_images_file(work, name)), full) for name in _shown(work)}
-    write_report(work.path, report_of(facts), curves_of(work.policy, work.path / "logs"), samples)
+    full = _samples(run, REFERENCE)
+    samples: dict[str, Any] = {
+        name: _pictures(load_file(_images_file(run, name)), full) for name in _shown(policy, run)
+    }
+    write_report(run.path, report_of(facts), curves_of(policy, run.path / "logs"), samples)
 
 
-def _shown(work: Work) -> tuple[str, ...]:
+def _shown(policy: Policy, run: RunFolder) -> tuple[str, ...]:
     """The variants that images are made of, less the baselines that have died."""
-    return tuple(name for name in sampled(work.policy) if name in work.runnable)
+    return tuple(name for name in sampled(policy) if name in runnable(policy, run))
 
 
-def _images_file(work: Work, name: str) -> Path:
-    return work.path / "samples" / f"{name}.safetensors"
+def _images_file(run: RunFolder, name: str) -> Path:
+    return run.path / "samples" / f"{name}.safetensors"
 
 
-def _samples(work: Work, name: str) -> Tensor:
+def _samples(run: RunFolder, name: str) -> Tensor:
     """A variant's images (uint8), or its latents (float32)."""
-    found: Mapping[str, Tensor] = load_file(_images_file(work, name))
+    found: Mapping[str, Tensor] = load_file(_images_file(run, name))
     return found["latents"] if "latents" in found else found["images"]
 
 

@@ -1,6 +1,6 @@
 """A policy's model and its plan, before anything is trained; and the recipe of its calibration set.
 
-Not here: a run's folder (work.py).
+Not here: a run's folder (run_folder.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pqcad_qat.models.prompts import prompts_cut
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import PQ, stages_of
+from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
 from pqcad_qat.quality.feature_network import check_shape
 from pqcad_qat.quantization.plan import LayerPlan, listed, missing_rungs, plan_layers
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
@@ -61,6 +61,18 @@ class Prepared:
     conditions: ConditionSet = field(default_factory=ConditionSet)
     parts: PipelineParts | None = None
     part_formats: Mapping[str, PartFormat] = field(default_factory=dict)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The teacher's, and full precision's."""
+        return noise_schedule(self.model.scheduler_config)
+
+    def student_schedule(self, policy: Policy) -> NoiseSchedule:
+        return self.schedule.student(policy.sampler.steps, policy.distillation.student_steps)
+
+    def sampled_by(self, policy: Policy, variant: str) -> NoiseSchedule:
+        """The schedule of a variant; full precision in half the steps makes those of the student."""
+        return self.student_schedule(policy) if VARIANTS[variant].student_steps else self.schedule
 
 
 def prepare(policy: Policy, store: Path | None = None) -> Prepared:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import time
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
+from rich.text import Text
 
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError
 from pqcad_qat.machine.files import room_for, write_file
@@ -27,7 +29,7 @@ from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.stages.resuming import Recipes, reason_to_repeat, record_of
+from pqcad_qat.stages.resuming import Recipes, decides, reason_to_repeat, record_of
 
 EMBEDDINGS = "conditions.safetensors"
 """What a run's prompts or embeddings are, in its own folder."""
@@ -210,6 +212,34 @@ class RunFolder:
                 (to / path.relative_to(self.path)).parent.mkdir(parents=True, exist_ok=True)
                 path.rename(to / path.relative_to(self.path))
         return to
+
+    def decides(self, stage: str) -> dict[str, Any]:
+        """All that decides a stage to the last bit."""
+        return decides(self.recipes, stage)
+
+    def link(self, name: str, folder: Path) -> None:
+        """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them
+        move.
+        """
+        link = self.path / name
+        to = os.path.relpath(folder, link.parent)
+        if not link.is_symlink() or os.readlink(link) != to:
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(to)
+
+    def warnings(self) -> list[str]:
+        """What was told."""
+        told = self.path / WARNINGS
+        found: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
+        return found
+
+    def warn(self, message: str, console: Console) -> None:
+        """Tell it once, also where a process that was killed has told it before."""
+        told = self.warnings()
+        if message not in told:
+            write_file(self.path / WARNINGS, json.dumps([*told, message], indent=1))
+            console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
     def _marker(self, stage: str) -> Path:
         return self.path / "stages" / f"{stage}.json"

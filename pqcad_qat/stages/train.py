@@ -15,25 +15,26 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.machine.content_store import kept
 from pqcad_qat.machine.files import write_file
-from pqcad_qat.machine.processes import agreed, is_first
+from pqcad_qat.machine.processes import agreed, is_first, process_count
+from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import Guidance, save_conditions
-from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.schema import Policy, TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.trajectory import initial_noise
-from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, calibration_recipe
+from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe
 from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights
-from pqcad_qat.stages.run_folder import EMBEDDINGS
+from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_records import CalibrationRecord, TrainingRecord
-from pqcad_qat.stages.work import Work
 from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
@@ -57,86 +58,151 @@ SHOWN = 4
 """Images of a grid that shows how training goes."""
 
 
-def calibrate(work: Work) -> CalibrationSet:
+def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> CalibrationSet:
     """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
-    policy, recipe = work.policy, calibration_recipe(work.policy, work.prepared)
-    fine = work.schedule.finer(work.schedule.passing(recipe.steps, recipe.also), recipe.refinement)
+    recipe = calibration_recipe(policy, prepared)
+    fine = prepared.schedule.finer(prepared.schedule.passing(recipe.steps, recipe.also), recipe.refinement)
     calls = recipe.trajectories * sum(map(len, fine))
-    with work.folder.stage("calibration") as stage, work.bar("calibration", calls) as advance:
+    with run.stage("calibration") as stage, counting(console, "calibration", calls) as advance:
         if is_first():
-            _keep_embeddings(work, stage.new)
-        store = work.path.parent / CALIBRATION
+            _keep_embeddings(policy, prepared, run, stage.new)
+        store = run.path.parent / CALIBRATION
         found, folder = calibration_set(
-            work.prepared.model, recipe, policy.calibration.batch_size, store, advance, work.prepared.conditions
+            prepared.model, recipe, policy.calibration.batch_size, store, advance, prepared.conditions
         )
         if is_first():
-            work.link("calibration", folder)
+            run.link("calibration", folder)
         stage.done(CalibrationRecord(folder.name))
     return found
 
 
-def _keep_embeddings(work: Work, anew: bool) -> None:
+def _keep_embeddings(policy: Policy, prepared: Prepared, run: RunFolder, anew: bool) -> None:
     """The conditions of a model of text in the run's own folder, since the files that a policy names may move."""
-    file, section = work.path / EMBEDDINGS, work.policy.conditions
+    file, section = run.path / EMBEDDINGS, policy.conditions
     if (section.prompts, section.embeddings) != (None, None) and (anew or not file.exists()):
-        save_conditions(work.prepared.conditions, file)
+        save_conditions(prepared.conditions, file)
 
 
-def progressive(work: Work, calibration: CalibrationSet) -> nn.Module:
+def progressive(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    calibration: CalibrationSet,
+    *,
+    shares_training: bool,
+) -> nn.Module:
     """Stage `pq`: down the ladder to the target widths, against the full-precision prediction."""
-    model = _quantized(work, calibration, work.prepared.plan)
-    schedule = bit_schedule(work.policy, work.prepared.plan, model)
+    model = _quantized(policy, prepared, calibration, prepared.plan)
+    schedule = bit_schedule(policy, prepared.plan, model)
     callbacks = [
         schedule,
         FullPrecisionMatching(),
         WeightDistance(schedule.layers),
-        *_shown(work, model, work.policy.sampler.steps, work.policy.sampler.guidance_scale),
+        *_shown(policy, prepared, model, policy.sampler.steps, policy.sampler.guidance_scale),
     ]
-    _train(work, PQ, model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
+    _train(
+        policy,
+        run,
+        console,
+        PQ,
+        model,
+        callbacks,
+        _training_batches(policy, calibration),
+        policy.progressive.steps,
+        shares_training=shares_training,
+    )
     return model
 
 
-def at_targets(work: Work, calibration: CalibrationSet) -> nn.Module:
+def at_targets(policy: Policy, prepared: Prepared, calibration: CalibrationSet) -> nn.Module:
     """The model at its target widths, ranges calibrated: where fixed-bit training starts, and the variant `ptq`."""
-    return _quantized(work, calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in work.prepared.plan])
+    return _quantized(
+        policy, prepared, calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan]
+    )
 
 
-def fixed_bit(work: Work, calibration: CalibrationSet) -> nn.Module:
+def fixed_bit(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    calibration: CalibrationSet,
+    *,
+    shares_training: bool,
+) -> nn.Module:
     """The control: the same seed, steps and data, at the target widths from the first step."""
-    model = at_targets(work, calibration)
+    model = at_targets(policy, prepared, calibration)
     callbacks = [
         FullPrecisionMatching(),
         WeightDistance(quantized_layers(model)),
-        *_shown(work, model, work.policy.sampler.steps, work.policy.sampler.guidance_scale),
+        *_shown(policy, prepared, model, policy.sampler.steps, policy.sampler.guidance_scale),
     ]
-    _train(work, FIXED_BIT, model, callbacks, _training_batches(work, calibration), work.policy.progressive.steps)
+    _train(
+        policy,
+        run,
+        console,
+        FIXED_BIT,
+        model,
+        callbacks,
+        _training_batches(policy, calibration),
+        policy.progressive.steps,
+        shares_training=shares_training,
+    )
     return model
 
 
-def distill(work: Work, name: str, calibration: CalibrationSet, teacher: nn.Module) -> nn.Module:
+def distill(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    name: str,
+    calibration: CalibrationSet,
+    teacher: nn.Module,
+    *,
+    shares_training: bool,
+) -> nn.Module:
     """The student; it starts from its teacher, the model of PQ, and keeps its quantizers."""
-    policy, scale = work.policy.distillation, work.policy.guidance_scale(name)
-    loss = CalibrationAssistedDistillation(*loss_weights(work.policy, name), scale, calibration.unconditional)
-    targets = _targets(work, calibration, teacher)
+    scale, steps = policy.guidance_scale(name), policy.distillation.student_steps
+    loss = CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional)
+    targets = _targets(policy, prepared, run, console, calibration, teacher)
     student = copy.deepcopy(teacher)
-    batches = distillation_batches(targets, work.whole_batch, work.policy.training.seed, calibration.condition)
-    callbacks = [loss, *_shown(work, student, policy.student_steps, scale)]
-    _train(work, name, student, callbacks, batches, policy.steps)
+    batches = distillation_batches(targets, whole_batch(policy.training), policy.training.seed, calibration.condition)
+    callbacks = [loss, *_shown(policy, prepared, student, steps, scale)]
+    _train(
+        policy,
+        run,
+        console,
+        name,
+        student,
+        callbacks,
+        batches,
+        policy.distillation.steps,
+        shares_training=shares_training,
+    )
     return student
 
 
-def _targets(work: Work, calibration: CalibrationSet, teacher: nn.Module) -> DistillationSet:
+def _targets(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    calibration: CalibrationSet,
+    teacher: nn.Module,
+) -> DistillationSet:
     """What students learn from; the frozen teacher runs once for all of them."""
-    policy, name = work.policy, "teacher"
+    name = "teacher"
     steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
-    file = work.path / "distillation" / f"{name}.safetensors"
-    with work.folder.stage(name) as stage:
+    file = run.path / "distillation" / f"{name}.safetensors"
+    with run.stage(name) as stage:
         if stage.new:
             calls, scale = policy.calibration.trajectories * steps, policy.guidance_scale(PQ)
-            with work.bar(name, calls) as advance, frozen_weights(teacher.eval()):
-                batch, parts = policy.calibration.batch_size, work.folder.parts(name)
+            with counting(console, name, calls) as advance, frozen_weights(teacher.eval()):
+                batch, parts = policy.calibration.batch_size, run.parts(name)
                 found = distillation_set(
-                    teacher, calibration, work.schedule, steps, student_steps, batch, advance, scale, parts, name
+                    teacher, calibration, prepared.schedule, steps, student_steps, batch, advance, scale, parts, name
                 )
             save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
             stage.done()
@@ -160,51 +226,70 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
     return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings)
 
 
-def _training_batches(work: Work, calibration: CalibrationSet) -> BatchSource:
-    return calibration_batches(calibration, work.whole_batch, work.policy.training.seed)
+def whole_batch(training: TrainingPolicy) -> int:
+    """States that one step of the optimizer learns from: every process adds its batches."""
+    return training.batch_size * training.gradient_accumulation * process_count()
 
 
-def _shown(work: Work, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
+def _training_batches(policy: Policy, calibration: CalibrationSet) -> BatchSource:
+    return calibration_batches(calibration, whole_batch(policy.training), policy.training.seed)
+
+
+def _shown(policy: Policy, prepared: Prepared, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
     """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not
     shown.
     """
-    noise = torch.from_numpy(initial_noise(work.policy.evaluation.seed, 0, SHOWN, work.shape))
-    every = 0 if work.prepared.model.latent else work.policy.training.samples_every
-    chosen = work.prepared.conditions.of(work.policy.evaluation.seed, 0, SHOWN)
-    follow = Guidance(chosen, work.prepared.conditions.unconditional, guidance_scale)
-    samples = TrainingSamples(noise, work.schedule.student(work.policy.sampler.steps, steps), steps, every, follow)
+    noise = torch.from_numpy(initial_noise(policy.evaluation.seed, 0, SHOWN, prepared.model.sample_shape))
+    every = 0 if prepared.model.latent else policy.training.samples_every
+    chosen = prepared.conditions.of(policy.evaluation.seed, 0, SHOWN)
+    follow = Guidance(chosen, prepared.conditions.unconditional, guidance_scale)
+    samples = TrainingSamples(noise, prepared.schedule.student(policy.sampler.steps, steps), steps, every, follow)
     return [QuantizerLog(quantized_layers(model)), samples]
 
 
-def _quantized(work: Work, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
+def _quantized(policy: Policy, prepared: Prepared, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
     """The full-precision model with quantizers around its weights, ranges from the calibration set."""
-    model = quantize_model(copy.deepcopy(work.prepared.split), plan)
-    calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, work.policy.calibration.batch_size))
+    model = quantize_model(copy.deepcopy(prepared.split), plan)
+    calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.calibration.batch_size))
     return model
 
 
 def _train(
-    work: Work, name: str, model: nn.Module, callbacks: Sequence[Callback], batches: BatchSource, steps: int
+    policy: Policy,
+    run: RunFolder,
+    console: Console,
+    name: str,
+    model: nn.Module,
+    callbacks: Sequence[Callback],
+    batches: BatchSource,
+    steps: int,
+    *,
+    shares_training: bool,
 ) -> None:
     """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the
     CPU.
     """
-    with work.folder.stage(name, together=True) as stage:
+    with run.stage(name, together=True) as stage:
         if stage.new:
-            make = partial(_fit, work, name, model, callbacks, batches, steps)
-            if work.shares_training:
-                trained = kept(work.path.parent / SHARED, work.decides(name), make)
-                shutil.copytree(trained, work.path, dirs_exist_ok=True)
+
+            def make(folder: Path) -> None:
+                _fit(policy, run, console, name, model, callbacks, batches, steps, folder)
+
+            if shares_training:
+                trained = kept(run.path.parent / SHARED, run.decides(name), make)
+                shutil.copytree(trained, run.path, dirs_exist_ok=True)
             else:
-                make(work.path)
-            transitions = (work.path / TRANSITIONS.format(name)).read_bytes()
+                make(run.path)
+            transitions = (run.path / TRANSITIONS.format(name)).read_bytes()
             stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True)))
-        model.load_state_dict(load_file(work.path / WEIGHTS.format(name)), strict=True)
+        model.load_state_dict(load_file(run.path / WEIGHTS.format(name)), strict=True)
         model.cpu()
 
 
 def _fit(
-    work: Work,
+    policy: Policy,
+    run: RunFolder,
+    console: Console,
     name: str,
     model: nn.Module,
     callbacks: Sequence[Callback],
@@ -213,26 +298,35 @@ def _fit(
     folder: Path,
 ) -> None:
     """Train, and leave in `folder` what a run's folder holds of a trained stage."""
-    state = train_stage(model, callbacks, batches, _stage_settings(work, name, steps), work.console, work.warn)
+    state = train_stage(
+        model,
+        callbacks,
+        batches,
+        _stage_settings(policy, run, name, steps),
+        console,
+        partial(run.warn, console=console),
+    )
     schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
     transitions = [transition for schedule in schedules for transition in schedule.transitions]
     with agreed() as first:
         if first:
-            _keep_trained(work, name, state, transitions, folder)
+            _keep_trained(run, name, state, transitions, folder)
 
 
-def _keep_trained(work: Work, name: str, state: TrainState, transitions: Sequence[Transition], folder: Path) -> None:
+def _keep_trained(
+    run: RunFolder, name: str, state: TrainState, transitions: Sequence[Transition], folder: Path
+) -> None:
     with torch.no_grad(), averaged_weights(state) as model:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     save_tensors(weights, folder / WEIGHTS.format(name))
     write_file(folder / TRANSITIONS.format(name), json.dumps([asdict(transition) for transition in transitions]))
-    if folder != work.path:
+    if folder != run.path:
         (folder / "logs").mkdir()
-        shutil.copy2(work.path / "logs" / f"{name}.jsonl", folder / "logs")
+        shutil.copy2(run.path / "logs" / f"{name}.jsonl", folder / "logs")
 
 
-def _stage_settings(work: Work, name: str, steps: int) -> StageSettings:
-    training = work.policy.training
+def _stage_settings(policy: Policy, run: RunFolder, name: str, steps: int) -> StageSettings:
+    training = policy.training
     loop = LoopSettings(
         steps=steps,
         learning_rate=training.learning_rate,
@@ -242,14 +336,14 @@ def _stage_settings(work: Work, name: str, steps: int) -> StageSettings:
         max_grad_norm=training.max_grad_norm,
     )
     checkpoints = CheckpointFolder(
-        work.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints
+        run.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints
     )
     return StageSettings(
         name,
         loop,
         training.precision,
         checkpoints,
-        work.path / "logs",
+        run.path / "logs",
         training.on_divergence,
         training.activation_checkpointing,
     )
