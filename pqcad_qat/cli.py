@@ -72,7 +72,7 @@ def run(
     from pqcad_qat.commands.run import run as run_policy
 
     folder = Path(out) if out else Path("runs") / loaded.name
-    page = run_policy(loaded, folder, command_line(), CONSOLE, resume)
+    page = run_policy(loaded, folder, command_line(), CONSOLE, resume=resume)
     _show_result(folder, page)
 
 
@@ -130,7 +130,7 @@ def sweep(
         cells = checked_cells(loaded, folder, CONSOLE, str(only))
         _show(cells_table(cells, f"{loaded.name}: {len(cells)} cells in {folder}"))
         return
-    comparison = run_cells(loaded, folder, command_line(), CONSOLE, whole_number("jobs", jobs), str(only))
+    comparison = run_cells(loaded, folder, command_line(), CONSOLE, jobs=whole_number("jobs", jobs), only=str(only))
     _show(*comparison_tables(comparison))
     if page is not None:
         write_file(Path(page), with_section(_page_text(page), loaded.name, markdown(comparison)))
@@ -220,7 +220,9 @@ def sensitivity(
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
     size = None if max_size is None else Limit(*size_limit("max-size", max_size))
     store, count = folder.parent / CALIBRATION, whole_number("states", states)
-    report, mixed = measure_sensitivity(loaded, sizes, count, size, store, command_line(), CONSOLE)
+    report, mixed = measure_sensitivity(
+        loaded, sizes, count, size, cache=store, command=command_line(), console=CONSOLE
+    )
     CONSOLE.print(sensitivity_table(report))
     CONSOLE.print(assignment_table(report))
     CONSOLE.print(f"page: {write_sensitivity(report, folder)}", soft_wrap=True)
@@ -379,7 +381,9 @@ def benchmark(
     from pqcad_qat.commands.benchmark import measure_speed
     from pqcad_qat.report.benchmark_page import speed_tables, write_speed
 
-    report = measure_speed(source, Path(policy), sizes, sets, runs, throughput, command_line(), CONSOLE)
+    report = measure_speed(
+        source, Path(policy), sizes, sets, runs=runs, throughput=throughput, command=command_line(), console=CONSOLE
+    )
     _show(*speed_tables(report))
     _tell(*(f"{name}: not timed: {why}" for name, why in report.left_out.items()))
     _tell(f"page: {write_speed(report, folder)}")
@@ -420,7 +424,7 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
     """
     from pqcad_qat.commands.features import features as train_features
 
-    _tell(f"features: {train_features(Path(out), data, path, size, CONSOLE)}")
+    _tell(f"features: {train_features(Path(out), data, path, size, console=CONSOLE)}")
 
 
 def schema(markdown: bool = False) -> None:

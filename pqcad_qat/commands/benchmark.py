@@ -71,6 +71,7 @@ def measure_speed(
     policy: Path,
     batches: Sequence[int],
     isas: Sequence[str],
+    *,
     runs: int,
     throughput: bool,
     command: str,
@@ -117,7 +118,7 @@ def measure_speed(
                 tell(f"batch {batch}, {isa}: timing")
                 measurements.append(measure(made, isa, runs, throughput))
                 bar.advance(task)
-    return _report(subject, measurements, loading, left_out, command)
+    return _report(subject, measurements, loading, left_out, command=command)
 
 
 def _report(
@@ -125,6 +126,7 @@ def _report(
     measurements: Sequence[Measurement],
     loading: tuple[LoadTime, ...],
     left_out: Mapping[str, str],
+    *,
     command: str,
 ) -> SpeedReport:
     shapes = shapes_of_configs(subject.config, DEFAULT_SCHEDULER, subject.source)
@@ -188,7 +190,7 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
     known = list(quantizable_layers(denoiser))
     executed = {
-        name: _executed(file, precision_hint(name, machine), inputs, known, min(runs, PROFILED_CALLS))
+        name: _executed(file, precision_hint(name, machine), inputs, known, calls=min(runs, PROFILED_CALLS))
         for name, file in files.items()
     }
     sizes = {REFERENCE: 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
@@ -222,7 +224,9 @@ def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], di
     return files, left_out
 
 
-def _executed(file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequence[str], calls: int) -> dict[str, Any]:
+def _executed(
+    file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequence[str], *, calls: int
+) -> dict[str, Any]:
     """The fields of a SpeedRow that the execution graph of the timed file tells."""
     compiled = compile_for_latency(file, {**PROFILING, **hint}, len(inputs["sample"]))
     nodes = executed_nodes(compiled)

@@ -150,8 +150,8 @@ def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
         shape,
         batch,
         float_xml.parent,
-        subject.train_timesteps,
-        condition,
+        times=subject.train_timesteps,
+        condition=condition,
     )
     made, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
     inputs = [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]

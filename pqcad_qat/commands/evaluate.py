@@ -60,9 +60,11 @@ def evaluate(
     network = load_features(source)
     with progress_bar(console) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
-        made = sample_images(variant, images, seed, BATCH, lambda done: bar.update(task, advance=done))
+        made = sample_images(variant, images, seed, BATCH, advance=lambda done: bar.update(task, advance=done))
     figures = evaluate_images(made, None, network)
-    return Evaluation(figures.fid_real, fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed))
+    return Evaluation(
+        figures.fid_real, fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed=seed)
+    )
 
 
 def _features_of(folder: str) -> str:

@@ -14,7 +14,7 @@ from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.quality.feature_training import RECIPES, FeatureRecipe, make_features
 
 
-def features(out: Path, data: str, path: str | None, size: int, console: Console) -> Path:
+def features(out: Path, data: str, path: str | None, size: int, *, console: Console) -> Path:
     """Train the network of a data set and write it; returns its folder.
 
     Raises:
@@ -28,5 +28,5 @@ def features(out: Path, data: str, path: str | None, size: int, console: Console
         def tell(step: int, steps: int, loss: float) -> None:
             bar.update(task, total=steps, completed=step, note=f"{loss:.3f}")
 
-        make_features(out, train, test, RECIPES.get(data, FeatureRecipe()), tell)
+        make_features(out, train, test, RECIPES.get(data, FeatureRecipe()), progress=tell)
     return out

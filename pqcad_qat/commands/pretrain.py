@@ -61,7 +61,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         _check_runs(model, images.images.shape[1])
     scheduler = _scheduler(policy)
     recipes = {STAGE: _recipe(policy, images)}
-    with open_run(path, policy, resume, recipes, console) as folder, folder.stage(STAGE, together=True):
+    with open_run(path, policy, resume, recipes, console=console) as folder, folder.stage(STAGE, together=True):
         loop = LoopSettings(
             steps=training.steps,
             learning_rate=training.learning_rate,
@@ -74,13 +74,13 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
         conditions = _conditions(model, classes)
         callbacks = [DenoisingLoss(), SampleGrids(path / "samples", scheduler, training.sample_every, conditions)]
         batches = noisy_batches(
-            images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes
+            images, ddpm_schedule(scheduler), training.batch_size * process_count(), training.seed, classes=classes
         )
 
         def warn(fault: str) -> None:
             console.print(Text.assemble(("warning:", "yellow"), f" {fault}"))
 
-        state = train_stage(model, callbacks, batches, settings, console, warn)
+        state = train_stage(model, callbacks, batches, settings, console=console, warn=warn)
         with agreed() as first, averaged_weights(state):
             if first:
                 save_model(model, scheduler, path / "model")
@@ -125,7 +125,9 @@ class SampleGrids(Callback):
         with averaged_weights(state) as model:
             config: Any = model.config
             shape = (config.in_channels, config.sample_size, config.sample_size)
-            sampler = pytorch_variant(REFERENCE, model, ddpm_schedule(self._scheduler), DEFAULT_STEPS, shape)
+            sampler = pytorch_variant(
+                REFERENCE, model, ddpm_schedule(self._scheduler), DEFAULT_STEPS, sample_shape=shape
+            )
             images = sample_images(replace(sampler, conditions=self._conditions), SAMPLES, 0, SAMPLES)
         self._folder.mkdir(parents=True, exist_ok=True)
         save_grid(images, self._folder / f"step_{state.step:06d}.png")

@@ -72,5 +72,10 @@ def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfil
             stack.enter_context(recomputed_activations(model, training.activation_checkpointing))
         task = bar.add_task("profile", total=(runs + WARM_UP) * len(candidates), note="")
         return profile_steps(
-            candidates, batches, training.precision, training.ema, runs, lambda done: bar.update(task, advance=done)
+            candidates,
+            batches,
+            training.precision,
+            training.ema,
+            runs=runs,
+            advance=lambda done: bar.update(task, advance=done),
         )

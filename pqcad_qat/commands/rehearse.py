@@ -69,7 +69,7 @@ def rehearse(policy: Policy, folder: Path, command: str, tell: Callable[[StageCo
         with meter.stage("integers"):
             layers = taken_integers(model.denoiser)
         with meter.stage("convert and write"):
-            _export(model, layers, attention, policy, shipped)
+            _export(model, layers, attention, policy, folder=shipped)
         with meter.stage("load and run"):
             executed = execution_precision(shipped, layers)
         with meter.stage("compare integers"):
@@ -104,6 +104,7 @@ def _export(
     layers: Mapping[str, IntegerLayer],
     attention: Mapping[str, AttentionRange],
     policy: Policy,
+    *,
     folder: Path,
 ) -> None:
     request = ExportRequest(

@@ -34,7 +34,7 @@ from pqcad_qat.training.trainer import new_accelerator
 
 
 def run(
-    policy: Policy, path: Path, command: str, console: Console, resume: bool = False, shares_training: bool = False
+    policy: Policy, path: Path, command: str, console: Console, *, resume: bool = False, shares_training: bool = False
 ) -> Path:
     """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
 
@@ -48,15 +48,15 @@ def run(
         new_accelerator(policy.training.precision)
         prepared = prepare(policy, path.parent / SHARED)
         table = recipes(policy, prepared)
-    with located(policy), open_run(path, policy, resume, table, console) as folder, room_for(path):
+    with located(policy), open_run(path, policy, resume, table, console=console) as folder, room_for(path):
         to_do = [stage for stage in table if not folder.finished(stage)]
-        if (warning := room_warning(policy, prepared, table, to_do, path)) is not None:
+        if (warning := room_warning(policy, prepared, table, to_do, path=path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-        return _all_stages(policy, prepared, folder, console, command, shares_training=shares_training)
+        return _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
 
 
 def _all_stages(
-    policy: Policy, prepared: Prepared, run: RunFolder, console: Console, command: str, *, shares_training: bool
+    policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, command: str, shares_training: bool
 ) -> Path:
     """The stages that the policy's variants take, in order."""
     stages = stages_of(policy.evaluation.variants)
@@ -71,20 +71,31 @@ def _all_stages(
     calibration = calibrate(policy, prepared, run, console)
     models: dict[str, nn.Module] = {}
     if PQ in stages:
-        models[PQ] = progressive(policy, prepared, run, console, calibration, shares_training=shares_training)
+        models[PQ] = progressive(
+            policy, prepared, run, console, calibration=calibration, shares_training=shares_training
+        )
     if FIXED_BIT in stages:
-        models[FIXED_BIT] = fixed_bit(policy, prepared, run, console, calibration, shares_training=shares_training)
+        models[FIXED_BIT] = fixed_bit(
+            policy, prepared, run, console, calibration=calibration, shares_training=shares_training
+        )
     if "teacher" in stages:
         for name in (name for name in STUDENTS if name in stages):
             models[name] = distill(
-                policy, prepared, run, console, name, calibration, models[PQ], shares_training=shares_training
+                policy,
+                prepared,
+                run,
+                console,
+                name=name,
+                calibration=calibration,
+                teacher=models[PQ],
+                shares_training=shares_training,
             )
     if "export" in stages:
-        export(policy, prepared, run, console, calibration, models[PQCAD])
+        export(policy, prepared, run, console, calibration=calibration, student=models[PQCAD])
     if "baselines" in stages:
-        make_baselines(policy, prepared, run, console, calibration)
+        make_baselines(policy, prepared, run, console, calibration=calibration)
     if "benchmark" in stages:
         benchmark(policy, prepared, run, console)
-    sample(policy, prepared, run, console, calibration, models, shares_training=shares_training)
+    sample(policy, prepared, run, console, calibration=calibration, models=models, shares_training=shares_training)
     evaluate(policy, prepared, run, console)
     return report(policy, prepared, run, command)

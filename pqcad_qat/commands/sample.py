@@ -69,7 +69,9 @@ def sample_prompt(
         walked = steps or pipeline.steps
         with progress_bar(console) as bar:
             task = bar.add_task("sample", total=walked, note=prompt)
-            pictures = pipeline(prompt, negative, guidance, steps, seed, count, lambda _: bar.advance(task))
+            pictures = pipeline(
+                prompt, negative, guidance, steps, seed=seed, count=count, advance=lambda _: bar.advance(task)
+            )
     save_grid(pictures, out)
     scale = pipeline.guidance if guidance is None else guidance
     text = f"{count} images of {prompt!r}, {walked} steps, guidance {scale:g}, openvino"
@@ -112,7 +114,9 @@ def sample(
         )
     with progress_bar(console) as bar:
         task = bar.add_task("sample", total=count * variant.steps, note=variant.runtime)
-        states = sample_states(variant, count, seed, min(count, BATCH), lambda done: bar.update(task, advance=done))
+        states = sample_states(
+            variant, count, seed, min(count, BATCH), advance=lambda done: bar.update(task, advance=done)
+        )
     if out.suffix.lower() == LATENTS:
         save_file({"latents": states.contiguous()}, out)
     else:

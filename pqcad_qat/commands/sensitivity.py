@@ -51,6 +51,7 @@ def measure_sensitivity(
     widths: Sequence[int],
     states: int,
     size: Limit | None,
+    *,
     cache: Path,
     command: str,
     console: Console,
@@ -76,7 +77,7 @@ def measure_sensitivity(
     if size is not None:
         _refuse_too_small(sizes.at(widths), size, widths)
     calibration = _calibration(policy, prepared, cache, console)
-    model = _calibrated(policy, prepared, prepared.plan, calibration, console)
+    model = _calibrated(policy, prepared, prepared.plan, calibration, console=console)
     batches = tuple(calibration.inputs(states, policy.training.batch_size))
     layers = _layers(model, measured, batches, console)
     assigned = {OWN: own}
@@ -135,12 +136,14 @@ def _calibration(policy: Policy, prepared: Prepared, cache: Path, console: Conso
         task = bar.add_task("calibration", total=recipe.trajectories * recipe.steps * recipe.refinement, note="")
         batch = policy.calibration.batch_size
         advance = partial(bar.advance, task)
-        found, _ = calibration_set(prepared.model, recipe, batch, cache, advance, prepared.conditions)
+        found, _ = calibration_set(
+            prepared.model, recipe, batch, cache, advance=advance, conditions=prepared.conditions
+        )
     return found
 
 
 def _calibrated(
-    policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], calibration: CalibrationSet, console: Console
+    policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], calibration: CalibrationSet, *, console: Console
 ) -> nn.Module:
     """The model with these layers quantized, weights at their own widths, not trained."""
     model = quantize_model(copy.deepcopy(prepared.split), plan)

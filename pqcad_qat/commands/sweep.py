@@ -46,7 +46,7 @@ CONSOLES = "consoles"
 """Folder of what cells printed that ran beside others."""
 
 
-def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int = 1, only: str = "*") -> Comparison:
+def sweep(study: Study, folder: Path, command: str, console: Console, *, jobs: int = 1, only: str = "*") -> Comparison:
     """Run every cell that is not finished, and after each write study.json, study.html and study.md of all that are.
 
     Args:
@@ -81,7 +81,9 @@ def sweep(study: Study, folder: Path, command: str, console: Console, jobs: int 
                 console.print(Text.assemble(("failed:", "red"), f" {cell.name}: {fault}"), soft_wrap=True)
             bar.update(task, advance=1)
 
-        (_in_turn if jobs == 1 else partial(_side_by_side, jobs=jobs))(waiting, folder, command, console, begin, end)
+        (_in_turn if jobs == 1 else partial(_side_by_side, jobs=jobs))(
+            waiting, folder, command, console, begin=begin, end=end
+        )
     comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
@@ -155,14 +157,14 @@ End = Callable[[Cell, str | None], None]
 """Told of a cell that ended, and of what was wrong with it."""
 
 
-def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End) -> None:
+def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console, *, begin: Begin, end: End) -> None:
     for cell in cells:
         begin(cell)
         end(cell, _run_cell(cell, folder, command, console))
 
 
 def _side_by_side(
-    cells: Sequence[Cell], folder: Path, command: str, console: Console, begin: Begin, end: End, jobs: int
+    cells: Sequence[Cell], folder: Path, command: str, console: Console, *, begin: Begin, end: End, jobs: int
 ) -> None:
     threads = max(1, usable_cores() // jobs)
     waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()

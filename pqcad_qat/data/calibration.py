@@ -128,6 +128,7 @@ def calibration_set(
     recipe: CalibrationRecipe,
     batch_size: int,
     cache: Path,
+    *,
     advance: Callable[[int], None] = lambda _: None,
     conditions: ConditionSet | None = None,
 ) -> tuple[CalibrationSet, Path]:
@@ -138,7 +139,7 @@ def calibration_set(
     """
 
     def make(draft: Path) -> None:
-        found = record(model, recipe, batch_size, advance, conditions, parts_of(draft))
+        found = record(model, recipe, batch_size, advance, conditions=conditions, parts=parts_of(draft))
         save_tensors(_tensors(found), draft / TRAJECTORIES)
         content = json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2)
         write_file(draft / "recipe.json", content + "\n")
@@ -153,6 +154,7 @@ def record(
     recipe: CalibrationRecipe,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
+    *,
     conditions: ConditionSet | None = None,
     parts: Path | None = None,
 ) -> CalibrationSet:
@@ -178,7 +180,13 @@ def record(
             follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
             noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
             yield _walked(
-                noise, follow, passes, fine, schedule, advance, f"{model.source}: its full-precision trajectories"
+                noise,
+                follow,
+                passes,
+                fine,
+                schedule=schedule,
+                advance=advance,
+                what=f"{model.source}: its full-precision trajectories",
             )
 
     found = gathered(parts, recipe.trajectories, batches, "calibration: trajectories")
@@ -197,6 +205,7 @@ def _walked(
     follow: Callable[[Tensor, float], Tensor],
     passes: _Passes,
     fine: Sequence[Walk],
+    *,
     schedule: NoiseSchedule,
     advance: Callable[[int], None],
     what: str,

@@ -54,7 +54,7 @@ class ImageSet:
 
 
 def load_images(
-    source: str, path: str | None = None, size: int = 32, split: str = "train", channels: int | None = None
+    source: str, path: str | None = None, size: int = 32, split: str = "train", *, channels: int | None = None
 ) -> ImageSet:
     """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that
     cannot be.

@@ -148,7 +148,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
         | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
     further = nothing_further if parts is None else partial(write_parts, parts)
-    written = write_folder(graph, weights, texts, manifest, folder, part, further)
+    written = write_folder(graph, weights, texts, manifest, folder=folder, part=part, further=further)
     graph_bytes = sum(path.stat().st_size for path in (folder / part).glob("openvino_model.*"))
     return ExportedFolder(folder, written, graph_bytes)
 

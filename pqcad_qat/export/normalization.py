@@ -31,7 +31,7 @@ def channels_last_normalization(norm: ov.Node) -> None:
     gamma, beta = (value.get_node().get_data().astype(np.float32) for value in norm.input_values()[1:])
     groups, epsilon = (norm.get_attributes()[key] for key in ("num_groups", "epsilon"))
     source = _image(norm.input_value(0))
-    normal = _normalized(source, groups, epsilon, gamma, beta, norm.get_friendly_name())
+    normal = _normalized(source, groups, epsilon, gamma, beta=beta, name=norm.get_friendly_name())
     if len(source.get_shape()) == len(norm.get_output_shape(0)):
         redirect(norm, normal.output(0))
         return
@@ -55,7 +55,13 @@ def _image(x: ov.Output) -> ov.Output:
 
 
 def _normalized(
-    x: ov.Output, groups: int, epsilon: float, gamma: npt.NDArray[np.float32], beta: npt.NDArray[np.float32], name: str
+    x: ov.Output,
+    groups: int,
+    epsilon: float,
+    gamma: npt.NDArray[np.float32],
+    *,
+    beta: npt.NDArray[np.float32],
+    name: str,
 ) -> ov.Node:
     """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, x (B, C, ...), mean and variance of each of so many
     groups of channels.

@@ -376,7 +376,8 @@ def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
         got = product.input_value(0).get_node().get_type_name()
         raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {got}")
     ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
-    source = _in_its_units(source, *(float(np.asarray(constant.data).item()) for constant in ranges))
+    in_low, in_high, out_low, out_high = (float(np.asarray(constant.data).item()) for constant in ranges)
+    source = _in_its_units(source, in_low, in_high, out_low, out_high=out_high)
     before = fake_quantize.input_value(0).get_node()
     if before.get_type_name() == "Clamp":
         bounds = before.get_attributes()
@@ -384,7 +385,7 @@ def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
     return ov.opset13.fake_quantize(source, *ranges, fake_quantize.get_attributes()["levels"])
 
 
-def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float, out_high: float) -> ov.Node:
+def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float, *, out_high: float) -> ov.Node:
     """The source in the units that a FakeQuantize reads: OpenVINO moves a factor before it into its input range."""
     if (in_low, in_high) == (out_low, out_high):
         return source

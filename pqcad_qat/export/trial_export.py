@@ -59,7 +59,7 @@ def try_training_and_export(
     calibrate_ranges(quantized, [states])
     _train_once(model.source, quantized, states)
     try:
-        _deploy(model, quantized.eval(), plan, states, attention)
+        _deploy(model, quantized.eval(), plan, states, attention=attention)
     except ExportError as error:
         raise ExportError(f"{model.source}: {error}") from error
 
@@ -80,7 +80,7 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
 
 
 def _deploy(
-    model: DiffusionModel, quantized: nn.Module, plan: Sequence[LayerPlan], states: DenoiserInput, attention: bool
+    model: DiffusionModel, quantized: nn.Module, plan: Sequence[LayerPlan], states: DenoiserInput, *, attention: bool
 ) -> None:
     layers = integer_layers(quantized)
     with tempfile.TemporaryDirectory(prefix="pqcad-trial-") as scratch:

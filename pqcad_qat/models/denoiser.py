@@ -257,7 +257,7 @@ def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = No
     alone = alone and local(source) is not None
     scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
     check_index(folder, index, known_family(config, str(where)).name)
-    shapes = shapes_of_configs(config, scheduler, source, sample_size, str(where), str(beside))
+    shapes = shapes_of_configs(config, scheduler, source, sample_size, where=str(where), beside=str(beside))
     return replace(shapes, folder=folder, decoder=any(part_class(index, name) for name in DECODERS))
 
 
@@ -266,6 +266,7 @@ def shapes_of_configs(
     scheduler: Mapping[str, Any],
     source: str,
     sample_size: SampleSize | None = None,
+    *,
     where: str | None = None,
     beside: str = "scheduler config",
 ) -> DiffusionModel:

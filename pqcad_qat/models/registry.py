@@ -38,6 +38,7 @@ def register_denoiser(
     build: Callable[[], nn.Module],
     sample_shape: tuple[int, int, int],
     scheduler_config: Mapping[str, Any],
+    *,
     conditions: tuple[ConditionInput, ...] = (),
 ) -> None:
     """Make `registered:NAME` a source of models in this process.

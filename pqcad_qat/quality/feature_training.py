@@ -84,6 +84,7 @@ def make_features(
     images: ImageSet,
     test: ImageSet | None = None,
     recipe: FeatureRecipe = FeatureRecipe(),
+    *,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Features:
     """Train on `images`, measure on `test` or on images held out, and write network, provenance and the statistics of

@@ -44,7 +44,7 @@ class FidelityFigures:
     rank_deficient: bool  # the images are too few for a covariance of full rank: no more of them than features
 
 
-def fid_protocol(features: Features, images: int, sampler: str, steps: int, seed: int) -> FidProtocol:
+def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, seed: int) -> FidProtocol:
     """The protocol of `images` generated images looked at through `features`."""
     return FidProtocol(images, features.source, features.sha256, features.reference_name, sampler, steps, seed)
 

@@ -84,7 +84,7 @@ class BlendedQuant(RescalingIntQuant):
             span,
             low,
             number(self.msb_clamp_bit_width_impl, "bit_width"),
-            torch.float32 if next_bits else product_dtype(x),
+            dtype=torch.float32 if next_bits else product_dtype(x),
         )
         if next_bits:
             factor = self.next_range
@@ -104,9 +104,16 @@ class BlendedQuant(RescalingIntQuant):
         )
 
     def _at(
-        self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, dtype: torch.dtype = torch.float32
+        self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        return quantize(x, span, low, integer_range(int(bits), self.symmetric, self.symmetric), not self.learned, dtype)
+        return quantize(
+            x,
+            span,
+            low,
+            integer_range(int(bits), self.symmetric, self.symmetric),
+            straight=not self.learned,
+            dtype=dtype,
+        )
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.learned:
@@ -308,7 +315,7 @@ def weight_quantizer(plan: LayerPlan, weight: Tensor) -> Any:
         "rows": rows,
     }
     if spec.learned_scale:
-        attributes |= _parameters(ParameterScaling, ParameterZeroPoint, shape, 1.0, spec.symmetric)
+        attributes |= _parameters(ParameterScaling, ParameterZeroPoint, shape, 1.0, symmetric=spec.symmetric)
     else:
         attributes |= {
             "scaling_impl": StatsFromParameterScaling,
@@ -332,7 +339,7 @@ def input_quantizer(plan: LayerPlan) -> Any:
     )
     attributes = {
         **_common(spec, spec.bits),
-        **_parameters(scaling, zero_point, (), math.nan, spec.symmetric),
+        **_parameters(scaling, zero_point, (), math.nan, symmetric=spec.symmetric),
         "proxy_class": InputProxy,
         "tensor_quant": InputQuant,
         "scaling_per_output_type": ScalingPerOutputType.TENSOR,
@@ -380,7 +387,9 @@ def _common(spec: QuantizerSpec, bits: int) -> dict[str, Any]:
     }
 
 
-def _parameters(scaling: Any, zero_point: Any, shape: tuple[int, ...], start: float, symmetric: bool) -> dict[str, Any]:
+def _parameters(
+    scaling: Any, zero_point: Any, shape: tuple[int, ...], start: float, *, symmetric: bool
+) -> dict[str, Any]:
     return {
         "scaling_impl": scaling,
         "scaling_impl_type": ScalingImplType.PARAMETER,

@@ -159,4 +159,4 @@ def _watch(
 def _set_range(layer: QuantizedLayer, seen: InputRange) -> None:
     spec = layer.plan.inputs
     signed = seen.low < 0 if spec.signed == "auto" else spec.signed
-    set_input_range(layer, *input_bounds(seen, spec.range, read_bits(layer)[1], signed, spec.symmetric))
+    set_input_range(layer, *input_bounds(seen, spec.range, read_bits(layer)[1], signed, symmetric=spec.symmetric))

@@ -37,6 +37,7 @@ def quantize(
     span: Tensor,
     low: Tensor | None,
     bounds: tuple[int, int],
+    *,
     straight: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -51,7 +52,7 @@ def quantize(
     and ParameterZeroPoint. ``dtype``: what y is rounded to in the end.
     """
     if x.is_cuda and (kernels := _kernels()) is not None and kernels.applies(x, span, low):
-        fused: Tensor = kernels.quantize(x, span, low, bounds, straight, dtype)
+        fused: Tensor = kernels.quantize(x, span, low, bounds, straight=straight, dtype=dtype)
         return fused
     x = x.float()  # bfloat16 activations of autocast cannot tell 256 levels apart
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
@@ -103,7 +104,11 @@ class _Quantize(torch.autograd.Function):
         x, y, span, low = saved
         scale, zero_point = scale_and_zero_point(span, low, ctx.bounds)
         integers = None if ctx.straight else integers_of(x, scale, zero_point)
-        return *learned_gradients(gradient, x, y, integers, span, low, scale, ctx.bounds), None, None
+        return (
+            *learned_gradients(gradient, x, y, integers, span=span, low=low, scale=scale, bounds=ctx.bounds),
+            None,
+            None,
+        )
 
 
 def inside(gradient: Tensor, integers: Tensor, bounds: tuple[int, int], out: Tensor | None = None) -> Tensor:
@@ -123,6 +128,7 @@ def learned_gradients(
     x: Tensor,
     y: Tensor,
     integers: Tensor | None,
+    *,
     span: Tensor,
     low: Tensor | None,
     scale: Scale,
@@ -132,28 +138,30 @@ def learned_gradients(
     clamped yet, or None where the gradient passes straight.
     """
     if integers is None:
-        return gradient, *_range_gradients(_total((y - x).mul_(gradient), span), None, span, low, scale, bounds)
+        return gradient, *_range_gradients(
+            _total((y - x).mul_(gradient), span), None, span, low, scale=scale, bounds=bounds
+        )
     work = inside(x, integers, bounds)
     torch.sub(y, work, out=work)  # before the product: y and x are nearly equal, and two long sums would cancel
     of_scale = _total(work.mul_(gradient), span)
     reaching = inside(gradient, integers, bounds, out=work)
     clamped = None if low is None else _total(gradient - reaching, span)  # not of each by itself: see above
-    return reaching, *_range_gradients(of_scale, clamped, span, low, scale, bounds)
+    return reaching, *_range_gradients(of_scale, clamped, span, low, scale=scale, bounds=bounds)
 
 
 def _range_gradients(
-    of_scale: Tensor, clamped: Tensor | None, span: Tensor, low: Tensor | None, scale: Scale, bounds: tuple[int, int]
+    of_scale: Tensor, clamped: Tensor | None, span: Tensor, low: Tensor | None, *, scale: Scale, bounds: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
     """What span and low get of (dy / dscale) * scale and of the gradient that met a clamp."""
     if not isinstance(scale, float):
-        return _through_range(of_scale, clamped, span, low, scale, bounds)
+        return _through_range(of_scale, clamped, span, low, scale=scale, bounds=bounds)
     numbers = [None if value is None else value.item() for value in (of_scale, clamped, span, low)]
-    of_span, of_low = _through_range(numbers[0], numbers[1], numbers[2], numbers[3], scale, bounds)
+    of_span, of_low = _through_range(numbers[0], numbers[1], numbers[2], numbers[3], scale=scale, bounds=bounds)
     return span.new_tensor(of_span), None if of_low is None else span.new_tensor(of_low)
 
 
 def _through_range(
-    of_scale: Any, clamped: Any, span: Any, low: Any, scale: Any, bounds: tuple[int, int]
+    of_scale: Any, clamped: Any, span: Any, low: Any, *, scale: Any, bounds: tuple[int, int]
 ) -> tuple[Any, Any]:
     """Of numbers, or of tensors. The zero point, clamp(round(|low| / scale)), has a gradient too."""
     slope, of_low = of_scale / scale, None

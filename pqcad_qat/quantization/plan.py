@@ -71,6 +71,7 @@ def plan_layers(
     rules: Sequence[LayerRule],
     ladder: Sequence[int],
     example: PredictArguments,
+    *,
     constant: Collection[str] = (),
 ) -> tuple[LayerPlan, ...]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
@@ -97,7 +98,11 @@ def plan_layers(
             continue
         for why, allowed in _unfit(name, layers[name], name in called):
             unfit.setdefault((index, pattern, why, allowed), []).append(name)
-        plans.append(_layer_plan(name, layers[name], index, pattern, rule, rule.weights, rule.inputs, ladder))
+        plans.append(
+            _layer_plan(
+                name, layers[name], index, pattern, rule=rule, weights=rule.weights, inputs=rule.inputs, ladder=ladder
+            )
+        )
     faults += [
         f"{_match_key(index)}: got {_quoted(pattern)}, which names {listed(names)}: {why}; allowed {allowed}"
         for (index, pattern, why, allowed), names in unfit.items()
@@ -288,6 +293,7 @@ def _layer_plan(
     layer: nn.Module,
     index: int,
     pattern: str,
+    *,
     rule: LayerRule,
     weights: WeightQuantizer,
     inputs: InputQuantizer,

@@ -249,7 +249,7 @@ def set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
     spec, quant = layer.plan.inputs, input_quantizer_of(layer)
     bits = read_bits(layer)[1]
     signed = (low < 0) if spec.signed == "auto" else spec.signed
-    scale, _, _, largest = input_grid(low, high, bits, signed, spec.symmetric)
+    scale, _, _, largest = input_grid(low, high, bits, signed, symmetric=spec.symmetric)
     if not (math.isfinite(scale) and scale > 0):
         raise ModelError(
             f"layer {layer.plan.name}: its input range [{low:g}, {high:g}] leaves nothing to quantize as {_kind(spec)}"

@@ -56,16 +56,16 @@ class InputRange:
         return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * self.width
 
 
-def input_bounds(seen: InputRange, method: str, bits: int, signed: bool, symmetric: bool) -> tuple[float, float]:
+def input_bounds(seen: InputRange, method: str, bits: int, signed: bool, *, symmetric: bool) -> tuple[float, float]:
     """The range (low, high) that the quantizer of one input should represent, low <= 0 <= high."""
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     if method == "mse":
-        ratio = _best_input_ratio(seen, low, high, bits, signed, symmetric)
+        ratio = _best_input_ratio(seen, low, high, bits, signed=signed, symmetric=symmetric)
         low, high = low * ratio, high * ratio
     return low, high
 
 
-def input_grid(low: float, high: float, bits: int, signed: bool, symmetric: bool) -> tuple[float, int, int, int]:
+def input_grid(low: float, high: float, bits: int, signed: bool, *, symmetric: bool) -> tuple[float, int, int, int]:
     """(scale, zero point, smallest and largest integer) of an input whose values lie in [low, high]."""
     if not symmetric:
         top = 2**bits - 1
@@ -77,11 +77,11 @@ def input_grid(low: float, high: float, bits: int, signed: bool, symmetric: bool
     return high / (2**bits - 1), 0, 0, 2**bits - 1
 
 
-def _best_input_ratio(seen: InputRange, low: float, high: float, bits: int, signed: bool, symmetric: bool) -> float:
+def _best_input_ratio(seen: InputRange, low: float, high: float, bits: int, *, signed: bool, symmetric: bool) -> float:
     centres, counts = seen.centres(), seen.counts
     best, least = 1.0, float("inf")
     for ratio in RATIOS:
-        scale, zero_point, smallest, largest = input_grid(low * ratio, high * ratio, bits, signed, symmetric)
+        scale, zero_point, smallest, largest = input_grid(low * ratio, high * ratio, bits, signed, symmetric=symmetric)
         on_grid = ((centres / scale).round() + zero_point).clamp(smallest, largest).sub(zero_point).mul(scale)
         error = float(((on_grid - centres).square() * counts).sum())
         if error < least:
@@ -117,13 +117,13 @@ def _best_weight_ratio(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
     best = torch.ones_like(span)
     least = torch.full_like(span, float("inf"))
     for ratio in RATIOS:
-        error = (_on_grid(rows, span * ratio, ratio, bits, symmetric) - rows).square().sum(dim=1)
+        error = (_on_grid(rows, span * ratio, ratio, bits, symmetric=symmetric) - rows).square().sum(dim=1)
         better = error < least
         best, least = torch.where(better, ratio, best), torch.where(better, error, least)
     return best
 
 
-def _on_grid(rows: Tensor, span: Tensor, ratio: float, bits: int, symmetric: bool) -> Tensor:
+def _on_grid(rows: Tensor, span: Tensor, ratio: float, bits: int, *, symmetric: bool) -> Tensor:
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = (span / top)[:, None]

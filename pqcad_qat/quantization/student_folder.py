@@ -42,6 +42,7 @@ def save_quantized(
     model: nn.Module,
     plan: Sequence[LayerPlan],
     splits: bool,
+    *,
     scheduler_config: Mapping[str, Any],
     steps: int,
 ) -> None:

@@ -241,7 +241,14 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
         axes = drawn.figure.subplots(1, panels, sharey=True, squeeze=False)[0]
         for place, row in enumerate(rows):
             found = row.latency
-            _bar(drawn, axes[0], place, row, (found.median_ms, found.lower_quartile_ms, found.upper_quartile_ms), "ms")
+            _bar(
+                drawn,
+                axes[0],
+                place,
+                row,
+                spread=(found.median_ms, found.lower_quartile_ms, found.upper_quartile_ms),
+                unit="ms",
+            )
             if row.throughput is not None:
                 rate = row.throughput
                 _bar(
@@ -249,8 +256,8 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
                     axes[1],
                     place,
                     row,
-                    (rate.median, rate.lower_quartile, rate.upper_quartile),
-                    "image steps a second",
+                    spread=(rate.median, rate.lower_quartile, rate.upper_quartile),
+                    unit="image steps a second",
                 )
         axes[0].set_title("ms a step, lower is better")
         if panels == 2:
@@ -264,7 +271,9 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
         return drawn.svg(f"{title(report, measurement)}: {told}")
 
 
-def _bar(drawn: Canvas, axes: Axes, place: int, row: SpeedRow, spread: tuple[float, float, float], unit: str) -> None:
+def _bar(
+    drawn: Canvas, axes: Axes, place: int, row: SpeedRow, *, spread: tuple[float, float, float], unit: str
+) -> None:
     median, lower, upper = spread
     colour = COLOURS["accent" if row.name == OURS else "grey" if row.name == REFERENCE else "blue"]
     bars = axes.barh([place], [median], color=colour, height=0.66)

@@ -72,17 +72,19 @@ def bit_timeline(report: Report, curves: Curves) -> str | None:
     with canvas("timeline", 9.6, 4.2 + min(len(layers), 90) * 0.055) as drawn:
         heights = [1.1 + len(layers) * 0.05, 1.0, 1.0, 1.0]
         heat, mean, loss, perturbation = drawn.figure.subplots(4, 1, sharex=True, height_ratios=heights)
-        _draw_widths(drawn, heat, report.bit_schedule, layers, end)
+        _draw_widths(drawn, heat, report.bit_schedule, layers, end=end)
         _draw_mean(mean, report.bit_schedule, layers, end)
         momenta = {series.name: series for series in curves.momenta}
-        _draw_momentum(drawn, loss, "loss", momenta.get("loss_momentum"), report.bit_schedule, curves.plateau)
+        _draw_momentum(
+            drawn, loss, "loss", momenta.get("loss_momentum"), schedule=report.bit_schedule, bound=curves.plateau
+        )
         _draw_momentum(
             drawn,
             perturbation,
             "perturbation",
             momenta.get("perturbation"),
-            report.bit_schedule,
-            curves.perturbation_bound,
+            schedule=report.bit_schedule,
+            bound=curves.perturbation_bound,
         )
         perturbation.set_xlabel("step of progressive quantization")
         perturbation.set_xlim(0, end)
@@ -108,7 +110,7 @@ def _timeline_end(report: Report, curves: Curves) -> int:
 
 
 def _draw_widths(
-    drawn: Canvas, axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], end: int
+    drawn: Canvas, axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], *, end: int
 ) -> None:
     rows = {layer: index for index, layer in enumerate(layers)}
     for layer, (first, _) in layers.items():
@@ -175,7 +177,7 @@ def _draw_mean(axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, 
 
 
 def _draw_momentum(
-    drawn: Canvas, axes: Axes, name: str, series: Series | None, schedule: Sequence[Transition], bound: float | None
+    drawn: Canvas, axes: Axes, name: str, series: Series | None, *, schedule: Sequence[Transition], bound: float | None
 ) -> None:
     axes.set_title(f"{name} momentum")
     if series is not None:

@@ -263,7 +263,7 @@ def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
 
 
 def target(
-    name: str, measured: float | None, comparison: Comparison, bound: float, unit: str = "", note: str = ""
+    name: str, measured: float | None, comparison: Comparison, bound: float, *, unit: str = "", note: str = ""
 ) -> Target:
     """A Target whose ``holds`` follows from the numbers; a missing or non-finite measurement gives None."""
     holds = None

@@ -141,12 +141,17 @@ class DDPMSchedule:
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
         """x_s (B, C, H, W) from x_t and the prediction there."""
         return ddim_step(
-            prediction, x_t, self.alpha_bar_at(t), self.alpha_bar_at(s), self.prediction_type, self.clip_sample_range
+            prediction,
+            x_t,
+            self.alpha_bar_at(t),
+            self.alpha_bar_at(s),
+            prediction_type=self.prediction_type,
+            clip_sample_range=self.clip_sample_range,
         )
 
     def inverse(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
         """The prediction that carries x_t to x_s in one step whose x_0 is not clipped."""
-        return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), self.prediction_type)
+        return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), prediction_type=self.prediction_type)
 
     def error_weight(self, t: float, s: float = END) -> float:
         """What a squared error of a step's prediction weighs, in x_0 by truncated SNR; 0 where it says nothing of x_0,
@@ -280,6 +285,7 @@ def ddim_step(
     x_t: Array,
     alpha_bar_t: Any,
     alpha_bar_s: Any,
+    *,
     prediction_type: PredictionType,
     clip_sample_range: float | None = None,
 ) -> Array:
@@ -300,7 +306,9 @@ def ddim_step(
     return cast(Array, alpha_bar_s**0.5 * cast(Any, x_0) + (1.0 - alpha_bar_s) ** 0.5 * cast(Any, eps))
 
 
-def ddim_inverse(x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, prediction_type: PredictionType) -> Array:
+def ddim_inverse(
+    x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, *, prediction_type: PredictionType
+) -> Array:
     """The prediction that carries x_t to x_s in one DDIM step: `ddim_step` solved for it (Salimans and Ho 2022,
     appendix G).
 

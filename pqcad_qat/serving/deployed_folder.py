@@ -172,6 +172,7 @@ def write_folder(
     weights: WeightFormat,
     texts: Mapping[str, Mapping[str, Any]],
     manifest: Mapping[str, Any],
+    *,
     folder: Path,
     part: str = DENOISERS[0],
     further: Callable[[Path], Mapping[str, Any]] = nothing_further,
@@ -236,7 +237,7 @@ def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None)
         _copy(source, alike, staging)
         return dict(manifest.get("parts", {}))
 
-    write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder, part, further)
+    write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder=folder, part=part, further=further)
 
 
 def _copy(source: Path, names: Iterable[str], folder: Path) -> None:

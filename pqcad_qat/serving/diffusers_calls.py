@@ -71,7 +71,9 @@ class Call:
     as_dict: bool
 
 
-def read_call(kind: str, takes: Sequence[str], positional: Sequence[Any], named: Mapping[str, Any], where: str) -> Call:
+def read_call(
+    kind: str, takes: Sequence[str], positional: Sequence[Any], named: Mapping[str, Any], *, where: str
+) -> Call:
     """A call of a denoiser as its class understands it.
 
     Args:

@@ -38,8 +38,13 @@ def port_of(port: ov.Output) -> tuple[list[int], str]:
 def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
     names = [port.get_names() for port in graph.inputs]
     conditions: Sequence[Mapping[str, Any]] = manifest.get("conditions", ())
-    time, samples = manifest.get("timestep_dtype", "int64"), (manifest["batch_size"], manifest["sample_shape"])
-    expected = expected_ports(set().union(*names), *samples, time, conditions)
+    expected = expected_ports(
+        set().union(*names),
+        manifest["batch_size"],
+        manifest["sample_shape"],
+        manifest.get("timestep_dtype", "int64"),
+        conditions=conditions,
+    )
     ports = {
         name: port_of(port) for port, known in zip(graph.inputs, names, strict=True) for name in known & expected.keys()
     }

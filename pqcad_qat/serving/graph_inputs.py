@@ -62,7 +62,12 @@ def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[An
 
 
 def expected_ports(
-    known: Collection[str], batch: int, sample_shape: Sequence[int], time: str, conditions: Sequence[Mapping[str, Any]]
+    known: Collection[str],
+    batch: int,
+    sample_shape: Sequence[int],
+    time: str,
+    *,
+    conditions: Sequence[Mapping[str, Any]],
 ) -> dict[str, tuple[list[int], str]]:
     """Name of a port -> its shape and dtype, in a graph that knows these names, for a batch of samples and their
     conditions.

@@ -81,7 +81,7 @@ def checked_manifest(path: Path) -> dict[str, Any]:
         manifest,
         "graph",
         lambda graph: graph.endswith(".gz") == packed,
-        f"{PACKED_GRAPH if packed else GRAPH} of these weights",
+        allowed=f"{PACKED_GRAPH if packed else GRAPH} of these weights",
     )
     return manifest
 
@@ -92,11 +92,13 @@ def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
     """
     batch, seen = manifest["batch_size"], set[str]()
     most = f"{MOST_VALUES} values in a batch of {batch}"
-    _check(path, manifest, "sample_shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, most)
+    _check(path, manifest, "sample_shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, allowed=most)
     for number, condition in enumerate(manifest.get("conditions", [])):
         before = f"conditions: {number}: "
         _check_entry(path, before, condition, CONDITION)
-        _check(path, condition, "shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, most, before)
+        _check(
+            path, condition, "shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, allowed=most, before=before
+        )
         if condition["name"] in seen:
             _refuse(path, f"{before}name", condition["name"], "every name once")
         if condition.keys() != CONDITION.keys():
@@ -116,19 +118,29 @@ def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any]
     it says nothing.
     """
     channels = manifest["sample_shape"][0]
-    _check(path, config, "_class_name", lambda value: isinstance(value, str), "the name of the denoiser's class")
+    _check(
+        path, config, "_class_name", lambda value: isinstance(value, str), allowed="the name of the denoiser's class"
+    )
     allowed = {channels * family.channel_factor for family in families().values()} | {channels}
     _check(
         path,
         config,
         "in_channels",
         lambda value: value is None or value in allowed,
-        f"{channels}, as sample_shape in the manifest",
+        allowed=f"{channels}, as sample_shape in the manifest",
     )
     sizes = f"null, or one or two whole numbers from 1 to {LARGEST_SIDE}"
-    _check(path, config, "sample_size", lambda value: value is None or _is_size(value) or _is_shape(value, (2,)), sizes)
+    _check(
+        path,
+        config,
+        "sample_size",
+        lambda value: value is None or _is_size(value) or _is_shape(value, (2,)),
+        allowed=sizes,
+    )
     width = "projection_class_embeddings_input_dim"
-    _check(path, config, width, lambda value: value is None or _is_size(value), "null, or a whole number above 0")
+    _check(
+        path, config, width, lambda value: value is None or _is_size(value), allowed="null, or a whole number above 0"
+    )
 
 
 def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
@@ -137,29 +149,43 @@ def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any
     """
     most = manifest["train_timesteps"]
     times = f"a whole number from 1 to {MOST_TIMES}"
-    _check(path, config, "num_train_timesteps", lambda value: value is None or _is_whole(value, 1, MOST_TIMES), times)
+    _check(
+        path,
+        config,
+        "num_train_timesteps",
+        lambda value: value is None or _is_whole(value, 1, MOST_TIMES),
+        allowed=times,
+    )
     _check(
         path,
         config,
         "num_inference_steps",
         lambda value: value is None or _is_whole(value, 1, most),
-        f"1 to {most} sampling steps",
+        allowed=f"1 to {most} sampling steps",
     )
-    _check(path, config, "guidance_scale", lambda value: value is None or _is_number(value, 1.0), "a number from 1")
-    _check(path, config, "embedded_guidance", lambda value: value is None or _is_number(value, 0.0), "a number from 0")
+    _check(
+        path, config, "guidance_scale", lambda value: value is None or _is_number(value, 1.0), allowed="a number from 1"
+    )
+    _check(
+        path,
+        config,
+        "embedded_guidance",
+        lambda value: value is None or _is_number(value, 0.0),
+        allowed="a number from 0",
+    )
     _check(
         path,
         config,
         "unconditional_class",
         lambda value: value is None or _is_whole(value, 0, LARGEST_SIDE),
-        "a class's label",
+        allowed="a class's label",
     )
     _check(
         path,
         config,
         "_class_name",
         lambda value: value is None or isinstance(value, str),
-        "the name of a scheduler's class",
+        allowed="the name of a scheduler's class",
     )
 
 
@@ -167,10 +193,10 @@ def _check_entry(path: Path, before: str, entry: Any, rules: Mapping[str, tuple[
     if not isinstance(entry, dict):
         _refuse(path, before[:-2], entry, "an object of keys and values")
     for key, (fits, allowed) in rules.items():
-        _check(path, entry, key, fits, allowed, before)
+        _check(path, entry, key, fits, allowed=allowed, before=before)
 
 
-def _check(path: Path, config: Mapping[str, Any], key: str, fits: Fits, allowed: str, before: str = "") -> None:
+def _check(path: Path, config: Mapping[str, Any], key: str, fits: Fits, *, allowed: str, before: str = "") -> None:
     if not fits(config.get(key)):
         _refuse(path, before + key, config.get(key), allowed)
 

@@ -164,7 +164,7 @@ class OVUNet2DModel(StandIn):
                 in [0, T).
         """
         takes = [condition["name"] for condition in self.conditions]
-        call = read_call(str(self.config.get("_class_name")), takes, positional, named, str(self.folder))
+        call = read_call(str(self.config.get("_class_name")), takes, positional, named, where=str(self.folder))
         times = as_array(call.timestep, f"{self.folder}: {TIME}")
         found: Any = self._answer(call, as_array(call.states, f"{self.folder}: {SAMPLE}"), times.astype(np.float64))
         if not isinstance(call.states, np.ndarray):

@@ -104,6 +104,7 @@ class TextToImage:
         negative: str | None = None,
         guidance: float | None = None,
         steps: int | None = None,
+        *,
         seed: int = 0,
         count: int = 1,
         advance: Callable[[int], None] = lambda _: None,

@@ -36,7 +36,7 @@ FLOAT = VARIANTS[OV_FP32].file or ""
 
 
 def make_baselines(
-    policy: Policy, prepared: Prepared, run: RunFolder, console: Console, calibration: CalibrationSet
+    policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, calibration: CalibrationSet
 ) -> None:
     """Make and try out all of them, so that variants which are asked for later are there.
 
@@ -61,10 +61,12 @@ def _attempts(
     machine = hardware()
     found: dict[str, Callable[[], object]] = {}
     for name in (name for name in PRECISIONS if native(name, machine)):
-        found[name] = partial(_try_float, policy, prepared, run, calibration, ways_of(name, machine, sampled=True))
+        found[name] = partial(_try_float, policy, prepared, run, calibration, ways=ways_of(name, machine, sampled=True))
     return {
         **found,
-        NNCF_INT8: partial(_make_nncf, policy, prepared, run, calibration, ways_of(NNCF_INT8, machine, sampled=True)),
+        NNCF_INT8: partial(
+            _make_nncf, policy, prepared, run, calibration, ways=ways_of(NNCF_INT8, machine, sampled=True)
+        ),
     }
 
 
@@ -86,7 +88,7 @@ def _convert(policy: Policy, prepared: Prepared, calibration: CalibrationSet, fo
     times, condition = known_times(prepared.schedule, calibration.timesteps), prepared.conditions.of(0, 0, batch)
     try:
         with room_for(folder, sum(4 * parameter.numel() for parameter in model.denoiser.parameters())):
-            convert_float(model.denoiser, prepared.model.sample_shape, batch, folder, times, condition)
+            convert_float(model.denoiser, prepared.model.sample_shape, batch, folder, times=times, condition=condition)
     except DiskError:  # no fault of the model's
         raise
     except Exception as error:
@@ -94,13 +96,13 @@ def _convert(policy: Policy, prepared: Prepared, calibration: CalibrationSet, fo
 
 
 def _try_float(
-    policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet, ways: list[dict[str, object]]
+    policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet, *, ways: list[dict[str, object]]
 ) -> None:
     try_out(_float_file(policy, prepared, run, calibration), example_of(policy, prepared), ways)
 
 
 def _make_nncf(
-    policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet, ways: list[dict[str, object]]
+    policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet, *, ways: list[dict[str, object]]
 ) -> None:
     def make(folder: Path) -> None:
         batch = policy.export.batch_size

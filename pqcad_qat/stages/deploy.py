@@ -59,6 +59,7 @@ def export(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
+    *,
     calibration: CalibrationSet,
     student: nn.Module,
 ) -> None:
@@ -79,7 +80,14 @@ def export(
         }
         plan, split = prepared.plan, prepared.split
         with room_for(run.path / "student", 2 * expected_bytes(split, (), packed=False)):
-            save_quantized(run.path / "student", student, plan, policy.quantization.split_shortcuts, scheduler, steps)
+            save_quantized(
+                run.path / "student",
+                student,
+                plan,
+                policy.quantization.split_shortcuts,
+                scheduler_config=scheduler,
+                steps=steps,
+            )
         layers = integer_layers(student)
         conditions = exported_inputs(model.condition_inputs, prepared.conditions)
         deployed_parts = _parts(prepared, calibration, conditions)

@@ -19,7 +19,7 @@ _GB = 1e9
 
 
 def room_warning(
-    policy: Policy, prepared: Prepared, recipes: Recipes, to_do: Collection[str], path: Path
+    policy: Policy, prepared: Prepared, recipes: Recipes, to_do: Collection[str], *, path: Path
 ) -> str | None:
     """What to tell where the stages that are to do want more than is free; None where there is room."""
     wanted = sum(stage_bytes(policy, prepared, recipes, stage) for stage in to_do)

@@ -72,9 +72,9 @@ def sample(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
+    *,
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
-    *,
     shares_training: bool,
 ) -> None:
     """Images of every variant from the same seeds; those that training does not touch are shared by runs side by
@@ -87,7 +87,17 @@ def sample(
             file = _images_file(run, name)
 
             def make(folder: Path, parts: Path, name: str = name) -> None:
-                _make_images(policy, prepared, run, console, name, calibration, models, folder, parts)
+                _make_images(
+                    policy,
+                    prepared,
+                    run,
+                    console,
+                    name=name,
+                    calibration=calibration,
+                    models=models,
+                    folder=folder,
+                    parts=parts,
+                )
 
             if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
                 decides = run.decides(sampling(name))
@@ -108,16 +118,17 @@ def _make_images(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
+    *,
     name: str,
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
     folder: Path,
     parts: Path,
 ) -> None:
-    variant = _variant(policy, prepared, run, name, calibration, models)
+    variant = _variant(policy, prepared, run, name, calibration=calibration, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
-        states = sample_states(variant, count, policy.evaluation.seed, batch, advance, parts)
+        states = sample_states(variant, count, policy.evaluation.seed, batch, advance=advance, parts=parts)
     samples = {"latents": states} if prepared.model.latent else {"images": to_uint8(states)}
     if (decode := decoder_of(prepared.model)) is not None:
         with working(console, f"sample {name}: decoding"):
@@ -130,12 +141,15 @@ def _variant(
     prepared: Prepared,
     run: RunFolder,
     name: str,
+    *,
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
 ) -> Sampler:
     scale = policy.guidance_scale(name)
     return replace(
-        _sampler(policy, prepared, run, name, calibration, models), conditions=prepared.conditions, guidance_scale=scale
+        _sampler(policy, prepared, run, name, calibration=calibration, models=models),
+        conditions=prepared.conditions,
+        guidance_scale=scale,
     )
 
 
@@ -144,6 +158,7 @@ def _sampler(
     prepared: Prepared,
     run: RunFolder,
     name: str,
+    *,
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
 ) -> Sampler:
@@ -152,14 +167,16 @@ def _sampler(
         file = openvino_files(policy, run)[name]
         if spec.weights_from == "export":
             return openvino_variant(name, file, steps)
-        return openvino_file_variant(name, file, schedule, steps, prepared.model.sample_shape, policy.export.batch_size)
+        return openvino_file_variant(
+            name, file, schedule, steps, sample_shape=prepared.model.sample_shape, batch_size=policy.export.batch_size
+        )
     if spec.weights_from is None:
         denoiser = prepared.model.denoiser
     elif spec.weights_from == "calibration":
         denoiser = at_targets(policy, prepared, calibration)
     else:
         denoiser = models[spec.weights_from]
-    return pytorch_variant(name, denoiser, schedule, steps, prepared.model.sample_shape)
+    return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)
 
 
 def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
@@ -179,7 +196,7 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
         asked, protocol = policy.evaluation, None
         if features is not None:
             steps, sampler = policy.sampler.steps, prepared.schedule.sampler
-            protocol = fid_protocol(features, asked.images, sampler, steps, asked.seed)
+            protocol = fid_protocol(features, asked.images, sampler, steps, seed=asked.seed)
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
         notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
         note = " ".join(note for note in notes if note)

@@ -149,7 +149,7 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
             f"{listed(masked)}; allowed float"
         )
     constant = constant_readers(split, quantizable_layers(split), probe_states(model)) if model.custom else ()
-    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example, constant)
+    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example, constant=constant)
     if model.custom and "export" in stages_of(policy.evaluation.variants):
         try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
     return split, plan

@@ -205,9 +205,11 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
     """The promises about variants that the run was to make."""
     if facts.export:
         execution, parity = _execution(facts, facts.export), _parity(facts.export)
-        yield target("planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, "layers")
         yield target(
-            "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, "layers"
+            "planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, unit="layers"
+        )
+        yield target(
+            "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, unit="layers"
         )
     asked = made(facts.policy.evaluation.variants)
     low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
@@ -223,15 +225,15 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
     for one, other, figure, bound in comparisons:
         measurable = figure != "fid_real" or facts.evaluation.protocol is not None
         if one in asked and other in asked and measurable:
-            note = _why_not(facts, rows, one, other, figure)
+            note = _why_not(facts, rows, one, other, figure=figure)
             measured = None if note else _ratio(rows, one, other, figure)
-            yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, "x", note)
+            yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, unit="x", note=note)
     if facts.export and facts.benchmark:
         packed = facts.export.packed_bytes / facts.benchmark.sizes[FP32]
-        yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, "x")
+        yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, unit="x")
 
 
-def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], one: str, other: str, figure: str) -> str:
+def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], one: str, other: str, *, figure: str) -> str:
     """Why two variants do not compare, where they do not."""
     if other not in rows:
         return "BF16 is not native on this CPU"

@@ -262,6 +262,7 @@ def open_run(
     policy: Policy | PretrainPolicy,
     resume: bool,
     recipes: Recipes | None = None,
+    *,
     console: Console | None = None,
 ) -> Iterator[RunFolder]:
     """Open a new run folder, or with `resume` go on with one; another process on the same folder is refused.

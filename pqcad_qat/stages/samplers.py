@@ -91,7 +91,7 @@ class Sampler:
 
 
 def pytorch_variant(
-    name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int]
+    name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, *, sample_shape: tuple[int, int, int]
 ) -> Sampler:
     """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
     denoiser.eval()
@@ -121,7 +121,7 @@ def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sam
 
 
 def openvino_file_variant(
-    name: str, xml: Path, schedule: NoiseSchedule, steps: int, sample_shape: tuple[int, int, int], batch_size: int
+    name: str, xml: Path, schedule: NoiseSchedule, steps: int, *, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Sampler:
     """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a
     baseline.
@@ -186,7 +186,7 @@ def _opened(source: str, steps: int | None) -> tuple[Sampler, Conditioned, Mappi
         check_no_single_file(folder)
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
     schedule = noise_schedule(model.scheduler_config)
-    variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, model.sample_shape)
+    variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, sample_shape=model.sample_shape)
     return (
         replace(variant, decode=decoder_of(model), undecoded=model.decoder),
         conditioned(model),
@@ -208,10 +208,10 @@ def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
 
 
 def sample_images(
-    variant: Sampler, count: int, seed: int, batch_size: int, advance: Callable[[int], None] = lambda _: None
+    variant: Sampler, count: int, seed: int, batch_size: int, *, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
     """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
-    return to_uint8(sample_states(variant, count, seed, batch_size, advance))
+    return to_uint8(sample_states(variant, count, seed, batch_size, advance=advance))
 
 
 def sample_states(
@@ -219,6 +219,7 @@ def sample_states(
     count: int,
     seed: int,
     batch_size: int,
+    *,
     advance: Callable[[int], None] = lambda _: None,
     parts: Path | None = None,
 ) -> Tensor:

@@ -68,7 +68,12 @@ def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
             _keep_embeddings(policy, prepared, run, stage.new)
         store = run.path.parent / CALIBRATION
         found, folder = calibration_set(
-            prepared.model, recipe, policy.calibration.batch_size, store, advance, prepared.conditions
+            prepared.model,
+            recipe,
+            policy.calibration.batch_size,
+            store,
+            advance=advance,
+            conditions=prepared.conditions,
         )
         if is_first():
             run.link("calibration", folder)
@@ -88,8 +93,8 @@ def progressive(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
-    calibration: CalibrationSet,
     *,
+    calibration: CalibrationSet,
     shares_training: bool,
 ) -> nn.Module:
     """Stage `pq`: down the ladder to the target widths, against the full-precision prediction."""
@@ -99,17 +104,17 @@ def progressive(
         schedule,
         FullPrecisionMatching(),
         WeightDistance(schedule.layers),
-        *_shown(policy, prepared, model, policy.sampler.steps, policy.sampler.guidance_scale),
+        *_shown(policy, prepared, model, policy.sampler.steps, guidance_scale=policy.sampler.guidance_scale),
     ]
     _train(
         policy,
         run,
         console,
         PQ,
-        model,
-        callbacks,
-        _training_batches(policy, calibration),
-        policy.progressive.steps,
+        model=model,
+        callbacks=callbacks,
+        batches=_training_batches(policy, calibration),
+        steps=policy.progressive.steps,
         shares_training=shares_training,
     )
     return model
@@ -127,8 +132,8 @@ def fixed_bit(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
-    calibration: CalibrationSet,
     *,
+    calibration: CalibrationSet,
     shares_training: bool,
 ) -> nn.Module:
     """The control: the same seed, steps and data, at the target widths from the first step."""
@@ -136,17 +141,17 @@ def fixed_bit(
     callbacks = [
         FullPrecisionMatching(),
         WeightDistance(quantized_layers(model)),
-        *_shown(policy, prepared, model, policy.sampler.steps, policy.sampler.guidance_scale),
+        *_shown(policy, prepared, model, policy.sampler.steps, guidance_scale=policy.sampler.guidance_scale),
     ]
     _train(
         policy,
         run,
         console,
         FIXED_BIT,
-        model,
-        callbacks,
-        _training_batches(policy, calibration),
-        policy.progressive.steps,
+        model=model,
+        callbacks=callbacks,
+        batches=_training_batches(policy, calibration),
+        steps=policy.progressive.steps,
         shares_training=shares_training,
     )
     return model
@@ -157,28 +162,28 @@ def distill(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
+    *,
     name: str,
     calibration: CalibrationSet,
     teacher: nn.Module,
-    *,
     shares_training: bool,
 ) -> nn.Module:
     """The student; it starts from its teacher, the model of PQ, and keeps its quantizers."""
     scale, steps = policy.guidance_scale(name), policy.distillation.student_steps
     loss = CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional)
-    targets = _targets(policy, prepared, run, console, calibration, teacher)
+    targets = _targets(policy, prepared, run, console, calibration=calibration, teacher=teacher)
     student = copy.deepcopy(teacher)
     batches = distillation_batches(targets, whole_batch(policy.training), policy.training.seed, calibration.condition)
-    callbacks = [loss, *_shown(policy, prepared, student, steps, scale)]
+    callbacks = [loss, *_shown(policy, prepared, student, steps, guidance_scale=scale)]
     _train(
         policy,
         run,
         console,
         name,
-        student,
-        callbacks,
-        batches,
-        policy.distillation.steps,
+        model=student,
+        callbacks=callbacks,
+        batches=batches,
+        steps=policy.distillation.steps,
         shares_training=shares_training,
     )
     return student
@@ -189,6 +194,7 @@ def _targets(
     prepared: Prepared,
     run: RunFolder,
     console: Console,
+    *,
     calibration: CalibrationSet,
     teacher: nn.Module,
 ) -> DistillationSet:
@@ -202,7 +208,16 @@ def _targets(
             with counting(console, name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, parts = policy.calibration.batch_size, run.parts(name)
                 found = distillation_set(
-                    teacher, calibration, prepared.schedule, steps, student_steps, batch, advance, scale, parts, name
+                    teacher,
+                    calibration,
+                    prepared.schedule,
+                    steps,
+                    student_steps=student_steps,
+                    batch_size=batch,
+                    advance=advance,
+                    guidance_scale=scale,
+                    parts=parts,
+                    what=name,
                 )
             save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
             stage.done()
@@ -235,7 +250,9 @@ def _training_batches(policy: Policy, calibration: CalibrationSet) -> BatchSourc
     return calibration_batches(calibration, whole_batch(policy.training), policy.training.seed)
 
 
-def _shown(policy: Policy, prepared: Prepared, model: nn.Module, steps: int, guidance_scale: float) -> list[Callback]:
+def _shown(
+    policy: Policy, prepared: Prepared, model: nn.Module, steps: int, *, guidance_scale: float
+) -> list[Callback]:
     """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not
     shown.
     """
@@ -259,11 +276,11 @@ def _train(
     run: RunFolder,
     console: Console,
     name: str,
+    *,
     model: nn.Module,
     callbacks: Sequence[Callback],
     batches: BatchSource,
     steps: int,
-    *,
     shares_training: bool,
 ) -> None:
     """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the
@@ -273,7 +290,17 @@ def _train(
         if stage.new:
 
             def make(folder: Path) -> None:
-                _fit(policy, run, console, name, model, callbacks, batches, steps, folder)
+                _fit(
+                    policy,
+                    run,
+                    console,
+                    name,
+                    model=model,
+                    callbacks=callbacks,
+                    batches=batches,
+                    steps=steps,
+                    folder=folder,
+                )
 
             if shares_training:
                 trained = kept(run.path.parent / SHARED, run.decides(name), make)
@@ -291,6 +318,7 @@ def _fit(
     run: RunFolder,
     console: Console,
     name: str,
+    *,
     model: nn.Module,
     callbacks: Sequence[Callback],
     batches: BatchSource,
@@ -303,18 +331,18 @@ def _fit(
         callbacks,
         batches,
         _stage_settings(policy, run, name, steps),
-        console,
-        partial(run.warn, console=console),
+        console=console,
+        warn=partial(run.warn, console=console),
     )
     schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
     transitions = [transition for schedule in schedules for transition in schedule.transitions]
     with agreed() as first:
         if first:
-            _keep_trained(run, name, state, transitions, folder)
+            _keep_trained(run, name, state, transitions, folder=folder)
 
 
 def _keep_trained(
-    run: RunFolder, name: str, state: TrainState, transitions: Sequence[Transition], folder: Path
+    run: RunFolder, name: str, state: TrainState, transitions: Sequence[Transition], *, folder: Path
 ) -> None:
     with torch.no_grad(), averaged_weights(state) as model:
         weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}

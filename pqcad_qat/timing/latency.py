@@ -108,6 +108,7 @@ def example_inputs(
     batch: int,
     seed: int = 0,
     condition: Condition | None = None,
+    *,
     timestep_dtype: Literal["int64", "float32"] = "int64",
 ) -> dict[str, np.ndarray]:
     """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32,
@@ -225,6 +226,7 @@ def convert_float(
     sample_shape: tuple[int, int, int],
     batch: int,
     folder: Path | None = None,
+    *,
     times: Times | None = None,
     condition: Condition | None = None,
 ) -> ov.Model:

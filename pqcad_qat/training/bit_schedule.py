@@ -160,7 +160,12 @@ def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
 
 
 def decide(
-    step: int, settings: BitScheduleSettings, loss_momentum: float | None, observed: int, layers: Sequence[LayerStatus]
+    step: int,
+    settings: BitScheduleSettings,
+    loss_momentum: float | None,
+    observed: int,
+    *,
+    layers: Sequence[LayerStatus],
 ) -> tuple[Transition, ...]:
     """The transitions that begin at `step`.
 
@@ -182,10 +187,10 @@ def decide(
         due = min(settings.due(step), default=math.inf)
         reached = [(layer, [rung for rung in layer.rungs if rung >= due]) for layer in waiting]
         return tuple(
-            _transition(step, layer, passed[-1], loss_momentum, "fixed") for layer, passed in reached if passed
+            _transition(step, layer, passed[-1], loss_momentum, cause="fixed") for layer, passed in reached if passed
         )
     if step >= settings.last_call:
-        return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, "deadline") for layer in waiting)
+        return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, cause="deadline") for layer in waiting)
     moving = any(layer.in_transition for layer in layers)
     if moving or loss_momentum is None or observed < settings.warm_up or loss_momentum >= settings.plateau:
         return ()
@@ -195,10 +200,14 @@ def decide(
         key=lambda layer: layer.perturbation,
     )
     rung = -1 if step >= settings.late_from else 0
-    return tuple(_transition(step, layer, layer.rungs[rung], loss_momentum, "plateau") for layer in calm[:allowed])
+    return tuple(
+        _transition(step, layer, layer.rungs[rung], loss_momentum, cause="plateau") for layer in calm[:allowed]
+    )
 
 
-def _transition(step: int, layer: LayerStatus, to_bits: int, loss_momentum: float | None, cause: Cause) -> Transition:
+def _transition(
+    step: int, layer: LayerStatus, to_bits: int, loss_momentum: float | None, *, cause: Cause
+) -> Transition:
     return Transition(step, layer.name, layer.bits, to_bits, loss_momentum, layer.perturbation, cause)
 
 
@@ -241,7 +250,7 @@ class MomentumBitSchedule(Callback):
             self._observe_perturbations()
         loss = self._loss.improvement
         held = state.step < state.held_until
-        begun = () if held else decide(state.step, self.settings, loss.value, loss.count, self._statuses())
+        begun = () if held else decide(state.step, self.settings, loss.value, loss.count, layers=self._statuses())
         for transition in begun:
             self._begin(transition)
         jumped = bool(begun) and not self.settings.blend_steps

@@ -24,6 +24,7 @@ bound lands does.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,9 +51,7 @@ def fold(
     return centre, reach, math.sqrt(alpha_bar_s) * noise / after - 1 if after else math.inf
 
 
-def nearest_target(
-    prediction: Tensor, inverse: Tensor, x_t: Tensor, centre: Tensor, reach: Tensor, slopes: Tensor
-) -> Tensor:
+def nearest_target(prediction: Tensor, inverse: Tensor, x_t: Tensor, folding: Sequence[Tensor]) -> Tensor:
     """The prediction nearest to this one whose clipped step lands where that of `inverse` does without a bound, or
     nearest to there.
 
@@ -60,8 +59,9 @@ def nearest_target(
         prediction: (B, C, H, W), without gradient.
         inverse: (B, C, H, W), the prediction that carries x_t to x_s in one step whose x_0 is not clipped.
         x_t: (B, C, H, W).
-        centre, reach, slopes: of `fold`, each to be broadcast over (B, C, H, W).
+        folding: centre, reach and slopes of `fold`, each to be broadcast over (B, C, H, W).
     """
+    centre, reach, slopes = folding
     low, high = centre * x_t - reach, centre * x_t + reach
     within = inverse.clamp(low, high)
     edge = prediction.clamp(low, high)

@@ -53,7 +53,7 @@ class ClassLabels:
 
 
 def noisy_batches(
-    images: ImageSet, schedule: DDPMSchedule, batch_size: int, seed: int, classes: ClassLabels | None = None
+    images: ImageSet, schedule: DDPMSchedule, batch_size: int, seed: int, *, classes: ClassLabels | None = None
 ) -> BatchSource:
     """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), class_labels where there are classes}: a pure function of
     seed and step.

@@ -55,6 +55,7 @@ def distillation_set(
     calibration: CalibrationSet,
     schedule: NoiseSchedule,
     teacher_steps: int,
+    *,
     student_steps: int,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -105,7 +106,8 @@ def distillation_set(
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
             landed = [
-                _landing(walk, follow, states[rows, index], schedule, advance) for index, (_, walk) in enumerate(taught)
+                _landing(walk, follow, states[rows, index], schedule, advance=advance)
+                for index, (_, walk) in enumerate(taught)
             ]
             yield {"landed": torch.stack(landed, dim=1)}
 
@@ -139,6 +141,7 @@ def _landing(
     follow: Callable[[Tensor, float], Tensor],
     x_t: Tensor,
     schedule: NoiseSchedule,
+    *,
     advance: Callable[[int], None],
 ) -> Tensor:
     """Where the steps of the teacher that `follow` calls land."""
@@ -215,6 +218,6 @@ class CalibrationAssistedDistillation(Callback):
         """Mean squared error of (B, C, H, W) to the target of this name, under the batch's weights (B,)."""
         target = batch[name]
         if "fold" in batch:
-            bounds = batch["fold"].T.reshape(3, -1, 1, 1, 1)
-            target = nearest_target(prediction.detach(), target, batch["x_t"], *bounds)
+            folding = batch["fold"].T.reshape(3, -1, 1, 1, 1).unbind()
+            target = nearest_target(prediction.detach(), target, batch["x_t"], folding)
         return ((prediction - target).square().flatten(1).mean(dim=1) * batch["weight"]).mean()

@@ -104,6 +104,7 @@ def profile_steps(
     batches: BatchSource,
     precision: Precision,
     ema: float,
+    *,
     runs: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, StepProfile]:
@@ -133,7 +134,7 @@ def profile_steps(
     peak: dict[str, int] = {}
     for turn in range(WARM_UP + runs):
         for name, state in states.items():
-            step = partial(_train_once, state, candidates[name][1], timed_batches, ema, accelerator)
+            step = partial(_train_once, state, candidates[name][1], timed_batches, ema, accelerator=accelerator)
             if turn == 0:
                 kept[name] = _kept_bytes(state.model, step)
             elif turn == 1:  # by now the optimizer has its state
@@ -147,14 +148,14 @@ def profile_steps(
 
 
 def _train_once(
-    state: TrainState, callbacks: Sequence[Callback], batches: BatchSource, ema: float, accelerator: Accelerator
+    state: TrainState, callbacks: Sequence[Callback], batches: BatchSource, ema: float, *, accelerator: Accelerator
 ) -> None:
     fit(
         state,
         callbacks,
         batches,
         LoopSettings(state.step + 1, learning_rate=1e-6, shape="constant", ema=ema),
-        accelerator,
+        accelerator=accelerator,
     )
 
 

@@ -115,6 +115,7 @@ def fit(
     callbacks: Sequence[Callback],
     batches: BatchSource,
     settings: LoopSettings,
+    *,
     accelerator: Accelerator,
     checkpoints: CheckpointFolder | None = None,
 ) -> None:
@@ -130,7 +131,7 @@ def fit(
         while state.step < settings.steps:
             for callback in callbacks:
                 callback.before_step(state)
-            report = _step(state, callbacks, batches(state.step), settings, accelerator)
+            report = _step(state, callbacks, batches(state.step), settings, accelerator=accelerator)
             state.step += 1
             _average(state, settings.ema)
             with agreed():
@@ -145,7 +146,7 @@ def fit(
 
 
 def _step(
-    state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, accelerator: Accelerator
+    state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, *, accelerator: Accelerator
 ) -> StepReport:
     rate = settings.learning_rate_at(state.step, state.setbacks)
     for group in state.optimizer.param_groups:

@@ -67,6 +67,7 @@ def train_stage(
     callbacks: Sequence[Callback],
     batches: BatchSource,
     settings: StageSettings,
+    *,
     console: Console,
     warn: Callable[[str], None] = _silent,
 ) -> TrainState:
@@ -89,9 +90,9 @@ def train_stage(
                 callbacks,
                 batches,
                 settings,
-                console,
-                warn if accelerator.is_main_process else _silent,
-                accelerator,
+                console=console,
+                warn=warn if accelerator.is_main_process else _silent,
+                accelerator=accelerator,
             )
     finally:
         released(state, accelerator)
@@ -103,6 +104,7 @@ def _train(
     callbacks: Sequence[Callback],
     batches: BatchSource,
     settings: StageSettings,
+    *,
     console: Console,
     warn: Callable[[str], None],
     accelerator: Accelerator,
@@ -111,13 +113,15 @@ def _train(
     watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]
     start = StageStart.of(state, everything)
-    _enter(state, start, everything, settings, console, warn)
+    _enter(state, start, everything, settings, console=console, warn=warn)
     while True:
         with agreed():
             log.start_at(state.step)
         try:
             with log:
-                fit(state, everything, batches, settings.loop, accelerator, settings.checkpoints)
+                fit(
+                    state, everything, batches, settings.loop, accelerator=accelerator, checkpoints=settings.checkpoints
+                )
             return
         except DivergedError as trouble:
             state.optimizer.zero_grad()
@@ -125,10 +129,10 @@ def _train(
                 case "stop":
                     raise
                 case "lower_rate":
-                    _lower_rate(state, watch, trouble, settings, warn)
+                    _lower_rate(state, watch, trouble, settings, warn=warn)
                 case "rollback":
-                    _roll_back(state, watch, trouble, settings, warn)
-                    _enter(state, start, everything, settings, console, warn)
+                    _roll_back(state, watch, trouble, settings, warn=warn)
+                    _enter(state, start, everything, settings, console=console, warn=warn)
 
 
 def _enter(
@@ -136,6 +140,7 @@ def _enter(
     start: StageStart,
     callbacks: Sequence[Callback],
     settings: StageSettings,
+    *,
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
@@ -162,7 +167,12 @@ def _held_until(diverged: int, settings: StageSettings) -> int:
 
 
 def _roll_back(
-    state: TrainState, watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]
+    state: TrainState,
+    watch: TroubleWatch,
+    trouble: DivergedError,
+    settings: StageSettings,
+    *,
+    warn: Callable[[str], None],
 ) -> None:
     """Raise DivergedError where the tries are used up; otherwise the first process decides where to go back to, and
     writes it down.
@@ -192,7 +202,12 @@ def _record_way_back(
 
 
 def _lower_rate(
-    state: TrainState, watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]
+    state: TrainState,
+    watch: TroubleWatch,
+    trouble: DivergedError,
+    settings: StageSettings,
+    *,
+    warn: Callable[[str], None],
 ) -> None:
     if state.setbacks == TRIES:
         raise _used_up(trouble, f"lowered the learning rate {TRIES} times", settings)

@@ -145,7 +145,16 @@ def test_an_instruction_set_that_the_cpu_lacks_is_left_out_or_refused_where_it_i
     console = Console(file=io.StringIO())
 
     def benchmark(*isas: str) -> object:
-        return measure_speed(str(tmp_path / "tiny.json"), POLICIES / "w4a8.yaml", [1], isas, 1, False, "again", console)
+        return measure_speed(
+            str(tmp_path / "tiny.json"),
+            POLICIES / "w4a8.yaml",
+            [1],
+            isas,
+            runs=1,
+            throughput=False,
+            command="again",
+            console=console,
+        )
 
     with pytest.raises(
         ModelError, match="avx2_vnni: this CPU has no avx_vnni; avx512_core_vnni: this CPU has no avx512_vnni"

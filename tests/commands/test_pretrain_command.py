@@ -87,7 +87,7 @@ def test_a_class_conditional_model_is_trained_with_some_labels_dropped_to_the_on
     model = load_model(str(pretrain(policy, tmp_path / "classes", quiet())))
     assert [str(wanted) for wanted in model.condition_inputs] == ["class_labels () int64 in [0, 11)"]
     images = load_images("digits", None, 8)
-    batch = noisy_batches(images, ddpm_schedule(model.scheduler_config), 512, 0, ClassLabels(10, 0.25))(0)
+    batch = noisy_batches(images, ddpm_schedule(model.scheduler_config), 512, 0, classes=ClassLabels(10, 0.25))(0)
     plain = noisy_batches(images, ddpm_schedule(model.scheduler_config), 512, 0)(0)
     assert all(torch.equal(batch[name], value) for name, value in plain.items())
     dropped = float((batch["condition.class_labels"] == 10).float().mean())

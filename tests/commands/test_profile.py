@@ -25,8 +25,8 @@ def test_its_models_are_what_the_columns_say(tiny_folder: Path, monkeypatch: pyt
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
     seen = {}
 
-    def looking(candidates: dict, *rest: object) -> dict[str, StepProfile]:  # type: ignore[type-arg]
-        found = profile_steps(candidates, *rest)  # type: ignore[arg-type]
+    def looking(candidates: dict, *rest: object, **named: object) -> dict[str, StepProfile]:  # type: ignore[type-arg]
+        found = profile_steps(candidates, *rest, **named)  # type: ignore[arg-type]
         seen.update({name: quantized_layers(model) for name, (model, _) in candidates.items()})
         return found
 

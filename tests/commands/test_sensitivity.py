@@ -129,7 +129,13 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
 
     def run(size: Limit | None = None) -> tuple[SensitivityReport, str | None]:
         return measure_sensitivity(
-            policy, WIDTHS, 8, size, cache / ".calibration", "python -m pqcad_qat sensitivity", QUIET
+            policy,
+            WIDTHS,
+            8,
+            size,
+            cache=cache / ".calibration",
+            command="python -m pqcad_qat sensitivity",
+            console=QUIET,
         )
 
     return run

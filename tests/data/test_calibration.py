@@ -129,7 +129,7 @@ def test_a_recorded_set_is_read_and_the_model_not_called_again(
     tiny_model: DiffusionModel, recipe: CalibrationRecipe, cache: Path, recorded: CalibrationSet
 ) -> None:
     calls: list[int] = []
-    found, folder = calibration_set(tiny_model, recipe, TRAJECTORIES, cache, calls.append)
+    found, folder = calibration_set(tiny_model, recipe, TRAJECTORIES, cache, advance=calls.append)
     assert calls == []
     assert folder == cache / recipe.digest
     assert torch.equal(found.states, recorded.states)
@@ -195,11 +195,16 @@ def test_a_set_that_another_run_is_recording_is_waited_for(
             if not others:
                 others.append(
                     pool.submit(
-                        calibration_set, tiny_model, small, 1, tmp_path, lambda _: pytest.fail("recorded twice")
+                        calibration_set,
+                        tiny_model,
+                        small,
+                        1,
+                        tmp_path,
+                        advance=lambda _: pytest.fail("recorded twice"),
                     )
                 )
 
-        found, folder = calibration_set(tiny_model, small, 1, tmp_path, meanwhile)
+        found, folder = calibration_set(tiny_model, small, 1, tmp_path, advance=meanwhile)
         other, same = others[0].result(60)
     assert folder == same
     assert torch.equal(found.states, other.states)

@@ -85,11 +85,11 @@ def test_what_a_run_takes_is_told_where_less_is_free_and_only_of_stages_that_are
     table = recipes(policy, prepared)
     assert free_bytes(tmp_path / "not" / "there") > 0
     monkeypatch.setattr(disk_use, "free_bytes", lambda _path: 1_000_000)
-    told = room_warning(policy, prepared, table, list(table), tmp_path)
+    told = room_warning(policy, prepared, table, list(table), path=tmp_path)
     assert told is not None
     assert f"{tmp_path}: the stages to do take about 0.0" in told
     assert "0.001 GB are free" in told
-    assert room_warning(policy, prepared, table, ["evaluation", "benchmark"], tmp_path) is None
+    assert room_warning(policy, prepared, table, ["evaluation", "benchmark"], path=tmp_path) is None
 
 
 def test_the_estimate_covers_what_a_run_leaves_and_is_no_more_than_four_times_that(tiny_run: object) -> None:

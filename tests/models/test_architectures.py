@@ -214,7 +214,9 @@ def test_sizes_of_sdxl_may_be_whole_numbers_or_floats() -> None:
 def test_a_plain_module_is_a_source_once_it_is_registered() -> None:
     torch.manual_seed(0)
     plain = Plain()
-    register_denoiser("plain", lambda: plain, (1, 8, 8), SCHEDULER, (ConditionInput("tone", (2,), "float32"),))
+    register_denoiser(
+        "plain", lambda: plain, (1, 8, 8), SCHEDULER, conditions=(ConditionInput("tone", (2,), "float32"),)
+    )
     model = load_model("registered:plain")
     assert (model.sample_shape, model.latent, [str(wanted) for wanted in model.condition_inputs]) == (
         (1, 8, 8),

@@ -90,10 +90,10 @@ def test_a_sample_shape_that_is_none_is_refused(shape: Any) -> None:
 
 
 def test_conditions_are_condition_inputs_of_known_sizes() -> None:
-    register_denoiser("conditions", Network, SHAPE, SCHEDULER, ({"name": "tone"},))  # type: ignore[arg-type]
+    register_denoiser("conditions", Network, SHAPE, SCHEDULER, conditions=({"name": "tone"},))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"conditions: got \{'name': 'tone'\}; allowed ConditionInput"):
         load_model("registered:conditions")
-    register_denoiser("conditions", Network, SHAPE, SCHEDULER, (ConditionInput("tone", (-2,), "float32"),))
+    register_denoiser("conditions", Network, SHAPE, SCHEDULER, conditions=(ConditionInput("tone", (-2,), "float32"),))
     with pytest.raises(ModelError, match=r"conditions: tone: got shape \(-2,\)"):
         load_model("registered:conditions")
 

@@ -142,7 +142,9 @@ def test_places_are_no_part_of_what_a_policy_says(base: Path, tmp_path: Path) ->
     ],
 )
 def test_what_does_not_fit_the_model_is_told_by_plan_as_by_a_run(base: Path, section: str, message: str) -> None:
-    register_denoiser("labelled", Labelled, (1, 8, 8), SCHEDULER, (ConditionInput("labels", (), "int64", 10),))
+    register_denoiser(
+        "labelled", Labelled, (1, 8, 8), SCHEDULER, conditions=(ConditionInput("labels", (), "int64", 10),)
+    )
     child = base.parent / "child.yaml"
     child.write_text(f"extends: base.yaml\nname: child\n{section}\nmodel: {{source: 'registered:labelled'}}\n")
     assert told(child, "quantization.layers=[{match: '*', weights: {bits: 8}, inputs: {bits: 8}}]").startswith(message)

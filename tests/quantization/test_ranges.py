@@ -30,11 +30,11 @@ def test_mse_range_is_within_a_step_of_the_best_of_a_dense_search(signed: bool, 
     values = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).exp() - 0.5
 
     def error(ratio: float) -> float:
-        scale, zero, low, high = input_grid(seen.low * ratio, seen.high * ratio, 4, signed, symmetric)
+        scale, zero, low, high = input_grid(seen.low * ratio, seen.high * ratio, 4, signed, symmetric=symmetric)
         return float(((((values / scale).round() + zero).clamp(low, high) - zero) * scale - values).square().mean())
 
     seen = watched(values)
-    low, high = input_bounds(seen, "mse", 4, signed, symmetric)
+    low, high = input_bounds(seen, "mse", 4, signed, symmetric=symmetric)
     best = min(error(i / 500) for i in range(25, 501))
     assert error(high / seen.high) < 1.02 * best
     assert error(high / seen.high) < error(1.0)

@@ -65,7 +65,7 @@ def save(
     model: DiffusionModel, source: Path, splits: bool, folder: Path
 ) -> tuple[Path, nn.Module, tuple[LayerPlan, ...]]:
     denoiser, plan = quantized(model, source, splits)
-    save_quantized(folder, denoiser, plan, splits, model.scheduler_config, steps=2)
+    save_quantized(folder, denoiser, plan, splits, scheduler_config=model.scheduler_config, steps=2)
     return folder, denoiser, plan
 
 
@@ -102,7 +102,9 @@ def test_a_second_round_trip_writes_the_same_bytes(
 ) -> None:
     folder, _, _ = saved
     loaded, plan, steps = load_quantized(folder)
-    save_quantized(tmp_path / "again", loaded.denoiser, plan, True, loaded.scheduler_config, steps)
+    save_quantized(
+        tmp_path / "again", loaded.denoiser, plan, True, scheduler_config=loaded.scheduler_config, steps=steps
+    )
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(
         path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
@@ -118,7 +120,7 @@ def test_saving_leaves_the_model_as_it_was(
     with torch.no_grad():
         before = predict(model, *noise(2))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    save_quantized(tmp_path / "student", model, plan, True, SCHEDULER, 2)
+    save_quantized(tmp_path / "student", model, plan, True, scheduler_config=SCHEDULER, steps=2)
     with torch.no_grad():
         assert torch.equal(predict(model, *noise(2)), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -57,7 +57,9 @@ def test_a_whole_ddim_trajectory_equals_diffusers(
     for t in timesteps(schedule, 12):
         prediction = torch.tanh(ours)
         alphas = schedule.alpha_bar_at(t), schedule.alpha_bar_at(next_timestep(schedule, t, 12))
-        ours = ddim_step(prediction, ours, *alphas, prediction_type, schedule.clip_sample_range)
+        ours = ddim_step(
+            prediction, ours, *alphas, prediction_type=prediction_type, clip_sample_range=schedule.clip_sample_range
+        )
         theirs = scheduler.step(torch.tanh(theirs), t, theirs).prev_sample
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
@@ -67,8 +69,10 @@ def test_a_whole_ddim_trajectory_equals_diffusers(
 def test_the_inverse_undoes_a_step(prediction_type: Any, alpha_bar_t: float, alpha_bar_s: float) -> None:
     rng = np.random.default_rng(0)
     x_t, prediction = rng.normal(size=(2, 3, 1, 4, 4))
-    x_s = ddim_step(prediction, x_t, alpha_bar_t, alpha_bar_s, prediction_type)
-    np.testing.assert_allclose(ddim_inverse(x_t, x_s, alpha_bar_t, alpha_bar_s, prediction_type), prediction, rtol=1e-9)
+    x_s = ddim_step(prediction, x_t, alpha_bar_t, alpha_bar_s, prediction_type=prediction_type)
+    np.testing.assert_allclose(
+        ddim_inverse(x_t, x_s, alpha_bar_t, alpha_bar_s, prediction_type=prediction_type), prediction, rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -82,8 +86,10 @@ def test_split_and_join_are_inverse_and_agree_with_the_forward_process(predictio
 
 def test_numpy_and_torch_give_the_same_step() -> None:
     x, p = np.random.default_rng(2).normal(size=(2, 2, 1, 4, 4)).astype(np.float32)
-    by_numpy = ddim_step(p, x, 0.2, 0.5, "v_prediction", 1.0)
-    by_torch = ddim_step(torch.from_numpy(p), torch.from_numpy(x), 0.2, 0.5, "v_prediction", 1.0)
+    by_numpy = ddim_step(p, x, 0.2, 0.5, prediction_type="v_prediction", clip_sample_range=1.0)
+    by_torch = ddim_step(
+        torch.from_numpy(p), torch.from_numpy(x), 0.2, 0.5, prediction_type="v_prediction", clip_sample_range=1.0
+    )
     np.testing.assert_allclose(by_numpy, by_torch.numpy(), rtol=1e-6, atol=1e-7)
 
 

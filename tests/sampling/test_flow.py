@@ -196,7 +196,7 @@ def test_finer_steps_come_nearer_to_the_flow() -> None:
 def test_both_targets_of_distillation_land_where_they_say() -> None:
     model, teacher = flow_model(shift=3.0), Velocity(0.3)
     schedule, calibration = noise_schedule(model.scheduler_config), recorded(model, refinement=2)
-    data = distillation_set(teacher, calibration, schedule, 8, 4, 4)
+    data = distillation_set(teacher, calibration, schedule, 8, student_steps=4, batch_size=4)
     walk = schedule.walk(4)
     np.testing.assert_allclose(data.timesteps.numpy(), [t for t, _ in walk], rtol=1e-7)
     for column, ((t, s), inner) in enumerate(zip(walk, schedule.finer(walk, 2), strict=True)):
@@ -217,4 +217,11 @@ def test_a_set_without_the_students_times_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[8"
     ):
-        distillation_set(Velocity(), recorded(model, also=()), noise_schedule(model.scheduler_config), 8, 4, 4)
+        distillation_set(
+            Velocity(),
+            recorded(model, also=()),
+            noise_schedule(model.scheduler_config),
+            8,
+            student_steps=4,
+            batch_size=4,
+        )

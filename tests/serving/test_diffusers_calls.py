@@ -83,7 +83,7 @@ def test_arguments_go_by_place_as_in_diffusers(kind: str) -> None:
 def test_a_call_is_read_as_its_class_reads_it(
     kind: str, takes: list[str], positional: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    call = read_call(kind, takes, positional, named, "folder")
+    call = read_call(kind, takes, positional, named, where="folder")
     assert call.states is X
     assert call.timestep == 5
     assert call.as_dict
@@ -160,7 +160,7 @@ def test_what_the_graph_does_not_take_is_refused_with_what_to_do(
     kind: str, takes: list[str], positional: tuple[Any, ...], named: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message) as told:
-        read_call(kind, takes, positional, named, "folder")
+        read_call(kind, takes, positional, named, where="folder")
     assert str(told.value).startswith("folder: ")
     assert len(str(told.value)) < 4000
 

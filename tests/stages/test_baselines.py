@@ -34,7 +34,7 @@ WHY = "its process died of SIGSEGV (Segmentation fault)"
 
 def test_nncf_makes_the_same_file_in_a_process_of_its_own(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     shape = tiny_model.sample_shape
-    plain = convert_float(tiny_model.denoiser, shape, 2, tmp_path / "float", 1000)
+    plain = convert_float(tiny_model.denoiser, shape, 2, tmp_path / "float", times=1000)
     inputs = [example_inputs(shape, 2, seed) for seed in range(2)]
     apart = nncf_baseline(tmp_path / "float" / XML_FILE, inputs, tmp_path / "apart", [latency_properties({})])
     here = save_openvino(nncf.quantize(plain.clone(), nncf.Dataset(inputs), subset_size=len(inputs)), tmp_path / "here")

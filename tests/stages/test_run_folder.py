@@ -97,7 +97,7 @@ def half(policy: Policy, tmp_path: Path) -> Path:
 
 def resumed(path: Path, policy: Policy, recipes: Recipes) -> tuple[RunFolder, str]:
     printed = io.StringIO()
-    with open_run(path, policy, True, recipes, Console(file=printed, width=200)) as folder:
+    with open_run(path, policy, True, recipes, console=Console(file=printed, width=200)) as folder:
         return folder, printed.getvalue()
 
 

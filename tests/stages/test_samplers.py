@@ -26,7 +26,7 @@ from pqcad_qat.stages.samplers import DEFAULT_STEPS, Sampler, open_folder, pytor
 @pytest.fixture
 def variant(tiny_model: DiffusionModel) -> Sampler:
     return pytorch_variant(
-        FP32, tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, tiny_model.sample_shape
+        FP32, tiny_model.denoiser, noise_schedule(tiny_model.scheduler_config), 3, sample_shape=tiny_model.sample_shape
     )
 
 
@@ -57,7 +57,7 @@ def test_sampling_twice_gives_the_same_images_and_another_seed_others(variant: S
 
 def test_progress_counts_images_times_steps(variant: Sampler) -> None:
     moved: list[int] = []
-    sample_images(variant, 5, 0, 2, moved.append)
+    sample_images(variant, 5, 0, 2, advance=moved.append)
     assert (sum(moved), len(moved)) == (15, 9)
 
 

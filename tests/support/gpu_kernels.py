@@ -96,9 +96,14 @@ def test_halves_ends_and_what_lies_far_outside_fall_as_in_the_eager_computation(
     x = torch.cat([ties, ties.nextafter(ties + 1), ties.nextafter(ties - 1), torch.tensor(edges)])
     span, low = torch.tensor(float(levels)), torch.tensor(levels / 4) if bounds[0] == 0 else None
     y = gpu_fake_quantization.quantize(
-        x.to(DEVICE), span.to(DEVICE), None if low is None else low.to(DEVICE), bounds, False, torch.float32
+        x.to(DEVICE),
+        span.to(DEVICE),
+        None if low is None else low.to(DEVICE),
+        bounds,
+        straight=False,
+        dtype=torch.float32,
     ).cpu()
-    torch.testing.assert_close(y, quantize(x, span, low, bounds, False), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(y, quantize(x, span, low, bounds, straight=False), rtol=0, atol=0, equal_nan=True)
     expected = passed(quantize, "cpu", x[:-1], span, low, bounds, False, False)[1]
     assert expected is not None
     found = passed(gpu_fake_quantization.quantize, DEVICE, x[:-1], span, low, bounds, False, False)[1]
@@ -109,8 +114,10 @@ def test_halves_ends_and_what_lies_far_outside_fall_as_in_the_eager_computation(
 def test_the_scale_is_divided_as_ieee_754_has_it() -> None:
     """A reciprocal's product differs in the last bit for one span in some."""
     x, span = torch.ones(97, 1), values((97, 1), 3).abs_()
-    y = gpu_fake_quantization.quantize(x.to(DEVICE), span.to(DEVICE), None, (-127, 127), True, torch.float32).cpu()
-    assert same_bits(y, quantize(x, span, None, (-127, 127), True))
+    y = gpu_fake_quantization.quantize(
+        x.to(DEVICE), span.to(DEVICE), None, (-127, 127), straight=True, dtype=torch.float32
+    ).cpu()
+    assert same_bits(y, quantize(x, span, None, (-127, 127), straight=True))
     on_device = scale_and_zero_point(span.to(DEVICE), None, (-127, 127))[0].cpu()
     assert same_bits(on_device, scale_and_zero_point(span, None, (-127, 127))[0])
 

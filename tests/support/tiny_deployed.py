@@ -76,7 +76,7 @@ def tiny_deployed(folder: Path, weights: WeightFormat = "int8") -> Path:
         },
         "attention": {},
     }
-    write_folder(_denoiser(), weights, texts, manifest, folder, "unet", _further)
+    write_folder(_denoiser(), weights, texts, manifest, folder=folder, part="unet", further=_further)
     return folder
 
 

@@ -91,7 +91,7 @@ def stage(
     found: dict[str, Any] = {"error": None}
     told: list[str] = []
     try:
-        state = train_stage(model, callbacks, source, settings, Console(quiet=True), told.append)
+        state = train_stage(model, callbacks, source, settings, console=Console(quiet=True), warn=told.append)
         found["step"] = state.step
         weights = {**model.state_dict(), **{f"ema {name}": value for name, value in (state.ema or {}).items()}}
     except PqcadError as error:

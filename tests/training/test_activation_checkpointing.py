@@ -222,7 +222,7 @@ def stage(model: nn.Module, folder: Path, again: bool) -> nn.Module:
         folder / "logs",
         activation_checkpointing=again,
     )
-    train_stage(model, [FullPrecisionMatching()], batch, settings, Console(quiet=True))
+    train_stage(model, [FullPrecisionMatching()], batch, settings, console=Console(quiet=True))
     return model
 
 
@@ -249,7 +249,7 @@ def test_a_profile_shows_that_less_is_kept_and_less_is_needed_at_once(calibrated
             batch,
             "fp32",
             0.0,
-            1,
+            runs=1,
         )
     assert found["again"].kept_bytes < 0.7 * found["plain"].kept_bytes
     assert found["again"].peak_bytes < 0.8 * found["plain"].peak_bytes

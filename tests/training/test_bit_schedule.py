@@ -66,7 +66,7 @@ def test_loss_momentum_of_a_constant_loss_is_zero() -> None:
 
 def test_the_least_perturbed_layers_go_first_as_many_as_the_share_allows() -> None:
     layers = [layer("a", 0.2), layer("b", 0.05), layer("c", 0.1), layer("d", 0.15)]
-    begun = decide(50, SETTINGS, 0.001, 99, layers)
+    begun = decide(50, SETTINGS, 0.001, 99, layers=layers)
     assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [
         ("b", 8, 6, "plateau"),
         ("c", 8, 6, "plateau"),
@@ -76,7 +76,7 @@ def test_the_least_perturbed_layers_go_first_as_many_as_the_share_allows() -> No
 
 
 def test_a_layer_over_the_bound_waits() -> None:
-    begun = decide(50, SETTINGS, 0.001, 99, [layer("a", 0.4), layer("b", 0.29)])
+    begun = decide(50, SETTINGS, 0.001, 99, layers=[layer("a", 0.4), layer("b", 0.29)])
     assert [t.layer for t in begun] == ["b"]
 
 
@@ -86,12 +86,12 @@ def test_a_layer_over_the_bound_waits() -> None:
     ids=["still improving", "nothing observed", "too early", "another is moving"],
 )
 def test_nothing_begins_while(momentum: float | None, observed: int, moving: bool) -> None:
-    assert decide(50, SETTINGS, momentum, observed, [layer("a"), layer("b", moving=moving)]) == ()
+    assert decide(50, SETTINGS, momentum, observed, layers=[layer("a"), layer("b", moving=moving)]) == ()
 
 
 def test_the_deadline_sends_every_waiting_layer_to_its_target_whatever_its_perturbation() -> None:
     layers = [layer("a", 9.0), layer("b", rungs=(), bits=4), layer("c", bits=6, rungs=(4,)), layer("d", moving=True)]
-    begun = decide(SETTINGS.last_call, SETTINGS, 0.5, 0, layers)
+    begun = decide(SETTINGS.last_call, SETTINGS, 0.5, 0, layers=layers)
     assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [
         ("a", 8, 4, "deadline"),
         ("c", 6, 4, "deadline"),
@@ -114,7 +114,8 @@ def test_lambda_pauses_while_training_gets_worse_but_not_once_the_deadline_is_ne
 
 def test_when_it_is_late_a_transition_goes_straight_to_the_target() -> None:
     early, late = (
-        decide(step, SETTINGS, 0.001, 99, [layer("a")])[0] for step in (SETTINGS.late_from - 1, SETTINGS.late_from)
+        decide(step, SETTINGS, 0.001, 99, layers=[layer("a")])[0]
+        for step in (SETTINGS.late_from - 1, SETTINGS.late_from)
     )
     assert (early.to_bits, late.to_bits, late.cause) == (6, 4, "plateau")
 
@@ -143,8 +144,8 @@ def test_a_blend_takes_as_long_as_the_momentum_says_up_to_half_of_a_rungs_time()
 def test_jumps_take_no_steps() -> None:
     settings = BitScheduleSettings(0.9, 0.01, 0.3, 0.5, 100, (6, 4), blends=False)
     assert settings.blend_steps == 0
-    assert decide(99, settings, 0.5, 0, [layer("a")]) == ()
-    assert decide(100, settings, 0.5, 0, [layer("a")])[0].to_bits == 4
+    assert decide(99, settings, 0.5, 0, layers=[layer("a")]) == ()
+    assert decide(100, settings, 0.5, 0, layers=[layer("a")])[0].to_bits == 4
 
 
 FIXED = replace(SETTINGS, fixed=True)
@@ -153,11 +154,11 @@ FIXED = replace(SETTINGS, fixed=True)
 def test_a_fixed_schedule_moves_all_layers_at_evenly_spread_steps_whatever_the_momenta_say() -> None:
     half = math.ceil(FIXED.last_call / 2)
     layers = [layer("a", 9.0), layer("b", rungs=(6,)), layer("c", rungs=(), bits=8)]
-    assert decide(half - 1, FIXED, 0.0, 99, layers) == ()
-    begun = decide(half, FIXED, 0.5, 0, layers)
+    assert decide(half - 1, FIXED, 0.0, 99, layers=layers) == ()
+    begun = decide(half, FIXED, 0.5, 0, layers=layers)
     assert [(t.layer, t.from_bits, t.to_bits, t.cause) for t in begun] == [("a", 8, 6, "fixed"), ("b", 8, 6, "fixed")]
-    assert decide(FIXED.last_call - 1, FIXED, 0.0, 99, [layer("a", bits=6, rungs=(4,))]) == ()
-    assert decide(FIXED.last_call, FIXED, None, 0, [layer("a", bits=6, rungs=(4,))])[0].to_bits == 4
+    assert decide(FIXED.last_call - 1, FIXED, 0.0, 99, layers=[layer("a", bits=6, rungs=(4,))]) == ()
+    assert decide(FIXED.last_call, FIXED, None, 0, layers=[layer("a", bits=6, rungs=(4,))])[0].to_bits == 4
 
 
 def test_a_fixed_schedule_never_pauses_a_blend() -> None:
@@ -178,7 +179,7 @@ def test_a_fixed_schedule_is_at_its_target_by_the_deadline(
             settings,
             None,
             0,
-            [layer("a", bits=bits, rungs=tuple(w for w in widths if w < bits), moving=step < ends)],
+            layers=[layer("a", bits=bits, rungs=tuple(w for w in widths if w < bits), moving=step < ends)],
         ):
             bits, ends = transition.to_bits, step + settings.blend_steps
             moves.append(step)

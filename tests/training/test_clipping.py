@@ -43,9 +43,11 @@ def test_a_prediction_whose_step_lands_there_is_its_own_target_however_much_is_c
 ) -> None:
     x_t, x_0 = states()
     prediction = of_x_0(3 * x_0, x_t, a_t, kind)  # two thirds beyond a bound
-    x_s = ddim_step(prediction, x_t, a_t, a_s, kind, BOUND)
-    target = nearest_target(prediction, ddim_inverse(x_t, x_s, a_t, a_s, kind), x_t, *folded(a_t, a_s, kind))
-    landed = ddim_step(target, x_t, a_t, a_s, kind, BOUND)
+    x_s = ddim_step(prediction, x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND)
+    target = nearest_target(
+        prediction, ddim_inverse(x_t, x_s, a_t, a_s, prediction_type=kind), x_t, folded(a_t, a_s, kind)
+    )
+    landed = ddim_step(target, x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND)
     torch.testing.assert_close(landed, x_s, rtol=1e-9, atol=1e-9)
     near = (3 * x_0).abs() < BOUND + 0.1  # further away another prediction that lands there may be nearer
     if a_s < 1:
@@ -61,10 +63,10 @@ def test_it_is_the_nearest_of_all_predictions_that_land_there(kind: Any, a_t: fl
         prediction, inverse = (
             of_x_0(torch.tensor([[[[value]]]], dtype=torch.float64), x_t, a_t, kind) for value in (start, wanted)
         )
-        x_s = ddim_step(inverse, x_t, a_t, a_s, kind)
-        found = nearest_target(prediction, inverse, x_t, *folded(a_t, a_s, kind))
+        x_s = ddim_step(inverse, x_t, a_t, a_s, prediction_type=kind)
+        found = nearest_target(prediction, inverse, x_t, folded(a_t, a_s, kind))
         tried = of_x_0(torch.linspace(-60, 60, 400_001, dtype=torch.float64).view(-1, 1, 1, 1), x_t, a_t, kind)
-        error = (ddim_step(tried, x_t, a_t, a_s, kind, BOUND) - x_s).abs().flatten()
+        error = (ddim_step(tried, x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND) - x_s).abs().flatten()
         lands = tried.flatten()[error <= 2e-4]  # a spacing of 3e-4 in x_0
         best = float((lands - prediction.flatten()).abs().min())
         scale = float(
@@ -81,7 +83,7 @@ def test_it_is_the_nearest_of_all_predictions_that_land_there(kind: Any, a_t: fl
 def test_where_nothing_is_clipped_it_is_the_inverse_bit_for_bit(kind: Any, a_t: float, a_s: float) -> None:
     x_t, x_0 = states()
     one, other = (of_x_0(torch.tanh(value) * 0.99, x_t, a_t, kind) for value in (x_0, x_t))
-    assert torch.equal(nearest_target(one, other, x_t, *folded(a_t, a_s, kind)), other)
+    assert torch.equal(nearest_target(one, other, x_t, folded(a_t, a_s, kind)), other)
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
@@ -91,18 +93,21 @@ def test_where_no_prediction_of_a_side_lands_there_it_is_the_bound_which_lands_n
 ) -> None:
     x_t, _ = states(50)
     inverse = of_x_0(torch.full_like(x_t, 1.4), x_t, a_t, kind)
-    x_s = ddim_step(inverse, x_t, a_t, a_s, kind)
+    x_s = ddim_step(inverse, x_t, a_t, a_s, prediction_type=kind)
     for start in (0.3, 1.1, 2.0):
         target = nearest_target(
-            of_x_0(torch.full_like(x_t, start), x_t, a_t, kind), inverse, x_t, *folded(a_t, a_s, kind)
+            of_x_0(torch.full_like(x_t, start), x_t, a_t, kind), inverse, x_t, folded(a_t, a_s, kind)
         )
         torch.testing.assert_close(
             split_prediction(target, x_t, a_t, kind)[0], torch.ones_like(x_t), rtol=1e-6, atol=1e-6
         )
-        error = (ddim_step(target, x_t, a_t, a_s, kind, BOUND) - x_s).abs()
+        error = (ddim_step(target, x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND) - x_s).abs()
         for x_0 in np.linspace(-1, 3, 41):
             tried = of_x_0(torch.full_like(x_t, float(x_0)), x_t, a_t, kind)
-            assert ((ddim_step(tried, x_t, a_t, a_s, kind, BOUND) - x_s).abs() >= error - 1e-9).all()
+            assert (
+                (ddim_step(tried, x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND) - x_s).abs()
+                >= error - 1e-9
+            ).all()
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
@@ -115,7 +120,7 @@ def test_errors_are_finite_and_no_larger_than_without_a_bound_or_the_way_to_it(
     x_t = states()[0].float()
     prediction, inverse = torch.randn(2, *x_t.shape, generator=torch.Generator().manual_seed(1)) * 30
     bounds = [value.float() for value in folded(a_t, a_s, kind)]
-    error = prediction - nearest_target(prediction, inverse, x_t, *bounds)
+    error = prediction - nearest_target(prediction, inverse, x_t, bounds)
     centre, reach, _ = bounds
     within = prediction - inverse.clamp(centre * x_t - reach, centre * x_t + reach)
     assert bool(error.isfinite().all())
@@ -129,15 +134,20 @@ def test_descent_by_it_lands_there_from_any_prediction_or_ends_at_the_bound_that
 ) -> None:
     x_t, x_0 = states(300)
     dice = torch.Generator().manual_seed(2)
-    x_s = ddim_step(of_x_0(1.3 * x_0, x_t, a_t, kind), x_t, a_t, a_s, kind, BOUND)  # the teacher clips, too
-    inverse = ddim_inverse(x_t, x_s, a_t, a_s, kind)
+    x_s = ddim_step(
+        of_x_0(1.3 * x_0, x_t, a_t, kind), x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND
+    )  # the teacher clips, too
+    inverse = ddim_inverse(x_t, x_s, a_t, a_s, prediction_type=kind)
     start = of_x_0(2 * torch.randn(x_t.shape, generator=dice, dtype=torch.float64), x_t, a_t, kind)
     prediction, bounds = start.clone().requires_grad_(), folded(a_t, a_s, kind)
     for _ in range(80):
-        loss = (prediction - nearest_target(prediction.detach(), inverse, x_t, *bounds)).square().sum() / 2
+        loss = (prediction - nearest_target(prediction.detach(), inverse, x_t, bounds)).square().sum() / 2
         (gradient,) = torch.autograd.grad(loss, prediction)
         prediction = (prediction - 0.3 * gradient).detach().requires_grad_()
-    before, after = (ddim_step(p.detach(), x_t, a_t, a_s, kind, BOUND) - x_s for p in (start, prediction))
+    before, after = (
+        ddim_step(p.detach(), x_t, a_t, a_s, prediction_type=kind, clip_sample_range=BOUND) - x_s
+        for p in (start, prediction)
+    )
     x_0_after, x_0_wanted = (split_prediction(p.detach(), x_t, a_t, kind)[0] for p in (prediction, inverse))
     at_the_bound = ((x_0_after - x_0_wanted.clamp(-BOUND, BOUND)).abs() < 1e-6) & (x_0_wanted.abs() > BOUND)
     assert bool(((after.abs() < 1e-6) | at_the_bound).all())

@@ -74,11 +74,13 @@ def recorded(denoiser: nn.Module, noise: DDPMSchedule, steps: int = 8) -> Calibr
 def test_the_calibration_target_lands_on_the_full_precision_state(prediction: Any, spacing: str) -> None:
     noise = schedule(prediction, spacing)
     calibration = recorded(Denoiser(), noise)
-    data = distillation_set(Denoiser(0.3), calibration, noise, 8, 4, 3)
+    data = distillation_set(Denoiser(0.3), calibration, noise, 8, student_steps=4, batch_size=3)
     for column, t in enumerate(data.timesteps.tolist()):
         s = next_timestep(noise, t, 4)
         a_t, a_s = noise.alpha_bar_at(t), noise.alpha_bar_at(s)
-        landed = ddim_step(data.calibration[:, column].double(), data.states[:, column].double(), a_t, a_s, prediction)
+        landed = ddim_step(
+            data.calibration[:, column].double(), data.states[:, column].double(), a_t, a_s, prediction_type=prediction
+        )
         index = calibration.timesteps.index(s) if s in calibration.timesteps else len(calibration.timesteps)
         if a_t > 1e-6:
             torch.testing.assert_close(landed.float(), calibration.states[:, index], rtol=1e-3, atol=1e-3)
@@ -87,14 +89,14 @@ def test_the_calibration_target_lands_on_the_full_precision_state(prediction: An
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_full_precision_teacher_has_the_calibration_targets(prediction: str) -> None:
     noise = schedule(prediction)
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
+    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
     torch.testing.assert_close(data.teacher, data.calibration, rtol=1e-3, atol=1e-4)
 
 
 def test_a_student_of_as_many_steps_as_the_teacher_is_asked_for_the_teachers_own_prediction() -> None:
     noise = schedule("v_prediction")
     calibration = recorded(Denoiser(), noise)
-    data = distillation_set(Denoiser(), calibration, noise, 8, 8, 4)
+    data = distillation_set(Denoiser(), calibration, noise, 8, student_steps=8, batch_size=4)
     torch.testing.assert_close(data.teacher, calibration.predictions, rtol=1e-3, atol=1e-4)
 
 
@@ -102,7 +104,7 @@ def test_a_student_teaches_the_next_rounds_in_its_own_steps() -> None:
     noise = schedule("v_prediction")
     student = Denoiser(0.3)
     calibration = recorded(Denoiser(), noise)
-    data = distillation_set(student, calibration, noise, 4, 2, 4)
+    data = distillation_set(student, calibration, noise, 4, student_steps=2, batch_size=4)
     assert data.timesteps.tolist() == list(timesteps(noise, 2))
     for column, start in enumerate(data.timesteps.tolist()):
         x_t = calibration.states[:, calibration.timesteps.index(start)]
@@ -114,23 +116,30 @@ def test_a_student_teaches_the_next_rounds_in_its_own_steps() -> None:
                 x_t,
                 noise.alpha_bar_at(t),
                 noise.alpha_bar_at(last),
-                "v_prediction",
+                prediction_type="v_prediction",
             )
         ends = noise.alpha_bar_at(start), noise.alpha_bar_at(last)
-        landed = ddim_step(data.teacher[:, column].double(), data.states[:, column].double(), *ends, "v_prediction")
+        landed = ddim_step(
+            data.teacher[:, column].double(), data.states[:, column].double(), *ends, prediction_type="v_prediction"
+        )
         torch.testing.assert_close(landed.float(), x_t, rtol=1e-3, atol=1e-3)
 
 
 def test_epsilon_is_not_distilled_where_there_is_no_signal() -> None:
     noise = schedule("epsilon")
     assert noise.alpha_bar_at(999) < LOW_SIGNAL
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
+    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
     assert 999 not in data.timesteps.tolist()
     assert len(data.timesteps) == 3
     assert (
         999
         in distillation_set(
-            Denoiser(), recorded(Denoiser(), schedule("v_prediction")), schedule("v_prediction"), 8, 4, 4
+            Denoiser(),
+            recorded(Denoiser(), schedule("v_prediction")),
+            schedule("v_prediction"),
+            8,
+            student_steps=4,
+            batch_size=4,
         ).timesteps
     )
 
@@ -140,7 +149,7 @@ def test_a_set_without_states_at_the_students_times_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[666, 333\]"
     ):
-        distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
+        distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
 
 
 @pytest.mark.parametrize("alpha_bar", [0.01, 0.3, 0.5, 0.9])
@@ -162,7 +171,7 @@ def test_the_weight_turns_a_prediction_error_into_a_truncated_snr_error_of_x_0(
 
 def test_every_batch_mixes_time_steps_and_repeats_bit_for_bit() -> None:
     noise = schedule("v_prediction")
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, 4, 4)
+    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
     source = distillation_batches(data, 16, seed=3)
     one, again, other = source(5), source(5), source(6)
     assert sorted(set(one["t"].tolist())) == sorted(data.timesteps.tolist())
@@ -179,7 +188,7 @@ def test_stratified_time_steps_are_uniform() -> None:
 @pytest.mark.parametrize(("teacher", "calibration"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
 def test_distillation_and_both_its_ablations_train(teacher: float, calibration: float) -> None:
     noise = schedule("v_prediction")
-    data = distillation_set(Denoiser(0.3), recorded(Denoiser(), noise), noise, 8, 4, 4)
+    data = distillation_set(Denoiser(0.3), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
     settings = LoopSettings(steps=30, learning_rate=0.02)
     accelerator = Accelerator(cpu=True)
     state: TrainState = new_state(Denoiser(0.3), settings, accelerator)
@@ -187,7 +196,7 @@ def test_distillation_and_both_its_ablations_train(teacher: float, calibration: 
     callback = CalibrationAssistedDistillation(teacher, calibration)
     before = {name: float(value.detach()) for name, value in callback.loss_terms(state, source(999)).items()}
     assert set(before) == {name for name, weight in (("teacher", teacher), ("calibration", calibration)) if weight}
-    fit(state, [callback], source, settings, accelerator)
+    fit(state, [callback], source, settings, accelerator=accelerator)
     after = sum(float(value.detach()) for value in callback.loss_terms(state, source(999)).values())
     assert after < sum(before.values())
 
@@ -253,9 +262,9 @@ def test_a_teacher_under_guidance_lands_where_its_guided_steps_do() -> None:
     """With the full-precision model as its own teacher in its own steps, both targets are the same."""
     denoiser, noise = Conditional(), schedule("v_prediction")
     guided_set = recorded_guided(denoiser, noise, 3.0)
-    data = distillation_set(denoiser, guided_set, noise, 8, 4, 4, guidance_scale=3.0)
+    data = distillation_set(denoiser, guided_set, noise, 8, student_steps=4, batch_size=4, guidance_scale=3.0)
     torch.testing.assert_close(data.teacher, data.calibration, rtol=1e-4, atol=1e-4)
-    once = distillation_set(denoiser, guided_set, noise, 8, 4, 4)
+    once = distillation_set(denoiser, guided_set, noise, 8, student_steps=4, batch_size=4)
     assert (once.teacher - data.calibration).abs().max() > 0.05
 
 
@@ -264,7 +273,7 @@ def test_a_student_is_judged_by_the_prediction_that_it_samples_with(scale: float
     """Of two passes if it keeps them, of the conditional one alone if guidance is distilled into it."""
     student, noise = Conditional(0.2), schedule("v_prediction")
     guided_set = recorded_guided(Conditional(), noise, 3.0)
-    data = distillation_set(Conditional(), guided_set, noise, 8, 4, 4, guidance_scale=3.0)
+    data = distillation_set(Conditional(), guided_set, noise, 8, student_steps=4, batch_size=4, guidance_scale=3.0)
     batch = distillation_batches(data, 8, 0, guided_set.condition)(0)
     callback = CalibrationAssistedDistillation(0.0, 1.0, scale, NULL)
     with torch.no_grad():
@@ -277,7 +286,7 @@ def test_a_student_is_judged_by_the_prediction_that_it_samples_with(scale: float
 def test_guidance_that_is_distilled_needs_one_pass_and_both_losses_fall() -> None:
     noise = schedule("v_prediction")
     guided_set = recorded_guided(Conditional(), noise, 3.0)
-    data = distillation_set(Conditional(0.05), guided_set, noise, 8, 4, 4, guidance_scale=3.0)
+    data = distillation_set(Conditional(0.05), guided_set, noise, 8, student_steps=4, batch_size=4, guidance_scale=3.0)
     for scale in (1.0, 3.0):
         student, accelerator = Conditional(0.05), Accelerator(cpu=True)
         settings = LoopSettings(steps=60, learning_rate=0.02)
@@ -287,5 +296,5 @@ def test_guidance_that_is_distilled_needs_one_pass_and_both_losses_fall() -> Non
         )
         callback = CalibrationAssistedDistillation(0.25, 1.0, scale, NULL)
         before = sum(float(value.detach()) for value in callback.loss_terms(state, source(999)).values())
-        fit(state, [callback], source, settings, accelerator)
+        fit(state, [callback], source, settings, accelerator=accelerator)
         assert sum(float(value.detach()) for value in callback.loss_terms(state, source(999)).values()) < 0.5 * before

@@ -40,7 +40,7 @@ def train(
     loop = LoopSettings(steps=STEPS, learning_rate=rate, ema=0.9)
     settings = StageSettings("toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", every=10), folder / "logs")
     matching = Matching(quantized_layers(model), **hooks)  # type: ignore[arg-type]
-    train_stage(model, [matching], source, settings, Console(quiet=True), told.append)
+    train_stage(model, [matching], source, settings, console=Console(quiet=True), warn=told.append)
     return told
 
 

@@ -58,7 +58,7 @@ def trained(folder: Path, precision: Precision) -> tuple[nn.Module, list[float],
         CheckpointFolder(folder / "checkpoints"),
         folder / "logs",
     )
-    train_stage(model, [Matching(layers), dtypes], batches, settings, Console(quiet=True))
+    train_stage(model, [Matching(layers), dtypes], batches, settings, console=Console(quiet=True))
     return model, [row["loss"] for row in read_metrics(folder / "logs" / "toy.jsonl")], dtypes.seen
 
 
@@ -141,7 +141,7 @@ def weights(state: TrainState) -> Tensor:
 
 def test_steps_whose_gradients_overflow_are_made_again_at_a_lower_scale_to_the_weights_without_a_scale() -> None:
     state, accelerator = scaled(2.0**127)
-    fit(state, [Least()], pairs, SETTINGS, accelerator)
+    fit(state, [Least()], pairs, SETTINGS, accelerator=accelerator)
     assert state.step == SETTINGS.steps
     assert state.scaler is not None
     assert 2.0**100 < state.scaler.get_scale() < 2.0**127
@@ -149,7 +149,7 @@ def test_steps_whose_gradients_overflow_are_made_again_at_a_lower_scale_to_the_w
     plain = new_accelerator("fp32")
     torch.manual_seed(0)
     reference = new_state(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), SETTINGS, plain)
-    fit(reference, [Least()], pairs, SETTINGS, plain)
+    fit(reference, [Least()], pairs, SETTINGS, accelerator=plain)
     assert torch.equal(weights(state), weights(reference))  # a power of two scales exactly
 
 
@@ -157,7 +157,7 @@ def test_gradients_that_are_not_finite_at_any_scale_are_a_divergence_and_change_
     state, accelerator = scaled(2.0**16)
     before = weights(state)
     with pytest.raises(DivergedError, match="step 0: training diverged"):
-        fit(state, [Least(math.inf)], pairs, SETTINGS, accelerator)
+        fit(state, [Least(math.inf)], pairs, SETTINGS, accelerator=accelerator)
     assert state.scaler is not None
     assert state.scaler.get_scale() == 1.0
     assert torch.equal(weights(state), before)
@@ -170,14 +170,14 @@ def test_a_loss_that_is_not_finite_is_a_divergence_at_once() -> None:
         return {name: value * math.inf for name, value in pairs(step).items()}
 
     with pytest.raises(DivergedError, match="step 0: training diverged"):
-        fit(state, [Least()], broken, SETTINGS, accelerator)
+        fit(state, [Least()], broken, SETTINGS, accelerator=accelerator)
     assert state.scaler is not None
     assert state.scaler.get_scale() == 2.0**16
 
 
 def test_a_checkpoint_keeps_the_scale(tmp_path: Path) -> None:
     state, accelerator = scaled(2.0**127)
-    fit(state, [Least()], pairs, SETTINGS, accelerator)
+    fit(state, [Least()], pairs, SETTINGS, accelerator=accelerator)
     path = write_checkpoint(CheckpointFolder(tmp_path), state, [])
     again, _ = scaled(2.0**16)
     load_checkpoint(path, again, [])

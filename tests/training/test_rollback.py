@@ -97,7 +97,7 @@ class Result:
             "toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", every=10), folder / "logs", way
         )
         callbacks = [self.drop, Matching(layers), ends or Ends()]
-        self.state = train_stage(model, callbacks, source, settings, Console(quiet=True), self.told.append)
+        self.state = train_stage(model, callbacks, source, settings, console=Console(quiet=True), warn=self.told.append)
         self.numbers: dict[str, Tensor] = {
             **model.state_dict(),
             **{f"ema {name}": value for name, value in (self.state.ema or {}).items()},

@@ -48,7 +48,7 @@ def batch(step: int) -> Batch:
 def test_time_is_counted_where_it_was_spent() -> None:
     slow = {"schedule": Slow(before=0.02), "forward": Slow(within=0.02), "watch": Slow(after=0.02)}
     found = profile_steps(
-        {name: (nn.Linear(4, 4), [callback]) for name, callback in slow.items()}, batch, "fp32", 0.9, 3
+        {name: (nn.Linear(4, 4), [callback]) for name, callback in slow.items()}, batch, "fp32", 0.9, runs=3
     )
     for name, profile in found.items():
         assert tuple(profile.milliseconds) == PARTS
@@ -63,8 +63,8 @@ def test_every_candidate_makes_the_steps_of_the_loop_and_says_so() -> None:
         batch,
         "fp32",
         0.0,
-        2,
-        told.append,
+        runs=2,
+        advance=told.append,
     )
     assert [slow.steps for slow in callbacks] == [list(range(WARM_UP + 2))] * 2
     assert sum(told) == 2 * (WARM_UP + 2)
@@ -73,6 +73,6 @@ def test_every_candidate_makes_the_steps_of_the_loop_and_says_so() -> None:
 @pytest.mark.parametrize("hidden", [8, 64])
 def test_kept_bytes_are_those_of_the_activations(hidden: int) -> None:
     model = nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-    (found,) = profile_steps({"m": (model, [Slow()])}, batch, "fp32", 0.0, 1).values()
+    (found,) = profile_steps({"m": (model, [Slow()])}, batch, "fp32", 0.0, runs=1).values()
     # the batch, tanh's output (also the second layer's input), the squared output
     assert found.kept_bytes == 4 * 16 * (4 + hidden + 1)

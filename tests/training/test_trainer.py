@@ -80,7 +80,7 @@ SETTINGS = LoopSettings(steps=20, learning_rate=0.05, warmup=2, ema=0.9)
 def test_training_lowers_the_loss_and_the_terms_sum_to_it() -> None:
     state, accelerator = fresh(SETTINGS)
     callback = Regression()
-    fit(state, [callback], batches, SETTINGS, accelerator)
+    fit(state, [callback], batches, SETTINGS, accelerator=accelerator)
     assert state.step == 20
     assert callback.losses[-1] < 0.5 * callback.losses[0]
 
@@ -88,12 +88,12 @@ def test_training_lowers_the_loss_and_the_terms_sum_to_it() -> None:
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     whole, accelerator = fresh(SETTINGS)
     seen = Regression()
-    fit(whole, [seen], batches, SETTINGS, accelerator)
+    fit(whole, [seen], batches, SETTINGS, accelerator=accelerator)
 
     first, accelerator = fresh(SETTINGS)
     folder = CheckpointFolder(tmp_path / "checkpoints", every=5)
     with pytest.raises(KilledError):
-        fit(first, [Regression(stop_at=7)], batches, SETTINGS, accelerator, folder)
+        fit(first, [Regression(stop_at=7)], batches, SETTINGS, accelerator=accelerator, checkpoints=folder)
 
     second, accelerator = fresh(SETTINGS)
     resumed = Regression()
@@ -101,7 +101,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
     assert path is not None
     assert (path.name, complaints) == ("step_000005", [])
     load_checkpoint(path, second, [resumed])
-    fit(second, [resumed], batches, SETTINGS, accelerator, folder)
+    fit(second, [resumed], batches, SETTINGS, accelerator=accelerator, checkpoints=folder)
     assert torch.equal(weights(second), weights(whole))
     assert resumed.losses == seen.losses
     assert whole.ema is not None
@@ -114,7 +114,7 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch() -> None:
     for accumulation in (1, 4):
         settings = LoopSettings(steps=5, learning_rate=0.05, accumulation=accumulation)
         state, accelerator = fresh(settings)
-        fit(state, [Regression()], batches, settings, accelerator)
+        fit(state, [Regression()], batches, settings, accelerator=accelerator)
         results.append(weights(state))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_the_moving_average_is_its_closed_form_and_leaves_the_weights_as_they_we
         def after_step(self, state: TrainState, report: StepReport) -> None:
             seen.append(weights(state))
 
-    fit(state, [Regression(), Watch()], batches, settings, accelerator)
+    fit(state, [Regression(), Watch()], batches, settings, accelerator=accelerator)
     wanted = seen[0]
     for n, value in enumerate(seen[1:], start=1):
         decay = min(0.5, (1 + n) / (10 + n))
@@ -153,12 +153,12 @@ def test_divergence_is_named_with_its_step() -> None:
         return {name: value * (float("nan") if step == 3 else 1.0) for name, value in batches(step).items()}
 
     with pytest.raises(PqcadError, match="step 3: training diverged"):
-        fit(state, [Regression()], broken, SETTINGS, accelerator)
+        fit(state, [Regression()], broken, SETTINGS, accelerator=accelerator)
 
 
 def trained(folder: CheckpointFolder) -> None:
     state, accelerator = fresh(SETTINGS)
-    fit(state, [Regression()], batches, SETTINGS, accelerator, folder)
+    fit(state, [Regression()], batches, SETTINGS, accelerator=accelerator, checkpoints=folder)
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -231,5 +231,5 @@ def test_the_callback_of_the_architecture_page_logs_what_it_says() -> None:
     exec(page.split("<!-- callback -->")[1].split("```python\n")[1].split("```")[0], written)
     state, accelerator = fresh(SETTINGS)
     callback = written["WeightNorm"]()
-    fit(state, [Regression(), callback], batches, SETTINGS, accelerator)
+    fit(state, [Regression(), callback], batches, SETTINGS, accelerator=accelerator)
     assert callback.scalars() == {"weight_norm": pytest.approx(float(weights(state).norm()))}

@@ -265,7 +265,7 @@ def test_a_plain_module_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Mon
         torch.manual_seed(0)
         return Plain()
 
-    register_denoiser("tiny", build, (1, 16, 16), SCHEDULER, (ConditionInput("tone", (2,), "float32"),))
+    register_denoiser("tiny", build, (1, 16, 16), SCHEDULER, conditions=(ConditionInput("tone", (2,), "float32"),))
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
     save_file({"tone": torch.randn(3, 2)}, tmp_path / "tones.safetensors")
     rules = '[{match: "*", weights: {bits: 4}, inputs: {bits: 8}}]'

@@ -416,9 +416,9 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
 ) -> None:
     trained: list[str] = []
 
-    def counted(model: nn.Module, callbacks: Any, batches: Any, settings: StageSettings, *rest: Any) -> TrainState:
+    def counted(model: nn.Module, callbacks: Any, batches: Any, settings: StageSettings, **rest: Any) -> TrainState:
         trained.append(settings.name)
-        return train_stage(model, callbacks, batches, settings, *rest)
+        return train_stage(model, callbacks, batches, settings, **rest)
 
     monkeypatch.setattr("pqcad_qat.stages.train.train_stage", counted)
     evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": (FIXED_BIT, PQ)})
