@@ -25,13 +25,14 @@ from pqcad_qat.sampling.ddim import (
     truncated_snr_weight,
 )
 from pqcad_qat.sampling.trajectory import trajectory
+from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import TrainState, condition_of
 from pqcad_qat.training.distillation import (
     CalibrationAssistedDistillation,
     distillation_batches,
     distillation_set,
 )
-from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches, mixed_states
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.trainer import LoopSettings, fit, new_state
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -180,7 +181,7 @@ def test_every_batch_mixes_time_steps_and_repeats_bit_for_bit() -> None:
 
 
 def test_stratified_time_steps_are_uniform() -> None:
-    columns = torch.cat([mixed_states(4, 20, 32, 0, step)[1] for step in range(400)])
+    columns = torch.cat([mixed_states(4, 20, 32, batch_dice(0, step))[1] for step in range(400)])
     shares = torch.bincount(columns, minlength=20) / len(columns)
     torch.testing.assert_close(shares, torch.full((20,), 0.05), rtol=0.05, atol=0)
 
