@@ -26,7 +26,7 @@ from pqcad_qat import __version__, cli
 from pqcad_qat.arguments import fire_arguments
 from pqcad_qat.errors import UsageError
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_FP32, PQCAD_OPENVINO
-from pqcad_qat.stages.run_folder import open_run
+from pqcad_qat.stages.open_run import open_run
 
 SMOKE = str(POLICIES / "smoke.yaml")
 STUDY = str(POLICIES / "studies" / "smoke.yaml")

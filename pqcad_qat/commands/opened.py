@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, Policy
-from pqcad_qat.stages.run_folder import EMBEDDINGS, POLICY
+from pqcad_qat.stages.open_run import POLICY
+from pqcad_qat.stages.run_folder import EMBEDDINGS
 from pqcad_qat.stages.samplers import Sampler, open_folder
 
 

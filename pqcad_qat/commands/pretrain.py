@@ -29,8 +29,8 @@ from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.variants import REFERENCE
 from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.ddim import ddpm_schedule
+from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.stages.resuming import Recipe
-from pqcad_qat.stages.run_folder import open_run
 from pqcad_qat.stages.samplers import DEFAULT_STEPS, pytorch_variant, sample_images
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder

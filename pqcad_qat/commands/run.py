@@ -25,9 +25,10 @@ from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning
 from pqcad_qat.stages.measure import evaluate, report, sample
+from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare
 from pqcad_qat.stages.recipes import recipes
-from pqcad_qat.stages.run_folder import RunFolder, open_run
+from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator

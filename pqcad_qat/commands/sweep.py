@@ -35,8 +35,8 @@ from pqcad_qat.report.comparison import Comparison, Run, compare_runs
 from pqcad_qat.report.comparison_page import write_comparison
 from pqcad_qat.report.report_files import PAGE_FILE, read_report
 from pqcad_qat.report.tables import CellState
+from pqcad_qat.stages.open_run import POLICY, check_policy
 from pqcad_qat.stages.prepared import planned_shapes
-from pqcad_qat.stages.run_folder import POLICY, check_policy
 
 STUDY_PAGE = "study.html"
 ERRORS = "errors"

@@ -9,7 +9,7 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +56,17 @@ _TRANSITIONS = TypeAdapter(tuple[Transition, ...])
 
 SHOWN = 4
 """Images of a grid that shows how training goes."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a stage trains, and how: the same for one that trains and one that finds its weights beside the run."""
+
+    stage: str
+    model: nn.Module
+    callbacks: Sequence[Callback]
+    batches: BatchSource
+    steps: int
 
 
 def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> CalibrationSet:
@@ -106,17 +117,8 @@ def progressive(
         WeightDistance(schedule.layers),
         *_shown(policy, prepared, model, policy.sampler.steps, guidance_scale=policy.sampler.guidance_scale),
     ]
-    _train(
-        policy,
-        run,
-        console,
-        PQ,
-        model=model,
-        callbacks=callbacks,
-        batches=_training_batches(policy, calibration),
-        steps=policy.progressive.steps,
-        shares_training=shares_training,
-    )
+    task = _Task(PQ, model, callbacks, _training_batches(policy, calibration), policy.progressive.steps)
+    _train(policy, run, console, task, shares_training=shares_training)
     return model
 
 
@@ -143,17 +145,8 @@ def fixed_bit(
         WeightDistance(quantized_layers(model)),
         *_shown(policy, prepared, model, policy.sampler.steps, guidance_scale=policy.sampler.guidance_scale),
     ]
-    _train(
-        policy,
-        run,
-        console,
-        FIXED_BIT,
-        model=model,
-        callbacks=callbacks,
-        batches=_training_batches(policy, calibration),
-        steps=policy.progressive.steps,
-        shares_training=shares_training,
-    )
+    task = _Task(FIXED_BIT, model, callbacks, _training_batches(policy, calibration), policy.progressive.steps)
+    _train(policy, run, console, task, shares_training=shares_training)
     return model
 
 
@@ -175,17 +168,8 @@ def distill(
     student = copy.deepcopy(teacher)
     batches = distillation_batches(targets, whole_batch(policy.training), policy.training.seed, calibration.condition)
     callbacks = [loss, *_shown(policy, prepared, student, steps, guidance_scale=scale)]
-    _train(
-        policy,
-        run,
-        console,
-        name,
-        model=student,
-        callbacks=callbacks,
-        batches=batches,
-        steps=policy.distillation.steps,
-        shares_training=shares_training,
-    )
+    task = _Task(name, student, callbacks, batches, policy.distillation.steps)
+    _train(policy, run, console, task, shares_training=shares_training)
     return student
 
 
@@ -271,74 +255,36 @@ def _quantized(policy: Policy, prepared: Prepared, calibration: CalibrationSet, 
     return model
 
 
-def _train(
-    policy: Policy,
-    run: RunFolder,
-    console: Console,
-    name: str,
-    *,
-    model: nn.Module,
-    callbacks: Sequence[Callback],
-    batches: BatchSource,
-    steps: int,
-    shares_training: bool,
-) -> None:
+def _train(policy: Policy, run: RunFolder, console: Console, task: _Task, *, shares_training: bool) -> None:
     """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the
     CPU.
     """
-    with run.stage(name, together=True) as stage:
+    with run.stage(task.stage, together=True) as stage:
         if stage.new:
 
             def make(folder: Path) -> None:
-                _fit(
-                    policy,
-                    run,
-                    console,
-                    name,
-                    model=model,
-                    callbacks=callbacks,
-                    batches=batches,
-                    steps=steps,
-                    folder=folder,
-                )
+                _fit(policy, run, console, task, folder=folder)
 
             if shares_training:
-                trained = kept(run.path.parent / SHARED, run.decides(name), make)
+                trained = kept(run.path.parent / SHARED, run.decides(task.stage), make)
                 shutil.copytree(trained, run.path, dirs_exist_ok=True)
             else:
                 make(run.path)
-            transitions = (run.path / TRANSITIONS.format(name)).read_bytes()
+            transitions = (run.path / TRANSITIONS.format(task.stage)).read_bytes()
             stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True)))
-        model.load_state_dict(load_file(run.path / WEIGHTS.format(name)), strict=True)
-        model.cpu()
+        task.model.load_state_dict(load_file(run.path / WEIGHTS.format(task.stage)), strict=True)
+        task.model.cpu()
 
 
-def _fit(
-    policy: Policy,
-    run: RunFolder,
-    console: Console,
-    name: str,
-    *,
-    model: nn.Module,
-    callbacks: Sequence[Callback],
-    batches: BatchSource,
-    steps: int,
-    folder: Path,
-) -> None:
+def _fit(policy: Policy, run: RunFolder, console: Console, task: _Task, *, folder: Path) -> None:
     """Train, and leave in `folder` what a run's folder holds of a trained stage."""
-    state = train_stage(
-        model,
-        callbacks,
-        batches,
-        _stage_settings(policy, run, name, steps),
-        console=console,
-        warn=partial(run.warn, console=console),
-    )
-    schedules = [callback for callback in callbacks if isinstance(callback, MomentumBitSchedule)]
+    settings, warn = _stage_settings(policy, run, task.stage, task.steps), partial(run.warn, console=console)
+    state = train_stage(task.model, task.callbacks, task.batches, settings, console=console, warn=warn)
+    schedules = [callback for callback in task.callbacks if isinstance(callback, MomentumBitSchedule)]
     transitions = [transition for schedule in schedules for transition in schedule.transitions]
     with agreed() as first:
         if first:
-            _keep_trained(run, name, state, transitions, folder=folder)
+            _keep_trained(run, task.stage, state, transitions, folder=folder)
 
 
 def _keep_trained(

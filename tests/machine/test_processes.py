@@ -32,8 +32,8 @@ from pqcad_qat import cli
 from pqcad_qat.errors import CheckpointError, LaunchError
 from pqcad_qat.machine.processes import agreed, check_launch, exchanged
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.stages import run_folder
-from pqcad_qat.stages.run_folder import open_run
+from pqcad_qat.stages import open_run as opening
+from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.timing.hardware import CAPS
 from pqcad_qat.training.metrics_log import read_metrics
 
@@ -310,7 +310,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_was_begun_with(
     policy = load_policy(POLICIES / "smoke.yaml")
     with open_run(tmp_path / "run", policy, resume=False):
         pass
-    monkeypatch.setattr(run_folder, "process_count", lambda: 2)
+    monkeypatch.setattr(opening, "process_count", lambda: 2)
     with (
         pytest.raises(
             CheckpointError, match=r"launch\.json: processes: got 2; allowed 1, with which the run was begun"

@@ -24,8 +24,9 @@ from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_pol
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ
+from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.stages.resuming import Recipe, Recipes
-from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, StageRecord, open_run
+from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, StageRecord
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def held_elsewhere(path: Path) -> subprocess.Popen[str]:
     """A process that holds the run open until its standard input is closed (which leaving the block does)."""
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from pqcad_qat.policy.loading import load_policy\nfrom pqcad_qat.stages.run_folder import open_run\n"
+        "from pqcad_qat.policy.loading import load_policy\nfrom pqcad_qat.stages.open_run import open_run\n"
         "path = Path(sys.argv[1])\n"
         "with open_run(path, load_policy(path / 'policy.yaml'), resume=True): print('open', flush=True); "
         "sys.stdin.read()\n"

@@ -1,0 +1,200 @@
+"""A run's folder begun, or gone on with: its policy, what is done again under another one, and one run at a time.
+
+Not here: the folder itself (run_folder.py), and how recipes are compared (resuming.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from pqcad_qat.errors import CheckpointError
+from pqcad_qat.machine.files import write_file
+from pqcad_qat.machine.processes import agreed, process_count
+from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
+from pqcad_qat.policy.pretraining import PretrainPolicy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.stages.resuming import Recipes
+from pqcad_qat.stages.run_folder import WARNINGS, RunFolder, read_marker
+
+POLICY, LAUNCH = "policy.yaml", "launch.json"
+"""What decides a run beside its command: the policy as resolved, and the number of processes."""
+
+DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png|safetensors))\.\d+|\.(openvino|packed|inputs)-\w+")
+"""Names under which something is written before it is moved into place."""
+
+
+@contextmanager
+def open_run(
+    path: Path,
+    policy: Policy | PretrainPolicy,
+    resume: bool,
+    recipes: Recipes | None = None,
+    *,
+    console: Console | None = None,
+) -> Iterator[RunFolder]:
+    """Open a new run folder, or with `resume` go on with one; another process on the same folder is refused.
+
+    With `resume` and no run there yet, one is begun: so a run that was killed in its first second goes on like any
+    other. Where the run was begun under another policy, the stages that this changes are done again and the others
+    stay, which the console is told.
+
+    Raises:
+        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be
+            written, or the run was begun by another number of processes, or under another policy by a version that
+            recorded no recipes (every difference is named).
+    """
+    folder = RunFolder(path, recipes or {})
+    with ExitStack() as stack:
+        with agreed() as first:
+            if first:
+                before = _begin(path, policy, resume, process_count())
+                stack.enter_context(_locked(path))
+                _drop_drafts(folder)
+                if before is not None:
+                    _go_on(folder, before, policy, console or Console(quiet=True))
+        yield folder
+
+
+def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes: int) -> Policy | PretrainPolicy | None:
+    """The policy of the run that is there; or write what makes the folder one."""
+    written, launch = path / POLICY, path / LAUNCH
+    if written.exists():
+        if not resume:
+            raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
+        before = _policy_there(written, policy)
+        _check_processes(launch, processes)
+        return before
+    # a killed draft
+    if path.is_dir() and any(
+        not entry.name.startswith((f".{POLICY}.", f".{LAUNCH}.", LAUNCH)) for entry in path.iterdir()
+    ):
+        raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_file(launch, json.dumps({"processes": processes}))
+        write_file(written, dump_policy(policy))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    return None
+
+
+def _go_on(
+    folder: RunFolder, before: Policy | PretrainPolicy, policy: Policy | PretrainPolicy, console: Console
+) -> None:
+    """Compare the stages that are there with the policy's, tell which stay and which are done again, and make these
+    ones to do.
+    """
+    changes = difference(before, policy)
+    if unrecorded := folder.unrecorded():
+        if _as_by_default(before) != _as_by_default(policy):
+            raise CheckpointError(
+                _changed(
+                    folder.path / POLICY, changes, "begun by a version that did not record what its stages depend on"
+                )
+            )
+        folder.adopt(unrecorded)
+    again = folder.outdated()
+    _tell(folder, changes, again, console)
+    for stage in again:
+        _drop_warnings(folder.path / WARNINGS, stage)
+        if (to := folder.set_aside(stage)) is not None:
+            console.print(
+                f"  {stage}: what was trained is in {to}, and may be deleted",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+    if changes:
+        write_file(folder.path / POLICY, dump_policy(policy))
+
+
+def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], console: Console) -> None:
+    """What stays, what is done again and why, and what was not begun."""
+    stays = [stage for stage in folder.recipes if stage not in again and folder.begun(stage) is not None]
+    kept = [stage if folder.finished(stage) else f"{stage} (begun)" for stage in stays]
+    new = [stage for stage in folder.recipes if stage not in again and stage not in stays]
+    lines = [
+        f"{folder.path}: going on" + (", under another policy:" if changes else ""),
+        *(f"  - {change}" for change in changes),
+        f"  kept: {', '.join(kept) or 'nothing'}",
+        *([f"  again: {', '.join(f'{stage} ({reason})' for stage, reason in again.items())}"] if again else []),
+        *([f"  to do: {', '.join(new)}"] if new else []),
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _as_by_default(policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
+    """The policy with its features written out: an older version wrote none that followed from the model."""
+    if not isinstance(policy, Policy):
+        return policy
+    return policy.model_copy(update={"evaluation": policy.evaluation.model_copy(update={"features": policy.features})})
+
+
+def _drop_warnings(told: Path, stage: str) -> None:
+    """Forget what was told of a stage that is done again."""
+    if told.exists():
+        messages: list[str] = json.loads(told.read_text(encoding="utf-8"))
+        left = [
+            message
+            for message in messages
+            if not message.startswith(f"{stage}: ") and f"checkpoints/{stage}/" not in message
+        ]
+        write_file(told, json.dumps(left, indent=1))
+
+
+def _check_processes(launch: Path, processes: int) -> None:
+    """Raise CheckpointError unless as many processes began the run: each adds training.batch_size states to a batch."""
+    begun = read_marker(launch)["processes"] if launch.exists() else 1
+    if processes != begun:
+        raise CheckpointError(
+            f"{launch}: processes: got {processes}; allowed {begun}, with which the run was begun: each "
+            "adds a batch to every step"
+        )
+
+
+def _drop_drafts(folder: RunFolder) -> None:
+    """Remove the parts of stages that are done, and what a killed process was about to move into place.
+
+    That is `.NAME.PID` of files and checkpoints, and `.NAME-RANDOM` of exports.
+    """
+    for stage in (stage for stage in folder.recipes if folder.finished(stage)):
+        folder.drop_parts(stage)
+    for draft in [entry for entry in folder.path.rglob(".*") if DRAFT.fullmatch(entry.name)]:
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
+    """Raise CheckpointError with every difference unless the run's policy, as written, is this one."""
+    if changes := difference(_policy_there(written, policy), policy):
+        raise CheckpointError(_changed(written, changes, "it stands in one table with others"))
+
+
+def _policy_there(written: Path, policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
+    """The policy of a run, which must be of the same kind."""
+    return load_policy(written) if isinstance(policy, Policy) else load_pretrain_policy(written)
+
+
+def _changed(written: Path, changes: Sequence[str], why: str) -> str:
+    listed = "\n".join(f"  - {change}" for change in changes)
+    return f"{written}: the policy has changed since this run began, so it cannot be resumed ({why}):\n{listed}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{path}: another process is running this run") from None
+        yield
