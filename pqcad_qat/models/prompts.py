@@ -205,7 +205,7 @@ def _layout(folder: Path) -> tuple[str, PromptLayout]:
         raise ModelError(
             f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(prompt_layouts())}; "
             "conditions.embeddings takes a file of what the "
-            "pipeline's own encode_prompt gives (README, Models and conditions)"
+            "pipeline's own encode_prompt gives (pqcad_qat/models/README.md)"
         )
     return name, layout
 

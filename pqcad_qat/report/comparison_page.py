@@ -124,7 +124,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[TerminalTable | str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """For a README: where it comes from, and of every part the table and the protocol."""
+    """As Markdown: the command that it comes from, and for each part the table and the protocol."""
     titles = headings(comparison)
     texts = [f"From `{comparison.command}`:"]
     for part in comparison.parts:
