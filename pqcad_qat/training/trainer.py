@@ -140,7 +140,7 @@ def fit(
             stop = any_process(interrupted.is_set())
             if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
                 _checkpoint(checkpoints, state, callbacks)
-            if stop and state.step < settings.steps:
+            if stop:  # in the last step too: the stages that follow are not begun
                 kept = ": its checkpoint is kept" if checkpoints else ""
                 raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
 
@@ -262,3 +262,5 @@ def _interrupts() -> Iterator[threading.Event]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+    if asked.is_set():  # after the loop had last looked
+        raise KeyboardInterrupt

@@ -39,7 +39,10 @@ class HangError(BaseException):  # so that nothing that catches exceptions answe
 
 @contextmanager
 def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
-    """Inside, longer than that raises HangError, and memory over what the process had before raises MemoryError."""
+    """Inside, longer than that raises HangError, and memory over what the process had before raises MemoryError.
+
+    Seconds are of the processor, which other programs do not lengthen; a wait ends the process after ten times as many.
+    """
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise HangError(f"no end within {seconds} s")
@@ -47,15 +50,16 @@ def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGPROF, stop)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, hard))
-    signal.alarm(seconds)
-    # for a loop of C code that no signal interrupts
+    # and again after every further second: the first may come where exceptions are passed over
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+    # for a wait, and a loop of C code that no signal interrupts
     faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)

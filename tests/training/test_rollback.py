@@ -141,8 +141,9 @@ def test_a_rollback_enters_again_before_the_drop_holds_it_back_and_goes_on_to_th
         [Ends(kill=21)],
         [Ends(kill=29), Ends(kill=45)],
         [Ends(interrupt=13), Ends(interrupt=16), Ends(interrupt=19), Ends(kill=29), Ends(interrupt=33)],
+        [Ends(interrupt=STEPS - 1)],
     ],
-    ids=["again", "before the divergence", "after it", "with Ctrl-C in between"],
+    ids=["again", "before the divergence", "after it", "with Ctrl-C in between", "with Ctrl-C in the last step"],
 )
 @pytest.mark.parametrize("way", ["rollback", "lower_rate"])
 def test_what_follows_a_divergence_is_bitwise_the_same_however_the_run_is_cut_off(
