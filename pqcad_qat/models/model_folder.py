@@ -25,9 +25,6 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}{SAFETENSORS}"
-PARTS: tuple[str, ...] = DENOISER_FOLDERS
-"""Folders of a diffusers pipeline that hold a denoiser."""
-
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 
 DECODERS = ("vae", "vqvae")
@@ -61,10 +58,10 @@ WEIGHTS_AND_CONFIGS = (
     CONFIG,
     "scheduler/*.json",
     "scheduler_config.json",
-    *(f"{part}/{CONFIG}" for part in (*PARTS, *DECODERS, "text_encoder*")),
+    *(f"{part}/{CONFIG}" for part in (*DENOISER_FOLDERS, *DECODERS, "text_encoder*")),
     *(
         f"{weights}{kind}"
-        for weights in (STEM, *(f"{part}/{STEM}" for part in (*PARTS, "vae")), "text_encoder*/model")
+        for weights in (STEM, *(f"{part}/{STEM}" for part in (*DENOISER_FOLDERS, "vae")), "text_encoder*/model")
         for kind in (SAFETENSORS, f"{SAFETENSORS}.index.json", f"{SHARD}{SAFETENSORS}")
     ),
     *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
@@ -131,7 +128,7 @@ def downloaded_pipeline(source: str) -> Path:
         ModelError: as `downloaded`.
     """
     folder = downloaded(source, WEIGHTS_AND_CONFIGS)
-    stems = {"": STEM, **dict.fromkeys((*PARTS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
+    stems = {"": STEM, **dict.fromkeys((*DENOISER_FOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
     lacking = [
         f"{part}/{stem}".lstrip("/")
         for part, stem in stems.items()
@@ -159,7 +156,7 @@ def denoiser_folder(folder: Path) -> Path:
     Raises:
         ModelError: both are there, and the index does not say which.
     """
-    present = [part for part in PARTS if (folder / part / CONFIG).is_file()]
+    present = [part for part in DENOISER_FOLDERS if (folder / part / CONFIG).is_file()]
     if len(present) > 1:
         index = read_index(folder)
         listed = [part for part in present if part_class(index, part) is not None]
@@ -170,7 +167,7 @@ def denoiser_folder(folder: Path) -> Path:
         present = listed
     if not present and (folder / CONFIG).is_file():
         return folder
-    return folder / (present or PARTS)[0]
+    return folder / (present or DENOISER_FOLDERS)[0]
 
 
 def scheduler_file(folder: Path) -> Path:
@@ -213,7 +210,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     for part, entry in index.items():
         if part.startswith("_"):
             continue
-        known = part in (*PARTS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler")
+        known = part in (*DENOISER_FOLDERS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler")
         if (known or isinstance(entry, list)) and not _names_a_class(entry):
             raise ModelError(
                 f"{path}: {shown(part)[1:-1]}: got {shown(entry)}; allowed [library, class], or [null, "
@@ -243,11 +240,11 @@ def check_index(folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
         denoiser: class of its denoiser, as its config says.
     """
     path, pipeline = folder / INDEX, shown(index.get("_class_name"))
-    named = next((name for part in PARTS if (name := part_class(index, part)) is not None), None)
+    named = next((name for part in DENOISER_FOLDERS if (name := part_class(index, part)) is not None), None)
     if named not in (None, denoiser, FORMER_CLASS):
-        part = next(part for part in PARTS if part_class(index, part) == named)
+        part = next(part for part in DENOISER_FOLDERS if part_class(index, part) == named)
         raise ModelError(f"{path}: {part}: got {shown(named)}; allowed {denoiser!r}, as its config says")
-    taken = (*PARTS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, *UNREAD, "scheduler")
+    taken = (*DENOISER_FOLDERS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, *UNREAD, "scheduler")
     for part, entry in index.items():
         if not part.startswith("_") and part not in taken and isinstance(entry, list) and entry[1] is not None:
             rule = "null: what it gives the pipeline or its denoiser is no input here"

@@ -17,9 +17,9 @@ import openvino as ov
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.machine.files import file_digest, write_json
 from pqcad_qat.machine.json_files import read_json, shown
+from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.serving.manifest import (
     CONFIG,
-    DENOISERS,
     GRAPH,
     PACKED_GRAPH,
     PARTS,
@@ -174,7 +174,7 @@ def write_folder(
     manifest: Mapping[str, Any],
     *,
     folder: Path,
-    part: str = DENOISERS[0],
+    part: str = DENOISER_FOLDERS[0],
     further: Callable[[Path], Mapping[str, Any]] = nothing_further,
 ) -> dict[str, Any]:
     """Write a deployed folder; an older one there is replaced.
@@ -186,7 +186,7 @@ def write_folder(
         manifest: all but what follows from the files: `graph`, `weights`, `files`, `parts`, and `stored_bits` of the
             `layers`.
         folder: where to.
-        part: of DENOISERS, that the graph is written in.
+        part: of DENOISER_FOLDERS, that the graph is written in.
         further: writes what else belongs below the folder that it is given, and returns the manifest's `parts`.
 
     Returns:

@@ -46,19 +46,19 @@ def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[An
         ports: the names of each; a compiled graph has some of the inside's among them.
         given: `sample` (B, C, H, W), `timestep` (B,), and the conditions (B, ...), by name.
     """
-    found = dict(given)
+    inputs = dict(given)
     known = set().union(*ports)
     if SAMPLE not in known:
-        found[STATES] = found.pop(SAMPLE)
+        inputs[STATES] = inputs.pop(SAMPLE)
     if PLACES[0] in known:
-        _, _, height, width = found[STATES].shape
-        found |= {
-            STATES: np.ascontiguousarray(packed(found[STATES])),
-            TIME: np.asarray(found[TIME], np.float32) / np.float32(THOUSANDTHS),
+        _, _, height, width = inputs[STATES].shape
+        inputs |= {
+            STATES: np.ascontiguousarray(packed(inputs[STATES])),
+            TIME: np.asarray(inputs[TIME], np.float32) / np.float32(THOUSANDTHS),
             PLACES[0]: places(height, width),
-            PLACES[1]: text_places(found[TEXT].shape[1]),
+            PLACES[1]: text_places(inputs[TEXT].shape[1]),
         }
-    return {name: found[name] for names in ports for name in names if name in found}
+    return {name: inputs[name] for names in ports for name in names if name in inputs}
 
 
 def expected_ports(
@@ -72,20 +72,20 @@ def expected_ports(
     """Name of a port -> its shape and dtype, in a graph that knows these names, for a batch of samples and their
     conditions.
     """
-    found = {condition["name"]: ([batch, *condition["shape"]], condition["dtype"]) for condition in conditions}
-    found[TIME] = ([batch], time)
+    expected = {condition["name"]: ([batch, *condition["shape"]], condition["dtype"]) for condition in conditions}
+    expected[TIME] = ([batch], time)
     if PLACES[0] in known:
         tokens = next(
             (condition["shape"][0] for condition in conditions if condition["name"] == TEXT and condition["shape"]), 0
         )
         channels, height, width = sample_shape
         rows, width_of_row = rows_shape(channels, height, width)
-        return found | {
+        return expected | {
             STATES: ([batch, rows, width_of_row], "float32"),
             PLACES[0]: ([rows, 3], "float32"),
             PLACES[1]: ([tokens, 3], "float32"),
         }
-    return found | {SAMPLE if SAMPLE in known else STATES: ([batch, *sample_shape], "float32")}
+    return expected | {SAMPLE if SAMPLE in known else STATES: ([batch, *sample_shape], "float32")}
 
 
 def prediction(output: Float32, height: int, width: int) -> Float32:

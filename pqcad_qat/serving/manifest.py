@@ -19,9 +19,6 @@ from pqcad_qat.models.families.table import families
 
 SCHEMA_VERSION = 1
 
-DENOISERS = DENOISER_FOLDERS
-"""Folders that a denoiser may lie in, by its class, as optimum-intel has them."""
-
 GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
     "openvino_model.xml",
     "openvino_model.xml.gz",
@@ -228,7 +225,7 @@ def _is_shape(value: Any, ranks: tuple[int, ...]) -> bool:
 
 def _is_graph(value: Any) -> bool:
     part, _, name = value.partition("/") if isinstance(value, str) else ("", "", "")
-    return part in DENOISERS and name in (GRAPH, PACKED_GRAPH)
+    return part in DENOISER_FOLDERS and name in (GRAPH, PACKED_GRAPH)
 
 
 def _is_inside(name: str) -> bool:
@@ -260,7 +257,7 @@ def _optional_steps(provenance: Any) -> bool:
 
 
 VALUES: Mapping[str, tuple[Fits, str]] = {
-    "graph": (_is_graph, f"{' or '.join(DENOISERS)}, then {GRAPH} or {PACKED_GRAPH}"),
+    "graph": (_is_graph, f"{' or '.join(DENOISER_FOLDERS)}, then {GRAPH} or {PACKED_GRAPH}"),
     "weights": (
         lambda value: _is_object(value) and value.get("format") in FORMATS,
         f"an object with format: {', '.join(FORMATS)}",

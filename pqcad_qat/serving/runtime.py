@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, executing, precision, shared_core
@@ -33,7 +34,7 @@ from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, prediction, spelled
-from pqcad_qat.serving.manifest import DENOISERS, SCHEDULER_CONFIG
+from pqcad_qat.serving.manifest import SCHEDULER_CONFIG
 from pqcad_qat.serving.packing import WeightFormat
 
 __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
@@ -126,7 +127,8 @@ class OVUNet2DModel(StandIn):
             ModelError: not such a folder, a damaged one, no such device, or properties that OpenVINO refuses.
         """
         path = Path(folder)
-        inside = path.name in DENOISERS and not (path / MANIFEST).is_file()  # what diffusers' pipelines hand over
+        # diffusers' pipelines hand over the denoiser's folder
+        inside = path.name in DENOISER_FOLDERS and not (path / MANIFEST).is_file()
         return cls(path.parent if inside else path, device, properties)
 
     def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:

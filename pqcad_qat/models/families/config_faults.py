@@ -21,7 +21,7 @@ FEED_FORWARD = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "linea
 
 ENCODER_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 DECODER_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-"""Of AutoencoderKL."""
+"""The blocks of AutoencoderKL."""
 
 
 LARGEST_TABLE = 2**26
@@ -29,6 +29,7 @@ LARGEST_TABLE = 2**26
 
 
 def allowed(key: str, got: object, rule: str) -> str:
+    """The sentence that refuses a value of a key."""
     return f"{key}: got {shown(got)}; allowed {rule}"
 
 
@@ -39,27 +40,30 @@ def sides_of(config: Config) -> tuple[int, int] | None:
 
 
 def size_fault(config: Config, multiple: int, why: str) -> Iterator[str]:
-    """Where a side of x_t is no multiple."""
+    """A fault where a side of x_t is no multiple."""
     if any(side % multiple for side in sides_of(config) or ()):
         yield allowed("sample_size", config["sample_size"], f"multiples of {multiple}, {why}")
 
 
 def among(config: Config, key: str, known: Sequence[str | None]) -> Iterator[str]:
+    """A fault where a key has none of the known values."""
     if config.get(key) not in known:
         yield allowed(key, config.get(key), ", ".join(map(str, known)))
 
 
 def nothing(config: Config, key: str, why: str) -> Iterator[str]:
+    """A fault where a key asks for something."""
     if config.get(key):
         yield allowed(key, config[key], f"null: {why}")
 
 
 def total_width(config: Config) -> int:
+    """The width of a transformer: that of all its heads."""
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
 def patched(config: Config) -> Iterator[str]:
-    """Transformers of patches, with a table of places for each."""
+    """What is wrong with a transformer of patches, which has a table of their places."""
     patch, width = config["patch_size"], total_width(config)
     if "activation_fn" in config:
         yield from among(config, "activation_fn", FEED_FORWARD)
@@ -83,7 +87,7 @@ def patched(config: Config) -> Iterator[str]:
 
 
 def channels(config: Config) -> Iterator[str]:
-    """What is read beside the noisy sample, of any class."""
+    """What is wrong with the channels of x_t and of the prediction, in any class."""
     inputs, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if outputs < inputs:
         more = f"{inputs - outputs} channels more than the {outputs} of its prediction"
@@ -97,7 +101,7 @@ def channels(config: Config) -> Iterator[str]:
 
 
 def autoencoder(config: Config) -> Iterator[str]:
-    """AutoencoderKL."""
+    """What is wrong with an AutoencoderKL."""
     levels = config["block_out_channels"]
     if not levels:
         yield allowed("block_out_channels", levels, "the channels of one level or more")

@@ -17,8 +17,8 @@ from pqcad_qat.models.families.prompt_layouts import PromptLayout
 Config = Mapping[str, Any]
 
 Part = Literal["unet", "transformer"]
-DENOISER_FOLDERS: tuple[Part, ...] = get_args(Part)
-"""The folders of a pipeline that hold a denoiser, by its family."""
+DENOISER_FOLDERS: tuple[str, ...] = get_args(Part)
+"""The folders of a pipeline that a denoiser may lie in, by its family, as diffusers and optimum-intel have them."""
 
 TEXT = "encoder_hidden_states"
 """The condition that is a sequence of text's tokens."""
