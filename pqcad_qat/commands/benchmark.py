@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -189,17 +189,13 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     latencies = time_denoisers(denoiser, files, inputs, runs)
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
     known = list(quantizable_layers(denoiser))
-    executed = {
-        name: _executed(file, precision_hint(name, machine), inputs, known, calls=min(runs, PROFILED_CALLS))
-        for name, file in files.items()
-    }
     sizes = {REFERENCE: 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
     sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
-    rows = [
-        SpeedRow(name, found, rates.get(name), sizes[name], **executed.get(name, {}))
-        for name, found in latencies.items()
-    ]
-    return Measurement(isa, timed.batch, machine, tuple(rows), left_out)
+    rows = {name: SpeedRow(name, found, rates.get(name), sizes[name]) for name, found in latencies.items()}
+    for name, file in files.items():
+        hint, calls = precision_hint(name, machine), min(runs, PROFILED_CALLS)
+        rows[name] = _with_execution(rows[name], file, hint, inputs, known=known, calls=calls)
+    return Measurement(isa, timed.batch, machine, tuple(rows.values()), left_out)
 
 
 def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Throughput]:
@@ -224,25 +220,26 @@ def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], di
     return files, left_out
 
 
-def _executed(
-    file: Path, hint: Mapping[str, str], inputs: Inputs, known: Sequence[str], *, calls: int
-) -> dict[str, Any]:
-    """The fields of a SpeedRow that the execution graph of the timed file tells."""
+def _with_execution(
+    row: SpeedRow, file: Path, hint: Mapping[str, str], inputs: Inputs, *, known: Sequence[str], calls: int
+) -> SpeedRow:
+    """The row with what the execution graph of the timed file tells of the layers that are known."""
     compiled = compile_for_latency(file, {**PROFILING, **hint}, len(inputs["sample"]))
     nodes = executed_nodes(compiled)
-    found: dict[str, Any] = {"layers": _layers(nodes, known)}
-    if (file / MANIFEST).is_file():
-        manifest = read_manifest(file)
-        planned = layer_precisions(nodes, manifest["layers"]) | attention_precisions(
-            compiled, manifest.get("attention", {})
-        )
-        missed = tuple(name for name, precision in planned.items() if precision not in INT8)
-        found = {"layers": found["layers"] | planned, "planned": len(planned), "planned_float": missed}
-    return found | {
-        "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
-        "kernels": dict(Counter(node.kernel for node in nodes if node.kind in MATRIX_NODES)),
-        "profile": profile_rows(compiled, inputs, calls),
-    }
+    row = replace(
+        row,
+        layers=_layers(nodes, known),
+        inference_precision=compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        kernels=dict(Counter(node.kernel for node in nodes if node.kind in MATRIX_NODES)),
+        profile=profile_rows(compiled, inputs, calls),
+    )
+    if not (file / MANIFEST).is_file():
+        return row
+    manifest = read_manifest(file)
+    attention = attention_precisions(compiled, manifest.get("attention", {}))
+    planned = layer_precisions(nodes, manifest["layers"]) | attention
+    missed = tuple(name for name, precision in planned.items() if precision not in INT8)
+    return replace(row, layers={**row.layers, **planned}, planned=len(planned), planned_float=missed)
 
 
 def _layers(nodes: Sequence[ExecutedNode], known: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.families import stable_diffusion
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.models.families.table import FORMER_CLASS, OF_PICTURES
-from pqcad_qat.models.weight_files import SAFETENSORS, VARIANTS, has_weights
+from pqcad_qat.models.weight_files import FILE_VARIANTS, SAFETENSORS, has_weights
 from pqcad_qat.policy.schema import EMBEDDED
 
 INDEX = "model_index.json"
@@ -136,7 +136,7 @@ def downloaded_pipeline(source: str) -> Path:
     ]
     kinds = [
         kind
-        for variant in VARIANTS
+        for variant in FILE_VARIANTS
         for kind in (
             f".{variant}{SAFETENSORS}",
             f"{SAFETENSORS}.index.{variant}.json",

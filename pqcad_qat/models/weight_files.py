@@ -20,7 +20,7 @@ from pqcad_qat.machine.json_files import read_json, shown
 
 SAFETENSORS = ".safetensors"
 
-VARIANTS = ("fp32", "fp16", "bf16")
+FILE_VARIANTS = ("fp32", "fp16", "bf16")
 """In the names of files of another precision, which are taken where no others are there: the first of these."""
 
 OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".gguf")
@@ -97,7 +97,7 @@ def variant_of(file: Path) -> str | None:
     """The precision that the name of a file of weights says, as diffusers and transformers call it; None where it says
     none.
     """
-    return next((variant for variant in VARIANTS if f".{variant}" in file.name), None)
+    return next((variant for variant in FILE_VARIANTS if f".{variant}" in file.name), None)
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
@@ -223,7 +223,7 @@ def _unwrapped(names: Sequence[str]) -> list[str]:
 
 
 def _whole_or_index(folder: Path, stem: str) -> Path | None:
-    kinds = ["", *(f".{variant}" for variant in VARIANTS)]
+    kinds = ["", *(f".{variant}" for variant in FILE_VARIANTS)]
     names = [name for kind in kinds for name in (f"{stem}{kind}{SAFETENSORS}", f"{stem}{SAFETENSORS}.index{kind}.json")]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
@@ -239,7 +239,7 @@ def _without_weights(folder: Path, stem: str, note: str) -> str:
     if named := [name for name in beside if name.startswith(stem) and name.endswith(SAFETENSORS)]:
         return (
             f"{fault}; got {named[0]}; allowed that name, or one with "
-            f"{', '.join(f'.{variant}' for variant in VARIANTS)} before its end"
+            f"{', '.join(f'.{variant}' for variant in FILE_VARIANTS)} before its end"
         )
     return fault
 
