@@ -436,7 +436,7 @@ class Policy(PolicyFile):
         return 1.0 if once else self.sampler.guidance_scale
 
     def sampling_steps(self, variant: str) -> int:
-        """Of an image of a variant."""
+        """The sampling steps of an image of a variant."""
         return self.distillation.student_steps if VARIANTS[variant].student_steps else self.sampler.steps
 
     def faults(self) -> Iterator[Fault]:

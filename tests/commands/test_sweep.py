@@ -65,7 +65,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
     root = tmp_path_factory.mktemp("sweep")
     overrides = tiny_overrides(
-        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", f"evaluation.variants=[fp32, {NNCF_INT8}, pq]"
+        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", f"evaluation.variants=[{FP32}, {NNCF_INT8}, {PQ}]"
     )
     made: dict[str, int] = {}
     torch.set_num_threads(1)
@@ -230,7 +230,7 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
 
 
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
-    untimed = [*swept.overrides, "evaluation.variants=[fp32, pq]"]
+    untimed = [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]"]
     printed = io.StringIO()
     sweep(load_study(STUDY, untimed), tmp_path, "beside", Console(file=printed, width=200), jobs=2)
     for cell in swept.study.cells:

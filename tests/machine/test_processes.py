@@ -32,6 +32,7 @@ from pqcad_qat import cli
 from pqcad_qat.errors import CheckpointError, LaunchError
 from pqcad_qat.machine.processes import agreed, check_launch, exchanged
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.variants import PQ
 from pqcad_qat.stages import open_run as opening
 from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.timing.hardware import CAPS
@@ -164,7 +165,7 @@ def launcher(*arguments: str | Path) -> list[str]:
 
 
 def flags(model: Path, *more: str) -> list[str]:
-    only = ("evaluation.variants=[pq]", "evaluation.images=2", "evaluation.batch_size=2", "training.samples_every=4")
+    only = (f"evaluation.variants=[{PQ}]", "evaluation.images=2", "evaluation.batch_size=2", "training.samples_every=4")
     return [f"--set={override}" for override in tiny_overrides(model, *only, *more)]
 
 

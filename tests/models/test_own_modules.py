@@ -29,7 +29,7 @@ from pqcad_qat.models.own_modules import hold_statistics, plain_module
 from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
 from pqcad_qat.quantization.plan import expected_bytes, plan_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers, quantizable_layers
 from pqcad_qat.stages.prepared import planned_shapes
@@ -154,7 +154,7 @@ class Everything(Network):
 def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
     policy = policy_of(
-        "everything", Everything, f"evaluation.variants=[fp32,{PQCAD_OPENVINO}]", "training.samples_every=0"
+        "everything", Everything, f"evaluation.variants=[{FP32},{PQCAD_OPENVINO}]", "training.samples_every=0"
     )
     path = pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True)).parent
     plan, report = (json.loads((path / name).read_text()) for name in ("plan.json", "report.json"))

@@ -83,6 +83,9 @@ def test_a_stage_that_trains_is_named_as_the_variant_that_it_makes() -> None:
 ELSEWHERE = re.compile("|".join(re.escape(name) for name in sorted(VARIANTS, key=len, reverse=True) if "-" in name))
 """Names that say nothing but a variant, wherever in a text they stand."""
 
+LISTED = re.compile(r"variants=\[(.*)\]")
+"""Where a policy lists them."""
+
 ARITHMETIC = {FP32: ("weight_files.py", "schema.py", "trainer.py", "test_policy_schema.py", "two_processes.py")}
 """Where a name is that of a floating-point format; tests of training have it too."""
 
@@ -96,7 +99,9 @@ def spelled(file: Path) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose
     ]
-    return {text for text in texts if text in VARIANTS} | {name for text in texts for name in ELSEWHERE.findall(text)}
+    listed = {name for text in texts for names in LISTED.findall(text) for name in re.findall(r"[\w-]+", names)}
+    alone = {text for text in texts if text in VARIANTS} | (listed & VARIANTS.keys())
+    return alone | {name for text in texts for name in ELSEWHERE.findall(text)}
 
 
 def test_no_other_file_spells_the_name_of_a_variant() -> None:

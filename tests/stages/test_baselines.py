@@ -21,7 +21,7 @@ from pqcad_qat.commands.run import run
 from pqcad_qat.errors import DiedError
 from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_FP32
 from pqcad_qat.report.comparison import compare_runs, named_runs
 from pqcad_qat.report.comparison_page import cells, headings, markdown, remarks, render
 from pqcad_qat.report.report_files import read_report
@@ -62,7 +62,11 @@ def test_a_graph_that_cannot_be_run_is_a_reason_and_nothing_is_left_of_it(tmp_pa
 def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothing(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    small = (f"evaluation.variants=[fp32, {OV_FP32}, {NNCF_INT8}]", "evaluation.images=2", "calibration.trajectories=2")
+    small = (
+        f"evaluation.variants=[{FP32}, {OV_FP32}, {NNCF_INT8}]",
+        "evaluation.images=2",
+        "calibration.trajectories=2",
+    )
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *small))
     died, fine = tmp_path / "died", tmp_path / "fine"
     attempts: list[str] = []

@@ -21,7 +21,7 @@ from torch import Tensor
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.variants import FP32_HALF, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32, FP32_HALF, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.sampling.schedulers import DDIM_KEYS, KIN
 from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule, trajectory, written_out
 from pqcad_qat.serving.runtime import OVUNet2DModel
@@ -92,7 +92,7 @@ def test_a_run_deploys_it_and_diffusers_pictures_are_ours(name: str, keys: dict[
     steps = (
         f"sampler.steps={2 * STEPS}",
         f"distillation.student_steps={STEPS}",
-        f"evaluation.variants=[fp32,{FP32_HALF},pqcad,{PQCAD_OPENVINO}]",
+        f"evaluation.variants=[{FP32},{FP32_HALF},{PQCAD},{PQCAD_OPENVINO}]",
     )
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tmp_path / "model", *budget, *steps))
     pipeline.run(policy, tmp_path / "run", "python -m pqcad_qat run", Console(file=io.StringIO()))

@@ -45,7 +45,7 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.activation_checkpointing=true": set(),
     "calibration.batch_size=2": set(),
     "evaluation.features=none": {"evaluation"},
-    "evaluation.variants=[fp32, pq]": {"evaluation"},
+    f"evaluation.variants=[{FP32}, {PQ}]": {"evaluation"},
     "evaluation.seed=5": {*IMAGES, "evaluation"},
     "evaluation.images=4": {*IMAGES, "evaluation"},
     "evaluation.batch_size=4": {*IMAGES, "evaluation"},
@@ -132,7 +132,7 @@ def run(model: Path, path: Path, *overrides: str, resume: bool = False) -> str:
     torch.set_num_threads(1)
     printed = io.StringIO()
     policy = load_policy(
-        POLICIES / "smoke.yaml", tiny_overrides(model, "evaluation.variants=[fp32, pq, pqcad]", *overrides)
+        POLICIES / "smoke.yaml", tiny_overrides(model, f"evaluation.variants=[{FP32}, {PQ}, {PQCAD}]", *overrides)
     )
     pipeline.run(policy, path, "command", Console(file=printed, width=300), resume=resume)
     return printed.getvalue()

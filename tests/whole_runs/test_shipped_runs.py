@@ -96,7 +96,7 @@ def test_each_goes_through_training_distillation_export_and_proof(name: str, tmp
     )
     assert {row["name"] for row in report["variants"]} >= {*policy.evaluation.variants} - {OV_BF16}
     other = str(not policy.training.activation_checkpointing).lower()
-    run_of(name, source, trained, f"training.activation_checkpointing={other}", "evaluation.variants=[pqcad]")
+    run_of(name, source, trained, f"training.activation_checkpointing={other}", f"evaluation.variants=[{PQCAD}]")
     for stage in (PQ, PQCAD):
         one, two = (load_file(path / "models" / f"{stage}.safetensors") for path in (whole, trained))
         assert [key for key, value in one.items() if not value.equal(two[key])] == []
