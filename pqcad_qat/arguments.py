@@ -27,6 +27,18 @@ from pqcad_qat.policy.schema import known_keys
 Commands = Mapping[str, Callable[..., None]]
 HELP = {"-h", "--help"}
 
+COMPLETION = """
+COMPLETION
+    Fire prints a script by which a shell completes commands and flags. For this shell, or at the end of its start file:
+
+     bash
+       source <(pqcad-qat -- --completion)
+
+     fish
+       pqcad-qat -- --completion fish | source
+"""
+"""What the help says of shell completion."""
+
 
 def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:
     """The arguments as Fire reads them rightly: switches spelled out, every --set in one list.
@@ -175,7 +187,8 @@ def help_text(commands: Commands, given: Sequence[str]) -> str:
     with redirect_stderr(text), suppress(SystemExit):
         fire.Fire(dict(commands), command=[*named, "--", "--help"], name="pqcad-qat")
     plain = re.sub(r"Type: Optional\['(\w+) \| None'\]\n *Default: None", r"Type: \1", text.getvalue())
-    return re.sub(r"Type: '(.*)'", r"Type: \1", plain)
+    dashed = re.sub(r"--[a-z]+_[a-z_]+(?==)", lambda flag: flag[0].replace("_", "-"), plain)
+    return re.sub(r"Type: '(.*)'", r"Type: \1", dashed) + ("" if named else COMPLETION)
 
 
 def several(flag: str, given: object) -> tuple[object, ...]:

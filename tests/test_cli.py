@@ -22,7 +22,7 @@ from rich.console import Console
 from small_networks import unet_config
 from tiny_runs import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, tiny_overrides
 
-from pqcad_qat import __version__, cli
+from pqcad_qat import __version__, cli, console
 from pqcad_qat.arguments import fire_arguments
 from pqcad_qat.errors import UsageError
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_FP32, PQCAD_OPENVINO
@@ -37,7 +37,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
     """Call the console script's function in this process, in an empty folder; (exit code, output, errors)."""
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200, markup=False))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=200, markup=False))
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -78,6 +78,15 @@ def test_help_of_a_command_says_what_each_argument_is_in_plain_types(call: Call,
     assert "Optional[" not in output
     assert "FIRE" not in output
     assert "GROUP" not in output
+
+
+def test_help_says_how_a_shell_completes_commands_and_flags(call: Call) -> None:
+    assert "source <(pqcad-qat -- --completion)" in call("--help")[1]
+    assert "--completion" not in call("run", "--help")[1]
+    script = call("--", "--completion")[1]
+    assert "complete -F" in script
+    assert all(name in script for name in cli.COMMANDS)
+    assert "--dry-run" in script
 
 
 def test_help_and_a_policys_faults_come_without_loading_torch() -> None:
@@ -188,9 +197,20 @@ MISTAKES = {
         r"policies: got nothing to time; allowed a run, .*ddpm-cifar10-32",
     ),
     "a policy that is not there": (
-        ["benchmark", "ddpm-cifar10-32"],
-        r"policies/w4a8\.yaml: no such file; .* --policy FILE",
+        ["benchmark", "ddpm-cifar10-32", "--policy", "no-such.yaml"],
+        r"no-such\.yaml: no such file; .* --policy FILE",
     ),
+    "a name that no policy has": (
+        ["run", "w4a9"],
+        r"w4a9: got no file and no policy of that name; allowed a policy file, or one that ships: smoke, .*"
+        r"did you mean w4a8\?",
+    ),
+    "a name of another kind": (["sweep", "w4a8"], r"w4a8: got no file and no policy of that name; .* bits, "),
+    "a copy of nothing": (["policies", "--copy", "my.yaml"], r"got 0 names of policies; allowed one"),
+    "a copy of two": (["policies", "w4a8", "w8a8", "--copy", "my.yaml"], r"got 2 names of policies; allowed one"),
+    "a copy that is no policy": (["policies", "w4a8", "--copy", "x.txt"], r"--copy: got 'x\.txt'; allowed a name in"),
+    "a copy of what does not ship": (["policies", "w4a9", "--copy", "x.yaml"], r"w4a9: got no policy that ships"),
+    "a report of no run": (["report", str(POLICIES)], r"policies: got a folder without policy\.yaml; allowed"),
     "nothing to rehearse": (
         ["rehearse", str(POLICIES / "w4a8-sd15.yaml"), "--out", "x"],
         r"--model: got 'stable-diffusion-v1-5/.*'; allowed a denoiser's config\.json, .* architecture: "
@@ -432,6 +452,69 @@ def test_a_comparison_lies_beside_the_runs_unless_told_otherwise(
     assert page.is_file()
     assert list(tmp_path.iterdir()) == []
     assert call("compare", tiny_run.path, "--out", "mine.html")[1].endswith("page: mine.html\n")
+
+
+def test_a_finished_runs_report_is_made_again_from_its_folder_alone(
+    call: Call, tiny_run: FinishedRun, tmp_path: Path
+) -> None:
+    page = tiny_run.path / "report.html"
+    before, page_before = json.loads((tiny_run.path / "report.json").read_text()), page.read_bytes()
+    page.unlink()
+    code, output, _ = call("report", tiny_run.path)
+    assert code == 0
+    assert f"report:   {page}" in output
+    after = json.loads((tiny_run.path / "report.json").read_text())
+    assert {**after, "created": ""} == {**before, "created": ""}
+    assert abs(len(page.read_bytes()) - len(page_before)) < 64
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(
+    call: Call, tiny_run: FinishedRun, tiny_folder: Path, tmp_path: Path
+) -> None:
+    code, output, _ = call("run", SMOKE, *sets(tiny_folder), "--dry-run")
+    assert code == 0
+    assert re.search(r"runs/smoke: (\d+) of \1 stages to do", output)
+    assert re.search(r"^ *pq +to do +\d+", output, re.MULTILINE)
+    assert "MB are wanted at most" in output
+    assert "layers quantized" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_on_a_run_says_which_stages_stay(call: Call, tiny_run: FinishedRun) -> None:
+    policy, before = tiny_run.path / "policy.yaml", content(tiny_run.path)
+    code, output, _ = call("run", policy, "--out", tiny_run.path, "--resume", "--dry-run")
+    assert code == 0
+    assert re.search(r": 0 of \d+ stages to do", output)
+    more = ("--set", "evaluation.seed=7")
+    code, output, _ = call("run", policy, "--out", tiny_run.path, "--resume", "--dry-run", *more)
+    assert code == 0
+    assert re.search(r"^ *pq +kept", output, re.MULTILINE)
+    assert re.search(r"^ *samples-fp32 +again: evaluation\.seed", output, re.MULTILINE)
+    assert call("run", policy, "--out", tiny_run.path, "--dry-run")[0] == 2
+    assert content(tiny_run.path) == before
+
+
+def test_the_policies_that_ship_are_listed_shown_and_copied(call: Call, tmp_path: Path) -> None:
+    code, output, _ = call("policies")
+    assert code == 0
+    assert re.search(r"^ *w4a8 +run +The default: 4-bit weights", output, re.MULTILINE)
+    assert call("policies", "w4a8")[1] == (POLICIES / "w4a8.yaml").read_text()
+    assert call("policies", "w4a8-sd15", "--copy", "my.yaml")[1] == "written: my.yaml\nwritten: prompts.txt\n"
+    code, _, errors = call("policies", "w4a8-sd15", "--copy", "my.yaml")
+    assert (code, errors) == (2, "error: --copy: got my.yaml, which is there; allowed a new file\n")
+
+
+@pytest.mark.parametrize("columns", [80, 50])
+def test_narrow_terminals_are_shown_whole_names(
+    call: Call, tiny_run: FinishedRun, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr(console, "CONSOLE", Console(width=columns, markup=False))
+    output = call("plan", SMOKE, *sets(tiny_folder))[1] + call("report", tiny_run.path)[1]
+    layers = json.loads((tiny_run.path / "plan.json").read_text())["layers"]
+    assert all(layer["name"] in output for layer in layers)
+    assert "pqcad-openvino" in output
+    assert "…" not in output
 
 
 def test_the_version_is_that_of_the_package(call: Call) -> None:

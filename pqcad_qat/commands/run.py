@@ -13,21 +13,22 @@ from textwrap import indent
 from rich.console import Console
 from torch import nn
 
-from pqcad_qat.machine.files import room_for, write_file
+from pqcad_qat.machine.files import free_bytes, room_for, write_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
 from pqcad_qat.quantization.plan import plan_json
+from pqcad_qat.report.outlook import AGAIN, GOES_ON, KEPT, TO_DO, RunOutlook, StageOutlook
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
-from pqcad_qat.stages.disk_use import room_warning
+from pqcad_qat.stages.disk_use import room_warning, stage_bytes
 from pqcad_qat.stages.measure import evaluate, report, sample
-from pqcad_qat.stages.open_run import open_run
+from pqcad_qat.stages.open_run import holds_run, open_run
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare
-from pqcad_qat.stages.recipes import recipes
+from pqcad_qat.stages.recipes import recipes, training_steps
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.training.metrics_log import log_texts
@@ -54,6 +55,33 @@ def run(
         if (warning := room_warning(policy, prepared, table, to_do, path=path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
         return _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
+
+
+def outlook(policy: Policy, path: Path, resume: bool = False) -> RunOutlook:
+    """What `run` would do in that folder; nothing is written.
+
+    Raises:
+        PqcadError: what `run` would refuse before its first stage.
+    """
+    with located(policy):
+        new_accelerator(policy.training.precision)
+        prepared = prepare(policy)
+        table = recipes(policy, prepared)
+    folder = RunFolder(path, table)
+    again = folder.outdated() if holds_run(path, resume) else {}
+    stages = []
+    for stage in table:
+        if stage in again:
+            state = AGAIN
+        elif folder.finished(stage):
+            state = KEPT
+        else:
+            state = TO_DO if folder.begun(stage) is None else GOES_ON
+        steps = training_steps(policy, stage) if table[stage].trained else None
+        size = stage_bytes(policy, prepared, table, stage)
+        stages.append(StageOutlook(stage, state, again.get(stage, ""), steps, size))
+    notes = notes_on(policy, prepared.plan, prepared.model.folder)
+    return RunOutlook(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
 
 
 def _all_stages(

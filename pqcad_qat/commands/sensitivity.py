@@ -17,6 +17,7 @@ from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.errors import PlanError
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar, working
 from pqcad_qat.models.denoiser import PredictArguments
 from pqcad_qat.policy.loading import dump_policy
@@ -27,8 +28,8 @@ from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, m
 from pqcad_qat.quantization.plan import LayerPlan, expected_bytes, plan_layers
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.quantization.quantized_layer import set_weight_bits
-from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport
-from pqcad_qat.stages.prepared import RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
+from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport, write_sensitivity
+from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
 
 OWN, CHOSEN = "the policy's own widths", "chosen"
 """The assignments of a report."""
@@ -44,6 +45,42 @@ class Limit:
     def of(self, whole: int) -> int:
         """The limit in bytes, for a model that takes `whole` in float32."""
         return int(self.number * (whole if self.unit == "x" else 1e6))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was found, and where it is written.
+
+    Attributes:
+        report: of every layer at every width.
+        page: that shows it.
+        policy: file of the policy of mixed widths, None without a size.
+    """
+
+    report: SensitivityReport
+    page: Path
+    policy: Path | None
+
+
+def sensitivity(
+    policy: Policy,
+    widths: Sequence[int],
+    states: int,
+    size: Limit | None,
+    *,
+    folder: Path,
+    command: str,
+    console: Console,
+) -> Sensitivity:
+    """Measure as `measure_sensitivity`, and write what was found into a folder; the calibration set lies beside it."""
+    report, mixed = measure_sensitivity(
+        policy, widths, states, size, cache=folder.parent / CALIBRATION, command=command, console=console
+    )
+    page = write_sensitivity(report, folder)
+    if mixed is None:
+        return Sensitivity(report, page, None)
+    write_file(folder / "policy.yaml", mixed)
+    return Sensitivity(report, page, folder / "policy.yaml")
 
 
 def measure_sensitivity(

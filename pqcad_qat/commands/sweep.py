@@ -23,20 +23,21 @@ from rich.console import Console
 from rich.text import Text
 
 from pqcad_qat.commands import run as pipeline
-from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError
+from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError, StudyError, UsageError, shortened
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar, working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
-from pqcad_qat.policy.variants import QUANTIZATION_AWARE, TRAINED, VARIANTS, stages_of
+from pqcad_qat.policy.variants import TRAINED, VARIANTS, stages_of
 from pqcad_qat.quantization.plan import listed
 from pqcad_qat.report.comparison import Comparison, Run, compare_runs
-from pqcad_qat.report.comparison_page import write_comparison
+from pqcad_qat.report.comparison_page import markdown, with_section, write_comparison
 from pqcad_qat.report.report_files import PAGE_FILE, read_report
 from pqcad_qat.report.tables import CellState
 from pqcad_qat.stages.open_run import POLICY, check_policy
 from pqcad_qat.stages.prepared import planned_shapes
+from pqcad_qat.stages.recipes import training_steps
 
 STUDY_PAGE = "study.html"
 ERRORS = "errors"
@@ -46,19 +47,32 @@ CONSOLES = "consoles"
 """Folder of what cells printed that ran beside others."""
 
 
-def sweep(study: Study, folder: Path, command: str, console: Console, *, jobs: int = 1, only: str = "*") -> Comparison:
+def sweep(
+    study: Study,
+    folder: Path,
+    command: str,
+    console: Console,
+    *,
+    jobs: int = 1,
+    only: str = "*",
+    page: Path | None = None,
+) -> Comparison:
     """Run every cell that is not finished, and after each write study.json, study.html and study.md of all that are.
 
     Args:
         only: glob on the names of the cells to run.
         jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
+        page: Markdown file that gets the table too, as a section with the study's name.
 
     Raises:
+        UsageError: the page is no text, or its folder is not there; nothing has been run.
         CheckpointError: a cell that is there belongs to another policy; nothing has been run.
         StudyError: as `check_cells`, cells that time models were to run beside others, or `only` matches none: nothing
             has been run. Or some cells failed; the others are in the table.
         KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
     """
+    if page is not None:
+        with_section(_page_text(page), study.name, "")
     _refuse_changed(study, folder)
     chosen = chosen_cells(study, only)
     waiting = [cell for cell in chosen if not finished(folder / cell.name)]
@@ -90,6 +104,8 @@ def sweep(study: Study, folder: Path, command: str, console: Console, *, jobs: i
         raise StudyError(
             f"{folder}: {len(failed)} of {len(chosen)} cells failed; the same command tries them again:\n{listed}"
         )
+    if page is not None:
+        write_file(page, with_section(_page_text(page), study.name, markdown(comparison)))
     return comparison
 
 
@@ -232,12 +248,16 @@ def _refuse_changed(study: Study, folder: Path) -> None:
         raise CheckpointError("\n".join([*faults, "--out DIR starts the study anew in another folder"]))
 
 
-def checked_cells(study: Study, folder: Path, console: Console, only: str = "*") -> tuple[CellState, ...]:
+def checked_cells(
+    study: Study, folder: Path, console: Console, *, only: str = "*", page: Path | None = None
+) -> tuple[CellState, ...]:
     """What every cell would do, and how far it is; nothing is run or written.
 
     Raises:
-        StudyError: as `check_cells`, or `only` matches none.
+        UsageError, StudyError: what `sweep` would refuse before the first cell.
     """
+    if page is not None:
+        with_section(_page_text(page), study.name, "")
     chosen = chosen_cells(study, only)
     check_cells(chosen, console)
     found = []
@@ -245,11 +265,20 @@ def checked_cells(study: Study, folder: Path, console: Console, only: str = "*")
         stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
         path = folder / cell.name
         state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"
-        steps = sum(_steps(cell.policy, stages))
+        steps = sum(training_steps(cell.policy, stage) for stage in stages)
         found.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state))
     return tuple(found)
 
 
-def _steps(policy: Policy, stages: Sequence[str]) -> list[int]:
-    """Training steps of each stage."""
-    return [policy.progressive.steps if stage in QUANTIZATION_AWARE else policy.distillation.steps for stage in stages]
+def _page_text(page: Path) -> str:
+    """The text of a Markdown file; nothing where there is none yet.
+
+    Raises:
+        UsageError: it is no text, or its folder is not there.
+    """
+    if page.parent.is_dir() and not page.exists():
+        return ""
+    try:
+        return page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--page: got {shortened(str(page))!r}; allowed a Markdown file, or a new one") from error

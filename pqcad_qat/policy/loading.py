@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from pqcad_qat.policy.faults import find_faults
 from pqcad_qat.policy.paths import anchor, anchor_override
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.shipped import named_file
 from pqcad_qat.policy.study import StudyPolicy
 from pqcad_qat.policy.tree import Tree, assign, key_steps, merge
 from pqcad_qat.policy.yaml_text import DEPTH, Dumper, parse, read_text
@@ -80,7 +81,7 @@ def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
     if not isinstance(tree.children, dict) or "extends" not in tree.children:
         return tree
     extends = tree.children.pop("extends")
-    parent = named_file(extends, "extends", path, faults)
+    parent = _file_below(extends, "extends", path, faults)
     below = (*below, path.resolve())
     if parent is None:
         return tree
@@ -93,12 +94,13 @@ def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
     return merge(read_tree(parent, below, faults), tree)
 
 
-def named_file(named: Tree, key: str, path: Path, faults: list[str]) -> Path | None:
-    """The policy file that a key of the file `path` names, relative to it; None and a fault where there is none."""
-    if isinstance(named.value, str) and os.path.isfile(file := path.parent / os.path.expanduser(named.value)):
+def _file_below(named: Tree, key: str, path: Path, faults: list[str]) -> Path | None:
+    """The policy file that a key of the file `path` names; None and a fault where there is none."""
+    if isinstance(named.value, str) and os.path.isfile(file := named_file(named.value, path.parent)):
         return file
     faults.append(
-        f"{named.origin}: {key}: got {shortened(str(named.plain()))}; allowed a policy file, relative to this one"
+        f"{named.origin}: {key}: got {shortened(str(named.plain()))}; allowed a policy file, relative to this one, or "
+        "the name of a policy that ships"
     )
     return None
 
@@ -200,7 +202,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of policy files of every kind, for editors.
 
-    Keys are required only inside lists, or where no `extends` stands: a parent file may give the rest.
+    Keys are required only inside lists, or where no `extends` stands: a parent file may give the rest. `kind` says
+    which keys a file has; without one it is a policy for `run`. So an editor tells the faults of one kind alone.
     """
     kinds = (Policy, PretrainPolicy, StudyPolicy)
     refs, schema = models_json_schema([(kind, "validation") for kind in kinds])
@@ -208,14 +211,26 @@ def json_schema() -> dict[str, Any]:
     for kind in kinds:
         part = parts[kind.__name__]
         part["properties"] = {
-            "extends": {"type": "string", "description": "policy file below this one, relative to it"}
+            "extends": {
+                "type": "string",
+                "description": "policy below this one: a file relative to it, or a name",
+            }
         } | part["properties"]
-        part["anyOf"] = [{"required": ["extends"]}, {"required": part.pop("required")}]
+        part |= {"if": {"required": ["extends"]}, "else": {"required": part.pop("required")}}
         for section in part["properties"].values():
             parts.get(section.get("$ref", "").rsplit("/", 1)[-1], {}).pop("required", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pqcad_qat policy",
-        "anyOf": list(refs.values()),
+        **_by_kind(*refs.values()),
         "$defs": parts,
     }
+
+
+def _by_kind(policy: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of the kind that a file names, that of a policy for `run` where it names none."""
+    found: Mapping[str, Any] = policy
+    for name, part in zip(list(COMMANDS)[1:], others, strict=True):
+        named = {"properties": {"kind": {"const": name}}, "required": ["kind"]}
+        found = {"if": named, "then": part, "else": found}
+    return dict(found)

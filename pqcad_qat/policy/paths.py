@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import Location, key_path
+from pqcad_qat.policy.shipped import named_file
 from pqcad_qat.policy.tree import Tree, key_steps
 
 PATHS: Mapping[Location, str] = {
@@ -40,7 +41,7 @@ def anchor(tree: Tree, file: Path, faults: list[str]) -> None:
     policies = tree.child("policies")
     for entry in policies.children if policies is not None and isinstance(policies.children, list) else []:
         if isinstance(entry.value, str):
-            entry.value = os.path.normpath(file.parent / os.path.expanduser(entry.value))
+            entry.value = os.path.normpath(named_file(entry.value, file.parent))
 
 
 def anchor_override(steps: list[str], value: Tree, faults: list[str]) -> None:

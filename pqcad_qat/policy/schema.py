@@ -374,6 +374,7 @@ class EvaluationPolicy(Section):
         None,
         description="feature network of FID, with statistics of real images: embedded:NAME or a folder; none: no FID;"
         " null: an embedded model's own, and none for other models",
+        examples=["none", "embedded:fashion-mnist", "embedded:digits"],
     )
     seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
 

@@ -17,9 +17,12 @@ from rich.text import Text
 from torch import nn
 
 from pqcad_qat.export.proof import INT8
+from pqcad_qat.policy.loading import COMMANDS
+from pqcad_qat.policy.shipped import ShippedPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, quantizer_words
 from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers, parameter_count
+from pqcad_qat.report.outlook import KEPT, RunOutlook
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report
 from pqcad_qat.report.rehearsal_record import Rehearsal
 from pqcad_qat.report.terminal_table import TerminalTable
@@ -129,6 +132,37 @@ def result_remarks(report: Report) -> Iterator[Text]:
         measured = "-" if goal.measured is None else f"{goal.measured:.4g}"
         why = f" ({goal.note})" if goal.holds is None and goal.note else ""
         yield Text.assemble("  ", mark, f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}{why}")
+
+
+def stages_ahead(outlook: RunOutlook) -> TerminalTable:
+    """What a run would do, stage by stage, and whether its disk has room for it."""
+    ahead = [stage for stage in outlook.stages if stage.state != KEPT]
+    wanted = sum(stage.size_bytes for stage in ahead)
+    caption = f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(outlook.free_bytes)} MB are free"
+    table = TerminalTable(
+        title=f"{outlook.folder}: {len(ahead)} of {len(outlook.stages)} stages to do",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("stage", "is"):
+        table.add_column(heading)
+    for heading in ("training steps", "MB"):
+        table.add_column(heading, justify="right")
+    for stage in outlook.stages:
+        state = f"{stage.state}: {stage.reason}" if stage.reason else stage.state
+        steps = "" if stage.training_steps is None else str(stage.training_steps)
+        size = "" if stage.state == KEPT or not stage.size_bytes else f"{stage.size_bytes / 1e6:,.1f}"
+        table.add_row(*map(Text, (stage.name, state, steps, size)))
+    return table
+
+
+def policies_table(policies: Sequence[ShippedPolicy]) -> TerminalTable:
+    """The policies that ship, by the command that takes them."""
+    table = TerminalTable("policy", "taken by", "what it is for", box=box.SIMPLE_HEAD)
+    for policy in policies:
+        table.add_row(policy.name, COMMANDS[policy.kind], policy.summary)
+    return table
 
 
 def cells_table(cells: Sequence[CellState], title: str) -> TerminalTable:

@@ -63,20 +63,29 @@ def open_run(
         yield folder
 
 
+def holds_run(path: Path, resume: bool) -> bool:
+    """Whether a run is there that `resume` goes on with.
+
+    Raises:
+        CheckpointError: there is one and `resume` was not asked for, or the folder holds something else.
+    """
+    if (path / POLICY).exists():
+        if not resume:
+            raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
+        return True
+    drafts = (f".{POLICY}.", f".{LAUNCH}.", LAUNCH)  # of a run that was killed in its first second
+    if path.is_dir() and any(not entry.name.startswith(drafts) for entry in path.iterdir()):
+        raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
+    return False
+
+
 def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes: int) -> Policy | PretrainPolicy | None:
     """The policy of the run that is there; or write what makes the folder one."""
     written, launch = path / POLICY, path / LAUNCH
-    if written.exists():
-        if not resume:
-            raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
+    if holds_run(path, resume):
         before = _policy_there(written, policy)
         _check_processes(launch, processes)
         return before
-    # a killed draft
-    if path.is_dir() and any(
-        not entry.name.startswith((f".{POLICY}.", f".{LAUNCH}.", LAUNCH)) for entry in path.iterdir()
-    ):
-        raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_file(launch, json.dumps({"processes": processes}))

@@ -213,3 +213,8 @@ class _Table:
 
 def _versions(*packages: str) -> Mapping[str, str]:
     return {package: version(package) for package in packages}
+
+
+def training_steps(policy: Policy, stage: str) -> int:
+    """Training steps of a stage that trains."""
+    return policy.progressive.steps if stage in QUANTIZATION_AWARE else policy.distillation.steps

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import POLICIES
 
-from pqcad_qat import cli
+from pqcad_qat import cli, console
 from pqcad_qat.commands.pretrain import pretrain
 from pqcad_qat.data.images import load_images, to_float
 from pqcad_qat.errors import CheckpointError, ModelError, PolicyError, PqcadError
@@ -228,7 +228,7 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_the_command_trains_and_says_where_the_model_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=200))
     flags = [f"--set={override}" for override in (*TINY, "training.steps=1", "training.warmup=0")]
     cli.main(["pretrain", str(SHIPPED), "--out", str(tmp_path / "run"), *flags])
     assert capsys.readouterr().out.endswith(f"model: {tmp_path / 'run' / 'model'}\n")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny_runs import POLICIES, tiny_overrides
 
-from pqcad_qat import cli
+from pqcad_qat import cli, console
 from pqcad_qat.commands import profile as profile_module
 from pqcad_qat.commands.profile import profile
 from pqcad_qat.policy.loading import load_policy
@@ -48,7 +48,7 @@ def test_the_command_prints_every_part_and_writes_nothing(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=160))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=160))
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
     cli.main(["profile", str(POLICIES / "smoke.yaml"), "--runs", "1", *flags])
     printed = capsys.readouterr().out

@@ -20,7 +20,7 @@ from rich.console import Console
 from tiny_runs import POLICIES, tiny_overrides
 from torch import Tensor, nn
 
-from pqcad_qat import cli
+from pqcad_qat import cli, console
 from pqcad_qat.commands.sensitivity import CHOSEN, OWN, Limit, measure_sensitivity, packed_sizes
 from pqcad_qat.errors import PlanError
 from pqcad_qat.export.traceable_modules import needs_vnni
@@ -216,7 +216,7 @@ def test_the_command_writes_page_numbers_and_policy(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=160))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=160))
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
     cli.main(
         [

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import POLICIES, tiny_overrides
 
-from pqcad_qat import cli
+from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.commands import sweep as study_module
 from pqcad_qat.commands.sweep import sweep
@@ -272,7 +272,7 @@ def test_ctrl_c_ends_a_study_and_not_only_its_cell(
 def test_a_dry_run_shows_every_cell_and_runs_nothing(
     copied: Swept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=200))
     (copied.folder / CELLS[0] / "report.html").unlink()
     shutil.rmtree(copied.folder / CELLS[1])
     before = times(copied.folder)
@@ -300,7 +300,7 @@ def test_a_sweep_that_fails_ends_with_code_2(
 def test_cells_compare_by_hand_too(
     swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=200))
     cli.main(["compare", *(str(swept.folder / name) for name in CELLS), "--out", str(tmp_path)])
     output = capsys.readouterr().out
     assert output.count("smoke-momentum ") == output.count("smoke-fixed ") == 1

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tiny_runs import POLICIES
 
-from pqcad_qat import cli
+from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.commands import sweep as study_module
 from pqcad_qat.commands.sweep import check_cells, sweep
@@ -61,7 +61,7 @@ def test_all_faults_of_all_cells_are_told_before_the_first_is_run(
 def test_a_dry_run_tells_what_plan_tells_or_shows_the_cells(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=200))
+    monkeypatch.setattr(console, "CONSOLE", Console(width=200))
     with pytest.raises(SystemExit) as end:
         cli.main(["sweep", str(study), "--dry-run"])
     printed = capsys.readouterr()

@@ -24,7 +24,7 @@ from rich.console import Console
 from tiny_runs import POLICIES, SCHEDULER
 from torch import Tensor, nn
 
-from pqcad_qat import cli
+from pqcad_qat import cli, console
 from pqcad_qat.errors import PqcadError
 from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
@@ -785,7 +785,7 @@ def no_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in WORK:
             patch.setattr(name, begin)
-        patch.setattr(cli, "CONSOLE", Console(width=200, markup=False))
+        patch.setattr(console, "CONSOLE", Console(width=200, markup=False))
         patch.setattr("pqcad_qat.models.untrained.shapes_of", begin)
         patch.setattr("pqcad_qat.commands.sweep.check_cells", begin)
         yield

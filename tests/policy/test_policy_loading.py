@@ -972,6 +972,7 @@ def test_the_json_schema_has_the_keys_of_every_policy_and_no_others(name: str) -
 
 def test_the_json_schema_requires_keys_only_without_extends() -> None:
     parts = json_schema()["$defs"]
-    assert parts["Policy"]["anyOf"] == [{"required": ["extends"]}, {"required": ["name", "model", "quantization"]}]
+    assert parts["Policy"]["if"] == {"required": ["extends"]}
+    assert parts["Policy"]["else"] == {"required": ["name", "model", "quantization"]}
     assert "required" not in parts["ModelPolicy"]
     assert parts["WeightQuantizer"]["required"] == ["bits"]

@@ -22,6 +22,7 @@ from pqcad_qat.models.denoiser import DiffusionModel, load_model
 from pqcad_qat.models.model_folder import embedded_models
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.shipped import SCHEMA
 from pqcad_qat.policy.study_cells import load_study
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, plan_layers
@@ -104,9 +105,12 @@ def test_all_of_them_ship() -> None:
 
 @pytest.mark.parametrize("path", sorted(POLICIES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    modeline, *lines = path.read_text(encoding="utf-8").splitlines()
     header = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
     command = "sweep" if path.parent.name == "studies" else "pretrain" if path.stem.startswith("pretrain-") else "run"
+    schema = re.fullmatch(r"# yaml-language-server: \$schema=(.*)", modeline)
+    assert schema is not None
+    assert (path.parent / schema[1]).resolve() == (POLICIES / SCHEMA).resolve()
     assert re.match(r"# [A-Z0-9].*[.:,]", header[0])
     wanted = f"#     python -m pqcad_qat {command} policies/{path.relative_to(POLICIES)}"
     assert any(line.removesuffix(" --jobs 2").removesuffix(" --model FOLDER") == wanted for line in header)

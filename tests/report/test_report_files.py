@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from report_fixture import fixture_curves, fixture_report, fixture_samples, fixture_variants, minimal_report
 
-from pqcad_qat import cli
+from pqcad_qat import console
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, NNCF_INT8, OV_BF16, PQ, PQCAD_OPENVINO
 from pqcad_qat.report.page import bits, duration, headlines, number, render_page, size, summary, target_text, verdict
@@ -408,7 +408,7 @@ def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(
     )
     wide = {FP32: Timing(435, 300, 306, 1228, 60)}
     save_record(tmp_path, replace(report, variants=rows, latency=wide, targets=(goal,)))
-    cli._show_result(tmp_path, tmp_path / "report.html")
+    console.show_result(tmp_path, tmp_path / "report.html")
     told = " ".join(capsys.readouterr().out.split())
     assert f"{NNCF_INT8} did not run: its process died" in told
     assert "434.00 unsteady" in told

@@ -1,4 +1,4 @@
-"""The parts of pqcad_qat/README.md and policies/README.md that follow from the code:
+"""The parts of pqcad_qat/README.md and policies/README.md that follow from the code, and policies/policy.schema.json:
 `python tests/support/architecture_page.py` writes them anew.
 
 Not here: the tests that the pages are up to date (test_architecture.py, test_readme.py).
@@ -10,12 +10,13 @@ import ast
 import tomllib
 from pathlib import Path
 
-from pqcad_qat.policy.reference import markdown_reference
+from pqcad_qat.commands.schema import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pqcad_qat"
 PAGE = PACKAGE / "README.md"
 POLICIES = ROOT / "policies" / "README.md"
+SCHEMA = ROOT / "policies" / "policy.schema.json"
 
 
 def summary(file: Path) -> str:
@@ -78,9 +79,10 @@ def page() -> str:
 
 
 def policies() -> str:
-    return filled(POLICIES, {"keys": markdown_reference()})
+    return filled(POLICIES, {"keys": schema(markdown=True)})
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     POLICIES.write_text(policies(), encoding="utf-8")
+    SCHEMA.write_text(schema(), encoding="utf-8")

@@ -1,0 +1,45 @@
+"""The command `report`: the page of a finished run made again, from what its folder holds.
+
+Not here: what stands in the report (stages/measure.py), and how it looks (report/).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pqcad_qat.errors import CheckpointError, ModelError
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.origins import located
+from pqcad_qat.report.report_files import REPORT_FILE, read_report
+from pqcad_qat.stages.measure import report as write_page
+from pqcad_qat.stages.open_run import POLICY, open_run
+from pqcad_qat.stages.prepared import SHARED, prepare
+from pqcad_qat.stages.recipes import recipes
+from pqcad_qat.stages.run_folder import RunFolder
+
+
+def report(path: Path) -> Path:
+    """Make report.json, report.html and samples.png of a finished run anew; returns the page.
+
+    Raises:
+        ModelError: no run is there, or its model cannot be loaded.
+        CheckpointError: stages of it are still to do, or would be done again.
+    """
+    if not (path / POLICY).is_file():
+        raise ModelError(f"{path}: got a folder without {POLICY}; allowed the folder of a finished run")
+    policy = load_policy(path / POLICY)
+    with located(policy):
+        prepared = prepare(policy, path.parent / SHARED)
+        table = recipes(policy, prepared)
+    folder = RunFolder(path, table)
+    left = [stage for stage in table if not folder.finished(stage) or stage in folder.outdated()]
+    if left:
+        raise CheckpointError(
+            f"{path}: got a run whose stages {', '.join(left)} are to do; allowed a finished run: "
+            f"`run {path / POLICY} --out {path} --resume` goes on with it"
+        )
+    again = f"python -m pqcad_qat run {path / POLICY} --out {path}"
+    made = read_report(path).reproduction if (path / REPORT_FILE).is_file() else None
+    command = again if made is None else made.command
+    with located(policy), open_run(path, policy, resume=True, recipes=table) as opened:
+        return write_page(policy, prepared, opened, command)
