@@ -65,7 +65,7 @@ def run(
     if dry_run:
         ahead = outlook(loaded, folder, resume)
         console.show(plan_table(ahead.layers, ahead.denoiser), stages_ahead(ahead))
-        console.tell(*(f"note: {note}" for note in ahead.notes))
+        console.tell(*(f"note: {note}" for note in ahead.notes), f"folder: {folder}")
         return
     page = run_policy(loaded, folder, command_line(), console.CONSOLE, resume=resume)
     console.show_result(folder, page)
@@ -178,7 +178,7 @@ def sweep(
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
     table = None if page is None else Path(page)
     if dry_run:
-        cells = checked_cells(loaded, folder, console.CONSOLE, only=str(only), page=table)
+        cells = checked_cells(loaded, folder, console.PROGRESS, only=str(only), page=table)
         console.show(cells_table(cells, f"{loaded.name}: {len(cells)} cells in {folder}"))
         return
     at_a_time = whole_number("jobs", jobs)

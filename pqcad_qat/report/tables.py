@@ -140,7 +140,7 @@ def stages_ahead(outlook: RunOutlook) -> TerminalTable:
     wanted = sum(stage.size_bytes for stage in ahead)
     caption = f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(outlook.free_bytes)} MB are free"
     table = TerminalTable(
-        title=f"{outlook.folder}: {len(ahead)} of {len(outlook.stages)} stages to do",
+        title=f"{len(ahead)} of {len(outlook.stages)} stages to do",
         caption=caption,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
