@@ -9,12 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pqcad_qat.errors import PqcadError, abridged, shortened
-
-if TYPE_CHECKING:
-    from pqcad_qat.policy.schema import PolicyFile
 
 Location = tuple[str | int, ...]
 """A key from the top, such as ("quantization", "layers", 1, "weights", "bits")."""
@@ -43,8 +40,15 @@ class Origins:
         return next((self.places[location[:depth]] for depth in depths if location[:depth] in self.places), None)
 
 
+class Written(Protocol):
+    """A policy that knows where its keys were written."""
+
+    def place(self, location: Location) -> str | None:
+        """Where a key was written; None for what is no key of it, and for a policy that no file says."""
+
+
 @contextmanager
-def located(policy: PolicyFile) -> Iterator[None]:
+def located(policy: Written) -> Iterator[None]:
     """Inside, whatever line of an error begins with a key of the policy, as in ``sampler.name: got ...``, is told with
     the key's place.
     """
@@ -55,10 +59,10 @@ def located(policy: PolicyFile) -> Iterator[None]:
         raise
 
 
-def _located(line: str, policy: PolicyFile) -> str:
-    location = key_location(found[0]) if (found := KEY.match(line)) else ()
-    origin = policy.origins.of(location) if location and location[0] in type(policy).model_fields else None
-    return line if origin is None else f"{origin}: {line}"
+def _located(line: str, policy: Written) -> str:
+    named = KEY.match(line)
+    place = policy.place(key_location(named[0])) if named else None
+    return line if place is None else f"{place}: {line}"
 
 
 def key_path(location: Location) -> str:

@@ -68,6 +68,10 @@ class PolicyFile(Section):
     def origins(self) -> Origins:
         return self._origins
 
+    def place(self, location: Location) -> str | None:
+        """Where a key was written; None for what is no key of this policy, and for one that no file says."""
+        return self._origins.of(location) if location and location[0] in type(self).model_fields else None
+
     def written(self, origins: Origins) -> Self:
         """The policy as it was written there."""
         self._origins = origins

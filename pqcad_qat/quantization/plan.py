@@ -24,7 +24,7 @@ from pqcad_qat.quantization.quantizable_layers import (
     CONSTANT,
     KINDS,
     float_kind,
-    float_layers,
+    multiplies,
     parameter_count,
     quantizable_layers,
 )
@@ -181,6 +181,14 @@ def stored_bits(weights: QuantizerSpec, widths: Collection[int]) -> int:
     bit more.
     """
     return min((bits for bits in widths if weights.symmetric and bits >= weights.bits), default=8)
+
+
+def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """The layers that stay in floating point: all that multiply weights of their own, whether they could be quantized
+    or not.
+    """
+    planned = {layer.name for layer in plan}
+    return tuple(name for name, module in model.named_modules() if name not in planned and multiplies(module))
 
 
 def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:

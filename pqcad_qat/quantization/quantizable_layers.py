@@ -6,15 +6,11 @@ Not here: what a policy's rules make of them (plan.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-
-if TYPE_CHECKING:
-    from pqcad_qat.quantization.plan import LayerPlan
 
 KINDS: dict[type[nn.Module], Literal["Conv2d", "Linear"]] = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 
@@ -40,21 +36,13 @@ def _changed(module: nn.Module) -> str:
     return "" if isinstance(module._parameters.get("weight"), nn.Parameter) else "its weight is no Parameter"
 
 
-def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
-    """The layers that stay in floating point: all that multiply weights of their own, whether they could be quantized
-    or not.
-    """
-    planned = {layer.name for layer in plan}
-    return tuple(name for name, module in model.named_modules() if name not in planned and _multiplies(module))
-
-
 def float_kind(layer: nn.Module) -> str:
     """The class of a layer in floating point, and why it is in it where no rule of the policy says so."""
     why = getattr(layer, "why_float", "") or (_changed(layer) if type(layer) in KINDS else "")
     return type(layer).__name__ + (f", {why}" if why else "")
 
 
-def _multiplies(module: nn.Module) -> bool:
+def multiplies(module: nn.Module) -> bool:
     """Whether a module is a layer: torch's by their classes, others by a matrix called weight. Tables and
     normalizations are none.
     """

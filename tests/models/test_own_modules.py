@@ -30,8 +30,8 @@ from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
-from pqcad_qat.quantization.plan import expected_bytes, plan_layers
-from pqcad_qat.quantization.quantizable_layers import float_kind, float_layers, quantizable_layers
+from pqcad_qat.quantization.plan import expected_bytes, float_layers, plan_layers
+from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers
 from pqcad_qat.stages.prepared import planned_shapes
 
 SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "epsilon", "clip_sample": False}

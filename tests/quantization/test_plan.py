@@ -19,11 +19,11 @@ from pqcad_qat.quantization.plan import (
     LayerPlan,
     executes_int8,
     expected_bytes,
+    float_layers,
     missing_rungs,
     plan_json,
     plan_layers,
 )
-from pqcad_qat.quantization.quantizable_layers import float_layers
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.report.tables import plan_table
 from pqcad_qat.serving.packing import PACKED_WIDTHS, stored_bits
