@@ -76,7 +76,7 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
     weights.
 
     Args:
-        policy: policy file.
+        policy: policy file, or the name of one that ships.
         model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a
             denoiser's config.json.
         set: override of a key, as KEY=VALUE; given again for each further key.
@@ -103,7 +103,7 @@ def sensitivity(
     write a mixed policy.
 
     Args:
-        policy: policy file; its rules say which layers are quantized, and how but for the width.
+        policy: policy file, or the name of one that ships; its rules say which layers are quantized, and how but for the width.
         model: overrides model.source.
         set: override of a key, as KEY=VALUE; given again for each further key.
         max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose
@@ -131,7 +131,7 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
     """Show what one training step costs by part, quantized against floating point; nothing is written.
 
     Args:
-        policy: policy file.
+        policy: policy file, or the name of one that ships.
         model: overrides model.source; the name of an architecture that ships, or a denoiser's config.json, has random
             weights.
         set: override of a key, as KEY=VALUE; given again for each further key.
@@ -157,7 +157,7 @@ def sweep(
     """Run every cell of a study, each a run of its own, and put them into one table; what is finished or begun goes on.
 
     Args:
-        study: file of kind study, such as policies/studies/smoke.yaml.
+        study: file of kind study, or the name of one that ships, such as smoke.
         out: folder of the study; runs/studies/NAME by default.
         set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each
             further key.
@@ -191,7 +191,7 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
     """Train a full-precision denoiser from real images; the result is a diffusers folder.
 
     Args:
-        policy: policy file of kind pretrain, such as policies/pretrain-fashion-mnist.yaml.
+        policy: policy file of kind pretrain, or the name of one that ships, such as pretrain-digits.
         out: folder of the run; runs/NAME of the policy by default.
         set: override of a key, as KEY=VALUE; given again for each further key.
         resume: go on with an unfinished run.
