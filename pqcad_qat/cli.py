@@ -103,7 +103,8 @@ def sensitivity(
     write a mixed policy.
 
     Args:
-        policy: policy file, or the name of one that ships; its rules say which layers are quantized, and how but for the width.
+        policy: policy file, or the name of one that ships; its rules say which layers are quantized, and how but for
+            the width.
         model: overrides model.source.
         set: override of a key, as KEY=VALUE; given again for each further key.
         max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose
