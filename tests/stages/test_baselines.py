@@ -71,7 +71,7 @@ def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothin
     died, fine = tmp_path / "died", tmp_path / "fine"
     attempts: list[str] = []
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         attempts.append(NNCF_INT8)
         raise DiedError(WHY)
 
