@@ -491,7 +491,7 @@ def test_a_dry_run_on_a_run_says_which_stages_stay(call: Call, tiny_run: Finishe
     code, output, _ = call("run", policy, "--out", tiny_run.path, "--resume", "--dry-run", *more)
     assert code == 0
     assert re.search(r"^ *pq +kept", output, re.MULTILINE)
-    assert re.search(r"^ *samples-fp32 +again: evaluation\.seed", output, re.MULTILINE)
+    assert re.search(rf"^ *samples-{FP32} +again: evaluation\.seed", output, re.MULTILINE)
     assert call("run", policy, "--out", tiny_run.path, "--dry-run")[0] == 2
     assert content(tiny_run.path) == before
 
@@ -514,7 +514,7 @@ def test_narrow_terminals_are_shown_whole_names(
     output = call("plan", SMOKE, *sets(tiny_folder))[1] + call("report", tiny_run.path)[1]
     layers = json.loads((tiny_run.path / "plan.json").read_text())["layers"]
     assert all(layer["name"] in output for layer in layers)
-    assert "pqcad-openvino" in output
+    assert PQCAD_OPENVINO in output
     assert "…" not in output
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pqcad_qat.machine import progress
 from pqcad_qat.machine.progress import progress_bar, working
+from pqcad_qat.policy.variants import PQ
 
 
 def piped() -> Console:
@@ -49,7 +50,7 @@ def test_long_work_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_bar_without_lines_is_silent() -> None:
     console = piped()
     with progress_bar(console, lines=False) as bar:
-        bar.update(bar.add_task("pq", total=1, note=""), advance=1)
+        bar.update(bar.add_task(PQ, total=1, note=""), advance=1)
     assert lines_of(console) == []
 
 
