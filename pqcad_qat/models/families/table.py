@@ -26,10 +26,11 @@ OF_PICTURES = re.compile("Control|Adapter|Kontext|Pix2Pix|Upscal|Depth|Redux|Ref
 
 @cache
 def families() -> Mapping[str, Family]:
-    """diffusers' class of a denoiser -> its family; UNets first, each kind by the names of their files."""
+    """diffusers' class of a denoiser -> its family; UNets first, and families of fewer pipelines first."""
     modules = (import_module(f"{folder.__name__}.{entry.name}") for entry in pkgutil.iter_modules(folder.__path__))
     known = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    return {family.name: family for family in sorted(known, key=lambda family: DENOISER_FOLDERS.index(family.part))}
+    order = sorted(known, key=lambda family: (DENOISER_FOLDERS.index(family.part), len(family.pipelines)))
+    return {family.name: family for family in order}
 
 
 def family_named(name: str) -> Family:
