@@ -35,6 +35,7 @@ from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.shipped import policy_file
 
 if TYPE_CHECKING:
+    from pqcad_qat.models.own_model import OwnModel
     from pqcad_qat.report.rehearsal_record import StageCost
 
 
@@ -45,6 +46,7 @@ def run(
     set: tuple[str, ...] = (),
     resume: bool = False,
     dry_run: bool = False,
+    module: str | None = None,
 ) -> None:
     """Take a policy's full-precision model to an INT8 OpenVINO folder and a report.
 
@@ -55,23 +57,26 @@ def run(
         set: override of a key, as KEY=VALUE, such as training.seed=1; given again for each further key.
         resume: go on with an unfinished run; finished stages are not repeated.
         dry_run: show the plan, what becomes of each stage, and what they take on disk; nothing is written.
+        module: a module of your own in the place of model.source, as FILE.py:FUNCTION, whose function returns a
+            pqcad_qat.models.own_model.OwnModel; the file is run.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.run import outlook
     from pqcad_qat.commands.run import run as run_policy
     from pqcad_qat.report.tables import plan_table, stages_ahead
 
+    own = _own_model(module, model)
     folder = Path(out) if out else Path("runs") / loaded.name
     if dry_run:
-        ahead = outlook(loaded, folder, resume)
+        ahead = outlook(loaded, folder, resume, own)
         console.show(plan_table(ahead.layers, ahead.denoiser), stages_ahead(ahead))
         console.tell(*(f"note: {note}" for note in ahead.notes), f"folder: {folder}")
         return
-    page = run_policy(loaded, folder, command_line(), console.CONSOLE, resume=resume)
+    page = run_policy(loaded, folder, command_line(), console.CONSOLE, resume=resume, model=own)
     console.show_result(folder, page)
 
 
-def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
+def plan(policy: str, model: str | None = None, set: tuple[str, ...] = (), module: str | None = None) -> None:
     """Show which rule quantizes which layer, to how many bits, and the expected size; reads configs alone, and no
     weights.
 
@@ -80,12 +85,13 @@ def plan(policy: str, model: str | None = None, set: tuple[str, ...] = ()) -> No
         model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a
             denoiser's config.json.
         set: override of a key, as KEY=VALUE; given again for each further key.
+        module: a module of your own, as of `run`; it is built, and deployed on trial.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.plan import plan as plan_policy
     from pqcad_qat.report.tables import plan_table
 
-    planned = plan_policy(loaded)
+    planned = plan_policy(loaded, _own_model(module, model))
     console.CONSOLE.print(plan_table(planned.layers, planned.denoiser))
     console.tell(*(f"note: {note}" for note in planned.notes))
 
@@ -296,3 +302,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with told_endings(given):
         fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
+
+
+def _own_model(module: str | None, model: str | None) -> OwnModel | None:
+    """What --module names, None without it."""
+    if module is None:
+        return None
+    if model is not None:
+        raise UsageError("--module: got it beside --model; allowed one of the two")
+    from pqcad_qat.models.own_model import own_model_of
+
+    return own_model_of(module)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from pqcad_qat.models.model_folder import local
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.stages.prepared import notes_on, planned_shapes
+from pqcad_qat.stages.prepared import notes_on, planned_shapes, with_own_model
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class PolicyPlan:
     notes: tuple[str, ...]
 
 
-def plan(policy: Policy) -> PolicyPlan:
-    """Plan a policy on its model's configs.
+def plan(policy: Policy, model: OwnModel | None = None) -> PolicyPlan:
+    """Plan a policy on its model's configs, or on a module of the user's own in the place of that model.
 
     Raises:
         ModelError, PlanError: as `stages.prepared.planned_shapes`.
     """
-    denoiser, layers = planned_shapes(policy)
+    policy = with_own_model(policy, model)
+    denoiser, layers = planned_shapes(policy, model)
     return PolicyPlan(denoiser, layers, notes_on(policy, layers, local(policy.model.source)))

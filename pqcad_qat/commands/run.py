@@ -15,6 +15,7 @@ from torch import nn
 
 from pqcad_qat.machine.files import free_bytes, room_for, write_file
 from pqcad_qat.machine.processes import agreed
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
@@ -27,7 +28,7 @@ from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning, stage_bytes
 from pqcad_qat.stages.measure import evaluate, report, sample
 from pqcad_qat.stages.open_run import holds_run, open_run
-from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare
+from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
 from pqcad_qat.stages.recipes import recipes, training_steps
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
@@ -36,19 +37,27 @@ from pqcad_qat.training.trainer import new_accelerator
 
 
 def run(
-    policy: Policy, path: Path, command: str, console: Console, *, resume: bool = False, shares_training: bool = False
+    policy: Policy,
+    path: Path,
+    command: str,
+    console: Console,
+    *,
+    resume: bool = False,
+    shares_training: bool = False,
+    model: OwnModel | None = None,
 ) -> Path:
     """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
 
     With `shares_training` a stage that a run beside this one has trained, with all that decides it equal, is taken from
-    there.
+    there. `model` is a module of the user's own, in the place of the policy's model.
 
     Raises:
         PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
     """
+    policy = with_own_model(policy, model)
     with located(policy), agreed():
         new_accelerator(policy.training.precision)
-        prepared = prepare(policy, path.parent / SHARED)
+        prepared = prepare(policy, path.parent / SHARED, model)
         table = recipes(policy, prepared)
     with located(policy), open_run(path, policy, resume, table, console=console) as folder, room_for(path):
         to_do = [stage for stage in table if not folder.finished(stage)]
@@ -57,15 +66,16 @@ def run(
         return _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
 
 
-def outlook(policy: Policy, path: Path, resume: bool = False) -> RunOutlook:
+def outlook(policy: Policy, path: Path, resume: bool = False, model: OwnModel | None = None) -> RunOutlook:
     """What `run` would do in that folder; nothing is written.
 
     Raises:
         PqcadError: what `run` would refuse before its first stage.
     """
+    policy = with_own_model(policy, model)
     with located(policy):
         new_accelerator(policy.training.precision)
-        prepared = prepare(policy)
+        prepared = prepare(policy, own=model)
         table = recipes(policy, prepared)
     folder = RunFolder(path, table)
     again = folder.outdated() if holds_run(path, resume) else {}

@@ -1,6 +1,6 @@
 """Where a full-precision denoiser comes from and goes to, and the one signature by which every denoiser is called.
 
-Not here: which classes of diffusers are known (families/), plain modules of the user's own (registry.py),
+Not here: which classes of diffusers are known (families/), plain modules of the user's own (own_model.py),
 quantized denoisers (quantization/conversion.py), nor sampling.
 """
 
@@ -48,7 +48,7 @@ from pqcad_qat.models.model_folder import (
     read_index,
     scheduler_file,
 )
-from pqcad_qat.models.registry import REGISTERED, RegisteredDenoiser, registered, registered_as
+from pqcad_qat.models.own_model import OWN, OwnModel, built
 from pqcad_qat.models.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
 from pqcad_qat.policy.schema import EMBEDDED
 from pqcad_qat.sampling.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER, scheduler_class
@@ -76,8 +76,7 @@ class DiffusionModel:
         scheduler_config: diffusers' scheduler config.
         source: as the user named it.
         digest: SHA-256 over the weights and both configs.
-        custom: what a plain module of the user's own was registered with; None for a class of diffusers, whose config
-            says it.
+        own: what the user says of a module of their own; None for a class of diffusers, whose config says it.
         folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
         decoder: whether its pipeline has a part that makes pictures of what it makes.
     """
@@ -86,15 +85,15 @@ class DiffusionModel:
     scheduler_config: dict[str, Any]
     source: str
     digest: str
-    custom: RegisteredDenoiser | None = None
+    own: OwnModel | None = None
     folder: Path | None = None
     decoder: bool = False
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of x_t."""
-        if self.custom:
-            return self.custom.sample_shape
+        if self.own:
+            return self.own.sample_shape
         return self._family.sample_shape(cast(Any, self.denoiser).config)
 
     @property
@@ -105,8 +104,8 @@ class DiffusionModel:
     @property
     def condition_inputs(self) -> tuple[ConditionInput, ...]:
         """What the denoiser takes beside x_t and t, in the order in which it is exported."""
-        if self.custom:
-            return self.custom.conditions
+        if self.own:
+            return self.own.conditions
         return self._family.conditions(cast(Any, self.denoiser).config)
 
     @property
@@ -168,7 +167,7 @@ def _prediction(denoiser: nn.Module, found: Any) -> Tensor:
 
 def check_time_table(model: DiffusionModel, train_timesteps: int) -> None:
     """Raise ModelError for a denoiser that has learned fewer time steps than its scheduler counts."""
-    config: Mapping[str, Any] = {} if model.custom else cast(Any, model.denoiser).config
+    config: Mapping[str, Any] = {} if model.own else cast(Any, model.denoiser).config
     known = config.get("num_train_timesteps")
     if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
         raise ModelError(
@@ -212,21 +211,25 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         model.disable_gradient_checkpointing()
 
 
-def load_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
-    """Load `embedded:NAME`, `registered:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
+def load_model(source: str, sample_size: SampleSize | None = None, own: OwnModel | None = None) -> DiffusionModel:
+    """Load `embedded:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
 
-    `sample_size` is the height and width of x_t where they are to be others than the model's own.
+    `sample_size` is the height and width of x_t where they are to be others than the model's own; `own` is what
+    `module:NAME` names.
 
     Raises:
         ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take
             that size.
     """
-    if source.startswith(REGISTERED):
-        if sample_size is not None:
+    if source.startswith(OWN):
+        if own is None:
             raise ModelError(
-                f"model.sample_size: got {sample_size}; allowed null: {source} was registered with its own"
+                f"model.source: got {source!r}, a module of the user's own; allowed with --module FILE.py:FUNCTION, or "
+                "with run(policy, model=...) from Python"
             )
-        return _load_registered(source)
+        if sample_size is not None:
+            raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {source} has its own")
+        return _load_own(own)
     if source.startswith(EMBEDDED):
         with embedded_folder(source) as folder:
             return _load_folder(folder, source, sample_size)
@@ -286,7 +289,7 @@ def shapes_of_configs(
     where = where or source
     scheduler_class(scheduler, beside)  # first: a model of another kin is best known by its scheduler
     with bounded_build(where), silent("diffusers"):
-        denoiser, _ = untrained_denoiser(config, where, sample_size)
+        denoiser = untrained_denoiser(config, where, sample_size)
     denoiser.to("meta")  # buffers that come from numpy are on the CPU still
     if (family := family_of(denoiser)) is not OWN_MODULE:
         scheduler = family.scheduler(scheduler, family.sample_shape(cast(Any, denoiser).config)[1:], beside)
@@ -302,18 +305,13 @@ def shapes_of_configs(
     return found
 
 
-def untrained_denoiser(
-    config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None
-) -> tuple[nn.Module, RegisteredDenoiser | None]:
-    """A denoiser of a config before its weights are loaded, and what it was registered with, if it was.
+def untrained_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None) -> nn.Module:
+    """A denoiser of a config before its weights are loaded.
 
     Raises:
         ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not
             take.
     """
-    if str(config.get("_class_name")).startswith(REGISTERED):
-        told, module = registered(str(config["_class_name"]))
-        return module.eval(), told
     family = known_family(config, where)
     full = checked_config(family, config, where, sample_size)
     size = full["sample_size"]
@@ -332,7 +330,7 @@ def untrained_denoiser(
         or written.get("sample_size") != config["sample_size"]
     ):
         denoiser.register_to_config(sample_size=size)
-    return _without_label_dropout(denoiser).eval(), None
+    return _without_label_dropout(denoiser).eval()
 
 
 def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note: str = "") -> DiffusionModel:
@@ -340,7 +338,7 @@ def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note
     shapes, part = folder_shapes(folder, source, sample_size), denoiser_folder(folder)
     stored = fitting(stored_tensors(weight_files(part, STEM, note)), shapes.denoiser)
     with no_init_weights():
-        denoiser, _ = untrained_denoiser(read_json(part / CONFIG), str(part / CONFIG), sample_size)
+        denoiser = untrained_denoiser(read_json(part / CONFIG), str(part / CONFIG), sample_size)
     load_weights(denoiser, stored)
     return replace(_model(denoiser, shapes.scheduler_config, source), folder=folder, decoder=shapes.decoder)
 
@@ -353,29 +351,27 @@ def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
-def _load_registered(source: str) -> DiffusionModel:
-    told, denoiser = registered(source)
-    noise_schedule(told.scheduler_config, f"{source}: scheduler_config")
-    return _model(denoiser, dict(told.scheduler_config), source, told)
+def _load_own(own: OwnModel) -> DiffusionModel:
+    denoiser = built(own)
+    noise_schedule(own.scheduler, f"{own.source}: scheduler_config")
+    return _model(denoiser, own.scheduler, own.source, own)
 
 
-def _model(
-    denoiser: Any, scheduler: dict[str, Any], source: str, custom: RegisteredDenoiser | None = None
-) -> DiffusionModel:
+def _model(denoiser: Any, scheduler: dict[str, Any], source: str, own: OwnModel | None = None) -> DiffusionModel:
     denoiser = denoiser.float().eval()
-    own = (
-        {"sample_shape": custom.sample_shape, "conditions": [str(wanted) for wanted in custom.conditions]}
-        if custom
+    said = (
+        {"sample_shape": own.sample_shape, "conditions": [str(wanted) for wanted in own.conditions]}
+        if own
         else denoiser.config
     )
-    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (own, scheduler)]
+    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (said, scheduler)]
     if scheduler["_class_name"] not in (DDIM_SCHEDULER, FLOW_SCHEDULER):
         configs.append({"scheduler": scheduler["_class_name"]})  # which says what a key left out means
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return DiffusionModel(denoiser, scheduler, source, digest.hexdigest(), custom)
+    return DiffusionModel(denoiser, scheduler, source, digest.hexdigest(), own)
 
 
 def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
@@ -387,7 +383,7 @@ def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder:
         config = read_json(part / CONFIG)
         config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
     else:
-        config = {"_class_name": registered_as(denoiser)}
+        config = {"_class_name": f"{OWN}{type(denoiser).__name__}"}
         part.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS

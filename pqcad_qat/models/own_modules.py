@@ -1,7 +1,7 @@
 """A module of the user's own as all else takes it: unwrapped, its reparametrized weights plain Parameters, on the CPU,
 in float32.
 
-Not here: where it comes from (registry.py), and whether it predicts as a denoiser has to (probing.py).
+Not here: where it comes from (own_model.py), and whether it predicts as a denoiser has to (probing.py).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from pqcad_qat.models.model_folder import (
     local,
     scheduler_file,
 )
-from pqcad_qat.models.registry import REGISTERED
+from pqcad_qat.models.own_model import OWN, OwnModel
 from pqcad_qat.policy.schema import EMBEDDED
 from pqcad_qat.sampling.trajectory import noise_schedule
 
@@ -81,19 +81,19 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
     return read_json(config), read_json(beside) if beside.is_file() else DEFAULT_SCHEDULER
 
 
-def shapes_of(source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
+def shapes_of(source: str, sample_size: SampleSize | None = None, own: OwnModel | None = None) -> DiffusionModel:
     """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is
     built whole.
 
     Args:
         source: as of `load_model`, or of `architecture_configs`.
-        sample_size: as of `load_model`.
+        sample_size, own: as of `load_model`.
 
     Raises:
         ModelError: nothing is there, or its class is not known.
     """
-    if source.startswith(REGISTERED):
-        return load_model(source, sample_size)
+    if source.startswith(OWN):
+        return load_model(source, sample_size, own)
     if source.startswith(EMBEDDED):
         with embedded_folder(source) as folder:
             return folder_shapes(folder, source, sample_size)
@@ -115,7 +115,7 @@ def random_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSi
     shapes_of_configs(config, DEFAULT_SCHEDULER, where, sample_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return untrained_denoiser(config, where, sample_size)[0]
+        return untrained_denoiser(config, where, sample_size)
 
 
 def untrained_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel | None:

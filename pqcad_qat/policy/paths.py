@@ -18,7 +18,7 @@ from pqcad_qat.policy.shipped import named_file
 from pqcad_qat.policy.tree import Tree, key_steps
 
 PATHS: Mapping[Location, str] = {
-    ("model", "source"): r"(embedded|registered):.*",
+    ("model", "source"): r"(embedded|module):.*",
     ("conditions", "prompts"): "",
     ("conditions", "embeddings"): "",
     ("evaluation", "features"): r"none|auto|embedded:.*",

@@ -106,7 +106,7 @@ class ModelPolicy(Section):
 
     source: Text = Field(
         description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers "
-        "layout, a hub id, or registered:NAME"
+        "layout, or a hub id; of a run with --module it is module:NAME"
     )
     sample_size: Side | Sides | None = Field(
         None,

@@ -77,8 +77,10 @@ def split_at(model: nn.Module, seams: Mapping[str, int]) -> nn.Module:
     return model
 
 
-def rewritable(model: nn.Module) -> nn.Module:
+def rewritable(model: nn.Module, source: str = "") -> nn.Module:
     """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory.
+
+    `source` is what a message calls the model.
 
     Raises:
         ModelError: it holds what Python cannot copy.
@@ -87,9 +89,7 @@ def rewritable(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     except Exception as error:  # whatever a module of the user's own holds
-        raise ModelError(
-            f"{getattr(model, 'registered_as', type(model).__name__)}: it cannot be copied: {one_line(error)}"
-        ) from error
+        raise ModelError(f"{source or type(model).__name__}: it cannot be copied: {one_line(error)}") from error
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.denoiser import DiffusionModel, save_model, untrained_denoiser
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, denoiser_folder
+from pqcad_qat.models.own_model import OWN, OwnModel, built
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantized_layer import quantized_weight
@@ -69,8 +70,10 @@ def is_quantized_folder(folder: Path) -> bool:
     return (folder / PLAN).is_file()
 
 
-def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...], int]:
+def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[DiffusionModel, tuple[LayerPlan, ...], int]:
     """(the quantized model, its plan, its sampling steps) from a folder that `save_quantized` wrote.
+
+    `own` is the module that was quantized where it is the user's own.
 
     Raises:
         ModelError: the folder is incomplete or damaged, or its parts do not fit together.
@@ -78,13 +81,16 @@ def load_quantized(folder: Path) -> tuple[DiffusionModel, tuple[LayerPlan, ...],
     content = read_json(folder / PLAN)
     part = denoiser_folder(folder)
     config = read_json(part / "config.json")
+    is_own = str(config.get("_class_name")).startswith(OWN)
+    if is_own and own is None:
+        raise ModelError(f"{folder}: got the student of a module of the user's own; allowed with that module, as `own`")
     scheduler, where = read_json(folder / SCHEDULER_CONFIG), str(folder / SCHEDULER_CONFIG)
     if (steps := distilled_steps(scheduler, where)) is None:
         raise ModelError(f"{where}: {STEPS}: got nothing; allowed the sampling steps that the model was distilled for")
     try:
         plan = tuple(layer_plan(entry) for entry in content["layers"])
-        denoiser, custom = untrained_denoiser(config, str(part / "config.json"))
-        shell = DiffusionModel(denoiser, scheduler, str(folder), "", custom)
+        denoiser = built(own).eval() if is_own and own else untrained_denoiser(config, str(part / "config.json"))
+        shell = DiffusionModel(denoiser, scheduler, str(folder), "", own)
         if content["split_shortcuts"]:
             split_shortcuts(denoiser, shell.example)
         quantize_model(denoiser, plan)

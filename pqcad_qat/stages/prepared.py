@@ -19,6 +19,7 @@ from pqcad_qat.export.trial_export import try_training_and_export
 from pqcad_qat.models.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
 from pqcad_qat.models.model_folder import scheduler_file
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states
 from pqcad_qat.models.prompts import prompts_cut
@@ -75,9 +76,18 @@ class Prepared:
         return self.student_schedule(policy) if VARIANTS[variant].student_steps else self.schedule
 
 
-def prepare(policy: Policy, store: Path | None = None) -> Prepared:
+def with_own_model(policy: Policy, own: OwnModel | None) -> Policy:
+    """The policy for a module of the user's own, where one is given in the place of the policy's model."""
+    if own is None:
+        return policy
+    return policy.model_copy(update={"model": policy.model.model_copy(update={"source": own.source})})
+
+
+def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = None) -> Prepared:
     """Load the policy's model and plan its layers; nothing is written but encoded prompts into the store, where one is
     given.
+
+    `own` is what the policy's `module:NAME` names.
 
     Raises:
         ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline
@@ -85,7 +95,7 @@ def prepare(policy: Policy, store: Path | None = None) -> Prepared:
         PlanError: the rules do not fit it.
     """
     with located(policy):
-        model = load_model(policy.model.source, policy.model.sample_size)
+        model = load_model(policy.model.source, policy.model.sample_size, own)
         planned = _planned(policy, model)
         conditions = chosen_conditions(conditioned(model), policy.conditions, store)
         check_guidance(policy.sampler.guidance_scale, conditions)
@@ -109,18 +119,20 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
         return Prepared(model, *_planned(policy, model), conditions)
 
 
-def planned_shapes(policy: Policy) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+def planned_shapes(policy: Policy, own: OwnModel | None = None) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
     """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships
     too.
+
+    `own` is what the policy's `module:NAME` names; it is built, and deployed on trial.
 
     Raises:
         ModelError: there is no such config, or the policy's sampler or conditions do not fit it.
         PlanError: the rules do not fit it.
     """
     with located(policy):
-        model = shapes_of(policy.model.source, policy.model.sample_size)
+        model = shapes_of(policy.model.source, policy.model.sample_size, own)
         planned = _planned(policy, model)
-        alone = model.custom is None and (model.folder is None or not scheduler_file(model.folder).is_file())
+        alone = model.own is None and (model.folder is None or not scheduler_file(model.folder).is_file())
         if not alone:  # an architecture is not run, and has conditions of noise
             check_choices(conditioned(model), policy.conditions, policy.sampler.guidance_scale)
         return planned
@@ -138,9 +150,9 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
         check_decoder(parts, model.sample_shape[0])
     with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
         pass  # raises where there is none
-    if model.custom:
+    if model.own:
         check_predictions(model)
-    split = rewritable(model.denoiser)
+    split = rewritable(model.denoiser, model.source)
     if policy.quantization.split_shortcuts:
         split_shortcuts(split, model.example)
     if policy.quantization.attention == "int8" and (masked := masked_attention(split, model.example)):
@@ -148,9 +160,9 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
             "quantization.attention: got int8; attention under a mask has no INT8 here: "
             f"{listed(masked)}; allowed float"
         )
-    constant = constant_readers(split, quantizable_layers(split), probe_states(model)) if model.custom else ()
+    constant = constant_readers(split, quantizable_layers(split), probe_states(model)) if model.own else ()
     plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example, constant=constant)
-    if model.custom and "export" in stages_of(policy.evaluation.variants):
+    if model.own and "export" in stages_of(policy.evaluation.variants):
         try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
     return split, plan
 

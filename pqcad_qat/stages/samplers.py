@@ -31,6 +31,7 @@ from pqcad_qat.models.conditions import (
 from pqcad_qat.models.denoiser import DiffusionModel, is_latent, load_model, predict
 from pqcad_qat.models.families.family import condition_inputs
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.pipeline_parts import VAE, decoded, pipeline_parts
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
@@ -147,6 +148,8 @@ def open_folder(
     steps: int | None = None,
     conditions: ConditionsPolicy | None = None,
     guidance_scale: float | None = None,
+    *,
+    own: OwnModel | None = None,
 ) -> Sampler:
     """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision
     diffusers model.
@@ -156,11 +159,12 @@ def open_folder(
         steps: of the sampler; by default those the folder was made for.
         conditions: of a conditional model; by default all classes.
         guidance_scale: of classifier-free guidance; by default that the folder was made for.
+        own: the user's own module that a quantized student was made of.
 
     Raises:
         ModelError: none of them, or its model takes other conditions.
     """
-    variant, asked, scheduler = _opened(source, steps)
+    variant, asked, scheduler = _opened(source, steps, own)
     section = conditions or ConditionsPolicy()
     if section.unconditional_class is None:
         section = section.model_copy(update={"unconditional_class": scheduler.get(NULL_CLASS)})
@@ -169,7 +173,7 @@ def open_folder(
     return replace(variant, conditions=chosen, guidance_scale=scale)
 
 
-def _opened(source: str, steps: int | None) -> tuple[Sampler, Conditioned, Mapping[str, Any]]:
+def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sampler, Conditioned, Mapping[str, Any]]:
     """A folder's variant before it has conditions, what it takes, and its scheduler config."""
     path = local(source)
     folder = path or Path(source)
@@ -179,7 +183,7 @@ def _opened(source: str, steps: int | None) -> tuple[Sampler, Conditioned, Mappi
             takes = Conditioned(source, condition_inputs(runtime.conditions))
             return _deployed_variant(folder.name, runtime, steps), takes, runtime.scheduler_config
     if path and is_quantized_folder(folder):
-        model, _, own = load_quantized(folder)
+        model, _, own = load_quantized(folder, module)
     elif not path or (denoiser_folder(folder) / "config.json").is_file():
         model, own = load_model(source), DEFAULT_STEPS
     else:

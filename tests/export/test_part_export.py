@@ -304,7 +304,7 @@ def test_latents_are_scaled_as_diffusers_pipeline_of_that_class_scales_them(kind
 def test_by_default_a_model_without_other_parts_gets_none(tmp_path: Path) -> None:
     model = saved("text_unet", tmp_path / "model")
     assert chosen_formats(pipeline_parts(model.folder), AUTO, model.source) == {}
-    assert chosen_formats(None, AUTO, "registered:mine") == {}
+    assert chosen_formats(None, AUTO, "module:mine") == {}
 
 
 @pytest.mark.parametrize(("key", "value"), [("vae", "int8"), ("text_encoder", "float")])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pqcad_qat import cli, console
 from pqcad_qat.errors import PqcadError
-from pqcad_qat.models.registry import register_denoiser
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import load_study
@@ -36,8 +36,6 @@ from pqcad_qat.stages.prepared import planned_shapes
 
 SCREEN = 4096
 """Bytes that an error has at most."""
-
-SOURCE = "registered:fuzzed"
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "quantize": load_policy,
@@ -84,7 +82,7 @@ VALUES = (
     "loop", "pipe", "/dev/zero", "a\nb", "re:(", "re:" + "(" * 3000, "re:a{99999999999}", "type:", "type:[", "[!",
     "re:.*|[/x]", "[bold]*",
     "*" * 300, "embedded:",
-    "embedded:../..", "registered:", "none", "auto", 0, 1, -1, 2, 3, 7, 8, 20, 64, 1000, 1001, 2**31, 2**32, 2**63,
+    "embedded:../..", "module:", "none", "auto", 0, 1, -1, 2, 3, 7, 8, 20, 64, 1000, 1001, 2**31, 2**32, 2**63,
     -(2**63), 10**30,
     10**4200,
     0.0, -0.0, 0.5, 1.0, 1e-320, 1e300, float("inf"), float("nan"), [], {}, [None], [[]], [0], [8, 8], [4, 8],
@@ -114,7 +112,7 @@ WORDS = (
     "\U0001f600", "'", '"', "\\", "a b", "/", ".", "..", "loop", "pipe", "/dev/null", "a" * 300, "p.yaml", "s.yaml",
     "t.yaml",
     "--interactive",
-    "--trace", "--completion", "--verbose", "--separator", "embedded:digits", "embedded:", SOURCE, "registered:x",
+    "--trace", "--completion", "--verbose", "--separator", "embedded:digits", "embedded:", "module:x",
     "sdxl-base-1.0",
     "name=x",
     "seeds=[0]", "sampler.steps=10", "model.source=loop", "=", "a=b", "0.5x", "5MB", "1e9x", "*-seed0", "[", "[/x]",
@@ -140,6 +138,9 @@ class Fuzzed(nn.Module):
         return found
 
 
+FUZZED = OwnModel("fuzzed", Fuzzed, (1, 8, 8), SCHEDULER)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder: every policy that ships, a link that leads to itself, a pipe that nobody writes to."""
@@ -149,7 +150,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (path / shipped.relative_to(POLICIES)).write_bytes(shipped.read_bytes())
     (path / "loop").symlink_to("loop")
     os.mkfifo(path / "pipe")
-    register_denoiser("fuzzed", Fuzzed, (1, 8, 8), SCHEDULER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         # a second of work, which no policy damages
@@ -186,10 +186,9 @@ def load_and_plan(kind: str, path: Path, overrides: tuple[str, ...] = ()) -> Non
         LOADERS[kind](path)
         return
     policy = load_policy(path, overrides)
-    small = policy.model_copy(update={"model": policy.model.model_copy(update={"source": SOURCE, "sample_size": None})})
-    denoiser, layers = planned_shapes(
-        small.model_copy(update={"conditions": Policy.model_fields["conditions"].default})
-    )
+    model = policy.model.model_copy(update={"source": FUZZED.source, "sample_size": None})
+    small = policy.model_copy(update={"model": model, "conditions": Policy.model_fields["conditions"].default})
+    denoiser, layers = planned_shapes(small, FUZZED)
     plan_text(layers, denoiser)
 
 

@@ -34,7 +34,7 @@ from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.denoiser import DiffusionModel, load_model, model_index, predict, save_model, untrained_denoiser
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.families.table import families
-from pqcad_qat.models.registry import register_denoiser
+from pqcad_qat.models.own_model import OwnModel
 
 TAKES = {
     "class_unet": ["class_labels () int64 in [0, 5)"],
@@ -211,13 +211,11 @@ def test_sizes_of_sdxl_may_be_whole_numbers_or_floats() -> None:
         assert torch.equal(predict(model, x, 5, {**condition, "time_ids": condition["time_ids"].float()}), whole)
 
 
-def test_a_plain_module_is_a_source_once_it_is_registered() -> None:
+def test_a_plain_module_is_a_source() -> None:
     torch.manual_seed(0)
     plain = Plain()
-    register_denoiser(
-        "plain", lambda: plain, (1, 8, 8), SCHEDULER, conditions=(ConditionInput("tone", (2,), "float32"),)
-    )
-    model = load_model("registered:plain")
+    own = OwnModel("plain", lambda: plain, (1, 8, 8), SCHEDULER, conditions=(ConditionInput("tone", (2,), "float32"),))
+    model = load_model(own.source, own=own)
     assert (model.sample_shape, model.latent, [str(wanted) for wanted in model.condition_inputs]) == (
         (1, 8, 8),
         False,
@@ -228,10 +226,7 @@ def test_a_plain_module_is_a_source_once_it_is_registered() -> None:
         assert torch.equal(predict(model.denoiser, x, 7, {"tone": tone}), plain(x, torch.tensor([7, 7]), tone))
 
 
-def test_what_nobody_registered_is_refused_with_what_was() -> None:
-    register_denoiser("known", Plain, (1, 8, 8), SCHEDULER)
-    with pytest.raises(ModelError, match=r"got 'registered:unknown'; registered in this process: .*registered:known"):
-        load_model("registered:unknown")
-    register_denoiser("number", lambda: 3, (1, 8, 8), SCHEDULER)  # type: ignore[arg-type,return-value]
+def test_what_builds_no_module_is_refused() -> None:
+    own = OwnModel("number", lambda: 3, (1, 8, 8), SCHEDULER)  # type: ignore[arg-type,return-value]
     with pytest.raises(ModelError, match=r"its build function returned int; allowed a torch\.nn\.Module"):
-        load_model("registered:number")
+        load_model(own.source, own=own)

@@ -1,13 +1,15 @@
 """Modules of a user's own: what cannot be deployed is told by the plan, what the plan takes ends in INT8 with PyTorch's
 integers.
 
-Not here: diffusers' classes, and that `register_denoiser` makes a source of models (test_architectures.py).
+Not here: diffusers' classes, and that an `OwnModel` is a source of models (test_architectures.py).
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +23,41 @@ from tiny_runs import POLICIES, TINY
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from pqcad_qat import cli
 from pqcad_qat.commands import run as pipeline
-from pqcad_qat.errors import ModelError, PqcadError
+from pqcad_qat.errors import ModelError, PqcadError, UsageError
 from pqcad_qat.models.denoiser import load_model, predict
 from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.models.own_model import OwnModel, own_model_of
 from pqcad_qat.models.own_modules import hold_statistics, plain_module
-from pqcad_qat.models.registry import register_denoiser
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
 from pqcad_qat.quantization.plan import expected_bytes, float_layers, plan_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers
-from pqcad_qat.stages.prepared import planned_shapes
+from pqcad_qat.stages.prepared import planned_shapes, with_own_model
 
 SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "epsilon", "clip_sample": False}
 EVERY_LAYER = '[{match: ["type:Conv2d", "type:Linear"], weights: {bits: 4}, inputs: {bits: 8, symmetric: false}}]'
 
 
-def policy_of(name: str, build: Any, *more: str) -> Policy:
+def given(name: str, build: Any, *more: str) -> tuple[Policy, OwnModel]:
+    """A policy that plans every layer, and the module that it is for."""
+
     def seeded() -> Any:
         torch.manual_seed(0)
         return build()
 
-    register_denoiser(name, seeded, SHAPE, SCHEDULER)
+    own = OwnModel(name, seeded, SHAPE, SCHEDULER)
     every = ("evaluation.features=none", "quantization.attention=float", *more)
-    overrides = (f"model.source=registered:{name}", f"quantization.layers={EVERY_LAYER}", *every)
-    return load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides])
+    overrides = (f"quantization.layers={EVERY_LAYER}", *every)
+    return with_own_model(load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides]), own), own
 
 
 @pytest.mark.parametrize("name", DEPLOYED)
 def test_what_the_plan_takes_was_deployed_on_trial_with_every_planned_layer_in_int8_and_exact(name: str) -> None:
     build, floating = DEPLOYED[name]
-    denoiser, plan = planned_shapes(policy_of(name, build))
+    denoiser, plan = planned_shapes(*given(name, build))
     assert {layer: float_kind(denoiser.get_submodule(layer)) for layer in float_layers(denoiser, plan)} == floating
     assert [layer.name for layer in plan] == [layer for layer in quantizable_layers(denoiser) if layer not in floating]
 
@@ -61,9 +66,9 @@ def test_what_the_plan_takes_was_deployed_on_trial_with_every_planned_layer_in_i
 def test_what_cannot_be_trained_or_deployed_is_refused_by_the_plan_in_one_line(name: str) -> None:
     build, said = REFUSED[name]
     with pytest.raises(PqcadError, match=said) as caught:
-        planned_shapes(policy_of(name, build))
+        planned_shapes(*given(name, build))
     assert "\n" not in str(caught.value)
-    assert f"registered:{name}" in str(caught.value)
+    assert f"module:{name}" in str(caught.value)
 
 
 def test_attention_in_int8_is_computed_once_by_a_module_or_refused_with_the_key() -> None:
@@ -71,31 +76,31 @@ def test_attention_in_int8_is_computed_once_by_a_module_or_refused_with_the_key(
         PqcadError,
         match=r"quantization\.attention: got int8; .* by the network itself 2 times; allowed once .*, or float",
     ):
-        planned_shapes(policy_of("attended", DEPLOYED["attended-twice"][0], "quantization.attention=int8"))
+        planned_shapes(*given("attended", DEPLOYED["attended-twice"][0], "quantization.attention=int8"))
     build = DEPLOYED["attention-and-recurrence"][0]
-    assert planned_shapes(policy_of("attention", build, "quantization.attention=int8"))[1]
+    assert planned_shapes(*given("attention", build, "quantization.attention=int8"))[1]
 
 
 def test_a_comma_in_a_layers_path_is_refused_with_its_rule() -> None:
     build = lambda: network(lambda self, h, t: self.mid(self.parts["a,b"](h)), parts=nn.ModuleDict({"a,b": conv()}))  # noqa: E731
     with pytest.raises(PqcadError, match=r"names parts\.a,b: a comma in its path"):
-        planned_shapes(policy_of("comma", build))
+        planned_shapes(*given("comma", build))
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, -8, 8), (3, 8.0, 8), "888", (0, 8, 8)])
 def test_a_sample_shape_that_is_none_is_refused(shape: Any) -> None:
-    register_denoiser("shape", Network, shape, SCHEDULER)
-    with pytest.raises(ModelError, match=r"registered:shape: sample_shape: got .*; allowed \(C, H, W\)"):
-        load_model("registered:shape")
+    own = OwnModel("shape", Network, shape, SCHEDULER)
+    with pytest.raises(ModelError, match=r"module:shape: sample_shape: got .*; allowed \(C, H, W\)"):
+        load_model(own.source, own=own)
 
 
 def test_conditions_are_condition_inputs_of_known_sizes() -> None:
-    register_denoiser("conditions", Network, SHAPE, SCHEDULER, conditions=({"name": "tone"},))  # type: ignore[arg-type]
+    own = OwnModel("conditions", Network, SHAPE, SCHEDULER, conditions=({"name": "tone"},))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"conditions: got \{'name': 'tone'\}; allowed ConditionInput"):
-        load_model("registered:conditions")
-    register_denoiser("conditions", Network, SHAPE, SCHEDULER, conditions=(ConditionInput("tone", (-2,), "float32"),))
+        load_model(own.source, own=own)
+    own = replace(own, conditions=(ConditionInput("tone", (-2,), "float32"),))
     with pytest.raises(ModelError, match=r"conditions: tone: got shape \(-2,\)"):
-        load_model("registered:conditions")
+        load_model(own.source, own=own)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_a_module_is_made_plain_without_changing_what_it_predicts(name: str) -> 
     inner = getattr(module, "_orig_mod", module)  # compiling it takes half a minute
     with torch.no_grad():
         before = copy.deepcopy(inner).float()(x, t) if name == "double" else inner(x, t)
-        plain = plain_module(module, "registered:plain")
+        plain = plain_module(module, "module:plain")
         torch.testing.assert_close(predict(plain, x, t), before, rtol=1e-5, atol=1e-6)
     layers = {layer for layer, part in plain.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)}
     assert set(quantizable_layers(plain)) == layers
@@ -153,10 +158,10 @@ class Everything(Network):
 
 def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-    policy = policy_of(
+    policy, own = given(
         "everything", Everything, f"evaluation.variants=[{FP32},{PQCAD_OPENVINO}]", "training.samples_every=0"
     )
-    path = pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True)).parent
+    path = pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True), model=own).parent
     plan, report = (json.loads((path / name).read_text()) for name in ("plan.json", "report.json"))
     planned = [layer["name"] for layer in plan["layers"]]
     assert planned == ["time", "enter", "leave", "mid.0", "last", "one", "narrow"]
@@ -176,3 +181,81 @@ def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page = (path / "report.html").read_text()
     assert "Linear, reads a constant" in page
     assert "Conv1d" in page
+
+
+# ---- from the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+FILE = """
+from beside import SHAPE
+from torch import nn
+
+from pqcad_qat.models.own_model import OwnModel
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.leave(self.enter(x).relu())
+
+
+def mine():
+    return OwnModel("mine", Plain, SHAPE, {"num_train_timesteps": 1000})
+
+
+def number():
+    return 3
+
+
+def failing():
+    raise OSError("weights.pt: no such file")
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the user's own, and one beside it that it imports."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside.py").write_text("SHAPE = (1, 8, 8)\n")
+    path = tmp_path / "nets.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_plan_takes_a_module_from_a_file_of_the_users_own(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--set=quantization.layers={EVERY_LAYER}", "--set=evaluation.features=none"]
+    flags += [f"--set={override}" for override in (*TINY, "quantization.attention=float")]
+    cli.main(["plan", str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *flags])
+    shown = capsys.readouterr().out
+    assert all(layer in shown for layer in ("enter", "leave"))
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("nets.py", r"^--module: got 'nets\.py'; allowed FILE\.py:FUNCTION$"),
+        ("nets:mine", r"^--module: got 'nets:mine'; allowed FILE\.py:FUNCTION$"),
+        ("none.py:mine", r"^--module: got 'none\.py', where no file is; allowed a Python file$"),
+        ("nets.py:other", r"^--module: nets\.py:other failed: AttributeError: "),
+        ("nets.py:number", r"^--module: nets\.py:number returned int; allowed an OwnModel$"),
+        (
+            "nets.py:failing",
+            r"^--module: nets\.py:failing failed: OSError: weights\.pt: .* \(nets\.py:\d+\)$",
+        ),
+    ],
+)
+def test_what_names_no_module_is_refused_in_one_line(
+    named: str, said: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(UsageError, match=said):
+        own_model_of(named)
+
+
+def test_a_policy_alone_names_no_module() -> None:
+    policy = load_policy(POLICIES / "smoke.yaml", ["model.source=module:mine"])
+    with pytest.raises(ModelError, match=r"model\.source: got 'module:mine', .*; allowed with --module FILE"):
+        planned_shapes(policy)

@@ -18,7 +18,7 @@ from tiny_runs import SCHEDULER
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import DiffusionModel, load_model, predict
 from pqcad_qat.models.model_folder import denoiser_folder
-from pqcad_qat.models.registry import register_denoiser
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.untrained import (
     architectures,
     fixed_inputs,
@@ -63,8 +63,9 @@ def test_shapes_of_an_embedded_model_are_its_own() -> None:
 
 
 def test_a_module_of_the_users_own_is_built_whole() -> None:
-    register_denoiser("whole", Plain, (1, 8, 8), SCHEDULER)
-    assert {parameter.device.type for parameter in shapes_of("registered:whole").denoiser.parameters()} == {"cpu"}
+    own = OwnModel("whole", Plain, (1, 8, 8), SCHEDULER)
+    model = shapes_of(own.source, own=own)
+    assert {parameter.device.type for parameter in model.denoiser.parameters()} == {"cpu"}
 
 
 def test_a_copy_to_rewrite_shares_its_weights_and_leaves_the_model_as_it_is(tmp_path: Path) -> None:

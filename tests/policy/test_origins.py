@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError, PqcadError
 from pqcad_qat.models.families.family import ConditionInput
-from pqcad_qat.models.registry import register_denoiser
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy, load_policy
 from pqcad_qat.policy.origins import key_location, key_path, located
-from pqcad_qat.stages.prepared import planned_shapes, prepare
+from pqcad_qat.stages.prepared import planned_shapes, prepare, with_own_model
 
 BASE = """\
 name: base
@@ -62,12 +62,12 @@ def written(folder: Path, sampler: str = "ddim", pattern: str = "time_embedding.
     return path
 
 
-def told(path: Path, *overrides: str) -> str:
-    policy = load_policy(path, overrides)
+def told(path: Path, *overrides: str, own: OwnModel | None = None) -> str:
+    policy = with_own_model(load_policy(path, overrides), own)
     with pytest.raises(PqcadError) as caught:
-        planned_shapes(policy)
+        planned_shapes(policy, own)
     with pytest.raises(type(caught.value)) as again:
-        prepare(policy)
+        prepare(policy, own=own)
     assert str(again.value) == str(caught.value)
     return str(caught.value).replace(f"{path.parent}/", "")
 
@@ -142,12 +142,11 @@ def test_places_are_no_part_of_what_a_policy_says(base: Path, tmp_path: Path) ->
     ],
 )
 def test_what_does_not_fit_the_model_is_told_by_plan_as_by_a_run(base: Path, section: str, message: str) -> None:
-    register_denoiser(
-        "labelled", Labelled, (1, 8, 8), SCHEDULER, conditions=(ConditionInput("labels", (), "int64", 10),)
-    )
+    own = OwnModel("labelled", Labelled, (1, 8, 8), SCHEDULER, conditions=(ConditionInput("labels", (), "int64", 10),))
     child = base.parent / "child.yaml"
-    child.write_text(f"extends: base.yaml\nname: child\n{section}\nmodel: {{source: 'registered:labelled'}}\n")
-    assert told(child, "quantization.layers=[{match: '*', weights: {bits: 8}, inputs: {bits: 8}}]").startswith(message)
+    child.write_text(f"extends: base.yaml\nname: child\n{section}\n")
+    rules = "quantization.layers=[{match: '*', weights: {bits: 8}, inputs: {bits: 8}}]"
+    assert told(child, rules, own=own).startswith(message)
 
 
 @pytest.mark.parametrize("location", [("a",), ("quantization", "layers", 12, "weights", "bits"), ("a", 0, 1)])

@@ -92,7 +92,7 @@ def test_a_path_of_the_command_line_is_the_working_folders(folder: Path) -> None
 
 @pytest.mark.parametrize(
     "word",
-    ["embedded:digits", "registered:mine", "stabilityai/stable-diffusion-3.5-medium", "sdxl-base-1.0", "my_other_ddpm"],
+    ["embedded:digits", "module:mine", "stabilityai/stable-diffusion-3.5-medium", "sdxl-base-1.0", "my_other_ddpm"],
 )
 def test_names_that_are_no_paths_stay(folder: Path, word: str) -> None:
     (folder / "p.yaml").write_text(f"extends: base.yaml\nmodel: {{source: '{word}'}}\nevaluation: {{features: none}}\n")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pqcad_qat.data.calibration import CalibrationRecipe, CalibrationSet, record
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import DiffusionModel
-from pqcad_qat.models.registry import RegisteredDenoiser
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.sampling.flow import FlowSchedule, euler_inverse, euler_step, flow_schedule, settled
 from pqcad_qat.sampling.trajectory import check_sampler, noise_schedule, trajectory
 from pqcad_qat.training.distillation import distillation_set
@@ -47,7 +47,7 @@ def flow_model(**config: Any) -> DiffusionModel:
     torch.manual_seed(0)
     denoiser, scheduler = Velocity(), {**NAMED, **config}
     return DiffusionModel(
-        denoiser, scheduler, "velocity", "digest", RegisteredDenoiser(lambda: denoiser, SHAPE, scheduler, ())
+        denoiser, scheduler, "velocity", "digest", OwnModel("velocity", lambda: denoiser, SHAPE, scheduler)
     )
 
 

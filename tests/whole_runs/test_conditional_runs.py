@@ -30,7 +30,7 @@ from pqcad_qat.export.proof import execution_precision, layer_parity
 from pqcad_qat.models.conditions import ConditionSet, exported_inputs
 from pqcad_qat.models.denoiser import load_model, predict
 from pqcad_qat.models.families.family import ConditionInput
-from pqcad_qat.models.registry import register_denoiser
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule
 from pqcad_qat.policy.variants import FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
@@ -265,25 +265,24 @@ def test_a_plain_module_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Mon
         torch.manual_seed(0)
         return Plain()
 
-    register_denoiser("tiny", build, (1, 16, 16), SCHEDULER, conditions=(ConditionInput("tone", (2,), "float32"),))
+    own = OwnModel("tiny", build, (1, 16, 16), SCHEDULER, conditions=(ConditionInput("tone", (2,), "float32"),))
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
     save_file({"tone": torch.randn(3, 2)}, tmp_path / "tones.safetensors")
     rules = '[{match: "*", weights: {bits: 4}, inputs: {bits: 8}}]'
     overrides = [
-        "model.source=registered:tiny",
         f"conditions.embeddings={tmp_path / 'tones.safetensors'}",
         f"quantization.layers={rules}",
     ]
     variants = f"evaluation.variants=[{FP32_HALF},{PQCAD_OPENVINO}]"
     policy = load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides, "evaluation.features=none", variants])
-    path = run(policy, tmp_path / "runs" / "plain", "command", Console(quiet=True)).parent
+    path = run(policy, tmp_path / "runs" / "plain", "command", Console(quiet=True), model=own).parent
     report = json.loads((path / "report.json").read_text())
     assert (
         report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] == 3
     )
     section = ConditionsPolicy(embeddings=str(tmp_path / "tones.safetensors"))
     ours, theirs = (
-        sample_states(open_folder(str(path / folder), conditions=section), 4, 0, 4)
+        sample_states(open_folder(str(path / folder), conditions=section, own=own), 4, 0, 4)
         for folder in ("openvino", "student")
     )
     assert (ours - theirs).square().mean() < 1e-2 * theirs.square().mean()

@@ -15,4 +15,4 @@ def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> Any:
 
 
 OWN_MODULE = Family(name="", part="unet", parameters=(), call=_called)
-"""Its conditions are told when it is registered, and its arguments follow x_t and t by place."""
+"""Its conditions are those of its OwnModel, and its arguments follow x_t and t by place."""
