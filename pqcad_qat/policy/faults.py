@@ -54,7 +54,7 @@ def find_faults(kind: type[Section], tree: Tree) -> list[str]:
     found: list[Finding] = []
     repaired: set[Location] = set()
     while error := _validation_error(kind, data):
-        findings = list(islice(_findings(error, schema), MANY))
+        findings = list(islice(_findings(error, schema, data), MANY))
         found += [finding for finding in findings if not finding.touches(repaired)]
         broken = {location for finding in findings for location in finding.locations} - repaired
         if not broken or not isinstance(data, dict) or len(found) >= MANY:
@@ -80,14 +80,26 @@ def _in_words(finding: Finding, tree: Tree) -> str:
     return f"{origin}: {key_path(finding.locations[0])}: got {finding.got}; allowed {finding.allowed}"
 
 
-def _findings(error: ValidationError, schema: Schema) -> Iterator[Finding]:
+def _as_written(location: Location, data: Any) -> Location:
+    """The location in the data, where an entry of a list has a number: rules of layers have it as their name."""
+    found: list[str | int] = []
+    for step in location:
+        step = int(step) if isinstance(data, list) and str(step).isdecimal() else step
+        found.append(step)
+        inside = step in data if isinstance(data, dict) else isinstance(data, list) and step in range(len(data))
+        data = data[step] if inside else None
+    return tuple(found)
+
+
+def _findings(error: ValidationError, schema: Schema, data: Any) -> Iterator[Finding]:
     seen: set[Location] = set()
     for detail in error.errors(include_url=False):
         if detail["type"] == "policy_rule":
             for fault in detail["ctx"]["faults"]:
-                yield Finding(tuple((*detail["loc"], *key) for key in fault.keys), fault.got, fault.allowed)
+                keys = tuple(_as_written((*detail["loc"], *key), data) for key in fault.keys)
+                yield Finding(keys, fault.got, fault.allowed)
         elif not _spurious(detail):
-            finding = _key_finding(detail, schema)
+            finding = _key_finding(detail, _as_written(detail["loc"], data), schema)
             if finding.locations[0] not in seen:  # a union reports once a member
                 seen.add(finding.locations[0])
                 yield finding
@@ -98,10 +110,10 @@ def _spurious(detail: ErrorDetails) -> bool:
     return detail["type"] == "too_short" and len(detail["input"]) > 0
 
 
-def _key_finding(detail: ErrorDetails, schema: Schema) -> Finding:
-    node, location = schema.follow(detail["loc"])
+def _key_finding(detail: ErrorDetails, written: Location, schema: Schema) -> Finding:
+    node, location = schema.follow(written)
     if detail["type"] == "extra_forbidden":
-        return Finding((detail["loc"],), "an unknown key", known_keys(schema.keys(node), str(detail["loc"][-1])))
+        return Finding((written,), "an unknown key", known_keys(schema.keys(node), str(written[-1])))
     got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
     return Finding((location,), got, schema.describe(node))
 

@@ -192,7 +192,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
         return {
             k: v
             for key, item in value.items()
-            for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+            for k, v in _flat(item, f"{prefix}[{key}]" if key.isdecimal() else f"{prefix}.{key}".strip(".")).items()
         }
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return {k: v for index, item in enumerate(value) for k, v in _flat(item, f"{prefix}[{index}]").items()}
@@ -202,7 +202,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of policy files of every kind, for editors.
 
-    Keys are required only inside lists, or where no `extends` stands: a parent file may give the rest. `kind` says
+    Keys are required only where no `extends` stands: a parent file may give the rest, of a rule too. `kind` says
     which keys a file has; without one it is a policy for `run`. So an editor tells the faults of one kind alone.
     """
     kinds = (Policy, PretrainPolicy, StudyPolicy)
@@ -219,6 +219,8 @@ def json_schema() -> dict[str, Any]:
         part |= {"if": {"required": ["extends"]}, "else": {"required": part.pop("required")}}
         for section in part["properties"].values():
             parts.get(section.get("$ref", "").rsplit("/", 1)[-1], {}).pop("required", None)
+    for name in ("LayerRule", "WeightQuantizer", "InputQuantizer"):
+        parts[name].pop("required", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pqcad_qat policy",

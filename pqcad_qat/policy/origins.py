@@ -16,17 +16,17 @@ from pqcad_qat.errors import PqcadError, abridged, shortened
 Location = tuple[str | int, ...]
 """A key from the top, such as ("quantization", "layers", 1, "weights", "bits")."""
 
-KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+|\[\d+\])+(?=: )|[a-z_]+(?=: got )")
+KEY = re.compile(r"[a-z_]+(?:\.[A-Za-z0-9_-]+|\[\d+\])+(?=: )|[a-z_]+(?=: got )")
 """What a message begins with that names a key: one of a section, or a section itself and what was got."""
 
 
 @dataclass(frozen=True, eq=False)
 class Origins:
-    """Location -> ``file:line``, or the command line's ``--set key``. It says nothing of what a policy means, so that
-    all are equal.
+    """Location, its steps as text -> ``file:line``, or the command line's ``--set key``. It says nothing of what a
+    policy means, so that all are equal.
     """
 
-    places: Mapping[Location, str] = field(default_factory=dict)
+    places: Mapping[tuple[str, ...], str] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origins)
@@ -36,8 +36,9 @@ class Origins:
 
     def of(self, location: Location) -> str | None:
         """Where the key was written, or the mapping that it would stand in; None for a policy that no file says."""
-        depths = range(len(location), -1, -1)
-        return next((self.places[location[:depth]] for depth in depths if location[:depth] in self.places), None)
+        steps = tuple(map(str, location))
+        depths = range(len(steps), -1, -1)
+        return next((self.places[steps[:depth]] for depth in depths if steps[:depth] in self.places), None)
 
 
 class Written(Protocol):
@@ -63,6 +64,16 @@ def _located(line: str, policy: Written) -> str:
     named = KEY.match(line)
     place = policy.place(key_location(named[0])) if named else None
     return line if place is None else f"{place}: {line}"
+
+
+def rule_key(name: str) -> str:
+    """The key of a rule of layers: ``quantization.layers.body``, or ``quantization.layers[1]`` by its number."""
+    return key_path(("quantization", "layers", int(name) if name.isdecimal() else name))
+
+
+def rule_text(name: str) -> str:
+    """A rule of layers in the middle of a sentence: ``body``, or ``[1]``."""
+    return f"[{name}]" if name.isdecimal() else name
 
 
 def key_path(location: Location) -> str:

@@ -44,9 +44,8 @@ def _keys_of(schema: Schema, section: Location) -> list[Location]:
     for key in schema.keys(schema.follow(section)[0]):
         location = (*section, key)
         found += [location] * (not schema.is_section(location))
-        found += [
-            below for place in (location, (*location, ANY_NAME), (*location, 0)) for below in _below(schema, place)
-        ]
+        found += _below(schema, location)
+        found += _below(schema, (*location, ANY_NAME)) or _below(schema, (*location, 0))
     return found
 
 

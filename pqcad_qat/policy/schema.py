@@ -7,14 +7,16 @@ Not here: pretraining policies (policy/pretraining.py), YAML (policy/loading.py)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-from pqcad_qat.policy.origins import Location, Origins
+from pqcad_qat.errors import shortened
+from pqcad_qat.policy.origins import Location, Origins, rule_text
 from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE, VARIANTS, VariantName
 
 EMBEDDED = "embedded:"
@@ -250,7 +252,27 @@ class LayerRule(Section):
                 )
 
 
-Rules = Annotated[tuple[LayerRule, ...], Strict(False), Field(min_length=1)]
+def numbered(rules: Iterable[Any]) -> dict[str, Any]:
+    """Rules of a list, named by their number."""
+    return {str(number): rule for number, rule in enumerate(rules)}
+
+
+def _named(value: object) -> object:
+    """Rules by name; one that is null is left out, which is how a policy drops a rule of the one that it extends."""
+    if isinstance(value, Mapping):
+        return {name: rule for name, rule in value.items() if rule is not None}
+    return numbered(value) if isinstance(value, list | tuple) and value else value
+
+
+RULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
+Rules = Annotated[
+    Mapping[str, LayerRule],
+    Field(min_length=1),
+    BeforeValidator(
+        _named,
+        json_schema_input_type=Annotated[tuple[LayerRule, ...], Field(min_length=1)] | dict[str, LayerRule | None],
+    ),
+]
 
 
 class QuantizationPolicy(Section):
@@ -261,7 +283,10 @@ class QuantizationPolicy(Section):
         description="split a convolution that reads a concatenated shortcut in two, each half with an input quantizer"
         " of its own",
     )
-    layers: Rules = Field(description="rules in order; a layer that none matches stays in floating point")
+    layers: Rules = Field(
+        description="rules by name, in order; null drops one of the policy below; a layer that none matches stays in "
+        "floating point"
+    )
     attention: Literal["float", "int8"] = Field(
         "float",
         description="int8: compute attention's two products in INT8 in the deployed folder, in 8 bits over the "
@@ -269,17 +294,21 @@ class QuantizationPolicy(Section):
     )
 
     def faults(self) -> Iterator[Fault]:
-        """A pattern that stands in two rules of different content: the second can never have its way."""
-        first: dict[str, int] = {}
-        for index, rule in enumerate(self.layers):
+        """A name that no key can spell; a pattern that stands in two rules of different content: the second can never
+        have its way.
+        """
+        first: dict[str, str] = {}
+        for name, rule in self.layers.items():
+            if not RULE_NAME.fullmatch(name):
+                allowed = "a name of at most 60 letters, digits, - and _"
+                yield Fault((("layers", name),), f"a rule named {shortened(repr(name))}", allowed)
             for pattern in rule.match:
-                before = first.setdefault(pattern, index)
+                before = first.setdefault(pattern, name)
                 if self.layers[before].model_copy(update={"match": rule.match}) != rule:
-                    key, other = ("layers", index, "match"), ("layers", before)
                     yield Fault(
-                        (key, other),
+                        (("layers", name, "match"), ("layers", before)),
                         repr(pattern),
-                        f"a pattern once; rule [{before}] has it already, with other contents",
+                        f"a pattern once; rule {rule_text(before)} has it already, with other contents",
                     )
 
 
@@ -450,7 +479,7 @@ class Policy(PolicyFile):
             keys: tuple[Location, ...] = (("distillation", "student_steps"), ("sampler", "steps"))
             yield Fault(keys, str(student), f"a divisor of sampler.steps ({steps})")
         first = self.progressive.ladder[0]
-        for index, rule in enumerate(self.quantization.layers):
+        for name, rule in self.quantization.layers.items():
             if rule.weights is not None and rule.weights.bits > first:
-                keys = (("quantization", "layers", index, "weights", "bits"), ("progressive", "ladder"))
+                keys = (("quantization", "layers", name, "weights", "bits"), ("progressive", "ladder"))
                 yield Fault(keys, str(rule.weights.bits), f"at most {first}, the first width of progressive.ladder")

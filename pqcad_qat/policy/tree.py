@@ -48,11 +48,11 @@ class Tree:
         """Where every key stands."""
         return Origins(dict(self._places(())))
 
-    def _places(self, location: Location) -> Iterator[tuple[Location, str]]:
+    def _places(self, location: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
         yield location, self.origin
         below = self.children.items() if isinstance(self.children, dict) else enumerate(self.children or ())
         for step, child in below:
-            yield from child._places((*location, step))
+            yield from child._places((*location, str(step)))
 
     def deepest(self, location: Location) -> tuple[Tree, Location]:
         """The part of the location that is there: its tree, and how far it goes."""

@@ -124,24 +124,25 @@ def _covering(prefix: str, names: Sequence[str], others: Sequence[str]) -> Itera
 
 
 def mixed_rules(
-    rules: Sequence[LayerRule], plan: Sequence[LayerPlan], names: Collection[str], bits: Mapping[str, int]
-) -> tuple[LayerRule, ...]:
+    rules: Mapping[str, LayerRule], plan: Sequence[LayerPlan], names: Collection[str], bits: Mapping[str, int]
+) -> dict[str, LayerRule]:
     """The rules by which the planned layers have these widths; `names`: of every layer that rules can match.
 
-    Each rule becomes as many as its layers have widths, widest first; where they all have its own, it stays as it is.
+    Each rule becomes as many as its layers have widths, widest first, its name followed by the width; where they all
+    have its own, it stays as it is.
     """
-    found: list[LayerRule] = []
-    for index, rule in enumerate(rules):
-        left = [layer for layer in plan if layer.rule_index == index]
+    found: dict[str, LayerRule] = {}
+    for name, rule in rules.items():
+        left = [layer for layer in plan if layer.rule == name]
         widths = sorted({bits[layer.name] for layer in left}, reverse=True)
         if rule.weights is None or widths == [rule.weights.bits]:
-            found.append(rule)
+            found[name] = rule
         else:
             for width in widths:
                 match = _only([layer.name for layer in left if bits[layer.name] == width], names)
                 weights = rule.weights.model_copy(update={"bits": width})
-                found.append(rule.model_copy(update={"match": tuple(match), "weights": weights}))
-    return tuple(found)
+                found[f"{name}-{width}"] = rule.model_copy(update={"match": tuple(match), "weights": weights})
+    return found
 
 
 def _only(layers: Sequence[str], names: Collection[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pqcad_qat.errors import PlanError, shortened
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
+from pqcad_qat.policy.origins import rule_key, rule_text
 from pqcad_qat.quantization.quantizable_layers import (
     CONSTANT,
     KINDS,
@@ -50,14 +51,14 @@ class QuantizerSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer that will be quantized. ``input_group`` names the layer whose input quantizer it shares: its own name
-    if none.
+    """One layer that will be quantized: by which rule's name, and by which of its patterns. ``input_group`` names the
+    layer whose input quantizer it shares: its own name if none.
     """
 
     name: str
     kind: Literal["Conv2d", "Linear"]
     rule: str
-    rule_index: int
+    pattern: str
     weights: QuantizerSpec
     inputs: QuantizerSpec
     input_group: str
@@ -68,7 +69,7 @@ class LayerPlan:
 
 def plan_layers(
     model: nn.Module,
-    rules: Sequence[LayerRule],
+    rules: Mapping[str, LayerRule],
     ladder: Sequence[int],
     example: PredictArguments,
     *,
@@ -91,21 +92,28 @@ def plan_layers(
     matches, faults = _match(model, layers, rules)
     first_readers, called = _read_tensors(model, layers, example)
     plans = []
-    unfit: dict[tuple[int, str, str, str], list[str]] = {}
-    for name, (index, pattern) in matches.items():
-        rule = rules[index]
+    unfit: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, (rule_name, pattern) in matches.items():
+        rule = rules[rule_name]
         if rule.keep_float or rule.weights is None or rule.inputs is None or name in constant:
             continue
         for why, allowed in _unfit(name, layers[name], name in called):
-            unfit.setdefault((index, pattern, why, allowed), []).append(name)
+            unfit.setdefault((rule_name, pattern, why, allowed), []).append(name)
         plans.append(
             _layer_plan(
-                name, layers[name], index, pattern, rule=rule, weights=rule.weights, inputs=rule.inputs, ladder=ladder
+                name,
+                layers[name],
+                rule_name,
+                pattern,
+                rule=rule,
+                weights=rule.weights,
+                inputs=rule.inputs,
+                ladder=ladder,
             )
         )
     faults += [
-        f"{_match_key(index)}: got {_quoted(pattern)}, which names {listed(names)}: {why}; allowed {allowed}"
-        for (index, pattern, why, allowed), names in unfit.items()
+        f"{rule_key(rule_name)}.match: got {_quoted(pattern)}, which names {listed(names)}: {why}; allowed {allowed}"
+        for (rule_name, pattern, why, allowed), names in unfit.items()
     ]
     plans, conflicts = _share_inputs(plans, first_readers)
     if faults + conflicts:
@@ -120,10 +128,6 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 def _quoted(pattern: str) -> str:
     return shortened(repr(pattern))
-
-
-def _match_key(index: int) -> str:
-    return f"quantization.layers[{index}].match"
 
 
 def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:
@@ -234,15 +238,15 @@ def matches_layer(pattern: str, name: str, model: nn.Module) -> bool:
 
 
 def _match(
-    model: nn.Module, layers: dict[str, nn.Module], rules: Sequence[LayerRule]
-) -> tuple[dict[str, tuple[int, str]], list[str]]:
-    """The (rule index, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
-    claimed: dict[str, tuple[int, str]] = {}
+    model: nn.Module, layers: dict[str, nn.Module], rules: Mapping[str, LayerRule]
+) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """The (rule's name, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
+    claimed: dict[str, tuple[str, str]] = {}
     faults = []
-    for index, rule in enumerate(rules):
+    for rule_name, rule in rules.items():
         before = dict(claimed)
         for pattern in rule.match:
-            got = f"{_match_key(index)}: got {_quoted(pattern)}"
+            got = f"{rule_key(rule_name)}.match: got {_quoted(pattern)}"
             try:
                 hits = [name for name in layers if matches_layer(pattern, name, model)]
             except (re.error, RecursionError, OverflowError) as error:
@@ -256,13 +260,13 @@ def _match(
                     f"do{_suggest(pattern, layers)}"
                 )
             elif all(name in before for name in hits):
-                owners = listed(sorted({f"[{before[name][0]}] ({_quoted(before[name][1])})" for name in hits}))
+                owners = listed(sorted({f"{rule_text(before[name][0])} ({_quoted(before[name][1])})" for name in hits}))
                 faults.append(
                     f"{got}, whose layers earlier rules have: {owners}; allowed a pattern that matches "
                     "one more, or an earlier place"
                 )
             for name in hits:
-                claimed.setdefault(name, (index, pattern))
+                claimed.setdefault(name, (rule_name, pattern))
     return {name: claimed[name] for name in layers if name in claimed}, faults
 
 
@@ -299,7 +303,7 @@ def _read_tensors(
 def _layer_plan(
     name: str,
     layer: nn.Module,
-    index: int,
+    rule_name: str,
     pattern: str,
     *,
     rule: LayerRule,
@@ -310,8 +314,8 @@ def _layer_plan(
     return LayerPlan(
         name=name,
         kind=KINDS[type(layer)],
-        rule=pattern,
-        rule_index=index,
+        rule=rule_name,
+        pattern=pattern,
         weights=QuantizerSpec(
             bits=weights.bits,
             per_channel=weights.granularity == "per_channel",
@@ -355,11 +359,11 @@ def _share_inputs(plans: list[LayerPlan], first_readers: dict[str, str]) -> tupl
     """Give the layers that read one tensor the input group of the first planned of them."""
     leaders: dict[str, LayerPlan] = {}
     shared = []
-    apart: dict[tuple[int, int], list[tuple[LayerPlan, LayerPlan]]] = {}
+    apart: dict[tuple[str, str], list[tuple[LayerPlan, LayerPlan]]] = {}
     for layer in plans:
         leader = leaders.setdefault(first_readers.get(layer.name, layer.name), layer)
         if leader.inputs != layer.inputs:
-            apart.setdefault((leader.rule_index, layer.rule_index), []).append((leader, layer))
+            apart.setdefault((leader.rule, layer.rule), []).append((leader, layer))
         shared.append(LayerPlan(**{**vars(layer), "input_group": leader.name}))
     return shared, [_conflict(pairs) for pairs in apart.values()]
 
@@ -369,11 +373,11 @@ def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     leader, layer = pairs[0]
     got, allowed = (f"{one.inputs.bits} bits, {quantizer_words(one.inputs)}" for one in (layer, leader))
     names = listed(
-        [f"{one.name} ({_quoted(one.rule)}) and {other.name} ({_quoted(other.rule)})" for one, other in pairs]
+        [f"{one.name} ({_quoted(one.pattern)}) and {other.name} ({_quoted(other.pattern)})" for one, other in pairs]
     )
-    where = f"quantization.layers[{layer.rule_index}].inputs"
     return (
-        f"{where}: got {got}; allowed {allowed}, as rule [{leader.rule_index}], for they read the same tensor: {names}"
+        f"{rule_key(layer.rule)}.inputs: got {got}; allowed {allowed}, as rule {rule_text(leader.rule)}, for they "
+        f"read the same tensor: {names}"
     )
 
 

@@ -101,7 +101,10 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
 
 
 def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
-    """A LayerPlan from its JSON form."""
+    """A LayerPlan from its JSON form; folders of before 2026-11-28 have their rules by number, patterns as `rule`."""
+    if "rule_index" in entry:
+        entry = {**entry, "rule": str(entry["rule_index"]), "pattern": entry["rule"]}
+        del entry["rule_index"]
     parts = {
         "weights": _quantizer_spec(entry["weights"]),
         "inputs": _quantizer_spec(entry["inputs"]),

@@ -89,8 +89,8 @@ def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
 
 def _plan_caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
     lines = []
-    for index, pattern, weights, inputs in dict.fromkeys((p.rule_index, p.rule, p.weights, p.inputs) for p in plan):
-        lines.append(f"rule {index}, {pattern}: weights {quantizer_words(weights)}; inputs {quantizer_words(inputs)}")
+    for name, pattern, weights, inputs in dict.fromkeys((p.rule, p.pattern, p.weights, p.inputs) for p in plan):
+        lines.append(f"rule {name}, {pattern}: weights {quantizer_words(weights)}; inputs {quantizer_words(inputs)}")
     full = expected_bytes(model, (), False)
     sizes = ((label, expected_bytes(model, plan, packed)) for label, packed in (("int8", False), ("packed", True)))
     lines.append(

@@ -112,7 +112,7 @@ class _Table:
 
     def layers(self, ladders: bool) -> dict[str, Any]:
         """What quantizers compute; the rule that says so and what runs in floating point decide no weight."""
-        without = {"rule", "rule_index", "int8_exception", *(() if ladders else ("ladder",))}
+        without = {"rule", "pattern", "int8_exception", *(() if ladders else ("ladder",))}
         plan = [
             {key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan
         ]
