@@ -395,11 +395,11 @@ def test_overrides_on_the_command_line_reach_the_plan(call: Call, tiny_folder: P
 
 
 def test_what_looks_like_markup_is_shown_as_it_is(call: Call, tiny_folder: Path) -> None:
-    rule = "quantization.layers.2.match=['re:(conv|[/a-z0-9._]+)', 'type:[L]inear']"
+    rule = "quantization.layers.body.match=['re:(conv|[/a-z0-9._]+)', 'type:[L]inear']"
     code, output, _ = call("plan", SMOKE, *sets(tiny_folder, rule))
     assert code == 0
     assert "re:(conv|[/a-z0-9._]+)" in output
-    code, _, errors = call("plan", SMOKE, *sets(tiny_folder, "quantization.layers.2.match='[/bold]'"))
+    code, _, errors = call("plan", SMOKE, *sets(tiny_folder, "quantization.layers.body.match='[/bold]'"))
     assert code == 2
     assert "got '[/bold]', which matches no Conv2d or Linear" in errors
 

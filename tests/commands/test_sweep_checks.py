@@ -27,7 +27,7 @@ set: {{model.source: TINY}}
 axes:
   rules:
     good: {{}}
-    gone: {{quantization.layers.2.match: no_such_layer}}
+    gone: {{quantization.layers.body.match: no_such_layer}}
   sampler:
     own: {{}}
     other: {{sampler.name: euler}}
@@ -53,7 +53,7 @@ def test_all_faults_of_all_cells_are_told_before_the_first_is_run(
     assert head == "got 6 of 8 cells that cannot run:"
     assert [line.split(": got")[0] for line in lines] == [
         "smoke-good-other-seed0, smoke-good-other-seed1, smoke-gone-other-seed0 and 1 more: s.yaml:11: sampler.name",
-        "smoke-gone-own-seed0, smoke-gone-own-seed1: s.yaml:8: quantization.layers[2].match",
+        "smoke-gone-own-seed0, smoke-gone-own-seed1: s.yaml:8: quantization.layers.body.match",
     ]
     assert not (tmp_path / "out").exists()
 

@@ -30,7 +30,7 @@ from pqcad_qat.models.config_values import LARGEST_SIDE
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model, predict, save_model
 from pqcad_qat.models.model_folder import downloaded_pipeline
 from pqcad_qat.models.untrained import shapes_of
-from pqcad_qat.policy.schema import LayerRule, ModelPolicy
+from pqcad_qat.policy.schema import LayerRule, ModelPolicy, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.shortcuts import split_shortcuts
@@ -367,7 +367,7 @@ def test_a_rectangle_is_deployed_with_the_integers_of_pytorch(tmp_path: Path) ->
     model = copy.deepcopy(full.denoiser)
     rule = {"match": ["*"], "weights": {"bits": 7}, "inputs": {"bits": 8, "symmetric": False}}
     split_shortcuts(model, full.example)
-    quantize_model(model, plan_layers(model, [LayerRule.model_validate(rule)], (7,), full.example))
+    quantize_model(model, plan_layers(model, numbered([LayerRule.model_validate(rule)]), (7,), full.example))
     states = (torch.randn(2, 1, 8, 12), torch.tensor([40, 999]), {})
     calibrate_ranges(model, [states])
     layers, deployed = integer_layers(model.eval()), tmp_path / "openvino"

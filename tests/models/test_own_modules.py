@@ -31,7 +31,7 @@ from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.own_model import OwnModel, own_model_of
 from pqcad_qat.models.own_modules import hold_statistics, plain_module
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.schema import Policy, numbered
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
 from pqcad_qat.quantization.plan import expected_bytes, float_layers, plan_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers
@@ -133,7 +133,8 @@ def test_a_weight_that_two_layers_share_takes_its_bytes_once_and_its_integers_tw
     shared = DEPLOYED["tied"][0]()
     example = torch.zeros(1, *SHAPE), torch.zeros(1)
     weight, total = shared.mid.weight.numel(), sum(parameter.numel() for parameter in shared.parameters())
-    both, one = (plan_layers(shared, (rule(*names, bits=8),), (), example) for names in (("mid", "two"), ("mid",)))
+    rules = (numbered([rule(*names, bits=8)]) for names in (("mid", "two"), ("mid",)))
+    both, one = (plan_layers(shared, every, (), example) for every in rules)
     assert expected_bytes(shared, both, packed=False) == 4 * (total - weight) + 2 * (weight + 4 * WIDTH)
     assert expected_bytes(shared, one, packed=False) == 4 * total + weight + 4 * WIDTH
 

@@ -27,7 +27,7 @@ from pqcad_qat.models.untrained import (
     random_denoiser,
     shapes_of,
 )
-from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.policy.schema import LayerRule, numbered
 from pqcad_qat.quantization.plan import LayerPlan, expected_bytes, plan_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 
@@ -36,7 +36,7 @@ RULES = [LayerRule.model_validate({"match": ["*"], "weights": {"bits": 4}, "inpu
 
 def planned(model: DiffusionModel) -> tuple[tuple[LayerPlan, ...], int]:
     denoiser = split_shortcuts(rewritable(model.denoiser), model.example)
-    plan = plan_layers(denoiser, RULES, (8,), model.example)
+    plan = plan_layers(denoiser, numbered(RULES), (8,), model.example)
     return plan, expected_bytes(denoiser, plan, packed=True)
 
 

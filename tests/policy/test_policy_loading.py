@@ -744,7 +744,7 @@ def test_anchors_and_merge_keys_work(write: Write) -> None:
     text = text.replace(
         "weights: {bits: 4}\n      inputs: {bits: 8}", "weights: {bits: 4}\n      inputs: {<<: *eight, range: mse}"
     )
-    inputs = load_policy(write(text)).quantization.layers[1].inputs
+    inputs = load_policy(write(text)).quantization.layers["1"].inputs
     assert inputs is not None
     assert (inputs.bits, inputs.symmetric, inputs.range) == (8, False, "mse")
 
@@ -808,8 +808,8 @@ def test_extends_of_no_file(write: Write, value: str, got: str) -> None:
     ("override", "read", "value"),
     [
         ("sampler.steps=40", lambda p: p.sampler.steps, 40),
-        ("quantization.layers.1.weights.bits=3", lambda p: p.quantization.layers[1].weights.bits, 3),
-        ("quantization.layers[1].weights.bits=3", lambda p: p.quantization.layers[1].weights.bits, 3),
+        ("quantization.layers.1.weights.bits=3", lambda p: p.quantization.layers["1"].weights.bits, 3),
+        ("quantization.layers[1].weights.bits=3", lambda p: p.quantization.layers["1"].weights.bits, 3),
         ("progressive.ladder=[8, 2]", lambda p: p.progressive.ladder, (8, 2)),
         ("training.learning_rate=1e-5", lambda p: p.training.learning_rate, 1e-5),
         ("training={seed: 7}", lambda p: p.training.seed, 7),
@@ -925,7 +925,7 @@ def test_the_policies_that_ship() -> None:
 @pytest.mark.parametrize("text", ["1e4", "yes", "null", "größe #1: [x]", "2024-11-02", "a\nb", "~"])
 def test_awkward_text_comes_back_from_its_dump(write: Write, text: str) -> None:
     policy = load_policy(write(GOOD), ["training.learning_rate=1.25e-7", "progressive.plateau=0"])
-    rules = (policy.quantization.layers[0].model_copy(update={"match": (text,)}),)
+    rules = {"0": policy.quantization.layers["0"].model_copy(update={"match": (text,)})}
     policy = policy.model_copy(update={"quantization": policy.quantization.model_copy(update={"layers": rules})})
     assert load_policy(write(dump_policy(policy), "copy.yaml")) == policy
 
@@ -959,6 +959,56 @@ def unknown_keys(value: object, node: dict[str, Any], parts: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_rules_by_name_merge_one_by_one_and_null_drops_one(write: Write, tmp_path: Path) -> None:
+    """As the policies that ship: a child changes one key of one rule, adds a rule behind the others, drops another."""
+    named = """
+quantization:
+  layers:
+    first: {match: conv_in, keep_float: true}
+    ends: {match: conv_out, weights: {bits: 7}, inputs: {bits: 8}}
+    body: {match: ["type:Conv2d"], weights: {bits: 4, scale: learned}, inputs: {bits: 8}}
+"""
+    write(GOOD.split("quantization:")[0] + named)
+    child = tmp_path / "child.yaml"
+    more = "ends: null, rest: {match: 'type:Linear', keep_float: true}"
+    child.write_text(
+        f"extends: p.yaml\nname: child\nquantization: {{layers: {{body: {{weights: {{bits: 2}}}}, {more}}}}}\n"
+    )
+    layers = load_policy(child, ["quantization.layers.body.inputs.bits=6"]).quantization.layers
+    assert list(layers) == ["first", "body", "rest"]
+    body = layers["body"]
+    assert body.weights is not None
+    assert body.inputs is not None
+    assert (body.match, body.weights.bits, body.weights.scale, body.inputs.bits) == (("type:Conv2d",), 2, "learned", 6)
+
+
+@pytest.mark.parametrize(
+    ("rules", "report"),
+    [
+        (
+            "{body: {match: a, weights: {bits: 9}, inputs: {bits: 8}}}",
+            "quantization.layers.body.weights.bits: got 9; allowed a whole",
+        ),
+        ("{body: {keep_float: true}}", "quantization.layers.body.match: got nothing; allowed non-empty text"),
+        ("{body: {match: a, keep_flaot: true}}", "quantization.layers.body.keep_flaot: got an unknown key"),
+        (
+            "{a b: {match: a, keep_float: true}}",
+            "quantization.layers.a b: got a rule named 'a b'; allowed a name of at most 60",
+        ),
+        (
+            "{a: {match: x, keep_float: true}, b: {match: x, weights: {bits: 4}, inputs: {bits: 8}}}",
+            "quantization.layers.b.match: got 'x'; allowed a pattern once; rule a has it already",
+        ),
+        ("{}", "quantization.layers: got {}; allowed a list of one or more"),
+        ("{body: null}", "quantization.layers: got {}; allowed a list of one or more"),
+        ("[]", "quantization.layers: got []; allowed a list of one or more"),
+    ],
+)
+def test_a_fault_of_a_rule_names_the_rule(rules: str, report: str, write: Write) -> None:
+    found = faults(write(GOOD.split("quantization:")[0] + f"quantization: {{layers: {rules}}}\n"))
+    assert any(report in fault for fault in found), found
+
+
 def test_the_json_schema_has_the_keys_of_every_policy_and_no_others(name: str) -> None:
     policy, parts = load_shipped(name), json_schema()["$defs"]
     root = parts[type(policy).__name__]

@@ -40,7 +40,7 @@ def test_a_policy_of_required_keys_alone_has_every_default() -> None:
     assert (policy.sampler.steps, policy.distillation.student_steps) == (20, 10)
     assert policy.progressive.ladder == (8, 6, 4)
     assert policy.evaluation.seed != policy.calibration.seed
-    rule = policy.quantization.layers[0]
+    rule = policy.quantization.layers["0"]
     assert rule.match == ("conv_in",)
     assert rule.weights is not None
     assert (rule.weights.granularity, rule.weights.symmetric, rule.weights.scale) == ("per_channel", True, "statistics")
@@ -103,11 +103,11 @@ def test_widths_are_whole_numbers_from_2_to_8(quantizer: str, bits: object) -> N
         ),
         (SMALLEST | {"distillation": {"teacher_weight": 0, "calibration_weight": 0.0}}, ("calibration_weight",)),
         (SMALLEST | {"progressive": {"ladder": [4, 6]}}, ("ladder",)),
-        (SMALLEST | {"progressive": {"ladder": [3, 2]}}, ("quantization", "layers", 0, "weights", "bits")),
+        (SMALLEST | {"progressive": {"ladder": [3, 2]}}, ("quantization", "layers", "0", "weights", "bits")),
         (quantization(RULE | {"keep_float": True, "inputs": None}), ("weights",)),
         (quantization({"match": "a", "weights": {"bits": 4}}), ("inputs",)),
         (quantization(RULE | {"inputs": {"bits": 8, "symmetric": False, "signed": True}}), ("signed",)),
-        (quantization(RULE, RULE | {"match": ["x", "conv_in"], "weights": {"bits": 3}}), ("layers", 1, "match")),
+        (quantization(RULE, RULE | {"match": ["x", "conv_in"], "weights": {"bits": 3}}), ("layers", "1", "match")),
     ],
 )
 def test_rules_between_keys_name_the_key_at_fault(data: dict[str, Any], key: tuple[str | int, ...]) -> None:
@@ -129,7 +129,7 @@ def test_a_pattern_may_stand_twice_with_the_same_contents() -> None:
     ],
 )
 def test_allowed_rules(rule: dict[str, Any]) -> None:
-    written = Policy.model_validate(quantization(rule)).quantization.layers[0].model_dump(exclude_unset=True)
+    written = Policy.model_validate(quantization(rule)).quantization.layers["0"].model_dump(exclude_unset=True)
     assert written["match"] in (rule["match"], (rule["match"],))
     assert {key: written[key] for key in rule if key != "match"} == {
         key: value for key, value in rule.items() if key != "match"

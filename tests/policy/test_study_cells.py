@@ -98,7 +98,7 @@ def test_an_override_is_of_the_study_or_of_every_cell(write: Write) -> None:
         (
             "evaluation.images: 16",
             "quantization.layers.9.keep_float: true",
-            "s.yaml:5: quantization.layers.9.keep_float: got index 9; allowed 0 to 2",
+            "s.yaml:5: quantization.layers.9.match: got nothing; allowed non-empty text",
         ),
         (
             "evaluation.images: 16",

@@ -12,7 +12,7 @@ from tiny_runs import tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.policy.schema import LayerRule, numbered
 from pqcad_qat.quantization import brevitas_layers, fake_quantization
 from pqcad_qat.quantization.conversion import (
     calibrate_ranges,
@@ -29,7 +29,7 @@ from pqcad_qat.quantization.quantized_layer import input_parameters, quantized_w
 
 def quantized_network(*rules: LayerRule, seed: int = 0, calibrated: bool = True) -> SkipNetwork:
     model = skip_network(seed)
-    quantize_model(model, plan_layers(model, rules or (EVERYTHING,), (8, 4), example()))
+    quantize_model(model, plan_layers(model, numbered(rules or (EVERYTHING,)), (8, 4), example()))
     if calibrated:
         calibrate_ranges(model, [example()])
     return model
@@ -38,7 +38,7 @@ def quantized_network(*rules: LayerRule, seed: int = 0, calibrated: bool = True)
 def test_parameters_are_the_same_objects_and_the_way_back_is_bit_exact() -> None:
     model = skip_network()
     before, parameters = model(*example()), dict(model.named_parameters())
-    quantize_model(model, plan_layers(model, (EVERYTHING,), (8, 4), example()))
+    quantize_model(model, plan_layers(model, numbered([EVERYTHING]), (8, 4), example()))
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
     calibrate_ranges(model, [example()])
     assert not torch.equal(model(*example()), before)
@@ -54,7 +54,7 @@ def test_a_diffusers_unet_goes_there_and_back() -> None:
     model, inputs = tiny_unet().eval(), (torch.randn(2, 1, 32, 32), torch.tensor([3, 700]))
     with torch.no_grad():
         before = model(*inputs).sample
-        quantize_model(model, plan_layers(model, (rule("*", bits=8),), (8,), inputs))
+        quantize_model(model, plan_layers(model, numbered([rule("*", bits=8)]), (8,), inputs))
         calibrate_ranges(model, [inputs])
         error = (model(*inputs).sample - before).norm() / before.norm()
         assert 0 < error < 0.05
@@ -83,7 +83,7 @@ def test_no_entry_of_the_state_dict_shares_memory() -> None:
 def test_a_module_that_hangs_in_two_places_is_replaced_in_both() -> None:
     model = skip_network()
     model.alias = model.down
-    quantize_model(model, plan_layers(model, (rule("down"),), (8, 4), example()))
+    quantize_model(model, plan_layers(model, numbered([rule("down")]), (8, 4), example()))
     assert model.alias is model.down
     assert list(quantized_layers(model)) == ["down"]
 
@@ -140,7 +140,8 @@ def test_a_sign_is_found_by_calibration() -> None:
     model = quantized_network(rule("*", inputs={"symmetric": True}))
     assert input_parameters(model.down)[2:] == (-128, 127)
     positive = Timeless(nn.ReLU(), nn.Conv2d(1, 2, 3)).eval()
-    quantize_model(positive, plan_layers(positive, (rule("*", inputs={"symmetric": True}),), (8, 4), example()))
+    rules = numbered([rule("*", inputs={"symmetric": True})])
+    quantize_model(positive, plan_layers(positive, rules, (8, 4), example()))
     calibrate_ranges(positive, [example()])
     assert input_parameters(positive[1])[1:] == (0, 0, 255)
 
@@ -167,7 +168,7 @@ def test_an_uncalibrated_network_is_refused_and_a_foreign_plan_too() -> None:
     model = quantized_network(calibrated=False)
     with pytest.raises(ModelError, match="no range yet"):
         model(*example())
-    plan = plan_layers(skip_network(), (EVERYTHING,), (8, 4), example())
+    plan = plan_layers(skip_network(), numbered([EVERYTHING]), (8, 4), example())
     with pytest.raises(ModelError, match="another model: this one has no floating-point layer conv_in"):
         quantize_model(nn.Sequential(nn.Linear(2, 2)), plan)
 

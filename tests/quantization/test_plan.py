@@ -14,7 +14,7 @@ from tiny_runs import tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.policy.schema import LayerRule, numbered
 from pqcad_qat.quantization.plan import (
     LayerPlan,
     executes_int8,
@@ -32,7 +32,7 @@ from pqcad_qat.serving.packing import PACKED_WIDTHS, stored_bits
 def plan(
     *rules: LayerRule, model: nn.Module | None = None, ladder: tuple[int, ...] = (8, 6, 4)
 ) -> tuple[LayerPlan, ...]:
-    return plan_layers(model or skip_network(), rules, ladder, example())
+    return plan_layers(model or skip_network(), numbered(rules), ladder, example())
 
 
 def test_the_first_rule_wins_and_order_is_the_models() -> None:
@@ -40,7 +40,7 @@ def test_the_first_rule_wins_and_order_is_the_models() -> None:
     assert [layer.name for layer in layers] == [
         name for name, m in skip_network().named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
     ]
-    claims = {layer.name: (layer.rule_index, layer.rule) for layer in layers}
+    claims = {layer.name: (int(layer.rule), layer.pattern) for layer in layers}
     assert claims["conv_in"] == (0, "conv_*")
     assert claims["to_k"] == (1, "re:to_[qk]")
     assert claims["to_v"] == (2, "type:Linear")
@@ -84,7 +84,7 @@ def test_layers_that_read_one_tensor_share_the_first_ones_quantizer() -> None:
 
 def test_every_attention_of_a_diffusers_unet_shares_and_nothing_else_does() -> None:
     model = tiny_unet()
-    layers = plan_layers(model, (EVERYTHING,), (8, 4), (torch.randn(1, 1, 32, 32), torch.tensor([5])))
+    layers = plan_layers(model, numbered([EVERYTHING]), (8, 4), (torch.randn(1, 1, 32, 32), torch.tensor([5])))
     shared = {(layer.name, layer.input_group) for layer in layers if layer.name != layer.input_group}
     attentions = [name.removesuffix(".to_q") for name, _ in model.named_modules() if name.endswith(".to_q")]
     assert len(attentions) == 4

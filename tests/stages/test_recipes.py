@@ -63,7 +63,7 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.learning_rate=0.01": {*CONTROL, *QUANTIZED},
     "training.seed=3": {*CONTROL, *QUANTIZED},
     "training.precision=bf16": {*CONTROL, *QUANTIZED},
-    "quantization.layers[2].weights.bits=3": {*CONTROL, *QUANTIZED},
+    "quantization.layers.body.weights.bits=3": {*CONTROL, *QUANTIZED},
     "quantization.split_shortcuts=false": {*CONTROL, *QUANTIZED},
     "calibration.seed=3": ALL - FLOATING,
     "calibration.trajectories=6": ALL - FLOATING,
@@ -114,8 +114,8 @@ def test_rules_in_other_words_and_layers_that_may_run_in_float_are_trained_alike
     """
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
     rules = policy.quantization.layers
-    excepted = rules[-1].model_copy(update={"match": ("mid_block.resnets.0.conv1",), "execution": "float"})
-    listed = policy.quantization.model_copy(update={"layers": (*rules[:-1], excepted, rules[-1])})
+    excepted = rules["body"].model_copy(update={"match": ("mid_block.resnets.0.conv1",), "execution": "float"})
+    listed = policy.quantization.model_copy(update={"layers": {"excepted": excepted, **rules}})
     was, now = (recipes(one, prepare(one)) for one in (policy, policy.model_copy(update={"quantization": listed})))
     again = {stage for stage in now if reason_to_repeat(record_of(was, stage), record_of(now, stage)) is not None}
     assert again == DEPLOYED

@@ -17,7 +17,7 @@ from tiny_runs import SCHEDULER, tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.export.export_model import ExportRequest, export_model
-from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.policy.schema import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantized_layer import IntegerLayer
@@ -64,7 +64,7 @@ def quantized(model: nn.Module, weights: Mapping[str, Any], inputs: Mapping[str,
     rule = LayerRule.model_validate(
         {"match": ["type:Conv2d", "type:Linear"], "weights": dict(weights), "inputs": dict(inputs)}
     )
-    plan = plan_layers(model, [rule], (weights["bits"],), (states, timesteps))
+    plan = plan_layers(model, numbered([rule]), (weights["bits"],), (states, timesteps))
     quantize_model(model, plan)
     calibrate_ranges(model, [(states, timesteps)])
     model.eval()

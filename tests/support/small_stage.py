@@ -46,7 +46,7 @@ def network(scale: str = "learned") -> nn.Module:
     weights = WeightQuantizer(bits=4, scale=scale)  # type: ignore[arg-type]
     plan = plan_layers(
         model,
-        [LayerRule(match=("type:Conv2d",), weights=weights, inputs=InputQuantizer(bits=8))],
+        {"every": LayerRule(match=("type:Conv2d",), weights=weights, inputs=InputQuantizer(bits=8))},
         [8, 4],
         timeless(images(0)),
     )

@@ -46,7 +46,7 @@ from pqcad_qat.models.conditions import GUIDANCE
 from pqcad_qat.models.denoiser import load_model
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.pipeline_parts import PipelineParts, pipeline_parts
-from pqcad_qat.policy.schema import LayerRule
+from pqcad_qat.policy.schema import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.student_folder import STEPS
@@ -110,7 +110,7 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     }
     x = torch.randn(2, *full.sample_shape, generator=dice)
     rule = {"match": ["*"], "weights": {"bits": 7}, "inputs": {"bits": 8, "symmetric": False}}
-    quantize_model(model, plan_layers(model, [LayerRule.model_validate(rule)], (7,), full.example))
+    quantize_model(model, plan_layers(model, numbered([LayerRule.model_validate(rule)]), (7,), full.example))
     calibrate_ranges(model, [(x, torch.tensor([40, 999]), given)])
     parts = pipeline_parts(source)
     assert parts is not None

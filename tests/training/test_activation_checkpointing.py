@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.policy.schema import LayerRule, Policy
+from pqcad_qat.policy.schema import LayerRule, Policy, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantized_layer import begin_blend, set_blend
@@ -122,7 +122,7 @@ class Learner:
 def learner(name: str, folder: Path) -> Learner:
     full, condition = saved(name, folder, **CONDITIONAL[name]), conditions(name, 2)
     x = torch.randn(2, *full.sample_shape, generator=torch.Generator().manual_seed(0))
-    model = quantize_model(full.denoiser, plan_layers(full.denoiser, [LEARNED], (8,), full.example))
+    model = quantize_model(full.denoiser, plan_layers(full.denoiser, numbered([LEARNED]), (8,), full.example))
     calibrate_ranges(model, [(x, torch.tensor([40, 900]), condition)])
     return Learner(model, x, condition)
 
@@ -197,7 +197,7 @@ class Parts(nn.Module):
 def test_a_module_may_checkpoint_parts_of_itself() -> None:
     torch.manual_seed(0)
     model, x, t = Parts(), torch.randn(3, 8), torch.tensor([1, 2, 3])
-    quantize_model(model, plan_layers(model, [LEARNED], (8,), (x, t)))
+    quantize_model(model, plan_layers(model, numbered([LEARNED]), (8,), (x, t)))
     calibrate_ranges(model, [(x, t)])
     found = []
     for again in (False, True):

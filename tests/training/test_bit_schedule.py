@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from small_networks import Timeless, timeless
 from torch import nn
 
-from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantized_layer import blend_state, quantized_weight, read_bits
@@ -203,7 +203,7 @@ def network() -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
         match="type:Conv2d", weights=WeightQuantizer(bits=3, scale="learned"), inputs=InputQuantizer(bits=8)
     )
     example = timeless(torch.randn(2, 1, 8, 8))
-    plan = plan_layers(model, [rule], [8, 4], example)
+    plan = plan_layers(model, numbered([rule]), [8, 4], example)
     quantize_model(model, plan)
     calibrate_ranges(model, [example])
     settings = BitScheduleSettings(

@@ -7,7 +7,7 @@ import torch
 from small_networks import Timeless, timeless
 from torch import nn
 
-from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantized_layer import begin_blend, quantized_weight, set_blend, set_weight_bits
@@ -19,7 +19,7 @@ def network() -> nn.Module:
     torch.manual_seed(0)
     model = Timeless(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3))
     rule = LayerRule(match="type:Conv2d", weights=WeightQuantizer(bits=2), inputs=InputQuantizer(bits=8))
-    return quantize_model(model, plan_layers(model, (rule,), (8, 2), timeless(torch.randn(1, 1, 8, 8))))
+    return quantize_model(model, plan_layers(model, numbered([rule]), (8, 2), timeless(torch.randn(1, 1, 8, 8))))
 
 
 def at_step(model: nn.Module, step: int) -> TrainState:

@@ -32,7 +32,7 @@ from pqcad_qat.models.denoiser import load_model, predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule
+from pqcad_qat.policy.schema import ConditionsPolicy, LayerRule, numbered
 from pqcad_qat.policy.variants import FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
@@ -62,7 +62,7 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model, condition = copy.deepcopy(full.denoiser), conditions(request.param, BATCH)
     x, t = torch.randn(BATCH, *full.sample_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([40, 999])
     rule = {"match": ["*"], "weights": {"bits": 7}, "inputs": {"bits": 8, "symmetric": False}}
-    quantize_model(model, plan_layers(model, [LayerRule.model_validate(rule)], (7,), full.example))
+    quantize_model(model, plan_layers(model, numbered([LayerRule.model_validate(rule)]), (7,), full.example))
     calibrate_ranges(model, [(x, t, condition)])
     inputs = exported_inputs(full.condition_inputs, ConditionSet(condition))
     layers = integer_layers(model)
