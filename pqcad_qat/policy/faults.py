@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -23,6 +23,8 @@ from pqcad_qat.policy.schema import Section, known_keys
 from pqcad_qat.policy.tree import Tree
 
 Node = dict[str, Any]  # a part of a JSON Schema
+
+RULES = ("quantization", "layers")
 
 MANY = 200
 """Faults after which no more are looked for: nobody reads them."""
@@ -99,7 +101,10 @@ def _findings(error: ValidationError, schema: Schema, data: Any) -> Iterator[Fin
                 keys = tuple(_as_written((*detail["loc"], *key), data) for key in fault.keys)
                 yield Finding(keys, fault.got, fault.allowed)
         elif not _spurious(detail):
-            finding = _key_finding(detail, _as_written(detail["loc"], data), schema)
+            written = _as_written(detail["loc"], data)
+            finding = _key_finding(detail, written, schema)
+            if detail["type"] == "missing" and written[:2] == RULES and written[3:] == ("match",):
+                finding = replace(finding, allowed=f"{finding.allowed}{_other_rules(written[2], data)}")
             if finding.locations[0] not in seen:  # a union reports once a member
                 seen.add(finding.locations[0])
                 yield finding
@@ -108,6 +113,14 @@ def _findings(error: ValidationError, schema: Schema, data: Any) -> Iterator[Fin
 def _spurious(detail: ErrorDetails) -> bool:
     """pydantic calls a list too short when its items are faulty; the items have faults of their own."""
     return detail["type"] == "too_short" and len(detail["input"]) > 0
+
+
+def _other_rules(name: str | int, data: Any) -> str:
+    """What a rule without patterns may have been meant for: one of the rules by name that have them."""
+    rules = data["quantization"]["layers"]
+    if not isinstance(rules, dict) or not (names := [known for known in rules if known != name]):
+        return ""
+    return f", for a new rule; the others are {known_keys(names, str(name))}"
 
 
 def _key_finding(detail: ErrorDetails, written: Location, schema: Schema) -> Finding:

@@ -999,6 +999,11 @@ quantization:
             "{a: {match: x, keep_float: true}, b: {match: x, weights: {bits: 4}, inputs: {bits: 8}}}",
             "quantization.layers.b.match: got 'x'; allowed a pattern once; rule a has it already",
         ),
+        (
+            "{body: {match: a, keep_float: true}, bdoy: {keep_float: true}}",
+            "quantization.layers.bdoy.match: got nothing; allowed non-empty text or a list of one or more, each "
+            "non-empty text, for a new rule; the others are body (did you mean body?)",
+        ),
         ("{}", "quantization.layers: got {}; allowed a list of one or more"),
         ("{body: null}", "quantization.layers: got {}; allowed a list of one or more"),
         ("[]", "quantization.layers: got []; allowed a list of one or more"),
