@@ -148,7 +148,7 @@ class LayerRow:
 
     layer: str
     kind: str  # "Conv2d" or "Linear"
-    rule: str  # the policy's pattern that matched
+    rule: str  # name of the policy's rule that matched
     weight_bits: int | None  # None: stays floating point
     activation_bits: int | None
     ladder: tuple[int, ...] = ()  # widths of the weights over training, first to target
