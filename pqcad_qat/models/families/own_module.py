@@ -1,6 +1,6 @@
 """A plain module of the user's own: it is of no class of diffusers, and called as `module(x_t, t, **condition)`.
 
-Not here: how such a module is made known (models/registry.py).
+Not here: how such a module is made known (models/own_model.py).
 """
 
 from __future__ import annotations
