@@ -293,6 +293,9 @@ class QuantizationPolicy(Section):
         "extremes; training does not see it",
     )
 
+    def __hash__(self) -> int:
+        return hash((self.split_shortcuts, tuple(self.layers.items()), self.attention))
+
     def faults(self) -> Iterator[Fault]:
         """A name that no key can spell; a pattern that stands in two rules of different content: the second can never
         have its way.

@@ -107,8 +107,7 @@ def test_a_folder_is_diffusers_own_and_gives_the_model_back(named: tuple[str, Di
     part = "unet" if name.endswith("unet") else "transformer"
     assert read_json(folder / "model_index.json")[part] == ["diffusers", type(model.denoiser).__name__]
     assert model_index(model.denoiser, model.scheduler_config)["_class_name"] == "DiffusionPipeline"
-    again, custom = untrained_denoiser(read_json(folder / part / "config.json"), "config")
-    assert custom is None
+    again = untrained_denoiser(read_json(folder / part / "config.json"), "config")
     again.load_state_dict(model.denoiser.state_dict())
     assert load_model(str(folder)).digest == model.digest
 
@@ -160,7 +159,7 @@ def test_flux_has_the_size_of_its_pipeline_and_the_shift_of_that_size(tmp_path: 
     scheduler.write_text(json.dumps({**FLOW, "use_dynamic_shifting": True}))
     model = load_model(str(tmp_path / "flux"))
     assert model.sample_shape == (4, 128, 128)
-    assert DiffusionModel(untrained_denoiser(plain, "config")[0], {}, "config", "").sample_shape == (4, 128, 128)
+    assert DiffusionModel(untrained_denoiser(plain, "config"), {}, "config", "").sample_shape == (4, 128, 128)
     assert model.scheduler_config["shift"] == pytest.approx(math.exp(1.15))  # 4096 patches: the upper end
     smaller = load_model(str(tmp_path / "flux"), 32)
     assert smaller.scheduler_config["shift"] == pytest.approx(math.exp(0.5))  # 256: the lower

@@ -227,8 +227,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_plan_takes_a_module_from_a_file_of_the_users_own(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [f"--set=quantization.layers={EVERY_LAYER}", "--set=evaluation.features=none"]
-    flags += [f"--set={override}" for override in (*TINY, "quantization.attention=float")]
+    more = ("evaluation.features=none", "quantization.attention=float", f"quantization.layers={EVERY_LAYER}")
+    flags = [f"--set={override}" for override in (*TINY, *more)]
     cli.main(["plan", str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *flags])
     shown = capsys.readouterr().out
     assert all(layer in shown for layer in ("enter", "leave"))
