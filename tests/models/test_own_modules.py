@@ -187,6 +187,8 @@ def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # ---- from the command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+CONVOLUTIONS = '[{match: "type:Conv2d", weights: {bits: 4}, inputs: {bits: 8}}]'
+
 FILE = """
 from beside import SHAPE
 from torch import nn
@@ -227,7 +229,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_plan_takes_a_module_from_a_file_of_the_users_own(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("evaluation.features=none", "quantization.attention=float", f"quantization.layers={EVERY_LAYER}")
+    more = ("evaluation.features=none", "quantization.attention=float", f"quantization.layers={CONVOLUTIONS}")
     flags = [f"--set={override}" for override in (*TINY, *more)]
     cli.main(["plan", str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *flags])
     shown = capsys.readouterr().out
