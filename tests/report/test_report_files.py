@@ -396,8 +396,9 @@ def test_units_are_said_as_a_person_would() -> None:
 
 
 def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     report = fixture_report()
     rows = tuple(
         replace(row, did_not_run="its process died", size_bytes=None) if row.name == NNCF_INT8 else row
