@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from report_fixture import fixture_curves, fixture_report, fixture_samples, fixture_variants, minimal_report
+from rich.console import Console
 
 from pqcad_qat import console
 from pqcad_qat.errors import ModelError
@@ -398,7 +399,7 @@ def test_units_are_said_as_a_person_would() -> None:
 def test_the_terminal_says_what_did_not_run_and_which_times_mean_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "CONSOLE", Console(width=200))
     report = fixture_report()
     rows = tuple(
         replace(row, did_not_run="its process died", size_bytes=None) if row.name == NNCF_INT8 else row
