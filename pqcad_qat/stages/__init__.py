@@ -1,3 +1,3 @@
-"""The stages of a run: what each takes of the policy and of the stages before it, and what it leaves in the run's
+"""The stages of a run: what each one reads from the policy and from earlier stages, and what it leaves in the run's
 folder.
 """

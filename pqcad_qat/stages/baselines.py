@@ -1,8 +1,8 @@
-"""The stage `baselines`: full precision as OpenVINO runs it, and as NNCF's post-training INT8; shared by runs side by
-side.
+"""The stage `baselines`: the full-precision model run by OpenVINO, and NNCF's post-training INT8 version of it. Runs
+that lie side by side share these files.
 
-Not here: how they are made and tried out (timing/baseline_trials.py), and how they are timed and sampled (deploy.py,
-measure.py).
+Not here: how baselines are made and tried out (timing/baseline_trials.py), and how they are timed and sampled
+(deploy.py, measure.py).
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from pqcad_qat.timing.latency import PRECISIONS, convert_float, example_inputs, 
 
 NNCF = VARIANTS[NNCF_INT8].file or ""
 FLOAT = VARIANTS[OV_FP32].file or ""
-"""Where they lie in a run's folder; the second is what all baselines of the float graph run."""
+"""Paths of the NNCF INT8 model and of the converted float model in a run's folder. All baselines without INT8 run the
+latter.
+"""
 
 
 def make_baselines(
     policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, calibration: CalibrationSet
 ) -> None:
-    """Make and try out all of them, so that variants which are asked for later are there.
+    """Make and try out every baseline, including those that no variant of the policy needs yet.
 
-    One that dies is noted with its reason, and the run goes on without it: another run tries it again, this one never.
-    What was made is kept whatever becomes of the others.
+    A baseline that fails is recorded with its reason, and the run goes on without it. This run never tries it again;
+    another run does. Files that were made are kept whatever happens to the other baselines.
     """
     with run.stage("baselines") as stage:
         if not stage.new:
@@ -71,12 +73,12 @@ def _attempts(
 
 
 def _decides(run: RunFolder, baseline: str) -> dict[str, Any]:
-    """All that decides one of the files."""
+    """Everything that determines the content of one of the shared files; it names the file in the shared folder."""
     return {**run.decides("baselines"), "baseline": baseline}
 
 
 def _float_file(policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet) -> Path:
-    """Full precision as OpenVINO's graph, made by the first baseline that needs it."""
+    """Path of the full-precision OpenVINO graph, which the first baseline that needs it converts."""
     run.link(
         FLOAT, kept(run.path.parent / SHARED, _decides(run, "float"), partial(_convert, policy, prepared, calibration))
     )
@@ -89,7 +91,7 @@ def _convert(policy: Policy, prepared: Prepared, calibration: CalibrationSet, fo
     try:
         with room_for(folder, sum(4 * parameter.numel() for parameter in model.denoiser.parameters())):
             convert_float(model.denoiser, prepared.model.sample_shape, batch, folder, times=times, condition=condition)
-    except DiskError:  # no fault of the model's
+    except DiskError:  # a full disk says nothing about the model
         raise
     except Exception as error:
         raise DiedError(f"OpenVINO cannot convert it: {' '.join(str(error).split())[:300]}") from error
@@ -117,7 +119,7 @@ def _make_nncf(
 
 
 def example_of(policy: Policy, prepared: Prepared) -> Inputs:
-    """What every candidate is timed on."""
+    """Inputs on which every candidate is timed: one batch of the exported batch size."""
     batch = policy.export.batch_size
     condition = prepared.conditions.of(0, 0, batch)
     return example_inputs(
@@ -126,14 +128,14 @@ def example_of(policy: Policy, prepared: Prepared) -> Inputs:
 
 
 def runnable(policy: Policy, run: RunFolder) -> tuple[str, ...]:
-    """The variants that a run makes, less the baselines that have died."""
+    """Variants that the run makes, without the baselines that failed."""
     baselines = run.read("baselines", BaselinesRecord)
     died = {} if baselines is None else baselines.died
     return tuple(name for name in made(policy.evaluation.variants) if name not in died)
 
 
 def openvino_files(policy: Policy, run: RunFolder) -> dict[str, Path]:
-    """Variant -> what OpenVINO runs, of those that are made and can be run."""
+    """Variant -> path of the file or folder that OpenVINO runs, for the variants that are made and can run."""
     found = {name: run.path / file for name in runnable(policy, run) if (file := VARIANTS[name].file)}
     return {
         name: file / XML_FILE if VARIANTS[name].weights_from == "baselines" else file for name, file in found.items()

@@ -1,7 +1,7 @@
-"""An architecture as shapes with its plan, and the same with random weights: for what does not depend on trained
-values.
+"""An architecture on the meta device with its plan, and the same architecture quantized with random weights. They serve
+work that does not depend on trained values.
 
-Not here: who looks at it (commands/rehearse.py, commands/benchmark_subject.py).
+Not here: the commands that use them (commands/rehearse.py, commands/benchmark_subject.py).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pqcad_qat.quantization.shortcuts import shortcut_seams, split_at
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 Configs = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""Of a denoiser, and of its scheduler, in diffusers' names."""
+"""Configs of a denoiser and of its scheduler, in diffusers' names."""
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """An architecture as shapes, with its plan.
+    """An architecture on the meta device, with its plan.
 
     Attributes:
-        model: on the meta device, shortcuts split.
-        seams: of the shortcuts that are split, by module path.
-        plan: of every layer that will be quantized.
-        sample_size: height and width of x_t where they are others than the model's own.
+        model: denoiser on the meta device, with its shortcuts split.
+        seams: module path -> channel at which the shortcut of that module is split.
+        plan: one entry for every layer that will be quantized.
+        sample_size: height and width of x_t; None for the model's own.
     """
 
     model: DiffusionModel
@@ -47,11 +47,13 @@ class Blueprint:
 def blueprint(
     configs: Configs, source: str, quantization: QuantizationPolicy, sample_size: SampleSize | None = None
 ) -> Blueprint:
-    """The plan of an architecture at the rules' target widths; `source` names it, `sample_size` is as of `load_model`.
+    """Plan an architecture at the target widths of the rules.
+
+    `source` names the architecture in messages; `sample_size` means the same as in `load_model`.
 
     Raises:
-        ModelError: a config that cannot be used.
-        PlanError: the rules do not fit it.
+        ModelError: a config cannot be used.
+        PlanError: the rules do not fit the architecture.
     """
     shapes = shapes_of_configs(*configs, source, sample_size)
     seams = shortcut_seams(shapes.denoiser, shapes.example) if quantization.split_shortcuts else {}
@@ -62,13 +64,13 @@ def blueprint(
 def quantized_untrained(
     configs: Configs, drawn: Blueprint, states: Sequence[int], stage: Stage = nullcontext
 ) -> DiffusionModel:
-    """The architecture with random weights, quantized, its ranges from noise.
+    """Build the architecture with random weights, quantize it, and calibrate its activation ranges on noise.
 
     Args:
-        configs: that the blueprint was drawn of.
-        drawn: the blueprint.
+        configs: configs that the blueprint was made from.
+        drawn: blueprint of the architecture.
         states: sizes of the batches of noise.
-        stage: a context for each part of the work.
+        stage: context manager entered around each part of the work, given its name.
     """
     with stage("random weights"):
         model = replace(drawn.model, denoiser=random_denoiser(configs[0], drawn.model.source, drawn.sample_size))
@@ -80,7 +82,7 @@ def quantized_untrained(
 
 
 def noise_attention(model: DiffusionModel, quantization: QuantizationPolicy) -> dict[str, AttentionRange]:
-    """What the products of its attention read of one state of noise, if they are to run in INT8."""
+    """Ranges that the matrix products of attention read on one state of noise; empty unless attention runs in INT8."""
     return {} if quantization.attention == "float" else attention_ranges(model.denoiser, [noise_inputs(model, 1)])
 
 

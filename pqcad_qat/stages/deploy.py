@@ -1,5 +1,5 @@
-"""The stages that deploy: the OpenVINO folder with its proofs, and its timing beside what it is compared with
-(baseline_trials.py).
+"""The stages `export` and `benchmark`: the OpenVINO folder with its proofs, and its timing beside that of the baselines
+(baselines.py).
 
 Not here: how a folder is written and verified (export/), and how it is timed (timing/).
 """
@@ -48,10 +48,10 @@ from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
 
 PROFILED = tuple(spec.name for spec in VARIANTS.values() if spec.runtime == OPENVINO and spec.sampled)
-"""What OpenVINO runs in integers."""
+"""Sampled variants that OpenVINO runs; the benchmark profiles each of their graph nodes."""
 
 PARITY_INPUTS = 64
-"""States on which the deployed model is compared end to end with the quantized PyTorch model."""
+"""Number of states on which the deployed model is compared end to end with the quantized PyTorch model."""
 
 
 def export(
@@ -63,10 +63,11 @@ def export(
     calibration: CalibrationSet,
     student: nn.Module,
 ) -> None:
-    """Stage `export`: the student as folders, PyTorch's and OpenVINO's, the latter proven on the file that ships.
+    """Stage `export`: write the student as a PyTorch folder and as an OpenVINO folder, and prove the latter on the
+    shipped file.
 
     Raises:
-        ExportError: a planned layer did not execute in INT8, and the policy does not list it.
+        ExportError: a planned layer did not execute in INT8, and the policy does not list it as an exception.
     """
     with run.stage("export") as stage:
         if not stage.new:
@@ -151,9 +152,10 @@ def export(
 
 
 def _guidance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
-    """How the student of a conditional model samples: its guidance, and the label of the other pass where there is one.
+    """Settings for sampling the student of a conditional model: its guidance scale, and the label of the unconditional
+    pass if there is one.
 
-    Of a denoiser that takes guidance as an input too, what it was told, where that was one number.
+    If the denoiser also takes guidance as an input and every condition has the same value, that value is included.
     """
     if not prepared.conditions.choices:
         return {}
@@ -177,7 +179,9 @@ def _parts(
 def _attention(
     policy: Policy, console: Console, calibration: CalibrationSet, student: nn.Module
 ) -> dict[str, AttentionRange]:
-    """What the products of attention read on states of the calibration set, if they are to run in INT8."""
+    """Ranges that the matrix products of attention read on states of the calibration set; empty unless attention runs
+    in INT8.
+    """
     if policy.quantization.attention == "float":
         return {}
     with working(console, "export: ranges of attention"), frozen_weights(student.eval()):
@@ -186,8 +190,8 @@ def _attention(
 
 @torch.no_grad()
 def _end_to_end(folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
-    """PSNR in dB of the deployed predictions against the quantized PyTorch model's, on states of the calibration
-    set.
+    """PSNR in dB between the predictions of the deployed model and of the quantized PyTorch model, on states of the
+    calibration set.
     """
     deployed = OVUNet2DModel.from_pretrained(folder)
     ours, theirs = [], []
@@ -201,7 +205,7 @@ def _end_to_end(folder: Path, student: nn.Module, calibration: CalibrationSet) -
 
 
 def benchmark(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
-    """Everything is timed in one run, in turns, from the files that ship."""
+    """Stage `benchmark`: time every candidate in one run, in turns, from the files that ship."""
     with run.stage("benchmark") as stage:
         if not stage.new:
             return

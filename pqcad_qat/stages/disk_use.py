@@ -1,6 +1,7 @@
-"""What the stages of a run take on disk, about, and the warning where there is less: told before the first of them.
+"""Estimates of the disk space that the stages of a run need, and the warning shown before the first stage if too little
+is free.
 
-Not here: what is told where a disk does fill up (disk.py).
+Not here: what happens when a disk does fill up (machine/files.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _GB = 1e9
 def room_warning(
     policy: Policy, prepared: Prepared, recipes: Recipes, to_do: Collection[str], *, path: Path
 ) -> str | None:
-    """What to tell where the stages that are to do want more than is free; None where there is room."""
+    """Warning for the case that the stages to do need more bytes than are free; None if there is room."""
     wanted = sum(stage_bytes(policy, prepared, recipes, stage) for stage in to_do)
     free = free_bytes(path)
     if wanted <= free:
@@ -34,20 +35,21 @@ def room_warning(
 
 
 def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str) -> int:
-    """Bytes that a stage leaves, and has at most while it works."""
+    """Estimate the largest number of bytes that a stage occupies, both while it works and when it is done."""
     weights = 4 * sum(parameter.numel() for parameter in prepared.split.parameters())
     state = 4 * math.prod(prepared.model.sample_shape)
     trajectories = policy.calibration.trajectories
-    if recipes[
-        stage
-    ].trained:  # a checkpoint has the weights, their averages and two moments of each; one more while one is written
+    # A checkpoint holds the weights, their averages and two Adam moments of each weight; one more checkpoint exists
+    # while it is written.
+    if recipes[stage].trained:
         return weights * (1 + 4 * (policy.training.keep_checkpoints + 1))
     if stage == "calibration":
         steps = noise_schedule(prepared.model.scheduler_config).passing(
             policy.sampler.steps, (policy.distillation.student_steps,)
         )
         columns = 2 if policy.sampler.guidance_scale == 1.0 else 3
-        return 2 * trajectories * (len(steps) * columns + 1) * state  # in parts, and as a whole
+        # the parts exist beside the whole file while it is written
+        return 2 * trajectories * (len(steps) * columns + 1) * state
     if stage == "teacher":
         return 4 * trajectories * policy.sampler.steps * state
     if stage.startswith("samples-"):

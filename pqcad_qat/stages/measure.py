@@ -1,4 +1,4 @@
-"""The stages that look at what was made: images of every variant, what they are worth, and the report.
+"""The stages that measure what was made: images of every variant, their figures of quality, and the report.
 
 Not here: metrics (quality/) and pages (report/).
 """
@@ -64,7 +64,7 @@ OF_LATENTS = (
 DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pictures show their first channels."
 
 PICTURES = 10
-"""Images of a variant that the report shows."""
+"""Number of images of each variant that the report shows."""
 
 
 def sample(
@@ -77,8 +77,9 @@ def sample(
     models: Mapping[str, nn.Module],
     shares_training: bool,
 ) -> None:
-    """Images of every variant from the same seeds; those that training does not touch are shared by runs side by
-    side.
+    """Sample images of every variant from the same seeds.
+
+    Runs side by side share the images of variants that training does not affect.
     """
     for name in _shown(policy, run):
         with run.stage(sampling(name)) as stage:
@@ -180,7 +181,7 @@ def _sampler(
 
 
 def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
-    """Stage `evaluation`: FID, PSNR and SSIM of every variant's images."""
+    """Stage `evaluation`: compute FID, PSNR and SSIM of every variant's images."""
     with run.stage("evaluation") as stage:
         if not stage.new:
             return
@@ -204,7 +205,7 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
 
 
 def report(policy: Policy, prepared: Prepared, run: RunFolder, command: str) -> Path:
-    """The report's page, from what all stages noted."""
+    """Write the report's page from the records of all stages, and return its path."""
     with agreed() as first:
         if first:
             _write_report(policy, prepared, run, command)
@@ -218,7 +219,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         return run.read(stage, kind) if stage in seconds else None
 
     evaluation = noted("evaluation", EvaluationRecord)
-    assert evaluation is not None  # the stage before this one
+    assert evaluation is not None  # this stage ran just before the report
     facts = RunFacts(
         policy=policy,
         plan=prepared.plan,
@@ -240,7 +241,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
 
 
 def _shown(policy: Policy, run: RunFolder) -> tuple[str, ...]:
-    """The variants that images are made of, less the baselines that have died."""
+    """Variants that images are made of, without the baselines that failed."""
     return tuple(name for name in sampled(policy) if name in runnable(policy, run))
 
 
@@ -249,15 +250,15 @@ def _images_file(run: RunFolder, name: str) -> Path:
 
 
 def _samples(run: RunFolder, name: str) -> Tensor:
-    """A variant's images (uint8), or its latents (float32)."""
+    """Load a variant's images (uint8), or its latents (float32)."""
     found: Mapping[str, Tensor] = load_file(_images_file(run, name))
     return found["latents"] if "latents" in found else found["images"]
 
 
 def _pictures(samples: Mapping[str, Tensor], full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Samples as pictures in [-1, 1]: images as they are, latents as they were decoded.
+    """Turn samples into pictures in [-1, 1]: images are scaled, and latents are shown as the VAE decoded them.
 
-    Of latents that nothing decodes the first channels, scaled by the range of full precision's.
+    Latents without a decoder are shown by their first channels, scaled by the range of the full-precision latents.
     """
     images = samples.get("pictures", samples.get("images"))
     if images is not None:

@@ -1,4 +1,5 @@
-"""A run's folder begun, or gone on with: its policy, what is done again under another one, and one run at a time.
+"""Starting a run's folder, or resuming it: its policy, which stages a changed policy repeats, and the lock that allows
+one run at a time.
 
 Not here: the folder itself (run_folder.py), and how recipes are compared (resuming.py).
 """
@@ -25,10 +26,10 @@ from pqcad_qat.stages.resuming import Recipes
 from pqcad_qat.stages.run_folder import WARNINGS, RunFolder, read_marker
 
 POLICY, LAUNCH = "policy.yaml", "launch.json"
-"""What decides a run beside its command: the policy as resolved, and the number of processes."""
+"""Files that hold what determines a run besides its command: the resolved policy, and the number of processes."""
 
 DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png|safetensors))\.\d+|\.(openvino|packed|inputs)-\w+")
-"""Names under which something is written before it is moved into place."""
+"""Pattern of temporary names, under which files and folders are written before they are moved into place."""
 
 
 @contextmanager
@@ -40,16 +41,16 @@ def open_run(
     *,
     console: Console | None = None,
 ) -> Iterator[RunFolder]:
-    """Open a new run folder, or with `resume` go on with one; another process on the same folder is refused.
+    """Open a new run folder, or resume one if `resume` is set; a second process on the same folder is refused.
 
-    With `resume` and no run there yet, one is begun: so a run that was killed in its first second goes on like any
-    other. Where the run was begun under another policy, the stages that this changes are done again and the others
-    stay, which the console is told.
+    If `resume` is set and no run exists yet, one is begun, so a run that was killed in its first second resumes like
+    any other. If the run was begun under another policy, the stages affected by the change are repeated and the others
+    are kept; the console shows which.
 
     Raises:
-        CheckpointError: the folder holds a run and `resume` was not asked for, it holds something else, it cannot be
-            written, or the run was begun by another number of processes, or under another policy by a version that
-            recorded no recipes (every difference is named).
+        CheckpointError: the folder holds a run and `resume` is not set, holds something else, or cannot be written. It
+            is also raised if the run was begun by another number of processes, or under another policy by a version
+            that recorded no recipes (every difference is named).
     """
     folder = RunFolder(path, recipes or {})
     with ExitStack() as stack:
@@ -64,23 +65,23 @@ def open_run(
 
 
 def holds_run(path: Path, resume: bool) -> bool:
-    """Whether a run is there that `resume` goes on with.
+    """Tell whether the folder holds a run to resume.
 
     Raises:
-        CheckpointError: there is one and `resume` was not asked for, or the folder holds something else.
+        CheckpointError: it holds one and `resume` is not set, or it holds something else.
     """
     if (path / POLICY).exists():
         if not resume:
             raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
         return True
-    drafts = (f".{POLICY}.", f".{LAUNCH}.", LAUNCH)  # of a run that was killed in its first second
+    drafts = (f".{POLICY}.", f".{LAUNCH}.", LAUNCH)  # left by a run that was killed in its first second
     if path.is_dir() and any(not entry.name.startswith(drafts) for entry in path.iterdir()):
         raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
     return False
 
 
 def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes: int) -> Policy | PretrainPolicy | None:
-    """The policy of the run that is there; or write what makes the folder one."""
+    """Return the policy of an existing run; otherwise write the files that make the folder a run, and return None."""
     written, launch = path / POLICY, path / LAUNCH
     if holds_run(path, resume):
         before = _policy_there(written, policy)
@@ -98,8 +99,8 @@ def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes:
 def _go_on(
     folder: RunFolder, before: Policy | PretrainPolicy, policy: Policy | PretrainPolicy, console: Console
 ) -> None:
-    """Compare the stages that are there with the policy's, tell which stay and which are done again, and make these
-    ones to do.
+    """Compare the existing stages with the policy, print which are kept and which are repeated, and mark the latter as
+    to do.
     """
     changes = difference(before, policy)
     if unrecorded := folder.unrecorded():
@@ -126,7 +127,7 @@ def _go_on(
 
 
 def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], console: Console) -> None:
-    """What stays, what is done again and why, and what was not begun."""
+    """Print which stages are kept, which are repeated and why, and which have not begun."""
     stays = [stage for stage in folder.recipes if stage not in again and folder.begun(stage) is not None]
     kept = [stage if folder.finished(stage) else f"{stage} (begun)" for stage in stays]
     new = [stage for stage in folder.recipes if stage not in again and stage not in stays]
@@ -141,14 +142,16 @@ def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], c
 
 
 def _as_by_default(policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
-    """The policy with its features written out: an older version wrote none that followed from the model."""
+    """Return the policy with its feature network written out; an older version left it out where it followed from the
+    model.
+    """
     if not isinstance(policy, Policy):
         return policy
     return policy.model_copy(update={"evaluation": policy.evaluation.model_copy(update={"features": policy.features})})
 
 
 def _drop_warnings(told: Path, stage: str) -> None:
-    """Forget what was told of a stage that is done again."""
+    """Remove the stored warnings of a stage that is repeated."""
     if told.exists():
         messages: list[str] = json.loads(told.read_text(encoding="utf-8"))
         left = [
@@ -160,7 +163,10 @@ def _drop_warnings(told: Path, stage: str) -> None:
 
 
 def _check_processes(launch: Path, processes: int) -> None:
-    """Raise CheckpointError unless as many processes began the run: each adds training.batch_size states to a batch."""
+    """Raise CheckpointError unless the run was begun by the same number of processes.
+
+    Every process adds `training.batch_size` states to a batch, so their number changes the training.
+    """
     begun = read_marker(launch)["processes"] if launch.exists() else 1
     if processes != begun:
         raise CheckpointError(
@@ -170,9 +176,9 @@ def _check_processes(launch: Path, processes: int) -> None:
 
 
 def _drop_drafts(folder: RunFolder) -> None:
-    """Remove the parts of stages that are done, and what a killed process was about to move into place.
+    """Remove the parts of finished stages, and everything that a killed process had not yet moved into place.
 
-    That is `.NAME.PID` of files and checkpoints, and `.NAME-RANDOM` of exports.
+    Files and checkpoints in progress are named `.NAME.PID`, exports in progress `.NAME-RANDOM`.
     """
     for stage in (stage for stage in folder.recipes if folder.finished(stage)):
         folder.drop_parts(stage)
@@ -184,13 +190,13 @@ def _drop_drafts(folder: RunFolder) -> None:
 
 
 def check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
-    """Raise CheckpointError with every difference unless the run's policy, as written, is this one."""
+    """Raise CheckpointError that lists every difference unless the run's stored policy equals this one."""
     if changes := difference(_policy_there(written, policy), policy):
         raise CheckpointError(_changed(written, changes, "it stands in one table with others"))
 
 
 def _policy_there(written: Path, policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
-    """The policy of a run, which must be of the same kind."""
+    """Load the stored policy of a run, which must be of the same kind."""
     return load_policy(written) if isinstance(policy, Policy) else load_pretrain_policy(written)
 
 

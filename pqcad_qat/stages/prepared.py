@@ -1,4 +1,4 @@
-"""A policy's model and its plan, before anything is trained; and the recipe of its calibration set.
+"""A policy's model and its plan before anything is trained, and the recipe of its calibration set.
 
 Not here: a run's folder (run_folder.py).
 """
@@ -34,26 +34,27 @@ from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 from pqcad_qat.sampling.trajectory import NoiseSchedule, check_sampler, noise_schedule
 
 RANGE_INPUTS = 512
-"""Model inputs of the calibration set that activation ranges are taken from."""
+"""Number of model inputs from the calibration set that activation ranges are computed on."""
 
 CHOICES = 8
-"""Conditions of noise that the states of an untrained model choose from."""
+"""Number of random conditions that the states of an untrained model choose from."""
 
 CALIBRATION, SHARED = ".calibration", ".shared"
-"""Folders beside the runs: what they share."""
+"""Names of the folders beside the runs that hold what they share: calibration sets, and results of stages."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model and its plan, before anything is trained.
+    """A model and its plan before anything is trained.
 
     Attributes:
-        model: full precision, untouched.
-        split: the denoiser with its shortcuts split, on which the plan stands; all else is around the same Parameters.
-        plan: of every layer that will be quantized.
-        conditions: that trajectories and images choose from.
-        parts: of its pipeline, None where it stands alone.
-        part_formats: how they are deployed, of those that are.
+        model: full-precision model, unchanged.
+        split: denoiser with its shortcuts split, for which the plan is made; it shares the model's Parameters
+            elsewhere.
+        plan: one entry for every layer that will be quantized.
+        conditions: conditions that trajectories and images choose from.
+        parts: parts of the model's pipeline; None for a denoiser alone.
+        part_formats: part name -> format in which it is deployed, for the parts that are deployed.
     """
 
     model: DiffusionModel
@@ -65,34 +66,36 @@ class Prepared:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The teacher's, and full precision's."""
+        """Noise schedule of the teacher and of the full-precision model."""
         return noise_schedule(self.model.scheduler_config)
 
     def student_schedule(self, policy: Policy) -> NoiseSchedule:
         return self.schedule.student(policy.sampler.steps, policy.distillation.student_steps)
 
     def sampled_by(self, policy: Policy, variant: str) -> NoiseSchedule:
-        """The schedule of a variant; full precision in half the steps makes those of the student."""
+        """Return the schedule of a variant; variants that take the student's steps, full precision among them, use its
+        schedule.
+        """
         return self.student_schedule(policy) if VARIANTS[variant].student_steps else self.schedule
 
 
 def with_own_model(policy: Policy, own: OwnModel | None) -> Policy:
-    """The policy for a module of the user's own, where one is given in the place of the policy's model."""
+    """Return the policy with the user's own module in place of its model, if such a module is given."""
     if own is None:
         return policy
     return policy.model_copy(update={"model": policy.model.model_copy(update={"source": own.source})})
 
 
 def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = None) -> Prepared:
-    """Load the policy's model and plan its layers; nothing is written but encoded prompts into the store, where one is
-    given.
+    """Load the policy's model and plan its layers.
 
-    `own` is what the policy's `module:NAME` names.
+    Nothing is written except encoded prompts, into `store` if it is given. `own` is the module that the policy's
+    `module:NAME` names.
 
     Raises:
-        ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or parts of the pipeline
-            do not fit it.
-        PlanError: the rules do not fit it.
+        ModelError: the model cannot be loaded, or the policy's sampler, conditions, guidance or pipeline parts do not
+            fit it.
+        PlanError: the rules do not fit the model.
     """
     with located(policy):
         model = load_model(policy.model.source, policy.model.sample_size, own)
@@ -105,11 +108,11 @@ def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = No
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
-    """As `prepare`, with random weights and conditions of noise, where the policy names an architecture alone; None
-    where it does not.
+    """Do the same as `prepare` with random weights and random conditions; return None unless the policy names an
+    architecture without weights.
 
     Raises:
-        ModelError, PlanError: as `prepare`.
+        ModelError, PlanError: as for `prepare`.
     """
     with located(policy):
         model = untrained_model(policy.model.source, policy.model.sample_size)
@@ -120,28 +123,26 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
 
 
 def planned_shapes(policy: Policy, own: OwnModel | None = None) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    """The plan and the denoiser that it stands on, as shapes: configs alone are read, of an architecture that ships
-    too.
+    """Return the plan and the denoiser on the meta device for which it is made.
 
-    `own` is what the policy's `module:NAME` names; it is built, and deployed on trial.
+    Only configs are read, also for an architecture that ships with the package. `own` is the module that the policy's
+    `module:NAME` names; it is built, and deployed on trial.
 
     Raises:
-        ModelError: there is no such config, or the policy's sampler or conditions do not fit it.
-        PlanError: the rules do not fit it.
+        ModelError: the config does not exist, or the policy's sampler or conditions do not fit the model.
+        PlanError: the rules do not fit the model.
     """
     with located(policy):
         model = shapes_of(policy.model.source, policy.model.sample_size, own)
         planned = _planned(policy, model)
         alone = model.own is None and (model.folder is None or not scheduler_file(model.folder).is_file())
-        if not alone:  # an architecture is not run, and has conditions of noise
+        if not alone:  # an architecture without a scheduler cannot be run, and its conditions are random
             check_choices(conditioned(model), policy.conditions, policy.sampler.guidance_scale)
         return planned
 
 
 def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    """All that can be known of a policy and its model before anything is trained: what cannot work is told here, by
-    `plan` and by `run`.
-    """
+    """Make the plan after every check that is possible before training; `plan` and `run` both report these errors."""
     check_features(policy, model)
     check_time_table(model, check_steps(policy, model).train_timesteps)
     parts = pipeline_parts(model.folder)
@@ -149,7 +150,7 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     if VAE in chosen_formats(parts, policy.pipeline.model_dump(), model.source, weights=False):
         check_decoder(parts, model.sample_shape[0])
     with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
-        pass  # raises where there is none
+        pass  # the call raises an error if the model cannot recompute activations
     if model.own:
         check_predictions(model)
     split = rewritable(model.denoiser, model.source)
@@ -168,12 +169,11 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
 
 
 def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> tuple[str, ...]:
-    """What is no fault of a policy, and still not what somebody reads in it; told by `plan`, and by `run` before it
-    begins.
+    """Remarks on a valid policy that its reader may not expect; `plan` prints them, and `run` does before it begins.
 
     Args:
-        policy, plan: that are told of.
-        folder: of the model's pipeline, where it is at hand: its tokenizers cut long prompts.
+        policy, plan: policy and plan that the remarks are about.
+        folder: folder of the model's pipeline if it is available; its tokenizers show which prompts are cut.
     """
     section, walks = policy.conditions, PQ in stages_of(policy.evaluation.variants)
     cut = (
@@ -183,10 +183,11 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> 
 
 
 def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
-    """The model's schedule.
+    """Return the model's noise schedule after checking the policy's sampler against it.
 
     Raises:
-        ModelError: it has no sampler of the policy's name and numbers of steps, or none that its students learn by.
+        ModelError: the schedule has no sampler of the policy's name and numbers of steps, or none from which its
+            students can learn.
     """
     schedule, steps = noise_schedule(model.scheduler_config), policy.sampler.steps
     check_sampler(policy.sampler.name, schedule, model.source)
@@ -202,7 +203,7 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
-    """Raises ModelError where the policy's feature network cannot be read, or does not read what the model makes."""
+    """Raise ModelError if the policy's feature network cannot be read, or does not accept what the model makes."""
     source = policy.features
     if source is None:
         return
@@ -218,7 +219,7 @@ def check_features(policy: Policy, model: DiffusionModel) -> None:
 
 
 def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:
-    """What the policy's calibration set is recorded by."""
+    """Recipe by which the policy's calibration set is recorded."""
     schedule, steps = noise_schedule(prepared.model.scheduler_config), policy.sampler.steps
     students = (policy.distillation.student_steps,)
     return CalibrationRecipe(

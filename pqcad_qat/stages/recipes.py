@@ -1,7 +1,7 @@
-"""One table of what decides each stage of a run: keys of the policy, the model, and the stages before it.
+"""One table of what determines each stage of a run: keys of the policy, the model, and earlier stages.
 
-By it a run that goes on under another policy knows what to do again, and runs side by side what they share. Not here:
-how recipes are compared (resuming.py).
+The table tells a resumed run under a changed policy which stages to repeat, and tells runs side by side what they can
+share. Not here: how recipes are compared (resuming.py).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from pqcad_qat.stages.resuming import Recipe
 from pqcad_qat.stages.samplers import decoder_of
 
 BASELINE_INPUTS = 300
-"""Model inputs that NNCF's post-training baseline is calibrated on: its own default."""
+"""Number of model inputs that calibrate NNCF's post-training baseline; it equals NNCF's own default."""
 
 WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
-"""What a trained stage leaves in a run's folder, beside its log."""
+"""Paths in a run's folder of the weights and transitions that a trained stage leaves, beside its log."""
 
 INDIFFERENT = ("samples_every",)
-"""Keys of training that no weight depends on."""
+"""Keys of the section `training` that do not affect the weights."""
 
 AFTER_DIVERGENCE = ("checkpoint_every", "keep_checkpoints", "on_divergence")
-"""Keys of training that decide only where it goes on after a divergence."""
+"""Keys of the section `training` that matter only for how training continues after a divergence."""
 
 SPARING = ("activation_checkpointing",)
-"""Keys of training that take less memory for more time, and give the same weights."""
+"""Keys of the section `training` that save memory at the cost of time, and give the same weights."""
 
 _CALIBRATION_KEYS = {
     "model_digest": "model",
@@ -57,7 +57,7 @@ _CALIBRATION_KEYS = {
 
 
 def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
-    """Stage -> what decides it, of all stages that the policy's variants take, in the order in which they run."""
+    """Stage -> recipe, for all stages that the policy's variants need, in the order in which they run."""
     table = _Table(policy, prepared)
     stages = stages_of(policy.evaluation.variants)
     found = {"calibration": table.calibration()}
@@ -75,28 +75,31 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
 
 
 def trained_paths(stage: str) -> tuple[str, ...]:
-    """What a stage that trains leaves in a run's folder."""
+    """Paths in a run's folder that a training stage leaves."""
     return (WEIGHTS.format(stage), TRANSITIONS.format(stage), f"logs/{stage}.jsonl", f"checkpoints/{stage}")
 
 
 def sampling(variant: str) -> str:
-    """The stage that samples a variant."""
+    """Name of the stage that samples a variant."""
     return f"samples-{variant}"
 
 
 def sampled(policy: Policy) -> tuple[str, ...]:
-    """The variants that images are made of."""
+    """Variants that images are made of."""
     return tuple(name for name in made(policy.evaluation.variants) if VARIANTS[name].sampled)
 
 
 def loss_weights(policy: Policy, student: str) -> tuple[float, float]:
-    """(teacher's, calibration's) weight in the loss of a student; plain distillation has the teacher's alone."""
+    """Return the weights of the teacher's and of the calibration set's term in a student's loss.
+
+    Plain distillation uses the teacher's term alone.
+    """
     calibration = policy.distillation.calibration_weight if student == PQCAD else 0.0
     return policy.distillation.teacher_weight or float(calibration == 0), calibration
 
 
 class _Table:
-    """The rows of the table, for one policy and model."""
+    """Rows of the table for one policy and model."""
 
     def __init__(self, policy: Policy, prepared: Prepared) -> None:
         self.policy, self.prepared = policy, prepared
@@ -111,7 +114,9 @@ class _Table:
         return Recipe({_CALIBRATION_KEYS.get(key, key): value for key, value in values.items()})
 
     def layers(self, ladders: bool) -> dict[str, Any]:
-        """What quantizers compute; the rule that says so and what runs in floating point decide no weight."""
+        """Settings of the plan that change the weights; the rule that a layer matched and whether it runs in floating
+        point do not.
+        """
         without = {"rule", "pattern", "int8_exception", *(() if ladders else ("ladder",))}
         plan = [
             {key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan
@@ -119,7 +124,7 @@ class _Table:
         return {"quantization.layers": plan, **self.section("quantization", "layers", "attention")}
 
     def training(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(values, circumstances)."""
+        """Return the `values` and the `circumstances` of a training stage's recipe."""
         circumstances = (*AFTER_DIVERGENCE, *SPARING)
         values, training = self.section("training", *INDIFFERENT, *circumstances), self.whole["training"]
         return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
@@ -134,7 +139,7 @@ class _Table:
         )
 
     def distilled(self, student: str) -> dict[str, Recipe]:
-        """The two stages of a student: what its teacher gives as targets, then training."""
+        """Recipes of a student's two stages: the teacher's targets, then training."""
         policy = self.policy
         values, circumstances = self.training()
         steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
@@ -183,7 +188,7 @@ class _Table:
         )
 
     def samples(self, variant: str) -> Recipe:
-        """The images of a variant, whose model another stage has left, or is the full-precision one."""
+        """Recipe of a variant's images; the variant's model is either full precision or left by another stage."""
         spec = VARIANTS[variant]
         half = spec.student_steps
         steps = self.policy.distillation.student_steps if half else self.policy.sampler.steps
@@ -216,5 +221,5 @@ def _versions(*packages: str) -> Mapping[str, str]:
 
 
 def training_steps(policy: Policy, stage: str) -> int:
-    """Training steps of a stage that trains."""
+    """Number of training steps of a training stage."""
     return policy.progressive.steps if stage in QUANTIZATION_AWARE else policy.distillation.steps

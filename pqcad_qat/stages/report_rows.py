@@ -1,4 +1,4 @@
-"""From what the stages of a run noted to the rows of its report: variants, targets, layers, curves.
+"""Conversion of the records of a run's stages into its report: variants, targets, layers, curves.
 
 Not here: measuring (latency.py, fidelity.py), the report's definition (record.py) or its looks (page.py, figures.py).
 """
@@ -62,35 +62,35 @@ from pqcad_qat.stages.stage_records import (
 from pqcad_qat.training.metrics_log import read_metrics
 
 CLEARLY = 0.95
-"""A Frechet distance under this multiple of another's counts as clearly better."""
+"""Ratio of two Frechet distances at or below which the first counts as clearly better."""
 
 SAME = 1.02
-"""A Frechet distance within this multiple of another's counts as no worse."""
+"""Ratio of two Frechet distances at or below which the first counts as no worse."""
 
 LOW_BITS = 3
-"""Weights of fewer bits than this are where progressive quantization has to beat fixed-bit training."""
+"""Width in bits below which progressive quantization has to beat fixed-bit training."""
 
 FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to real"}
 
 TIMES = ("latency_ms_per_image",)
-"""Those that rest on a timing."""
+"""Keys of FIGURES that are computed from a timing."""
 
 _NOT_MEASURED = FidelityFigures(0, None, None, None, None, identical_to_fp=False, rank_deficient=False)
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that a report is made of.
+    """Everything that a report is made from.
 
     Attributes:
-        policy: as resolved.
-        plan: of every quantized layer.
-        model: the denoiser that the plan was made for.
-        evaluation, progressive, export, baselines, benchmark: what these stages noted; None for those that the run does
-            not take.
+        policy: resolved policy.
+        plan: one entry for every quantized layer.
+        model: denoiser that the plan was made for.
+        evaluation, progressive, export, baselines, benchmark: records of these stages; None for stages that the run
+            does not take.
         seconds: wall time by stage, in order.
-        warnings: told to the user while it ran.
-        command: that makes the run again.
+        warnings: warnings shown while the run worked.
+        command: command that repeats the run.
     """
 
     policy: Policy
@@ -107,9 +107,7 @@ class RunFacts:
 
 
 def report_of(facts: RunFacts) -> Report:
-    """The whole report; what a run left out is absent from it: rows, targets, and the parts of stages that did not
-    run.
-    """
+    """Build the whole report; rows, targets and parts that belong to stages that did not run are absent."""
     variants = tuple(_variants(facts))
     policy, benchmark, export = facts.policy, facts.benchmark, facts.export
     return Report(
@@ -173,7 +171,7 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
 
 
 def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
-    """Mean width in bits over the planned layers, weighted by their parameters."""
+    """Mean width in bits over the planned layers, weighted by their numbers of parameters."""
     widths = [(layer.weights.bits if weights else layer.inputs.bits, layer.parameters) for layer in plan]
     return round(sum(bits * count for bits, count in widths) / sum(count for _, count in widths), 2)
 
@@ -202,7 +200,7 @@ def _execution(facts: RunFacts, export: ExportRecord) -> Execution:
 
 
 def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target]:
-    """The promises about variants that the run was to make."""
+    """Targets that concern the variants of the run."""
     if facts.export:
         execution, parity = _execution(facts, facts.export), _parity(facts.export)
         yield target(
@@ -234,7 +232,7 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
 
 
 def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], one: str, other: str, *, figure: str) -> str:
-    """Why two variants do not compare, where they do not."""
+    """Reason why two variants cannot be compared; empty if they can."""
     if other not in rows:
         return "BF16 is not native on this CPU"
     if dead := [name for name in (one, other) if rows[name].did_not_run]:
@@ -272,7 +270,7 @@ def _layers(facts: RunFacts) -> Iterator[LayerRow]:
 
 
 def _storage(facts: RunFacts) -> Iterator[StorageRow]:
-    """Bytes of the shipped weights by the model's top-level parts: integers, scales, and what stays in float32."""
+    """Bytes of the shipped weights by the model's top-level modules: integers, scales, and what stays in float32."""
     planned = {layer.name: layer for layer in facts.plan}
     widths = PACKED_WIDTHS[facts.policy.export.weights]
     for group, part in facts.model.named_children():
@@ -292,7 +290,7 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
 
 
 def curves_of(policy: Policy, logs: Path) -> Curves:
-    """What training logged, as series for the report's pictures."""
+    """Series of the training logs for the report's charts."""
     losses, momenta, distances = [], [], []
     for stage in TRAINED:
         if stage not in stages_of(policy.evaluation.variants):

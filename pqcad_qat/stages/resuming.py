@@ -1,7 +1,7 @@
-"""What decides a stage's results, and what follows where a run goes on under another policy: which stages stay, which
-are done again.
+"""Recipes, which list what determines a stage's results, and the comparison that decides which stages a changed policy
+repeats.
 
-Not here: what decides which stage (stages/recipes.py), and the folder (run_folder.py).
+Not here: what determines each stage (stages/recipes.py), and the folder (run_folder.py).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pqcad_qat.machine.content_store import content_digest
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a stage leaves.
+    """Everything that determines the results of a stage.
 
     Attributes:
-        values: keys of the policy, and what else has a name, to JSON values.
-        after: the stages that it reads; what decides them decides this one.
-        circumstances: what may move its last bits, or decides only what it does after a divergence. A stage that is
-            there stays when these change; runs side by side share it only where they are equal.
-        trained: paths in the run's folder of what it has trained, which is never thrown away.
+        values: name -> JSON value, for keys of the policy and other inputs that have a name.
+        after: names of the stages that it reads; whatever determines them determines this stage too.
+        circumstances: settings that may change only the last bits, or only how training continues after a divergence. A
+            finished stage stays valid when they change; runs side by side share it only if they are equal.
+        trained: paths in the run's folder of what the stage has trained, which is never deleted.
     """
 
     values: Mapping[str, Any]
@@ -33,12 +33,13 @@ class Recipe:
 
 
 Recipes = Mapping[str, Recipe]
-"""Stage -> recipe, in the order in which stages run."""
+"""Mapping from stage to recipe, in the order in which stages run."""
 
 
 def record_of(recipes: Recipes, stage: str) -> dict[str, Any]:
-    """A stage's recipe as JSON, with digests of those of the stages that it reads: what the run's folder keeps beside
-    its results.
+    """Return a stage's recipe as JSON, with digests of the recipes of the stages that it reads.
+
+    The run's folder keeps this record beside the stage's results.
     """
     recipe = recipes[stage]
     after = {name: content_digest(_compared(record_of(recipes, name))) for name in recipe.after}
@@ -49,8 +50,10 @@ def record_of(recipes: Recipes, stage: str) -> dict[str, Any]:
 
 
 def decides(recipes: Recipes, stage: str) -> dict[str, Any]:
-    """All that decides a stage's results to the last bit, those of the stages that it reads included: the name of what
-    runs share.
+    """Return everything that determines a stage's results to the last bit, including the recipes of the stages that it
+    reads.
+
+    This value names the results that runs share.
     """
     recipe = recipes[stage]
     after = {name: content_digest(decides(recipes, name)) for name in recipe.after}
@@ -58,8 +61,8 @@ def decides(recipes: Recipes, stage: str) -> dict[str, Any]:
 
 
 def reason_to_repeat(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Why a stage that was begun under one record is done again under another; None where its results are those of
-    both.
+    """Return why a stage begun under the record `there` must be repeated under the record `now`; None if its results
+    are valid under both.
     """
     was, values = there["values"], now["values"]
     keys = [key for key in {**was, **values} if was.get(key) != values.get(key)]
@@ -75,6 +78,8 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: object) -> str:
-    """A value in a line of the terminal; of long ones only that they differ is told, by their digest."""
+    """Text of a value for one line of the terminal; a long value is replaced by its digest, which shows only that it
+    differs.
+    """
     text = json.dumps(value)
     return text if len(text) <= 40 else f"[{content_digest({'': value})[:8]}]"

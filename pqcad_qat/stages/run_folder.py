@@ -1,7 +1,7 @@
-"""The folder of a run: which stages are done, by which recipe, and what each noted.
+"""The folder of a run: which stages are done, by which recipe, and the record of each.
 
-Not here: how a folder is begun and gone on with (open_run.py), and what the stages do. Of the processes that share a
-run the first writes; the others wait for it, and read.
+Not here: how a folder is begun and resumed (open_run.py), and what the stages do. If several processes share a run, the
+first one writes; the others wait for it, then read.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from pqcad_qat.machine.processes import agreed, is_first
 from pqcad_qat.stages.resuming import Recipes, decides, reason_to_repeat, record_of
 
 EMBEDDINGS = "conditions.safetensors"
-"""What a run's prompts or embeddings are, in its own folder."""
+"""Name of the file in a run's folder that holds its encoded prompts or embeddings."""
 
 WARNINGS = "warnings.json"
-"""What was told while the run trained, kept for the report of the process that ends it."""
+"""Name of the file of warnings shown during the run, kept for the report, which another process may write."""
 
 SUPERSEDED = "superseded"
-"""Folder of what was trained under a policy that the run has left."""
+"""Name of the folder for what was trained under a policy that the run no longer has."""
 
 _DAMAGED = "{}: damaged: {}; delete it and --resume does this stage again"
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a stage notes when it is done: nothing, unless it has a record of its own (stage_records.py)."""
+    """Record that a stage writes when it is done; it is empty unless the stage has a class of its own
+    (stage_records.py).
+    """
 
 
 NOTHING = StageRecord()
@@ -48,13 +50,16 @@ Record = TypeVar("Record", bound=StageRecord)
 
 @dataclass
 class Stage:
-    """A stage at work. `new` is False where an earlier run has done it: then its results are read back."""
+    """A stage while it runs.
+
+    `new` is False if an earlier run has finished it; then its results are read back.
+    """
 
     new: bool
     record: StageRecord | None = None
 
     def done(self, record: StageRecord = NOTHING) -> None:
-        """Note what the stage came to; without this call it counts as not done."""
+        """Set the record of the stage; a stage that never calls this counts as not done."""
         self.record = record
 
 
@@ -62,23 +67,24 @@ class Stage:
 class RunFolder:
     """An open run.
 
-    Before a stage writes anything `recipes/NAME.json` says what decides it, and after everything else its marker
-    `stages/NAME.json` what it came to.
+    Before a stage writes anything, `recipes/NAME.json` records what determines it. After everything else, its marker
+    `stages/NAME.json` stores its record.
 
     Attributes:
-        recipes: of the stages of the run's policy, in order.
+        path: folder of the run.
+        recipes: stage -> recipe, for the stages of the run's policy in order.
     """
 
     path: Path
     recipes: Recipes = field(default_factory=dict)
 
     def finished(self, stage: str) -> bool:
-        """Whether a stage is done."""
+        """Tell whether a stage is done."""
         marker = self._marker(stage)
         return marker.exists() and "seconds" in read_marker(marker)
 
     def read(self, stage: str, kind: type[Record]) -> Record | None:
-        """What a finished stage noted, or None where it is still to do."""
+        """Read the record of a finished stage; None if the stage is still to do."""
         marker = self._marker(stage)
         if not marker.exists():
             return None
@@ -94,35 +100,35 @@ class RunFolder:
         write_file(self._marker(stage), json.dumps(noted, indent=1, allow_nan=False))
 
     def seconds(self) -> dict[str, float]:
-        """Wall time of every finished stage of the policy, in the order in which they ended."""
+        """Wall time in seconds of every finished stage of the policy, in the order in which they ended."""
         markers = sorted((self.path / "stages").glob("*.json"), key=lambda marker: marker.stat().st_mtime_ns)
         listed = [marker for marker in markers if not self.recipes or marker.stem in self.recipes]
         return {marker.stem: read_marker(marker)["seconds"] for marker in listed}
 
     def parts(self, stage: str) -> Path:
-        """Where a stage lays what is to outlive a killed process, until it is done."""
+        """Folder in which a stage keeps intermediate results that survive a killed process, until the stage is done."""
         return self.path / ".parts" / stage
 
     def drop_parts(self, stage: str) -> None:
         shutil.rmtree(self.parts(stage), ignore_errors=True)
-        with suppress(OSError):  # others lie there
+        with suppress(OSError):  # parts of other stages are still there
             self.parts(stage).parent.rmdir()
 
     @contextmanager
     def stage(self, name: str, together: bool = False) -> Iterator[Stage]:
-        """A stage's work goes inside the block; its marker is written at the end, once `done` has been called.
+        """Context of a stage's work: its marker is written at the end if `done` has been called.
 
-        Of several processes the first does the work, and to the others, which wait, the stage is an old one; `together`
-        all do it.
+        Of several processes the first one does the work. The others wait, then see the stage as done earlier. With
+        `together`, all processes do the work.
 
         Raises:
             InterruptedByUserError: Ctrl-C inside the block.
-            DiskError: a full disk inside the block.
+            DiskError: the disk became full inside the block.
         """
         works = together or is_first()
         if not works:
             with agreed():
-                pass  # the first is done
+                pass  # wait until the first process is done
         with agreed() as first:
             stage = Stage(new=works and not self.finished(name))
             start = time.perf_counter()
@@ -135,7 +141,7 @@ class RunFolder:
                     self.drop_parts(name)
         if works and not together:
             with agreed():
-                pass  # the others have read
+                pass  # wait until the others have read the results
 
     @contextmanager
     def _endings_told(self, name: str) -> Iterator[None]:
@@ -148,14 +154,12 @@ class RunFolder:
             raise InterruptedByUserError(f"interrupted in {name}: what was finished before it is kept") from None
 
     def begun(self, stage: str) -> dict[str, Any] | None:
-        """The record of the recipe by which a stage was begun, or None where it was not."""
+        """Recorded recipe by which a stage was begun; None if it was not begun."""
         record = self._record(stage)
         return read_marker(record) if record.exists() else None
 
     def outdated(self) -> dict[str, str]:
-        """Stages that were begun by another recipe than that of the run's policy, each with the reason to do it
-        again.
-        """
+        """Stages that were begun by another recipe than the current policy's, each with the reason to repeat it."""
         found = {}
         for stage in self.recipes:
             there = self.begun(stage)
@@ -164,7 +168,7 @@ class RunFolder:
         return found
 
     def unrecorded(self) -> list[str]:
-        """Stages that a version has begun which did not record recipes."""
+        """Stages begun by a version of this package that did not record recipes."""
         left = {
             stage: [self._marker(stage), *(self.path / name for name in recipe.trained)]
             for stage, recipe in self.recipes.items()
@@ -176,15 +180,16 @@ class RunFolder:
         ]
 
     def adopt(self, stages: Sequence[str]) -> None:
-        """Take stages as those of the run's policy."""
+        """Record that the given stages were made by the recipes of the current policy."""
         for stage in stages:
             write_file(self._record(stage), json.dumps(record_of(self.recipes, stage), indent=1))
 
     def set_aside(self, stage: str) -> Path | None:
-        """Make a stage one that is still to do: what it trained is moved to the folder that is returned, the rest stays
-        until replaced.
+        """Mark a stage as still to do; return the folder to which its training results were moved, or None if there
+        were none.
 
-        The record goes last: whoever is killed on the way sets the stage aside once more.
+        Other files of the stage stay until they are replaced. The recipe's record moves last: after an interruption the
+        stage still counts as outdated, so it is set aside again.
         """
         marker, record, trained = self._marker(stage), self._record(stage), self.recipes[stage].trained
         there = [self.path / name for name in trained if (self.path / name).exists()]
@@ -202,12 +207,13 @@ class RunFolder:
         return to
 
     def decides(self, stage: str) -> dict[str, Any]:
-        """All that decides a stage to the last bit."""
+        """Everything that determines the results of a stage to the last bit."""
         return decides(self.recipes, stage)
 
     def link(self, name: str, folder: Path) -> None:
-        """`name` in the run's folder leads to a folder that runs side by side share, and still does when all of them
-        move.
+        """Link `name` in the run's folder to a folder that runs side by side share.
+
+        The link is relative, so it remains valid if all of them are moved together.
         """
         link = self.path / name
         to = os.path.relpath(folder, link.parent)
@@ -217,13 +223,13 @@ class RunFolder:
             link.symlink_to(to)
 
     def warnings(self) -> list[str]:
-        """What was told."""
+        """Warnings shown so far, also by earlier processes of the run."""
         told = self.path / WARNINGS
         found: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
         return found
 
     def warn(self, message: str, console: Console) -> None:
-        """Tell it once, also where a process that was killed has told it before."""
+        """Show a warning and store it, unless this run has already shown it, possibly in an earlier process."""
         told = self.warnings()
         if message not in told:
             write_file(self.path / WARNINGS, json.dumps([*told, message], indent=1))

@@ -1,6 +1,7 @@
-"""A model that samples, whatever computes it: full precision, quantized in PyTorch, or a deployed OpenVINO folder.
+"""A model that samples, whichever runtime computes it: full precision, quantized in PyTorch, or a deployed OpenVINO
+folder.
 
-Not here: what its images are worth (fidelity.py), nor its speed (latency.py).
+Not here: the quality of its images (fidelity.py), or its speed (latency.py).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ NumpyCondition = Mapping[str, npt.NDArray[Any]]
 Runtime = Literal["pytorch", "openvino"]
 
 DEFAULT_STEPS = 20
-"""Sampling steps of a full-precision folder that names none."""
+"""Number of sampling steps for a full-precision folder that names none."""
 
 
 _NOTHING_TO_SAMPLE = (
@@ -60,19 +61,20 @@ _NOTHING_TO_SAMPLE = (
 
 @dataclass(frozen=True)
 class Sampler:
-    """Something that samples.
+    """A denoiser with everything needed to sample from it.
 
     Attributes:
-        name: of its row in the report.
-        runtime: what computes it.
-        predict: (x_t (B, C, H, W) float32, t, condition) -> prediction of the same shape.
+        name: name of its row in the report.
+        runtime: runtime that computes the denoiser.
+        predict: function (x_t (B, C, H, W) float32, t, condition) -> prediction of the same shape.
         schedule: noise schedule that it samples with.
-        steps: of its sampler.
-        sample_shape: (C, H, W).
-        conditions: that its images choose from.
-        guidance_scale: of classifier-free guidance, 1 for none.
-        decode: of a model of latents: x_0 (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1]; None without a VAE.
-        undecoded: whether it makes latents of one channel or three, for which nothing here has a decoder.
+        steps: number of sampling steps.
+        sample_shape: shape (C, H, W) of one sample.
+        conditions: conditions that its images choose from.
+        guidance_scale: scale of classifier-free guidance; 1 for none.
+        decode: function x_0 (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1], for a latent model; None without a
+            VAE.
+        undecoded: whether it makes latents of one or three channels, for which this package has no decoder.
     """
 
     name: str
@@ -94,7 +96,7 @@ class Sampler:
 def pytorch_variant(
     name: str, denoiser: nn.Module, schedule: NoiseSchedule, steps: int, *, sample_shape: tuple[int, int, int]
 ) -> Sampler:
-    """A PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
+    """Sampler of a PyTorch denoiser, full precision or quantized; its weights must not change while it samples."""
     denoiser.eval()
 
     @torch.no_grad()
@@ -108,7 +110,7 @@ def pytorch_variant(
 
 
 def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Sampler:
-    """A deployed folder, run by our runtime from the files as they are."""
+    """Sampler of a deployed folder, run by this package's runtime from the unchanged files."""
     return _deployed_variant(name, OVUNet2DModel.from_pretrained(folder), steps)
 
 
@@ -124,8 +126,8 @@ def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sam
 def openvino_file_variant(
     name: str, xml: Path, schedule: NoiseSchedule, steps: int, *, sample_shape: tuple[int, int, int], batch_size: int
 ) -> Sampler:
-    """A plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with OpenVINO's own defaults: a
-    baseline.
+    """Sampler of a baseline: a plain OpenVINO file (inputs `sample`, `timestep` and conditions, fixed batch), with
+    OpenVINO's defaults.
     """
     request = compile_for_latency(xml, {}).create_infer_request()
 
@@ -133,7 +135,7 @@ def openvino_file_variant(
         parts = []
         for first in range(0, len(x_t), batch_size):
             count = min(batch_size, len(x_t) - first)
-            # a last piece is filled up with its last sample
+            # the file has a fixed batch: repeat the last sample to fill the last batch
             rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
             request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
@@ -151,18 +153,17 @@ def open_folder(
     *,
     own: OwnModel | None = None,
 ) -> Sampler:
-    """Recognise what a folder holds: a run, a deployed OpenVINO folder, a quantized student, or a full-precision
-    diffusers model.
+    """Open a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers model as a sampler.
 
     Args:
         source: the folder, `embedded:NAME`, or a hub id.
-        steps: of the sampler; by default those the folder was made for.
-        conditions: of a conditional model; by default all classes.
-        guidance_scale: of classifier-free guidance; by default that the folder was made for.
-        own: the user's own module that a quantized student was made of.
+        steps: number of sampling steps; by default the number that the folder was made for.
+        conditions: conditions of a conditional model; by default all classes.
+        guidance_scale: scale of classifier-free guidance; by default the one that the folder was made for.
+        own: user's own module from which a quantized student was made.
 
     Raises:
-        ModelError: none of them, or its model takes other conditions.
+        ModelError: the folder is none of these, or its model takes other conditions.
     """
     variant, asked, scheduler = _opened(source, steps, own)
     section = conditions or ConditionsPolicy()
@@ -174,7 +175,7 @@ def open_folder(
 
 
 def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sampler, Conditioned, Mapping[str, Any]]:
-    """A folder's variant before it has conditions, what it takes, and its scheduler config."""
+    """Return a folder's sampler without conditions, the conditions that its model takes, and its scheduler config."""
     path = local(source)
     folder = path or Path(source)
     for deployed in (folder, folder / "openvino"):
@@ -199,7 +200,10 @@ def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sa
 
 
 def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
-    """Latents to pictures, by the full-precision VAE that stands beside the model; it is loaded when it is called."""
+    """Return a function that decodes latents with the full-precision VAE beside the model, loaded when it is called.
+
+    The result is None if the model does not make latents or has no VAE.
+    """
     parts = pipeline_parts(model.folder)
     if parts is None or not model.latent or not parts.has(VAE):
         return None
@@ -214,7 +218,7 @@ def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
 def sample_images(
     variant: Sampler, count: int, seed: int, batch_size: int, *, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
-    """uint8 images (count, C, H, W) of a seed: as `sample_states`, of a model of pixels."""
+    """Sample uint8 images (count, C, H, W) from a seed, as `sample_states` does, for a model of pixels."""
     return to_uint8(sample_states(variant, count, seed, batch_size, advance=advance))
 
 
@@ -227,11 +231,11 @@ def sample_states(
     advance: Callable[[int], None] = lambda _: None,
     parts: Path | None = None,
 ) -> Tensor:
-    """float32 x_0 (count, C, H, W) of a seed; number k comes from the same noise and condition for every variant and
-    batch size.
+    """Sample float32 x_0 (count, C, H, W) from a seed.
 
-    `advance` is told of the images of a batch each time they are one step further. `parts` is a folder for the batches
-    that are done, from which a process that comes after this one goes on.
+    Sample k starts from the same noise and condition for every variant and batch size. `advance` is called after every
+    sampling step with the number of images in the batch. `parts` is a folder that keeps finished batches, from which a
+    later process resumes.
     """
 
     def batches(done: int) -> Iterator[dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""What the stages of a run note for the stages after them and for the report: one frozen record a stage.
+"""Records that the stages of a run write for later stages and for the report: one frozen dataclass a stage.
 
-Each is stored in the run's folder when its stage is done, and read back by its type. Not here: the storing
-(run_folder.py), and what becomes of them (report_rows.py).
+Each record is stored in the run's folder when its stage is done, and read back by its type. Not here: the storing
+(run_folder.py), and the report made from them (report_rows.py).
 """
 
 from __future__ import annotations
@@ -18,72 +18,73 @@ from pqcad_qat.training.transition import Transition
 
 @dataclass(frozen=True)
 class CalibrationRecord(StageRecord):
-    """The stage `calibration`."""
+    """Record of the stage `calibration`."""
 
     set: str  # name of the shared folder
 
 
 @dataclass(frozen=True)
 class TrainingRecord(StageRecord):
-    """A stage that trains."""
+    """Record of a training stage."""
 
     transitions: tuple[Transition, ...] = ()  # in the order in which they began
 
 
 @dataclass(frozen=True)
 class IntegerParity:
-    """Integers of OpenVINO against integers of PyTorch, of all planned layers."""
+    """Comparison of the integers of OpenVINO with those of PyTorch, over all planned layers."""
 
     layers_checked: int
     layers_exact: int
     worst_layer: str
     worst_error: int  # largest difference of two accumulators
-    exact: Mapping[str, bool]  # layer -> whether all its integers are equal
+    exact: Mapping[str, bool]  # layer -> whether all its integers equal PyTorch's
 
 
 @dataclass(frozen=True)
 class ExportRecord(StageRecord):
-    """The stage `export`."""
+    """Record of the stage `export`."""
 
-    precisions: Mapping[str, str]  # planned layer -> what it executed in
-    inference_precision: str  # of the layers that execute in floating point
+    precisions: Mapping[str, str]  # planned layer -> precision it executed in
+    inference_precision: str  # precision of the layers that execute in floating point
     needs_vnni: tuple[str, ...]  # layers whose sums may overflow on CPUs without VNNI
     parity: IntegerParity
-    end_to_end_psnr: float  # dB
-    packed_bytes: int  # of the same model, packed
-    attention: Mapping[str, str] = field(default_factory=dict)  # planned attention -> what its products executed in
+    end_to_end_psnr: float  # PSNR in dB
+    packed_bytes: int  # size of the same model in packed format
+    # planned attention -> precision its matrix products executed in
+    attention: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[PartRow, ...] = ()
 
 
 @dataclass(frozen=True)
 class BaselinesRecord(StageRecord):
-    """The stage `baselines`."""
+    """Record of the stage `baselines`."""
 
-    died: Mapping[str, str] = field(default_factory=dict)  # variant that could not be made or run -> why
+    died: Mapping[str, str] = field(default_factory=dict)  # variant that could not be made or run -> reason
 
 
 @dataclass(frozen=True)
 class BenchmarkRecord(StageRecord):
-    """The stage `benchmark`."""
+    """Record of the stage `benchmark`."""
 
-    timings: Mapping[str, Timing]  # variant -> one step
-    profiles: Mapping[str, tuple[ProfileRow, ...]]  # variant -> where its step's time went
-    sizes: Mapping[str, int]  # variant -> bytes on disk, of full precision in memory
+    timings: Mapping[str, Timing]  # variant -> timing of one denoiser call
+    profiles: Mapping[str, tuple[ProfileRow, ...]]  # variant -> time of one denoiser call by kind of node
+    sizes: Mapping[str, int]  # variant -> bytes on disk; for full precision, bytes in memory
     hardware: Hardware
 
 
 @dataclass(frozen=True)
 class SamplesRecord(StageRecord):
-    """A stage that samples a variant."""
+    """Record of a stage that samples a variant."""
 
-    steps: int  # of its sampler
+    steps: int  # number of sampling steps
 
 
 @dataclass(frozen=True)
 class EvaluationRecord(StageRecord):
-    """The stage `evaluation`."""
+    """Record of the stage `evaluation`."""
 
-    figures: Mapping[str, FidelityFigures]  # variant -> what its images are worth
+    figures: Mapping[str, FidelityFigures]  # variant -> figures of quality of its images
     protocol: FidProtocol | None  # None without a feature network
     hardware: Hardware
-    note: str = ""  # what was left out of the figures, and why
+    note: str = ""  # reason for figures that are missing

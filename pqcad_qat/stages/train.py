@@ -1,6 +1,7 @@
-"""The stages that train: calibration set, progressive quantization, its fixed-bit control, and distillation.
+"""The stages that train, and the calibration set that they learn from: progressive quantization, its fixed-bit control,
+and distillation.
 
-Not here: how any of them works (data/, training/).
+Not here: how each of them works (data/, training/).
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ from pqcad_qat.training.weight_distance import WeightDistance
 _TRANSITIONS = TypeAdapter(tuple[Transition, ...])
 
 SHOWN = 4
-"""Images of a grid that shows how training goes."""
+"""Number of images in the grid that shows the progress of training."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a stage trains, and how: the same for one that trains and one that finds its weights beside the run."""
+    """What a stage trains and how, whether the weights are trained now or found beside the run."""
 
     stage: str
     model: nn.Module
@@ -70,7 +71,7 @@ class _Task:
 
 
 def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> CalibrationSet:
-    """The full-precision trajectories that everything else learns from, recorded or found beside the run."""
+    """Record the full-precision trajectories that all training learns from, or load them if they lie beside the run."""
     recipe = calibration_recipe(policy, prepared)
     fine = prepared.schedule.finer(prepared.schedule.passing(recipe.steps, recipe.also), recipe.refinement)
     calls = recipe.trajectories * sum(map(len, fine))
@@ -93,7 +94,9 @@ def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
 
 
 def _keep_embeddings(policy: Policy, prepared: Prepared, run: RunFolder, anew: bool) -> None:
-    """The conditions of a model of text in the run's own folder, since the files that a policy names may move."""
+    """Store the conditions of a text-conditioned model in the run's own folder, since the files that a policy names may
+    move.
+    """
     file, section = run.path / EMBEDDINGS, policy.conditions
     if (section.prompts, section.embeddings) != (None, None) and (anew or not file.exists()):
         save_conditions(prepared.conditions, file)
@@ -108,7 +111,7 @@ def progressive(
     calibration: CalibrationSet,
     shares_training: bool,
 ) -> nn.Module:
-    """Stage `pq`: down the ladder to the target widths, against the full-precision prediction."""
+    """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
     model = _quantized(policy, prepared, calibration, prepared.plan)
     schedule = bit_schedule(policy, prepared.plan, model)
     callbacks = [
@@ -123,7 +126,9 @@ def progressive(
 
 
 def at_targets(policy: Policy, prepared: Prepared, calibration: CalibrationSet) -> nn.Module:
-    """The model at its target widths, ranges calibrated: where fixed-bit training starts, and the variant `ptq`."""
+    """Quantize the model at its target widths with calibrated ranges: the start of fixed-bit training, and the variant
+    `ptq`.
+    """
     return _quantized(
         policy, prepared, calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan]
     )
@@ -138,7 +143,7 @@ def fixed_bit(
     calibration: CalibrationSet,
     shares_training: bool,
 ) -> nn.Module:
-    """The control: the same seed, steps and data, at the target widths from the first step."""
+    """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step."""
     model = at_targets(policy, prepared, calibration)
     callbacks = [
         FullPrecisionMatching(),
@@ -161,7 +166,7 @@ def distill(
     teacher: nn.Module,
     shares_training: bool,
 ) -> nn.Module:
-    """The student; it starts from its teacher, the model of PQ, and keeps its quantizers."""
+    """Train the student, which starts from its teacher, the model of `pq`, and keeps the teacher's quantizers."""
     scale, steps = policy.guidance_scale(name), policy.distillation.student_steps
     loss = CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional)
     targets = _targets(policy, prepared, run, console, calibration=calibration, teacher=teacher)
@@ -182,7 +187,7 @@ def _targets(
     calibration: CalibrationSet,
     teacher: nn.Module,
 ) -> DistillationSet:
-    """What students learn from; the frozen teacher runs once for all of them."""
+    """Targets that all students learn from; the frozen teacher runs once for all of them."""
     name = "teacher"
     steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
     file = run.path / "distillation" / f"{name}.safetensors"
@@ -209,14 +214,14 @@ def _targets(
 
 
 def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
-    """The policy's way down, for a quantized model."""
+    """Build the policy's bit schedule for a quantized model."""
     progressive = policy.progressive
     settings = BitScheduleSettings(
         momentum=progressive.momentum,
         plateau=progressive.plateau,
         perturbation=progressive.perturbation,
         layers_per_transition=progressive.layers_per_transition,
-        # the last step is made at the targets
+        # the last training step runs at the target widths
         deadline=min(round(progressive.deadline * progressive.steps), progressive.steps - 1),
         blends=progressive.transition == "blend",
         rungs=rungs(plan),
@@ -226,7 +231,7 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
 
 
 def whole_batch(training: TrainingPolicy) -> int:
-    """States that one step of the optimizer learns from: every process adds its batches."""
+    """Number of states that one optimizer step learns from, over all processes and accumulated batches."""
     return training.batch_size * training.gradient_accumulation * process_count()
 
 
@@ -237,8 +242,9 @@ def _training_batches(policy: Policy, calibration: CalibrationSet) -> BatchSourc
 def _shown(
     policy: Policy, prepared: Prepared, model: nn.Module, steps: int, *, guidance_scale: float
 ) -> list[Callback]:
-    """What is logged of a stage whose model samples in so many steps, beside its loss and its schedule; latents are not
-    shown.
+    """Callbacks that log quantizers and sample images, beside the loss and the schedule.
+
+    `steps` is the number of sampling steps of the trained model. A latent model gets no images.
     """
     noise = torch.from_numpy(initial_noise(policy.evaluation.seed, 0, SHOWN, prepared.model.sample_shape))
     every = 0 if prepared.model.latent else policy.training.samples_every
@@ -249,16 +255,14 @@ def _shown(
 
 
 def _quantized(policy: Policy, prepared: Prepared, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
-    """The full-precision model with quantizers around its weights, ranges from the calibration set."""
+    """Copy the full-precision model, insert quantizers, and calibrate their ranges on the calibration set."""
     model = quantize_model(copy.deepcopy(prepared.split), plan)
     calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.calibration.batch_size))
     return model
 
 
 def _train(policy: Policy, run: RunFolder, console: Console, task: _Task, *, shares_training: bool) -> None:
-    """Train a stage in place, or read back what it left; afterwards the model holds its averaged weights, on the
-    CPU.
-    """
+    """Train a stage in place, or read back its results; afterwards the model holds its averaged weights, on the CPU."""
     with run.stage(task.stage, together=True) as stage:
         if stage.new:
 
@@ -277,7 +281,7 @@ def _train(policy: Policy, run: RunFolder, console: Console, task: _Task, *, sha
 
 
 def _fit(policy: Policy, run: RunFolder, console: Console, task: _Task, *, folder: Path) -> None:
-    """Train, and leave in `folder` what a run's folder holds of a trained stage."""
+    """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
     settings, warn = _stage_settings(policy, run, task.stage, task.steps), partial(run.warn, console=console)
     state = train_stage(task.model, task.callbacks, task.batches, settings, console=console, warn=warn)
     schedules = [callback for callback in task.callbacks if isinstance(callback, MomentumBitSchedule)]
