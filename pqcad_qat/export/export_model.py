@@ -1,4 +1,4 @@
-"""A quantized model -> a folder that OpenVINO runs in INT8: conversion, names, and what its configs and manifest say.
+"""Export of a quantized model to a folder that OpenVINO runs in INT8: conversion, node names, configs and manifest.
 
 Not here: the torch modules that are traced (traceable_modules.py), the files (deployed_folder.py), loading (runtime.py)
 and proof (proof.py).
@@ -62,12 +62,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportedFolder:
-    """What export_model left.
+    """Result of export_model.
 
     Attributes:
-        path: the folder.
-        manifest: the content of its manifest.json.
-        graph_bytes: size of the graph and its weights on disk.
+        path: the deployed folder.
+        manifest: content of its manifest.json.
+        graph_bytes: size of the graph and its weights on disk, in bytes.
     """
 
     path: Path
@@ -77,20 +77,20 @@ class ExportedFolder:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """A quantized model, and what its deployed form is to say and take.
+    """A quantized model, with everything that its deployed form needs.
 
     Attributes:
         model: quantized denoiser, called by `predict`.
-        scheduler_config: diffusers scheduler config the model is sampled with; it is written as that of our sampler,
-            with every key.
-        layers: every planned layer by module path, as integers.
-        sample_shape: (C, H, W).
+        scheduler_config: diffusers' config of the scheduler that the model is sampled with. It is written as the config
+            of our sampler, with every key.
+        layers: every planned layer as integers, by module path.
+        sample_shape: shape (C, H, W) of one sample.
         batch_size: fixed batch of the graph.
         provenance: policy, model source and digest, for the manifest.
-        conditions: what the denoiser takes beside x_t and t, every size known.
-        visited: times that a graph of continuous time is to know exactly.
-        attention: modules whose attention is to be computed in INT8, and what its products read.
-        parts: what stands beside the denoiser.
+        conditions: inputs of the denoiser besides x_t and t, with every size known.
+        visited: times that a graph of continuous time must know exactly.
+        attention: modules whose attention is computed in INT8, and the ranges of what their products read.
+        parts: pipeline parts written beside the denoiser; None for a denoiser alone.
     """
 
     model: nn.Module
@@ -106,16 +106,17 @@ class ExportRequest:
 
 
 def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "int8") -> ExportedFolder:
-    """Write the deployed form of a quantized model. The model itself is left as it was.
+    """Write the deployed form of a quantized model; the model itself is left unchanged.
 
     Args:
-        request: the model, and what is said of it.
-        folder: where to; an older deployed folder there is replaced, anything else refused.
-        weights: int8 runs anywhere; packed has fewer bits on disk and needs our runtime.
+        request: the model and what its deployed form needs.
+        folder: where the deployed folder is written. An older deployed folder there is replaced; anything else is
+            refused.
+        weights: int8 runs with plain OpenVINO; packed takes fewer bits on disk and needs our runtime.
 
     Raises:
-        ExportError: a layer that cannot be expressed or found in the graph, or a folder that holds something else.
-        ModelError: a part that cannot be loaded.
+        ExportError: a layer cannot be expressed or is not found in the graph, or the folder holds something else.
+        ModelError: a pipeline part cannot be loaded.
     """
     check_replaceable(folder)
     model, layers, scheduler_config = request.model, request.layers, request.scheduler_config
@@ -154,12 +155,15 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
 
 
 def convert(request: ExportRequest, times: Times) -> ov.Model:
-    """The quantized model as an OpenVINO graph in which every planned layer bears its module path as name
-    (node_marks.py).
+    """Convert the quantized model to an OpenVINO graph whose planned layers are named by module path (node_marks.py).
 
-    Inputs `sample`, of a transformer `hidden_states`, (B, C, H, W) float32, `timestep` (B,) int64, of continuous time
-    float32, and the conditions by name; output `out_sample` (B, C, H, W) float32. Of Flux the states and the output are
-    rows of patches, and its places are inputs too (graph_inputs.py).
+    Method: modules that OpenVINO cannot read, such as Brevitas's layers, are swapped for plain ones while the model is
+    traced. The traced module is converted, the layers are named by their marks, and the faster subgraphs are put in
+    (graph_rewrites.py).
+
+    The inputs are `sample` (`hidden_states` for a transformer), (B, C, H, W) float32; `timestep`, (B,) int64, or
+    float32 for continuous time; and the conditions by name. The output is `out_sample`, (B, C, H, W) float32. For Flux,
+    states and output are rows of patches, and the positions of the patches are inputs too (graph_inputs.py).
 
     Raises:
         ExportError: as export_model.
@@ -187,7 +191,7 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
-        # what OpenVINO's converter traces with too
+        # OpenVINO's converter uses torch.jit.trace as well
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
         denoiser = (TracedSequence if family.takes_rows else TracedDenoiser)(model, names).eval()
         with quantized_attention(model, attention):
@@ -206,7 +210,7 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
 
 
 def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Model:
-    """Trace and convert.
+    """Trace the denoiser and convert the trace.
 
     Raises:
         ExportError: torch cannot trace it, or OpenVINO has no operation for what was traced.
@@ -215,16 +219,16 @@ def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Mod
         traced: Any = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
     except PqcadError:
         raise
-    except Exception as error:  # whatever a module of the user's own raises
+    except Exception as error:  # a user's own module may raise anything
         raise ExportError(f"the network cannot be traced: {one_line(error)}") from error
     try:
         return ov.convert_model(traced, example_input=example)
-    except Exception as error:  # OpenVINO's are of many classes
+    except Exception as error:  # OpenVINO raises many classes
         raise ExportError(f"OpenVINO cannot convert the network: {_unconverted(str(error), traced)}") from error
 
 
 def _unconverted(said: str, traced: Any) -> str:
-    """Which operations OpenVINO has no rule for, and the modules that compute them; or else what it says in one
+    """Why OpenVINO could not convert: the operations without a conversion rule and their modules, or else its last
     line.
     """
     operations = re.findall(
@@ -232,7 +236,7 @@ def _unconverted(said: str, traced: Any) -> str:
     )
     if not operations:
         return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it gives no reason")[:300]
-    graph = traced.inlined_graph  # its nodes live as long as it does
+    graph = traced.inlined_graph  # kept in a variable: its nodes are valid only while it lives
     places = {
         traced_path(node.scopeName().rpartition("/")[2]) for name in operations for node in graph.findAllNodes(name)
     }
@@ -241,6 +245,11 @@ def _unconverted(said: str, traced: Any) -> str:
 
 
 def _sizes(condition: ConditionInput) -> list[int]:
+    """The sizes of a condition for one sample.
+
+    Raises:
+        ExportError: a size is unknown.
+    """
     sizes = [size for size in condition.shape if size is not None]
     if len(sizes) < len(condition.shape):
         raise ExportError(f"{condition}: every size of an exported input must be known")
@@ -248,6 +257,11 @@ def _sizes(condition: ConditionInput) -> list[int]:
 
 
 def _integer_module(layer: IntegerLayer) -> nn.Module:
+    """The plain torch module that computes a layer with its integers.
+
+    Raises:
+        ExportError: the layer is neither a Conv2d nor a Linear.
+    """
     if layer.kind == "Conv2d":
         return IntegerConv2d(layer)
     if layer.kind == "Linear":
@@ -256,8 +270,10 @@ def _integer_module(layer: IntegerLayer) -> nn.Module:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """The denoiser's diffusers config, less what only its folder of origin knew, and the learned variance that the
-    graph does not give.
+    """The denoiser's diffusers config, as the deployed folder states it.
+
+    Private keys are left out. Where the model also predicts a variance, which the graph does not return, `out_channels`
+    is halved.
     """
     config = dict(getattr(model, "config", {}))
     if config.get("out_channels") == 2 * config.get("in_channels", 0):
@@ -270,10 +286,10 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def _model_index(
     model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None
 ) -> dict[str, Any]:
-    """diffusers' index: the source's pipeline where its other parts stand beside the denoiser; without conditions an
-    unconditional one.
+    """diffusers' model_index.json of the deployed folder.
 
-    Of a conditional denoiser alone diffusers has no pipeline: the index then names the root of them all.
+    With pipeline parts it names the source's pipeline; an unconditional denoiser alone gets an unconditional pipeline.
+    diffusers has no pipeline for a conditional denoiser alone, so that index names the base class of all pipelines.
     """
     scheduler = scheduler_config["_class_name"]
     own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
@@ -285,11 +301,12 @@ def _model_index(
 
 
 def _openvino_config() -> dict[str, Any]:
-    """What optimum-intel writes beside a quantized model; `manifest.json` says more."""
+    """The config that optimum-intel writes beside a quantized model; `manifest.json` says more."""
     return {"dtype": "int8", "input_info": None, "quantization_config": None, "save_onnx_model": False}
 
 
 def _layer_entry(layer: IntegerLayer) -> dict[str, Any]:
+    """The manifest's entry of one layer."""
     return {
         "kind": layer.kind,
         "weight_bits": layer.weight_bits,
@@ -301,7 +318,7 @@ def _layer_entry(layer: IntegerLayer) -> dict[str, Any]:
 
 
 def _cpu(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """On which CPUs the integer sums are exact."""
+    """The manifest's note on the CPUs where the integer sums are exact."""
     needing = [name for name, entry in entries.items() if entry["needs_vnni"]]
     note = (
         "without VNNI the integer sums of these layers may overflow"

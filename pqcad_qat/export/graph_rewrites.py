@@ -1,8 +1,12 @@
-"""A converted graph as OpenVINO runs it faster: other nodes that compute the same, where its own optimizations leave or
-make slow ones.
+"""Rewrites of a converted graph: subgraphs that OpenVINO executes slowly are replaced by equal ones that run faster.
 
-Not here: the conversion (export_model.py), and two rewrites that have files of their own (normalization.py,
-upsampling.py). Measured on the architecture of google/ddpm-cifar10-32, see the README's benchmark.
+Method: every node is visited once, in execution order. A node that matches a pattern gets a replacement beside it, and
+all readers of the node are connected to the replacement. Nodes without readers then drop out of the graph. Shapes and
+results stay the same.
+
+Speed was measured on the architecture of google/ddpm-cifar10-32; see the README's benchmark.
+
+Not here: the conversion (export_model.py), and two rewrites with files of their own (normalization.py, upsampling.py).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from pqcad_qat.export.upsampling import convolution_before_upsampling
 
 
 def rewrite(graph: ov.Model) -> None:
-    """Apply every rewrite of this file, in place; shapes and results stay."""
+    """Apply every rewrite to the graph, in place."""
     for node in graph.get_ordered_ops():
         match node.get_type_name():
             case "Slice" if (source := sliced_part(node)) is not None:
@@ -33,10 +37,10 @@ def rewrite(graph: ov.Model) -> None:
 
 
 def sliced_part(node: ov.Node) -> ov.Output | None:
-    """The input of a concatenation that a Slice takes out whole, None for any other Slice.
+    """The input of a Concat that a Slice takes out whole; None for any other Slice.
 
-    The two convolutions of a split shortcut (quantization/shortcuts.py) read halves of a concatenation: they may as
-    well read its inputs.
+    The two convolutions of a split shortcut (quantization/shortcuts.py) read the two halves of a concatenation. They
+    can read the inputs of the concatenation directly.
     """
     joined, *bounds = node.input_values()
     if joined.get_node().get_type_name() != "Concat" or any(
@@ -47,6 +51,7 @@ def sliced_part(node: ov.Node) -> ov.Output | None:
     axis = joined.get_node().get_attributes()["axis"]
     if len(values) != 4 or values[2:] != [[1], [axis]]:
         return None
+    # A slice matches an input of the concatenation if it begins where that input begins and has its shape.
     at = 0
     for part in joined.get_node().input_values():
         if at == values[0][0] and part.get_shape() == node.get_output_shape(0):
@@ -56,16 +61,18 @@ def sliced_part(node: ov.Node) -> ov.Output | None:
 
 
 def _attention(query: ov.Output, key: ov.Output, value: ov.Output) -> ov.Node:
-    """softmax(Q K^T / sqrt(d)) V, with K transposed by the product; OpenVINO's own decomposition transposes it in a
-    node of its own.
+    """softmax(Q K^T / sqrt(d)) V, where the product itself transposes K.
+
+    OpenVINO's own decomposition of ScaledDotProductAttention transposes K in a separate node.
     """
     scaled = op.multiply(query, np.float32(query.get_shape()[-1] ** -0.5))
     return op.matmul(op.softmax(op.matmul(scaled, key, False, True), -1), value, False, False)
 
 
 def _silu(x: ov.Output) -> ov.Node:
-    """x / (1 + exp(-x)), in fewer instructions than Swish takes on a CPU.
+    """x / (1 + exp(-x)), which takes fewer instructions on a CPU than Swish.
 
-    The factor of the exponent is -1 but for one unit in its last place: OpenVINO turns -1 into Swish again.
+    The factor of the exponent differs from -1 by one unit in the last place. With exactly -1 OpenVINO would recognize
+    the pattern and turn it back into Swish.
     """
     return op.divide(x, op.add(op.exp(op.multiply(x, np.nextafter(np.float32(-1), np.float32(-2)))), np.float32(1)))

@@ -1,9 +1,14 @@
-"""Attention's two products in INT8: what they read is observed in a model, and quantized in its exported graph.
+"""INT8 products of attention: their ranges are observed in the model and become quantizers of the exported graph.
 
-Softmax(q k^T / sqrt(d)) v: queries, keys and values become signed bytes, the probabilities unsigned ones, each tensor
-with one scale from the largest value that was seen. This is post-training quantization: the model that is exported
-computes them in floating point. Not
-here: its layers (traceable_modules.py), the conversion (export_model.py), and what became of the products (proof.py).
+Method: attention is softmax(q k^T / sqrt(d)) v. Queries, keys and values are quantized to signed bytes and the
+softmax's probabilities to unsigned ones. Each tensor has one scale, taken from the largest magnitude that was observed.
+This is post-training quantization: in PyTorch the exported model computes these products in floating point.
+
+Modules call torch's scaled_dot_product_attention. While this module watches or exports a model, a TorchFunctionMode
+intercepts these calls, and forward hooks say which module makes the call.
+
+Not here: the model's layers (traceable_modules.py), the conversion (export_model.py), and the check that the products
+run in INT8 (proof.py).
 """
 
 from __future__ import annotations
@@ -26,12 +31,19 @@ from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.plan import evaluating
 
 Product = Callable[[str, Tensor, Tensor, Tensor, float], Tensor]
-"""(path of the module that attends, query, key, value, scale of q k^T) -> what it gives."""
+"""A replacement of attention: (module path, query, key, value, scale of q k^T) -> the attention's output."""
 
 
 @dataclass(frozen=True)
 class AttentionRange:
-    """The largest magnitudes that one attention was seen to multiply."""
+    """Largest observed magnitudes of the four tensors that one attention multiplies.
+
+    Attributes:
+        query: largest magnitude of the queries.
+        key: largest magnitude of the keys.
+        value: largest magnitude of the values.
+        probability: largest softmax output.
+    """
 
     query: float
     key: float
@@ -40,8 +52,9 @@ class AttentionRange:
 
 
 def masked_attention(model: nn.Module, example: PredictArguments) -> tuple[str, ...]:
-    """The modules whose attention cannot be computed in INT8: it is causal, or under a mask. Of a model of shapes alone
-    too.
+    """The paths of modules whose attention cannot run in INT8, because it is causal, masked or grouped (enable_gqa).
+
+    The model may also be one of shapes alone, on the meta device.
     """
 
     def plain(_: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -53,16 +66,16 @@ def masked_attention(model: nn.Module, example: PredictArguments) -> tuple[str, 
 
 
 def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> dict[str, AttentionRange]:
-    """Watch a model predict; the path of each module that attends -> what its products read.
+    """Observe what the products of every attention read while a model predicts: module path -> ranges over all batches.
 
-    Those of `masked_attention` are left out.
+    The attentions that `masked_attention` reports are left out.
 
     Args:
-        model: any.
-        batches: inputs of `predict`.
+        model: any model that `predict` can call.
+        batches: arguments of `predict`.
 
     Raises:
-        ExportError: values that are NaN or infinite.
+        ExportError: an attention reads NaN or infinity.
     """
     found: dict[str, AttentionRange] = {}
 
@@ -85,8 +98,8 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
 
 @contextmanager
 def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) -> Iterator[None]:
-    """Within, the products of the attentions that have ranges are written as fake quantization that OpenVINO executes
-    in INT8.
+    """While the context lasts, the attentions that have ranges compute with fake quantization, which OpenVINO runs in
+    INT8.
     """
 
     def compute(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -103,10 +116,11 @@ def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) 
 
 
 def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None:
-    """Name the softmax between the products of each quantized attention of a converted graph PATH/softmax.
+    """Name the softmax of each quantized attention in a converted graph PATH/softmax, so that its products can be
+    found.
 
     Raises:
-        ExportError: an attention that the graph does not have exactly once.
+        ExportError: the graph does not compute one of these attentions exactly once.
     """
     found = dict.fromkeys(ranges, 0)
     for node in graph.get_ordered_ops():
@@ -126,11 +140,19 @@ def _probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _quantized(x: Tensor, largest: float, grid: tuple[int, int]) -> Tensor:
+    """x fake-quantized to the grid, symmetrically around 0; the tiny lower bound avoids a scale of 0."""
     return torch.fake_quantize_per_tensor_affine(x, max(largest, torch.finfo(torch.float32).tiny) / grid[1], 0, *grid)
 
 
 class _Attending(TorchFunctionMode):
-    """Puts a function in the place of scaled_dot_product_attention, and tells it the module that is being called."""
+    """Intercepts scaled_dot_product_attention and calls `compute` in its place, with the path of the calling module.
+
+    Attributes:
+        compute: the replacement.
+        calls: stack of the paths of the modules that are being called, the innermost last.
+        masked: paths whose attention was passed through because the replacement cannot compute it.
+        paths: modules whose attention is replaced; None means all.
+    """
 
     def __init__(self, compute: Product, calls: list[str], paths: Iterable[str] | None) -> None:
         super().__init__()
@@ -166,8 +188,9 @@ class _Attending(TorchFunctionMode):
 
 @contextmanager
 def _products(model: nn.Module, compute: Product, paths: Iterable[str] | None = None) -> Iterator[Mapping[str, None]]:
-    """Within, `compute` is called for every attention, or those of the paths; yields the paths that it cannot be called
-    for.
+    """While the context lasts, `compute` replaces the attention of all modules, or of those in `paths`.
+
+    Yields the paths of attentions that it cannot replace; the set fills during the calls.
     """
     calls: list[str] = []
 

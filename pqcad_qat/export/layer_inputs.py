@@ -1,6 +1,7 @@
-"""What every quantized layer reads in one forward pass, kept in files: of a large model it is more than its weights.
+"""Recording of what every quantized layer reads in one forward pass, kept in files: for a large model it exceeds the
+size of the weights.
 
-Not here: what it is compared with (proof.py).
+Not here: the comparison that uses the recordings (proof.py).
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ from pqcad_qat.quantization.conversion import quantized_layers
 
 
 class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
-    """Layer -> what it reads before its quantizer, (B, C, H, W) or (..., I): read from its file whenever it is asked
-    for.
-    """
+    """Layer name -> its input before quantization, (B, C, H, W) or (..., I), read from a file at each access."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
@@ -42,13 +41,14 @@ class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
 
 @contextmanager
 def recorded_inputs(model: nn.Module, inputs: DenoiserInput, beside: Path) -> Iterator[LayerInputs]:
-    """The inputs of every quantized layer while the model predicts once; layers that share an input quantizer share a
-    file.
+    """Record the input of every quantized layer while the model predicts once.
+
+    Layers that share an input quantizer share a file. The files are deleted when the context ends.
 
     Args:
-        model: quantized and calibrated.
-        inputs: of `predict`.
-        beside: the folder in which the files lie while the context lasts.
+        model: a quantized and calibrated model.
+        inputs: the arguments of `predict`.
+        beside: the folder in which the temporary files are written.
     """
     layers = quantized_layers(model)
     leaders = dict.fromkeys(layer.plan.input_group for layer in layers.values())

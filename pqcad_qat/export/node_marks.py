@@ -1,10 +1,11 @@
-"""Which node of a converted graph is which planned layer: a mark behind each while the graph is made, taken off when
-its nodes have names.
+"""Marks that show which node of a converted graph belongs to which planned layer.
 
-The converter computes a convolution together with what follows where it can, a factor, a normalization or a quantizer:
-of the layer's own integers and scales nothing is left then. It knows no way through a mark. Without them OpenVINO does
-the same when it loads the graph,
-where it costs nothing: names stay, and integers.
+Problem: where it can, the converter fuses a convolution with the factor, normalization or quantizer that follows. The
+layer's own integers and scales are then lost. Method: while the model is traced, a Roll operation stands behind each
+layer. The converter cannot fuse across it. Once the nodes have their layers' names, the marks are removed. OpenVINO
+then fuses the same nodes when it loads the graph, where no harm is done: names and integers stay.
+
+Not here: the conversion (export_model.py).
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
     from pqcad_qat.quantization.quantized_layer import IntegerLayer
 
 MARK = 0x6D61726B
-"""The second of a mark's shifts: no network rolls its batch so far."""
+"""Second shift of a mark's Roll; no network shifts its batch by that much, so it tells marks from other rolls."""
 
 SHAPES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")
-"""What moves values and leaves them as they are; the converter may move it behind a quantizer."""
+"""Types of nodes that move values without changing them; the converter may move these behind a quantizer."""
 
 
 class Marked(nn.Module):
-    """A layer, and behind every call of it a roll whose first shift says which layer it is.
+    """A layer whose output goes through a Roll; the first shift of the Roll is the number of the layer.
 
-    What the roll computes is not looked at: it stands there while a graph is traced, and goes before anything runs it.
+    The result of the Roll does not matter: it exists only during tracing and is removed before the graph runs.
     """
 
     def __init__(self, layer: nn.Module, number: int) -> None:
@@ -45,12 +46,18 @@ class Marked(nn.Module):
 
 
 def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
-    """Name each planned layer's convolution or matrix product after the layer, further calls with their number, and
-    take the marks off.
+    """Name the convolution or matrix product of each planned layer after the layer, and remove the marks.
+
+    Second and further calls of one layer get a number after the name. Constant sums and factors that follow a product
+    are named after it too.
+
+    Args:
+        graph: a converted graph; it is changed in place.
+        layers: the planned layers by module path, in the order of their marks' numbers.
 
     Raises:
-        ExportError: a layer that is no product of its own quantized input, such as one of a constant; or layers of one
-            input group that read several quantized tensors.
+        ExportError: a layer is not a product of its own quantized input, for example because its input is constant; or
+            layers of one input group read several quantized tensors.
     """
     products: dict[str, list[ov.Node]] = {name: [] for name in layers}
     names = tuple(layers)
@@ -74,7 +81,7 @@ def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
 
 
 def quantizer_of(product: ov.Node) -> ov.Node | None:
-    """The FakeQuantize that a product reads, through changes of shape; None of anything else."""
+    """The FakeQuantize that a product reads, possibly through changes of shape; None for any other node."""
     if product.get_type_name() not in MATRIX_OPS:
         return None
     node = product.input_value(0).get_node()
@@ -84,7 +91,7 @@ def quantizer_of(product: ov.Node) -> ov.Node | None:
 
 
 def _mark(node: ov.Node) -> int | None:
-    """The number of the layer that a mark is of, None for any other node."""
+    """The number of the layer that a mark belongs to; None for any other node."""
     if node.get_type_name() != "Roll" or node.input_value(1).get_node().get_type_name() != "Constant":
         return None
     shifts: Sequence[int] = node.input_value(1).get_node().get_data().ravel().tolist()
@@ -92,14 +99,12 @@ def _mark(node: ov.Node) -> int | None:
 
 
 def _product(output: ov.Node) -> ov.Node:
-    """The product to which a layer's bias is added, or what its output is itself."""
+    """The product of a layer: the node before the bias is added, or the output node itself where there is no bias."""
     return output.input_value(0).get_node() if output.get_type_name() == "Add" else output
 
 
 def _following(product: ov.Node) -> Iterator[ov.Node]:
-    """What a product's output goes through that OpenVINO may compute with it when it loads the graph: sums and factors
-    of constants.
-    """
+    """Additions and multiplications by constants behind a product, which OpenVINO may fuse with it at load."""
     while len(readers := list(product.output(0).get_target_inputs())) == 1:
         product = readers[0].get_node()
         constants = [value.get_node().get_type_name() == "Constant" for value in product.input_values()]
@@ -109,7 +114,11 @@ def _following(product: ov.Node) -> Iterator[ov.Node]:
 
 
 def _check_groups(products: Mapping[str, Sequence[ov.Node]], layers: Mapping[str, IntegerLayer]) -> None:
-    """Layers that share an input quantizer must read one FakeQuantize, call by call."""
+    """Check that layers sharing an input quantizer read one FakeQuantize in each of their calls.
+
+    Raises:
+        ExportError: the layers of a group read several.
+    """
     sources: dict[tuple[str, int], set[str]] = {}
     for name, nodes in products.items():
         for call, node in enumerate(nodes):

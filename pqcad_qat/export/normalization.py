@@ -1,7 +1,12 @@
-"""Group normalization of a converted graph, as operations that run in the layout of the convolutions around it.
+"""Group normalization of a converted graph, rewritten as operations that keep the memory layout of the convolutions.
 
-OpenVINO normalizes groups of channels planar alone, between convolutions in INT8 that read and write channels last:
-every tensor changes its layout there and back, a tenth of a step. Not here: other rewrites (graph_rewrites.py).
+OpenVINO computes GroupNormalization only in the planar layout, while INT8 convolutions read and write channels last.
+Every tensor between them therefore changes its layout twice, which costs a tenth of a sampling step.
+
+Method: the node is replaced by reductions, a subtraction, a multiplication and an addition. OpenVINO runs each of these
+in whatever layout its input has, so no layout changes.
+
+Not here: the other rewrites (graph_rewrites.py).
 """
 
 from __future__ import annotations
@@ -16,15 +21,17 @@ import openvino.opset13 as op
 from pqcad_qat.serving.packing import IN_FLOAT32
 
 ROWS = [0, 2, 1]
-"""The transposition between (B, C, pixels) and (B, pixels, C), its own inverse."""
+"""Transposition between (B, C, pixels) and (B, pixels, C); it is its own inverse."""
 
 
 def channels_last_normalization(norm: ov.Node) -> None:
-    """Put operations that take any layout of memory in the place of a GroupNormalization with constant gains and
-    offsets.
+    """Replace a GroupNormalization that has constant gains and offsets by operations that run in any memory layout.
 
-    Where the pixels of an image are rows around the normalization, as in diffusers' attention, the
-    image itself is normalized, and its rows are a view of what is channels last already.
+    A GroupNormalization with computed gains or offsets is left as it is.
+
+    diffusers' attention reshapes the image to (B, C, pixels), normalizes it, and transposes the result to rows (B,
+    pixels, C). There the image itself is normalized instead. Its rows are then only another view of memory that is
+    channels last already.
     """
     if not all(_is_constant(value) for value in norm.input_values()[1:]):
         return
@@ -44,7 +51,10 @@ def channels_last_normalization(norm: ov.Node) -> None:
 
 
 def _image(x: ov.Output) -> ov.Output:
-    """The (B, C, H, W) that x (B, C, pixels) is another form of; x itself where there is none."""
+    """The image (B, C, H, W) that x (B, C, pixels) was reshaped from; x itself where there is none.
+
+    Two transpositions in a row that cancel each other are skipped.
+    """
     node = x.get_node()
     if _is_transpose(node, ROWS) and _is_transpose(node.input_value(0).get_node(), ROWS):
         node = node.input_value(0).get_node().input_value(0).get_node()
@@ -63,12 +73,13 @@ def _normalized(
     beta: npt.NDArray[np.float32],
     name: str,
 ) -> ov.Node:
-    """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, x (B, C, ...), mean and variance of each of so many
-    groups of channels.
+    """(x - mean) * (gamma / sqrt(variance + epsilon)) + beta, with one mean and variance for each group of channels.
 
-    The variance is the mean square less the square of the mean. Both are taken channel by channel, which OpenVINO sums
-    in float32 in any layout, and then of a group's channels; a few hundred numbers that stay in float32 also where the
-    rest is BF16, in which a difference of squares would be lost.
+    x is (B, C, ...). The variance is the mean square minus the square of the mean. Both are computed in two stages:
+    over the pixels of each channel, which OpenVINO sums in float32 in any layout, then over the channels of each group.
+
+    The second stage handles only a few hundred numbers. They are marked to stay in float32 where the rest of the graph
+    runs in BF16, because BF16 would lose the difference of two squares.
     """
     channels, space = len(gamma), list(x.get_shape())[2:]
     pixels, last, numbers = op.constant(np.arange(2, 2 + len(space))), op.constant([2]), count()
@@ -84,6 +95,7 @@ def _normalized(
     def of_channel(node: ov.Node) -> ov.Node:
         return precise(op.reshape(node, by_channel, True))
 
+    # reduce_l2 over the pixels and then over a group's channels gives the square root of the group's sum of squares.
     mean = precise(op.reduce_mean(of_group(op.reduce_mean(x, pixels, True)), last, True))
     norm = precise(op.reduce_l2(of_group(op.reduce_l2(x, pixels, True)), last, True))
     square = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
@@ -109,6 +121,6 @@ def _is_transpose(node: ov.Node, order: list[int]) -> bool:
 
 
 def redirect(node: ov.Node, source: ov.Output) -> None:
-    """Make all that read the node read the source."""
+    """Connect every reader of the node's first output to the source instead."""
     for reader in node.output(0).get_target_inputs():
         reader.replace_source_output(source)

@@ -1,8 +1,7 @@
-"""The other parts of a pipeline in the deployed folder: VAE decoder, text encoders and tokenizers, laid out as
-optimum-intel lays them out.
+"""Writing of a pipeline's other parts (VAE decoder, text encoders, tokenizers) in the layout of optimum-intel.
 
-Not here: where they come from (models/pipeline_parts.py), their graphs (part_graphs.py), the denoiser
-(export_model.py), or how they are run (part_runtime.py).
+Not here: loading the source (models/pipeline_parts.py), the graphs (part_graphs.py), the denoiser (export_model.py),
+and running the parts (part_runtime.py).
 """
 
 from __future__ import annotations
@@ -37,21 +36,22 @@ from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.manifest import GRAPH, PARTS
 
 PartFormat = Literal["float", "int8-weights", "int8"]
+"""Format of a part: constants in float16, weights compressed to INT8, or weights and activations quantized to INT8."""
 
 AUTOMATIC: Mapping[str, PartFormat] = {VAE: "float", **dict.fromkeys(TEXT_ENCODERS, "int8-weights")}
-"""What `auto` stands for."""
+"""Format that `auto` stands for, by part."""
 
 
 @dataclass(frozen=True)
 class PartsToDeploy:
-    """What is to stand beside the denoiser.
+    """The pipeline parts that are deployed beside the denoiser.
 
     Attributes:
         source: the full-precision pipeline.
-        formats: its part -> how it is written, of those that are deployed.
-        latents: (N, C, h, w), as the denoiser gives them: what an INT8 VAE is calibrated on, and what its size is taken
-            from.
-        conditions: what the denoiser takes of a text, every size known; T5 is deployed for as many tokens as it asks
+        formats: format of each part that is deployed.
+        latents: latents (N, C, h, w) as the denoiser returns them. An INT8 VAE is calibrated on them, and its size is
+            taken from them.
+        conditions: text inputs of the denoiser, every size known. T5 is deployed for the number of tokens that they ask
             for.
     """
 
@@ -62,14 +62,14 @@ class PartsToDeploy:
 
     @property
     def masked(self) -> bool:
-        """Whether text comes with the mask of its tokens, as PixArt's does."""
+        """Whether text comes with a mask of its tokens, as PixArt's does."""
         return any(condition.name == TEXT_MASK for condition in self.conditions)
 
     def tokens(self, part: str) -> int:
-        """Of a text encoder's input.
+        """Number of tokens that a text encoder reads.
 
         Raises:
-            ExportError: T5, and the denoiser does not say how many.
+            ExportError: the part is a T5 and the denoiser's text has no room for its tokens.
         """
         if self.source.class_of(part) != T5:
             return int(self._config(part)["max_position_embeddings"])
@@ -91,17 +91,17 @@ class PartsToDeploy:
 def chosen_formats(
     source: PipelineParts | None, asked: Mapping[str, str], named: str, weights: bool = True
 ) -> dict[str, PartFormat]:
-    """Part -> how it is deployed, as a policy's section has it; {} where there is nothing.
+    """Format of each deployed part, as a policy's `pipeline` section asks; {} where nothing is deployed.
 
     Args:
-        source: the parts of the model's folder.
-        asked: `vae` and `text_encoder`, each auto, none, or a format; what is asked of text_encoder holds for
-            text_encoder_2 too.
-        named: the model, for messages.
-        weights: whether they are looked at too, beside configs.
+        source: the pipeline parts of the model's folder; None where there are none.
+        asked: `vae` and `text_encoder`, each auto, none or a format. The choice for text_encoder holds for all text
+            encoders.
+        named: name of the model in messages.
+        weights: whether the weights are checked too, besides the configs.
 
     Raises:
-        ModelError: a part that is asked for is not there, or cannot be taken.
+        ModelError: a part that is asked for is missing or unsupported.
     """
     formats: dict[str, PartFormat] = {}
     for key, parts in ((VAE, (VAE,)), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
@@ -123,11 +123,14 @@ def chosen_formats(
 
 
 def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]:
-    """Write every part below a deployed folder; what its manifest says of them.
+    """Write every part below a deployed folder.
+
+    Returns:
+        The manifest's `parts`: class and format by folder.
 
     Raises:
         ModelError: a part cannot be loaded.
-        ExportError: it cannot be converted.
+        ExportError: a part cannot be converted.
     """
     written = {}
     for part, form in parts.formats.items():
@@ -146,8 +149,9 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
 
 
 def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
-    """The source's model_index.json, as of the deployed folder: what is not in it is null, and of the denoiser it names
-    `denoiser`.
+    """The source's model_index.json, adapted to the deployed folder.
+
+    Parts that are not deployed become null, and `denoiser` replaces the class of the denoiser.
     """
     kept = {*parts.formats, *(tokenizer_of(part) for part in parts.formats if part != VAE), "scheduler"}
     index: dict[str, Any] = {}
@@ -169,7 +173,8 @@ def _text_encoder(parts: PartsToDeploy, part: str, encoder: nn.Module) -> ov.Mod
 
 
 def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:
-    import nncf  # takes seconds
+    """The graph in its deployed format, made by NNCF; `calibration` is used for int8 only."""
+    import nncf  # importing takes seconds
 
     nncf.set_log_level(logging.WARNING)
     if form == "int8-weights":
@@ -180,11 +185,13 @@ def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]
 
 
 def _scaled(vae: nn.Module, latents: Tensor) -> tuple[Tensor, ...]:
+    """The latents as the VAE takes them, one at a time."""
     return torch.split(to_decoder(cast(Any, vae).config, latents), 1)
 
 
 @contextmanager
 def _named(part: str) -> Iterator[None]:
+    """Turn errors of the conversion into an ExportError that names the part."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -192,14 +199,15 @@ def _named(part: str) -> Iterator[None]:
 
 
 def _config(module: nn.Module, source: Path) -> dict[str, Any]:
-    """The part's config, with every default of its class where it is one of diffusers'."""
+    """The part's config. For a class of diffusers it includes every default."""
     config = dict(cast(Any, module).config) if hasattr(module, "decode") else read_json(source / "config.json")
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def _write_tokenizer(source: PipelineParts, name: str, folder: Path) -> None:
-    """The tokenizer's files as they are, and tokenizer.json, which libraries without transformers read, where it is not
-    among them.
+    """Copy the tokenizer's files, and write tokenizer.json where it is missing.
+
+    Libraries other than transformers read tokenizer.json.
     """
     shutil.copytree(source.folder / name, folder)
     if not (folder / TOKENIZER).is_file():

@@ -1,5 +1,5 @@
-"""The other parts of a pipeline as OpenVINO graphs of any batch: VAE decoder, CLIP and T5, their ports named as
-optimum-intel names them.
+"""OpenVINO graphs, for any batch, of a pipeline's other parts: VAE decoder, CLIP and T5, with optimum-intel's port
+names.
 
 Not here: which parts there are and how they are written (part_export.py), or how their graphs are run
 (part_runtime.py).
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class _Decoder(nn.Module):
-    """latent_sample (B, C, h, w), scaled -> sample (B, 3, H, W)."""
+    """The VAE's decoder: scaled latent_sample (B, C, h, w) -> sample (B, 3, H, W)."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -28,8 +28,10 @@ class _Decoder(nn.Module):
 
 
 class _ClipEncoder(nn.Module):
-    """input_ids (B, tokens) int64 -> what CLIP's class gives, and the hidden states of every layer, each (B, tokens,
-    width).
+    """CLIP's text encoder: input_ids (B, tokens) int64 -> the outputs of its class, then the hidden states of every
+    layer.
+
+    Each hidden state is (B, tokens, width).
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -46,8 +48,9 @@ class _ClipEncoder(nn.Module):
 
 
 class _T5Encoder(nn.Module):
-    """input_ids (B, tokens) int64, and their mask where texts have one, of the same shape and dtype -> (B, tokens,
-    width).
+    """T5's encoder: input_ids (B, tokens) int64 -> (B, tokens, width).
+
+    Where texts have a mask, attention_mask has the shape and dtype of input_ids.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -61,13 +64,17 @@ class _T5Encoder(nn.Module):
 
 
 def decoder_graph(vae: nn.Module, latents: Tensor) -> ov.Model:
-    """latent_sample (B, C, h, w), as the VAE takes them -> sample (B, 3, H, W), of the size of these latents."""
+    """The VAE decoder's graph: latent_sample (B, C, h, w), scaled as the VAE takes it -> sample (B, 3, H, W).
+
+    The height and width are fixed to those of `latents`.
+    """
     return _converted(_Decoder(vae), {"latent_sample": latents[:1].float()}, ["sample"])
 
 
 def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov.Model:
-    """input_ids (B, tokens) -> what CLIP's class gives, and hidden_states.0 to hidden_states.LAYERS; `config` is
-    transformers'.
+    """CLIP's graph: input_ids (B, tokens) -> the outputs of its class, and hidden_states.0 to hidden_states.LAYERS.
+
+    `config` is the config of transformers.
     """
     given = {"input_ids": torch.full((1, tokens), config["eos_token_id"], dtype=torch.int64)}
     pooled = encoder.__class__.__name__.endswith("WithProjection")
@@ -77,8 +84,9 @@ def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov
 
 
 def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
-    """input_ids (B, tokens), and attention_mask of the same shape where texts have one -> last_hidden_state (B, tokens,
-    width).
+    """T5's graph: input_ids (B, tokens), and attention_mask of the same shape if `masked` -> last_hidden_state.
+
+    The output is (B, tokens, width).
     """
     given = {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
     mask = {"attention_mask": (torch.arange(tokens) < tokens // 2 + 1).long()[None]} if masked else {}
@@ -87,10 +95,10 @@ def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
 
 @torch.no_grad()
 def _converted(module: nn.Module, given: Mapping[str, Tensor], outputs: Sequence[str]) -> ov.Model:
-    """A graph of any batch, its ports named."""
+    """Trace and convert a module to a graph that takes any batch, and name its ports."""
     example = tuple(given.values())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the tracer says of sizes, which are fixed but for the batch
+        warnings.simplefilter("ignore")  # the tracer warns of fixed sizes, which are intended
         traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         shapes = [ov.PartialShape([-1, *value.shape[1:]]) for value in example]
         graph: ov.Model = ov.convert_model(traced, example_input=example, input=shapes)

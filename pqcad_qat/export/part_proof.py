@@ -1,7 +1,8 @@
-"""How near the deployed parts of a pipeline are to full precision's, from the files that ship: PSNR of pictures and of
-text's embeddings.
+"""PSNR between the deployed parts of a pipeline and full precision, for pictures and text embeddings.
 
-Not here: the denoiser's own proofs (proof.py).
+The deployed parts are loaded from the files that ship.
+
+Not here: the proofs of the denoiser (proof.py).
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from pqcad_qat.serving.manifest import PARTS
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
 
 PICTURES, TEXTS = 4, 8
-"""Latents of the calibration set, and rows of seeded random tokens, that are compared."""
+"""Number of latents of the calibration set that are decoded, and number of rows of seeded random tokens that are
+encoded.
+"""
 
 
 @dataclass(frozen=True)
 class PartParity:
-    """One part of a deployed folder.
+    """Agreement of one deployed part with full precision.
 
     Attributes:
-        part: its folder.
-        format: as its manifest says.
-        size_bytes: of its files.
-        psnr: dB against full precision; the peak is the range of what full precision gives.
+        part: the part's folder.
+        format: format of the part, as in the manifest.
+        size_bytes: size of its files in bytes.
+        psnr: PSNR in dB against full precision; the peak is the range of full precision's output.
     """
 
     part: str
@@ -42,10 +45,10 @@ class PartParity:
 
 
 def part_parity(parts: PartsToDeploy, folder: Path) -> tuple[PartParity, ...]:
-    """Every part of a deployed folder against its source.
+    """Compare every part of a deployed folder with its source.
 
     Raises:
-        ModelError: a part that cannot be loaded.
+        ModelError: a part cannot be loaded.
     """
     found = []
     for part, form in parts.formats.items():
@@ -56,6 +59,7 @@ def part_parity(parts: PartsToDeploy, folder: Path) -> tuple[PartParity, ...]:
 
 
 def _picture_psnr(parts: PartsToDeploy, folder: Path) -> float:
+    """PSNR in dB of the decoded pictures."""
     latents = parts.latents[:PICTURES]
     _, channels, height, width = latents.shape
     found = PictureDecoder(folder, (channels, height, width))(latents.numpy())
@@ -64,7 +68,7 @@ def _picture_psnr(parts: PartsToDeploy, folder: Path) -> float:
 
 @torch.no_grad()
 def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
-    """Of the last hidden state."""
+    """PSNR in dB of a text encoder's last hidden state."""
     deployed, full = PromptEncoder(folder, part), parts.source.load(part)
     texts = _random_texts(deployed, parts.source.class_of(part) == T5)
     mask = np.broadcast_to(np.arange(deployed.tokens) < deployed.tokens // 2 + 1, texts.shape).astype(np.int64)
@@ -79,9 +83,9 @@ def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
 
 
 def _random_texts(encoder: PromptEncoder, t5: bool) -> npt.NDArray[np.int64]:
-    """(TEXTS, tokens): the empty prompt's tokens, of which all but the first and last are replaced by random ones.
+    """Random prompts (TEXTS, tokens): the empty prompt with random tokens in place of all but the first and the last.
 
-    CLIP's words have lower numbers than its first token, T5's any of its vocabulary.
+    CLIP's words have lower numbers than its first token; T5's words are any numbers of its vocabulary.
     """
     texts = np.repeat(encoder.ids(""), TEXTS, 0)
     words = int(encoder.config["vocab_size"] if t5 else texts[0, 0])

@@ -1,8 +1,9 @@
-"""What a module of the user's own computes of the time, in float32 on every CPU.
+"""Nodes of a graph that depend on the time alone, marked to be computed in float32 on every CPU.
 
-OpenVINO computes outside the plan in BF16 where the CPU has it: time step 999 is then 1000, and sines of it are wrong
-by up to 2 radians.
-Not here: the sinusoids of diffusers' classes, which are tables (time_tables.py).
+This serves users' own modules. Outside the plan OpenVINO computes in BF16 where the CPU supports it. BF16 rounds time
+step 999 to 1000, which changes its sines by up to 2 radians.
+
+Not here: the sinusoids of diffusers' classes, which become tables (time_tables.py).
 """
 
 from __future__ import annotations
@@ -43,15 +44,20 @@ POINTWISE = {
         "VariadicSplit",
     ),
 }
-"""What sinusoids and other functions of the time are made of; layers, normalizations and quantizers are not."""
+"""Types of nodes that make up sinusoids and other functions of the time. Layers, normalizations and quantizers are not
+among them.
+"""
 
 
 def keep_time_in_float32(graph: ov.Model, time: ov.Node) -> None:
-    """Mark all that is computed of the time alone, up to the first layer or activation that reads it.
+    """Mark every node computed from the time alone, up to the first layer, normalization or activation that reads it.
+
+    The mark is the suffix IN_FLOAT32 of the node's name. A node is marked if its type is in POINTWISE and each of its
+    inputs is a constant, the time, or a marked node, with at least one that is not constant.
 
     Args:
-        graph: converted.
-        time: its input of the time.
+        graph: a converted graph; it is changed in place.
+        time: the graph's input of the time.
     """
     of_time = {time.get_friendly_name()}
     for node in graph.get_ordered_ops():

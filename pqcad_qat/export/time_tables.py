@@ -1,7 +1,9 @@
-"""Sinusoids of time in an exported graph: tables, since BF16 would round the time before they are taken of it.
+"""Time embeddings of an exported graph as look-up tables of sinusoids, because BF16 rounds the time too coarsely.
 
-Not here: the other modules that stand in while a model is traced (traceable_modules.py). Of whole time steps a table is
-indexed by the step, of the continuous time of flow matching by the nearest time that it knows.
+Method: the sinusoids of every known time are computed in advance, in float32. A table of whole time steps is indexed by
+the step. A table of the continuous time of flow matching is indexed by the nearest time that it knows.
+
+Not here: the other modules that stand in while a model is traced (traceable_modules.py).
 """
 
 from __future__ import annotations
@@ -25,29 +27,32 @@ if TYPE_CHECKING:
     from pqcad_qat.quantization.quantized_layer import IntegerLayer
 
 Times = int | Tensor
-"""The times that a table knows: T for the whole numbers below it, or float32 (K,) rising."""
+"""Times that a table knows: T for the whole numbers 0 to T - 1, or an ascending float32 tensor (K,)."""
 
 PARTS = 16
-"""Known continuous times to a training step, beside those that the model was trained at: the fastest sine is then at
-most 1/32 off.
+"""Number of known continuous times in a training step, besides the times that the model is trained at. The argument of
+the fastest sine is then off by 1/32 at most.
 """
 
 GUIDANCES = torch.arange(2001) / 20
-"""The embedded guidance that a graph knows: of FLUX.1-dev, in steps of 0.05 up to 100."""
+"""Embedded guidance scales that a graph knows: for FLUX.1-dev, from 0 to 100 in steps of 0.05."""
 
 
 class TimestepTable(nn.Module):
-    """A module of the time step alone, as a table of its outputs for the times that are known: time steps (B,) -> (B,
-    D).
+    """A module that depends on the time step alone, as a table of its outputs: time steps (B,) -> (B, D).
 
-    OpenVINO computes outside the plan in BF16 where the CPU has it, and a BF16 time step of 999 is 1000: sines of it
-    are wrong by up to 2 radians. A table is right in every precision. Where the layer that reads it is planned, the
-    table holds the integers of that layer's input quantizer: a quarter of the size, and BF16 rounds nothing that the
-    quantizer has not rounded already.
+    Outside the plan OpenVINO computes in BF16 where the CPU supports it. BF16 rounds time step 999 to 1000, which
+    changes its sines by up to 2 radians; a table is right in every precision. Where the layer that reads the table is
+    planned, the table holds the integers of that layer's input quantizer. It then takes a quarter of the memory, and
+    BF16 rounds nothing that the quantizer has not rounded already.
 
-    A continuous time is compared with the middles between known ones, which OpenVINO does in float32 as long as it is
-    the graph's own
-    input: nothing may be computed of it before.
+    For a continuous time, the row is the number of midpoints between neighbouring known times that lie below it.
+    OpenVINO compares in float32 as long as the time is the graph's own input, so nothing may be computed from the time
+    before the comparison.
+
+    Attributes:
+        table: the outputs, one row for each known time; integers where a planned layer reads them.
+        middles: the midpoints (K - 1, 1) of a continuous time; None for whole time steps.
     """
 
     table: Tensor
@@ -56,7 +61,14 @@ class TimestepTable(nn.Module):
     def __init__(
         self, module: nn.Module, times: Times, reader: IntegerLayer | None = None, factor: float = 1.0
     ) -> None:
-        """`factor` is what the model multiplies a time with before the module sees it."""
+        """Tabulate `module` at `times`, each multiplied by `factor`.
+
+        Args:
+            module: the embedding, (K,) -> (K, D).
+            times: the times that the table knows.
+            reader: the planned layer that reads the output; None leaves the table in float32.
+            factor: number by which the model multiplies a time before the module reads it.
+        """
         super().__init__()
         known = times if isinstance(times, Tensor) else torch.arange(times)
         with torch.no_grad():
@@ -78,19 +90,20 @@ class TimestepTable(nn.Module):
 
 
 class TablesInTurn(nn.Module):
-    """Stands where a model calls one module of several continuous inputs in turn, and looks up the graph's own instead.
+    """A stand-in for one module that a model calls with several continuous inputs in turn.
 
-    What the model computes of an input before, as Flux takes 1000 times a thousandth of it, is passed by.
+    Each call looks up the graph's own input in that input's table. The value that the call passes is ignored, because
+    the model has computed it from the input: Flux, for example, multiplies the time that it gets by 1000.
     """
 
     def __init__(self, tables: Mapping[str, TimestepTable]) -> None:
-        """`tables` are by the names of the graph's inputs, in the order of the calls."""
+        """Take the tables by name of the graph's input, in the order of the calls."""
         super().__init__()
         self.tables = nn.ModuleDict(tables)
         self._waiting: list[tuple[str, Tensor]] = []
 
     def begin(self, inputs: Mapping[str, Tensor]) -> None:
-        """The graph's inputs, before the model is called with them."""
+        """Store the graph's inputs, just before the model is called with them."""
         self._waiting = [(name, inputs[name]) for name in self.tables]
 
     def forward(self, _: Tensor) -> Tensor:
@@ -105,8 +118,10 @@ class TablesInTurn(nn.Module):
 
 
 def known_times(schedule: NoiseSchedule, visited: Sequence[float] = ()) -> Times:
-    """The times that a graph's tables know: every training step; of continuous time PARTS to a step, and those
-    `visited` exactly.
+    """The times that a graph's tables know.
+
+    For a schedule of whole time steps these are all training steps. For continuous time there are PARTS in a training
+    step, plus every time of `visited` exactly.
     """
     if schedule.timestep_dtype == "int64":
         return schedule.train_timesteps
@@ -118,19 +133,21 @@ def known_times(schedule: NoiseSchedule, visited: Sequence[float] = ()) -> Times
 def timestep_tables(
     model: nn.Module, times: Times, layers: Mapping[str, IntegerLayer], parts: int = 1
 ) -> dict[str, nn.Module]:
-    """Every sinusoidal embedding of the model, by path, as a table: of the time step, of SDXL's sizes in pixels, of
-    Flux's guidance.
+    """Replacements by module path: each sinusoidal embedding of the model as a table.
+
+    The embedded quantity is the time step, or SDXL's sizes in pixels, or Flux's guidance.
 
     Args:
-        times: that the tables of time steps know.
-        layers: the planned layers, in integers; {} for a model in floating point.
-        parts: of a training step that the graph's continuous time is given in: 1000 where it is given in thousandths.
+        model: the denoiser.
+        times: the times that the tables of time steps know.
+        layers: the planned layers as integers; {} for a model in floating point.
+        parts: divisor of a continuous time on its way into the graph: 1000 where the graph takes t / 1000.
     """
     found: dict[str, nn.Module] = {}
-    if family_of(model) is OWN_MODULE:  # a module of the user's own may take sinusoids of anything: see time_path.py
+    if family_of(model) is OWN_MODULE:  # a user's own module may embed anything: see time_path.py
         return found
     config = getattr(model, "config", {})
-    shared = config.get("class_embed_type") == "timestep"  # class labels go through it too
+    shared = config.get("class_embed_type") == "timestep"  # class labels use the same module
     for path, module in model.named_modules():
         if path == "add_time_proj":
             found[path] = TimestepTable(module, LARGEST_SIZE + 1)

@@ -1,7 +1,7 @@
-"""The plain torch modules that stand in for a quantized model's own while it is traced: what OpenVINO shall see, and
-nothing more.
+"""Plain torch modules that replace a quantized model's own while it is traced, so that OpenVINO sees only what it
+needs.
 
-Not here: Brevitas, sinusoids of time (time_tables.py), and the conversion itself (export_model.py).
+Not here: Brevitas, time embeddings (time_tables.py), and the conversion itself (export_model.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from pqcad_qat.quantization.quantized_layer import IntegerLayer
 
 SIGNED_GRID = (-128, 127)
+"""Lowest and highest integer of a signed byte."""
+
 UNSIGNED_GRID = (0, 255)
+"""Lowest and highest integer of an unsigned byte."""
 
 
 def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int8] | npt.NDArray[np.int16]:
-    """weight_int - weight_zero_point: the integers that the scale multiplies; the layer's own array where that is the
-    same.
+    """weight_int - weight_zero_point: the integers that the scale multiplies.
+
+    Where there is no zero point, the result is the layer's own array, not a copy.
     """
     if not layer.weight_zero_point.any():
         return layer.weight_int
@@ -40,29 +44,30 @@ def effective_weights(layer: IntegerLayer) -> npt.NDArray[np.int8] | npt.NDArray
 
 
 def needs_vnni(layer: IntegerLayer) -> bool:
-    """Whether the layer may overflow on CPUs without VNNI.
+    """Whether the integer sums of the layer may overflow on CPUs without VNNI.
 
-    There OpenVINO adds products of an unsigned and a signed byte in pairs, in 16 bits that saturate (vpmaddubsw);
-    signed inputs are moved up by 128 first. Weights of 7 bits and fewer never reach the bound.
+    On such CPUs OpenVINO multiplies unsigned bytes by signed ones and adds the products in pairs, in 16 bits that
+    saturate (vpmaddubsw). Signed inputs are shifted up by 128 first. Weights of 7 bits and fewer never reach the bound.
     """
     largest_input = layer.input_high + (128 if layer.input_low < 0 else 0)
     return 2 * largest_input * int(np.abs(effective_weights(layer).astype(np.int16)).max()) > np.iinfo(np.int16).max
 
 
 def traced_path(node: str) -> str:
-    """The path of the module that a node was traced in, by the node's name; of a layer that bears its path as name,
-    that path.
+    """The path of the module in which a node was traced, taken from the node's name.
+
+    For a layer whose node already bears the module path, that is the path itself.
     """
     return node.partition("/")[0].removeprefix("__module.denoiser").removeprefix(".")
 
 
 class QuantizedInput(nn.Module):
-    """x -> its nearest point of the layer's input grid, as a FakeQuantize that OpenVINO executes in INT8.
+    """Round x to the nearest point of the layer's input grid, in a form that OpenVINO executes in INT8.
 
-    OpenVINO takes 256 levels to INT8 and leaves narrower grids (7, 6, 5, 3, 2 bits) in floating point. A narrower grid
-    is therefore
-    written as a Clamp to its ends, which lie on the grid, before a FakeQuantize of 256 levels with the same scale and
-    zero point: the same values, for every width.
+    OpenVINO executes a FakeQuantize of 256 levels in INT8, but leaves narrower grids (7, 6, 5, 3, 2 bits) in floating
+    point. A narrower grid is therefore written as a Clamp followed by a FakeQuantize of 256 levels with the same scale
+    and zero point. The Clamp's bounds are the ends of the grid, which are grid points themselves. The values are the
+    same for every width.
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
@@ -84,18 +89,21 @@ class QuantizedInput(nn.Module):
 
 
 class QuantizedWeight(nn.Module):
-    """Integer weights behind NNCF's decompressor, whose scale stays float32 (NNCF's own float16 would change the
-    function).
+    """Integer weights behind NNCF's decompressor, whose scale stays in float32.
+
+    NNCF's own float16 scale would change the function.
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
         super().__init__()
         weights = effective_weights(layer)
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))
-        # a zero point, if any, is folded in: below 8 bits that always fits
+        # a zero point, if any, is subtracted here: below 8 bits the result always fits
         if weights.min() >= -128 and weights.max() <= 127:
             self.decompressor = INT8SymmetricWeightsDecompressor(scale)
-            integers = torch.from_numpy(weights.astype(np.int8, copy=False))  # of a large model the only copy
+            integers = torch.from_numpy(
+                weights.astype(np.int8, copy=False)
+            )  # a copy would double a large model's memory
         else:
             offset = np.asarray(layer.weight_zero_point, np.int16) + np.int16(128)
             self.decompressor = INT8AsymmetricWeightsDecompressor(scale, torch.from_numpy(np.array(offset, np.int16)))
@@ -109,7 +117,11 @@ class QuantizedWeight(nn.Module):
 
 
 class IntegerConv2d(nn.Module):
-    """The Conv2d of an IntegerLayer: (B, I, H, W) -> (B, O, H', W')."""
+    """The Conv2d of an IntegerLayer: (B, I, H, W) -> (B, O, H', W').
+
+    Attributes:
+        bias: float32 bias (O,); None where there is none.
+    """
 
     bias: Tensor | None
 
@@ -129,7 +141,11 @@ class IntegerConv2d(nn.Module):
 
 
 class IntegerLinear(nn.Module):
-    """The Linear of an IntegerLayer: (..., I) -> (..., O)."""
+    """The Linear of an IntegerLayer: (..., I) -> (..., O).
+
+    Attributes:
+        bias: float32 bias (O,); None where there is none.
+    """
 
     bias: Tensor | None
 
@@ -147,7 +163,7 @@ def _bias(layer: IntegerLayer) -> Tensor | None:
 
 
 class FixedOutputs(nn.Module):
-    """A module of constants alone: what it gave, as buffers."""
+    """A stand-in for a module whose outputs are constant: it returns stored tensors, whatever it is called with."""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -159,8 +175,14 @@ class FixedOutputs(nn.Module):
 
 
 def fixed_rotations(model: nn.Module, sample_shape: tuple[int, int, int], tokens: int | None) -> dict[str, nn.Module]:
-    """The rotary embedding of patches of x_t (C, H, W) and of so many tokens of text as the constant that it is: BF16
-    would round its angles.
+    """Replacements by module path: each rotary embedding as the constant that it is for one size of image and text.
+
+    A constant avoids BF16, which would round the angles.
+
+    Args:
+        model: the denoiser.
+        sample_shape: shape (C, H, W) of x_t, which fixes the positions of its patches.
+        tokens: number of text tokens; None without text.
     """
     classes = {name for family in families().values() for name in family.rotations}
     embeddings = {path: module for path, module in model.named_modules() if type(module).__name__ in classes}
@@ -170,8 +192,9 @@ def fixed_rotations(model: nn.Module, sample_shape: tuple[int, int, int], tokens
 
 
 class TracedDenoiser(nn.Module):
-    """`predict` as a module with tensors alone as inputs, as tracing needs: (x_t, t, conditions in order) ->
-    prediction.
+    """`predict` as a module that takes tensors only, as tracing requires.
+
+    It takes (x_t, t, conditions in order) and returns the prediction.
     """
 
     def __init__(self, denoiser: nn.Module, names: Sequence[str]) -> None:
@@ -183,7 +206,7 @@ class TracedDenoiser(nn.Module):
         return predict(self.denoiser, sample, timestep, self._named(timestep, conditions))
 
     def _named(self, timestep: Tensor, conditions: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The conditions by name, once the tables of time know what they are looked up by."""
+        """The conditions by name; the time tables get the graph's inputs on the way."""
         named = dict(zip(self.names, conditions, strict=True))
         for module in self.denoiser.modules():
             if isinstance(module, TablesInTurn):
@@ -192,10 +215,10 @@ class TracedDenoiser(nn.Module):
 
 
 class TracedSequence(TracedDenoiser):
-    """The same for a denoiser that takes rows: (rows of patches, t / 1000, conditions in order, places of patches and
-    of text) -> rows.
+    """TracedDenoiser for a denoiser of rows of patches, such as Flux.
 
-    The places are not looked at: `fixed_rotations` knows them.
+    It takes (rows of patches, t / 1000, conditions in order, positions of patches, positions of text) and returns rows.
+    The graph ignores the positions, because `fixed_rotations` has stored their embedding.
     """
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
@@ -207,9 +230,8 @@ class TracedSequence(TracedDenoiser):
 
 @contextmanager
 def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The model with modules (by path) replaced wherever they hang, while the context lasts; afterwards it is as it
-    was.
-    """
+    """Replace modules, by path, wherever they appear in the model; the originals return when the context ends."""
+    # one module may hang in several places, so places are found by the module, not by its path
     news = {model.get_submodule(path): module for path, module in replacements.items()}
     children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     places = [(parent, name, child) for parent, name, child in children if child is not None and child in news]

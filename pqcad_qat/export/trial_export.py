@@ -1,8 +1,9 @@
-"""A module of the user's own deployed once before it is trained, on noise: what cannot end in INT8, with PyTorch's
-integers, is known then.
+"""Trial deployment of a user's own module on noise, before training.
 
-Not here: whether it predicts as a denoiser has to (models/probing.py). Classes of diffusers need no trial: their graphs
-are known.
+It finds early what cannot run in INT8 with PyTorch's integers.
+
+Not here: whether the module predicts as a denoiser must (models/probing.py). diffusers' classes need no trial: their
+graphs are known.
 """
 
 from __future__ import annotations
@@ -32,27 +33,29 @@ from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.serving.runtime import OVUNet2DModel, has_vnni
 
 STATES = 16
-"""Of noise, that the ranges of the trial are taken from."""
+"""Number of noise states from which the trial takes its ranges."""
 
 FAR = 0.5
-"""Of the size of a prediction: no rounding to INT8 moves a deployed one so far, but another function does."""
+"""Largest allowed error of a deployed prediction, as a fraction of the prediction's norm. Rounding to INT8 stays below
+it; a graph that computes another function does not.
+"""
 
 
 def try_training_and_export(
     model: DiffusionModel, split: nn.Module, plan: Sequence[LayerPlan], attention: bool
 ) -> None:
-    """Quantize a copy at the plan's target widths, take one step back through it, deploy it in a folder that goes
-    again, and prove that.
+    """Quantize a copy at the plan's target widths, run one backward pass, deploy it to a temporary folder, and check
+    it.
 
     Args:
-        model: of the user's own.
-        split: its module as the plan stands on it, left as it is.
-        plan: of its layers.
-        attention: whether products of attention are to run in INT8.
+        model: the user's own model.
+        split: its module in the form that the plan is made for; it is left unchanged.
+        plan: the plan of its layers.
+        attention: whether the products of attention run in INT8.
 
     Raises:
-        ModelError: it cannot be trained or calibrated.
-        ExportError: it cannot be deployed as planned; the message names the layers.
+        ModelError: the module cannot be trained or calibrated.
+        ExportError: the module cannot be deployed as planned; the message names the layers.
     """
     states = probe_states(model, STATES)
     quantized = quantize_model(copy.deepcopy(split), [replace(layer, ladder=(layer.weights.bits,)) for layer in plan])
@@ -65,7 +68,7 @@ def try_training_and_export(
 
 
 def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> None:
-    """A step's passes forward and back."""
+    """The forward and backward pass of one training step."""
     x, t, condition = states
     try:
         hold_statistics(quantized.train())
@@ -74,7 +77,7 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
         ).square().mean().backward()  # type: ignore[no-untyped-call]
     except PqcadError:
         raise
-    except Exception as error:  # whatever code of the user's own leads to
+    except Exception as error:  # the user's own code may raise anything
         raise ModelError(f"{source}: it cannot be trained: {one_line(error)}") from error
     quantized.zero_grad()
 
@@ -82,6 +85,7 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
 def _deploy(
     model: DiffusionModel, quantized: nn.Module, plan: Sequence[LayerPlan], states: DenoiserInput, *, attention: bool
 ) -> None:
+    """Deploy to a temporary folder and check the INT8 execution, the layers' integers, and the predictions."""
     layers = integer_layers(quantized)
     with tempfile.TemporaryDirectory(prefix="pqcad-trial-") as scratch:
         folder = Path(scratch) / "openvino"
@@ -108,7 +112,10 @@ def _deploy(
 
 @torch.no_grad()
 def _compare(folder: Path, quantized: nn.Module, states: DenoiserInput) -> None:
-    """The deployed graph on each state alone, in float32 outside its layers, beside the module that it was made of."""
+    """Compare the deployed graph with the module that it was made from, one state at a time.
+
+    The graph computes in float32 outside its planned layers.
+    """
     deployed = OVUNet2DModel.from_pretrained(folder, properties={"INFERENCE_PRECISION_HINT": "f32"})
     ours, theirs = [], []
     for place in range(len(states[0])):

@@ -1,9 +1,14 @@
-"""The convolution of an enlarged image, computed before it is enlarged: a sub-pixel convolution (Shi et al., arXiv
-1609.05158).
+"""The convolution of an upsampled image, computed before the upsampling as a sub-pixel convolution (arXiv 1609.05158).
 
-Nearest upsampling makes four copies of a pixel, and of the nine products that a 3x3 kernel takes of them several are of
-one pixel: their weights are added up instead. Four kernels of 2x2, one for each place among the copies, give the same
-sums, exact in integers, with half the products. Not here: other rewrites (graph_rewrites.py).
+Method, along one axis: nearest upsampling writes every pixel p twice. A kernel (a, b, c) centred on the first copy
+(phase 0) reads the pixel before p once and p twice, so its weights on these two pixels are (a, b + c). Centred on the
+second copy (phase 1), it reads p twice and the next pixel once, with the weights (a + b, c).
+
+In two dimensions a 3x3 kernel becomes four 2x2 kernels, one for each combination of phases. They run on the small
+image, and DepthToSpace interleaves their outputs. The sums are the same, exactly so in integers, with about half the
+products. The method is that of Shi et al.
+
+Not here: the other rewrites (graph_rewrites.py).
 """
 
 from __future__ import annotations
@@ -14,21 +19,27 @@ import openvino as ov
 import openvino.opset13 as op
 
 LARGEST_SUM = 64
-"""Of weights: up to it sums of products are exact on every CPU (modules.needs_vnni); weights of 4 and 5 bits never
-exceed it.
+"""Largest magnitude of a summed weight. Up to it the sums of products are exact on every CPU (see
+traceable_modules.needs_vnni). Sums of weights of 4 and 5 bits never exceed it.
 """
 
 SAME_SIZE = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1], "auto_pad": "explicit"}
+"""Attributes of a 3x3 convolution whose output has the size of its input."""
+
 TWOFOLD = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+"""Attributes of an Interpolate that repeats every pixel, as nearest upsampling does."""
 
 
 def convolution_before_upsampling(convolution: ov.Node) -> None:
-    """Put a sub-pixel convolution in the place of a 3x3 convolution in INT8 of an image upsampled twofold; leave any
-    other.
+    """Replace an INT8 3x3 convolution of a twofold upsampled image by a sub-pixel convolution; leave any other as it
+    is.
 
-    The weights' own constant stays, as does its quantizer: what is computed of it is computed when OpenVINO compiles
-    the graph. The new convolution bears the name of the old one. Its output (B, 4 O, H + 1, W + 1) has the phases of
-    the image (B, O, 2 H, 2 W) as channels, and around it the half of each outermost window that lies outside.
+    The constant of the weights and the input's quantizer stay in the graph. OpenVINO computes the four kernels from
+    that constant when it compiles the graph. The new convolution takes the old one's name.
+
+    The new convolution pads by 1 and returns (B, 4 O, H + 1, W + 1): window i covers the pixels i - 1 and i. Its
+    channels hold the phases of the image (B, O, 2 H, 2 W). After they are interleaved, one row or column on each side
+    belongs to no pixel of the image and is cut off.
     """
     weights, enlarged = _int8_weights(convolution), _enlarged(convolution)
     if weights is None or enlarged is None or _largest_sum(weights.get_node().get_data()) > LARGEST_SUM:
@@ -55,8 +66,9 @@ def convolution_before_upsampling(convolution: ov.Node) -> None:
 
 
 def _phases(weights: ov.Output) -> ov.Node:
-    """(O, I, 3, 3) -> (4 O, I, 2, 2), from the last phase to the first: window i ends with the pixel whose first copy
-    is in phase 0.
+    """The four 2x2 kernels as one constant: (O, I, 3, 3) -> (4 O, I, 2, 2), phase 1 before phase 0 on each axis.
+
+    Window i, over the pixels i - 1 and i, serves phase 1 of pixel i - 1 and phase 0 of pixel i, in this order.
     """
     return op.concat(
         [_collapsed(_collapsed(weights, 2, row).output(0), 3, column) for row in (1, 0) for column in (1, 0)], 0
@@ -64,14 +76,13 @@ def _phases(weights: ov.Output) -> ov.Node:
 
 
 def _collapsed(weights: ov.Output, axis: int, phase: int) -> ov.Node:
-    """Three weights along an axis -> two: the copies of one pixel are the second and the third in phase 0, the first
-    two in phase 1.
-    """
+    """Sum the three weights along an axis to two: (a, b + c) for phase 0, (a + b, c) for phase 1."""
     a, b, c = (op.slice(weights, np.array([k]), np.array([k + 1]), np.array([1]), np.array([axis])) for k in range(3))
     return op.concat([a, op.add(b, c)] if phase == 0 else [op.add(a, b), c], axis)
 
 
 def _largest_sum(weights: npt.NDArray[np.int8]) -> int:
+    """Largest magnitude of any weight or of any sum that a phase's kernel contains."""
     sums = weights.astype(np.int16)
     for axis in (2, 3):
         a, b, c = np.split(sums, 3, axis)
@@ -80,7 +91,9 @@ def _largest_sum(weights: npt.NDArray[np.int8]) -> int:
 
 
 def _int8_weights(convolution: ov.Node) -> ov.Output | None:
-    """The int8 constant of a 3x3 convolution that keeps an image's size, behind Convert and Multiply."""
+    """The int8 constant behind Convert and Multiply of a 3x3 convolution that keeps the image's size; None for any
+    other.
+    """
     node, chain = convolution.input_value(1).get_node(), []
     while node.get_input_size():
         chain.append(node.get_type_name())
@@ -96,7 +109,12 @@ def _int8_weights(convolution: ov.Node) -> ov.Output | None:
 
 
 def _enlarged(convolution: ov.Node) -> tuple[ov.Input, ov.Output] | None:
-    """Who reads the upsampled image on the way to this convolution alone, and the image before."""
+    """The input port that reads the upsampled image, and the image before the upsampling; None where there is no
+    upsampling.
+
+    A FakeQuantize and a Clamp may stand between, if nothing else reads them: they act on each value alone, so they give
+    the same result before the upsampling.
+    """
     reader = convolution.input(0)
     node = reader.get_source_output().get_node()
     while node.get_type_name() in ("FakeQuantize", "Clamp") and len(node.output(0).get_target_inputs()) == 1:
@@ -110,7 +128,7 @@ def _enlarged(convolution: ov.Node) -> tuple[ov.Input, ov.Output] | None:
 
 
 def _bias(convolution: ov.Node) -> tuple[ov.Node, ov.Output] | None:
-    """The Add of a constant bias, and the bias (1, O, 1, 1)."""
+    """The Add of a constant bias that alone reads the convolution, and the bias (1, O, 1, 1); None without one."""
     readers = [reader.get_node() for reader in convolution.output(0).get_target_inputs()]
     if (
         len(readers) != 1

@@ -1,1 +1,1 @@
-"""Running a deployed folder with OpenVINO and NumPy alone: this room can be imported where PyTorch is not installed."""
+"""Running of deployed folders with OpenVINO and NumPy alone; this package can be imported without PyTorch."""

@@ -1,6 +1,6 @@
-"""OpenVINO's part in the runtime: a graph compiled for a device that is there, and run from any number of threads.
+"""OpenVINO's part of the runtime: compiling a graph for an available device, and running it from any number of threads.
 
-Not here: which graph, and what it is given (runtime.py, part_runtime.py). Needs openvino and numpy.
+Not here: which graph is compiled, and what its inputs are (runtime.py, part_runtime.py). Needs openvino and numpy.
 """
 
 from __future__ import annotations
@@ -19,46 +19,50 @@ from pqcad_qat.machine.cores import cores_of_share
 from pqcad_qat.machine.json_files import shown
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+"""Arrays by name of the graph's input."""
 
 DEFAULT_PROPERTIES: Mapping[str, str] = {"PERFORMANCE_HINT": "LATENCY"}
+"""OpenVINO properties that every graph is compiled with, unless the caller sets others."""
 
 CHOOSING = ("AUTO", "MULTI", "HETERO", "BATCH")
-"""OpenVINO's devices that hand a graph on to others, named after a colon."""
+"""OpenVINO's devices that pass a graph on to other devices, which follow after a colon."""
 
 LONGEST_REASON = 400
-"""Characters of what OpenVINO says that an error repeats."""
+"""Largest number of characters of OpenVINO's message that an error repeats."""
 
 
 @cache
 def shared_core() -> ov.Core:
-    """The core by which this process compiles: one for all.
+    """The one OpenVINO core by which this process compiles.
 
-    A core gives its thread a stack for signals, and puts back what was there before when it goes. Where of two cores
-    the older goes first, the younger puts back the stack that is gone, and the next signal, Ctrl-C among them, is a
-    segmentation fault.
+    Why only one: a core gives its thread a stack for signals, and restores the previous stack when it is destroyed. If
+    the older of two cores is destroyed first, the younger one later restores a stack that no longer exists. The next
+    signal, such as Ctrl-C, is then a segmentation fault.
     """
     return ov.Core()
 
 
 class Requests:
-    """A compiled graph's infer requests: as many as threads were ever in a call at a time, so that no call waits for
-    another's arrays.
+    """The infer requests of a compiled graph: as many as there were ever calls at the same time.
 
-    How many of them compute at a time is the compiled graph's to say. With PERFORMANCE_HINT LATENCY, the default, it
-    has one stream, which
-    takes every core for one request after the other: threads are served in turn, each as fast as alone. THROUGHPUT has
-    several streams of fewer cores each.
+    Each call uses a request of its own, so no call waits for the arrays of another. How many requests compute at a time
+    is decided by the compiled graph. With PERFORMANCE_HINT LATENCY, the default, there is one stream, which uses every
+    core: calls run one after the other, each as fast as alone. THROUGHPUT has several streams of fewer cores each.
     """
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
-        self._free: deque[ov.InferRequest] = deque()  # its append and pop are atomic
+        self._free: deque[ov.InferRequest] = deque()  # append and pop are atomic
 
     def infer(self, inputs: Arrays, outputs: Sequence[str | int]) -> list[npt.NDArray[Any]]:
-        """One run of the graph: copies of these of its outputs, by name or number.
+        """Run the graph once and return copies of these outputs.
+
+        Args:
+            inputs: arrays by name of the input.
+            outputs: names or numbers of the outputs.
 
         Raises:
-            ModelError: OpenVINO cannot run it.
+            ModelError: OpenVINO cannot run the graph.
         """
         try:
             request = self._free.pop()
@@ -79,11 +83,12 @@ class Requests:
 def compile_graph(
     model: ov.Model, core: ov.Core, device: str = "CPU", properties: Mapping[str, Any] | None = None
 ) -> ov.CompiledModel:
-    """Compile with DEFAULT_PROPERTIES under `properties`; on the CPU of a container that has a share of the cores, for
-    as many threads.
+    """Compile a graph with DEFAULT_PROPERTIES, overridden by `properties`.
+
+    In a container limited to a share of the CPU's cores, the graph is compiled for that many threads.
 
     Raises:
-        ModelError: a device that is not there, or OpenVINO refuses a property or the graph.
+        ModelError: the device does not exist, or OpenVINO refuses a property or the graph.
     """
     check_device(core, device)
     on_cpu = device.partition(":")[0] == "AUTO" or "CPU" in device
@@ -96,7 +101,7 @@ def compile_graph(
 
 
 def check_device(core: ov.Core, device: str) -> None:
-    """Raise ModelError for a device that this machine does not have."""
+    """Raise ModelError for a device that OpenVINO does not have here."""
     if device == "CPU":
         return
     there = core.available_devices
@@ -114,15 +119,13 @@ def check_device(core: ov.Core, device: str) -> None:
 
 
 def executing(compiled: ov.CompiledModel) -> str:
-    """OpenVINO's names of the devices that compute."""
+    """OpenVINO's names of the devices that compute, separated by commas."""
     found = _property(compiled, "EXECUTION_DEVICES")
     return ", ".join(map(str, found)) if isinstance(found, list | tuple) else str(found)
 
 
 def precision(compiled: ov.CompiledModel) -> str:
-    """OpenVINO's INFERENCE_PRECISION_HINT in use; where several devices compute, that of each, with commas between
-    those that differ.
-    """
+    """OpenVINO's INFERENCE_PRECISION_HINT in use; where devices differ, each value once, separated by commas."""
     own = _property(compiled, "INFERENCE_PRECISION_HINT")
     each = [own] if own is not None else [entry.get("INFERENCE_PRECISION_HINT") for entry in _by_device(compiled)]
     told = [kind.to_string() if isinstance(kind, ov.Type) else str(kind) for kind in each if kind is not None]
@@ -130,13 +133,13 @@ def precision(compiled: ov.CompiledModel) -> str:
 
 
 def _by_device(compiled: ov.CompiledModel) -> list[Mapping[str, Any]]:
-    """The properties of every device that AUTO, MULTI and HETERO have handed the graph on to."""
+    """The properties of every device to which AUTO, MULTI or HETERO has passed the graph on."""
     found = _property(compiled, "DEVICE_PROPERTIES")
     return [entry for entry in found.values() if isinstance(entry, Mapping)] if isinstance(found, Mapping) else []
 
 
 def _property(compiled: ov.CompiledModel, name: str) -> Any:
-    """None where the device has no such property."""
+    """The value of a property; None where the device does not have it."""
     try:
         return compiled.get_property(name)
     except (RuntimeError, TypeError):
@@ -144,7 +147,7 @@ def _property(compiled: ov.CompiledModel, name: str) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What OpenVINO says of a fault, in one line: without the places in its source."""
+    """OpenVINO's explanation of an error in one line, without the places in its source code."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = " ".join(line for line in lines if line and not line.startswith("Exception from ")) or "it does not say why"
     printable = told.encode("ascii", "backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""The deployed folder: its files, what its manifest says of them, and how it is read and written, whole or not at all.
+"""Files of a deployed folder: how they are listed in its manifest, read, and written as a whole or not at all.
 
-Not here: where a graph comes from (export_model.py), or how one is run (runtime.py). Needs openvino and numpy.
+Not here: where a graph comes from (export_model.py), or how it is run (runtime.py). Needs openvino and numpy.
 """
 
 from __future__ import annotations
@@ -33,18 +33,23 @@ from pqcad_qat.serving.manifest import (
 from pqcad_qat.serving.packing import WeightFormat, compress_text, pack_weights, read_text_and_weights, write_graph
 
 MANIFEST = "manifest.json"
+"""Name of the file that describes a deployed folder."""
+
 MODEL_INDEX = "model_index.json"
+"""Name of diffusers' file that lists the parts of a pipeline."""
+
 OPENVINO_CONFIG = "openvino_config.json"
+"""Name of optimum-intel's config file."""
 
 EMBEDDED_GUIDANCE = "embedded_guidance"
-"""Key of the scheduler config: what a denoiser was told that takes guidance as an input."""
+"""Key of the scheduler's config: guidance scale that was fed to a denoiser that takes guidance as an input."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-"""In a tokenizer's folder: what prompts are read with."""
+"""Files in a tokenizer's folder that are needed to read prompts."""
 
 
 def tokenizer_of(text_encoder: str) -> str:
-    """The folder of a text encoder's tokenizer, in diffusers' layout and in ours."""
+    """The folder of a text encoder's tokenizer; diffusers' layout and ours agree."""
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
@@ -65,10 +70,11 @@ WEIGHTS_NOTE: Mapping[WeightFormat, str] = {
         f"compressed. {_UNPACKING}"
     ),
 }
+"""Note in the manifest for each format of the weights."""
 
 
 def denoiser_part(manifest: Mapping[str, Any]) -> str:
-    """The folder of the denoiser, of those below a deployed folder with this manifest."""
+    """The denoiser's folder inside a deployed folder with this manifest."""
     return str(manifest["graph"]).partition("/")[0]
 
 
@@ -76,7 +82,7 @@ def denoiser_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]
     """The diffusers config of a deployed folder's denoiser.
 
     Raises:
-        ModelError: it cannot be read, or does not belong to the samples in the manifest.
+        ModelError: the config cannot be read, or does not match the samples in the manifest.
     """
     path = folder / denoiser_part(manifest) / CONFIG
     config = read_json(path)
@@ -85,10 +91,10 @@ def denoiser_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]
 
 
 def scheduler_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' config of the scheduler that a deployed folder's denoiser is for.
+    """diffusers' config of the scheduler that a deployed folder's denoiser was made for.
 
     Raises:
-        ModelError: it cannot be read, has a key that is not allowed, or is no schedule that we know.
+        ModelError: the config cannot be read, has a value that is not allowed, or describes no schedule that we know.
     """
     path = folder / SCHEDULER_CONFIG
     config = read_json(path)
@@ -97,15 +103,15 @@ def scheduler_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
 
 
 def stated(folder: Path) -> dict[str, Any]:
-    """The manifest of a deployed folder, its values checked, its files not.
+    """The manifest of a deployed folder, with its values checked but not its files.
 
     Raises:
-        ModelError: no such folder, no manifest, or one that is not allowed.
+        ModelError: there is no such folder or no manifest, or the manifest is not valid.
     """
     path = folder / MANIFEST
     try:
         there = path.is_file()
-    except (OSError, ValueError):  # a name too long, or one with a zero in it
+    except (OSError, ValueError):  # the name is too long, or contains a zero byte
         there = False
     if not there:
         raise ModelError(f"{shown(str(folder))[1:-1]}: not a deployed folder: it has no {MANIFEST}")
@@ -113,10 +119,10 @@ def stated(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a deployed folder, after checking that every file it lists is there and unchanged.
+    """The manifest of a deployed folder, after checking that every listed file exists and is unchanged.
 
     Raises:
-        ModelError: as `stated`; or a file that is needed and not listed, a missing one, or a digest that differs.
+        ModelError: as `stated`; or a needed file is not listed, or a listed file is missing or has another digest.
     """
     manifest = stated(folder)
     part, path = denoiser_part(manifest), folder / MANIFEST
@@ -126,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         try:
             _check_file(folder, name, entry)
-        # a link that leads to itself, a name too long, a file that may not be read
+        # for example a link to itself, a name that is too long, or missing permission
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else shown(str(error))
             raise ModelError(f"{path}: lists {shown(name)[1:-1]}, which cannot be read: {why}") from error
@@ -134,12 +140,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def part_files(part: str) -> tuple[str, ...]:
-    """The files, inside a deployed folder, that a part of its pipeline cannot do without."""
+    """The files, inside a deployed folder, that a pipeline part needs."""
     words = () if part == PARTS["vae"] else (f"{tokenizer_of(part)}/{name}" for name in TOKENIZER_FILES)
     return (*(f"{part}/{name}" for name in (GRAPH, WEIGHTS, CONFIG)), *words)
 
 
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Raise ModelError if a listed file lies outside the folder, is missing, or has another size or digest."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"{folder / MANIFEST}: lists {name}, which lies outside the folder")
@@ -152,18 +159,19 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 
 def read_graph(folder: Path, core: ov.Core) -> ov.Model:
-    """The graph that the manifest names, with every packed weight unpacked to int8: the same, bit for bit, whatever its
-    format on disk.
+    """The graph that the manifest names, with every packed weight unpacked to int8.
+
+    The graph is the same, bit for bit, whatever its format on disk.
 
     Raises:
-        ModelError: the manifest is not allowed, or OpenVINO cannot read the files.
+        ModelError: the manifest is not valid, or OpenVINO cannot read the files.
     """
     text = folder / stated(folder)["graph"]
     return read_text_and_weights(text, text.parent / WEIGHTS, core)
 
 
 def nothing_further(_folder: Path) -> dict[str, Any]:
-    """For a folder that holds a denoiser alone."""
+    """Write no further parts: the folder holds a denoiser alone."""
     return {}
 
 
@@ -177,17 +185,17 @@ def write_folder(
     part: str = DENOISER_FOLDERS[0],
     further: Callable[[Path], Mapping[str, Any]] = nothing_further,
 ) -> dict[str, Any]:
-    """Write a deployed folder; an older one there is replaced.
+    """Write a deployed folder; an older one in its place is replaced.
 
     Args:
-        graph: with int8 weights; it is packed in place.
-        weights: their format on disk.
-        texts: path inside the folder -> content of a JSON file.
-        manifest: all but what follows from the files: `graph`, `weights`, `files`, `parts`, and `stored_bits` of the
-            `layers`.
-        folder: where to.
-        part: of DENOISER_FOLDERS, that the graph is written in.
-        further: writes what else belongs below the folder that it is given, and returns the manifest's `parts`.
+        graph: graph with int8 weights; it is packed in place.
+        weights: format of the weights on disk.
+        texts: content of each JSON file, by path inside the folder.
+        manifest: the manifest without what follows from the files: `graph`, `weights`, `files`, `parts`, and
+            `stored_bits` of the `layers`.
+        folder: where the deployed folder is written.
+        part: folder of the graph, one of DENOISER_FOLDERS.
+        further: function that writes the other parts below the folder that it gets, and returns the manifest's `parts`.
 
     Returns:
         The manifest as written.
@@ -215,11 +223,15 @@ def write_folder(
 
 
 def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None) -> None:
-    """Write a deployed folder again: the same files, byte for byte, or in another format of its weights, as
-    export_model would have.
+    """Write a deployed folder again, byte for byte or with its weights in another format, as export_model would have.
+
+    Args:
+        source: the deployed folder.
+        folder: where the copy is written.
+        weights: format of the weights; None keeps that of the source.
 
     Raises:
-        ModelError: a damaged source.
+        ModelError: the source is damaged, or there is no such format.
         ExportError: the target holds something else.
     """
     manifest = read_manifest(source)
@@ -247,7 +259,7 @@ def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
 
 
 def denoiser_bytes(folder: Path) -> int:
-    """Bytes of a deployed folder's files, less the other parts of its pipeline."""
+    """Size of a deployed folder's files in bytes, without the other parts of its pipeline."""
     files = (path for path in folder.rglob("*") if path.is_file())
     others = (*PARTS.values(), *(tokenizer_of(part) for part in PARTS if part != "vae"))
     return sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] not in others)
@@ -255,11 +267,12 @@ def denoiser_bytes(folder: Path) -> int:
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """A new folder to be filled, moved to its place when the context ends well; until then an older deployed folder
-    there stays whole.
+    """Yield an empty folder to fill, and move it into place when the context ends without an error.
+
+    Until then an older deployed folder stays as it is.
 
     Raises:
-        ExportError: what is there is no deployed folder.
+        ExportError: the place holds something other than a deployed folder.
     """
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +286,7 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ExportError where a deployed folder must not be written, since there is something else."""
+    """Raise ExportError if a deployed folder must not be written here, because the place holds something else."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(
             f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}"
@@ -281,7 +294,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file, by path inside the folder."""
+    """Size and SHA-256 digest of every file, by path inside the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}

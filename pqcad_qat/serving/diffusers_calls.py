@@ -1,7 +1,9 @@
-"""How diffusers' classes of denoisers are called: by place, by name, and what of it a deployed graph takes.
+"""Calls of denoisers as diffusers makes them: arguments by position or name, and what a deployed graph takes of them.
 
-Not here: what is computed (runtime.py). Needs numpy. Nothing that a caller says is passed over: what the graph does not
-take is refused, unless it is None or empty, as pipelines hand over what they do without.
+No argument is ignored: what the graph does not take is refused. None and empty values are accepted, because pipelines
+pass them for inputs that they do without.
+
+Not here: what is computed (runtime.py). Needs numpy.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.models.families.table import family_named
 
 STATES, TIME, ANSWER = ("sample", "hidden_states"), "timestep", "return_dict"
-"""Names of x_t, of which every class has one and all are understood; of t; and of the argument that asks for a
-tuple.
+"""Names of the arguments of a call: of x_t, where each class has one of the two names and both are understood; of t;
+and of the switch that asks for a tuple.
 """
 
 _RESIDUALS = (
@@ -49,19 +51,19 @@ ADVICE: Mapping[str, str] = {
     "skip_layers": "the graph has all its layers: leave skip_guidance_layers out",
     "class_labels": "the model has no classes: leave them out",
 }
-"""Argument -> what to do about it."""
+"""Advice to the user, by argument that is refused."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a denoiser was called with.
+    """Arguments of one call of a denoiser.
 
     Attributes:
-        states: x_t, as the caller has it.
-        timestep: t.
-        conditions: by name, as numpy arrays.
-        places: img_ids, where a class that takes rows was given them.
-        as_dict: False where a tuple is asked for.
+        states: x_t, as the caller passes it.
+        timestep: t, as the caller passes it.
+        conditions: conditions by name, as numpy arrays.
+        places: positions of the patches (img_ids), where the caller passes them to a class that takes rows.
+        as_dict: False where the caller asks for a tuple.
     """
 
     states: Any
@@ -74,17 +76,17 @@ class Call:
 def read_call(
     kind: str, takes: Sequence[str], positional: Sequence[Any], named: Mapping[str, Any], *, where: str
 ) -> Call:
-    """A call of a denoiser as its class understands it.
+    """Read a call of a denoiser by the signature of its class.
 
     Args:
-        kind: class of the denoiser; of a class that is not diffusers' the conditions follow x_t and t.
-        takes: names of the conditions that the graph has.
-        positional, named: arguments.
-        where: begins a complaint.
+        kind: class of the denoiser. For a class that is not diffusers', the conditions follow x_t and t.
+        takes: names of the conditions that the graph takes.
+        positional, named: the call's arguments.
+        where: start of an error's message.
 
     Raises:
-        ModelError: an argument twice or too many, no x_t or t, a condition that is missing or that the graph does not
-            take.
+        ModelError: an argument is given twice, there are too many, x_t or t is missing, or the conditions are not those
+            that the graph takes.
     """
     parameters = family_named(kind).parameters or (STATES[0], TIME, *takes, ANSWER)
     if len(positional) > len(parameters):
@@ -123,7 +125,7 @@ def read_call(
 
 
 def _leaves(given: Mapping[str, Any], holder: str | None = None) -> Iterator[tuple[str, str, Any]]:
-    """(argument, name, value) of all that is not empty; dicts among the arguments are opened."""
+    """(argument, name, value) of everything that is not empty; dicts among the arguments are opened."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, holder or name)
@@ -132,6 +134,7 @@ def _leaves(given: Mapping[str, Any], holder: str | None = None) -> Iterator[tup
 
 
 def _empty(value: Any) -> bool:
+    """Whether a value stands for an argument that is not used."""
     return (
         value is None
         or value is False
@@ -140,17 +143,17 @@ def _empty(value: Any) -> bool:
 
 
 def as_array(value: Any, where: str) -> npt.NDArray[Any]:
-    """A number, a numpy array or a torch tensor of numbers as a numpy array.
+    """A number, numpy array or torch tensor of numbers as a numpy array.
 
     Raises:
-        ModelError: anything else; `where` begins the complaint.
+        ModelError: the value is anything else; `where` begins the message.
     """
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()  # numpy has no such type
+        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()  # numpy has no bfloat16
     try:
         array = np.asarray(value)
-    except ValueError:  # of lists of unequal lengths
+    except ValueError:  # lists of unequal lengths
         array = np.asarray(None)
     if array.dtype.kind not in "biuf":
         raise ModelError(

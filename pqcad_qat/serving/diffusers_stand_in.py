@@ -1,8 +1,9 @@
-"""What diffusers' pipelines and their users ask of a denoiser beside its call: a device, a dtype, its config, and much
-that it must refuse.
+"""Everything that diffusers' pipelines and their users ask of a denoiser besides calling it.
 
-Not here: the call (diffusers_calls.py) and what computes (runtime.py). diffusers and torch are looked at only where the
-caller has imported them.
+That is a device, a dtype and a config, and many requests that a compiled graph must refuse. diffusers and torch are
+used only where they are already imported or installed.
+
+Not here: the call (diffusers_calls.py) and the computation (runtime.py).
 """
 
 from __future__ import annotations
@@ -27,21 +28,26 @@ DEFAULT_NONE = (
     "addition_time_embed_dim",
     "class_embed_type",
 )
-"""Keys that pipelines read of every UNet's config, None in most: so also of one that does not have them."""
+"""Keys that pipelines read from every UNet's config. Most configs have None there, so a config without the key answers
+None too.
+"""
 
 
 class ModelMixin:
-    """A part of a pipeline that can be loaded: diffusers asks the module that model_index.json names for a base class
-    of this name.
+    """Base class of a loadable pipeline part.
+
+    diffusers looks for a base class of this name in the module that model_index.json names.
     """
 
 
 class NoLayersError(ModelError, AttributeError):
-    """A deployed model is asked for something that only a network of layers has; to `hasattr` it is no attribute."""
+    """A deployed model is asked for something that only a network of layers has; `hasattr` takes it for a missing
+    attribute.
+    """
 
 
 class UNetConfig(dict[str, Any]):
-    """A UNet's config.json, read as attributes too, the way diffusers' pipelines read it."""
+    """A denoiser's config.json whose keys can also be read as attributes, as diffusers' pipelines read them."""
 
     def __getattr__(self, key: str) -> Any:
         if key in self or key in DEFAULT_NONE:
@@ -50,16 +56,16 @@ class UNetConfig(dict[str, Any]):
 
 
 class StandIn(ModelMixin):
-    """A compiled denoiser, as pipelines and users treat one of diffusers' own.
+    """A compiled denoiser that pipelines and users can treat like one of diffusers' models.
 
-    Where diffusers is imported before it is made, it is one of diffusers' models to every check of a type, so that
-    ``Pipeline.from_pretrained(source, unet=model)`` takes it, and a pipeline's `to` reaches it. It has no layers,
-    weights or gradients.
+    If diffusers is imported before an object is made, the object is an instance of diffusers' ModelMixin too. Checks of
+    its type then succeed: ``Pipeline.from_pretrained(source, unet=model)`` accepts it, and a pipeline's `to` reaches
+    it. It has no layers, weights or gradients.
 
     Attributes:
-        folder: where it was loaded from.
+        folder: folder that it was loaded from.
         config: the denoiser's config.json, by key or attribute.
-        training: False; it only predicts.
+        training: always False, because it only predicts.
     """
 
     folder: Path
@@ -74,7 +80,7 @@ class StandIn(ModelMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.training = False  # what a torch module would not begin with
+        self.training = False  # torch's Module sets it to True
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r})"
@@ -90,7 +96,7 @@ class StandIn(ModelMixin):
 
     @property
     def dtype(self) -> Any:
-        """float32 as the caller's framework spells it: torch's where torch is installed, numpy's elsewhere."""
+        """float32, as a torch dtype where torch is installed, else as a numpy dtype."""
         if find_spec("torch") is None:
             return np.dtype(np.float32)
         import torch
@@ -99,7 +105,7 @@ class StandIn(ModelMixin):
 
     @property
     def device(self) -> Any:
-        """Where inputs are expected: host memory."""
+        """Device on which inputs are expected: host memory."""
         if find_spec("torch") is None:
             return "cpu"
         import torch
@@ -108,7 +114,7 @@ class StandIn(ModelMixin):
 
     @property
     def add_embedding(self) -> Any:
-        """Of SDXL, as far as its pipelines look: the width of what the sizes and the pooled text are embedded to."""
+        """SDXL's embedding of sizes and pooled text, as far as pipelines look at it: its input width."""
         if (width := self.config.get("projection_class_embeddings_input_dim")) is None:
             return self.__getattr__("add_embedding")
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -119,10 +125,10 @@ class StandIn(ModelMixin):
         raise NotImplementedError
 
     def to(self, *places: Any, device: Any = None, dtype: Any = None, **_how: Any) -> Self:
-        """Itself, where that changes nothing: host memory and float32, in which it takes and gives samples.
+        """Return itself if the move changes nothing: samples stay in host memory and in float32.
 
         Raises:
-            ModelError: another device or dtype, which the compiled graph cannot take.
+            ModelError: another device or dtype is asked for, which the compiled graph cannot take.
         """
         for place in (*places, device, dtype):
             if (
@@ -138,35 +144,35 @@ class StandIn(ModelMixin):
         return self
 
     def cpu(self) -> Self:
-        """Itself."""
+        """Return itself."""
         return self
 
     def float(self) -> Self:
-        """Itself."""
+        """Return itself."""
         return self
 
     def half(self) -> Self:
-        """Raises ModelError, as `to`."""
+        """Raise ModelError, as `to` does."""
         return self.to("float16")
 
     def bfloat16(self) -> Self:
-        """Raises ModelError, as `to`."""
+        """Raise ModelError, as `to` does."""
         return self.to("bfloat16")
 
     def double(self) -> Self:
-        """Raises ModelError, as `to`."""
+        """Raise ModelError, as `to` does."""
         return self.to("float64")
 
     def cuda(self, device: Any = None) -> Self:
-        """Raises ModelError, as `to`."""
+        """Raise ModelError, as `to` does."""
         return self.to("cuda" if device is None else f"cuda:{device}")
 
     def eval(self) -> Self:
-        """Itself: it is always in evaluation mode."""
+        """Return itself: it is always in evaluation mode."""
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Itself.
+        """Return itself if `mode` is False.
 
         Raises:
             ModelError: training is asked for.
@@ -174,7 +180,7 @@ class StandIn(ModelMixin):
         return self.requires_grad_(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Itself.
+        """Return itself if `requires_grad` is False.
 
         Raises:
             ModelError: gradients are asked for.
@@ -184,39 +190,39 @@ class StandIn(ModelMixin):
         return self
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
-        """What pipelines put around a pass of guidance; nothing is cached here."""
+        """The context that pipelines open around a pass of guidance; nothing is cached here."""
         return nullcontext()
 
     def parameters(self, _recurse: bool = True) -> Iterator[Any]:
-        """None."""
+        """An empty iterator: there are no parameters."""
         return iter(())
 
     def state_dict(self, *_places: Any, **_how: Any) -> Mapping[str, Any]:
-        """Raises ModelError: its weights are constants of a graph."""
+        """Raise ModelError: the weights are constants of a graph."""
         raise ModelError(
             f"{self.folder}: has no state dict: its weights are constants of a graph; save_pretrained(FOLDER) writes it"
         )
 
     def load_state_dict(self, *_places: Any, **_how: Any) -> None:
-        """Raises ModelError, as `state_dict`."""
+        """Raise ModelError, as `state_dict` does."""
         self.state_dict()
 
 
 def _mixin_of_diffusers() -> type | None:
-    """diffusers' own base class of models, where diffusers is imported and works."""
+    """diffusers' base class of models, if diffusers is imported and works; otherwise None."""
     library, torch = (sys.modules.get(name) for name in ("diffusers", "torch"))
     if library is None or torch is None:
         return None
     try:
         found = library.ModelMixin
-    except (AttributeError, ImportError, RuntimeError):  # of an import under way, or one that fails
+    except (AttributeError, ImportError, RuntimeError):  # the import is still running, or it fails
         return None
     return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
 
 
 @cache
 def _known_to_diffusers(ours: type, theirs: type) -> type:
-    """A class that is both, and goes by the name of ours."""
+    """A class that inherits from both, under the name of ours."""
     return type(
         ours.__name__,
         (ours, theirs),

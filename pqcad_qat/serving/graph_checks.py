@@ -1,6 +1,6 @@
-"""Whether a graph is the one that the manifest beside it speaks of: its ports, and the layers that are planned.
+"""Checks that a graph matches the manifest beside it, in its ports and its planned layers.
 
-Not here: whether it computes what the plan says (proof.py). Needs openvino and numpy.
+Not here: whether the graph computes what the plan says (proof.py). Needs openvino and numpy.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from pqcad_qat.serving.packing import MATRIX_OPS, UNREADABLE
 
 
 def check_graph(graph: ov.Model, manifest: Mapping[str, Any], folder: Path) -> None:
-    """Raise ModelError for a graph with other ports or other layers than the folder's manifest says."""
+    """Raise ModelError for a graph whose ports or layers differ from the folder's manifest."""
     where = str(folder / manifest["graph"])
     try:
         fault = _fault(graph, manifest)
-    except UNREADABLE as error:  # of names that are no text, and the like
+    except UNREADABLE as error:  # for example names that are not valid text
         raise ModelError(f"{where}: OpenVINO cannot read the graph there: {reason(error)}") from error
     if fault:
         raise ModelError(f"{where}: {fault}")
 
 
 def port_of(port: ov.Output) -> tuple[list[int], str]:
-    """Shape, -1 where it is free, and dtype of a graph's input or output."""
+    """Shape and dtype of a graph's input or output; a size that is not fixed is -1."""
     shape, kind = port.get_partial_shape(), port.get_element_type()
     sizes = [size.get_length() if size.is_static else -1 for size in shape] if shape.rank.is_static else [-1]
     return sizes, {ov.Type.f32: "float32", ov.Type.i64: "int64"}.get(kind, kind.to_string())
 
 
 def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
+    """The first difference between a graph and its manifest, as a message; empty where there is none."""
     names = [port.get_names() for port in graph.inputs]
     conditions: Sequence[Mapping[str, Any]] = manifest.get("conditions", ())
     expected = expected_ports(
@@ -60,7 +61,7 @@ def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
     }
     if absent := [name for name in manifest["layers"] if name not in matrices]:
         return f"has no layer {absent[0][:200]!r}, which the manifest lists"
-    # OpenVINO's CPU plugin ends the process (SIGFPE) where an INT8 product of rows has its weights the other way round
+    # OpenVINO's CPU plugin ends the process (SIGFPE) if the weights of an INT8 matrix product are not transposed
     turned = [
         name
         for name in manifest["layers"]
@@ -74,4 +75,5 @@ def _transposed(product: ov.Node) -> bool:
 
 
 def _spelled(ports: Mapping[str, tuple[list[int], str]]) -> str:
+    """The ports as a message lists them."""
     return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in ports.items())

@@ -1,8 +1,9 @@
-"""What a deployed graph is given, by the names and in the layout of its class: a UNet's sample, a transformer's states,
-Flux's patches.
+"""Inputs of a deployed graph, in the names and layout of the denoiser's class.
 
-Not here: who calls it (runtime.py), or how it came to have such ports (export_model.py). Needs numpy. Names and layouts
-are optimum-intel's, which are those of diffusers' pipelines.
+A UNet takes a sample, a transformer takes hidden states, and Flux takes rows of patches. Names and layouts are those of
+optimum-intel, which follow diffusers' pipelines.
+
+Not here: who calls the graph (runtime.py), and how it gets these ports (export_model.py). Needs numpy.
 """
 
 from __future__ import annotations
@@ -27,23 +28,24 @@ from pqcad_qat.models.families.latent_rows import (
 Float32 = npt.NDArray[np.float32]
 
 SAMPLE, STATES, TIME = "sample", "hidden_states", "timestep"
-"""The port of x_t in a UNet's graph and in a transformer's; and that of t."""
+"""Names of ports: x_t in a UNet's graph, x_t in a transformer's graph, and t."""
 
 
 def ports_of(family: Family, conditions: Collection[str]) -> tuple[str, ...]:
     """The inputs of an exported graph of this family, in order.
 
-    The places of rows hold nothing that the graph does not know, since it has one size.
+    The positions of rows are inputs only to match diffusers' signature: the graph has one size, so it knows them
+    already.
     """
     states = STATES if family.part == "transformer" else SAMPLE
     return (states, TIME, *conditions, *(PLACES if family.takes_rows else ()))
 
 
 def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of a graph that has these ports, in their order.
+    """The inputs of a graph with these ports, in the order of the ports.
 
     Args:
-        ports: the names of each; a compiled graph has some of the inside's among them.
+        ports: all names of each port; in a compiled graph, some of them are internal.
         given: `sample` (B, C, H, W), `timestep` (B,), and the conditions (B, ...), by name.
     """
     inputs = dict(given)
@@ -69,8 +71,14 @@ def expected_ports(
     *,
     conditions: Sequence[Mapping[str, Any]],
 ) -> dict[str, tuple[list[int], str]]:
-    """Name of a port -> its shape and dtype, in a graph that knows these names, for a batch of samples and their
-    conditions.
+    """Shape and dtype of each port, by name, for a batch of samples and their conditions.
+
+    Args:
+        known: names of the graph's ports; they decide between sample, hidden states and rows.
+        batch: number of samples.
+        sample_shape: shape (C, H, W) of one sample.
+        time: dtype of the time.
+        conditions: the manifest's conditions.
     """
     expected = {condition["name"]: ([batch, *condition["shape"]], condition["dtype"]) for condition in conditions}
     expected[TIME] = ([batch], time)
@@ -89,5 +97,5 @@ def expected_ports(
 
 
 def prediction(output: Float32, height: int, width: int) -> Float32:
-    """A graph's output as (B, C, H, W)."""
+    """A graph's output as (B, C, H, W), unpacked from rows where necessary."""
     return output if output.ndim == 4 else unpacked(output, height, width)
