@@ -1,9 +1,22 @@
-"""When, which and how layers go down in width: progressive quantization's schedules, as a pure decision and a thin
-callback.
+"""Progressive quantization's schedules: when layers move to a narrower width, which layers, and how.
 
-Not here: what a width is (quantization/quantized_layer.py). The paper (PQCAD-DM, arXiv 2506.16776) names a
-momentum-based mechanism that keeps low precision from perturbing the weights too much; its equations are not public, so
-what follows is our reading of it.
+The decision is a pure function (`decide`), and a thin callback applies it (`MomentumBitSchedule`).
+
+The method. Every layer has a ladder of widths, and its rungs are the widths still below its present one. A transition
+moves a layer down one or more rungs. It is either a jump or a blend, in which the layer computes (1 - lambda) Q_now(W)
++ lambda Q_next(W) while lambda grows from 0: lambda <- beta lambda + (1 - beta). Two moving averages decide:
+
+- The loss momentum is the averaged relative improvement of the training loss. While it is high, the model still
+  recovers, and nothing moves. Once it is under a plateau, a transition is due.
+- A layer's perturbation momentum is the averaged relative change that the next width would make to its weights. The
+  least perturbed layers move first, and layers over a bound wait.
+
+By a deadline every layer is at its target width, whatever the averages say.
+
+PQCAD-DM (arXiv 2506.16776) names a momentum-based mechanism that keeps low precision from perturbing the weights too
+much. Its equations are not public, so this file is our reading of it.
+
+Not here: how a layer computes at a width or in a blend (quantization/quantized_layer.py).
 """
 
 from __future__ import annotations
@@ -28,28 +41,29 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState
 from pqcad_qat.training.transition import Cause, Transition
 
 OBSERVE_EVERY = 5
-"""Steps between two observations of the perturbations: they change slowly, and each costs two quantizations of every
-weight.
+"""Training steps between two observations of the perturbations.
+
+They change slowly, and each observation quantizes every weight twice.
 """
 
 
 BLEND_ENDS_AT = 0.95
-"""Share of the next width at which a blend ends and the next width computes alone."""
+"""Share of the next width, lambda, at which a blend ends and the layer computes at the next width alone."""
 
 
 @dataclass(frozen=True)
 class BitScheduleSettings:
-    """What decides a transition.
+    """Settings of the decision.
 
     Attributes:
-        momentum: beta of every exponential moving average, and of the blend.
-        plateau: relative improvement of the loss a step under which a transition is due.
-        perturbation: relative change of a layer's weights over which it waits.
-        layers_per_transition: share of the layers that may be in transition at once.
-        deadline: step at which every layer computes at its target width.
-        rungs: the widths that a layer with the longest ladder goes down to, the widest first.
-        blends: False makes a transition a jump.
-        fixed: all layers take the rungs at evenly spread steps, whatever the momenta say.
+        momentum: beta, the decay of every exponential moving average and of the blend.
+        plateau: relative improvement of the loss per step, below which a transition is due.
+        perturbation: relative change of a layer's weights, above which the layer waits.
+        layers_per_transition: largest share of the layers that may begin a transition together.
+        deadline: training step at which every layer computes at its target width.
+        rungs: widths that a layer with the longest ladder moves down to, the widest first.
+        blends: whether a transition is a blend; if False it is a jump.
+        fixed: whether all layers move at evenly spread steps, whatever the moving averages say.
     """
 
     momentum: float
@@ -63,64 +77,86 @@ class BitScheduleSettings:
 
     @property
     def blend_momentum(self) -> float:
-        """beta of the blend: the momentum, or less where a blend would take more than half of the time that there is
-        for a rung.
+        """beta of the blend: the momentum, or less where a blend would otherwise take too long.
+
+        Too long means more than half of the steps that the deadline leaves for each rung.
         """
         time = self.deadline // max(1, 2 * len(self.rungs))
         return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, time))))
 
     @property
     def blend_steps(self) -> int:
-        """Steps that an undisturbed blend lasts: lambda_n = 1 - beta^n reaches `BLEND_ENDS_AT`."""
+        """Training steps of a blend that never pauses.
+
+        That is the first n at which lambda_n = 1 - beta^n reaches `BLEND_ENDS_AT`.
+        """
         if not self.blends or self.blend_momentum == 0 or self.deadline <= 0:
             return 0
         return math.ceil(round(math.log(1 - BLEND_ENDS_AT) / math.log(self.blend_momentum), 6))
 
     @property
     def last_call(self) -> int:
-        """Step from which every layer that still waits must leave at once to be at its target by the deadline."""
+        """Training step at which every waiting layer begins its last transition, to end it by the deadline."""
         return self.deadline - self.blend_steps
 
     def due(self, step: int) -> tuple[int, ...]:
-        """Widths of a fixed schedule whose transition has come by `step`: spread evenly, the last at the last call."""
+        """The widths that a fixed schedule has reached by `step`.
+
+        They are evenly spread in time, and the last one comes at the last call.
+        """
         count = len(self.rungs)
         return self.rungs[: count if step >= self.last_call else step * count // self.last_call]
 
     @property
     def late_from(self) -> int:
-        """Step from which there is no time left for two blends, one after another: rungs are skipped and nothing
-        pauses.
+        """Training step from which two blends, one after another, no longer fit before the deadline.
+
+        From then on rungs are skipped and no blend pauses.
         """
         return self.deadline - 2 * self.blend_steps
 
     @property
     def warm_up(self) -> int:
-        """Steps before the loss momentum is believed: twice the averages' horizon, at most an eighth of the time there
-        is.
+        """Number of observations before the loss momentum is trusted.
+
+        It is twice the horizon of the averages, but at most an eighth of the time up to the deadline.
         """
         return max(2, min(round(2 / (1 - self.momentum)), self.deadline // 8))
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """An exponential moving average with Adam's bias correction (Kingma and Ba 2015, algorithm 1)."""
+    """An exponential moving average with Adam's bias correction (Kingma and Ba 2015, algorithm 1).
+
+    Attributes:
+        beta: decay of the average.
+        average: the average before the correction.
+        count: number of values averaged so far.
+    """
 
     beta: float
     average: float = 0.0
     count: int = 0
 
     def updated(self, value: float) -> Momentum:
+        """The average with one more value."""
         return replace(self, average=self.beta * self.average + (1 - self.beta) * value, count=self.count + 1)
 
     @property
     def value(self) -> float | None:
+        """The corrected average, or None before the first value."""
         return self.average / (1 - self.beta**self.count) if self.count else None
 
 
 @dataclass(frozen=True)
 class LossMomentum:
-    """Momentum of the relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l at the present
-    widths.
+    """The loss momentum: the averaged relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l.
+
+    It begins anew whenever a width changes, since losses at different widths cannot be compared.
+
+    Attributes:
+        smoothed: average of the loss.
+        improvement: average of the relative improvement of `smoothed`.
     """
 
     smoothed: Momentum
@@ -128,9 +164,11 @@ class LossMomentum:
 
     @classmethod
     def fresh(cls, beta: float) -> LossMomentum:
+        """A momentum before its first loss."""
         return cls(Momentum(beta), Momentum(beta))
 
     def updated(self, loss: float) -> LossMomentum:
+        """The momentum after one more loss; its first loss gives no improvement yet."""
         before, smoothed = self.smoothed.value, self.smoothed.updated(loss)
         if before is None or before == 0:
             return replace(self, smoothed=smoothed)
@@ -140,8 +178,14 @@ class LossMomentum:
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """A layer as the decision sees it: its width, the rungs still below it, its perturbation momentum, and whether it
-    is in transition.
+    """What the decision knows of one layer.
+
+    Attributes:
+        name: path of the layer.
+        bits: present width of its weights.
+        rungs: the widths still below it on its ladder, the widest first.
+        perturbation: its perturbation momentum.
+        in_transition: whether a blend is under way.
     """
 
     name: str
@@ -152,7 +196,10 @@ class LayerStatus:
 
 
 def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
-    """The widths that the layers of the longest ladders go down to, the widest first; the others go along."""
+    """The widths that the layers with the longest ladders move down to, the widest first.
+
+    Layers with shorter ladders move along with them.
+    """
     longest = max((len(layer.ladder) for layer in plan), default=0)
     return tuple(
         sorted({width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}, reverse=True)
@@ -169,18 +216,24 @@ def decide(
 ) -> tuple[Transition, ...]:
     """The transitions that begin at `step`.
 
-    From the last call on, every layer that is not on its way is sent to its target at once. Before that, a transition
-    is due when nothing is in transition, the loss momentum has been observed for the warm-up and is under the plateau;
-    then the least perturbed layers go one rung down (to their target when it is late), as many as the share allows;
-    those over the bound wait.
+    In the momentum schedule:
 
-    In a fixed schedule every layer goes down to the narrowest of its rungs that is due; the momenta are only recorded.
+    - From the last call on, every waiting layer begins a transition to its target width at once.
+    - Before that, nothing begins while any layer is in transition, before the warm-up is over, or while the loss
+      momentum is at the plateau or above it.
+    - Otherwise the least perturbed layers move one rung down, as many as the settings allow. Layers over the
+      perturbation bound wait. Late in training they move to their target width instead, since there is no time for the
+      rungs between.
+
+    In a fixed schedule every layer moves to the narrowest of its rungs that is due. The moving averages are only
+    recorded in the transitions.
 
     Args:
-        step: the clock.
-        loss_momentum: None where there is none yet.
-        observed: steps that the loss momentum has seen at the present widths.
-        layers: every planned layer.
+        step: present training step.
+        settings: settings of the decision.
+        loss_momentum: value of the loss momentum, or None where there is none yet.
+        observed: number of improvements averaged at the present widths.
+        layers: status of every planned layer.
     """
     waiting = [layer for layer in layers if layer.rungs and not layer.in_transition]
     if settings.fixed:
@@ -212,8 +265,9 @@ def _transition(
 
 
 def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momentum: float | None) -> float:
-    """lambda <- beta lambda + (1 - beta); in the momentum schedule it pauses while training gets worse than the
-    plateau, unless late.
+    """lambda after one more training step: beta lambda + (1 - beta), or unchanged where the blend pauses.
+
+    A blend of the momentum schedule pauses while the loss rises faster than the plateau allows, unless it is late.
     """
     worse = not settings.fixed and loss_momentum is not None and loss_momentum < -settings.plateau
     if worse and step < settings.late_from:
@@ -223,14 +277,15 @@ def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momen
 
 @dataclass
 class MomentumBitSchedule(Callback):
-    """Moves the layers of a model down their ladders while it trains. Nothing begins before `state.held_until`, not
-    even by the deadline.
+    """Moves the layers of a model down their ladders during training.
+
+    No transition begins before `state.held_until`, even if the deadline then passes: that step follows a divergence.
 
     Attributes:
         layers: quantized layers by name.
         plan: their plans; each layer starts on its ladder's first rung and ends on its last.
-        settings: of the decision.
-        transitions: everything that was decided so far.
+        settings: settings of the decision.
+        transitions: all transitions decided so far, in order.
     """
 
     layers: Mapping[str, QuantizedLayer]
@@ -245,6 +300,11 @@ class MomentumBitSchedule(Callback):
         self._perturbations = {layer.name: Momentum(self.settings.momentum) for layer in self.plan}
 
     def before_step(self, state: TrainState) -> None:
+        """Move blends on, observe perturbations, and begin the transitions that are due, in this order.
+
+        Whenever a layer's function changed for good, the loss momentum and the averaged weights begin anew: both would
+        mix values of two different functions.
+        """
         ended = self._advance_blends(state.step)
         if ended or state.step % OBSERVE_EVERY == 0:
             self._observe_perturbations()
@@ -254,7 +314,7 @@ class MomentumBitSchedule(Callback):
         for transition in begun:
             self._begin(transition)
         jumped = bool(begun) and not self.settings.blend_steps
-        if ended or jumped:  # a blend that begins changes nothing yet
+        if ended or jumped:  # a blend begins with lambda = 0, so that its beginning changes nothing yet
             self._loss = LossMomentum.fresh(self.settings.momentum)
             state.restart_ema()
 
@@ -262,14 +322,14 @@ class MomentumBitSchedule(Callback):
         self._loss = self._loss.updated(report.loss)
 
     def _advance_blends(self, step: int) -> bool:
-        """Move every blend one step on; True where one ended."""
+        """Move every blend on by one training step, and return whether any of them ended."""
         ended = False
         for name, layer in self.layers.items():
             blend = blend_state(layer)
             if blend is None:
                 continue
             lam = next_lambda(blend.share, step, self.settings, self._believed())
-            if lam >= BLEND_ENDS_AT - 1e-4:  # lambda is kept in float32
+            if lam >= BLEND_ENDS_AT - 1e-4:  # a tolerance, since the layer stores lambda in float32
                 end_blend(layer)
                 ended = True
                 self._perturbations[name] = Momentum(self.settings.momentum)
@@ -278,19 +338,22 @@ class MomentumBitSchedule(Callback):
         return ended
 
     def _believed(self) -> float | None:
-        """The loss momentum, once it has been observed for the warm-up: before that it is the noise of a few
-        batches.
+        """The loss momentum, or None before the warm-up is over.
+
+        At first it only shows the noise of a few batches.
         """
         improvement = self._loss.improvement
         return improvement.value if improvement.count >= self.settings.warm_up else None
 
     def _observe_perturbations(self) -> None:
+        """Update the perturbation momentum of every layer that waits and has a rung left."""
         for name, layer in self.layers.items():
             rungs = self._rungs(name)
             if rungs and blend_state(layer) is None:
                 self._perturbations[name] = self._perturbations[name].updated(perturbation(layer, rungs[0]))
 
     def _rungs(self, name: str) -> tuple[int, ...]:
+        """The widths still below the layer's present one on its ladder, the widest first."""
         bits = read_bits(self.layers[name])[0]
         return tuple(rung for rung in self._ladders[name] if rung < bits)
 
@@ -302,6 +365,7 @@ class MomentumBitSchedule(Callback):
         return LayerStatus(name, read_bits(layer)[0], self._rungs(name), self._perturbations[name].value or 0.0, moving)
 
     def _begin(self, transition: Transition) -> None:
+        """Begin one transition, as a blend or as a jump, and record it."""
         layer = self.layers[transition.layer]
         if self.settings.blends and self.settings.blend_steps:
             begin_blend(layer, transition.to_bits)
@@ -311,7 +375,10 @@ class MomentumBitSchedule(Callback):
         self.transitions.append(transition)
 
     def scalars(self) -> dict[str, float]:
-        """For the log: both momenta (the perturbation's mean), lambda, and each layer's perturbation."""
+        """Values for the log: both momenta, mean lambda, and each layer's perturbation.
+
+        The perturbation momentum is the mean over the layers that have rungs left.
+        """
         lambdas = [blend.share for layer in self.layers.values() if (blend := blend_state(layer)) is not None]
         waiting = [
             value

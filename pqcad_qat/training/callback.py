@@ -1,6 +1,6 @@
-"""What the training loop and its callbacks say to each other: the state, and the moments at which a callback is asked.
+"""The interface between the training loop and its callbacks: the shared state, and the moments of a training step.
 
-Not here: the loop (trainer.py), nor any callback; a callback never imports the loop.
+Not here: the loop (trainer.py), nor any callback. A callback never imports the loop.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from torch import Tensor, nn
 from pqcad_qat.models.conditions import CONDITION
 
 Batch = Mapping[str, Tensor]
+"""The tensors of a batch by name; the first axis counts its states."""
 
 BatchSource = Callable[[int], Batch]
-"""Step -> the whole batch of that step, over all processes; a pure function, so that resuming needs no data
-position.
+"""A function from the training step to that step's whole batch, over all processes.
+
+It is pure, so that resuming needs no position in the data.
 """
 
 
 def with_condition(batch: Batch, condition: Mapping[str, Tensor]) -> Batch:
-    """The batch, its states conditioned on tensors (B, ...)."""
+    """The batch with tensors (B, ...) added on which its states are conditioned."""
     return {**batch, **{CONDITION + name: value for name, value in condition.items()}}
 
 
 def condition_of(batch: Batch) -> dict[str, Tensor]:
-    """What the states of a batch are conditioned on, by name, each (B, ...)."""
+    """The tensors (B, ...) on which the states of a batch are conditioned, by name."""
     return {name.removeprefix(CONDITION): value for name, value in batch.items() if name.startswith(CONDITION)}
 
 
 @dataclass
 class TrainState:
-    """Everything that training changes. `step` is the one clock: the number of finished steps.
+    """Everything that training changes; `step` is its only clock.
 
     Attributes:
-        model: the module whose Parameters are trained, in place.
-        optimizer: holds every trained Parameter.
-        network: what to call in a loss term: the model, wrapped for the processes that share the work.
-        step: finished steps.
-        ema: moving averages of the trained Parameters by name, None where there is no averaging.
-        ema_since: the step at which averaging (re)started.
-        setbacks: divergences overcome so far; each has halved the learning rate.
-        held_until: the step before which no bit transition may begin, after a divergence.
+        model: module whose Parameters are trained in place.
+        optimizer: the optimizer of every trained Parameter.
+        network: module that a loss term calls: the model, wrapped for the processes that share the work.
+        step: number of finished training steps.
+        ema: moving averages of the trained Parameters by name, None without averaging.
+        ema_since: training step at which averaging began or last began anew.
+        setbacks: number of divergences overcome so far; each has halved the learning rate.
+        held_until: training step before which no transition may begin, after a divergence.
         scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
-        parameters: of the model, by name: the same ones from the first step to the last, so its modules are walked over
-            once.
+        parameters: the model's Parameters by name, listed once, since they stay the same to the last step.
     """
 
     model: nn.Module
@@ -66,7 +67,7 @@ class TrainState:
         self.parameters = dict(self.model.named_parameters())
 
     def restart_ema(self) -> None:
-        """Forget averages of another function: called when the bit-widths have changed."""
+        """Begin averaging anew from the present weights, as after a change of width, which makes another function."""
         if self.ema is not None:
             self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
             self.ema_since = self.step
@@ -74,7 +75,7 @@ class TrainState:
 
 @contextmanager
 def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
-    """The model with its averaged Parameters inside the block, and with its own after it."""
+    """The model with its averaged Parameters inside the block, and with its own ones again after it."""
     named = state.parameters
     own = {name: named[name].detach().clone() for name in state.ema or {}}
     with torch.no_grad():
@@ -90,14 +91,14 @@ def averaged_weights(state: TrainState) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; means over the whole batch.
+    """Results of one optimizer step; means are over the whole batch.
 
     Attributes:
         loss: sum of the terms.
-        terms: each weighted loss term by name.
-        gradient_norm: before clipping.
-        learning_rate: of this step.
-        samples: states of the whole batch.
+        terms: weighted loss terms by name.
+        gradient_norm: norm of the gradients before clipping.
+        learning_rate: learning rate of this step.
+        samples: number of states in the whole batch.
     """
 
     loss: float
@@ -109,40 +110,46 @@ class StepReport:
 
 @dataclass
 class Callback:
-    """The moments of a training step; the defaults do nothing.
+    """The moments of a training step at which a callback acts; the defaults do nothing.
 
-    A step is: `before_step` -> `loss_terms` of all callbacks, summed -> backward, optimizer -> `after_step`.
-    A callback that keeps state across steps gives it in `state_dict` as JSON values, and takes it back.
+    A step consists of `before_step`, the sum of all callbacks' `loss_terms`, the backward pass and optimizer step, and
+    `after_step`. A callback that keeps state across steps returns it from `state_dict` as JSON values, and restores it
+    in `load_state_dict`.
     """
 
     name: str = field(default="callback", init=False)
 
     def before_step(self, state: TrainState) -> None:
-        """May change the model in place (bit-widths, blends); state.step is the step about to be made."""
+        """Act before a step; state.step is the step about to be made.
+
+        The model may be changed in place (widths, blends).
+        """
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
         """Weighted scalar terms of the loss, by name."""
         return {}
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        """Watches; state.step already counts the step that was made."""
+        """Act after a step, without changing the model; state.step already counts the step."""
 
     def explain(self, state: TrainState) -> Sequence[str]:
-        """Asked where the loss or a gradient is not finite, before the error is raised: what this callback sees to be
-        the cause.
+        """Causes that this callback sees for a loss or gradient that is not finite.
+
+        The loop asks for them before it raises its error.
         """
         return ()
 
     def scalars(self) -> Mapping[str, float]:
-        """What to log beside the loss after a step, by name."""
+        """Values to log with the loss after a step, by name."""
         return {}
 
     def images(self) -> Mapping[str, Tensor]:
-        """What to show after a step, by name: uint8 (N, C, H, W); usually nothing."""
+        """Images to show after a step, by name, uint8 (N, C, H, W); usually none."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
+        """State to keep in a checkpoint, as JSON values."""
         return {}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""

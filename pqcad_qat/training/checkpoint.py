@@ -1,6 +1,10 @@
-"""Checkpoints: everything that resuming needs, as safetensors and JSON, written whole or not at all.
+"""Checkpoints: everything that resuming needs, as safetensors and JSON.
 
-Not here: when to write one (trainer.py). Nothing is pickled, so loading runs no code.
+A checkpoint is written completely or not at all: its files go to a folder with a temporary name, which is then
+renamed. Every file's SHA-256 is stored with it, so that damage is found before anything is loaded. Nothing is pickled,
+so loading runs no code.
+
+Not here: when a checkpoint is written (trainer.py).
 """
 
 from __future__ import annotations
@@ -22,17 +26,22 @@ from pqcad_qat.machine.files import file_digest, room_for
 from pqcad_qat.training.callback import Callback, TrainState
 
 FORMAT = 2
+"""Version of the checkpoint format; others are refused."""
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+"""Files of a checkpoint, each with a digest in digests.json."""
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """Where checkpoints of one training stage live.
+    """The folder that holds the checkpoints of one training stage, and which of them are kept.
+
+    Checkpoints between the regular ones come from Ctrl-C or from the last step. They are deleted first, so that they
+    do not influence which regular ones are kept.
 
     Attributes:
-        every: steps between two of them; those in between (Ctrl-C, the last step) are dropped first, so that what is
-            kept of the others does not depend on them.
-        keep: the newest that are kept.
+        path: the folder.
+        every: training steps between two regular checkpoints.
+        keep: number of newest regular checkpoints that are kept.
     """
 
     path: Path
@@ -41,10 +50,10 @@ class CheckpointFolder:
 
 
 def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> Path:
-    """Write `step_000123/` under a temporary name, with digests, and move it into place; then drop the oldest.
+    """Write the checkpoint `step_000123/`, then delete the oldest ones.
 
     Raises:
-        DiskError: the disk is full; older checkpoints stay as they were, and no draft is left.
+        DiskError: the disk is full. Older checkpoints are unchanged, and no draft is left.
         CheckpointError: the folder cannot be written.
     """
     final = folder.path / f"step_{state.step:06d}"
@@ -73,7 +82,7 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
 
 
 def _facts(state: TrainState, groups: list[dict[str, Any]], callbacks: Sequence[Callback]) -> dict[str, Any]:
-    """All but the tensors."""
+    """The content of state.json: everything but the tensors."""
     return {
         "step": state.step,
         "has_ema": state.ema is not None,
@@ -87,6 +96,7 @@ def _facts(state: TrainState, groups: list[dict[str, Any]], callbacks: Sequence[
 
 
 def _write_files(draft: Path, files: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+    """Write all files of a checkpoint with their digests, and wait until they are on the disk."""
     for name, tensors in files.items():
         save_file(dict(tensors), draft / f"{name}.safetensors")
     (draft / "state.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -98,7 +108,7 @@ def _write_files(draft: Path, files: Mapping[str, Mapping[str, Tensor]], facts: 
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and a message for every damaged one that was passed over."""
+    """The newest undamaged checkpoint, and a message for each damaged one that was passed over."""
     complaints: list[str] = []
     for path in reversed(checkpoints(folder)):
         fault = damage(path)
@@ -109,7 +119,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there and has the digest it was written with."""
+    """What is wrong with a checkpoint, or None where every file exists and has its stored digest."""
     try:
         header = json.loads((path / "digests.json").read_text(encoding="utf-8"))
         digests = header["sha256"]
@@ -126,10 +136,10 @@ def damage(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]) -> None:
-    """Put a checkpoint into a state that was built as it was for the first step.
+    """Load a checkpoint into a state that was built as for the first step.
 
     Raises:
-        CheckpointError: it is damaged, or it belongs to another model or other callbacks.
+        CheckpointError: the checkpoint is damaged, or it belongs to another model or to other callbacks.
     """
     fault = damage(path)
     if fault is not None:
@@ -154,21 +164,22 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint, damaged ones too, the oldest first."""
+    """All checkpoints of a folder, damaged ones too, the oldest first."""
     return sorted((path for path in folder.glob("step_[0-9]*") if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Finished steps of a checkpoint, from its name."""
+    """Number of finished training steps of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies that share no memory: safetensors refuses tensors that do."""
+    """Contiguous copies on the CPU that share no memory, since safetensors refuses tensors that do."""
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The optimizer's state as tensors named `INDEX.KEY`, and the JSON values of its groups."""
     saved = optimizer.state_dict()
     tensors = {
         f"{index}.{key}": torch.as_tensor(value)
@@ -185,6 +196,7 @@ def _is_json(value: object) -> bool:
 def _load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
+    """The inverse of `_flatten_optimizer`."""
     entries: dict[int, dict[str, Tensor]] = {}
     for flat, value in tensors.items():
         index, key = flat.split(".", 1)
