@@ -6,8 +6,7 @@ inverse: the prediction that lands on a wanted x_s.
 
 Consider predictions in the order of rising x_0; eps falls along them. Within the bounds x_s rises, since the step
 gains more through x_0 than it loses through eps. Beyond a bound, x_0 stays constant while eps keeps falling, so x_s
-turns back. The step is thus a
-folded line with a fold at each bound, and a wanted x_s may be reached:
+turns back. The step is thus a folded line with a fold at each bound, and a wanted x_s may be reached:
 
 - By one prediction within the bounds: the inverse of the step without clipping.
 - By another one beyond a bound. Its distance from the bound is the inverse's distance from it, times the slope before

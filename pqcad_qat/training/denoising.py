@@ -1,6 +1,6 @@
-"""A full-precision denoiser from real images: how the embedded model was made.
+"""Training of a full-precision denoiser from real images, which is how the embedded model was made.
 
-Not here: the loop (trainer.py), the images (data/images.py), or quantization.
+Not here: the loop (trainer.py), the images (data/images.py), and quantization.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 
 @dataclass
 class DenoisingLoss(Callback):
-    """Mean squared error of the prediction at a random time step (Ho et al. 2020, eq. 14), in the schedule's own
-    parameterisation.
+    """Mean squared error of the prediction at a random time step (Ho et al. 2020, eq. 14).
+
+    The prediction is in the schedule's own parameterisation.
     """
 
     def __post_init__(self) -> None:
@@ -35,18 +36,18 @@ class DenoisingLoss(Callback):
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """How labels condition a model.
+    """How class labels condition a model.
 
     Attributes:
-        null: the label that stands for no class, None where the model has none.
-        dropout: share of the labels that become it (Ho and Salimans 2022, algorithm 1).
+        null: label that stands for no class, None where the model has none.
+        dropout: share of labels that are replaced by it (Ho and Salimans 2022, algorithm 1).
     """
 
     null: int | None
     dropout: float
 
     def of(self, labels: Tensor, dice: torch.Generator) -> Tensor:
-        """The labels (B,) of a batch, some of them dropped."""
+        """The labels (B,) of a batch, some of them replaced by the null label."""
         if self.null is None:
             return labels
         return torch.where(torch.rand(len(labels), generator=dice) < self.dropout, self.null, labels)
@@ -55,8 +56,9 @@ class ClassLabels:
 def noisy_batches(
     images: ImageSet, schedule: DDPMSchedule, batch_size: int, seed: int, *, classes: ClassLabels | None = None
 ) -> BatchSource:
-    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), class_labels where there are classes}: a pure function of
-    seed and step.
+    """A batch source of noisy images: {x_t (B, C, H, W), t (B,), target (B, C, H, W)}, pure in seed and step.
+
+    With classes, a batch also holds class_labels.
     """
     alpha_bar = torch.from_numpy(schedule.alpha_bar)
 

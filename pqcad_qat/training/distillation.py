@@ -1,7 +1,13 @@
-"""Calibration-assisted distillation: the student's targets, their batches, and the two loss terms.
+"""Calibration-assisted distillation: the student's targets, its batches, and the two loss terms.
 
-Not here: the loop (trainer.py). The student runs half the teacher's steps (progressive distillation, Salimans and Ho
-2022); the calibration term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not public.
+The student takes fewer sampling steps than the teacher. Each of its steps replaces several of the teacher's, which
+makes it a progressive distillation (Salimans and Ho 2022). A second, calibration term pulls the student to where the
+full-precision model lands. That term is our reading of PQCAD-DM (arXiv 2506.16776), whose equations are not public.
+
+A target is the prediction that carries a state x_t in one student step to the wanted state x_s. It is found by
+inverting the sampling step.
+
+Not here: the loop (trainer.py), and targets where the sampler clips x_0 (clipping.py).
 """
 
 from __future__ import annotations
@@ -28,17 +34,17 @@ from pqcad_qat.training.clipping import fold, nearest_target
 
 @dataclass(frozen=True)
 class DistillationSet:
-    """What the student learns from, at the S states of a trajectory that it visits.
+    """The student's training data: K trajectories at the S states that the student visits.
 
     Attributes:
-        states: (K, S, C, H, W), x_t of the calibration set.
+        states: (K, S, C, H, W), x_t from the calibration set.
         teacher: (K, S, C, H, W), the prediction that carries x_t in one student step to where the quantized teacher's
             steps land.
-        calibration: (K, S, C, H, W), the prediction that carries x_t in one student step to the set's full-precision
-            x_s.
-        timesteps: (S,) of the states.
-        weights: (S,), truncated-SNR weight of a squared error in the model's own parameterisation.
-        folds: (S, 3), of the steps' bounds on x_0 (clipping.py); None where the sampler does not clip.
+        calibration: (K, S, C, H, W), the prediction that carries x_t in one student step to the calibration set's
+            full-precision x_s.
+        timesteps: (S,), time steps of the states.
+        weights: (S,), truncated-SNR weights of squared errors in the model's own parameterisation.
+        folds: (S, 3), centre, reach and slopes of each step (clipping.py); None where the sampler does not clip.
     """
 
     states: Tensor
@@ -63,20 +69,22 @@ def distillation_set(
     parts: Path | None = None,
     what: str = "teacher",
 ) -> DistillationSet:
-    """Run the frozen teacher once from every state that the student visits: its targets never change, so they are kept.
+    """Compute all targets of the student, by running the frozen teacher once from every state that the student visits.
+
+    The teacher does not change, so its targets are computed once and kept.
 
     Args:
-        teacher: quantized denoiser, in evaluation mode.
-        calibration: trajectories of the full-precision model, with its states at every time step of the student.
-        schedule: that the teacher samples by.
-        teacher_steps: T, of its own sampler; fewer than the calibration set's where the teacher is the student of an
-            earlier round.
-        student_steps: S; every time step of the student must be one of the calibration set's.
-        advance: told of the states done.
-        guidance_scale: that the teacher samples with; 1 where it needs one pass.
-        parts: folder for the batches of trajectories that are done, from which a process that comes after this one goes
-            on.
-        what: the stage that makes them, for whoever interrupts it.
+        teacher: quantized denoiser in evaluation mode.
+        calibration: trajectories of the full-precision model, with states at every time step of the student.
+        schedule: noise schedule that the teacher samples by.
+        teacher_steps: T, the teacher's sampling steps; fewer than the calibration set's if the teacher is the student
+            of an earlier round.
+        student_steps: S, the student's sampling steps; each of its time steps must be one of the calibration set's.
+        batch_size: trajectories per call of the teacher.
+        advance: function that receives the number of states done.
+        guidance_scale: guidance scale of the teacher; 1 where it needs one pass.
+        parts: folder for finished batches of trajectories, from which a later process can go on.
+        what: name of the stage, for the message of an interruption.
 
     Raises:
         InterruptedByUserError: Ctrl-C, with `parts`.
@@ -129,7 +137,7 @@ def distillation_set(
 
 
 def _folds(schedule: NoiseSchedule, steps: Walk) -> Tensor | None:
-    """(S, 3), what bounds the x_0 of each step; None where nothing does."""
+    """(S, 3), centre, reach and slopes of each step, or None where the sampler does not clip x_0."""
     if not isinstance(schedule, DDPMSchedule) or schedule.clip_sample_range is None:
         return None
     signals = [(schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)) for t, s in steps]
@@ -144,7 +152,7 @@ def _landing(
     *,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """Where the steps of the teacher that `follow` calls land."""
+    """The state at which the teacher's steps land from x_t; `follow` calls the teacher."""
     for step in along(walk, follow, x_t, schedule):
         x_t = step.x_s
         advance(len(x_t))
@@ -154,10 +162,10 @@ def _landing(
 def distillation_batches(
     data: DistillationSet, batch_size: int, seed: int, condition: Condition | None = None
 ) -> BatchSource:
-    """Step -> {x_t, t, teacher, calibration, weight, fold, condition} of a batch that mixes time steps: a pure function
-    of seed and step.
+    """A batch source that mixes time steps, pure in seed and step.
 
-    `condition` (K, ...) is what each trajectory is conditioned on.
+    A batch holds x_t, t, teacher, calibration, weight, fold where the sampler clips, and its condition. `condition`
+    (K, ...) is what each trajectory is conditioned on.
     """
 
     def batch(step: int) -> Batch:
@@ -178,16 +186,17 @@ def distillation_batches(
 
 @dataclass
 class CalibrationAssistedDistillation(Callback):
-    """The two terms: w_T ||student - teacher||^2 + w_C ||student - full precision||^2, both in truncated-SNR weight.
+    """The two loss terms: w_T ||student - teacher||^2 + w_C ||student - full precision||^2.
 
-    A batch of states whose steps are clipped holds their `fold` (B, 3): the targets are then the nearest predictions
-    that land there.
+    Both are in truncated-SNR weight. Where sampling steps are clipped, the batch holds their `fold` (B, 3). The target
+    is then the nearest prediction that lands on the wanted state.
 
     Attributes:
         teacher_weight: w_T; 0 leaves the term out.
-        calibration_weight: w_C; 0 is plain distillation from the quantized teacher, the ablation.
-        guidance_scale: of a student that keeps both passes of classifier-free guidance; 1 where it needs one.
-        unconditional: name -> (1, ...), of the other pass.
+        calibration_weight: w_C; 0 gives plain distillation from the quantized teacher, the ablation.
+        guidance_scale: guidance scale of a student that keeps both passes of classifier-free guidance; 1 where it
+            needs one pass.
+        unconditional: conditions of the unconditional pass by name, each (1, ...).
     """
 
     teacher_weight: float
@@ -204,7 +213,11 @@ class CalibrationAssistedDistillation(Callback):
         return {name: weight * self._error(prediction, name, batch) for name, weight in weighted.items() if weight}
 
     def _prediction(self, network: nn.Module, batch: Batch) -> Tensor:
-        """What the student samples with; both passes are one call, as processes that share the work want it."""
+        """The prediction that the student samples with, guided where it keeps both passes.
+
+        Both passes are one denoiser call, because processes that share the work expect one call of the network per
+        backward pass.
+        """
         x_t, t, condition = batch["x_t"], batch["t"], condition_of(batch)
         if self.guidance_scale == 1.0:
             return predict(network, x_t, t, condition)
@@ -215,7 +228,10 @@ class CalibrationAssistedDistillation(Callback):
 
     @staticmethod
     def _error(prediction: Tensor, name: str, batch: Batch) -> Tensor:
-        """Mean squared error of (B, C, H, W) to the target of this name, under the batch's weights (B,)."""
+        """Mean squared error of a prediction (B, C, H, W) to the target of this name.
+
+        Each state's error is weighted by the batch's weight (B,).
+        """
         target = batch[name]
         if "fold" in batch:
             folding = batch["fold"].T.reshape(3, -1, 1, 1, 1).unbind()

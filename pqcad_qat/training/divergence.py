@@ -1,7 +1,19 @@
-"""Trouble while a stage trains: a loss that explodes or jumps, ranges that collapsed or saturate, weights that
-oscillate; found, and named.
+"""Detection of trouble in a training stage: an exploding loss, ranges that collapse or saturate, oscillating weights.
 
-Not here: what is done about a divergence (rollback.py, training_stage.py), nor how a layer uses its grid
+Four things are watched, each by its own method:
+
+- The loss, at every step. It is smoothed and compared with its lowest level so far. Widths that were dropped allow it
+  to rise, since coarser rounding explains a larger error. A rise beyond that raises DivergedError.
+- Finite values. The training loop finds that something is NaN or infinite, and `TroubleWatch.explain` looks for the
+  tensor that it came from.
+- Weights, at every fifth step. A sample of each layer's integers shows clipping, collapse, and how often weights turn
+  back.
+- Inputs, at every 25th step. A sample of what each layer reads shows clipping and collapse.
+
+Trouble with weights or inputs is a warning, once for each layer and kind of trouble. Last, the watch keeps the step up
+to which all was well, to which training may go back.
+
+Not here: what follows a divergence (rollback.py, training_stage.py), and how a tensor uses its grid
 (quantization/grid_statistics.py).
 """
 
@@ -23,50 +35,60 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, 
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 
 RISE = 100.0
-"""Times its lowest level over which a loss has exploded. Quantized training starts close to the full-precision optimum,
-so a healthy loss
-rises too: sixfold at a rate of 5e-4 before it comes back, in our runs."""
+"""Factor over its lowest level above which a loss has exploded.
+
+Quantized training starts close to the full-precision optimum, so the loss rises in healthy training too. In our runs
+it rose sixfold at a learning rate of 5e-4 before it came back.
+"""
 
 NEGLIGIBLE = 1e-6
-"""Loss under which a rise means nothing: predictions are of order 1."""
+"""Loss below which a rise means nothing, since predictions are of order 1."""
 
 CALM = 0.1
-"""Share of the allowed loss under which training is well."""
+"""Share of the allowed loss below which training counts as well."""
 
 SETTLED = 10
-"""Steps after a change of width from which training counts as well again: a transition that does harm shows its harm by
-then.
+"""Training steps after a change of width from which training can count as well again.
+
+A transition that does harm shows it by then.
 """
 
 SATURATED = 0.25
-"""Share of clipped values over which a range saturates: a range of least squared error clips 7 % of a Gaussian's values
-at 2 bits and less at more, and at worst 16 % of a SiLU's outputs, at 3 bits."""
+"""Share of clipped values above which a range saturates.
+
+A range of least squared error clips 7 % of a Gaussian's values at 2 bits and less at larger widths. The worst case is
+16 % of a SiLU's outputs, at 3 bits.
+"""
 
 WEIGHTS_EVERY, INPUTS_EVERY = 5, 25
-"""Steps between two looks at the weights' integers (odd, since a weight that flips at every step shows it at odd
-distances alone), and at what the layers read. All that is watched takes 2 % of a step of a model as small as the
-digits', and less of larger ones.
+"""Training steps between two looks at the weights' integers, and between two looks at the layers' inputs.
+
+The first is odd: a weight that flips at every step shows it only at odd distances. All watching together takes 2 % of
+a training step of a model as small as the one for digits, and less of larger ones.
 """
 
 TRACKED, READ = 256, 4096
-"""Weights of a layer, and values of its input, that are looked at; evenly spread. The state of so few fits into every
-checkpoint.
+"""Number of a layer's weights, and of its input's values, that are looked at; they are evenly spread.
+
+The weights' state is so small that it fits into every checkpoint.
 """
 
 MEMORY = 0.9
-"""Decay of the frequency of flips, per look: about 50 steps."""
+"""Decay of the average frequency of flips at each look; it remembers about 50 training steps."""
 
 OFTEN = 0.2
 """Frequency of flips from which a weight oscillates: it turned back in one look of five."""
 
 OSCILLATING = 0.2
-"""Share of a layer's weights that may oscillate: healthy training, at 2 bits and a rate of 5e-4, had 7 % at most, at 8
-bits.
+"""Largest share of a layer's weights that may oscillate without a warning.
+
+Healthy training at a learning rate of 5e-4 down to 2 bits had 7 % at most, which occurred at 8 bits.
 """
 
 Trouble = Literal[
     "collapsed weights", "saturated weights", "oscillating weights", "collapsed inputs", "saturated inputs"
 ]
+"""Kinds of trouble that are warnings."""
 
 SAID: dict[Trouble, tuple[str, str]] = {
     "collapsed weights": (
@@ -92,12 +114,19 @@ SAID: dict[Trouble, tuple[str, str]] = {
         "training.learning_rate",
     ),
 }
+"""What a warning says of each trouble, and the advice that it gives."""
 
 
 @dataclass(frozen=True)
 class LossLevel:
-    """A loss smoothed over about five steps (an exponential moving average with Adam's bias correction), and its lowest
-    value so far.
+    """A smoothed loss and its lowest value so far.
+
+    It is smoothed over about five training steps, by an exponential moving average with Adam's bias correction.
+
+    Attributes:
+        average: the average before the correction.
+        count: number of losses averaged so far.
+        lowest: lowest corrected average so far, at least `NEGLIGIBLE`.
     """
 
     average: float = 0.0
@@ -105,29 +134,37 @@ class LossLevel:
     lowest: float = float("inf")
 
     def updated(self, loss: float) -> LossLevel:
+        """The level after one more loss."""
         moved = replace(self, average=0.8 * self.average + 0.2 * loss, count=self.count + 1)
         return replace(moved, lowest=max(NEGLIGIBLE, min(self.lowest, moved.value)))
 
     @property
     def value(self) -> float:
+        """The corrected average."""
         return self.average / (1 - 0.8**self.count)
 
 
 def allowed_rise(dropped: int) -> float:
-    """Times its lowest level that a loss may reach where layers went down by `dropped` bits: each bit doubles the
-    distance between two integers and so quadruples the squared rounding error; what is over that has another cause."""
+    """Factor over its lowest level that a loss may reach after widths dropped by `dropped` bits.
+
+    Each bit doubles the distance between two integers, which quadruples the squared rounding error. A rise beyond that
+    has another cause.
+    """
     return max(RISE, 4.0**dropped)
 
 
 @dataclass
 class Flips:
-    """How often weights turn back: Nagel et al. 2022 ("Overcoming oscillations in quantization-aware training", section
-    4), at every look.
+    """How often weights turn back, a sign of oscillation, from one look at their integers to the next.
 
-    Attributes, each (weights,), layer after layer:
-        integers: at the last look.
-        direction: of the last change, -1 or 1; 0 where there was none.
-        frequency: moving average of "changed, and the other way than before".
+    The method is that of Nagel et al. 2022 ("Overcoming oscillations in quantization-aware training", section 4),
+    applied at every look instead of every step. A weight flips when its integer changes in the direction opposite to
+    its last change.
+
+    Attributes:
+        integers: (weights,), layer after layer, at the last look.
+        direction: (weights,), direction of the last change, -1 or 1; 0 before the first change.
+        frequency: (weights,), moving average of flips, 1 for a flip and 0 otherwise.
     """
 
     integers: Tensor
@@ -136,9 +173,11 @@ class Flips:
 
     @classmethod
     def of(cls, integers: Tensor) -> Flips:
+        """The state at the first look."""
         return cls(integers, torch.zeros_like(integers), torch.zeros_like(integers))
 
     def look(self, integers: Tensor) -> None:
+        """Compare the integers with those of the last look, and update the state."""
         change = (integers - self.integers).sign()
         self.frequency.lerp_((change * self.direction < 0).to(self.frequency.dtype), 1 - MEMORY)
         self.direction = torch.where(change == 0, self.direction, change)
@@ -147,15 +186,15 @@ class Flips:
 
 @dataclass
 class TroubleWatch(Callback):
-    """Watches the loss at every step, weights and inputs at some; raises DivergedError, and warns of the rest once a
-    layer and trouble.
+    """Watches the loss, the weights and the inputs; raises DivergedError, or warns once for each layer and trouble.
 
     Attributes:
-        stage: heads every warning.
+        stage: name of the stage, at the head of every warning.
         layers: quantized layers by name.
-        warn: told in a sentence.
-        good: the last step at which all was well: the loss calm, and no change of width under way or just over. What is
-            raised at a later step may be undone by going back to a checkpoint of this one or an earlier one.
+        warn: function that receives each warning as a sentence.
+        good: last training step at which all was well: the loss was calm, and no width was changing or had just
+            changed. An error at a later step can be undone by going back to a checkpoint of this step or an earlier
+            one.
     """
 
     stage: str
@@ -179,25 +218,35 @@ class TroubleWatch(Callback):
         self._widths = dict(self._first)
 
     def before_step(self, state: TrainState) -> None:
+        """Begin to read the layers' inputs, where it is time for that."""
         if state.step % INPUTS_EVERY == 0:
             watchers = [(layer, partial(self._read, name)) for name, layer in self.layers.items()]
             self._reading.enter_context(watched_inputs(watchers))
 
     def loss_terms(self, state: TrainState, batch: Batch) -> Mapping[str, Tensor]:
-        """Asked after those that run the model: what the backward pass computes again, and further micro-batches, are
-        not read.
+        """Stop reading inputs; no loss term.
+
+        The loop calls this after the callbacks that run the model. So neither what the backward pass computes again
+        nor further micro-batches are read.
         """
         self._batch = batch
         self._reading.close()
         return {}
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Judge the loss, and the samples of inputs and weights where there are any."""
         self._look_at_inputs(state.step)
         self._judge(state.step, report.loss)
         if self.layers and state.step % WEIGHTS_EVERY == 0:
             self._look_at_weights(state.step)
 
     def explain(self, state: TrainState) -> Sequence[str]:
+        """The likely causes of a loss or gradient that is not finite.
+
+        If the batch itself is not finite, nothing else is named. Otherwise weights, ranges and other Parameters that
+        are not finite are named. Only if all of these are finite is a gradient named: the last one in the model's
+        order, where the backward pass begins.
+        """
         self._look_at_inputs(state.step)
         if wrong := [name for name, value in self._batch.items() if not bool(value.isfinite().all())]:
             return [f"{', '.join(wrong)} of the batch not finite"]
@@ -225,18 +274,22 @@ class TroubleWatch(Callback):
         ]
 
     def _owner(self, parameter: str) -> str:
+        """The layer that a Parameter belongs to, or the Parameter's own name."""
         return next((f"layer {name}" for name in self.layers if parameter.startswith(f"{name}.")), parameter)
 
     def forgive(self, step: int) -> None:
-        """Judge the loss again only after a while: the learning rate has just been lowered, and training goes on from
-        where it is.
-        """
+        """Judge the loss again only after some steps, since training goes on from here with a lower learning rate."""
         self._judge_from = step + 2 * SETTLED
 
     # ---- the loss
     # ----------------------------------------------------------------------------------------------------------------
 
     def _judge(self, step: int, loss: float) -> None:
+        """Raise DivergedError where the loss has risen too far, and update `good`.
+
+        The bits that were dropped count from the stage's start, for the layer that dropped most. A blend counts as its
+        next width.
+        """
         blends = {name: blend_state(layer) for name, layer in self.layers.items()}
         widths = {name: blend.next_bits if blend else read_bits(self.layers[name])[0] for name, blend in blends.items()}
         moved = [name for name, width in widths.items() if width != self._widths[name]]
@@ -253,6 +306,7 @@ class TroubleWatch(Callback):
             self.good = step
 
     def _explosion(self, step: int, allowed: float) -> str:
+        """The message of a loss that rose too far, with the last change of width as its likely cause."""
         level = self._loss
         text = (
             f"step {step}: training diverged: the smoothed loss is {level.value:.3g}, "
@@ -273,6 +327,10 @@ class TroubleWatch(Callback):
     # ------------------------------------------------------------------------------------------------------
 
     def _look_at_weights(self, step: int) -> None:
+        """Look at a sample of each layer's weights for collapse, saturation and oscillation.
+
+        Flips are counted anew after a change of width, since integers of different grids cannot be compared.
+        """
         found: dict[Trouble, dict[str, str]] = {
             "collapsed weights": {},
             "saturated weights": {},
@@ -296,10 +354,15 @@ class TroubleWatch(Callback):
         self._tell(step, found)
 
     def _read(self, name: str, tensor: Tensor) -> None:
+        """Look at a sample of one input that a layer reads."""
         use = input_use(self.layers[name], tensor.detach(), READ)
         self._inputs.setdefault(name, []).append((use.clipped, use.collapsed))
 
     def _look_at_inputs(self, step: int) -> None:
+        """Warn of trouble with the inputs that were read in this step.
+
+        A layer that was called several times has collapsed where every call's input did; its clipping is the mean.
+        """
         found: dict[Trouble, dict[str, str]] = {"collapsed inputs": {}, "saturated inputs": {}}
         for name, uses in self._inputs.items():
             clipped = sum(share for share, _ in uses) / len(uses)
@@ -311,6 +374,7 @@ class TroubleWatch(Callback):
         self._tell(step, found)
 
     def _tell(self, step: int, found: Mapping[Trouble, Mapping[str, str]]) -> None:
+        """Warn of trouble that was not warned of before."""
         for trouble, layers in found.items():
             new = {name: number for name, number in layers.items() if f"{trouble}: {name}" not in self._told}
             if not new:
@@ -337,7 +401,7 @@ class TroubleWatch(Callback):
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """What has been told stays told, also where training goes back to before it."""
+        """Restore the state; warnings already given are not given again, even if training goes back to before them."""
         self._loss = LossLevel(**saved["loss"])
         self.good, self._judge_from = saved["good"], saved["judge_from"]
         self._changed_at, self._busy_at = saved["changed_at"], saved["busy_at"]

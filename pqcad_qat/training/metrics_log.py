@@ -1,6 +1,6 @@
-"""What one watches while a stage trains: TensorBoard, a file of numbers for the report, and one progress line.
+"""The log of a training stage: TensorBoard, a file of numbers for the report, and a progress line.
 
-Not here: what the numbers mean; callbacks hand them over by name.
+Not here: what the numbers mean; callbacks supply them by name.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 LAYER = "layer/"
-"""Scalars under this head are of single layers: they go to TensorBoard, and not to the file that the report reads."""
+"""Prefix of scalars of single layers, which go to TensorBoard but not to the file that the report reads."""
 
 
 @dataclass
 class MetricsLog(Callback):
-    """Writes loss terms and the scalars of the other callbacks to TensorBoard and `<folder>/<stage>.jsonl`, and images
-    to the former.
+    """Writes loss terms, scalars and images of a stage to TensorBoard, and the numbers also to `FOLDER/STAGE.jsonl`.
 
-    Used as a context manager around `fit`. Rows of steps after the one resumed from are dropped.
+    Scalars and images come from the other callbacks. The log is a context manager around `fit`. When a run is resumed,
+    the rows of later steps are dropped.
 
     Attributes:
-        stage: heads every tag and names the file.
-        folder: of TensorBoard's events and the file.
-        steps: of the stage, for the progress line.
-        others: callbacks whose scalars are asked for after every step.
-        enabled: False on all processes but the first.
+        stage: name of the stage, which begins every tag and names the file.
+        folder: where TensorBoard's events and the file are written.
+        steps: training steps of the stage, for the progress line.
+        console: where the progress line is shown.
+        others: callbacks whose scalars and images are logged after every step.
+        enabled: whether anything is written; False on all processes but the first.
+        loss: smoothed loss that the progress line shows.
     """
 
     stage: str
@@ -60,6 +62,7 @@ class MetricsLog(Callback):
 
     @property
     def file(self) -> Path:
+        """The file of numbers: one JSON object per training step."""
         return self.folder / f"{self.stage}.jsonl"
 
     def __enter__(self) -> MetricsLog:
@@ -77,11 +80,11 @@ class MetricsLog(Callback):
     ) -> None:
         if self._writer and self._progress:
             self._progress.stop()
-            with suppress(OSError) if error else nullcontext():  # a full disk has its error already
+            with suppress(OSError) if error else nullcontext():  # of a full disk, the error under way tells already
                 self._writer.close()
 
     def start_at(self, step: int) -> None:
-        """Drop rows of steps that will be made again."""
+        """Drop the rows of steps that will be made again."""
         if self.enabled and self.file.exists():
             kept = [row for row in read_metrics(self.file) if row["step"] <= step]
             self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -103,11 +106,12 @@ class MetricsLog(Callback):
         self._show(state.step, report, row)
 
     def _show(self, step: int, report: StepReport, row: Mapping[str, float]) -> None:
+        """Update the progress line; where there is no terminal, print a line at every tenth of the stage."""
         assert self._progress is not None
         self.loss = report.loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * report.loss
         bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
         self._steps += 1
-        seconds = (monotonic() - self._began) / self._steps  # a step
+        seconds = (monotonic() - self._began) / self._steps  # per step
         note = f"loss {self.loss:.5f}{bits} {report.samples / seconds:.3g} images/s"
         self._progress.update(self._task, completed=step, note=note)
         if self._progress.disable and (step * 10 // self.steps > (step - 1) * 10 // self.steps):
@@ -116,8 +120,9 @@ class MetricsLog(Callback):
 
 
 def log_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Show texts (Markdown) in TensorBoard, by name; once for a folder, so that a resumed run does not show them
-    again.
+    """Write Markdown texts to TensorBoard, by name.
+
+    A folder that already has events is left alone, so that a resumed run does not show them twice.
     """
     if not any(folder.glob("events.*")):
         with SummaryWriter(str(folder)) as writer:
@@ -126,7 +131,7 @@ def log_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a stage's file; a last line that a crash cut short is left out."""
+    """The rows of a stage's file, up to the first that is not complete, as a crash may leave the last one."""
     rows: list[dict[str, Any]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

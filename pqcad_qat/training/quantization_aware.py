@@ -1,6 +1,6 @@
 """Quantization-aware training on the calibration set: its batches, and the loss against the full-precision prediction.
 
-Not here: which widths are trained when (bit_schedule.py), nor the half-step student (distillation.py).
+Not here: when each width is trained (bit_schedule.py), and the distilled student (distillation.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 
 @dataclass
 class FullPrecisionMatching(Callback):
-    """Mean squared error to the full-precision model's own prediction at the same state, in its own
-    parameterisation.
+    """Mean squared error to the full-precision model's prediction at the same state.
+
+    The prediction is in that model's parameterisation.
     """
 
     def __post_init__(self) -> None:
@@ -33,9 +34,9 @@ class FullPrecisionMatching(Callback):
 
 
 def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int) -> BatchSource:
-    """Step -> {x_t (B, C, H, W), t (B,), target (B, C, H, W), condition} of the set: a pure function of seed and step.
+    """A batch source of the calibration set: {x_t (B, C, H, W), t (B,), target (B, C, H, W), condition}.
 
-    Of guided trajectories half of the states, every second one, are of the unconditional pass.
+    It is pure in seed and step. Where trajectories are guided, every second state belongs to the unconditional pass.
     """
     t = torch.tensor(calibration.timesteps)
 

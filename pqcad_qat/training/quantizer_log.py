@@ -1,6 +1,6 @@
-"""What quantizers do while a stage trains, as numbers for the log: each layer's width and ranges, and the mean width.
+"""Numbers about quantizers for the log of a training stage: each layer's width and ranges, and the mean width.
 
-Not here: who changes widths (bit_schedule.py), and what is wrong with a range (divergence.py).
+Not here: what changes widths (bit_schedule.py), and what is wrong with a range (divergence.py).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, 
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 OBSERVE_EVERY = 5
-"""Steps between two observations of single layers: they change slowly."""
+"""Training steps between two observations of single layers, which change slowly."""
 
 
 @dataclass
 class QuantizerLog(Callback):
-    """Logs the mean width at every step, and at some `layer/NAME/bits`, `.../weight_range` and `.../input_range`.
+    """Logs the mean width at every step, and `layer/NAME/bits`, `weight_range` and `input_range` at some.
 
-    A range is its size in units of the tensor, of weights the mean over their scales; a blend counts as its mixture of
-    two widths.
+    A range is logged as its size in units of the tensor; for weights it is the mean over their scales. A blend counts
+    as the mixture of its two widths.
 
     Attributes:
         layers: quantized layers by name.
@@ -41,14 +41,14 @@ class QuantizerLog(Callback):
                 self._own |= {f"layer/{name}/{what}": value for what, value in found.items()}
 
     def scalars(self) -> dict[str, float]:
-        """For the log."""
+        """Values for the log."""
         if not self.layers:
             return {}
         return {"mean_bits": sum(map(mixed_width, self.layers.values())) / len(self.layers), **self._own}
 
 
 def mixed_width(layer: QuantizedLayer) -> float:
-    """The layer's weight width in bits; in a transition between its two widths, by the share of the next."""
+    """The layer's weight width in bits; during a blend, the mean of its two widths weighted by their shares."""
     blend = blend_state(layer)
     return (
         float(read_bits(layer)[0]) if blend is None else (1 - blend.share) * blend.bits + blend.share * blend.next_bits

@@ -1,7 +1,8 @@
-"""Going back after a divergence: to which checkpoint, and the record of it, by which a killed run comes to the same
-decisions.
+"""Going back after a divergence: the choice of the checkpoint, and a record of every rollback.
 
-Not here: what a divergence is (divergence.py, trainer.py), nor what follows from the policy (training_stage.py).
+The record lets a run that was killed and resumed come to the same decisions as one that was not.
+
+Not here: what a divergence is (divergence.py, trainer.py), and what the policy makes of it (training_stage.py).
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ from pqcad_qat.training.callback import Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage, step_of
 
 RECORD = "rollbacks.json"
+"""Name of the file, in the stage's checkpoint folder, that lists its rollbacks."""
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Training diverged at `step` and went back to `entered`, 0 being the stage's start."""
+    """One return to an earlier step.
+
+    Attributes:
+        step: training step at which training diverged.
+        entered: training step that it went back to, 0 for the stage's start.
+        cause: message of the divergence.
+    """
 
     step: int
     entered: int
@@ -35,7 +43,7 @@ class Rollback:
 
 @dataclass(frozen=True)
 class StageStart:
-    """A stage before its first step, in memory: where training goes back to when no good checkpoint is left."""
+    """A copy, in memory, of a stage before its first step, for a rollback where no good checkpoint is left."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -44,6 +52,7 @@ class StageStart:
 
     @classmethod
     def of(cls, state: TrainState, callbacks: Sequence[Callback]) -> StageStart:
+        """A copy of the state as it is now."""
         return cls(
             {name: value.detach().clone() for name, value in state.model.state_dict().items()},
             copy.deepcopy(state.optimizer.state_dict()),
@@ -52,6 +61,7 @@ class StageStart:
         )
 
     def restore(self, state: TrainState, callbacks: Sequence[Callback]) -> None:
+        """Put the state and the callbacks back to the stage's start."""
         state.model.load_state_dict(self.model)
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
         state.step = 0
@@ -63,7 +73,11 @@ class StageStart:
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """What happened to a stage so far, in order. Raises CheckpointError where the record is damaged."""
+    """The stage's rollbacks so far, in order.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
     file = folder / RECORD
     try:
         return [Rollback(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
@@ -74,16 +88,22 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
 
 
 def good_checkpoint(folder: CheckpointFolder, good: int) -> Path | None:
-    """The newest undamaged checkpoint of at most `good` steps; those that Ctrl-C left do not count, so that it never
-    decides anything.
+    """The newest undamaged regular checkpoint of at most `good` steps.
+
+    Checkpoints that Ctrl-C left between the regular ones do not count, so that an interruption never changes a
+    decision.
     """
     found = [path for path in checkpoints(folder.path) if step_of(path) <= good and step_of(path) % folder.every == 0]
     return next((path for path in reversed(found) if damage(path) is None), None)
 
 
 def record_rollback(folder: CheckpointFolder, rollbacks: Sequence[Rollback]) -> None:
-    """Drop the checkpoints after the last rollback's, then write it down: a process killed between the two meets the
-    divergence again.
+    """Delete the checkpoints after the one that the last rollback goes back to, then write the record.
+
+    A process that is killed between the two resumes before the divergence, and meets it again.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
     """
     try:
         for path in checkpoints(folder.path):

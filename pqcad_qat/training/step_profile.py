@@ -1,7 +1,11 @@
-"""What one training step costs, by part: the loop's own steps of several models in turns, with a stopwatch around their
-parts.
+"""The cost of one training step by its parts, in time and memory.
 
-Not here: which models those are (step_costs.py), nor the speed of inference (timing/latency.py).
+The method. The training loop itself makes the steps, and a stopwatch is put around the methods that each part calls.
+Several models take turns, so that a slow moment falls on all alike. On an accelerator the host runs ahead of the
+device, so the stopwatch waits for the device at both ends of a part. This makes the whole step slower, so its total
+comes from further steps without these waits.
+
+Not here: which models are compared (step_costs.py), and the speed of inference (timing/latency.py).
 """
 
 from __future__ import annotations
@@ -25,26 +29,28 @@ from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
 PARTS = ("batch", "schedule", "forward", "backward", "optimizer", "watch", "rest")
-"""Of a step, in order: `schedule` is what callbacks do before it and `watch` after it, `rest` gradient norm and moving
-averages.
+"""Parts of a training step, in order.
+
+`schedule` is the callbacks' work before a step and `watch` their work after it; `rest` is the gradient norm and the
+moving averages.
 """
 
 WARM_UP = 2
+"""Number of steps of each model that are not timed; they measure its memory."""
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Medians over the steps that were timed.
+    """Cost of a training step: medians over the timed steps, and memory.
 
-    On an accelerator, which works while the host goes on, every part is waited for in steps of their own: their sum is
-    more than `total`.
+    On an accelerator, each part is waited for in steps made for that, so the parts' sum is more than `total`.
 
     Attributes:
-        milliseconds: part -> milliseconds a step.
-        total: milliseconds a step, the median of whole steps, within which nothing more is waited for than in training.
-        kept_bytes: what autograd keeps of a step from the forward to the backward pass, Parameters and buffers not
-            counted.
-        peak_bytes: most that a step has allocated at once beyond what was there before it.
+        milliseconds: milliseconds per step of each part.
+        total: milliseconds per whole step, measured without any waiting that training does not do.
+        kept_bytes: bytes that autograd keeps between the forward and the backward pass, without Parameters and
+            buffers.
+        peak_bytes: largest number of bytes allocated at once, beyond those allocated before the step.
     """
 
     milliseconds: Mapping[str, float]
@@ -55,8 +61,9 @@ class StepProfile:
 
 @dataclass
 class _Stopwatch:
-    """Adds up the seconds of the parts of the step at hand, unless it is stopped: on an accelerator it waits at the
-    ends of each part.
+    """Adds up the seconds of each part of a step, unless it is stopped.
+
+    On an accelerator it waits for the device at both ends of each part.
     """
 
     device: torch.device
@@ -64,6 +71,8 @@ class _Stopwatch:
     stopped: bool = False
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose calls are timed as this part."""
+
         def timing(*arguments: Any, **named: Any) -> Any:
             if self.stopped:
                 return call(*arguments, **named)
@@ -76,7 +85,7 @@ class _Stopwatch:
         return timing
 
     def parts(self, step: Callable[[], None]) -> dict[str, float]:
-        """The seconds of each part of a step, of the rest of it, and of the whole."""
+        """Seconds of each part of a step, of the rest, and of the whole step."""
         self.seconds.clear()
         start = self.now()
         step()
@@ -84,7 +93,7 @@ class _Stopwatch:
         return {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
 
     def whole(self, step: Callable[[], None]) -> float:
-        """The seconds of a step, whose parts are not watched."""
+        """Seconds of a step whose parts are not timed."""
         self.stopped = True
         start = self.now()
         try:
@@ -94,6 +103,7 @@ class _Stopwatch:
             self.stopped = False
 
     def now(self) -> float:
+        """The time in seconds, after all work given to the device is done."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
@@ -108,15 +118,15 @@ def profile_steps(
     runs: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, StepProfile]:
-    """Train every candidate for `runs` steps, in turns, so that a slow minute of the machine falls on all of them
-    alike.
+    """Train every candidate for `runs` timed steps, in turns, so that a slow moment falls on all of them alike.
 
     Args:
         candidates: name -> model, changed in place, and its callbacks.
-        batches: of all of them.
+        batches: batch source of all candidates.
         precision: arithmetic of the forward and backward pass.
         ema: decay of the weights' moving averages.
-        advance: told of every step made.
+        runs: number of timed steps per candidate.
+        advance: function called with 1 after every step.
     """
     accelerator = new_accelerator(precision)
     watch = _Stopwatch(accelerator.device)
@@ -137,7 +147,7 @@ def profile_steps(
             step = partial(_train_once, state, candidates[name][1], timed_batches, ema, accelerator=accelerator)
             if turn == 0:
                 kept[name] = _kept_bytes(state.model, step)
-            elif turn == 1:  # by now the optimizer has its state
+            elif turn == 1:  # the second step, since the optimizer allocates its state in the first
                 peak[name] = _peak_bytes(accelerator.device, step)
             else:
                 found[name].append(watch.parts(step))
@@ -150,6 +160,7 @@ def profile_steps(
 def _train_once(
     state: TrainState, callbacks: Sequence[Callback], batches: BatchSource, ema: float, *, accelerator: Accelerator
 ) -> None:
+    """Make one training step with the loop itself."""
     fit(
         state,
         callbacks,
@@ -182,15 +193,16 @@ def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
 
 
 def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
-    """Most bytes that are allocated at once on a device while `step` runs, beyond those before it, from torch's own
-    record.
+    """Largest number of bytes allocated at once on a device while `step` runs, beyond those before it.
+
+    CUDA counts this itself. Elsewhere it is the largest running sum of the allocations that torch's profiler records.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says on the terminal when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's start and stop messages off the terminal
     with profile(profile_memory=True) as watched:
         step()
     changes = [

@@ -1,6 +1,10 @@
-"""The training loop, and nothing but the loop, on Hugging Face Accelerate.
+"""The training loop on Hugging Face Accelerate.
 
-Not here: what is learned (callbacks) or from what (the batch source); neither is imported.
+A step calls the callbacks' `before_step`, computes the gradients of their summed loss terms over all micro-batches and
+processes, makes one optimizer step, updates the averaged weights, and calls `after_step`. Then a checkpoint is written
+where one is due.
+
+Not here: what is learned (callbacks) and from which data (the batch source); neither is imported.
 """
 
 from __future__ import annotations
@@ -30,21 +34,25 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
 
 SMALLEST_SCALE = 1.0
-"""Scale of the loss in fp16 at which gradients that are not finite are no more an overflow: it starts at 65,536, and
-halves.
+"""Loss scale of fp16 from which down gradients that are not finite no longer count as an overflow.
+
+The scale starts at 65,536 and is halved at every overflow.
 """
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How the loop runs.
+    """Settings of the loop.
 
     Attributes:
-        steps: optimizer steps in all.
-        learning_rate: peak; warmed up linearly over `warmup` steps, then a cosine down to 0 (`constant`: kept).
-        ema: decay of the Parameters' moving average, 0 for none; it starts low, as min(ema, (1 + n) / (10 + n)).
-        accumulation: micro-batches that a process's part of one step's batch is split into.
-        max_grad_norm: gradients are scaled down to this norm.
+        steps: number of optimizer steps.
+        learning_rate: peak learning rate.
+        warmup: training steps over which the rate rises linearly to its peak.
+        shape: course after the warm-up; `cosine` falls to 0, `constant` stays.
+        ema: decay of the Parameters' moving average, 0 for none. It starts lower, as min(ema, (1 + n) / (10 + n))
+            after n steps.
+        accumulation: number of micro-batches into which each process splits its part of a batch.
+        max_grad_norm: norm down to which larger gradients are scaled.
     """
 
     steps: int
@@ -56,24 +64,23 @@ class LoopSettings:
     max_grad_norm: float = 1.0
 
     def learning_rate_at(self, step: int, setbacks: int = 0) -> float:
-        """The rate of a step, halved for every divergence overcome before it."""
+        """The learning rate of a step, halved for every divergence overcome before it."""
         rate = self.learning_rate * 0.5**setbacks * min(1.0, (step + 1) / (self.warmup + 1))
         return rate if self.shape == "constant" else rate * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
 
 
 def new_accelerator(precision: Precision) -> Accelerator:
-    """An Accelerator of this precision. Accelerate keeps the first one's settings for the whole process: they are
-    forgotten here.
+    """A new Accelerator of this precision.
 
-    Processes hold the same model and compute the same decisions, so only gradients travel; Parameters may go without
-    one.
+    Accelerate keeps the settings of the first one for the whole process, so they are reset here. Processes hold the
+    same model and make the same decisions, so only gradients are exchanged. A Parameter may have none in a step.
 
     Raises:
-        PolicyError: this machine does not have the precision.
+        PolicyError: this machine does not support the precision.
     """
     AcceleratorState._reset_state()
     replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate does not know the newer name
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate only has the older name
     try:
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[replicas]
@@ -88,18 +95,19 @@ def new_accelerator(precision: Precision) -> Accelerator:
 
 
 def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
-    """The model as it was before Accelerate took it: its own forward, in float32, and Accelerate would take it, or a
-    copy of it, again.
+    """The model as it was before Accelerate prepared it: with its own forward, in float32.
+
+    Accelerate's marks are removed, so that it can prepare the model, or a copy of it, again.
     """
     model: nn.Module = accelerator.unwrap_model(state.network, keep_fp32_wrapper=False)
-    vars(model).pop("forward", None)  # what Accelerate puts back is a copy of the class's own
-    vars(model).pop("_is_accelerate_prepared", None)  # a model with this mark is neither moved to the device nor cast
+    vars(model).pop("forward", None)  # Accelerate restores forward as an attribute, which hides the class's own
+    vars(model).pop("_is_accelerate_prepared", None)  # Accelerate neither moves nor casts a model with this mark
     return model
 
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
-    """A state before its first step: AdamW over all Parameters, scales among them, without weight decay."""
-    # fused, it would skip a step that overflows fp16 by itself, and Accelerate not know of it
+    """A state before its first step, with AdamW over all Parameters, including scales, without weight decay."""
+    # A fused AdamW skips a step whose fp16 gradients overflow by itself, and Accelerate would not notice.
     fused = accelerator.scaler is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     network, prepared = accelerator.prepare(model, optimizer)
@@ -122,9 +130,9 @@ def fit(
     """Train from state.step to settings.steps; the state holds the result.
 
     Raises:
-        DivergedError: the loss, a gradient or a weight is not finite (the step, its terms, and the causes that
-            callbacks see); the step has changed no weight.
-        InterruptedByUserError: Ctrl-C, after the step at hand and a checkpoint.
+        DivergedError: the loss, a gradient or a weight is not finite. The message has the step, its loss terms, and
+            the causes that callbacks see. The step has changed no weight.
+        InterruptedByUserError: Ctrl-C; raised after the step under way and a checkpoint.
         CheckpointError: a checkpoint cannot be written.
     """
     with _interrupts() as interrupted:
@@ -140,7 +148,7 @@ def fit(
             stop = any_process(interrupted.is_set())
             if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
                 _checkpoint(checkpoints, state, callbacks)
-            if stop:  # in the last step too: the stages that follow are not begun
+            if stop:  # even after the last step, so that no further stage begins
                 kept = ": its checkpoint is kept" if checkpoints else ""
                 raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
 
@@ -148,17 +156,24 @@ def fit(
 def _step(
     state: TrainState, callbacks: Sequence[Callback], batch: Batch, settings: LoopSettings, *, accelerator: Accelerator
 ) -> StepReport:
+    """Make one optimizer step, and report it.
+
+    Under fp16, gradients may overflow because the loss scale is too high. The optimizer then skips the step, the
+    scaler halves the scale, and the step is made again with the same batch. Once the scale is at its smallest,
+    gradients that are not finite are a divergence.
+    """
     rate = settings.learning_rate_at(state.step, state.setbacks)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     parts = _micro_batches(_share(batch, accelerator), settings.accumulation)
-    while True:  # once; again where gradients have overflowed fp16, at half their scale
+    while True:  # again, at half the loss scale, only where fp16 gradients have overflowed
         with others_alive():
             values = _gradients(state, callbacks, parts, accelerator)
         accelerator.unscale_gradients(state.optimizer)
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         total = get_total_norm(gradients)
-        # the weights' own too: quantizers clamp one that is infinite, and neither loss nor gradients would tell
+        # The norm of the weights is checked too: quantizers clamp an infinite weight, so that neither the loss nor the
+        # gradients would show it.
         norm, size = torch.stack([total, get_total_norm(state.parameters.values())]).tolist()
         loss = sum(values.values())
         overflow = not math.isfinite(norm) and math.isfinite(loss) and _may_overflow(state.scaler)
@@ -176,9 +191,12 @@ def _step(
 def _gradients(
     state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Forward and backward of every micro-batch; the loss terms, means over all micro-batches of all processes."""
+    """Run forward and backward passes of all micro-batches.
+
+    It returns the loss terms, as means over all micro-batches of all processes.
+    """
     sums: dict[str, Tensor] = {}
-    if not state.model.training:  # asked of the model: a wrapper says so of itself from the start
+    if not state.model.training:  # the model, since a wrapper's own flag is True from the start
         state.network.train()
         hold_statistics(state.network)
     for number, part in enumerate(parts):
@@ -195,14 +213,15 @@ def _gradients(
 
 
 def _may_overflow(scaler: torch.amp.GradScaler | None) -> bool:
-    """Whether gradients that are not finite may be so only since fp16 has been scaled too high: the scaler halves the
-    scale each time.
+    """Whether gradients that are not finite may be due to a loss scale of fp16 that is still too high.
+
+    The scaler halves it each time.
     """
     return scaler is not None and scaler.get_scale() > SMALLEST_SCALE
 
 
 def _divergence(state: TrainState, callbacks: Sequence[Callback], values: dict[str, float], norm: float) -> str:
-    """What is not finite, and why; the gradients are still as they came."""
+    """The message that says what is not finite and why, made before the gradients are changed."""
     terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
     causes = [cause for callback in callbacks for cause in callback.explain(state)]
     return f"step {state.step}: training diverged: loss terms {terms}, gradient norm {norm:g}" + "".join(
@@ -217,7 +236,7 @@ def _share(batch: Batch, accelerator: Accelerator) -> Batch:
 
 
 def _micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """Equal parts, so that the mean of their means is the batch's."""
+    """The batch in equal parts, so that the mean of their means is the batch's mean."""
     size = len(next(iter(batch.values())))
     assert size % count == 0, f"a process's batch of {size} is not {count} equal micro-batches"
     return [{name: value.chunk(count)[number] for name, value in batch.items()} for number in range(count)]
@@ -225,6 +244,7 @@ def _micro_batches(batch: Batch, count: int) -> list[Batch]:
 
 @torch.no_grad()
 def _average(state: TrainState, decay: float) -> None:
+    """Move the averaged weights towards the present ones, with a decay that starts low."""
     if state.ema is None:
         return
     since = state.step - state.ema_since
@@ -233,6 +253,7 @@ def _average(state: TrainState, decay: float) -> None:
 
 
 def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence[Callback]) -> None:
+    """Write a checkpoint in the first process, after making sure that all processes hold the same weights."""
     if process_count() > 1:
         refuse_drift(
             f"step {state.step}",
@@ -245,7 +266,10 @@ def _checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Sequence
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Set on the first Ctrl-C or request to terminate; a second one ends the program at once."""
+    """An event set by the first Ctrl-C or request to terminate; a second one ends the program at once.
+
+    Outside the main thread, where Python allows no signal handlers, it is never set.
+    """
     asked = threading.Event()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
@@ -262,5 +286,5 @@ def _interrupts() -> Iterator[threading.Event]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-    if asked.is_set():  # after the loop had last looked
+    if asked.is_set():  # set after the loop last looked, so not handled there
         raise KeyboardInterrupt

@@ -1,7 +1,6 @@
-"""Images that a model samples while it trains, always from the same noise: what one looks at to see a stage go well or
-badly.
+"""Images sampled while a model trains, always from the same noise, which show whether a stage goes well.
 
-Not here: the images of a run's report (report/), and how they reach TensorBoard (metrics_log.py).
+Not here: the images of a run's report (report/), and how images reach TensorBoard (metrics_log.py).
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState, averag
 
 @dataclass
 class TrainingSamples(Callback):
-    """Samples from the averaged weights after every so many steps; the first process alone, while the others wait.
+    """Samples images from the averaged weights at regular steps, in the first process while the others wait.
 
     Attributes:
         noise: (N, C, H, W), x_T of the images.
-        schedule: of the model.
-        steps: sampling steps.
-        every: training steps between two grids; 0 for none.
-        guidance: what the images are conditioned on, and how they are guided.
+        schedule: noise schedule of the model.
+        steps: number of sampling steps.
+        every: training steps between two sets of images; 0 for none.
+        guidance: conditions of the images and how they are guided.
     """
 
     noise: Tensor
@@ -47,11 +46,12 @@ class TrainingSamples(Callback):
         self._sampled = self._sample(state) if due else None
 
     def images(self) -> Mapping[str, Tensor]:
-        """For the log: uint8 (N, C, H, W)."""
+        """Images for the log, uint8 (N, C, H, W)."""
         return {} if self._sampled is None else {"samples": self._sampled}
 
     @torch.no_grad()
     def _sample(self, state: TrainState) -> Tensor | None:
+        """The sampled images, or None where a value of them is not finite."""
         with averaged_weights(state) as model, frozen_weights(model.eval()):
             x = self.noise.to(next(model.parameters()).device)
             for step in trajectory(self.guidance.follow(model, x.device), x, self.schedule, self.steps):

@@ -1,7 +1,9 @@
-"""One stage of training: the loop with its log, checkpoints and watch, gone on with where they end, gone back where it
-diverged.
+"""One training stage: the loop together with its log, its checkpoints and its watch for trouble.
 
-Not here: the loop itself (trainer.py), what a divergence is (divergence.py), nor which stages there are (stages/,
+A stage starts from its newest undamaged checkpoint. If training diverges, the policy decides whether it goes back,
+goes on at a lower learning rate, or stops.
+
+Not here: the loop itself (trainer.py), what a divergence is (divergence.py), and which stages exist (stages/,
 pretrain.py).
 """
 
@@ -29,25 +31,28 @@ from pqcad_qat.training.rollback import Rollback, StageStart, good_checkpoint, r
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
 
 TRIES = 3
-"""Divergences that a stage overcomes; the learning rate is an eighth by then, and what still diverges has another
-cause.
+"""Number of divergences that a stage overcomes.
+
+The learning rate is then an eighth of the policy's. What still diverges has another cause.
 """
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What a stage needs beside its model.
+    """Settings of a stage, beside its model.
 
     Attributes:
-        name: heads its log and its progress line.
-        loop: of its steps.
+        name: name of the stage, at the head of its log and of its progress line.
+        loop: settings of its training steps.
         precision: arithmetic of the forward and backward pass.
-        checkpoints: where they lie, and how many are kept.
+        checkpoints: folder of its checkpoints, and how many are kept.
         logs: folder of TensorBoard's events and of the numbers for the report.
-        on_divergence: "rollback" goes back to the last good checkpoint and holds bit transitions until the step of the
-            divergence (no longer than half of the stage), "lower_rate" goes on from where it is, past a step whose loss
-            or gradient is not finite; both at half the learning rate, and `TRIES` times at most. "stop" is an error.
-        activation_checkpointing: less memory for more time.
+        on_divergence: what follows a divergence. "rollback" goes back to the last good checkpoint and begins no
+            transition before the step that diverged, or before half of the stage if that is earlier. "lower_rate" goes
+            on from the present step, or after one whose loss or gradient is not finite. Both halve the learning rate,
+            at most `TRIES` times. "stop" raises the error.
+        activation_checkpointing: whether activations are computed again in the backward pass, for less memory and more
+            time.
     """
 
     name: str
@@ -71,15 +76,19 @@ def train_stage(
     console: Console,
     warn: Callable[[str], None] = _silent,
 ) -> TrainState:
-    """Train a model in place from its newest undamaged checkpoint, or from the start; the state holds its averages.
+    """Train a model in place, from its newest undamaged checkpoint or from the start; the state holds its averages.
 
     Args:
-        callbacks: asked in this order, before the log, which takes their scalars.
-        warn: told of every damaged checkpoint that was passed over, and of all trouble.
+        model: the model to train.
+        callbacks: callbacks in the order in which they are called; the log follows and takes their scalars.
+        batches: batch source.
+        settings: settings of the stage.
+        console: where progress is shown.
+        warn: function that receives a message for every damaged checkpoint passed over, and for all trouble.
 
     Raises:
         DivergedError: training diverged, and the policy is to stop or its tries are used up.
-        PqcadError: whatever `fit` raises, and a checkpoint of another model.
+        PqcadError: an error of `fit`, or a checkpoint of another model.
     """
     accelerator = new_accelerator(settings.precision)
     state = new_state(model, settings.loop, accelerator)
@@ -109,6 +118,7 @@ def _train(
     warn: Callable[[str], None],
     accelerator: Accelerator,
 ) -> None:
+    """Run the loop to the stage's end, and handle every divergence as the policy says."""
     log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, callbacks, accelerator.is_main_process)
     watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]
@@ -144,7 +154,11 @@ def _enter(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
-    """Put the state where the stage's checkpoints end, under what its rollbacks decided; every process reads them."""
+    """Load the newest undamaged checkpoint, or the stage's start, and apply the recorded rollbacks.
+
+    Every process reads them by itself. The number of rollbacks gives the learning rate, and the last one gives the
+    step before which no transition begins.
+    """
     with agreed():
         last, complaints = latest_checkpoint(settings.checkpoints.path)
         for complaint in complaints:
@@ -160,8 +174,9 @@ def _enter(
 
 
 def _held_until(diverged: int, settings: StageSettings) -> int:
-    """The step before which no transition begins; a blend takes at most half of the stage, so one that begins by then
-    ends in time.
+    """The training step before which no transition begins.
+
+    A blend takes at most half of the stage, so one that begins by then still ends in time.
     """
     return min(diverged, (settings.loop.steps - 1) // 2)
 
@@ -174,8 +189,10 @@ def _roll_back(
     *,
     warn: Callable[[str], None],
 ) -> None:
-    """Raise DivergedError where the tries are used up; otherwise the first process decides where to go back to, and
-    writes it down.
+    """Record where training goes back to; the first process decides it for all.
+
+    Raises:
+        DivergedError: the tries are used up.
     """
     if state.setbacks == TRIES:
         past = read_rollbacks(settings.checkpoints.path)
@@ -189,6 +206,7 @@ def _roll_back(
 def _record_way_back(
     watch: TroubleWatch, trouble: DivergedError, settings: StageSettings, warn: Callable[[str], None]
 ) -> None:
+    """Choose the checkpoint to go back to, warn, and record the rollback."""
     rollbacks = read_rollbacks(settings.checkpoints.path)
     checkpoint = good_checkpoint(settings.checkpoints, watch.good)
     entered = step_of(checkpoint) if checkpoint else 0
@@ -209,6 +227,11 @@ def _lower_rate(
     *,
     warn: Callable[[str], None],
 ) -> None:
+    """Go on at half the learning rate; a step that changed no weight is skipped, since its batch would diverge again.
+
+    Raises:
+        DivergedError: the tries are used up.
+    """
     if state.setbacks == TRIES:
         raise _used_up(trouble, f"lowered the learning rate {TRIES} times", settings)
     state.setbacks += 1
@@ -220,6 +243,7 @@ def _lower_rate(
 
 
 def _used_up(trouble: DivergedError, tried: str, settings: StageSettings) -> DivergedError:
+    """The error where all tries have failed, with what was tried."""
     rate = settings.loop.learning_rate * 0.5**TRIES
     advice = "set training.learning_rate lower than that"
     return DivergedError(

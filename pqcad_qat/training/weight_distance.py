@@ -1,7 +1,6 @@
-"""How far the weights that compute are from full precision while a stage trains: what progressive quantization is to
-keep small.
+"""Distance of the quantized weights from full precision during training, which progressive quantization keeps small.
 
-Not here: the perturbation of one transition, which decides it (bit_schedule.py).
+Not here: the perturbation of a single transition, which schedules it (bit_schedule.py).
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, quantized_wei
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 OBSERVE_EVERY = 5
-"""Steps between two observations: each quantizes every weight once."""
+"""Training steps between two observations, each of which quantizes every weight once."""
 
 
 @dataclass
 class WeightDistance(Callback):
-    """Mean over the layers of || Q(W) - W_0 || / || W_0 ||, W_0 the weights it is made with; a blend counts as what it
-    computes with.
+    """Mean over the layers of || Q(W) - W_0 || / || W_0 ||, where W_0 are the weights at construction.
+
+    During a blend, Q(W) is the mixture that the layer computes with.
 
     Attributes:
-        layers: quantized layers by name, around their full-precision weights.
+        layers: quantized layers by name, which hold their full-precision weights at construction.
     """
 
     layers: Mapping[str, QuantizedLayer]
@@ -40,7 +40,7 @@ class WeightDistance(Callback):
             self._mean = self._measured()
 
     def scalars(self) -> dict[str, float]:
-        """For the log."""
+        """Values for the log."""
         return {"weight_distance": self._mean}
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,6 +52,7 @@ class WeightDistance(Callback):
     def _measured(self) -> float:
         changes = []
         for name, layer in self.layers.items():
-            start = self._start[name] = self._start[name].to(layer.weight.device)  # which training may have moved
+            # Training may have moved the layer to another device since.
+            start = self._start[name] = self._start[name].to(layer.weight.device)
             changes.append((quantized_weight(layer) - start).norm() / start.norm())
-        return float(sum(torch.stack(changes).tolist())) / len(changes)  # accelerators are waited for once
+        return float(sum(torch.stack(changes).tolist())) / len(changes)  # one wait for the accelerator, not one a layer
