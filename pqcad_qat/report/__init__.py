@@ -1,1 +1,1 @@
-"""Everything that is shown: records, tables, pages, figures and comparisons."""
+"""Everything shown to a user: records, tables, pages, figures and comparisons."""

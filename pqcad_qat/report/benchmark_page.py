@@ -1,6 +1,6 @@
-"""A benchmark on the terminal, as JSON, and as a page that stands alone.
+"""A benchmark shown on the terminal, as JSON, and as a self-contained page.
 
-Not here: the data's definition (benchmark_record.py), or any measurement (benchmark.py).
+Not here: the definition of the data (benchmark_record.py), or any measurement (commands/benchmark.py).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ JSON_FILE, PAGE_FILE = "benchmark.json", "benchmark.html"
 
 
 def write_speed(report: SpeedReport, folder: Path) -> Path:
-    """Write benchmark.json and benchmark.html, each whole or not at all; returns the page."""
+    """Write benchmark.json and benchmark.html, each completely or not at all; return the path of the page."""
     write_file(folder / JSON_FILE, json.dumps(asdict(report), indent=1, allow_nan=False, ensure_ascii=False).encode())
     write_file(folder / PAGE_FILE, render(report).encode())
     return folder / PAGE_FILE
 
 
 HEADINGS = ("", "ms a step", "minimum", "quartiles", "image steps/s", RATIO, "MB", "layers ran in")
-"""Of the tables of steps: a step is one call of the network with the whole batch."""
+"""Headings of the tables of steps; a step is one denoiser call with the whole batch."""
 
 
 def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
-    """A row's texts, under HEADINGS."""
+    """Texts of a row, in the order of HEADINGS."""
     found, rate = row.latency, row.throughput
     spread = f"{number(found.lower_quartile_ms)} - {number(found.upper_quartile_ms)}"
     images = UNKNOWN if rate is None else marked(rate.median, rate)
@@ -49,12 +49,12 @@ def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
 
 
 def marked(value: float, measured: Timing | Throughput) -> str:
-    """A figure that rests on a measurement, and whether it spreads too widely to mean something."""
+    """Text of a measured value, marked if its measurement is unsteady."""
     return f"{number(value)} {UNSTEADY}" if measured.unsteady else number(value)
 
 
 def image_headings(report: SpeedReport) -> list[str]:
-    """Of the tables of whole images; none where no steps are known."""
+    """Headings of the tables of whole images; empty if the number of sampling steps is unknown."""
     if report.steps is None:
         return []
     return [
@@ -68,8 +68,8 @@ def image_headings(report: SpeedReport) -> list[str]:
 
 
 def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) -> list[str]:
-    """A row's texts, under `image_headings`: an image at the steps of ours, and at those that the candidate takes for
-    one.
+    """Texts of a row, in the order of `image_headings`: an image at our number of sampling steps, and at the
+    candidate's own number.
     """
     assert report.steps is not None
     own, a_step = own_steps(report, row.name), row.latency.median_ms / measurement.batch
@@ -82,12 +82,14 @@ def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) ->
 
 
 def own_steps(report: SpeedReport, name: str) -> int | None:
-    """The sampling steps that a candidate takes for an image: ours the student's, the others full precision's."""
+    """Number of sampling steps that a candidate takes for an image: the student's for ours, full precision's for the
+    others.
+    """
     return report.steps if name == OURS else report.full_precision_steps
 
 
 def _ratio(ours: Timing | None, row: SpeedRow, our_steps: int, own: int) -> str:
-    """Unknown where one of the two times is no measurement."""
+    """Text of the ratio of our time to a row's; unknown if either time is missing or unsteady."""
     if ours is None or ours.unsteady or row.latency.unsteady:
         return UNKNOWN
     return number(ours.median_ms * our_steps / (row.latency.median_ms * own))
@@ -98,14 +100,14 @@ LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", 
 
 
 def loading_cells(found: LoadTime) -> list[str]:
-    """A row's texts, under LOADING: medians."""
+    """Texts of a row, in the order of LOADING; all times are medians."""
     parts = (found.verify, found.read, found.compile)
     times = [marked(part.median_ms, part) for part in parts]
     return [found.weights, f"{found.size_bytes / 1e6:.2f}", *times, number(sum(part.median_ms for part in parts))]
 
 
 def precisions_text(row: SpeedRow) -> str:
-    """How many convolutions and linear layers executed in which precision: ``70 u8, 1 bf16``."""
+    """Number of convolutions and linear layers that executed in each precision, such as ``70 u8, 1 bf16``."""
     if not row.layers:
         return "f32" if row.name == REFERENCE else UNKNOWN
     counted = Counter(row.layers.values()).most_common()
@@ -113,14 +115,16 @@ def precisions_text(row: SpeedRow) -> str:
 
 
 def title(report: SpeedReport, measurement: Measurement) -> str:
-    """What one table is of."""
+    """Title of one measurement's table."""
     full = f", full precision {report.full_precision_steps}" if report.full_precision_steps else ""
     image = f"; an image takes ours {report.steps}{full}" if report.steps else ""
     return f"{report.source}: batch {measurement.batch}, {measurement.isa}: one denoising step{image}"
 
 
 def remarks(measurement: Measurement) -> list[str]:
-    """What must be said under a table: which planned layers left INT8, what was not timed, and what unsteady means."""
+    """Remarks below a table: planned layers that did not run in INT8, what was not timed, and the meaning of
+    unsteady.
+    """
     found = [f"{name}: not timed: {why}" for name, why in measurement.left_out.items()]
     for row in measurement.rows:
         if row.planned is not None:
@@ -139,7 +143,7 @@ def remarks(measurement: Measurement) -> list[str]:
 
 
 def machine_text(machine: Hardware) -> str:
-    """CPU, instruction sets, cores and the settings that change timings."""
+    """Text of the CPU, its instruction sets and cores, and the settings that change timings."""
     settings = "".join(f", {name}={value}" for name, value in machine.settings.items())
     return (
         f"{machine.cpu}, {machine.cores} {'core' if machine.cores == 1 else 'cores'}, "
@@ -148,7 +152,7 @@ def machine_text(machine: Hardware) -> str:
 
 
 def speed_tables(report: SpeedReport) -> Iterator[TerminalTable]:
-    """For the terminal: of each measurement its timings, and where the time of a step went."""
+    """Tables for the terminal: the timings of each measurement, the time by kind of node, and the times of loading."""
     for measurement in report.measurements:
         caption = "\n".join([machine_text(measurement.hardware), *remarks(measurement)])
         yield _candidates_table(
@@ -186,7 +190,7 @@ def _profile_table(measurement: Measurement) -> TerminalTable:
 
 
 def kind_milliseconds(profiles: Mapping[str, Sequence[ProfileRow]]) -> dict[str, list[float]]:
-    """Kind of node -> milliseconds of each candidate, the kinds that take most time first; the rest together as
+    """Kind of node -> milliseconds of each candidate, slowest kinds first; the remaining kinds are summed as
     "other".
     """
     kinds = largest_kinds(profiles)
@@ -198,7 +202,7 @@ def kind_milliseconds(profiles: Mapping[str, Sequence[ProfileRow]]) -> dict[str,
 
 
 def render(report: SpeedReport) -> str:
-    """The page, self-contained."""
+    """Render the self-contained page."""
     return page_template("benchmark_template.html").render(
         report=report,
         loading=(LOADING, [loading_cells(found) for found in report.loading]),
@@ -223,7 +227,8 @@ def _section(report: SpeedReport, index: int, measurement: Measurement) -> dict[
             ),
         ],
         "remarks": remarks(measurement),
-        "charts": [Markup(chart or "") for chart in charts],  # our own SVG, its texts escaped by canvas.py
+        # this package's own SVG, whose texts canvas.py has escaped
+        "charts": [Markup(chart or "") for chart in charts],
         "kernels": {
             row.name: ", ".join(f"{count} {kernel}" for kernel, count in row.kernels.items())
             for row in measurement.rows
@@ -233,7 +238,9 @@ def _section(report: SpeedReport, index: int, measurement: Measurement) -> dict[
 
 
 def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str:
-    """Latency of one step with its quartiles, and throughput where it was measured, a bar a candidate."""
+    """Chart of the latency of one step with its quartiles, and of throughput where it was measured; one bar a
+    candidate.
+    """
     rows = measurement.rows
     rates = [row.throughput for row in rows]
     panels = 2 if any(rates) else 1

@@ -1,6 +1,6 @@
-"""What a benchmark found, as data: the dataclasses behind benchmark.json, each field with its unit.
+"""Result of a benchmark as data: the dataclasses behind benchmark.json, each field with its unit.
 
-Not here: how any number was measured (benchmark.py), or how it looks (benchmark_page.py).
+Not here: how a number was measured (commands/benchmark.py), or how it looks (benchmark_page.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ class SpeedRow:
     """One candidate at one batch size."""
 
     name: str  # a key of policy.variants.VARIANTS
-    latency: Timing  # of one call: one denoising step of the batch
+    latency: Timing  # time of one denoiser call: one denoising step of the batch
     throughput: Throughput | None
-    size_bytes: int  # every file of what was timed; of PyTorch, which has none here, its parameters as float32
+    # bytes of all files of what was timed; for PyTorch, which has no files here, of its parameters as float32
+    size_bytes: int
     inference_precision: str | None = None  # OpenVINO's INFERENCE_PRECISION_HINT in use
     layers: Mapping[str, str] = field(default_factory=dict)  # convolution or linear layer -> precision it executed in
-    planned: int | None = None  # layers and attentions of ours that are to run in INT8
-    planned_float: tuple[str, ...] = ()  # and those of them that did not execute in it
-    kernels: Mapping[str, int] = field(default_factory=dict)  # OpenVINO's name of a matrix node's code -> nodes
+    planned: int | None = None  # number of our layers and attentions planned for INT8
+    planned_float: tuple[str, ...] = ()  # the planned ones that did not execute in INT8
+    # OpenVINO's kernel name of a matrix node -> number of nodes
+    kernels: Mapping[str, int] = field(default_factory=dict)
     profile: tuple[ProfileRow, ...] = ()
 
 
@@ -36,19 +38,19 @@ class Measurement:
 
     isa: str
     batch: int
-    hardware: Hardware  # as that process saw it, with the settings it ran under
+    hardware: Hardware  # hardware as seen by that process, with its settings
     rows: tuple[SpeedRow, ...]
-    left_out: Mapping[str, str]  # candidate -> why it could not be timed
+    left_out: Mapping[str, str]  # candidate -> reason why it could not be timed
 
 
 @dataclass(frozen=True)
 class LoadTime:
-    """What it takes until a deployed folder can predict, its files in the page cache."""
+    """Time until a deployed folder can predict, with its files in the page cache."""
 
-    weights: str  # format on disk, as the manifest names it
-    size_bytes: int  # every file of the folder
-    verify: Timing  # reading every file and its SHA-256
-    read: Timing  # the graph, with its weights unpacked
+    weights: str  # format of the weights on disk, as the manifest names it
+    size_bytes: int  # bytes of all files of the folder
+    verify: Timing  # time to read every file and compute its SHA-256
+    read: Timing  # time to read the graph and unpack its weights
     compile: Timing
 
 
@@ -57,14 +59,15 @@ class SpeedReport:
     """Everything benchmark.json holds."""
 
     source: str
-    weights: str  # "of the folder" or "random": of ours; those of the baselines are random always
+    weights: str  # origin of our weights, "of the folder" or "random"; the baselines always have random weights
     parameters: int
     sample_shape: tuple[int, int, int]  # (C, H, W)
-    steps: int | None  # sampling steps of an image that ours was distilled for, where the folder says them
-    full_precision_steps: int | None  # and those of full precision, with which the other candidates sample
+    steps: int | None  # number of sampling steps that our model was distilled for, if the folder states it
+    full_precision_steps: int | None  # number of sampling steps of full precision, also used for the other candidates
     measurements: tuple[Measurement, ...]
-    loading: tuple[LoadTime, ...]  # of ours, on the machine of the first measurement and its native instruction set
-    left_out: Mapping[str, str]  # instruction set -> why nothing was timed under it
+    # load times of our folder, on the machine and native instruction set of the first measurement
+    loading: tuple[LoadTime, ...]
+    left_out: Mapping[str, str]  # instruction set -> reason why nothing was timed under it
     command: str
     created: str  # ISO 8601, UTC
     version: str = __version__

@@ -1,6 +1,6 @@
-"""A figure that stands inside a page: matplotlib's SVG with the page's theme colours, tooltips and an alternative text.
+"""A figure for embedding in a page: matplotlib's SVG with the page's theme colours, tooltips and an alternative text.
 
-Not here: what any figure shows (figures.py).
+Not here: what each figure shows (figures.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-# the page's colours in its light theme; in the SVG each becomes var(--name), so that the dark theme recolours it
+# Colours of the page's light theme. In the SVG each one becomes var(--name), so that the dark theme can replace it.
 COLOURS: Mapping[str, str] = {
     "ink": "#1a2028",
     "muted": "#5b6573",
@@ -67,7 +67,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass
 class Canvas:
-    """A figure being drawn, and the tooltips of its artists."""
+    """A figure that is being drawn, with the tooltips of its artists."""
 
     name: str
     figure: Figure
@@ -75,12 +75,12 @@ class Canvas:
 
     def tip(self, artist: Artist, text: str) -> None:
         """Show ``text`` while the pointer is over the artist, which must lie inside its axes."""
-        artist.set_in_layout(False)  # hundreds of marks would each be measured
+        artist.set_in_layout(False)  # the layout would otherwise measure each of hundreds of marks
         artist.set_gid(f"tip{len(self.tips)}")
         self.tips.append(text)
 
     def svg(self, alt: str) -> str:
-        """The figure as an <svg> element to stand inside a page; ``alt`` says what it shows."""
+        """Return the figure as an <svg> element for embedding in a page; ``alt`` describes what it shows."""
         buffer = io.StringIO()
         self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         return _inline(buffer.getvalue(), self, alt)
@@ -88,7 +88,7 @@ class Canvas:
 
 @contextmanager
 def canvas(name: str, width: float, height: float) -> Iterator[Canvas]:
-    """A Canvas of width x height inches under the house style."""
+    """Open a Canvas of width x height inches in the style of the pages."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         yield Canvas(name, Figure(figsize=(width, height), layout="constrained"))
 

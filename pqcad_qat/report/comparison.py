@@ -1,7 +1,7 @@
-"""Reports of several runs as a table a model: those of other seeds alone as mean and spread; FIDs that do not compare
-are refused.
+"""Reports of several runs as one table for each model. Runs that differ only in their seed become a mean and a spread;
+FIDs of different protocols are refused.
 
-Not here: how the table looks (comparison_page.py), or where the reports lie (report_files.py).
+Not here: how the table looks (comparison_page.py), or where the reports are stored (report_files.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pqcad_qat.report.record import Report, VariantRow
 QUALITY = ("fid_real", "fid_fp", "psnr_fp")
 FIGURES = (*QUALITY, "latency_ms_per_image")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
-"""What has to be equal before two FIDs compare; steps may differ."""
+"""Fields of the FID protocol that must be equal for two FIDs to be compared; steps may differ."""
 
 ALL = "all"
 
@@ -31,9 +31,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        path: as the user knows it.
-        labels: what its rows are called: heading -> text.
-        report: that it left.
+        path: folder as the user named it.
+        labels: heading -> text that identifies the run's rows.
+        report: report of the run.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds: its mean, and the sample standard deviation where there are two or more."""
+    """Mean of a figure over seeds, and its sample standard deviation if there are two or more values."""
 
     mean: float
     deviation: float | None
@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of the runs that differ in their seed alone."""
+    """One variant of the runs that differ only in their seed."""
 
     labels: Mapping[str, str]
     variant: str
@@ -60,18 +60,19 @@ class Row:
     activation_bits: float | None
     steps: int
     seeds: tuple[int, ...]
-    figures: Mapping[str, Spread]  # of FIGURES, those that were measured
-    unsteady: bool = False  # the times of one of them at least spread too widely to mean something
-    did_not_run: tuple[str, ...] = ()  # why, of those that could not be made or run
+    figures: Mapping[str, Spread]  # key of FIGURES -> spread, for the figures that were measured
+    unsteady: bool = False  # whether the times of at least one run are unsteady
+    did_not_run: tuple[str, ...] = ()  # reasons of the runs in which the variant could not be made or run
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows whose figures compare: those of one full-precision model.
+    """Rows of one full-precision model, whose figures can be compared.
 
     Attributes:
-        model: its source, as the policies name it.
-        protocol: of its FIDs; None where none was measured.
+        model: source of the model, as the policies name it.
+        protocol: protocol of its FIDs; None if none was measured.
+        rows: rows in the order of the table.
     """
 
     model: str
@@ -81,10 +82,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a table of runs says."""
+    """Everything that a table of runs shows."""
 
     title: str
-    headings: tuple[str, ...]  # of the labels
+    headings: tuple[str, ...]  # headings of the labels
     parts: tuple[Part, ...]
     machines: tuple[str, ...]
     runs: tuple[str, ...]
@@ -92,12 +93,12 @@ class Comparison:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Of all parts, in order."""
+        """Rows of all parts, in order."""
         return tuple(row for part in self.parts for row in part.rows)
 
 
 def named_runs(reports: Mapping[str, Report]) -> list[Run]:
-    """Runs called by the names of their policies, or by their paths where runs of different policies have one name."""
+    """Name runs after their policies, or by their paths if different policies have the same name."""
     policies: dict[str, set[str]] = {}
     for report in reports.values():
         policies.setdefault(_name(report), set()).add(_policy(report))
@@ -108,7 +109,7 @@ def named_runs(reports: Mapping[str, Report]) -> list[Run]:
 
 
 def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
-    """A part for every model, in it one row a variant of the runs that differ in their seed alone.
+    """Compare runs: one part for each model, with one row for each variant of the runs that differ only in their seed.
 
     Raises:
         StudyError: two runs of one model have FIDs of different protocols, or the same policy and seed.
@@ -163,7 +164,7 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _policy(report: Report) -> str:
-    """The policy without its name, its seed, and which variants it makes: what decides a variant's figures."""
+    """Policy as JSON without its name, its seed and its list of variants: what determines a variant's figures."""
     policy: dict[str, Any] = {**report.policy, "name": None}
     for section, key in (("training", "seed"), ("evaluation", "variants")):
         policy[section] = {**policy.get(section, {}), key: None}
@@ -183,7 +184,7 @@ def _variant(run: Run, name: str) -> VariantRow | None:
 
 
 def _is_one(name: str, runs: Sequence[Run]) -> bool:
-    """Every run that has the variant has the same: widths, steps, and figures of quality but for their last digits."""
+    """Tell whether all runs that have the variant agree on it: widths, steps, and figures of quality up to rounding."""
     rows = [row for run in runs if (row := _variant(run, name))]
     return len(rows) > 1 and all(_alike(row, rows[0]) for row in rows)
 
@@ -194,7 +195,7 @@ def _alike(a: VariantRow, b: VariantRow) -> bool:
 
 
 def _agree(a: float | None, b: float | None) -> bool:
-    """Equal but for rounding, which differs with the number of threads."""
+    """Tell whether two values are equal up to rounding, which differs with the number of threads."""
     return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6))
 
 
@@ -204,7 +205,7 @@ def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
         _refuse_twice(name, runs)
     first = rows[0][1]
     figures = {figure: [value for _, row in rows if (value := getattr(row, figure)) is not None] for figure in FIGURES}
-    if name in UNTRAINED:  # training seeds do not reach them: one figure, not many that agree
+    if name in UNTRAINED:  # Training seeds do not affect these variants: report one value, not several equal ones.
         figures = {
             figure: [min(values)] if values and all(_agree(value, values[0]) for value in values) else values
             for figure, values in figures.items()
@@ -223,7 +224,7 @@ def _row(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Row:
 
 
 def _refuse_twice(name: str, runs: Sequence[Run]) -> None:
-    """One seed of one policy counts once."""
+    """Raise StudyError if one policy and seed occurs twice."""
     first: dict[int, str] = {}
     for run in (run for run in runs if _variant(run, name)):
         other = first.setdefault(run.report.seed, run.path)

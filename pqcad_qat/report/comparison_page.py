@@ -1,6 +1,6 @@
-"""A table of runs on the terminal, as Markdown, and as a page that stands alone; and the files that hold it.
+"""A table of runs on the terminal, as Markdown, and as a self-contained page; and the files that hold it.
 
-Not here: what stands in the table (comparison.py).
+Not here: the content of the table (comparison.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PANELS = ("fid_real", "psnr_fp")
 
 
 def write_comparison(comparison: Comparison, page: Path) -> None:
-    """Write the page, and beside it the same as JSON and as a Markdown table; each whole or not at all."""
+    """Write the page, and beside it the same table as JSON and as Markdown, each completely or not at all."""
     document = {"schema_version": SCHEMA_VERSION, **asdict(comparison)}
     write_file(page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
     write_file(page.with_suffix(".md"), markdown(comparison).encode())
@@ -44,7 +44,7 @@ def write_comparison(comparison: Comparison, page: Path) -> None:
 
 
 def headings(comparison: Comparison) -> list[str]:
-    """Of the columns: labels, then what every row has, then the figures that some row has."""
+    """Headings of the columns: labels, then what every row has, then the figures that at least one row has."""
     return [
         *comparison.headings,
         "variant",
@@ -60,7 +60,7 @@ def measured(comparison: Comparison) -> list[str]:
 
 
 def cells(comparison: Comparison, row: Row) -> list[str]:
-    """A row's texts, under `headings`."""
+    """Texts of a row, in the order of `headings`."""
     bits = (
         "" if row.weight_bits is None or row.activation_bits is None else f"{row.weight_bits:g}/{row.activation_bits:g}"
     )
@@ -72,13 +72,13 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
 
 
 def remarks(part: Part) -> list[str]:
-    """What must be said under a table: what did not run and why, and what unsteady means."""
+    """Remarks below a table: what did not run and why, and the meaning of unsteady."""
     found = [f"{_label(row)} did not run: {why}" for row in part.rows for why in row.did_not_run]
     return found + [UNSTEADY_NOTE] * any(row.unsteady and TIME in row.figures for row in part.rows)
 
 
 def spread_text(spread: Spread | None) -> str:
-    """``3.74 ± 0.05``, the deviation to as many decimals as the mean."""
+    """Text such as ``3.74 ± 0.05``, with as many decimals in the deviation as in the mean."""
     if spread is None:
         return ""
     mean = number(spread.mean)
@@ -90,7 +90,7 @@ def spread_text(spread: Spread | None) -> str:
 
 
 def protocol_text(protocol: FidProtocol | None) -> str:
-    """How the FIDs were measured, in words."""
+    """Sentences on how the FIDs were measured."""
     if protocol is None:
         return "No FID was measured."
     few = (
@@ -109,12 +109,12 @@ def protocol_text(protocol: FidProtocol | None) -> str:
 
 
 def part_title(comparison: Comparison, part: Part) -> str:
-    """The comparison's, and its model where there are several."""
+    """Title of the comparison, with the model's name if there are several models."""
     return comparison.title if len(comparison.parts) == 1 else f"{comparison.title}: {part.model}"
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[TerminalTable | str]:
-    """For the terminal: of every part a table, then its protocol."""
+    """For every part, its table for the terminal, then its remarks and protocol."""
     for part in comparison.parts:
         table = TerminalTable(*headings(comparison), title=part_title(comparison, part))
         for row in part.rows:
@@ -124,7 +124,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[TerminalTable | str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """As Markdown: the command that it comes from, and for each part the table and the protocol."""
+    """Markdown of the comparison: the command that made it, then the table and protocol of each part."""
     titles = headings(comparison)
     texts = [f"From `{comparison.command}`:"]
     for part in comparison.parts:
@@ -134,7 +134,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def with_section(text: str, name: str, section: str) -> str:
-    """A Markdown page whose section between the markers of this name is replaced, or added at its end.
+    """Replace the section between the markers of this name in a Markdown page, or append it at the end.
 
     Raises:
         UsageError: the page has one marker without the other, or has one twice.
@@ -151,7 +151,7 @@ def with_section(text: str, name: str, section: str) -> str:
 
 
 def render(comparison: Comparison) -> str:
-    """The page, self-contained."""
+    """Render the self-contained page."""
     return page_template("comparison_template.html").render(
         comparison=comparison,
         headings=headings(comparison),
@@ -166,19 +166,19 @@ def render(comparison: Comparison) -> str:
 
 
 def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
-    """What the page's template reads of a part."""
+    """Values that the page's template reads for a part."""
     return {
         "model": part.model,
         "rows": [cells(comparison, row) for row in part.rows],
         "remarks": remarks(part),
         "protocol": protocol_text(part.protocol),
         "few_images": part.protocol is not None and part.protocol.under_10000,
-        "chart": Markup(figure_chart(part.rows) or ""),  # our own SVG, its texts escaped by canvas.py
+        "chart": Markup(figure_chart(part.rows) or ""),  # this package's own SVG, whose texts canvas.py has escaped
     }
 
 
 def figure_chart(rows: Sequence[Row]) -> str | None:
-    """FID and PSNR of every row, means with their spread; None where neither was measured."""
+    """Chart of FID and PSNR of every row, as means with their spread; None if neither was measured."""
     panels = [figure for figure in PANELS if any(figure in row.figures for row in rows)]
     if not panels:
         return None
@@ -216,7 +216,9 @@ def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) ->
 
 
 def _label(row: Row, keys: Collection[str] | None = None) -> str:
-    """The row's variant and labels, or only those of ``keys``: what all rows share tells nothing beside an axis."""
+    """Variant and labels of a row, or only the labels in ``keys``, since labels shared by all rows are useless beside
+    an axis.
+    """
     labels = [label for key, label in row.labels.items() if keys is None or key in keys]
     return ", ".join([*([ALL] if labels and set(labels) == {ALL} else labels), row.variant])
 

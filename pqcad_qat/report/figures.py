@@ -1,4 +1,4 @@
-"""The charts of a report, each from the record alone; None where there is nothing to draw.
+"""The charts of a report, drawn from its record alone; a function returns None if there is nothing to draw.
 
 Not here: how a figure becomes part of a page (canvas.py), the page (page.py), sample images (sample_sheets.py).
 """
@@ -24,9 +24,7 @@ _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 
 def quality_latency(report: Report) -> str | None:
-    """FID to real data against milliseconds an image, for the variants that have both; None where fewer than two
-    have.
-    """
+    """Chart of FID to real data against milliseconds an image; None if fewer than two variants have both."""
     rows = [row for row in report.variants if row.fid_real is not None and row.latency_ms_per_image]
     if len(rows) < 2:
         return None
@@ -63,8 +61,8 @@ def _plain_log(axis: Axis) -> None:
 
 
 def bit_timeline(report: Report, curves: Curves) -> str | None:
-    """Weight width of every planned layer over progressive training, its mean, and both momenta; None without any
-    transition.
+    """Chart of each planned layer's weight width over progressive training, the mean width, and both momenta; None
+    without transitions.
     """
     if not report.bit_schedule:
         return None
@@ -97,7 +95,7 @@ def bit_timeline(report: Report, curves: Curves) -> str | None:
 
 
 def _timeline_layers(report: Report) -> dict[str, tuple[int, int]]:
-    """Planned layer -> (first width, parameters), in the order of the model."""
+    """Planned layer -> (first width in bits, number of parameters), in the order of the model."""
     layers = {row.layer: (row.ladder[0], row.parameters) for row in report.layers if row.ladder}
     for transition in report.bit_schedule:
         layers.setdefault(transition.layer, (transition.from_bits, 1))
@@ -140,7 +138,7 @@ def _draw_widths(
 
 
 def _group_ticks(names: Sequence[str]) -> tuple[list[float], list[str]]:
-    """One tick in the middle of each run of layers of one group."""
+    """Ticks for an axis of layers, one in the middle of each group."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         groups.setdefault(layer_group(name), []).append(index)
@@ -148,7 +146,7 @@ def _group_ticks(names: Sequence[str]) -> tuple[list[float], list[str]]:
 
 
 def layer_group(name: str) -> str:
-    """The block a layer stands in: down_blocks.0.resnets.1.conv1 -> down_blocks.0; conv_in -> conv_in."""
+    """Block that contains a layer: down_blocks.0.resnets.1.conv1 -> down_blocks.0; conv_in -> conv_in."""
     head, _, rest = name.partition(".")
     index = rest.partition(".")[0]
     return f"{head}.{index}" if index.isdigit() else head
@@ -190,7 +188,7 @@ def _draw_momentum(
                 drawn.tip(mark, _transition_text(transition))
     if bound is not None:
         axes.axhline(bound, color=COLOURS["muted"], lw=0.9, ls=(0, (4, 3)))
-        edge = axes.get_yaxis_transform()  # x in fractions of the axes, y in data
+        edge = axes.get_yaxis_transform()  # x is a fraction of the axes, y is in data coordinates
         axes.text(
             0.995,
             bound,
@@ -204,8 +202,9 @@ def _draw_momentum(
 
 
 def _points(series: Series, most: int = 1500) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, NaN for an unknown one; of a long series every n-th, which is more than a page has pixels
-    for.
+    """Steps and values of a series, with NaN for an unknown value.
+
+    A long series is thinned to about ``most`` points, more than a page has pixels for.
     """
     stride = max(1, -(-len(series.steps) // most))
     values = [np.nan if value is None else value for value in series.values[::stride]]
@@ -213,7 +212,9 @@ def _points(series: Series, most: int = 1500) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss_curves(curves: Curves) -> str | None:
-    """Every loss term over its stage's steps, one panel a stage, logarithmic; None where there is none."""
+    """Chart of every loss term over the training steps of its stage, one logarithmic panel a stage; None without
+    losses.
+    """
     stages: dict[str, list[Series]] = {}
     for series in curves.losses:
         stages.setdefault(series.stage, []).append(series)
@@ -240,7 +241,9 @@ def loss_curves(curves: Curves) -> str | None:
 
 
 def weight_distance(curves: Curves) -> str | None:
-    """How far the weights that compute are from full precision, a line a stage; None where there is none."""
+    """Chart of the relative distance between the computing weights and full precision, one line a stage; None without
+    data.
+    """
     if not curves.distances:
         return None
     with canvas("distance", 9.6, 2.6) as drawn:
@@ -259,8 +262,10 @@ def weight_distance(curves: Curves) -> str | None:
 
 
 def time_profile(profiles: Mapping[str, Sequence[ProfileRow]], name: str = "time") -> str | None:
-    """Milliseconds of one step by kind of node, stacked by precision, one panel a variant on one scale; ``name`` is the
-    page's id of it.
+    """Chart of the milliseconds of one step by kind of node, stacked by precision, one panel a variant on a common
+    scale.
+
+    ``name`` is the id of the chart in the page.
     """
     profiles = {variant: rows for variant, rows in profiles.items() if rows}
     if not profiles:
@@ -281,7 +286,7 @@ def time_profile(profiles: Mapping[str, Sequence[ProfileRow]], name: str = "time
 
 
 def largest_kinds(profiles: Mapping[str, Sequence[ProfileRow]], most: int = 9) -> list[str]:
-    """The kinds of node that take most time, in order; where there are more than ``most``, the last is "other"."""
+    """Kinds of node with the largest total time, in order; if there are more than ``most``, the last one is "other"."""
     spent: dict[str, float] = {}
     for rows in profiles.values():
         for row in rows:
@@ -314,7 +319,9 @@ def _draw_profile(drawn: Canvas, axes: Axes, rows: Sequence[ProfileRow], kinds: 
 
 
 def storage_chart(rows: Sequence[StorageRow]) -> str | None:
-    """Kilobytes of the shipped file by group of layers: integer weights, scales, floating-point rest."""
+    """Chart of the kilobytes of the shipped file by group of layers: integer weights, scales, and the floating-point
+    rest.
+    """
     if not rows:
         return None
     parts = (

@@ -1,6 +1,6 @@
-"""A plain grid of images as a PNG, for a look at samples.
+"""A plain grid of images as a PNG, for inspecting samples.
 
-Not here: the labelled sheet of a report (figures.py).
+Not here: the labelled sheet of a report (sample_sheets.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from PIL import Image
 
 SMALLEST_SIDE = 96
-"""Pixels a cell is enlarged to, without smoothing, so that small images can be judged."""
+"""Side in pixels up to which small images are enlarged, by a whole factor and without smoothing, so that they can be
+judged.
+"""
 
 
 def save_grid(images: npt.ArrayLike, path: Path) -> None:
-    """Write uint8 images (N, C, H, W), C 1 or 3, row by row in a nearly square grid with a pixel of white between
-    them.
-    """
+    """Write uint8 images (N, C, H, W), C 1 or 3, row by row in a nearly square grid, separated by one white pixel."""
     pictures = np.asarray(images)
     count, channels, height, width = pictures.shape
     columns = math.ceil(math.sqrt(count))

@@ -1,6 +1,6 @@
-"""What a run would do before it is begun, as data: which stages stay, and what the others take.
+"""Preview of a run as data: which stages are kept, and what the others cost.
 
-Not here: how it is found (commands/run.py), or how it looks (tables.py).
+Not here: how it is computed (commands/run.py), or how it looks (tables.py).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import nn
 from pqcad_qat.quantization.plan import LayerPlan
 
 KEPT, AGAIN, GOES_ON, TO_DO = "kept", "again", "goes on", "to do"
-"""What becomes of a stage."""
+"""States of a stage in a preview."""
 
 
 @dataclass(frozen=True)
 class StageOutlook:
-    """One stage.
+    """One stage of a preview.
 
     Attributes:
-        name: of the stage.
-        state: what becomes of it.
-        reason: why it is done again, empty otherwise.
-        training_steps: None of a stage that does not train.
-        size_bytes: that it takes on disk at most, about.
+        name: name of the stage.
+        state: one of KEPT, AGAIN, GOES_ON and TO_DO.
+        reason: reason why the stage is repeated; empty otherwise.
+        training_steps: number of training steps; None for a stage that does not train.
+        size_bytes: estimate of the largest number of bytes that it occupies on disk.
     """
 
     name: str
@@ -37,15 +37,15 @@ class StageOutlook:
 
 @dataclass(frozen=True)
 class RunOutlook:
-    """A run that is not begun.
+    """Preview of a run that has not started.
 
     Attributes:
-        folder: that it would be in.
-        denoiser: the network that the plan stands on.
-        layers: that would be quantized.
-        notes: what is no fault of the policy, and still not what somebody reads in it.
-        stages: in order.
-        free_bytes: of the folder's disk.
+        folder: folder that the run would use.
+        denoiser: network that the plan is made for.
+        layers: plan of the layers that would be quantized.
+        notes: remarks on a valid policy that its reader may not expect.
+        stages: stages in the order in which they run.
+        free_bytes: free space of the folder's disk.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""The contents of report.html: what is said, in which words and order; the template only lays it out.
+"""The contents of report.html: texts and their order; the template only arranges them.
 
 Not here: charts (figures.py), strips of samples (sample_sheets.py), or files (report_files.py).
 """
@@ -26,8 +26,8 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 @dataclass(frozen=True)
 class Headline:
-    """One large number of the page's top: "3.1x", what it means, the two figures it comes from, and whether it is an
-    improvement.
+    """One large number at the top of the page, such as "3.1x", with its meaning, the two figures behind it, and whether
+    it is an improvement.
     """
 
     value: str
@@ -38,7 +38,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Bar:
-    """A labelled quantity and its share of the largest one, 0 to 1."""
+    """A labelled quantity, and its share of the largest one, from 0 to 1."""
 
     label: str
     text: str
@@ -47,8 +47,9 @@ class Bar:
 
 
 def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> str:
-    """The whole page, self-contained; a part that the record lacks is left out of it. Errors of samples as
-    `samples.ordered`.
+    """Render the whole self-contained page; parts that the record lacks are left out.
+
+    Raises the same errors about samples as `sample_sheets.ordered`.
     """
     template = page_template("report_template.html")
     charts = {
@@ -73,7 +74,8 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         unsteady=report.unsteady,
         unsteady_note=UNSTEADY_NOTE,
         strips=strips(report, samples),
-        charts={name: Markup(svg or "") for name, svg in charts.items()},  # our own SVG, its texts escaped by canvas.py
+        # this package's own SVG, whose texts canvas.py has escaped
+        charts={name: Markup(svg or "") for name, svg in charts.items()},
         few_images=report.fid_protocol is not None and report.fid_protocol.under_10000,
         target_text=target_text,
         spread=spread,
@@ -87,7 +89,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
 
 
 def page_template(name: str) -> Template:
-    """A page's template, which finds the style sheet of every page as `style`."""
+    """Load a page's template, which can use the common style sheet as `style`."""
     environment = Environment(
         loader=FunctionLoader(_text), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -101,7 +103,7 @@ def _text(name: str) -> str:
 
 
 def summary(report: Report) -> str:
-    """One sentence on what was made: widths, steps, runtime."""
+    """One sentence on the result: widths, sampling steps, runtime."""
     rows = {row.name: row for row in report.variants}
     ours, full = rows.get(OURS) or rows.get(PQCAD), rows.get(FP32)
     if ours is None:
@@ -112,8 +114,9 @@ def summary(report: Report) -> str:
 
 
 def headlines(report: Report) -> list[Headline]:
-    """Speed, size, quality and execution, each only where its numbers are known and steady; worse is said as plainly as
-    better.
+    """Headlines on speed, size, quality and execution, each only if its numbers are known and steady.
+
+    A deterioration is stated as plainly as an improvement.
     """
     rows = {row.name: row for row in report.variants}
     steady = {name: row for name, row in rows.items() if name not in report.unsteady}
@@ -162,7 +165,7 @@ def _quality(rows: Mapping[str, VariantRow]) -> Headline | None:
 
 
 def verdict(targets: Sequence[Target]) -> str:
-    """How many targets hold, in words."""
+    """Sentence on how many targets hold."""
     if not targets:
         return ""
     held, unmeasured = sum(t.holds is True for t in targets), sum(t.holds is None for t in targets)
@@ -174,7 +177,7 @@ def verdict(targets: Sequence[Target]) -> str:
 
 
 def target_text(value: float | None, unit: str) -> str:
-    """A measured value or bound with its unit."""
+    """Text of a measured value or bound with its unit."""
     if value is None:
         return UNKNOWN
     shown = f"{value:.0f}" if unit == "layers" else f"{value:.4g}"
@@ -182,7 +185,7 @@ def target_text(value: float | None, unit: str) -> str:
 
 
 def latency_bars(report: Report) -> list[Bar]:
-    """Milliseconds an image of every variant that was timed, in the order of the table."""
+    """Bars of the milliseconds an image of every timed variant, in the order of the table."""
     timed = [(row, row.latency_ms_per_image) for row in report.variants if row.latency_ms_per_image]
     longest = max((value for _, value in timed), default=1.0)
     marks = dict.fromkeys(report.unsteady, f", {UNSTEADY}")
@@ -193,13 +196,13 @@ def latency_bars(report: Report) -> list[Bar]:
 
 
 def time_bars(timings: Mapping[str, float]) -> list[Bar]:
-    """Wall time of every stage of the run."""
+    """Bars of the wall time of every stage of the run."""
     longest = max(timings.values(), default=1.0) or 1.0
     return [Bar(stage, duration(seconds), seconds / longest) for stage, seconds in timings.items()]
 
 
 def best_values(report: Report) -> dict[str, float]:
-    """The best measured value of each column; a time that is unsteady is none."""
+    """Best measured value of each column; unsteady times do not count."""
     best: dict[str, float] = {}
     for key, choose in (
         ("size_bytes", min),
@@ -215,7 +218,7 @@ def best_values(report: Report) -> dict[str, float]:
 
 
 def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """One strip of images a variant, all of the same seeds, with what is known of its quality."""
+    """One strip of images for each variant, all from the same seeds, with what is known of its quality."""
     rows = {row.name: row for row in report.variants}
     found = []
     for name, images in (ordered(samples) if samples else {}).items():
@@ -237,7 +240,7 @@ def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, 
 
 
 def spread(timing: Timing | None) -> str:
-    """A timing's distribution in words."""
+    """Text of a timing's distribution."""
     if timing is None:
         return ""
     quartiles = f"{number(timing.lower_quartile_ms, 3)} to {number(timing.upper_quartile_ms, 3)}"
@@ -248,8 +251,9 @@ def spread(timing: Timing | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A measurement with so many significant digits, never in exponents between 1e-3 and 1e6; a dash where it is
-    unknown.
+    """Text of a measurement with ``digits`` significant digits; an unknown value is a dash.
+
+    Exponents are used only below 1e-3 and from 1e6.
     """
     if value is None:
         return UNKNOWN
@@ -260,19 +264,19 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def bits(value: float | None) -> str:
-    """A width, whole where it is."""
+    """Text of a width in bits, without decimals if it is a whole number."""
     return "floating point" if value is None else f"{value:g}"
 
 
 def size(value: int | None) -> str:
-    """Bytes in decimal units."""
+    """Text of a number of bytes in decimal units."""
     if value is None:
         return UNKNOWN
     return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Text of a duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

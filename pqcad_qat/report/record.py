@@ -1,6 +1,6 @@
-"""What a run found, as data: the dataclasses behind report.json, each field with its unit.
+"""Result of a run as data: the dataclasses behind report.json, each field with its unit.
 
-Not here: writing, reading or drawing them (report_files.py, page.py, figures.py), or how any number was measured.
+Not here: writing, reading or drawing them (report_files.py, page.py, figures.py), or how a number was measured.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ Comparison = Literal["<=", ">=", "=="]
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where the timings were taken."""
+    """Machine on which the timings were taken."""
 
-    cpu: str  # model name, family and number, "unknown" where the system does not say
-    isa: tuple[str, ...]  # of avx2, avx_vnni, avx512_vnni, avx512_bf16, amx_int8, amx_bf16: those that the CPU has
-    cores: int  # usable by this process
-    versions: Mapping[str, str]  # python and every library that decides a number
-    native_bf16: bool | None = None  # bfloat16 arithmetic in hardware, after any cap of ONEDNN_MAX_CPU_ISA
-    settings: Mapping[str, str] = field(default_factory=dict)  # environment variables set that change timings
+    cpu: str  # model name, family and number; "unknown" if the system does not report it
+    isa: tuple[str, ...]  # those of avx2, avx_vnni, avx512_vnni, avx512_bf16, amx_int8, amx_bf16 that the CPU has
+    cores: int  # number of cores usable by this process
+    versions: Mapping[str, str]  # versions of Python and of every library that affects a number
+    native_bf16: bool | None = None  # whether bfloat16 arithmetic runs in hardware, after any cap of ONEDNN_MAX_CPU_ISA
+    settings: Mapping[str, str] = field(default_factory=dict)  # environment variables that are set and change timings
 
 
 WIDEST = 0.2
-"""Quartiles of a measurement may lie as far apart as this share of its median; beyond, the machine was busy with
-something else.
+"""Largest distance of the quartiles of a steady measurement, as a share of its median. A wider spread means that the
+machine was busy with something else.
 
-Calls of a third of a millisecond, too short to be interrupted, spread by 0.005 to 0.15 over thirty runs; calls of 18 ms
+Calls of a third of a millisecond, too short to be interrupted, spread by 0.005 to 0.15 over thirty runs. Calls of 18 ms
 on two cores that fifteen other programs used spread by 0.13 to 0.35, and their medians were three to seven times too
 long.
 """
 
 UNSTEADY = "unsteady"
-"""What stands beside such a figure."""
+"""Mark beside a figure whose measurement spreads more widely than WIDEST."""
 
 UNSTEADY_NOTE = (
     f"{UNSTEADY}: quartiles further apart than {WIDEST:.0%} of the median, as where other programs run "
@@ -52,7 +52,7 @@ UNSTEADY_NOTE = (
 
 @dataclass(frozen=True)
 class Timing:
-    """The distribution of one candidate's repeated runs, in milliseconds a call."""
+    """Distribution of one candidate's repeated runs, in milliseconds a call."""
 
     median_ms: float
     minimum_ms: float
@@ -62,51 +62,51 @@ class Timing:
 
     @property
     def unsteady(self) -> bool:
-        """Whether it spreads too widely to mean something."""
+        """Whether the quartiles are too far apart for the timing to be meaningful."""
         return self.upper_quartile_ms - self.lower_quartile_ms > WIDEST * self.median_ms
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """The distribution of one candidate's bursts, in images a second that are taken one denoising step further."""
+    """Distribution of one candidate's bursts of calls, in images a second that advance by one denoising step."""
 
     median: float
     maximum: float
     lower_quartile: float
     upper_quartile: float
     rounds: int
-    calls: int  # of a burst
-    in_flight: int  # calls at a time
+    calls: int  # number of calls in a burst
+    in_flight: int  # number of simultaneous calls
 
     @property
     def unsteady(self) -> bool:
-        """As of a Timing."""
+        """Whether the quartiles are too far apart, as for a Timing."""
         return self.upper_quartile - self.lower_quartile > WIDEST * self.median
 
 
 @dataclass(frozen=True)
 class VariantRow:
-    """One row of the result. A number nobody measured is None, never 0."""
+    """One row of the result; a number that was not measured is None, never 0."""
 
     name: str  # a key of policy.variants.VARIANTS
-    runtime: str  # as there
-    weight_bits: float | None  # mean over planned layers by parameters, or the one width
+    runtime: str  # runtime of the variant in policy.variants.VARIANTS
+    weight_bits: float | None  # bits; mean over planned layers by parameters, or the single width
     activation_bits: float | None
-    steps: int  # sampling steps of one image
-    size_bytes: int | None = None  # every file needed to run the denoiser; the same files that were timed
-    latency_ms_per_step: float | None = None  # median, of one image unless the policy's export batch says otherwise
+    steps: int  # number of sampling steps of one image
+    size_bytes: int | None = None  # bytes of every file needed to run the denoiser, the same files that were timed
+    latency_ms_per_step: float | None = None  # median for one image, unless the policy's export batch differs
     latency_ms_per_image: float | None = None
     fid_real: float | None = None  # Frechet distance to the real reference
-    fid_fp: float | None = None  # Frechet distance to full precision's images
+    fid_fp: float | None = None  # Frechet distance to the full-precision images
     psnr_fp: float | None = None  # dB, image by image against full precision on the same seeds
-    ssim_fp: float | None = None  # 0 to 1, likewise
-    passes: int = 1  # of the denoiser in a step: 2 under classifier-free guidance, and an image's time counts both
-    did_not_run: str = ""  # why, of a baseline that could not be made or run: its figures are unknown
+    ssim_fp: float | None = None  # 0 to 1, image by image against full precision on the same seeds
+    passes: int = 1  # denoiser calls a sampling step: 2 under classifier-free guidance, both counted in an image's time
+    did_not_run: str = ""  # reason why a baseline could not be made or run; its figures are unknown
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Integers of OpenVINO against integers of PyTorch, layer by layer on equal inputs."""
+    """Comparison of the integers of OpenVINO with those of PyTorch, layer by layer on equal inputs."""
 
     layers_checked: int
     layers_exact: int
@@ -117,21 +117,19 @@ class Parity:
 
 @dataclass(frozen=True)
 class Execution:
-    """What the compiled model's execution graph says it ran."""
+    """What ran, according to the execution graph of the compiled model."""
 
-    planned: int  # layers planned for INT8
+    planned: int  # number of layers planned for INT8
     executed_int8: int
-    float_layers: tuple[
-        str, ...
-    ] = ()  # layers that executed in floating point: left so by the plan, or listed exceptions
+    float_layers: tuple[str, ...] = ()  # layers in floating point, by the plan or as listed exceptions
     needs_vnni: tuple[str, ...] = ()  # layers whose sums may overflow on CPUs without VNNI
-    # attention planned for INT8 -> what its products executed in
+    # attention planned for INT8 -> precision its matrix products executed in
     attention: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A promise, what was measured, and whether it holds (None: not measured here)."""
+    """A target, its measured value, and whether it holds (None: not measured here)."""
 
     name: str
     measured: float | None
@@ -144,23 +142,23 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of the plan and what became of it."""
+    """One layer of the plan and its result."""
 
     layer: str
     kind: str  # "Conv2d" or "Linear"
     rule: str  # name of the policy's rule that matched
     weight_bits: int | None  # None: stays floating point
     activation_bits: int | None
-    ladder: tuple[int, ...] = ()  # widths of the weights over training, first to target
+    ladder: tuple[int, ...] = ()  # weight widths over training, from the first to the target
     parameters: int = 0
     planned_execution: str = "int8"  # "int8" or "float"
     executed: str | None = None  # precision in the execution graph: "i8", "u8", "bf16", "f32"
-    exact: bool | None = None  # integers equal to PyTorch's
+    exact: bool | None = None  # whether its integers equal PyTorch's
 
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """Time spent in one kind of node at one precision, for one call of the network."""
+    """Time spent in one kind of node at one precision, for one denoiser call."""
 
     kind: str  # OpenVINO's layerType: Convolution, FullyConnected, Subgraph, MVN, Reorder, ...
     precision: str  # "i8", "u8", "bf16", "f32", ...
@@ -180,29 +178,30 @@ class StorageRow:
 
 @dataclass(frozen=True)
 class PartRow:
-    """A part of the deployed folder beside the denoiser."""
+    """A pipeline part in the deployed folder, beside the denoiser."""
 
-    part: str  # its folder: vae_decoder, text_encoder, ...
+    part: str  # name of its folder: vae_decoder, text_encoder, ...
     format: str  # "float", "int8-weights", "int8"
     size_bytes: int
-    # dB against full precision: of pictures from the set's latents, of the last hidden state of random tokens
+    # PSNR in dB against full precision: of pictures decoded from the calibration set's latents for a VAE, of the last
+    # hidden state on random tokens for a text encoder
     psnr: float | None
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How to get these numbers again."""
+    """How to reproduce these numbers."""
 
     command: str
-    policy_text: str  # YAML, as resolved
-    version: str = ""  # of pqcad_qat
+    policy_text: str  # resolved policy as YAML
+    version: str = ""  # version of pqcad_qat
 
 
 @dataclass(frozen=True)
 class Series:
     """One quantity over training steps; a value that was not finite is None."""
 
-    stage: str  # the stage, named as the variant that was being trained
+    stage: str  # name of the variant that the stage trains
     name: str  # "loss", "teacher", "calibration", "loss_momentum", "perturbation", "mean_bits", ...
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
@@ -210,22 +209,20 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """What training logged."""
+    """Series that training logged."""
 
-    losses: tuple[Series, ...] = ()  # one for each stage and term; drawn on a log scale
-    momenta: tuple[
-        Series, ...
-    ] = ()  # of progressive quantization: "loss_momentum", "perturbation" (mean over layers), "mean_bits"
-    distances: tuple[
-        Series, ...
-    ] = ()  # of quantization-aware training: mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
-    plateau: float | None = None  # the policy's bounds, drawn beside the momenta
+    losses: tuple[Series, ...] = ()  # one series for each stage and loss term, drawn on a logarithmic scale
+    # progressive quantization: "loss_momentum", "perturbation" (mean over layers), "mean_bits"
+    momenta: tuple[Series, ...] = ()
+    # quantization-aware training: mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
+    distances: tuple[Series, ...] = ()
+    plateau: float | None = None  # bounds from the policy, drawn beside the momenta
     perturbation_bound: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything report.json holds, its keys in this order; a pipeline adds parts by dataclasses.replace."""
+    """Content of report.json, with its keys in this order; a caller may add parts by dataclasses.replace."""
 
     policy: Mapping[str, JsonValue]
     seed: int
@@ -235,29 +232,29 @@ class Report:
     bit_schedule: tuple[Transition, ...] = ()
     parity: Parity | None = None
     execution: Execution | None = None
-    timings_s: Mapping[str, float] = field(default_factory=dict)  # wall seconds by stage, in order
+    timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> wall time in seconds, in order
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
-    quality_note: str = ""  # what was left out of the figures of quality, and why; what they are of where not of images
-    latency: Mapping[str, Timing] = field(default_factory=dict)  # variant -> distribution of one step
+    quality_note: str = ""  # reason for missing figures of quality, and what the figures refer to if not to images
+    # variant -> distribution of the time of one denoiser call
+    latency: Mapping[str, Timing] = field(default_factory=dict)
     layers: tuple[LayerRow, ...] = ()
-    profiles: Mapping[str, tuple[ProfileRow, ...]] = field(
-        default_factory=dict
-    )  # variant -> where its step's time went
-    storage: tuple[StorageRow, ...] = ()  # of the deployed variant
-    parts: tuple[PartRow, ...] = ()  # of the deployed folder, beside the denoiser
+    # variant -> time of one denoiser call by kind of node
+    profiles: Mapping[str, tuple[ProfileRow, ...]] = field(default_factory=dict)
+    storage: tuple[StorageRow, ...] = ()  # storage of the deployed variant
+    parts: tuple[PartRow, ...] = ()  # pipeline parts of the deployed folder
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION
 
     @property
     def unsteady(self) -> frozenset[str]:
-        """The variants whose times spread too widely to mean something."""
+        """Variants whose times spread too widely to be meaningful."""
         return unsteady_variants(self.latency)
 
 
 def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
-    """The variants that were timed so, and those that have the time of one of them."""
+    """Variants with an unsteady timing, and variants that share the timing of one of them."""
     found = {name for name, timing in latency.items() if timing.unsteady}
     return frozenset(found | {name for name, spec in VARIANTS.items() if spec.timed_as in found})
 
@@ -265,7 +262,9 @@ def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
 def target(
     name: str, measured: float | None, comparison: Comparison, bound: float, *, unit: str = "", note: str = ""
 ) -> Target:
-    """A Target whose ``holds`` follows from the numbers; a missing or non-finite measurement gives None."""
+    """Build a Target whose ``holds`` follows from the numbers; it is None if the measurement is missing or not
+    finite.
+    """
     holds = None
     if measured is not None and math.isfinite(measured):
         holds = {"<=": measured <= bound, ">=": measured >= bound, "==": measured == bound}[comparison]

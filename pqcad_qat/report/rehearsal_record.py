@@ -1,4 +1,4 @@
-"""What a rehearsal found, as data: the dataclasses behind rehearsal.json.
+"""Result of a rehearsal as data: the dataclasses behind rehearsal.json.
 
 Not here: how it was measured (timing/stage_costs.py, commands/rehearse.py), or how it looks (tables.py).
 """
@@ -13,14 +13,15 @@ from pqcad_qat.report.record import Hardware
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage.
+    """Cost of one stage.
 
     Attributes:
-        name: of the stage.
-        seconds: that it took.
-        peak_bytes: most resident memory meanwhile; None where the system does not tell it of a part of a process's
+        name: name of the stage.
+        seconds: wall time of the stage.
+        peak_bytes: largest resident memory during the stage; None if the system reports no peak for part of a process's
             life.
-        kept_bytes: resident memory after it, all that can be given back being given back; None likewise.
+        kept_bytes: resident memory after the stage, once all memory that can be returned has been returned; None
+            likewise.
     """
 
     name: str
@@ -31,19 +32,20 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was found.
+    """Result of a rehearsal.
 
     Attributes:
-        policy, model: whose rules, and which architecture.
-        parameters: of the full-precision denoiser.
-        planned, executed_int8: layers planned for INT8, and those that executed so from the shipped file.
-        attention: those planned for INT8, and what their products executed in.
-        exact: layers whose integers equal PyTorch's.
-        sizes: float32 weights, and the folders by the format of their weights, in bytes.
-        stages: in order.
-        peak_bytes: most resident memory of all stages.
-        hardware: of this machine.
-        command: that makes it again.
+        policy, model: name of the policy whose rules apply, and the architecture.
+        parameters: number of parameters of the full-precision denoiser.
+        planned, executed_int8: numbers of layers planned for INT8, and of those that executed in INT8 from the shipped
+            file.
+        attention: attention planned for INT8 -> precision its matrix products executed in.
+        exact: number of layers whose integers equal PyTorch's.
+        sizes: bytes of the float32 weights, and of the folders by the format of their weights.
+        stages: costs of the stages in order.
+        peak_bytes: largest resident memory over all stages.
+        hardware: machine of the rehearsal.
+        command: command that repeats the rehearsal.
     """
 
     policy: str

@@ -1,6 +1,6 @@
-"""The report a run leaves: report.json (also read back here), samples.png and report.html.
+"""The report that a run writes: report.json (also read back here), samples.png and report.html.
 
-Not here: the data's definition (record.py), the pictures (figures.py), the page's contents (page.py), or any
+Not here: the definition of the data (record.py), the pictures (figures.py), the page's contents (page.py), or any
 measurement.
 """
 
@@ -30,10 +30,12 @@ _CURVES = TypeAdapter(Curves)
 
 
 def write_report(folder: Path, report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> None:
-    """Write report.json, samples.png and report.html into ``folder``, each whole or not at all.
+    """Write report.json, samples.png and report.html into ``folder``, each completely or not at all.
 
-    ``samples``: variant name -> images (K, C, H, W) in [-1, 1], C 1 or 3, from the same K seeds for every variant.
-    Raises ModelError where the images do not fit that, or where a number that must be known is not finite.
+    ``samples`` maps each variant to images (K, C, H, W) in [-1, 1], C 1 or 3, from the same K seeds for every variant.
+
+    Raises:
+        ModelError: the images have another form, or a number that must be known is not finite.
     """
     seen, seen_curves = save_record(folder, report, curves)
     if samples:
@@ -42,7 +44,9 @@ def write_report(folder: Path, report: Report, curves: Curves, samples: Mapping[
 
 
 def to_json(report: Report, curves: Curves | None = None) -> dict[str, Any]:
-    """The document of report.json: plain JSON values, every non-finite number null and named in ``warnings``."""
+    """Content of report.json as plain JSON values; every non-finite number becomes null and is listed in
+    ``warnings``.
+    """
     document = {"schema_version": report.schema_version} | _dump(_REPORT, report)
     if curves is not None:
         document["curves"] = _dump(_CURVES, curves)
@@ -55,7 +59,11 @@ def to_json(report: Report, curves: Curves | None = None) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any], where: str = REPORT_FILE) -> tuple[Report, Curves]:
-    """The inverse of to_json. Raises ModelError that names the key, the rule and the value."""
+    """Inverse of to_json.
+
+    Raises:
+        ModelError: the document is invalid; the message names the key, the rule and the value.
+    """
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ModelError(f"{where}: schema_version: got {version!r}; this version of pqcad-qat reads {SCHEMA_VERSION}")
@@ -69,7 +77,7 @@ def from_json(document: Mapping[str, Any], where: str = REPORT_FILE) -> tuple[Re
 
 
 def save_record(folder: Path, report: Report, curves: Curves | None = None) -> tuple[Report, Curves]:
-    """Write report.json whole or not at all; returns what a reader of it will see."""
+    """Write report.json completely or not at all; return what a reader of the file gets."""
     document = to_json(report, curves)
     seen = from_json(document)
     write_file(folder / REPORT_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
@@ -77,12 +85,16 @@ def save_record(folder: Path, report: Report, curves: Curves | None = None) -> t
 
 
 def read_report(folder: Path) -> Report:
-    """The Report of a run's folder. Raises ModelError where it is missing, damaged or of another schema_version."""
+    """Read the Report of a run's folder.
+
+    Raises:
+        ModelError: the report is missing, damaged, or of another schema_version.
+    """
     return read_record(folder)[0]
 
 
 def read_record(folder: Path) -> tuple[Report, Curves]:
-    """The Report and the training curves of a run's folder; errors as read_report."""
+    """Read the Report and the training curves of a run's folder; raises the same errors as read_report."""
     path = folder / REPORT_FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)

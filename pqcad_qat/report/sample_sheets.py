@@ -1,5 +1,5 @@
-"""Sample images of several variants from the same seeds, as PNG: the labelled sheet, and one strip a variant for the
-page.
+"""Sample images of several variants from the same seeds, as PNG: the labelled sheet, and one strip for each variant for
+the page.
 
 Not here: charts (figures.py), or the sampling itself.
 """
@@ -18,15 +18,16 @@ from pqcad_qat.policy.variants import VARIANTS, summary_of
 
 GAP = 2  # pixels between images, before enlargement
 LABEL_WIDTH = 220  # pixels of the sheet's column of names
-STRIP_IMAGES = 16  # images of a strip, at most
-_SHEET_IMAGE = 64  # pixels an image is enlarged to at least, by a whole factor
+STRIP_IMAGES = 16  # largest number of images in a strip
+_SHEET_IMAGE = 64  # pixels to which an image is at least enlarged, by a whole factor
 
 
 def ordered(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Variant -> uint8 images (K, H, W, 3), in the report's order; names of one's own come last.
+    """Variant -> uint8 images (K, H, W, 3), in the report's order; variants with other names come last.
 
-    Raises ModelError unless every variant has the same number K >= 1 of images (K, C, H, W), C 1 or 3, finite, float in
-    [-1, 1] or uint8.
+    Raises:
+        ModelError: the variants do not all have the same number K >= 1 of images (K, C, H, W), C 1 or 3, as finite
+            floats in [-1, 1] or as uint8.
     """
     known = [name for name in VARIANTS if name in samples]
     images = {
@@ -53,14 +54,15 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
 
 
 def sheet_size(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
-    """(width, height) in pixels of a sheet of ``rows`` variants with ``columns`` images of height x width each."""
+    """Width and height in pixels of a sheet of ``rows`` variants with ``columns`` images of height x width each."""
     factor = _factor(height, width)
     return LABEL_WIDTH + columns * (width + GAP) * factor + GAP * factor, rows * (height + GAP) * factor + GAP * factor
 
 
 def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
-    """samples.png: a row a variant with its name before it, a column a seed, enlarged by a whole factor. Errors as
-    `ordered`.
+    """Draw samples.png: one row for each variant after its name, one column for each seed, enlarged by a whole factor.
+
+    Raises the same errors as `ordered`.
     """
     rows = ordered(samples)
     columns, height, width, _ = next(iter(rows.values())).shape
@@ -78,12 +80,12 @@ def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
 
 
 def strip_uri(images: np.ndarray) -> str:
-    """One variant's first images (K, H, W, 3) side by side, as a data URI at their own resolution."""
+    """Data URI of one variant's first images (K, H, W, 3) side by side, at their own resolution."""
     return "data:image/png;base64," + base64.b64encode(_png(_strip(images[:STRIP_IMAGES]))).decode()
 
 
 def _strip(images: np.ndarray) -> Image.Image:
-    """Images (K, H, W, 3) side by side, transparent between them."""
+    """Place images (K, H, W, 3) side by side, with transparent gaps."""
     count, height, width, _ = images.shape
     strip = np.zeros((height + 2 * GAP, count * (width + GAP) + GAP, 4), dtype=np.uint8)
     for index, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""What `sensitivity` found: its record, and the same on the terminal, as JSON, and as a page that stands alone.
+"""The record of the command `sensitivity`, and its display on the terminal, as JSON, and as a self-contained page.
 
 Not here: the measurement (quantization/layer_sensitivity.py).
 """
@@ -24,18 +24,18 @@ SCHEMA_VERSION = 1
 JSON_FILE, PAGE_FILE = "sensitivity.json", "sensitivity.html"
 
 SHADES = tuple(COLOURS[f"bits{bits}"] for bits in range(8, 1, -1))
-"""Of errors, from the smallest to the largest."""
+"""Colours of errors, from the smallest error to the largest."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Widths of all layers, and what they come to.
+    """Widths of all layers, with the size and the error that they lead to.
 
     Attributes:
         bits: layer -> width of its weights.
-        bytes: of the weights, packed.
-        predicted: sum of the layers' errors.
-        error: measured with all layers quantized at once.
+        bytes: bytes of the packed weights.
+        predicted: sum of the layers' separate errors.
+        error: error measured with all layers quantized at once.
     """
 
     bits: Mapping[str, int]
@@ -46,17 +46,17 @@ class Assignment:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """All that was measured.
+    """Everything that was measured.
 
     Attributes:
-        policy, model: their names.
-        states: of the calibration set, on which errors were measured.
-        layers: in the model's order.
-        parameters: of each layer.
-        full_bytes: of the model in float32.
-        budget_bytes: that the chosen widths had to keep to.
-        assignments: the policy's own widths, and the chosen ones last.
-        command: that made it.
+        policy, model: names of the policy and the model.
+        states: number of states of the calibration set on which errors were measured.
+        layers: sensitivity of each layer, in the model's order.
+        parameters: layer -> number of parameters.
+        full_bytes: bytes of the model in float32.
+        budget_bytes: limit that the chosen widths had to keep; None without a limit.
+        assignments: name -> assignment; the policy's own widths come first, the chosen ones last.
+        command: command that made the report.
     """
 
     policy: str
@@ -71,17 +71,17 @@ class SensitivityReport:
 
     @property
     def widths(self) -> list[int]:
-        """That were measured, widest first."""
+        """Widths in bits that were measured, widest first."""
         return sorted(self.layers[0].weights, reverse=True)
 
     @property
     def shown(self) -> Assignment:
-        """The assignment that table and picture mark: the last one."""
+        """Assignment that table and chart mark: the last one."""
         return list(self.assignments.values())[-1]
 
 
 def write_sensitivity(report: SensitivityReport, folder: Path) -> Path:
-    """Write sensitivity.json and sensitivity.html, each whole or not at all; returns the page."""
+    """Write sensitivity.json and sensitivity.html, each completely or not at all; return the path of the page."""
     document = {"schema_version": SCHEMA_VERSION, **asdict(report)}
     write_file(folder / JSON_FILE, json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
     write_file(folder / PAGE_FILE, render(report).encode())
@@ -89,7 +89,7 @@ def write_sensitivity(report: SensitivityReport, folder: Path) -> Path:
 
 
 def decibels(error: float) -> str:
-    """A relative squared error in decibels; nothing moved at all is a dash."""
+    """Text of a relative squared error in decibels; an error of zero is a dash."""
     return f"{10 * math.log10(error):.1f}" if error > 0 else "\N{EN DASH}"
 
 
@@ -98,13 +98,13 @@ def headings(report: SensitivityReport) -> list[str]:
 
 
 def cells(report: SensitivityReport, layer: LayerSensitivity) -> list[str]:
-    """A layer's texts, under `headings`: errors in decibels below the output."""
+    """Texts of a layer, in the order of `headings`; errors are in decibels relative to the output."""
     errors = (decibels(error) for error in (layer.inputs, *(layer.weights[width] for width in report.widths)))
     return [layer.name, f"{report.parameters[layer.name]:,}", *errors, str(report.shown.bits[layer.name])]
 
 
 def sensitivity_table(report: SensitivityReport) -> TerminalTable:
-    """For the terminal."""
+    """Table of the layers' errors for the terminal."""
     table = TerminalTable(
         title=f"{report.policy}: error of the output in dB, one layer quantized alone", caption_justify="left"
     )
@@ -116,7 +116,7 @@ def sensitivity_table(report: SensitivityReport) -> TerminalTable:
 
 
 def assignment_table(report: SensitivityReport) -> TerminalTable:
-    """For the terminal: what the widths of all layers come to."""
+    """Table of the assignments for the terminal."""
     table = TerminalTable(*assignment_headings(report))
     for row in assignment_rows(report):
         table.add_row(*row)
@@ -142,25 +142,27 @@ def assignment_rows(report: SensitivityReport) -> list[list[str]]:
 
 
 def mean_bits(report: SensitivityReport, assignment: Assignment) -> float:
-    """Of the planned layers, by their parameters."""
+    """Mean width in bits of the planned layers, weighted by their numbers of parameters."""
     weighted = sum(width * report.parameters[name] for name, width in assignment.bits.items())
     return weighted / sum(report.parameters[name] for name in assignment.bits)
 
 
 def render(report: SensitivityReport) -> str:
-    """The page, self-contained."""
+    """Render the self-contained page."""
     return page_template("sensitivity_template.html").render(
         report=report,
         headings=headings(report),
         rows=[cells(report, layer) for layer in report.layers],
         assignment_headings=assignment_headings(report),
         assignments=assignment_rows(report),
-        chart=Markup(sensitivity_chart(report)),  # our own SVG, its texts escaped by canvas.py
+        chart=Markup(sensitivity_chart(report)),  # this package's own SVG, whose texts canvas.py has escaped
     )
 
 
 def sensitivity_chart(report: SensitivityReport) -> str:
-    """A row a layer, a column a width: the darker, the further the output moves; what the layer gets is framed."""
+    """Chart with a row for each layer and a column for each width; darker means a larger error, and the assigned width
+    is framed.
+    """
     errors = [error for layer in report.layers for error in layer.weights.values() if error > 0]
     low, high = (10 * math.log10(extreme) for extreme in (min(errors), max(errors)))
     with canvas("sensitivity", 9.6, 1.0 + 0.19 * len(report.layers)) as drawn:
@@ -190,5 +192,5 @@ def sensitivity_chart(report: SensitivityReport) -> str:
 
 
 def _share(error: float, low: float, high: float) -> float:
-    """Where an error lies between the extremes, on the scale of decibels."""
+    """Position of an error between the extremes, from 0 to 1 on the decibel scale."""
     return 0.0 if error <= 0 or high <= low else (10 * math.log10(error) - low) / (high - low)

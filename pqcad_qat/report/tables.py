@@ -1,4 +1,4 @@
-"""What commands show on a terminal: plans, results, cells of a study, costs of training steps and of rehearsals.
+"""Tables that commands show on a terminal: plans, results, cells of a study, costs of training steps and of rehearsals.
 
 Not here: tables that a page shows too (comparison_page.py, benchmark_page.py, sensitivity_page.py), and how a table
 fits a terminal (terminal_table.py).
@@ -33,19 +33,19 @@ PROFILED = {
     FIXED_BIT: "target widths",
     PQ: "between two widths",
 }
-"""Name of a candidate of `profile` -> what its layers compute with."""
+"""Mapping from a candidate of the command `profile` to what its layers compute with."""
 
 
 @dataclass(frozen=True)
 class CellState:
-    """One cell of a study: what it would do, and how far it is.
+    """One cell of a study: its work and its progress.
 
     Attributes:
-        name: of the cell.
-        variants: that it makes.
-        trains: its stages that train.
-        steps: training steps of all of them.
-        state: new, begun or finished.
+        name: name of the cell.
+        variants: variants that it makes.
+        trains: its training stages.
+        steps: number of training steps of all its stages.
+        state: progress, one of new, begun and finished.
     """
 
     name: str
@@ -56,7 +56,9 @@ class CellState:
 
 
 def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> TerminalTable:
-    """Every layer with its rule, widths and parameters; below it what the rules say and what the model will cost."""
+    """Table of every layer with its rule, widths and parameters, and below it the rules in words and the
+    model's sizes.
+    """
     table = TerminalTable(
         title=f"{len(plan)} layers quantized",
         caption=_plan_caption(plan, model),
@@ -80,7 +82,7 @@ def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> TerminalTable:
 
 
 def plan_text(plan: Sequence[LayerPlan], model: nn.Module) -> str:
-    """The same table as plain text."""
+    """Return the table of `plan_table` as plain text."""
     console = Console(file=io.StringIO(), width=160, markup=False)
     with console.capture() as captured:
         console.print(plan_table(plan, model))
@@ -103,7 +105,7 @@ def _plan_caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
 
 
 def result_table(report: Report, folder: Path) -> TerminalTable:
-    """The variants of a run's report, short."""
+    """Short table of the variants in a run's report."""
     title = f"{report.policy['name']}: {folder}"
     table = TerminalTable("variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=title)
     for row in report.variants:
@@ -117,7 +119,9 @@ def result_table(report: Report, folder: Path) -> TerminalTable:
 
 
 def result_remarks(report: Report) -> Iterator[Text]:
-    """Below the table: what did not run, what the figures mean, what stayed in floating point, and the targets."""
+    """Remarks below the table: what did not run, what the figures mean, what stayed in floating point, and the
+    targets.
+    """
     for row in report.variants:
         if row.did_not_run:
             yield Text(f"{row.name} did not run: {row.did_not_run}")
@@ -135,7 +139,7 @@ def result_remarks(report: Report) -> Iterator[Text]:
 
 
 def stages_ahead(outlook: RunOutlook) -> TerminalTable:
-    """What a run would do, stage by stage, and whether its disk has room for it."""
+    """Table of what a run would do in each stage, and whether its disk has enough space."""
     ahead = [stage for stage in outlook.stages if stage.state != KEPT]
     wanted = sum(stage.size_bytes for stage in ahead)
     caption = f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(outlook.free_bytes)} MB are free"
@@ -158,7 +162,7 @@ def stages_ahead(outlook: RunOutlook) -> TerminalTable:
 
 
 def policies_table(policies: Sequence[ShippedPolicy]) -> TerminalTable:
-    """The policies that ship, by the command that takes them."""
+    """Table of the policies that ship with the package, with the command that takes each."""
     table = TerminalTable("policy", "taken by", "what it is for", box=box.SIMPLE_HEAD)
     for policy in policies:
         table.add_row(policy.name, COMMANDS[policy.kind], policy.summary)
@@ -166,7 +170,7 @@ def policies_table(policies: Sequence[ShippedPolicy]) -> TerminalTable:
 
 
 def cells_table(cells: Sequence[CellState], title: str) -> TerminalTable:
-    """What every cell of a study would do, and how far it is."""
+    """Table of the work and the progress of every cell of a study."""
     table = TerminalTable("cell", "variants", "trains", "steps", "is", title=title)
     for cell in cells:
         table.add_row(cell.name, " ".join(cell.variants), " ".join(cell.trains), str(cell.steps), cell.state)
@@ -174,7 +178,7 @@ def cells_table(cells: Sequence[CellState], title: str) -> TerminalTable:
 
 
 def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> TerminalTable:
-    """What a training step of so many states costs, part by part."""
+    """Table of the cost of a training step of ``states`` states, part by part."""
     table = TerminalTable("milliseconds a step", *(f"{name}: {PROFILED[name]}" for name in costs), title=title)
     for part in PARTS:
         table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
@@ -188,7 +192,7 @@ def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Te
 
 
 def stages_table(found: Rehearsal) -> TerminalTable:
-    """What each stage of a rehearsal cost, and below it what came of them."""
+    """Table of the cost of each stage of a rehearsal, and below it the results."""
     title = f"{found.model}: {found.parameters / 1e6:,.1f} million parameters, {found.policy}"
     table = TerminalTable("stage", title=title, box=box.SIMPLE_HEAD)
     for heading in ("seconds", "MB at the peak", "MB kept"):

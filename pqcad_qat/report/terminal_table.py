@@ -1,6 +1,7 @@
-"""A table for any terminal: where its columns do not fit side by side, every row becomes a block of lines of its own.
+"""A table for terminals of any width: if its columns do not fit side by side, every row becomes a block of lines.
 
-Not here: what stands in which table (tables.py and the pages' own files). Rich would cut numbers and break names.
+Not here: the contents of tables (tables.py and the files of the pages). Rich's own tables would cut numbers and break
+names.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 SPARE = 3
-"""Columns of the terminal that stand between two columns of a table."""
+"""Number of terminal columns between two columns of a table."""
 
 
 class TerminalTable(Table):
-    """A rich table whose words are never broken: headings wrap at spaces, and where that is not enough, rows become
+    """A rich table whose words are never broken: headings wrap at spaces, and if that is not enough, rows become
     blocks.
     """
 
@@ -31,13 +32,13 @@ class TerminalTable(Table):
         spare = room - sum(least for least, _ in ranges)
         for column, (least, most) in zip(self.columns, ranges, strict=True):
             column.min_width = least
-            if sum(most for _, most in ranges) > room:  # the first columns are given what is left
+            if sum(most for _, most in ranges) > room:  # the first columns get the remaining width
                 column.width = least + min(spare, most - least)
                 spare -= column.width - least
         yield from super().__rich_console__(console, options)
 
     def _blocks(self) -> Iterator[Text | Padding]:
-        """The title, a block a row headed by its first cell, and the caption."""
+        """Yield the title, one block for each row headed by its first cell, and the caption."""
         if self.title:
             yield Text(str(self.title), "italic")
         headings = [_plain(column.header) for column in self.columns]
@@ -51,7 +52,7 @@ class TerminalTable(Table):
 
 
 def _range(console: Console, options: ConsoleOptions, column: Column) -> tuple[int, int]:
-    """Columns of the terminal that a column of the table takes at least and at most."""
+    """Smallest and largest number of terminal columns that a column of the table needs."""
     cells = [column.header, *column.cells]
     found = [Measurement.get(console, options.update(max_width=10_000), cell) for cell in cells]
     return max(each.minimum for each in found), max(each.maximum for each in found)

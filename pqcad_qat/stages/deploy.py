@@ -48,7 +48,7 @@ from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
 
 PROFILED = tuple(spec.name for spec in VARIANTS.values() if spec.runtime == OPENVINO and spec.sampled)
-"""Sampled variants that OpenVINO runs; the benchmark profiles each of their graph nodes."""
+"""Sampled variants that OpenVINO runs, all of them in integers; the benchmark profiles the nodes of their graphs."""
 
 PARITY_INPUTS = 64
 """Number of states on which the deployed model is compared end to end with the quantized PyTorch model."""
