@@ -1,1 +1,1 @@
-"""Full-precision models: loading, conditions, prompts, and what is known of each architecture. No quantization here."""
+"""Full-precision models: loading, conditions, prompts, and the facts about each architecture. Nothing here quantizes."""

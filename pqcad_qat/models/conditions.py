@@ -1,7 +1,7 @@
-"""What conditional models are conditioned on: the choices a policy gives, the choice of a trajectory, and
+"""Conditions of conditional models: the choices that a policy offers, the choice for each trajectory, and
 classifier-free guidance.
 
-Not here: what a denoiser takes (families/), nor how prompts become embeddings (prompts.py).
+Not here: which conditions a denoiser takes (families/), or how prompts become embeddings (prompts.py).
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ if TYPE_CHECKING:
     from pqcad_qat.policy.schema import ConditionsPolicy
 
 CONDITION = "condition."
-"""Before the name of a condition's tensor where it stands beside states: in the file of a calibration set, in a
-batch.
+"""Prefix of the names of condition tensors where they are stored beside states: in a calibration file and in a batch.
 """
 
 GUIDANCE, NULL_CLASS = "guidance_scale", "unconditional_class"
-"""Keys of a scheduler config that say how a distilled model is sampled: its scale, and the label of its other pass."""
+"""Keys of a distilled model's scheduler config: its guidance scale, and the class label of its unconditional pass."""
 
 CHOICE = 1
-"""Tells the dice of a trajectory's condition from those of its noise."""
+"""Last part of the random seed of a trajectory's condition, which separates it from the seed of the trajectory's noise.
+"""
 
 
 @dataclass(frozen=True)
 class ConditionSet:
-    """What trajectories and images are conditioned on.
+    """The conditions that trajectories and images choose from.
 
     Attributes:
-        choices: name -> (P, ...), a row a choice; {} for an unconditional model.
-        unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where there is none.
+        choices: mapping from name to a tensor (P, ...) with one row per choice; {} for an unconditional model.
+        unconditional: mapping from name to a tensor (1, ...) for the unconditional pass of classifier-free guidance; {}
+            where there is none.
     """
 
     choices: Condition = field(default_factory=dict)
@@ -59,8 +60,9 @@ class ConditionSet:
         return len(next(iter(self.choices.values()))) if self.choices else 0
 
     def of(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
-        """The conditions (count, ...) of trajectories `first` to `first + count` of a seed; each chooses for itself, as
-        with its noise.
+        """Return the conditions (count, ...) of trajectories `first` to `first + count` of a seed.
+
+        The choice of a trajectory depends only on the seed and its number, as its noise does.
         """
         rows = [
             int(np.random.default_rng((seed, number, CHOICE)).integers(len(self)))
@@ -71,13 +73,13 @@ class ConditionSet:
 
     @property
     def null_class(self) -> int | None:
-        """The label of the unconditional pass, where that is a label."""
+        """The class label of the unconditional pass; None where that pass has no single label."""
         values = list(self.unconditional.values())
         return int(values[0]) if len(values) == 1 and values[0].shape == (1,) else None
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of everything in it; None where there is nothing."""
+        """SHA-256 over the names, shapes, dtypes and values of all tensors; None for an unconditional model."""
         if not self.choices:
             return None
         found = hashlib.sha256()
@@ -90,12 +92,12 @@ class ConditionSet:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How samples are conditioned and guided.
+    """The conditions and the guidance scale of a batch of samples.
 
     Attributes:
-        condition: name -> (B, ...), of the samples.
-        unconditional: name -> (1, ...), of the other pass.
-        scale: of classifier-free guidance, 1 for none.
+        condition: mapping from name to a tensor (B, ...), one row per sample.
+        unconditional: mapping from name to a tensor (1, ...) for the unconditional pass.
+        scale: scale of classifier-free guidance; 1 turns guidance off.
     """
 
     condition: Condition = field(default_factory=dict)
@@ -103,7 +105,7 @@ class Guidance:
     scale: float = 1.0
 
     def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, float], Tensor]:
-        """(x_t, t) -> the prediction of the denoiser that sampling follows."""
+        """Return a function (x_t, t) -> the denoiser's guided prediction, which sampling uses."""
         condition, other = (
             {name: value.to(device) for name, value in part.items()} for part in (self.condition, self.unconditional)
         )
@@ -111,7 +113,7 @@ class Guidance:
 
 
 def rows_of(condition: Mapping[str, Array], count: int) -> dict[str, Array]:
-    """A condition of one sample for `count` of them."""
+    """Repeat a condition of one sample `count` times along the batch."""
     return {name: value[[0] * count] for name, value in condition.items()}  # type: ignore[index]
 
 
@@ -121,13 +123,16 @@ def guided_call(
     unconditional: Mapping[str, Array],
     scale: float,
 ) -> Callable[[Array, float], Array]:
-    """The prediction that sampling follows, as (x_t, t) -> prediction: of one pass at scale 1, of two guided ones
-    above.
+    """Return a function (x_t, t) -> the prediction that sampling uses.
+
+    At scale 1 it makes one denoiser call. At any other scale it makes two, and combines them by classifier-free
+    guidance.
 
     Args:
         call: the denoiser, as (x_t, t, condition).
-        condition: of the samples, (B, ...).
-        unconditional: of the other pass, (1, ...).
+        condition: the tensors (B, ...) of the samples.
+        unconditional: the tensors (1, ...) of the unconditional pass.
+        scale: scale of classifier-free guidance.
     """
 
     def one(x_t: Array, t: float) -> Array:
@@ -141,14 +146,14 @@ def guided_call(
 
 @dataclass(frozen=True)
 class Conditioned:
-    """What a denoiser is conditioned on.
+    """The conditions that a denoiser takes.
 
     Attributes:
-        source: names it in messages.
-        inputs: what it takes beside x_t and t; () where nothing.
-        null_class: the label that stands for no class, where it has one of its own.
-        folder: of its pipeline, for the text encoders there.
-        sides: height and width of x_t; None where the pipeline's own are meant.
+        source: name of the model in messages.
+        inputs: the tensors that the denoiser takes beside x_t and t; () where it takes none.
+        null_class: the label that stands for no class, where the denoiser has such a label.
+        folder: folder of the denoiser's pipeline, from which its text encoders are read.
+        sides: height and width of x_t; None for those of the pipeline.
     """
 
     source: str
@@ -159,7 +164,7 @@ class Conditioned:
 
     @property
     def labels(self) -> ConditionInput | None:
-        """The class label, where that is all."""
+        """The class-label input, where that is the denoiser's only condition; None otherwise."""
         alone = len(self.inputs) == 1 and self.inputs[0].shape == () and self.inputs[0].bound is not None
         return self.inputs[0] if alone else None
 
@@ -168,18 +173,18 @@ class Conditioned:
 
 
 def conditioned(model: DiffusionModel) -> Conditioned:
-    """What a full-precision model is conditioned on."""
+    """Describe the conditions that a full-precision model takes."""
     null = family_of(model.denoiser).null_class(getattr(model.denoiser, "config", {}))
     return Conditioned(model.source, model.condition_inputs, null, model.folder, model.sample_shape[1:])
 
 
 def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path | None = None) -> ConditionSet:
-    """What a policy's section gives to choose from; by default every class of a class-conditional model.
+    """Return the choices that a policy's section offers; by default every class of a class-conditional model.
 
-    Encoded prompts are kept in the store, where one is given, and read back from there.
+    Where a store is given, encoded prompts are kept there and read back on later calls.
 
     Raises:
-        ModelError: the model takes something else, or what is named cannot be read.
+        ModelError: the model takes other conditions, or a named file cannot be read.
     """
     if section.embeddings is not None:
         return read_conditions(Path(section.embeddings), asked)
@@ -197,7 +202,7 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path
 
 
 def check_choices(asked: Conditioned, section: ConditionsPolicy, scale: float) -> None:
-    """Raise ModelError where `chosen_conditions` or `check_guidance` will, as far as that is known before a prompt is
+    """Raise ModelError where `chosen_conditions` or `check_guidance` would, as far as that is known before a prompt is
     encoded.
     """
     if section.prompts is None or section.embeddings is not None:
@@ -216,10 +221,11 @@ def check_choices(asked: Conditioned, section: ConditionsPolicy, scale: float) -
 def class_conditions(
     asked: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None
 ) -> ConditionSet:
-    """Labels to choose from, and the one that stands for no class: the one given, or the model's own.
+    """Return class labels to choose from, and the label that stands for no class: the given one, or else the model's
+    own.
 
     Raises:
-        ModelError: the model takes no labels or more than them, or one is outside its table.
+        ModelError: the model takes no labels or also takes other conditions, or a label is outside its table.
     """
     if (labels := asked.labels) is None or labels.bound is None:
         raise ModelError(f"conditions.classes: got class labels; {asked}")
@@ -236,11 +242,13 @@ def class_conditions(
 
 
 def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
-    """The conditions of a safetensors file: NAME (P, ...) for each tensor that the model takes, and unconditional.NAME
-    (1, ...).
+    """Read conditions from a safetensors file.
+
+    The file holds NAME (P, ...) for each tensor that the model takes, and unconditional.NAME (1, ...) for the
+    unconditional pass.
 
     Raises:
-        ModelError: no such file, or one that does not hold what the model takes.
+        ModelError: the file is missing, or does not hold the tensors that the model takes.
     """
     try:
         tensors = load_file(path)
@@ -254,17 +262,17 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
 
 
 def save_conditions(conditions: ConditionSet, path: Path) -> None:
-    """Write the file that `read_conditions` reads."""
+    """Write a safetensors file that `read_conditions` can read."""
     other = {UNCONDITIONAL + name: value for name, value in conditions.unconditional.items()}
     save_tensors({**conditions.choices, **other}, path)
 
 
 def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where: str) -> ConditionSet:
-    """The tensors of a file as a set, in the model's own dtypes.
+    """Check the tensors of a file, and return them as a set in the model's own dtypes.
 
     Raises:
-        ModelError: it lacks a tensor that the model takes, has one that it does not, or one of another shape; every
-            fault is named.
+        ModelError: a tensor is missing, is not taken by the model, or has the wrong shape or values; the message names
+            every fault.
     """
     choices = {name: value for name, value in tensors.items() if not name.startswith(UNCONDITIONAL)}
     unconditional = {
@@ -283,7 +291,8 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
             if name in wanted
             for fault in _faults(prefix + name, value, wanted[name], rows)
         ]
-    if not faults:  # the exported graph has one shape, which both passes must fit
+    # The exported graph has one fixed input shape, so the conditions of both passes must have it.
+    if not faults:
         faults = [
             f"{UNCONDITIONAL}{name}: got {tuple(value.shape[1:])}; allowed {tuple(choices[name].shape[1:])}, as {name}"
             for name, value in unconditional.items()
@@ -299,12 +308,12 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
 
 
 def exported_inputs(inputs: Sequence[ConditionInput], conditions: ConditionSet) -> tuple[ConditionInput, ...]:
-    """The inputs with the sizes that the data decide."""
+    """Return the inputs with their open sizes filled in from the data, such as the number of text tokens."""
     return tuple(replace(wanted, shape=tuple(conditions.choices[wanted.name].shape[1:])) for wanted in inputs)
 
 
 def check_guidance(scale: float, conditions: ConditionSet) -> None:
-    """Raise ModelError for guidance without a condition for its other pass."""
+    """Raise ModelError where guidance is asked for without a condition for the unconditional pass."""
     if scale != 1.0 and not conditions.unconditional:
         raise ModelError(
             f"sampler.guidance_scale: got {scale:g}; allowed 1 without a condition for the other pass: "

@@ -1,7 +1,7 @@
-"""The values of a diffusers config, judged before anything is built of it: kinds by the class's own signature, and
-bounds on all numbers.
+"""Checks of single values in a diffusers config before a module is built: types from the class's signature, and numeric
+bounds.
 
-Not here: what the values of one class mean together (families/).
+Not here: rules on how the values of one class fit together (families/).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from pqcad_qat.machine.json_files import shown
 Config = Mapping[str, Any]
 
 LARGEST_SIDE = 2048
-"""Of x_t: height or width, in pixels or latents."""
+"""Largest height or width of x_t, in pixels or latents."""
 
 MOST_LAYERS = 64
-"""Of one kind in one block."""
+"""Largest number of layers of one kind in one block, and largest length of a list in a config."""
 
 WHOLE, REAL = (1, 2**20), (-1e6, 1e6)
-"""Bounds of a number whose key stands in no table."""
+"""Default bounds, lowest and highest, of whole and of real numbers whose key is not in BOUNDS."""
 
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "sample_size": (1, LARGEST_SIDE),
@@ -62,7 +62,7 @@ KINDS: Mapping[str, Any] = {
     "interpolation_scale": float | None,
     "transformer_layers_per_block": int | tuple,
 }
-"""Where a signature says less, or other, than the class takes."""
+"""Types of keys whose annotation in diffusers is narrower than, or different from, the values that the class takes."""
 
 WITHOUT_EFFECT = (
     "downsample_type",
@@ -71,26 +71,27 @@ WITHOUT_EFFECT = (
     "addition_embed_type_num_heads",
     "norm_num_groups",
 )
-"""Keys of which null is taken as well, by every class or by those that do not read them."""
+"""Keys that may also be null, either in every class or in classes that do not read them."""
 
 MOST_PARAMETERS, MOST_MODULES = 10**11, 30_000
-"""Of a model: 100 billion, eight times Flux's."""
+"""Largest numbers of parameters and of modules of a model. 100 billion parameters are eight times Flux's."""
 
 
 def class_of(name: str) -> Any:
-    """diffusers' class of that name."""
+    """Return the class of diffusers with this name."""
     return getattr(diffusers, name)
 
 
 def with_defaults(name: str, config: Config) -> dict[str, Any]:
-    """A config of diffusers' class with every default that it leaves unsaid."""
+    """Return a config with the class's defaults filled in for missing keys."""
     return {key: default for key, (_, default) in _signature(name).items()} | dict(config)
 
 
 def check_values(name: str, config: Config, where: str) -> None:
-    """Raise ModelError for a value that diffusers' class of that name cannot be built with; every one is named.
+    """Raise ModelError for values that diffusers' class of this name cannot be built with; the message names up to
+    eight.
 
-    Keys that the class does not know decide nothing, as in diffusers.
+    Keys that the class does not know are ignored, as diffusers ignores them.
     """
     faults = []
     for key, (kind, _) in _signature(name).items():
@@ -113,21 +114,21 @@ def check_values(name: str, config: Config, where: str) -> None:
 
 
 SIZE = int | tuple[int, int] | None
-"""Of x_t: one side, height and width, or what the class has of its own."""
+"""Type of `sample_size`, the size of x_t: one side, a pair of height and width, or null for the class's own default."""
 
 
 def fits(value: Any, kind: Any, key: str) -> bool:
-    """Whether a value is of a kind as annotations say it, and its numbers within the bounds of its key."""
+    """Return whether a value matches a type annotation and its numbers lie within the bounds of its key."""
     if get_origin(kind) in (Union, UnionType):
         return any(fits(value, part, key) for part in get_args(kind))
     if kind is NoneType:
         return value is None
     if kind is bool:
-        return value is None or isinstance(value, bool)  # null is false
+        return value is None or isinstance(value, bool)  # diffusers treats null as false
     if kind in (int, float):
         low, high = BOUNDS.get(key, WHOLE if kind is int else REAL)
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and low <= value <= high  # NaN is not
+        return number and low <= value <= high  # the comparison is false for NaN
     if kind is tuple or get_origin(kind) is tuple:
         return _fits_list(value, get_args(kind), key)
     return isinstance(value, kind)
@@ -157,7 +158,7 @@ def _described(kind: Any, key: str) -> str:
 
 @cache
 def _signature(name: str) -> dict[str, tuple[Any, Any]]:
-    """Key -> (kind, default) of everything that the class is built with."""
+    """Return key -> (type, default) for every argument of the class's constructor."""
     build = inspect.unwrap(class_of(name).__init__)
     hints = get_type_hints(build)
     parameters = {key: known for key, known in inspect.signature(build).parameters.items() if key != "self"}
@@ -168,11 +169,13 @@ def _signature(name: str) -> dict[str, tuple[Any, Any]]:
 
 @contextmanager
 def bounded_build(where: str) -> Iterator[None]:
-    """Inside, modules are built on torch's meta device, where they take no memory; one of absurd size is given up while
-    it grows.
+    """Build modules on torch's meta device within this context, where they take no memory, and stop a build that grows
+    too large.
+
+    Hooks count parameters and modules as they are registered, so an oversized build stops before it ends.
 
     Raises:
-        ModelError: more parameters or modules than MOST_PARAMETERS and MOST_MODULES.
+        ModelError: there are more parameters or modules than MOST_PARAMETERS and MOST_MODULES.
     """
     counts: dict[Literal["parameters", "modules"], int] = {"parameters": 0, "modules": 0}
 
@@ -201,8 +204,9 @@ def bounded_build(where: str) -> Iterator[None]:
 
 @contextmanager
 def silent(library: str) -> Iterator[None]:
-    """Inside, a library logs errors alone: of keys that a class does not know it says so again when weights are
-    loaded.
+    """Let a library log only errors within this context.
+
+    Without it, diffusers repeats its warnings about unknown keys when weights are loaded.
     """
     logger = logging.getLogger(library)
     level = logger.level

@@ -1,6 +1,6 @@
-"""The diffusers config of a denoiser, checked before anything is built of it: its family, its values, its size.
+"""Checks of a denoiser's diffusers config before the denoiser is built: its family, its values, and the size of x_t.
 
-Not here: what is known of each family (families/), loading a denoiser, or calling it (denoiser.py).
+Not here: facts about each family (families/), or loading and calling a denoiser (denoiser.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pqcad_qat.models.families.table import configured_family, families
 Config = Mapping[str, Any]
 
 SampleSize = int | tuple[int, ...]
-"""Height and width of x_t; one number where they are alike."""
+"""Height and width of x_t, or one number where the two are equal."""
 
 
 def known_family(config: Config, where: str) -> Family:
-    """The family of a diffusers config; `where` is its file.
+    """Return the family of a diffusers config; `where` names the config's file in messages.
 
     Raises:
-        ModelError: a class, or a variant of it, that cannot be taken.
+        ModelError: the class, or this kind of it, is not supported.
     """
     family = configured_family(config)
     if family is None:
@@ -37,11 +37,13 @@ def known_family(config: Config, where: str) -> Family:
 
 
 def checked_config(family: Family, config: Config, where: str, sample_size: SampleSize | None = None) -> dict[str, Any]:
-    """A diffusers config with every default of its class, and the height and width of x_t: those asked for, or its own.
+    """Return a diffusers config with its class's defaults filled in, and with the height and width of x_t.
+
+    The height and width are those asked for, or else the config's own.
 
     Raises:
-        ModelError: a value that the class cannot be built with, or that asks for what we do not give; a size that it
-            does not take.
+        ModelError: a value does not fit the class or asks for an unsupported feature, or the size does not fit the
+            class.
     """
     check_values(family.name, config, where)
     if sample_size is not None and not family.resizable:

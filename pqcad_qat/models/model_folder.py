@@ -1,7 +1,7 @@
-"""A pipeline's folder in diffusers' layout, local, embedded or of a hub: what its index names, where its denoiser and
-scheduler lie.
+"""Pipeline folders in diffusers' layout, whether local, embedded or from the hub: the index, and where denoiser and
+scheduler are.
 
-Not here: weights (weight_files.py), what a config says (config_values.py), or the parts beside the denoiser
+Not here: weights (weight_files.py), the values of a config (config_values.py), or the parts beside the denoiser
 (pipeline_parts.py).
 """
 
@@ -28,12 +28,12 @@ WEIGHTS = f"{STEM}{SAFETENSORS}"
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 
 DECODERS = ("vae", "vqvae")
-"""Parts that make pictures of latents."""
+"""Pipeline parts that decode latents into images."""
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 UNREAD = ("safety_checker", "feature_extractor")
-"""Parts that look at pictures, and give the denoiser nothing."""
+"""Pipeline parts that read images and give the denoiser nothing."""
 
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
@@ -41,7 +41,7 @@ NO_CONFIG = "got no config.json of a denoiser; allowed unet/config.json, transfo
 LAYOUT = "a folder in diffusers layout holds unet/config.json and scheduler/"
 
 SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
-"""In the name of a file that holds a part of the weights, such as model-00001-of-00002.safetensors."""
+"""Glob pattern in the file name of one shard of the weights, such as model-00001-of-00002.safetensors."""
 
 CONFIGS = (
     INDEX,
@@ -51,7 +51,7 @@ CONFIGS = (
     "scheduler_config.json",
     "tokenizer*/tokenizer_config.json",
 )
-"""What a plan takes of a hub id."""
+"""Files that a plan downloads from a hub repository."""
 
 WEIGHTS_AND_CONFIGS = (
     INDEX,
@@ -66,27 +66,27 @@ WEIGHTS_AND_CONFIGS = (
     ),
     *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
 )
-"""What a run takes of a hub id: a whole pipeline's files, less other formats and variants of its weights
-(model.fp16.safetensors).
+"""Files that a run downloads from a hub repository: a whole pipeline, without other formats and precisions of its
+weights (model.fp16.safetensors).
 """
 
 
 def local(source: str) -> Path | None:
-    """What a source names on this machine, if it names anything there."""
+    """Return the local path that a source names; None where no such path exists."""
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    # a name that no file can have, a place that may not be looked at, nobody's home
+    # The name may be invalid as a path, its folder unreadable, or its home folder that of an unknown user.
     except (OSError, RuntimeError, ValueError):
         return None
 
 
 @contextmanager
 def embedded_folder(source: str) -> Iterator[Path]:
-    """The folder of `embedded:NAME`, in diffusers layout.
+    """Give the path of the folder in diffusers' layout that `embedded:NAME` stands for.
 
     Raises:
-        ModelError: there is none of that name.
+        ModelError: no embedded model has this name.
     """
     name = source.removeprefix(EMBEDDED)
     if source not in embedded_models():
@@ -99,22 +99,22 @@ def embedded_folder(source: str) -> Iterator[Path]:
 
 
 def embedded_models() -> list[str]:
-    """The names that `load_model` takes without network or files."""
+    """Return the sources that `load_model` takes without network access or local files."""
     assets = files("pqcad_qat.assets")
     return sorted(EMBEDDED + entry.name for entry in assets.iterdir() if entry.joinpath(INDEX).is_file())
 
 
 def downloaded(source: str, patterns: Sequence[str]) -> Path:
-    """The folder of a hub id with the files that the patterns name; nothing of it is run.
+    """Download the files of a hub repository that match the patterns, and return its folder. No downloaded code is run.
 
     Raises:
-        ModelError: the hub cannot be reached, or has none of that name.
+        ModelError: the hub cannot be reached, or has no repository of this name.
     """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client raises anything from OSError to its own HTTP errors
+    except Exception as error:  # the hub client raises OSError and HTTP errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
         raise ModelError(
             f"model.source: got {shown(source)}: no such folder, and it cannot be loaded from the hub: {reason}"
@@ -122,10 +122,12 @@ def downloaded(source: str, patterns: Sequence[str]) -> Path:
 
 
 def downloaded_pipeline(source: str) -> Path:
-    """The folder of a hub id with all that a run reads; weights of another precision for the parts that have no others.
+    """Download all files of a hub repository that a run reads, and return its folder.
+
+    A second download fetches weights of another precision for the parts that have no others.
 
     Raises:
-        ModelError: as `downloaded`.
+        ModelError: as for `downloaded`.
     """
     folder = downloaded(source, WEIGHTS_AND_CONFIGS)
     stems = {"": STEM, **dict.fromkeys((*DENOISER_FOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
@@ -148,13 +150,13 @@ def downloaded_pipeline(source: str) -> Path:
 
 
 def denoiser_folder(folder: Path) -> Path:
-    """The part of a pipeline's folder that holds its denoiser: unet/, transformer/, or the folder itself where all
-    files lie at its top.
+    """Return the folder of a pipeline's denoiser: unet/, transformer/, or the pipeline's folder itself where all files
+    lie at its top.
 
-    unet/ where there is none.
+    Where none of them holds a config, the result is unet/.
 
     Raises:
-        ModelError: both are there, and the index does not say which.
+        ModelError: both folders exist, and the index does not name exactly one of them.
     """
     present = [part for part in DENOISER_FOLDERS if (folder / part / CONFIG).is_file()]
     if len(present) > 1:
@@ -171,7 +173,7 @@ def denoiser_folder(folder: Path) -> Path:
 
 
 def scheduler_file(folder: Path) -> Path:
-    """Where the scheduler's config lies, or belongs."""
+    """Return the path of the scheduler's config, or the path where it belongs if there is none."""
     return next(
         (path for path in (folder / SCHEDULER_CONFIG, folder / SCHEDULER_CONFIG.name) if path.is_file()),
         folder / SCHEDULER_CONFIG,
@@ -179,7 +181,7 @@ def scheduler_file(folder: Path) -> Path:
 
 
 def check_no_single_file(path: Path) -> None:
-    """Raise ModelError for a checkpoint in a single file, or a folder that holds such files alone."""
+    """Raise ModelError for a checkpoint in a single file, or for a folder that holds only such files."""
     if path.is_file() and path.suffix in SINGLE_FILES:
         single = [path]
     elif path.is_dir() and not (denoiser_folder(path) / CONFIG).is_file():
@@ -197,11 +199,11 @@ def check_no_single_file(path: Path) -> None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The content of a folder's model_index.json, each part of which names a library and a class, or is null; {}
-    without such a file.
+    """Read a folder's model_index.json, which maps each pipeline part to [library, class] or null; {} where there is no
+    such file.
 
     Raises:
-        ModelError: it cannot be read, or says something else of a part.
+        ModelError: the file cannot be read, or an entry has another form.
     """
     path = folder / INDEX
     if not path.exists():
@@ -225,19 +227,19 @@ def _names_a_class(entry: Any) -> bool:
 
 
 def part_class(index: Mapping[str, Any], part: str) -> str | None:
-    """The class that an index names for a part; None where it names none."""
+    """Return the class that an index names for a part; None where it names none."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, list) else None
 
 
 def check_index(folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
-    """Raise ModelError for a pipeline whose other parts give its denoiser what is no input here, or whose denoiser is
-    of another class.
+    """Raise ModelError for a pipeline with unsupported parts or inputs, or with a denoiser of a class other than its
+    config's.
 
     Args:
-        folder: the pipeline's.
-        index: its content.
-        denoiser: class of its denoiser, as its config says.
+        folder: the pipeline's folder.
+        index: content of its model_index.json.
+        denoiser: class of its denoiser according to the denoiser's config.
     """
     path, pipeline = folder / INDEX, shown(index.get("_class_name"))
     named = next((name for part in DENOISER_FOLDERS if (name := part_class(index, part)) is not None), None)

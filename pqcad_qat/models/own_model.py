@@ -1,8 +1,8 @@
-"""A denoiser that is a plain torch module of the user's own: what a program says of it, or a function in a file of
-theirs.
+"""Denoisers that are plain torch modules written by the user: how they are described, built and loaded from a Python
+file.
 
-Not here: diffusers' classes (families/). No policy names a file of code: it is given to `run` from Python, or on
-the command line.
+Not here: diffusers' classes (families/). Policies never name a code file: it is passed to `run` from Python or on the
+command line.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pqcad_qat.models.own_modules import one_line, plain_module
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER
 
 OWN = "module:"
-"""What `model.source` begins with where the model is a module of the user's own."""
+"""Prefix of `model.source` where the model is a module of the user's own."""
 
 
 @dataclass(frozen=True)
 class OwnModel:
-    """A module of the user's own, and what diffusers' configs say of others.
+    """A module of the user's own, with the facts that diffusers' configs give about other models.
 
     Attributes:
-        name: the run's `model.source` is `module:NAME`.
-        build: makes the module with its trained weights. It is called as `module(x_t, t, **condition)`, x_t (B, C, H,
-            W) float32, t (B,) int64, or float32 of flow matching, and returns the prediction (B, C, H, W); or a tuple
-            or list that begins with it, or what has it as `sample`, a dictionary's key or an attribute.
-        sample_shape: (C, H, W) of x_t.
-        scheduler_config: in diffusers' names: num_train_timesteps, beta_schedule, prediction_type, ...; of a
-            DDIMScheduler, unless its _class_name says another.
-        conditions: what it takes beside x_t and t, by the names of its keyword arguments.
+        name: name of the model; the run's `model.source` is `module:NAME`.
+        build: function that makes the module with its trained weights. The module is called as `module(x_t, t,
+            **condition)`, with x_t (B, C, H, W) float32 and t (B,) int64, or float32 for flow matching. It returns the
+            prediction (B, C, H, W), a tuple or list that begins with it, or an object with a key or attribute `sample`.
+        sample_shape: shape (C, H, W) of x_t.
+        scheduler_config: values in diffusers' names, such as num_train_timesteps, beta_schedule and prediction_type.
+            The class is DDIMScheduler, unless _class_name says another.
+        conditions: the tensors that the module takes beside x_t and t, named as its keyword arguments.
     """
 
     name: str
@@ -52,22 +52,22 @@ class OwnModel:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler's config with its class."""
+        """The scheduler's config together with its class."""
         return {"_class_name": DDIM_SCHEDULER, **self.scheduler_config}
 
 
 def built(own: OwnModel) -> nn.Module:
-    """The module, newly built, as `plain_module` has it.
+    """Build the module anew, and return it as `plain_module` prepares it.
 
     Raises:
-        ModelError: it cannot be built, what was built is no module, or its shapes are none.
+        ModelError: building fails, the result is not a module, or the declared shapes are invalid.
     """
     _check_shapes(own)
     try:
         module = own.build()
     except PqcadError:
         raise
-    except Exception as error:  # whatever code of the user's own raises
+    except Exception as error:  # the user's code may raise anything
         raise ModelError(f"{own.source}: its build function failed: {one_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ModelError(
@@ -77,11 +77,13 @@ def built(own: OwnModel) -> nn.Module:
 
 
 def own_model_of(text: str, flag: str = "--module") -> OwnModel:
-    """What the function returns that FILE.py:FUNCTION names; the file is run, with its folder on Python's path.
+    """Return the OwnModel that the function named by FILE.py:FUNCTION returns.
+
+    The file is executed, with its folder on Python's import path.
 
     Raises:
-        UsageError: another form, no such file or function, a file or function that fails, or that returns something
-            else.
+        UsageError: the text has another form, the file or function is missing or fails, or the function returns
+            something else.
     """
     name, _, function = text.rpartition(":")
     path = Path(name)
@@ -93,14 +95,14 @@ def own_model_of(text: str, flag: str = "--module") -> OwnModel:
     assert spec is not None
     assert spec.loader is not None
     file = module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # as of a script, which imports what lies beside it
-    sys.modules[spec.name] = file  # where dataclasses and pickle look for what it defines
+    sys.path.insert(0, str(path.resolve().parent))  # as Python does for a script, so that it can import its neighbours
+    sys.modules[spec.name] = file  # dataclasses and pickle look modules up here
     try:
         spec.loader.exec_module(file)
         own = getattr(file, function)()
     except PqcadError:
         raise
-    except Exception as error:  # whatever code of the user's own raises
+    except Exception as error:  # the user's code may raise anything
         raise UsageError(f"{flag}: {shortened(text)} failed: {one_line(error)}") from error
     if not isinstance(own, OwnModel):
         raise UsageError(f"{flag}: {shortened(text)} returned {type(own).__name__}; allowed an OwnModel")

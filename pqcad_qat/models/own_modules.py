@@ -1,7 +1,7 @@
-"""A module of the user's own as all else takes it: unwrapped, its reparametrized weights plain Parameters, on the CPU,
-in float32.
+"""Preparation of a user's module for the rest of the package: no wrappers, plain Parameters as weights, on the CPU, in
+float32.
 
-Not here: where it comes from (own_model.py), and whether it predicts as a denoiser has to (probing.py).
+Not here: where the module comes from (own_model.py), or whether it predicts as a denoiser must (probing.py).
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ WRAPPERS: tuple[tuple[type[nn.Module], str], ...] = (
     (DataParallel, "module"),
     (DistributedDataParallel, "module"),
 )
-"""Modules around a module that compute what it does, and where they hold it."""
+"""Wrapper classes that compute what their inner module computes, each with the name under which it holds that module.
+"""
 
 
 def plain_module(module: nn.Module, source: str) -> nn.Module:
-    """The module in evaluation mode, in float32 on the CPU, as Python runs it line by line; its function is the same.
+    """Return the module in evaluation mode, in float32 on the CPU, run eagerly; its function stays the same.
 
-    What compiles it, or shares its batches among devices, is taken off. A weight that is computed of others at every
-    call, by a
-    parametrization, spectral or weight normalization or pruning, becomes the Parameter that it amounts to: so it is
-    deployed, and so its layer can be quantized.
+    Compilation and data-parallel wrappers are removed. Weights that are recomputed at every call (parametrizations,
+    spectral or weight normalization, pruning) become plain Parameters with the computed value. That is their form in
+    deployment, and it lets their layers be quantized.
 
     Raises:
-        ModelError: compiled code without its Python, weights that are not there, or reparametrizations that fail.
+        ModelError: the module is compiled code without its Python source, has weights without values, or has
+            reparametrizations that fail.
     """
-    torch.compiler.set_stance("force_eager")  # of compiled functions that it calls the Python is run
-    torch.backends.mha.set_fastpath_enabled(False)  # in evaluation it would pass by the layers of a transformer
+    torch.compiler.set_stance("force_eager")  # Functions that the module itself compiled must run eagerly as well.
+    # The fast path would bypass the linear layers of a transformer in evaluation mode.
+    torch.backends.mha.set_fastpath_enabled(False)
     module = _unwrapped(module)
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
@@ -61,17 +63,18 @@ def plain_module(module: nn.Module, source: str) -> nn.Module:
     module.cpu().float().eval()
     try:
         _fold(module)
-    except Exception as error:  # whatever a parametrization of the user's raises
+    except Exception as error:  # a user's parametrization may raise anything
         raise ModelError(f"{source}: a reparametrized weight cannot be computed: {one_line(error)}") from error
     _ordinary(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        module.requires_grad_(True)  # frozen as a whole, as for inference: it is trained now
+        module.requires_grad_(True)  # A module that is frozen as a whole was frozen for inference, and is trained here.
     return module
 
 
 def hold_statistics(network: nn.Module) -> None:
-    """Keep running means and variances as they are while the network trains: what it is to match was predicted with
-    them.
+    """Keep the running means and variances of normalization layers fixed while the network trains.
+
+    The targets that the network is trained to match were predicted with these statistics.
     """
     for module in network.modules():
         if isinstance(module, _NormBase):
@@ -79,7 +82,7 @@ def hold_statistics(network: nn.Module) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of other people's code says in one line, and which line of theirs raised it."""
+    """Summarize an exception of the user's code in one line, with the line of that code that raised it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
     packages = {Path(torch.__file__).parent, Path(__file__).parents[1]}
@@ -92,7 +95,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """Without wrappers, at the top and wherever they hang; `module.compile()` undone."""
+    """Remove wrappers at the top and at every level below, and undo `module.compile()`."""
     while (inner := _inside(module)) is not None:
         module = inner
     for parent in list(module.modules()):
@@ -128,13 +131,13 @@ def _fold_parametrization(part: nn.Module, name: str) -> None:
     originals = list(part.parametrizations[name].parameters(recurse=False))  # type: ignore[index,union-attr]
     parametrize.remove_parametrizations(part, name)
     value = part._buffers.pop(name, None) if originals else None
-    if value is not None:  # what torch makes of several Parameters without gradients
+    if value is not None:  # torch leaves a buffer where the weight was computed from several Parameters
         trained = any(original.requires_grad for original in originals)
         part.register_parameter(name, nn.Parameter(value, requires_grad=trained))
 
 
 def _reparametrizing(part: nn.Module) -> Iterator[tuple[object, str]]:
-    """The hooks that compute a tensor of the module before every call, and its name."""
+    """Yield the hooks that recompute a tensor of the module before every call, each with the tensor's name."""
     for hook in part._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm | WeightNorm):
             yield hook, hook.name
@@ -143,10 +146,11 @@ def _reparametrizing(part: nn.Module) -> Iterator[tuple[object, str]]:
 
 
 def _ordinary(module: nn.Module) -> None:
-    """Tensors that were made in inference mode as ordinary ones, which gradients may flow through; what is shared stays
+    """Replace tensors made in inference mode by ordinary ones, through which gradients can flow; shared parameters stay
     shared.
     """
-    ordinary: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one is kept so that its id stays its own
+    # The old parameter is kept alive so that its id is not reused.
+    ordinary: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_inference():

@@ -1,7 +1,8 @@
-"""Whether a module of the user's own predicts as a denoiser has to, and which of its layers read what no input changes.
+"""Probe calls of a user's module on noise: whether it predicts as a denoiser must, and which of its layers read
+constants.
 
-It is called a few times on noise. Not here: what is mended when it is built (own_modules.py), or whether it can be
-deployed (export/trial_export.py).
+Not here: what is repaired when the module is built (own_modules.py), or whether it can be deployed
+(export/trial_export.py).
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.sampling.trajectory import noise_schedule
 
 PROBES = 6
-"""States of noise, their time steps spread over all, on which it is called one by one."""
+"""Number of noise states on which the module is called one by one; their timesteps are spread over the whole schedule.
+"""
 
 SAME = 1e-3
-"""Of the largest value of a prediction: what may differ between two calls, whose sums may be added up in another
-order.
+"""Largest difference allowed between two calls, as a fraction of the prediction's largest value. Sums may be added in
+another order.
 """
 
 DECISIONS = tuple(
     getattr(Tensor, name)
     for name in ("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy")
 )
-"""What makes Python's values of a tensor's: a traced graph holds what they were when it was traced."""
+"""Tensor methods that turn values into Python numbers. A traced graph keeps the numbers of the traced call."""
 
 
 def probe_states(model: DiffusionModel, count: int = PROBES) -> DenoiserInput:
-    """Noise, its time steps of the type that the model's schedule has."""
+    """Return noise inputs whose timesteps have the dtype of the model's schedule."""
     x, t, condition = noise_inputs(model, count)
     return x, t.to(getattr(torch, noise_schedule(model.scheduler_config).timestep_dtype)), condition
 
 
 def check_predictions(model: DiffusionModel) -> None:
-    """Call a module of the user's own on noise, as a run will.
+    """Call a user's module on noise as a run will, and check its predictions.
 
     Raises:
-        ModelError: it raises; returns something else than a prediction, or another one for the same state at a second
-            call or beside other states; writes over what it is given; or decides by values, which no graph does.
+        ModelError: the module raises, returns no valid prediction, predicts differently at a second call or beside
+            other states, overwrites its inputs, or branches on tensor values, which no graph does.
     """
     states = probe_states(model)
     denoiser, source, count = model.denoiser, model.source, len(states[0])
@@ -85,12 +87,15 @@ def check_predictions(model: DiffusionModel) -> None:
 
 
 def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states: DenoiserInput) -> tuple[str, ...]:
-    """The layers that read the same whatever the network is given: what they compute is a constant of its graph.
+    """Return the layers whose input is the same for every network input, so that their output is a constant of the
+    graph.
+
+    The network is called on one state at a time, and digests of each layer's inputs are compared between the calls.
 
     Args:
-        network: as called by `predict`.
-        layers: that are looked at, by path.
-        states: on which it is called one by one.
+        network: the network, as `predict` calls it.
+        layers: the layers to look at, by path.
+        states: states on which the network is called one by one.
     """
     read: dict[str, list[list[str]]] = {name: [] for name in layers}
 
@@ -106,7 +111,7 @@ def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states
 
 
 def one_state(states: DenoiserInput, place: int) -> DenoiserInput:
-    """A batch of one of them."""
+    """Return a batch that holds only the state at `place`."""
     x, t, condition = states
     return (
         x[place : place + 1],
@@ -138,7 +143,7 @@ def _called(denoiser: nn.Module, states: DenoiserInput, source: str) -> Tensor:
             return predict(denoiser, *states).clone()
     except PqcadError as error:
         raise ModelError(f"{source}: {error}") from error
-    except Exception as error:  # whatever code of the user's own raises
+    except Exception as error:  # the user's code may raise anything
         x, t, condition = states
         named = {"x_t": x, "t": t, **condition}
         words = ", ".join(
@@ -161,7 +166,7 @@ def _check_output(prediction: Tensor, x: Tensor, source: str) -> None:
 
 
 class _Decisions(TorchFunctionMode):
-    """Keeps every value that Python is told of a tensor, and where."""
+    """Record every tensor value that is converted to Python, with the line of code that converts it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +186,7 @@ class _Decisions(TorchFunctionMode):
 
 
 def _place() -> str:
-    """The line that is being run, of all but torch and this file."""
+    """Return the line being run, leaving out frames of torch and of this file."""
     torchs = Path(torch.__file__).parent
     frames = [
         frame

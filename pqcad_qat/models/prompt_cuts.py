@@ -1,6 +1,6 @@
-"""Which prompts of a file are longer than a pipeline's tokenizers take, and what of them no encoder reads.
+"""Prompts that are longer than a pipeline's tokenizers allow, and the words that no encoder reads.
 
-Not here: encoding them (prompts.py). Takes the library transformers; tokenizers alone are read, and no weights.
+Not here: encoding prompts (prompts.py). This file needs the library transformers; it reads tokenizers and no weights.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pqcad_qat.models.model_folder import TOKENIZERS, part_class, read_index
 from pqcad_qat.models.pipeline_parts import check_tokenizer
 
 MOST_TOLD = 5
-"""Prompts that are named one by one."""
+"""Largest number of cut prompts that are named one by one."""
 
 LENGTH = "max_sequence_length"
-"""Argument of an `encode_prompt` that has one: tokens that T5 is given."""
+"""Argument of `encode_prompt` that sets the number of T5 tokens, in pipelines that have T5."""
 
 
 def cut_prompts(lines: Sequence[tuple[int, str]], prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
-    """A sentence for every prompt that is cut: its line, the tokenizer, and the words that it leaves out.
+    """Return a sentence for each prompt that is cut, with its line, the tokenizer, and the words left out.
 
     Args:
-        lines: (number, prompt) of the file.
-        prompts: the file, for the sentences.
-        folder: a local pipeline's.
-        tokens: that T5's prompts are cut to; None for as many as the pipeline's own `encode_prompt` asks for.
+        lines: pairs (line number, prompt) of the file.
+        prompts: path of the file, for the sentences.
+        folder: a local pipeline's folder.
+        tokens: number of tokens that T5's prompts are cut to; None for the default of the pipeline's `encode_prompt`.
 
     Raises:
         ModelError: a tokenizer cannot be read.
@@ -57,15 +57,16 @@ def cut_prompts(lines: Sequence[tuple[int, str]], prompts: Path, folder: Path, t
 
 
 def _most_tokens(pipeline: str, tokens: int | None) -> int:
-    """Of T5's."""
+    """Return the largest number of tokens that T5 reads."""
     if tokens is not None:
         return tokens
     return int(inspect.signature(getattr(diffusers, pipeline).encode_prompt).parameters[LENGTH].default)
 
 
 def _cut(tokenizer: Any, prompt: str, most: int) -> str:
-    """The end of a prompt that is not among its first tokens, of which the last is the one that ends it, as diffusers
-    puts it.
+    """Return the part of a prompt beyond its first `most` tokens.
+
+    The last token kept is the end token, which diffusers puts there.
     """
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
     return str(tokenizer.decode(ids[most - 1 : -1])).strip() if len(ids) > most else ""
@@ -77,5 +78,5 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises anything from OSError to KeyError on a damaged folder
+    except Exception as error:  # transformers raises many kinds of exceptions on a damaged folder
         raise ModelError(f"{folder}: cannot be read as a tokenizer: {shown(str(error))}") from error

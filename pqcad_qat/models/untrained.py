@@ -1,7 +1,7 @@
-"""Denoisers from their configs alone: shapes without weights, for plans; random weights, for what their values do not
-change.
+"""Denoisers built from their configs alone: shapes without weights for plans, or random weights where trained values do
+not matter.
 
-Not here: trained weights (denoiser.py). No file of weights is looked for.
+Not here: trained weights (denoiser.py). This file never looks for weight files.
 """
 
 from __future__ import annotations
@@ -46,23 +46,24 @@ from pqcad_qat.sampling.trajectory import noise_schedule
 ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
 
 CONDITION = 0xC0
-"""Beside the seed: conditions and noise are independent."""
+"""Last part of the random seed of conditions, which makes them independent of the noise."""
 
 
 def architectures() -> list[str]:
-    """The names of the architectures that ship."""
+    """Return the names of the architectures that ship with the package."""
     return sorted(entry.name.removesuffix(".json") for entry in ARCHITECTURES.iterdir() if entry.name.endswith(".json"))
 
 
 def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The configs of a denoiser and of its scheduler, diffusers' default DDIM where none stands beside it; None where
-    nothing is there.
+    """Return the configs of a denoiser and of its scheduler; None where the source names neither.
+
+    Where no scheduler config stands beside the denoiser's, the second is diffusers' default DDIM scheduler.
 
     Args:
-        source: a denoiser's config.json, a folder with one, or the name of an architecture that ships.
+        source: path of a denoiser's config.json, of a folder with one, or the name of an architecture that ships.
 
     Raises:
-        ModelError: what is there cannot be read.
+        ModelError: the config cannot be read.
     """
     path = local(source)
     if path is None:
@@ -82,15 +83,16 @@ def architecture_configs(source: str) -> tuple[dict[str, Any], dict[str, Any]] |
 
 
 def shapes_of(source: str, sample_size: SampleSize | None = None, own: OwnModel | None = None) -> DiffusionModel:
-    """A model of any source whose denoiser holds shapes alone, on torch's meta device; a module of the user's own is
-    built whole.
+    """Return a model of any source whose denoiser has shapes but no weights, on torch's meta device.
+
+    A module of the user's own is built with its weights.
 
     Args:
-        source: as of `load_model`, or of `architecture_configs`.
-        sample_size, own: as of `load_model`.
+        source: as for `load_model` or `architecture_configs`.
+        sample_size, own: as for `load_model`.
 
     Raises:
-        ModelError: nothing is there, or its class is not known.
+        ModelError: nothing is found there, or its class is not known.
     """
     if source.startswith(OWN):
         return load_model(source, sample_size, own)
@@ -107,10 +109,10 @@ def shapes_of(source: str, sample_size: SampleSize | None = None, own: OwnModel 
 
 
 def random_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None) -> nn.Module:
-    """A denoiser with seeded random weights, in evaluation mode; `where` names its config.
+    """Build a denoiser with seeded random weights, in evaluation mode; `where` names its config in messages.
 
     Raises:
-        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+        ModelError: the class is not known, or diffusers cannot build a working denoiser from the config.
     """
     shapes_of_configs(config, DEFAULT_SCHEDULER, where, sample_size)
     with torch.random.fork_rng(devices=[]):
@@ -119,11 +121,11 @@ def random_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSi
 
 
 def untrained_model(source: str, sample_size: SampleSize | None = None) -> DiffusionModel | None:
-    """The model of an architecture that ships or of a config.json, with seeded random weights; None of any other
+    """Return the model of a shipped architecture or of a config.json with seeded random weights; None for any other
     source.
 
     Raises:
-        ModelError: a config that cannot be used.
+        ModelError: the config cannot be used.
     """
     if ((path := local(source)) is not None and path.is_dir()) or (configs := architecture_configs(source)) is None:
         return None
@@ -132,19 +134,21 @@ def untrained_model(source: str, sample_size: SampleSize | None = None) -> Diffu
 
 
 def noise_inputs(model: DiffusionModel, count: int, seed: int = 0) -> DenoiserInput:
-    """(x_t (B, C, H, W), t (B,), condition) of noise: time steps spread over all of them."""
+    """Return noise inputs (x_t (B, C, H, W), t (B,), condition), with timesteps spread over the whole schedule."""
     noise = np.random.default_rng(seed).standard_normal((count, *model.sample_shape), dtype=np.float32)
     steps = torch.linspace(0, noise_schedule(model.scheduler_config).train_timesteps - 1, count).long()
     return torch.from_numpy(noise), steps, noise_condition(fixed_inputs(model.condition_inputs), count, seed)
 
 
 def fixed_inputs(inputs: Sequence[ConditionInput]) -> tuple[ConditionInput, ...]:
-    """The inputs, those of a text at the length of an example."""
+    """Return the inputs with TEXT_TOKENS, an example's length, in place of open text lengths."""
     return tuple(replace(wanted, shape=tuple(size or TEXT_TOKENS for size in wanted.shape)) for wanted in inputs)
 
 
 def noise_condition(inputs: Sequence[ConditionInput], count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Conditions (B, ...) of noise for inputs of known sizes: any labels, embeddings of no meaning, no token masked."""
+    """Return random conditions (B, ...) for inputs of known sizes: random labels, random embeddings, and masks that
+    keep every token.
+    """
     dice = np.random.default_rng((seed, CONDITION))
     return {wanted.name: torch.from_numpy(_noise_of(wanted, count, dice)) for wanted in inputs}
 

@@ -1,6 +1,6 @@
-"""What layers read while their model runs: each shows the tensor that it is called with.
+"""Observation of the inputs of layers while their model runs.
 
-Not here: what becomes of the tensors, which those who watch decide.
+Not here: what is done with the tensors, which the observers decide.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def watched_inputs(watchers: Iterable[tuple[nn.Module, Callable[[Tensor], object]]]) -> Iterator[None]:
-    """Within, every call of one of the layers first shows its watcher the tensor that the layer reads."""
+    """Call a layer's watcher with the layer's input before each of its calls, within this context."""
     with ExitStack() as watching:
         for layer, see in watchers:
             watching.enter_context(layer.register_forward_pre_hook(_shower(see), with_kwargs=True))

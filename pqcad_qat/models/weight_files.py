@@ -1,7 +1,7 @@
-"""Weights in safetensors: which files hold them, whole or in shards, whether they are a module's, and their values into
+"""Weights in safetensors: which files hold them, whole or in shards, whether they fit a module, and loading them into
 it.
 
-Not here: what a pipeline's folder holds beside them (model_folder.py). Nothing is unpickled.
+Not here: the other content of a pipeline's folder (model_folder.py). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ from pqcad_qat.machine.json_files import read_json, shown
 SAFETENSORS = ".safetensors"
 
 FILE_VARIANTS = ("fp32", "fp16", "bf16")
-"""In the names of files of another precision, which are taken where no others are there: the first of these."""
+"""Precisions in the names of weight files, in order of preference. Such files are read only where the plain name is
+missing.
+"""
 
 OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".gguf")
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the numbers that full precision may be stored in."""
+"""safetensors' names of the dtypes in which full-precision weights may be stored."""
 
 POINTER = b"version https://git-lfs"
-"""What a file begins with whose content git has not fetched."""
+"""First bytes of a git-lfs pointer, a file whose content git has not fetched."""
 
 NAMED = 5
-"""Tensors that a message names, of those at fault."""
+"""Largest number of faulty tensors that a message names."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk.
+    """A tensor on disk, as described by its file's header.
 
     Attributes:
-        file: that holds it.
-        name: by which the file knows it.
+        file: the file that holds it.
+        name: its name in that file.
         shape: its sizes.
-        dtype: as safetensors spells it.
+        dtype: its dtype, as safetensors spells it.
     """
 
     file: Path
@@ -53,20 +55,21 @@ class Stored:
 
 
 def has_weights(folder: Path, stem: str) -> bool:
-    """Whether a folder holds weights of that name in safetensors, whole or in shards, of any precision."""
+    """Return whether a folder holds safetensors weights with this file name, whole or in shards, of any precision."""
     return _whole_or_index(folder, stem) is not None
 
 
 def weight_files(folder: Path, stem: str, note: str = "") -> tuple[Path, ...]:
-    """The safetensors files that hold the weights of that name: one, or all shards that its index lists.
+    """Return the safetensors files that hold the weights with this file name: one file, or all shards that its index
+    lists.
 
     Args:
-        folder: of a part of a pipeline.
-        stem: of the files' names.
-        note: what a message adds where there are none.
+        folder: folder of a pipeline part.
+        stem: file name without precision and ending.
+        note: text that the message adds where there are no weights.
 
     Raises:
-        ModelError: there are none, a shard is missing, or the index is damaged.
+        ModelError: there are no weights, a shard is missing, or the index is damaged.
     """
     found = _whole_or_index(folder, stem)
     if found is None:
@@ -94,18 +97,19 @@ def weight_files(folder: Path, stem: str, note: str = "") -> tuple[Path, ...]:
 
 
 def variant_of(file: Path) -> str | None:
-    """The precision that the name of a file of weights says, as diffusers and transformers call it; None where it says
-    none.
+    """Return the precision in a weight file's name, which diffusers and transformers call its variant; None where it
+    has none.
     """
     return next((variant for variant in FILE_VARIANTS if f".{variant}" in file.name), None)
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
-    """What the headers of safetensors files say, by the names that a module knows: without what wrapped it when it was
-    saved.
+    """Read the headers of safetensors files, and return their tensors by the names that a module uses.
+
+    Prefixes that torch.compile and data-parallel wrappers added when the module was saved are removed.
 
     Raises:
-        ModelError: a file that cannot be read, or two with one tensor.
+        ModelError: a file cannot be read, or two files hold the same tensor.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -121,15 +125,15 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
 
 
 def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored]:
-    """The stored tensors by the names of the module's own, whose shapes they have.
+    """Return the stored tensors by the module's own names, after checking that their shapes match.
 
     Raises:
-        ModelError: tensors that are missing, of no use, of another shape, or no floating-point numbers; the first few
-            of each are named.
+        ModelError: tensors are missing, unknown, of another shape, or not in floating point; the message names the
+            first few of each.
     """
     known: dict[str, Any] = dict(stored)
     if (renamed := getattr(module, "_fix_state_dict_keys_on_load", None)) is not None:
-        renamed(known)  # as diffusers does: attention had other names
+        renamed(known)  # diffusers maps old names of attention layers the same way
     wanted = module.state_dict()
     faults = {
         "missing": [name for name in wanted if name not in known],
@@ -154,17 +158,17 @@ def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored
 
 
 def load_weights(module: nn.Module, stored: Mapping[str, Stored]) -> None:
-    """Make stored tensors the module's own, in the precision in which they are stored, where the files hold them:
-    nothing is copied.
+    """Make stored tensors the module's parameters without a copy, in the precision and at the place in which the files
+    hold them.
 
     Raises:
-        ModelError: a file that changed, or a value that is not finite in float32; its tensor is named.
+        ModelError: a file changed, or a value is not finite in float32; the message names its tensor.
     """
     module.load_state_dict(dict(_finite_tensors(stored)), strict=True, assign=True)
 
 
 def check_finite(stored: Mapping[str, Stored]) -> None:
-    """As `load_weights`, one tensor at a time, for nothing but its errors."""
+    """Raise the errors of `load_weights`, reading one tensor at a time and keeping none."""
     for _ in _finite_tensors(stored):
         pass
 
@@ -177,7 +181,7 @@ def _finite_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """The values of stored tensors, file by file."""
+    """Yield the names and values of stored tensors, file by file."""
     for file in dict.fromkeys(part.file for part in stored.values()):
         names = [name for name, part in stored.items() if part.file == file]
         try:
@@ -186,7 +190,7 @@ def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
                     yield name, content.get_tensor(stored[name].name)
         except ModelError:
             raise
-        except Exception as error:  # safetensors and torch raise anything from OSError to their own on a damaged file
+        except Exception as error:  # safetensors and torch raise many kinds of exceptions on a damaged file
             raise _damaged(file, f"not readable as safetensors: {error}") from error
 
 
@@ -197,15 +201,15 @@ def _damaged(file: Path, what: str) -> ModelError:
 def _header(file: Path) -> Iterator[Stored]:
     try:
         with safe_open(file, framework="pt") as content:
-            for name in content.keys():  # noqa: SIM118  # it is no dict
+            for name in content.keys():  # noqa: SIM118  # it is not a dictionary
                 part = content.get_slice(name)
                 yield Stored(file, name, tuple(part.get_shape()), str(part.get_dtype()))
-    except Exception as error:  # as above
+    except Exception as error:  # the library raises many kinds of exceptions on a damaged file
         raise _damaged(file, _pointed(file) or f"not readable as safetensors: {error}") from error
 
 
 def _pointed(file: Path) -> str:
-    """What to do where git has fetched a pointer alone."""
+    """Return what to do where git has fetched only a pointer; "" for any other file."""
     try:
         with file.open("rb") as content:
             begins = content.read(len(POINTER))
@@ -215,7 +219,7 @@ def _pointed(file: Path) -> str:
 
 
 def _unwrapped(names: Sequence[str]) -> list[str]:
-    """Names of tensors without what torch.compile and data-parallel wrappers put into all of them."""
+    """Remove from tensor names what torch.compile and data-parallel wrappers add to all of them."""
     bare = [".".join(part for part in name.split(".") if part != "_orig_mod") for name in names]
     while bare and all(name.startswith("module.") for name in bare):
         bare = [name.removeprefix("module.") for name in bare]
@@ -229,7 +233,7 @@ def _whole_or_index(folder: Path, stem: str) -> Path | None:
 
 
 def _without_weights(folder: Path, stem: str, note: str) -> str:
-    """Why there are none, as far as the other files tell."""
+    """Return why there are no weights, as far as the other files of the folder show it."""
     beside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     fault = f"{folder / f'{stem}{SAFETENSORS}'}: no such file; weights are read from safetensors only{note}"
     if other := [name for name in beside if name.endswith(OTHER_FORMATS)]:
@@ -245,6 +249,6 @@ def _without_weights(folder: Path, stem: str, note: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and the number of further ones."""
     more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
     return ", ".join([*(name[:200] for name in names[:NAMED]), *more])
