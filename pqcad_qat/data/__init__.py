@@ -1,1 +1,1 @@
-"""Real images, and full-precision calibration sets."""
+"""Real images, and calibration sets recorded with full-precision models."""

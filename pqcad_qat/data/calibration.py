@@ -1,8 +1,7 @@
-"""Full-precision trajectories: recorded once by the model's own sampler, kept in safetensors, reused by name of their
-hash.
+"""Calibration sets: trajectories of the full-precision model, recorded by its own sampler, stored as safetensors, and
+reused by hash.
 
-Not here: what they are used for (ranges, training targets, parity, paired fidelity). The set never holds quantized
-states.
+Not here: their uses (quantizer ranges, training targets, parity, paired fidelity). A set never holds quantized states.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class CalibrationRecipe:
 
     @property
     def decides(self) -> dict[str, Any]:
-        """What its hash is taken of; what a model has no use for is left out."""
+        """The settings that are hashed, without those that the model does not use."""
         absent = {"conditions": None, "guidance_scale": 1.0, "also": ()}
         return {key: value for key, value in asdict(self).items() if key not in absent or value != absent[key]}
 
@@ -74,13 +73,15 @@ class CalibrationSet:
     """Trajectories of the full-precision model.
 
     Attributes:
-        states: (K, N + 1, C, H, W) float32; states[:, i] is x_t at timesteps[i], states[:, N] the image x_0.
+        states: (K, N + 1, C, H, W) float32; states[:, i] is x_t at timesteps[i], and states[:, N] is the image x_0.
         predictions: (K, N, C, H, W) float32, the model's prediction at each state under its trajectory's condition.
-        timesteps: the N time steps, falling; whole numbers, or of flow matching any.
-        condition: name -> (K, ...), what each trajectory is conditioned on; {} for an unconditional model.
-        unconditional: name -> (1, ...), of the other pass of classifier-free guidance; {} where the trajectories are
+        timesteps: the N timesteps in falling order; whole numbers, except in flow matching.
+        condition: mapping from name to a tensor (K, ...), the condition of each trajectory; {} for an unconditional
+            model.
+        unconditional: mapping from name to a tensor (1, ...) for the unconditional pass; {} where the trajectories are
             not guided.
-        unconditional_predictions: (K, N, C, H, W) float32, of that pass, None without guidance.
+        unconditional_predictions: (K, N, C, H, W) float32, the predictions of the unconditional pass; None without
+            guidance.
     """
 
     states: Tensor
@@ -92,13 +93,14 @@ class CalibrationSet:
 
     @property
     def images(self) -> Tensor:
-        """(K, C, H, W): where the trajectories end."""
+        """The images (K, C, H, W) at which the trajectories end."""
         return self.states[:, -1]
 
     def inputs(self, count: int, batch_size: int) -> Iterator[DenoiserInput]:
-        """`count` model inputs (x_t (B, C, H, W), t (B,), condition), spread evenly over trajectories and time steps.
+        """Yield batches of denoiser inputs (x_t (B, C, H, W), t (B,), condition), `count` samples in all.
 
-        Of guided trajectories every second one is of the unconditional pass.
+        The samples are spread evenly over trajectories and timesteps, in a seeded random order. With guided
+        trajectories, every second sample belongs to the unconditional pass.
         """
         total = self.predictions.shape[0] * len(self.timesteps)
         flat = torch.linspace(0, total - 1, min(count, total)).long()
@@ -109,7 +111,7 @@ class CalibrationSet:
             yield self.states[row, column], t[column], self.conditions_of(row, first)
 
     def conditions_of(self, rows: Tensor, first: int) -> dict[str, Tensor]:
-        """Conditions (B, ...) of states of the trajectories `rows`, numbered from `first`; see `passes`."""
+        """Return the conditions (B, ...) for states of the trajectories `rows`, numbered from `first`; see `passes`."""
         found = {name: value[rows] for name, value in self.condition.items()}
         odd = self.passes(len(rows), first)
         for name, value in self.unconditional.items():
@@ -117,7 +119,9 @@ class CalibrationSet:
         return found
 
     def passes(self, count: int, first: int) -> Tensor:
-        """(count,) true where a state is of the unconditional pass: every second one of guided trajectories."""
+        """Return a mask (count,) that is true where a state belongs to the unconditional pass: every second one with
+        guidance.
+        """
         if not self.unconditional:
             return torch.zeros(count, dtype=torch.bool)
         return torch.arange(first, first + count) % 2 == 1
@@ -132,10 +136,10 @@ def calibration_set(
     advance: Callable[[int], None] = lambda _: None,
     conditions: ConditionSet | None = None,
 ) -> tuple[CalibrationSet, Path]:
-    """The set of a recipe, and its folder: read from `cache`, or recorded and written there.
+    """Return the set of a recipe and its folder, read from `cache`, or else recorded and written there.
 
-    `advance` is told of every step of a batch as it is made (number of trajectories moved). `conditions` are those of
-    the recipe.
+    `advance` is called after every sampling step of a batch with the number of trajectories in it. `conditions` are
+    those that the recipe's digest stands for.
     """
 
     def make(draft: Path) -> None:
@@ -158,13 +162,13 @@ def record(
     conditions: ConditionSet | None = None,
     parts: Path | None = None,
 ) -> CalibrationSet:
-    """Run the sampler from seeded noise and keep the state and prediction at every time step of the recipe.
+    """Run the sampler from seeded noise, and keep the state and the prediction at every timestep of the recipe.
 
-    `parts` is a folder for the batches that are recorded, from which a process that comes after this one goes on.
+    Finished batches are written to the folder `parts`, so that a later process can resume after the last of them.
 
     Raises:
-        ModelError: the model gives values that are not finite.
-        InterruptedByUserError: Ctrl-C, with `parts`.
+        ModelError: the model's values are not finite.
+        InterruptedByUserError: Ctrl-C was pressed, if `parts` is given.
     """
     schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
     coarse = schedule.passing(recipe.steps, recipe.also)
@@ -210,7 +214,11 @@ def _walked(
     advance: Callable[[int], None],
     what: str,
 ) -> dict[str, Tensor]:
-    """A batch of trajectories (B, ...): states and predictions as of `CalibrationSet`."""
+    """Run one batch of trajectories, and return its tensors (B, ...) as in `CalibrationSet`.
+
+    Each entry of `fine` holds the refined steps of one sampling step. The state and the predictions are kept at the
+    first of them.
+    """
     walk, image = [], noise
     for inner in fine:
         for number, step in enumerate(along(inner, follow, image, schedule)):
@@ -227,7 +235,7 @@ def _walked(
 
 
 class _Passes:
-    """A denoiser that keeps what it predicted since it was last cleared."""
+    """A denoiser that keeps the predictions it has made since the list was last cleared."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.denoiser = denoiser
@@ -239,7 +247,7 @@ class _Passes:
 
 
 def _tensors(found: CalibrationSet) -> dict[str, Tensor]:
-    """The set as the tensors of a file."""
+    """Return the set as the tensors of a file."""
     named = {"states": found.states, "predictions": found.predictions}
     if found.unconditional_predictions is not None:
         named["unconditional_predictions"] = found.unconditional_predictions

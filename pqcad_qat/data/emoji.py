@@ -1,6 +1,6 @@
-"""Colour emoji as pictures: the bitmaps of a font's CBDT table, labelled with the groups of Unicode's own list.
+"""Colour emoji as images: the bitmaps of a font's CBDT table, labelled with the groups of Unicode's list.
 
-Not here: the size they are scaled to, and other pictures (data/images.py).
+Not here: scaling to the size of a data set, or other images (data/images.py).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pqcad_qat.errors import ModelError
 NOTO_EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
 
-_VARIATION_SELECTOR = 0xFE0F  # asks for the coloured form: in the list, not in the font
-_LIGATURE = 4  # GSUB's lookup type: a sequence of glyphs becomes one
+_VARIATION_SELECTOR = 0xFE0F  # asks for the coloured form; it appears in the list but not in the font
+_LIGATURE = 4  # GSUB lookup type that replaces a sequence of glyphs by one
 
 Emoji = tuple[int, ...]
-"""Code points in ascending order: a font may spell a sequence backwards."""
+"""Code points of an emoji in ascending order, because a font may spell a sequence backwards."""
 
 
 def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """The different bitmaps (RGBA) of the emoji that Unicode lists, in the font's order, and the number of each one's
-    group.
+    """Return the distinct bitmaps (RGBA) of the emoji in Unicode's list, in the font's order, with the group number of
+    each.
 
     Args:
-        font: with a CBDT table, as Noto Color Emoji has.
-        listing: Unicode's emoji-test.txt, whose groups are counted from 0 as they come.
+        font: font with a CBDT table, such as Noto Color Emoji.
+        listing: Unicode's emoji-test.txt, whose groups are numbered from 0 in their order there.
 
     Raises:
-        ModelError: a file is absent, or is not what it should be.
+        ModelError: a file is missing or has another format.
     """
     glyphs, groups = _read_font(font), read_groups(listing)
     found: dict[bytes, int] = {}
@@ -54,8 +54,8 @@ def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArra
 
 
 def read_groups(listing: Path) -> dict[Emoji, int]:
-    """Emoji -> the number of its group, from lines such as `1F600 ; fully-qualified # ...` under `# group: Smileys &
-    Emotion`.
+    """Return the group number of each emoji, read from lines such as `1F600 ; fully-qualified # ...` below `# group:
+    Smileys & Emotion`.
     """
     if not listing.is_file():
         raise ModelError(
@@ -78,7 +78,7 @@ _INSTALL = " (apt-get install fonts-noto-color-emoji unicode-data)"
 
 
 def _read_font(path: Path) -> list[tuple[Emoji, bytes]]:
-    """Emoji and PNG of every bitmap, in the order of the glyphs."""
+    """Return the emoji and the PNG data of every bitmap, in the order of the glyphs."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file; the font comes with Debian's package fonts-noto-color-emoji{_INSTALL}")
     try:
@@ -86,12 +86,12 @@ def _read_font(path: Path) -> list[tuple[Emoji, bytes]]:
             spelled = _spelled(font)
             bitmaps = font["CBDT"].strikeData[0]
             return [(_emoji(spelled[name]), bitmap.imageData) for name, bitmap in bitmaps.items() if name in spelled]
-    except Exception as error:  # fontTools raises anything from TTLibError to struct.error on a file of another kind
+    except Exception as error:  # fontTools raises many kinds of exceptions on a file of another format
         raise ModelError(f"{path}: not a font with colour bitmaps (CBDT): {error}") from error
 
 
 def _spelled(font: Any) -> dict[str, tuple[int, ...]]:
-    """Glyph -> the code points that spell it, alone or through ligatures."""
+    """Return the code points that spell each glyph, directly or through ligatures."""
     spelled: dict[str, tuple[int, ...]] = {name: (code,) for code, name in font.getBestCmap().items()}
     lookups = font["GSUB"].table.LookupList.Lookup if "GSUB" in font else []
     for table in chain.from_iterable(lookup.SubTable for lookup in lookups if lookup.LookupType == _LIGATURE):

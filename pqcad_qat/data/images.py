@@ -1,8 +1,8 @@
-"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, a
-folder of pictures.
+"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, or a
+folder.
 
-Not here: how emoji are read from a font (data/emoji.py), noise, trajectories (data/calibration.py), and what images are
-worth (quality/fidelity.py).
+Not here: how emoji are read from a font (data/emoji.py), noise, trajectories (data/calibration.py), or image quality
+(quality/fidelity.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Source = Literal["fashion-mnist", "digits", "noto-emoji", "folder"]
 Split = Literal["train", "test"]
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
-FASHION_MNIST_PADDED = 32  # the 28 x 28 pictures with two zeros on each side
+FASHION_MNIST_PADDED = 32  # side in pixels after the 28 x 28 images are padded with two zeros on each side
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
 _IDX_UNSIGNED_BYTE = 0x08
@@ -42,11 +42,11 @@ _FILES: dict[Split, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size and their labels, where there are any."""
+    """Images of one size, and their labels where they have any."""
 
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor | None  # int64 (N,)
-    name: str  # source, split and size, for people
+    name: str  # source, split and size, for display
     digest: str  # SHA-256 of the pixels in (N, C, H, W) order, one byte each
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ def load_images(
 
 
 def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name: str) -> ImageSet:
-    """Wrap pixels (N, C, H, W) and labels (N,) with their digest."""
+    """Wrap pixels (N, C, H, W) and labels (N,) together with their digest."""
     pixels = np.ascontiguousarray(pixels)
     return ImageSet(
         images=torch.from_numpy(pixels),
@@ -103,13 +103,14 @@ def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 of any shape -> float32 in [-1, 1], what the denoiser sees."""
+    """Convert uint8 values 0 to 255 of any shape to float32 in [-1, 1], the range of the denoiser."""
     return images.to(torch.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floating point in [-1, 1] of any shape -> uint8, clamped and rounded to the nearest; raises ModelError on NaN and
-    infinity.
+    """Convert floating-point values in [-1, 1] of any shape to uint8, rounded to nearest and clamped.
+
+    Raises ModelError on NaN and infinity.
     """
     if not bool(torch.isfinite(images).all()):
         raise ModelError(
@@ -120,9 +121,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
-    """A gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError unless it is exactly
-    that.
-    """
+    """Read a gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError for any other content."""
     try:
         with gzip.open(path, "rb") as file:
             header = file.read(4 + 4 * rank)
@@ -133,7 +132,8 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
                 )
             shape = struct.unpack(f">{rank}I", header[4:])
             count = math.prod(shape)
-            data = file.read(count + 1)  # the one more shows trailing bytes, and reads the checksum of an exact file
+            # One byte more than expected reveals trailing bytes, and makes gzip verify the checksum of an exact file.
+            data = file.read(count + 1)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file; {_WHERE_FROM}") from error
     except (EOFError, zlib.error, OSError) as error:
@@ -159,8 +159,9 @@ def _fashion_mnist(folder: Path, split: Split, size: int) -> tuple[NDArray[np.ui
 
 
 def _resize_by_padding(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """(N, h, w) -> (N, size, size): zeros around where there is room, else padded to 32 and averaged over whole
-    blocks.
+    """Resize (N, h, w) to (N, size, size).
+
+    A larger size pads with zeros. A smaller one pads to 32 pixels and averages over whole blocks.
     """
     if size >= max(images.shape[1:]):
         return _pad(images, size)
@@ -183,13 +184,13 @@ def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), sixteen levels and zero
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), with values 0 to 16
     resized = [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in pixels]
     return np.stack(resized)[:, None], digits.target.astype(np.int64)
 
 
 def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
-    """The pictures of a folder in the order of their names; without any, those of its subfolders, whose order gives the
+    """List the images of a folder in order of their names, or else those of its subfolders, whose order gives the
     labels.
     """
     if not folder.is_dir():
@@ -211,7 +212,7 @@ def _suffixed(folder: Path) -> list[Path]:
 
 
 def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """Over white, with white around to make them square, resized; mode RGB."""
+    """Return the emoji over white, padded with white to a square and resized, in mode RGB."""
     listing = font.with_name(Path(EMOJI_LIST).name)
     pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
     return [
@@ -228,7 +229,9 @@ def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np
 
 
 def _picture(path: Path, size: int) -> Image.Image:
-    """Upright, over white where transparent, cropped about its middle to a square, resized; mode L or RGB."""
+    """Read an image upright, over white where transparent, cropped about its middle to a square, and resized; mode L or
+    RGB.
+    """
     try:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
@@ -242,7 +245,7 @@ def _picture(path: Path, size: int) -> Image.Image:
 
 
 def _over_white(picture: Image.Image) -> Image.Image:
-    """RGB, white where transparent."""
+    """Convert an image to RGB, with white where it is transparent."""
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
 
 

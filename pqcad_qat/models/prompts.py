@@ -1,6 +1,7 @@
-"""Prompts become the conditions of a text-conditional model: through the text encoders of its own pipeline's folder.
+"""Encoding of prompts into the conditions of a text-conditional model, by the text encoders in its pipeline's folder.
 
-Not here: what is done with conditions (conditions.py). Takes the library transformers, which the extra `text` installs.
+Not here: what is done with conditions (conditions.py). This file needs the library transformers, which the extra `text`
+installs.
 """
 
 from __future__ import annotations
@@ -35,35 +36,35 @@ ASKED: Mapping[str, Any] = {
     "num_images_per_prompt": 1,
     "do_classifier_free_guidance": True,
 }
-"""What `encode_prompt` is asked, as far as the pipeline's own has a word for it: the same prompt for every encoder, and
-the empty one.
+"""Arguments of `encode_prompt`, as far as a pipeline's own version has them. Every encoder gets the same prompt, and
+the empty prompt is encoded as well.
 """
 
 HEAVY = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
-"""Parts of a pipeline that prompts are not encoded with."""
+"""Pipeline parts that are not needed to encode prompts, and so are not loaded."""
 
 LEVELS = range(4)
-"""Of a VAE that is not there: each but the first halves a picture's sides."""
+"""Stand-in for the levels of a missing VAE. Each level but the first halves an image's sides."""
 
 BATCH = 16
-"""Prompts encoded at a time."""
+"""Number of prompts encoded at a time."""
 
 UNCONDITIONAL = "unconditional."
-"""Before the name of a tensor that belongs to the unconditional pass of classifier-free guidance."""
+"""Prefix of the names of tensors for the unconditional pass of classifier-free guidance."""
 
 EMBEDDINGS = "embeddings.safetensors"
-"""What is kept of prompts once they are encoded."""
+"""Name of the file that holds the embeddings of encoded prompts."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How prompts are to be encoded, where a pipeline leaves a choice.
+    """Settings of prompt encoding, where a pipeline leaves a choice.
 
     Attributes:
-        tokens: that T5's prompts are filled up or cut to; None for as many as the pipeline's own `encode_prompt` asks
-            for.
-        guidance: of a denoiser that takes it as an input (FLUX.1 dev); None for what its pipeline tells it.
-        sides: height and width of x_t, where they are others than the denoiser's config says.
+        tokens: number of tokens that T5's prompts are padded or cut to; None for the default of the pipeline's
+            `encode_prompt`.
+        guidance: guidance value for a denoiser that takes it as an input (FLUX.1 dev); None for the pipeline's own.
+        sides: height and width of x_t; None for those of the denoiser's config.
     """
 
     tokens: int | None = None
@@ -75,16 +76,16 @@ OWN_WAY = Encoding()
 
 
 def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = OWN_WAY) -> Path:
-    """The file of embeddings of these prompts by the encoders of this folder: made once, and read back from the store
-    from then on.
+    """Return the file of embeddings of these prompts, encoded on the first call and read back from the store
+    afterwards.
 
     Args:
-        prompts, folder, encoding: as of `encode_prompts`.
-        store: beside the runs; the file's place in it is named by the hash of the prompts, encoders, tokenizers and
-            sizes.
+        prompts, folder, encoding: as for `encode_prompts`.
+        store: folder of the content store. The file's place in it is the hash of the prompts, pipeline class, encoders,
+            tokenizers, sizes and number of tokens.
 
     Raises:
-        ModelError: as `encode_prompts`.
+        ModelError: as for `encode_prompts`.
     """
     lines, (pipeline, layout) = _lines(prompts), _layout(folder)
     decides = {
@@ -102,10 +103,11 @@ def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = 
 
 
 def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> set[str]:
-    """The names of the tensors that `encode_prompts` makes, those of the unconditional pass aside; nothing is encoded.
+    """Return the names of the tensors that `encode_prompts` would make, without those of the unconditional pass.
+    Nothing is encoded.
 
     Raises:
-        ModelError: as `encode_prompts`, as far as configs tell.
+        ModelError: as for `encode_prompts`, as far as configs show it.
     """
     _lines(prompts)
     check_transformers("conditions.prompts")
@@ -117,16 +119,17 @@ def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> 
 
 @torch.no_grad()
 def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> dict[str, Tensor]:
-    """The tensors of a file of embeddings (conditions.py): of every prompt, and of the empty one as the unconditional.
+    """Return the tensors of an embeddings file (conditions.py): those of every prompt, and those of the empty prompt as
+    the unconditional ones.
 
     Args:
-        prompts: a prompt a line; empty lines are passed over.
-        folder: a local pipeline's, with its text encoders (safetensors) and tokenizers.
-        encoding: where the pipeline leaves a choice.
+        prompts: file with one prompt per line; empty lines are skipped.
+        folder: a local pipeline's folder, with its text encoders (safetensors) and tokenizers.
+        encoding: settings where the pipeline leaves a choice.
 
     Raises:
-        ModelError: transformers is not installed, there are no prompts, no pipeline of a known class with text
-            encoders, or one that leaves no such choice.
+        ModelError: transformers is not installed, the file holds no prompts, the pipeline's class is unknown or has no
+            text encoders, or it does not offer the chosen setting.
     """
     lines = _lines(prompts)
     check_transformers("conditions.prompts")
@@ -146,7 +149,7 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
 
 
 def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
-    """The keyword arguments of the `encode_prompt` of a pipeline or its class."""
+    """Return the keyword arguments for the `encode_prompt` of a pipeline or of its class."""
     known = inspect.signature(pipeline.encode_prompt).parameters
     if encoding.tokens is None:
         return {key: value for key, value in ASKED.items() if key in known}
@@ -159,8 +162,8 @@ def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
 
 
 def prompts_cut(prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
-    """A sentence for every prompt of the file that a tokenizer of the pipeline's folder, if it is one, cuts
-    (prompt_cuts.py).
+    """Return a sentence for each prompt of the file that a tokenizer cuts (prompt_cuts.py); () where the folder is no
+    pipeline's.
     """
     return (
         () if not (folder / "model_index.json").is_file() else cut_prompts(_numbered(prompts), prompts, folder, tokens)
@@ -172,7 +175,7 @@ def _lines(prompts: Path) -> list[str]:
 
 
 def _numbered(prompts: Path) -> list[tuple[int, str]]:
-    """(line, prompt) of the file; a byte-order mark before the first is none of it."""
+    """Return pairs (line number, prompt) of the file, without a leading byte-order mark."""
     try:
         text = prompts.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -193,7 +196,7 @@ def _numbered(prompts: Path) -> list[tuple[int, str]]:
 
 
 def _layout(folder: Path) -> tuple[str, PromptLayout]:
-    """The class of the pipeline, and what it makes of a prompt."""
+    """Return the class of the folder's pipeline, and how it turns a prompt into conditions."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(
@@ -211,7 +214,7 @@ def _layout(folder: Path) -> tuple[str, PromptLayout]:
 
 
 def _text_parts(name: str, layout: PromptLayout, folder: Path) -> Any:
-    """The pipeline with its text encoders alone, in float32."""
+    """Load the pipeline with only its text encoders and tokenizers, in float32."""
     index = read_index(folder)
     parts = PipelineParts(folder, index)
     parts.check_there((*TEXT_ENCODERS, *TOKENIZERS))
@@ -223,7 +226,7 @@ def _text_parts(name: str, layout: PromptLayout, folder: Path) -> Any:
     given |= {part: parts.load(part, attention="sdpa") for part in parts.text_encoders}
     try:
         made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
-    except Exception as error:  # diffusers and transformers raise anything from OSError to KeyError on a damaged folder
+    except Exception as error:  # diffusers and transformers raise many kinds of exceptions on a damaged folder
         raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
     if layout.reads_denoiser:
         made.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "transformer" / "config.json")))
@@ -231,8 +234,9 @@ def _text_parts(name: str, layout: PromptLayout, folder: Path) -> Any:
 
 
 def _numbers(folder: Path, count: int, layout: PromptLayout, encoding: Encoding) -> dict[str, Tensor]:
-    """What is no text: SDXL's sizes, an original and a target of the size of x_t, not cropped; the guidance that FLUX.1
-    dev reads.
+    """Return the conditions that do not come from text: SDXL's sizes, and the guidance input of FLUX.1 dev.
+
+    SDXL's original and target sizes are those of the image that x_t decodes to, without a crop.
     """
     part = denoiser_folder(folder)
     config = read_json(part / "config.json") if (part / "config.json").is_file() else {}

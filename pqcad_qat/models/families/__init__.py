@@ -1,1 +1,3 @@
-"""One file a model family, with all that is known of it; they need numpy alone, since what ships reads them too."""
+"""Model families: one file per family with all facts about it. The files need only numpy, since the deployed code reads
+them too.
+"""

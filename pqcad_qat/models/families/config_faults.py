@@ -1,7 +1,8 @@
-"""Rules that configs of several classes of diffusers share: what is asked for that is not given here, or values that do
-not go together, by the key at fault.
+"""Config rules that several of diffusers' classes share: features that are not supported, and values that do not fit
+together.
 
-Not here: the rules of one family (its own file), nor the kinds and bounds of single values (models/config_values.py).
+Each rule yields messages that begin with the key at fault. Not here: the rules of one family (its own file), or the
+types and bounds of single values (models/config_values.py).
 """
 
 from __future__ import annotations
@@ -12,58 +13,58 @@ from typing import Any
 from pqcad_qat.machine.json_files import shown
 
 Config = Mapping[str, Any]
-"""With every default of its class, each value of the class's kind and within its bounds."""
+"""Config with every default of its class filled in, where each value has the right type and lies within its bounds."""
 
 ACTIVATIONS = ("swish", "silu", "mish", "gelu", "relu")
 FEED_FORWARD = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "linear-silu", "swiglu")
-"""Activations of UNets' blocks, and of transformers'."""
+"""Activations of UNet blocks (ACTIVATIONS) and of the feed-forward layers of transformers (FEED_FORWARD)."""
 
 
 ENCODER_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 DECODER_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-"""The blocks of AutoencoderKL."""
+"""Block types of AutoencoderKL's encoder and decoder."""
 
 
 LARGEST_TABLE = 2**26
-"""Numbers in a transformer's table of places."""
+"""Largest number of values in a transformer's table of position embeddings."""
 
 
 def allowed(key: str, got: object, rule: str) -> str:
-    """The sentence that refuses a value of a key."""
+    """Return the message that refuses a value of a key."""
     return f"{key}: got {shown(got)}; allowed {rule}"
 
 
 def sides_of(config: Config) -> tuple[int, int] | None:
-    """Height and width of x_t; None where the config does not say them."""
+    """Return height and width of x_t; None where the config does not give them."""
     size = config.get("sample_size")
     return None if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def size_fault(config: Config, multiple: int, why: str) -> Iterator[str]:
-    """A fault where a side of x_t is no multiple."""
+    """Yield a fault where a side of x_t is not a multiple of `multiple`."""
     if any(side % multiple for side in sides_of(config) or ()):
         yield allowed("sample_size", config["sample_size"], f"multiples of {multiple}, {why}")
 
 
 def among(config: Config, key: str, known: Sequence[str | None]) -> Iterator[str]:
-    """A fault where a key has none of the known values."""
+    """Yield a fault where the value of a key is not among the known values."""
     if config.get(key) not in known:
         yield allowed(key, config.get(key), ", ".join(map(str, known)))
 
 
 def nothing(config: Config, key: str, why: str) -> Iterator[str]:
-    """A fault where a key asks for something."""
+    """Yield a fault where a key turns on an unsupported feature."""
     if config.get(key):
         yield allowed(key, config[key], f"null: {why}")
 
 
 def total_width(config: Config) -> int:
-    """The width of a transformer: that of all its heads."""
+    """Return the hidden width of a transformer, in features: the sum over its attention heads."""
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
 def patched(config: Config) -> Iterator[str]:
-    """What is wrong with a transformer of patches, which has a table of their places."""
+    """Yield the faults of a transformer of patches that has a table of position embeddings."""
     patch, width = config["patch_size"], total_width(config)
     if "activation_fn" in config:
         yield from among(config, "activation_fn", FEED_FORWARD)
@@ -87,7 +88,7 @@ def patched(config: Config) -> Iterator[str]:
 
 
 def channels(config: Config) -> Iterator[str]:
-    """What is wrong with the channels of x_t and of the prediction, in any class."""
+    """Yield the faults in the channels of x_t and of the prediction, for any class."""
     inputs, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if outputs < inputs:
         more = f"{inputs - outputs} channels more than the {outputs} of its prediction"
@@ -96,12 +97,12 @@ def channels(config: Config) -> Iterator[str]:
             inputs,
             f"{outputs}, as out_channels: {more}, of another picture, a mask or a depth, are no input here",
         )
-    elif outputs not in (inputs, 2 * inputs):  # twice: the prediction, then its variance
+    elif outputs not in (inputs, 2 * inputs):  # twice as many: the prediction is followed by its variance
         yield allowed("out_channels", outputs, f"{inputs}, as in_channels, or {2 * inputs}, with a learned variance")
 
 
 def autoencoder(config: Config) -> Iterator[str]:
-    """What is wrong with an AutoencoderKL."""
+    """Yield the faults of an AutoencoderKL."""
     levels = config["block_out_channels"]
     if not levels:
         yield allowed("block_out_channels", levels, "the channels of one level or more")

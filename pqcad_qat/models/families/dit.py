@@ -1,4 +1,4 @@
-"""DiTTransformer2DModel, a transformer of patches that takes class labels (Peebles and Xie 2023)."""
+"""DiTTransformer2DModel, a transformer of patches with class labels as its condition (Peebles and Xie 2023)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pqcad_qat.models.families.family import ConditionInput, Config, Family, Pip
 
 
 def _conditions(config: Config) -> tuple[ConditionInput, ...]:
-    classes = config["num_embeds_ada_norm"] + 1  # its table has a row for no class
+    classes = config["num_embeds_ada_norm"] + 1  # the last row of its table stands for no class
     return (ConditionInput("class_labels", (), "int64", classes),)
 
 

@@ -1,7 +1,8 @@
-"""The words in which a family of models is described: its denoiser, what that takes beside x_t and t, its pipelines.
+"""The classes that describe a model family: its denoiser, the conditions that it takes beside x_t and t, and its
+pipelines.
 
-Not here: the families themselves (a file each, beside this one), or finding one by name (table.py). Torch tensors and
-modules pass through some of these functions; none of them imports torch.
+Not here: the families themselves (one file each, beside this one), or the search by name (table.py). Torch tensors and
+modules pass through some of these functions, but this file does not import torch.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ Config = Mapping[str, Any]
 
 Part = Literal["unet", "transformer"]
 DENOISER_FOLDERS: tuple[str, ...] = get_args(Part)
-"""The folders of a pipeline that a denoiser may lie in, by its family, as diffusers and optimum-intel have them."""
+"""Folders of a pipeline that may hold its denoiser, as diffusers and optimum-intel name them."""
 
 TEXT = "encoder_hidden_states"
-"""The condition that is a sequence of text's tokens."""
+"""Name of the condition that holds the text as a sequence of token embeddings."""
 
 TEXT_MASK = "encoder_attention_mask"
-"""The condition that says which of its tokens count."""
+"""Name of the condition that marks which of the text's tokens count."""
 
 TEXT_TOKENS = 77
-"""The tokens of an example where only the data say how many there are: CLIP's."""
+"""Number of text tokens of an example input, CLIP's, where only the data decide the number."""
 
 LARGEST_SIZE = 4096
-"""The largest of SDXL's `time_ids`, in pixels."""
+"""Largest value in SDXL's `time_ids`, in pixels."""
 
 PIPELINE_ROOT = "DiffusionPipeline"
-"""The root of diffusers' pipelines: where it has none for a denoiser alone, an index names the root."""
+"""Base class of diffusers' pipelines, which an index names where there is no pipeline for a denoiser alone."""
 
 SCALING = ("shift_factor", "latents_mean", "latents_std")
-"""Keys of a VAE's config, beside scaling_factor, that say how latents are scaled for its decoder."""
+"""Keys of a VAE's config that, beside scaling_factor, say how latents are scaled for its decoder."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class ConditionInput:
 
     Attributes:
         name: its name in diffusers.
-        shape: the shape of one sample's; None is a length that the data decide.
-        dtype: the type in our batches and in the exported graph.
-        bound: whole numbers lie in [0, bound).
+        shape: shape of one sample's tensor; None stands for a length that the data decide.
+        dtype: dtype in batches and in the exported graph.
+        bound: upper limit of whole numbers, which lie in [0, bound); None where there is none.
     """
 
     name: str
@@ -61,24 +62,24 @@ class ConditionInput:
 
 
 def text_inputs(width: int, masked: bool = False) -> tuple[ConditionInput, ...]:
-    """A text of tokens of so many numbers, and the mask that says which of its tokens count, where there is one."""
+    """Return the inputs of a text with token embeddings of `width` numbers, and of its mask if `masked`."""
     mask = (ConditionInput(TEXT_MASK, (None,), "float32"),) if masked else ()
     return ConditionInput(TEXT, (None, width), "float32"), *mask
 
 
 def condition_inputs(entries: Iterable[Mapping[str, Any]]) -> tuple[ConditionInput, ...]:
-    """The inputs that the entries of a deployed folder's manifest describe."""
+    """Return the inputs that the entries of a deployed folder's manifest describe."""
     return tuple(ConditionInput(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A class of diffusers' pipelines that a family's denoiser belongs to.
+    """A diffusers pipeline class that a family's denoiser belongs to.
 
     Attributes:
         name: diffusers' class.
-        prompts: what it makes of a prompt; None where it takes none.
-        scaling: the keys of SCALING that it heeds in its VAE's config.
+        prompts: how it turns a prompt into conditions; None where it takes no prompt.
+        scaling: the keys of SCALING in its VAE's config that it uses.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Pipeline:
 
 
 def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> Any:
-    """The call of most classes: x_t (B, C, H, W) by place, and t (B,) by name."""
+    """Call the denoiser as most classes take it: x_t (B, C, H, W) by position, and t (B,) by name."""
     return denoiser(x_t, timestep=t, **condition, return_dict=False)
 
 
@@ -135,17 +136,19 @@ class Family:
 
     @property
     def channel_factor(self) -> int:
-        """The channels that the config counts for each channel of x_t: the pixels of a patch, where rows hold them."""
+        """Number of channels in the config per channel of x_t: the pixels of a patch where x_t is packed into rows,
+        else 1.
+        """
         return PATCH**2 if self.takes_rows else 1
 
     def sample_shape(self, config: Config) -> tuple[int, int, int]:
-        """(C, H, W) of x_t, from a checked diffusers config."""
+        """Return the shape (C, H, W) of x_t, from a checked diffusers config."""
         sides = sides_of(config)
         assert sides is not None
         return int(config["in_channels"]) // self.channel_factor, *sides
 
     def keywords(self, condition: Mapping[str, Any]) -> dict[str, Any]:
-        """A condition by name as the keyword arguments of the class."""
+        """Return a condition, given by name, as keyword arguments of the class."""
         spelled: dict[str, Any] = {}
         for name, value in condition.items():
             if (holder := self.held_in.get(name)) is None:

@@ -1,4 +1,5 @@
-"""FluxTransformer2DModel, the denoiser of Flux: latents as rows of 2x2 patches, places as constants, time as sigma.
+"""FluxTransformer2DModel, the denoiser of Flux: latents as rows of 2x2 patches, constant positions, and sigma as its
+time.
 
 Not here: the layout of the rows (latent_rows.py).
 """
@@ -20,7 +21,7 @@ from pqcad_qat.sampling.flow import settled
 from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER
 
 DEFAULT_SIZE = 128
-"""Height and width of the latents where nothing says another: of pictures of 1024 pixels, the pipeline's own."""
+"""Default height and width of the latents, for images of 1024 pixels, the default of Flux's pipeline."""
 
 
 def _faults(config: Config) -> Iterator[str]:
@@ -36,13 +37,13 @@ def _faults(config: Config) -> Iterator[str]:
 
 
 def _scheduler(config: Config, size: tuple[int, int], where: str) -> dict[str, Any]:
-    """The config with the shift that the pipeline sets for pictures of this size."""
+    """Return the scheduler config with the shift that the pipeline sets for images of this size."""
     tokens, _ = rows_shape(1, *size)
     return settled(config, tokens, where) if config.get("_class_name") == FLOW_SCHEDULER else dict(config)
 
 
 def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> tuple[Any]:
-    """The velocity (B, C, H, W) at x_t (B, C, H, W) and t (B,), torch tensors."""
+    """Return the velocity (B, C, H, W) at x_t (B, C, H, W) and t (B,), all torch tensors."""
     height, width = (int(side) for side in x_t.shape[-2:])
     tokens = int(condition[TEXT].shape[1])
     times = [t / THOUSANDTHS, *(condition[name] for name in ("guidance",) if name in condition)]
@@ -63,7 +64,7 @@ def _in_float32(denoiser: Any, times: Sequence[Any]) -> Iterator[None]:
     """Inside, sinusoids are taken of these times: in mixed precision the class rounds its own to bfloat16, which is 900
     for 899.6.
     """
-    module = getattr(denoiser, "module", denoiser)  # one that is wrapped for several processes has it inside
+    module = getattr(denoiser, "module", denoiser)  # a data-parallel wrapper holds the denoiser under this name
     handle = module.time_text_embed.register_forward_pre_hook(lambda _, read: (*times, *read[len(times) :]))
     try:
         yield

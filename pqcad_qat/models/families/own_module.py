@@ -1,6 +1,6 @@
-"""A plain module of the user's own: it is of no class of diffusers, and called as `module(x_t, t, **condition)`.
+"""The family of a user's own plain module: it has no diffusers class, and is called as `module(x_t, t, **condition)`.
 
-Not here: how such a module is made known (models/own_model.py).
+Not here: how such a module is described and built (models/own_model.py).
 """
 
 from __future__ import annotations
@@ -15,4 +15,6 @@ def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> Any:
 
 
 OWN_MODULE = Family(name="", part="unet", parameters=(), call=_called)
-"""Its conditions are those of its OwnModel, and its arguments follow x_t and t by place."""
+"""Family of every user module. Its conditions come from the OwnModel, and a condition is passed by its name after x_t
+and t.
+"""

@@ -1,4 +1,4 @@
-"""PixArtTransformer2DModel, the denoiser of PixArt-alpha: a transformer that reads T5's text and its mask."""
+"""PixArtTransformer2DModel, the denoiser of PixArt-alpha: a transformer that reads text encoded by T5 and its mask."""
 
 from __future__ import annotations
 

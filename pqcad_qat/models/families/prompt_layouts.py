@@ -1,8 +1,7 @@
-"""What a pipeline makes of a prompt, in the words that families describe it with: which of its text encoders gives
-which of the denoiser's conditions.
+"""The classes that describe how a pipeline turns a prompt into conditions: which text encoder gives which condition.
 
-Not here: the layouts (with their families), or the encoders: those of diffusers (models/prompts.py) and those that are
-deployed (serving/part_runtime.py).
+Not here: the layouts themselves (with their families), or the encoders: diffusers' (models/prompts.py) and the deployed
+ones (serving/part_runtime.py).
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ import numpy.typing as npt
 Arrays = dict[str, npt.NDArray[Any]]
 
 LAST, PROJECTED = "last_hidden_state", "text_embeds"
-"""What a text encoder gives: the states of its last layer, and one vector for the whole text."""
+"""Names of a text encoder's outputs: the hidden states of its last layer, and one vector for the whole text."""
 
 
 class TextEncoder(Protocol):
     """A deployed text encoder with its tokenizer.
 
     Attributes:
-        outputs: what it can give, by name.
-        layers: the layers of a CLIP that gives `hidden_states.0` to `hidden_states.LAYERS`.
+        outputs: names of the outputs that it can give.
+        layers: number of layers of a CLIP, whose outputs are `hidden_states.0` to `hidden_states.LAYERS`.
     """
 
     outputs: tuple[str, ...]
     layers: int
 
     def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
-        """What it gives for a prompt, by name, (1, ...)."""
+        """Return the named outputs for a prompt, each (1, ...)."""
 
     def mask(self, prompt: str) -> npt.NDArray[np.int64]:
-        """(1, tokens): 1 for the prompt's tokens, 0 for those that fill it up."""
+        """Return the mask (1, tokens): 1 for the prompt's tokens, 0 for padding."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Wanted:
 
 Encoders = Mapping[str, TextEncoder]
 Conditions = Callable[[Encoders, str, Wanted], Arrays]
-"""(text encoders by part, prompt, what is wanted) -> the denoiser's conditions by name, (1, ...)."""
+"""Function (text encoders by part, prompt, properties wanted) -> the denoiser's conditions by name, each (1, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,10 @@ class PromptLayout:
 
 
 def two_clips(encoders: Encoders, prompt: str) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
-    """The last layer but one of both CLIPs, side by side, and what each gives for the text as a whole, if it does."""
+    """Return the last hidden states but one of both CLIPs, side by side, and each one's vector for the whole text.
+
+    The vector of an encoder without that output is empty.
+    """
     states, pooled = [], []
     for part in ("text_encoder", "text_encoder_2"):
         encoder = encoders[part]

@@ -1,6 +1,6 @@
-"""UNet2DConditionModel, the denoiser of Stable Diffusion 1, 2 and XL: a UNet that reads text.
+"""UNet2DConditionModel, the denoiser of Stable Diffusion 1, 2 and XL: a UNet with text as a condition.
 
-Not here: what it has in common with the UNet that reads none (unet.py).
+Not here: the parts that it shares with the UNet without text (unet.py).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CROSS_UP = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") fo
 CROSS_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None)
 
 REFINER = {"text": 1280, "sizes": 5}
-"""The width of the pooled text of SDXL's refiner, and its sizes, the last of which is an aesthetic score."""
+"""Width of the pooled text of SDXL's refiner, and the number of its sizes, the last of which is an aesthetic score."""
 
 SIZES = 6
-"""The numbers of SDXL's `time_ids`."""
+"""Number of values in SDXL's `time_ids`."""
 
 
 def _conditions(config: Config) -> tuple[ConditionInput, ...]:
     width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
     inputs = text_inputs(width if isinstance(width, int) else width[0])
-    if config.get("addition_embed_type") == "text_time":  # SDXL
+    if config.get("addition_embed_type") == "text_time":  # SDXL's further conditions
         text = config["projection_class_embeddings_input_dim"] - SIZES * config["addition_time_embed_dim"]
         inputs += (
             ConditionInput("text_embeds", (text,), "float32"),
@@ -100,7 +100,7 @@ def _faults(config: Config) -> Iterator[str]:
 
 
 def _text_and_sizes(config: Config) -> Iterator[str]:
-    """What is wrong with SDXL's further conditions."""
+    """Yield the faults in SDXL's further conditions."""
     if config["addition_embed_type"] != "text_time":
         return
     width, total = config["addition_time_embed_dim"], config["projection_class_embeddings_input_dim"]
@@ -127,7 +127,7 @@ def _prompt(encoders: Encoders, prompt: str, _: Wanted) -> Arrays:
 
 def _prompt_of_xl(encoders: Encoders, prompt: str, wanted: Wanted) -> Arrays:
     states, pooled = two_clips(encoders, prompt)
-    # of the original, not cropped, and of the picture
+    # original size, offset of the crop (none), and target size, in pixels
     sizes = np.array([[*wanted.picture, 0, 0, *wanted.picture]], np.int64)
     return {TEXT: states, PROJECTED: pooled[1], "time_ids": sizes}
 

@@ -1,5 +1,5 @@
-"""SD3Transformer2DModel, the denoiser of Stable Diffusion 3: a transformer of patches that attends to text and picture
-jointly (Esser et al. 2024).
+"""SD3Transformer2DModel, the denoiser of Stable Diffusion 3: a transformer of patches with joint attention over text
+and image (Esser et al. 2024).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ POOLED = "pooled_projections"
 
 
 def joint_attention(config: Config) -> tuple[ConditionInput, ...]:
-    """Text as tokens and as one vector; and guidance, where the denoiser takes it as an input."""
+    """Return the inputs of joint attention: text as tokens and as one vector, and guidance where the denoiser takes it
+    as an input.
+    """
     pooled = ConditionInput(POOLED, (config["pooled_projection_dim"],), "float32")
     inputs = (*text_inputs(config["joint_attention_dim"]), pooled)
     return inputs + ((ConditionInput("guidance", (), "float32"),) if config.get("guidance_embeds") else ())
@@ -38,7 +40,7 @@ def _faults(config: Config) -> Iterator[str]:
 
 
 def _prompt(encoders: Encoders, prompt: str, wanted: Wanted) -> Arrays:
-    """CLIP's tokens, filled up to T5's width, and T5's; zeros for the latter where it was left out."""
+    """Return CLIP's tokens, padded with zeros to T5's width, followed by T5's tokens, or by zeros where T5 is left out."""
     states, pooled = two_clips(encoders, prompt)
     text = np.zeros((1, *wanted.shapes[TEXT]), np.float32)
     tokens, width = states.shape[1:]
@@ -76,7 +78,7 @@ FAMILY = Family(
                 encoders=("text_encoder", "text_encoder_2"),
                 optional=("text_encoder_3",),
                 conditions=_prompt,
-                reads_denoiser=True,  # without T5 it asks its transformer how wide the zeros are that stand for it
+                reads_denoiser=True,  # without T5, it pads with zeros of the width in the transformer's config
                 before_t5="text_encoder",
             ),
             scaling=("shift_factor",),

@@ -1,6 +1,6 @@
-"""UNet2DModel, the denoiser of DDPM: without a condition, or with class labels; and what both UNets have in common.
+"""UNet2DModel, the denoiser of DDPM, without a condition or with class labels; and the parts that both UNets share.
 
-Not here: the UNet that reads text (stable_diffusion.py).
+Not here: the UNet with text as a condition (stable_diffusion.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pqcad_qat.models.families.family import ConditionInput, Config, Family
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, FLOW_SCHEDULER
 
 UNCONDITIONAL: Mapping[str, str] = {DDIM_SCHEDULER: "DDIMPipeline", FLOW_SCHEDULER: "DDPMPipeline"}
-"""diffusers' pipeline of a deployed denoiser alone that takes no condition, by the scheduler of our sampler."""
+"""diffusers' pipeline for a deployed denoiser without conditions, by the class of its scheduler."""
 
 DOWN_BLOCKS = (
     "DownBlock2D",
@@ -27,7 +27,7 @@ UP_BLOCKS = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") f
 
 
 def class_labels(config: Config) -> tuple[ConditionInput, ...]:
-    """The label that a UNet takes, as a number or embedded; () where it takes none."""
+    """Return the class-label input of a UNet, as a number or as an embedding; () where it takes none."""
     match config.get("class_embed_type"):
         case None:
             classes = config.get("num_class_embeds")
@@ -45,7 +45,7 @@ def _time_width(config: Config) -> int:
 
 
 def level_faults(config: Config, downs: Sequence[str], ups: Sequence[str], mids: Sequence[str | None]) -> Iterator[str]:
-    """What is wrong with the levels of a UNet."""
+    """Yield the faults in the resolution levels of a UNet."""
     channels = config["block_out_channels"]
     if not channels:
         yield allowed("block_out_channels", channels, "the channels of one level or more")
