@@ -32,19 +32,19 @@ TRAJECTORIES = "trajectories.safetensors"
 
 @dataclass(frozen=True)
 class CalibrationRecipe:
-    """Everything that decides a calibration set; its hash is the set's name.
+    """All settings that decide a calibration set; their hash is the set's name.
 
     Attributes:
-        model_digest: of the full-precision model.
-        sampler: its name.
-        steps: N, of the sampler whose states are kept.
-        trajectories: K.
-        seed: of their noise.
-        refinement: full-precision steps made where the sampler makes one; above 1 the states are nearer to the model's
-            own ODE.
-        conditions: digest of the set that trajectories choose from, None for an unconditional model.
-        guidance_scale: of classifier-free guidance, 1 for none.
-        also: steps of its students, whose states are kept too, where they visit other time steps.
+        model_digest: digest of the full-precision model.
+        sampler: name of the sampler.
+        steps: number N of sampling steps whose states are kept.
+        trajectories: number K of trajectories.
+        seed: seed of their noise and of their choice of conditions.
+        refinement: number of full-precision steps for each sampling step. With more than 1, the states are nearer to
+            the solution of the model's ODE.
+        conditions: digest of the conditions that trajectories choose from; None for an unconditional model.
+        guidance_scale: scale of classifier-free guidance; 1 for none.
+        also: sampling steps of the students, whose states are kept as well where they visit other timesteps.
     """
 
     model_digest: str

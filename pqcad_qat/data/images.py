@@ -56,13 +56,17 @@ class ImageSet:
 def load_images(
     source: str, path: str | None = None, size: int = 32, split: str = "train", *, channels: int | None = None
 ) -> ImageSet:
-    """Read one of the `Source`s at `size` x `size` pixels; raise ModelError with the rule and the value where that
-    cannot be.
+    """Read a data set at `size` x `size` pixels; raise ModelError with the rule and the value where an argument is not
+    allowed.
 
-    `path` is a folder: of the IDX files (default: where Debian's package dataset-fashion-mnist puts them), or of
-    pictures, or of one folder of pictures per class; or the font of the emoji (default: where fonts-noto-color-emoji
-    puts it), with Unicode's emoji-test.txt beside it or where unicode-data puts it. Only Fashion-MNIST has a test
-    split. `channels` (1 or 3) applies to pictures and emoji; by default they are grey if every one is, else RGB.
+    Args:
+        source: one of the names in `Source`.
+        path: folder of the IDX files, of images, or of one folder of images per class; for the emoji, the font. By
+            default Debian's packages dataset-fashion-mnist and fonts-noto-color-emoji provide the files. Unicode's
+            emoji-test.txt is read beside the font, or from the package unicode-data.
+        size: height and width in pixels.
+        split: train or test; only Fashion-MNIST has a test split.
+        channels: 1 or 3, for folders and emoji; by default 1 if every image is grey, else 3 (RGB).
     """
     if source not in get_args(Source):
         raise ModelError(f"image source: got {source!r}; allowed {', '.join(get_args(Source))}")
@@ -121,7 +125,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
-    """Read a gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError for any other content."""
+    """Read a gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError for other content."""
     try:
         with gzip.open(path, "rb") as file:
             header = file.read(4 + 4 * rank)

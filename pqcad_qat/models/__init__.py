@@ -1,1 +1,1 @@
-"""Full-precision models: loading, conditions, prompts, and the facts about each architecture. Nothing here quantizes."""
+"""Full-precision models: loading, conditions, prompts, and facts about each architecture. Nothing here quantizes."""

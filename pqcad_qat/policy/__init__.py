@@ -1,1 +1,1 @@
-"""The policy: its definition, and how YAML text becomes it. No torch here."""
+"""Policies: their definition, and how YAML text is read into them. Nothing here imports torch."""

@@ -1,7 +1,7 @@
-"""Every fault of a policy's tree at once, in words: where it was written, what was got, what is allowed.
+"""Messages for all faults of a policy at once: where each was written, the value found, and the values allowed.
 
-Not here: reading files (policy/loading.py), and the rules themselves (policy/schema.py); the words come from the
-schema's own bounds.
+Not here: reading files (policy/loading.py), or the rules themselves (policy/schema.py). The wording of allowed values
+comes from the bounds in the JSON Schema.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pqcad_qat.policy.origins import Location, key_path
 from pqcad_qat.policy.schema import Section, known_keys
 from pqcad_qat.policy.tree import Tree
 
-Node = dict[str, Any]  # a part of a JSON Schema
+Node = dict[str, Any]  # part of a JSON Schema
 
 RULES = ("quantization", "layers")
 
 MANY = 200
-"""Faults after which no more are looked for: nobody reads them."""
+"""Number of faults after which the search stops, since nobody reads more."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault before it is put in words; the first location is the key at fault, the others are keys that it was judged
-    by.
+    """A fault before it becomes a message. The first location is the key at fault; the others are the keys it was
+    checked against.
     """
 
     locations: tuple[Location, ...]
@@ -45,11 +45,11 @@ class Finding:
 
 
 def find_faults(kind: type[Section], tree: Tree) -> list[str]:
-    """All faults, as ``file:line: key: got X; allowed Y``.
+    """Return all faults, as ``file:line: key: got X; allowed Y``.
 
-    pydantic judges the rules between keys only where the keys alone are in order. So each round of faults is repaired
-    in a copy with values that the schema allows, and the copy is judged again; what then touches a repaired key says
-    nothing about the policy.
+    pydantic checks the rules between keys only once every single key is valid. So each round of faults is repaired in a
+    copy, with values that the schema allows, and the copy is checked again. A later fault that involves a repaired key
+    is dropped, since it says nothing about the policy.
     """
     schema = _schema(kind)
     data = tree.plain()
@@ -76,14 +76,17 @@ def _validation_error(kind: type[Section], data: object) -> ValidationError | No
 
 
 def _in_words(finding: Finding, tree: Tree) -> str:
-    """The origin is that of the first key that stands in the file, or of the mapping where the key at fault belongs."""
+    """Put a finding into words, with the place of the first of its keys that is in the file.
+
+    Where none of them is, the place is that of the mapping in which the key at fault belongs.
+    """
     deepest = [(*tree.deepest(location), location) for location in finding.locations]
     origin = next((part.origin for part, found, location in deepest if found == location), deepest[0][0].origin)
     return f"{origin}: {key_path(finding.locations[0])}: got {finding.got}; allowed {finding.allowed}"
 
 
 def _as_written(location: Location, data: Any) -> Location:
-    """The location in the data, where an entry of a list has a number: rules of layers have it as their name."""
+    """Return the location with list indices as numbers, where rules of layers carry them as text."""
     found: list[str | int] = []
     for step in location:
         step = int(step) if isinstance(data, list) and str(step).isdecimal() else step
@@ -105,18 +108,20 @@ def _findings(error: ValidationError, schema: Schema, data: Any) -> Iterator[Fin
             finding = _key_finding(detail, written, schema)
             if detail["type"] == "missing" and written[:2] == RULES and written[3:] == ("match",):
                 finding = replace(finding, allowed=f"{finding.allowed}{_other_rules(written[2], data)}")
-            if finding.locations[0] not in seen:  # a union reports once a member
+            if finding.locations[0] not in seen:  # a union reports the same key once per member
                 seen.add(finding.locations[0])
                 yield finding
 
 
 def _spurious(detail: ErrorDetails) -> bool:
-    """pydantic calls a list too short when its items are faulty; the items have faults of their own."""
+    """Return whether pydantic calls a list too short only because its items are faulty; the items have faults of their
+    own.
+    """
     return detail["type"] == "too_short" and len(detail["input"]) > 0
 
 
 def _other_rules(name: str | int, data: Any) -> str:
-    """What a rule without patterns may have been meant for: one of the rules by name that have them."""
+    """Return a hint for a rule without patterns, which may be a misspelt name of another rule."""
     rules = data["quantization"]["layers"]
     if not isinstance(rules, dict) or not (names := [known for known in rules if known != name]):
         return ""
@@ -145,16 +150,15 @@ def _reads_as_number(text: str) -> bool:
 
 
 class Schema:
-    """The JSON Schema of a policy, read for three things: the part for a location, its description, a value that it
-    allows.
-    """
+    """A policy's JSON Schema: it finds the part for a location, describes it, and gives a value that it allows."""
 
     def __init__(self, kind: type[Section]) -> None:
         self.root: Node = kind.model_json_schema()
 
     def follow(self, location: Location) -> tuple[Node, Location]:
-        """The part for the location, as far as there is one; beyond it stand pydantic's names for members of a
-        union.
+        """Return the part for a location, and the location as far as the schema has it.
+
+        Steps beyond that are pydantic's names for the members of a union.
         """
         node = self.root
         for depth, step in enumerate(location):
@@ -171,7 +175,7 @@ class Schema:
                 if isinstance(step, int)
                 else member.get("properties", {}).get(step, member.get("additionalProperties"))
             )
-            if isinstance(below, dict):  # additionalProperties may be true or false
+            if isinstance(below, dict):  # additionalProperties may also be true or false
                 return self._resolve(below)
         return None
 
@@ -185,7 +189,7 @@ class Schema:
         return target | {key: value for key, value in node.items() if key != "$ref"}
 
     def is_section(self, location: Location) -> bool:
-        """Whether a key has nothing but keys below it, whose names are known."""
+        """Return whether a key holds a fixed set of keys and nothing else."""
         return "properties" in self.follow(location)[0]
 
     def keys(self, node: Node) -> list[str]:
@@ -209,7 +213,7 @@ class Schema:
             case "string":
                 return f"text that matches {node['pattern']}" if "pattern" in node else "non-empty text"
             case "array":
-                alike = node.get("minItems") == node.get("maxItems")  # both are there, or neither
+                alike = node.get("minItems") == node.get("maxItems")  # either both are present or neither is
                 count = node["minItems"] if alike and "minItems" in node else "one or more"
                 return f"a list of {count}, each {self.describe(self._resolve(node['items']))}"
             case "object":
@@ -220,11 +224,11 @@ class Schema:
                 return str(other)
 
     def repair(self, data: Node, location: Location) -> None:
-        """Puts a value that the schema allows at the location, or takes away a key that it does not know."""
+        """Put a value that the schema allows at the location, or remove a key that the schema does not know."""
         holder: Any = data
         for depth, step in enumerate(location[:-1], start=1):
             holder = holder.setdefault(step, {}) if isinstance(holder, dict) else holder[step]
-            if not isinstance(holder, dict | list):  # a single pattern, which stands for a list of one
+            if not isinstance(holder, dict | list):  # a single pattern stands for a list of one
                 return self.repair(data, location[:depth])
         node, known = self.follow(location)
         if known == location:
@@ -245,7 +249,7 @@ class Schema:
             case "number":
                 return member.get("minimum", member.get("maximum", 1.0))
             case "string":
-                return key_path(location)  # differs from every other text
+                return key_path(location)  # the key's path differs from every other example text
             case "array":
                 return [self._example(self._resolve(member["items"]), (*location, 0))]
             case "object":
@@ -262,7 +266,7 @@ def _schema(kind: type[Section]) -> Schema:
 
 
 def _bounds(node: Node) -> str:
-    """`` from 2 to 8``, `` over 0 and at most 1``, or nothing."""
+    """Return the bounds in words, such as " from 2 to 8" or " over 0 and at most 1"; empty where there are none."""
     if "minimum" in node and node["minimum"] == node.get("maximum"):
         return f" equal to {node['minimum']:g}"
     if "minimum" in node and "maximum" in node:

@@ -1,7 +1,7 @@
-"""A policy file becomes a Policy: `extends`, `--set`, every fault at once; and back: its YAML, its JSON Schema, what
-differs between two.
+"""Reading policy files into policies, with `extends`, `--set` and all faults at once; and writing them as YAML, JSON
+Schema or a difference.
 
-Not here: the YAML tree (policy/tree.py), the wording of faults (policy/faults.py), what a policy may say
+Not here: the YAML tree (policy/tree.py), the wording of faults (policy/faults.py), or the rules of a policy
 (policy/schema.py).
 """
 
@@ -29,21 +29,25 @@ from pqcad_qat.policy.yaml_text import DEPTH, Dumper, parse, read_text
 
 Kind = TypeVar("Kind", Policy, PretrainPolicy)
 FILES = 32
-"""That one file can stand on by `extends`."""
+"""Largest number of files in a chain of `extends`."""
 
-COMMANDS = {"quantize": "run", "pretrain": "pretrain", "study": "sweep"}  # kind of policy -> the command that takes it
+COMMANDS = {"quantize": "run", "pretrain": "pretrain", "study": "sweep"}  # kind of policy -> the command that runs it
 
 
 def load_policy(path: Path, overrides: Sequence[str] = ()) -> Policy:
-    """The quantization policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a
-    line.
+    """Load a quantization policy from a file, with ``key=value`` overrides.
+
+    Raises:
+        PolicyError: the policy has faults; the message lists all of them, one per line.
     """
     return _load(Policy, "quantize", path, overrides)
 
 
 def load_pretrain_policy(path: Path, overrides: Sequence[str] = ()) -> PretrainPolicy:
-    """The pretraining policy of a file, with ``key=value`` overrides on top. Raises PolicyError with all faults, one a
-    line.
+    """Load a pretraining policy from a file, with ``key=value`` overrides.
+
+    Raises:
+        PolicyError: the policy has faults; the message lists all of them, one per line.
     """
     return _load(PretrainPolicy, "pretrain", path, overrides)
 
@@ -55,21 +59,29 @@ def _load(kind: type[Kind], name: str, path: Path, overrides: Sequence[str]) -> 
         tree = override(tree, text, faults)
     if tree.children is not None or not faults:
         refuse_other_kind(tree, name)
-        unread = any(": extends: got " in fault for fault in faults)  # then what a file below would say is not missed
+        # A file that `extends` could not read may have held the missing keys, so those are not reported.
+        unread = any(": extends: got " in fault for fault in faults)
         faults += [fault for fault in find_faults(kind, tree) if not (unread and ": got nothing; " in fault)]
     raise_all(faults)
     return kind.model_validate(tree.plain()).written(tree.origins())
 
 
 def raise_all(faults: Sequence[str]) -> None:
-    """Raise PolicyError with all faults, in the order of their places, if there are any."""
+    """Raise PolicyError with all faults, sorted by place, if there are any."""
     if faults:
         raise PolicyError(abridged(sorted(dict.fromkeys(faults), key=by_place)))
 
 
 def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
-    """The tree of a file, merged over those that it extends; `below` holds the files that led here. Raises PolicyError
-    without a file.
+    """Return the tree of a file, merged over the files that it extends.
+
+    Args:
+        path: the file.
+        below: the files whose `extends` led to this one, for the detection of circles.
+        faults: list to which faults are added.
+
+    Raises:
+        PolicyError: the file cannot be read.
     """
     tree, found = parse(read_text(path), lambda line: f"{path}:{line}")
     faults += found
@@ -95,7 +107,7 @@ def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
 
 
 def _file_below(named: Tree, key: str, path: Path, faults: list[str]) -> Path | None:
-    """The policy file that a key of the file `path` names; None and a fault where there is none."""
+    """Return the policy file that a key of the file `path` names; add a fault and return None where there is none."""
     if isinstance(named.value, str) and os.path.isfile(file := named_file(named.value, path.parent)):
         return file
     faults.append(
@@ -106,22 +118,23 @@ def _file_below(named: Tree, key: str, path: Path, faults: list[str]) -> Path | 
 
 
 def override(tree: Tree, given: str, faults: list[str]) -> Tree:
-    """The tree with a ``key=value`` on top: dotted keys, indices as ``layers.0`` or ``layers[0]``, values in YAML;
-    mappings merge.
+    """Return the tree with a ``key=value`` override applied.
+
+    Keys are dotted, with indices as ``layers.0`` or ``layers[0]``. Values are YAML, and mappings are merged.
     """
     return overridden(tree, read_override(given, faults), faults)
 
 
 @dataclass(frozen=True)
 class Override:
-    """A ``key=value`` as read: the steps of the key, and the value."""
+    """A parsed ``key=value`` override: the steps of its key, and its value."""
 
     steps: list[str]
     value: Tree
 
 
 def read_override(given: str, faults: list[str]) -> Override | None:
-    """None, and a fault, for what is no key and value."""
+    """Parse a ``key=value`` override; add a fault and return None for any other text."""
     key, sign, text = given.partition("=")
     steps = key_steps(key)
     if not sign or not steps:
@@ -141,7 +154,7 @@ def read_override(given: str, faults: list[str]) -> Override | None:
 
 
 def overridden(tree: Tree, override: Override | None, faults: list[str]) -> Tree:
-    """The tree with the override on top, where it has a place there."""
+    """Return the tree with an override applied; add a fault where the tree has no place for it."""
     try:
         return tree if override is None else assign(tree, override.steps, override.value)
     except PolicyError as error:
@@ -150,7 +163,7 @@ def overridden(tree: Tree, override: Override | None, faults: list[str]) -> Tree
 
 
 def refuse_other_kind(tree: Tree, name: str) -> None:
-    """A policy for another command has one fault, not as many as it has keys."""
+    """Raise PolicyError for a policy of another command, in place of a fault for each of its keys."""
     given = tree.child("kind")
     kind = "quantize" if given is None else given.value
     if kind in COMMANDS and kind != name and isinstance(tree.children, dict):
@@ -159,13 +172,15 @@ def refuse_other_kind(tree: Tree, name: str) -> None:
 
 
 def by_place(fault: str) -> tuple[str, int]:
-    """What faults are sorted by: file, line."""
+    """Return the sort key of a fault: its file and line."""
     place = re.match(r"(.*?):(\d+): ", fault)
     return (place[1], int(place[2])) if place else (fault, 0)
 
 
 def dump_policy(policy: Policy | PretrainPolicy, whole: bool = True) -> str:
-    """The policy as YAML with every key, or only those that are not as by default; loading it gives an equal policy."""
+    """Return the policy as YAML, with every key or only with those that differ from their defaults; loading it gives an
+    equal policy.
+    """
     return str(
         yaml.dump(
             policy.model_dump(mode="json", exclude_defaults=not whole),
@@ -178,14 +193,14 @@ def dump_policy(policy: Policy | PretrainPolicy, whole: bool = True) -> str:
 
 
 def difference(a: Policy | PretrainPolicy, b: Policy | PretrainPolicy) -> list[str]:
-    """What changed from `a` to `b`, as ``key: was X, now Y``; empty for equal policies."""
+    """Return the changes from `a` to `b`, as ``key: was X, now Y``; empty for equal policies."""
     was, now = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
     keys = [key for key in was | now if was.get(key) != now.get(key)]
     return [f"{key}: was {was.get(key, 'nothing')}, now {now.get(key, 'nothing')}" for key in keys]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys to values; a list of plain values is one value, null is none."""
+    """Map dotted keys to values as text. A list of plain values counts as one value, and nulls are left out."""
     if value is None:
         return {}
     if isinstance(value, dict) and value:
@@ -200,10 +215,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of policy files of every kind, for editors.
+    """Return the JSON Schema of policy files of every kind, for editors.
 
-    Keys are required only where no `extends` stands: a parent file may give the rest, of a rule too. `kind` says
-    which keys a file has; without one it is a policy for `run`. So an editor tells the faults of one kind alone.
+    Keys are required only where there is no `extends`, since a parent file may give the rest, even of a rule. `kind`
+    decides which keys a file has; without it, the file is a policy for `run`. An editor thus reports the faults of one
+    kind only.
     """
     kinds = (Policy, PretrainPolicy, StudyPolicy)
     refs, schema = models_json_schema([(kind, "validation") for kind in kinds])
@@ -230,7 +246,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _by_kind(policy: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of the kind that a file names, that of a policy for `run` where it names none."""
+    """Return a schema that selects by the `kind` a file names; without a kind it is a policy for `run`."""
     found: Mapping[str, Any] = policy
     for name, part in zip(list(COMMANDS)[1:], others, strict=True):
         named = {"properties": {"kind": {"const": name}}, "required": ["kind"]}

@@ -1,6 +1,7 @@
-"""Where the keys of a policy were written, which every error that names a key is told with, whoever finds it.
+"""Places where the keys of a policy were written. They are added to every error that names a key, whichever module
+raises it.
 
-Not here: reading (policy/tree.py), and the faults of a file alone (policy/faults.py).
+Not here: reading (policy/tree.py), or the faults of a file on its own (policy/faults.py).
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from typing import Protocol
 from pqcad_qat.errors import PqcadError, abridged, shortened
 
 Location = tuple[str | int, ...]
-"""A key from the top, such as ("quantization", "layers", 1, "weights", "bits")."""
+"""Path of a key from the top, such as ("quantization", "layers", 1, "weights", "bits")."""
 
 KEY = re.compile(r"[a-z_]+(?:\.[A-Za-z0-9_-]+|\[\d+\])+(?=: )|[a-z_]+(?=: got )")
-"""What a message begins with that names a key: one of a section, or a section itself and what was got."""
+"""Pattern of a key at the start of a message: a key inside a section, or a section followed by "got"."""
 
 
 @dataclass(frozen=True, eq=False)
 class Origins:
-    """Location, its steps as text -> ``file:line``, or the command line's ``--set key``. It says nothing of what a
-    policy means, so that all are equal.
+    """Map from a key's location, its steps as text, to ``file:line`` or to the command line's ``--set key``.
+
+    All instances compare equal, because the place of a key does not change the meaning of a policy.
     """
 
     places: Mapping[tuple[str, ...], str] = field(default_factory=dict)
@@ -35,7 +37,9 @@ class Origins:
         return 0
 
     def of(self, location: Location) -> str | None:
-        """Where the key was written, or the mapping that it would stand in; None for a policy that no file says."""
+        """Return where a key was written, or else its nearest enclosing mapping; None for a policy that was not read
+        from a file.
+        """
         steps = tuple(map(str, location))
         depths = range(len(steps), -1, -1)
         return next((self.places[steps[:depth]] for depth in depths if steps[:depth] in self.places), None)
@@ -45,13 +49,14 @@ class Written(Protocol):
     """A policy that knows where its keys were written."""
 
     def place(self, location: Location) -> str | None:
-        """Where a key was written; None for what is no key of it, and for a policy that no file says."""
+        """Return where a key was written; None for an unknown key, or for a policy that was not read from a file."""
 
 
 @contextmanager
 def located(policy: Written) -> Iterator[None]:
-    """Inside, whatever line of an error begins with a key of the policy, as in ``sampler.name: got ...``, is told with
-    the key's place.
+    """Add the place of the key to every line of an error that begins with a key, such as ``sampler.name: got ...``.
+
+    This holds for errors raised within the context.
     """
     try:
         yield
@@ -67,21 +72,21 @@ def _located(line: str, policy: Written) -> str:
 
 
 def rule_key(name: str) -> str:
-    """The key of a rule of layers: ``quantization.layers.body``, or ``quantization.layers[1]`` by its number."""
+    """Return a layer rule's key: ``quantization.layers.body``, or ``quantization.layers[1]`` in a list."""
     return key_path(("quantization", "layers", int(name) if name.isdecimal() else name))
 
 
 def rule_text(name: str) -> str:
-    """A rule of layers in the middle of a sentence: ``body``, or ``[1]``."""
+    """Return a layer rule's name within a sentence: ``body``, or ``[1]`` for a rule in a list."""
     return f"[{name}]" if name.isdecimal() else name
 
 
 def key_path(location: Location) -> str:
-    """``quantization.layers[1].weights.bits``"""
+    """Return a location as text, such as ``quantization.layers[1].weights.bits``."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{shortened(step)}" for step in location)
     return "".join(steps).removeprefix(".") or "top level"
 
 
 def key_location(path: str) -> Location:
-    """The location that ``quantization.layers[1].weights.bits`` names."""
+    """Return the location of a text such as ``quantization.layers[1].weights.bits``."""
     return tuple(int(index) if index else name for index, name in re.findall(r"\[(\d+)\]|([^.\[\]]+)", path))

@@ -1,7 +1,7 @@
-"""The keys of a policy that name files: each is relative to the file in which it stands, and absolute once that is
-read.
+"""Keys of a policy that name files: a path is relative to the file in which it is written, and is made absolute on
+reading.
 
-Not here: `extends`, which is read at once (policy/loading.py), nor whether what is named is of any use.
+Not here: `extends`, which is followed at once (policy/loading.py), or whether the named file is usable.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ PATHS: Mapping[Location, str] = {
     ("evaluation", "features"): r"none|auto|embedded:.*",
     ("data", "path"): "",
 }
-"""Key -> what in its place is a word, and no path."""
+"""Keys that hold paths, each with a pattern of the special words that are not paths."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-"""What is left as it is where no such file is there: a model of the hub, or an architecture that ships."""
+"""Pattern of values that are kept where no such file exists: a hub repository, or an architecture that ships."""
 
 HUB = ("model", "source")
 
 
 def anchor(tree: Tree, file: Path, faults: list[str]) -> None:
-    """Make every path of a file's tree absolute, from the folder of the file."""
+    """Make every path in a file's tree absolute, relative to the folder of the file."""
     for location, node in _paths(tree):
         node.value, fault = _from_file(str(node.value), file, location == HUB)
         if fault:
@@ -45,8 +45,9 @@ def anchor(tree: Tree, file: Path, faults: list[str]) -> None:
 
 
 def anchor_override(steps: list[str], value: Tree, faults: list[str]) -> None:
-    """As `anchor`, of a value of the command line: what is there in the working folder is made absolute, anything else
-    left as typed.
+    """Make the paths of a command-line override absolute where they exist in the working folder.
+
+    Other values stay as typed.
     """
     for location, node in _below(value, tuple(steps)):
         path = os.path.expanduser(str(node.value))
@@ -58,7 +59,7 @@ def anchor_override(steps: list[str], value: Tree, faults: list[str]) -> None:
 
 
 def _paths(tree: Tree) -> Iterator[tuple[Location, Tree]]:
-    """The nodes of a policy's tree, or of a study's overrides, that hold a path."""
+    """Yield the nodes that hold a path, in a policy's tree or in a study's overrides."""
     yield from _below(tree, ())
     axes = tree.child("axes")
     levels = [level for axis in _children(axes).values() for level in _children(axis).values()]
@@ -85,7 +86,7 @@ def _children(tree: Tree | None) -> dict[str, Tree]:
 
 
 def _from_file(text: str, file: Path, hub: bool) -> tuple[str, str | None]:
-    """The path that a file means by a text, and what is wrong with it."""
+    """Return the absolute path that a file means by a text, and a fault or None."""
     path = os.path.expanduser(text)
     meant = os.path.normpath(file.parent.absolute() / path)
     there, fault = _is_there(Path(meant))
@@ -102,7 +103,7 @@ def _from_file(text: str, file: Path, hub: bool) -> tuple[str, str | None]:
 
 
 def _is_there(path: Path) -> tuple[bool, str | None]:
-    """Whether it is, or why no path can be so."""
+    """Return whether a path exists, and a message where no path can have this form."""
     try:
         path.stat()
     except ValueError:

@@ -1,6 +1,6 @@
-"""What a pretraining policy may say: how a full-precision denoiser is made from real images.
+"""Definition of pretraining policies, which train a full-precision denoiser from real images.
 
-Not here: quantization policies (policy/schema.py), and the training itself (training/denoising.py).
+Not here: quantization policies (policy/schema.py), or the training itself (training/denoising.py).
 """
 
 from __future__ import annotations

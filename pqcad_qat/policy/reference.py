@@ -1,6 +1,6 @@
-"""Every key of every kind of policy as Markdown tables: its default, what it may be, and what it is for.
+"""Markdown tables of every key of every kind of policy: its default, its allowed values, and its purpose.
 
-Not here: what a policy may say (policy/schema.py), from which all of this is read.
+Not here: the definition of policies (policy/schema.py), from which the tables are made.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pqcad_qat.policy.schema import Policy, Section
 from pqcad_qat.policy.study import StudyPolicy
 
 ANY_NAME = "NAME"
-"""Stands for a name of the user's own in the path of a key."""
+"""Placeholder for a name of the user's choice in the path of a key."""
 
 
 def markdown_reference() -> str:
-    """One heading a command, and under it one table a section of the policies that the command takes."""
+    """Return one heading per command, and under it one table per section of the policies that the command takes."""
     kinds: tuple[type[Section], ...] = (Policy, PretrainPolicy, StudyPolicy)
     return "\n".join(
         f"## Keys for `{command}`\n\n{_tables(Schema(kind))}"
@@ -39,7 +39,7 @@ def _tables(schema: Schema) -> str:
 
 
 def _keys_of(schema: Schema, section: Location) -> list[Location]:
-    """The keys of a section, each followed by those that lie below it."""
+    """Return the keys of a section, each followed by the keys below it."""
     found: list[Location] = []
     for key in schema.keys(schema.follow(section)[0]):
         location = (*section, key)

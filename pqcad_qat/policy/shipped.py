@@ -1,6 +1,6 @@
-"""The policies that ship with the package: found by name, listed, and copied to start one's own.
+"""The policies that ship with the package: found by name, listed, and copied as the start of a user's own.
 
-Not here: reading a policy (policy/loading.py). Of an installed package they lie inside it, of a clone beside it.
+Not here: reading a policy (policy/loading.py). In an installed package they lie inside it; in a clone, beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pqcad_qat.policy.schema import known_keys
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = _PACKAGE / "policies" if (_PACKAGE / "policies").is_dir() else _PACKAGE.parent / "policies"
 SCHEMA = "policy.schema.json"
-"""The JSON Schema of policies, beside them; their second line tells editors of it."""
+"""File name of the policies' JSON Schema, which lies beside them. A policy's second line points editors to it."""
 
 MODELINE = "# yaml-language-server: $schema="
 
@@ -28,13 +28,13 @@ Kind = Literal["quantize", "pretrain", "study"]
 
 @dataclass(frozen=True)
 class ShippedPolicy:
-    """One policy that ships.
+    """A policy that ships with the package.
 
     Attributes:
-        name: what a command takes it by.
-        kind: as its key `kind` says.
-        file: where it lies.
-        summary: its first sentence.
+        name: name by which a command takes it.
+        kind: kind of policy, from its key `kind`.
+        file: path of its file.
+        summary: first sentence of the comment at its top.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ShippedPolicy:
 
 
 def shipped_policies() -> tuple[ShippedPolicy, ...]:
-    """All of them, by kind and name."""
+    """Return all shipped policies, by kind and name."""
     found = [*_in_folder(FOLDER), *_in_folder(FOLDER / "studies")]
     return tuple(sorted(found, key=lambda policy: (("quantize", "pretrain", "study").index(policy.kind), policy.name)))
 
@@ -72,8 +72,10 @@ def _summary(text: str) -> str:
 
 
 def named_file(text: str, folder: Path) -> Path:
-    """What a text names beside a file of `folder`: the file of that path, else the policy of that name that ships, else
-    the path where no file is.
+    """Return the file that a text names in a file of `folder`.
+
+    It is the file at that path, or else the shipped policy of that name, or else the path even though no file exists
+    there.
     """
     path = folder / os.path.expanduser(text)
     ships = FOLDER / f"{text}.yaml"
@@ -81,10 +83,10 @@ def named_file(text: str, folder: Path) -> Path:
 
 
 def policy_file(text: str, kind: Kind = "quantize") -> Path:
-    """The file that a command's argument names: a path, or the name of a policy of that kind that ships.
+    """Return the file that a command's argument names: a path, or the name of a shipped policy of that kind.
 
     Raises:
-        PolicyError: a name that nothing has.
+        PolicyError: neither a file nor a shipped policy has this name.
     """
     if not _is_name(text) or os.path.lexists(text):
         return Path(text)
@@ -98,12 +100,13 @@ def policy_file(text: str, kind: Kind = "quantize") -> Path:
 
 
 def _is_name(text: str) -> bool:
-    """A word that can be a name rather than a path."""
+    """Return whether a text can be a name rather than a path."""
     return re.fullmatch(r"[\w-]{1,64}", text) is not None
 
 
 def shipped_policy(name: str) -> ShippedPolicy:
-    """The policy of a name; a study is also found by `studies/NAME`, for a policy may have its name too.
+    """Return the shipped policy of this name. A study is also found as `studies/NAME`, since a policy may share its
+    name.
 
     Raises:
         PolicyError: there is none.
@@ -117,12 +120,12 @@ def shipped_policy(name: str) -> ShippedPolicy:
 
 
 def copy_policy(policy: ShippedPolicy, to: Path) -> tuple[Path, ...]:
-    """Write a policy of one's own that says what one that ships says; returns the files that were written.
+    """Write a copy of a shipped policy for the user to change; return the files that were written.
 
-    It takes its name from its file, stands on policies that ship by their names, and a file of prompts lies beside it.
+    The copy takes its name from its file and refers to shipped policies by name. A file of prompts is copied beside it.
 
     Raises:
-        PolicyError: a file that is there already.
+        PolicyError: one of the files already exists.
     """
     text = policy.file.read_text(encoding="utf-8")
     beside = {
@@ -140,7 +143,9 @@ def copy_policy(policy: ShippedPolicy, to: Path) -> tuple[Path, ...]:
 
 
 def _own_text(text: str, policy: ShippedPolicy, to: Path) -> str:
-    """The text of a policy that ships as it reads elsewhere."""
+    """Return the text of a shipped policy adapted to its new place: its paths, its name, and the policies that it
+    refers to.
+    """
     text = re.sub(rf"^{re.escape(MODELINE)}.*$", f"{MODELINE}{FOLDER / SCHEMA}", text, flags=re.MULTILINE)
     text = text.replace(f"policies/{policy.file.relative_to(FOLDER)}", str(to))
     text = re.sub(r"^(?:extends|policies): .*$", lambda line: _as_names(line[0]), text, flags=re.MULTILINE)

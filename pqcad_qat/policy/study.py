@@ -1,6 +1,6 @@
-"""What a study's file may say: the policies, overrides, axes and seeds whose product is its cells.
+"""Definition of a study: the policies, overrides, axes and seeds whose product is its cells.
 
-Not here: quantization policies (policy/schema.py), and the expansion into cells (policy/study_cells.py).
+Not here: quantization policies (policy/schema.py), or the expansion into cells (policy/study_cells.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Files = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False), Field(min_length=1)]
 
 OWN_KEYS = ("name", "kind", "extends", "training.seed")
-"""Keys of a cell that the study sets itself."""
+"""Keys of a cell's policy that the study sets itself."""
 
 
 class StudyPolicy(Section):
@@ -61,7 +61,7 @@ class StudyPolicy(Section):
             yield Fault((("axes", axis),), "no level", "one or more")
 
     def _set_twice(self) -> Iterator[Fault]:
-        """A key that two axes set: one of them could not have its way."""
+        """Yield keys that two axes set, since the value of only one axis could take effect."""
         first: dict[str, str] = {}
         for axis, level, overrides in self._levels():
             for keys in leaves(overrides):
@@ -75,7 +75,7 @@ class StudyPolicy(Section):
 
 
 def leaves(overrides: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The keys that lead to every value; joined by dots they are a key of a policy, however they are nested."""
+    """Yield the path of keys to every value, however nested; joined by dots it is a key of a policy."""
     for key, value in overrides.items():
         below = leaves(value) if isinstance(value, Mapping) and value else ((),)
         yield from ((key, *keys) for keys in below)

@@ -1,6 +1,6 @@
-"""A study's file becomes its cells, each a whole Policy; every fault of the study and of all its cells at once.
+"""Expansion of a study's file into cells, each with a whole Policy, and all faults of the study and its cells at once.
 
-Not here: what a study may say (policy/study.py), and running it (study.py).
+Not here: the definition of a study (policy/study.py), or running it (study.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pqcad_qat.policy.study import StudyPolicy
 from pqcad_qat.policy.tree import Tree, assign, key_steps
 
 CELLS = 1_000
-"""Of a study, every seed counted."""
+"""Largest number of cells of a study, all seeds included."""
 
 VALUES = 2_000_000
-"""Of all cells but their seeds."""
+"""Largest number of values in the policies of all cells, not counting seeds."""
 
 ENOUGH = 100
-"""Faults after which the other cells are not looked at."""
+"""Number of faults after which the remaining cells are not checked."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        name: of its folder.
-        labels: `policy` and its name, then every axis and its level.
-        policy: that it runs; its name is that of all seeds.
+        name: name of its folder.
+        labels: `policy` with the policy's name, then each axis with its level.
+        policy: the policy that it runs, whose name is the same for all seeds.
     """
 
     name: str
@@ -54,17 +54,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's name and its cells, policies outermost and seeds innermost."""
+    """A study's name and its cells, with policies as the outermost loop and seeds as the innermost."""
 
     name: str
     cells: tuple[Cell, ...]
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """The study of a file; ``key=value`` overrides its own keys (seeds=[0]), or those of every cell.
+    """Load a study from a file; ``key=value`` overrides set its own keys (seeds=[0]) or those of every cell.
 
     Raises:
-        PolicyError: all faults, one a line.
+        PolicyError: the study or a cell has faults; the message lists them, one per line.
     """
     faults: list[str] = []
     tree = read_tree(path, (), faults)
@@ -102,7 +102,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def _combinations(
     study: Tree, overrides: Sequence[Override | None], faults: list[str]
 ) -> Iterator[tuple[dict[str, str], Tree]]:
-    """(labels, tree) of every policy at every combination of levels, as far as the file is in order."""
+    """Yield (labels, tree) for every policy at every combination of levels, as far as the file is valid."""
     axes = {axis: _mapping(levels) for axis, levels in _mapping(study.child("axes")).items() if _mapping(levels)}
     policies, seeds = (_listed(study.child(key)) for key in ("policies", "seeds"))
     if (cells := prod((len(policies), len(seeds) or 1, *map(len, axes.values())))) > CELLS:
@@ -125,7 +125,7 @@ def _combinations(
 def _policies(listed: Sequence[Tree], faults: list[str]) -> Iterator[Tree]:
     for index, entry in enumerate(listed):
         if not isinstance(entry.value, str):
-            continue  # a fault of the study's own
+            continue  # the study's own check reports this
         if not os.path.isfile(entry.value):
             got = shortened(entry.value, 300)
             faults.append(f"{entry.origin}: policies[{index}]: got {got}; allowed a policy file, relative to this one")
@@ -165,7 +165,7 @@ def _seeded(labels: Mapping[str, str], tree: Tree, seeds: Sequence[int]) -> Iter
 
 
 def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
-    """Cells of one folder, and cells whose FIDs of one model could not stand in one table."""
+    """Yield faults for cells that share a folder, and for cells of one model whose FIDs cannot be compared."""
     origin = (tree.child("policies") or tree).origin
     names = [cell.name for cell in cells]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):

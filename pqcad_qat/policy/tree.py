@@ -1,7 +1,6 @@
-"""A policy's values as a tree that knows where each was written: merging, setting one value.
+"""A policy's values as a tree that knows where each was written, with merging and the setting of one value.
 
-Not here: how it is read (policy/yaml_text.py), what the values mean (policy/schema.py), and which of them are faults
-(policy/faults.py).
+Not here: reading (policy/yaml_text.py), the meaning of values (policy/schema.py), or checks (policy/faults.py).
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from pqcad_qat.policy.origins import Location, Origins
 
 @dataclass
 class Tree:
-    """A YAML value, its children and its origin: ``file:line``, or the command line's ``--set key``."""
+    """A YAML value with its children and its origin: ``file:line``, or the command line's ``--set key``."""
 
-    value: Any  # of a scalar; None for a mapping or list
+    value: Any  # value of a scalar; None for a mapping or list
     origin: str
     children: dict[str, Tree] | list[Tree] | None = None
 
@@ -31,7 +30,7 @@ class Tree:
         return None
 
     def plain(self) -> Any:
-        """The value without origins: dicts, lists and scalars."""
+        """Return the value without origins: dictionaries, lists and scalars."""
         if isinstance(self.children, dict):
             return {key: child.plain() for key, child in self.children.items()}
         if isinstance(self.children, list):
@@ -40,12 +39,12 @@ class Tree:
 
     @property
     def size(self) -> int:
-        """Of itself and all below."""
+        """Number of values in this tree, itself included."""
         below = self.children.values() if isinstance(self.children, dict) else self.children or ()
         return 1 + sum(child.size for child in below)
 
     def origins(self) -> Origins:
-        """Where every key stands."""
+        """Return where every key was written."""
         return Origins(dict(self._places(())))
 
     def _places(self, location: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -55,7 +54,7 @@ class Tree:
             yield from child._places((*location, str(step)))
 
     def deepest(self, location: Location) -> tuple[Tree, Location]:
-        """The part of the location that is there: its tree, and how far it goes."""
+        """Return the deepest existing tree on the way to a location, and the part of the location that leads to it."""
         tree: Tree = self
         found: Location = ()
         for step in location:
@@ -67,12 +66,12 @@ class Tree:
 
 
 def key_steps(key: str) -> list[str]:
-    """``layers[0].weights.bits`` -> its four steps."""
+    """Split a key into steps; ``layers[0].weights.bits`` has four."""
     return [step for step in re.split(r"[.\[\]]+", key.strip()) if step]
 
 
 def merge(below: Tree, above: Tree) -> Tree:
-    """`above` over `below`: mappings merge key by key, anything else replaces what was there."""
+    """Merge `above` over `below`: mappings merge key by key, and any other value replaces the one below."""
     if not isinstance(below.children, dict) or not isinstance(above.children, dict):
         return above
     merged = dict(below.children)
@@ -82,8 +81,10 @@ def merge(below: Tree, above: Tree) -> Tree:
 
 
 def assign(tree: Tree, steps: Sequence[str], value: Tree) -> Tree:
-    """The tree with `value` merged in at the steps; a digit is an index where a list stands. Raises PolicyError for a
-    wrong index.
+    """Return the tree with `value` merged in at the steps; a digit is an index where there is a list.
+
+    Raises:
+        PolicyError: a step is no index of its list.
     """
     if not steps:
         return merge(tree, value)

@@ -1,6 +1,6 @@
-"""The table of variants, that is of the rows of every result: all that is known of each, and the stages that it takes.
+"""The table of variants, the rows of every report: all facts about each, and the stages that it needs.
 
-Not here: what the stages do (stages/), and the figures of a row (stages/report_rows.py).
+Not here: the work of the stages (stages/), or the figures of a row (stages/report_rows.py).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ PQCAD: Final = "pqcad"
 PQCAD_OPENVINO: Final = "pqcad-openvino"
 
 REFERENCE: Final = FP32
-"""Always made: what the others are compared with."""
+"""Variant that every run makes, with which the others are compared."""
 
 OURS: Final = PQCAD_OPENVINO
-"""The variant that is deployed."""
+"""Variant that is deployed."""
 
 QUANTIZATION_AWARE: Final = (PQ, FIXED_BIT)
-"""The stages that train against the full-precision prediction, each named as the variant that it makes."""
+"""Stages that train against the full-precision prediction, each named like the variant that it makes."""
 
 STUDENTS: Final = (PQ_DISTILLED, PQCAD)
-"""The stages that distill, each named as the variant that it makes."""
+"""Stages that distill, each named like the variant that it makes."""
 
 TRAINED: Final = (*QUANTIZATION_AWARE, *STUDENTS)
-"""The stages that train."""
+"""Stages that train."""
 
 EVERY_RUN: Final = ("calibration", "samples", "evaluation")
-"""The stages that every run takes."""
+"""Stages that every run needs."""
 
 STAGES: Final = (
     "calibration",
@@ -60,27 +60,27 @@ OPENVINO: Final = "OpenVINO"
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """One way to get images, or the time of a step, from the model.
+    """A variant: one way to get images, or only the time of a sampling step, from the model.
 
     Attributes:
-        name: in policies and in reports.
-        summary: what it is.
-        runtime: what computes it; "simulated" is floating point that takes only the values of the quantizers.
-        weights_from: the stage that leaves its weights; None for those of the full-precision model as it is.
-        bits: widths of its weights and of its inputs; None where the policy says them.
+        name: name in policies and reports.
+        summary: short description.
+        runtime: what computes it. "simulated" is floating-point arithmetic restricted to the values of the quantizers.
+        weights_from: stage that produces its weights; None for the unchanged weights of the full-precision model.
+        bits: widths of its weights and of its inputs; None where the policy decides them.
         student_steps: whether it samples in the student's steps rather than in the teacher's.
-        stages: beside those of every run, in any order.
-        sampled: whether images are made of it, or only its time is taken.
-        file: what OpenVINO runs, a folder in that of the run.
-        precision: the floating-point precision that OpenVINO is asked for; None for OpenVINO's own choice.
+        stages: stages that it needs beside those of every run, in any order.
+        sampled: whether images are sampled from it, rather than only its time measured.
+        file: folder, relative to the run's, of the model that OpenVINO runs.
+        precision: floating-point precision requested from OpenVINO; None for OpenVINO's own choice.
         listed: whether a policy that lists no variants gets it.
-        baseline: what headlines call it where the deployed variant is compared with it.
-        colour: of its points in charts of several runs, a key of report.canvas.COLOURS.
+        baseline: name in headlines that compare the deployed variant with it.
+        colour: colour of its points in charts of several runs, a key of report.canvas.COLOURS.
     """
 
     name: str
     summary: str
-    runtime: Literal["PyTorch", "PyTorch, simulated", "OpenVINO"]  # PYTORCH, SIMULATED or OPENVINO
+    runtime: Literal["PyTorch", "PyTorch, simulated", "OpenVINO"]  # one of PYTORCH, SIMULATED, OPENVINO
     weights_from: str | None
     bits: tuple[float, float] | None = None
     student_steps: bool = False
@@ -94,7 +94,9 @@ class VariantSpec:
 
     @property
     def timed_as(self) -> str:
-        """The variant whose step is timed for it: what PyTorch runs in full precision is one network at any steps."""
+        """Variant whose step time is used for it. In PyTorch at full precision the network is the same for any number
+        of steps.
+        """
         return REFERENCE if self.runtime == PYTORCH else self.name
 
     @property
@@ -132,7 +134,7 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
                 weights_from="baselines",
                 bits=_FLOAT,
                 stages=_BASELINES,
-                sampled=False,  # it computes what fp32 computes
+                sampled=False,  # its images would be those of fp32
                 file="baselines/float",
                 precision="f32",
                 baseline="OpenVINO FP32",
@@ -218,27 +220,27 @@ if TYPE_CHECKING:
     VariantName = str
 else:
     VariantName = Literal[tuple(VARIANTS)]
-"""What a policy may list."""
+"""Names that a policy may list."""
 
 DEFAULT_VARIANTS: Final = tuple(spec.name for spec in VARIANTS.values() if spec.listed)
 
 UNTRAINED: Final = tuple(spec.name for spec in VARIANTS.values() if spec.bits is not None)
-"""Variants that no policy's quantization and no training touches: the same for all runs of one model and calibration
-set.
+"""Variants that depend neither on a policy's quantization nor on training. All runs with one model and one calibration
+set share them.
 """
 
 
 def summary_of(name: str) -> str:
-    """What a row of a result is; nothing of one that no run makes."""
+    """Return the summary of a variant; empty for a name that no run makes."""
     return VARIANTS[name].summary if name in VARIANTS else ""
 
 
 def made(listed: Collection[str]) -> tuple[str, ...]:
-    """The variants that a run makes, in the order of its tables."""
+    """Return the variants that a run makes, in the order of its tables."""
     return tuple(name for name in VARIANTS if name == REFERENCE or name in listed)
 
 
 def stages_of(listed: Collection[str]) -> tuple[str, ...]:
-    """The stages that the listed variants take, in the order in which they run."""
+    """Return the stages that the listed variants need, in the order in which they run."""
     needed = {*EVERY_RUN, *(stage for name in listed for stage in VARIANTS[name].stages)}
     return tuple(stage for stage in STAGES if stage in needed)

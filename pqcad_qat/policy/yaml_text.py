@@ -1,6 +1,6 @@
-"""YAML text becomes a tree, within bounds: what a document may expand to is limited while it is expanded.
+"""Reading YAML text into a tree, with bounds that are enforced while a document and its aliases are expanded.
 
-Not here: the tree (policy/tree.py), and what its values mean (policy/schema.py).
+Not here: the tree (policy/tree.py), or the meaning of its values (policy/schema.py).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pqcad_qat.errors import PolicyError, shortened
 from pqcad_qat.policy.origins import Location, key_path
 from pqcad_qat.policy.tree import Tree
 
-Origin = Callable[[int], str]  # line of a text -> what a fault opens with
+Origin = Callable[[int], str]  # line number of a text -> the place at the start of a message
 
 BYTES = 1_000_000
-"""Of a policy file."""
+"""Largest size of a policy file, in bytes."""
 
 NODES = 50_000
-"""Values and keys of a document, every alias counted as what it stands for; a policy with a rule for each of 800 layers
-has 30,000.
+"""Largest number of values and keys of a document, each alias counted at its expanded size. A policy with a rule for
+each of 800 layers has 30,000.
 """
 
 DEPTH = 40
-"""Mappings and lists inside one another."""
+"""Largest depth of nested mappings and lists."""
 
 WHOLE_NUMBERS = range(-(2**63), 2**63)
 
@@ -42,13 +42,11 @@ Pairs = list[tuple[yaml.Node, yaml.Node]]
 
 
 class BoundError(yaml.MarkedYAMLError):
-    """A document that is larger than a policy can be."""
+    """A document larger than a policy may be."""
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that 1e-4 is a number and a date is text, as in YAML 1.2, and that its documents
-    have bounds.
-    """
+    """PyYAML's safe loader with two rules of YAML 1.2 and with bounds: 1e-4 is a number, and a date is text."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -63,7 +61,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads back: text such as '1e4' is quoted."""
+    """A dumper whose output Loader reads back unchanged; text such as '1e4' is quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -87,9 +85,10 @@ def check_bounds(nodes: int, depth: int, mark: yaml.Mark | None) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A policy file's text. Raises PolicyError where there is none to read."""
+    """Return the text of a policy file. Raises PolicyError where it cannot be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for a writer, a device might have no end
+        # Only regular files are opened: a pipe would block until it has a writer, and a device may have no end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise PolicyError(
                 f"{path}: got {'a folder' if path.is_dir() else 'no regular file'}; allowed a policy file "
                 "that can be read"
@@ -113,7 +112,7 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, origin: Origin) -> tuple[Tree | None, list[str]]:
-    """The tree of a YAML text (None where the text is empty or broken) and the faults of its form."""
+    """Return the tree of a YAML text, None where the text is empty or broken, and the faults of its form."""
     try:
         builder = _Builder(Loader(text), origin)
         root = builder.loader.get_single_node()
@@ -137,7 +136,7 @@ def _syntax_fault(error: yaml.MarkedYAMLError, origin: Origin) -> str:
 
 @dataclass
 class _Builder:
-    """Turns PyYAML's nodes into a Tree and notes the keys that it refuses."""
+    """Conversion of PyYAML's nodes into a Tree, with a record of the keys that it refuses."""
 
     loader: Loader
     origin_of: Origin
@@ -149,7 +148,7 @@ class _Builder:
         return self.origin_of(node.start_mark.line + 1)
 
     def build(self, node: yaml.Node, location: Location, written_at: yaml.Node) -> Tree:
-        """`written_at` is the node whose line is the value's: its key, in a mapping."""
+        """Build the tree of a node. `written_at` is the node whose line is the value's place: its key, in a mapping."""
         self.nodes += 1
         check_bounds(self.nodes, len(location), node.start_mark)
         if node.tag not in TAGS:
@@ -169,7 +168,11 @@ class _Builder:
         return Tree(self._scalar(node, location), origin)
 
     def _resolved(self, node: yaml.MappingNode, location: Location) -> Pairs:
-        """The pairs of a mapping, each key once: those that `<<` brings first, the mapping's own over them."""
+        """Return the pairs of a mapping with each key once: first those merged by `<<`, then the mapping's own, which
+        win.
+
+        `pairs` holds None for a mapping while it is being resolved, which reveals one that merges into itself.
+        """
         if id(node) in self.pairs:
             known = self.pairs[id(node)]
             if known is None:
@@ -182,7 +185,7 @@ class _Builder:
         for key, value in node.value:
             if key.tag == MERGE:
                 parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                for part in reversed(parts):  # of several the first has its way
+                for part in reversed(parts):  # the first of several mappings wins
                     merged |= {below.value: (below, under) for below, under in self._merged(part, location)}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -220,7 +223,7 @@ class _Builder:
             if not re.fullmatch(r"[-+]?[\d_]+", node.value):
                 got = f"{shortened(node.value)!r} as a value of the tag {node.tag.rpartition(':')[2]}"
                 raise yaml.constructor.ConstructorError(None, None, got, node.start_mark) from error
-            value = WHOLE_NUMBERS.stop  # more digits than Python reads
+            value = WHOLE_NUMBERS.stop  # more digits than Python converts; out of bounds in any case
         if type(value) is int and value not in WHOLE_NUMBERS:
             where = f"{self.origin(node)}: {key_path(location)}"
             self.faults.append(f"{where}: got {shortened(node.value)}; allowed whole numbers that 64 bits hold")

@@ -1,6 +1,6 @@
-"""The noise schedules that diffusers knows by name, as the variances beta_t that noise is added with; numpy alone.
+"""The noise schedules that diffusers knows by name, as variances beta_t of the added noise; numpy only.
 
-Not here: what a scheduler config says of them (schedulers.py), and the steps of a sampler (ddim.py).
+Not here: the keys of a scheduler config (schedulers.py), or the steps of a sampler (ddim.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import numpy.typing as npt
 Betas = npt.NDArray[np.float64]
 
 LARGEST_BETA = 0.999
-"""Of schedules that are drawn as alpha_bar."""
+"""Largest beta_t of schedules that are defined by a curve of alpha_bar."""
 
 
 def named_betas(curve: str, first: float, last: float, count: int) -> Betas:
-    """(T,) beta_t of a curve, with diffusers' names."""
+    """Return beta_t (T,) of the schedule that diffusers calls `curve`.
+
+    `first` and `last` are its end points, and `count` is T.
+    """
     if curve == "linear":
         return np.linspace(first, last, count)
     if curve == "scaled_linear":
@@ -45,5 +48,5 @@ def zero_terminal_snr(betas: Betas) -> Betas:
 
 
 def betas_of(alpha_bar: npt.NDArray[np.float64]) -> Betas:
-    """(T,) beta_t of the shares of signal that they leave."""
+    """Return the beta_t (T,) that produce the given alpha_bar (T,)."""
     return 1.0 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

@@ -1,12 +1,12 @@
-"""DDPM's kin: noise schedules, time steps, the DDIM step and its inverse, as pure functions.
+"""DDPM's kin: noise schedules, timesteps, the DDIM step and its inverse, as pure functions.
 
-Not here: which classes are kin, and their keys (schedulers.py), named betas (betas.py), what clipping means for a
-step's inverse (clipping.py), flow matching (flow.py), and what both share (trajectory.py). Every function takes numpy
-arrays and torch tensors alike.
+Not here: which scheduler classes are DDPM's kin, and their keys (schedulers.py), named betas (betas.py), the effect of
+clipping on a step's inverse (clipping.py), flow matching (flow.py), or code that both kinds of schedule share
+(trajectory.py). Every function takes numpy arrays and torch tensors alike.
 
-Names are the papers': x_t the state, x_0 the image, eps the noise, v the velocity, alpha_bar_t the share of signal (its
-square root multiplies x_0). Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021, eq. 12), v (Salimans and Ho 2022,
-appendix D).
+Names follow the papers: x_t is the state, x_0 the image, eps the noise and v the velocity. alpha_bar_t is the share of
+signal, whose square root multiplies x_0. Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021, eq. 12), v (Salimans
+and Ho 2022, appendix D).
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from pqcad_qat.sampling.betas import Betas, betas_of, named_betas, zero_terminal
 from pqcad_qat.sampling.schedulers import DDIM_CURVES, DDIM_SCHEDULER, KIN, PredictionType, TimestepSpacing, ddim_keys
 
 Walk = tuple[tuple[float, float], ...]
-"""The steps of a sampler: (t, s), from time t to the less noisy s."""
+"""Sampling steps as pairs (t, s), each from time t to the less noisy time s."""
 
 LOW_SIGNAL = 1e-3
-"""alpha_bar under which epsilon says nothing about x_0."""
+"""Value of alpha_bar below which a prediction of epsilon carries no information about x_0."""
 
 LEAST_SIGNAL = 1e-37
-"""alpha_bar under which float32, in which diffusers computes, has none left."""
+"""Smallest alpha_bar that float32, the precision of diffusers, still distinguishes from no signal."""
 
 END = -1
-"""A time below 0: that of the image."""
+"""Time of the image; every time below 0 stands for it."""
 
 STEPS_KEY = "sampling steps"
-"""In complaints of a number of steps, unless a key of a policy asks for them."""
+"""Name of the number of steps in messages, unless a policy's key asks for that number."""
 
 Array = TypeVar("Array")  # a numpy array or a torch tensor
 
 
 @dataclass(frozen=True)
 class DDPMSchedule:
-    """What a diffusers scheduler config says, as numbers.
+    """The noise schedule of a diffusers scheduler config, as numbers.
 
     Attributes:
-        config: of the DDIMScheduler of diffusers that has this schedule and lays these steps, every key written out.
-        alpha_bar: (T,) float64, share of signal at every training time step, falling.
-        prediction_type: what the denoiser predicts.
-        timestep_spacing: how N sampling steps are laid over T.
-        steps_offset: added to the steps of `leading` spacing.
+        config: config, with every key, of diffusers' DDIMScheduler with this schedule and these timesteps.
+        alpha_bar: (T,) float64, share of signal at each training timestep, falling.
+        prediction_type: quantity that the denoiser predicts.
+        timestep_spacing: rule by which N sampling steps are placed on the T training timesteps.
+        steps_offset: number added to the timesteps of `leading` spacing.
         final_alpha_bar: share of signal after the last step.
-        clip_sample_range: bound on the predicted x_0, None where it is not clipped.
+        clip_sample_range: bound on the absolute value of the predicted x_0; None where it is not clipped.
     """
 
     config: Mapping[str, Any]
@@ -71,15 +71,14 @@ class DDPMSchedule:
         return len(self.alpha_bar)
 
     def alpha_bar_at(self, t: float) -> float:
-        """alpha_bar at time step t; every t below 0 stands for the end of sampling."""
+        """Return alpha_bar at timestep t; every t below 0 stands for the end of sampling."""
         return float(self.alpha_bar[int(t)]) if t >= 0 else self.final_alpha_bar
 
     def walk(self, steps: int, key: str = STEPS_KEY) -> Walk:
-        """The steps of an N-step sampler; `key` is who asks for them.
+        """Return the steps of an N-step sampler; `key` names the number of steps in messages.
 
         Raises:
-            ModelError: there is none of so many steps, or it calls the denoiser where its prediction says nothing at
-                all.
+            ModelError: no sampler has this number of steps, or its first prediction would carry no information.
         """
         times = timesteps(self, steps, key)
         if self.prediction_type == "epsilon" and self.alpha_bar_at(times[0]) == 0.0:
@@ -91,18 +90,21 @@ class DDPMSchedule:
         return tuple((t, next_timestep(self, t, steps)) for t in times)
 
     def student(self, steps: int, student_steps: int) -> DDPMSchedule:
-        """The schedule whose sampler of fewer steps begins where the N-step sampler of this one begins.
+        """Return a schedule for a sampler of fewer steps that starts at the same timestep as this schedule's N-step
+        sampler.
 
-        Trajectories start from pure noise at the first, noisiest time. A student that took pure noise for its state at
-        a later time would be where nobody trained it. With trailing and linspace spacing the first time is T - 1,
-        whatever the number of steps. With leading
-        spacing it depends on it: the times of N steps are k r + steps_offset, r = T // N, k < N. Every f-th of them,
-        the first included, are k (f r) + steps_offset + (f - 1) r, k < N / f: leading spacing again, by another offset,
-        as long as T // (N / f) is f r. Where the divisions leave a rest it is not, and the schedule is cut short behind
-        the first time that is visited, so that it is.
+        Trajectories start from pure noise at the first, noisiest timestep. A student that started from pure noise at a
+        later timestep would see states that it was not trained on. With trailing and linspace spacing the first
+        timestep is T - 1, whatever the number of steps.
+
+        With leading spacing the first timestep depends on the number of steps. The timesteps of N steps are k r +
+        steps_offset, where r = T // N and k < N. Take every f-th of them, the first included: these are k (f r) +
+        steps_offset + (f - 1) r for k < N / f. This is leading spacing again, with a larger offset, as long as T // (N
+        / f) equals f r. Where the divisions leave a remainder, that equality can fail. Then the schedule is cut off
+        after the first visited timestep, at a length for which it holds.
 
         Raises:
-            ModelError: no sampler of so few steps begins there.
+            ModelError: no sampler with this number of steps starts there.
         """
         factor, ratio = steps // student_steps, self.train_timesteps // steps
         if self.timestep_spacing == "linspace" and student_steps == 1 < steps:
@@ -119,16 +121,19 @@ class DDPMSchedule:
         return ddpm_schedule({**self.config, **changes}, f"scheduler of a student of {student_steps} steps")
 
     def passing(self, steps: int, students: Sequence[int]) -> Walk:
-        """The steps of a sampler that visits the times of N steps and of its students; its own, where theirs are among
-        them.
+        """Return the steps of a sampler that visits the timesteps of the N-step sampler and of its students.
+
+        Where the N-step sampler already visits all of them, its own steps are returned.
         """
         walk = self.walk(steps)
         times = {t for t, _ in walk} | {t for count in students for t, _ in self.student(steps, count).walk(count)}
         return walk if len(times) == len(walk) else tuple(pairwise([*sorted(times, reverse=True), END]))
 
     def finer(self, walk: Walk, factor: int) -> tuple[Walk, ...]:
-        """Each step of a whole walk, up to the time of the next, in `factor` parts as even as whole numbers allow, or
-        fewer.
+        """Split each step of a sampler, up to the timestep of the next, into `factor` parts as even as whole timesteps
+        allow.
+
+        A step has fewer parts where there are not enough whole timesteps.
         """
         if factor == 1:
             return tuple((step,) for step in walk)
@@ -139,7 +144,7 @@ class DDPMSchedule:
         return tuple(found)
 
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
-        """x_s (B, C, H, W) from x_t and the prediction there."""
+        """Return x_s (B, C, H, W) from x_t and the prediction at x_t."""
         return ddim_step(
             prediction,
             x_t,
@@ -150,12 +155,13 @@ class DDPMSchedule:
         )
 
     def inverse(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
-        """The prediction that carries x_t to x_s in one step whose x_0 is not clipped."""
+        """Return the prediction that takes x_t to x_s in one step without clipping of x_0."""
         return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), prediction_type=self.prediction_type)
 
     def error_weight(self, t: float, s: float = END) -> float:
-        """What a squared error of a step's prediction weighs, in x_0 by truncated SNR; 0 where it says nothing of x_0,
-        or moves nothing.
+        """Return the weight of a squared prediction error at a step, which measures it in x_0 with truncated SNR.
+
+        The weight is 0 where the prediction carries no information about x_0, or where the step does not move x_t.
         """
         signal = self.alpha_bar_at(t)
         told = self.prediction_type != "epsilon" or signal >= LOW_SIGNAL
@@ -163,13 +169,14 @@ class DDPMSchedule:
 
 
 def ddpm_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> DDPMSchedule:
-    """Read a diffusers scheduler config (DDPM, DDIM and their kin, DDIM where it names none); `where` is its file.
+    """Read a diffusers scheduler config (DDPM, DDIM and their kin; DDIM where it names no class); `where` names its
+    file.
 
     Raises:
-        ModelError: a class, a key or a value that these functions do not know how to honour.
+        ModelError: a class, key or value is not supported.
     """
     written = ddim_keys(config, where)
-    with np.errstate(all="ignore"):  # what comes of bad betas is looked at below
+    with np.errstate(all="ignore"):  # the checks below report invalid betas
         betas = _betas(written)
         alpha_bar = np.cumprod(1.0 - betas, dtype=np.float64)
         least = KIN[config.get("_class_name", DDIM_SCHEDULER)].zero_snr
@@ -190,7 +197,7 @@ def ddpm_schedule(config: Mapping[str, Any], where: str = "scheduler config") ->
 
 
 def _betas(written: Mapping[str, Any]) -> Betas:
-    """(T,) noise variances beta_t of a config with every key."""
+    """Return the noise variances beta_t (T,) of a config with every key."""
     if written["trained_betas"] is not None:
         betas = np.asarray(written["trained_betas"], dtype=np.float64)
     else:
@@ -201,15 +208,13 @@ def _betas(written: Mapping[str, Any]) -> Betas:
 
 
 def _written_betas(betas: Betas) -> dict[str, Any]:
-    """The keys of DDIM's config for betas that it has no name for."""
+    """Return the keys of a DDIM config that spell out betas for which DDIM has no name."""
     named = {"beta_schedule": "linear", "rescale_betas_zero_snr": False}
     return {**named, "num_train_timesteps": len(betas), "trained_betas": [float(beta) for beta in betas]}
 
 
 def _check_signal(alpha_bar: npt.NDArray[np.float64], written: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError where float32 has no noise left, or no signal; at the last time step there may be exactly
-    none.
-    """
+    """Raise ModelError where float32 keeps no noise or no signal; only the last timestep may have exactly no signal."""
     key = (
         "trained_betas"
         if written["trained_betas"] is not None
@@ -225,11 +230,11 @@ def _check_signal(alpha_bar: npt.NDArray[np.float64], written: Mapping[str, Any]
 
 
 def timesteps(schedule: DDPMSchedule, steps: int, key: str = STEPS_KEY) -> tuple[int, ...]:
-    """The N time steps at which the denoiser is called, falling, as diffusers' DDIMScheduler lays them.
+    """Return the N timesteps of the denoiser calls, falling, placed as diffusers' DDIMScheduler places them.
 
     Raises:
-        ModelError: fewer than 1 step, more than the model was trained with, or so many that diffusers leaves the
-            schedule with them.
+        ModelError: the number of steps is below 1, exceeds the training timesteps, or gives timesteps outside the
+            schedule.
     """
     count = schedule.train_timesteps
     if not 1 <= steps <= count:
@@ -254,14 +259,16 @@ def timesteps(schedule: DDPMSchedule, steps: int, key: str = STEPS_KEY) -> tuple
 
 
 def next_timestep(schedule: DDPMSchedule, t: int, steps: int) -> int:
-    """The time step that one DDIM step of an N-step sampler lands on; below 0 at the end of sampling."""
+    """Return the timestep that one DDIM step of an N-step sampler lands on; below 0 at the end of sampling."""
     return t - schedule.train_timesteps // steps
 
 
 def split_prediction(
     prediction: Array, x_t: Array, alpha_bar_t: Any, prediction_type: PredictionType
 ) -> tuple[Array, Array]:
-    """(x_0, eps) that a prediction at x_t stands for; alpha_bar_t is a number or broadcasts over (B, C, H, W)."""
+    """Return the (x_0, eps) that a prediction at x_t stands for; alpha_bar_t is a number or broadcasts over (B, C, H,
+    W).
+    """
     p, x = cast(Any, prediction), cast(Any, x_t)
     signal, noise = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
     if prediction_type == "epsilon":
@@ -272,7 +279,7 @@ def split_prediction(
 
 
 def join_prediction(x_0: Array, eps: Array, alpha_bar_t: Any, prediction_type: PredictionType) -> Array:
-    """The prediction that stands for (x_0, eps) at alpha_bar_t: the inverse of `split_prediction`."""
+    """Return the prediction that stands for (x_0, eps) at alpha_bar_t, the inverse of `split_prediction`."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":
@@ -289,13 +296,14 @@ def ddim_step(
     prediction_type: PredictionType,
     clip_sample_range: float | None = None,
 ) -> Array:
-    """One deterministic DDIM step from t to the less noisy s (Song et al. 2021, eq. 12 with eta = 0).
+    """Make one deterministic DDIM step from t to the less noisy s (Song et al. 2021, eq. 12 with eta = 0).
 
     Args:
         prediction: (B, C, H, W), the denoiser's output at x_t.
         x_t: (B, C, H, W).
         alpha_bar_t, alpha_bar_s: numbers, or arrays that broadcast over (B, C, H, W).
-        clip_sample_range: bound on the predicted x_0; eps is left as predicted, as diffusers does.
+        prediction_type: quantity that the denoiser predicts.
+        clip_sample_range: bound on the predicted x_0; eps stays as predicted, as in diffusers.
 
     Returns:
         (B, C, H, W), the state x_s.
@@ -309,10 +317,11 @@ def ddim_step(
 def ddim_inverse(
     x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, *, prediction_type: PredictionType
 ) -> Array:
-    """The prediction that carries x_t to x_s in one DDIM step: `ddim_step` solved for it (Salimans and Ho 2022,
+    """Return the prediction that takes x_t to x_s in one DDIM step: `ddim_step` solved for it (Salimans and Ho 2022,
     appendix G).
 
-    x_t and x_s are two linear equations in (x_0, eps); the determinant is 0 only where t and s are the same time.
+    x_t and x_s give two linear equations in (x_0, eps). Their determinant is 0 only where t and s are the same
+    timestep.
     """
     signal_t, noise_t = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
     signal_s, noise_s = alpha_bar_s**0.5, (1.0 - alpha_bar_s) ** 0.5
@@ -324,15 +333,15 @@ def ddim_inverse(
 
 
 def add_noise(x_0: Array, eps: Array, alpha_bar_t: Any) -> Array:
-    """x_t of the forward process (Ho et al. 2020, eq. 4)."""
+    """Return x_t of the forward process (Ho et al. 2020, eq. 4)."""
     return cast(Array, alpha_bar_t**0.5 * cast(Any, x_0) + (1.0 - alpha_bar_t) ** 0.5 * cast(Any, eps))
 
 
 def truncated_snr_weight(alpha_bar: float, prediction_type: PredictionType) -> float:
-    """Weight that turns a squared error of a prediction into max(SNR, 1) times the squared error of x_0 (Salimans and
-    Ho 2022, section 4).
+    """Return the weight that turns a prediction's squared error into max(SNR, 1) times the squared error of x_0.
 
-    With SNR = a / (1 - a), an error of x_0 is sqrt((1 - a) / a) times one of epsilon, and sqrt(1 - a) times one of v.
+    With SNR = a / (1 - a), where a is alpha_bar, an error of x_0 is sqrt((1 - a) / a) times one of epsilon, and sqrt(1
+    - a) times one of v (Salimans and Ho 2022, section 4).
     """
     snr = alpha_bar / (1 - alpha_bar)
     if prediction_type == "epsilon":

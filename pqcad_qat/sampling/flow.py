@@ -1,12 +1,12 @@
 """Flow matching: the noise schedule of a FlowMatchEulerDiscreteScheduler, the Euler step and its inverse, as pure
 functions.
 
-Not here: DDPM's kin (ddim.py), and what both share (trajectory.py). Every function takes numpy arrays and torch tensors
-alike.
+Not here: DDPM's kin (ddim.py), or code that both kinds of schedule share (trajectory.py). Every function takes numpy
+arrays and torch tensors alike.
 
-Names are the papers': x_t = (1 - sigma) x_0 + sigma eps, the denoiser predicts the velocity eps - x_0, time is t =
-sigma T. Sources: flow matching (Lipman et al. 2023), rectified flow (Liu et al. 2023), the shift of sigma (Esser et al.
-2024, eq. 23).
+Names follow the papers: x_t = (1 - sigma) x_0 + sigma eps, the denoiser predicts the velocity eps - x_0, and time is t
+= sigma T. Sources: flow matching (Lipman et al. 2023), rectified flow (Liu et al. 2023), the shift of sigma (Esser et
+al. 2024, eq. 23).
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, MOST_TIMESTEPS, SIGMAS
 FlowSpacing = Literal["linspace", "trailing"]
 
 SPACING = "timestep_spacing"
-"""Key of ours in a flow's scheduler config: what the model's pipeline of diffusers hands its scheduler, which the
-config does not say.
+"""Key that this package adds to a flow scheduler's config: the spacing of sigmas, which diffusers' pipeline passes to
+its scheduler and the config does not hold.
 """
 
 DIGITS = 4
-"""Decimals of a time: float32 tells no more of 1000, and so equal times of two samplers are equal numbers."""
+"""Number of decimals of a time. float32 has no more near 1000, and rounding makes equal times of two samplers compare
+equal.
+"""
 
 SHIFTS = (0.01, 100.0)
-"""Between which a shift lies: beyond them times that are a training step apart come to be the same in DIGITS."""
+"""Bounds of the shift. Beyond them, times one training step apart become equal at DIGITS decimals."""
 
 DYNAMIC: Mapping[str, Any] = {
     "base_image_seq_len": 256,
@@ -43,21 +45,21 @@ DYNAMIC: Mapping[str, Any] = {
     "max_shift": 1.15,
     "time_shift_type": "exponential",
 }
-"""Keys of a dynamic shift, with what they mean where they are left out."""
+"""Keys of a dynamic shift, with their defaults."""
 
 UNKNOWN = ("invert_sigmas", "shift_terminal", *SIGMAS, "stochastic_sampling")
-"""Keys of a scheduler config that make another schedule, or another sampler, of it."""
+"""Keys of a scheduler config that change the schedule or the sampler in a way that is not supported."""
 
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """What a FlowMatchEulerDiscreteScheduler's config says, as numbers.
+    """The noise schedule of a FlowMatchEulerDiscreteScheduler's config, as numbers.
 
     Attributes:
-        shift: by which sigma is moved towards noise.
-        timestep_spacing: how N steps are laid before the shift: linspace from 1 to the scheduler's smallest sigma, its
-            own way, as Stable Diffusion 3 has it; or trailing, from 1 to 1/N, as Flux's pipeline asks for.
-        train_timesteps: T.
+        shift: factor that moves sigma towards noise.
+        timestep_spacing: rule that places N steps before the shift. `linspace` runs from 1 to the scheduler's smallest
+            sigma, as in Stable Diffusion 3; `trailing` runs from 1 to 1/N, as in Flux's pipeline.
+        train_timesteps: number T of training timesteps.
     """
 
     shift: float
@@ -70,7 +72,7 @@ class FlowSchedule:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Of the scheduler of diffusers that has this schedule, every key that decides it written out."""
+        """Config of diffusers' scheduler with this schedule, with every key that decides it."""
         off = {key: None if key == "shift_terminal" else False for key in (*UNKNOWN, "use_dynamic_shifting")}
         return {"_class_name": FLOW_SCHEDULER, "num_train_timesteps": self.train_timesteps, "shift": self.shift, **off}
 
@@ -81,14 +83,15 @@ class FlowSchedule:
         return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def time(self, sigma: float) -> float:
-        """t of a sigma before its shift."""
+        """Return the time t of a sigma before its shift."""
         return round(self.train_timesteps * self.shifted(sigma), DIGITS)
 
     def walk(self, steps: int, key: str = STEPS_KEY) -> Walk:
-        """The steps of an N-step sampler, from noise at t = T to the image at 0; `key` is who asks for them.
+        """Return the steps of an N-step sampler, from noise at t = T to the image at 0; `key` names the number of steps
+        in messages.
 
         Raises:
-            ModelError: fewer than 1 step, or more than the model was trained with.
+            ModelError: the number of steps is below 1, or exceeds the training timesteps.
         """
         count = self.train_timesteps
         if not 1 <= steps <= count:
@@ -97,15 +100,15 @@ class FlowSchedule:
         return _through(self.time(float(sigma)) for sigma in np.linspace(1.0, last, steps))
 
     def student(self, steps: int, student_steps: int) -> FlowSchedule:
-        """Itself: whatever their number, steps begin at t = T."""
+        """Return this schedule itself: any number of steps starts at t = T."""
         return self
 
     def passing(self, steps: int, students: Sequence[int]) -> Walk:
-        """The steps of a walk that visits the times of N steps and of its students of so many."""
+        """Return steps that visit the times of the N-step sampler and of its students."""
         return _through(t for count in (steps, *students) for t, _ in self.walk(count))
 
     def finer(self, walk: Walk, factor: int) -> tuple[Walk, ...]:
-        """Each step of a walk in `factor` steps, even before the shift."""
+        """Split each step into `factor` steps that are even before the shift."""
         found = []
         for ends in walk:
             high, low = (self.unshifted(t / self.train_timesteps) for t in ends)
@@ -114,28 +117,29 @@ class FlowSchedule:
         return tuple(found)
 
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
-        """x_s (B, C, H, W) from x_t and the prediction there."""
+        """Return x_s (B, C, H, W) from x_t and the prediction at x_t."""
         return euler_step(prediction, x_t, t / self.train_timesteps, s / self.train_timesteps)
 
     def inverse(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
-        """The prediction that carries x_t to x_s in one step."""
+        """Return the prediction that takes x_t to x_s in one step."""
         return euler_inverse(x_t, x_s, t / self.train_timesteps, s / self.train_timesteps)
 
     def error_weight(self, t: float, s: float = 0.0) -> float:
-        """What a squared error of the velocity of a step weighs, in x_0 by truncated SNR.
+        """Return the weight of a squared velocity error at a step, which measures it in x_0 with truncated SNR.
 
-        An error of x_0 = x_t - sigma v is sigma times one of v, and SNR = ((1 - sigma) / sigma)^2, so sigma^2 max(SNR,
-        1) is:
+        An error of x_0 = x_t - sigma v is sigma times one of v, and SNR = ((1 - sigma) / sigma)^2. The weight is
+        therefore sigma^2 max(SNR, 1) = max((1 - sigma)^2, sigma^2).
         """
         sigma = t / self.train_timesteps
         return max((1 - sigma) ** 2, sigma**2)
 
 
 def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> FlowSchedule:
-    """Read the config of a FlowMatchEulerDiscreteScheduler whose shift is settled (`settled`); `where` is its file.
+    """Read the config of a FlowMatchEulerDiscreteScheduler whose shift is fixed (see `settled`); `where` names its
+    file.
 
     Raises:
-        ModelError: a key or a value that these functions do not know how to honour.
+        ModelError: a key or value is not supported.
     """
     keys = Keys({"shift": 1.0, SPACING: "linspace", "num_train_timesteps": 1000, **config}, where)
     keys.off(UNKNOWN)
@@ -149,14 +153,14 @@ def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") ->
 
 
 def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler config") -> dict[str, Any]:
-    """The config with a dynamic shift as the fixed one that it is for an image of so many tokens, and the spacing of
-    Flux's pipeline.
+    """Return the config with its dynamic shift replaced by the fixed shift for an image of `tokens` tokens, and with
+    trailing spacing.
 
-    diffusers' time_shift(mu) is the fixed shift by e^mu, of type linear by mu; mu lies on the line through the config's
-    two ends.
+    diffusers' time_shift(mu) equals the fixed shift by e^mu, or by mu for time_shift_type linear. mu is linear in the
+    number of tokens, on the line through the two ends in the config. Trailing spacing is that of Flux's pipeline.
 
     Raises:
-        ModelError: a key or a value that is not one of a dynamic shift.
+        ModelError: a key or value of the dynamic shift is not supported.
     """
     found = {**config, SPACING: "trailing"}
     if found.get("use_dynamic_shifting"):
@@ -178,15 +182,15 @@ def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler conf
 
 
 def euler_step(velocity: Array, x_t: Array, sigma_t: Any, sigma_s: Any) -> Array:
-    """One Euler step of the flow from sigma_t to the smaller sigma_s: x_s = x_t + (sigma_s - sigma_t) v."""
+    """Make one Euler step of the flow from sigma_t to the smaller sigma_s: x_s = x_t + (sigma_s - sigma_t) v."""
     return cast(Array, cast(Any, x_t) + (sigma_s - sigma_t) * cast(Any, velocity))
 
 
 def euler_inverse(x_t: Array, x_s: Array, sigma_t: Any, sigma_s: Any) -> Array:
-    """The velocity that carries x_t to x_s in one Euler step: `euler_step` solved for it."""
+    """Return the velocity that takes x_t to x_s in one Euler step: `euler_step` solved for it."""
     return cast(Array, (cast(Any, x_s) - cast(Any, x_t)) / (sigma_s - sigma_t))
 
 
 def _through(times: Iterable[float]) -> Walk:
-    """The steps from each of the times to the next smaller one, the last to 0."""
+    """Return the steps from each time to the next smaller one, and from the last to 0."""
     return tuple(pairwise([*sorted(set(times), reverse=True), 0.0]))

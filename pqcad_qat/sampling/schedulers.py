@@ -1,11 +1,10 @@
-"""Which scheduler classes of diffusers are taken, and their configs read key by key: what a key left out means, and
-what it may be.
+"""The supported scheduler classes of diffusers, and their configs read key by key, with defaults and allowed values.
 
 Not here: the noise schedules themselves (ddim.py, flow.py).
 
-Our sampler is DDIM on the noise schedule of a class of DDPM's kin, and Euler's on that of flow matching. So a class can
-be taken where its schedule is that of betas, whatever solver it is; and a class that is in neither table is refused by
-name, since its model would be sampled wrongly without a word.
+The sampler of this package is DDIM for DDPM's kin, and Euler for flow matching. Any class whose schedule is made of
+betas can therefore be read, whatever solver it implements. A class in neither table is refused by name, since its model
+would otherwise be sampled wrongly without an error.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DDIM_SCHEDULER = "DDIMScheduler"
 
 STEPS = "num_inference_steps"
-"""Key of ours in a deployed scheduler config: the sampling steps that its model was distilled for."""
+"""Key that this package adds to a deployed scheduler config: the number of sampling steps that the model was distilled
+for.
+"""
 
 MOST_TIMESTEPS = 100_000
-"""Training steps of the longest schedule that is taken; an exported graph holds a table of them."""
+"""Largest number of training timesteps of a schedule; an exported graph holds a table over them."""
 
 DDIM_KEYS: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -47,29 +48,31 @@ DDIM_KEYS: Mapping[str, Any] = {
     "timestep_spacing": "leading",
     "rescale_betas_zero_snr": False,
 }
-"""Every key of a DDIMScheduler, with what it means where it is left out."""
+"""Keys of a DDIMScheduler, with their defaults."""
 
 DDIM_CURVES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-"""beta_schedule that DDIMScheduler knows by name."""
+"""Values of beta_schedule that DDIMScheduler knows by name."""
 
 DRAWN_BETWEEN = ("linear", "scaled_linear", "sigmoid")
-"""beta_schedule that beta_start and beta_end are the ends of."""
+"""Values of beta_schedule whose end points are beta_start and beta_end."""
 
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclass(frozen=True)
 class Kin:
-    """How a class of DDPM's kin is taken.
+    """Rules for reading a scheduler class of DDPM's kin.
 
     Attributes:
-        defaults: of keys that a config leaves out, where they are not DDIM's. Solvers never clip, so theirs say so.
-        curves: what its beta_schedule may be.
-        zero_snr: alpha_bar that rescale_betas_zero_snr leaves at the last time; None where the class does not know that
+        defaults: defaults of keys, where they differ from DDIM's. Solvers never clip, so their entries turn clipping
+            off.
+        curves: allowed values of its beta_schedule.
+        zero_snr: alpha_bar that rescale_betas_zero_snr leaves at the last timestep; None where the class lacks that
             key.
-        switches: keys of its own that lay times which DDIM cannot lay, or that make another schedule of its betas.
-        ends: whether its final_sigmas_type says where sampling ends: at the image, or at the noise of the first
-            training step.
+        switches: keys that place timesteps as DDIM cannot, or that derive another schedule from the betas. They must be
+            off.
+        ends: whether its final_sigmas_type decides where sampling ends: at the image, or at the noise of the first
+            training timestep.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -106,16 +109,16 @@ KIN: Mapping[str, Kin] = {
     "DEISMultistepScheduler": Kin(_SOLVER, switches=_FLOWING),
     "SASolverScheduler": Kin(_SOLVER, switches=_FLOWING),
 }
-"""By the name of diffusers' class."""
+"""Rules by the name of diffusers' class."""
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A scheduler config whose keys are read with their types and bounds; every fault names its file and key.
+    """A scheduler config that is read key by key with types and bounds; every message names the file and the key.
 
     Attributes:
-        config: with every key that is read.
-        where: its file.
+        config: config with every key that is read.
+        where: file of the config.
     """
 
     config: Mapping[str, Any]
@@ -127,14 +130,14 @@ class Keys:
         return ModelError(f"{self.where}: {key}: got {got}; allowed {allowed}")
 
     def whole(self, key: str, low: int, high: int) -> int:
-        """A whole number, which JSON may hold as 1000.0."""
+        """Return a whole number between two bounds, both included; JSON may hold it as 1000.0."""
         value = self.config.get(key)
         if not _is_number(value) or not low <= value <= high or value != int(value):
             raise self.fault(key, f"a whole number from {low} to {high}")
         return int(value)
 
     def number(self, key: str, above: float = -math.inf, below: float = math.inf) -> float:
-        """A finite number between two bounds, both excluded."""
+        """Return a finite number between two bounds, both excluded."""
         value = self.config.get(key)
         if not _is_number(value) or not above < value < below:
             bounds = [
@@ -156,24 +159,24 @@ class Keys:
         return value
 
     def off(self, keys: Collection[str]) -> None:
-        """Raises where one of the keys asks for what is not here."""
+        """Raise ModelError where one of the keys turns on an unsupported feature."""
         for key in keys:
             if self.config.get(key):
                 raise self.fault(key, "null or false")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number of a size that a float has."""
+    """Return whether a value is a finite number within the range of a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300
 
 
 def scheduler_class(config: Mapping[str, Any], where: str) -> str:
-    """The class that a scheduler config names.
+    """Return the class that a scheduler config names.
 
     Raises:
-        ModelError: none, or one that is not taken.
+        ModelError: it names no class, or an unsupported one.
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or (name not in KIN and name != FLOW_SCHEDULER):
@@ -184,13 +187,13 @@ def scheduler_class(config: Mapping[str, Any], where: str) -> str:
 
 
 def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config of a class of DDPM's kin as one of DDIM's with every key, each of them checked.
+    """Return the config of a class of DDPM's kin as a DDIM config with every key, each of them checked.
 
-    A key that the config leaves out means what it means in its own class. Its beta_schedule may still be one that DDIM
-    has no name for.
+    Missing keys get the defaults of the config's own class. beta_schedule may still be one that DDIM does not know by
+    name.
 
     Raises:
-        ModelError: a class, a key or a value that cannot be honoured.
+        ModelError: a class, key or value is not supported.
     """
     kin = KIN[scheduler_class({"_class_name": DDIM_SCHEDULER, **config}, where)]
     ends = {"set_alpha_to_one": False} if kin.ends and config.get("final_sigmas_type") == "sigma_min" else {}
@@ -223,7 +226,7 @@ def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _trained_betas(keys: Keys, timesteps: int) -> list[float] | None:
     value = keys.config["trained_betas"]
-    value = value.tolist() if hasattr(value, "tolist") else value  # an array, in a config that a program made
+    value = value.tolist() if hasattr(value, "tolist") else value  # configs made by a program may hold an array
     if value is None:
         return None
     if (

@@ -1,8 +1,8 @@
-"""Sampling as pure functions, whatever the noise schedule: guidance, seeded noise, and the trajectory of a
-deterministic sampler.
+"""Sampling for any noise schedule, as pure functions: guidance, seeded noise, and the trajectory of a deterministic
+sampler.
 
-No model and no framework here: every function takes numpy arrays and torch tensors alike, so the deployed runtime needs
-no torch. Not here: the schedules with their steps, of DDPM's kin (ddim.py) and of flow matching (flow.py).
+Every function takes numpy arrays and torch tensors alike, so the deployed runtime needs no torch. Not here: models, or
+the schedules and their steps, for DDPM's kin (ddim.py) and for flow matching (flow.py).
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from pqcad_qat.sampling.flow import FlowSchedule, flow_schedule
 from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, STEPS, Keys, scheduler_class
 
 NoiseSchedule = DDPMSchedule | FlowSchedule
-"""How noise and time belong together in a model, and with that the steps of its sampler: `walk`, `step` and
-`inverse`.
-"""
+"""Relation between noise and time in a model, with the steps of its sampler: `walk`, `step` and `inverse`."""
 
 
 def noise_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> NoiseSchedule:
-    """Read a diffusers scheduler config; `where` is its file.
+    """Read a diffusers scheduler config; `where` names its file.
 
     Raises:
-        ModelError: a class, a key or a value that these functions do not know how to honour.
+        ModelError: a class, key or value is not supported.
     """
     return (
         flow_schedule(config, where)
@@ -40,21 +38,22 @@ def noise_schedule(config: Mapping[str, Any], where: str = "scheduler config") -
 
 
 def written_out(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
-    """The config of a deployed sampler: of the scheduler of diffusers that makes the schedule's steps, with every key
-    that decides them.
+    """Return the config of a deployed sampler: that of diffusers' scheduler for these steps, with every key that
+    decides them.
 
-    What one class means by a key that is left out, another does not. Other keys stay as they are, but for infinite
-    ones, such as a solver's lambda_min_clipped, which are no JSON.
+    Every such key is written because defaults differ between classes. Other keys are kept, except for infinite values,
+    such as a solver's lambda_min_clipped, which JSON cannot hold.
     """
     finite = {key: value for key, value in config.items() if not isinstance(value, float) or math.isfinite(value)}
     return {**finite, **schedule.config}
 
 
 def distilled_steps(config: Mapping[str, Any], where: str) -> int | None:
-    """The sampling steps that the model of a deployed scheduler config was distilled for; None where it names none.
+    """Return the sampling steps that a deployed model was distilled for, from its scheduler config; None where it names
+    none.
 
     Raises:
-        ModelError: they are no steps that its sampler can make.
+        ModelError: the sampler cannot make this number of steps.
     """
     if config.get(STEPS) is None:
         return None
@@ -62,7 +61,7 @@ def distilled_steps(config: Mapping[str, Any], where: str) -> int | None:
 
 
 def check_sampler(name: str | None, schedule: NoiseSchedule, source: str) -> None:
-    """Raise ModelError for a sampler that is not the one of the model's schedule; None is always the one."""
+    """Raise ModelError for a sampler other than that of the model's schedule; None stands for the right one."""
     if name not in (None, schedule.sampler):
         kind = (
             "the velocities of flow matching"
@@ -73,18 +72,18 @@ def check_sampler(name: str | None, schedule: NoiseSchedule, source: str) -> Non
 
 
 def guided(conditional: Array, unconditional: Array, scale: float) -> Array:
-    """Classifier-free guidance (Ho and Salimans 2022, eq. 6; scale is 1 + w there): from the unconditional prediction
-    on.
+    """Combine two predictions by classifier-free guidance (Ho and Salimans 2022, eq. 6, where scale is 1 + w).
+
+    The scale multiplies the step from the unconditional to the conditional prediction.
     """
     c, u = cast(Any, conditional), cast(Any, unconditional)
     return cast(Array, u + scale * (c - u))
 
 
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """(count, *shape) standard normal x_T of images `first` to `first + count` of a seed; each image's noise is its
-    own.
+    """Return standard normal noise x_T (count, *shape) of the images `first` to `first + count` of a seed.
 
-    So the image of a number does not depend on how images are batched, nor on the framework that samples it.
+    Each image has noise of its own, so it does not depend on the batch size or on the framework that samples it.
     """
     rows = [
         np.random.default_rng((seed, number)).standard_normal(shape, dtype=np.float32)
@@ -95,7 +94,7 @@ def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class SamplerStep(Generic[Array]):
-    """One step of a sampler: from x_t, by the prediction made there, to x_s."""
+    """One sampling step, from x_t to x_s by the prediction at x_t."""
 
     t: float
     x_t: Array
@@ -106,7 +105,7 @@ class SamplerStep(Generic[Array]):
 def trajectory(
     predict: Callable[[Array, float], Array], x_t: Array, schedule: NoiseSchedule, steps: int
 ) -> Iterator[SamplerStep[Array]]:
-    """The N steps of the schedule's sampler from x_t (B, C, H, W); `predict` is the denoiser as (x_t, t) ->
+    """Yield the N steps of the schedule's sampler from x_t (B, C, H, W); `predict` is the denoiser as (x_t, t) ->
     prediction.
     """
     return along(schedule.walk(steps), predict, x_t, schedule)
@@ -115,7 +114,7 @@ def trajectory(
 def along(
     walk: Walk, predict: Callable[[Array, float], Array], x_t: Array, schedule: NoiseSchedule
 ) -> Iterator[SamplerStep[Array]]:
-    """The steps of a walk from x_t (B, C, H, W)."""
+    """Yield the given steps, starting from x_t (B, C, H, W)."""
     for t, s in walk:
         prediction = predict(x_t, t)
         x_s = schedule.step(prediction, x_t, t, s)

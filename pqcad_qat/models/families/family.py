@@ -94,25 +94,28 @@ def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All denoisers of one class of diffusers: how they are described, called, packed into pipelines, and deployed.
+    """All denoisers of one diffusers class: how they are described, called, packed into pipelines, and deployed.
 
     Attributes:
         name: diffusers' class of the denoiser.
-        part: the folder of a pipeline that holds it.
-        parameters: the arguments of its `forward`, in order, as far as they are given by place.
-        conditions: config -> the tensors that it takes beside x_t and t.
-        faults: config with every default -> what it asks for that we do not give, and values that do not go together.
-        former: the norm_type by which configs of the older class Transformer2DModel mean this one.
-        pipelines: the pipelines whose denoiser it is, as far as their other parts are known.
+        part: folder of a pipeline that holds it.
+        parameters: arguments of its `forward` in order, for calls by position.
+        conditions: function from a config to the tensors that the denoiser takes beside x_t and t.
+        faults: function from a config with all defaults to messages about unsupported features and values that do not
+            fit together.
+        former: the norm_type that marks this class in configs of the older class Transformer2DModel.
+        pipelines: diffusers' pipelines with this denoiser, as far as their other parts are supported.
         alone: diffusers' pipeline of a scheduler and a denoiser that takes no condition.
-        held_in: condition -> the keyword argument that is a dict with it.
-        null_class: config -> the label that stands for no class, where the class has one of its own.
-        call: (denoiser, x_t, t, keyword arguments) -> the prediction, at the head of a tuple or alone.
-        takes_rows: whether its pipeline packs x_t into rows of patches and gives times in thousandths (latent_rows.py).
-        default_size: height and width of x_t where the config has no place for them.
-        resizable: whether x_t may have another size than the config says.
-        scheduler: (scheduler config, height and width of x_t, its file) -> the same with what the pipeline adds.
-        rotations: classes of modules that compute from the places of patches alone, and so are constants of a graph.
+        held_in: mapping from a condition to the dictionary argument that contains it.
+        null_class: function from a config to the label that stands for no class; the result is None without such a
+            label.
+        call: function (denoiser, x_t, t, keyword arguments) -> the prediction, alone or first in a tuple.
+        takes_rows: whether its pipeline packs x_t into rows of patches and divides timesteps by 1000 (latent_rows.py).
+        default_size: height and width of x_t where the config has no key for them.
+        resizable: whether x_t may have another size than the config's.
+        scheduler: function (scheduler config, height and width of x_t, file name) -> the config with what the pipeline
+            adds.
+        rotations: classes of modules that compute only from patch positions, and so are constants of a graph.
         runtime: module and class that stand for the denoiser in a deployed folder's model_index.json.
     """
 

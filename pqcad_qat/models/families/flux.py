@@ -61,8 +61,9 @@ def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> tuple
 
 @contextmanager
 def _in_float32(denoiser: Any, times: Sequence[Any]) -> Iterator[None]:
-    """Inside, sinusoids are taken of these times: in mixed precision the class rounds its own to bfloat16, which is 900
-    for 899.6.
+    """Compute the time embedding from these float32 times within this context.
+
+    In mixed precision the class rounds its own times to bfloat16, which turns 899.6 into 900.
     """
     module = getattr(denoiser, "module", denoiser)  # a data-parallel wrapper holds the denoiser under this name
     handle = module.time_text_embed.register_forward_pre_hook(lambda _, read: (*times, *read[len(times) :]))

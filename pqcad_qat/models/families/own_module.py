@@ -15,6 +15,4 @@ def _called(denoiser: Any, x_t: Any, t: Any, condition: dict[str, Any]) -> Any:
 
 
 OWN_MODULE = Family(name="", part="unet", parameters=(), call=_called)
-"""Family of every user module. Its conditions come from the OwnModel, and a condition is passed by its name after x_t
-and t.
-"""
+"""Family of every user module. The OwnModel declares its conditions, which follow x_t and t in a call by position."""

@@ -39,12 +39,12 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the denoiser asks for.
+    """Properties of the conditions that a denoiser needs.
 
     Attributes:
-        shapes: name of a condition -> its shape without the batch.
-        picture: height and width in pixels.
-        guidance: the guidance that a denoiser is told which takes it as an input.
+        shapes: mapping from a condition's name to its shape without the batch.
+        picture: height and width of the image in pixels.
+        guidance: guidance value for a denoiser that takes it as an input.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -62,13 +62,14 @@ class PromptLayout:
     """How one class of pipelines reads a prompt.
 
     Attributes:
-        gives: what its `encode_prompt` returns, in order, by the names of a file of embeddings; "" is not one of them.
-        encoders: the text encoders that a prompt takes.
-        optional: the encoders for which zeros may stand.
-        conditions: what its `encode_prompt` does, from deployed encoders.
-        reads_denoiser: whether its `encode_prompt` reads the config of the denoiser.
-        before_t5: the encoder whose tokens stand before T5's in one sequence.
-        guidance: what it tells a denoiser that takes guidance as an input, where nobody says another.
+        gives: outputs of its `encode_prompt` in order, by their names in an embeddings file; "" for one that is not
+            kept.
+        encoders: the text encoders that a prompt needs.
+        optional: encoders that may be left out, with zeros for their output.
+        conditions: function that does the work of `encode_prompt` with deployed encoders.
+        reads_denoiser: whether its `encode_prompt` reads the denoiser's config.
+        before_t5: the encoder whose tokens precede T5's in one sequence; None without such an encoder.
+        guidance: default guidance value for a denoiser that takes it as an input.
     """
 
     gives: tuple[str, ...]

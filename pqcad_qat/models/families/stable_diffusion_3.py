@@ -40,7 +40,10 @@ def _faults(config: Config) -> Iterator[str]:
 
 
 def _prompt(encoders: Encoders, prompt: str, wanted: Wanted) -> Arrays:
-    """Return CLIP's tokens, padded with zeros to T5's width, followed by T5's tokens, or by zeros where T5 is left out."""
+    """Return the text condition (tokens of CLIP, then of T5) and both CLIPs' vectors of the whole text.
+
+    CLIP's tokens are padded with zeros to T5's width. Zeros stand for T5's tokens where T5 is left out.
+    """
     states, pooled = two_clips(encoders, prompt)
     text = np.zeros((1, *wanted.shapes[TEXT]), np.float32)
     tokens, width = states.shape[1:]

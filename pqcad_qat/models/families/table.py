@@ -26,7 +26,10 @@ OF_PICTURES = re.compile("Control|Adapter|Kontext|Pix2Pix|Upscal|Depth|Redux|Ref
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Return the families by diffusers' class of the denoiser: UNets first, then in order of their number of pipelines."""
+    """Return the families by diffusers' class of the denoiser.
+
+    UNets come first, and within each kind, families with fewer pipelines come first.
+    """
     modules = (import_module(f"{folder.__name__}.{entry.name}") for entry in pkgutil.iter_modules(folder.__path__))
     known = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
     order = sorted(known, key=lambda family: (DENOISER_FOLDERS.index(family.part), len(family.pipelines)))
