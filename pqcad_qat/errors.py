@@ -1,6 +1,6 @@
-"""Every exception that a user can cause, under one root that the command line turns into exit code 2.
+"""Every exception that a user can cause, under one base class that the command line turns into exit code 2.
 
-Not here: our own invariants (those are asserts), and faults of the machine (those keep their traceback).
+Not here: broken invariants of our own code (asserts), and faults of the computer (they keep their traceback).
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MESSAGE = 3600
-"""Characters of a whole message: what a terminal shows at once."""
+"""Largest number of characters of a whole message: what a terminal shows at once."""
 
 
 class PqcadError(Exception):
-    """A mistake that the user can mend; the message names what, where, the rule, and what was got."""
+    """A mistake that the user can fix; the message names what is wrong, where, the rule, and the value found."""
 
 
 class PolicyError(PqcadError):
-    """A policy file is unreadable or breaks a rule; the message lists every fault as ``file:line: key: got X; allowed
-    Y``.
+    """A policy file is unreadable or breaks a rule.
+
+    The message lists every fault as ``file:line: key: got X; allowed Y``.
     """
 
 
@@ -34,31 +35,30 @@ class CheckpointError(PqcadError):
 
 
 class DiskError(PqcadError):
-    """A disk is full, over its quota, or read-only; the message names the file, the bytes wanted and the bytes that are
-    free.
-    """
+    """A disk is full, over its quota, or read-only; the message names the file, the bytes needed and the bytes free."""
 
 
 class ExportError(PqcadError):
-    """The exported model is not what the plan says: a layer left INT8, differs from PyTorch, or could not be
-    converted.
+    """The exported model does not match the plan.
+
+    A layer does not run in INT8, differs from PyTorch, or could not be converted.
     """
 
 
 class UsageError(PqcadError):
-    """A command line that names what there is not, a value too many or of another type, or a flag without its value."""
+    """A command line names something unknown, has a surplus value or one of a wrong type, or lacks a value."""
 
 
 class StudyError(PqcadError):
-    """Runs cannot stand in one table, or some cells of a study failed."""
+    """Runs cannot be compared in one table, or some cells of a study failed."""
 
 
 class DivergedError(PqcadError):
-    """Training diverged; the message names the step, the layer where one is known, and what to do.
+    """Training diverged; the message names the training step, the layer where one is known, and a remedy.
 
     Attributes:
-        step: finished steps when it was noticed.
-        stepped: False where the step at hand was not made, since its loss or a gradient is not finite.
+        step: number of finished training steps when the divergence was noticed.
+        stepped: False if the current training step was not made, because its loss or a gradient is not finite.
     """
 
     def __init__(self, step: int, message: str, stepped: bool = True) -> None:
@@ -67,7 +67,7 @@ class DivergedError(PqcadError):
 
 
 class DiedError(PqcadError):
-    """What was done in a process of its own could not be done; the message is the reason alone."""
+    """Work in a separate process failed; the message is the reason alone."""
 
 
 class InterruptedByUserError(PqcadError):
@@ -75,23 +75,21 @@ class InterruptedByUserError(PqcadError):
 
 
 class LaunchError(PqcadError):
-    """The processes were not started as they are to be, or what they share has come apart."""
+    """The processes of a run were not started correctly, or their shared state differs."""
 
 
 class OtherProcessError(PqcadError):
-    """Another of the processes that share the run has failed, and says why: this one ends without a word."""
+    """Another process that shares the run has failed and reports why; this process ends silently."""
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """What was got, as a message quotes it: on one line, of what can be printed, and never more than fits beside what
-    is allowed.
-    """
+    """A text as messages quote it: on one line, printable, and at most `most` characters long."""
     shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[: most + 1])
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def abridged(lines: Sequence[str]) -> str:
-    """The faults of a message, one a line, as many as can be read, and how many more there are."""
+    """The faults of a message, one on each line, as many as can be read, and the number of the rest."""
     shown: list[str] = []
     for line in lines:
         shown.append(shortened(line, 900))

@@ -1,5 +1,6 @@
-"""Recording of what every quantized layer reads in one forward pass, kept in files: for a large model it exceeds the
-size of the weights.
+"""Recording of what every quantized layer reads in one forward pass.
+
+The recordings are kept in files, because for a large model they exceed the weights in size.
 
 Not here: the comparison that uses the recordings (proof.py).
 """

@@ -1,1 +1,1 @@
-"""What every room may lean on and that knows nothing of diffusion: files, processes, cores, shared stores."""
+"""General tools for every package that know nothing of diffusion: files, processes, cores, shared stores."""

@@ -1,6 +1,6 @@
-"""Folders of work that runs side by side share, each named by the hash of all that decides its contents.
+"""Folders shared by processes that run side by side, each named by a hash of everything that decides its content.
 
-Not here: what is kept in them.
+Not here: what the folders hold.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 WHOLE, PARTS = "whole", "parts"
-"""What a draft holds: what is moved into place, and what it is made of."""
+"""Names inside a draft: the folder that is later moved into place, and the parts that it is made from."""
 
 
 def content_digest(decides: Mapping[str, object]) -> str:
-    """The name of what `decides`, JSON values by name, leads to."""
+    """Name of a folder: a hash of `decides`, which holds JSON values by name."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None]) -> Path:
-    """The folder of what `decides`: there already, or filled by `make` under a temporary name and moved into place.
+    """The folder for `decides`: an existing one, or one that `make` fills under a temporary name and that is then
+    moved.
 
-    Where another process is making it, this one waits for it rather than make the same. What a killed one left half
-    made is dropped, but
-    for what lies in `parts_of` the folder that it filled: `make` finds that there, and goes on with it.
+    If another process is making the same folder, this one waits for it. The half-made content of a killed process is
+    dropped, except for what lies in `parts_of` the folder: `make` finds these parts and continues with them.
     """
     folder = store / content_digest(decides)
     draft = store / f".{folder.name}"
@@ -36,7 +36,7 @@ def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None
         with _held(draft) as mine:
             if mine:
                 _fill(draft, folder, make)
-    if draft.exists():  # of a process that was killed after it had moved the folder
+    if draft.exists():  # left by a process that was killed after it had moved the folder
         with suppress(OSError), _held(draft) as mine:
             if mine:
                 shutil.rmtree(draft)
@@ -44,14 +44,17 @@ def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None
 
 
 def parts_of(folder: Path) -> Path:
-    """Where what `kept` fills a folder with lays what is to outlive a failure and a killed process, until the folder is
-    whole.
+    """Folder for intermediate results of `make`; it outlives a failure or a killed process, until the shared folder is
+    complete.
+
+    Args:
+        folder: the folder that `kept` passes to `make`.
     """
     return folder.with_name(PARTS)
 
 
 def _fill(draft: Path, folder: Path, make: Callable[[Path], None]) -> None:
-    """Fill the draft and move it into place, unless that has been done; of a failure nothing is left but its parts."""
+    """Fill the draft and move it into place, unless that has been done; a failure leaves nothing but the parts."""
     whole, parts = draft / WHOLE, draft / PARTS
     try:
         for left in [entry for entry in draft.iterdir() if entry != parts]:
@@ -68,13 +71,17 @@ def _fill(draft: Path, folder: Path, make: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _held(draft: Path) -> Iterator[bool]:
-    """Wait until no other process works in the folder; False where it was moved or removed meanwhile."""
+    """Wait until no other process works in the draft; yield False if it was moved or removed meanwhile.
+
+    Method: the lock (flock) is on the opened folder. After waiting, the folder of that name may be another one, so the
+    two are compared.
+    """
     draft.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # Path.mkdir(exist_ok=True) raises it where the folder is removed right then
+    with suppress(FileExistsError):  # Path.mkdir(exist_ok=True) raises it too if the folder is removed meanwhile
         draft.mkdir()
     try:
         opened = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:  # moved into place since
+    except FileNotFoundError:  # it was moved into place meanwhile
         yield False
         return
     try:

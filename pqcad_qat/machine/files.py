@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, their digests, and what is told where a disk has no room for one.
+"""Files that are written as a whole or not at all, their digests, and the error for a disk without room.
 
-Not here: what is in them, and tensors (tensor_files.py). Needs the standard library alone.
+Not here: the content of files, and tensors (tensor_files.py). Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 from pqcad_qat.errors import DiskError
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""A disk that is full, over its quota, or read-only, and a file that may not grow so large."""
+"""Error numbers of a disk that is full, over its quota or read-only, and of a file that may not grow so large."""
 
 
 @contextmanager
 def whole_file(path: Path, size: int | None = None) -> Iterator[Path]:
-    """The name of a draft, moved into place once the block has written it; where the block fails, what was there stays
-    and no draft does.
+    """Yield the name of a draft, which is moved into place after the block has written it.
+
+    If the block fails, the old file stays and the draft is removed.
 
     Raises:
         DiskError: as `room_for`.
@@ -42,14 +43,14 @@ def whole_file(path: Path, size: int | None = None) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: a reader never sees half of it."""
+    """Write a file as a whole or not at all: a reader never sees half of it."""
     data = content.encode() if isinstance(content, str) else content
     with whole_file(path, len(data)) as draft:
         draft.write_bytes(data)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all."""
+    """Write a JSON object as a whole or not at all."""
     write_file(path, json.dumps(dict(content), indent=2) + "\n")
 
 
@@ -61,10 +62,10 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def room_for(path: Path, size: int | None = None) -> Iterator[None]:
-    """Around what writes a file or folder, of so many bytes where that is known.
+    """Turn a disk's refusal inside the block into a DiskError; `size` is the size in bytes, where it is known.
 
     Raises:
-        DiskError: its disk refuses it; the message has the path, the bytes wanted and those that are free.
+        DiskError: the disk refuses; the message names the path, the bytes needed and the bytes free.
     """
     try:
         yield
@@ -72,30 +73,30 @@ def room_for(path: Path, size: int | None = None) -> Iterator[None]:
         if (reason := disk_refusal(error)) is None:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename is not None else path
-        # a draft goes by the name of the file that it will be
+        # a draft is reported under the name of the final file
         where, wanted = (path, size) if named.parent == path.parent else (named, None)
         raise DiskError(f"{where}: cannot be written: {reason}: {_wanted(where, wanted)}") from error
 
 
 def disk_refusal(error: BaseException) -> str | None:
-    """What a disk has refused, or None where the error is of another kind."""
+    """The system's text for the refusal of a disk; None for any other error."""
     if isinstance(error, OSError):
         number = error.errno
-    elif _is_of_safetensors(error):  # it has the number in its text alone
+    elif _is_of_safetensors(error):  # the error number is only in its text
         number = int(known[1]) if (known := re.search(r"os error (\d+)", str(error))) else None
-    else:  # OpenVINO writes by streams of C++, which do not say why they fail
+    else:  # OpenVINO writes with C++ streams, which do not say why they fail
         number = errno.ENOSPC if isinstance(error, RuntimeError) and "iostream error" in str(error) else None
     return os.strerror(number) if number in REFUSALS else None
 
 
 def _is_of_safetensors(error: BaseException) -> bool:
-    """Whether safetensors raised it, which need not be installed where a folder is served."""
+    """Whether safetensors raised the error; the library need not be installed where a folder is served."""
     module = sys.modules.get("safetensors")
     return module is not None and isinstance(error, module.SafetensorError)
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that are free where a file or folder is, or is to be."""
+    """Free bytes on the disk that holds, or will hold, a file or folder."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(there).free
 

@@ -1,6 +1,6 @@
-"""JSON files as others wrote them: one object, read whole or refused in one line that names the file.
+"""Reading of JSON files that others wrote: one object, read as a whole or refused in one line that names the file.
 
-Not here: what its keys mean. Needs the standard library alone.
+Not here: the meaning of the keys. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ from typing import Any
 from pqcad_qat.errors import ModelError
 
 LARGEST_FILE = 2**24
-"""Bytes: configs are kilobytes, the index of a thousand shards a megabyte."""
+"""Largest size of a file in bytes: configs take kilobytes, the index of a thousand shards a megabyte."""
 
 SHOWN = 80
-"""Characters of a value that a message repeats."""
+"""Largest number of characters of a value that a message repeats."""
 
 
 def read_json(path: Path, absent: str = "") -> dict[str, Any]:
-    """The object that a JSON file holds; a byte-order mark before it is passed over.
+    """The object that a JSON file holds; a byte-order mark before it is ignored.
 
     Args:
-        path: of the file.
-        absent: what a message adds where there is no such file.
+        path: the file.
+        absent: advice added to the message if the file does not exist.
 
     Raises:
-        ModelError: no such file, no regular file, one that is too large, not readable, no JSON, or JSON of something
-            else.
+        ModelError: the file does not exist, is not a regular file, is too large or unreadable, or holds no JSON object.
     """
     try:
-        if not path.is_file():  # before it is opened: a pipe would be waited for
+        if not path.is_file():  # checked before opening, which would block on a pipe
             kind = "not a file" if path.exists() else "no such file"
             raise ModelError(f"{path}: {kind}{absent and f'; {absent}'}")
         if (size := path.stat().st_size) > LARGEST_FILE:
@@ -47,7 +46,7 @@ def read_json(path: Path, absent: str = "") -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A value as messages repeat it: as JSON spells null, and never at length."""
+    """A value as messages repeat it: None as JSON's null, and long values cut off."""
     text = "null" if value is None else _bounded_repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
@@ -57,12 +56,12 @@ def _bounded_repr(value: object) -> str:
         return f"[{', '.join(shown(part) for part in value[:SHOWN])}]"
     try:
         return repr(value)
-    except ValueError:  # a number of more digits than Python spells
+    except ValueError:  # the number has more digits than Python converts
         return "a number of thousands of digits"
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, each of whose keys stands there once."""
+    """An object from its pairs; a key that stands there twice is an error."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,8 +1,8 @@
-"""Work in a process of its own, so that what ends that process, a signal or a lack of memory, is an error with a reason
-here.
+"""Work in a separate process, so that whatever ends it (a signal, lack of memory) becomes an error with a reason here.
 
-Not here: the work. It is a function at the top of a module, of values that JSON knows; what it makes it leaves in
-files.
+The work is a module-level function whose arguments are JSON values; it leaves its results in files.
+
+Not here: the work itself.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from pqcad_qat.errors import DiedError, shortened
 from pqcad_qat.machine.files import disk_refusal
 
 REASON = 300
-"""Characters of a reason that are told."""
+"""Largest number of characters of a reason that a message repeats."""
 
-_PR_SET_PDEATHSIG = 1  # prctl.h
+_PR_SET_PDEATHSIG = 1  # from prctl.h
+"""Option of prctl that sets the signal sent to a process when its parent dies."""
 
 
 def run_apart(work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work` with these arguments in a new process, and wait for it. It ends with this one, however this one ends.
+    """Call `work` with these arguments in a new process and wait for it; it ends when this process ends, for any
+    reason.
 
     Raises:
-        DiedError: it was ended by a signal, or by an exception.
-        OSError: its disk is full.
+        DiedError: a signal or an exception ended the work.
+        OSError: the disk is full.
     """
     with tempfile.TemporaryDirectory() as folder:
         error, output = Path(folder) / "error.json", Path(folder) / "output"
-        # unbuffered: what it printed last is known however it ends
+        # unbuffered (-u), so that its last output is known however it ends
         command = [
             sys.executable,
             "-u",
@@ -51,8 +53,8 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> None:
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with output.open("w") as told:
-            # in a session of its own, since Ctrl-C reaches all of a terminal's: this process answers it, and ends the
-            # other
+            # A session of its own: Ctrl-C reaches every process of a terminal's session, but only this process
+            # should handle it, and it ends the child.
             child = subprocess.Popen(
                 [*command, json.dumps(arguments)],
                 stdin=subprocess.DEVNULL,
@@ -76,7 +78,7 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _ending(code: int, output: str) -> str:
-    """How a process ended that could not say so itself."""
+    """The end of a process that left no reason itself."""
     last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
     if code > 0:
         return shortened(f"its process ended with exit code {code}: {last}", REASON)
@@ -92,7 +94,7 @@ def _ending(code: int, output: str) -> str:
 
 
 def _serve(parent: int, target: str, error: Path, arguments: list[Any]) -> None:
-    """The new process: do the work, or leave the reason why not."""
+    """In the new process: do the work, or leave the reason for the failure."""
     _end_with(parent)
     module, _, name = target.partition(":")
     try:
@@ -107,8 +109,8 @@ def _serve(parent: int, target: str, error: Path, arguments: list[Any]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Be killed as soon as the parent is gone, and where memory runs out be killed before it."""
-    with suppress(OSError, AttributeError):  # Linux's alone
+    """Have this process killed when the parent dies, and killed before the parent if memory runs out."""
+    with suppress(OSError, AttributeError):  # only Linux has these
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if os.getppid() != parent:

@@ -1,8 +1,8 @@
-"""The processes that share one run, as a launcher started them: which of them writes, what they agree on, and one end
-for all.
+"""Processes that a launcher started for one run: which of them writes, what they agree on, and how all end together.
 
-Not here: how they share a batch and its gradients (training/trainer.py). With one process, the usual case, nothing is
-exchanged.
+With one process, the usual case, nothing is exchanged.
+
+Not here: how the processes share a batch and its gradients (training/trainer.py).
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ from typing import Any
 from pqcad_qat.errors import LaunchError, OtherProcessError
 
 WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Environment variables in which launchers state the number of processes; Accelerate reads the same."""
+
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""What launchers say in the environment: the names that Accelerate reads."""
+"""Environment variables in which launchers state this process's number; Accelerate reads the same."""
 
 LOST = re.compile("closed by peer|reset by peer|closed the connection|remote process exited", re.IGNORECASE)
-"""What torch's transports say where the other end is gone."""
+"""Messages of torch's transports when the other end is gone."""
 
 PATIENCE = timedelta(days=7)
-"""How long processes wait for one another: the first calibrates, exports and samples alone."""
+"""Longest time that processes wait for one another: the first one calibrates, exports and samples alone."""
 
 
 WORD_S = 30
-"""Seconds that a silent process gives the one that tells of an error, which ends it by ending."""
+"""Time in seconds that a silent process gives the one that reports an error, whose end makes the launcher end all."""
 
 
 def launched() -> tuple[int, int]:
-    """(this process's number, number of processes), from the environment alone: before anything is loaded."""
+    """(this process's number, number of processes), from the environment alone, so before any library is loaded."""
     count = _number(WORLD, 1)
     return (_number(RANK, 0) if count > 1 else 0), count
 
 
 def check_launch() -> None:
-    """Raise LaunchError where `accelerate launch` was asked for several processes and started one, as it does on CPUs
-    without mpirun.
+    """Raise LaunchError if `accelerate launch` was asked for several processes and started one.
+
+    It does so on CPUs without mpirun.
     """
     asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if asked and not any(name in os.environ for name in (*WORLD, "LOCAL_RANK")):
@@ -52,20 +55,20 @@ def check_launch() -> None:
 
 
 def process_count() -> int:
-    """Processes that share the run."""
+    """Number of processes that share the run."""
     return int(_state().num_processes)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and tells."""
+    """Whether this process is the one that writes and reports."""
     return bool(_state().is_main_process)
 
 
 def exchanged(*values: float) -> list[list[float]]:
-    """The values of every process, in the processes' order; each waits for the others.
+    """The values of every process, in the order of the processes; each waits for the others.
 
     Raises:
-        LaunchError: one has ended.
+        LaunchError: another process has ended.
     """
     state = _state()
     if state.num_processes == 1:
@@ -80,9 +83,7 @@ def exchanged(*values: float) -> list[list[float]]:
 
 @contextmanager
 def others_alive() -> Iterator[None]:
-    """Around what processes do together: where one has ended meanwhile, a LaunchError says so in place of the
-    transport's own words.
-    """
+    """Guard for what processes do together: if one of them ends, a LaunchError replaces the transport's own error."""
     try:
         yield
     except RuntimeError as error:
@@ -94,15 +95,15 @@ def others_alive() -> Iterator[None]:
 
 
 _told_here: list[BaseException] = []
-"""The errors of this process, not the first one, that it tells for all."""
+"""Errors that this process, though not the first one, reports for all."""
 
 
 @contextmanager
 def agreed() -> Iterator[bool]:
-    """A block that ends well on every process or on none; yields whether this is the first one.
+    """Guard for a block that must succeed on every process or on none; it yields whether this process is the first one.
 
-    Where it fails on all, each has its own error; where it fails on some, the others get OtherProcessError, and the
-    first of those that failed speaks, also where it is not the first of all.
+    If the block fails on all processes, each has its own error. If it fails on some, the others raise
+    OtherProcessError, and the first process that failed reports the error, even if it is not the first of all.
     """
     error: BaseException | None = None
     try:
@@ -121,13 +122,17 @@ def agreed() -> Iterator[bool]:
 
 
 def any_process(value: bool) -> bool:
-    """Whether it is so on any process: then on all."""
+    """Whether the value is true on any process; all get the same answer."""
     return any(row[0] for row in exchanged(value))
 
 
 def refuse_drift(when: str, values: Mapping[str, float]) -> None:
-    """Raise LaunchError where the processes hold different values, by name, of what each computes for itself and what
-    they must share.
+    """Raise LaunchError if the processes hold different values of something that they compute separately but must
+    share.
+
+    Args:
+        when: start of the message.
+        values: the values of this process, by name.
     """
     rows = exchanged(*values.values())
     apart = [
@@ -142,28 +147,26 @@ def refuse_drift(when: str, values: Mapping[str, float]) -> None:
 
 
 def speaks(error: BaseException) -> bool:
-    """Whether it is this process that tells the user of an error that ends the run."""
+    """Whether this process is the one that reports to the user an error that ends the run."""
     return not isinstance(error, OtherProcessError) and (
         launched()[0] == 0 or any(told is error for told in _told_here)
     )
 
 
 def leave_the_word(code: int) -> None:
-    """Where another process tells of the error: wait for it, since a launcher ends all processes as soon as one has
-    ended.
-    """
+    """Wait for the process that reports the error, because a launcher ends all processes as soon as one has ended."""
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(code))
     time.sleep(WORD_S)
 
 
 def leave() -> None:
-    """End the group of processes in good order, where there is one."""
+    """Close the group of processes, if there is one."""
     if launched()[1] > 1:
         _state().destroy_process_group()
 
 
 def _state() -> Any:
-    """Accelerate's state of this process; the first call meets the others."""
+    """Accelerate's state of this process; the first call waits for the other processes."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from torch import accelerator
@@ -174,4 +177,5 @@ def _state() -> Any:
 
 
 def _number(names: Sequence[str], default: int) -> int:
+    """The first of these environment variables that is set, as a number."""
     return next((int(os.environ[name]) for name in names if name in os.environ), default)

@@ -1,4 +1,4 @@
-"""The program around a command: its memory, its processes, and how it ends: what is told, and with which exit code.
+"""The program around a command: its memory, its processes, and its end, with a message and an exit code.
 
 Not here: the commands (cli.py).
 """
@@ -25,29 +25,32 @@ from pqcad_qat.machine.cores import cores_of_share
 from pqcad_qat.machine.files import disk_refusal
 from pqcad_qat.machine.processes import check_launch, launched, leave, leave_the_word, speaks
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
+"""Options of mallopt."""
 
 ERRORS = Console(stderr=True)
+"""Console on which errors are printed."""
 
 SHARED_COMMANDS = ("run", "pretrain")
-"""Several processes work on these together."""
+"""Commands on which several processes can work together."""
 
 
 GOES_ON = {
     **dict.fromkeys(("run", "pretrain"), "; --resume goes on from there"),
     **dict.fromkeys(("sweep", "sensitivity"), "; the same command goes on from there"),
 }
-"""How a command goes on that was cut off."""
+"""How to continue an interrupted command, by command, as added to a message."""
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """A request to terminate, such as a launcher sends to the other processes as soon as one has ended."""
+    """A request to terminate, which for example a launcher sends to the other processes as soon as one has ended."""
 
 
 @contextmanager
 def told_endings(given: Sequence[str]) -> Iterator[None]:
-    """Inside, a command runs; whatever ends it becomes a message and an exit code: 2 where the user can mend it, 130 if
-    interrupted.
+    """Run a command inside; whatever ends it becomes a message and an exit code.
+
+    The code is 2 if the user can fix the cause, and 130 after an interruption.
 
     Args:
         given: the command line, the command first.
@@ -73,31 +76,32 @@ def told_endings(given: Sequence[str]) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what training frees at every step and takes again at the next, and torch, if not imported yet,
-    to take huge pages.
+    """Make glibc keep the memory that training frees in each training step and needs again in the next.
 
-    Page faults took an eighth of a step, and the page tables another twentieth of one between two widths.
+    torch, if it is not imported yet, also uses huge pages. Without this, page faults took an eighth of a training step,
+    and the page tables another twentieth of one between two widths.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # of the processes of a sweep
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # for the processes of a sweep
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
-        pass  # another system's allocator: nothing to tell
+        pass  # another system's allocator has no mallopt
 
 
 def keep_to_share_of_cores() -> None:
-    """Tell torch, which is not imported yet and counts all cores, to start no more threads than a container's share of
-    them feeds.
+    """Limit torch to as many threads as a container's share of the cores feeds.
+
+    It must be called before torch is imported; by itself torch counts all cores.
     """
     if (cores := cores_of_share()) is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
 def _end(error: BaseException, text: str, code: int) -> NoReturn:
-    """Tell what ended the program, once however many processes it has, and leave."""
+    """Report what ended the program, once for all its processes, and exit."""
     if speaks(error):
         start = Text("error: ", "bold red") if code == 2 else Text()
         ERRORS.print(start.append(Text(text)), highlight=False, soft_wrap=True)
@@ -107,11 +111,11 @@ def _end(error: BaseException, text: str, code: int) -> NoReturn:
 
 
 def _check_processes(given: Sequence[str]) -> None:
-    """Refuse several processes for what one does."""
+    """Raise UsageError for several processes on a command that only one can do."""
     check_launch()
     count = launched()[1]
     if count > 1:
-        # else torch says of every model that all its Parameters are used
+        # otherwise torch reports for every model that all its parameters are used
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if count > 1 and [*given, ""][0] not in SHARED_COMMANDS:
         raise UsageError(
@@ -121,7 +125,7 @@ def _check_processes(given: Sequence[str]) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Inside, a request to terminate ends the program as Ctrl-C does."""
+    """While the context lasts, a request to terminate ends the program as Ctrl-C does."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise _TerminatedError
@@ -135,8 +139,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _disks_of_threads_silent() -> Iterator[None]:
-    """Inside, a thread that a full disk ends, as TensorBoard's, shows no traceback: whoever writes by it next gets the
-    error.
+    """While the context lasts, a thread that a full disk ends shows no traceback, for example TensorBoard's.
+
+    The next write through that thread raises the error.
     """
     before = threading.excepthook
 
@@ -152,14 +157,14 @@ def _disks_of_threads_silent() -> Iterator[None]:
 
 
 def _cannot_write(error: OSError | SafetensorError) -> str | None:
-    """What a disk refuses to write, where whoever writes does not say it better."""
+    """The message for a disk's refusal that no writer has reported better; None for any other error."""
     if (reason := disk_refusal(error)) is None:
         return None
     return f"cannot write: {error if isinstance(error, OSError) and error.filename else reason}"
 
 
 def _cannot_use(error: OSError | SafetensorError) -> str | None:
-    """What is wrong with a path that the user named, where the system says so and no command did before."""
+    """The message for an unusable path of the user's that no command has checked; None for any other error."""
     if not isinstance(error, OSError) or error.filename is None:
         return None
     if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR):

@@ -1,6 +1,8 @@
-"""What long work tells while it goes on: a bar or a spinner on a terminal, and a line now and then elsewhere.
+"""Progress of long work: a bar or spinner on a terminal, and a line from time to time elsewhere.
 
-Not here: what is being done. No line holds escape codes, so that it can be kept in a file.
+No line holds escape codes, so the lines can be kept in a file.
+
+Not here: the work itself.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from rich.progress import (
 from rich.text import Text
 
 SECONDS = 15.0
-"""Between two lines of one piece of work, where there is no terminal."""
+"""Seconds between two lines of one piece of work, where there is no terminal."""
 
 
 class ProgressLines(Progress):
-    """A progress bar that prints lines instead where its console is no terminal: one every `seconds`, one at the end.
+    """A progress bar that prints lines if its console is no terminal: one every `seconds`, and one at the end.
 
     Attributes:
-        seconds: between two lines; None prints none.
+        seconds: time between two lines; None prints none.
     """
 
     def __init__(self, *columns: str | ProgressColumn, console: Console, auto_refresh: bool, seconds: float | None):
@@ -55,7 +57,7 @@ class ProgressLines(Progress):
         self._tell(task_id)
 
     def _tell(self, task_id: TaskID) -> None:
-        """Print how far the work is, where it is time to."""
+        """Print the progress, if it is time to."""
         task = self._tasks[task_id]
         if not self.disable or self.seconds is None or task.total is None or task_id not in self._told:
             return
@@ -63,7 +65,7 @@ class ProgressLines(Progress):
             return
         self._told[task_id] = monotonic()
         if task.finished:
-            del self._told[task_id]  # told for the last time
+            del self._told[task_id]  # this was the last line
         spent = timedelta(seconds=round(task.finished_time or task.elapsed or 0))
         note = f", {task.fields['note']}" if task.fields.get("note") else ""
         line = f"{task.description}: {task.completed:g} of {task.total:g}{note}, {spent}"
@@ -71,12 +73,12 @@ class ProgressLines(Progress):
 
 
 def progress_bar(console: Console, quiet: bool = False, lines: bool = True) -> ProgressLines:
-    """The one look of every progress line: name, bar, count, what is going on, time spent and left.
+    """The common look of all progress bars: name, bar, count, note, time spent and time left.
 
     Args:
-        console: that it is shown on.
-        quiet: drawn only when it is told to, so that it takes no time from what is being timed.
-        lines: whether lines are printed where the console is no terminal.
+        console: where it is shown.
+        quiet: whether it is drawn only on demand, so that it takes no time from work that is being timed.
+        lines: whether lines are printed if the console is no terminal.
     """
     return ProgressLines(
         TextColumn("[bold]{task.description:<14}"),
@@ -94,7 +96,7 @@ def progress_bar(console: Console, quiet: bool = False, lines: bool = True) -> P
 
 @contextmanager
 def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The progress of one piece of work; the yielded function advances it."""
+    """Show the progress of one piece of work; the yielded function advances it."""
     with progress_bar(console) as bar:
         task = bar.add_task(name, total=total, note="")
         yield lambda count: bar.update(task, advance=count)
@@ -102,8 +104,9 @@ def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int]
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[Callable[[str], None]]:
-    """Tell what is going on where nothing says how far it is: a spinner on a terminal, elsewhere a line at the start
-    and one now and then. The yielded function tells what comes next.
+    """Show what is going on where the progress is unknown; the yielded function names the next activity.
+
+    A terminal shows a spinner. Elsewhere a line is printed at the start and from time to time.
     """
     if console.is_terminal:
         with console.status(Text(what)) as status:

@@ -1,6 +1,7 @@
-"""Tensors in files: written whole or not at all, and gathered in parts, so that long work goes on behind the last part.
+"""Tensors in files, written as a whole or not at all, and gathered in parts so that long work can resume after the last
+part.
 
-Not here: what the tensors are.
+Not here: what the tensors mean.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pqcad_qat.errors import InterruptedByUserError
 from pqcad_qat.machine.files import whole_file
 
 Rows = Mapping[str, Tensor]
-"""Tensors by name whose first dimension is one and the same."""
+"""Tensors by name that agree in the size of their first dimension."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole, onto the disk itself, or not at all.
+    """Write a safetensors file as a whole or not at all, and flush it to the disk.
 
     Raises:
         DiskError: the disk refuses it.
@@ -35,23 +36,30 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Rows]], what: str) -> dict[str, Tensor]:
-    """So many rows, made batch by batch; those that lie in the folder `parts` already are read, and it gets every batch
-    that is made.
+    """Gather a number of rows batch by batch; rows already in the folder `parts` are read, and every new batch is saved
+    there.
+
+    Resuming: each part's name states its first row. The parts that follow one another from row 0 are kept, and making
+    continues after the last of them.
 
     Args:
-        parts: of an earlier process that was cut off; None where nothing is to outlive this one.
-        batches: from a row on.
-        what: is gathered, for whoever interrupts it, as "calibration: trajectories".
+        parts: folder of parts, possibly with those of an earlier process that was cut off; None saves nothing.
+        rows: total number of rows.
+        batches: function that makes batches from the given row on.
+        what: name of the work in the message of an interruption, such as "calibration: trajectories".
+
+    Returns:
+        The rows, by name.
 
     Raises:
-        InterruptedByUserError: says how many rows are in the folder.
-        DiskError: the disk refuses a part; those before it stay.
+        InterruptedByUserError: the user interrupts; the message says how many rows are in the folder.
+        DiskError: the disk refuses a part; the parts before it stay.
     """
     held: list[Rows] = [] if parts is None else list(_read_parts(parts))
     done = sum(map(_count, held))
     try:
         for batch in batches(done) if done < rows else ():
-            # as what is read is: a model may give channels last
+            # contiguous, as rows read from files are: a model may return channels last
             held.append({name: value.contiguous() for name, value in batch.items()})
             if parts is not None:
                 save_tensors(held[-1], parts / _name(done))
@@ -65,8 +73,8 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
 
 
 def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """The parts from the first row on; the first that is missing or damaged ends them, and is removed with all that
-    lies behind it.
+    """The parts from the first row on, up to the first that is missing or damaged; that one and all later ones are
+    removed.
     """
     files, done = sorted(folder.glob("rows-*")), 0
     drafts = list(folder.glob(".*"))
@@ -83,7 +91,7 @@ def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _name(first: int) -> str:
-    """Of the part that begins with this row."""
+    """Name of the part that begins with this row."""
     return f"rows-{first:09d}.safetensors"
 
 

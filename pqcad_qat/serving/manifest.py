@@ -1,8 +1,8 @@
-"""What the manifest.json of a deployed folder may say: every value that loading or running reads, and what its configs
-must agree with.
+"""Rules for the manifest.json of a deployed folder, for every value that loading or running reads.
 
-Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs numpy
-alone.
+The configs in the folder must match the manifest; their rules are here too.
+
+Not here: the files that it lists (deployed_folder.py), or the graph's ports (graph_inputs.py). Needs numpy alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.models.families.table import families
 
 SCHEMA_VERSION = 1
+"""Version of the manifest's format."""
 
 GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
     "openvino_model.xml",
@@ -25,35 +26,37 @@ GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
     "openvino_model.bin",
     "config.json",
 )
-"""In the denoiser's folder; the first three are also those of the pipeline's other parts."""
+"""Names of files in the denoiser's folder. Other pipeline parts use them too, except the packed graph."""
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+"""Path of the scheduler's config inside a deployed folder."""
 
 PARTS: Mapping[str, str] = {
     "vae": "vae_decoder",
     **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")},
 }
-"""Part of a pipeline beside its denoiser -> its folder, as optimum-intel names them."""
+"""Folder of each pipeline part besides the denoiser, named as optimum-intel names it."""
 
 FORMATS = ("int8", "packed")
-"""Of weights, on disk."""
+"""Formats of the weights on disk."""
 
 MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "train_timesteps", "layers")
-"""Without which there is no model."""
+"""Keys that every manifest must have."""
 
 LARGEST_SIDE, MOST_VALUES, MOST_TIMES = 2**16, 2**28, 10**6
-"""Bounds on a size, on the values of one tensor of the graph's batch, and on training time steps: over any model, under
-what would hang.
+"""Largest size of a dimension, largest number of values in one tensor of the graph's batch, and largest number of
+training steps of a schedule. They exceed every model, and stop a damaged manifest before it hangs the process.
 """
 
 Fits = Callable[[Any], bool]
+"""Check of one value."""
 
 
 def checked_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, every value of which is of the kind that its readers take.
+    """Read a manifest and check that each value is of the kind that its readers expect.
 
     Raises:
-        ModelError: it cannot be read, or has a value that is not allowed; the message names the key.
+        ModelError: the file cannot be read, or a value is not allowed; the message names the key.
     """
     try:
         manifest = read_json(path)
@@ -84,8 +87,8 @@ def checked_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
-    """That conditions are whole and named apart, and that a batch of each, and of samples, is of a size that can be
-    computed with.
+    """Check that conditions are complete and have different names, and that their tensors and the samples have a usable
+    size.
     """
     batch, seen = manifest["batch_size"], set[str]()
     most = f"{MOST_VALUES} values in a batch of {batch}"
@@ -104,15 +107,16 @@ def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def listed(manifest: Mapping[str, Any], path: Path, *names: str) -> None:
-    """Raise ModelError for a file that is needed and not on the manifest's list."""
+    """Raise ModelError if a file that is needed is missing from the manifest's list."""
     for name in names:
         if name not in manifest["files"]:
             raise ModelError(f"{path}: lists no {name}")
 
 
 def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError where the denoiser's config is not that of the samples in the manifest; of a module of one's own
-    it says nothing.
+    """Raise ModelError if the denoiser's config does not match the samples in the manifest.
+
+    The config of a user's own module may leave these keys out.
     """
     channels = manifest["sample_shape"][0]
     _check(
@@ -141,8 +145,9 @@ def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any]
 
 
 def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError for a key that the runtime reads of the scheduler's config beside its schedule
-    (sampling/trajectory.py).
+    """Raise ModelError for an invalid value that the runtime reads from the scheduler's config.
+
+    The schedule itself is checked elsewhere (sampling/trajectory.py).
     """
     most = manifest["train_timesteps"]
     times = f"a whole number from 1 to {MOST_TIMES}"
@@ -187,6 +192,7 @@ def check_scheduler_config(config: Mapping[str, Any], manifest: Mapping[str, Any
 
 
 def _check_entry(path: Path, before: str, entry: Any, rules: Mapping[str, tuple[Fits, str]]) -> None:
+    """Check the values of one object by its rules."""
     if not isinstance(entry, dict):
         _refuse(path, before[:-2], entry, "an object of keys and values")
     for key, (fits, allowed) in rules.items():
@@ -194,6 +200,7 @@ def _check_entry(path: Path, before: str, entry: Any, rules: Mapping[str, tuple[
 
 
 def _check(path: Path, config: Mapping[str, Any], key: str, fits: Fits, *, allowed: str, before: str = "") -> None:
+    """Check one value, named in the message by its key."""
     if not fits(config.get(key)):
         _refuse(path, before + key, config.get(key), allowed)
 
@@ -203,7 +210,7 @@ def _refuse(path: Path, key: str, got: Any, allowed: str) -> NoReturn:
 
 
 def _name(text: str) -> str:
-    """What a damaged file says, in printable characters and few."""
+    """A name from a damaged file, in printable characters and shortened."""
     return shown(text)[1:-1]
 
 
@@ -229,6 +236,7 @@ def _is_graph(value: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
+    """Whether a file's name is a plain relative path that stays inside the folder."""
     path = PurePosixPath(name)
     return (
         bool(path.parts)
@@ -248,6 +256,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _optional_steps(provenance: Any) -> bool:
+    """Whether the counts of sampling steps in the provenance, where there are any, are valid."""
     steps = (
         (provenance.get(key) for key in ("sampling_steps", "full_precision_steps"))
         if isinstance(provenance, dict)
@@ -282,7 +291,7 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
     ),
     "attention": (_is_object, "an object of modules"),
 }
-"""Key -> its check, and what it allows."""
+"""Check and description of the allowed values, by key of the manifest."""
 
 _TEXT: tuple[Fits, str] = (lambda value: isinstance(value, str), "text")
 _BITS: tuple[Fits, str] = (lambda value: value is None or _is_number(value, 0), "a number")
@@ -302,7 +311,7 @@ TABLES: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
         "needs_vnni": (lambda value: value is None or isinstance(value, bool), "true or false"),
     },
 }
-"""Key of a table -> what each of its entries holds."""
+"""Rules for the entries of each table, by the table's key."""
 
 CONDITION: Mapping[str, tuple[Fits, str]] = {
     "name": (
@@ -315,4 +324,4 @@ CONDITION: Mapping[str, tuple[Fits, str]] = {
     "dtype": (lambda value: value in ("float32", "int64"), "float32 or int64"),
     "bound": (lambda value: value is None or _is_whole(value, 1, 2**62), "null, or a whole number above 0"),
 }
-"""Key of a condition -> its check."""
+"""Check and description of the allowed values, by key of a condition."""

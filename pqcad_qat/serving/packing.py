@@ -1,5 +1,4 @@
-"""Weights on disk in fewer bits: integers as bit fields, and a graph whose planned weights are packed so, or unpacked
-to int8 again.
+"""Packing of weights on disk: integers as bit fields, and graphs whose planned weights are packed or unpacked to int8.
 
 Not here: the folder around the graph (deployed_folder.py). Needs openvino and numpy.
 """
@@ -23,48 +22,52 @@ from pqcad_qat.machine.json_files import shown
 from pqcad_qat.serving.compiled_graph import reason
 
 WeightFormat = Literal["int8", "packed"]
+"""Format of the weights on disk."""
 
 PACKED_WIDTHS: Mapping[WeightFormat, tuple[int, ...]] = {"int8": (), "packed": (2, 3, 4)}
-"""Bits that a layer's weights may be packed to; what fits none of them stays int8."""
+"""Widths in bits to which a layer's weights may be packed, by format; weights that fit none of them stay int8."""
 
 CONTAINERS: Mapping[int, ov.Type] = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4}
-"""The type of a packed constant. It has the right size and says the width; of these only int4 holds for OpenVINO what
-it holds for us.
+"""OpenVINO type of a packed constant, by width in bits. The type has the right size and states the width. Only for int4
+does OpenVINO read the same values as we do.
 """
 
 IN_FLOAT32 = "/float32"
-"""Ending of the names of nodes that compute in float32 also where OpenVINO computes outside INT8 in BF16."""
+"""Suffix of the names of nodes that compute in float32 even where OpenVINO uses BF16 outside INT8."""
 
 _FLOAT32_MARK = '<rt_info><attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16" /></rt_info>'
-"""OpenVINO's own attribute of such a node, as it writes it; its Python interface can read it and not set it."""
+"""OpenVINO's own attribute of such a node, in the text that OpenVINO writes. Its Python interface can read the
+attribute but not set it.
+"""
 
 LONGEST_TEXT = 2**26
-"""Bytes of a graph's text: several times Stable Diffusion XL's."""
+"""Largest size of a graph's text in bytes: several times that of Stable Diffusion XL."""
 
 UNREADABLE = (RuntimeError, OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError, MemoryError)
-"""What reading a damaged graph may end in."""
+"""Exceptions that reading a damaged graph may raise."""
 
 MATRIX_OPS = ("Convolution", "GroupConvolution", "MatMul")
+"""Types of nodes that compute a layer's product."""
 
 
 FURTHER, FOLLOWING = "#", "/following"
-"""In names of nodes: before the number of a layer's call, from the second on; and of what multiplies a layer's output
-by constants.
+"""Parts of node names: the separator before the number of a layer's second or later call, and the suffix of nodes that
+combine a layer's output with constants.
 """
 
 RENAMED = ("/Dequantization", FOLLOWING, "_original")
-"""What may stand behind a layer's name where OpenVINO computes the layer together with what follows, or apart from its
-scale.
+"""Suffixes behind a layer's name that OpenVINO creates, where it fuses the layer with what follows or separates it from
+its scale.
 """
 
 
 def call_name(layer: str, call: int) -> str:
-    """The name of the node that is one call, counted from 0, of a layer."""
+    """Name of the node that computes one call of a layer; calls are counted from 0."""
     return layer if call == 0 else f"{layer}{FURTHER}{call + 1}"
 
 
 def called_layer(node: str, layers: Collection[str]) -> str | None:
-    """The layer, one of these, that a product of this name is a call of; None of another product."""
+    """The layer, among these, that a product of this name computes; None for any other product."""
     for name in (node, *(node.partition(mark)[0] for mark in RENAMED)):
         layer, _, call = name.rpartition(FURTHER)
         if name in layers or (layer in layers and call.isdigit()):
@@ -73,8 +76,9 @@ def called_layer(node: str, layers: Collection[str]) -> str | None:
 
 
 def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> int:
-    """The fewest of `widths` that hold every value as a signed integer, or 8; unsigned bytes (of a zero point) stay
-    what they are.
+    """The smallest of `widths` in bits that holds every value as a signed integer, or 8.
+
+    Unsigned bytes, which belong to a zero point, are never packed.
     """
     if weights.dtype == np.uint8:
         return 8
@@ -83,14 +87,15 @@ def stored_bits(weights: npt.NDArray[np.integer], widths: Collection[int]) -> in
 
 
 def pack_values(values: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
-    """Two's complement fields of `bits` bits, the first in the lowest bits of the first byte: for 4 bits OpenVINO's own
-    layout of int4.
+    """Pack signed integers as two's complement fields of `bits` bits.
+
+    The first value takes the lowest bits of the first byte. For 4 bits this is OpenVINO's own layout of int4.
 
     Returns:
-        as many bytes as `bits` times the number of values rounded up to a multiple of 8 takes.
+        Bytes for the number of values rounded up to a multiple of 8.
 
     Raises:
-        ValueError: a value that the width does not hold.
+        ValueError: a value does not fit the width.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if values.size and (values.min() < low or values.max() > high):
@@ -101,18 +106,18 @@ def pack_values(values: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8
 
 
 def unpack_values(packed: npt.NDArray[np.uint8], bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
-    """The inverse of pack_values; bytes beyond the values are ignored."""
+    """Invert pack_values; bytes beyond the values are ignored."""
     count, sign = int(np.prod(shape)), 1 << (bits - 1)
     fields = np.unpackbits(packed.reshape(-1), count=count * bits, bitorder="little").reshape(count, bits)
     values = np.packbits(fields, axis=1, bitorder="little").reshape(shape)
-    return np.asarray((values ^ sign).view(np.int8) - np.int8(sign), np.int8)  # sign extension
+    return np.asarray((values ^ sign).view(np.int8) - np.int8(sign), np.int8)  # (v xor sign) - sign extends the sign
 
 
 def pack_weights(graph: ov.Model, layers: Collection[str], weights: WeightFormat) -> dict[str, int]:
-    """Pack the int8 weights of the planned layers in place; returns the bits that each is now stored in.
+    """Pack the int8 weights of the planned layers in place; return the width in bits that each is now stored in.
 
     Raises:
-        ExportError: a planned layer whose weights are no 8-bit integers.
+        ExportError: the weights of a planned layer are not 8-bit integers.
     """
     found: dict[str, int] = {}
     for node in graph.get_ordered_ops():
@@ -121,7 +126,7 @@ def pack_weights(graph: ov.Model, layers: Collection[str], weights: WeightFormat
             continue
         constant = _weight_constant(node)
         if name in found and constant.get_element_type() in CONTAINERS.values():
-            continue  # a further call, of the same constant
+            continue  # another call of the layer, with the same constant
         if constant.get_element_type() not in (ov.Type.i8, ov.Type.u8):
             raise ExportError(f"{name}: weights must be int8 in the graph, got {constant.get_element_type()}")
         values = np.asarray(constant.data)
@@ -132,13 +137,13 @@ def pack_weights(graph: ov.Model, layers: Collection[str], weights: WeightFormat
 
 
 def unpack_weights(graph: ov.Model) -> None:
-    """Put an int8 constant with the same values and name in the place of every packed one."""
+    """Replace every packed constant by an int8 constant with the same values and name."""
     widths = {container: bits for bits, container in CONTAINERS.items()}
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "Constant" and (bits := widths.get(node.get_element_type())):
             shape = tuple(node.output(0).shape)
             _replace(node, ov.Tensor(unpack_values(np.asarray(node.data).view(np.uint8), bits, shape)))
-    graph.validate_nodes_and_infer_types()  # what is computed of weights (upsampling.py) has their type
+    graph.validate_nodes_and_infer_types()  # nodes computed from weights (upsampling.py) take their type
 
 
 def _packed_tensor(values: npt.NDArray[np.int8], bits: int) -> ov.Tensor:
@@ -148,7 +153,7 @@ def _packed_tensor(values: npt.NDArray[np.int8], bits: int) -> ov.Tensor:
 
 
 def _weight_constant(node: ov.Node) -> ov.Node:
-    """The integer constant at the root of a layer's weight input."""
+    """The integer constant behind a layer's weight input."""
     source = node.input_value(1).get_node()
     while source.get_type_name() != "Constant":
         source = source.input_value(0).get_node()
@@ -164,12 +169,11 @@ def _replace(constant: ov.Node, tensor: ov.Tensor) -> None:
 
 
 def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None:
-    """Write the graph's text and, beside it, its constants as they are (OpenVINO's default would round them to
-    float16).
+    """Write the graph's text and, beside it, its constants without rounding; OpenVINO's default would round to float16.
 
-    Names that OpenVINO has numbered by all nodes that the process ever made are numbered by place, so that the same
-    graph gives the same bytes; those that are `named` are somebody's, whatever they look like. Nodes whose names end
-    with IN_FLOAT32 are marked so. White space between tags, a sixth of the text, goes.
+    OpenVINO numbers unnamed nodes by a counter of the whole process. They are renumbered by position, so that the same
+    graph always gives the same bytes. Names in `named` are kept, even if they look numbered. Nodes whose names end with
+    IN_FLOAT32 get OpenVINO's mark. White space between tags, a sixth of the text, is removed.
     """
     xml.parent.mkdir(parents=True, exist_ok=True)
     graph.set_friendly_name(xml.parent.name)
@@ -178,20 +182,20 @@ def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None
         if name not in named and kind == node.get_type_name() and number.isdigit():
             node.set_friendly_name(f"{kind}_{place}")
     ov.save_model(graph, xml, compress_to_fp16=False)
-    # what was read bears it in more places
+    # a graph that was read from a file carries the mark in further places: remove all, then mark anew
     plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(_FLOAT32_MARK, "")
     head = rf'<layer id="\d+" name="[^"]*{IN_FLOAT32}" [^>]*>(?:<data [^>]*/>)?'
     xml.write_text(re.sub(head, rf"\g<0>{_FLOAT32_MARK}", plain), encoding="utf-8")
 
 
 def compress_text(xml: Path, compressed: Path) -> None:
-    """Put the graph's text as gzip in the place of the plain one; the same bytes at any time."""
+    """Replace the graph's text by a gzip file, whose bytes do not depend on the time."""
     compressed.write_bytes(gzip.compress(xml.read_bytes(), mtime=0))
     xml.unlink()
 
 
 def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
-    """A graph with its weights unpacked: the same graph, bit for bit, whatever their format on disk.
+    """Read a graph and unpack its weights; the graph is the same, bit for bit, whatever its format on disk.
 
     Raises:
         ModelError: OpenVINO cannot read the files.
@@ -214,8 +218,9 @@ def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
 
 
 def _check_constants(text: Path, plain: bytes) -> None:
-    """Raise ModelError for a constant whose bytes are not those of its shape: OpenVINO reads it, and may end the
-    process in computing.
+    """Raise ModelError for a constant whose number of bytes does not match its shape.
+
+    OpenVINO reads such a constant, and the process may crash when the graph runs.
     """
     for kind, shape, size in re.findall(
         rb'<data element_type="([^"]*)" shape="([^"]*)" offset="[^"]*" size="([^"]*)"', plain
@@ -224,7 +229,7 @@ def _check_constants(text: Path, plain: bytes) -> None:
             continue
         whole = re.fullmatch(rb"(\d+(, ?\d+)*)?", shape) and size.isdigit()
         taken = math.prod(int(side) for side in shape.split(b",") if side) * bits / 8 if whole else -1.0
-        # of fields smaller than a byte the last bytes are filled up
+        # fields smaller than a byte are padded at the end
         if not whole or not taken <= int(size) < taken + 8:
             raise ModelError(
                 f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} "
@@ -244,10 +249,10 @@ _BITS: Mapping[bytes, int] = {
     b"i32": 32,
     b"i64": 64,
 }
-"""Type of a constant -> bits of a value; of others nothing is checked."""
+"""Bits of one value, by type of a constant; other types are not checked."""
 
 
 def _check_length(text: Path, size: int) -> None:
-    """Raise ModelError for a text that would take gigabytes to read, as a few compressed kB may."""
+    """Raise ModelError for a text too long to read: a few compressed kilobytes may unpack to gigabytes."""
     if size > LONGEST_TEXT:
         raise ModelError(f"{text}: got a graph's text of more than {LONGEST_TEXT} bytes; allowed that many")

@@ -1,7 +1,7 @@
-"""Run the other parts of a deployed folder: its VAE decoder, and its text encoders with their tokenizers.
+"""Running of a deployed folder's other parts: the VAE decoder, and the text encoders with their tokenizers.
 
-Not here: the denoiser (runtime.py), how parts are made (part_export.py), or what a pipeline makes of them
-(text_to_image.py). Needs openvino and numpy; prompts take the library tokenizers.
+Not here: the denoiser (runtime.py), how parts are made (part_export.py), or how a pipeline uses them
+(text_to_image.py). Needs openvino and numpy; prompts also need the library tokenizers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 MOST_BLOCKS, MOST_SCALE = 12, 1e9
-"""Bounds on a VAE's config."""
+"""Largest number of blocks, and upper bound on the magnitude of scaling values, in a VAE's config."""
 
 
 class PictureDecoder:
-    """The VAE's decoder, compiled for one picture at a time; it may be called from any number of threads.
+    """The VAE's decoder, compiled for one picture at a time; any number of threads may call it.
 
     Attributes:
         config: diffusers' config of the VAE.
-        factor: pixels of a picture's side for one of its latents'.
+        factor: ratio of a picture's side in pixels to the side of its latents.
     """
 
     def __init__(
@@ -47,10 +47,16 @@ class PictureDecoder:
         device: str = "CPU",
         properties: Mapping[str, Any] | None = None,
     ) -> None:
-        """`folder` is deployed; `sample_shape` (C, h, w) is that of its latents.
+        """Load and compile the decoder.
+
+        Args:
+            folder: the deployed folder.
+            sample_shape: shape (C, h, w) of the latents.
+            device: OpenVINO's name of the device.
+            properties: OpenVINO properties that override the defaults.
 
         Raises:
-            ModelError: its files cannot be read, or make no pictures of such latents.
+            ModelError: the files cannot be read, or do not decode latents of this shape.
         """
         part = folder / PARTS["vae"]
         self.config = read_json(part / CONFIG)
@@ -70,7 +76,7 @@ class PictureDecoder:
         self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
 
     def __call__(self, latents: Float32) -> Float32:
-        """Pictures (N, 3, H, W), about in [-1, 1], of latents (N, C, h, w) as the denoiser gives them."""
+        """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1]."""
         scaled = scaled_latents(self.config, latents)
         return np.concatenate(
             [self._requests.infer({"latent_sample": one}, [0])[0] for one in np.split(scaled, len(scaled))]
@@ -78,8 +84,9 @@ class PictureDecoder:
 
 
 def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
-    """Latents (N, C, h, w) of a denoiser as its VAE takes them; by the mean and deviation of each channel where its
-    config has them.
+    """Scale a denoiser's latents (N, C, h, w) to those that its VAE takes.
+
+    Where the config has a mean and deviation for each channel, they are applied too.
     """
     mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
     scaled = np.asarray(latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0), np.float32)
@@ -90,23 +97,30 @@ def scaled_latents(config: Mapping[str, Any], latents: Float32) -> Float32:
 
 
 class PromptEncoder:
-    """A text encoder and its tokenizer, compiled for one prompt at a time; it may be called from any number of threads.
+    """A text encoder and its tokenizer, compiled for one prompt at a time; any number of threads may call it.
 
     Attributes:
         config: transformers' config of the encoder.
-        outputs: what it can give, by name.
-        layers: of a CLIP that gives `hidden_states.0` to `hidden_states.LAYERS`.
-        tokens: that every prompt is filled up or cut to.
-        masked: whether it is told which of the tokens are the prompt's, as PixArt's T5 is.
+        outputs: names of the graph's outputs.
+        layers: number of layers of a CLIP, which returns `hidden_states.0` to `hidden_states.LAYERS`.
+        tokens: number of tokens to which every prompt is padded or cut.
+        masked: whether the encoder takes a mask of the prompt's tokens, as PixArt's T5 does.
     """
 
     def __init__(
         self, folder: Path, part: str, device: str = "CPU", properties: Mapping[str, Any] | None = None
     ) -> None:
-        """`folder` is deployed; `part` is text_encoder, text_encoder_2 or text_encoder_3.
+        """Load and compile the encoder.
+
+        Args:
+            folder: the deployed folder.
+            part: text_encoder, text_encoder_2 or text_encoder_3.
+            device: OpenVINO's name of the device.
+            properties: OpenVINO properties that override the defaults.
 
         Raises:
-            ModelError: its files or its tokenizer's cannot be read, or the library tokenizers is not installed.
+            ModelError: the files of the encoder or its tokenizer cannot be read, or the library tokenizers is not
+                installed.
         """
         self._part = folder / part
         self.config = read_json(self._part / CONFIG)
@@ -125,28 +139,34 @@ class PromptEncoder:
         self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
 
     def ids(self, prompt: str) -> npt.NDArray[np.int64]:
-        """(1, tokens)."""
+        """Token ids of a prompt, (1, tokens)."""
         return np.array([self._tokenizer.encode(prompt).ids], np.int64)
 
     def mask(self, prompt: str) -> npt.NDArray[np.int64]:
-        """(1, tokens): 1 for the prompt's tokens, 0 for those that fill it up."""
+        """Mask of a prompt's tokens, (1, tokens): 1 for its own tokens, 0 for padding."""
         return np.array([self._tokenizer.encode(prompt).attention_mask], np.int64)
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that the encoder does not read, since it is longer than its tokens."""
+        """The end of a prompt that the encoder does not read, because it exceeds the number of tokens; "" if nothing is
+        cut.
+        """
         more = self._tokenizer.encode(prompt).overflowing
         places = zip(more[0].offsets, more[0].special_tokens_mask, strict=True) if more else ()
         starts = [start for (start, end), special in places if not special and end > start]
         return prompt[min(starts) :] if starts else ""
 
     def __call__(self, prompt: str, outputs: Sequence[str]) -> dict[str, Float32]:
-        """What the encoder gives for a prompt, by name, (1, ...)."""
+        """Encode a prompt: output name -> values (1, ...)."""
         return self.encoded(self.ids(prompt), outputs, self.mask(prompt) if self.masked else None)
 
     def encoded(
         self, ids: npt.NDArray[np.int64], outputs: Sequence[str], mask: npt.NDArray[np.int64] | None = None
     ) -> dict[str, Float32]:
-        """The same for tokens (1, tokens), all of which count where no mask is given."""
+        """Encode tokens (1, tokens); without a mask, all of them count.
+
+        Raises:
+            ModelError: the graph lacks one of these outputs.
+        """
         given = {"input_ids": ids} | (
             {"attention_mask": np.ones_like(ids) if mask is None else mask} if self.masked else {}
         )
@@ -158,7 +178,7 @@ class PromptEncoder:
 
 
 def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
-    """Raise ModelError for a VAE's config that `scaled_latents` cannot take."""
+    """Raise ModelError for a VAE's config that `scaled_latents` cannot use."""
     rules = {
         "scaling_factor": (
             _is_number(config.get("scaling_factor")) and bool(config["scaling_factor"]),
@@ -180,10 +200,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _read(part: Path, needed: Collection[str]) -> ov.Model:
-    """A part's graph, which has an input of these names, and outputs.
+    """Read a part's graph and check that it has ports of these names, and outputs.
 
     Raises:
-        ModelError: OpenVINO cannot read it, or it has not.
+        ModelError: OpenVINO cannot read the graph, or it lacks them.
     """
     graph = read_text_and_weights(part / GRAPH, part / WEIGHTS, shared_core())
     try:
@@ -201,7 +221,7 @@ def _reshape(graph: ov.Model, shape: tuple[int, ...], part: Path) -> None:
     """Give all inputs of a graph this fixed shape.
 
     Raises:
-        ModelError: OpenVINO cannot.
+        ModelError: OpenVINO cannot do so.
     """
     try:
         graph.reshape({port: list(shape) for port in graph.inputs})
@@ -212,7 +232,7 @@ def _reshape(graph: ov.Model, shape: tuple[int, ...], part: Path) -> None:
 
 
 def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
-    """A tokenizer that cuts and fills up prompts as the pipeline's own does.
+    """Load a tokenizer that cuts and pads prompts as the pipeline's own does.
 
     Raises:
         ModelError: the library tokenizers is not installed, the files cannot be read, or the padding token is not in
@@ -226,7 +246,7 @@ def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
         raise ModelError(f"{folder / 'tokenizer.json'}: no such file; a text encoder takes its tokenizer")
     try:
         made = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises no other class
+    except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {reason(error)}") from error
     named = read_json(folder / "tokenizer_config.json").get("pad_token")
     padding = named.get("content") if isinstance(named, dict) else named
@@ -241,5 +261,5 @@ def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
 
 
 def _encodable(text: str) -> bool:
-    """Whether the library can take it: it has no lone surrogate, as a damaged file's JSON may."""
+    """Whether the text is valid UTF-8: a damaged file's JSON may hold lone surrogates, which the library refuses."""
     return text.encode("utf-8", "ignore").decode("utf-8") == text

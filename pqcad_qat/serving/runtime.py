@@ -1,8 +1,8 @@
-"""Run a deployed folder: one compiled model, which stands where a diffusers denoiser would.
+"""The runtime of a deployed folder: one compiled model that can replace a diffusers denoiser.
 
-Not here: its files (deployed_folder.py), how it is called (diffusers_calls.py) and looked at (diffusers_stand_in.py),
-its requests (compiled_graph.py), how it is made (export_model.py) or proved (proof.py). Needs openvino and numpy; torch
-only if the caller has it.
+Not here: the files (deployed_folder.py), the reading of calls (diffusers_calls.py), the imitation of diffusers' models
+(diffusers_stand_in.py), infer requests (compiled_graph.py), export (export_model.py) and proof (proof.py). Needs
+openvino and numpy; torch only if the caller uses it.
 """
 
 from __future__ import annotations
@@ -42,18 +42,22 @@ __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"
 Float32 = npt.NDArray[np.float32]
 
 CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
-"""Values of ONEDNN_MAX_CPU_ISA, which keeps oneDNN, and so OpenVINO, to the instructions of an older CPU."""
+"""Values of ONEDNN_MAX_CPU_ISA that exclude VNNI. The variable limits oneDNN, and so OpenVINO, to the instructions of
+an older CPU.
+"""
 
 TIME_TOLERANCE = 2.0**-8
-"""Share of a continuous time that a caller's may differ by: pipelines in bfloat16 round it so."""
+"""Largest relative difference between a caller's continuous time and the sampler's: pipelines in bfloat16 round times
+by that much.
+"""
 
 
 @dataclass(frozen=True)
 class UNetOutput:
-    """What a call returns, by attribute, key or place as of diffusers.
+    """Result of a call; as in diffusers, the sample is found by attribute, key or index.
 
     Attributes:
-        sample: (B, C, H, W), of the kind (torch or numpy) that was passed in.
+        sample: prediction (B, C, H, W), in torch or numpy as the caller's input.
     """
 
     sample: Any
@@ -62,34 +66,36 @@ class UNetOutput:
         return {"sample": self.sample, 0: self.sample}[key]
 
     def to_tuple(self) -> tuple[Any]:
+        """The sample as a tuple of one."""
         return (self.sample,)
 
 
 class OVUNet2DModel(StandIn):
-    """A deployed denoiser, compiled: called with numpy arrays or torch tensors, it answers in kind.
+    """A deployed denoiser, compiled; it takes numpy arrays or torch tensors and returns the same kind.
 
-    It stands in for the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers.
-    Where this module is imported, ``DDIMPipeline.from_pretrained(folder)`` makes one by itself.
-    The graph has a fixed batch. A larger one is run in pieces and the last piece filled up with copies of its last
-    sample, which are
-    cut off again: any batch works, and a multiple of `batch_size` wastes nothing.
-    One object may be called from any number of threads, each of which gets what it would get alone, bit for bit. They
-    are served in turn, every core for one call after the other, unless ``{"PERFORMANCE_HINT": "THROUGHPUT"}`` gives
-    calls fewer cores and lets several run.
+    It can replace the `unet` of a diffusers pipeline or loop, with any scheduler whose time steps are whole numbers. If
+    this module is imported, ``DDIMPipeline.from_pretrained(folder)`` creates one by itself.
+
+    The graph has a fixed batch. A larger batch runs in pieces; the last piece is padded with copies of its last sample,
+    whose results are dropped. Any batch works, and a multiple of `batch_size` wastes nothing.
+
+    Any number of threads may call one object. Each gets the result that it would get alone, bit for bit. Calls run one
+    after the other on every core. ``{"PERFORMANCE_HINT": "THROUGHPUT"}`` runs several at once on fewer cores each.
 
     Attributes:
-        folder: where it was loaded from.
-        config: the UNet's config.json, by key or attribute.
-        scheduler_config: diffusers' config of the scheduler it is for.
-        manifest: what the folder says of itself.
-        sample_shape: (C, H, W) that the graph takes.
-        batch_size: samples a run of the graph.
-        conditions: what it takes beside sample and timestep, in order: {name, shape of one sample's, dtype, bound}.
-        inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use: what the layers outside the plan compute in.
-        training: False; it only predicts.
+        folder: folder that it was loaded from.
+        config: the denoiser's config.json, by key or attribute.
+        scheduler_config: diffusers' config of the scheduler that the model was made for.
+        manifest: the folder's manifest.
+        sample_shape: shape (C, H, W) of one sample.
+        batch_size: number of samples in one run of the graph.
+        conditions: inputs besides sample and timestep, in order: {name, shape for one sample, dtype, bound}.
+        inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use, the precision of layers outside the plan.
+        training: always False, because it only predicts.
     """
 
     def __init__(self, folder: Path, device: str = "CPU", properties: Mapping[str, Any] | None = None) -> None:
+        """Load and compile the folder; see `from_pretrained`."""
         super().__init__()
         self.folder = folder
         self.manifest = read_manifest(folder)
@@ -118,26 +124,28 @@ class OVUNet2DModel(StandIn):
         """Load a deployed folder.
 
         Args:
-            folder: what export_model or save_pretrained wrote: the one with manifest.json in it, or the denoiser's
-                folder in it.
+            folder: the folder that export_model or save_pretrained wrote (it holds manifest.json), or the denoiser's
+                folder inside it.
             device: OpenVINO's name of the device, such as CPU, AUTO or MULTI:CPU.
-            properties: OpenVINO properties over DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT": "f32"}``.
+            properties: OpenVINO properties that override DEFAULT_PROPERTIES, such as ``{"INFERENCE_PRECISION_HINT":
+                "f32"}``.
 
         Raises:
-            ModelError: not such a folder, a damaged one, no such device, or properties that OpenVINO refuses.
+            ModelError: the folder is no deployed folder or is damaged, the device does not exist, or OpenVINO refuses
+                the properties.
         """
         path = Path(folder)
-        # diffusers' pipelines hand over the denoiser's folder
+        # diffusers' pipelines pass the denoiser's folder
         inside = path.name in DENOISER_FOLDERS and not (path / MANIFEST).is_file()
         return cls(path.parent if inside else path, device, properties)
 
     def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:
-        """Write the whole deployed folder again: the same files, byte for byte; or its weights in another format, with
-        the same execution.
+        """Write the whole deployed folder again, byte for byte, or with its weights in another format that executes the
+        same.
 
         Args:
-            folder: where to; an older deployed folder there is replaced, anything else refused.
-            weights: int8 for plain OpenVINO; packed for the smallest files; by default as loaded.
+            folder: where the copy is written. An older deployed folder there is replaced; anything else is refused.
+            weights: int8 for plain OpenVINO, packed for the smallest files; None keeps the format.
 
         Raises:
             ModelError: the folder it was loaded from is gone or changed, or there is no such format.
@@ -151,19 +159,18 @@ class OVUNet2DModel(StandIn):
         return executing(self.compiled)
 
     def __call__(self, *positional: Any, **named: Any) -> UNetOutput | tuple[Any]:
-        """Predict as the diffusers model of `config`'s class does, with its own arguments, by place or by name
+        """Predict with the arguments of the diffusers class that `config` names, by position or name
         (diffusers_calls.py).
 
         Args:
-            positional, named: first `sample`, or `hidden_states`, (B, C, H, W), numpy array or torch tensor;
-                `timestep`, a number, or an array or tensor of shape (), (1,) or (B,), floats too, if they are whole
-                numbers; the conditions, dicts such as
-                added_cond_kwargs among them: (B, ...), or (1, ...) for all samples; and `return_dict`: False returns a
-                    tuple of one.
+            positional, named: `sample` or `hidden_states`, (B, C, H, W), as numpy array or torch tensor; `timestep`, a
+                number, or an array or tensor of shape (), (1,) or (B,); the conditions, (B, ...), or (1, ...) for all
+                samples, also inside dicts such as added_cond_kwargs; and `return_dict`, where False returns a tuple of
+                one. A time step may be a float if it is a whole number.
 
         Raises:
-            ModelError: a shape that the graph does not take, other conditions, or a time step that is no whole number
-                in [0, T).
+            ModelError: a shape does not fit the graph, the conditions are not the graph's, or a time step is no whole
+                number in [0, T). Continuous times may be any number in [0, T].
         """
         takes = [condition["name"] for condition in self.conditions]
         call = read_call(str(self.config.get("_class_name")), takes, positional, named, where=str(self.folder))
@@ -178,15 +185,25 @@ class OVUNet2DModel(StandIn):
     forward = __call__
 
     def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
-        """The prediction in the layout of the states (B, C, H, W) that a pipeline gave, at times in [0, T]."""
+        """Predict in the layout of the states (B, C, H, W) that a pipeline passes, at times in [0, T]."""
         self._tell_of_other_steps(times)
         return self.predict(states, times, call.conditions)
 
     def predict(
         self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
     ) -> Float32:
-        """The same on numpy arrays alone: (B, C, H, W), time steps () or (1,) or (B,), conditions by name -> (B, C, H,
-        W) float32.
+        """Predict from numpy arrays alone, as `__call__` does.
+
+        Args:
+            sample: x_t, (B, C, H, W).
+            timestep: t, of shape (), (1,) or (B,).
+            condition: the conditions by name.
+
+        Returns:
+            The prediction, (B, C, H, W) float32.
+
+        Raises:
+            ModelError: as `__call__`.
         """
         if sample.ndim != 4 or sample.shape[1:] != self.sample_shape or not len(sample):
             raise ModelError(
@@ -205,7 +222,7 @@ class OVUNet2DModel(StandIn):
         return np.concatenate(pieces)
 
     def _conditions(self, given: Mapping[str, npt.NDArray[Any]], count: int) -> list[npt.NDArray[Any]]:
-        """The graph's conditions in its order, for `count` samples."""
+        """The conditions of `count` samples, in the graph's order."""
         wanted = {condition["name"]: condition for condition in self.conditions}
         if given.keys() != wanted.keys():
             raise ModelError(
@@ -214,6 +231,7 @@ class OVUNet2DModel(StandIn):
         return [self._condition(condition, given[name], count) for name, condition in wanted.items()]
 
     def _condition(self, wanted: Mapping[str, Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+        """One condition, checked, cast and repeated for `count` samples."""
         name, shape, bound = wanted["name"], tuple(wanted["shape"]), wanted["bound"]
         if value.shape not in ((count, *shape), (1, *shape)):
             raise ModelError(f"{self.folder}: {name} must have shape {(count, *shape)}, got {value.shape}")
@@ -223,6 +241,7 @@ class OVUNet2DModel(StandIn):
         return np.broadcast_to(cast, (count, *shape))
 
     def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+        """The times of `count` samples, checked and cast to the graph's dtype."""
         if timestep.shape not in ((), (1,), (count,)):
             raise ModelError(f"{self.folder}: time steps must have shape (), (1,) or ({count},), got {timestep.shape}")
         if self._timestep_dtype == "float32":
@@ -239,7 +258,7 @@ class OVUNet2DModel(StandIn):
         return np.broadcast_to(whole, (count,))
 
     def _run(self, parts: Sequence[npt.NDArray[Any]]) -> Float32:
-        """One run of the graph on up to batch_size samples: their states, time steps and conditions."""
+        """Run the graph once, on up to batch_size samples: states, time steps and conditions."""
         missing = self.batch_size - len(parts[0])
         if missing:
             parts = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in parts]
@@ -249,7 +268,9 @@ class OVUNet2DModel(StandIn):
         return prediction(found[: self.batch_size - missing], *self.sample_shape[1:])
 
     def _tell_of_other_steps(self, times: npt.NDArray[np.float64]) -> None:
-        """Warn, once, of a call at a time that the student was not made for: of diffusers' 50 steps, above all."""
+        """Warn once if a call's time is not one of the student's times; the usual cause is diffusers' default of 50
+        steps.
+        """
         if self._told_of_times or self._times is None or not times.size:
             return
         off = np.abs(times.reshape(-1, 1) - self._times).min(axis=1)
@@ -268,18 +289,19 @@ class OVUNet2DModel(StandIn):
 
 
 def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArray[np.float64] | None:
-    """The times that the sampler visits which the model is for; None where the folder does not say its steps.
+    """The times that the model's own sampler visits; None where the config does not state the number of sampling steps.
 
     Raises:
-        ModelError: the config is no schedule that we know; `path` is its own.
+        ModelError: the config at `path` describes no schedule that we know.
     """
     schedule, steps = noise_schedule(scheduler_config, str(path)), scheduler_config.get(STEPS)
     return None if steps is None else np.array([t for t, _ in schedule.walk(steps, f"{path}: {STEPS}")], np.float64)
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it; None where
-    neither is known.
+    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it.
+
+    None means that neither is known.
     """
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if cap in CAPS_WITHOUT_VNNI:
@@ -291,6 +313,7 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
 
 
 def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
+    """Warn if layers of the folder need VNNI and this process has none."""
     needing = [name for name, layer in manifest["layers"].items() if layer.get("needs_vnni")]
     if needing and has_vnni() is False:
         warnings.warn(

@@ -1,8 +1,7 @@
-"""Prompts become pictures: the text encoders, denoiser and VAE decoder of one deployed folder, with openvino, numpy and
-tokenizers.
+"""Text-to-image with one deployed folder: its text encoders, denoiser and VAE decoder turn prompts into pictures.
 
-Not here: each of the parts (runtime.py, part_runtime.py), what they make of a prompt (models/families/), or the
-sampler (sampling/trajectory.py).
+Not here: the single parts (runtime.py, part_runtime.py), the conditions made from a prompt (models/families/), and the
+sampler (sampling/trajectory.py). Needs openvino, numpy and tokenizers.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class TextToImage:
     """A deployed text-to-image pipeline, compiled.
 
     Attributes:
-        denoiser: by whose manifest and scheduler config it samples.
-        encoders: of prompts, by part.
-        layout: what is made of them.
-        decoder: of latents.
-        zero_negative: the other pass of guidance is conditioned on zeros where there is no negative prompt, as SDXL has
-            it; else on the empty prompt.
+        denoiser: the denoiser, whose manifest and scheduler config decide the sampling.
+        encoders: text encoders by part.
+        layout: how the encoders' outputs become the denoiser's conditions.
+        decoder: decoder of latents.
+        zero_negative: whether guidance without a negative prompt uses zeros as the unconditional condition, as SDXL
+            does; otherwise it uses the empty prompt.
     """
 
     denoiser: OVUNet2DModel
@@ -51,20 +50,20 @@ class TextToImage:
     def from_pretrained(
         cls, folder: str | Path, device: str = "CPU", properties: Mapping[str, Any] | None = None
     ) -> Self:
-        """Load a deployed folder, or that of a run.
+        """Load a deployed folder, or the folder of a run that holds one.
 
         Args:
-            folder: with manifest.json in it, or openvino/manifest.json.
+            folder: folder with manifest.json or openvino/manifest.json in it.
             device: OpenVINO's name of the device.
-            properties: OpenVINO properties over the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT":
+            properties: OpenVINO properties that override the runtime's defaults, such as ``{"INFERENCE_PRECISION_HINT":
                 "f32"}``.
 
         Raises:
-            ModelError: not such a folder, a damaged one, one without the parts that a prompt takes, or tokenizers is
-                not installed.
+            ModelError: the folder is no deployed folder, is damaged, or lacks parts that a prompt needs; or tokenizers
+                is not installed.
         """
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
-        denoiser = OVUNet2DModel(path, device, properties)  # every file is checked
+        denoiser = OVUNet2DModel(path, device, properties)  # this checks every file
         present = denoiser.manifest.get("parts", {})
         listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
         index = read_json(path / MODEL_INDEX)
@@ -90,12 +89,12 @@ class TextToImage:
 
     @property
     def steps(self) -> int:
-        """That the denoiser was distilled for."""
+        """Number of sampling steps that the denoiser was distilled for."""
         return int(self.denoiser.scheduler_config[STEPS])
 
     @property
     def guidance(self) -> float:
-        """The scale of classifier-free guidance that it was made for; 1 where guidance was distilled."""
+        """Scale of classifier-free guidance that the denoiser was made for; 1 where guidance was distilled."""
         return float(self.denoiser.scheduler_config.get("guidance_scale", 1.0))
 
     def __call__(
@@ -109,19 +108,20 @@ class TextToImage:
         count: int = 1,
         advance: Callable[[int], None] = lambda _: None,
     ) -> npt.NDArray[np.uint8]:
-        """Pictures (count, 3, H, W) of a prompt.
+        """Make pictures (count, 3, H, W) of a prompt, in uint8.
 
         Args:
-            prompt: what is to be seen; words that are more than an encoder's tokens are left out, with a warning.
-            negative: what is not; takes guidance.
-            guidance: scale of classifier-free guidance; by default `guidance`.
-            steps: of the sampler; by default `steps`.
-            seed: of the noise; picture k of a seed starts from the same noise always.
-            count: of pictures, each from noise of its own.
-            advance: told of the pictures each time they are one step further.
+            prompt: description of the picture. Words beyond an encoder's tokens are left out, with a warning.
+            negative: description of what to avoid; it needs guidance.
+            guidance: scale of classifier-free guidance; None takes the denoiser's `guidance`.
+            steps: number of sampling steps; None takes the denoiser's `steps`.
+            seed: seed of the noise; picture k of a seed always starts from the same noise.
+            count: number of pictures, each from its own noise.
+            advance: function called after each sampling step with the number of pictures.
 
         Raises:
-            ModelError: a negative prompt without guidance, or steps that the sampler does not take.
+            ModelError: a negative prompt is given without guidance, or the sampler does not support this number of
+                steps.
         """
         scale = self.guidance if guidance is None else guidance
         if negative is not None and scale == 1.0:
@@ -149,7 +149,7 @@ class TextToImage:
         return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)
 
     def embeddings(self, prompt: str) -> Arrays:
-        """What the denoiser takes for a prompt, by name, (1, ...)."""
+        """The denoiser's conditions for a prompt, by name, (1, ...)."""
         _, height, width = self.denoiser.sample_shape
         shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
         picture = (height * self.decoder.factor, width * self.decoder.factor)
@@ -157,7 +157,7 @@ class TextToImage:
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
 
     def _tell_of_cuts(self, *prompts: str) -> None:
-        """Warn of the words that an encoder does not read, as diffusers does."""
+        """Warn of words that an encoder does not read, as diffusers does."""
         for prompt in prompts:
             for part, encoder in self.encoders.items():
                 if cut := encoder.cut(prompt):
@@ -166,7 +166,7 @@ class TextToImage:
                     )
 
     def _other(self, condition: Arrays, negative: str | None) -> Arrays:
-        """The condition of the unconditional pass."""
+        """The conditions of guidance's unconditional pass."""
         if negative is None and self.zero_negative:
             return {name: value if name == "time_ids" else np.zeros_like(value) for name, value in condition.items()}
         return self.embeddings(negative or "")

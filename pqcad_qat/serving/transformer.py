@@ -1,6 +1,6 @@
-"""A deployed denoiser where diffusers' pipelines of Stable Diffusion 3 and Flux expect their transformer.
+"""A deployed denoiser in the place of the transformer in diffusers' pipelines of Stable Diffusion 3 and Flux.
 
-Not here: how it computes (runtime.py). Needs openvino and numpy; torch only if the caller has it.
+Not here: the computation (runtime.py). Needs openvino and numpy; torch only if the caller uses it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["ModelMixin", "OVTransformer2DModel"]
 class OVTransformer2DModel(OVUNet2DModel):
     """`OVUNet2DModel` as pipelines call their `transformer`.
 
-    Where the family takes rows (Flux), the states are rows of patches, (B, H/2 W/2, 4C), times lie in [0, 1], `img_ids`
-    must be the places of the graph's patches, and the answer is in rows too. The size of the latents is the graph's, so
-    the pipeline's height and width must be its pixels.
+    For a family that takes rows (Flux), states are rows of patches, (B, H/2 W/2, 4C), and the result is in rows too.
+    Times lie in [0, 1], and `img_ids` must be the positions of the graph's patches. The graph fixes the size of the
+    latents, so the pipeline's height and width must match it.
     """
 
     def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
@@ -36,7 +36,7 @@ class OVTransformer2DModel(OVUNet2DModel):
         return np.ascontiguousarray(packed(super()._answer(call, x_t, THOUSANDTHS * times)))
 
     def _check_places(self, states: npt.NDArray[Any], places: npt.NDArray[Any] | None) -> None:
-        """Raise ModelError for a sequence of another size than the graph's latents."""
+        """Raise ModelError for a sequence that does not match the size of the graph's latents."""
         channels, height, width = self.sample_shape
         rows = rows_shape(channels, height, width)
         last = [0, height // PATCH - 1, width // PATCH - 1]

@@ -1,1 +1,1 @@
-"""How long things take, and on which machine: latency, throughput, loading, layer by layer."""
+"""Timing: latency, throughput and load time, layer by layer where needed, with the hardware they were measured on."""

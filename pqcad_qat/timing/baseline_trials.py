@@ -1,8 +1,7 @@
-"""The baselines that OpenVINO and NNCF make of the full-precision graph, tried out where they may die: in processes of
-their own.
+"""Trials of the baselines that OpenVINO and NNCF make of the full-precision graph, in processes that may crash.
 
-Not here: full precision's own conversion and all timing (latency.py). Without torch, which such a process would load in
-vain.
+Not here: the conversion of full precision itself, and all timing (latency.py). This file does without torch, which such
+a process would load for nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +20,17 @@ from pqcad_qat.serving.compiled_graph import compile_graph
 from pqcad_qat.serving.graph_inputs import spelled
 
 Inputs = Mapping[str, np.ndarray]
+"""Arrays by name of the model's input."""
+
 Properties = Mapping[str, object]
+"""OpenVINO properties by name."""
+
 XML_FILE = "openvino_model.xml"
+"""Name of a saved graph's file."""
 
 
 def save_openvino(model: ov.Model, folder: Path) -> Path:
-    """Save as ``folder``/openvino_model.xml and .bin without rounding any constant; returns the xml's path."""
+    """Save a graph as ``folder``/openvino_model.xml and .bin without rounding any constant; return the xml's path."""
     folder.mkdir(parents=True, exist_ok=True)
     ov.save_model(model, folder / XML_FILE, compress_to_fp16=False)
     return folder / XML_FILE
@@ -35,14 +39,15 @@ def save_openvino(model: ov.Model, folder: Path) -> Path:
 def nncf_baseline(
     float_xml: Path, calibration_inputs: Sequence[Inputs], folder: Path, ways: Sequence[Properties] = ({},)
 ) -> Path:
-    """NNCF's post-training INT8 with its own defaults, calibrated on every one of ``calibration_inputs``; returns the
-    saved xml.
+    """Quantize to INT8 after training with NNCF's defaults, calibrated on all ``calibration_inputs``; return the saved
+    xml.
 
-    It has been compiled in all of these ``ways`` and called once: to be timed from that file, as a user of it would run
-    it.
+    The saved graph is compiled in each of the ``ways`` and called once, because it is timed later from that file, as a
+    user of it would run it.
 
     Raises:
-        DiedError: NNCF or OpenVINO cannot do so; nothing is left in the folder then.
+        ModelError: there are no calibration inputs.
+        DiedError: NNCF or OpenVINO fails; no graph is left in the folder then.
     """
     if not calibration_inputs:
         raise ModelError("NNCF's baseline needs at least one calibration input; got none")
@@ -60,10 +65,10 @@ def nncf_baseline(
 
 
 def try_out(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
-    """Compile a graph in all of these ways, and call it once in each.
+    """Compile a graph in each of these ways and call it once in each.
 
     Raises:
-        DiedError: OpenVINO cannot.
+        DiedError: OpenVINO fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         arrays = Path(temporary) / "inputs.npz"
@@ -72,7 +77,7 @@ def try_out(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
 
 
 def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
-    """Why those that could not be done could not, by name; each is tried."""
+    """Make every attempt; return why each failed one failed, by name."""
     died: dict[str, str] = {}
     for name, attempt in attempts.items():
         try:
@@ -83,7 +88,8 @@ def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
 
 
 def _quantize(float_xml: str, inputs: str, folder: str, ways: list[dict[str, object]]) -> None:
-    import nncf  # takes seconds, and only this baseline needs it
+    """In the separate process: quantize with NNCF, save, compile and call."""
+    import nncf  # importing takes seconds, and only this baseline needs it
 
     given = _read(inputs)
     quantized = nncf.quantize(ov.Core().read_model(float_xml), nncf.Dataset(given), subset_size=len(given))
@@ -91,6 +97,7 @@ def _quantize(float_xml: str, inputs: str, folder: str, ways: list[dict[str, obj
 
 
 def _try_out(xml: str, inputs: str, ways: list[dict[str, object]]) -> None:
+    """In the separate process: compile and call."""
     _call(Path(xml), _read(inputs)[0], ways)
 
 

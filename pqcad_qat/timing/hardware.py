@@ -1,4 +1,4 @@
-"""What machine this is, as far as it decides timings: CPU, instruction sets and caps on them, cores, library versions.
+"""Hardware and software that timings depend on: CPU, instruction sets and their caps, cores, library versions.
 
 Not here: any timing (latency.py).
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.report.record import Hardware
 
-# the report's name of an instruction set -> the kernel's name in /proc/cpuinfo
 ISA_FLAGS: Mapping[str, str] = {
     "avx2": "avx2",
     "avx_vnni": "avx_vnni",
@@ -23,19 +22,26 @@ ISA_FLAGS: Mapping[str, str] = {
     "amx_int8": "amx_int8",
     "amx_bf16": "amx_bf16",
 }
+"""Flag in the kernel's /proc/cpuinfo, by the report's name of the instruction set."""
+
 NATIVE = "native"
+"""Name of the CPU's own instruction sets, without a cap."""
+
 CAPS: Mapping[str, Mapping[str, str]] = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx2_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx512_core_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
-"""What a process must find in its environment when it starts, to compute as on a smaller CPU: OpenVINO and PyTorch read
-it once.
+"""Environment variables, by cap, with which a process computes as on a smaller CPU. OpenVINO and PyTorch read them
+once, so they must be set when the process starts.
 """
 
 INSTRUCTION_SETS = (NATIVE, *CAPS)
+"""Names of all choices: no cap, or one of the caps."""
+
 _CAP_NEEDS: Mapping[str, str] = {"avx2": "avx2", "avx2_vnni": "avx_vnni", "avx512_core_vnni": "avx512_vnni"}
-# values of ONEDNN_MAX_CPU_ISA under which OpenVINO may still compute bfloat16 in hardware
+"""Instruction set that the CPU must have, by cap."""
+
 _BF16_CAPS = (
     "",
     "ALL",
@@ -46,7 +52,11 @@ _BF16_CAPS = (
     "AVX512_CORE_AMX_FP16",
     "AVX10_1_512_AMX",
 )
+"""Values of ONEDNN_MAX_CPU_ISA under which OpenVINO can still compute bfloat16 in hardware."""
+
 _LIBRARIES = ("torch", "openvino", "nncf", "brevitas", "diffusers", "numpy")
+"""Libraries whose versions are recorded."""
+
 _SETTINGS = (
     "ONEDNN_MAX_CPU_ISA",
     "OMP_NUM_THREADS",
@@ -55,10 +65,11 @@ _SETTINGS = (
     "DNNL_MAX_CPU_ISA",
     "ATEN_CPU_CAPABILITY",
 )
+"""Environment variables that are recorded because they change timings."""
 
 
 def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
-    """This machine. Where the system has no ``cpuinfo`` the instruction sets are unknown and left empty."""
+    """Describe this machine; where there is no ``cpuinfo``, the instruction sets are unknown and left empty."""
     text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
     flags = set(_field(text, "flags").split())
     isa = tuple(name for name, flag in ISA_FLAGS.items() if flag in flags)
@@ -74,21 +85,22 @@ def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
 
 
 def native_bf16(isa: tuple[str, ...], settings: Mapping[str, str]) -> bool:
-    """Whether OpenVINO's bfloat16 runs in hardware here; elsewhere it is emulated and no baseline."""
+    """Whether OpenVINO's bfloat16 runs in hardware here; emulated bfloat16 is no useful baseline."""
     cap = (settings.get("ONEDNN_MAX_CPU_ISA") or settings.get("DNNL_MAX_CPU_ISA") or "").upper()
     return bool({"avx512_bf16", "amx_bf16"} & set(isa)) and cap in _BF16_CAPS
 
 
 def lacking(isa: str, machine: Hardware) -> str:
-    """Why a machine cannot compute as with this instruction set, or nothing: under a cap above its own it would use
-    another.
+    """Why a machine cannot compute with this instruction set; empty if it can.
+
+    Under a cap above the CPU's own instruction sets it would use others.
     """
     need = _CAP_NEEDS.get(isa)
     return "" if need is None or not machine.isa or need in machine.isa else f"this CPU has no {need}"
 
 
 def _cpu(text: str) -> str:
-    """The model's name, and its family and number: of a virtual machine the name is often no more than "AMD EPYC"."""
+    """Name, family and model number of the CPU: a virtual machine's name is often no more than "AMD EPYC"."""
     name, numbers = (
         _field(text, "model name"),
         [f"{key} {_field(text, of)}" for key, of in (("family", "cpu family"), ("model", "model"))],
@@ -97,6 +109,7 @@ def _cpu(text: str) -> str:
 
 
 def _field(text: str, key: str) -> str:
+    """The first value of a key in /proc/cpuinfo; empty if there is none."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:

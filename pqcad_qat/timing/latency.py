@@ -1,7 +1,7 @@
-"""Latency, size and their causes: interleaved timing, the rows' candidates, profiles of time and bytes.
+"""Latency and size of the report's variants, and their causes: interleaved timing, and profiles of time and bytes.
 
-Not here: NNCF's baseline (baseline_trials.py), image quality (fidelity.py), whether the export is right
-(export/proof.py), or how results look (report_files.py).
+Not here: NNCF's baseline (baseline_trials.py), image quality (fidelity.py), the proof of the export (export/proof.py),
+and the look of the results (report_files.py).
 """
 
 from __future__ import annotations
@@ -34,33 +34,45 @@ from pqcad_qat.serving.graph_inputs import spelled
 from pqcad_qat.timing.baseline_trials import Inputs, save_openvino
 from pqcad_qat.timing.hardware import hardware
 
-F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO takes bfloat16 by itself where the CPU has it
+F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # without it OpenVINO uses bfloat16 where the CPU has it
+"""Property that makes OpenVINO compute in float32."""
+
 BF16: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "bf16"}
+"""Property that makes OpenVINO compute in bfloat16."""
+
 WARM_UP = 3
-"""Calls of every candidate before the first that is timed."""
+"""Number of untimed calls of each candidate before the first timed one."""
 
 PROFILING: Mapping[str, object] = {"PERF_COUNT": True}
+"""Property that makes OpenVINO measure the time of every node."""
+
 PRECISIONS: Mapping[str, Mapping[str, str]] = {
     spec.name: {"INFERENCE_PRECISION_HINT": spec.precision} for spec in VARIANTS.values() if spec.precision
 }
-"""What a variant asks of OpenVINO; the others take its defaults."""
+"""OpenVINO properties that a variant asks for, by variant; the other variants take OpenVINO's defaults."""
 
-# After a call torch's OpenMP worker went on spinning for 4 ms (OpenVINO's TBB worker for 1 ms), measured as processor
-# time spent while the main thread slept: longer than a whole INT8 step. They spin by count: a CPU with a slower pause
-# instruction takes about three times that.
 REST_S = 0.02
+"""Rest before each timed call, in seconds.
+
+Why: after a call, torch's OpenMP worker keeps spinning for 4 ms and OpenVINO's TBB worker for 1 ms, measured as
+processor time that is spent while the main thread sleeps. That is longer than a whole INT8 sampling step. The workers
+count their spins, so a CPU with a slower pause instruction takes about three times as long.
+"""
 
 
 class FixedBatchError(ModelError):
-    """A graph in which sizes that follow from the batch are written as constants."""
+    """A graph does not take the batch, because sizes that follow from its own batch are constants in it."""
 
 
 def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, warmup: int) -> dict[str, Timing]:
-    """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine falls on all of them alike.
+    """Time every candidate ``runs`` times, in turns, so that a slow minute of the machine affects all of them alike.
 
     The order rotates from round to round, and runs backwards in every second rotation. Before each timed call come a
-    rest of REST_S, in which the threads of the candidate before fall asleep, and an untimed call of the same candidate,
-    so that caches hold its weights, as they do inside a sampler. Raises ValueError unless runs >= 1 and warmup >= 0.
+    rest of REST_S and an untimed call of the same candidate. During the rest the threads of the previous candidate fall
+    asleep. The untimed call fills the caches with the candidate's weights, as they are filled inside a sampler.
+
+    Raises:
+        ValueError: runs < 1 or warmup < 0.
     """
     if runs < 1 or warmup < 0:
         raise ValueError(f"runs must be at least 1 and warmup at least 0; got {runs} and {warmup}")
@@ -81,8 +93,8 @@ def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, 
 
 
 def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
-    """The order of one round: rotated by one each round, and backwards after each full rotation, so that neighbours
-    change sides.
+    """The order of one round: rotated by one in each round, and reversed in every second rotation, so that neighbours
+    swap.
     """
     lap, shift = divmod(turn, max(1, len(names)))
     order = (*names[shift:], *names[:shift])
@@ -90,12 +102,13 @@ def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
 
 
 def timing(seconds: Sequence[float]) -> Timing:
-    """Median, minimum and quartiles (linear interpolation) of repeated runs."""
+    """Median, minimum and quartiles (linear interpolation) of repeated runs in milliseconds, from their `seconds`."""
     lower, median, upper = (float(q) * 1e3 for q in np.percentile(seconds, (25, 50, 75)))
     return Timing(median, min(seconds) * 1e3, lower, upper, len(seconds))
 
 
 def _time_settled(call: Callable[[], object]) -> float:
+    """Seconds of one call, after a rest and an untimed call."""
     time.sleep(REST_S)
     call()
     start = time.perf_counter()
@@ -111,10 +124,10 @@ def example_inputs(
     *,
     timestep_dtype: Literal["int64", "float32"] = "int64",
 ) -> dict[str, np.ndarray]:
-    """Seeded Gaussian noise and time steps, named as the exported models name them: sample (B, C, H, W) float32,
-    timestep (B,).
+    """Seeded Gaussian noise and time steps, under the exported models' names: sample (B, C, H, W) float32, timestep
+    (B,).
 
-    Beside them stands `condition` (B, ...), by name, where the model takes one.
+    Where the model takes conditions, `condition` (B, ...) is added by name.
     """
     noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
     return {
@@ -125,7 +138,7 @@ def example_inputs(
 
 
 def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
-    """PyTorch eager in evaluation mode, without gradients, on every core."""
+    """PyTorch's eager execution in evaluation mode, without gradients, on every core."""
     torch.set_num_threads(usable_cores())
     condition = {name: torch.from_numpy(value) for name, value in inputs.items()}
     sample, timestep = condition.pop("sample"), condition.pop("timestep")
@@ -139,9 +152,11 @@ def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Inputs) -> Callable[[], object]:
-    """A model from disk, compiled once for latency at the inputs' batch, with ``config`` (F32, BF16 or {}) on top.
+    """A model from disk, compiled once for latency at the inputs' batch; ``config`` (F32, BF16 or {}) overrides
+    defaults.
 
-    Errors as `read_source`.
+    Raises:
+        ModelError: as `read_source`.
     """
     compiled = compile_for_latency(source, config, len(inputs["sample"]))
     request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
@@ -149,23 +164,25 @@ def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Input
 
 
 def inputs_of(compiled: ov.CompiledModel, inputs: Inputs) -> dict[str, np.ndarray]:
-    """The same inputs as this graph takes them."""
+    """The inputs in the names and layout of this graph."""
     return spelled([port.get_names() for port in compiled.inputs], inputs)
 
 
 def compile_for_latency(source: Path, config: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
-    """Compile for the CPU with one stream over as many threads as cores; errors as `read_source`."""
+    """Compile what `read_source` reads with the properties for latency."""
     return compile_source(source, latency_properties(config), batch)
 
 
 def latency_properties(config: Mapping[str, object]) -> dict[str, object]:
-    """What a candidate for latency is compiled with: one stream over as many threads as cores, and ``config``."""
+    """Properties of every candidate for latency: one stream with as many threads as cores, and ``config``."""
     return {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": usable_cores(), **config}
 
 
 def precision_hint(name: str, machine: Hardware) -> Mapping[str, str]:
-    """What a variant asks of OpenVINO here. Where BF16 is emulated or capped, OpenVINO's default must be told not to
-    take it.
+    """Precision that a variant asks OpenVINO for here.
+
+    Where bfloat16 is emulated or capped, variants without a precision of their own ask for float32, because OpenVINO's
+    default would choose bfloat16.
     """
     return PRECISIONS.get(name, F32 if machine.native_bf16 is False else {})
 
@@ -176,21 +193,25 @@ def native(name: str, machine: Hardware) -> bool:
 
 
 def ways_of(name: str, machine: Hardware, sampled: bool = False) -> list[dict[str, object]]:
-    """How the graph of a baseline is compiled to be timed, and where it is `sampled` too, to be sampled."""
+    """The properties with which a baseline's graph is compiled: for timing, and for sampling if it is `sampled` too."""
     hint = precision_hint(name, machine)
     configs = [{**PROFILING, **hint}] + [{}] * (sampled and hint != {} and name not in PRECISIONS)
     return [latency_properties(config) for config in configs]
 
 
 def compile_source(source: Path, properties: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
-    """Compile what `read_source` reads; errors as there."""
+    """Compile what `read_source` reads.
+
+    Raises:
+        ModelError: as `read_source`.
+    """
     core = shared_core()
     return compile_graph(read_source(source, core, batch), core, properties=properties)
 
 
 def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Model:
-    """Read a graph's xml, or a deployed folder, unpacked as our runtime does; at its own batch unless ``batch`` is
-    another.
+    """Read a graph's xml or a deployed folder, whose weights are unpacked as our runtime does; ``batch`` replaces its
+    batch.
 
     Raises:
         ModelError: ``source`` is neither, or cannot be read.
@@ -230,13 +251,20 @@ def convert_float(
     times: Times | None = None,
     condition: Condition | None = None,
 ) -> ov.Model:
-    """A float denoiser as an OpenVINO model of static shape, its ports named as the export's: sample, timestep,
-    `condition` -> out_sample.
+    """Convert a float denoiser to an OpenVINO model of static shape, with the export's port names.
 
-    With ``folder`` it is saved there as openvino_model.xml, constants in float32 as they are (OpenVINO's default would
-    round them to float16). With ``times`` the time embedding becomes a table of them, as in our own export: BF16 rounds
-    time step 999 to 1000, which would spoil a baseline's images for a reason that has nothing to do with its
-    quantization. The model is left as it was.
+    The inputs are sample, timestep and the conditions; the output is out_sample. The denoiser is left unchanged.
+
+    Args:
+        model: the denoiser in full precision.
+        sample_shape: shape (C, H, W) of one sample.
+        batch: fixed batch.
+        folder: where the graph is saved as openvino_model.xml, its constants in float32; OpenVINO's default would round
+            them to float16. None saves nothing.
+        times: times of a table that replaces the time embedding, as in our own export. BF16 rounds time step 999 to
+            1000, which would spoil a baseline's images for a reason unrelated to its quantization. None keeps the
+            embedding.
+        condition: example conditions by name.
     """
     dtype: Literal["int64", "float32"] = "float32" if isinstance(times, Tensor) else "int64"
     inputs = example_inputs(sample_shape, batch, condition=condition, timestep_dtype=dtype)
@@ -248,7 +276,7 @@ def convert_float(
     training = model.training
     denoiser = TracedDenoiser(model.eval(), tuple(condition or {}))
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*trace")  # shapes are static here on purpose
+        warnings.filterwarnings("ignore", message=".*trace")  # shapes are static on purpose
         traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         converted = ov.convert_model(traced, example_input=example, input=[list(tensor.shape) for tensor in example])
     model.train(training)
@@ -260,7 +288,9 @@ def convert_float(
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of a file, or of every file below a folder; of a deployed folder less the other parts of its pipeline."""
+    """Size in bytes of a file or of all files below a folder; a deployed folder counts without the pipeline's other
+    parts.
+    """
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder to measure")
     if (path / MANIFEST).is_file():
@@ -270,14 +300,14 @@ def size_bytes(path: Path) -> int:
 
 
 def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, runs: int = 20) -> tuple[ProfileRow, ...]:
-    """Mean milliseconds of one call by kind of node and precision, slowest first, from the execution graph of ``runs``
+    """Mean milliseconds of one call by type of node and precision, slowest first, from the execution graph of ``runs``
     calls.
     """
     return profile_rows(compile_for_latency(source, {**PROFILING, **config}, len(inputs["sample"])), inputs, runs)
 
 
 def profile_rows(compiled: ov.CompiledModel, inputs: Inputs, runs: int) -> tuple[ProfileRow, ...]:
-    """The same of a model that was compiled with PROFILING."""
+    """The same profile for a model that is already compiled with PROFILING."""
     request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
     for _ in range(runs):
         request.infer(named)
@@ -297,13 +327,14 @@ def _text(info: Mapping[str, object], key: str) -> str:
 
 
 def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, runs: int) -> dict[str, Timing]:
-    """Milliseconds of one call (one sampling step of a batch), every candidate in turns in this process.
+    """Milliseconds of one denoiser call (one sampling step of a batch), with all candidates in turns in this process.
 
     Args:
-        denoiser: full precision, for PyTorch: the candidate REFERENCE.
-        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder; those that are not
-            `native` are left out.
-        inputs: of every candidate.
+        denoiser: full precision, run by PyTorch as the candidate REFERENCE.
+        files: what OpenVINO runs, by variant: a graph's xml or a deployed folder. Variants that are not `native` are
+            left out.
+        inputs: inputs of every candidate.
+        runs: number of timed calls of each candidate.
     """
     machine = hardware()
     with torch_threads_kept():
@@ -316,7 +347,7 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
 
 @contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """PyTorch is timed on every core; what comes after goes on as before."""
+    """Restore PyTorch's number of threads when the context ends; timing uses every core."""
     threads = torch.get_num_threads()
     try:
         yield

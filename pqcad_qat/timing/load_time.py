@@ -1,6 +1,6 @@
-"""How long a deployed folder takes until it can predict, by the format of its weights on disk.
+"""Load time of a deployed folder until it can predict, by format of its weights on disk.
 
-Not here: how long a prediction takes (latency.py).
+Not here: the time of a prediction (latency.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pqcad_qat.timing.latency import size_bytes, timing
 Result = TypeVar("Result")
 
 FORMATS: tuple[WeightFormat, ...] = ("int8", "packed")
+"""Formats of the weights that are compared."""
 
 
 def load_times(folder: Path, temporary: Path, runs: int) -> tuple[LoadTime, ...]:
-    """Load the folder as plain int8 and as packed weights, in turns; both are written below `temporary` first.
+    """Time loading with plain int8 and with packed weights, in turns; both folders are first written below `temporary`.
 
     Raises:
-        ModelError: a damaged folder.
+        ModelError: the folder is damaged.
     """
     folders = {name: temporary / name for name in FORMATS}
     for name in FORMATS:
@@ -52,6 +53,7 @@ def _load(folder: Path) -> tuple[float, float, float]:
 
 
 def _timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Seconds of a call, and its result."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result

@@ -1,6 +1,6 @@
-"""What the stages of some work cost in this process: seconds, and resident memory at its peak.
+"""Costs of the stages of some work in this process: seconds, and peak resident memory.
 
-Not here: what a training step costs (training/step_profile.py), nor how fast a denoiser runs (latency.py).
+Not here: the cost of a training step (training/step_profile.py), and the speed of a denoiser (latency.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from pathlib import Path
 from pqcad_qat.report.rehearsal_record import StageCost
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_RESET_PEAK = "5"  # proc_pid_clear_refs(5)
+_RESET_PEAK = "5"  # see the manual page proc_pid_clear_refs(5)
 
 
 class StageMeter:
-    """Measures one stage after the other, and tells of each when it is over; `costs` are those so far."""
+    """Measures one stage after another and reports each when it ends.
+
+    Attributes:
+        costs: costs of the stages so far.
+    """
 
     def __init__(self, tell: Callable[[StageCost], None] = lambda _: None) -> None:
         self.costs: list[StageCost] = []
@@ -28,13 +32,15 @@ class StageMeter:
 
     @property
     def peak_bytes(self) -> int:
-        """Most resident memory of all stages; of the whole process where the system does not tell it of a stage."""
+        """Largest resident memory of all stages in bytes, or of the whole process where the system does not measure
+        single stages.
+        """
         known = [cost.peak_bytes for cost in self.costs if cost.peak_bytes is not None]
         return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens inside is the stage of that name."""
+        """Measure the block as the stage of that name."""
         exact = _reset_peak()
         start = time.perf_counter()
         yield
@@ -46,7 +52,7 @@ class StageMeter:
 
 
 def _reset_peak() -> bool:
-    """Begin the peak anew; whether the system can."""
+    """Reset the system's peak of resident memory; return whether it can."""
     try:
         _CLEAR.write_text(_RESET_PEAK)
     except OSError:
@@ -55,12 +61,13 @@ def _reset_peak() -> bool:
 
 
 def _resident(key: str) -> int:
+    """A value in bytes from the process's status, which states kilobytes."""
     lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="utf-8").splitlines())
     return int(lines[key].split()[0]) * 1024
 
 
 def _give_back() -> None:
-    """Free what nothing refers to, and have glibc give it back to the system."""
+    """Free unreferenced memory, and have glibc return it to the system."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # another system's allocator: nothing to tell
+    with suppress(OSError, AttributeError):  # another system's allocator has no malloc_trim
         ctypes.CDLL("libc.so.6").malloc_trim(0)

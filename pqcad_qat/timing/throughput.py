@@ -1,5 +1,5 @@
-"""Throughput: a denoiser kept busy in bursts of calls, OpenVINO's several at a time, PyTorch's back to back; bursts
-take turns.
+"""Throughput of denoisers: bursts of calls, several at a time with OpenVINO and one after another with PyTorch, in
+turns.
 
 Not here: the latency of one call (latency.py).
 """
@@ -21,21 +21,21 @@ from pqcad_qat.timing.baseline_trials import Inputs
 from pqcad_qat.timing.latency import REST_S, compile_source, inputs_of, torch_candidate, turn_order
 
 ROUNDS = 5
-"""Bursts of each candidate."""
+"""Number of timed bursts of each candidate."""
 
 FILLS = 4
-"""How often a burst fills the queue at least, so that its beginning and its end, where threads have nothing to do,
-weigh little.
+"""Smallest number of times that a burst fills the queue. With enough of them the start and the end of a burst, where
+threads are idle, weigh little.
 """
 
 
 @dataclass(frozen=True)
 class Load:
-    """A candidate that can be kept busy.
+    """A candidate for throughput.
 
     Attributes:
-        burst: makes so many calls and returns when all are done.
-        in_flight: calls at a time.
+        burst: function that makes the given number of calls and returns when all are done.
+        in_flight: number of calls that run at a time.
     """
 
     burst: Callable[[int], None]
@@ -43,10 +43,12 @@ class Load:
 
 
 def openvino_load(source: Path, config: Mapping[str, object], inputs: Inputs) -> Load:
-    """A model from disk at the inputs' batch, compiled for throughput: OpenVINO chooses its streams and how many calls
-    it wants at a time.
+    """A model from disk at the inputs' batch, compiled for throughput.
 
-    Errors as `benchmark.read_source`.
+    OpenVINO chooses the number of streams and of simultaneous calls.
+
+    Raises:
+        ModelError: as `latency.read_source`.
     """
     compiled = compile_source(source, {"PERFORMANCE_HINT": "THROUGHPUT", **config}, len(inputs["sample"]))
     queue = ov.AsyncInferQueue(compiled)
@@ -61,7 +63,7 @@ def openvino_load(source: Path, config: Mapping[str, object], inputs: Inputs) ->
 
 
 def torch_load(model: nn.Module, inputs: Inputs) -> Load:
-    """PyTorch eager on every core, one call after the other."""
+    """PyTorch's eager execution on every core, one call after another."""
     call = torch_candidate(model, inputs)
 
     def burst(calls: int) -> None:
@@ -74,12 +76,14 @@ def torch_load(model: nn.Module, inputs: Inputs) -> Load:
 def throughput_in_turns(
     loads: Mapping[str, Load], batch: int, calls: int, rounds: int = ROUNDS
 ) -> dict[str, Throughput]:
-    """Images that pass through the network in a second, every candidate in turns.
+    """Images that pass through the network in a second, with all candidates in turns.
 
     Args:
-        batch: images of a call.
-        calls: of a burst at least; a burst fills the queue a whole number of times, and FILLS times at least.
-        rounds: timed bursts of each candidate, each after a rest and an untimed fill of the queue.
+        loads: candidates by name.
+        batch: number of images in a call.
+        calls: smallest number of calls in a burst. A burst fills the queue a whole number of times, and at least FILLS
+            times.
+        rounds: number of timed bursts of each candidate, each after a rest and an untimed fill of the queue.
     """
     sizes = {name: load.in_flight * max(FILLS, math.ceil(calls / load.in_flight)) for name, load in loads.items()}
     rates: dict[str, list[float]] = {name: [] for name in loads}
