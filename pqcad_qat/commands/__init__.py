@@ -1,3 +1,3 @@
-"""One file a command, named as the command: each loads what it needs, calls a few named steps in order, and returns a
+"""One file for each command, named after it. Each loads what it needs, calls a few named steps in order, and returns a
 record.
 """

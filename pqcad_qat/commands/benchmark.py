@@ -1,8 +1,8 @@
-"""How fast a denoiser is by every way to run it: all candidates in turns in one process, and a process for every
-smaller instruction set.
+"""The command `benchmark`: the speed of a denoiser by every way to run it. All candidates take turns in one process;
+each smaller instruction set gets a process of its own.
 
-Not here: how a call is timed (latency.py, throughput.py), what is timed (benchmark_subject.py), or how it looks
-(benchmark_page.py).
+Not here: how a call is timed (timing/latency.py, timing/throughput.py), what is timed (benchmark_subject.py), or how it
+looks (report/benchmark_page.py).
 """
 
 from __future__ import annotations
@@ -77,18 +77,19 @@ def measure_speed(
     command: str,
     console: Console,
 ) -> SpeedReport:
-    """Time a folder of ours, or an architecture, against what a user would run instead.
+    """Time a deployed folder, or an architecture, against the baselines that a user would run instead.
 
     Args:
-        source, policy: as `speed_subject.open_subject`.
-        batches: images of a call.
-        isas: of hardware.INSTRUCTION_SETS; one that the CPU lacks is left out and the report says so.
-        runs: timed calls of every candidate, and calls of its bursts together.
-        throughput: whether candidates are also timed with several calls at a time.
+        source, policy: same as for `benchmark_subject.open_subject`.
+        batches: batch sizes in images a call.
+        isas: instruction sets from hardware.INSTRUCTION_SETS; those that the CPU lacks are left out, and the report
+            says so.
+        runs: number of timed calls of every candidate, and of calls in all its bursts together.
+        throughput: whether candidates are also timed with several simultaneous calls.
 
     Raises:
-        ModelError: nothing to time there, or the CPU has none of the instruction sets.
-        PolicyError, PlanError: as `open_subject`.
+        ModelError: the source has nothing to time, or the CPU has none of the instruction sets.
+        PolicyError, PlanError: as for `open_subject`.
     """
     left_out = {isa: why for isa in isas if (why := lacking(isa, hardware()))}
     timed = [isa for isa in isas if isa not in left_out]
@@ -146,7 +147,7 @@ def _report(
 
 
 def measure(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
-    """Time the candidates in this process, or in one of its own that a smaller instruction set is forced on.
+    """Time the candidates in this process, or in a process of its own that is restricted to a smaller instruction set.
 
     Raises:
         ModelError: a candidate cannot be run, or its process died.
@@ -162,7 +163,7 @@ def measure(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measure
 
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """The environment of processes that are started meanwhile."""
+    """Set environment variables for processes that are started inside the block."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -173,10 +174,12 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measurement:
-    """Latency, throughput and their causes of every candidate that runs on this machine at this batch."""
+    """Measure latency, throughput and execution details of every candidate that runs on this machine at this batch
+    size.
+    """
     machine, inputs = hardware(), timed.inputs()
     files, left_out = _runnable(timed, machine)
-    if isa != NATIVE:  # as they are, they have been tried out when they were made
+    if isa != NATIVE:  # for the native instruction set they were tried out when they were made
         died = reasons(
             {
                 name: partial(try_out, file, inputs, ways_of(name, machine))
@@ -206,7 +209,7 @@ def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs,
 
 
 def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], dict[str, str]]:
-    """The files that can be timed, and why the others cannot."""
+    """Return the files that can be timed, and the reasons why the others cannot."""
     files, left_out = dict(timed.files), dict(timed.died)
     for name in [name for name in PRECISIONS if not native(name, machine)]:
         left_out[name] = "bfloat16 is emulated here"
@@ -223,7 +226,7 @@ def _runnable(timed: Candidates, machine: Hardware) -> tuple[dict[str, Path], di
 def _with_execution(
     row: SpeedRow, file: Path, hint: Mapping[str, str], inputs: Inputs, *, known: Sequence[str], calls: int
 ) -> SpeedRow:
-    """The row with what the execution graph of the timed file tells of the layers that are known."""
+    """Add to a row what the execution graph of the timed file says about the known layers."""
     compiled = compile_for_latency(file, {**PROFILING, **hint}, len(inputs["sample"]))
     nodes = executed_nodes(compiled)
     row = replace(
@@ -243,7 +246,9 @@ def _with_execution(
 
 
 def _layers(nodes: Sequence[ExecutedNode], known: Sequence[str]) -> dict[str, str]:
-    """The precision of every layer that a matrix node is named after: by its module path as converted, or bare."""
+    """Precision of every layer that a matrix node is named after, by its module path in the converted graph or
+    alone.
+    """
     found = {}
     for node in nodes:
         path = traced_path(node.names[0])

@@ -1,8 +1,8 @@
-"""What a benchmark times: a folder of ours, or an architecture whose random weights are quantized by a policy's rules;
-and its baselines.
+"""What a benchmark times: a deployed folder, or an architecture with random weights quantized by a policy's rules; and
+its baselines.
 
-Not here: any timing (benchmark.py). Speed does not depend on the values of weights, so nothing is trained and no
-weights are read but ours.
+Not here: any timing (benchmark.py). Speed does not depend on the values of weights, so nothing is trained, and only the
+deployed folder's weights are read.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import PRECISIONS, convert_float, example_inputs, native, ways_of
 
 CALIBRATION_BATCHES = (4, 4, 4, 4)
-"""Noise states that ranges are taken from, ours and NNCF's; with random weights they mean nothing, and cost no
-speed.
+"""Sizes of the batches of noise that calibrate the activation ranges, ours and NNCF's. With random weights the ranges
+have no meaning, and do not affect speed.
 """
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One network, and the deployed folder that is ours.
+    """One network, and the folder that it is deployed to.
 
     Attributes:
-        source: as the user named it.
-        config: of diffusers' class.
-        folder: deployed.
-        sample_shape: (C, H, W).
-        train_timesteps: T.
-        steps: sampling steps of an image that it was distilled for, None for an architecture.
-        full_precision_steps: those of the model that it came from, None where nothing says them.
-        weights: "of the folder", or "random".
-        conditions: what it takes beside x_t and t, every size known.
+        source: name that the user gave.
+        config: config of the denoiser's diffusers class.
+        folder: deployed folder.
+        sample_shape: shape (C, H, W) of one sample.
+        train_timesteps: number T of training time steps.
+        steps: number of sampling steps that it was distilled for; None for an architecture.
+        full_precision_steps: number of sampling steps of the model that it came from; None if unknown.
+        weights: origin of the weights, "of the folder" or "random".
+        conditions: inputs beside x_t and t, with every size known.
     """
 
     source: str
@@ -73,15 +73,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is timed at one batch size; another process can be given it.
+    """What is timed at one batch size; it can be sent to another process.
 
     Attributes:
-        config: of the denoiser that PyTorch runs.
-        files: variant -> what OpenVINO runs, a graph's xml or a deployed folder.
-        sample_shape: (C, H, W).
-        batch: images of a call.
-        conditions: of every call, every size known.
-        died: baseline that cannot be run -> why.
+        config: config of the denoiser that PyTorch runs.
+        files: variant -> what OpenVINO runs, a graph's xml file or a deployed folder.
+        sample_shape: shape (C, H, W) of one sample.
+        batch: number of images a call.
+        conditions: condition inputs of every call, with every size known.
+        died: baseline that cannot be run -> reason.
     """
 
     config: Mapping[str, Any]
@@ -92,22 +92,23 @@ class Candidates:
     died: Mapping[str, str] = field(default_factory=dict)
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-        """Of one call, by the names of the exported graph."""
+        """Inputs of one call, by the names in the exported graph."""
         return example_inputs(self.sample_shape, self.batch, seed, noise_condition(self.conditions, self.batch, seed))
 
 
 def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
-    """Recognise a folder of ours or an architecture; an architecture is quantized and exported below `temporary`.
+    """Open a deployed folder or an architecture; an architecture is quantized and exported below `temporary`.
 
     Args:
         source: a run or deployed folder, a denoiser's config.json or a folder with one, or the name of an architecture
-            that ships.
-        policy: whose quantization rules an architecture gets; not read for a folder of ours.
+            that ships with the package.
+        policy: policy whose quantization rules an architecture gets; it is not read for a deployed folder.
+        temporary: folder for the export of an architecture.
 
     Raises:
-        ModelError: none of them, or one that cannot be used; or an architecture, and no such policy.
+        ModelError: the source is none of these or cannot be used, or is an architecture and the policy does not exist.
         PolicyError: the policy has faults.
-        PlanError: its rules do not fit the architecture.
+        PlanError: the rules do not fit the architecture.
     """
     path = Path(source).expanduser()
     for folder in (path, path / "openvino"):
@@ -140,8 +141,9 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
 
 
 def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
-    """Ours, and the baselines made for this batch in `folder`: OpenVINO's conversion, as float32 and BF16, and NNCF's
-    INT8 of it.
+    """Collect our folder and the baselines, which are made for this batch size in `folder`.
+
+    The baselines are OpenVINO's conversion, as float32 and BF16, and NNCF's INT8 version of it.
     """
     shape, condition = subject.sample_shape, noise_condition(subject.conditions, batch)
     float_xml, nncf_xml = (folder / kind / XML_FILE for kind in ("float", "nncf"))
@@ -165,7 +167,7 @@ def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
 
 
 def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, folder: Path) -> Subject:
-    """The architecture as our exporter writes it: at the rules' target widths, ranges from noise, not trained."""
+    """Export the architecture at the rules' target widths, with ranges from noise and without training."""
     config, scheduler = configs
     model = quantized_untrained(configs, blueprint(configs, source, quantization), CALIBRATION_BATCHES)
     attention = noise_attention(model, quantization)

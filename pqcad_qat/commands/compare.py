@@ -1,6 +1,6 @@
 """The command `compare`: the reports of several runs in one table and page.
 
-Not here: what stands in the table (report/comparison.py), and how it looks (report/comparison_page.py).
+Not here: the content of the table (report/comparison.py), and how it looks (report/comparison_page.py).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ PAGE = "comparison.html"
 
 
 def compare(runs: Sequence[str], out: str | None, command: str) -> tuple[Comparison, Path]:
-    """Compare finished runs; returns the comparison, and the page that it was written to.
+    """Compare finished runs; return the comparison, and the page that it was written to.
 
     Args:
-        runs: their folders.
-        out: the page, or a folder for it; by default it lies beside the first run.
-        command: that makes the comparison again.
+        runs: folders of the runs.
+        out: file of the page, or a folder for it; by default the page lies beside the first run.
+        command: command that repeats the comparison.
 
     Raises:
-        UsageError: no run, a run twice, or a page that is neither a folder nor a name in .html.
-        ModelError: a folder without a report.
+        UsageError: there is no run or a run is given twice, or the page is neither a folder nor a name in .html.
+        ModelError: a folder has no report.
     """
     if not runs:
         raise UsageError("got no run; allowed one or more folders of finished runs")

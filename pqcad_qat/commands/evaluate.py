@@ -22,7 +22,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A Frechet distance to real images, and what makes it comparable."""
+    """A Frechet distance to real images, and the protocol that makes it comparable."""
 
     fid_real: float | None
     fid_protocol: FidProtocol
@@ -39,15 +39,17 @@ def evaluate(
     guidance: float | None,
     console: Console,
 ) -> Evaluation:
-    """Sample images of a folder and compare them with real ones.
+    """Sample images from a folder and compare them with real ones.
 
     Args:
-        folder, steps, conditions, guidance: as `opened.opened_folder`.
-        features: feature network; by default what a run's policy says, or an embedded model's own.
+        folder, steps, conditions, guidance: same as for `opened.opened_folder`.
+        images: number of images.
+        seed: seed of their noise.
+        features: feature network; by default the one of a run's policy, or an embedded model's own.
 
     Raises:
-        UsageError: a model of latents, or a feature network that does not read what the model makes.
-        ModelError, PolicyError: as `opened.opened_folder`.
+        UsageError: the model makes latents, or the feature network does not accept what the model makes.
+        ModelError, PolicyError: as for `opened.opened_folder`.
     """
     variant = opened_folder(folder, steps, conditions, guidance)
     if variant.latent:
@@ -68,7 +70,7 @@ def evaluate(
 
 
 def _features_of(folder: str) -> str:
-    """The feature network that belongs to a run's or an embedded model's images."""
+    """Feature network that belongs to the images of a run or of an embedded model."""
     policy = policy_of(folder)
     if folder in embedded_features():
         return folder

@@ -1,4 +1,4 @@
-"""The command `features`: a feature network of FID for a labelled data set, with its reference statistics.
+"""The command `features`: train a feature network for FID on a labelled data set, and store its reference statistics.
 
 Not here: how it is trained (quality/feature_training.py).
 """
@@ -15,10 +15,10 @@ from pqcad_qat.quality.feature_training import RECIPES, FeatureRecipe, make_feat
 
 
 def features(out: Path, data: str, path: str | None, size: int, *, console: Console) -> Path:
-    """Train the network of a data set and write it; returns its folder.
+    """Train the feature network of a data set and write it; return its folder.
 
     Raises:
-        PqcadError: no such data, or data without labels.
+        PqcadError: the data do not exist or have no labels.
     """
     train = load_images(data, path, size)
     test = load_images(data, path, size, split="test") if data == "fashion-mnist" else None

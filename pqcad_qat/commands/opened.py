@@ -1,6 +1,6 @@
-"""A folder as `sample` and `evaluate` open it: with the conditions and the guidance that the command line asks for.
+"""The opening of a folder for `sample` and `evaluate`, with the conditions and the guidance from the command line.
 
-Not here: what a folder holds (stages/samplers.py).
+Not here: recognizing what a folder holds (stages/samplers.py).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pqcad_qat.stages.samplers import Sampler, open_folder
 
 
 def opened_folder(folder: str, steps: int | None, conditions: str | None, guidance: float | None) -> Sampler:
-    """What samples from a folder.
+    """Open a folder as a sampler.
 
     Args:
         folder: a run, a deployed folder, a quantized student, or a full-precision diffusers folder.
-        steps: sampling steps; by default those the folder was made for.
-        conditions: all, class labels as [0,3], or a safetensors file; by default what a run's policy says.
-        guidance: scale of classifier-free guidance; by default what the folder was made for.
+        steps: number of sampling steps; by default the number that the folder was made for.
+        conditions: "all", class labels such as [0,3], or a safetensors file; by default those of a run's policy.
+        guidance: scale of classifier-free guidance; by default the one that the folder was made for.
 
     Raises:
-        ModelError, PolicyError: as `stages.samplers.open_folder`.
+        ModelError, PolicyError: as for `stages.samplers.open_folder`.
     """
     section = None if (policy := policy_of(folder)) is None else policy.conditions
     if (embeddings := Path(folder) / EMBEDDINGS).is_file():
@@ -38,5 +38,5 @@ def opened_folder(folder: str, steps: int | None, conditions: str | None, guidan
 
 
 def policy_of(folder: str) -> Policy | None:
-    """The policy of a run's folder; None of any other folder."""
+    """Policy of a run's folder; None for any other folder."""
     return load_policy(policy) if (policy := Path(folder) / POLICY).is_file() else None

@@ -1,6 +1,6 @@
-"""The command `plan`: which rule quantizes which layer, and to how many bits, from configs alone.
+"""The command `plan`: which rule quantizes which layer, and to how many bits, computed from configs alone.
 
-Not here: how rules meet a model (quantization/plan.py), and how a plan looks (report/tables.py).
+Not here: how rules are applied to a model (quantization/plan.py), and how a plan looks (report/tables.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pqcad_qat.stages.prepared import notes_on, planned_shapes, with_own_model
 
 @dataclass(frozen=True)
 class PolicyPlan:
-    """A policy's plan.
+    """Plan of a policy.
 
     Attributes:
-        denoiser: the network that it stands on, as shapes without weights.
-        layers: that will be quantized.
-        notes: what is no fault of the policy, and still not what somebody reads in it.
+        denoiser: network that the plan is made for, as shapes without weights.
+        layers: plan of the layers that will be quantized.
+        notes: remarks on a valid policy that its reader may not expect.
     """
 
     denoiser: nn.Module
@@ -32,10 +32,10 @@ class PolicyPlan:
 
 
 def plan(policy: Policy, model: OwnModel | None = None) -> PolicyPlan:
-    """Plan a policy on its model's configs, or on a module of the user's own in the place of that model.
+    """Plan a policy on its model's configs, or on a module of the user's own in place of that model.
 
     Raises:
-        ModelError, PlanError: as `stages.prepared.planned_shapes`.
+        ModelError, PlanError: as for `stages.prepared.planned_shapes`.
     """
     policy = with_own_model(policy, model)
     denoiser, layers = planned_shapes(policy, model)

@@ -1,6 +1,7 @@
-"""The command `policies`: the policies that ship, one of them as it reads, or a copy of it to start one's own.
+"""The command `policies`: list the policies that ship with the package, print one of them, or copy one as the start of
+the user's own.
 
-Not here: where they lie and how a copy is made (policy/shipped.py).
+Not here: where they are stored and how a copy is made (policy/shipped.py).
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ from pqcad_qat.policy.shipped import ShippedPolicy, copy_policy, shipped_policie
 
 
 def policies_that_ship() -> tuple[ShippedPolicy, ...]:
-    """All policies that ship, by kind and name."""
+    """All policies that ship with the package, by kind and name."""
     return shipped_policies()
 
 
 def policy_text(name: str) -> str:
-    """A policy that ships, as it reads.
+    """Text of a policy that ships with the package.
 
     Raises:
-        PolicyError: there is none of that name.
+        PolicyError: there is no policy of that name.
     """
     return shipped_policy(name).file.read_text(encoding="utf-8")
 
 
 def copied(name: str, to: str) -> tuple[Path, ...]:
-    """Start a policy of one's own from one that ships; returns the files that were written.
+    """Copy a shipped policy as the start of the user's own; return the files that were written.
 
     Raises:
-        UsageError: a file that no policy can have.
-        PolicyError: there is none of that name, or a file is there already.
+        UsageError: the file name does not end in .yaml or .yml.
+        PolicyError: there is no policy of that name, or a file exists already.
     """
     if Path(to).suffix not in (".yaml", ".yml"):
         raise UsageError(f"--copy: got {to!r}; allowed a name in .yaml")

@@ -1,6 +1,7 @@
-"""The pretraining run: from a policy of kind `pretrain` to a full-precision diffusers folder with its provenance.
+"""The command `pretrain`: train a full-precision model from a policy of kind `pretrain`, and write it as a diffusers
+folder with its provenance.
 
-Not here: the loss and the batches (training/denoising.py), nor the loop (training/trainer.py).
+Not here: the loss and the batches (training/denoising.py), or the loop (training/trainer.py).
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from pqcad_qat.training.trainer import LoopSettings, new_accelerator
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 
 STAGE = "pretrain"
-"""The one stage of the run; it is never marked as done, since its last checkpoint says so."""
+"""Name of the run's only stage. It is never marked as done, since its last checkpoint shows that."""
 
 SAMPLES = 64
-"""Images of a sample grid."""
+"""Number of images in a sample grid."""
 
 
 def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool = False) -> Path:
-    """Train a denoiser from real images; returns the folder `model/` in diffusers layout.
+    """Train a denoiser on real images; return the folder `model/` in diffusers layout.
 
     Raises:
-        PqcadError: no such data, a model config that diffusers refuses, a run that cannot be resumed.
+        PqcadError: the data do not exist, diffusers refuses the model config, or the run cannot be resumed.
     """
     data, training = policy.data, policy.training
     with located(policy), agreed():
         new_accelerator(training.precision)
         images = load_images(data.source, data.path, data.size)
-        torch.manual_seed(training.seed)  # decides the first weights
+        torch.manual_seed(training.seed)  # determines the initial weights
         model = _build(policy.model, channels=images.images.shape[1])
         classes = _classes(policy, images)
         _check_runs(model, images.images.shape[1])
@@ -89,7 +90,7 @@ def pretrain(policy: PretrainPolicy, path: Path, console: Console, resume: bool 
 
 
 def _recipe(policy: PretrainPolicy, images: ImageSet) -> Recipe:
-    """What decides the weights."""
+    """Recipe of the stage: everything that determines the weights."""
     whole = policy.model_dump(mode="json")
     training = whole["training"]
     rare = {f"training.{key}": training.pop(key) for key in ("checkpoint_every", "keep_checkpoints", "sample_every")}
@@ -101,7 +102,7 @@ def _recipe(policy: PretrainPolicy, images: ImageSet) -> Recipe:
 
 
 def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
-    """How a model was made: the policy in full, the data's digest, and the versions."""
+    """Provenance of a model: the full policy, the data's digest, and the versions of libraries."""
     return {
         "made_by": "python -m pqcad_qat pretrain",
         "policy": policy.model_dump(mode="json"),
@@ -111,8 +112,9 @@ def provenance(policy: PretrainPolicy, images: ImageSet) -> dict[str, Any]:
 
 
 class SampleGrids(Callback):
-    """A grid of samples from the averaged weights, at the same seeds, every so many steps and at the end; by the first
-    process alone.
+    """Callback that writes a grid of samples from the averaged weights, always from the same seeds.
+
+    Only the first process writes, every `every` training steps.
     """
 
     def __init__(self, folder: Path, scheduler: Mapping[str, Any], every: int, conditions: ConditionSet) -> None:
@@ -147,7 +149,7 @@ def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
 
 @torch.no_grad()
 def _check_runs(model: Any, channels: int) -> None:
-    """One call of the model: diffusers builds some sizes that then fit nowhere, and says so only here."""
+    """Call the model once: diffusers builds some sizes that cannot run, and reports this only in a call."""
     size, classes = model.config.sample_size, model.config.num_class_embeds
     labels = None if classes is None else torch.zeros(1, dtype=torch.int64)
     try:
@@ -160,8 +162,10 @@ def _check_runs(model: Any, channels: int) -> None:
 
 
 def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:
-    """How labels condition the policy's model: a row of its table for every class of the data, and perhaps one more for
-    no class.
+    """Determine how labels condition the policy's model.
+
+    The model's embedding table has a row for every class of the data, and optionally one more for the unconditional
+    pass. None means that the model takes no labels.
     """
     rows = policy.model.get("num_class_embeds")
     if policy.model.get("class_embed_type") is not None:
@@ -183,13 +187,13 @@ def _classes(policy: PretrainPolicy, images: ImageSet) -> ClassLabels | None:
 
 
 def _conditions(model: nn.Module, classes: ClassLabels | None) -> ConditionSet:
-    """What sample grids are conditioned on: every class."""
+    """Conditions of the sample grids: every class."""
     shell = DiffusionModel(model, {}, "the model", "")
     return ConditionSet() if classes is None else class_conditions(conditioned(shell), "all", classes.null)
 
 
 def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:
-    """The policy's scheduler in diffusers' names."""
+    """Scheduler config of the policy in diffusers' names."""
     given = policy.scheduler.model_dump()
     return {
         "_class_name": "DDIMScheduler",

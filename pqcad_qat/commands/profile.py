@@ -1,4 +1,4 @@
-"""What a policy's training costs a step, against training its model in floating point: the command `profile`.
+"""The command `profile`: the cost of a policy's training steps, against training its model in floating point.
 
 Not here: how a step is timed (training/step_profile.py).
 """
@@ -29,16 +29,17 @@ from pqcad_qat.training.trainer import new_accelerator
 from pqcad_qat.training.weight_distance import WeightDistance
 
 STILL = 0.999
-"""Momentum of the transition that is timed: over the steps of a profile it stays where it is."""
+"""Momentum of the bit schedule during timing, so large that the blend does not advance while steps are profiled."""
 
 
 def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
-    """Time training steps of the policy's model, quantized and not, on noise: values do not change what a step costs.
+    """Time training steps of the policy's model, quantized and not, on noise; the values do not affect the cost of a
+    step.
 
-    The model may be an architecture alone, whose weights are random then.
+    The model may be an architecture alone, which then gets random weights.
 
     Raises:
-        PqcadError: as `stages.prepared.prepare`; a precision that this machine does not have.
+        PqcadError: as for `stages.prepared.prepare`, or the machine does not support the precision.
     """
     device = new_accelerator(policy.training.precision).device
     prepared = prepare_untrained(policy) or prepare(policy)

@@ -1,5 +1,5 @@
-"""An architecture of any size with random weights: planned, quantized, exported and proven, with what each stage of it
-costs.
+"""The command `rehearse`: plan, quantize, export and prove an architecture of any size with random weights, and report
+the cost of each stage.
 
 Not here: training, or how fast the result runs (benchmark.py). Neither memory nor time depends on the values of
 weights.
@@ -33,23 +33,23 @@ from pqcad_qat.timing.stage_costs import StageMeter
 
 REPORT = "rehearsal.json"
 SHIPPED, PACKED = "openvino", "packed"
-"""What a rehearsal leaves in its folder: its report, the deployed folder, and the same with packed weights."""
+"""Names in a rehearsal's folder of the deployed folder, and of the same folder with packed weights."""
 
 
 def rehearse(policy: Policy, folder: Path, command: str, tell: Callable[[StageCost], None]) -> tuple[Rehearsal, Path]:
-    """Take an architecture to a deployed folder by a policy's rules, with the proofs of a run; returns the record, and
-    the file that holds it.
+    """Deploy an architecture by a policy's rules, with the proofs of a run; return the record, and the file that holds
+    it.
 
     Args:
-        policy: its model names the architecture; its training does not matter.
-        folder: where to; an older rehearsal there is replaced.
-        command: that is running, for the record.
-        tell: called with each stage that is over.
+        policy: policy whose model names the architecture; its training section does not matter.
+        folder: output folder; an older rehearsal in it is replaced.
+        command: running command, for the record.
+        tell: function called with the cost of each finished stage.
 
     Raises:
-        UsageError: the policy's model is no architecture.
-        ModelError, PlanError: as blueprint.
-        ExportError: a layer that cannot be expressed, or a folder that holds something else.
+        UsageError: the policy's model is not an architecture.
+        ModelError, PlanError: as for `stages.blueprint.blueprint`.
+        ExportError: a layer cannot be expressed, or the folder holds something else.
     """
     if (configs := architecture_configs(policy.model.source)) is None:
         raise UsageError(

@@ -1,6 +1,6 @@
-"""The command `report`: the page of a finished run made again, from what its folder holds.
+"""The command `report`: rebuild the page of a finished run from what its folder holds.
 
-Not here: what stands in the report (stages/measure.py), and how it looks (report/).
+Not here: the content of the report (stages/measure.py), and how it looks (report/).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pqcad_qat.stages.run_folder import RunFolder
 
 
 def report(path: Path) -> Path:
-    """Make report.json, report.html and samples.png of a finished run anew; returns the page.
+    """Rebuild report.json, report.html and samples.png of a finished run; return the path of the page.
 
     Raises:
-        ModelError: no run is there, or its model cannot be loaded.
-        CheckpointError: stages of it are still to do, or would be done again.
+        ModelError: the folder holds no run, or its model cannot be loaded.
+        CheckpointError: some stages are still to do, or would be repeated.
     """
     if not (path / POLICY).is_file():
         raise ModelError(f"{path}: got a folder without {POLICY}; allowed the folder of a finished run")

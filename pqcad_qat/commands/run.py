@@ -1,7 +1,7 @@
-"""The stages of a run, in order.
+"""The command `run`: the stages of a run, in order.
 
-Not here: the stages themselves (stages/). A finished stage is not repeated, but read back, for as long as the policy
-says nothing else of what decides it (stages/recipes.py).
+Not here: the stages themselves (stages/). A finished stage is read back instead of repeated, as long as the policy does
+not change what determines it (stages/recipes.py).
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def run(
     shares_training: bool = False,
     model: OwnModel | None = None,
 ) -> Path:
-    """Take a policy from its full-precision model to a deployed folder and its report; returns the report's page.
+    """Carry out a policy, from its full-precision model to a deployed folder and its report; return the path of the
+    report's page.
 
-    With `shares_training` a stage that a run beside this one has trained, with all that decides it equal, is taken from
-    there. `model` is a module of the user's own, in the place of the policy's model.
+    With `shares_training`, a training stage with an equal recipe is copied from a run beside this one. `model` is a
+    module of the user's own, in place of the policy's model.
 
     Raises:
-        PqcadError: whatever a stage finds wrong; with `resume` the run goes on from there.
+        PqcadError: a stage found a fault; with `resume` the run continues from there.
     """
     policy = with_own_model(policy, model)
     with located(policy), agreed():
@@ -67,10 +68,10 @@ def run(
 
 
 def outlook(policy: Policy, path: Path, resume: bool = False, model: OwnModel | None = None) -> RunOutlook:
-    """What `run` would do in that folder; nothing is written.
+    """Preview what `run` would do in that folder; nothing is written.
 
     Raises:
-        PqcadError: what `run` would refuse before its first stage.
+        PqcadError: `run` would refuse before its first stage.
     """
     policy = with_own_model(policy, model)
     with located(policy):
@@ -97,7 +98,7 @@ def outlook(policy: Policy, path: Path, resume: bool = False, model: OwnModel | 
 def _all_stages(
     policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, command: str, shares_training: bool
 ) -> Path:
-    """The stages that the policy's variants take, in order."""
+    """Do the stages that the policy's variants need, in order; return the path of the report's page."""
     stages = stages_of(policy.evaluation.variants)
     for note in notes_on(policy, prepared.plan, prepared.model.folder):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -105,7 +106,7 @@ def _all_stages(
         if first:
             write_file(run.path / "plan.json", json.dumps(plan_json(prepared.plan, prepared.split), indent=1))
             texts = {"policy": dump_policy(policy), "plan": plan_text(prepared.plan, prepared.split)}
-            # Markdown's plain text
+            # indented by four blanks, Markdown shows it as plain text
             log_texts(run.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
     calibration = calibrate(policy, prepared, run, console)
     models: dict[str, nn.Module] = {}

@@ -1,7 +1,7 @@
-"""The command `sample`: images of a folder as a grid, of a prompt too; or latents as a safetensors file.
+"""The command `sample`: images from a folder as a grid, also from a prompt; or latents as a safetensors file.
 
-Not here: how a folder is opened (opened.py) and sampled (stages/samplers.py, serving/text_to_image.py). What is made
-of a prompt needs no PyTorch, so nothing here imports it before it is used.
+Not here: how a folder is opened (opened.py) and sampled (stages/samplers.py, serving/text_to_image.py). Sampling from a
+prompt needs no PyTorch, so this file imports PyTorch only where it is used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was made.
+    """Result of the command.
 
     Attributes:
-        file: that it was written to.
-        text: what it holds, in a line.
-        warnings: about the prompt, such as words that no encoder reads.
+        file: file that it was written to.
+        text: one line on the content of the file.
+        warnings: warnings about the prompt, such as words that no text encoder reads.
     """
 
     file: Path
@@ -38,18 +38,18 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What is to be made.
+    """Request of the command.
 
     Attributes:
         folder: a run, a deployed folder, a quantized student, or a full-precision diffusers folder.
-        count: number of images; None: 64, or 1 of a prompt.
-        seed: of their noise.
-        steps: sampling steps; None: those the folder was made for.
-        out: PNG file, or a safetensors file of latents.
-        conditions: of a conditional model, as `opened.opened_folder` takes them.
-        guidance: scale of classifier-free guidance; None: what the folder was made for.
-        prompt: what is to be seen, of a folder that holds a whole text-to-image pipeline.
-        negative: what is not to be seen.
+        count: number of images; None for 64, or for 1 if there is a prompt.
+        seed: seed of their noise.
+        steps: number of sampling steps; None for the number that the folder was made for.
+        out: PNG file, or a safetensors file for latents.
+        conditions: conditions of a conditional model, in the form that `opened.opened_folder` takes.
+        guidance: scale of classifier-free guidance; None for the one that the folder was made for.
+        prompt: what the image shows, for a folder that holds a whole text-to-image pipeline.
+        negative: what the image does not show.
     """
 
     folder: str
@@ -64,11 +64,11 @@ class SampleRequest:
 
 
 def sample(request: SampleRequest, console: Console) -> Sampled:
-    """Make what is asked for and write it to its file.
+    """Make what the request asks for and write it to its file.
 
     Raises:
-        UsageError: a file of a kind that is not made here, or options that do not go together.
-        ModelError, PolicyError: as `opened.opened_folder`; a folder without a pipeline for a prompt.
+        UsageError: the kind of file is not supported, or options contradict each other.
+        ModelError, PolicyError: as for `opened.opened_folder`, or the folder has no pipeline for a prompt.
     """
     if request.out.suffix.lower() not in (PICTURES, LATENTS):
         raise UsageError(f"--out: got {str(request.out)!r}; allowed a name in .png, or of latents in .safetensors")
@@ -82,7 +82,7 @@ def sample(request: SampleRequest, console: Console) -> Sampled:
 
 
 def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled:
-    """Pictures of a prompt, without PyTorch."""
+    """Make pictures from a prompt, without PyTorch."""
     from pqcad_qat.serving.text_to_image import TextToImage
 
     out, count, guidance = request.out, request.count or 1, request.guidance
@@ -111,7 +111,7 @@ def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled
 
 
 def _of_choices(request: SampleRequest, console: Console) -> Sampled:
-    """Images or latents of what the folder's policy says, or of the choices that are given."""
+    """Make images or latents under the conditions of the folder's policy, or under those of the request."""
     import torch
     from safetensors.torch import save_file
 

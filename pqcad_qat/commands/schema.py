@@ -1,6 +1,6 @@
-"""The command `schema`: what a policy may say, for editors as a JSON Schema, for people as Markdown tables.
+"""The command `schema`: the keys of a policy, as a JSON Schema for editors, or as Markdown tables for people.
 
-Not here: how either follows from the policies' classes (policy/loading.py, policy/reference.py).
+Not here: how either is derived from the policies' classes (policy/loading.py, policy/reference.py).
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ from pqcad_qat.policy.reference import markdown_reference
 
 
 def schema(markdown: bool = False) -> str:
-    """The text of the schema, with its last line ended."""
+    """Text of the schema, ending in a line break."""
     return markdown_reference() if markdown else json.dumps(json_schema(), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""How sensitive each layer is, and a policy of mixed widths within a size: the command `sensitivity`.
+"""The command `sensitivity`: how sensitive each layer is to quantization, and a mixed-width policy within a size limit.
 
 Not here: the measurement and the choice (quantization/), the page (report/sensitivity_page.py).
 """
@@ -32,29 +32,29 @@ from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport, wri
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
 
 OWN, CHOSEN = "the policy's own widths", "chosen"
-"""The assignments of a report."""
+"""Names of a report's assignments."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The size that weights may have: a multiple of float32's bytes, or megabytes (10^6 bytes)."""
+    """Size limit of the weights: a multiple of the float32 size, or megabytes (10^6 bytes)."""
 
     number: float
     unit: Literal["x", "MB"]
 
     def of(self, whole: int) -> int:
-        """The limit in bytes, for a model that takes `whole` in float32."""
+        """Limit in bytes, for a model that takes `whole` bytes in float32."""
         return int(self.number * (whole if self.unit == "x" else 1e6))
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was found, and where it is written.
+    """Result of the command, and where it is written.
 
     Attributes:
-        report: of every layer at every width.
-        page: that shows it.
-        policy: file of the policy of mixed widths, None without a size.
+        report: errors of every layer at every width.
+        page: page that shows the report.
+        policy: file of the mixed-width policy; None without a size limit.
     """
 
     report: SensitivityReport
@@ -72,7 +72,7 @@ def sensitivity(
     command: str,
     console: Console,
 ) -> Sensitivity:
-    """Measure as `measure_sensitivity`, and write what was found into a folder; the calibration set lies beside it."""
+    """Call `measure_sensitivity` and write the results into a folder; the calibration set lies beside that folder."""
     report, mixed = measure_sensitivity(
         policy, widths, states, size, cache=folder.parent / CALIBRATION, command=command, console=console
     )
@@ -96,16 +96,20 @@ def measure_sensitivity(
     """Measure every planned layer at every width on the calibration set; with a limit, also choose widths within it.
 
     Args:
-        widths: that a layer may get; the policy's own are measured too.
-        states: of the calibration set, which lies in `cache` or is recorded there.
-        size: that the packed weights may have; each layer gets one of the widths.
+        policy: policy whose model and plan are measured.
+        widths: widths in bits that a layer may get; the policy's own widths are measured too.
+        states: number of states of the calibration set to measure on.
+        size: limit on the packed weights; each layer gets one of the widths.
+        cache: folder in which the calibration set is found or recorded.
+        command: command that repeats the measurement, for the report.
+        console: console that shows the progress.
 
     Returns:
         The report, and the text of a policy with the chosen widths, None without a limit.
 
     Raises:
-        PqcadError: as `stages.prepared.prepare`.
-        PlanError: the smallest widths take more.
+        PqcadError: as for `stages.prepared.prepare`.
+        PlanError: even the smallest widths exceed the limit.
     """
     prepared = prepare(policy, cache.parent / SHARED)
     own = {layer.name: layer.weights.bits for layer in prepared.plan}
@@ -143,8 +147,9 @@ def measure_sensitivity(
 
 
 def packed_sizes(prepared: Prepared, widths: Collection[int]) -> Costs:
-    """Bytes of the packed weights (`export.weights: packed`), scales included; a share is of all parameters in
-    float32.
+    """Bytes of the packed weights (`export.weights: packed`), scales included, for each layer at each width.
+
+    Shares refer to the size of all parameters in float32.
     """
     full = expected_bytes(prepared.split, (), packed=False)
     weights = {layer.name: 4 * prepared.split.get_parameter(f"{layer.name}.weight").numel() for layer in prepared.plan}
@@ -182,7 +187,7 @@ def _calibration(policy: Policy, prepared: Prepared, cache: Path, console: Conso
 def _calibrated(
     policy: Policy, prepared: Prepared, plan: Sequence[LayerPlan], calibration: CalibrationSet, *, console: Console
 ) -> nn.Module:
-    """The model with these layers quantized, weights at their own widths, not trained."""
+    """Quantize these layers with calibrated ranges, weights at their own widths, without training."""
     model = quantize_model(copy.deepcopy(prepared.split), plan)
     with working(console, "sensitivity: ranges"):
         calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
@@ -202,8 +207,9 @@ def _layers(
 
 
 def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> dict[str, int]:
-    """Layer -> width: the sum of the layers' errors as small as the limit allows; that errors and costs add up is
-    assumed.
+    """Choose widths that minimize the sum of the layers' errors within the limit; return layer -> width.
+
+    The choice assumes that errors and costs of layers add up.
     """
     options = {
         layer.name: [Option(bits, cost, layer.error(bits)) for bits, cost in costs.layers[layer.name].items()]
@@ -213,7 +219,9 @@ def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> d
 
 
 def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) -> str:
-    """The policy with the chosen widths as rules and its weights packed, and in its first lines what they come to."""
+    """Text of the policy with the chosen widths as rules and with packed weights; its first lines state the resulting
+    size and error.
+    """
     chosen = report.assignments[CHOSEN]
     rules = mixed_rules(
         policy.quantization.layers, prepared.plan, list(quantizable_layers(prepared.split)), chosen.bits

@@ -1,5 +1,5 @@
-"""A study: its cells run in turn or side by side, each a run of its own; what is finished is kept, a failure does not
-stop the others.
+"""The command `sweep`: run the cells of a study in turn or side by side, each as a run of its own. Finished cells are
+kept, and a failure does not stop the others.
 
 Not here: the expansion of a study's file into cells (policy/study_cells.py), the stages of a cell (stages/), its table
 (report/).
@@ -41,10 +41,10 @@ from pqcad_qat.stages.recipes import training_steps
 
 STUDY_PAGE = "study.html"
 ERRORS = "errors"
-"""Folder of the tracebacks of cells that failed by no mistake of the user's."""
+"""Name of the folder for tracebacks of cells that failed by no mistake of the user's."""
 
 CONSOLES = "consoles"
-"""Folder of what cells printed that ran beside others."""
+"""Name of the folder for the output of cells that ran side by side."""
 
 
 def sweep(
@@ -57,19 +57,19 @@ def sweep(
     only: str = "*",
     page: Path | None = None,
 ) -> Comparison:
-    """Run every cell that is not finished, and after each write study.json, study.html and study.md of all that are.
+    """Run every unfinished cell, and after each one write study.json, study.html and study.md of all finished cells.
 
     Args:
         only: glob on the names of the cells to run.
-        jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
+        jobs: number of simultaneous cells, each in its own process with its share of the cores; small models benefit.
         page: Markdown file that gets the table too, as a section with the study's name.
 
     Raises:
-        UsageError: the page is no text, or its folder is not there; nothing has been run.
-        CheckpointError: a cell that is there belongs to another policy; nothing has been run.
-        StudyError: as `check_cells`, cells that time models were to run beside others, or `only` matches none: nothing
-            has been run. Or some cells failed; the others are in the table.
-        KeyboardInterrupt: Ctrl-C; every cell at work has written a checkpoint where it trains.
+        UsageError: the page is not text, or its folder does not exist; nothing has been run.
+        CheckpointError: an existing cell belongs to another policy; nothing has been run.
+        StudyError: as for `check_cells`, or cells that time models would run beside others, or `only` matches none;
+            nothing has been run. Also raised if some cells failed; the others are in the table.
+        KeyboardInterrupt: Ctrl-C; every cell that was training has written a checkpoint.
     """
     if page is not None:
         with_section(_page_text(page), study.name, "")
@@ -110,10 +110,10 @@ def sweep(
 
 
 def check_cells(cells: Sequence[Cell], console: Console) -> None:
-    """Plan every cell on its model's configs, cells that would be planned alike once.
+    """Plan every cell on its model's configs; cells with equal plans are planned once.
 
     Raises:
-        StudyError: what `plan` finds wrong with any of them, with their names.
+        StudyError: `plan` finds faults; the message names the cells of each.
     """
     alike: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -134,13 +134,13 @@ def check_cells(cells: Sequence[Cell], console: Console) -> None:
 
 
 def _planned_by(policy: Policy) -> dict[str, Any]:
-    """What of a policy can make a difference to its plan: all but how it is trained."""
+    """Part of a policy that can affect its plan: everything except how the model is trained."""
     found = policy.model_dump(mode="json", exclude={"name", "progressive", "training"})
     return {**found, "ladder": policy.progressive.ladder, "checkpointing": policy.training.activation_checkpointing}
 
 
 def _write_table(study: Study, folder: Path, command: str) -> Comparison:
-    """The table and page of the cells that are finished."""
+    """Write the table and page of the finished cells."""
     done = [cell for cell in study.cells if finished(folder / cell.name)]
     runs = [Run(str(folder / cell.name), cell.labels, read_report(folder / cell.name)) for cell in done]
     comparison = compare_runs(study.name, runs, command)
@@ -149,10 +149,10 @@ def _write_table(study: Study, folder: Path, command: str) -> Comparison:
 
 
 def chosen_cells(study: Study, only: str) -> list[Cell]:
-    """The cells whose names match a glob.
+    """Cells whose names match a glob.
 
     Raises:
-        StudyError: there is none.
+        StudyError: no cell matches.
     """
     chosen = [cell for cell in study.cells if fnmatchcase(cell.name, only)]
     if not chosen:
@@ -164,13 +164,13 @@ def chosen_cells(study: Study, only: str) -> list[Cell]:
 
 
 def finished(path: Path) -> bool:
-    """The run's report, which is written last, is there."""
+    """Tell whether a run's report exists, which is written last."""
     return (path / PAGE_FILE).is_file()
 
 
 Begin = Callable[[Cell], None]
 End = Callable[[Cell, str | None], None]
-"""Told of a cell that ended, and of what was wrong with it."""
+"""Callbacks for a cell that begins, and for a cell that ended, with the fault if it failed."""
 
 
 def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console, *, begin: Begin, end: End) -> None:
@@ -204,7 +204,7 @@ def _side_by_side(
 
 
 def _run_quietly(cell: Cell, folder: Path, command: str, threads: int) -> str | None:
-    """Run a cell in this process, which has nothing else to do; what it prints goes to a file."""
+    """Run a cell in this process, which has no other work; its output goes to a file."""
     torch.set_num_threads(threads)
     (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
     with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
@@ -212,14 +212,14 @@ def _run_quietly(cell: Cell, folder: Path, command: str, threads: int) -> str | 
 
 
 def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str | None:
-    """Run a cell, or go on with it; what was wrong with it, or None."""
+    """Run or resume a cell; return its fault, or None."""
     try:
         pipeline.run(cell.policy, folder / cell.name, command, console, resume=True, shares_training=True)
     except InterruptedByUserError:
         raise KeyboardInterrupt from None
     except PqcadError as error:
         return str(error)
-    except Exception as error:  # a fault of this cell, whatever it is, must not lose the others
+    except Exception as error:  # no fault of this cell may lose the other cells
         write_file(folder / ERRORS / f"{cell.name}.txt", traceback.format_exc())
         return f"{type(error).__name__}: {error} ({ERRORS}/{cell.name}.txt has its traceback)"
     return None
@@ -251,10 +251,10 @@ def _refuse_changed(study: Study, folder: Path) -> None:
 def checked_cells(
     study: Study, folder: Path, console: Console, *, only: str = "*", page: Path | None = None
 ) -> tuple[CellState, ...]:
-    """What every cell would do, and how far it is; nothing is run or written.
+    """List the work and the progress of every cell; nothing is run or written.
 
     Raises:
-        UsageError, StudyError: what `sweep` would refuse before the first cell.
+        UsageError, StudyError: `sweep` would refuse before the first cell.
     """
     if page is not None:
         with_section(_page_text(page), study.name, "")
@@ -271,10 +271,10 @@ def checked_cells(
 
 
 def _page_text(page: Path) -> str:
-    """The text of a Markdown file; nothing where there is none yet.
+    """Read a Markdown file; a file that does not exist yet is empty.
 
     Raises:
-        UsageError: it is no text, or its folder is not there.
+        UsageError: the file is not text, or its folder does not exist.
     """
     if page.parent.is_dir() and not page.exists():
         return ""

@@ -1,1 +1,1 @@
-"""What images are worth: feature networks, Frechet distances, PSNR and SSIM."""
+"""Measures of image quality: feature networks, Frechet distances, PSNR and SSIM."""

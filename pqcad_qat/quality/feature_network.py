@@ -1,4 +1,4 @@
-"""The feature network that FID looks through: its shape, its files, and statistics of images through it.
+"""The feature network behind FID: its architecture, its files, and statistics of its features.
 
 Not here: how it is trained (quality/feature_training.py), distances between statistics (quality/fidelity.py).
 """
@@ -34,7 +34,7 @@ _MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = (
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The network's shape: what to build before the weights are loaded."""
+    """Architecture of the network, needed to build it before its weights are loaded."""
 
     channels: int = 1
     size: int = 32
@@ -44,13 +44,13 @@ class FeatureConfig:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that it reads."""
+        """Shape (C, H, W) of the images that it accepts."""
         return self.channels, self.size, self.size
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Sums over features f (N, D), named as torchmetrics' FrechetInceptionDistance names its states."""
+    """Sums over features f (N, D), named like the states of torchmetrics' FrechetInceptionDistance."""
 
     features_sum: Tensor  # float64 (D,)       sum of f
     features_cov_sum: Tensor  # float64 (D, D) sum of f f^T, not centred
@@ -59,17 +59,19 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class Features:
-    """A trained feature network, who it is, and statistics of real images through it, where they exist."""
+    """A trained feature network, its identity, and statistics of real images if there are any."""
 
     network: FeatureNetwork
     source: str
-    sha256: str  # of model.safetensors
+    sha256: str  # SHA-256 of model.safetensors
     reference: FeatureStatistics | None
-    reference_name: str | None  # the data set and its number of images
+    reference_name: str | None  # data set of the statistics and its number of images
 
 
 class FeatureNetwork(nn.Module):
-    """3x3 convolutions with batch normalization and ReLU, the global average as features, a linear layer to classes."""
+    """3x3 convolutions with batch normalization and ReLU; the global average gives the features, and a linear layer the
+    classes.
+    """
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
@@ -85,18 +87,18 @@ class FeatureNetwork(nn.Module):
         return self.config.widths[-1]
 
     def features(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1] (N, C, H, W) -> features (N, D)."""
+        """Map images in [-1, 1] (N, C, H, W) to features (N, D)."""
         hidden: Tensor = self.blocks(x.contiguous(memory_format=torch.channels_last))
         return hidden.mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1] (N, C, H, W) -> logits (N, classes)."""
+        """Map images in [-1, 1] (N, C, H, W) to logits (N, classes)."""
         logits: Tensor = self.classifier(self.features(x))
         return logits
 
 
 def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 500) -> FeatureStatistics:
-    """Statistics of uint8 images (N, C, H, W): the one path that reference and generated images both take."""
+    """Compute statistics of uint8 images (N, C, H, W), by the same code for reference and generated images."""
     check_images(network.config, images)
     metric = FrechetInceptionDistance(feature=_FeatureExtractor(network), normalize=False)
     with torch.no_grad():
@@ -108,7 +110,7 @@ def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 
 
 
 def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
-    """Raise ModelError unless the feature network is there, whole, and reads images of this shape (C, H, W)."""
+    """Raise ModelError unless the feature network exists, is undamaged, and accepts images of this shape (C, H, W)."""
     shape = load_features(source).network.config.shape
     if shape != sample_shape:
         fitting = [name for name in embedded_features() if load_features(name).network.config.shape == sample_shape]
@@ -124,7 +126,7 @@ def _sizes(shape: tuple[int, int, int]) -> str:
 
 
 def check_images(config: FeatureConfig, images: Tensor) -> None:
-    """Raise ModelError unless `images` are uint8 (N, C, H, W) of the size and channels that the network was trained
+    """Raise ModelError unless `images` are uint8 (N, C, H, W) with the size and channels that the network was trained
     on.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
@@ -135,7 +137,7 @@ def check_images(config: FeatureConfig, images: Tensor) -> None:
 
 
 def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provenance: Mapping[str, Any]) -> Features:
-    """Write the network, its provenance and the statistics of the `real` images to `folder`; return them as
+    """Write the network, its provenance and the statistics of the `real` images to `folder`; return what
     `load_features` would.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,7 @@ def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provena
         "provenance": dict(provenance),
     }
     write_json(folder / _CONFIG, record)
-    # the statistics come through what others will load, whatever layout training left in memory
+    # Compute the statistics with the network as others will load it, since training may leave another memory layout.
     loaded, sha256 = _load_network(folder)
     save_reference(
         folder, image_statistics(loaded, real.images), f"{real.name}, {len(real)} images, sha256 {real.digest}", sha256
@@ -156,7 +158,7 @@ def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provena
 
 
 def save_reference(folder: Path, statistics: FeatureStatistics, name: str, features_sha256: str) -> None:
-    """Write statistics of real images, bound to the network they came through."""
+    """Write statistics of real images, together with the digest of the network that computed them."""
     count = torch.tensor(statistics.num_samples, dtype=torch.int64)
     tensors = {
         "real_features_sum": statistics.features_sum,
@@ -174,8 +176,10 @@ def save_reference(folder: Path, statistics: FeatureStatistics, name: str, featu
 
 
 def load_features(source: str) -> Features:
-    """Load `embedded:NAME` or a folder that `save_features` wrote; raise ModelError where a file is missing or its
-    digest differs.
+    """Load `embedded:NAME` or a folder that `save_features` wrote.
+
+    Raises:
+        ModelError: a file is missing, or its digest differs.
     """
     folder = _folder(source)
     network, sha256 = _load_network(folder)
@@ -184,14 +188,14 @@ def load_features(source: str) -> Features:
 
 
 def embedded_features() -> list[str]:
-    """The names that `load_features` takes without files."""
+    """Names of the feature networks that ship with the package."""
     assets = Path(str(resources.files("pqcad_qat.assets")))
     return sorted(EMBEDDED + path.name.removeprefix("features-") for path in assets.glob("features-*"))
 
 
 class _FeatureExtractor(nn.Module):
-    """What torchmetrics calls: uint8 in, float64 features out, so that its sums and its result stay in double
-    precision.
+    """Feature extractor for torchmetrics: uint8 images in, float64 features out, so that its sums and its result are in
+    double precision.
     """
 
     def __init__(self, network: FeatureNetwork) -> None:
@@ -218,7 +222,7 @@ def _folder(source: str) -> Path:
 
 
 def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
-    """The network in evaluation mode, and the digest of its weights."""
+    """Load the network in evaluation mode, and the digest of its weights."""
     config = _read_record(folder / _CONFIG)
     sha256 = _verified(folder / _MODEL, config)
     try:

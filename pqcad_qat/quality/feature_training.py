@@ -1,5 +1,4 @@
-"""How the feature network comes to be: a classifier of real images, trained in minutes on one core, with its
-provenance.
+"""Training of the feature network: a classifier of real images, trained in minutes on one core, and its provenance.
 
 Not here: the network itself and its files (quality/feature_network.py), the denoiser's training
 (training/denoising.py).
@@ -25,37 +24,37 @@ from pqcad_qat.quality.feature_network import FeatureConfig, FeatureNetwork, Fea
 
 @dataclass(frozen=True)
 class FeatureRecipe:
-    """How the network is trained: AdamW, a linear warm-up over the first twentieth of the steps, then a cosine to
-    zero.
-    """
+    """Training settings: AdamW, a linear warm-up over the first twentieth of the steps, then a cosine decay to zero."""
 
     epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.02
-    shift: int = 2  # pixels, largest random translation of a batch
-    flip: bool = True  # mirror each image with probability one half
+    shift: int = 2  # largest random translation of a batch, in pixels
+    flip: bool = True  # whether each image is mirrored with probability one half
     seed: int = 0
 
 
 RECIPES: Mapping[str, FeatureRecipe] = {
-    # few, they touch the border, and a mirror makes them others
+    # The images are few, touch the border, and become other digits when mirrored.
     "digits": FeatureRecipe(epochs=40, shift=0, flip=False),
     "noto-emoji": FeatureRecipe(epochs=20),
 }
-"""Recipes of the data sets that the default does not suit."""
+"""Recipes of the data sets for which the default is unsuitable."""
 
 HELD_OUT = 5
-"""Where a data set has no test split, every so many-th image is one to test on."""
+"""Distance between held-out images: without a test split, every fifth image is held out for testing."""
 
 
 def train_feature_network(
     images: ImageSet, recipe: FeatureRecipe = FeatureRecipe(), progress: Callable[[int, int, float], None] | None = None
 ) -> FeatureNetwork:
-    """Train a classifier of `images` by cross-entropy; the same images, recipe and number of threads give the same
-    weights.
+    """Train a classifier of `images` by cross-entropy; equal images, recipe and number of threads give equal weights.
 
-    `progress` is called after every step with (step, steps, loss). Raises ModelError where the images have no labels.
+    `progress` is called after every step with (step, steps, loss).
+
+    Raises:
+        ModelError: the images have no labels.
     """
     labels = _labels(images)
     with torch.random.fork_rng(devices=[]):
@@ -87,8 +86,8 @@ def make_features(
     *,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Features:
-    """Train on `images`, measure on `test` or on images held out, and write network, provenance and the statistics of
-    all `images`.
+    """Train on `images` and measure the accuracy on `test`, or on images held out; write the network, its provenance
+    and the statistics of all `images`.
     """
     train, test = hold_out(images) if test is None else (images, test)
     network = train_feature_network(train, recipe, progress)
@@ -104,7 +103,7 @@ def make_features(
 
 
 def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """(to train on, to test on): every `HELD_OUT`-th image is of the second."""
+    """Split images into training images and test images; every `HELD_OUT`-th one is a test image."""
     if len(images) < HELD_OUT:
         raise ModelError(f"{images.name}: got {len(images)} images; a feature network needs at least {HELD_OUT}")
     labels, every = _labels(images), torch.arange(len(images))
@@ -116,7 +115,7 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
 
 
 def accuracy(network: FeatureNetwork, images: ImageSet, batch_size: int = 500) -> float:
-    """Share of `images` whose class the network gets right."""
+    """Share of `images` that the network classifies correctly, from 0 to 1."""
     labels = _labels(images)
     with torch.no_grad():
         guesses = torch.cat([network(to_float(part)).argmax(dim=1) for part in torch.split(images.images, batch_size)])
@@ -139,9 +138,7 @@ def _learning_rate_factor(step: int, steps: int) -> float:
 
 
 def _batches(count: int, recipe: FeatureRecipe) -> Iterator[Tensor]:
-    """Indices of every batch of the training, each epoch in an order of its own; an incomplete last batch is left
-    out.
-    """
+    """Indices of every training batch, shuffled in each epoch; an incomplete last batch is left out."""
     size = min(recipe.batch_size, count)
     for _ in range(recipe.epochs):
         order = torch.randperm(count)
@@ -149,7 +146,7 @@ def _batches(count: int, recipe: FeatureRecipe) -> Iterator[Tensor]:
 
 
 def _augment(images: Tensor, recipe: FeatureRecipe) -> Tensor:
-    """Mirror some of the images (N, C, H, W), and roll all of them by one random translation."""
+    """Mirror random images of (N, C, H, W), and roll all of them by one random translation."""
     if recipe.flip:
         images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
     down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2,)).tolist()

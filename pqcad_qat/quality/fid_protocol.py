@@ -1,6 +1,6 @@
-"""All that decides an FID number beside the images themselves.
+"""Everything that determines an FID apart from the images themselves.
 
-Not here: how an FID is computed (fidelity.py). Without torch, which a report is read without.
+Not here: how an FID is computed (fidelity.py). This file does not import torch, so that reports can be read without it.
 """
 
 from __future__ import annotations
@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MANY_IMAGES = 10_000
-"""The customary number of images: with fewer, an FID is biased upwards by an amount that depends on their number."""
+"""Customary number of images. With fewer, an FID is biased upwards by an amount that depends on their number."""
 
 
 @dataclass(frozen=True)
 class FidProtocol:
-    """Everything that has to be equal before two FIDs may be compared."""
+    """Everything that must be equal for two FIDs to be comparable."""
 
     images: int
     features: str  # name of the feature network
     features_sha256: str
-    reference: str | None  # what the real statistics are of
+    reference: str | None  # description of the real images behind the statistics
     sampler: str
-    steps: int  # of the full-precision sampler
+    steps: int  # number of sampling steps of full precision
     seed: int
 
     @property
     def under_10000(self) -> bool:
-        """Whether the images are too few for the FID to compare with any but those of as many."""
+        """Whether the FID can only be compared with FIDs of equally many images, because there are too few."""
         return self.images < MANY_IMAGES

@@ -1,4 +1,4 @@
-"""What images are worth: FID against real data and against full precision, paired PSNR and SSIM, each with its
+"""Figures of image quality: FID against real data and against full precision, paired PSNR and SSIM, each with its
 protocol.
 
 Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size
@@ -20,19 +20,17 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics
 from pqcad_qat.quality.fid_protocol import FidProtocol
 
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels, the Gaussian window of Wang et al. 2004
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # size and standard deviation in pixels of the Gaussian window of Wang et al. 2004
 _BATCH = 256
 
 
 @dataclass(frozen=True)
 class FidelityFigures:
-    """One variant's images against real data and against full precision on the same seeds; every field is safe in
-    strict JSON.
+    """Figures of one variant's images against real data, and against full precision on the same seeds.
 
-    `psnr_fp` is pooled over all pixels of all images (one mean squared error), in dB. It is None where there is nothing
-    to compare
-    with, and where the images are identical and PSNR is infinite: then `identical_to_fp` is true and `ssim_fp` is 1.
-    `ssim_fp` is also None where the images are smaller than its window.
+    Every field is valid in strict JSON. `psnr_fp` is pooled over all pixels of all images (one mean squared error), in
+    dB. It is None if there is nothing to compare with, or if the images are identical and PSNR is infinite: then
+    `identical_to_fp` is true and `ssim_fp` is 1. `ssim_fp` is also None for images smaller than its window.
     """
 
     images: int
@@ -41,21 +39,23 @@ class FidelityFigures:
     psnr_fp: float | None
     ssim_fp: float | None
     identical_to_fp: bool
-    rank_deficient: bool  # the images are too few for a covariance of full rank: no more of them than features
+    # whether there are at most as many images as features, so that their covariance lacks full rank
+    rank_deficient: bool
 
 
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, seed: int) -> FidProtocol:
-    """The protocol of `images` generated images looked at through `features`."""
+    """Protocol of an FID of `images` generated images with the feature network `features`."""
     return FidProtocol(images, features.source, features.sha256, features.reference_name, sampler, steps, seed)
 
 
 def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features | None) -> FidelityFigures:
-    """Figures of uint8 images (N, C, H, W), where `fp_images` are the full-precision model's images of the same seeds,
-    in the same order.
+    """Compute the figures of uint8 images (N, C, H, W).
 
-    Without `features` there are no FIDs, without their reference no `fid_real`; images smaller than SSIM's window have
-    no SSIM. Raises ModelError for fewer than two images, for images that the feature network was not made for, and for
-    sets that do not pair.
+    `fp_images` are the full-precision model's images of the same seeds, in the same order. Without `features` there are
+    no FIDs, and without their reference no `fid_real`. Images smaller than SSIM's window have no SSIM.
+
+    Raises:
+        ModelError: there are fewer than two images, the feature network does not accept them, or the sets do not pair.
     """
     if fp_images is not None:
         _check_pair(images, fp_images)
@@ -72,10 +72,12 @@ def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features
 
 
 def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
-    """Figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone, its peak the range
-    of full precision's.
+    """Compute the figures of float latents (N, C, H, W) against full precision's of the same seeds: PSNR alone.
 
-    Raises ModelError for sets that do not pair.
+    The peak of the PSNR is the range of the full-precision latents.
+
+    Raises:
+        ModelError: the sets do not pair.
     """
     if states.shape != fp_states.shape or states.ndim != 4 or not len(states):
         raise ModelError(
@@ -89,8 +91,9 @@ def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """FID between two sets of features (Heusel et al. 2017), symmetric, by torchmetrics in float64; 0 where rounding
-    makes it negative.
+    """FID between two sets of features (Heusel et al. 2017), computed by torchmetrics in float64.
+
+    It is symmetric; a value that rounding made negative becomes 0.
     """
     dimensions = len(a.features_sum)
     if a.features_sum.shape != b.features_sum.shape:
@@ -99,17 +102,17 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         )
     if min(a.num_samples, b.num_samples) < 2:
         raise ModelError(f"FID needs at least two images on either side; got {a.num_samples} and {b.num_samples}")
-    # one process alone evaluates
+    # only one process evaluates, so there is nothing to synchronize
     metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)
-    # tells the metric that features are float64
+    # an empty update tells the metric that features are float64
     metric.update(torch.empty(0, dimensions, dtype=torch.float64), real=False)
     metric.merge_state({**_state(a, "real"), **_state(b, "fake")})
     return max(0.0, float(metric.compute()))
 
 
 def paired_psnr(images: Tensor, references: Tensor) -> float | None:
-    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None where
-    it is infinite.
+    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None if it
+    is infinite.
     """
     _check_pair(images, references)
     metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)
@@ -120,18 +123,18 @@ def paired_psnr(images: Tensor, references: Tensor) -> float | None:
 
 
 def has_ssim(images: Tensor) -> bool:
-    """Whether SSIM's window fits into images (N, C, H, W)."""
+    """Tell whether SSIM's window fits into images (N, C, H, W)."""
     return min(images.shape[2:]) >= SSIM_WINDOW
 
 
 def paired_ssim(images: Tensor, references: Tensor) -> float:
-    """Mean SSIM of uint8 images (N, C, H, W), range 0..255, Gaussian window of 11 pixels (Wang et al. 2004)."""
+    """Mean SSIM of uint8 images (N, C, H, W), range 0..255, with a Gaussian window of 11 pixels (Wang et al. 2004)."""
     _check_pair(images, references)
     if not has_ssim(images):
         raise ModelError(
             f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {images.shape[2]}x{images.shape[3]}"
         )
-    edge = SSIM_WINDOW // 2  # only windows that lie inside the image count, as in the paper and in scikit-image
+    edge = SSIM_WINDOW // 2  # count only windows inside the image, as the paper and scikit-image do
     total = torch.zeros((), dtype=torch.float64)
     for part, reference in _unit_batches(images, references):
         # (n, C, H, W)
@@ -143,7 +146,7 @@ def paired_ssim(images: Tensor, references: Tensor) -> float:
 
 
 class _Identity(nn.Module):
-    """For torchmetrics: the features themselves are given."""
+    """Stand-in for torchmetrics' feature extractor, since the features are computed already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -154,12 +157,12 @@ class _Identity(nn.Module):
 
 
 def _fids(images: Tensor, fp_images: Tensor | None, features: Features) -> tuple[float | None, float | None]:
-    """Against the reference of real images, and against full precision."""
+    """Return the FID against the reference of real images, and the FID against full precision."""
     statistics = image_statistics(features.network, images)
     fid_real = None if features.reference is None else frechet_distance(statistics, features.reference)
     if fp_images is None:
         return fid_real, None
-    if torch.equal(images, fp_images):  # full precision itself: 0, and not what rounding leaves of it
+    if torch.equal(images, fp_images):  # full precision itself: exactly 0, without rounding errors
         return fid_real, 0.0
     return fid_real, frechet_distance(statistics, image_statistics(features.network, fp_images))
 
@@ -183,6 +186,6 @@ def _check_pair(images: Tensor, references: Tensor) -> None:
 
 
 def _unit_batches(images: Tensor, references: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of batches in [0, 1]."""
+    """Pairs of batches, as float32 in [0, 1]."""
     batches = zip(torch.split(images, _BATCH), torch.split(references, _BATCH), strict=True)
     return [(a.to(torch.float32) / 255, b.to(torch.float32) / 255) for a, b in batches]
