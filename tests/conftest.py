@@ -1,7 +1,7 @@
-"""The fixtures that several test files share: a tiny full-precision model in diffusers layout, a policy for it, and one
-real run.
+"""Fixtures shared by several test files: a tiny full-precision model in diffusers layout, a policy for it, and one real
+run.
 
-Not here: any test, and what no fixture needs (support/).
+Not here: any test, or helpers that no fixture needs (support/).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import subprocess
 from pathlib import Path
 
-# before torch: it sets the environment
+# imported before torch, because it sets the environment
 from tiny_runs import (
     POLICIES,
     REPOSITORY,
@@ -36,15 +36,15 @@ from pqcad_qat.policy.schema import Policy
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Whatever the test before has set (a benchmark takes every core): sums in one order, so that repeats can be
-    bitwise.
+    """Use one thread, whatever an earlier test has set, so that sums have one order and repeated runs can be bitwise
+    equal.
     """
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
+    """Diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
     save_model(tiny_unet().eval(), SCHEDULER, folder)
@@ -63,7 +63,7 @@ def tiny_policy(tiny_folder: Path) -> Policy:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """One real run from policy to report, in this process."""
+    """One real run from policy to report, made in this process."""
     from pqcad_qat.commands import run as pipeline
 
     torch.set_num_threads(1)
@@ -72,14 +72,14 @@ def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> F
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)  # what the tests check are no timings
+        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)  # tests do not check timings
         page = pipeline.run(tiny_policy, path, "python -m pqcad_qat run tiny.yaml", console)
     return FinishedRun(path, page, tiny_policy, printed.getvalue())
 
 
 @pytest.fixture(scope="session")
 def command_line() -> CommandLine:
-    """Run `python -m pqcad_qat ARGUMENTS` as a process of its own."""
+    """Function that runs `python -m pqcad_qat ARGUMENTS` in a separate process."""
 
     def call(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -43,7 +43,7 @@ RECIPES: Mapping[str, FeatureRecipe] = {
 """Recipes of the data sets for which the default is unsuitable."""
 
 HELD_OUT = 5
-"""Distance between held-out images: without a test split, every fifth image is held out for testing."""
+"""Distance between held-out images: without a test split, every `HELD_OUT`-th image is held out for testing."""
 
 
 def train_feature_network(

@@ -1,5 +1,5 @@
-"""The parts of pqcad_qat/README.md and policies/README.md that follow from the code, and policies/policy.schema.json:
-`python tests/support/architecture_page.py` writes them anew.
+"""A program that updates the pages generated from the code: parts of pqcad_qat/README.md and policies/README.md, and
+policies/policy.schema.json. Run it as `python tests/support/architecture_page.py`.
 
 Not here: the tests that the pages are up to date (test_architecture.py, test_readme.py).
 """
@@ -20,7 +20,7 @@ SCHEMA = ROOT / "policies" / "policy.schema.json"
 
 
 def summary(file: Path) -> str:
-    """The first paragraph of a module's docstring, on one line."""
+    """First paragraph of a module's docstring, on one line."""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split())
 
@@ -32,7 +32,7 @@ def contracts() -> list[dict[str, object]]:
 
 
 def rooms() -> list[str]:
-    """The layers of the import contract, highest first."""
+    """Layers of the import contract, highest first."""
     layers = next(contract["layers"] for contract in contracts() if contract["type"] == "layers")
     assert isinstance(layers, list)
     return [name for layer in layers for name in layer.split(" | ")]
@@ -43,7 +43,7 @@ def rules() -> str:
 
 
 def house() -> str:
-    """One table row a room, highest first."""
+    """Table with one row for each room (a top-level package or module), highest first."""
     rows = ["| room | what belongs there |", "|---|---|"]
     for room in rooms():
         folder, file = PACKAGE / room / "__init__.py", PACKAGE / f"{room}.py"
@@ -53,7 +53,7 @@ def house() -> str:
 
 
 def files() -> str:
-    """Every file of every room with what it holds, rooms as in the table."""
+    """List of every file of every room with its summary, rooms in the order of the table."""
     text = []
     for room in rooms():
         folder = PACKAGE / room
@@ -65,7 +65,7 @@ def files() -> str:
 
 
 def filled(page: Path, parts: dict[str, str]) -> str:
-    """The page's text with what stands between the markers of each part made anew."""
+    """Text of a page, with the content between the markers of each part replaced."""
     text = page.read_text(encoding="utf-8")
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"

@@ -1,4 +1,4 @@
-"""Tiny conditional denoisers of every class that can be taken, random weights, and conditions for them.
+"""Tiny conditional denoisers of every supported class, with random weights, and conditions for them.
 
 Not here: any test.
 """
@@ -35,18 +35,18 @@ CROSS = {
 
 
 def class_unet(**more: Any) -> nn.Module:
-    """Of pictures, 16x16; four classes, and a fifth row for none."""
+    """A UNet2DModel of 16x16 images with four classes, and a fifth embedding row for the unconditional pass."""
     blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",), **BLOCK}
     return UNet2DModel(in_channels=1, out_channels=1, **blocks, **{"sample_size": 16, "num_class_embeds": 5, **more})
 
 
 def text_unet(**more: Any) -> nn.Module:
-    """As Stable Diffusion 1.5's: cross attention to text."""
+    """A UNet like Stable Diffusion 1.5's, with cross attention to text."""
     return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, **CROSS, **more)
 
 
 def text_and_size_unet(**more: Any) -> nn.Module:
-    """As SDXL's: with pooled text and sizes."""
+    """A UNet like SDXL's, which also reads pooled text and image sizes."""
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -56,7 +56,7 @@ def text_and_size_unet(**more: Any) -> nn.Module:
 
 
 def dit(**more: Any) -> nn.Module:
-    """Class labels, adaptive norms, a learned variance."""
+    """A DiT: class labels, adaptive norms, a learned variance."""
     shape = {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -68,7 +68,7 @@ def dit(**more: Any) -> nn.Module:
 
 
 def pixart(**more: Any) -> nn.Module:
-    """Cross attention to masked text."""
+    """A PixArt transformer: cross attention to masked text."""
     shape = {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -81,8 +81,8 @@ def pixart(**more: Any) -> nn.Module:
 
 
 def sd3(**more: Any) -> nn.Module:
-    """Joint attention to text; of its two blocks the first has a second attention, as in Stable Diffusion 3.5
-    medium.
+    """A transformer like Stable Diffusion 3.5 medium's: joint attention to text, and a second attention in the first of
+    two blocks.
     """
     shape = {
         "num_attention_heads": 2,
@@ -102,8 +102,8 @@ def sd3(**more: Any) -> nn.Module:
 
 
 def flux(**more: Any) -> nn.Module:
-    """Joint attention to text, then blocks of one stream; its guidance is an input, as of FLUX.1-dev. Its latents are
-    of 8x8.
+    """A transformer like FLUX.1-dev's on latents of 8x8: joint attention to text, then single-stream blocks, with
+    guidance as an input.
     """
     shape = {
         "num_attention_heads": 2,
@@ -119,7 +119,7 @@ def flux(**more: Any) -> nn.Module:
 
 
 def _stirred(model: nn.Module) -> nn.Module:
-    """Layers that start at zero, and so would read or give nothing, are given values."""
+    """Give random values to parameters that start at zero, which would otherwise read or return nothing."""
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -127,7 +127,7 @@ def _stirred(model: nn.Module) -> nn.Module:
 
 
 class Plain(nn.Module):
-    """A module of a user's own, conditioned on a `tone` of two numbers: x (B, 1, H, W), t (B,), tone (B, 2) -> (B, 1,
+    """A user's own module with a condition `tone` of two numbers: x (B, 1, H, W), t (B,), tone (B, 2) -> (B, 1,
     H, W).
     """
 
@@ -158,18 +158,18 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "sd3": {**FLOW, "shift": 3.0},
     "flux": {**FLOW, "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
 }
-"""Of flow matching; the others have conftest's."""
+"""Scheduler configs of the flow-matching models; the other models use SCHEDULER of tiny_runs.py."""
 
 
 def saved(name: str, folder: Path, **more: Any) -> DiffusionModel:
-    """The model of that name in a folder of diffusers' layout, loaded from it."""
+    """Save the model of that name in diffusers' layout, and load it from there."""
     torch.manual_seed(0)
     save_model(MODELS[name](**more).eval(), SCHEDULERS.get(name, SCHEDULER), folder)
     return load_model(str(folder))
 
 
 def conditions(name: str, count: int, seed: int = 0) -> dict[str, Tensor]:
-    """Conditions (count, ...) that the model of that name takes."""
+    """Random conditions (count, ...) for the model of that name."""
     dice = torch.Generator().manual_seed(seed)
     if name in ("class_unet", "dit"):
         return {"class_labels": torch.randint(0, 4, (count,), generator=dice)}
@@ -189,7 +189,7 @@ def conditions(name: str, count: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def write_embeddings(name: str, path: Path, count: int = 3) -> Path:
-    """A file of conditions for `count` prompts, and of the unconditional pass."""
+    """Write a file of conditions for `count` prompts and for the unconditional pass."""
     other = {f"unconditional.{key}": value.contiguous() for key, value in conditions(name, 1, seed=1).items()}
     save_file({**{key: value.contiguous() for key, value in conditions(name, count).items()}, **other}, path)
     return path

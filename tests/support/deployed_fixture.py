@@ -1,4 +1,4 @@
-"""A small quantized denoiser, and the folder that it is deployed to: what the three tests of deployment share.
+"""A small quantized denoiser, and its export to a folder, shared by the tests of deployment.
 
 Not here: any test.
 """
@@ -31,7 +31,7 @@ PROVENANCE = {"policy": "test", "model": {"source": "random weights", "digest": 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized model, its layers in integers, and what they read and the model gave on one batch."""
+    """A quantized model, its integer layers, and the inputs of those layers and the model's prediction on one batch."""
 
     model: nn.Module
     layers: Mapping[str, IntegerLayer]
@@ -46,19 +46,19 @@ class Quantized:
 
 
 def quantized_unet(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
-    """The tiny UNet, its shortcuts split."""
+    """The tiny UNet, quantized, with its shortcuts split."""
     torch.manual_seed(0)
     return quantized(tiny_unet(), weights, inputs)
 
 
 def quantized_small(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
-    """The small denoiser below."""
+    """The small denoiser below, quantized."""
     torch.manual_seed(0)
     return quantized(SmallDenoiser(), weights, inputs)
 
 
 def quantized(model: nn.Module, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
-    """The model with every layer quantized alike: keys of a policy's `weights` and `inputs`."""
+    """Quantize every layer of a model alike; the arguments are the keys `weights` and `inputs` of a policy's rule."""
     states, timesteps = torch.randn(BATCH, *SHAPE), torch.tensor([999, 40])
     split_shortcuts(model, (states, timesteps))
     rule = LayerRule.model_validate(
@@ -88,8 +88,9 @@ def _run(model: nn.Module, states: Tensor, timesteps: Tensor) -> tuple[dict[str,
 
 
 class SmallDenoiser(nn.Module):
-    """Every kind of layer that deployment must take to INT8, in a graph that compiles fast: x (B, 1, 32, 32), t (B,) ->
-    (B, 1, 32, 32).
+    """Denoiser with every kind of layer that deployment must run in INT8, in a graph that compiles fast.
+
+    It maps x (B, 1, 32, 32) and t (B,) to (B, 1, 32, 32).
     """
 
     def __init__(self) -> None:

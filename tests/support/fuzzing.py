@@ -1,8 +1,7 @@
-"""What every fuzz test holds the software to: a right answer or one clear error, within 10 seconds and 2 GB.
+"""Limits for every fuzz test: a correct answer or one clear error, within 10 seconds and 2 GB.
 
-The examples follow from a fixed seed. PQCAD_FUZZ_EXAMPLES says how many each test tries: some hundred by default, more
-by `tox -e fuzz`.
-Not here: any test.
+The examples follow from a fixed seed. PQCAD_FUZZ_EXAMPLES is the number of examples of each test, 150 by default and
+more in `tox -e fuzz`. Not here: any test.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hypothesis import HealthCheck, settings
 EXAMPLES = int(os.environ.get("PQCAD_FUZZ_EXAMPLES", "150"))
 
 SECONDS, BYTES = 10, 2 * 10**9
-"""Within which every example ends."""
+"""Limits of an example: processor time in seconds, and additional memory in bytes."""
 
 FUZZ = settings(
     max_examples=EXAMPLES,
@@ -30,18 +29,19 @@ FUZZ = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-"""A decorator for the tests."""
+"""Decorator of the fuzz tests."""
 
 
-class HangError(BaseException):  # so that nothing that catches exceptions answers for it
-    """An example took longer than SECONDS."""
+class HangError(BaseException):  # no Exception, so that no handler in the tested code catches it
+    """Raised when an example takes longer than SECONDS."""
 
 
 @contextmanager
 def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
-    """Inside, longer than that raises HangError, and memory over what the process had before raises MemoryError.
+    """Limit the time and memory of the block: HangError after `seconds`, MemoryError above `memory` additional bytes.
 
-    Seconds are of the processor, which other programs do not lengthen; a wait ends the process after ten times as many.
+    The time is processor time, which other programs do not lengthen. A block that only waits ends the process after ten
+    times as many seconds of wall time.
     """
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -52,9 +52,9 @@ def bounded(seconds: int = SECONDS, memory: int = BYTES) -> Iterator[None]:
     _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGPROF, stop)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, hard))
-    # and again after every further second: the first may come where exceptions are passed over
+    # repeat every second: the first signal may come where exceptions are swallowed
     signal.setitimer(signal.ITIMER_PROF, seconds, 1)
-    # for a wait, and a loop of C code that no signal interrupts
+    # covers a wait, and a loop in C code that no signal interrupts
     faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)
     try:
         yield

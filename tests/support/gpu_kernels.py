@@ -1,7 +1,7 @@
-"""The kernels of gpu_fake_quantization.py against fake_quantization.py's own computation on the CPU;
+"""Tests of the kernels of gpu_fake_quantization.py against the eager computation of fake_quantization.py on the CPU;
 test_gpu_fake_quantization.py runs this file.
 
-On a machine without a GPU under Triton's interpreter, which TRITON_INTERPRET=1 asks for before Triton is imported.
+Without a GPU the kernels run under Triton's interpreter; TRITON_INTERPRET=1 must be set before Triton is imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def ranges(x: Tensor, per_row: bool, zero_point: bool) -> tuple[Tensor, Tensor | None]:
-    """Some of either sign and one of no width, as training may make them."""
+    """Ranges as training may produce them: some of either sign, and one of zero width."""
     span = values((x.shape[0], *(1 for _ in x.shape[1:])) if per_row else (), 1).add_(1.5)
     if per_row:
         span[0], span[-1] = -span[0], 0.0
@@ -45,8 +45,9 @@ def ranges(x: Tensor, per_row: bool, zero_point: bool) -> tuple[Tensor, Tensor |
 def passed(
     call: Quantizer, device: str, x: Tensor, span: Tensor, low: Tensor | None, bounds: tuple[int, int], *how: Any
 ) -> Found:
-    """What a quantizer gives, and the gradients of x, span and low where it has some; how: straight, whether the range
-    learns, dtype.
+    """Output of a quantizer, and the gradients of x, span and low, None where there is none.
+
+    `how` holds: whether the gradient is straight-through, whether the range is learned, and optionally the dtype.
     """
     straight, learns, dtype = (*how, torch.float32)[:3]
     leaves = [None if part is None else part.detach().to(device) for part in (x, span, low)]
@@ -112,7 +113,7 @@ def test_halves_ends_and_what_lies_far_outside_fall_as_in_the_eager_computation(
 
 
 def test_the_scale_is_divided_as_ieee_754_has_it() -> None:
-    """A reciprocal's product differs in the last bit for one span in some."""
+    """Multiplying by a reciprocal would change the last bit for some spans."""
     x, span = torch.ones(97, 1), values((97, 1), 3).abs_()
     y = gpu_fake_quantization.quantize(
         x.to(DEVICE), span.to(DEVICE), None, (-127, 127), straight=True, dtype=torch.float32
@@ -160,7 +161,7 @@ def test_half_precision_is_quantized_in_float32_and_kept_as_it_came(dtype: torch
     assert found[1] is not None
     assert expected[1] is not None
     assert found[1].dtype == dtype
-    rounding = 0.0 if DEVICE == "cuda" else 2**-7  # the interpreter cuts off what bfloat16 has no bits for
+    rounding = 0.0 if DEVICE == "cuda" else 2**-7  # the interpreter truncates to bfloat16 instead of rounding
     torch.testing.assert_close(found[1], expected[1], rtol=rounding, atol=0.0)
     assert [tensor.dtype for tensor in kept if tensor.numel() > 1] == [dtype]
 

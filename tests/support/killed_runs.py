@@ -1,12 +1,12 @@
-"""A program for test_kills.py: one small run through every stage in forked processes, cut off again and again until it
-ends by itself.
+"""A program for test_kills.py: one small run through every stage in forked processes, interrupted again and again until
+it ends by itself.
 
     python killed_runs.py MODEL ROOT KINDS SEED
 
-KINDS, joined by +, are what each process meets in turn, at a moment of its own in one of the stages: SIGKILL, SIGINT,
-or `full`, a disk at ROOT that is full from then on, until the process has ended. With SEED 0 every stage is cut off
-once, otherwise 30 moments are spread over them. KINDS `none` is a run that is left alone, and comes first. Prints, as
-JSON, how each process ended and where.
+KINDS, joined by +, are the interruptions of successive processes, each at a moment of its own in one of the stages:
+SIGKILL, SIGINT, or `full`, which fills the disk at ROOT until the process has ended. With SEED 0 every stage is
+interrupted once, otherwise 30 moments are spread over the stages. KINDS `none` is an uninterrupted run, which must come
+first. The program prints as JSON how each process ended, and in which stage.
 
 The processes are forked from one that has imported everything and used nothing. Not here: any test.
 """
@@ -37,7 +37,7 @@ from pqcad_qat.models.denoiser import save_model
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 
-SMALL = (  # beside tiny_runs.TINY
+SMALL = (  # overrides in addition to tiny_runs.TINY
     "sampler.steps=2",
     "distillation.student_steps=1",
     "calibration.refinement=1",
@@ -53,7 +53,7 @@ SMALL = (  # beside tiny_runs.TINY
 )
 
 VARIANTS = (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
-STAGES = {  # stage -> moments in it
+STAGES = {  # stage -> number of moments in it
     "calibration": 3,
     PQ: 3,
     FIXED_BIT: 2,
@@ -67,22 +67,26 @@ STAGES = {  # stage -> moments in it
     "evaluation": 1,
 }
 EVENTS = "events.json"
-"""How many events each stage of a run has that is left alone: beside the model, for the runs that come after it."""
+"""Name of the file with the number of events of each stage in an uninterrupted run. It lies beside the model, for later
+runs.
+"""
 
 REPORT = "report"
-"""What comes after the last stage, as a stage."""
+"""Name for the time after the last stage, treated as a stage."""
 
 ORDER = [*STAGES, REPORT]
 FILLER = "filler"
 Moment = tuple[str, str, int]
-"""What is met, in which stage, and at which of its events: files changed, and calls of the model."""
+"""Moment of an interruption: its kind, its stage, and the number of the event. Events are changes of files and denoiser
+calls.
+"""
 
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "shutil.copyfile", "shutil.rmtree")
 
 
 @dataclass
 class Place:
-    """Where a process is: a stage, and what has happened in it: files changed, calls of the model."""
+    """Position of a process: its stage, and the number of events in it."""
 
     stage: str = "start"
     events: int = 0
@@ -90,8 +94,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended: its exit code (of a signal the negative number), what it said, in which stage, and which
-    were finished then.
+    """How a process ended: its exit code (negative for a signal), its output, its stage, and the stages finished by
+    then.
     """
 
     code: int
@@ -124,8 +128,8 @@ def network() -> UNet2DModel:
 
 
 def cut_off(model: Path, root: Path, kinds: Sequence[str], seed: int) -> Iterator[Ending]:
-    """A moment after the other, each in a process that goes on where the one before it was cut off; then one to the
-    end.
+    """Run processes one after another, each interrupted at its moment and resuming the one before; the last one runs to
+    the end.
     """
     dice = random.Random(seed)
     events = json.loads((model.parent / EVENTS).read_text())
@@ -137,7 +141,7 @@ def cut_off(model: Path, root: Path, kinds: Sequence[str], seed: int) -> Iterato
 
 
 def meet(kind: str, root: Path) -> None:
-    """What cuts the process off."""
+    """Interrupt the process."""
     if kind != "full":
         signal.raise_signal(signal.Signals[kind])
         return
@@ -154,7 +158,7 @@ class Process:
 
 
 def started(model: Path, root: Path, moment: Moment | None) -> Process:
-    """A process that begins the run or goes on with it, and is cut off at the moment."""
+    """Fork a process that begins or resumes the run, and is interrupted at the moment."""
     number = os.fork()
     if number:
         return Process(number, root)
@@ -176,7 +180,7 @@ def started(model: Path, root: Path, moment: Moment | None) -> Process:
 
 @contextmanager
 def outputs(file: Path) -> Iterator[Any]:
-    """What the process prints goes into a file."""
+    """Redirect the output of the process to a file."""
     with file.open("w", encoding="utf-8") as said:
         for stream in (1, 2):
             os.dup2(said.fileno(), stream)
@@ -185,8 +189,8 @@ def outputs(file: Path) -> Iterator[Any]:
 
 @contextmanager
 def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
-    """Inside, events are counted by stage, and at that of the moment, or at the next one after its stage, the process
-    is cut off.
+    """Count events by stage inside the block, and interrupt the process at the moment's event, or at the next event
+    after its stage.
     """
     place, sent, events = Place(), False, dict[str, int]()
     stage_of = RunFolder.stage
@@ -218,7 +222,7 @@ def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
         writes = name in WRITES or (
             name == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         )
-        if writes and str(arguments[0]).startswith(f"{root}{os.sep}"):  # and not what is noted beside it
+        if writes and str(arguments[0]).startswith(f"{root}{os.sep}"):  # not the notes of this program beside it
             event()
 
     def called(module: torch.nn.Module, _arguments: Any) -> None:

@@ -1,7 +1,8 @@
-"""Deployed text-to-image folders in optimum-intel's OVDiffusionPipeline: it executes in INT8, and gives the images of
-our runtime.
+"""A check of deployed text-to-image folders in optimum-intel's OVDiffusionPipeline: they execute in INT8, and give the
+images of this package's runtime.
 
-`tox -e check,optimum` runs it where optimum-intel is and we are not, on folders that `served_pipelines` made.
+`tox -e check,optimum` runs it where optimum-intel is installed and this package is not, on folders that
+`served_pipelines` made.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ CLASSES = {
 }
 
 LEVELS = 1
-"""Of 255, that a picture may differ by with the shapes fixed: the order in which a step's terms are added."""
+"""Largest difference of two pictures with fixed shapes, in levels of 255; it comes from the order in which a step's
+terms are added.
+"""
 
 NEAR_DB = 30.0
-"""PSNR with sizes that are free, as optimum-intel has them by default: its kernels add in another order, and values
-beside a rounding boundary fall to either side of it."""
+"""Smallest PSNR in dB with dynamic shapes, optimum-intel's default. Its kernels then add in another order, and values
+beside a rounding boundary fall to either side of it.
+"""
 
 
 def image_of(pipeline: Any, kind: Path) -> np.ndarray:
-    """The picture (1, 3, H, W), whole numbers from 0 to 255, that is asked for."""
+    """Picture (1, 3, H, W) of the request in asked.json, in whole numbers from 0 to 255."""
     asked = json.loads((kind / "asked.json").read_text())
     pipeline.set_progress_bar_config(disable=True)
     found = pipeline(latents=torch.from_numpy(np.load(kind / "noise.npy")), output_type="np", **asked).images
@@ -40,7 +44,7 @@ def image_of(pipeline: Any, kind: Path) -> np.ndarray:
 
 
 def int8_share(compiled: Any) -> float:
-    """The share of convolutions and matrix products that execute in INT8."""
+    """Share of convolutions and matrix products that execute in INT8, from 0 to 1."""
     precisions = []
     for node in compiled.get_runtime_model().get_ops():
         info = {key: str(getattr(value, "value", value)) for key, value in dict(node.get_rt_info().items()).items()}
@@ -50,7 +54,7 @@ def int8_share(compiled: Any) -> float:
 
 
 def check(kind: Path) -> None:
-    """Raises AssertionError where the pipeline is of another class, leaves INT8, or its picture is another one."""
+    """Raise AssertionError if the pipeline has another class, its denoiser leaves INT8, or its picture differs."""
     wanted = np.load(kind / "image.npy").astype(float)
     assert wanted.std() > 10
     pipeline = OVDiffusionPipeline.from_pretrained(kind / "openvino", ov_config={"INFERENCE_PRECISION_HINT": "f32"})

@@ -1,5 +1,5 @@
-"""Modules of a user's own, each with one thing that real networks have and ours do not: what they end in is told by
-test_own_modules.py.
+"""Modules of a user's own, each with one feature that real networks have and the package's models lack;
+test_own_modules.py states the expected outcome.
 
 Not here: any test.
 """
@@ -25,7 +25,9 @@ def conv(inputs: int = WIDTH, outputs: int = WIDTH, size: int = 3, bias: bool = 
 
 
 class Network(nn.Module):
-    """x_t (B, 3, 8, 8) and t (B,) -> noise (B, 3, 8, 8), through `middle`; its own layers: time, enter, leave, mid."""
+    """Denoiser from x_t (B, 3, 8, 8) and t (B,) to noise (B, 3, 8, 8), through `middle`; its layers are time, enter,
+    leave and mid.
+    """
 
     def __init__(self, middle: nn.Module | None = None, **parts: nn.Module) -> None:
         super().__init__()
@@ -48,13 +50,13 @@ class Network(nn.Module):
 
 
 def network(middle: Callable[[Any, Tensor, Tensor], Tensor], *layer: nn.Module, **parts: nn.Module) -> Network:
-    """With another `middle`: (network, h (B, C, H, W), t (B,)) -> (B, C, H, W)."""
+    """Build a Network with another `middle`: (network, h (B, C, H, W), t (B,)) -> (B, C, H, W)."""
     made = type("Network", (Network,), {"middle": middle})
     return made(*layer, **parts)  # type: ignore[no-any-return]
 
 
 def returning(output: Callable[[Tensor, Tensor], Any]) -> Network:
-    """Whose prediction and x_t become what it returns."""
+    """Build a Network that returns `output` of its prediction and x_t."""
     return type("Network", (Network,), {"forward": lambda self, x, t: output(Network.forward(self, x, t), x)})()  # type: ignore[no-any-return]
 
 
@@ -113,7 +115,7 @@ def inference() -> Network:
 
 
 def on_rows(self: Any, h: Tensor, t: Tensor) -> Tensor:
-    """A transposition right before a layer's quantizer goes into the product."""
+    """Middle with a transposition right before a layer's quantizer, that becomes part of the matrix product."""
     return image(self.mid(F.silu(self.mid(rows(h)))), h)
 
 
@@ -249,8 +251,8 @@ DEPLOYED: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, str]]] = {
     ),
     "dictionary": (lambda: returning(lambda y, x: {"sample": y}), {}),
 }
-"""Name -> (what builds it, its layers in floating point and their kinds): deployed with every other layer in INT8 and
-exact.
+"""Mapping from name to (builder, kinds of the layers that stay in floating point). Every other layer is deployed in
+INT8 with exact integers.
 """
 
 
@@ -344,4 +346,4 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], str]] = {
         "lin: the converted graph has no product of the layer's quantized input",
     ),
 }
-"""Name -> (what builds it, what is said of it)."""
+"""Mapping from name to (builder, pattern of the error message)."""

@@ -1,4 +1,4 @@
-"""FIXTURE, not results: an invented but plausible report, to render and to test with.
+"""FIXTURE, not results: an invented but plausible report, for rendering and for tests.
 
 Not here: any test.
 """
@@ -136,7 +136,7 @@ def fixture_report() -> Report:
 
 
 def fixture_variants() -> tuple[VariantRow, ...]:
-    """One invented row of each name."""
+    """One invented row for each variant."""
     simulated = "PyTorch, simulated"
     return (
         VariantRow(FP32, "PyTorch", 32, 32, 20, 6_540_000, 21.7, 434.0, 8.31, None, None, None),
@@ -153,7 +153,7 @@ def fixture_variants() -> tuple[VariantRow, ...]:
 
 
 def fixture_layers() -> tuple[LayerRow, ...]:
-    """55 planned layers and two that stay floating point."""
+    """55 planned layers, and two that stay in floating point."""
     rows = [LayerRow("conv_in", "Conv2d", "conv_in", None, None, (), 320, "float", "bf16")]
     for index, block in enumerate(BLOCKS):
         for conv in range(8 if index else 7):
@@ -168,7 +168,7 @@ def planned(layers: tuple[LayerRow, ...]) -> list[LayerRow]:
 
 
 def fixture_schedule(layers: tuple[LayerRow, ...]) -> tuple[Transition, ...]:
-    """8 to 6 to 4 bits, a quarter of the layers at a time, the last by the deadline."""
+    """Transitions from 8 to 6 to 4 bits, a quarter of the layers at a time, the last ones by the deadline."""
     generator, moves = np.random.default_rng(0), []
     for rung, (start, first, second) in enumerate(((40, 8, 6), (190, 6, 4))):
         for place, index in enumerate(generator.permutation(len(planned(layers)))):
@@ -185,7 +185,7 @@ def fixture_schedule(layers: tuple[LayerRow, ...]) -> tuple[Transition, ...]:
 
 
 def fixture_curves() -> Curves:
-    """Falling invented losses and momenta."""
+    """Invented losses and momenta that fall."""
     generator = np.random.default_rng(1)
 
     def series(stage: str, name: str, steps: int, start: float, end: float) -> Series:
@@ -216,7 +216,7 @@ def fixture_curves() -> Curves:
 
 
 def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:
-    """Invented blobs (K, 1, 32, 32) in [-1, 1], the same for all variants but for noise."""
+    """Invented blobs (K, 1, 32, 32) in [-1, 1], the same for all variants except for noise."""
     generator = np.random.default_rng(2)
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
     centres = generator.uniform(-0.3, 0.3, (count, 2))
@@ -229,7 +229,7 @@ def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:
 
 
 def minimal_report() -> Report:
-    """Only what cannot be missing."""
+    """A report with only the required fields."""
     full = fixture_report()
     return Report(
         policy={"model": {"source": "embedded:invented"}}, seed=1, hardware=replace(full.hardware, native_bf16=None)

@@ -1,4 +1,4 @@
-"""What a function becomes as a graph, rewritten, beside what PyTorch makes of it: for the tests of rewrites.
+"""A function converted to a graph and rewritten, compared with its result in PyTorch: for the tests of rewrites.
 
 Not here: any test.
 """
@@ -28,7 +28,7 @@ class Function(nn.Module):
 
 
 def rewritten(function: Callable[..., Tensor], a: Tensor, b: Tensor) -> Counter[str]:
-    """The kinds of nodes after the rewrite, whose result is PyTorch's."""
+    """Count the kinds of nodes after the rewrite, and check that the result equals PyTorch's."""
     graph = ov.convert_model(Function(function), example_input=(a, b))
     graph.reshape({0: list(a.shape), 1: list(b.shape)})
     rewrite(graph)

@@ -1,5 +1,5 @@
-"""What `serving` serves: one model deployed as int8 and packed, a text-to-image pipeline, and their images of the full
-environment.
+"""A program that makes what `serving` serves: one model deployed as int8 and packed, a text-to-image pipeline, and
+their images from the full environment.
 
 Not here: any test.
 """
@@ -22,7 +22,7 @@ STEPS, IMAGES = 4, 4
 
 
 def make(served: Path) -> None:
-    """Write int8/, packed/ and their images.npy, uint8 (B, C, H, W) of seed 0."""
+    """Write int8/ and packed/, and beside them int8.npy and packed.npy: uint8 images (B, C, H, W) of seed 0."""
     quantized = quantized_unet({"bits": 4}, {"bits": 8, "symmetric": False})
     folder, scheduler = served / "packed", {**SCHEDULER, "num_inference_steps": STEPS}
     request = ExportRequest(quantized.model, scheduler, quantized.layers, SHAPE, batch_size=2, provenance=PROVENANCE)
@@ -34,7 +34,7 @@ def make(served: Path) -> None:
 
 
 def make_pipeline(served: Path) -> None:
-    """Write text/openvino, and text.npy, what the page's prompt makes of it; takes transformers."""
+    """Write text/openvino, and text.npy, the images of the page's prompt; this needs transformers."""
     from text_pipelines import deployed
 
     folder = deployed("stable-diffusion", served / "text", {"vae": "auto", "text_encoder": "auto"}).folder

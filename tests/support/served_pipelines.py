@@ -1,5 +1,5 @@
-"""What `optimum_pipelines` loads: tiny text-to-image folders, and the images of a prompt that our runtime makes of
-them.
+"""A program that makes what `optimum_pipelines` loads: tiny text-to-image folders, and the images of a prompt by this
+package's runtime.
 
 Not here: any test.
 """
@@ -29,14 +29,13 @@ CALLED: Mapping[str, Mapping[str, Any]] = {
     "stable-diffusion-3": {"guidance_scale": ASKED["guidance"], **T5},
     "flux": {"true_cfg_scale": ASKED["guidance"], "guidance_scale": 3.5, **T5},
 }
-"""Kind of pipeline -> how its diffusers class is asked for the same."""
+"""Mapping from the kind of pipeline to the arguments by which its diffusers class makes the same image."""
 
 
 def make(served: Path) -> None:
-    """Write KIND/openvino for every kind, and in KIND/ asked.json, noise.npy, (1, C, h, w) or of Flux packed, and
-    image.npy.
+    """For every kind, write KIND/openvino, and in KIND/ asked.json, noise.npy and image.npy.
 
-    The last is uint8, (1, 3, H, W).
+    noise.npy is (1, C, h, w), or packed for Flux; image.npy is uint8 (1, 3, H, W).
     """
     for kind, called in CALLED.items():
         where = deployed(kind, served / kind, {"vae": "int8", "text_encoder": "int8-weights"})

@@ -1,8 +1,8 @@
-"""The ways to serve of pqcad_qat/serving/README.md, run as they stand there, and their images compared with those that
-`served_folder` made.
+"""A check of the serving scripts in pqcad_qat/serving/README.md: it runs them as printed, and compares their images
+with those that `served_folder` made.
 
-Needs numpy, openvino, tokenizers and the package without its other dependencies: `tox -e check,serving` runs it where
-nothing else is.
+It needs numpy, openvino, tokenizers and the package without its other dependencies; `tox -e check,serving` runs it in
+such an environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 PAGE = Path(__file__).resolve().parents[2] / "pqcad_qat" / "serving" / "README.md"
 FOLDER = "runs/w4a8/openvino"
 SCRIPTS = {"plain": "int8", "serve": "packed", "prompt": "text/openvino"}
-"""Script of the page -> the folder that it is given."""
+"""Mapping from a script of the page to the folder that it serves."""
 
 ABSENT = (
     "torch",
@@ -35,12 +35,12 @@ ABSENT = (
 
 
 def page_script(name: str) -> str:
-    """The code that follows a marker of the page."""
+    """Code that follows a marker of the page."""
     return PAGE.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split("```python\n")[1].split("```")[0]
 
 
 def images_of(script: str, folder: Path) -> np.ndarray:
-    """What a script calls `images`, uint8 (B, C, H, W), when it is given another folder."""
+    """Value of `images`, uint8 (B, C, H, W), after running a script on another folder."""
     assert FOLDER in script
     found: dict[str, object] = {}
     exec(script.replace(FOLDER, folder.as_posix()), found)
@@ -52,8 +52,8 @@ def images_of(script: str, folder: Path) -> np.ndarray:
 def main(served: Path, *names: str) -> None:
     """Run the named scripts.
 
-    Raises AssertionError where a script's images are not the expected ones, or a module is there that should not be
-    needed.
+    Raises:
+        AssertionError: the images differ from the expected ones, or a module was imported that serving must not need.
     """
     for name in names:
         expected = np.load(served / f"{SCRIPTS[name].split('/')[0]}.npy")
@@ -61,7 +61,7 @@ def main(served: Path, *names: str) -> None:
         off = np.abs(images.astype(int) - expected[: len(images)].astype(int))
         assert images.dtype == np.uint8, images.dtype
         assert len(images) >= 2, images.shape
-        # one level: the order in which a step's terms are added
+        # one level of tolerance: the order in which a step's terms are added differs
         assert off.max() <= 1, f"{name}: off by {off.max()} of 255"
         assert name != "plain" or not any(module.startswith("pqcad_qat") for module in sys.modules)
         print(f"{name}: {len(images)} images, largest difference {off.max()} of 255")

@@ -1,4 +1,4 @@
-"""Small networks and plans for the tests of quantization: a denoiser's features in a few thousand parameters.
+"""Small networks and plans for the tests of quantization: the features of a denoiser in a few thousand parameters.
 
 Not here: any test.
 """
@@ -23,8 +23,8 @@ ASYMMETRIC_INPUTS = QuantizerSpec(
 
 
 class SkipNetwork(nn.Module):
-    """Two convolutions over a concatenated shortcut (one behind norm and SiLU, one direct), q, k and v over one tensor,
-    an output.
+    """Network with two convolutions over a concatenated shortcut (one behind norm and SiLU, one direct), q, k and v
+    over one tensor, and an output convolution.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class SkipNetwork(nn.Module):
         self.conv_out = nn.Conv2d(8, 1, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """x (B, 1, H, W) -> (B, 1, H, W), whatever the time step."""
+        """Map x (B, 1, H, W) to (B, 1, H, W), independently of the time step."""
         skip = self.conv_in(x)
         joined = torch.cat([F.silu(self.down(skip)), skip], dim=1)
         h = self.conv1(F.silu(self.norm(joined))) + self.conv_shortcut(joined)
@@ -58,12 +58,12 @@ def example(batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def timeless(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as the input of a denoiser that does not look at its time step."""
+    """Input of a denoiser that ignores its time step: x, and time steps of zero."""
     return x, torch.zeros(len(x), dtype=torch.long)
 
 
 class Timeless(nn.Sequential):
-    """Layers in a row as a denoiser that does not look at its time step."""
+    """Sequence of layers as a denoiser that ignores its time step."""
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         y: Tensor = super().forward(x)
@@ -71,7 +71,9 @@ class Timeless(nn.Sequential):
 
 
 def rule(*match: str, bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any) -> LayerRule:
-    """A rule with quantizers of the given attributes; by default learned and min_max, inputs asymmetric."""
+    """Rule with quantizers of the given attributes; by default learned scales and min_max ranges, with asymmetric
+    inputs.
+    """
     weight_values = {"bits": bits, "scale": "learned", "range": "min_max", **weights}
     input_values = {"bits": 8, "symmetric": False, "range": "min_max", **(inputs or {})}
     return LayerRule(match=match, weights=WeightQuantizer(**weight_values), inputs=InputQuantizer(**input_values))
@@ -101,14 +103,14 @@ def layer_plan(
 
 
 def quantized(layer: nn.Conv2d | nn.Linear, *specs: QuantizerSpec, ladder: tuple[int, ...] = ()) -> QuantizedLayer:
-    """The layer quantized and its input given the range [-1.5, 2.5]."""
+    """Quantize a layer and set the range of its input to [-1.5, 2.5]."""
     result = quantized_layer(layer, layer_plan(layer, *specs, ladder=ladder))
     set_input_range(result, -1.5, 2.5)
     return result
 
 
 def convolution(seed: int = 0) -> nn.Conv2d:
-    """Six channels over four, one of them far larger, one all positive."""
+    """Convolution from four to six channels, one of them far larger, one all positive."""
     torch.manual_seed(seed)
     layer = nn.Conv2d(4, 6, 3, padding=1)
     with torch.no_grad():
@@ -118,7 +120,7 @@ def convolution(seed: int = 0) -> nn.Conv2d:
 
 
 def unet_config(**changed: Any) -> dict[str, Any]:
-    """The config of a UNet2DModel that every part of a benchmark is quick on: 8x8, one channel, attention at the lower
+    """Config of a UNet2DModel on which every part of a benchmark is fast: 8x8, one channel, attention at the lower
     level.
     """
     config = {

@@ -1,6 +1,6 @@
-"""A stage of training on a small quantized network, for the tests of what happens while one trains.
+"""A training stage on a small quantized network, for the tests of what happens during training.
 
-Not here: any test, nor the networks of the tests of quantization (small_networks.py).
+Not here: any test, or the networks of the tests of quantization (small_networks.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEPS = 60
 
 @dataclass
 class Matching(Callback):
-    """Least squares; `meddle` may do anything to the layers before a step."""
+    """Least-squares loss as a callback; `meddle` may change the layers before a training step."""
 
     layers: Mapping[str, nn.Module]
     meddle: Callable[[int, Mapping[str, nn.Module]], None] = lambda _step, _layers: None
@@ -40,7 +40,7 @@ class Matching(Callback):
 
 
 def network(scale: str = "learned") -> nn.Module:
-    """Two convolutions at 8 bits that may go down to 4, calibrated."""
+    """Two convolutions at 8 bits with a ladder down to 4, calibrated."""
     torch.manual_seed(0)
     model = Timeless(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3))
     weights = WeightQuantizer(bits=4, scale=scale)  # type: ignore[arg-type]

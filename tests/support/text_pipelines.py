@@ -1,7 +1,7 @@
-"""Tiny text-to-image pipelines in diffusers' layout, random weights, of every class that takes prompts, with tokenizers
-of few words.
+"""Tiny text-to-image pipelines in diffusers' layout, with random weights, of every supported class, and tokenizers with
+few words.
 
-Not here: any test. Takes transformers.
+Not here: any test. Needs transformers.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.student_folder import STEPS
 
 TOKENS = 12
-"""Tokens of a prompt, the first and last among them."""
+"""Number of tokens of a prompt for CLIP, including the start and end tokens."""
 
 T5_TOKENS = 10
-"""Of T5's."""
+"""Number of tokens of a prompt for T5."""
 
 TEXT_TOKENS = {"stable-diffusion-3": TOKENS + T5_TOKENS, "flux": T5_TOKENS, "pixart": T5_TOKENS}
-"""Of what the denoiser reads, where that is not TOKENS."""
+"""Number of text tokens that a pipeline's denoiser reads, if it differs from TOKENS."""
 
 WIDTH, POOLED = 24, 12
-"""Of the text's embedding, and of SDXL's pooled one."""
+"""Sizes of the text embedding, and of SDXL's pooled text embedding."""
 
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>"]
 
@@ -70,20 +70,20 @@ PIECES = (
     *((word, -3.0) for word in ("\u2581", "\u2581a", "\u2581cat", "\u2581dog", "\u2581and", "s")),
     *((letter, -9.0) for letter in "abcdefghijklmnopqrtuvwxyzABCT!,"),
 )
-"""Of T5's tokenizer, each with its score; U+2581 stands for a space."""
+"""Pieces of T5's tokenizer, each with its score; U+2581 stands for a space."""
 
 SCALE = 3.0
-"""Of guidance."""
+"""Scale of classifier-free guidance."""
 
 
 @dataclass(frozen=True)
 class DeployedPipeline:
-    """A pipeline, and what became of it.
+    """A pipeline and its deployed folder.
 
     Attributes:
-        source: its parts in diffusers' layout.
-        folder: deployed, for 3 steps and guidance.
-        latents: (N, 4, 8, 8), that its VAE was exported with.
+        source: parts of the pipeline in diffusers' layout.
+        folder: deployed folder, for 3 sampling steps and guidance.
+        latents: latents (N, 4, 8, 8) with which its VAE was exported.
     """
 
     source: PipelineParts
@@ -92,8 +92,8 @@ class DeployedPipeline:
 
 
 def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipeline:
-    """The pipeline of that name, every layer of the denoiser at 7 bits, ranges from two states, not trained; its parts
-    as asked.
+    """Deploy the pipeline of that name without training: every denoiser layer at 7 bits, ranges from two states, its
+    parts in the formats `asked`.
     """
     source = PIPELINES[kind](folder)
     full = load_model(str(source))
@@ -130,7 +130,7 @@ _MADE: dict[str, DeployedPipeline] = {}
 
 
 def float_pipeline(kind: str, factory: pytest.TempPathFactory) -> DeployedPipeline:
-    """The deployed pipeline of that name with its parts in floating point: made once for all tests, which only look at
+    """Deployed pipeline of that name with its parts in floating point, made once for all tests, which must not change
     it.
     """
     if kind not in _MADE:
@@ -141,7 +141,7 @@ def float_pipeline(kind: str, factory: pytest.TempPathFactory) -> DeployedPipeli
 
 
 def dit_pipeline(folder: Path) -> Path:
-    """A DiTPipeline: class labels, latents 4x8x8, pictures 16x16."""
+    """DiTPipeline: class labels, latents 4x8x8, pictures 16x16."""
     torch.manual_seed(0)
     pipeline = DiTPipeline(transformer=dit().eval(), vae=tiny_vae(), scheduler=DDIMScheduler.from_config(SCHEDULER))
     pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
@@ -149,7 +149,7 @@ def dit_pipeline(folder: Path) -> Path:
 
 
 def stable_diffusion(folder: Path) -> Path:
-    """A StableDiffusionPipeline: latents 4x8x8, pictures 16x16."""
+    """StableDiffusionPipeline: latents 4x8x8, pictures 16x16."""
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
         vae=tiny_vae(),
@@ -166,7 +166,7 @@ def stable_diffusion(folder: Path) -> Path:
 
 
 def stable_diffusion_xl(folder: Path) -> Path:
-    """A StableDiffusionXLPipeline: two encoders of half the width each, the second pooled."""
+    """StableDiffusionXLPipeline: two text encoders of half the width each, the second one pooled."""
     torch.manual_seed(0)
     half = WIDTH // 2
     pipeline = StableDiffusionXLPipeline(
@@ -184,7 +184,7 @@ def stable_diffusion_xl(folder: Path) -> Path:
 
 
 def stable_diffusion_3(folder: Path) -> Path:
-    """A StableDiffusion3Pipeline: two CLIPs, together narrower than T5, whose tokens follow theirs."""
+    """StableDiffusion3Pipeline: two CLIP encoders that together are narrower than T5, whose tokens follow theirs."""
     torch.manual_seed(0)
     clip = _text_config(8, projection_dim=POOLED // 2)
     pipeline = StableDiffusion3Pipeline(
@@ -203,7 +203,7 @@ def stable_diffusion_3(folder: Path) -> Path:
 
 
 def flux_dev(folder: Path) -> Path:
-    """A FluxPipeline as of FLUX.1 dev: CLIP's pooled text, T5's tokens, guidance as an input."""
+    """FluxPipeline like FLUX.1 dev: CLIP's pooled text, T5's tokens, guidance as an input."""
     torch.manual_seed(0)
     pipeline = FluxPipeline(
         transformer=flux().eval(),
@@ -219,7 +219,7 @@ def flux_dev(folder: Path) -> Path:
 
 
 def pixart_alpha(folder: Path) -> Path:
-    """A PixArtAlphaPipeline: T5's tokens with their mask."""
+    """PixArtAlphaPipeline: T5's tokens with their mask."""
     torch.manual_seed(0)
     pipeline = PixArtAlphaPipeline(
         transformer=pixart().eval(),
@@ -233,7 +233,7 @@ def pixart_alpha(folder: Path) -> Path:
 
 
 def t5() -> T5EncoderModel:
-    """Gated, of two layers and relative places, as T5 1.1."""
+    """T5 encoder like T5 1.1: gated, with two layers and relative positions."""
     shape = {
         "d_model": WIDTH,
         "d_kv": 8,
@@ -246,7 +246,7 @@ def t5() -> T5EncoderModel:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """T5's Unigram of letters and a few words."""
+    """T5's Unigram tokenizer with letters and a few words."""
     return T5TokenizerFast(vocab=list(PIECES), extra_ids=0, model_max_length=T5_TOKENS)
 
 
@@ -257,7 +257,9 @@ def tiny_vae(**more: Any) -> AutoencoderKL:
 
 
 def tokenizer(folder: Path, **more: Any) -> CLIPTokenizer:
-    """CLIP's, of single bytes and two words; read from vocab.json and merges.txt, as most pipelines hold it."""
+    """CLIP's tokenizer with single bytes and two words; it is read from vocab.json and merges.txt, as in most
+    pipelines.
+    """
     letters = list(bytes_to_unicode().values())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair.split()) for pair in MERGES)]
     vocabulary = {piece: number for number, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}

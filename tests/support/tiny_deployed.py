@@ -1,7 +1,7 @@
 """A deployed text-to-image folder of a few kB that loads in milliseconds: one planned layer, and graphs of a few nodes
 beside it.
 
-Not here: any test. No network: graphs are put together by hand, and written as the exporter writes them.
+Not here: any test. There is no PyTorch network: the graphs are built by hand, and written as the exporter writes them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ BATCH, SHAPE, TOKENS, WIDTH, PICTURE = 2, (4, 4, 4), 5, 3, (1, 3, 8, 8)
 WORDS = ("<pad>", "a", "cat", "dog", "<unk>")
 
 LAYER = "to_out"
-"""Of the denoiser: a product of the text with an INT8 matrix."""
+"""Name of the denoiser's planned layer: a product of the text with an INT8 matrix."""
 
 
 def tiny_deployed(folder: Path, weights: WeightFormat = "int8") -> Path:
-    """A StableDiffusionPipeline of latents 4x4x4, pictures 8x8, and prompts of 5 tokens, for 2 steps."""
+    """StableDiffusionPipeline with latents 4x4x4, pictures 8x8, prompts of 5 tokens, and 2 sampling steps."""
     texts = {
         "unet/config.json": {"_class_name": "UNet2DConditionModel", "in_channels": SHAPE[0], "sample_size": SHAPE[1]},
         "scheduler/scheduler_config.json": {
@@ -81,7 +81,7 @@ def tiny_deployed(folder: Path, weights: WeightFormat = "int8") -> Path:
 
 
 def _denoiser() -> ov.Model:
-    """x_t plus a number that the text and t say."""
+    """Denoiser that adds to x_t one number for each channel, computed from the text and t."""
     sample = _input([BATCH, *SHAPE], np.float32, "sample")
     time = _input([BATCH], np.int64, "timestep")
     text = _input([BATCH, TOKENS, WIDTH], np.float32, "encoder_hidden_states")
@@ -138,7 +138,7 @@ def _model(result: ov.Node, name: str, *inputs: ov.Node) -> ov.Model:
 
 
 def resealed(folder: Path, *names: str) -> None:
-    """Note size and digest of changed files in the manifest, as if they had been written so."""
+    """Update the size and digest of changed files in the manifest, as if they had been exported so."""
     from pqcad_qat.serving.deployed_folder import MANIFEST
 
     manifest = json.loads((folder / MANIFEST).read_text())

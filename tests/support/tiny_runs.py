@@ -1,5 +1,5 @@
-"""A tiny full-precision model, the overrides that make a run of it take seconds, and how the tests start processes of
-their own.
+"""A tiny full-precision model, the overrides with which a run of it takes seconds, and helpers with which tests start
+processes.
 
 Not here: fixtures (conftest.py), or any test. Nothing needs a network or a data set.
 """
@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub client is imported
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums in one order, so that repeats can be bitwise
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to others
+os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before any hub client is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # fixes the order of sums, so that repeated runs can be bitwise equal
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to others
 
 import numpy as np
 import openvino as ov
@@ -25,7 +25,7 @@ from diffusers import UNet2DModel
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.timing.baseline_trials import save_openvino
 
-# a shell's background job ignores Ctrl-C, and so would what tests start
+# A shell's background job ignores Ctrl-C, and processes started by tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ SCHEDULER = {
     "clip_sample": False,
 }
 
-TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes through every stage
+TINY = (  # overrides of policies/smoke.yaml: a run that takes seconds, and still passes through every stage
     "name=tiny",
     "sampler.steps=4",
     "distillation.student_steps=2",
@@ -54,20 +54,20 @@ TINY = (  # overrides of policies/smoke.yaml: a run of seconds that still passes
     "training.samples_every=4",
     "evaluation.images=8",
     "evaluation.batch_size=8",
-    "evaluation.features=embedded:fashion-mnist",  # what the tiny model makes is of its shape
+    "evaluation.features=embedded:fashion-mnist",  # the tiny model makes images of its shape
     "export.latency_runs=2",
 )
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that was made once, for tests that only look at it.
+    """A run that was made once, for tests that must not change it.
 
     Attributes:
         path: folder of the run.
-        page: what the pipeline returned.
-        policy: that it ran.
-        output: what it printed.
+        page: path of the report's page, as returned by the pipeline.
+        policy: policy of the run.
+        output: text that it printed.
     """
 
     path: Path
@@ -98,7 +98,7 @@ def tiny_overrides(model: Path, *more: str) -> list[str]:
 
 
 def fixed_batch_graph(batch: int, sample_shape: tuple[int, ...], folder: Path) -> Path:
-    """The xml of a graph with a denoiser's ports, in which the batch is written as a constant."""
+    """Write a graph with a denoiser's inputs and a constant batch size; return its xml file."""
     ports = [
         ov.opset13.parameter([batch, *sample_shape], np.float32, name="sample"),
         ov.opset13.parameter([batch], np.int64, name="timestep"),
@@ -113,5 +113,5 @@ def program(arguments: Sequence[str | Path]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Of a subprocess: this source tree, no network, one thread, plain text."""
+    """Environment of a subprocess: this source tree, no network, one thread, plain text."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

@@ -1,9 +1,9 @@
-"""A program for test_processes.py: small stages of training in two processes, forked by Accelerate; each says what it
-came to.
+"""A program for test_processes.py: small training stages in two processes, forked by Accelerate; each process reports
+its results.
 
     python two_processes.py FOLDER
 
-leaves FOLDER/RANK.json (scenario -> findings) and FOLDER/RANK.safetensors. Not here: any test, nor the command line
+leaves FOLDER/RANK.json (scenario -> findings) and FOLDER/RANK.safetensors. Not here: any test, or the command line
 under a launcher.
 """
 
@@ -42,7 +42,7 @@ Meddle = Callable[[TrainState], None]
 
 
 class Meddling(Callback):
-    """Does something to a process before the step `MEDDLED`, or after it."""
+    """Callback that calls a function before or after training step `MEDDLED`."""
 
     def __init__(self, before: Meddle | None = None, after: Meddle | None = None) -> None:
         self.name, self.before, self.after = "meddling", before, after
@@ -57,7 +57,7 @@ class Meddling(Callback):
 
 
 class Losses(Callback):
-    """Keeps the loss of every step."""
+    """Callback that keeps the loss of every training step."""
 
     def __init__(self) -> None:
         self.name = "losses"
@@ -74,8 +74,8 @@ def stage(
     meddling: Meddling | None = None,
     source: Callable[[int], Batch] = batches,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A stage of progressive quantization, or of floating point, on a network that has a Parameter without use; what it
-    came to.
+    """Run a stage of progressive quantization, or in floating point, on a network with an unused Parameter; return its
+    findings and weights.
     """
     model = floating_network() if floating else network()
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
@@ -124,7 +124,7 @@ def failing(rank: int) -> Meddling:
 
 
 def interrupting(rank: int) -> Meddling:
-    """A request to terminate that reaches one process alone."""
+    """Callback by which a termination request reaches one process alone."""
 
     def terminate(_state: TrainState) -> None:
         if launched()[0] == rank:
@@ -143,7 +143,7 @@ def drifting(rank: int) -> Meddling:
 
 
 def broken_once(folder: Path) -> Callable[[int], Batch]:
-    """A batch that is not finite on one process's part alone, until training has gone back."""
+    """Batch source with a non-finite batch in one process's part alone, until training has rolled back."""
 
     def source(step: int) -> Batch:
         batch = dict(batches(step))
@@ -170,9 +170,9 @@ def scenarios(folder: Path) -> Mapping[str, Callable[[Path], tuple[dict[str, Any
 
 
 def main(folder: str) -> None:
-    """All scenarios in this process, one of two."""
+    """Run all scenarios in this process, one of two."""
     torch.set_num_threads(1)
-    os.environ["RANK"] = str(PartialState(cpu=True).process_index)  # as launchers do
+    os.environ["RANK"] = str(PartialState(cpu=True).process_index)  # launchers set it too
     assert process_count() == 2
     found: dict[str, Any] = {}
     weights: dict[str, Tensor] = {}
