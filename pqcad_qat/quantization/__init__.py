@@ -1,3 +1,1 @@
-"""From rules to quantized layers: the plan, the Brevitas quantizers, and the conversion of a module. No training
-here.
-"""
+"""Quantization: from rules to a plan, Brevitas quantizers, and quantized modules. Training is in training/."""

@@ -1,7 +1,6 @@
-"""A planned model becomes a quantized one around the same Parameters, is calibrated, held still for sampling, and
-turned back.
+"""Conversion of a whole model: to quantized layers and back, calibration of its input ranges, and frozen weights.
 
-Nothing about single quantizers here: that is quantized_layer.py.
+Not here: the quantizers of a single layer (quantized_layer.py).
 """
 
 from __future__ import annotations
@@ -35,11 +34,13 @@ from pqcad_qat.quantization.shortcuts import replace_modules
 
 
 def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
-    """Replace every planned layer in place by a quantized one around the same Parameters; weights start at the ladder's
-    first rung.
+    """Replace every planned layer in place by a quantized one around the same Parameters.
 
-    Inputs have no range yet: calibrate_ranges or a loaded state gives them one, and until then a forward pass is
-    refused.
+    Weights start at the first rung of their ladder. Inputs have no range yet, so a forward pass is refused until
+    calibrate_ranges or a loaded state sets one.
+
+    Raises:
+        ModelError: the plan names a layer that this model does not have.
     """
     layers = quantizable_layers(model)
     if missing := [layer.name for layer in plan if layer.name not in layers]:
@@ -59,27 +60,28 @@ def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
-    """The inverse of quantize_model, in place: the floating-point layers around the same Parameters."""
+    """The inverse of quantize_model, in place: floating-point layers around the same Parameters."""
     replace_modules(model, {layer: float_layer(layer) for layer in quantized_layers(model).values()})
     return model
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Every quantized layer by path."""
+    """All quantized layers by path."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, QuantizedConv2d | QuantizedLinear)
     }
 
 
 def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
-    """Every quantized layer in integers, by path: what export and verification read."""
+    """All quantized layers in integers, by path, for export and verification."""
     return {name: integer_layer(name, layer) for name, layer in quantized_layers(model).items()}
 
 
 @torch.no_grad()
 def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
-    """As integer_layers, of a model that ends here: each layer's weight is let go of as soon as its integers are
-    there.
+    """As integer_layers, for a model that is not used afterwards.
+
+    Each layer's weight is released as soon as its integers exist, which saves memory.
     """
     found = {}
     for name, layer in quantized_layers(model).items():
@@ -91,8 +93,17 @@ def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
 def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
     """Set the range of every input from what the layers read while the model runs unquantized.
 
-    ``batches``: inputs of the model. One pass finds the extremes; ranges of least squared error take a second one.
-    Raises ModelError that names the layer whose input is NaN, infinite, zero everywhere, or never seen.
+    The first pass over the data finds the extremes of every input. Ranges of least squared error need a second pass,
+    which fills a histogram between these extremes. Layers of one input group share a quantizer, so they are observed
+    together.
+
+    Args:
+        model: the quantized model.
+        batches: inputs of the model.
+
+    Raises:
+        ModelError: there is no data, or a layer's input is NaN, infinite, zero everywhere, or was never seen. The
+            message names the layer.
     """
     layers = quantized_layers(model)
     leaders = {name: layer for name, layer in layers.items() if layer.plan.input_group == layer.plan.name}
@@ -116,7 +127,7 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
 
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """Within, the quantized layers compute in floating point."""
+    """Within the block, the quantized layers compute in floating point."""
     proxies = [proxy for layer in quantized_layers(model).values() for proxy in (layer.weight_quant, layer.input_quant)]
     before = [proxy.disable_quant for proxy in proxies]
     try:
@@ -130,8 +141,9 @@ def unquantized(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Within, each quantized weight is computed once and reused: for sampling and for teachers. Nothing may train
-    meanwhile.
+    """Within the block, each quantized weight is computed once and reused, for sampling and for teachers.
+
+    The weights must not be trained within the block.
     """
     proxies = [(layer, layer.weight_quant) for layer in quantized_layers(model).values()]
     with ExitStack() as stack:
@@ -147,7 +159,7 @@ def _watch(
     batches: Sequence[PredictArguments],
     watchers: dict[str, Callable[[Tensor], None]],
 ) -> None:
-    """Run the batches through the unquantized model and show each watcher what the layers of its group read."""
+    """Run the batches through the unquantized model; each watcher sees what the layers of its group read."""
     watched = [
         (layer, watchers[layer.plan.input_group]) for layer in layers.values() if layer.plan.input_group in watchers
     ]
@@ -157,6 +169,7 @@ def _watch(
 
 
 def _set_range(layer: QuantizedLayer, seen: InputRange) -> None:
+    """Set a layer's input range from its observations; `auto` makes it signed if a negative value was seen."""
     spec = layer.plan.inputs
     signed = seen.low < 0 if spec.signed == "auto" else spec.signed
     set_input_range(layer, *input_bounds(seen, spec.range, read_bits(layer)[1], signed, symmetric=spec.symmetric))

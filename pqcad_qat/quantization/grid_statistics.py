@@ -1,6 +1,7 @@
-"""How a tensor uses the grid of its quantizer: what is clipped, what became zero, what is not finite.
+"""Statistics of how a tensor uses its quantizer's grid: values that are clipped, zero or not finite.
 
-Not here: which of it is trouble (training/divergence.py), nor the grid itself (fake_quantization.py, ranges.py).
+Not here: which of these count as trouble (training/divergence.py), and the grid itself (fake_quantization.py,
+ranges.py).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, input_quantiz
 
 
 class GridUse(NamedTuple):
-    """Some values of a tensor, evenly spread over it, on its grid.
+    """Statistics of some values, evenly spread over a tensor, on its grid.
 
     Attributes:
-        integers: after the clamp, (values,).
-        clipped: share of the values that round to an integer beyond the grid's ends, 0..1.
-        collapsed: every value became zero, or the range of some row of the tensor is at its smallest; zeros alone are
-            no collapse.
+        integers: (values,), integers after the clamp.
+        clipped: share of the values that round to an integer beyond the grid's ends, 0 to 1.
+        collapsed: whether every value became zero, or some row's range is the smallest possible. A tensor of zeros
+            alone has not collapsed.
     """
 
     integers: Tensor
@@ -31,19 +32,25 @@ class GridUse(NamedTuple):
 
 @torch.no_grad()
 def weight_use(layer: QuantizedLayer, most: int) -> GridUse:
-    """Of at most `most` of a layer's weights at the present width; within a blend, the width that it comes from."""
+    """Grid use of at most `most` of a layer's weights at the present width.
+
+    Within a blend that is the earlier of its two widths.
+    """
     return _use(layer.weight, weight_quantizer_of(layer), most)
 
 
 @torch.no_grad()
 def input_use(layer: QuantizedLayer, x: Tensor, most: int) -> GridUse:
-    """Of at most `most` of the values that a layer reads."""
+    """Grid use of at most `most` of the values that a layer reads."""
     return _use(x, input_quantizer_of(layer), most)
 
 
 @torch.no_grad()
 def not_finite(layer: QuantizedLayer) -> list[str]:
-    """What of a layer holds NaN or infinity, each in a few words: weights, bias, and the ranges of both quantizers."""
+    """Parts of a layer that hold NaN or infinity, each in a few words.
+
+    It looks at weights, bias, and the ranges of both quantizers.
+    """
     held = {"weights": layer.weight, "bias": layer.bias}
     for kind, quant in (("weights", weight_quantizer_of(layer)), ("input", input_quantizer_of(layer))):
         span, low, _ = quant.grid(layer.weight)
@@ -53,6 +60,7 @@ def not_finite(layer: QuantizedLayer) -> list[str]:
 
 
 def _use(x: Tensor, quant: Any, most: int) -> GridUse:
+    """Grid use of at most `most` values of x; each value is quantized with the range of its own row."""
     span, low, bounds = quant.grid(x)
     count = min(most, x.numel())
     index = torch.arange(count, device=x.device) * x.numel() // count
@@ -66,6 +74,6 @@ def _use(x: Tensor, quant: Any, most: int) -> GridUse:
 
 
 def _at_smallest(x: Tensor, span: Tensor) -> bool:
-    """Whether some row that is not zero has the smallest range that there is."""
+    """Whether some row that is not zero has the smallest possible range."""
     smallest = span.reshape(-1).abs() <= SMALLEST_RANGE
     return bool(smallest.any()) and bool(x.reshape(span.numel(), -1)[smallest].abs().amax() > SMALLEST_RANGE)

@@ -1,4 +1,4 @@
-"""How far the output moves when one layer alone is quantized, at every width: measured, layer by layer.
+"""Sensitivity of the model's output to each layer: the error when that layer alone is quantized, at every width.
 
 Not here: what follows for a policy (mixed_precision.py).
 """
@@ -20,12 +20,13 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, set_weight_bi
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """Relative squared errors of the model's output, mean ||f_q - f||^2 over mean ||f||^2, by what alone was quantized.
+    """Relative squared errors of the model's output, mean ||f_q - f||^2 / mean ||f||^2, with one part quantized.
 
     Attributes:
         name: path of the layer.
-        inputs: its input, at the plan's width; layers that read one tensor share its error evenly.
-        weights: its weights, by width.
+        inputs: error with only its input quantized, at the plan's width; layers that read the same tensor share its
+            error evenly.
+        weights: error with only its weights quantized, by width.
     """
 
     name: str
@@ -33,7 +34,7 @@ class LayerSensitivity:
     weights: Mapping[int, float]
 
     def error(self, bits: int) -> float:
-        """The error of the whole layer with weights of this width."""
+        """Estimated error with the layer's input and its weights, at this width, quantized."""
         return self.inputs + self.weights[bits]
 
 
@@ -43,13 +44,13 @@ def layer_sensitivities(
     batches: Sequence[PredictArguments],
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[LayerSensitivity, ...]:
-    """Measure every quantized layer of a calibrated model; afterwards its weights have the last width.
+    """Measure every quantized layer of a calibrated model; afterwards the weights have the last of the widths.
 
     Args:
-        model: all in floating point but what is being measured.
-        widths: of the weights; each gets the range that the plan's method finds for it.
-        batches: model inputs of the calibration set.
-        advance: told of every measurement: one a layer and width, and one an input tensor.
+        model: quantized model; it computes in floating point except for what is being measured.
+        widths: weight widths to measure; at each the range is found anew by the plan's method.
+        batches: inputs of the model from the calibration set.
+        advance: function called after every measurement: one per layer and width, and one per input tensor.
     """
     layers = quantized_layers(model)
     groups: dict[str, list[str]] = {}
@@ -74,6 +75,7 @@ def layer_sensitivities(
 def _by_width(
     layer: QuantizedLayer, widths: Sequence[int], measured: Callable[[Any], float]
 ) -> Iterator[tuple[int, float]]:
+    """(width, error with only the layer's weights quantized) for every width."""
     for bits in widths:
         set_weight_bits(layer, bits)
         yield bits, measured(layer.weight_quant)
@@ -81,6 +83,7 @@ def _by_width(
 
 @contextmanager
 def _enabled(proxy: Any) -> Iterator[None]:
+    """Within the block, this quantizer is on."""
     proxy.disable_quant = False
     try:
         yield
@@ -89,7 +92,10 @@ def _enabled(proxy: Any) -> Iterator[None]:
 
 
 def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[PredictArguments]) -> float:
-    """The same error with every layer quantized at once, weights at these widths: what the sum over layers predicts."""
+    """The same error with every layer quantized at once, with weights of these widths.
+
+    The sum over the layers' sensitivities estimates it.
+    """
     for name, layer in quantized_layers(model).items():
         set_weight_bits(layer, bits[name])
     with evaluating(model):
@@ -99,7 +105,7 @@ def output_error(model: nn.Module, bits: Mapping[str, int], batches: Sequence[Pr
 
 
 def relative_error(model: nn.Module, reference: Sequence[Tensor], batches: Sequence[PredictArguments]) -> float:
-    """Mean squared distance of the model's predictions to others, as a share of the others' mean square."""
+    """Mean squared distance of the predictions from reference ones, over the mean square of the latter."""
     distance = sum(
         float((predict(model, *batch) - known).square().sum()) for batch, known in zip(batches, reference, strict=True)
     )

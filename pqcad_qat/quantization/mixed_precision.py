@@ -1,7 +1,8 @@
-"""Widths layer by layer within a budget, from what each costs and what it does to the output; and as rules that a
-person can read.
+"""Mixed precision: a width for every layer within a budget, written as rules that a person can read.
 
-Not here: how far the output moves (layer_sensitivity.py).
+The choice weighs what each width costs against the error that it makes in the output.
+
+Not here: the measurement of that error (layer_sensitivity.py).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pqcad_qat.quantization.plan import LayerPlan
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs by the widths of its layers, in any unit that adds up, such as bytes of its weights.
+    """Costs of a model by the widths of its layers, in any unit that can be added, such as bytes of weights.
 
     Attributes:
-        whole: what a budget may be a share of.
-        fixed: of what is not planned.
+        whole: cost of which a budget may be a share.
+        fixed: cost of everything that is not planned.
         layers: planned layer -> width -> cost.
     """
 
@@ -31,15 +32,15 @@ class Costs:
 
     @property
     def least(self) -> int:
-        """With every layer at its cheapest width."""
+        """Cost of the model with every layer at its cheapest width."""
         return self.fixed + sum(min(costs.values()) for costs in self.layers.values())
 
     def of(self, bits: Mapping[str, int]) -> int:
-        """Of the whole model with these widths."""
+        """Cost of the whole model with these widths."""
         return self.fixed + sum(self.layers[name][width] for name, width in bits.items())
 
     def at(self, widths: Collection[int]) -> Costs:
-        """The same of these widths alone."""
+        """The same costs, restricted to these widths."""
         return replace(
             self, layers={name: {bits: costs[bits] for bits in widths} for name, costs in self.layers.items()}
         )
@@ -47,7 +48,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Option:
-    """A width that a layer may get: what it costs, in any unit that adds up, and the error that it makes."""
+    """One width that a layer may get.
+
+    Attributes:
+        bits: width.
+        cost: its cost, in any unit that can be added.
+        error: error that it makes.
+    """
 
     bits: int
     cost: int
@@ -55,14 +62,15 @@ class Option:
 
 
 def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, int]:
-    """Layer -> width: the sum of errors as small as the budget of costs allows.
+    """Layer -> width, so that the sum of errors is as small as the budget allows.
 
-    Every layer starts at its cheapest width; the steps up that save most error for their cost are taken first, as long
-    as they fit. On the lower convex hull of each layer's options this is the best choice for the cost that it comes to
-    (the greedy solution of the multiple-choice knapsack; Sinha and Zoltners 1979).
+    Every layer starts at its cheapest width. Steps to a larger width are then taken in the order of the error that
+    they save for their cost, as long as they fit. Since each layer's options lie on their lower convex hull, a layer's
+    steps come in their own order. The choice is the best one for the cost that it reaches (the greedy solution of the
+    multiple-choice knapsack; Sinha and Zoltners 1979).
 
     Raises:
-        PlanError: even the cheapest widths cost more.
+        PlanError: even the cheapest widths cost more than the budget.
     """
     hulls = {name: lower_hull(found) for name, found in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
@@ -79,8 +87,10 @@ def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[st
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
-    """The options worth a thought, cheapest first: each step up costs more, errs less, and saves less error for its
-    cost than the last.
+    """The options on the lower convex hull of error over cost, cheapest first.
+
+    From each option to the next the cost rises and the error falls, and each step saves less error for its cost than
+    the one before it.
     """
     hull: list[Option] = []
     for option in sorted(options, key=lambda option: (option.cost, option.error, -option.bits)):
@@ -93,23 +103,25 @@ def lower_hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _slope(below: Option, above: Option) -> float:
-    """Error that a step up takes away, for its cost: the more negative, the better."""
+    """Change of error per cost from one option to the next; the more negative, the better."""
     return (above.error - below.error) / (above.cost - below.cost)
 
 
 def with_bits(plan: Sequence[LayerPlan], bits: Mapping[str, int]) -> tuple[LayerPlan, ...]:
-    """The plan with other widths of the weights."""
+    """The plan with these widths of the weights."""
     return tuple(replace(layer, weights=replace(layer.weights, bits=bits[layer.name])) for layer in plan)
 
 
 def patterns(names: Collection[str], others: Collection[str]) -> list[str]:
-    """Globs and paths that match these layers and none of the others, a glob wherever it stands for two layers or
-    more.
+    """Globs and paths that match all of these layers and none of the others.
+
+    A glob is used wherever it can stand for two layers or more.
     """
     return list(_covering("", list(names), list(others)))
 
 
 def _covering(prefix: str, names: Sequence[str], others: Sequence[str]) -> Iterator[str]:
+    """The patterns below a prefix: one glob where it matches no other layer, else those of each part of the path."""
     if len(names) > 1 and not others and prefix:
         yield f"{prefix}*"
         return
@@ -126,10 +138,10 @@ def _covering(prefix: str, names: Sequence[str], others: Sequence[str]) -> Itera
 def mixed_rules(
     rules: Mapping[str, LayerRule], plan: Sequence[LayerPlan], names: Collection[str], bits: Mapping[str, int]
 ) -> dict[str, LayerRule]:
-    """The rules by which the planned layers have these widths; `names`: of every layer that rules can match.
+    """The rules that give the planned layers these widths; `names` are all layers that rules can match.
 
-    Each rule becomes as many as its layers have widths, widest first, its name followed by the width; where they all
-    have its own, it stays as it is.
+    A rule becomes one rule for each width of its layers, widest first, with the width after its name. It stays as it
+    is where all its layers keep its own width.
     """
     found: dict[str, LayerRule] = {}
     for name, rule in rules.items():
@@ -146,4 +158,5 @@ def mixed_rules(
 
 
 def _only(layers: Sequence[str], names: Collection[str]) -> list[str]:
+    """Patterns that match these layers and no other."""
     return patterns(layers, [name for name in names if name not in layers])

@@ -1,6 +1,9 @@
-"""Where a quantizer's range comes from: extremes or least squared error, of weights and of watched inputs.
+"""The choice of a quantizer's range from data: by extremes or by least squared error, for weights and for inputs.
 
-No modules and no Brevitas here: numbers in, numbers out.
+The search for the least squared error tries shares of the full range and keeps the best. For weights it quantizes the
+values themselves, row by row. For inputs it quantizes the centres of a histogram's bins, weighted by their counts.
+
+Not here: modules and Brevitas; these functions take numbers and return numbers.
 """
 
 from __future__ import annotations
@@ -11,18 +14,23 @@ from torch import Tensor
 from pqcad_qat.errors import ModelError
 
 BINS = 8192
+"""Number of bins in an input's histogram."""
 CACHED = 2**16
-"""Elements of a weight that the search for its range takes at a time: few enough for a core's cache, which makes it
-many times faster.
+"""Number of a weight's elements that the search handles at a time on the CPU.
+
+So few fit into the cache of a core, which makes the search many times faster.
 """
 AT_ONCE = 2**26
-"""The same on an accelerator, which each step of the search keeps waiting: of any layer but the largest, all."""
-# shares of the full range that the least-squares search tries, widest first
+"""The same number on an accelerator, which would wait at each step of the search.
+
+Only the largest layers have more elements.
+"""
 RATIOS = tuple(i / 50 for i in range(50, 4, -1))
+"""Shares of the full range that the search for the least squared error tries, widest first."""
 
 
 class InputRange:
-    """What calibration has seen of one layer's input: its extremes, and on a second pass a histogram between them."""
+    """Observations of one layer's input during calibration: its extremes, and a histogram between them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -31,6 +39,11 @@ class InputRange:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def watch_extremes(self, x: Tensor) -> None:
+        """Extend the extremes by those of x.
+
+        Raises:
+            ModelError: x holds NaN or infinity.
+        """
         low, high = (value.item() for value in torch.aminmax(x.detach().float()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ModelError(
@@ -39,10 +52,15 @@ class InputRange:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def watch_histogram(self, x: Tensor) -> None:
+        """Add x to the histogram, whose ends are the extremes found before."""
         self.counts += torch.histc(x.detach().float(), bins=BINS, min=self.low, max=self.high).to("cpu", torch.float64)
 
     def check(self) -> None:
-        """Refuse an input that never came or never differed from zero."""
+        """Refuse an input that was never seen or is zero everywhere.
+
+        Raises:
+            ModelError: names the layer and the reason.
+        """
         if self.low > self.high:
             raise ModelError(f"calibration: layer {self.name} was never called, so its input has no range")
         if self.low == 0.0 == self.high:
@@ -50,14 +68,16 @@ class InputRange:
 
     @property
     def width(self) -> float:
+        """Width of a bin, in units of the input."""
         return (self.high - self.low) / BINS
 
     def centres(self) -> Tensor:
+        """(BINS,), the centre of each bin."""
         return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * self.width
 
 
 def input_bounds(seen: InputRange, method: str, bits: int, signed: bool, *, symmetric: bool) -> tuple[float, float]:
-    """The range (low, high) that the quantizer of one input should represent, low <= 0 <= high."""
+    """The range (low, high) that an input's quantizer should represent, low <= 0 <= high."""
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     if method == "mse":
         ratio = _best_input_ratio(seen, low, high, bits, signed=signed, symmetric=symmetric)
@@ -78,6 +98,7 @@ def input_grid(low: float, high: float, bits: int, signed: bool, *, symmetric: b
 
 
 def _best_input_ratio(seen: InputRange, low: float, high: float, bits: int, *, signed: bool, symmetric: bool) -> float:
+    """The share of [low, high] whose grid has the least squared error over the histogram."""
     centres, counts = seen.centres(), seen.counts
     best, least = 1.0, float("inf")
     for ratio in RATIOS:
@@ -90,13 +111,14 @@ def _best_input_ratio(seen: InputRange, low: float, high: float, bits: int, *, s
 
 
 def weight_rows(weight: Tensor, per_channel: bool) -> Tensor:
-    """The weight as rows that share a scale: (O, I * kh * kw), or one row."""
+    """The weight as rows that share a scale: (O, I * kh * kw) per channel, or one row."""
     return weight.detach().reshape(weight.shape[0] if per_channel else 1, -1)
 
 
 def weight_span(rows: Tensor, symmetric: bool) -> Tensor:
-    """The full range of each row: largest magnitude (symmetric), or distance between the extremes and zero
-    (asymmetric).
+    """(rows,), the full range of each row.
+
+    If symmetric it is the largest magnitude, otherwise the distance between the extremes, both taken to include zero.
     """
     span: Tensor = (
         rows.abs().amax(dim=1) if symmetric else rows.amax(dim=1).clamp(min=0) - rows.amin(dim=1).clamp(max=0)
@@ -105,7 +127,10 @@ def weight_span(rows: Tensor, symmetric: bool) -> Tensor:
 
 
 def weight_ratio(rows: Tensor, bits: int, symmetric: bool, method: str) -> Tensor:
-    """The share of each row's full range that its grid should cover: 1 for min_max, of least squared error for mse."""
+    """(rows,), the share of each row's full range that its grid should cover.
+
+    It is 1 for `min_max`, and the share of least squared error for `mse`.
+    """
     if method != "mse":
         return torch.ones_like(rows[:, 0])
     parts = torch.split(rows, max(1, (CACHED if rows.is_cpu else AT_ONCE) // rows.shape[1]))
@@ -113,6 +138,7 @@ def weight_ratio(rows: Tensor, bits: int, symmetric: bool, method: str) -> Tenso
 
 
 def _best_weight_ratio(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """(rows,), the share of each row's full range whose grid has the least squared error."""
     span = weight_span(rows, symmetric).clamp(min=1e-10)
     best = torch.ones_like(span)
     least = torch.full_like(span, float("inf"))
@@ -124,6 +150,10 @@ def _best_weight_ratio(rows: Tensor, bits: int, symmetric: bool) -> Tensor:
 
 
 def _on_grid(rows: Tensor, span: Tensor, ratio: float, bits: int, *, symmetric: bool) -> Tensor:
+    """The rows quantized over this span and dequantized.
+
+    The lower end of an asymmetric range is multiplied by `ratio`, as the span was.
+    """
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = (span / top)[:, None]

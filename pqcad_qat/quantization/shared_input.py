@@ -1,4 +1,4 @@
-"""One quantized input for the layers of one module that read one tensor, such as to_q, to_k and to_v of an attention.
+"""Quantization of an input once for all layers of a module that read it, such as to_q, to_k and to_v of an attention.
 
 Not here: quantizers (brevitas_layers.py), and which layers share one (plan.py).
 """
@@ -15,23 +15,31 @@ from torch import Tensor
 
 @dataclass
 class Held:
-    """An input that was quantized for the first of the layers that read it."""
+    """An input that was quantized for the first of its readers, and is kept for the others.
+
+    Attributes:
+        x: the input.
+        state: what else the result depends on; see `SharedInput.quantized`.
+        y: the quantized input.
+        waiting: number of readers still to come.
+    """
 
     x: Tensor
     state: tuple[Any, ...]
     y: Tensor
-    waiting: int  # readers still to come
+    waiting: int
 
 
 class SharedInput:
-    """Quantizes for the first of `readers` layers that read the same tensor one after another; the last one lets go of
-    the result.
+    """Quantizes an input for the first of `readers` layers, and returns the same result to the others.
 
-    The readers are children of one module, never of two. Activation checkpointing runs a part of a network once more in
-    the backward pass,
-    by itself, and it must keep the same tensors then: a result that came from another part would be missing. Such a
-    part mostly consists of whole modules. Where a module cuts itself into parts, torch's hooks for what a graph saves
-    tell one part, and one run of it, from another.
+    The layers read the same tensor one after another. The last one releases the result.
+
+    All readers are children of one module. The reason is activation checkpointing, which runs a part of a network
+    again in the backward pass, by itself. That run must save the same tensors as the first, but a result that came
+    from another part would be missing in it. Such a part usually consists of whole modules. For a module that divides
+    itself into parts, torch's hooks for saved tensors are compared: they differ between parts, and between the runs of
+    one part.
     """
 
     def __init__(self, readers: int) -> None:
@@ -39,8 +47,12 @@ class SharedInput:
         self.held: Held | None = None
 
     def quantized(self, x: Tensor, dtype: torch.dtype, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `quantize` makes of x, in `dtype`, which it chooses by itself."""
-        if x.is_inference():  # such tensors do not tell whether they were written over
+        """The result of `quantize` for x, whose dtype is `dtype`; it is computed only for the first reader.
+
+        A kept result is reused only if x is the same object, was not written to since (its version), and the state of
+        autograd, the dtype and the hooks for saved tensors are the same.
+        """
+        if x.is_inference():  # inference tensors have no version, so writing to them would go unnoticed
             return quantize(x)
         state = (x._version, torch.is_grad_enabled(), dtype, torch._C._autograd._top_saved_tensors_default_hooks(True))
         if self.held is None or self.held.x is not x or self.held.state != state:
@@ -52,5 +64,5 @@ class SharedInput:
         return y
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[int]]:
-        """A copy of the layers, made together, shares results among themselves and begins with none."""
+        """A copy of the layers, made together, shares results among its own layers and starts without any."""
         return SharedInput, (self.readers,)

@@ -1,7 +1,13 @@
-"""Convolutions over a concatenated shortcut, split in two so that each half of the channels has its own input
-quantizer.
+"""Splitting of convolutions over a concatenated shortcut, so that each half of the channels has an input quantizer.
 
-No quantizers here: the rewrite is of the floating-point model, and changes only the order of its sums.
+The method. A U-Net concatenates two tensors along the channels and convolves the result. The two halves may have very
+different ranges, so one quantizer for both wastes its grid on one of them. A convolution is linear in its channels:
+conv([a, b]) = left(a) + right(b). The seam, where the halves meet, is found by running the model once and following
+every concatenation to the convolutions that read it.
+
+The rewrite is of the floating-point model and changes only the order of its sums.
+
+Not here: quantizers (brevitas_layers.py, quantized_layer.py).
 """
 
 from __future__ import annotations
@@ -20,18 +26,18 @@ from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.own_modules import one_line
 from pqcad_qat.quantization.plan import evaluating
 
-# functions that leave every value and every channel as it is; through them the seam of a concatenation can be followed.
-# Not through a normalisation: behind it both halves have one scale, and a second 3x3 convolution costs a tenth of a
-# step and brings nothing at 8 bits
+# Functions that change no value and no channel, so that a seam can be followed through them. A normalisation is not
+# among them: after it both halves have the same scale, and a second 3x3 convolution costs a tenth of a step and gains
+# nothing at 8 bits.
 IDENTITIES: frozenset[Any] = frozenset(
     {F.dropout, F.dropout2d, torch.clone, Tensor.clone, Tensor.contiguous, Tensor.float, Tensor.to}
 )
 
 
 class SplitConv2d(nn.Module):
-    """conv([a, b]) = left(a) + right(b): one convolution as two, over the channels before and after the seam."""
+    """One convolution as two, over the channels before and after the seam: conv([a, b]) = left(a) + right(b)."""
 
-    is_split_convolution = True  # plan.py: rules that name the convolution match both halves
+    is_split_convolution = True  # tells plan.py that a rule for the convolution matches both halves
 
     def __init__(self, left: nn.Conv2d, right: nn.Conv2d) -> None:
         super().__init__()
@@ -41,9 +47,9 @@ class SplitConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, O, H', W')."""
-        if self.training:  # the gradients of slices are each as large as x; those of a split are joined in one pass
+        if self.training:  # each slice's gradient is as large as x; a split's gradients are joined in one pass
             left, right = torch.split(x, [self.seam, x.shape[1] - self.seam], dim=1)
-        else:  # slices are what export/graph_rewrites.py knows
+        else:  # slices, which export/graph_rewrites.py recognises
             left, right = x[:, : self.seam], x[:, self.seam :]
         y: Tensor = self.left(left) + self.right(right)
         return y
@@ -53,15 +59,15 @@ class SplitConv2d(nn.Module):
 
 
 def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
-    """Replace in place every Conv2d that reads a concatenation of two tensors along channels itself.
+    """Replace in place every Conv2d that directly reads a concatenation of two tensors along the channels.
 
-    ``example``: input of one forward pass, in which the concatenations are seen.
+    ``example`` is the input of one forward pass, in which the concatenations are found.
     """
     return split_at(model, shortcut_seams(model, example))
 
 
 def shortcut_seams(model: nn.Module, example: PredictArguments) -> dict[str, int]:
-    """As find_shortcuts, by module path: for another model of the same modules."""
+    """As find_shortcuts, but by module path, so that it also holds for another model of the same modules."""
     found = find_shortcuts(model, example)
     return {
         name: found[module]
@@ -71,36 +77,36 @@ def shortcut_seams(model: nn.Module, example: PredictArguments) -> dict[str, int
 
 
 def split_at(model: nn.Module, seams: Mapping[str, int]) -> nn.Module:
-    """Replace in place the convolutions of these paths; each has so many channels before its seam."""
+    """Replace in place the convolutions at these paths; `seams` gives the channels before each one's seam."""
     layers = {model.get_submodule(name): seam for name, seam in seams.items()}
     replace_modules(model, {layer: _split(cast(nn.Conv2d, layer), seam) for layer, seam in layers.items()})
     return model
 
 
 def rewritable(model: nn.Module, source: str = "") -> nn.Module:
-    """A copy of the modules around the same Parameters and buffers: its layers may be replaced, and it takes no memory.
+    """A copy of the modules around the same Parameters and buffers, whose layers may be replaced.
 
-    `source` is what a message calls the model.
+    It needs almost no memory. `source` is the model's name in messages.
 
     Raises:
-        ModelError: it holds what Python cannot copy.
+        ModelError: the model holds something that Python cannot copy.
     """
     kept = [*model.parameters(), *model.buffers()]
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
-    except Exception as error:  # whatever a module of the user's own holds
+    except Exception as error:  # a module of the user's own may hold anything
         raise ModelError(f"{source or type(model).__name__}: it cannot be copied: {one_line(error)}") from error
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:
-    """The inverse of split_shortcuts: every SplitConv2d of floating-point halves becomes one Conv2d again, in place."""
+    """The inverse of split_shortcuts, in place: every SplitConv2d of floating-point halves becomes one Conv2d again."""
     split = [module for module in model.modules() if isinstance(module, SplitConv2d)]
     replace_modules(model, {module: _merge(module.left, module.right) for module in split})
     return model
 
 
 def find_shortcuts(model: nn.Module, example: PredictArguments) -> dict[nn.Conv2d, int]:
-    """The convolutions over a two-part concatenation, and the channels before its seam."""
+    """The convolutions that read a concatenation of two tensors, and the channels before each one's seam."""
     watch = _SeamWatch(model)
     with evaluating(model), watch:
         predict(model, *example)
@@ -108,20 +114,23 @@ def find_shortcuts(model: nn.Module, example: PredictArguments) -> dict[nn.Conv2
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
-    """Put the new modules wherever the model holds the old ones; a module may hang in several places."""
+    """Put the new modules wherever the model holds the old ones, even where a module is held in several places."""
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children gives each child once only
+        for name, child in list(parent._modules.items()):  # named_children would skip a child's second name
             if child in replacements:
                 setattr(parent, name, replacements[child])
 
 
 class _SeamWatch(TorchFunctionMode):
-    """Follows seams from torch.cat to the convolutions that read them."""
+    """Follows seams from torch.cat to the convolutions that read them, while the model runs.
+
+    A tensor with a seam is known by its id. A convolution whose inputs do not all have the same seam is not split.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.layers = {id(m.weight): m for m in model.modules() if type(m) is nn.Conv2d and m.groups == 1}
-        self.seams: dict[int, tuple[Tensor, int]] = {}  # the tensor is kept so that its id stays its own
+        self.seams: dict[int, tuple[Tensor, int]] = {}  # the tensor is kept, so that no other one gets its id
         self.other_inputs: set[nn.Conv2d] = set()
         self.found: dict[nn.Conv2d, int] = {}
 
@@ -143,15 +152,17 @@ class _SeamWatch(TorchFunctionMode):
         return result
 
     def _concatenation(self, result: Tensor, tensors: Any, dim: int = 0, **kwargs: Any) -> None:
+        """Note the seam of a concatenation of two tensors along the channels."""
         if result.dim() == 4 and dim in (1, -3) and len(tensors) == 2:
             self.seams[id(result)] = (result, tensors[0].shape[1])
 
     def _convolution(self, x: Tensor, weight: Tensor) -> None:
+        """Note the seam that a convolution reads, or that it cannot be split."""
         layer = self.layers.get(id(weight))
         if layer is None or layer in self.other_inputs:
             return
         seam = self.seams[id(x)][1] if id(x) in self.seams else None
-        if seam is None or self.found.get(layer, seam) != seam:  # called over something else too: it cannot be split
+        if seam is None or self.found.get(layer, seam) != seam:  # it also reads an input without this seam
             self.found.pop(layer, None)
             self.other_inputs.add(layer)
         else:
@@ -159,6 +170,7 @@ class _SeamWatch(TorchFunctionMode):
 
 
 def _split(layer: nn.Conv2d, seam: int) -> SplitConv2d:
+    """The convolution as two; the left one has the bias."""
     left, right = _like(layer, seam, layer.bias is not None), _like(layer, layer.in_channels - seam, False)
     left.weight = nn.Parameter(layer.weight.detach()[:, :seam].clone(), requires_grad=layer.weight.requires_grad)
     right.weight = nn.Parameter(layer.weight.detach()[:, seam:].clone(), requires_grad=layer.weight.requires_grad)
@@ -167,6 +179,7 @@ def _split(layer: nn.Conv2d, seam: int) -> SplitConv2d:
 
 
 def _merge(left: nn.Conv2d, right: nn.Conv2d) -> nn.Conv2d:
+    """The two convolutions as one."""
     merged = _like(left, left.in_channels + right.in_channels, left.bias is not None)
     weight = torch.cat([left.weight.detach(), right.weight.detach()], dim=1)
     merged.weight = nn.Parameter(weight, requires_grad=left.weight.requires_grad)
@@ -175,7 +188,7 @@ def _merge(left: nn.Conv2d, right: nn.Conv2d) -> nn.Conv2d:
 
 
 def _like(layer: nn.Conv2d, in_channels: int, bias: bool) -> nn.Conv2d:
-    """An empty convolution of the same geometry over other channels; its Parameters are still to be set."""
+    """An empty convolution of the same geometry but other input channels; its Parameters are set afterwards."""
     return nn.Conv2d(
         in_channels,
         layer.out_channels,

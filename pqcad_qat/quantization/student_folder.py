@@ -1,11 +1,12 @@
-"""A quantized model on disk: a diffusers folder that plain diffusers reads, and beside it the quantizers that make it
-exact.
+"""A quantized model on disk: a folder that diffusers can read, with the exact quantizers beside it.
+
+The folder holds:
+
+- unet/ (or transformer/): the model in floating point, with its weights rounded to their grid, for diffusers.
+- quantization/: plan.json and model.safetensors, with every Parameter, scale, zero point and width, for this package.
+- scheduler/: the scheduler, with the student's number of sampling steps.
 
 Not here: the folder that OpenVINO runs (export/export_model.py).
-
-    unet/             (or transformer/) the model with its weights rounded to their grid, in floating point, for plain
-    diffusers quantization/     plan.json and model.safetensors: every Parameter, scale, zero point and bit-width, for
-    us scheduler/        with the student's number of steps
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out
 
 PLAN = Path("quantization") / "plan.json"
+"""Path of the plan within the folder."""
 STATE = Path("quantization") / "model.safetensors"
+"""Path of the quantized model's state within the folder."""
 
 
 def save_quantized(
@@ -47,9 +50,17 @@ def save_quantized(
     scheduler_config: Mapping[str, Any],
     steps: int,
 ) -> None:
-    """Write a quantized model; `splits` says that its shortcuts are split, `steps` how many sampling steps it is for.
+    """Write a quantized model.
 
     The scheduler config is written as that of our sampler, with every key.
+
+    Args:
+        folder: where the model is written.
+        model: the quantized model.
+        plan: plan of its layers.
+        splits: whether its shortcuts are split.
+        scheduler_config: config of its scheduler.
+        steps: number of sampling steps that it is for.
     """
     scheduler = written_out(scheduler_config, noise_schedule(scheduler_config))
     save_model(_rounded(model), {**scheduler, STEPS: steps}, folder)
@@ -59,7 +70,7 @@ def save_quantized(
 
 @torch.no_grad()
 def _rounded(model: nn.Module) -> nn.Module:
-    """A floating-point copy of the original architecture whose weights are the quantized ones."""
+    """A floating-point copy in the original architecture, whose weights are the quantized ones."""
     copied = copy.deepcopy(model)
     for layer in quantized_layers(copied).values():
         layer.weight.copy_(quantized_weight(layer))
@@ -67,13 +78,14 @@ def _rounded(model: nn.Module) -> nn.Module:
 
 
 def is_quantized_folder(folder: Path) -> bool:
+    """Whether `save_quantized` wrote the folder."""
     return (folder / PLAN).is_file()
 
 
 def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[DiffusionModel, tuple[LayerPlan, ...], int]:
     """(the quantized model, its plan, its sampling steps) from a folder that `save_quantized` wrote.
 
-    `own` is the module that was quantized where it is the user's own.
+    `own` is the module that was quantized, if it is the user's own.
 
     Raises:
         ModelError: the folder is incomplete or damaged, or its parts do not fit together.
@@ -101,7 +113,10 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
 
 
 def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
-    """A LayerPlan from its JSON form; folders of before 2026-11-28 have their rules by number, patterns as `rule`."""
+    """A LayerPlan from its JSON form.
+
+    Folders written before 2026-11-28 have a rule's number as `rule_index`, and its pattern as `rule`.
+    """
     if "rule_index" in entry:
         entry = {**entry, "rule": str(entry["rule_index"]), "pattern": entry["rule"]}
         del entry["rule_index"]
@@ -114,5 +129,5 @@ def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
 
 
 def _quantizer_spec(entry: Mapping[str, Any]) -> QuantizerSpec:
-    """A QuantizerSpec from its JSON form; folders of before 2026-11-28 have a key `percentile`, which nothing reads."""
+    """A QuantizerSpec from its JSON form; folders written before 2026-11-28 also have an unused key `percentile`."""
     return QuantizerSpec(**{key: value for key, value in entry.items() if key != "percentile"})
