@@ -1,9 +1,18 @@
-"""Brevitas: its injectors for a plan's specs, its layers and proxies without their slow paths. The only file that
-imports it.
+"""The quantized layers as Brevitas builds them: injectors for a plan's specs, and layers and proxies made faster.
+
+Brevitas builds a quantizer from an injector: a class whose attributes name the implementation of every part (scaling,
+zero point, rounding, clamp) and the values that they need. The `dependencies` library reads these attributes and
+passes each part what its constructor asks for by name. A proxy then connects the quantizer to a layer.
+`weight_quantizer` and `input_quantizer` make such injectors.
+
+Brevitas's own forward pass defines a quantizer's values and gradients here. For speed the proxies call ``fused``
+instead, which gives the same ones by fake_quantization.py.
+
+This is the only file that imports Brevitas.
 
 Not here: what is done with the layers once they exist (quantized_layer.py).
 """
-# Brevitas ships no types, so its classes are Any to mypy:
+# Brevitas ships no types, so mypy treats its classes as Any:
 # mypy: disable-error-code="misc"
 
 from __future__ import annotations
@@ -48,14 +57,22 @@ from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.ranges import weight_span
 from pqcad_qat.quantization.shared_input import SharedInput
 
-STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")  # they hold constants alone
+STATELESS = ("output_quant", "bias_quant", "_zero_hw_sentinel", "zero_point")
+"""Submodules of a Brevitas layer whose Parameters and buffers, if any, are constants."""
 
 
 class BlendedQuant(RescalingIntQuant):
-    """A weight's quantizer, which may be on its way from one width to the next: that state is in three buffers.
+    """The quantizer of a weight, which may be in a blend from one width to the next.
 
-    forward is Brevitas's own at the present width, and the definition; ``fused`` gives the same values and gradients,
-    and the blend.
+    Three buffers hold the state of the blend, so that a checkpoint has it. forward is Brevitas's own at the present
+    width, and defines the values; ``fused`` gives the same values and gradients, and computes the blend too.
+
+    Attributes:
+        learned: whether the range is a Parameter; otherwise it is computed from the weight.
+        symmetric: whether the zero point is 0.
+        next_bit_width: width that the blend leads to, 0 where there is no blend.
+        blend_share: share of that width, 0 to 1.
+        next_range: range at that width, as a multiple of the present range.
     """
 
     def __init__(
@@ -70,13 +87,12 @@ class BlendedQuant(RescalingIntQuant):
         super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
         self.learned = isinstance(scaling_impl, ParameterScaling)
         self.symmetric = isinstance(zero_point_impl, ZeroZeroPoint)
-        self.register_buffer("next_bit_width", torch.tensor(0.0))  # 0: no transition
+        self.register_buffer("next_bit_width", torch.tensor(0.0))
         self.register_buffer("blend_share", torch.tensor(0.0))
-        # range at the next width, as a multiple of the present one
         self.register_buffer("next_range", torch.ones(scaling_shape))
 
     def fused(self, x: Tensor) -> Tensor:
-        """(1 - share) Q_bits(x) + share Q_next(x), or Q_bits(x) outside a transition."""
+        """(1 - share) Q_bits(x) + share Q_next(x) in a blend, otherwise Q_bits(x)."""
         span, low = self._range(x)
         next_bits = number(self, "next_bit_width")
         y = self._at(
@@ -93,12 +109,12 @@ class BlendedQuant(RescalingIntQuant):
         return y
 
     def at(self, x: Tensor, bits: int, factor: Tensor) -> Tensor:
-        """Quantize x at any width, over its present range times ``factor``."""
+        """x quantized at any width, over its present range times ``factor``."""
         span, low = self._range(x)
         return self._at(x, span * factor, None if low is None else low * factor, bits)
 
     def grid(self, x: Tensor) -> Grid:
-        """Range, lower end and integers at the present width."""
+        """The range, its lower end, and the smallest and largest integer at the present width."""
         return *self._range(x), integer_range(
             int(number(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric
         )
@@ -106,6 +122,7 @@ class BlendedQuant(RescalingIntQuant):
     def _at(
         self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
+        """x quantized at this width over this range; a range computed from the weight has a straight clamp."""
         return quantize(
             x,
             span,
@@ -116,6 +133,7 @@ class BlendedQuant(RescalingIntQuant):
         )
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The range and its lower end (None if symmetric): Parameters, or statistics of x."""
         if self.learned:
             return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value
         return self.scaling_impl.parameter_list_stats(
@@ -124,8 +142,14 @@ class BlendedQuant(RescalingIntQuant):
 
 
 class InputQuant(RescalingIntQuant):
-    """An input's quantizer, whose sign may be known only after calibration. forward is Brevitas's; ``fused`` is as in
-    BlendedQuant.
+    """The quantizer of an input, whose sign may only be known after calibration.
+
+    forward is Brevitas's own, and defines the values; ``fused`` gives the same values and gradients.
+
+    Attributes:
+        symmetric: whether the zero point is 0.
+        signed: whether the integers are signed, a buffer.
+        calibrated: whether the range is known to be set.
     """
 
     def __init__(
@@ -142,26 +166,34 @@ class InputQuant(RescalingIntQuant):
         self.calibrated = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Brevitas's forward pass, after its parts know the sign that calibration found."""
         self._require_range()
         self.int_quant.signed = self.int_scaling_impl.signed = bool(number(self, "signed"))
         values: tuple[Tensor, Tensor, Tensor, Tensor] = super().forward(x)
         return values
 
     def fused(self, x: Tensor) -> Tensor:
+        """x quantized and dequantized."""
         self._require_range()
         return quantize(x, *self.grid(x), straight=False, dtype=product_dtype(x))
 
     def grid(self, x: Tensor) -> Grid:
-        """Range, lower end and integers; the same for every x."""
+        """The range, its lower end, and the smallest and largest integer; the same for every x."""
         bounds = integer_range(
             int(number(self.msb_clamp_bit_width_impl, "bit_width")), bool(number(self, "signed")), False
         )
         return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds
 
     def _require_range(self) -> None:
+        """Refuse an input without a range, which is NaN; once there is one, it is not looked at again.
+
+        Raises:
+            ModelError: the range is not set.
+        """
         if self.calibrated:
             return
-        if not bool(self.scaling_impl.value.detach().isfinite()):  # in no graph, which a recomputed forward would lack
+        # Detached, since this runs only once: activation checkpointing would miss its autograd node when it recomputes.
+        if not bool(self.scaling_impl.value.detach().isfinite()):
             raise ModelError(
                 "an input quantizer has no range yet: calibrate_ranges or a calibrated state must come "
                 "before a forward pass"
@@ -170,7 +202,7 @@ class InputQuant(RescalingIntQuant):
 
 
 class FixedScaling(ParameterScaling):
-    """A scale that training leaves alone; like the learned one it is in the state dict."""
+    """A scale that is not trained; it is a buffer, and so in the state dict as a learned one is."""
 
     def __init__(self, scaling_init: Tensor, restrict_scaling_impl: nn.Module, scaling_min_val: float) -> None:
         super().__init__(scaling_init, restrict_scaling_impl=restrict_scaling_impl, scaling_min_val=scaling_min_val)
@@ -178,7 +210,7 @@ class FixedScaling(ParameterScaling):
 
 
 class FixedZeroPoint(ParameterZeroPoint):
-    """A zero point that training leaves alone; like the learned one it is in the state dict, in units of the input."""
+    """A zero point that is not trained, in units of the input; it is in the state dict as a learned one is."""
 
     def __init__(self, zero_point_init: Tensor, int_quant: IntQuant, quantize_zero_point: bool) -> None:
         super().__init__(zero_point_init, int_quant, quantize_zero_point)
@@ -186,8 +218,12 @@ class FixedZeroPoint(ParameterZeroPoint):
 
 
 class WeightSpan(nn.Module):
-    """The range of a weight computed from its values: the full span, times a share that is searched when the width
-    changes.
+    """The range of a weight, computed from its values: the full span times a share.
+
+    The share is searched whenever the width changes.
+
+    Attributes:
+        ratio: (rows,), the share of the full span for each row that has a scale.
     """
 
     ratio: Tensor  # (rows,)
@@ -198,11 +234,16 @@ class WeightSpan(nn.Module):
         self.register_buffer("ratio", torch.ones(rows))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The weight as rows -> (rows,), the range of each."""
         return weight_span(x if self.per_channel else x.reshape(1, -1), self.symmetric) * self.ratio
 
 
 class WeightLow(nn.Module):
-    """The lower end of a weight's range, computed like its span."""
+    """The lower end of a weight's range, computed from its values in the same way.
+
+    Attributes:
+        ratio: (rows,), the share of the full span for each row that has a scale.
+    """
 
     ratio: Tensor  # (rows,)
 
@@ -212,13 +253,21 @@ class WeightLow(nn.Module):
         self.register_buffer("ratio", torch.ones(rows))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The weight as rows -> (rows,), the lower end of each row's range, at most 0."""
         low: Tensor = (x if self.per_channel else x.reshape(1, -1)).amin(dim=1).clamp(max=0) * self.ratio
         return low
 
 
 class WeightProxy(WeightQuantProxyFromInjector):
-    """Brevitas's weight proxy, but fused, without quantized-tensor objects, and not rebuilt on loading (which orphans
-    Parameters).
+    """Brevitas's weight proxy with three changes.
+
+    - It calls the fused quantizer, or returns a frozen weight.
+    - It returns plain tensors instead of Brevitas's objects for quantized tensors.
+    - It loads its state in place. Brevitas would build the quantizer anew, and an optimizer would still hold the old
+      Parameters.
+
+    Attributes:
+        frozen: quantized weight that is returned as long as it is set; see conversion.frozen_weights.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -232,6 +281,7 @@ class WeightProxy(WeightQuantProxyFromInjector):
         return weight
 
     def retrieve_attribute(self, attribute: str) -> Any:
+        """A value that Brevitas's interface offers, such as the scale, from Brevitas's own forward pass."""
         return getattr(self.create_quant_tensor(self.tensor_quant(self.tracked_parameter_list[0])), attribute)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -239,7 +289,7 @@ class WeightProxy(WeightQuantProxyFromInjector):
 
 
 class InputProxy(ActQuantProxyFromInjector):
-    """Brevitas's activation proxy, changed like WeightProxy."""
+    """Brevitas's activation proxy, changed in the same way as WeightProxy, but never frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_quant:
@@ -248,6 +298,7 @@ class InputProxy(ActQuantProxyFromInjector):
         return y
 
     def retrieve_attribute(self, attribute: str, force_eval: bool = True) -> Any:
+        """A value that Brevitas's interface offers, such as the scale, from Brevitas's own forward pass over zeros."""
         quantized = self.fused_activation_quant_proxy(
             torch.zeros_like(self.fused_activation_quant_proxy.tensor_quant.scaling_impl.value)
         )
@@ -258,13 +309,18 @@ class InputProxy(ActQuantProxyFromInjector):
 
 
 class QuantizedConv2d(brevitas.nn.QuantConv2d):
-    """QuantConv2d that carries its plan and shows its quantization."""
+    """A QuantConv2d that holds its plan and shows its quantization when printed.
+
+    Attributes:
+        plan: plan of the layer.
+        description: function from the layer to the text that is shown.
+    """
 
     plan: LayerPlan
     description: Any  # layer -> str
 
     def reset_parameters(self) -> None:
-        """Nothing: the Parameters come from the floating-point layer, and the random generator is left alone."""
+        """Do nothing: Parameters come from the floating-point layer, and the random generator is not advanced."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
@@ -276,8 +332,12 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
 
 
 class QuantizedLinear(brevitas.nn.QuantLinear):
-    """QuantLinear that carries its plan and shows its quantization; ``shared_input`` is of the layers that read one
-    tensor with it.
+    """A QuantLinear that holds its plan and shows its quantization when printed.
+
+    Attributes:
+        plan: plan of the layer.
+        description: function from the layer to the text that is shown.
+        shared_input: shared result for the layers that read the same tensor, None where there are no others.
     """
 
     plan: LayerPlan
@@ -285,7 +345,7 @@ class QuantizedLinear(brevitas.nn.QuantLinear):
     shared_input: SharedInput | None = None
 
     def reset_parameters(self) -> None:
-        """Nothing: the Parameters come from the floating-point layer, and the random generator is left alone."""
+        """Do nothing: Parameters come from the floating-point layer, and the random generator is not advanced."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
@@ -298,7 +358,13 @@ class QuantizedLinear(brevitas.nn.QuantLinear):
 
 
 def weight_quantizer(plan: LayerPlan, weight: Tensor) -> Any:
-    """The Brevitas injector for a layer's weights, at the first rung of its ladder."""
+    """The Brevitas injector for a layer's weights, at the first rung of its ladder.
+
+    A learned range is a Parameter for the scale and, if asymmetric, one for the zero point; both are set later.
+    Otherwise the range is computed from the weight at each forward pass. The entries that begin with `this.` refer to
+    other attributes of the injector, here to give the zero point's statistics the view of the weight that the scale's
+    statistics use.
+    """
     spec = plan.weights
     rows = weight.shape[0] if spec.per_channel else 1
     shape = (rows, *(1 for _ in weight.shape[1:])) if spec.per_channel else ()
@@ -351,9 +417,9 @@ def input_quantizer(plan: LayerPlan) -> Any:
 
 
 def unregister_stateless(module: nn.Module) -> None:
-    """Keep only the submodules with state registered; the others stay plain attributes, which work as before.
+    """Keep only submodules with state registered; the others become plain attributes, which work as before.
 
-    A Brevitas layer has some fifty submodules, and diffusers walks over all of a model's at every forward pass
+    A Brevitas layer has about fifty submodules, and diffusers walks over all modules of a model at every forward pass
     (``model.dtype``).
     """
     for name, child in list(module._modules.items()):
@@ -367,14 +433,20 @@ def unregister_stateless(module: nn.Module) -> None:
 
 
 def keep_unregistered(module: nn.Module, name: str, child: nn.Module) -> None:
-    """Make the child a plain attribute in the place of the registered one: no walk over the modules, no state dict and
-    no move to another device meets it.
+    """Make the child a plain attribute instead of a registered submodule.
+
+    It is then in no walk over modules and in no state dict, and does not move to another device with the model.
     """
     del module._modules[name]
     object.__setattr__(module, name, child)
 
 
 def _common(spec: QuantizerSpec, bits: int) -> dict[str, Any]:
+    """Attributes that all injectors have.
+
+    The width is a buffer (STATEFUL_CONST), so that it can change during training. The scale is an ordinary float (FP)
+    of at least `SMALLEST_RANGE`.
+    """
     return {
         "quant_type": QuantType.INT,
         "bit_width_impl_type": BitWidthImplType.STATEFUL_CONST,
@@ -390,6 +462,7 @@ def _common(spec: QuantizerSpec, bits: int) -> dict[str, Any]:
 def _parameters(
     scaling: Any, zero_point: Any, shape: tuple[int, ...], start: float, *, symmetric: bool
 ) -> dict[str, Any]:
+    """Attributes of an injector whose range is a stored tensor of this shape, which starts at `start`."""
     return {
         "scaling_impl": scaling,
         "scaling_impl_type": ScalingImplType.PARAMETER,
@@ -401,12 +474,17 @@ def _parameters(
 
 
 _READ: MutableMapping[Tensor, tuple[int, float]] = WeakTensorKeyDictionary()
-"""Buffer on an accelerator -> the version of it that was read or written last, and its value then."""
+"""Buffer on an accelerator -> its version when it was last read or written, and its value then.
+
+A tensor's version is torch's count of the writes to it.
+"""
 
 
 def number(module: nn.Module, name: str) -> float:
-    """A buffer's value. On accelerators it is read again only after it was written, so that the forward pass does not
-    wait for it.
+    """A buffer's value as a number.
+
+    On an accelerator a read waits for the device. So the buffer is read again only after it was written to, and the
+    forward pass does not wait.
     """
     buffer = module._buffers[name]
     assert buffer is not None
@@ -420,7 +498,7 @@ def number(module: nn.Module, name: str) -> float:
 
 
 def write_number(module: nn.Module, name: str, value: float) -> None:
-    """Write a buffer whose value `number` then knows without waiting for the accelerator."""
+    """Write a buffer so that `number` knows its value without waiting for the accelerator."""
     buffer = module._buffers[name]
     assert buffer is not None
     buffer.fill_(value)
@@ -429,20 +507,23 @@ def write_number(module: nn.Module, name: str, value: float) -> None:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast has layers multiply in, to which it would round their quantized input and weight in a pass of its
-    own; or float32.
+    """The dtype in which layers multiply: autocast's where it is enabled, otherwise float32.
+
+    A quantizer rounds its result to this dtype at once, so autocast need not do it in a pass of its own.
     """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def _make_buffer(module: Any) -> None:
+    """Turn the Parameter `value` of a module into a buffer."""
     value = module.value.detach()
     del module.value
     module.register_buffer("value", value)
 
 
 def _load_in_place(load: Any, *args: Any) -> None:
+    """Load a state while Brevitas's option to build quantizers anew on loading is off."""
     rebuild, config.REINIT_ON_STATE_DICT_LOAD = config.REINIT_ON_STATE_DICT_LOAD, False
     try:
         load(*args)
