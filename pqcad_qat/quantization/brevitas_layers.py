@@ -361,9 +361,8 @@ def weight_quantizer(plan: LayerPlan, weight: Tensor) -> Any:
     """The Brevitas injector for a layer's weights, at the first rung of its ladder.
 
     A learned range is a Parameter for the scale and, if asymmetric, one for the zero point; both are set later.
-    Otherwise the range is computed from the weight at each forward pass. The entries that begin with `this.` refer to
-    other attributes of the injector, here to give the zero point's statistics the view of the weight that the scale's
-    statistics use.
+    Otherwise the range is computed from the weight at each forward pass. A value written `this.NAME` refers to another
+    attribute of the injector. It gives the zero point's statistics the same view of the weight as the scale's.
     """
     spec = plan.weights
     rows = weight.shape[0] if spec.per_channel else 1

@@ -155,7 +155,6 @@ def _rows(x: Tensor, span: Tensor) -> tuple[int, int]:
 
 
 # ---- Kernels, which run on the GPU. Constants have lower-case names here; lowest and highest are the grid's bounds.
-# ----------------------------------------
 
 
 @triton.jit

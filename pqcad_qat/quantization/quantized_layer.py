@@ -1,4 +1,7 @@
-"""One quantized layer: built and turned back, its widths, blends and ranges read and set, its integers taken.
+"""One quantized layer: how it is built and turned back, its widths, blends and ranges, and its integers.
+
+Layers are plain modules, and the functions here read and write their state. A width or a range changes by writing to a
+buffer or Parameter in place, so that optimizers and checkpoints keep their references.
 
 Not here: Brevitas's modules (brevitas_layers.py), which layers are quantized (plan.py), and walking over a model
 (conversion.py).
@@ -32,10 +35,17 @@ from pqcad_qat.quantization.ranges import input_grid, weight_ratio, weight_rows,
 from pqcad_qat.quantization.shared_input import SharedInput
 
 QuantizedLayer = QuantizedConv2d | QuantizedLinear
+"""The two kinds of quantized layer."""
 
 
 class BlendState(NamedTuple):
-    """A transition under way: the layer computes (1 - share) Q_bits(W) + share Q_next_bits(W)."""
+    """A blend under way: the layer computes (1 - share) Q_bits(W) + share Q_next_bits(W).
+
+    Attributes:
+        bits: width before the blend.
+        next_bits: width after it.
+        share: share of the next width, lambda, 0 to 1.
+    """
 
     bits: int
     next_bits: int
@@ -44,39 +54,57 @@ class BlendState(NamedTuple):
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A quantized layer in integers: float32(weight_int - weight_zero_point) * weight_scale is the weight that PyTorch
-    computes with.
+    """A quantized layer in integers.
 
-    Scales are float32, per channel of shape (O, 1, 1, 1) or (O, 1), per tensor of shape (); zero points have the
-    scales' shape. The input becomes clamp(round(x / input_scale + input_zero_point), input_low, input_high).
+    float32(weight_int - weight_zero_point) * weight_scale is exactly the weight that PyTorch computes with. The input
+    becomes clamp(round(x / input_scale + input_zero_point), input_low, input_high).
+
+    Attributes:
+        name: path of the layer.
+        kind: "Conv2d" or "Linear".
+        weight_int: (O, I, kh, kw) or (O, I), integers of the weight.
+        weight_scale: scales of shape (O, 1, 1, 1) or (O, 1) per channel, and () per tensor.
+        weight_zero_point: zero points, in the scales' shape.
+        weight_bits: width of the weights.
+        bias: (O,), or None.
+        input_scale: scale of the input.
+        input_zero_point: integer that stands for an input of 0.
+        input_low: smallest integer of the input.
+        input_high: largest integer of the input.
+        input_bits: width of the input.
+        input_group: path of the layer whose input quantizer this one uses, its own if none is shared.
+        stride: (h, w) of a Conv2d, empty for a Linear.
+        padding: (h, w) of a Conv2d, empty for a Linear.
+        dilation: (h, w) of a Conv2d, empty for a Linear.
+        groups: groups of a Conv2d, 1 for a Linear.
     """
 
     name: str
     kind: str
-    weight_int: np.ndarray[Any, np.dtype[np.int8]]  # (O, I, kh, kw) or (O, I)
+    weight_int: np.ndarray[Any, np.dtype[np.int8]]
     weight_scale: np.ndarray[Any, np.dtype[np.float32]]
     weight_zero_point: np.ndarray[Any, np.dtype[np.int8]]
     weight_bits: int
-    bias: np.ndarray[Any, np.dtype[np.float32]] | None  # (O,)
+    bias: np.ndarray[Any, np.dtype[np.float32]] | None
     input_scale: float
     input_zero_point: int
     input_low: int
     input_high: int
     input_bits: int
     input_group: str
-    stride: tuple[int, ...]  # these four: (h, w) of a Conv2d; empty of a Linear
+    stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
 
 # ---- building, and back
-# ----------------------------------------------------------------------------------------------------------
 
 
 def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedLayer:
-    """A Brevitas layer around the same Parameters: weights at the first rung of the plan's ladder, the input still
-    without a range.
+    """A quantized layer around the same Parameters.
+
+    Weights are at the first rung of the plan's ladder, and the input has no range yet.
     """
     quantizers = {"weight_quant": weight_quantizer(plan, layer.weight), "input_quant": input_quantizer(plan)}
     if isinstance(layer, nn.Conv2d):
@@ -86,8 +114,9 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
             layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers
         )
     quantized.plan, quantized.description = plan, describe
-    quantized.weight.data = torch.empty(0)  # Brevitas never lets go of the weight that a layer was built with
-    # builds the weight quantizer anew, on the weight's device
+    # Brevitas keeps a reference to the weight that a layer was built with, so that weight gives up its memory here.
+    quantized.weight.data = torch.empty(0)
+    # Assigning a weight makes Brevitas build the weight quantizer anew, on the weight's device.
     quantized.weight, quantized.bias = (layer.weight, layer.bias)
     quantized.input_quant.to(layer.weight.device)
     quantized.weight_quant.to(layer.weight.device)
@@ -98,10 +127,10 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
 
 
 def float_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
-    """The floating-point layer around the same Parameters."""
+    """A floating-point layer around the same Parameters."""
     plain: nn.Conv2d | nn.Linear
     if isinstance(layer, QuantizedConv2d):
-        plain = nn.Conv2d(**_geometry(layer), device="meta")  # its Parameters are replaced at once
+        plain = nn.Conv2d(**_geometry(layer), device="meta")  # without memory, since its Parameters are replaced below
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     plain.weight, plain.bias = layer.weight, layer.bias
@@ -111,16 +140,16 @@ def float_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
 def share_input(layer: QuantizedLayer, leader: QuantizedLayer) -> None:
     """Make the layer use the leader's input quantizer.
 
-    Only the leader registers it as a module: one Parameter, and one entry of the state dict.
+    Only the leader registers it as a module, so that its Parameters are trained and stored once.
     """
     keep_unregistered(layer, "input_quant", leader.input_quant)
 
 
 def share_results(layers: Iterable[QuantizedLayer]) -> None:
-    """Make linear layers of one input quantizer that are children of one module quantize the tensor that they read once
-    for all of them.
+    """Let linear layers that read the same tensor quantize it once for all of them.
 
-    Convolutions may multiply the integers of theirs, each by itself.
+    These are the linear layers with one input quantizer that are children of one module. Convolutions are left out:
+    each may multiply the integers of its input by itself.
     """
     siblings: dict[tuple[str, str], list[QuantizedLinear]] = {}
     for layer in layers:
@@ -145,11 +174,10 @@ def describe(layer: QuantizedLayer) -> str:
 
 
 # ---- widths and blends
-# -----------------------------------------------------------------------------------------------------------
 
 
 def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
-    """(weight bits, input bits); during a transition the width that it comes from."""
+    """(weight bits, input bits); during a blend, the weight width before it."""
     weights, inputs = weight_quantizer_of(layer), input_quantizer_of(layer)
     return int(number(weights.msb_clamp_bit_width_impl, "bit_width")), int(
         number(inputs.msb_clamp_bit_width_impl, "bit_width")
@@ -157,10 +185,10 @@ def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
 
 
 def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -> None:
-    """Jump to another weight width: a buffer write. ``reestimate`` also finds the range anew, by the plan's method, for
-    that width.
+    """Set another weight width at once, without a blend, and end any blend.
 
-    A learned scale is rewritten in place: the Parameter, its gradient and the optimizer's state stay.
+    ``reestimate`` also finds the range anew, by the plan's method and for that width. A learned scale is rewritten in
+    place, so the Parameter, its gradient and the optimizer's state stay.
     """
     _clear_blend(layer)
     weight_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
@@ -169,12 +197,16 @@ def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -
 
 
 def set_input_bits(layer: QuantizedLayer, bits: int) -> None:
-    """Another input width over the same range, for every layer that shares the quantizer."""
+    """Set another input width over the same range, for every layer that shares the quantizer."""
     input_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
 
 
 def begin_blend(layer: QuantizedLayer, to_bits: int) -> None:
-    """Begin the transition to another width with a share of 0: the layer still computes what it did."""
+    """Begin a blend to another width with a share of 0, at which the layer still computes the same.
+
+    The range at the next width is found now, and kept as a multiple of the present range, so that it follows a range
+    that is trained meanwhile.
+    """
     assert blend_state(layer) is None, "the layer is in a transition already"
     quant = weight_quantizer_of(layer)
     quant.next_range.copy_(_range_factor(layer, to_bits))
@@ -183,14 +215,16 @@ def begin_blend(layer: QuantizedLayer, to_bits: int) -> None:
 
 
 def set_blend(layer: QuantizedLayer, share: float) -> None:
-    """Set the share (lambda, 0..1) of the next width in a transition under way."""
+    """Set the share (lambda, 0 to 1) of the next width in a blend under way."""
     assert blend_state(layer) is not None, "the layer is in no transition"
     write_number(weight_quantizer_of(layer), "blend_share", share)
 
 
 def end_blend(layer: QuantizedLayer) -> None:
-    """End the transition on the next width alone, whatever the share is: afterwards the layer is a plain one of that
-    width.
+    """End the blend at the next width, whatever its share is; afterwards only that width computes.
+
+    The present range is multiplied by the factor that the blend used, so the next width computes what it did within
+    the blend.
     """
     blend = blend_state(layer)
     assert blend is not None, "the layer is in no transition"
@@ -203,7 +237,7 @@ def end_blend(layer: QuantizedLayer) -> None:
 
 
 def blend_state(layer: QuantizedLayer) -> BlendState | None:
-    """The transition under way, if any."""
+    """The blend under way, or None."""
     quant = weight_quantizer_of(layer)
     next_bits = int(number(quant, "next_bit_width"))
     return BlendState(read_bits(layer)[0], next_bits, number(quant, "blend_share")) if next_bits else None
@@ -226,7 +260,6 @@ def quantized_weight(layer: QuantizedLayer) -> Tensor:
 
 
 # ---- ranges
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -243,8 +276,11 @@ def estimate_weight_range(layer: QuantizedLayer) -> None:
 def set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
     """Set the range of the layer's input, low <= 0 <= high, for every layer that shares the quantizer.
 
-    Zero is always on the grid (padding needs it): an asymmetric zero point is the rounded integer, not the real one.
-    The range stays fixed, or is where a learned scale (and, if asymmetric, a learned lower end) starts.
+    Zero is always on the grid, since padding needs it: the zero point of an asymmetric range is rounded to an integer.
+    The range then stays fixed, or a learned scale (and, if asymmetric, a learned lower end) starts from it.
+
+    Raises:
+        ModelError: the range has no values that the quantizer can represent.
     """
     spec, quant = layer.plan.inputs, input_quantizer_of(layer)
     bits = read_bits(layer)[1]
@@ -267,19 +303,28 @@ def is_calibrated(layer: QuantizedLayer) -> bool:
 
 @torch.no_grad()
 def range_sizes(layer: QuantizedLayer) -> tuple[float, float]:
-    """(range of the weights, the mean over their scales; range of the input), in units of the tensors."""
+    """(range of the weights, range of the input), in units of the tensors.
+
+    The former is the mean over the weights' scales.
+    """
     weight, _ = weight_quantizer_of(layer).grid(layer.weight)[:2]
     return float(weight.abs().mean()), float(input_quantizer_of(layer).grid(layer.weight)[0].abs())
 
 
 # ---- integers
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
-    """The layer in the integers and scales that its forward pass computes with, exactly. Raises ExportError within a
-    transition.
+    """The layer in exactly the integers and scales that its forward pass computes with.
+
+    The proof is made here for every layer: the integers must be in the range of int8, and must give back the quantized
+    weight without any error. They come from Brevitas's own forward pass, while the quantized weight comes from the
+    fused one, so this also compares the two. Unsigned integers are moved into the range of int8, together with their
+    zero point, which changes no value.
+
+    Raises:
+        ExportError: the layer is in a blend.
     """
     blend = blend_state(layer)
     if blend is not None:
@@ -289,7 +334,7 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
         )
     quant = weight_quantizer_of(layer)
     _, scale, zero_point, bit_width = quant(layer.weight)
-    # unsigned integers moved into the range of int8
+    # Unsigned integers are moved into the range of int8 by half their range.
     offset = 0 if quant.int_quant.signed else 2 ** (int(bit_width) - 1)
     integers = quant.int_quant.to_int(scale, zero_point, bit_width, layer.weight) - offset
     zero_point = (zero_point - offset).expand_as(scale) if offset else torch.zeros_like(scale)
@@ -329,6 +374,11 @@ def input_parameters(layer: QuantizedLayer) -> tuple[float, int, int, int]:
 
 
 def _padding(name: str, layer: QuantizedLayer) -> tuple[int, ...]:
+    """The padding of a convolution as numbers.
+
+    Raises:
+        ExportError: it is 'same' and would be uneven.
+    """
     if layer.padding == "valid":
         return (0, 0)
     if layer.padding != "same":
@@ -343,6 +393,7 @@ def _padding(name: str, layer: QuantizedLayer) -> tuple[int, ...]:
 
 
 def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
+    """The arguments by which a convolution of the same geometry is built."""
     return {
         "in_channels": layer.in_channels,
         "out_channels": layer.out_channels,
@@ -357,18 +408,20 @@ def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
 
 
 # ---- reading and writing the state
-# -----------------------------------------------------------------------------------------------
 
 
 def weight_quantizer_of(layer: QuantizedLayer) -> Any:
+    """The quantizer of the layer's weights, a BlendedQuant."""
     return layer.weight_quant.tensor_quant
 
 
 def input_quantizer_of(layer: QuantizedLayer) -> Any:
+    """The quantizer of the layer's input, an InputQuant."""
     return layer.input_quant.fused_activation_quant_proxy.tensor_quant
 
 
 def _clear_blend(layer: QuantizedLayer) -> None:
+    """Reset the buffers of a blend to those of a layer without one."""
     quant = weight_quantizer_of(layer)
     quant.next_bit_width.zero_()
     quant.blend_share.zero_()
@@ -376,8 +429,9 @@ def _clear_blend(layer: QuantizedLayer) -> None:
 
 
 def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(span, low, ratio) of each row that shares a scale, all (rows,): the weight should be represented over span *
-    ratio.
+    """(span, low, ratio) of each row that shares a scale, all (rows,).
+
+    The weight should be represented over span * ratio, with the lower end low * ratio.
     """
     spec = layer.plan.weights
     rows = weight_rows(layer.weight, spec.per_channel)
@@ -386,7 +440,10 @@ def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
-    """The tensors that hold the range of the weights, to be written in place: learned ones, or shares of the full
+    """The tensors that hold the range of the weights, by name, to be written in place.
+
+    They are the Parameters of a learned range, otherwise the shares of the full span. A second share, of the lower
+    end, has an underscore after its name. A symmetric range of extremes has no share, since it is always the full
     span.
     """
     quant = weight_quantizer_of(layer)
@@ -401,8 +458,9 @@ def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
-    """The range that the weights should have at another width, as a multiple of the present one, in the scale's
-    shape.
+    """The range that the weights should have at another width, as a multiple of the present one.
+
+    It has the scale's shape.
     """
     span, _, ratio = _weight_range(layer, bits)
     held = _range_tensors(layer)
@@ -412,6 +470,7 @@ def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
 
 
 def _kind(spec: QuantizerSpec) -> str:
+    """A quantizer's spec in a few words."""
     sign = (
         "" if spec.per_channel or not spec.symmetric else {True: "signed ", False: "unsigned ", "auto": ""}[spec.signed]
     )

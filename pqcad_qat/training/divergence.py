@@ -282,7 +282,6 @@ class TroubleWatch(Callback):
         self._judge_from = step + 2 * SETTLED
 
     # ---- the loss
-    # ----------------------------------------------------------------------------------------------------------------
 
     def _judge(self, step: int, loss: float) -> None:
         """Raise DivergedError where the loss has risen too far, and update `good`.
@@ -324,7 +323,6 @@ class TroubleWatch(Callback):
         )
 
     # ---- weights and inputs
-    # ------------------------------------------------------------------------------------------------------
 
     def _look_at_weights(self, step: int) -> None:
         """Look at a sample of each layer's weights for collapse, saturation and oscillation.
@@ -385,7 +383,6 @@ class TroubleWatch(Callback):
             self.warn(f"{self.stage}: step {step}: {what}: {listed}; {advice}")
 
     # ---- checkpoints
-    # -------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
