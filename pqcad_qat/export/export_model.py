@@ -228,8 +228,10 @@ def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Mod
 
 
 def _unconverted(said: str, traced: Any) -> str:
-    """Why OpenVINO could not convert: the operations without a conversion rule and their modules, or else its last
-    line.
+    """Why OpenVINO could not convert the trace, in one line.
+
+    The line names the operations without a conversion rule and the modules that use them. If OpenVINO names none, its
+    own last line is quoted.
     """
     operations = re.findall(
         r"\b\w+::\w+\b", " ".join(line for line in said.splitlines() if "No conversion rule" in line)

@@ -98,8 +98,9 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
 
 @contextmanager
 def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) -> Iterator[None]:
-    """While the context lasts, the attentions that have ranges compute with fake quantization, which OpenVINO runs in
-    INT8.
+    """While the context lasts, attentions that have ranges compute with fake quantization.
+
+    OpenVINO turns the fake quantization of an exported graph into INT8 products.
     """
 
     def compute(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -116,8 +117,9 @@ def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) 
 
 
 def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None:
-    """Name the softmax of each quantized attention in a converted graph PATH/softmax, so that its products can be
-    found.
+    """Name the softmax of each quantized attention in a converted graph PATH/softmax.
+
+    The name is how its two products are found later.
 
     Raises:
         ExportError: the graph does not compute one of these attentions exactly once.
@@ -167,6 +169,7 @@ class _Attending(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Call `compute` for scaled_dot_product_attention, and any other function as it is."""
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or (self.paths is not None and self.calls[-1] not in self.paths):
             return func(*args, **kwargs)

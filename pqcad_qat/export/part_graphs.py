@@ -1,5 +1,4 @@
-"""OpenVINO graphs, for any batch, of a pipeline's other parts: VAE decoder, CLIP and T5, with optimum-intel's port
-names.
+"""OpenVINO graphs of a pipeline's VAE decoder, CLIP and T5, for any batch, with the port names of optimum-intel.
 
 Not here: which parts there are and how they are written (part_export.py), or how their graphs are run
 (part_runtime.py).
@@ -28,10 +27,9 @@ class _Decoder(nn.Module):
 
 
 class _ClipEncoder(nn.Module):
-    """CLIP's text encoder: input_ids (B, tokens) int64 -> the outputs of its class, then the hidden states of every
-    layer.
+    """CLIP's text encoder: input_ids (B, tokens) int64 -> the outputs of its class, then each layer's hidden states.
 
-    Each hidden state is (B, tokens, width).
+    The hidden states are (B, tokens, width).
     """
 
     def __init__(self, encoder: nn.Module) -> None:

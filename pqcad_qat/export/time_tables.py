@@ -84,6 +84,7 @@ class TimestepTable(nn.Module):
         self.register_buffer("middles", (known[1:] + known[:-1])[:, None] / 2 if isinstance(times, Tensor) else None)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Look up the rows of these times; integers are dequantized by the reader's scale."""
         rows = timesteps if self.middles is None else (self.middles < timesteps).sum(dim=0)
         values = F.embedding(rows, self.table)
         return values if self.scale is None else (values.float() - self.zero_point) * self.scale
@@ -107,6 +108,11 @@ class TablesInTurn(nn.Module):
         self._waiting = [(name, inputs[name]) for name in self.tables]
 
     def forward(self, _: Tensor) -> Tensor:
+        """Look up the input whose turn it is.
+
+        Raises:
+            ExportError: the model calls the module more often than there are tables.
+        """
         if not self._waiting:
             raise ExportError(
                 f"sinusoids are taken of more than {', '.join(self.tables)}, which no exported graph of "

@@ -1,5 +1,4 @@
-"""Plain torch modules that replace a quantized model's own while it is traced, so that OpenVINO sees only what it
-needs.
+"""Plain torch modules that replace a quantized model's own while it is traced; OpenVINO sees nothing else of them.
 
 Not here: Brevitas, time embeddings (time_tables.py), and the conversion itself (export_model.py).
 """
@@ -71,6 +70,11 @@ class QuantizedInput(nn.Module):
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
+        """Take the grid of the layer's input.
+
+        Raises:
+            ExportError: the grid does not fit into a byte, or its zero point lies outside it.
+        """
         super().__init__()
         low, high, zero = layer.input_low, layer.input_high, layer.input_zero_point
         self.grid = SIGNED_GRID if low < 0 else UNSIGNED_GRID
@@ -95,6 +99,7 @@ class QuantizedWeight(nn.Module):
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
+        """Choose the decompressor: symmetric if the effective weights fit int8, else asymmetric with a zero point."""
         super().__init__()
         weights = effective_weights(layer)
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))

@@ -44,8 +44,10 @@ it; a graph that computes another function does not.
 def try_training_and_export(
     model: DiffusionModel, split: nn.Module, plan: Sequence[LayerPlan], attention: bool
 ) -> None:
-    """Quantize a copy at the plan's target widths, run one backward pass, deploy it to a temporary folder, and check
-    it.
+    """Try out training and deployment on a copy, and check the result.
+
+    The copy is quantized at the plan's target widths, runs one forward and backward pass, and is deployed to a
+    temporary folder.
 
     Args:
         model: the user's own model.

@@ -31,8 +31,9 @@ TWOFOLD = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "n
 
 
 def convolution_before_upsampling(convolution: ov.Node) -> None:
-    """Replace an INT8 3x3 convolution of a twofold upsampled image by a sub-pixel convolution; leave any other as it
-    is.
+    """Replace an INT8 3x3 convolution of a twofold upsampled image by a sub-pixel convolution.
+
+    Any other convolution is left as it is. So is one with a summed weight beyond LARGEST_SUM.
 
     The constant of the weights and the input's quantizer stay in the graph. OpenVINO computes the four kernels from
     that constant when it compiles the graph. The new convolution takes the old one's name.
@@ -91,9 +92,7 @@ def _largest_sum(weights: npt.NDArray[np.int8]) -> int:
 
 
 def _int8_weights(convolution: ov.Node) -> ov.Output | None:
-    """The int8 constant behind Convert and Multiply of a 3x3 convolution that keeps the image's size; None for any
-    other.
-    """
+    """The int8 constant behind Convert and Multiply of a 3x3 convolution that keeps the image's size, or None."""
     node, chain = convolution.input_value(1).get_node(), []
     while node.get_input_size():
         chain.append(node.get_type_name())
@@ -109,8 +108,7 @@ def _int8_weights(convolution: ov.Node) -> ov.Output | None:
 
 
 def _enlarged(convolution: ov.Node) -> tuple[ov.Input, ov.Output] | None:
-    """The input port that reads the upsampled image, and the image before the upsampling; None where there is no
-    upsampling.
+    """The input port that reads the upsampled image, and the image before the upsampling, or None.
 
     A FakeQuantize and a Clamp may stand between, if nothing else reads them: they act on each value alone, so they give
     the same result before the upsampling.

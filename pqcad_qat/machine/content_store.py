@@ -24,11 +24,11 @@ def content_digest(decides: Mapping[str, object]) -> str:
 
 
 def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None]) -> Path:
-    """The folder for `decides`: an existing one, or one that `make` fills under a temporary name and that is then
-    moved.
+    """The folder for `decides`: an existing one, or a new one that `make` fills.
 
-    If another process is making the same folder, this one waits for it. The half-made content of a killed process is
-    dropped, except for what lies in `parts_of` the folder: `make` finds these parts and continues with them.
+    `make` fills it under a temporary name; then it is moved into place. If another process is making the same folder,
+    this one waits for it. The half-made content of a killed process is dropped, except for what lies in `parts_of` the
+    folder: `make` finds these parts and continues with them.
     """
     folder = store / content_digest(decides)
     draft = store / f".{folder.name}"
@@ -44,8 +44,9 @@ def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None
 
 
 def parts_of(folder: Path) -> Path:
-    """Folder for intermediate results of `make`; it outlives a failure or a killed process, until the shared folder is
-    complete.
+    """Folder for intermediate results of `make`.
+
+    They outlive a failure or a killed process, and are removed when the shared folder is complete.
 
     Args:
         folder: the folder that `kept` passes to `make`.

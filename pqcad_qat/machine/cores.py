@@ -1,10 +1,9 @@
-"""Number of cores that this process may keep busy: the cores that it may run on, limited by a container's share of CPU
-time.
+"""Number of cores that this process may keep busy, which a container's share of CPU time may limit.
 
 Threads beyond the share slow a process down: they use up the share while they wait for one another, and then all of
 them are stopped.
 
-Not here: what runs on the cores.
+Not here: limiting the threads of torch (program.py) and of OpenVINO (serving/compiled_graph.py).
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ _PR_SET_PDEATHSIG = 1  # from prctl.h
 
 
 def run_apart(work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work` with these arguments in a new process and wait for it; it ends when this process ends, for any
-    reason.
+    """Call `work` with these arguments in a new process, and wait for it.
+
+    The new process ends when this one ends, for any reason.
 
     Raises:
         DiedError: a signal or an exception ended the work.

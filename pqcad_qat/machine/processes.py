@@ -127,8 +127,9 @@ def any_process(value: bool) -> bool:
 
 
 def refuse_drift(when: str, values: Mapping[str, float]) -> None:
-    """Raise LaunchError if the processes hold different values of something that they compute separately but must
-    share.
+    """Raise LaunchError if the processes hold different values of something that they must share.
+
+    Each process computes these values for itself.
 
     Args:
         when: start of the message.

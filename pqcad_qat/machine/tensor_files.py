@@ -1,5 +1,4 @@
-"""Tensors in files, written as a whole or not at all, and gathered in parts so that long work can resume after the last
-part.
+"""Tensors in files: written as a whole or not at all, and gathered in parts so that long work can resume.
 
 Not here: what the tensors mean.
 """
@@ -36,11 +35,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Rows]], what: str) -> dict[str, Tensor]:
-    """Gather a number of rows batch by batch; rows already in the folder `parts` are read, and every new batch is saved
-    there.
+    """Gather a number of rows, batch by batch.
 
-    Resuming: each part's name states its first row. The parts that follow one another from row 0 are kept, and making
-    continues after the last of them.
+    Rows that are already in the folder `parts` are read, and every new batch is saved there. Each part's name states
+    its first row. The parts that follow one another from row 0 are kept, and making continues after the last of them.
 
     Args:
         parts: folder of parts, possibly with those of an earlier process that was cut off; None saves nothing.
@@ -73,8 +71,9 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
 
 
 def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """The parts from the first row on, up to the first that is missing or damaged; that one and all later ones are
-    removed.
+    """The parts from the first row on, up to the first that is missing or damaged.
+
+    That part and all later ones are removed.
     """
     files, done = sorted(folder.glob("rows-*")), 0
     drafts = list(folder.glob(".*"))

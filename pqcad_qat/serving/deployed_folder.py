@@ -60,6 +60,8 @@ _UNPACKING = (
     "OVUNet2DModel.save_pretrained(FOLDER, "
     'weights="int8") writes it.'
 )
+"""End of the note on packed weights."""
+
 WEIGHTS_NOTE: Mapping[WeightFormat, str] = {
     "int8": (
         "Every quantized weight is an int8 constant: plain OpenVINO (read_model, compile_model) executes the "

@@ -20,16 +20,19 @@ from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.models.families.table import family_named
 
 STATES, TIME, ANSWER = ("sample", "hidden_states"), "timestep", "return_dict"
-"""Names of the arguments of a call: of x_t, where each class has one of the two names and both are understood; of t;
-and of the switch that asks for a tuple.
-"""
+"""Names of arguments: x_t (each class has one of the two names; both are understood), t, and the switch to a tuple."""
 
 _RESIDUALS = (
     "what a ControlNet or T2I-Adapter adds is no input of this graph: such a pipeline takes the model that "
     "it was made from"
 )
+"""Advice on the residuals of adapters such as ControlNet."""
+
 _MASK = "texts are exported without a mask, all their tokens count: leave it out"
+"""Advice on masks of text."""
+
 _ADAPTERS = "there are no layers that adapters could reach: merge them into the model before it is quantized"
+"""Advice on adapters such as LoRA and IP-Adapter."""
 
 ADVICE: Mapping[str, str] = {
     **dict.fromkeys(

@@ -41,8 +41,9 @@ class ModelMixin:
 
 
 class NoLayersError(ModelError, AttributeError):
-    """A deployed model is asked for something that only a network of layers has; `hasattr` takes it for a missing
-    attribute.
+    """A deployed model is asked for something that only a network of layers has.
+
+    It is an AttributeError too, so that `hasattr` takes it for a missing attribute.
     """
 
 
@@ -86,6 +87,7 @@ class StandIn(ModelMixin):
         return f"{type(self).__name__}({str(self.folder)!r})"
 
     def __getattr__(self, name: str) -> Any:
+        """Raise NoLayersError for every other attribute."""
         raise NoLayersError(
             f"{self.__dict__.get('folder', 'a deployed model')}: has no {name!r}: it is one compiled "
             "graph, with no layers that weights, "

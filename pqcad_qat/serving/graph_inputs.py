@@ -26,6 +26,7 @@ from pqcad_qat.models.families.latent_rows import (
 )
 
 Float32 = npt.NDArray[np.float32]
+"""Array of float32."""
 
 SAMPLE, STATES, TIME = "sample", "hidden_states", "timestep"
 """Names of ports: x_t in a UNet's graph, x_t in a transformer's graph, and t."""

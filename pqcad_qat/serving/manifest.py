@@ -44,8 +44,8 @@ MANIFEST_KEYS = ("graph", "weights", "files", "sample_shape", "batch_size", "tra
 """Keys that every manifest must have."""
 
 LARGEST_SIDE, MOST_VALUES, MOST_TIMES = 2**16, 2**28, 10**6
-"""Largest size of a dimension, largest number of values in one tensor of the graph's batch, and largest number of
-training steps of a schedule. They exceed every model, and stop a damaged manifest before it hangs the process.
+"""Upper bounds: size of a dimension, values in one tensor of the graph's batch, and training steps of a schedule. They
+exceed every model, and stop a damaged manifest before it hangs the process.
 """
 
 Fits = Callable[[Any], bool]
@@ -87,9 +87,7 @@ def checked_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Check that conditions are complete and have different names, and that their tensors and the samples have a usable
-    size.
-    """
+    """Check that conditions are complete and have different names, and that all tensors are of usable sizes."""
     batch, seen = manifest["batch_size"], set[str]()
     most = f"{MOST_VALUES} values in a batch of {batch}"
     _check(path, manifest, "sample_shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, allowed=most)
@@ -294,7 +292,10 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
 """Check and description of the allowed values, by key of the manifest."""
 
 _TEXT: tuple[Fits, str] = (lambda value: isinstance(value, str), "text")
+"""Rule for a text."""
+
 _BITS: tuple[Fits, str] = (lambda value: value is None or _is_number(value, 0), "a number")
+"""Rule for an optional width in bits."""
 
 TABLES: Mapping[str, Mapping[str, tuple[Fits, str]]] = {
     "files": {

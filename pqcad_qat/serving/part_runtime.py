@@ -147,9 +147,7 @@ class PromptEncoder:
         return np.array([self._tokenizer.encode(prompt).attention_mask], np.int64)
 
     def cut(self, prompt: str) -> str:
-        """The end of a prompt that the encoder does not read, because it exceeds the number of tokens; "" if nothing is
-        cut.
-        """
+        """The end of a prompt that exceeds the encoder's tokens and is not read; "" if nothing is cut."""
         more = self._tokenizer.encode(prompt).overflowing
         places = zip(more[0].offsets, more[0].special_tokens_mask, strict=True) if more else ()
         starts = [start for (start, end), special in places if not special and end > start]

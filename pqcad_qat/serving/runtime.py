@@ -40,6 +40,7 @@ from pqcad_qat.serving.packing import WeightFormat
 __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
 
 Float32 = npt.NDArray[np.float32]
+"""Array of float32."""
 
 CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 """Values of ONEDNN_MAX_CPU_ISA that exclude VNNI. The variable limits oneDNN, and so OpenVINO, to the instructions of
@@ -140,8 +141,9 @@ class OVUNet2DModel(StandIn):
         return cls(path.parent if inside else path, device, properties)
 
     def save_pretrained(self, folder: str | Path, weights: WeightFormat | None = None) -> None:
-        """Write the whole deployed folder again, byte for byte, or with its weights in another format that executes the
-        same.
+        """Write the whole deployed folder again, byte for byte, or with its weights in another format.
+
+        The other format executes the same.
 
         Args:
             folder: where the copy is written. An older deployed folder there is replaced; anything else is refused.
@@ -159,18 +161,19 @@ class OVUNet2DModel(StandIn):
         return executing(self.compiled)
 
     def __call__(self, *positional: Any, **named: Any) -> UNetOutput | tuple[Any]:
-        """Predict with the arguments of the diffusers class that `config` names, by position or name
-        (diffusers_calls.py).
+        """Predict with the arguments of the diffusers class that `config` names (diffusers_calls.py).
+
+        A time step may be a float if it is a whole number. A graph of continuous time takes any number in [0, T].
 
         Args:
             positional, named: `sample` or `hidden_states`, (B, C, H, W), as numpy array or torch tensor; `timestep`, a
                 number, or an array or tensor of shape (), (1,) or (B,); the conditions, (B, ...), or (1, ...) for all
                 samples, also inside dicts such as added_cond_kwargs; and `return_dict`, where False returns a tuple of
-                one. A time step may be a float if it is a whole number.
+                one.
 
         Raises:
             ModelError: a shape does not fit the graph, the conditions are not the graph's, or a time step is no whole
-                number in [0, T). Continuous times may be any number in [0, T].
+                number in [0, T).
         """
         takes = [condition["name"] for condition in self.conditions]
         call = read_call(str(self.config.get("_class_name")), takes, positional, named, where=str(self.folder))
@@ -268,8 +271,9 @@ class OVUNet2DModel(StandIn):
         return prediction(found[: self.batch_size - missing], *self.sample_shape[1:])
 
     def _tell_of_other_steps(self, times: npt.NDArray[np.float64]) -> None:
-        """Warn once if a call's time is not one of the student's times; the usual cause is diffusers' default of 50
-        steps.
+        """Warn once if a call's time is not one of the student's times.
+
+        The usual cause is diffusers' default of 50 sampling steps.
         """
         if self._told_of_times or self._times is None or not times.size:
             return

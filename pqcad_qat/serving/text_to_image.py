@@ -135,6 +135,7 @@ class TextToImage:
         def follow(x_t: Float32, t: float) -> Float32:
             if not other:
                 return self.denoiser.predict(x_t, t, condition)
+            # guidance: both passes run as one batch, conditional samples first
             both = {
                 name: np.repeat(np.concatenate([value, other[name]]), len(x_t), 0) for name, value in condition.items()
             }

@@ -39,11 +39,10 @@ def save_openvino(model: ov.Model, folder: Path) -> Path:
 def nncf_baseline(
     float_xml: Path, calibration_inputs: Sequence[Inputs], folder: Path, ways: Sequence[Properties] = ({},)
 ) -> Path:
-    """Quantize to INT8 after training with NNCF's defaults, calibrated on all ``calibration_inputs``; return the saved
-    xml.
+    """Post-training INT8 quantization with NNCF's defaults; returns the saved graph's xml.
 
-    The saved graph is compiled in each of the ``ways`` and called once, because it is timed later from that file, as a
-    user of it would run it.
+    It is calibrated on all ``calibration_inputs``. The saved graph is compiled in each of the ``ways`` and called once,
+    because it is timed later from that file, as a user of it would run it.
 
     Raises:
         ModelError: there are no calibration inputs.

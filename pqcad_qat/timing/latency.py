@@ -93,8 +93,9 @@ def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, 
 
 
 def turn_order(names: Sequence[str], turn: int) -> tuple[str, ...]:
-    """The order of one round: rotated by one in each round, and reversed in every second rotation, so that neighbours
-    swap.
+    """The order of one round: rotated by one in each round.
+
+    After each full rotation the direction is reversed, so that neighbours change sides.
     """
     lap, shift = divmod(turn, max(1, len(names)))
     order = (*names[shift:], *names[:shift])
@@ -124,10 +125,10 @@ def example_inputs(
     *,
     timestep_dtype: Literal["int64", "float32"] = "int64",
 ) -> dict[str, np.ndarray]:
-    """Seeded Gaussian noise and time steps, under the exported models' names: sample (B, C, H, W) float32, timestep
-    (B,).
+    """Seeded example inputs under the exported models' names.
 
-    Where the model takes conditions, `condition` (B, ...) is added by name.
+    They are Gaussian noise `sample`, (B, C, H, W) float32, the time step 500 as `timestep`, (B,), and `condition`, (B,
+    ...) by name, where the model takes one.
     """
     noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
     return {
@@ -152,8 +153,9 @@ def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Inputs) -> Callable[[], object]:
-    """A model from disk, compiled once for latency at the inputs' batch; ``config`` (F32, BF16 or {}) overrides
-    defaults.
+    """A model from disk, compiled once for latency at the inputs' batch.
+
+    ``config`` (F32, BF16 or {}) adds to the properties for latency and overrides them.
 
     Raises:
         ModelError: as `read_source`.
@@ -210,8 +212,9 @@ def compile_source(source: Path, properties: Mapping[str, object], batch: int | 
 
 
 def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Model:
-    """Read a graph's xml or a deployed folder, whose weights are unpacked as our runtime does; ``batch`` replaces its
-    batch.
+    """Read a graph's xml, or a deployed folder with its weights unpacked as our runtime does.
+
+    ``batch`` replaces the graph's own batch; None keeps it.
 
     Raises:
         ModelError: ``source`` is neither, or cannot be read.
@@ -232,6 +235,11 @@ def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Mod
 
 
 def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
+    """Give the graph's inputs this batch, where theirs is another; positions of rows have no batch.
+
+    Raises:
+        FixedBatchError: the graph does not take that batch.
+    """
     shapes = {port: list(port.shape) for port in model.inputs if port.get_any_name() not in PLACES}
     if fixed := {shape[0] for shape in shapes.values()} - {batch}:
         try:
@@ -288,8 +296,12 @@ def convert_float(
 
 
 def size_bytes(path: Path) -> int:
-    """Size in bytes of a file or of all files below a folder; a deployed folder counts without the pipeline's other
-    parts.
+    """Size in bytes of a file or of all files below a folder.
+
+    A deployed folder is counted without the other parts of its pipeline.
+
+    Raises:
+        ModelError: there is no such file or folder.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such file or folder to measure")
@@ -300,8 +312,9 @@ def size_bytes(path: Path) -> int:
 
 
 def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, runs: int = 20) -> tuple[ProfileRow, ...]:
-    """Mean milliseconds of one call by type of node and precision, slowest first, from the execution graph of ``runs``
-    calls.
+    """Mean milliseconds of one call by type of node and precision, slowest first.
+
+    They come from OpenVINO's execution graph after ``runs`` calls.
     """
     return profile_rows(compile_for_latency(source, {**PROFILING, **config}, len(inputs["sample"])), inputs, runs)
 

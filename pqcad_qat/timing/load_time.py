@@ -19,6 +19,7 @@ from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.timing.latency import size_bytes, timing
 
 Result = TypeVar("Result")
+"""Result of a timed call."""
 
 FORMATS: tuple[WeightFormat, ...] = ("int8", "packed")
 """Formats of the weights that are compared."""

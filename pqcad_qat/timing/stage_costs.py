@@ -16,7 +16,10 @@ from pathlib import Path
 from pqcad_qat.report.rehearsal_record import StageCost
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+"""Linux's files that reset the process's peak of resident memory, and that state its memory."""
+
 _RESET_PEAK = "5"  # see the manual page proc_pid_clear_refs(5)
+"""Text whose writing resets the peak."""
 
 
 class StageMeter:
@@ -32,8 +35,9 @@ class StageMeter:
 
     @property
     def peak_bytes(self) -> int:
-        """Largest resident memory of all stages in bytes, or of the whole process where the system does not measure
-        single stages.
+        """Largest resident memory of all stages, in bytes.
+
+        Where the system does not measure single stages, it is that of the whole process.
         """
         known = [cost.peak_bytes for cost in self.costs if cost.peak_bytes is not None]
         return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

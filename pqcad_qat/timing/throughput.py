@@ -1,5 +1,6 @@
-"""Throughput of denoisers: bursts of calls, several at a time with OpenVINO and one after another with PyTorch, in
-turns.
+"""Throughput of denoisers, measured in bursts of calls: OpenVINO runs several at a time, PyTorch one after another.
+
+The candidates take turns, burst by burst.
 
 Not here: the latency of one call (latency.py).
 """
