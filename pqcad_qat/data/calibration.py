@@ -28,6 +28,7 @@ from pqcad_qat.sampling.ddim import Walk
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise, noise_schedule
 
 TRAJECTORIES = "trajectories.safetensors"
+"""Name of the file that holds a set's tensors."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class CalibrationRecipe:
 
     @property
     def digest(self) -> str:
+        """Hash that names the set."""
         return content_digest(self.decides)
 
 
@@ -103,6 +105,8 @@ class CalibrationSet:
         trajectories, every second sample belongs to the unconditional pass.
         """
         total = self.predictions.shape[0] * len(self.timesteps)
+        # Flatten (trajectory, timestep) to one index, so that evenly spaced indices cover trajectories and timesteps
+        # alike. The fixed shuffle mixes timesteps within each batch.
         flat = torch.linspace(0, total - 1, min(count, total)).long()
         flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))]
         t = torch.tensor(self.timesteps)

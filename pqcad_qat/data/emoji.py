@@ -20,6 +20,7 @@ from pqcad_qat.errors import ModelError
 
 NOTO_EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
+"""Paths at which Debian's packages install the font and Unicode's list."""
 
 _VARIATION_SELECTOR = 0xFE0F  # asks for the coloured form; it appears in the list but not in the font
 _LIGATURE = 4  # GSUB lookup type that replaces a sequence of glyphs by one
@@ -104,4 +105,5 @@ def _spelled(font: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _emoji(codes: Iterable[int]) -> Emoji:
+    """Return an emoji from code points, which ignores their order and the variation selector."""
     return tuple(sorted(code for code in codes if code != _VARIATION_SELECTOR))

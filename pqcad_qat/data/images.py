@@ -32,6 +32,7 @@ Split = Literal["train", "test"]
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_PADDED = 32  # side in pixels after the 28 x 28 images are padded with two zeros on each side
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png")
+"""File name endings of images that are read from a folder."""
 
 _IDX_UNSIGNED_BYTE = 0x08
 _FILES: dict[Split, tuple[str, str]] = {

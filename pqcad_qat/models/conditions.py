@@ -323,6 +323,9 @@ def check_guidance(scale: float, conditions: ConditionSet) -> None:
 
 
 def _faults(name: str, value: Tensor, wanted: ConditionInput, rows: int) -> Iterator[str]:
+    """Yield the faults of one tensor: its shape, values that are not finite, and labels that are not whole or out of
+    bounds.
+    """
     sizes = (rows, *wanted.shape)
     fits = value.ndim == len(sizes) and all(size in (None, got) for size, got in zip(sizes, value.shape, strict=True))
     if not fits or 0 in value.shape:

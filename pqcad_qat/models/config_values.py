@@ -56,6 +56,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor", "interpolation_scale"), (1e-3, 1e3)),
     **dict.fromkeys(("scaling_factor", "latents_std"), (1e-6, 1e6)),
 }
+"""Lowest and highest allowed value by key, both included."""
 
 KINDS: Mapping[str, Any] = {
     "freq_shift": float,
@@ -135,6 +136,7 @@ def fits(value: Any, kind: Any, key: str) -> bool:
 
 
 def _fits_list(value: Any, parts: tuple[Any, ...], key: str) -> bool:
+    """Return whether a value is a list whose entries all fit, with two entries for `sample_size`."""
     if not isinstance(value, list | tuple) or len(value) > MOST_LAYERS:
         return False
     if key == "sample_size" and len(value) != 2:
@@ -144,6 +146,7 @@ def _fits_list(value: Any, parts: tuple[Any, ...], key: str) -> bool:
 
 
 def _described(kind: Any, key: str) -> str:
+    """Return a type with its key's bounds in words, for messages."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_described(part, key) for part in get_args(kind))
     if kind is tuple or get_origin(kind) is tuple:

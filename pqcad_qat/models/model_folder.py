@@ -26,19 +26,26 @@ CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}{SAFETENSORS}"
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+"""Names of files in a pipeline's folder: index, config, weights without and with their ending, and the scheduler's
+config.
+"""
 
 DECODERS = ("vae", "vqvae")
 """Pipeline parts that decode latents into images."""
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""Pipeline parts that encode text, and the tokenizers that belong to them in the same order."""
+
 UNREAD = ("safety_checker", "feature_extractor")
 """Pipeline parts that read images and give the denoiser nothing."""
 
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+"""File name endings of checkpoints in a single file, which are refused."""
 
 NO_CONFIG = "got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json"
 LAYOUT = "a folder in diffusers layout holds unet/config.json and scheduler/"
+"""Parts of messages on a folder without a denoiser's config."""
 
 SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
 """Glob pattern in the file name of one shard of the weights, such as model-00001-of-00002.safetensors."""

@@ -113,6 +113,11 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def _fold(module: nn.Module) -> None:
+    """Replace reparametrized weights by Parameters with their computed values, for both of torch's mechanisms.
+
+    One mechanism is parametrizations, which hold the original tensors in a submodule. The other is hooks that set the
+    weight before every call: spectral and weight normalization in their older form, and pruning.
+    """
     for part in list(module.modules()):
         if parametrize.is_parametrized(part):
             for name in list(part.parametrizations):  # type: ignore[arg-type]
@@ -128,6 +133,7 @@ def _fold(module: nn.Module) -> None:
 
 
 def _fold_parametrization(part: nn.Module, name: str) -> None:
+    """Replace one parametrized weight by a Parameter that requires gradients if any of its original Parameters did."""
     originals = list(part.parametrizations[name].parameters(recurse=False))  # type: ignore[index,union-attr]
     parametrize.remove_parametrizations(part, name)
     value = part._buffers.pop(name, None) if originals else None

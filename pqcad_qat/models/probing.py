@@ -57,6 +57,8 @@ def check_predictions(model: DiffusionModel) -> None:
     """
     states = probe_states(model)
     denoiser, source, count = model.denoiser, model.source, len(states[0])
+    # The first checks call the module on all states at once: shape and dtype, inputs left as they were, and the same
+    # result twice.
     given = _copied(states)
     whole = _called(denoiser, given, source)
     _check_output(whole, states[0], source)
@@ -68,6 +70,9 @@ def check_predictions(model: DiffusionModel) -> None:
             f"{source}: it predicts differently when it is called again; allowed one prediction of one "
             "state: no randomness"
         )
+    # The module is then called on one state at a time. A branch that depends on tensor values shows as a different
+    # record of values converted to Python. States that mix within a batch show as predictions that differ from those
+    # above.
     decisions = [_Decisions() for _ in range(count)]
     alone = []
     for place, watch in enumerate(decisions):

@@ -73,6 +73,7 @@ class Encoding:
 
 
 OWN_WAY = Encoding()
+"""Settings that leave every choice to the pipeline."""
 
 
 def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = OWN_WAY) -> Path:

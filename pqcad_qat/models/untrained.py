@@ -44,6 +44,7 @@ from pqcad_qat.policy.schema import EMBEDDED
 from pqcad_qat.sampling.trajectory import noise_schedule
 
 ARCHITECTURES = files("pqcad_qat.assets") / "architectures"
+"""Folder of the denoiser configs of the architectures that ship."""
 
 CONDITION = 0xC0
 """Last part of the random seed of conditions, which makes them independent of the noise."""

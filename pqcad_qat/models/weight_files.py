@@ -19,6 +19,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
 
 SAFETENSORS = ".safetensors"
+"""File name ending of safetensors files."""
 
 FILE_VARIANTS = ("fp32", "fp16", "bf16")
 """Precisions in the names of weight files, in order of preference. Such files are read only where the plain name is
@@ -26,6 +27,7 @@ missing.
 """
 
 OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".gguf")
+"""File name endings of weights in other formats, which are never read; messages name them."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes in which full-precision weights may be stored."""
@@ -121,6 +123,7 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
                 )
             found[stored.name] = stored
     bare = dict(zip(_unwrapped(list(found)), found.values(), strict=True))
+    # If two names become equal without the wrappers' parts, the names are kept as they are stored.
     return bare if len(bare) == len(found) else found
 
 
@@ -174,6 +177,7 @@ def check_finite(stored: Mapping[str, Stored]) -> None:
 
 
 def _finite_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of stored tensors, and raise ModelError at the first value that is not finite."""
     for name, value in read_tensors(stored):
         if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
             raise _damaged(stored[name].file, f"{name}: holds values that are not finite")

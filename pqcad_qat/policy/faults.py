@@ -25,6 +25,7 @@ from pqcad_qat.policy.tree import Tree
 Node = dict[str, Any]  # part of a JSON Schema
 
 RULES = ("quantization", "layers")
+"""Location of the rules of layers in a quantization policy."""
 
 MANY = 200
 """Number of faults after which the search stops, since nobody reads more."""
@@ -41,6 +42,7 @@ class Finding:
     allowed: str
 
     def touches(self, others: set[Location]) -> bool:
+        """Return whether one of its locations contains, or lies within, one of the others."""
         return any(one[: len(other)] == other[: len(one)] for one in self.locations for other in others)
 
 
@@ -193,9 +195,11 @@ class Schema:
         return "properties" in self.follow(location)[0]
 
     def keys(self, node: Node) -> list[str]:
+        """Return the keys below a part of the schema, over all members of its union."""
         return [key for member in self._members(node) for key in member.get("properties", {})]
 
     def describe(self, node: Node) -> str:
+        """Return in words which values a part of the schema allows."""
         choices = [choice for member in self._members(node) for choice in self._choices(member)]
         return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
 
@@ -238,6 +242,7 @@ class Schema:
         return None
 
     def _example(self, node: Node, location: Location) -> Any:
+        """Return a value that a part of the schema allows: its default, or else the simplest of its type."""
         if node.get("default") is not None:
             return deepcopy(node["default"])
         member = self._members(node)[0]

@@ -30,6 +30,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 """Pattern of values that are kept where no such file exists: a hub repository, or an architecture that ships."""
 
 HUB = ("model", "source")
+"""The key that may also name a hub repository or a shipped architecture."""
 
 
 def anchor(tree: Tree, file: Path, faults: list[str]) -> None:

@@ -18,10 +18,13 @@ from pqcad_qat.policy.schema import known_keys
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = _PACKAGE / "policies" if (_PACKAGE / "policies").is_dir() else _PACKAGE.parent / "policies"
+"""Folder of the shipped policies."""
+
 SCHEMA = "policy.schema.json"
 """File name of the policies' JSON Schema, which lies beside them. A policy's second line points editors to it."""
 
 MODELINE = "# yaml-language-server: $schema="
+"""Start of the comment line that points editors to the JSON Schema."""
 
 Kind = Literal["quantize", "pretrain", "study"]
 

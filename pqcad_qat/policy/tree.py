@@ -23,6 +23,7 @@ class Tree:
     children: dict[str, Tree] | list[Tree] | None = None
 
     def child(self, step: str | int) -> Tree | None:
+        """Return the child at a key or list index; None where there is none."""
         if isinstance(self.children, dict):
             return self.children.get(str(step))
         if isinstance(self.children, list) and isinstance(step, int) and 0 <= step < len(self.children):

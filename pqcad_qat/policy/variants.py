@@ -21,6 +21,7 @@ PQ: Final = "pq"
 PQ_DISTILLED: Final = "pq-distilled"
 PQCAD: Final = "pqcad"
 PQCAD_OPENVINO: Final = "pqcad-openvino"
+"""Names of the variants, which VARIANTS describes."""
 
 REFERENCE: Final = FP32
 """Variant that every run makes, with which the others are compared."""
@@ -56,6 +57,7 @@ STAGES: Final = (
 PYTORCH: Final = "PyTorch"
 SIMULATED: Final = "PyTorch, simulated"
 OPENVINO: Final = "OpenVINO"
+"""Names of the runtimes that compute variants."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
         )
     }
 )
+"""All variants by name, in the order of the tables."""
 
 if TYPE_CHECKING:
     VariantName = str
@@ -223,6 +226,7 @@ else:
 """Names that a policy may list."""
 
 DEFAULT_VARIANTS: Final = tuple(spec.name for spec in VARIANTS.values() if spec.listed)
+"""Variants of a policy that lists none."""
 
 UNTRAINED: Final = tuple(spec.name for spec in VARIANTS.values() if spec.bits is not None)
 """Variants that depend neither on a policy's quantization nor on training. All runs with one model and one calibration

@@ -33,10 +33,14 @@ DEPTH = 40
 """Largest depth of nested mappings and lists."""
 
 WHOLE_NUMBERS = range(-(2**63), 2**63)
+"""Range of whole numbers that a policy may hold: those of 64 bits."""
 
 TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")}
+"""Tags of YAML's core types, the only ones that a policy may use."""
+
 MERGE, TEXT = "tag:yaml.org,2002:merge", {"tag:yaml.org,2002:str", "tag:yaml.org,2002:value"}
 EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+"""Pattern of numbers with an exponent, some of which PyYAML reads as text, such as 1e-4."""
 
 Pairs = list[tuple[yaml.Node, yaml.Node]]
 
@@ -76,6 +80,7 @@ for _class in (Loader, Dumper):
 
 
 def check_bounds(nodes: int, depth: int, mark: yaml.Mark | None) -> None:
+    """Raise BoundError where a document has too many values or is nested too deeply."""
     if nodes > NODES:
         raise BoundError(
             None, None, f"a document of more than {NODES:,} values, aliases counted as what they stand for", mark

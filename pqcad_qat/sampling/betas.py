@@ -34,6 +34,8 @@ def named_betas(curve: str, first: float, last: float, count: int) -> Betas:
         signal = np.exp(-12.0 * time)
     else:
         assert curve == "laplace", curve
+        # log SNR is the inverse CDF of a Laplace distribution with mean 0 and scale 0.5, falling with time. diffusers
+        # takes the square root of its sigmoid as the curve.
         log_snr = -0.5 * np.copysign(1, 0.5 - time) * np.log(1 - 2 * np.abs(0.5 - time) + 1e-6)
         signal = np.sqrt(1 / (1 + np.exp(-log_snr)))
     betas: Betas = np.minimum(1.0 - signal[1:] / signal[:-1], LARGEST_BETA)

@@ -68,6 +68,7 @@ class DDPMSchedule:
 
     @property
     def train_timesteps(self) -> int:
+        """Number T of training timesteps."""
         return len(self.alpha_bar)
 
     def alpha_bar_at(self, t: float) -> float:
@@ -138,6 +139,8 @@ class DDPMSchedule:
         if factor == 1:
             return tuple((step,) for step in walk)
         found = []
+        # Divide the stretch from one visited timestep to the next. Rounding to whole timesteps may make duplicates,
+        # which the set removes.
         for t, end in pairwise([*(t for t, _ in walk), walk[-1][1]]):
             inner = {t - round((t - end) * number / factor) for number in range(factor)}
             found.append(tuple(pairwise([*sorted((u for u in inner if u >= 0 and u > end), reverse=True), end])))
@@ -179,6 +182,8 @@ def ddpm_schedule(config: Mapping[str, Any], where: str = "scheduler config") ->
     with np.errstate(all="ignore"):  # the checks below report invalid betas
         betas = _betas(written)
         alpha_bar = np.cumprod(1.0 - betas, dtype=np.float64)
+        # With rescale_betas_zero_snr, some solvers leave a tiny alpha_bar at the last timestep where DDIM leaves 0.
+        # Such a schedule has no name in DDIM's config, so its betas are written out.
         least = KIN[config.get("_class_name", DDIM_SCHEDULER)].zero_snr
         if written["rescale_betas_zero_snr"] and least:
             alpha_bar[-1] = least
@@ -220,6 +225,7 @@ def _check_signal(alpha_bar: npt.NDArray[np.float64], written: Mapping[str, Any]
         if written["trained_betas"] is not None
         else "beta_start, beta_end, beta_schedule and num_train_timesteps"
     )
+    # The last timestep may have an alpha_bar of exactly 0, but not a tiny one.
     low = ~(alpha_bar >= LEAST_SIGNAL)
     low[-1] &= alpha_bar[-1] != 0.0
     if low.any() or alpha_bar[-1] < 0.0:
@@ -239,6 +245,8 @@ def timesteps(schedule: DDPMSchedule, steps: int, key: str = STEPS_KEY) -> tuple
     count = schedule.train_timesteps
     if not 1 <= steps <= count:
         raise ModelError(f"{key}: got {steps}; allowed 1 to {count}, the model's training steps")
+    # diffusers' three spacings. Leading: multiples of T // N from 0 up, plus the offset. Trailing: steps of T / N down
+    # from T - 1. Linspace: N timesteps spread evenly from T - 1 to 0.
     if schedule.timestep_spacing == "leading":
         laid = np.arange(0.0, steps)[::-1] * (count // steps) + schedule.steps_offset
     elif schedule.timestep_spacing == "trailing":

@@ -24,6 +24,7 @@ from pqcad_qat.sampling.ddim import STEPS_KEY, Array, Walk
 from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, MOST_TIMESTEPS, SIGMAS, Keys
 
 FlowSpacing = Literal["linspace", "trailing"]
+"""Rule that places the sampling steps; see FlowSchedule.timestep_spacing."""
 
 SPACING = "timestep_spacing"
 """Key that this package adds to a flow scheduler's config: the spacing of sigmas, which diffusers' pipeline passes to
@@ -77,9 +78,11 @@ class FlowSchedule:
         return {"_class_name": FLOW_SCHEDULER, "num_train_timesteps": self.train_timesteps, "shift": self.shift, **off}
 
     def shifted(self, sigma: float) -> float:
+        """Return a sigma moved towards noise by the shift (Esser et al. 2024, eq. 23)."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def unshifted(self, sigma: float) -> float:
+        """Return the sigma that `shifted` maps to the given one."""
         return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def time(self, sigma: float) -> float:

@@ -22,6 +22,7 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DDIM_SCHEDULER = "DDIMScheduler"
+"""The scheduler class of flow matching, and that of DDPM's kin in which this package samples and deploys."""
 
 STEPS = "num_inference_steps"
 """Key that this package adds to a deployed scheduler config: the number of sampling steps that the model was distilled
@@ -57,6 +58,7 @@ DRAWN_BETWEEN = ("linear", "scaled_linear", "sigmoid")
 """Values of beta_schedule whose end points are beta_start and beta_end."""
 
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Keys that select other spacings of sigma."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Keys:
     where: str
 
     def fault(self, key: str, allowed: str) -> ModelError:
+        """Return the error for the value of a key."""
         value = self.config.get(key)
         got = "nothing" if key not in self.config else str(value).lower() if isinstance(value, bool) else shown(value)
         return ModelError(f"{self.where}: {key}: got {got}; allowed {allowed}")
@@ -147,12 +150,14 @@ class Keys:
         return float(value)
 
     def flag(self, key: str) -> bool:
+        """Return the value of a key that must be true or false."""
         value = self.config.get(key)
         if not isinstance(value, bool):
             raise self.fault(key, "true or false")
         return value
 
     def choice(self, key: str, allowed: Collection[str]) -> str:
+        """Return the value of a key that must be one of the allowed texts."""
         value = self.config.get(key)
         if not isinstance(value, str) or value not in allowed:
             raise self.fault(key, ", ".join(allowed))
@@ -196,6 +201,7 @@ def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         ModelError: a class, key or value is not supported.
     """
     kin = KIN[scheduler_class({"_class_name": DDIM_SCHEDULER, **config}, where)]
+    # A solver that ends at the noise of the first training timestep corresponds to DDIM with set_alpha_to_one false.
     ends = {"set_alpha_to_one": False} if kin.ends and config.get("final_sigmas_type") == "sigma_min" else {}
     keys = Keys({**DDIM_KEYS, **kin.defaults, **ends, **config}, where)
     keys.off((*kin.switches, "thresholding"))
@@ -203,6 +209,7 @@ def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise keys.fault("timestep_type", "discrete")
     timesteps = keys.whole("num_train_timesteps", 1, MOST_TIMESTEPS)
     trained, curve = _trained_betas(keys, timesteps), keys.choice("beta_schedule", kin.curves)
+    # beta_start and beta_end are bounded only where they are used.
     ends_of = {"above": 0.0, "below": 1.0} if trained is None and curve in DRAWN_BETWEEN else {}
     rescaled = kin.zero_snr is not None and keys.flag("rescale_betas_zero_snr")
     if rescaled and timesteps == 1:

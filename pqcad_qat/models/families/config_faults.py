@@ -75,6 +75,7 @@ def patched(config: Config) -> Iterator[str]:
             f"one whose {config['num_attention_heads']} heads are a multiple of 4",
         )
     tokens = (max(sides_of(config) or (0,)) // patch) ** 2
+    # A table stored for pos_embed_max_size may be eight times as large as the part that sample_size uses.
     if (
         max(tokens, (config.get("pos_embed_max_size") or 0) ** 2) * width > 8 * LARGEST_TABLE
         or tokens * width > LARGEST_TABLE

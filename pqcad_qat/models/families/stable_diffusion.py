@@ -25,6 +25,7 @@ from pqcad_qat.models.families.unet import DOWN_BLOCKS, class_labels, level_faul
 CROSS_DOWN = ("CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D", "KCrossAttnDownBlock2D", *DOWN_BLOCKS)
 CROSS_UP = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") for name in CROSS_DOWN)
 CROSS_MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None)
+"""Block types of the UNet with text, on the way down, on the way up, and in the middle."""
 
 REFINER = {"text": 1280, "sizes": 5}
 """Width of the pooled text of SDXL's refiner, and the number of its sizes, the last of which is an aesthetic score."""

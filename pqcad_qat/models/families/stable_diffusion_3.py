@@ -13,6 +13,7 @@ from pqcad_qat.models.families.family import TEXT, ConditionInput, Config, Famil
 from pqcad_qat.models.families.prompt_layouts import LAST, Arrays, Encoders, PromptLayout, Wanted, two_clips
 
 POOLED = "pooled_projections"
+"""Name of the condition that holds the text as one vector."""
 
 
 def joint_attention(config: Config) -> tuple[ConditionInput, ...]:

@@ -24,6 +24,7 @@ DOWN_BLOCKS = (
     "KDownBlock2D",
 )
 UP_BLOCKS = tuple(name.replace("Downsample", "Upsample").replace("Down", "Up") for name in DOWN_BLOCKS)
+"""Block types of the UNet without text. A block on the way up has the name of its counterpart with Up for Down."""
 
 
 def class_labels(config: Config) -> tuple[ConditionInput, ...]:
