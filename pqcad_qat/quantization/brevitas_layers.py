@@ -275,6 +275,7 @@ class WeightProxy(WeightQuantProxyFromInjector):
         self.frozen: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized weight, or the weight itself where the quantizer is off."""
         if self.disable_quant:
             return x
         weight: Tensor = self.tensor_quant.fused(x) if self.frozen is None else self.frozen
@@ -292,6 +293,7 @@ class InputProxy(ActQuantProxyFromInjector):
     """Brevitas's activation proxy, changed in the same way as WeightProxy, but never frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The quantized input, or the input itself where the quantizer is off."""
         if self.disable_quant:
             return x
         y: Tensor = self.fused_activation_quant_proxy.tensor_quant.fused(x)

@@ -175,20 +175,20 @@ def learned_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of x, span and low, from the gradient of y = quantize(x, span, low, bounds).
 
-    ``integers`` are those of x, not clamped yet, or None where the clamp is straight. Over the tensor two sums are
+    ``integers`` are those of x, not clamped yet, or None where the clamp is straight. Two sums over the tensor are
     needed:
 
     - of_scale, the sum of (dy / dscale) * scale * gradient. Its term is y - x within the bounds and y where x is
-      clamped, so both cases are y minus the part of x that lies inside.
-    - clamped, the sum of the gradient over the clamped values, which the zero point receives.
+      clamped. Both are y minus `inside(x)`, which is x within the bounds and 0 elsewhere.
+    - clamped, the sum of the gradient over the clamped values, from which the zero point's gradient follows.
     """
     if integers is None:
         return gradient, *_range_gradients(
             _total((y - x).mul_(gradient), span), None, span, low, scale=scale, bounds=bounds
         )
     work = inside(x, integers, bounds)
-    # Subtract before multiplying by the gradient: y and x are nearly equal, so the sums of each by itself would be
-    # long, nearly equal too, and lose their difference to rounding.
+    # Subtract before multiplying by the gradient and summing. y and x are nearly equal, so two separate sums would be
+    # large and nearly equal, and their difference would be lost to rounding.
     torch.sub(y, work, out=work)
     of_scale = _total(work.mul_(gradient), span)
     reaching = inside(gradient, integers, bounds, out=work)

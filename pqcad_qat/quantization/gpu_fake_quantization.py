@@ -110,6 +110,7 @@ class _Quantize(torch.autograd.Function):
         if not saved:
             return gradient, None, None, None, None, None
         x, span, low = saved
+        # The kernels use one index for all tensors, so the gradient must lie in memory as x does.
         if gradient.stride() != x.stride():
             gradient = torch.empty_like(x, dtype=gradient.dtype).copy_(gradient)
         reaching = torch.empty_like(x) if ctx.needs_input_grad[0] and not ctx.straight else None
@@ -119,6 +120,8 @@ class _Quantize(torch.autograd.Function):
             return reaching, None, None, None, None, None
         of_span = torch.empty_like(span)
         of_low = None if low is None or ctx.straight else torch.empty_like(low)
+        # With a straight clamp the zero point cancels out of y everywhere, so low has no gradient. A single long row is
+        # shared by several programs; many rows occupy the GPU with one program each.
         programs = min(triton.cdiv(size, BLOCK), PROGRAMS) if rows == 1 and size > ALONE else 1
         sums = of_span.new_empty(2 * programs) if programs > 1 else None
         arguments = (span, low, of_span, of_low)
@@ -227,7 +230,7 @@ def _gradients(
         y = _dequantized(integer, scale, zero_point, lowest, highest)
         if straight:
             along_scale += (y - value) * slope
-        else:
+        else:  # y - x within the bounds and y beyond them, as fake_quantization.learned_gradients explains
             reaches = _inside(slope, integer, lowest, highest)
             outside = slope - reaches
             along_scale += (y - value) * reaches + y * outside
@@ -282,6 +285,8 @@ def _store_gradients(
     of_scale = along_scale / scale
     if of_low is not None:
         end = tl.load(low + row)
+        # The zero point's gradient is -scale * clamped, cut where the zero point itself is clamped. Divided by the
+        # scale, it is what |low| receives; the scale receives -ratio times as much.
         ratio = tl.div_rn(tl.abs(end), scale)
         reaches = _inside(-scale * clamped, _rounded(ratio, lowest, highest), lowest, highest) / scale
         tl.store(of_low + row, tl.where(end < 0.0, -reaches, reaches))

@@ -56,7 +56,7 @@ def layer_sensitivities(
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(layer.plan.input_group, []).append(name)
-    with evaluating(model), unquantized(model):
+    with evaluating(model), unquantized(model):  # every quantizer is off, and `measured` turns on one at a time
         reference = [predict(model, *batch) for batch in batches]
 
         def measured(proxy: Any) -> float:

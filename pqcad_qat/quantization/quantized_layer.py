@@ -116,7 +116,7 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
     quantized.plan, quantized.description = plan, describe
     # Brevitas keeps a reference to the weight that a layer was built with, so that weight gives up its memory here.
     quantized.weight.data = torch.empty(0)
-    # Assigning a weight makes Brevitas build the weight quantizer anew, on the weight's device.
+    # Assigning the weight makes Brevitas build the weight quantizer anew, on the weight's device.
     quantized.weight, quantized.bias = (layer.weight, layer.bias)
     quantized.input_quant.to(layer.weight.device)
     quantized.weight_quant.to(layer.weight.device)

@@ -49,8 +49,8 @@ class SharedInput:
     def quantized(self, x: Tensor, dtype: torch.dtype, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         """The result of `quantize` for x, whose dtype is `dtype`; it is computed only for the first reader.
 
-        A kept result is reused only if x is the same object, was not written to since (its version), and the state of
-        autograd, the dtype and the hooks for saved tensors are the same.
+        A kept result is reused under two conditions. x is the same object and was not written to since, which its
+        version shows. The mode of autograd, the dtype and the hooks for saved tensors are the same as well.
         """
         if x.is_inference():  # inference tensors have no version, so writing to them would go unnoticed
             return quantize(x)

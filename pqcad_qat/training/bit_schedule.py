@@ -235,8 +235,10 @@ def decide(
         observed: number of improvements averaged at the present widths.
         layers: status of every planned layer.
     """
+    # A layer waits if it still has rungs below it and no blend is under way.
     waiting = [layer for layer in layers if layer.rungs and not layer.in_transition]
     if settings.fixed:
+        # The rungs that a layer passes at this step are those at or above the narrowest due width; it goes to the last.
         due = min(settings.due(step), default=math.inf)
         reached = [(layer, [rung for rung in layer.rungs if rung >= due]) for layer in waiting]
         return tuple(
@@ -252,7 +254,7 @@ def decide(
         (layer for layer in waiting if layer.perturbation <= settings.perturbation),
         key=lambda layer: layer.perturbation,
     )
-    rung = -1 if step >= settings.late_from else 0
+    rung = -1 if step >= settings.late_from else 0  # the target width when it is late, otherwise the next rung
     return tuple(
         _transition(step, layer, layer.rungs[rung], loss_momentum, cause="plateau") for layer in calm[:allowed]
     )
@@ -261,6 +263,7 @@ def decide(
 def _transition(
     step: int, layer: LayerStatus, to_bits: int, loss_momentum: float | None, *, cause: Cause
 ) -> Transition:
+    """The record of a layer's transition to this width."""
     return Transition(step, layer.name, layer.bits, to_bits, loss_momentum, layer.perturbation, cause)
 
 
@@ -319,6 +322,7 @@ class MomentumBitSchedule(Callback):
             state.restart_ema()
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Update the loss momentum with the loss of this step."""
         self._loss = self._loss.updated(report.loss)
 
     def _advance_blends(self, step: int) -> bool:
@@ -361,6 +365,7 @@ class MomentumBitSchedule(Callback):
         return [self._status(name, layer) for name, layer in self.layers.items()]
 
     def _status(self, name: str, layer: QuantizedLayer) -> LayerStatus:
+        """What the decision needs to know of a layer."""
         moving = blend_state(layer) is not None
         return LayerStatus(name, read_bits(layer)[0], self._rungs(name), self._perturbations[name].value or 0.0, moving)
 

@@ -73,6 +73,7 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    # Of the regular checkpoints the newest are kept. Of the others only the one just written is.
     found = checkpoints(folder.path)
     kept = [path for path in found if step_of(path) % folder.every == 0][-folder.keep :]
     for old in found:
@@ -190,6 +191,7 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tens
 
 
 def _is_json(value: object) -> bool:
+    """Whether a setting of the optimizer can be stored as JSON."""
     return isinstance(value, bool | int | float | str | list | tuple | None)
 
 

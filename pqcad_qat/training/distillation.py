@@ -92,6 +92,7 @@ def distillation_set(
     """
     schedule = schedule.student(teacher_steps, student_steps)
     student = schedule.walk(student_steps)
+    # Pairs of a student step and the teacher's steps that it replaces. Steps without weight in the loss are left out.
     taught = [
         (step, walk)
         for step, walk in zip(student, schedule.finer(student, teacher_steps // student_steps), strict=True)
@@ -105,9 +106,11 @@ def distillation_set(
         )
     recorded = [calibration.timesteps.index(t) for t in starts]
     states = calibration.states[:, recorded]
-    full = calibration.states[:, [*recorded[1:], -1]]  # the last step ends in the image
+    # Where each student step should land: on the state at which the next one starts, the last one in the image.
+    full = calibration.states[:, [*recorded[1:], -1]]
 
     def batches(done: int) -> Iterator[dict[str, Tensor]]:
+        """Where the teacher lands, for all trajectories after the first `done` ones, which an earlier process made."""
         if done:
             advance(done * sum(len(walk) for _, walk in taught))
         for rows in torch.split(torch.arange(done, len(states)), batch_size):
@@ -122,6 +125,7 @@ def distillation_set(
     landed = gathered(parts, len(states), batches, f"{what}: trajectories")["landed"]
 
     def carrying(target: Tensor) -> Tensor:
+        """The predictions that carry the states to these targets, each in one student step; in float64 meanwhile."""
         ends = (step for step, _ in taught)
         columns = [schedule.inverse(states[:, i].double(), target[:, i].double(), *step) for i, step in enumerate(ends)]
         return torch.stack(columns, dim=1).float()

@@ -171,6 +171,7 @@ def _train_once(
 
 
 def _medians(steps: Sequence[Mapping[str, float]], kept: int, peak: int) -> StepProfile:
+    """The medians over the timed steps, with the memory of a step."""
     median = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in steps) for part in (*PARTS, "total")}
     total = median.pop("total")
     return StepProfile(median, total, kept, peak)
@@ -214,4 +215,5 @@ def _peak_bytes(device: torch.device, step: Callable[[], None]) -> int:
 
 
 def _is_on(event: Any, device: torch.device) -> bool:
+    """Whether an event of the profiler happened on this type of device."""
     return bool(event.device_type().name.lower() == device.type)

@@ -200,6 +200,7 @@ def _gradients(
         state.network.train()
         hold_statistics(state.network)
     for number, part in enumerate(parts):
+        # Gradients are exchanged between processes only in the backward pass of the last micro-batch.
         last = number == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(state.network):
             terms: dict[str, Tensor] = {}

@@ -50,6 +50,7 @@ class WeightDistance(Callback):
         self._mean = saved["mean"]
 
     def _measured(self) -> float:
+        """The mean distance at the present weights."""
         changes = []
         for name, layer in self.layers.items():
             # Training may have moved the layer to another device since.
