@@ -49,6 +49,7 @@ def sliced_part(node: ov.Node) -> ov.Output | None:
         return None
     values = [bound.get_node().get_data().tolist() for bound in bounds]
     axis = joined.get_node().get_attributes()["axis"]
+    # only a slice with step 1 along the concatenation's one axis can be a whole input of it
     if len(values) != 4 or values[2:] != [[1], [axis]]:
         return None
     # A slice matches an input of the concatenation if it begins where that input begins and has its shape.

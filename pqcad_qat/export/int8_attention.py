@@ -85,6 +85,7 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
         if not all(math.isfinite(largest) for largest in vars(seen).values()):
             raise ExportError(f"{path}: its attention reads NaN or infinity")
         before = found.get(path, seen)
+        # over several batches the largest magnitudes count
         found[path] = AttentionRange(
             *(max(pair) for pair in zip(vars(before).values(), vars(seen).values(), strict=True))
         )
@@ -175,6 +176,7 @@ class _Attending(TorchFunctionMode):
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        # the replacement knows no mask, no causal order and no shared heads, so the call stays in floating point
         if given.get("attn_mask") is not None or given.get("is_causal") or given.get("enable_gqa"):
             self.masked[self.calls[-1]] = None
             return func(*args, **kwargs)

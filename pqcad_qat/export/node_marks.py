@@ -64,6 +64,7 @@ def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
     for node in graph.get_ordered_ops():
         if (number := _mark(node)) is not None:
             products[names[number]].append(_product(node.input_value(0).get_node()))
+            # take the mark off: its readers read the layer's output itself
             redirect(node, node.input_value(0))
     if wrong := [
         name for name, nodes in products.items() if not nodes or any(quantizer_of(node) is None for node in nodes)

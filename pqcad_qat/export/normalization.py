@@ -1,10 +1,10 @@
 """Group normalization of a converted graph, rewritten as operations that keep the memory layout of the convolutions.
 
 OpenVINO computes GroupNormalization only in the planar layout, while INT8 convolutions read and write channels last.
-Every tensor between them therefore changes its layout twice, which costs a tenth of a sampling step.
+Every tensor between them therefore changes its layout twice, which costs a tenth of a denoiser call.
 
-Method: the node is replaced by reductions, a subtraction, a multiplication and an addition. OpenVINO runs each of these
-in whatever layout its input has, so no layout changes.
+Method: the node is replaced by reductions, additions and multiplications. OpenVINO runs each of these in whatever
+layout its input has, so no layout changes.
 
 Not here: the other rewrites (graph_rewrites.py).
 """
@@ -101,6 +101,7 @@ def _normalized(
     square = precise(op.multiply(precise(op.multiply(norm, norm)), np.float32(groups / (channels * np.prod(space)))))
     variance = precise(op.subtract(square, precise(op.multiply(mean, mean))))
     deviation = precise(op.sqrt(precise(op.add(variance, np.float32(epsilon)))))
+    # from here on one number for each channel: a gain, and the negative mean as a shift
     gain = of_channel(precise(op.divide(op.constant(gamma.reshape(1, groups, -1)), deviation)))
     shift = of_channel(precise(op.multiply(mean, op.constant(-np.ones_like(gamma).reshape(1, groups, -1)))))
     normal = op.add(op.multiply(op.add(x, shift), gain), op.constant(beta.reshape(1, channels, *(1 for _ in space))))

@@ -69,5 +69,6 @@ def keep_time_in_float32(graph: ov.Model, time: ov.Node) -> None:
             or any(source.get_friendly_name() not in of_time for source in varying)
         ):
             continue
+        # packing.write_graph turns the suffix into OpenVINO's own mark
         node.set_friendly_name(f"{node.get_friendly_name()}{IN_FLOAT32}")
         of_time.add(node.get_friendly_name())

@@ -76,6 +76,7 @@ class TimestepTable(nn.Module):
         self.scale = None if reader is None else float(reader.input_scale)
         self.zero_point = 0 if reader is None else float(reader.input_zero_point)
         if reader is not None:
+            # the same rounding as in the reader's quantizer, done once for each known time
             integers = torch.round(values / reader.input_scale + reader.input_zero_point).clamp(
                 reader.input_low, reader.input_high
             )
@@ -85,6 +86,7 @@ class TimestepTable(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Look up the rows of these times; integers are dequantized by the reader's scale."""
+        # the number of midpoints below a time is the index of the nearest known time
         rows = timesteps if self.middles is None else (self.middles < timesteps).sum(dim=0)
         values = F.embedding(rows, self.table)
         return values if self.scale is None else (values.float() - self.zero_point) * self.scale

@@ -1,4 +1,4 @@
-"""Plain torch modules that replace a quantized model's own while it is traced; OpenVINO sees nothing else of them.
+"""Plain torch modules that stand in for a quantized model's own modules while it is traced for OpenVINO.
 
 Not here: Brevitas, time embeddings (time_tables.py), and the conversion itself (export_model.py).
 """
@@ -106,9 +106,8 @@ class QuantizedWeight(nn.Module):
         # a zero point, if any, is subtracted here: below 8 bits the result always fits
         if weights.min() >= -128 and weights.max() <= 127:
             self.decompressor = INT8SymmetricWeightsDecompressor(scale)
-            integers = torch.from_numpy(
-                weights.astype(np.int8, copy=False)
-            )  # a copy would double a large model's memory
+            # not copied: a copy of every layer would double a large model's memory
+            integers = torch.from_numpy(weights.astype(np.int8, copy=False))
         else:
             offset = np.asarray(layer.weight_zero_point, np.int16) + np.int16(128)
             self.decompressor = INT8AsymmetricWeightsDecompressor(scale, torch.from_numpy(np.array(offset, np.int16)))

@@ -46,10 +46,12 @@ def convolution_before_upsampling(convolution: ov.Node) -> None:
     if weights is None or enlarged is None or _largest_sum(weights.get_node().get_data()) > LARGEST_SUM:
         return
     first, image = enlarged
+    # what read the upsampled image, the quantizer or the convolution, reads the small one
     first.replace_source_output(image)
     outputs, height, width = weights.get_shape()[0], *list(image.get_shape())[2:]
     dequantization = convolution.input_value(1).get_node()
     scale = dequantization.input_value(1)
+    # scales of single output channels are repeated for the four phases; one scale for all stays as it is
     scales = op.concat([scale] * 4, 0) if list(scale.get_shape())[:1] == [outputs] else scale
     dequantized = op.multiply(op.convert(_phases(weights), "f32"), scales)
     phases = op.convolution(convolution.input_value(0), dequantized, [1, 1], [1, 1], [1, 1], [1, 1])
@@ -59,6 +61,7 @@ def convolution_before_upsampling(convolution: ov.Node) -> None:
         replaced, bias = added
         phases = op.add(phases, op.concat([bias] * 4, 1))
     whole = op.depth_to_space(phases, "blocks_first", 2)
+    # the first and the last row and column come from windows that lie half outside the image
     inside = op.slice(
         whole, np.array([1, 1]), np.array([2 * height + 1, 2 * width + 1]), np.array([1, 1]), np.array([2, 3])
     )

@@ -32,6 +32,7 @@ def kept(store: Path, decides: Mapping[str, object], make: Callable[[Path], None
     """
     folder = store / content_digest(decides)
     draft = store / f".{folder.name}"
+    # repeated, because another process may have held the draft and then failed
     while not folder.exists():
         with _held(draft) as mine:
             if mine:
