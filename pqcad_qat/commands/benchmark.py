@@ -25,7 +25,7 @@ from torch import nn
 
 from pqcad_qat.commands.benchmark_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.proof import (
+from pqcad_qat.export.execution import (
     INT8,
     MATRIX_NODES,
     ExecutedNode,

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pqcad_qat.errors import UsageError
+from pqcad_qat.export.execution import execution_precision
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange
 from pqcad_qat.export.layer_inputs import recorded_inputs
-from pqcad_qat.export.proof import execution_precision, layer_parity
+from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.untrained import architecture_configs, architectures, fixed_inputs, noise_inputs

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from pqcad_qat.errors import ExportError, ModelError, PqcadError
+from pqcad_qat.export.execution import execution_precision, refuse_float
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
-from pqcad_qat.export.proof import execution_precision, layer_parity, refuse_float
+from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel, predict
 from pqcad_qat.models.own_modules import hold_statistics, one_line

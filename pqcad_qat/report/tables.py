@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from pqcad_qat.export.proof import INT8
+from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.loading import COMMANDS
 from pqcad_qat.policy.shipped import ShippedPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ

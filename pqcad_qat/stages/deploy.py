@@ -17,12 +17,13 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.export.execution import execution_precision, refuse_float
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.part_export import PartsToDeploy
 from pqcad_qat.export.part_proof import part_parity
-from pqcad_qat.export.proof import end_to_end_psnr, execution_precision, layer_parity, refuse_float
+from pqcad_qat.export.proof import end_to_end_psnr, layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working

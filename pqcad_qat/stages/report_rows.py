@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 import pqcad_qat
-from pqcad_qat.export.proof import INT8
+from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (

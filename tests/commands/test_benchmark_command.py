@@ -22,7 +22,7 @@ from tiny_runs import POLICIES, fixed_batch_graph
 from pqcad_qat.commands.benchmark import measure, measure_here, measure_speed, precision_hint
 from pqcad_qat.commands.benchmark_subject import Candidates, candidates, open_subject
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.proof import INT8
+from pqcad_qat.export.execution import INT8
 from pqcad_qat.models.untrained import random_denoiser
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, OURS, OV_BF16, OV_FP32
 from pqcad_qat.report.benchmark_record import Measurement, SpeedRow

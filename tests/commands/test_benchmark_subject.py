@@ -17,7 +17,7 @@ from tiny_runs import POLICIES, SCHEDULER
 
 from pqcad_qat.commands.benchmark_subject import Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError, PlanError, PolicyError
-from pqcad_qat.export.proof import execution_precision
+from pqcad_qat.export.execution import execution_precision
 from pqcad_qat.policy.variants import NNCF_INT8, OURS, OV_BF16, OV_FP32
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.timing.latency import size_bytes

@@ -16,9 +16,10 @@ from tiny_runs import POLICIES
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError, PlanError
+from pqcad_qat.export.execution import execution_precision
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges, masked_attention, quantized_attention
-from pqcad_qat.export.proof import execution_precision, layer_parity
+from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.prepared import planned_shapes

@@ -16,7 +16,8 @@ from deployed_fixture import Quantized, quantized_small, quantized_unet
 from tiny_runs import REPOSITORY
 
 from pqcad_qat.errors import ExportError
-from pqcad_qat.export.proof import end_to_end_psnr, execution_precision, layer_parity
+from pqcad_qat.export.execution import execution_precision
+from pqcad_qat.export.proof import end_to_end_psnr, layer_parity
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
 W4: dict[str, Any] = {"bits": 4}

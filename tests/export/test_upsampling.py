@@ -15,7 +15,8 @@ from deployed_fixture import Quantized, quantized
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from pqcad_qat.export.proof import execution_precision, layer_parity
+from pqcad_qat.export.execution import execution_precision
+from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.serving.deployed_folder import read_graph
 from pqcad_qat.serving.runtime import OVUNet2DModel
 

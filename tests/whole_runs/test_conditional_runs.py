@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from pqcad_qat.commands.run import run
 from pqcad_qat.data.calibration import read_calibration
 from pqcad_qat.errors import ModelError
+from pqcad_qat.export.execution import execution_precision
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
-from pqcad_qat.export.proof import execution_precision, layer_parity
+from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.models.conditions import ConditionSet, exported_inputs
 from pqcad_qat.models.denoiser import load_model, predict
 from pqcad_qat.models.families.family import ConditionInput

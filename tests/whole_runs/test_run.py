@@ -29,7 +29,7 @@ from torch import nn
 from pqcad_qat.commands.run import run
 from pqcad_qat.data.calibration import read_calibration
 from pqcad_qat.errors import ExportError
-from pqcad_qat.export.proof import INT8, ExecutionReport, refuse_float
+from pqcad_qat.export.execution import INT8, ExecutionReport, refuse_float
 from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import (
