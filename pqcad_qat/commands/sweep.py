@@ -30,7 +30,7 @@ from pqcad_qat.machine.progress import progress_bar, working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
 from pqcad_qat.policy.variants import TRAINED, VARIANTS, stages_of
-from pqcad_qat.quantization.plan import listed
+from pqcad_qat.quantization.layer_matching import listed
 from pqcad_qat.report.comparison import Comparison, Run, compare_runs
 from pqcad_qat.report.comparison_page import markdown, with_section, write_comparison
 from pqcad_qat.report.report_files import PAGE_FILE, read_report

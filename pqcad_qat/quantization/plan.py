@@ -5,9 +5,6 @@ Not here: quantizers, and how a plan looks (report/tables.py). Nothing is rewrit
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pqcad_qat.errors import PlanError, shortened
+from pqcad_qat.errors import PlanError
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.policy.origins import rule_key, rule_text
+from pqcad_qat.quantization.layer_matching import claims, listed, quoted
 from pqcad_qat.quantization.quantizable_layers import (
     CONSTANT,
     KINDS,
@@ -89,7 +87,7 @@ def plan_layers(
     layers = quantizable_layers(model)
     for name in constant:
         layers[name].why_float = CONSTANT  # type: ignore[assignment]
-    matches, faults = _match(model, layers, rules)
+    matches, faults = claims(model, layers, rules)
     first_readers, called = _read_tensors(model, layers, example)
     plans = []
     unfit: dict[tuple[str, str, str, str], list[str]] = {}
@@ -112,22 +110,13 @@ def plan_layers(
             )
         )
     faults += [
-        f"{rule_key(rule_name)}.match: got {_quoted(pattern)}, which names {listed(names)}: {why}; allowed {allowed}"
+        f"{rule_key(rule_name)}.match: got {quoted(pattern)}, which names {listed(names)}: {why}; allowed {allowed}"
         for (rule_name, pattern, why, allowed), names in unfit.items()
     ]
     plans, conflicts = _share_inputs(plans, first_readers)
     if faults + conflicts:
         raise PlanError("\n".join(faults + conflicts))
     return tuple(plans)
-
-
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _quoted(pattern: str) -> str:
-    return shortened(repr(pattern))
 
 
 def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:
@@ -219,66 +208,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def matches_layer(pattern: str, name: str, model: nn.Module) -> bool:
-    """Whether one pattern of a rule names the layer: a glob on its path, re:REGEX (whole path), or type:CLASS.
-
-    The halves of a split convolution also answer to the path that the convolution had.
-    """
-    if pattern.startswith("type:"):
-        return fnmatch.fnmatchcase(type(model.get_submodule(name)).__name__, pattern[5:])
-    names = [name]
-    parent = name.rpartition(".")[0]
-    if getattr(model.get_submodule(parent), "is_split_convolution", False):
-        names.append(parent)
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], candidate) for candidate in names)
-    return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in names)
-
-
-def _match(
-    model: nn.Module, layers: dict[str, nn.Module], rules: Mapping[str, LayerRule]
-) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """The (rule's name, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
-    claimed: dict[str, tuple[str, str]] = {}
-    faults = []
-    for rule_name, rule in rules.items():
-        before = dict(claimed)
-        for pattern in rule.match:
-            got = f"{rule_key(rule_name)}.match: got {_quoted(pattern)}"
-            try:
-                hits = [name for name in layers if matches_layer(pattern, name, model)]
-            except (re.error, RecursionError, OverflowError) as error:
-                faults.append(
-                    f"{got}, no regular expression ({shortened(str(error))}); allowed one, such as re:down_blocks.*"
-                )
-                continue
-            if not hits:
-                faults.append(
-                    f"{got}, which matches no Conv2d or Linear of the model; allowed patterns that "
-                    f"do{_suggest(pattern, layers)}"
-                )
-            elif all(name in before for name in hits):
-                owners = listed(sorted({f"{rule_text(before[name][0])} ({_quoted(before[name][1])})" for name in hits}))
-                faults.append(
-                    f"{got}, whose layers earlier rules have: {owners}; allowed a pattern that matches "
-                    "one more, or an earlier place"
-                )
-            for name in hits:
-                claimed.setdefault(name, (rule_name, pattern))
-    return {name: claimed[name] for name in layers if name in claimed}, faults
-
-
-def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
-    if pattern.startswith("type:"):
-        classes = sorted({type(layer).__name__ for layer in layers.values()})
-        return f"; its classes are {', '.join(classes)}"
-    bare = pattern.removeprefix("re:").strip("*.^$").replace("*", "").replace("\\", "")
-    prefixes = {name.rsplit(".", depth)[0] for name in layers for depth in range(name.count(".") + 1)}
-    ends = {name.rpartition(".")[2] for name in layers}
-    close = difflib.get_close_matches(bare, sorted(prefixes | ends), n=3, cutoff=0.5)
-    return f"; close names: {', '.join(close)}" if close else ""
 
 
 def _read_tensors(
@@ -373,7 +302,7 @@ def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     leader, layer = pairs[0]
     got, allowed = (f"{one.inputs.bits} bits, {quantizer_words(one.inputs)}" for one in (layer, leader))
     names = listed(
-        [f"{one.name} ({_quoted(one.pattern)}) and {other.name} ({_quoted(other.pattern)})" for one, other in pairs]
+        [f"{one.name} ({quoted(one.pattern)}) and {other.name} ({quoted(other.pattern)})" for one, other in pairs]
     )
     return (
         f"{rule_key(layer.rule)}.inputs: got {got}; allowed {allowed}, as rule {rule_text(leader.rule)}, for they "

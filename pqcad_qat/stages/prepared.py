@@ -28,7 +28,8 @@ from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
 from pqcad_qat.quality.feature_network import check_shape
-from pqcad_qat.quantization.plan import LayerPlan, listed, missing_rungs, plan_layers
+from pqcad_qat.quantization.layer_matching import listed
+from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 from pqcad_qat.sampling.trajectory import NoiseSchedule, check_sampler, noise_schedule
