@@ -22,7 +22,7 @@ import fire
 
 from pqcad_qat.errors import UsageError, shortened
 from pqcad_qat.machine.processes import launched
-from pqcad_qat.policy.schema import known_keys
+from pqcad_qat.policy.sections import known_keys
 
 Commands = Mapping[str, Callable[..., None]]
 HELP = {"-h", "--help"}

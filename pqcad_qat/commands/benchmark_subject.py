@@ -28,7 +28,7 @@ from pqcad_qat.models.untrained import (
 )
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
-from pqcad_qat.policy.schema import QuantizationPolicy
+from pqcad_qat.policy.quantizers import QuantizationPolicy
 from pqcad_qat.policy.variants import NNCF_INT8, OURS
 from pqcad_qat.quantization.conversion import taken_integers
 from pqcad_qat.sampling.trajectory import noise_schedule

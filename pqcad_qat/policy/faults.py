@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import Location, key_path
-from pqcad_qat.policy.schema import Section, known_keys
+from pqcad_qat.policy.sections import Section, known_keys
 from pqcad_qat.policy.tree import Tree
 
 Node = dict[str, Any]  # part of a JSON Schema

@@ -11,19 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pqcad_qat.policy.origins import Location
-from pqcad_qat.policy.schema import (
-    Count,
-    Fault,
-    Momentum,
-    Name,
-    PolicyFile,
-    Precision,
-    Section,
-    Seed,
-    Share,
-    Text,
-    known_keys,
-)
+from pqcad_qat.policy.sections import Fault, PolicyFile, Section, known_keys
+from pqcad_qat.policy.value_types import Count, Momentum, Name, Precision, Seed, Share, Text
 
 
 class PretrainData(Section):

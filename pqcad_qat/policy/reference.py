@@ -11,7 +11,8 @@ from pqcad_qat.policy.faults import Schema
 from pqcad_qat.policy.loading import COMMANDS
 from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.pretraining import PretrainPolicy
-from pqcad_qat.policy.schema import Policy, Section
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.sections import Section
 from pqcad_qat.policy.study import StudyPolicy
 
 ANY_NAME = "NAME"

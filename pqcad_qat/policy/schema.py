@@ -7,100 +7,35 @@ Not here: pretraining policies (policy/pretraining.py), YAML (policy/loading.py)
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from pqcad_qat.errors import shortened
-from pqcad_qat.policy.origins import Location, Origins, rule_text
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE, VARIANTS, VariantName
+from pqcad_qat.policy.origins import Location
+from pqcad_qat.policy.quantizers import QuantizationPolicy
+from pqcad_qat.policy.sections import Fault, PolicyFile, Section
+from pqcad_qat.policy.value_types import (
+    Classes,
+    Count,
+    Ladder,
+    Momentum,
+    Name,
+    Precision,
+    Seed,
+    Share,
+    Side,
+    Sides,
+    Text,
+    Variants,
+)
+from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE, VARIANTS
 
 EMBEDDED = "embedded:"
 """What the names of models and feature networks that ship with the package begin with."""
 
 NO_FEATURES = "none"
 """As evaluation.features: nothing is compared with real images."""
-
-
-class Fault(NamedTuple):
-    """A broken rule between keys: the key at fault first, then those that it was judged by, relative to the section
-    with the rule.
-    """
-
-    keys: tuple[Location, ...]
-    got: str
-    allowed: str
-
-
-def known_keys(known: Collection[str], unknown: str) -> str:
-    """What is allowed in the place of an unknown key."""
-    close = get_close_matches(unknown, known, n=1)
-    return ", ".join(known) + (f" (did you mean {close[0]}?)" if close else "")
-
-
-class Section(BaseModel):
-    """A frozen, strict part of a policy; `faults` yields the broken rules between its keys, and all of them are raised
-    together.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def faults(self) -> Iterator[Fault]:
-        return iter(())
-
-    @model_validator(mode="after")
-    def _hold_rules(self) -> Self:
-        found = list(self.faults())
-        if found:
-            message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in found)
-            raise PydanticCustomError("policy_rule", message, {"faults": found})
-        return self
-
-
-class PolicyFile(Section):
-    """A whole policy, which knows where its keys were written; that is no part of what it says, and of no dump."""
-
-    _origins: Origins = PrivateAttr(default_factory=Origins)
-
-    @property
-    def origins(self) -> Origins:
-        return self._origins
-
-    def place(self, location: Location) -> str | None:
-        """Where a key was written; None for what is no key of this policy, and for one that no file says."""
-        return self._origins.of(location) if location and location[0] in type(self).model_fields else None
-
-    def written(self, origins: Origins) -> Self:
-        """The policy as it was written there."""
-        self._origins = origins
-        return self
-
-
-def _one_or_more(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=1, le=2048)]
-Sides = Annotated[tuple[Side, ...], Strict(False), Field(min_length=2, max_length=2)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-Bits = Annotated[int, Field(ge=2, le=8)]
-OneOrMore = BeforeValidator(
-    _one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)]
-)
-Ladder = Annotated[tuple[Bits, ...], Strict(False), Field(min_length=1)]
-Classes = Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1)]
-Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), OneOrMore]
-Variants = Annotated[tuple[VariantName, ...], Strict(False), Field(min_length=1)]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class ModelPolicy(Section):
@@ -187,132 +122,6 @@ class CalibrationPolicy(Section):
     batch_size: Count = Field(
         64, description="trajectories sampled at a time; it decides memory and speed, and no result"
     )
-
-
-class WeightQuantizer(Section):
-    """How a layer's weights are quantized."""
-
-    bits: Bits = Field(description="target width in bits; progressive quantization walks down to it")
-    granularity: Literal["per_channel", "per_tensor"] = Field(
-        "per_channel", description="one scale for each output channel, or one for the whole tensor"
-    )
-    symmetric: bool = Field(True, description="zero point fixed at 0")
-    scale: Literal["statistics", "learned"] = Field(
-        "statistics",
-        description="statistics: computed from the weights at each training step; learned: a trained parameter",
-    )
-    range: Literal["min_max", "mse"] = Field(
-        "mse",
-        description="what the scale is computed from: min_max takes the extremes, mse the range of least squared error",
-    )
-
-
-class InputQuantizer(Section):
-    """How a layer's input tensor is quantized, with one scale."""
-
-    bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
-    symmetric: bool = Field(True, description="zero point fixed at 0; false is closer for lopsided inputs, and slower")
-    signed: bool | Literal["auto"] = Field(
-        "auto", description="auto: unsigned if no calibrated value is negative; must be auto if symmetric is false"
-    )
-    scale: Literal["statistics", "learned"] = Field(
-        "learned", description="statistics: kept as calibrated; learned: a trained parameter that starts there"
-    )
-    range: Literal["min_max", "mse"] = Field(
-        "mse", description="statistic of the calibration set behind the scale: the extremes, or the least squared error"
-    )
-
-    def faults(self) -> Iterator[Fault]:
-        if self.signed != "auto" and not self.symmetric:
-            yield Fault((("signed",), ("symmetric",)), str(self.signed).lower(), "auto, as symmetric is false")
-
-
-class LayerRule(Section):
-    """What happens to the layers that one of the patterns matches; the first rule that matches a layer wins."""
-
-    match: Patterns = Field(
-        description="pattern or list of patterns: a glob on the module path, re:REGEX, or type:CLASS"
-    )
-    weights: WeightQuantizer | None = Field(None, description="weight quantizer; needed unless keep_float")
-    inputs: InputQuantizer | None = Field(None, description="input quantizer; needed unless keep_float")
-    keep_float: bool = Field(False, description="leave these layers in floating point on purpose")
-    execution: Literal["int8", "float"] = Field(
-        "int8", description="float: quantize these layers, but leave OpenVINO free to execute them in floating point"
-    )
-
-    def faults(self) -> Iterator[Fault]:
-        for key, value in (("weights", self.weights), ("inputs", self.inputs)):
-            if self.keep_float and value is not None:
-                yield Fault(((key,), ("keep_float",)), "a quantizer", "none, as keep_float is true")
-            if not self.keep_float and value is None:
-                yield Fault(
-                    ((key,), ("keep_float",)),
-                    "nothing",
-                    "a quantizer such as {bits: 8}, or keep_float: true for the rule",
-                )
-
-
-def numbered(rules: Iterable[Any]) -> dict[str, Any]:
-    """Rules of a list, named by their number."""
-    return {str(number): rule for number, rule in enumerate(rules)}
-
-
-def _named(value: object) -> object:
-    """Rules by name; one that is null is left out, which is how a policy drops a rule of the one that it extends."""
-    if isinstance(value, Mapping):
-        return {name: rule for name, rule in value.items() if rule is not None}
-    return numbered(value) if isinstance(value, list | tuple) and value else value
-
-
-RULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
-Rules = Annotated[
-    Mapping[str, LayerRule],
-    Field(min_length=1),
-    BeforeValidator(
-        _named,
-        json_schema_input_type=Annotated[tuple[LayerRule, ...], Field(min_length=1)] | dict[str, LayerRule | None],
-    ),
-]
-
-
-class QuantizationPolicy(Section):
-    """Which layers are quantized, and how."""
-
-    split_shortcuts: bool = Field(
-        True,
-        description="split a convolution that reads a concatenated shortcut in two, each half with an input quantizer"
-        " of its own",
-    )
-    layers: Rules = Field(
-        description="rules by name, in order; null drops one of the policy below; a layer that none matches stays in "
-        "floating point"
-    )
-    attention: Literal["float", "int8"] = Field(
-        "float",
-        description="int8: compute attention's two products in INT8 in the deployed folder, in 8 bits over the "
-        "extremes; training does not see it",
-    )
-
-    def __hash__(self) -> int:
-        return hash((self.split_shortcuts, tuple(self.layers.items()), self.attention))
-
-    def faults(self) -> Iterator[Fault]:
-        """A name that no key can spell; a pattern that stands in two rules of different content: the second can never
-        have its way.
-        """
-        first: dict[str, str] = {}
-        for name, rule in self.layers.items():
-            if not RULE_NAME.fullmatch(name):
-                allowed = "a name of at most 60 letters, digits, - and _"
-                yield Fault((("layers", name),), f"a rule named {shortened(repr(name))}", allowed)
-            for pattern in rule.match:
-                before = first.setdefault(pattern, name)
-                if self.layers[before].model_copy(update={"match": rule.match}) != rule:
-                    yield Fault(
-                        (("layers", name, "match"), ("layers", before)),
-                        repr(pattern),
-                        f"a pattern once; rule {rule_text(before)} has it already, with other contents",
-                    )
 
 
 class ProgressivePolicy(Section):

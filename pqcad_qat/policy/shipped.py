@@ -14,7 +14,7 @@ from typing import Literal
 
 from pqcad_qat.errors import PolicyError, shortened
 from pqcad_qat.machine.files import write_file
-from pqcad_qat.policy.schema import known_keys
+from pqcad_qat.policy.sections import known_keys
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = _PACKAGE / "policies" if (_PACKAGE / "policies").is_dir() else _PACKAGE.parent / "policies"

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict
 
 from pqcad_qat.policy.origins import Location
-from pqcad_qat.policy.schema import Fault, Name, Section, Seed, Text
+from pqcad_qat.policy.sections import Fault, Section
+from pqcad_qat.policy.value_types import Name, Seed, Text
 
 Overrides = dict[str, Any]  # dotted key of a policy -> value
 Files = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]

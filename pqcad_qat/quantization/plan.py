@@ -29,7 +29,7 @@ from pqcad_qat.quantization.quantizable_layers import (
 )
 
 if TYPE_CHECKING:
-    from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+    from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
 
 PACKED = (2, 3, 4)
 """Bits that deployed weights can be packed to; wider ones take a byte."""

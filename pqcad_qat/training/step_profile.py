@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from pqcad_qat.policy.schema import Precision
+from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 

@@ -21,7 +21,7 @@ from torch import nn
 from pqcad_qat.errors import DivergedError
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.models.denoiser import recomputed_activations
-from pqcad_qat.policy.schema import Precision
+from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint, step_of

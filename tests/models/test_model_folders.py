@@ -30,7 +30,8 @@ from pqcad_qat.models.config_values import LARGEST_SIDE
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model, predict, save_model
 from pqcad_qat.models.model_folder import downloaded_pipeline
 from pqcad_qat.models.untrained import shapes_of
-from pqcad_qat.policy.schema import LayerRule, ModelPolicy, numbered
+from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.schema import ModelPolicy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.shortcuts import split_shortcuts

@@ -31,7 +31,8 @@ from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.own_model import OwnModel, own_model_of
 from pqcad_qat.models.own_modules import hold_statistics, plain_module
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import Policy, numbered
+from pqcad_qat.policy.quantizers import numbered
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
 from pqcad_qat.quantization.plan import expected_bytes, float_layers, plan_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers

@@ -27,7 +27,7 @@ from pqcad_qat.models.untrained import (
     random_denoiser,
     shapes_of,
 )
-from pqcad_qat.policy.schema import LayerRule, numbered
+from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.quantization.plan import LayerPlan, expected_bytes, plan_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 

@@ -14,7 +14,9 @@ import pytest
 from pydantic import ValidationError
 
 from pqcad_qat.policy.pretraining import UNET_KEYS, PretrainPolicy
-from pqcad_qat.policy.schema import Fault, LayerRule, Policy
+from pqcad_qat.policy.quantizers import LayerRule
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.sections import Fault
 from pqcad_qat.policy.study import StudyPolicy
 from pqcad_qat.policy.variants import FP32, PQ, PQCAD_OPENVINO, PTQ
 

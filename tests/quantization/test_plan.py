@@ -14,7 +14,7 @@ from tiny_runs import tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.policy.schema import LayerRule, numbered
+from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.quantization.plan import (
     LayerPlan,
     executes_int8,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqcad_qat.policy.schema import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantizable_layers import KINDS
 from pqcad_qat.quantization.quantized_layer import QuantizedLayer, quantized_layer, set_input_range

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.policy.schema import LayerRule, Policy, numbered
+from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantized_layer import begin_blend, set_blend

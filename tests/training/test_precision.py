@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.errors import DivergedError, PolicyError
-from pqcad_qat.policy.schema import Policy, Precision
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.quantization.conversion import integer_layers, quantized_layers
 from pqcad_qat.training.callback import Batch, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, load_checkpoint, write_checkpoint

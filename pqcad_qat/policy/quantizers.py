@@ -1,0 +1,148 @@
+"""What the section quantization of a policy may say: rules by name, and the quantizers of weights and inputs.
+
+Not here: the other sections (schema.py), and what the rules make of a model (quantization/plan.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pqcad_qat.errors import shortened
+from pqcad_qat.policy.origins import rule_text
+from pqcad_qat.policy.sections import Fault, Section
+from pqcad_qat.policy.value_types import (
+    Bits,
+    Patterns,
+)
+
+
+class WeightQuantizer(Section):
+    """How a layer's weights are quantized."""
+
+    bits: Bits = Field(description="target width in bits; progressive quantization walks down to it")
+    granularity: Literal["per_channel", "per_tensor"] = Field(
+        "per_channel", description="one scale for each output channel, or one for the whole tensor"
+    )
+    symmetric: bool = Field(True, description="zero point fixed at 0")
+    scale: Literal["statistics", "learned"] = Field(
+        "statistics",
+        description="statistics: computed from the weights at each training step; learned: a trained parameter",
+    )
+    range: Literal["min_max", "mse"] = Field(
+        "mse",
+        description="what the scale is computed from: min_max takes the extremes, mse the range of least squared error",
+    )
+
+
+class InputQuantizer(Section):
+    """How a layer's input tensor is quantized, with one scale."""
+
+    bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
+    symmetric: bool = Field(True, description="zero point fixed at 0; false is closer for lopsided inputs, and slower")
+    signed: bool | Literal["auto"] = Field(
+        "auto", description="auto: unsigned if no calibrated value is negative; must be auto if symmetric is false"
+    )
+    scale: Literal["statistics", "learned"] = Field(
+        "learned", description="statistics: kept as calibrated; learned: a trained parameter that starts there"
+    )
+    range: Literal["min_max", "mse"] = Field(
+        "mse", description="statistic of the calibration set behind the scale: the extremes, or the least squared error"
+    )
+
+    def faults(self) -> Iterator[Fault]:
+        if self.signed != "auto" and not self.symmetric:
+            yield Fault((("signed",), ("symmetric",)), str(self.signed).lower(), "auto, as symmetric is false")
+
+
+class LayerRule(Section):
+    """What happens to the layers that one of the patterns matches; the first rule that matches a layer wins."""
+
+    match: Patterns = Field(
+        description="pattern or list of patterns: a glob on the module path, re:REGEX, or type:CLASS"
+    )
+    weights: WeightQuantizer | None = Field(None, description="weight quantizer; needed unless keep_float")
+    inputs: InputQuantizer | None = Field(None, description="input quantizer; needed unless keep_float")
+    keep_float: bool = Field(False, description="leave these layers in floating point on purpose")
+    execution: Literal["int8", "float"] = Field(
+        "int8", description="float: quantize these layers, but leave OpenVINO free to execute them in floating point"
+    )
+
+    def faults(self) -> Iterator[Fault]:
+        for key, value in (("weights", self.weights), ("inputs", self.inputs)):
+            if self.keep_float and value is not None:
+                yield Fault(((key,), ("keep_float",)), "a quantizer", "none, as keep_float is true")
+            if not self.keep_float and value is None:
+                yield Fault(
+                    ((key,), ("keep_float",)),
+                    "nothing",
+                    "a quantizer such as {bits: 8}, or keep_float: true for the rule",
+                )
+
+
+def numbered(rules: Iterable[Any]) -> dict[str, Any]:
+    """Rules of a list, named by their number."""
+    return {str(number): rule for number, rule in enumerate(rules)}
+
+
+def _named(value: object) -> object:
+    """Rules by name; one that is null is left out, which is how a policy drops a rule of the one that it extends."""
+    if isinstance(value, Mapping):
+        return {name: rule for name, rule in value.items() if rule is not None}
+    return numbered(value) if isinstance(value, list | tuple) and value else value
+
+
+RULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
+
+
+Rules = Annotated[
+    Mapping[str, LayerRule],
+    Field(min_length=1),
+    BeforeValidator(
+        _named,
+        json_schema_input_type=Annotated[tuple[LayerRule, ...], Field(min_length=1)] | dict[str, LayerRule | None],
+    ),
+]
+
+
+class QuantizationPolicy(Section):
+    """Which layers are quantized, and how."""
+
+    split_shortcuts: bool = Field(
+        True,
+        description="split a convolution that reads a concatenated shortcut in two, each half with an input quantizer"
+        " of its own",
+    )
+    layers: Rules = Field(
+        description="rules by name, in order; null drops one of the policy below; a layer that none matches stays in "
+        "floating point"
+    )
+    attention: Literal["float", "int8"] = Field(
+        "float",
+        description="int8: compute attention's two products in INT8 in the deployed folder, in 8 bits over the "
+        "extremes; training does not see it",
+    )
+
+    def __hash__(self) -> int:
+        return hash((self.split_shortcuts, tuple(self.layers.items()), self.attention))
+
+    def faults(self) -> Iterator[Fault]:
+        """A name that no key can spell; a pattern that stands in two rules of different content: the second can never
+        have its way.
+        """
+        first: dict[str, str] = {}
+        for name, rule in self.layers.items():
+            if not RULE_NAME.fullmatch(name):
+                allowed = "a name of at most 60 letters, digits, - and _"
+                yield Fault((("layers", name),), f"a rule named {shortened(repr(name))}", allowed)
+            for pattern in rule.match:
+                before = first.setdefault(pattern, name)
+                if self.layers[before].model_copy(update={"match": rule.match}) != rule:
+                    yield Fault(
+                        (("layers", name, "match"), ("layers", before)),
+                        repr(pattern),
+                        f"a pattern once; rule {rule_text(before)} has it already, with other contents",
+                    )
