@@ -29,7 +29,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, save_model
+from pqcad_qat.models.denoiser import DiffusionModel
+from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 

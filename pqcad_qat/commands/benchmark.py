@@ -35,7 +35,7 @@ from pqcad_qat.export.execution import (
 )
 from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.machine.progress import progress_bar
-from pqcad_qat.models.denoiser import DEFAULT_SCHEDULER, shapes_of_configs
+from pqcad_qat.models.model_loading import DEFAULT_SCHEDULER, shapes_of_configs
 from pqcad_qat.models.untrained import random_denoiser
 from pqcad_qat.policy.variants import OURS, REFERENCE
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers

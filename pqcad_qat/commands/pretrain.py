@@ -23,8 +23,9 @@ from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.models.conditions import ConditionSet, class_conditions, conditioned
 from pqcad_qat.models.config_values import class_of
-from pqcad_qat.models.denoiser import DiffusionModel, save_model
+from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.families.unet import FAMILY
+from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.variants import REFERENCE

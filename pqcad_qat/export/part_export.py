@@ -25,13 +25,8 @@ from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.families.family import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.models.model_folder import TEXT_ENCODERS
-from pqcad_qat.models.pipeline_parts import (
-    T5,
-    TOKENIZER,
-    VAE,
-    PipelineParts,
-    to_decoder,
-)
+from pqcad_qat.models.pipeline_parts import T5, TOKENIZER, VAE, PipelineParts
+from pqcad_qat.models.vae import to_decoder
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.manifest import GRAPH, PARTS
 

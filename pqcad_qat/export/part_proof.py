@@ -17,7 +17,8 @@ import torch
 
 from pqcad_qat.export.part_export import PartsToDeploy
 from pqcad_qat.export.proof import end_to_end_psnr
-from pqcad_qat.models.pipeline_parts import T5, VAE, decoded
+from pqcad_qat.models.pipeline_parts import T5, VAE
+from pqcad_qat.models.vae import decoded
 from pqcad_qat.serving.manifest import PARTS
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
 

@@ -1,61 +1,26 @@
-"""Where a full-precision denoiser comes from and goes to, and the one signature by which every denoiser is called.
+"""A full-precision denoiser with what it takes beside x_t and t, and the one signature by which every denoiser is
+called.
 
-Not here: which classes of diffusers are known (families/), plain modules of the user's own (own_model.py),
-quantized denoisers (quantization/conversion.py), nor sampling.
+Not here: loading and saving one (model_loading.py), what is known of each class of diffusers (families/), quantized
+denoisers (quantization/conversion.py), and sampling.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.models.embeddings import LabelEmbedding
-from diffusers.models.modeling_utils import no_init_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.machine.files import write_json
-from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.config_values import bounded_build, class_of, silent
-from pqcad_qat.models.denoiser_config import SampleSize, checked_config, known_family
-from pqcad_qat.models.families.family import PIPELINE_ROOT, TEXT_TOKENS, ConditionInput, Family
-from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.family import TEXT_TOKENS, ConditionInput, Family
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.models.model_folder import (
-    CONFIG,
-    DECODERS,
-    INDEX,
-    LAYOUT,
-    NO_CONFIG,
-    SCHEDULER_CONFIG,
-    STEM,
-    WEIGHTS,
-    check_index,
-    check_no_single_file,
-    denoiser_folder,
-    downloaded_pipeline,
-    embedded_folder,
-    local,
-    part_class,
-    read_index,
-    scheduler_file,
-)
-from pqcad_qat.models.own_model import OWN, OwnModel, built
-from pqcad_qat.models.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
-from pqcad_qat.policy.schema import EMBEDDED
-from pqcad_qat.sampling.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER, scheduler_class
-from pqcad_qat.sampling.trajectory import noise_schedule
-
-DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": DDIM_SCHEDULER, **DDIM_KEYS}
-"""Of an architecture that stands alone."""
+from pqcad_qat.models.own_model import OwnModel
 
 Condition = Mapping[str, Tensor]
 """What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
@@ -209,199 +174,3 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         model.disable_gradient_checkpointing()
-
-
-def load_model(source: str, sample_size: SampleSize | None = None, own: OwnModel | None = None) -> DiffusionModel:
-    """Load `embedded:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
-
-    `sample_size` is the height and width of x_t where they are to be others than the model's own; `own` is what
-    `module:NAME` names.
-
-    Raises:
-        ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take
-            that size.
-    """
-    if source.startswith(OWN):
-        if own is None:
-            raise ModelError(
-                f"model.source: got {source!r}, a module of the user's own; allowed with --module FILE.py:FUNCTION, or "
-                "with run(policy, model=...) from Python"
-            )
-        if sample_size is not None:
-            raise ModelError(f"model.sample_size: got {sample_size}; allowed null: {source} has its own")
-        return _load_own(own)
-    if source.startswith(EMBEDDED):
-        with embedded_folder(source) as folder:
-            return _load_folder(folder, source, sample_size)
-    if (path := local(source)) is None:
-        note = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it"
-        return _load_folder(downloaded_pipeline(source), source, sample_size, note)
-    if path.is_file():
-        check_no_single_file(path)
-        raise ModelError(
-            f"{path}: got a file, which holds no weights; allowed a folder in diffusers' layout, or a hub id"
-        )
-    return _load_folder(path, source, sample_size)
-
-
-def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
-    """The model of a folder in diffusers' layout whose denoiser holds shapes alone; no weights are read.
-
-    Raises:
-        ModelError: a config that is missing or cannot be used, or a pipeline whose denoiser reads what is no input
-            here.
-    """
-    check_no_single_file(folder)
-    index, part = read_index(folder), denoiser_folder(folder)
-    where = part / CONFIG
-    config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
-    alone = not index and not beside.exists() and not has_weights(part, STEM)
-    # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
-    alone = alone and local(source) is not None
-    scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
-    check_index(folder, index, known_family(config, str(where)).name)
-    shapes = shapes_of_configs(config, scheduler, source, sample_size, where=str(where), beside=str(beside))
-    return replace(shapes, folder=folder, decoder=any(part_class(index, name) for name in DECODERS))
-
-
-def shapes_of_configs(
-    config: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    source: str,
-    sample_size: SampleSize | None = None,
-    *,
-    where: str | None = None,
-    beside: str = "scheduler config",
-) -> DiffusionModel:
-    """The model of configs, whose denoiser holds shapes alone, on torch's meta device, and has been called once.
-
-    Args:
-        config: of the denoiser.
-        scheduler: of its scheduler.
-        source: as the user named the model.
-        sample_size: as of `load_model`.
-        where: the denoiser's config lies, for messages; by default the source.
-        beside: where the scheduler's config lies.
-
-    Raises:
-        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
-    """
-    where = where or source
-    scheduler_class(scheduler, beside)  # first: a model of another kin is best known by its scheduler
-    with bounded_build(where), silent("diffusers"):
-        denoiser = untrained_denoiser(config, where, sample_size)
-    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
-    if (family := family_of(denoiser)) is not OWN_MODULE:
-        scheduler = family.scheduler(scheduler, family.sample_shape(cast(Any, denoiser).config)[1:], beside)
-    noise_schedule(scheduler, beside)
-    found = DiffusionModel(denoiser, dict(scheduler), source, "")
-    try:
-        with torch.no_grad():
-            predict(denoiser, *found.example)
-    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
-        raise ModelError(
-            f"{where}: not the config of a working {type(denoiser).__name__}: {str(error)[:1000]}"
-        ) from error
-    return found
-
-
-def untrained_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None) -> nn.Module:
-    """A denoiser of a config before its weights are loaded.
-
-    Raises:
-        ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not
-            take.
-    """
-    family = known_family(config, where)
-    full = checked_config(family, config, where, sample_size)
-    size = full["sample_size"]
-    written = {key: value for key, value in config.items() if key != "_use_default_values"}
-    if isinstance(size, list) and "pos_embed_max_size" in full:  # a table of places is of a square
-        written["sample_size"] = max(size)
-    try:
-        denoiser: Any = class_of(family.name).from_config(written)
-    except ModelError:
-        raise
-    except Exception as error:  # diffusers raises anything on a config that it cannot follow
-        raise ModelError(f"{where}: diffusers makes no {family.name} of it: {str(error)[:1000]}") from error
-    if (
-        sample_size is not None
-        or config.get("sample_size") is None
-        or written.get("sample_size") != config["sample_size"]
-    ):
-        denoiser.register_to_config(sample_size=size)
-    return _without_label_dropout(denoiser).eval()
-
-
-def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note: str = "") -> DiffusionModel:
-    """`note` is what a message adds where there are no weights."""
-    shapes, part = folder_shapes(folder, source, sample_size), denoiser_folder(folder)
-    stored = fitting(stored_tensors(weight_files(part, STEM, note)), shapes.denoiser)
-    with no_init_weights():
-        denoiser = untrained_denoiser(read_json(part / CONFIG), str(part / CONFIG), sample_size)
-    load_weights(denoiser, stored)
-    return replace(_model(denoiser, shapes.scheduler_config, source), folder=folder, decoder=shapes.decoder)
-
-
-def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
-    """Class labels are never dropped at random in training: what the model is to match was recorded with its label."""
-    for module in denoiser.modules():
-        if isinstance(module, LabelEmbedding):
-            module.dropout_prob = 0.0
-    return denoiser
-
-
-def _load_own(own: OwnModel) -> DiffusionModel:
-    denoiser = built(own)
-    noise_schedule(own.scheduler, f"{own.source}: scheduler_config")
-    return _model(denoiser, own.scheduler, own.source, own)
-
-
-def _model(denoiser: Any, scheduler: dict[str, Any], source: str, own: OwnModel | None = None) -> DiffusionModel:
-    denoiser = denoiser.float().eval()
-    said = (
-        {"sample_shape": own.sample_shape, "conditions": [str(wanted) for wanted in own.conditions]}
-        if own
-        else denoiser.config
-    )
-    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (said, scheduler)]
-    if scheduler["_class_name"] not in (DDIM_SCHEDULER, FLOW_SCHEDULER):
-        configs.append({"scheduler": scheduler["_class_name"]})  # which says what a key left out means
-    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
-    for name, value in sorted(denoiser.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return DiffusionModel(denoiser, scheduler, source, digest.hexdigest(), own)
-
-
-def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
-    """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/ or transformer/, scheduler/."""
-    family = family_of(denoiser)
-    part = folder / family.part
-    if family is not OWN_MODULE:
-        cast(Any, denoiser).save_pretrained(part, safe_serialization=True)
-        config = read_json(part / CONFIG)
-        config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
-    else:
-        config = {"_class_name": f"{OWN}{type(denoiser).__name__}"}
-        part.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.detach().clone().contiguous() for name, value in denoiser.state_dict().items()}, part / WEIGHTS
-        )
-    write_json(part / CONFIG, config)
-    write_json(folder / SCHEDULER_CONFIG, scheduler_config)
-    write_json(folder / INDEX, model_index(denoiser, scheduler_config))
-
-
-def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a
-    whole pipeline.
-    """
-    family = family_of(denoiser)
-    known = family is not OWN_MODULE
-    conditional = known and family.conditions(cast(Any, denoiser).config)
-    return {
-        "_class_name": PIPELINE_ROOT if conditional else family.alone,
-        "scheduler": ["diffusers", scheduler_config["_class_name"]],
-        family.part: ["diffusers", family.name] if known else [None, None],
-    }

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.models.modeling_utils import no_init_weights
-from torch import Tensor, nn
+from torch import nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
@@ -332,24 +332,3 @@ def _found(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of its parent
         return False
-
-
-def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
-    """Latents (N, C, h, w) of a denoiser as its VAE's decoder takes them, by a config as `PipelineParts.load` leaves
-    it.
-    """
-    mean, std = (config.get(key) for key in ("latents_mean", "latents_std"))
-    scaled: Tensor = latents.float() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
-    if mean is None or std is None:
-        return scaled
-    spread, middle = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in (std, mean))
-    spread_out: Tensor = scaled * spread + middle
-    return spread_out
-
-
-@torch.no_grad()
-def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
-    """float32 pictures (N, 3, H, W), about in [-1, 1], of a denoiser's latents; one at a time."""
-    model = cast(Any, vae)
-    parts = [model.decode(one, return_dict=False)[0] for one in to_decoder(model.config, latents)[:, None]]
-    return torch.cat(parts)

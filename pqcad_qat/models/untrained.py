@@ -18,15 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.denoiser import (
-    DEFAULT_SCHEDULER,
-    DenoiserInput,
-    DiffusionModel,
-    folder_shapes,
-    load_model,
-    shapes_of_configs,
-    untrained_denoiser,
-)
+from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel
 from pqcad_qat.models.denoiser_config import SampleSize
 from pqcad_qat.models.families.family import TEXT_TOKENS, ConditionInput
 from pqcad_qat.models.model_folder import (
@@ -38,6 +30,13 @@ from pqcad_qat.models.model_folder import (
     embedded_folder,
     local,
     scheduler_file,
+)
+from pqcad_qat.models.model_loading import (
+    DEFAULT_SCHEDULER,
+    folder_shapes,
+    load_model,
+    shapes_of_configs,
+    untrained_denoiser,
 )
 from pqcad_qat.models.own_model import OWN, OwnModel
 from pqcad_qat.policy.schema import EMBEDDED

@@ -25,8 +25,9 @@ from torch import nn
 from pqcad_qat.errors import ModelError, PqcadError
 from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.denoiser import DiffusionModel, save_model, untrained_denoiser
+from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, denoiser_folder
+from pqcad_qat.models.model_loading import save_model, untrained_denoiser
 from pqcad_qat.models.own_model import OWN, OwnModel, built
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
-from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel, shapes_of_configs
+from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel
 from pqcad_qat.models.denoiser_config import SampleSize
+from pqcad_qat.models.model_loading import shapes_of_configs
 from pqcad_qat.models.untrained import noise_inputs, random_denoiser
 from pqcad_qat.policy.quantizers import QuantizationPolicy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model

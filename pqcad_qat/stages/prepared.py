@@ -17,8 +17,9 @@ from pqcad_qat.export.int8_attention import masked_attention
 from pqcad_qat.export.part_export import PartFormat, chosen_formats
 from pqcad_qat.export.trial_export import try_training_and_export
 from pqcad_qat.models.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
-from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model, recomputed_activations
+from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, recomputed_activations
 from pqcad_qat.models.model_folder import scheduler_file
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states

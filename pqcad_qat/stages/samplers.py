@@ -29,11 +29,13 @@ from pqcad_qat.models.conditions import (
     conditioned,
     guided_call,
 )
-from pqcad_qat.models.denoiser import DiffusionModel, is_latent, load_model, predict
+from pqcad_qat.models.denoiser import DiffusionModel, is_latent, predict
 from pqcad_qat.models.families.family import condition_inputs
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
-from pqcad_qat.models.pipeline_parts import VAE, decoded, pipeline_parts
+from pqcad_qat.models.pipeline_parts import VAE, pipeline_parts
+from pqcad_qat.models.vae import decoded
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized

@@ -22,7 +22,8 @@ from pqcad_qat import cli, console
 from pqcad_qat.commands.pretrain import pretrain
 from pqcad_qat.data.images import load_images, to_float
 from pqcad_qat.errors import CheckpointError, ModelError, PolicyError, PqcadError
-from pqcad_qat.models.denoiser import load_model, predict
+from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.sampling.ddim import ddpm_schedule, split_prediction

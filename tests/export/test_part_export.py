@@ -28,15 +28,8 @@ from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.export.part_proof import part_parity
 from pqcad_qat.models.families.family import ConditionInput, condition_inputs
-from pqcad_qat.models.pipeline_parts import (
-    VAE,
-    PipelineParts,
-    check_decoder,
-    check_text_width,
-    decoded,
-    pipeline_parts,
-    to_decoder,
-)
+from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
+from pqcad_qat.models.vae import decoded, to_decoder
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder, scaled_latents

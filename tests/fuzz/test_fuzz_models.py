@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from pqcad_qat.errors import PqcadError
 from pqcad_qat.export.part_export import chosen_formats
-from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model
+from pqcad_qat.models.denoiser import DiffusionModel, check_time_table
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import VAE, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.models.untrained import shapes_of
 

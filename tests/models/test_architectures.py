@@ -31,9 +31,10 @@ from torch import Tensor
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, model_index, predict, save_model, untrained_denoiser
+from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.families.table import families
+from pqcad_qat.models.model_loading import load_model, model_index, save_model, untrained_denoiser
 from pqcad_qat.models.own_model import OwnModel
 
 TAKES = {

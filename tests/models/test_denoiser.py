@@ -20,8 +20,9 @@ from tiny_runs import SCHEDULER, tiny_unet
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, model_index, predict, save_model
+from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.model_folder import WEIGHTS_AND_CONFIGS, embedded_models
+from pqcad_qat.models.model_loading import load_model, model_index, save_model
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 CONFIG = Path("unet") / "config.json"

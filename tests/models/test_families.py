@@ -22,8 +22,9 @@ from tiny_runs import POLICIES
 
 from pqcad_qat.commands.rehearse import rehearse
 from pqcad_qat.models import families as folder
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, predict, save_model
+from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.families.table import families, pipelines
+from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.models.untrained import noise_inputs
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.serving.runtime import OVUNet2DModel

@@ -27,8 +27,9 @@ from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.machine.json_files import LARGEST_FILE, read_json
 from pqcad_qat.models import model_folder
 from pqcad_qat.models.config_values import LARGEST_SIDE
-from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, load_model, predict, save_model
+from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, predict
 from pqcad_qat.models.model_folder import downloaded_pipeline
+from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.models.untrained import shapes_of
 from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.policy.schema import ModelPolicy

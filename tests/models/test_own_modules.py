@@ -26,8 +26,9 @@ from torch.nn.utils import parametrizations
 from pqcad_qat import cli
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.errors import ModelError, PqcadError, UsageError
-from pqcad_qat.models.denoiser import load_model, predict
+from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel, own_model_of
 from pqcad_qat.models.own_modules import hold_statistics, plain_module
 from pqcad_qat.policy.loading import load_policy

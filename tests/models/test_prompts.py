@@ -21,7 +21,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models import prompts as encoding
 from pqcad_qat.models.conditions import check_choices, chosen_conditions, conditioned, read_conditions, save_conditions
-from pqcad_qat.models.denoiser import load_model
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.prompts import Encoding, check_prompts, encode_prompts, kept_prompts, prompts_cut
 from pqcad_qat.policy.schema import ConditionsPolicy
 

@@ -16,8 +16,9 @@ from small_networks import unet_config
 from tiny_runs import SCHEDULER
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, predict
+from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.model_folder import denoiser_folder
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.untrained import (
     architectures,

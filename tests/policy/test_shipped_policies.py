@@ -18,8 +18,9 @@ from tiny_runs import POLICIES
 
 from pqcad_qat.commands.run import prepare
 from pqcad_qat.models.conditions import chosen_conditions, conditioned
-from pqcad_qat.models.denoiser import DiffusionModel, load_model
+from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.model_folder import embedded_models
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.shipped import SCHEMA

@@ -20,7 +20,8 @@ from tiny_runs import POLICIES, SCHEDULER, tiny_overrides
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, predict
+from pqcad_qat.models.denoiser import DiffusionModel, predict
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers

@@ -17,8 +17,8 @@ from tiny_runs import SCHEDULER, tiny_unet
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.export_model import ExportRequest, export_model
-from pqcad_qat.models.denoiser import save_model
 from pqcad_qat.models.families.table import families, family_named
+from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.serving.diffusers_calls import read_call
 from pqcad_qat.serving.diffusers_stand_in import UNetConfig
 from pqcad_qat.serving.runtime import OVUNet2DModel

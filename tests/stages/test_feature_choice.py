@@ -16,7 +16,7 @@ from tiny_runs import POLICIES, SCHEDULER, tiny_unet
 
 from pqcad_qat import cli
 from pqcad_qat.data.images import image_set
-from pqcad_qat.models.denoiser import save_model
+from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quality.feature_training import FeatureRecipe, make_features
 

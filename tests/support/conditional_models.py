@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from tiny_runs import SCHEDULER
 from torch import Tensor, nn
 
-from pqcad_qat.models.denoiser import DiffusionModel, load_model, save_model
+from pqcad_qat.models.denoiser import DiffusionModel
+from pqcad_qat.models.model_loading import load_model, save_model
 
 TOKENS = 5
 BLOCK = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}

@@ -33,7 +33,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pqcad_qat import cli
 from pqcad_qat.commands import run  # noqa: F401 (the whole of it, before any fork)
-from pqcad_qat.models.denoiser import save_model
+from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 

@@ -43,8 +43,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats
 from pqcad_qat.models.conditions import GUIDANCE
-from pqcad_qat.models.denoiser import load_model
 from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model

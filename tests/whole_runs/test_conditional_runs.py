@@ -29,8 +29,9 @@ from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.models.conditions import ConditionSet, exported_inputs
-from pqcad_qat.models.denoiser import load_model, predict
+from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.quantizers import LayerRule, numbered

@@ -26,7 +26,7 @@ from text_pipelines import T5_TOKENS, TOKENS, WIDTH, flux_dev, stable_diffusion
 from pqcad_qat import cli
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import ModelError
-from pqcad_qat.models.denoiser import load_model
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import VAE, pipeline_parts
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy

@@ -1,0 +1,33 @@
+"""What a VAE's decoder is given and what it gives: latents scaled as its pipeline scales them, pictures from them.
+
+Not here: loading a VAE (pipeline_parts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) of a denoiser as its VAE's decoder takes them, by a config as `PipelineParts.load` leaves
+    it.
+    """
+    mean, std = (config.get(key) for key in ("latents_mean", "latents_std"))
+    scaled: Tensor = latents.float() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    if mean is None or std is None:
+        return scaled
+    spread, middle = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in (std, mean))
+    spread_out: Tensor = scaled * spread + middle
+    return spread_out
+
+
+@torch.no_grad()
+def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
+    """float32 pictures (N, 3, H, W), about in [-1, 1], of a denoiser's latents; one at a time."""
+    model = cast(Any, vae)
+    parts = [model.decode(one, return_dict=False)[0] for one in to_decoder(model.config, latents)[:, None]]
+    return torch.cat(parts)
