@@ -22,10 +22,10 @@ from text_pipelines import TOKENS, WIDTH, stable_diffusion
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.part_export import chosen_formats
 from pqcad_qat.models.conditions import chosen_conditions, conditioned
+from pqcad_qat.models.model_folder import WEIGHTS
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import pipeline_parts
 from pqcad_qat.models.untrained import shapes_of
-from pqcad_qat.models.weight_files import WEIGHTS
 from pqcad_qat.policy.schema import ConditionsPolicy
 
 NAME, COMMIT = "org/name", "0123456789abcdef0123456789abcdef01234567"
