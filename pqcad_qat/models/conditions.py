@@ -281,6 +281,7 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
     wanted = {part.name: part for part in asked.inputs}
     count = max((len(value) for value in choices.values() if value.ndim), default=0)
     faults: list[str] = []
+    # The unconditional tensors may be absent as a whole; those of the choices may not.
     for prefix, part, rows in (("", choices, count), (UNCONDITIONAL, unconditional, 1)):
         if part or not prefix:
             faults += [f"{prefix}{name}: missing" for name in wanted if name not in part]

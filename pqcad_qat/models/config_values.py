@@ -196,6 +196,7 @@ def bounded_build(where: str) -> Iterator[None]:
     def module(_module: nn.Module, _name: str, _child: nn.Module | None) -> None:
         count("modules", 1, MOST_MODULES)
 
+    # These hooks are global to torch and see every module under construction, so they are removed at the end.
     hooks = register_module_parameter_registration_hook(parameter), register_module_module_registration_hook(module)
     try:
         with torch.device("meta"):

@@ -138,6 +138,8 @@ def downloaded_pipeline(source: str) -> Path:
     """
     folder = downloaded(source, WEIGHTS_AND_CONFIGS)
     stems = {"": STEM, **dict.fromkeys((*DENOISER_FOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
+    # The first download takes configs and weights with plain names. A part with a config but no weights may have
+    # files of another precision only.
     lacking = [
         f"{part}/{stem}".lstrip("/")
         for part, stem in stems.items()

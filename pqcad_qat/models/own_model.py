@@ -48,6 +48,7 @@ class OwnModel:
 
     @property
     def source(self) -> str:
+        """The value of `model.source` that stands for this module."""
         return f"{OWN}{self.name}"
 
     @property

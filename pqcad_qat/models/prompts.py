@@ -142,6 +142,8 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
     parts = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
     encoded = [dict(zip(names, pipeline.encode_prompt(part, **asked), strict=True)) for part in parts]
     found = {name: torch.cat([part[name] for part in encoded]).float() for name in names if name}
+    # Pipelines with classifier-free guidance return the empty prompt's embeddings with every batch, so one row is kept.
+    # For others the empty prompt is encoded as a prompt of its own.
     found |= {name: value[:1] for name, value in found.items() if name.startswith(UNCONDITIONAL)}
     if not any(name.startswith(UNCONDITIONAL) for name in names):
         other = dict(zip(names, pipeline.encode_prompt([""], **asked), strict=True))

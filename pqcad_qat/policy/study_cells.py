@@ -110,6 +110,7 @@ def _combinations(
         return
     for base in _policies(policies, faults):
         for levels in product(*(levels.items() for levels in axes.values())):
+            # Later overrides win: first those of the study's `set`, then the levels', then the command line's.
             labels = {
                 "policy": str(base.plain().get("name", "")),
                 **dict(zip(axes, (name for name, _ in levels), strict=True)),
