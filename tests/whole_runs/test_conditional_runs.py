@@ -69,8 +69,8 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     calibrate_ranges(model, [(x, t, condition)])
     inputs = exported_inputs(full.condition_inputs, ConditionSet(condition))
     layers = integer_layers(model)
-    request = ExportRequest(model.eval(), SCHEDULER, layers, full.sample_shape, batch_size=BATCH, conditions=inputs)
-    export_model(request, folder / "openvino")
+    exported = ExportRequest(model.eval(), SCHEDULER, layers, full.sample_shape, batch_size=BATCH, conditions=inputs)
+    export_model(exported, folder / "openvino")
     return Deployed(request.param, model, x, t, condition, folder / "openvino")
 
 
