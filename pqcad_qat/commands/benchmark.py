@@ -63,7 +63,10 @@ from pqcad_qat.timing.load_time import load_times
 from pqcad_qat.timing.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
 
 PROFILED_CALLS = 20
+"""Largest number of calls in which the nodes of a candidate are profiled."""
+
 LOADS = 5
+"""Largest number of timed loads of a deployed folder."""
 
 
 def measure_speed(
@@ -187,6 +190,7 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
                 if name != OURS
             }
         )
+        # A baseline that fails under this instruction set is left out with its reason; the other candidates are timed.
         files, left_out = {name: file for name, file in files.items() if name not in died}, {**left_out, **died}
     denoiser = random_denoiser(timed.config, "config.json")
     latencies = time_denoisers(denoiser, files, inputs, runs)

@@ -15,6 +15,7 @@ from pqcad_qat.report.comparison_page import write_comparison
 from pqcad_qat.report.report_files import read_report
 
 PAGE = "comparison.html"
+"""Default name of the page."""
 
 
 def compare(runs: Sequence[str], out: str | None, command: str) -> tuple[Comparison, Path]:

@@ -18,6 +18,7 @@ from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol
 from pqcad_qat.stages.samplers import sample_images
 
 BATCH = 64
+"""Number of images sampled together."""
 
 
 @dataclass(frozen=True)

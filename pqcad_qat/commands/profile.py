@@ -53,8 +53,11 @@ def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfil
     ]
     for model in (settled, moving):
         calibrate_ranges(model, inputs)
+    # Fixed-bit training computes at the target widths.
     for layer in quantized_layers(settled).values():
         set_weight_bits(layer, layer.plan.weights.bits)
+    # Progressive quantization is timed during a blend: every layer halfway between two widths, where the schedule
+    # leaves it.
     schedule = bit_schedule(policy, prepared.plan, moving)
     schedule.settings = replace(schedule.settings, momentum=STILL, deadline=10**9)
     for layer in quantized_layers(moving).values():

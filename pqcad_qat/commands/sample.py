@@ -18,7 +18,10 @@ from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.report.grid import save_grid
 
 PICTURES, LATENTS = ".png", ".safetensors"
+"""Suffixes of the files for pictures and for latents."""
+
 BATCH = 64
+"""Largest number of images sampled together."""
 
 
 @dataclass(frozen=True)

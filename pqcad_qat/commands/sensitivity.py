@@ -151,6 +151,8 @@ def packed_sizes(prepared: Prepared, widths: Collection[int]) -> Costs:
 
     Shares refer to the size of all parameters in float32.
     """
+    # `expected_bytes` gives the size of the whole model, so a layer's cost is a difference: the size with this layer
+    # alone packed, minus the float32 size, plus the layer's own float32 weights.
     full = expected_bytes(prepared.split, (), packed=False)
     weights = {layer.name: 4 * prepared.split.get_parameter(f"{layer.name}.weight").numel() for layer in prepared.plan}
     layers: dict[str, dict[int, int]] = {}

@@ -95,6 +95,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     It is symmetric; a value that rounding made negative becomes 0.
     """
+    # torchmetrics computes the distance from its accumulated states, so the stored statistics are merged into an empty
+    # metric as its real and generated side.
     dimensions = len(a.features_sum)
     if a.features_sum.shape != b.features_sum.shape:
         raise ModelError(

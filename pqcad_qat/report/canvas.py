@@ -94,6 +94,9 @@ def canvas(name: str, width: float, height: float) -> Iterator[Canvas]:
 
 
 def _inline(text: str, drawn: Canvas, alt: str) -> str:
+    # Adapt matplotlib's document for embedding: drop the XML header, the metadata and the size, prefix all ids with the
+    # chart's name so that charts on one page do not clash, insert the tooltips as <title> elements, and replace colours
+    # by CSS variables.
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s(xmlns(:\w+)?|width|height)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]

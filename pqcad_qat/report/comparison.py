@@ -130,6 +130,7 @@ def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
 def _part(model: str, runs: Sequence[Run]) -> Part:
     _refuse_other_protocols(runs)
     groups = _groups(runs)
+    # Variants without training that are the same in all groups get one row for the whole part.
     common = [name for name in UNTRAINED if len(groups) > 1 and _is_one(name, runs)]
     rows = [_row(dict.fromkeys(runs[0].labels, ALL), name, runs) for name in common]
     for group in groups:

@@ -24,6 +24,8 @@ class TerminalTable(Table):
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # A column is never narrower than its longest word. If the columns do not fit even so, rows become blocks;
+        # otherwise the space left over goes to the first columns.
         ranges = [_range(console, options, column) for column in self.columns]
         room = options.max_width - SPARE * len(ranges) - 1
         if sum(least for least, _ in ranges) > room:

@@ -125,6 +125,9 @@ def export(
         with working(console, "export: writing and verifying the OpenVINO folder"):
             write(request, shipped, policy.export.weights)
             write(replace(request, parts=None), run.path / "baselines" / "packed", "packed")
+            # The proofs read the shipped folder, not the model in memory. The execution graph must show the planned
+            # layers in INT8, except those that the policy lists. Then each layer's integers are compared with PyTorch's
+            # on equal inputs, and the predictions are compared end to end.
             executed = execution_precision(shipped, layers)
             refuse_float(prepared.plan, executed, shipped)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))

@@ -100,6 +100,7 @@ def sample(
                     parts=parts,
                 )
 
+            # Shared images are made once in the shared folder, under a name derived from the recipe, then copied.
             if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
                 decides = run.decides(sampling(name))
                 shared = kept(run.path.parent / SHARED, decides, partial(_in_parts, make))

@@ -103,6 +103,8 @@ def _go_on(
     to do.
     """
     changes = difference(before, policy)
+    # Stages of an older version have no recipes to compare. They are adopted if the whole policy is unchanged, and
+    # refused otherwise.
     if unrecorded := folder.unrecorded():
         if _as_by_default(before) != _as_by_default(policy):
             raise CheckpointError(

@@ -64,10 +64,13 @@ def reason_to_repeat(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     """Return why a stage begun under the record `there` must be repeated under the record `now`; None if its results
     are valid under both.
     """
+    # A stage is repeated if one of its own values differs, or if a stage that it reads now has another recipe.
+    # Circumstances are not compared.
     was, values = there["values"], now["values"]
     keys = [key for key in {**was, **values} if was.get(key) != values.get(key)]
     told = [f"{key} {_short(was.get(key))} -> {_short(values.get(key))}" for key in keys]
     behind = [name for name, digest in now["after"].items() if there["after"].get(name) != digest]
+    # If all of that agrees, the only difference left is a stage that was read before and is not read now.
     if told or behind or there["after"] == now["after"]:
         return ", ".join(told) or (f"after {', '.join(behind)}" if behind else None)
     return "it reads fewer stages"

@@ -125,6 +125,9 @@ class RunFolder:
             InterruptedByUserError: Ctrl-C inside the block.
             DiskError: the disk became full inside the block.
         """
+        # `agreed` is a block that all processes leave together. Unless `together`, the others pass two such blocks: an
+        # empty one while the first process works, then one in which they read its results, during which the first
+        # process waits in an empty one.
         works = together or is_first()
         if not works:
             with agreed():
@@ -198,6 +201,8 @@ class RunFolder:
             self.drop_parts(stage)
             record.unlink()
             return None
+        # The marker moves first, so that an interrupted move never leaves a stage that counts as finished without its
+        # files.
         numbers = (self.path / SUPERSEDED / f"{stage}-{number}" for number in range(1, 1_000_000))
         to = next(folder for folder in numbers if not folder.exists())
         for path in [marker, *there, record]:

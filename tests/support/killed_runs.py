@@ -192,6 +192,8 @@ def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
     """Count events by stage inside the block, and interrupt the process at the moment's event, or at the next event
     after its stage.
     """
+    # Stages are observed by wrapping RunFolder.stage, changes of files by an audit hook, and denoiser calls by a hook
+    # on every module's forward pass.
     place, sent, events = Place(), False, dict[str, int]()
     stage_of = RunFolder.stage
     told.write_text(place.stage)
