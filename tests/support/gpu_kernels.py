@@ -26,7 +26,7 @@ BOUNDS = {
     "signed": integer_range(8, True, False),
 }
 SHAPES = [(2, 3, 5, 7), (3, 2, 32, 33), (5,)]
-Quantizer = Callable[[Tensor, Tensor, Tensor | None, tuple[int, int], bool, torch.dtype], Tensor]
+Quantizer = Callable[..., Tensor]
 Found = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -57,7 +57,7 @@ def passed(
     x_there, span_there, low_there = leaves
     assert x_there is not None
     assert span_there is not None
-    y = call(x_there, span_there, low_there, bounds, straight, dtype)
+    y = call(x_there, span_there, low_there, bounds, straight=straight, dtype=dtype)
     y.backward(values(tuple(y.shape), 2).to(device, dtype))
     gradients = [None if part is None or part.grad is None else part.grad.cpu() for part in leaves]
     return y.detach().cpu(), gradients[0], gradients[1], gradients[2]
@@ -192,8 +192,8 @@ def test_sums_of_many_programs_are_right_and_the_same_each_time(monkeypatch: pyt
 
 @pytest.mark.parametrize("straight", [False, True], ids=["clamped", "straight"])
 def test_what_activation_checkpointing_computes_again_has_the_same_gradients(straight: bool) -> None:
-    def recomputed(*arguments: Any) -> Tensor:
-        y: Tensor = checkpoint(gpu_fake_quantization.quantize, *arguments, use_reentrant=False)
+    def recomputed(*arguments: Any, **how: Any) -> Tensor:
+        y: Tensor = checkpoint(gpu_fake_quantization.quantize, *arguments, use_reentrant=False, **how)
         return y
 
     x, span, low = values((4, 9)), torch.tensor(1.3), torch.tensor(0.4)
