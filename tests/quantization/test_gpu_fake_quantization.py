@@ -29,6 +29,7 @@ def test_cpus_do_not_import_triton() -> None:
     code = (
         "import sys, torch; before = 'triton' in sys.modules; from "
         "pqcad_qat.quantization.fake_quantization import quantize; "
-        "quantize(torch.ones(4), torch.tensor(1.0), None, (-7, 7), straight=True); assert before or 'triton' not in sys.modules"
+        "quantize(torch.ones(4), torch.tensor(1.0), None, (-7, 7), straight=True); "
+        "assert before or 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
