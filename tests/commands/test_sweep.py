@@ -84,10 +84,10 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 
 def counting(made: dict[str, int], work: Any) -> Any:
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         name = getattr(arguments[0], "name", "") if work is sample_states else work.__name__
         made[name] = made.get(name, 0) + 1
-        return work(*arguments)
+        return work(*arguments, **named)
 
     return counted
 

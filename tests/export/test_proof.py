@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deployed_fixture import Quantized, quantized_small, quantized_unet
-from tiny_runs import REPOSITORY
+from tiny_runs import REPOSITORY, SUPPORT
 
 from pqcad_qat.errors import ExportError
 from pqcad_qat.export.execution import execution_precision
@@ -180,7 +180,7 @@ def test_layers_that_overflow_without_vnni_are_those_that_are_said_to(
     older = {
         **os.environ,
         "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, SUPPORT))),
     }
     done = subprocess.run(command, env=older, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
