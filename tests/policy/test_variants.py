@@ -86,7 +86,9 @@ ELSEWHERE = re.compile("|".join(re.escape(name) for name in sorted(VARIANTS, key
 LISTED = re.compile(r"variants=\[(.*)\]")
 """Where a policy lists them."""
 
-ARITHMETIC = {FP32: ("weight_files.py", "value_types.py", "trainer.py", "test_policy_schema.py", "two_processes.py")}
+ARITHMETIC = {
+    FP32: ("weight_files.py", "schema.py", "value_types.py", "trainer.py", "test_policy_schema.py", "two_processes.py")
+}
 """Where a name is that of a floating-point format; tests of training have it too."""
 
 
