@@ -131,7 +131,7 @@ def executed_nodes(compiled: ov.CompiledModel) -> list[ExecutedNode]:
 
 
 def _node_facts(node: ov.Node) -> tuple[str, str, str, tuple[str, ...]]:
-    """Of one node of an execution graph, in the order of ExecutedNode."""
+    """The facts of one node of an execution graph, in the order of ExecutedNode."""
     keys = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
     kind, precision, kernel, names = (node.rt_info[key].astype(str) for key in keys)
     return kind, precision, kernel, tuple(names.split(","))

@@ -277,7 +277,7 @@ class Policy(PolicyFile):
         return None if listed == NO_FEATURES else listed
 
     def guidance_scale(self, variant: str) -> float:
-        """Of classifier-free guidance as a variant samples: 1 where one pass of the denoiser is enough."""
+        """The scale of classifier-free guidance as a variant samples: 1 where one pass of the denoiser is enough."""
         once = self.distillation.guidance == "distill" and VARIANTS[variant].distilled
         return 1.0 if once else self.sampler.guidance_scale
 
