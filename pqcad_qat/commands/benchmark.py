@@ -52,7 +52,6 @@ from pqcad_qat.timing.latency import (
     compile_for_latency,
     native,
     precision_hint,
-    profile_rows,
     read_source,
     size_bytes,
     time_denoisers,
@@ -60,6 +59,7 @@ from pqcad_qat.timing.latency import (
     ways_of,
 )
 from pqcad_qat.timing.load_time import load_times
+from pqcad_qat.timing.node_profile import profile_rows
 from pqcad_qat.timing.throughput import ROUNDS, openvino_load, throughput_in_turns, torch_load
 
 PROFILED_CALLS = 20

@@ -35,8 +35,9 @@ from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest
 from pqcad_qat.stages.blueprint import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, try_out
+from pqcad_qat.timing.float_graph import convert_float, example_inputs
 from pqcad_qat.timing.hardware import hardware
-from pqcad_qat.timing.latency import PRECISIONS, convert_float, example_inputs, native, ways_of
+from pqcad_qat.timing.latency import PRECISIONS, native, ways_of
 
 CALIBRATION_BATCHES = (4, 4, 4, 4)
 """Sizes of the batches of noise that calibrate the activation ranges, ours and NNCF's. With random weights the ranges

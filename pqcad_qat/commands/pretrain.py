@@ -30,7 +30,7 @@ from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.variants import REFERENCE
 from pqcad_qat.report.grid import save_grid
-from pqcad_qat.sampling.ddim import ddpm_schedule
+from pqcad_qat.sampling.ddpm_schedule import ddpm_schedule
 from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.stages.resuming import Recipe
 from pqcad_qat.stages.samplers import DEFAULT_STEPS, pytorch_variant, sample_images

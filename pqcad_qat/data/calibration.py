@@ -24,7 +24,7 @@ from pqcad_qat.machine.tensor_files import gathered, save_tensors
 from pqcad_qat.models.conditions import CONDITION, ConditionSet, guided_call
 from pqcad_qat.models.denoiser import Condition, DenoiserInput, DiffusionModel, predict
 from pqcad_qat.models.prompts import UNCONDITIONAL
-from pqcad_qat.sampling.ddim import Walk
+from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise, noise_schedule
 
 TRAJECTORIES = "trajectories.safetensors"

@@ -1,6 +1,6 @@
 """Statistics of how a tensor uses its quantizer's grid: values that are clipped, zero or not finite.
 
-Not here: which of these count as trouble (training/divergence.py), and the grid itself (fake_quantization.py,
+Not here: which of these count as trouble (training/trouble_warnings.py), and the grid itself (fake_quantization.py,
 ranges.py).
 """
 

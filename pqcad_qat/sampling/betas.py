@@ -1,6 +1,6 @@
 """The noise schedules that diffusers knows by name, as variances beta_t of the added noise; numpy only.
 
-Not here: the keys of a scheduler config (schedulers.py), or the steps of a sampler (ddim.py).
+Not here: the keys of a scheduler config (schedulers.py), or the steps of a sampler (ddpm_schedule.py).
 """
 
 from __future__ import annotations

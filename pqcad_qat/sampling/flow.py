@@ -1,8 +1,8 @@
-"""Flow matching: the noise schedule of a FlowMatchEulerDiscreteScheduler, the Euler step and its inverse, as pure
-functions.
+"""Flow matching: the noise schedule of a FlowMatchEulerDiscreteScheduler, the Euler step and its inverse.
 
-Not here: DDPM's kin (ddim.py), or code that both kinds of schedule share (trajectory.py). Every function takes numpy
-arrays and torch tensors alike.
+All are pure functions, and take numpy arrays and torch tensors alike.
+
+Not here: DDPM's kin (ddpm_schedule.py), or code that both kinds of schedule share (trajectory.py).
 
 Names follow the papers: x_t = (1 - sigma) x_0 + sigma eps, the denoiser predicts the velocity eps - x_0, and time is t
 = sigma T. Sources: flow matching (Lipman et al. 2023), rectified flow (Liu et al. 2023), the shift of sigma (Esser et
@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import numpy as np
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.sampling.ddim import STEPS_KEY, Array, Walk
+from pqcad_qat.sampling.ddim import Array
+from pqcad_qat.sampling.ddpm_schedule import STEPS_KEY, Walk
 from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, MOST_TIMESTEPS, SIGMAS, Keys
 
 FlowSpacing = Literal["linspace", "trailing"]

@@ -1,6 +1,6 @@
 """The supported scheduler classes of diffusers, and their configs read key by key, with defaults and allowed values.
 
-Not here: the noise schedules themselves (ddim.py, flow.py).
+Not here: the noise schedules themselves (ddpm_schedule.py, flow.py).
 
 The sampler of this package is DDIM for DDPM's kin, and Euler for flow matching. Any class whose schedule is made of
 betas can therefore be read, whatever solver it implements. A class in neither table is refused by name, since its model

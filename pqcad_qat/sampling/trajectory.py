@@ -2,7 +2,7 @@
 sampler.
 
 Every function takes numpy arrays and torch tensors alike, so the deployed runtime needs no torch. Not here: models, or
-the schedules and their steps, for DDPM's kin (ddim.py) and for flow matching (flow.py).
+the schedules and their steps, for DDPM's kin (ddpm_schedule.py) and for flow matching (flow.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.sampling.ddim import Array, DDPMSchedule, Walk, ddpm_schedule
+from pqcad_qat.sampling.ddim import Array
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk, ddpm_schedule
 from pqcad_qat.sampling.flow import FlowSchedule, flow_schedule
 from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, STEPS, Keys, scheduler_class
 

@@ -27,8 +27,9 @@ from pqcad_qat.stages.recipes import BASELINE_INPUTS
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import BaselinesRecord
 from pqcad_qat.timing.baseline_trials import XML_FILE, Inputs, nncf_baseline, reasons, try_out
+from pqcad_qat.timing.float_graph import convert_float, example_inputs
 from pqcad_qat.timing.hardware import hardware
-from pqcad_qat.timing.latency import PRECISIONS, convert_float, example_inputs, native, ways_of
+from pqcad_qat.timing.latency import PRECISIONS, native, ways_of
 
 NNCF = VARIANTS[NNCF_INT8].file or ""
 FLOAT = VARIANTS[OV_FP32].file or ""

@@ -46,7 +46,8 @@ from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, IntegerParity
 from pqcad_qat.timing.hardware import hardware
-from pqcad_qat.timing.latency import node_profile, size_bytes, time_denoisers
+from pqcad_qat.timing.latency import size_bytes, time_denoisers
+from pqcad_qat.timing.node_profile import node_profile
 
 PROFILED = tuple(spec.name for spec in VARIANTS.values() if spec.runtime == OPENVINO and spec.sampled)
 """Sampled variants that OpenVINO runs, all of them in integers; the benchmark profiles the nodes of their graphs."""

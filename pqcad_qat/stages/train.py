@@ -36,7 +36,7 @@ from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepare
 from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_records import CalibrationRecord, TrainingRecord
-from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule, rungs
+from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.distillation import (
@@ -51,6 +51,7 @@ from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_samples import TrainingSamples
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 from pqcad_qat.training.transition import Transition
+from pqcad_qat.training.transition_decision import BitScheduleSettings, rungs
 from pqcad_qat.training.weight_distance import WeightDistance
 
 _TRANSITIONS = TypeAdapter(tuple[Transition, ...])

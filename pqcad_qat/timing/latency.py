@@ -1,18 +1,16 @@
-"""Latency and size of the report's variants, and their causes: interleaved timing, and profiles of time and bytes.
+"""Latency and size of the report's variants: how each is compiled and called, and timing in turns.
 
-Not here: NNCF's baseline (baseline_trials.py), image quality (fidelity.py), the proof of the export (export/proof.py),
-and the look of the results (report_files.py).
+Not here: the baselines' graphs (float_graph.py, baseline_trials.py), the time of single nodes (node_profile.py), image
+quality (quality/fidelity.py), the proof of the export (export/proof.py), and the look of the results (report/).
 """
 
 from __future__ import annotations
 
 import gc
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import openvino as ov
@@ -20,18 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.export.time_tables import Times, timestep_tables
-from pqcad_qat.export.traceable_modules import TracedDenoiser, fixed_rotations, swapped
 from pqcad_qat.machine.cores import usable_cores
-from pqcad_qat.models.denoiser import Condition, predict
-from pqcad_qat.models.families.family import TEXT
+from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
-from pqcad_qat.report.record import Hardware, ProfileRow, Timing
+from pqcad_qat.report.record import Hardware, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, read_graph
 from pqcad_qat.serving.graph_inputs import spelled
-from pqcad_qat.timing.baseline_trials import Inputs, save_openvino
+from pqcad_qat.timing.baseline_trials import Inputs
 from pqcad_qat.timing.hardware import hardware
 
 F32: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}  # without it OpenVINO uses bfloat16 where the CPU has it
@@ -115,27 +110,6 @@ def _time_settled(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def example_inputs(
-    sample_shape: tuple[int, int, int],
-    batch: int,
-    seed: int = 0,
-    condition: Condition | None = None,
-    *,
-    timestep_dtype: Literal["int64", "float32"] = "int64",
-) -> dict[str, np.ndarray]:
-    """Seeded example inputs under the exported models' names.
-
-    They are Gaussian noise `sample`, (B, C, H, W) float32, the time step 500 as `timestep`, (B,), and `condition`, (B,
-    ...) by name, where the model takes one.
-    """
-    noise = np.random.default_rng(seed).standard_normal((batch, *sample_shape), dtype=np.float32)
-    return {
-        "sample": noise,
-        "timestep": np.full(batch, 500, timestep_dtype),
-        **{n: v.numpy() for n, v in (condition or {}).items()},
-    }
 
 
 def torch_candidate(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
@@ -250,51 +224,6 @@ def _set_batch(model: ov.Model, batch: int, source: Path) -> None:
             ) from None
 
 
-def convert_float(
-    model: nn.Module,
-    sample_shape: tuple[int, int, int],
-    batch: int,
-    folder: Path | None = None,
-    *,
-    times: Times | None = None,
-    condition: Condition | None = None,
-) -> ov.Model:
-    """Convert a float denoiser to an OpenVINO model of static shape, with the export's port names.
-
-    The inputs are sample, timestep and the conditions; the output is out_sample. The denoiser is left unchanged.
-
-    Args:
-        model: the denoiser in full precision.
-        sample_shape: shape (C, H, W) of one sample.
-        batch: fixed batch.
-        folder: where the graph is saved as openvino_model.xml, its constants in float32; OpenVINO's default would round
-            them to float16. None saves nothing.
-        times: times of a table that replaces the time embedding, as in our own export. BF16 rounds time step 999 to
-            1000, which would spoil a baseline's images for a reason unrelated to its quantization. None keeps the
-            embedding.
-        condition: example conditions by name.
-    """
-    dtype: Literal["int64", "float32"] = "float32" if isinstance(times, Tensor) else "int64"
-    inputs = example_inputs(sample_shape, batch, condition=condition, timestep_dtype=dtype)
-    example = (torch.from_numpy(inputs["sample"]), torch.from_numpy(inputs["timestep"]), *(condition or {}).values())
-    replacements = {} if times is None else timestep_tables(model, times, {})
-    replacements |= fixed_rotations(
-        model, sample_shape, condition[TEXT].shape[1] if condition and TEXT in condition else None
-    )
-    training = model.training
-    denoiser = TracedDenoiser(model.eval(), tuple(condition or {}))
-    with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*trace")  # shapes are static on purpose
-        traced = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        converted = ov.convert_model(traced, example_input=example, input=[list(tensor.shape) for tensor in example])
-    model.train(training)
-    for port, name in zip((*converted.inputs, converted.output(0)), (*inputs, "out_sample"), strict=True):
-        port.get_tensor().set_names({name})
-    if folder is not None:
-        save_openvino(converted, folder)
-    return converted
-
-
 def size_bytes(path: Path) -> int:
     """Size in bytes of a file or of all files below a folder.
 
@@ -309,34 +238,6 @@ def size_bytes(path: Path) -> int:
         return denoiser_bytes(path)
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
     return sum(entry.stat().st_size for entry in files)
-
-
-def node_profile(source: Path, config: Mapping[str, object], inputs: Inputs, runs: int = 20) -> tuple[ProfileRow, ...]:
-    """Mean milliseconds of one call by type of node and precision, slowest first.
-
-    They come from OpenVINO's execution graph after ``runs`` calls.
-    """
-    return profile_rows(compile_for_latency(source, {**PROFILING, **config}, len(inputs["sample"])), inputs, runs)
-
-
-def profile_rows(compiled: ov.CompiledModel, inputs: Inputs, runs: int) -> tuple[ProfileRow, ...]:
-    """The same profile for a model that is already compiled with PROFILING."""
-    request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
-    for _ in range(runs):
-        request.infer(named)
-    found: dict[tuple[str, str], list[float]] = {}
-    for node in compiled.get_runtime_model().get_ops():
-        info = node.get_rt_info()
-        kind, precision, spent = (_text(info, key) for key in ("layerType", "runtimePrecision", "execTimeMcs"))
-        if spent.isdigit() and int(spent) > 0:
-            found.setdefault((kind, precision), []).append(int(spent) / 1e3)
-    rows = (ProfileRow(kind, precision, sum(times), len(times)) for (kind, precision), times in found.items())
-    return tuple(sorted(rows, key=lambda row: -row.milliseconds))
-
-
-def _text(info: Mapping[str, object], key: str) -> str:
-    value = dict(info.items()).get(key, "")
-    return str(getattr(value, "value", value))
 
 
 def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, runs: int) -> dict[str, Timing]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pqcad_qat.data.images import ImageSet, to_float
 from pqcad_qat.models.denoiser import predict
-from pqcad_qat.sampling.ddim import DDPMSchedule, add_noise, join_prediction
+from pqcad_qat.sampling.ddim import add_noise, join_prediction
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule
 from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 

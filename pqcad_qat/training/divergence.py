@@ -13,7 +13,8 @@ Four things are watched, each by its own method:
 Trouble with weights or inputs is a warning, once for each layer and kind of trouble. Last, the watch keeps the step up
 to which all was well, to which training may go back.
 
-Not here: what follows a divergence (rollback.py, training_stage.py), and how a tensor uses its grid
+Not here: the smoothed loss (loss_level.py), the flips of weights (oscillation.py), the words of a warning
+(trouble_warnings.py), what follows a divergence (rollback.py, training_stage.py), and how a tensor uses its grid
 (quantization/grid_statistics.py).
 """
 
@@ -21,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,16 +34,9 @@ from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.grid_statistics import input_use, not_finite, weight_use
 from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, read_bits
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
-
-RISE = 100.0
-"""Factor over its lowest level above which a loss has exploded.
-
-Quantized training starts close to the full-precision optimum, so the loss rises in healthy training too. In our runs
-it rose sixfold at a learning rate of 5e-4 before it came back.
-"""
-
-NEGLIGIBLE = 1e-6
-"""Loss below which a rise means nothing, since predictions are of order 1."""
+from pqcad_qat.training.loss_level import LossLevel, allowed_rise
+from pqcad_qat.training.oscillation import OFTEN, Flips
+from pqcad_qat.training.trouble_warnings import OSCILLATING, SAID, SATURATED, Trouble
 
 CALM = 0.1
 """Share of the allowed loss below which training counts as well."""
@@ -51,13 +45,6 @@ SETTLED = 10
 """Training steps after a change of width from which training can count as well again.
 
 A transition that does harm shows it by then.
-"""
-
-SATURATED = 0.25
-"""Share of clipped values above which a range saturates.
-
-A range of least squared error clips 7 % of a Gaussian's values at 2 bits and less at larger widths. The worst case is
-16 % of a SiLU's outputs, at 3 bits.
 """
 
 WEIGHTS_EVERY, INPUTS_EVERY = 5, 25
@@ -72,116 +59,6 @@ TRACKED, READ = 256, 4096
 
 The weights' state is so small that it fits into every checkpoint.
 """
-
-MEMORY = 0.9
-"""Decay of the average frequency of flips at each look; it remembers about 50 training steps."""
-
-OFTEN = 0.2
-"""Frequency of flips from which a weight oscillates: it turned back in one look of five."""
-
-OSCILLATING = 0.2
-"""Largest share of a layer's weights that may oscillate without a warning.
-
-Healthy training at a learning rate of 5e-4 down to 2 bits had 7 % at most, which occurred at 8 bits.
-"""
-
-Trouble = Literal[
-    "collapsed weights", "saturated weights", "oscillating weights", "collapsed inputs", "saturated inputs"
-]
-"""Kinds of trouble that are warnings."""
-
-SAID: dict[Trouble, tuple[str, str]] = {
-    "collapsed weights": (
-        "the range of the weights collapsed: they are all zero, or a channel's scale is at its smallest",
-        "use scale: statistics, range: mse or more bits for these layers, or a lower training.learning_rate",
-    ),
-    "saturated weights": (
-        f"the range of the weights saturates: more than {SATURATED:.0%} of them are clipped",
-        "use scale: statistics or range: mse for these layers, or a lower training.learning_rate",
-    ),
-    "oscillating weights": (
-        f"weights oscillate between two integers: more than {OSCILLATING:.0%} of them turned back in "
-        "every fifth look or oftener",
-        "lower training.learning_rate, give these layers more bits, or keep training.ema, which averages over it",
-    ),
-    "collapsed inputs": (
-        "the range of the inputs collapsed: every value becomes zero, or the scale is at its smallest",
-        "use range: mse, scale: statistics or more bits for the inputs, or a lower training.learning_rate",
-    ),
-    "saturated inputs": (
-        f"the range of the inputs saturates: more than {SATURATED:.0%} of the values are clipped",
-        "use scale: learned, more calibration.trajectories or range: min_max for the inputs, or a lower "
-        "training.learning_rate",
-    ),
-}
-"""What a warning says of each trouble, and the advice that it gives."""
-
-
-@dataclass(frozen=True)
-class LossLevel:
-    """A smoothed loss and its lowest value so far.
-
-    It is smoothed over about five training steps, by an exponential moving average with Adam's bias correction.
-
-    Attributes:
-        average: the average before the correction.
-        count: number of losses averaged so far.
-        lowest: lowest corrected average so far, at least `NEGLIGIBLE`.
-    """
-
-    average: float = 0.0
-    count: int = 0
-    lowest: float = float("inf")
-
-    def updated(self, loss: float) -> LossLevel:
-        """The level after one more loss."""
-        moved = replace(self, average=0.8 * self.average + 0.2 * loss, count=self.count + 1)
-        return replace(moved, lowest=max(NEGLIGIBLE, min(self.lowest, moved.value)))
-
-    @property
-    def value(self) -> float:
-        """The corrected average."""
-        return self.average / (1 - 0.8**self.count)
-
-
-def allowed_rise(dropped: int) -> float:
-    """Factor over its lowest level that a loss may reach after widths dropped by `dropped` bits.
-
-    Each bit doubles the distance between two integers, which quadruples the squared rounding error. A rise beyond that
-    has another cause.
-    """
-    return max(RISE, 4.0**dropped)
-
-
-@dataclass
-class Flips:
-    """How often weights turn back, a sign of oscillation, from one look at their integers to the next.
-
-    The method is that of Nagel et al. 2022 ("Overcoming oscillations in quantization-aware training", section 4),
-    applied at every look instead of every step. A weight flips when its integer changes in the direction opposite to
-    its last change.
-
-    Attributes:
-        integers: (weights,), layer after layer, at the last look.
-        direction: (weights,), direction of the last change, -1 or 1; 0 before the first change.
-        frequency: (weights,), moving average of flips, 1 for a flip and 0 otherwise.
-    """
-
-    integers: Tensor
-    direction: Tensor
-    frequency: Tensor
-
-    @classmethod
-    def of(cls, integers: Tensor) -> Flips:
-        """The state at the first look."""
-        return cls(integers, torch.zeros_like(integers), torch.zeros_like(integers))
-
-    def look(self, integers: Tensor) -> None:
-        """Compare the integers with those of the last look, and update the state."""
-        change = (integers - self.integers).sign()
-        self.frequency.lerp_((change * self.direction < 0).to(self.frequency.dtype), 1 - MEMORY)
-        self.direction = torch.where(change == 0, self.direction, change)
-        self.integers = integers
 
 
 @dataclass
@@ -201,7 +78,7 @@ class TroubleWatch(Callback):
     layers: Mapping[str, QuantizedLayer]
     warn: Callable[[str], None]
     good: int = 0
-    _loss: LossLevel = LossLevel()
+    _loss: LossLevel = field(default_factory=LossLevel)
     _judge_from: int = 0
     _changed_at: int = -1
     _busy_at: int = -SETTLED

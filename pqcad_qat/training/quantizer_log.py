@@ -1,6 +1,6 @@
 """Numbers about quantizers for the log of a training stage: each layer's width and ranges, and the mean width.
 
-Not here: what changes widths (bit_schedule.py), and what is wrong with a range (divergence.py).
+Not here: what changes widths (bit_schedule.py), and what is wrong with a range (trouble_warnings.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 This file does not import torch, so that a report can be read without it.
 
-Not here: how a transition is decided and carried out (bit_schedule.py).
+Not here: how a transition is decided (transition_decision.py) and carried out (bit_schedule.py).
 """
 
 from __future__ import annotations

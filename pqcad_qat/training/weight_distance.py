@@ -1,6 +1,6 @@
 """Distance of the quantized weights from full precision during training, which progressive quantization keeps small.
 
-Not here: the perturbation of a single transition, which schedules it (bit_schedule.py).
+Not here: the perturbation of a single transition, which schedules it (transition_decision.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.sampling.ddim import DDPMSchedule
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule
 from pqcad_qat.sampling.flow import FlowSchedule
 from pqcad_qat.sampling.schedulers import FLOW_SCHEDULER, KIN
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory, written_out

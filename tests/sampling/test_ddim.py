@@ -10,16 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.sampling.ddim import (
-    add_noise,
-    ddim_inverse,
-    ddim_step,
-    ddpm_schedule,
-    join_prediction,
-    next_timestep,
-    split_prediction,
-    timesteps,
-)
+from pqcad_qat.sampling.ddim import add_noise, ddim_inverse, ddim_step, join_prediction, split_prediction
+from pqcad_qat.sampling.ddpm_schedule import ddpm_schedule, next_timestep, timesteps
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.sampling.ddim import DDPMSchedule, ddpm_schedule
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, ddpm_schedule
 from pqcad_qat.sampling.flow import settled
 from pqcad_qat.sampling.schedulers import DDIM_KEYS, FLOW_SCHEDULER, KIN, MOST_TIMESTEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out

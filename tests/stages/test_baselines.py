@@ -27,7 +27,8 @@ from pqcad_qat.report.comparison_page import cells, headings, markdown, remarks,
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.stages import baselines
 from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, save_openvino, try_out
-from pqcad_qat.timing.latency import F32, convert_float, example_inputs, latency_properties
+from pqcad_qat.timing.float_graph import convert_float, example_inputs
+from pqcad_qat.timing.latency import F32, latency_properties
 
 WHY = "its process died of SIGSEGV (Segmentation fault)"
 

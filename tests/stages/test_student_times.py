@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.sampling.ddim import DDPMSchedule, Walk, ddpm_schedule
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk, ddpm_schedule
 from pqcad_qat.sampling.trajectory import trajectory
 
 

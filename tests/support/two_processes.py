@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from pqcad_qat.errors import PqcadError
 from pqcad_qat.machine.processes import launched, process_count, speaks
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.training.bit_schedule import BitScheduleSettings, MomentumBitSchedule
+from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, step_of
 from pqcad_qat.training.rollback import RECORD
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
+from pqcad_qat.training.transition_decision import BitScheduleSettings
 
 STEPS, EVERY, MEDDLED = 40, 10, 17
 RATE = 1e-3

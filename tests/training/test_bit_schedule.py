@@ -15,19 +15,19 @@ from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantiz
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantized_layer import blend_state, quantized_weight, read_bits
-from pqcad_qat.training.bit_schedule import (
+from pqcad_qat.training.bit_schedule import MomentumBitSchedule
+from pqcad_qat.training.callback import StepReport, TrainState
+from pqcad_qat.training.trainer import LoopSettings, new_state
+from pqcad_qat.training.transition_decision import (
     BLEND_ENDS_AT,
     BitScheduleSettings,
     LayerStatus,
     LossMomentum,
     Momentum,
-    MomentumBitSchedule,
     decide,
     next_lambda,
     rungs,
 )
-from pqcad_qat.training.callback import StepReport, TrainState
-from pqcad_qat.training.trainer import LoopSettings, new_state
 
 SETTINGS = BitScheduleSettings(
     momentum=0.9, plateau=0.01, perturbation=0.3, layers_per_transition=0.5, deadline=120, rungs=(6, 4)
