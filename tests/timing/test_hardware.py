@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pqcad_qat.timing.hardware import hardware, lacking, native_bf16
 
