@@ -30,7 +30,7 @@ from pqcad_qat.arguments import (
 )
 from pqcad_qat.errors import UsageError
 from pqcad_qat.folder_commands import benchmark, compare, evaluate, features, report, sample
-from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, told_endings
+from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, reported_endings
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.shipped import policy_file
 
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:
         sys.stdout.write(f"pqcad-qat {__version__}\n")
         return
-    with told_endings(given):
+    with reported_endings(given):
         fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
 
 

@@ -84,7 +84,10 @@ class OtherProcessError(PqcadError):
 
 def shortened(text: str, most: int = 60) -> str:
     """A text as messages quote it: on one line, printable, and at most `most` characters long."""
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text[: most + 1])
+    shown = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[: most + 1]
+    )
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 

@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "an output that no file system takes": (
         ["benchmark", "x", "--out", "a" * 300],
-        r"a: File name too long; allowed a path",
+        r"a: got File name too long; allowed a path",
     ),
     "a flag without a value": (["run", SMOKE, "--out"], r"--out: got no value"),
     "no such policy": (["run", "no-such.yaml"], r"no-such\.yaml: got No such file"),

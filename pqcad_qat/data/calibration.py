@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.machine.content_store import content_digest, kept, parts_of
+from pqcad_qat.machine.content_store import content_digest, parts_folder, shared_folder
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.tensor_files import gathered, save_tensors
 from pqcad_qat.models.conditions import CONDITION, ConditionSet, guided_call
@@ -147,12 +147,12 @@ def calibration_set(
     """
 
     def make(draft: Path) -> None:
-        found = record(model, recipe, batch_size, advance, conditions=conditions, parts=parts_of(draft))
+        found = record(model, recipe, batch_size, advance, conditions=conditions, parts=parts_folder(draft))
         save_tensors(_tensors(found), draft / TRAJECTORIES)
         content = json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2)
         write_file(draft / "recipe.json", content + "\n")
 
-    folder = kept(cache, recipe.decides, make)
+    folder = shared_folder(cache, recipe.decides, make)
     return read_calibration(folder), folder
 
 

@@ -81,12 +81,12 @@ def room_for(path: Path, size: int | None = None) -> Iterator[None]:
 def disk_refusal(error: BaseException) -> str | None:
     """The system's text for the refusal of a disk; None for any other error."""
     if isinstance(error, OSError):
-        number = error.errno
+        error_number = error.errno
     elif _is_of_safetensors(error):  # the error number is only in its text
-        number = int(known[1]) if (known := re.search(r"os error (\d+)", str(error))) else None
+        error_number = int(match[1]) if (match := re.search(r"os error (\d+)", str(error))) else None
     else:  # OpenVINO writes with C++ streams, which do not say why they fail
-        number = errno.ENOSPC if isinstance(error, RuntimeError) and "iostream error" in str(error) else None
-    return os.strerror(number) if number in REFUSALS else None
+        error_number = errno.ENOSPC if isinstance(error, RuntimeError) and "iostream error" in str(error) else None
+    return os.strerror(error_number) if error_number in REFUSALS else None
 
 
 def _is_of_safetensors(error: BaseException) -> bool:
@@ -102,6 +102,7 @@ def free_bytes(path: Path) -> int:
 
 
 def _wanted(path: Path, size: int | None) -> str:
+    """The bytes that a file needs, where they are known, and those that are free."""
     free = free_bytes(path)
     return (
         f"more than the {free:,} bytes that are free are wanted"

@@ -19,30 +19,32 @@ SHOWN = 80
 """Largest number of characters of a value that a message repeats."""
 
 
-def read_json(path: Path, absent: str = "") -> dict[str, Any]:
+def read_json(path: Path, allowed: str = "a file that holds a JSON object") -> dict[str, Any]:
     """The object that a JSON file holds; a byte-order mark before it is ignored.
 
     Args:
         path: the file.
-        absent: advice added to the message if the file does not exist.
+        allowed: what the message allows if the file does not exist.
 
     Raises:
         ModelError: the file does not exist, is not a regular file, is too large or unreadable, or holds no JSON object.
     """
     try:
         if not path.is_file():  # checked before opening, which would block on a pipe
-            kind = "not a file" if path.exists() else "no such file"
-            raise ModelError(f"{path}: {kind}{absent and f'; {absent}'}")
+            kind = "no regular file" if path.exists() else "no such file"
+            raise ModelError(f"{path}: got {kind}; allowed {allowed}")
         if (size := path.stat().st_size) > LARGEST_FILE:
-            raise ModelError(f"{path}: got {size} bytes; allowed {LARGEST_FILE}, far more than any config has")
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+            raise ModelError(f"{path}: got {size} bytes; allowed {LARGEST_FILE}, which is far more than any config has")
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except RecursionError:
-        raise ModelError(f"{path}: not readable as JSON: nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: got a JSON {type(found).__name__}; allowed an object")
-    return found
+        raise ModelError(f"{path}: got JSON that is nested too deeply; allowed a JSON object of fewer levels") from None
+    except OSError as error:
+        raise ModelError(f"{path}: got a file that cannot be read: {error}; allowed a readable one") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: got text that is not JSON: {error}; allowed a JSON object") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: got a JSON {type(content).__name__}; allowed an object")
+    return content
 
 
 def shown(value: object) -> str:
@@ -61,10 +63,10 @@ def _bounded_repr(value: object) -> str:
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object from its pairs; a key that stands there twice is an error."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """An object from its pairs; a key that it has twice is an error."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
-    return found
+        raise ValueError(f"it has the key {shown(twice)} twice")
+    return content

@@ -53,13 +53,13 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> None:
             str(error),
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with output.open("w") as told:
+        with output.open("w") as output_file:
             # A session of its own: Ctrl-C reaches every process of a terminal's session, but only this process
             # should handle it, and it ends the child.
             child = subprocess.Popen(
                 [*command, json.dumps(arguments)],
                 stdin=subprocess.DEVNULL,
-                stdout=told,
+                stdout=output_file,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
@@ -70,27 +70,25 @@ def run_apart(work: Callable[..., None], *arguments: Any) -> None:
                 child.kill()
                 child.wait()
         if error.exists():
-            found = json.loads(error.read_text(encoding="utf-8"))
-            if found["errno"] is not None:
-                raise OSError(found["errno"], os.strerror(found["errno"]), found["path"])
-            raise DiedError(shortened(found["text"], REASON))
+            failure = json.loads(error.read_text(encoding="utf-8"))
+            if failure["errno"] is not None:
+                raise OSError(failure["errno"], os.strerror(failure["errno"]), failure["path"])
+            raise DiedError(shortened(failure["text"], REASON))
         if code:
             raise DiedError(_ending(code, output.read_text(encoding="utf-8", errors="replace")))
 
 
 def _ending(code: int, output: str) -> str:
-    """The end of a process that left no reason itself."""
+    """How a process ended that left no reason itself: its exit code or signal, and its last line of output."""
     last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
     if code > 0:
         return shortened(f"its process ended with exit code {code}: {last}", REASON)
     name, meaning = signal.Signals(-code).name, signal.strsignal(-code)
-    why = (
-        ", out of memory perhaps"
-        if -code == signal.SIGKILL
-        else f": {last}"
-        if -code == signal.SIGABRT and last
-        else ""
-    )
+    why = ""
+    if -code == signal.SIGKILL:
+        why = ", out of memory perhaps"
+    elif -code == signal.SIGABRT and last:
+        why = f": {last}"
     return shortened(f"its process died of {name} ({meaning}){why}", REASON)
 
 
@@ -102,10 +100,10 @@ def _serve(parent: int, target: str, error: Path, arguments: list[Any]) -> None:
         getattr(importlib.import_module(module), name)(*arguments)
     except Exception as raised:
         full = disk_refusal(raised) is not None
-        number, path = (raised.errno, raised.filename) if isinstance(raised, OSError) else (errno.ENOSPC, None)
+        error_number, path = (raised.errno, raised.filename) if isinstance(raised, OSError) else (errno.ENOSPC, None)
         text = " ".join(f"{type(raised).__name__}: {raised}".split())
-        found = {"text": text, "errno": number if full else None, "path": None if path is None else str(path)}
-        error.write_text(json.dumps(found), encoding="utf-8")
+        failure = {"text": text, "errno": error_number if full else None, "path": None if path is None else str(path)}
+        error.write_text(json.dumps(failure), encoding="utf-8")
         sys.exit(1)
 
 

@@ -30,15 +30,17 @@ LOST = re.compile("closed by peer|reset by peer|closed the connection|remote pro
 PATIENCE = timedelta(days=7)
 """Longest time that processes wait for one another: the first one calibrates, exports and samples alone."""
 
+REPORT_S = 30
+"""Seconds that a process waits for the one that reports an error.
 
-WORD_S = 30
-"""Time in seconds that a silent process gives the one that reports an error, whose end makes the launcher end all."""
+The launcher ends all processes as soon as one has ended, and would cut the report off.
+"""
 
 
 def launched() -> tuple[int, int]:
     """(this process's number, number of processes), from the environment alone, so before any library is loaded."""
-    count = _number(WORLD, 1)
-    return (_number(RANK, 0) if count > 1 else 0), count
+    count = _whole_number(WORLD, 1)
+    return (_whole_number(RANK, 0) if count > 1 else 0), count
 
 
 def check_launch() -> None:
@@ -46,8 +48,8 @@ def check_launch() -> None:
 
     It does so on CPUs without mpirun.
     """
-    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if asked and not any(name in os.environ for name in (*WORLD, "LOCAL_RANK")):
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if by_accelerate and not any(name in os.environ for name in (*WORLD, "LOCAL_RANK")):
         raise LaunchError(
             "accelerate launch: got several processes to start, and has started one (with --cpu it "
             "leaves them to mpirun); allowed --multi_gpu --num_processes N, which needs no GPU, or --num_processes 1"
@@ -76,13 +78,13 @@ def exchanged(*values: float) -> list[list[float]]:
     import torch
     from accelerate.utils import gather
 
-    with others_alive():
+    with all_alive():
         rows: list[list[float]] = gather(torch.tensor([values], dtype=torch.float64, device=state.device)).tolist()
     return rows
 
 
 @contextmanager
-def others_alive() -> Iterator[None]:
+def all_alive() -> Iterator[None]:
     """Guard for what processes do together: if one of them ends, a LaunchError replaces the transport's own error."""
     try:
         yield
@@ -94,7 +96,7 @@ def others_alive() -> Iterator[None]:
         raise
 
 
-_told_here: list[BaseException] = []
+_reported_here: list[BaseException] = []
 """Errors that this process, though not the first one, reports for all."""
 
 
@@ -115,7 +117,7 @@ def agreed() -> Iterator[bool]:
     failed = [bool(row[0]) for row in exchanged(error is not None)]
     if error is not None:
         if 0 < _state().process_index == failed.index(True):
-            _told_here.append(error)
+            _reported_here.append(error)
         raise error
     if any(failed):
         raise OtherProcessError(f"process {failed.index(True)} of this run has failed")
@@ -136,31 +138,29 @@ def refuse_drift(when: str, values: Mapping[str, float]) -> None:
         values: the values of this process, by name.
     """
     rows = exchanged(*values.values())
-    apart = [
-        (name, found) for name, *found in zip(values, *rows, strict=True) if any(value != found[0] for value in found)
-    ]
+    apart = [(name, sums) for name, *sums in zip(values, *rows, strict=True) if any(value != sums[0] for value in sums)]
     if apart:
-        (name, found), more = apart[0], len(apart) - 1
+        (name, sums), more = apart[0], len(apart) - 1
         raise LaunchError(
-            f"{when}: {name} differs between the processes: got sums {found}, and {more} more such; "
+            f"{when}: {name} differs between the processes: got sums {sums}, and {more} more such; "
             "allowed machines of one kind, with the same libraries"
         )
 
 
-def speaks(error: BaseException) -> bool:
+def is_reporter(error: BaseException) -> bool:
     """Whether this process is the one that reports to the user an error that ends the run."""
     return not isinstance(error, OtherProcessError) and (
-        launched()[0] == 0 or any(told is error for told in _told_here)
+        launched()[0] == 0 or any(reported is error for reported in _reported_here)
     )
 
 
-def leave_the_word(code: int) -> None:
+def wait_for_report(code: int) -> None:
     """Wait for the process that reports the error, because a launcher ends all processes as soon as one has ended."""
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(code))
-    time.sleep(WORD_S)
+    time.sleep(REPORT_S)
 
 
-def leave() -> None:
+def close_group() -> None:
     """Close the group of processes, if there is one."""
     if launched()[1] > 1:
         _state().destroy_process_group()
@@ -177,6 +177,6 @@ def _state() -> Any:
     )
 
 
-def _number(names: Sequence[str], default: int) -> int:
+def _whole_number(names: Sequence[str], default: int) -> int:
     """The first of these environment variables that is set, as a number."""
     return next((int(os.environ[name]) for name in names if name in os.environ), default)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from pqcad_qat.errors import DiskError, InterruptedByUserError, PqcadError, UsageError, abridged, shortened
 from pqcad_qat.machine.cores import cores_of_share
 from pqcad_qat.machine.files import disk_refusal
-from pqcad_qat.machine.processes import check_launch, launched, leave, leave_the_word, speaks
+from pqcad_qat.machine.processes import check_launch, close_group, is_reporter, launched, wait_for_report
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 """Options of mallopt."""
@@ -33,7 +33,6 @@ ERRORS = Console(stderr=True)
 
 SHARED_COMMANDS = ("run", "pretrain")
 """Commands on which several processes can work together."""
-
 
 GOES_ON = {
     **dict.fromkeys(("run", "pretrain"), "; --resume goes on from there"),
@@ -47,24 +46,25 @@ class _TerminatedError(KeyboardInterrupt):
 
 
 @contextmanager
-def told_endings(given: Sequence[str]) -> Iterator[None]:
+def reported_endings(command_line: Sequence[str]) -> Iterator[None]:
     """Run a command inside; whatever ends it becomes a message and an exit code.
 
     The code is 2 if the user can fix the cause, and 130 after an interruption.
 
     Args:
-        given: the command line, the command first.
+        command_line: the command line, the command first.
     """
-    again = GOES_ON.get(given[0], "") if given else ""
+    again = GOES_ON.get(command_line[0], "") if command_line else ""
     try:
         with _terminated_as_interrupted(), _disks_of_threads_silent():
-            _check_processes(given)
+            _check_processes(command_line)
             yield
-            leave()
+            close_group()
     except InterruptedByUserError as stop:
         _end(stop, f"{stop}{again}", 130)
     except DiskError as error:
-        _end(error, f"{error}{again and '; what is finished is kept' + again}", 2)
+        note = f"; what is finished is kept{again}" if again else ""
+        _end(error, f"{error}{note}", 2)
     except PqcadError as error:
         _end(error, abridged(str(error).splitlines()), 2)
     except (OSError, SafetensorError) as error:
@@ -102,24 +102,24 @@ def keep_to_share_of_cores() -> None:
 
 def _end(error: BaseException, text: str, code: int) -> NoReturn:
     """Report what ended the program, once for all its processes, and exit."""
-    if speaks(error):
+    if is_reporter(error):
         start = Text("error: ", "bold red") if code == 2 else Text()
         ERRORS.print(start.append(Text(text)), highlight=False, soft_wrap=True)
     elif not isinstance(error, _TerminatedError):
-        leave_the_word(code)
+        wait_for_report(code)
     sys.exit(code)
 
 
-def _check_processes(given: Sequence[str]) -> None:
+def _check_processes(command_line: Sequence[str]) -> None:
     """Raise UsageError for several processes on a command that only one can do."""
     check_launch()
     count = launched()[1]
     if count > 1:
         # otherwise torch reports for every model that all its parameters are used
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if count > 1 and [*given, ""][0] not in SHARED_COMMANDS:
+    if count > 1 and [*command_line, ""][0] not in SHARED_COMMANDS:
         raise UsageError(
-            f"{' '.join(given[:1])}: got {count} processes; allowed 1: only run and pretrain share their work"
+            f"{' '.join(command_line[:1])}: got {count} processes; allowed 1: only run and pretrain share their work"
         )
 
 
@@ -169,4 +169,5 @@ def _cannot_use(error: OSError | SafetensorError) -> str | None:
         return None
     if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
         return None
-    return f"{shortened(str(error.filename), 300)}: {error.strerror}; allowed a path that can be read or written here"
+    path = shortened(str(error.filename), 300)
+    return f"{path}: got {error.strerror}; allowed a path that can be read or written here"

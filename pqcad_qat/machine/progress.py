@@ -41,11 +41,11 @@ class ProgressLines(Progress):
     def __init__(self, *columns: str | ProgressColumn, console: Console, auto_refresh: bool, seconds: float | None):
         super().__init__(*columns, console=console, disable=not console.is_terminal, auto_refresh=auto_refresh)
         self.seconds = seconds
-        self._told: dict[TaskID, float] = {}
+        self._printed_at: dict[TaskID, float] = {}
 
     def add_task(self, *args: Any, **fields: Any) -> TaskID:
         task = super().add_task(*args, **fields)
-        self._told[task] = monotonic()
+        self._printed_at[task] = monotonic()
         return task
 
     def update(self, task_id: TaskID, **fields: Any) -> None:
@@ -59,13 +59,13 @@ class ProgressLines(Progress):
     def _tell(self, task_id: TaskID) -> None:
         """Print the progress, if it is time to."""
         task = self._tasks[task_id]
-        if not self.disable or self.seconds is None or task.total is None or task_id not in self._told:
+        if not self.disable or self.seconds is None or task.total is None or task_id not in self._printed_at:
             return
-        if not task.finished and monotonic() - self._told[task_id] < self.seconds:
+        if not task.finished and monotonic() - self._printed_at[task_id] < self.seconds:
             return
-        self._told[task_id] = monotonic()
+        self._printed_at[task_id] = monotonic()
         if task.finished:
-            del self._told[task_id]  # this was the last line
+            del self._printed_at[task_id]  # this was the last line
         spent = timedelta(seconds=round(task.finished_time or task.elapsed or 0))
         note = f", {task.fields['note']}" if task.fields.get("note") else ""
         line = f"{task.description}: {task.completed:g} of {task.total:g}{note}, {spent}"
@@ -103,16 +103,16 @@ def counting(console: Console, name: str, total: int) -> Iterator[Callable[[int]
 
 
 @contextmanager
-def working(console: Console, what: str) -> Iterator[Callable[[str], None]]:
+def working(console: Console, activity: str) -> Iterator[Callable[[str], None]]:
     """Show what is going on where the progress is unknown; the yielded function names the next activity.
 
     A terminal shows a spinner. Elsewhere a line is printed at the start and from time to time.
     """
     if console.is_terminal:
-        with console.status(Text(what)) as status:
+        with console.status(Text(activity)) as status:
             yield lambda text: status.update(Text(text))
         return
-    now, began, ended = [what], monotonic(), threading.Event()
+    now, began, ended = [activity], monotonic(), threading.Event()
 
     def tell() -> None:
         spent = timedelta(seconds=round(monotonic() - began))

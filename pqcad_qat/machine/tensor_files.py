@@ -27,24 +27,24 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         DiskError: the disk refuses it.
     """
-    held = {name: value.contiguous() for name, value in tensors.items()}
-    with whole_file(path, sum(value.nbytes for value in held.values())) as draft:
-        save_file(held, draft)
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    with whole_file(path, sum(value.nbytes for value in contiguous.values())) as draft:
+        save_file(contiguous, draft)
         with draft.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Rows]], what: str) -> dict[str, Tensor]:
+def gathered(folder: Path | None, rows: int, batches: Callable[[int], Iterable[Rows]], work: str) -> dict[str, Tensor]:
     """Gather a number of rows, batch by batch.
 
-    Rows that are already in the folder `parts` are read, and every new batch is saved there. Each part's name states
-    its first row. The parts that follow one another from row 0 are kept, and making continues after the last of them.
+    Every new batch is saved in `folder` as a part, a file whose name states its first row. Parts of an earlier process
+    are read if they follow one another from row 0 on, and making continues after the last of them.
 
     Args:
-        parts: folder of parts, possibly with those of an earlier process that was cut off; None saves nothing.
+        folder: folder of parts, possibly with those of an earlier process that was cut off; None saves nothing.
         rows: total number of rows.
         batches: function that makes batches from the given row on.
-        what: name of the work in the message of an interruption, such as "calibration: trajectories".
+        work: name of the work in the message of an interruption, such as "calibration: trajectories".
 
     Returns:
         The rows, by name.
@@ -53,21 +53,21 @@ def gathered(parts: Path | None, rows: int, batches: Callable[[int], Iterable[Ro
         InterruptedByUserError: the user interrupts; the message says how many rows are in the folder.
         DiskError: the disk refuses a part; the parts before it stay.
     """
-    held: list[Rows] = [] if parts is None else list(_read_parts(parts))
-    done = sum(map(_count, held))
+    collected: list[Rows] = [] if folder is None else list(_read_parts(folder))
+    done = sum(map(_count, collected))
     try:
         for batch in batches(done) if done < rows else ():
             # contiguous, as rows read from files are: a model may return channels last
-            held.append({name: value.contiguous() for name, value in batch.items()})
-            if parts is not None:
-                save_tensors(held[-1], parts / _name(done))
+            collected.append({name: value.contiguous() for name, value in batch.items()})
+            if folder is not None:
+                save_tensors(collected[-1], folder / _name(done))
             done += _count(batch)
     except KeyboardInterrupt:
-        if parts is None:
+        if folder is None:
             raise
-        stage, _, rest = what.partition(": ")
+        stage, _, rest = work.partition(": ")
         raise InterruptedByUserError(f"interrupted in {stage}: {done} of {rows} {rest} are kept") from None
-    return {name: torch.cat([part[name] for part in held]) for name in held[0]}
+    return {name: torch.cat([part[name] for part in collected]) for name in collected[0]}
 
 
 def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
@@ -85,8 +85,8 @@ def _read_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
         yield part
         done += _count(part)
         files.pop(0)
-    for left in (*files, *drafts):
-        left.unlink()
+    for useless in (*files, *drafts):
+        useless.unlink()
 
 
 def _name(first: int) -> str:

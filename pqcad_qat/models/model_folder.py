@@ -43,9 +43,9 @@ UNREAD = ("safety_checker", "feature_extractor")
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """File name endings of checkpoints in a single file, which are refused."""
 
-NO_CONFIG = "got no config.json of a denoiser; allowed unet/config.json, transformer/config.json or config.json"
-LAYOUT = "a folder in diffusers layout holds unet/config.json and scheduler/"
-"""Parts of messages on a folder without a denoiser's config."""
+NO_CONFIG = "a denoiser's config in unet/config.json, transformer/config.json or config.json"
+LAYOUT = "a folder in diffusers' layout, with unet/config.json and scheduler/"
+"""What messages allow in place of a folder without a denoiser's config, and of one without a scheduler's."""
 
 SHARD = "-" + "-of-".join(["[0-9]" * 5] * 2)
 """Glob pattern in the file name of one shard of the weights, such as model-00001-of-00002.safetensors."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.machine.content_store import kept
+from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.config_values import with_defaults
@@ -100,7 +100,7 @@ def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = 
     def make(draft: Path) -> None:
         save_tensors(encode_prompts(prompts, folder, encoding), draft / EMBEDDINGS)
 
-    return kept(store, decides, make) / EMBEDDINGS
+    return shared_folder(store, decides, make) / EMBEDDINGS
 
 
 def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> set[str]:

@@ -270,7 +270,7 @@ def _verified(path: Path, record: dict[str, Any]) -> str:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path, f"a feature network is a folder with {_CONFIG} and {_MODEL}")
+    record = read_json(path, f"a folder of a feature network, with {_CONFIG} and {_MODEL}")
     if record.get("format") != FORMAT:
         raise ModelError(f"{path}: format: got {shown(record.get('format'))}; allowed {FORMAT!r}")
     return record

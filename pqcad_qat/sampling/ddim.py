@@ -22,8 +22,9 @@ Array = TypeVar("Array")  # a numpy array or a torch tensor
 def split_prediction(
     prediction: Array, x_t: Array, alpha_bar_t: Any, prediction_type: PredictionType
 ) -> tuple[Array, Array]:
-    """Return the (x_0, eps) that a prediction at x_t stands for; alpha_bar_t is a number or broadcasts over (B, C, H,
-    W).
+    """Return the (x_0, eps) that a prediction at x_t stands for.
+
+    alpha_bar_t is a number or broadcasts over (B, C, H, W).
     """
     p, x = cast(Any, prediction), cast(Any, x_t)
     signal, noise = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
@@ -73,11 +74,10 @@ def ddim_step(
 def ddim_inverse(
     x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, *, prediction_type: PredictionType
 ) -> Array:
-    """Return the prediction that takes x_t to x_s in one DDIM step: `ddim_step` solved for it (Salimans and Ho 2022,
-    appendix G).
+    """Return the prediction that takes x_t to x_s in one DDIM step (Salimans and Ho 2022, appendix G).
 
-    x_t and x_s give two linear equations in (x_0, eps). Their determinant is 0 only where t and s are the same
-    timestep.
+    It is `ddim_step` solved for the prediction. x_t and x_s give two linear equations in (x_0, eps). Their determinant
+    is 0 only where t and s are the same timestep.
     """
     signal_t, noise_t = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
     signal_s, noise_s = alpha_bar_s**0.5, (1.0 - alpha_bar_s) ** 0.5

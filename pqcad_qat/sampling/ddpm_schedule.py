@@ -80,15 +80,14 @@ class DDPMSchedule:
         times = timesteps(self, steps, key)
         if self.prediction_type == "epsilon" and self.alpha_bar_at(times[0]) == 0.0:
             raise ModelError(
-                f"{key}: got {steps}; they begin at time step {times[0]}, where rescale_betas_zero_snr "
-                "leaves no signal and epsilon says "
-                "nothing of the picture; allowed a scheduler of v_prediction or sample, or of timestep_spacing leading"
+                f"{key}: got {steps}; they begin at time step {times[0]}, where rescale_betas_zero_snr leaves no "
+                "signal and epsilon says nothing of the picture; "
+                "allowed a scheduler of v_prediction or sample, or of timestep_spacing leading"
             )
         return tuple((t, next_timestep(self, t, steps)) for t in times)
 
     def student(self, steps: int, student_steps: int) -> DDPMSchedule:
-        """Return a schedule for a sampler of fewer steps that starts at the same timestep as this schedule's N-step
-        sampler.
+        """Return the schedule of a sampler of fewer steps that starts at the N-step sampler's first timestep.
 
         Trajectories start from pure noise at the first, noisiest timestep. A student that started from pure noise at a
         later timestep would see states that it was not trained on. With trailing and linspace spacing the first
@@ -106,8 +105,8 @@ class DDPMSchedule:
         factor, ratio = steps // student_steps, self.train_timesteps // steps
         if self.timestep_spacing == "linspace" and student_steps == 1 < steps:
             raise ModelError(
-                "distillation.student_steps: got 1; with linspace spacing one step begins at time step "
-                "0; allowed 2 or more"
+                "distillation.student_steps: got 1; with linspace spacing one step begins at time step 0; "
+                "allowed 2 or more"
             )
         if self.timestep_spacing != "leading" or factor == 1:
             return self
@@ -127,20 +126,20 @@ class DDPMSchedule:
         return walk if len(times) == len(walk) else tuple(pairwise([*sorted(times, reverse=True), END]))
 
     def finer(self, walk: Walk, factor: int) -> tuple[Walk, ...]:
-        """Split each step of a sampler, up to the timestep of the next, into `factor` parts as even as whole timesteps
-        allow.
+        """Split each step of a sampler, up to the timestep of the next, into `factor` parts.
 
-        A step has fewer parts where there are not enough whole timesteps.
+        They are as even as whole timesteps allow, and fewer where there are not enough whole timesteps.
         """
         if factor == 1:
             return tuple((step,) for step in walk)
-        found = []
-        # Divide the stretch from one visited timestep to the next. Rounding to whole timesteps may make duplicates,
-        # which the set removes.
+        split_steps = []
         for t, end in pairwise([*(t for t, _ in walk), walk[-1][1]]):
-            inner = {t - round((t - end) * number / factor) for number in range(factor)}
-            found.append(tuple(pairwise([*sorted((u for u in inner if u >= 0 and u > end), reverse=True), end])))
-        return tuple(found)
+            # Divide the stretch from one visited timestep to the next. Rounding to whole timesteps may make duplicates,
+            # which the set removes, and may reach the end.
+            divided = {t - round((t - end) * index / factor) for index in range(factor)}
+            visited = sorted((u for u in divided if u >= 0 and u > end), reverse=True)
+            split_steps.append(tuple(pairwise([*visited, end])))
+        return tuple(split_steps)
 
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
         """Return x_s (B, C, H, W) from x_t and the prediction at x_t."""
@@ -163,13 +162,18 @@ class DDPMSchedule:
         The weight is 0 where the prediction carries no information about x_0, or where the step does not move x_t.
         """
         signal = self.alpha_bar_at(t)
-        told = self.prediction_type != "epsilon" or signal >= LOW_SIGNAL
-        return truncated_snr_weight(signal, self.prediction_type) if told and signal != self.alpha_bar_at(s) else 0.0
+        informative = self.prediction_type != "epsilon" or signal >= LOW_SIGNAL
+        return (
+            truncated_snr_weight(signal, self.prediction_type)
+            if informative and signal != self.alpha_bar_at(s)
+            else 0.0
+        )
 
 
 def ddpm_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> DDPMSchedule:
-    """Read a diffusers scheduler config (DDPM, DDIM and their kin; DDIM where it names no class); `where` names its
-    file.
+    """Read the config of a diffusers scheduler of DDPM's kin, DDIM where it names no class.
+
+    `where` names its file.
 
     Raises:
         ModelError: a class, key or value is not supported.
@@ -225,8 +229,10 @@ def _check_signal(alpha_bar: npt.NDArray[np.float64], written: Mapping[str, Any]
     low = ~(alpha_bar >= LEAST_SIGNAL)
     low[-1] &= alpha_bar[-1] != 0.0
     if low.any() or alpha_bar[-1] < 0.0:
-        what = f"no signal is left from time step {int(low.argmax())} on" if low.any() else "less than none"
-        raise ModelError(f"{where}: {key}: {what}; allowed alpha_bar over {LEAST_SIGNAL:g} before the last time step")
+        signal = f"no signal from time step {int(low.argmax())} on" if low.any() else "less than no signal at the end"
+        raise ModelError(
+            f"{where}: {key}: got {signal}; allowed alpha_bar over {LEAST_SIGNAL:g} before the last time step"
+        )
     if np.float32(alpha_bar[0]) == 1.0:
         raise ModelError(f"{where}: {key}: got no noise at time step 0; allowed a first beta of at least 1e-7")
 
@@ -251,13 +257,13 @@ def timesteps(schedule: DDPMSchedule, steps: int, key: str = STEPS_KEY) -> tuple
         laid = np.linspace(0, count - 1, steps).round()[::-1]
     if len(laid) != steps:  # rounding of T / N lets numpy's arange begin one step too many
         raise ModelError(
-            f"{key}: got {steps}; diffusers' trailing spacing lays {len(laid)}, the last before time 0; allowed another"
+            f"{key}: got {steps}; diffusers' trailing spacing makes {len(laid)}, the last before time 0; "
+            "allowed another number"
         )
     if laid[0] >= count:
         raise ModelError(
-            f"{key}: got {steps}; with the scheduler's steps_offset of {schedule.steps_offset} they begin "
-            f"at time step {int(laid[0])} of "
-            f"{count}; allowed fewer steps, or a smaller steps_offset"
+            f"{key}: got {steps}; with the scheduler's steps_offset of {schedule.steps_offset} they begin at time step "
+            f"{int(laid[0])} of {count}; allowed fewer steps, or a smaller steps_offset"
         )
     return tuple(int(t) for t in laid)
 

@@ -28,8 +28,9 @@ FlowSpacing = Literal["linspace", "trailing"]
 """Rule that places the sampling steps; see FlowSchedule.timestep_spacing."""
 
 SPACING = "timestep_spacing"
-"""Key that this package adds to a flow scheduler's config: the spacing of sigmas, which diffusers' pipeline passes to
-its scheduler and the config does not hold.
+"""Key that this package adds to a flow scheduler's config: the spacing of sigmas.
+
+diffusers' pipeline passes the sigmas to its scheduler, and the config does not hold them.
 """
 
 DIGITS = 4
@@ -91,8 +92,9 @@ class FlowSchedule:
         return round(self.train_timesteps * self.shifted(sigma), DIGITS)
 
     def walk(self, steps: int, key: str = STEPS_KEY) -> Walk:
-        """Return the steps of an N-step sampler, from noise at t = T to the image at 0; `key` names the number of steps
-        in messages.
+        """Return the steps of an N-step sampler, from noise at t = T to the image at 0.
+
+        `key` names the number of steps in messages.
 
         Raises:
             ModelError: the number of steps is below 1, or exceeds the training timesteps.
@@ -113,12 +115,12 @@ class FlowSchedule:
 
     def finer(self, walk: Walk, factor: int) -> tuple[Walk, ...]:
         """Split each step into `factor` steps that are even before the shift."""
-        found = []
+        split_steps = []
         for ends in walk:
             high, low = (self.unshifted(t / self.train_timesteps) for t in ends)
-            inner = [self.time(high + (low - high) * number / factor) for number in range(1, factor)]
-            found.append(tuple(pairwise([ends[0], *inner, ends[1]])))
-        return tuple(found)
+            inner = [self.time(high + (low - high) * index / factor) for index in range(1, factor)]
+            split_steps.append(tuple(pairwise([ends[0], *inner, ends[1]])))
+        return tuple(split_steps)
 
     def step(self, prediction: Array, x_t: Array, t: float, s: float) -> Array:
         """Return x_s (B, C, H, W) from x_t and the prediction at x_t."""
@@ -139,8 +141,9 @@ class FlowSchedule:
 
 
 def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> FlowSchedule:
-    """Read the config of a FlowMatchEulerDiscreteScheduler whose shift is fixed (see `settled`); `where` names its
-    file.
+    """Read the config of a FlowMatchEulerDiscreteScheduler whose shift is fixed (see `settled`).
+
+    `where` names its file.
 
     Raises:
         ModelError: a key or value is not supported.
@@ -153,12 +156,11 @@ def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") ->
         )
     spacing = keys.choice(SPACING, get_args(FlowSpacing))
     timesteps = keys.whole("num_train_timesteps", 1, MOST_TIMESTEPS)
-    return FlowSchedule(keys.number("shift", *SHIFTS), cast(FlowSpacing, spacing), timesteps)
+    return FlowSchedule(keys.finite("shift", *SHIFTS), cast(FlowSpacing, spacing), timesteps)
 
 
 def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler config") -> dict[str, Any]:
-    """Return the config with its dynamic shift replaced by the fixed shift for an image of `tokens` tokens, and with
-    trailing spacing.
+    """Return the config with trailing spacing and the fixed shift that its dynamic shift gives for `tokens` tokens.
 
     diffusers' time_shift(mu) equals the fixed shift by e^mu, or by mu for time_shift_type linear. mu is linear in the
     number of tokens, on the line through the two ends in the config. Trailing spacing is that of Flux's pipeline.
@@ -166,11 +168,11 @@ def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler conf
     Raises:
         ModelError: a key or value of the dynamic shift is not supported.
     """
-    found = {**config, SPACING: "trailing"}
-    if found.get("use_dynamic_shifting"):
+    settled_config = {**config, SPACING: "trailing"}
+    if settled_config.get("use_dynamic_shifting"):
         keys = Keys({**DYNAMIC, **config}, where)
-        ends = [keys.number(key) for key in ("base_image_seq_len", "max_image_seq_len")]
-        shifts = [keys.number(key, above=-10, below=10) for key in ("base_shift", "max_shift")]
+        ends = [keys.finite(key) for key in ("base_image_seq_len", "max_image_seq_len")]
+        shifts = [keys.finite(key, above=-10, below=10) for key in ("base_shift", "max_shift")]
         if ends[0] == ends[1]:
             raise keys.fault("max_image_seq_len", "another number than base_image_seq_len")
         mu = shifts[0] + (shifts[1] - shifts[0]) * (tokens - ends[0]) / (ends[1] - ends[0])
@@ -181,8 +183,8 @@ def settled(config: Mapping[str, Any], tokens: int, where: str = "scheduler conf
                 "max_shift",
                 f"one that comes to a shift of {SHIFTS[0]:g} to {SHIFTS[1]:g} for {tokens} tokens; this is {mu:g}",
             )
-        found |= {"use_dynamic_shifting": False, "shift": mu if linear else math.exp(mu)}
-    return found
+        settled_config |= {"use_dynamic_shifting": False, "shift": mu if linear else math.exp(mu)}
+    return settled_config
 
 
 def euler_step(velocity: Array, x_t: Array, sigma_t: Any, sigma_s: Any) -> Array:

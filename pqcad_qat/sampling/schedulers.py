@@ -25,9 +25,7 @@ DDIM_SCHEDULER = "DDIMScheduler"
 """The scheduler class of flow matching, and that of DDPM's kin in which this package samples and deploys."""
 
 STEPS = "num_inference_steps"
-"""Key that this package adds to a deployed scheduler config: the number of sampling steps that the model was distilled
-for.
-"""
+"""Key that this package adds to a deployed scheduler config: the sampling steps that the model was distilled for."""
 
 MOST_TIMESTEPS = 100_000
 """Largest number of training timesteps of a schedule; an exported graph holds a table over them."""
@@ -135,14 +133,14 @@ class Keys:
     def whole(self, key: str, low: int, high: int) -> int:
         """Return a whole number between two bounds, both included; JSON may hold it as 1000.0."""
         value = self.config.get(key)
-        if not _is_number(value) or not low <= value <= high or value != int(value):
+        if not _is_finite(value) or not low <= value <= high or value != int(value):
             raise self.fault(key, f"a whole number from {low} to {high}")
         return int(value)
 
-    def number(self, key: str, above: float = -math.inf, below: float = math.inf) -> float:
+    def finite(self, key: str, above: float = -math.inf, below: float = math.inf) -> float:
         """Return a finite number between two bounds, both excluded."""
         value = self.config.get(key)
-        if not _is_number(value) or not above < value < below:
+        if not _is_finite(value) or not above < value < below:
             bounds = [
                 f"{word} {bound:g}" for word, bound in (("over", above), ("under", below)) if math.isfinite(bound)
             ]
@@ -170,7 +168,7 @@ class Keys:
                 raise self.fault(key, "null or false")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def _is_finite(value: object) -> TypeGuard[float]:
     """Return whether a value is a finite number within the range of a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -217,12 +215,12 @@ def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {
         **DDIM_KEYS,
         "num_train_timesteps": timesteps,
-        "beta_start": keys.number("beta_start", **ends_of),
-        "beta_end": keys.number("beta_end", **ends_of),
+        "beta_start": keys.finite("beta_start", **ends_of),
+        "beta_end": keys.finite("beta_end", **ends_of),
         "beta_schedule": curve,
         "trained_betas": trained,
         "clip_sample": keys.flag("clip_sample"),
-        "clip_sample_range": keys.number("clip_sample_range", above=0),
+        "clip_sample_range": keys.finite("clip_sample_range", above=0),
         "set_alpha_to_one": keys.flag("set_alpha_to_one"),
         "steps_offset": keys.whole("steps_offset", 0, timesteps - 1),
         "prediction_type": keys.choice("prediction_type", get_args(PredictionType)),
@@ -239,7 +237,7 @@ def _trained_betas(keys: Keys, timesteps: int) -> list[float] | None:
     if (
         not isinstance(value, list | tuple)
         or len(value) != timesteps
-        or not all(_is_number(beta) and 0 < beta <= 1 for beta in value)
+        or not all(_is_finite(beta) and 0 < beta <= 1 for beta in value)
     ):
         raise keys.fault(
             "trained_betas", f"null, or {timesteps} numbers over 0 and at most 1, as num_train_timesteps says"

@@ -1,8 +1,8 @@
-"""Sampling for any noise schedule, as pure functions: guidance, seeded noise, and the trajectory of a deterministic
-sampler.
+"""Sampling for any noise schedule: guidance, seeded noise, and the trajectory of a deterministic sampler.
 
-Every function takes numpy arrays and torch tensors alike, so the deployed runtime needs no torch. Not here: models, or
-the schedules and their steps, for DDPM's kin (ddpm_schedule.py) and for flow matching (flow.py).
+All are pure functions of numpy arrays or torch tensors alike, so the deployed runtime needs no torch.
+
+Not here: models, or the schedules and their steps, for DDPM's kin (ddpm_schedule.py) and for flow matching (flow.py).
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def noise_schedule(config: Mapping[str, Any], where: str = "scheduler config") -
 
 
 def written_out(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str, Any]:
-    """Return the config of a deployed sampler: that of diffusers' scheduler for these steps, with every key that
-    decides them.
+    """Return the config of a deployed sampler: diffusers' scheduler, with every key that decides the steps.
 
     Every such key is written because defaults differ between classes. Other keys are kept, except for infinite values,
     such as a solver's lambda_min_clipped, which JSON cannot hold.
@@ -50,8 +49,7 @@ def written_out(config: Mapping[str, Any], schedule: NoiseSchedule) -> dict[str,
 
 
 def distilled_steps(config: Mapping[str, Any], where: str) -> int | None:
-    """Return the sampling steps that a deployed model was distilled for, from its scheduler config; None where it names
-    none.
+    """Return the sampling steps that a deployed model was distilled for, or None where its config names none.
 
     Raises:
         ModelError: the sampler cannot make this number of steps.
@@ -87,8 +85,8 @@ def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> 
     Each image has noise of its own, so it does not depend on the batch size or on the framework that samples it.
     """
     rows = [
-        np.random.default_rng((seed, number)).standard_normal(shape, dtype=np.float32)
-        for number in range(first, first + count)
+        np.random.default_rng((seed, index)).standard_normal(shape, dtype=np.float32)
+        for index in range(first, first + count)
     ]
     return np.stack(rows)
 
@@ -106,8 +104,9 @@ class SamplerStep(Generic[Array]):
 def trajectory(
     predict: Callable[[Array, float], Array], x_t: Array, schedule: NoiseSchedule, steps: int
 ) -> Iterator[SamplerStep[Array]]:
-    """Yield the N steps of the schedule's sampler from x_t (B, C, H, W); `predict` is the denoiser as (x_t, t) ->
-    prediction.
+    """Yield the N steps of the schedule's sampler from x_t (B, C, H, W).
+
+    `predict` is the denoiser as (x_t, t) -> prediction.
     """
     return along(schedule.walk(steps), predict, x_t, schedule)
 

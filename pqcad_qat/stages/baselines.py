@@ -17,7 +17,7 @@ from rich.console import Console
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import DiedError, DiskError
 from pqcad_qat.export.time_tables import known_times
-from pqcad_qat.machine.content_store import kept
+from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
@@ -81,7 +81,10 @@ def _decides(run: RunFolder, baseline: str) -> dict[str, Any]:
 def _float_file(policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet) -> Path:
     """Path of the full-precision OpenVINO graph, which the first baseline that needs it converts."""
     run.link(
-        FLOAT, kept(run.path.parent / SHARED, _decides(run, "float"), partial(_convert, policy, prepared, calibration))
+        FLOAT,
+        shared_folder(
+            run.path.parent / SHARED, _decides(run, "float"), partial(_convert, policy, prepared, calibration)
+        ),
     )
     return run.path / FLOAT / XML_FILE
 
@@ -116,7 +119,7 @@ def _make_nncf(
         nncf_baseline(file, inputs, folder, ways)
 
     file = _float_file(policy, prepared, run, calibration)
-    run.link(NNCF, kept(run.path.parent / SHARED, _decides(run, NNCF_INT8), make))
+    run.link(NNCF, shared_folder(run.path.parent / SHARED, _decides(run, NNCF_INT8), make))
 
 
 def example_of(policy: Policy, prepared: Prepared) -> Inputs:

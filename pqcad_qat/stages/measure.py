@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.data.images import to_uint8
-from pqcad_qat.machine.content_store import kept, parts_of
+from pqcad_qat.machine.content_store import parts_folder, shared_folder
 from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting, working
@@ -103,7 +103,7 @@ def sample(
             # Shared images are made once in the shared folder, under a name derived from the recipe, then copied.
             if name in UNTRAINED or (shares_training and VARIANTS[name].weights_from in TRAINED):
                 decides = run.decides(sampling(name))
-                shared = kept(run.path.parent / SHARED, decides, partial(_in_parts, make))
+                shared = shared_folder(run.path.parent / SHARED, decides, partial(_in_parts, make))
                 with whole_file(file, (shared / file.name).stat().st_size) as draft:
                     shutil.copyfile(shared / file.name, draft)
             else:
@@ -112,7 +112,7 @@ def sample(
 
 
 def _in_parts(make: Callable[[Path, Path], None], folder: Path) -> None:
-    make(folder, parts_of(folder))
+    make(folder, parts_folder(folder))
 
 
 def _make_images(

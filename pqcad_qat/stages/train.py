@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
-from pqcad_qat.machine.content_store import kept
+from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.machine.progress import counting
@@ -206,8 +206,8 @@ def _targets(
                     batch_size=batch,
                     advance=advance,
                     guidance_scale=scale,
-                    parts=parts,
-                    what=name,
+                    parts_folder=parts,
+                    stage=name,
                 )
             save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
             stage.done()
@@ -271,7 +271,7 @@ def _train(policy: Policy, run: RunFolder, console: Console, task: _Task, *, sha
                 _fit(policy, run, console, task, folder=folder)
 
             if shares_training:
-                trained = kept(run.path.parent / SHARED, run.decides(task.stage), make)
+                trained = shared_folder(run.path.parent / SHARED, run.decides(task.stage), make)
                 shutil.copytree(trained, run.path, dirs_exist_ok=True)
             else:
                 make(run.path)

@@ -1,7 +1,7 @@
 """Trials of the baselines that OpenVINO and NNCF make of the full-precision graph, in processes that may crash.
 
-Not here: the conversion of full precision itself, and all timing (latency.py). This file does without torch, which such
-a process would load for nothing.
+Not here: the conversion of full precision itself, and all timing (latency.py). Such a
+process needs no torch, so this file does not import it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def nncf_baseline(
         DiedError: NNCF or OpenVINO fails; no graph is left in the folder then.
     """
     if not calibration_inputs:
-        raise ModelError("NNCF's baseline needs at least one calibration input; got none")
+        raise ModelError("NNCF's baseline: got no calibration input; allowed one or more")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         arrays = Path(temporary) / "inputs.npz"
@@ -57,8 +57,8 @@ def nncf_baseline(
         try:
             run_apart(_quantize, str(float_xml), str(arrays), str(folder), [dict(way) for way in ways])
         except DiedError:
-            for left in folder.glob(f"{Path(XML_FILE).stem}.*"):
-                left.unlink()
+            for unfinished in folder.glob(f"{Path(XML_FILE).stem}.*"):
+                unfinished.unlink()
             raise
     return folder / XML_FILE
 
@@ -76,7 +76,7 @@ def try_out(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
 
 
 def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
-    """Make every attempt; return why each failed one failed, by name."""
+    """Make every attempt; return the reason of each failure, by name."""
     died: dict[str, str] = {}
     for name, attempt in attempts.items():
         try:
@@ -90,9 +90,11 @@ def _quantize(float_xml: str, inputs: str, folder: str, ways: list[dict[str, obj
     """In the separate process: quantize with NNCF, save, compile and call."""
     import nncf  # importing takes seconds, and only this baseline needs it
 
-    given = _read(inputs)
-    quantized = nncf.quantize(ov.Core().read_model(float_xml), nncf.Dataset(given), subset_size=len(given))
-    _call(save_openvino(quantized, Path(folder)), given[0], ways)
+    calibration_inputs = _read(inputs)
+    quantized = nncf.quantize(
+        ov.Core().read_model(float_xml), nncf.Dataset(calibration_inputs), subset_size=len(calibration_inputs)
+    )
+    _call(save_openvino(quantized, Path(folder)), calibration_inputs[0], ways)
 
 
 def _try_out(xml: str, inputs: str, ways: list[dict[str, object]]) -> None:
@@ -109,11 +111,11 @@ def _call(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
 
 def _write(inputs: Sequence[Inputs], file: Path) -> None:
     with file.open("wb") as written:
-        stacked: dict[str, Any] = {name: np.stack([one[name] for one in inputs]) for name in inputs[0]}
+        stacked: dict[str, Any] = {name: np.stack([arrays[name] for arrays in inputs]) for name in inputs[0]}
         np.savez(written, **stacked)
 
 
 def _read(file: str) -> list[dict[str, np.ndarray]]:
-    with np.load(file) as found:
-        arrays = {name: found[name] for name in found.files}
+    with np.load(file) as archive:
+        arrays = {name: archive[name] for name in archive.files}
     return [{name: array[index] for name, array in arrays.items()} for index in range(len(next(iter(arrays.values()))))]

@@ -32,8 +32,9 @@ CAPS: Mapping[str, Mapping[str, str]] = {
     "avx2_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx512_core_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
 }
-"""Environment variables, by cap, with which a process computes as on a smaller CPU. OpenVINO and PyTorch read them
-once, so they must be set when the process starts.
+"""Environment variables, by cap, with which a process computes as on a smaller CPU.
+
+OpenVINO and PyTorch read them once, so they must be set when the process starts.
 """
 
 INSTRUCTION_SETS = (NATIVE, *CAPS)
@@ -101,11 +102,9 @@ def lacking(isa: str, machine: Hardware) -> str:
 
 def _cpu(text: str) -> str:
     """Name, family and model number of the CPU: a virtual machine's name is often no more than "AMD EPYC"."""
-    name, numbers = (
-        _field(text, "model name"),
-        [f"{key} {_field(text, of)}" for key, of in (("family", "cpu family"), ("model", "model"))],
-    )
-    return f"{name} ({', '.join(numbers)})" if name and all(number[-1].isdigit() for number in numbers) else name
+    name, family, model = (_field(text, key) for key in ("model name", "cpu family", "model"))
+    known = name and family[-1:].isdigit() and model[-1:].isdigit()
+    return f"{name} (family {family}, model {model})" if known else name
 
 
 def _field(text: str, key: str) -> str:

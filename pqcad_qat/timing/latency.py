@@ -70,7 +70,7 @@ def time_interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, 
         ValueError: runs < 1 or warmup < 0.
     """
     if runs < 1 or warmup < 0:
-        raise ValueError(f"runs must be at least 1 and warmup at least 0; got {runs} and {warmup}")
+        raise ValueError(f"runs, warmup: got {runs} and {warmup}; allowed at least 1 and at least 0")
     for call in candidates.values():
         for _ in range(warmup):
             call()
@@ -171,7 +171,10 @@ def native(name: str, machine: Hardware) -> bool:
 def ways_of(name: str, machine: Hardware, sampled: bool = False) -> list[dict[str, object]]:
     """The properties with which a baseline's graph is compiled: for timing, and for sampling if it is `sampled` too."""
     hint = precision_hint(name, machine)
-    configs = [{**PROFILING, **hint}] + [{}] * (sampled and hint != {} and name not in PRECISIONS)
+    configs: list[Mapping[str, object]] = [{**PROFILING, **hint}]
+    # Sampling takes OpenVINO's default precision, unless the variant has one of its own.
+    if sampled and hint and name not in PRECISIONS:
+        configs.append({})
     return [latency_properties(config) for config in configs]
 
 
@@ -202,7 +205,10 @@ def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Mod
         try:
             model = core.read_model(source)
         except RuntimeError as error:
-            raise ModelError(f"{source}: OpenVINO cannot read it: {error}") from None
+            raise ModelError(
+                f"{source}: got a file that OpenVINO cannot read: {error}; "
+                "allowed an OpenVINO model's xml or a deployed folder"
+            ) from None
     if batch is not None:
         _set_batch(model, batch, source)
     return model
@@ -233,7 +239,7 @@ def size_bytes(path: Path) -> int:
         ModelError: there is no such file or folder.
     """
     if not path.exists():
-        raise ModelError(f"{path}: no such file or folder to measure")
+        raise ModelError(f"{path}: got no such file or folder; allowed one that exists, to measure its size")
     if (path / MANIFEST).is_file():
         return denoiser_bytes(path)
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
@@ -252,11 +258,11 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
     """
     machine = hardware()
     with torch_threads_kept():
-        found: dict[str, Callable[[], object]] = {REFERENCE: torch_candidate(denoiser, inputs)}
+        candidates: dict[str, Callable[[], object]] = {REFERENCE: torch_candidate(denoiser, inputs)}
         for name, file in files.items():
             if native(name, machine):
-                found[name] = openvino_candidate(file, precision_hint(name, machine), inputs)
-        return time_interleaved(found, runs, WARM_UP)
+                candidates[name] = openvino_candidate(file, precision_hint(name, machine), inputs)
+        return time_interleaved(candidates, runs, WARM_UP)
 
 
 @contextmanager

@@ -28,13 +28,13 @@ def profile_rows(compiled: ov.CompiledModel, inputs: Inputs, runs: int) -> tuple
     request, named = compiled.create_infer_request(), inputs_of(compiled, inputs)
     for _ in range(runs):
         request.infer(named)
-    found: dict[tuple[str, str], list[float]] = {}
+    by_kind: dict[tuple[str, str], list[float]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         kind, precision, spent = (_text(info, key) for key in ("layerType", "runtimePrecision", "execTimeMcs"))
         if spent.isdigit() and int(spent) > 0:
-            found.setdefault((kind, precision), []).append(int(spent) / 1e3)
-    rows = (ProfileRow(kind, precision, sum(times), len(times)) for (kind, precision), times in found.items())
+            by_kind.setdefault((kind, precision), []).append(int(spent) / 1e3)
+    rows = (ProfileRow(kind, precision, sum(times), len(times)) for (kind, precision), times in by_kind.items())
     return tuple(sorted(rows, key=lambda row: -row.milliseconds))
 
 

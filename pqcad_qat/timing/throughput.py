@@ -25,8 +25,9 @@ ROUNDS = 5
 """Number of timed bursts of each candidate."""
 
 FILLS = 4
-"""Smallest number of times that a burst fills the queue. With enough of them the start and the end of a burst, where
-threads are idle, weigh little.
+"""Smallest number of times that a burst fills the queue.
+
+With enough of them the start and the end of a burst, where threads are idle, weigh little.
 """
 
 

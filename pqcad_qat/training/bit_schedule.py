@@ -76,8 +76,9 @@ class MomentumBitSchedule(Callback):
         if ended or state.step % OBSERVE_EVERY == 0:
             self._observe_perturbations()
         loss = self._loss.improvement
-        held = state.step < state.held_until
-        begun = () if held else decide(state.step, self.settings, loss.value, loss.count, layers=self._statuses())
+        begun: tuple[Transition, ...] = ()
+        if state.step >= state.held_until:
+            begun = decide(state.step, self.settings, loss.value, loss.count, layers=self._statuses())
         for transition in begun:
             self._begin(transition)
         jumped = bool(begun) and not self.settings.blend_steps
@@ -96,7 +97,7 @@ class MomentumBitSchedule(Callback):
             blend = blend_state(layer)
             if blend is None:
                 continue
-            lam = next_lambda(blend.share, step, self.settings, self._believed())
+            lam = next_lambda(blend.share, step, self.settings, self._trusted_momentum())
             if lam >= BLEND_ENDS_AT - 1e-4:  # a tolerance, since the layer stores lambda in float32
                 end_blend(layer)
                 ended = True
@@ -105,7 +106,7 @@ class MomentumBitSchedule(Callback):
                 set_blend(layer, lam)
         return ended
 
-    def _believed(self) -> float | None:
+    def _trusted_momentum(self) -> float | None:
         """The loss momentum, or None before the warm-up is over.
 
         At first it only shows the noise of a few batches.

@@ -69,15 +69,16 @@ def write_checkpoint(folder: CheckpointFolder, state: TrainState, callbacks: Seq
             draft.rename(final)
     except OSError as error:
         raise CheckpointError(
-            f"{final}: cannot write this checkpoint: {error.strerror}; older ones are intact (--resume)"
+            f"{final}: got {error.strerror} on writing this checkpoint; allowed a folder that can be written; "
+            "older checkpoints are intact, and --resume goes on from them"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     # Of the regular checkpoints the newest are kept. Of the others only the one just written is.
-    found = checkpoints(folder.path)
-    kept = [path for path in found if step_of(path) % folder.every == 0][-folder.keep :]
-    for old in found:
-        if old not in (final, *kept):
+    present = checkpoints(folder.path)
+    regular = [path for path in present if step_of(path) % folder.every == 0]
+    for old in present:
+        if old not in (final, *regular[-folder.keep :]):
             shutil.rmtree(old)
     return final
 
@@ -115,24 +116,27 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         fault = damage(path)
         if fault is None:
             return path, complaints
-        complaints.append(f"{path}: {fault}; using the one before it")
+        complaints.append(f"{path}: got {fault}; using the one before it")
     return None, complaints
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every file exists and has its stored digest."""
+    """What is there instead of an undamaged checkpoint, as a message names it, or None if nothing is wrong.
+
+    Every file must exist and have its stored digest.
+    """
     try:
         header = json.loads((path / "digests.json").read_text(encoding="utf-8"))
         digests = header["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "digests.json is missing or damaged"
+        return "no digests.json that can be read"
     if header.get("format") != FORMAT:
-        return f"format: got {header.get('format')!r}; allowed {FORMAT}"
+        return f"format {header.get('format')!r} instead of {FORMAT}"
     for name in FILES:
         if not (path / name).is_file():
-            return f"{name} is missing"
+            return f"no {name}"
         if file_digest(path / name) != digests.get(name):
-            return f"{name} is damaged: its SHA-256 is not the one it was written with"
+            return f"a damaged {name}, whose SHA-256 is not the one it was written with"
     return None
 
 
@@ -144,12 +148,14 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
     """
     fault = damage(path)
     if fault is not None:
-        raise CheckpointError(f"{path}: {fault}")
+        raise CheckpointError(f"{path}: got {fault}; allowed a checkpoint as it was written")
     facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
     try:
         state.model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: belongs to another model: {error}") from error
+        raise CheckpointError(
+            f"{path}: got weights of another model: {error}; allowed those of this run's model"
+        ) from error
     _load_optimizer(state.optimizer, load_file(path / "optimizer.safetensors"), facts["optimizer_groups"])
     ema = {name: value.clone() for name, value in load_file(path / "ema.safetensors").items()}
     state.ema = ema if facts["has_ema"] else None
@@ -159,7 +165,9 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
         state.scaler.load_state_dict(scale)
     names = {callback.name for callback in callbacks}
     if names != set(facts["callbacks"]):
-        raise CheckpointError(f"{path}: callbacks: got {sorted(facts['callbacks'])}; this run has {sorted(names)}")
+        raise CheckpointError(
+            f"{path}: callbacks: got {sorted(facts['callbacks'])}; allowed those of this run, {sorted(names)}"
+        )
     for callback in callbacks:
         callback.load_state_dict(facts["callbacks"][callback.name])
 

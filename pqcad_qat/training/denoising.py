@@ -47,7 +47,7 @@ class ClassLabels:
     null: int | None
     dropout: float
 
-    def of(self, labels: Tensor, dice: torch.Generator) -> Tensor:
+    def with_dropout(self, labels: Tensor, dice: torch.Generator) -> Tensor:
         """The labels (B,) of a batch, some of them replaced by the null label."""
         if self.null is None:
             return labels
@@ -76,6 +76,6 @@ def noisy_batches(
         }
         if classes is None or images.labels is None:
             return states
-        return with_condition(states, {"class_labels": classes.of(images.labels[chosen], dice)})
+        return with_condition(states, {"class_labels": classes.with_dropout(images.labels[chosen], dice)})
 
     return batch

@@ -66,8 +66,8 @@ def distillation_set(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     guidance_scale: float = 1.0,
-    parts: Path | None = None,
-    what: str = "teacher",
+    parts_folder: Path | None = None,
+    stage: str = "teacher",
 ) -> DistillationSet:
     """Compute all targets of the student, by running the frozen teacher once from every state that the student visits.
 
@@ -83,28 +83,20 @@ def distillation_set(
         batch_size: trajectories per call of the teacher.
         advance: function that receives the number of states done.
         guidance_scale: guidance scale of the teacher; 1 where it needs one pass.
-        parts: folder for finished batches of trajectories, from which a later process can go on.
-        what: name of the stage, for the message of an interruption.
+        parts_folder: folder for finished batches of trajectories, from which a later process can go on.
+        stage: name of the stage, for the message of an interruption.
 
     Raises:
-        InterruptedByUserError: Ctrl-C, with `parts`.
+        InterruptedByUserError: Ctrl-C, with `parts_folder`.
         ModelError: the student has time steps at which the set has no states.
     """
     schedule = schedule.student(teacher_steps, student_steps)
     student = schedule.walk(student_steps)
+    walks = schedule.finer(student, teacher_steps // student_steps)
     # Pairs of a student step and the teacher's steps that it replaces. Steps without weight in the loss are left out.
-    taught = [
-        (step, walk)
-        for step, walk in zip(student, schedule.finer(student, teacher_steps // student_steps), strict=True)
-        if schedule.error_weight(*step)
-    ]
-    starts = [t for (t, _), _ in taught]
-    if missing := [t for t in starts if t not in calibration.timesteps]:
-        raise ModelError(
-            f"distillation.student_steps: got {student_steps}; the calibration set has no states at its "
-            f"time steps {missing[:5]}; allowed a divisor of sampler.steps"
-        )
-    recorded = [calibration.timesteps.index(t) for t in starts]
+    pairs = [(step, walk) for step, walk in zip(student, walks, strict=True) if schedule.error_weight(*step)]
+    steps = tuple(step for step, _ in pairs)
+    recorded = _columns(calibration, steps, student_steps)
     states = calibration.states[:, recorded]
     # Where each student step should land: on the state at which the next one starts, the last one in the image.
     full = calibration.states[:, [*recorded[1:], -1]]
@@ -112,32 +104,48 @@ def distillation_set(
     def batches(done: int) -> Iterator[dict[str, Tensor]]:
         """Where the teacher lands, for all trajectories after the first `done` ones, which an earlier process made."""
         if done:
-            advance(done * sum(len(walk) for _, walk in taught))
+            advance(done * sum(len(walk) for _, walk in pairs))
         for rows in torch.split(torch.arange(done, len(states)), batch_size):
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
             landed = [
                 _landing(walk, follow, states[rows, index], schedule, advance=advance)
-                for index, (_, walk) in enumerate(taught)
+                for index, (_, walk) in enumerate(pairs)
             ]
             yield {"landed": torch.stack(landed, dim=1)}
 
-    landed = gathered(parts, len(states), batches, f"{what}: trajectories")["landed"]
-
-    def carrying(target: Tensor) -> Tensor:
-        """The predictions that carry the states to these targets, each in one student step; in float64 meanwhile."""
-        ends = (step for step, _ in taught)
-        columns = [schedule.inverse(states[:, i].double(), target[:, i].double(), *step) for i, step in enumerate(ends)]
-        return torch.stack(columns, dim=1).float()
-
+    landed = gathered(parts_folder, len(states), batches, f"{stage}: trajectories")["landed"]
     return DistillationSet(
         states=states,
-        teacher=carrying(landed),
-        calibration=carrying(full),
-        timesteps=torch.tensor(starts),
-        weights=torch.tensor([schedule.error_weight(*step) for step, _ in taught]),
-        folds=_folds(schedule, tuple(step for step, _ in taught)),
+        teacher=_carrying(states, landed, steps, schedule),
+        calibration=_carrying(states, full, steps, schedule),
+        timesteps=torch.tensor([t for t, _ in steps]),
+        weights=torch.tensor([schedule.error_weight(*step) for step in steps]),
+        folds=_folds(schedule, steps),
     )
+
+
+def _columns(calibration: CalibrationSet, steps: Walk, student_steps: int) -> list[int]:
+    """Indices of the calibration set's states at which these student steps start.
+
+    Raises:
+        ModelError: the set has no state at one of them.
+    """
+    if missing := [t for t, _ in steps if t not in calibration.timesteps]:
+        raise ModelError(
+            f"distillation.student_steps: got {student_steps}; the calibration set has no states at its "
+            f"time steps {missing[:5]}; allowed a divisor of sampler.steps"
+        )
+    return [calibration.timesteps.index(t) for t, _ in steps]
+
+
+def _carrying(states: Tensor, targets: Tensor, steps: Walk, schedule: NoiseSchedule) -> Tensor:
+    """(K, S, C, H, W), the predictions that carry the states to these targets, each in one student step.
+
+    They are computed in float64.
+    """
+    columns = [schedule.inverse(states[:, i].double(), targets[:, i].double(), *step) for i, step in enumerate(steps)]
+    return torch.stack(columns, dim=1).float()
 
 
 def _folds(schedule: NoiseSchedule, steps: Walk) -> Tensor | None:
@@ -225,8 +233,8 @@ class CalibrationAssistedDistillation(Callback):
         x_t, t, condition = batch["x_t"], batch["t"], condition_of(batch)
         if self.guidance_scale == 1.0:
             return predict(network, x_t, t, condition)
-        other = {name: value.to(x_t.device) for name, value in rows_of(self.unconditional, len(x_t)).items()}
-        doubled = {name: torch.cat([value, other[name]]) for name, value in condition.items()}
+        null = {name: value.to(x_t.device) for name, value in rows_of(self.unconditional, len(x_t)).items()}
+        doubled = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
         conditional, unconditional = predict(network, torch.cat([x_t, x_t]), torch.cat([t, t]), doubled).chunk(2)
         return guided(conditional, unconditional, self.guidance_scale)
 

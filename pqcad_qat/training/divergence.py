@@ -36,7 +36,7 @@ from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, 
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 from pqcad_qat.training.loss_level import LossLevel, allowed_rise
 from pqcad_qat.training.oscillation import OFTEN, Flips
-from pqcad_qat.training.trouble_warnings import OSCILLATING, SAID, SATURATED, Trouble
+from pqcad_qat.training.trouble_warnings import OSCILLATING, SATURATED, WARNINGS, Trouble
 
 CALM = 0.1
 """Share of the allowed loss below which training counts as well."""
@@ -54,7 +54,7 @@ The first is odd: a weight that flips at every step shows it only at odd distanc
 a training step of a model as small as the one for digits, and less of larger ones.
 """
 
-TRACKED, READ = 256, 4096
+TRACKED_WEIGHTS, READ_VALUES = 256, 4096
 """Number of a layer's weights, and of its input's values, that are looked at; they are evenly spread.
 
 The weights' state is so small that it fits into every checkpoint.
@@ -83,7 +83,7 @@ class TroubleWatch(Callback):
     _changed_at: int = -1
     _busy_at: int = -SETTLED
     _moved: list[str] = field(default_factory=list)
-    _told: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
     _flips: Flips | None = None
     _inputs: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
     _reading: ExitStack = field(default_factory=ExitStack)
@@ -128,9 +128,9 @@ class TroubleWatch(Callback):
         if wrong := [name for name, value in self._batch.items() if not bool(value.isfinite().all())]:
             return [f"{', '.join(wrong)} of the batch not finite"]
         causes = [
-            f"layer {name}: {', '.join(found)} not finite"
+            f"layer {name}: {', '.join(tensors)} not finite"
             for name, layer in self.layers.items()
-            if (found := not_finite(layer))
+            if (tensors := not_finite(layer))
         ]
         known = {id(parameter) for layer in self.layers.values() for parameter in layer.parameters()}
         named = dict(state.model.named_parameters())
@@ -154,7 +154,7 @@ class TroubleWatch(Callback):
         """The layer that a Parameter belongs to, or the Parameter's own name."""
         return next((f"layer {name}" for name in self.layers if parameter.startswith(f"{name}.")), parameter)
 
-    def forgive(self, step: int) -> None:
+    def pause_judging(self, step: int) -> None:
         """Judge the loss again only after some steps, since training goes on from here with a lower learning rate."""
         self._judge_from = step + 2 * SETTLED
 
@@ -206,31 +206,31 @@ class TroubleWatch(Callback):
 
         Flips are counted anew after a change of width, since integers of different grids cannot be compared.
         """
-        found: dict[Trouble, dict[str, str]] = {
+        troubled: dict[Trouble, dict[str, str]] = {
             "collapsed weights": {},
             "saturated weights": {},
             "oscillating weights": {},
         }
-        uses = {name: weight_use(layer, TRACKED) for name, layer in self.layers.items()}
+        uses = {name: weight_use(layer, TRACKED_WEIGHTS) for name, layer in self.layers.items()}
         for name, use in uses.items():
             if use.collapsed:
-                found["collapsed weights"][name] = f"{use.clipped:.0%} clipped"
+                troubled["collapsed weights"][name] = f"{use.clipped:.0%} clipped"
             elif use.clipped > SATURATED:
-                found["saturated weights"][name] = f"{use.clipped:.0%}"
+                troubled["saturated weights"][name] = f"{use.clipped:.0%}"
         sizes = [len(use.integers) for use in uses.values()]
         integers = torch.cat([use.integers for use in uses.values()]).cpu()
         if self._flips is None or step - self._busy_at <= WEIGHTS_EVERY:
-            self._flips = Flips.of(integers)
+            self._flips = Flips.at_first_look(integers)
         self._flips.look(integers)
         shares = [float(part.double().mean()) for part in torch.split(self._flips.frequency >= OFTEN, sizes)]
-        found["oscillating weights"] = {
+        troubled["oscillating weights"] = {
             name: f"{share:.0%}" for name, share in zip(uses, shares, strict=True) if share > OSCILLATING
         }
-        self._tell(step, found)
+        self._warn_once(step, troubled)
 
     def _read(self, name: str, tensor: Tensor) -> None:
         """Look at a sample of one input that a layer reads."""
-        use = input_use(self.layers[name], tensor.detach(), READ)
+        use = input_use(self.layers[name], tensor.detach(), READ_VALUES)
         self._inputs.setdefault(name, []).append((use.clipped, use.collapsed))
 
     def _look_at_inputs(self, step: int) -> None:
@@ -238,26 +238,26 @@ class TroubleWatch(Callback):
 
         A layer that was called several times has collapsed where every call's input did; its clipping is the mean.
         """
-        found: dict[Trouble, dict[str, str]] = {"collapsed inputs": {}, "saturated inputs": {}}
+        troubled: dict[Trouble, dict[str, str]] = {"collapsed inputs": {}, "saturated inputs": {}}
         for name, uses in self._inputs.items():
             clipped = sum(share for share, _ in uses) / len(uses)
             if all(collapsed for _, collapsed in uses):
-                found["collapsed inputs"][name] = f"{clipped:.0%} clipped"
+                troubled["collapsed inputs"][name] = f"{clipped:.0%} clipped"
             elif clipped > SATURATED:
-                found["saturated inputs"][name] = f"{clipped:.0%}"
+                troubled["saturated inputs"][name] = f"{clipped:.0%}"
         self._inputs = {}
-        self._tell(step, found)
+        self._warn_once(step, troubled)
 
-    def _tell(self, step: int, found: Mapping[Trouble, Mapping[str, str]]) -> None:
+    def _warn_once(self, step: int, troubled: Mapping[Trouble, Mapping[str, str]]) -> None:
         """Warn of trouble that was not warned of before."""
-        for trouble, layers in found.items():
-            new = {name: number for name, number in layers.items() if f"{trouble}: {name}" not in self._told}
+        for trouble, layers in troubled.items():
+            new = {name: figure for name, figure in layers.items() if f"{trouble}: {name}" not in self._warned}
             if not new:
                 continue
-            self._told |= {f"{trouble}: {name}" for name in new}
-            what, advice = SAID[trouble]
-            listed = ", ".join(f"layer {name} ({number})" for name, number in new.items())
-            self.warn(f"{self.stage}: step {step}: {what}: {listed}; {advice}")
+            self._warned |= {f"{trouble}: {name}" for name in new}
+            description, advice = WARNINGS[trouble]
+            listed = ", ".join(f"layer {name} ({figure})" for name, figure in new.items())
+            self.warn(f"{self.stage}: step {step}: {description}: {listed}; {advice}")
 
     # ---- checkpoints
 
@@ -270,7 +270,7 @@ class TroubleWatch(Callback):
             "busy_at": self._busy_at,
             "widths": self._widths,
             "moved": self._moved,
-            "told": sorted(self._told),
+            "told": sorted(self._warned),
             "flips": {key: value.tolist() for key, value in vars(self._flips).items()} if self._flips else None,
         }
 
@@ -280,7 +280,7 @@ class TroubleWatch(Callback):
         self.good, self._judge_from = saved["good"], saved["judge_from"]
         self._changed_at, self._busy_at = saved["changed_at"], saved["busy_at"]
         self._widths, self._moved = dict(saved["widths"]), list(saved["moved"])
-        self._told |= set(saved["told"])
+        self._warned |= set(saved["told"])
         self._flips = (
             Flips(**{key: torch.tensor(value) for key, value in saved["flips"].items()}) if saved["flips"] else None
         )

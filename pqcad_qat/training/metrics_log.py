@@ -39,7 +39,7 @@ class MetricsLog(Callback):
         folder: where TensorBoard's events and the file are written.
         steps: training steps of the stage, for the progress line.
         console: where the progress line is shown.
-        others: callbacks whose scalars and images are logged after every step.
+        callbacks: callbacks whose scalars and images are logged after every step.
         enabled: whether anything is written; False on all processes but the first.
         loss: smoothed loss that the progress line shows.
     """
@@ -48,7 +48,7 @@ class MetricsLog(Callback):
     folder: Path
     steps: int
     console: Console
-    others: Sequence[Callback] = ()
+    callbacks: Sequence[Callback] = ()
     enabled: bool = True
     loss: float = math.nan
     _writer: SummaryWriter | None = field(default=None, init=False)
@@ -80,29 +80,30 @@ class MetricsLog(Callback):
     ) -> None:
         if self._writer and self._progress:
             self._progress.stop()
-            with suppress(OSError) if error else nullcontext():  # of a full disk, the error under way tells already
+            # closing writes: on a full disk it would fail again, and hide the error that is under way
+            with suppress(OSError) if error else nullcontext():
                 self._writer.close()
 
     def start_at(self, step: int) -> None:
         """Drop the rows of steps that will be made again."""
         if self.enabled and self.file.exists():
-            kept = [row for row in read_metrics(self.file) if row["step"] <= step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            earlier = [row for row in read_metrics(self.file) if row["step"] <= step]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in earlier), encoding="utf-8")
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         if not (self._writer and self._progress):
             return
         row: dict[str, float] = {"loss": report.loss, **{f"loss/{name}": value for name, value in report.terms.items()}}
         row |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
-        for callback in self.others:
+        for callback in self.callbacks:
             row |= callback.scalars()
             for name, pictures in callback.images().items():
                 self._writer.add_images(f"{self.stage}/{name}", pictures, state.step)
         for name, value in row.items():
             self._writer.add_scalar(f"{self.stage}/{name}", value, state.step)
         with self.file.open("a", encoding="utf-8") as file:
-            kept = {name: value for name, value in row.items() if not name.startswith(LAYER)}
-            file.write(json.dumps({"step": state.step, **kept}) + "\n")
+            stage_scalars = {name: value for name, value in row.items() if not name.startswith(LAYER)}
+            file.write(json.dumps({"step": state.step, **stage_scalars}) + "\n")
         self._show(state.step, report, row)
 
     def _show(self, step: int, report: StepReport, row: Mapping[str, float]) -> None:
@@ -115,8 +116,8 @@ class MetricsLog(Callback):
         note = f"loss {self.loss:.5f}{bits} {report.samples / seconds:.3g} images/s"
         self._progress.update(self._task, completed=step, note=note)
         if self._progress.disable and (step * 10 // self.steps > (step - 1) * 10 // self.steps):
-            left = timedelta(seconds=round((self.steps - step) * seconds))
-            self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}, {left} left")
+            time_left = timedelta(seconds=round((self.steps - step) * seconds))
+            self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}, {time_left} left")
 
 
 def log_texts(folder: Path, texts: Mapping[str, str]) -> None:

@@ -36,7 +36,7 @@ class Flips:
     frequency: Tensor
 
     @classmethod
-    def of(cls, integers: Tensor) -> Flips:
+    def at_first_look(cls, integers: Tensor) -> Flips:
         """The state at the first look."""
         return cls(integers, torch.zeros_like(integers), torch.zeros_like(integers))
 

@@ -37,8 +37,8 @@ class QuantizerLog(Callback):
         if (state.step - 1) % OBSERVE_EVERY == 0:
             for name, layer in self.layers.items():
                 weights, inputs = range_sizes(layer)
-                found = {"bits": mixed_width(layer), "weight_range": weights, "input_range": inputs}
-                self._own |= {f"layer/{name}/{what}": value for what, value in found.items()}
+                quantities = {"bits": mixed_width(layer), "weight_range": weights, "input_range": inputs}
+                self._own |= {f"layer/{name}/{quantity}": value for quantity, value in quantities.items()}
 
     def scalars(self) -> dict[str, float]:
         """Values for the log."""

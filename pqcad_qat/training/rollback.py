@@ -51,7 +51,7 @@ class StageStart:
     scaler: dict[str, Any] | None
 
     @classmethod
-    def of(cls, state: TrainState, callbacks: Sequence[Callback]) -> StageStart:
+    def copied(cls, state: TrainState, callbacks: Sequence[Callback]) -> StageStart:
         """A copy of the state as it is now."""
         return cls(
             {name: value.detach().clone() for name, value in state.model.state_dict().items()},
@@ -83,7 +83,8 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
         return [Rollback(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: damaged: {error}; delete {folder} and --resume trains this stage anew"
+            f"{file}: got a damaged record: {error}; allowed a JSON list of rollbacks; "
+            f"delete {folder} and --resume trains this stage anew"
         ) from error
 
 
@@ -93,8 +94,10 @@ def good_checkpoint(folder: CheckpointFolder, good: int) -> Path | None:
     Checkpoints that Ctrl-C left between the regular ones do not count, so that an interruption never changes a
     decision.
     """
-    found = [path for path in checkpoints(folder.path) if step_of(path) <= good and step_of(path) % folder.every == 0]
-    return next((path for path in reversed(found) if damage(path) is None), None)
+    candidates = [
+        path for path in checkpoints(folder.path) if step_of(path) <= good and step_of(path) % folder.every == 0
+    ]
+    return next((path for path in reversed(candidates) if damage(path) is None), None)
 
 
 def record_rollback(folder: CheckpointFolder, rollbacks: Sequence[Rollback]) -> None:
@@ -111,4 +114,6 @@ def record_rollback(folder: CheckpointFolder, rollbacks: Sequence[Rollback]) -> 
                 shutil.rmtree(path)
         write_file(folder.path / RECORD, json.dumps([asdict(rollback) for rollback in rollbacks], indent=1))
     except OSError as error:
-        raise CheckpointError(f"{folder.path / RECORD}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"{folder.path / RECORD}: got {error.strerror} on writing; allowed a folder that can be written"
+        ) from error

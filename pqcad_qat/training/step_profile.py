@@ -5,7 +5,7 @@ Several models take turns, so that a slow moment falls on all alike. On an accel
 device, so the stopwatch waits for the device at both ends of a part. This makes the whole step slower, so its total
 comes from further steps without these waits.
 
-Not here: which models are compared (step_costs.py), and the speed of inference (timing/latency.py).
+Not here: which models are compared (commands/profile.py), and the speed of inference (timing/latency.py).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Stopwatch:
 
         return timing
 
-    def parts(self, step: Callable[[], None]) -> dict[str, float]:
+    def seconds_by_part(self, step: Callable[[], None]) -> dict[str, float]:
         """Seconds of each part of a step, of the rest, and of the whole step."""
         self.seconds.clear()
         start = self.now()
@@ -92,7 +92,7 @@ class _Stopwatch:
         total = self.now() - start
         return {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
 
-    def whole(self, step: Callable[[], None]) -> float:
+    def seconds_of(self, step: Callable[[], None]) -> float:
         """Seconds of a step whose parts are not timed."""
         self.stopped = True
         start = self.now()
@@ -139,22 +139,22 @@ def profile_steps(
         for callback in callbacks:
             for part, method in (("schedule", "before_step"), ("forward", "loss_terms"), ("watch", "after_step")):
                 setattr(callback, method, watch.timed(part, getattr(callback, method)))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
-    kept: dict[str, int] = {}
-    peak: dict[str, int] = {}
+    timed_steps: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+    kept_bytes: dict[str, int] = {}
+    peak_bytes: dict[str, int] = {}
     for turn in range(WARM_UP + runs):
         for name, state in states.items():
             step = partial(_train_once, state, candidates[name][1], timed_batches, ema, accelerator=accelerator)
             if turn == 0:
-                kept[name] = _kept_bytes(state.model, step)
+                kept_bytes[name] = _kept_bytes(state.model, step)
             elif turn == 1:  # the second step, since the optimizer allocates its state in the first
-                peak[name] = _peak_bytes(accelerator.device, step)
+                peak_bytes[name] = _peak_bytes(accelerator.device, step)
             else:
-                found[name].append(watch.parts(step))
+                timed_steps[name].append(watch.seconds_by_part(step))
                 if accelerator.device.type != "cpu":
-                    found[name][-1]["total"] = watch.whole(step)
+                    timed_steps[name][-1]["total"] = watch.seconds_of(step)
             advance(1)
-    return {name: _medians(steps, kept[name], peak[name]) for name, steps in found.items()}
+    return {name: _medians(steps, kept_bytes[name], peak_bytes[name]) for name, steps in timed_steps.items()}
 
 
 def _train_once(
@@ -170,11 +170,11 @@ def _train_once(
     )
 
 
-def _medians(steps: Sequence[Mapping[str, float]], kept: int, peak: int) -> StepProfile:
+def _medians(steps: Sequence[Mapping[str, float]], kept_bytes: int, peak_bytes: int) -> StepProfile:
     """The medians over the timed steps, with the memory of a step."""
     median = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in steps) for part in (*PARTS, "total")}
     total = median.pop("total")
-    return StepProfile(median, total, kept, peak)
+    return StepProfile(median, total, kept_bytes, peak_bytes)
 
 
 def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:

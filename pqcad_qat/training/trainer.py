@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pqcad_qat.errors import DivergedError, InterruptedByUserError, PolicyError
-from pqcad_qat.machine.processes import agreed, any_process, others_alive, process_count, refuse_drift
+from pqcad_qat.machine.processes import agreed, all_alive, any_process, process_count, refuse_drift
 from pqcad_qat.models.own_modules import hold_statistics
 from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
@@ -86,7 +86,9 @@ def new_accelerator(precision: Precision) -> Accelerator:
             mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[replicas]
         )
     except ValueError as error:
-        raise PolicyError(f"training.precision: got {precision}, which this machine does not have: {error}") from error
+        raise PolicyError(
+            f"training.precision: got {precision}, which this machine does not have: {error}; allowed fp32"
+        ) from error
     if precision == "fp16" and accelerator.scaler is None:
         raise PolicyError(
             f"training.precision: got fp16 on {accelerator.device.type}; allowed fp32 or bf16: fp16 needs a GPU"
@@ -149,8 +151,8 @@ def fit(
             if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
                 _checkpoint(checkpoints, state, callbacks)
             if stop:  # even after the last step, so that no further stage begins
-                kept = ": its checkpoint is kept" if checkpoints else ""
-                raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{kept}")
+                checkpoint_note = ": its checkpoint is kept" if checkpoints else ""
+                raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{checkpoint_note}")
 
 
 def _step(
@@ -165,10 +167,10 @@ def _step(
     rate = settings.learning_rate_at(state.step, state.setbacks)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    parts = _micro_batches(_share(batch, accelerator), settings.accumulation)
+    micro_batches = _micro_batches(_share(batch, accelerator), settings.accumulation)
     while True:  # again, at half the loss scale, only where fp16 gradients have overflowed
-        with others_alive():
-            values = _gradients(state, callbacks, parts, accelerator)
+        with all_alive():
+            values = _gradients(state, callbacks, micro_batches, accelerator)
         accelerator.unscale_gradients(state.optimizer)
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         total = get_total_norm(gradients)
@@ -189,7 +191,7 @@ def _step(
 
 
 def _gradients(
-    state: TrainState, callbacks: Sequence[Callback], parts: Sequence[Batch], accelerator: Accelerator
+    state: TrainState, callbacks: Sequence[Callback], micro_batches: Sequence[Batch], accelerator: Accelerator
 ) -> dict[str, float]:
     """Run forward and backward passes of all micro-batches.
 
@@ -199,16 +201,16 @@ def _gradients(
     if not state.model.training:  # the model, since a wrapper's own flag is True from the start
         state.network.train()
         hold_statistics(state.network)
-    for number, part in enumerate(parts):
+    for index, micro_batch in enumerate(micro_batches):
         # Gradients are exchanged between processes only in the backward pass of the last micro-batch.
-        last = number == len(parts) - 1
+        last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(state.network):
             terms: dict[str, Tensor] = {}
             for callback in callbacks:
-                terms.update(callback.loss_terms(state, part))
-            accelerator.backward(torch.stack(list(terms.values())).sum() / len(parts))
+                terms.update(callback.loss_terms(state, micro_batch))
+            accelerator.backward(torch.stack(list(terms.values())).sum() / len(micro_batches))
         for name, term in terms.items():
-            sums[name] = sums.get(name, torch.zeros_like(term.detach())) + term.detach() / len(parts)
+            sums[name] = sums.get(name, torch.zeros_like(term.detach())) + term.detach() / len(micro_batches)
     means: Tensor = accelerator.reduce(torch.stack(list(sums.values())), "mean")
     return dict(zip(sums, means.tolist(), strict=True))
 
@@ -240,7 +242,7 @@ def _micro_batches(batch: Batch, count: int) -> list[Batch]:
     """The batch in equal parts, so that the mean of their means is the batch's mean."""
     size = len(next(iter(batch.values())))
     assert size % count == 0, f"a process's batch of {size} is not {count} equal micro-batches"
-    return [{name: value.chunk(count)[number] for name, value in batch.items()} for number in range(count)]
+    return [{name: value.chunk(count)[index] for name, value in batch.items()} for index in range(count)]
 
 
 @torch.no_grad()
@@ -271,21 +273,21 @@ def _interrupts() -> Iterator[threading.Event]:
 
     Outside the main thread, where Python allows no signal handlers, it is never set.
     """
-    asked = threading.Event()
+    interrupted = threading.Event()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
+        if interrupted.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        interrupted.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield interrupted
         return
     before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield interrupted
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-    if asked.is_set():  # set after the loop last looked, so not handled there
+    if interrupted.is_set():  # set after the loop last looked, so not handled there
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ A stage starts from its newest undamaged checkpoint. If training diverges, the p
 goes on at a lower learning rate, or stops.
 
 Not here: the loop itself (trainer.py), what a divergence is (divergence.py), and which stages exist (stages/,
-pretrain.py).
+commands/pretrain.py).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _train(
     log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, callbacks, accelerator.is_main_process)
     watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]
-    start = StageStart.of(state, everything)
+    start = StageStart.copied(state, everything)
     _enter(state, start, everything, settings, console=console, warn=warn)
     while True:
         with agreed():
@@ -211,10 +211,11 @@ def _record_way_back(
     checkpoint = good_checkpoint(settings.checkpoints, watch.good)
     entered = step_of(checkpoint) if checkpoint else 0
     where = f"the checkpoint of step {entered}" if checkpoint else "the start of the stage"
-    rate, held = settings.loop.learning_rate * 0.5 ** (len(rollbacks) + 1), _held_until(trouble.step, settings)
+    rate = settings.loop.learning_rate * 0.5 ** (len(rollbacks) + 1)
+    first_transition = _held_until(trouble.step, settings)
     warn(
         f"{settings.name}: {trouble}. Gone back to {where}, learning rate {rate:g}, no change of width "
-        f"before step {held}"
+        f"before step {first_transition}"
     )
     record_rollback(settings.checkpoints, [*rollbacks, Rollback(trouble.step, entered, str(trouble))])
 
@@ -239,7 +240,7 @@ def _lower_rate(
     warn(f"{settings.name}: {trouble}. Gone on at the learning rate {rate:g}")
     if not trouble.stepped:
         state.step += 1
-    watch.forgive(state.step)
+    watch.pause_judging(state.step)
 
 
 def _used_up(trouble: DivergedError, tried: str, settings: StageSettings) -> DivergedError:

@@ -25,7 +25,7 @@ Trouble = Literal[
 ]
 """Kinds of trouble that are warnings."""
 
-SAID: dict[Trouble, tuple[str, str]] = {
+WARNINGS: dict[Trouble, tuple[str, str]] = {
     "collapsed weights": (
         "the range of the weights collapsed: they are all zero, or a channel's scale is at its smallest",
         "use scale: statistics, range: mse or more bits for these layers, or a lower training.learning_rate",

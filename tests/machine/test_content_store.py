@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pqcad_qat.machine.content_store import content_digest, kept, parts_of
+from pqcad_qat.machine.content_store import content_digest, parts_folder, shared_folder
 
 PATIENCE = 120  # seconds; a busy machine is no failure
 
@@ -25,8 +25,8 @@ def writing(text: str) -> Callable[[Path], None]:
 
 
 def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
-    first = kept(tmp_path, {"seed": 1}, writing("one"))
-    again = kept(tmp_path, {"seed": 1}, lambda _: pytest.fail("made twice"))
+    first = shared_folder(tmp_path, {"seed": 1}, writing("one"))
+    again = shared_folder(tmp_path, {"seed": 1}, lambda _: pytest.fail("made twice"))
     assert first == again == tmp_path / content_digest({"seed": 1})
     assert (again / "file").read_text() == "one"
 
@@ -42,7 +42,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("disk full")
 
     with pytest.raises(ValueError, match="disk full"):
-        kept(tmp_path, {}, fail)
+        shared_folder(tmp_path, {}, fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,9 +55,9 @@ def test_of_two_that_make_the_same_at_once_one_waits_for_the_other(tmp_path: Pat
         (folder / "file").write_text("first")
 
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(kept, tmp_path, {}, make)
+        first = pool.submit(shared_folder, tmp_path, {}, make)
         assert begun.wait(PATIENCE)
-        second = pool.submit(kept, tmp_path, {}, lambda _: pytest.fail("made twice"))
+        second = pool.submit(shared_folder, tmp_path, {}, lambda _: pytest.fail("made twice"))
         with pytest.raises(TimeoutError):
             second.result(timeout=0.2)
         may_end.set()
@@ -75,9 +75,9 @@ def test_where_the_first_fails_the_one_that_waited_makes_it(tmp_path: Path) -> N
         raise ValueError("disk full")
 
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(kept, tmp_path, {}, fail)
+        first = pool.submit(shared_folder, tmp_path, {}, fail)
         assert begun.wait(PATIENCE)
-        second = pool.submit(kept, tmp_path, {}, writing("second"))
+        second = pool.submit(shared_folder, tmp_path, {}, writing("second"))
         may_end.set()
         with pytest.raises(ValueError, match="disk full"):
             first.result(PATIENCE)
@@ -89,7 +89,7 @@ def test_what_a_killed_process_left_half_made_is_dropped(tmp_path: Path) -> None
     draft = tmp_path / f".{content_digest({})}"
     (draft / "logs").mkdir(parents=True)
     (draft / "half").write_text("")
-    folder = kept(tmp_path, {}, writing("whole"))
+    folder = shared_folder(tmp_path, {}, writing("whole"))
     assert [path.name for path in folder.iterdir()] == ["file"]
     assert [*tmp_path.iterdir()] == [folder]
 
@@ -98,13 +98,13 @@ def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_g
     tmp_path: Path,
 ) -> None:
     def fail(folder: Path) -> None:
-        parts_of(folder).mkdir(exist_ok=True)
-        (parts_of(folder) / "first").write_text("first")
+        parts_folder(folder).mkdir(exist_ok=True)
+        (parts_folder(folder) / "first").write_text("first")
         (folder / "half").write_text("")
         raise ValueError("disk full")
 
     with pytest.raises(ValueError, match="disk full"):
-        kept(tmp_path, {}, fail)
+        shared_folder(tmp_path, {}, fail)
     draft = tmp_path / f".{content_digest({})}"
     assert [path.relative_to(tmp_path) for path in draft.rglob("*") if path.is_file()] == [
         Path(draft.name) / "parts" / "first"
@@ -114,16 +114,16 @@ def test_what_lies_in_its_parts_outlives_a_failure_and_a_killed_process_and_is_g
 
     def go_on(folder: Path) -> None:
         assert list(folder.iterdir()) == []
-        (folder / "file").write_text((parts_of(folder) / "first").read_text())
+        (folder / "file").write_text((parts_folder(folder) / "first").read_text())
 
-    folder = kept(tmp_path, {}, go_on)
+    folder = shared_folder(tmp_path, {}, go_on)
     assert (folder / "file").read_text() == "first"
     assert [*tmp_path.iterdir()] == [folder]
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
 def test_what_a_process_left_that_was_killed_after_it_had_moved_the_folder_is_removed(tmp_path: Path) -> None:
-    folder = kept(tmp_path, {}, writing("whole"))
+    folder = shared_folder(tmp_path, {}, writing("whole"))
     (tmp_path / f".{folder.name}" / "parts").mkdir(parents=True)
-    assert kept(tmp_path, {}, lambda _: pytest.fail("made twice")) == folder
+    assert shared_folder(tmp_path, {}, lambda _: pytest.fail("made twice")) == folder
     assert [*tmp_path.iterdir()] == [folder]

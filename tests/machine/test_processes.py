@@ -268,8 +268,8 @@ def test_a_process_that_is_terminated_while_another_tells_of_an_error_does_not_w
     lines = (
         "import os, signal",
         "from pqcad_qat.machine import program",
-        "program.leave_the_word = lambda code: print('waits')",
-        "with program.told_endings(['run']):",
+        "program.wait_for_report = lambda code: print('waits')",
+        "with program.reported_endings(['run']):",
         "    os.kill(os.getpid(), signal.SIGTERM)",
     )
     second = environment() | {"WORLD_SIZE": "2", "RANK": "1"}

@@ -132,11 +132,11 @@ def test_of_a_hub_id_another_precision_is_fetched_where_a_part_has_nothing_else(
 def test_a_scheduler_that_is_missing_is_told_by_plan_and_by_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _source, allow_patterns: str(folder))
     shutil.rmtree(folder / "scheduler")
-    refused(folder, r"scheduler_config\.json: no such file")
+    refused(folder, r"scheduler_config\.json: got no such file")
     for path in (folder / "model_index.json", folder / "unet" / WEIGHTS):
         path.unlink()
     assert shapes_of(str(folder)).sample_shape == (1, 32, 32)  # an architecture
-    with pytest.raises(ModelError, match=r"scheduler_config\.json: no such file"):
+    with pytest.raises(ModelError, match=r"scheduler_config\.json: got no such file"):
         shapes_of("org/name")
 
 
@@ -837,11 +837,11 @@ def test_what_a_pipeline_decodes_are_latents_whatever_their_channels(folder: Pat
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[" * 100_000, "not readable as JSON: nested too deeply"),
-        (b'{"a": 1, "a": 2}', "the key 'a' stands there twice"),
+        (b"[" * 100_000, "got JSON that is nested too deeply"),
+        (b'{"a": 1, "a": 2}', "it has the key 'a' twice"),
         (b"[1]", "got a JSON list; allowed an object"),
-        (b"\xff", "not readable as JSON: 'utf-8' codec"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON: Exceeds the limit"),
+        (b"\xff", "got text that is not JSON: 'utf-8' codec"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "got text that is not JSON: Exceeds the limit"),
         (b" " * (LARGEST_FILE + 1), "got 16777217 bytes; allowed 16777216"),
     ],
 )
@@ -859,9 +859,9 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path, words in (
-        (tmp_path, "not a file"),
-        (tmp_path / "absent", "no such file"),
-        (tmp_path / "loop", "no such file"),
+        (tmp_path, "got no regular file"),
+        (tmp_path / "absent", "got no such file"),
+        (tmp_path / "loop", "got no such file"),
     ):
         with pytest.raises(ModelError, match=words):
             read_json(path)

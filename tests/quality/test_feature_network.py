@@ -198,7 +198,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(folder: Path, tmp_pat
     with pytest.raises(ModelError, match="format: got"):
         load_features(str(tmp_path))
     config.write_text("{")
-    with pytest.raises(ModelError, match="not readable as JSON"):
+    with pytest.raises(ModelError, match="got text that is not JSON"):
         load_features(str(tmp_path))
 
 
@@ -208,7 +208,7 @@ def test_an_unknown_source_is_answered_with_what_is_allowed(tmp_path: Path) -> N
         match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder",
     ):
         load_features("embedded:cifar")
-    with pytest.raises(ModelError, match=r"config\.json: no such file; a feature network is a folder with"):
+    with pytest.raises(ModelError, match=r"config\.json: got no such file; allowed a folder of a feature network"):
         load_features(str(tmp_path))
 
 

@@ -97,7 +97,7 @@ def call(arguments: list[str]) -> int:
             "embedded:cifar",
             r"got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder",
         ),
-        ("no-such-folder", r"no-such-folder/config\.json: no such file"),
+        ("no-such-folder", r"no-such-folder/config\.json: got no such file"),
     ],
 )
 def test_features_that_do_not_fit_are_told_with_their_key_before_anything_is_written(

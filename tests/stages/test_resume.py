@@ -115,7 +115,7 @@ def test_every_part_goes_on_from_the_last_checkpoint(interrupted: InterruptedRun
 def test_what_an_earlier_process_was_warned_of_is_in_the_report(interrupted: InterruptedRun) -> None:
     told = json.loads((interrupted.path / "report.json").read_text())["warnings"]
     assert len(told) == 1
-    assert "step_000999: digests.json is missing or damaged; using the one before it" in told[0]
+    assert "step_000999: got no digests.json that can be read; using the one before it" in told[0]
 
 
 def test_the_resumed_run_ends_with_the_weights_of_the_uninterrupted_one_bit_for_bit(

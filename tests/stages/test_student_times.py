@@ -109,7 +109,7 @@ def test_a_number_of_steps_that_no_walk_has_is_told() -> None:
         match=r"^sampler\.steps: got 50; with the scheduler's steps_offset of 1 they begin at time step 50 of 50",
     ):
         schedule("leading", num_train_timesteps=50, steps_offset=1).walk(50, "sampler.steps")
-    with pytest.raises(ModelError, match="sampling steps: got 61; diffusers' trailing spacing lays 62"):
+    with pytest.raises(ModelError, match="sampling steps: got 61; diffusers' trailing spacing makes 62"):
         schedule("trailing").walk(61)
     with pytest.raises(
         ModelError, match=r"distillation\.student_steps: got 1; with linspace spacing one step begins at time step 0"

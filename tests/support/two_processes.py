@@ -26,7 +26,7 @@ from small_stage import Matching, batches, network
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PqcadError
-from pqcad_qat.machine.processes import launched, process_count, speaks
+from pqcad_qat.machine.processes import is_reporter, launched, process_count
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
@@ -96,7 +96,7 @@ def stage(
         found["step"] = state.step
         weights = {**model.state_dict(), **{f"ema {name}": value for name, value in (state.ema or {}).items()}}
     except PqcadError as error:
-        found |= {"error": type(error).__name__, "message": str(error), "speaks": speaks(error)}
+        found |= {"error": type(error).__name__, "message": str(error), "speaks": is_reporter(error)}
         weights = {}
     decided = [asdict(transition) for transition in schedule.transitions]
     found |= {

@@ -22,7 +22,7 @@ from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.quantized_layer import set_weight_bits
 from pqcad_qat.training.callback import Batch
 from pqcad_qat.training.checkpoint import CheckpointFolder
-from pqcad_qat.training.divergence import TRACKED, WEIGHTS_EVERY
+from pqcad_qat.training.divergence import TRACKED_WEIGHTS, WEIGHTS_EVERY
 from pqcad_qat.training.loss_level import allowed_rise
 from pqcad_qat.training.oscillation import MEMORY, Flips
 from pqcad_qat.training.trainer import LoopSettings
@@ -161,7 +161,7 @@ def test_weights_that_oscillate_are_told_with_their_share(tmp_path: Path) -> Non
 def test_the_frequency_of_flips_is_that_of_the_paper() -> None:
     dice = torch.Generator().manual_seed(0)
     looks = torch.randint(-1, 2, (30, 5), generator=dice).float()
-    flips = Flips.of(looks[0])
+    flips = Flips.at_first_look(looks[0])
     for look in looks[1:]:
         flips.look(look)
     wanted = []
@@ -177,7 +177,7 @@ def test_the_frequency_of_flips_is_that_of_the_paper() -> None:
 
 def test_looks_are_at_odd_distances_and_their_state_fits_a_checkpoint() -> None:
     assert WEIGHTS_EVERY % 2 == 1
-    assert TRACKED <= 256
+    assert TRACKED_WEIGHTS <= 256
 
 
 @pytest.mark.parametrize("scale", ["learned", "statistics"])

@@ -191,5 +191,5 @@ def test_stop_is_an_error_at_once(tmp_path: Path) -> None:
 def test_a_damaged_record_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / RECORD).write_text("[{")
-    with pytest.raises(CheckpointError, match=r"rollbacks\.json: damaged: .* delete"):
+    with pytest.raises(CheckpointError, match=r"rollbacks\.json: got a damaged record: .* delete"):
         Result(tmp_path, "rollback")

@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_model_or_other_callbacks_is_refused(tmp_path: P
     trained(CheckpointFolder(tmp_path, every=5))
     path = tmp_path / "step_000020"
     accelerator = Accelerator(cpu=True)
-    with pytest.raises(CheckpointError, match="belongs to another model"):
+    with pytest.raises(CheckpointError, match="got weights of another model"):
         load_checkpoint(path, new_state(nn.Linear(4, 1), SETTINGS, accelerator), [Regression()])
     state, _ = fresh(SETTINGS)
     with pytest.raises(CheckpointError, match="callbacks"):
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_leaves_older_checkpoint
     trained(CheckpointFolder(tmp_path / "ok", every=5))
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with pytest.raises(CheckpointError, match="cannot write this checkpoint"):
+    with pytest.raises(CheckpointError, match="on writing this checkpoint; allowed a folder that can be written"):
         trained(CheckpointFolder(blocked, every=5))
     assert damage(tmp_path / "ok" / "step_000020") is None
 

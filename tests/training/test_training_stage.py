@@ -64,7 +64,7 @@ def test_a_killed_stage_goes_on_past_a_damaged_checkpoint_to_the_same_weights(tm
     told: list[str] = []
     assert torch.equal(train(tmp_path / "cut", warn=told.append), whole)
     assert len(told) == 1
-    assert "step_000010: model.safetensors is damaged" in told[0]
+    assert "step_000010: got a damaged model.safetensors" in told[0]
 
 
 def test_the_log_has_every_step_once_and_the_callbacks_scalars(tmp_path: Path) -> None:
