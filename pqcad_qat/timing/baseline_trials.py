@@ -103,6 +103,7 @@ def _try_out(xml: str, inputs: str, ways: list[dict[str, object]]) -> None:
 
 
 def _call(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
+    """Compile a graph in each of these ways, and call it once in each."""
     for way in ways:
         core = ov.Core()
         compiled = compile_graph(core.read_model(xml), core, properties=way)
@@ -110,12 +111,15 @@ def _call(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
 
 
 def _write(inputs: Sequence[Inputs], file: Path) -> None:
+    """Write the inputs of several calls as one file, for the separate process."""
     with file.open("wb") as written:
         stacked: dict[str, Any] = {name: np.stack([arrays[name] for arrays in inputs]) for name in inputs[0]}
         np.savez(written, **stacked)
 
 
 def _read(file: str) -> list[dict[str, np.ndarray]]:
+    """The inputs of several calls that `_write` wrote."""
     with np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    return [{name: array[index] for name, array in arrays.items()} for index in range(len(next(iter(arrays.values()))))]
+    count = len(next(iter(arrays.values())))
+    return [{name: array[index] for name, array in arrays.items()} for index in range(count)]

@@ -97,7 +97,9 @@ def lacking(isa: str, machine: Hardware) -> str:
     Under a cap above the CPU's own instruction sets it would use others.
     """
     need = _CAP_NEEDS.get(isa)
-    return "" if need is None or not machine.isa or need in machine.isa else f"this CPU has no {need}"
+    if need is None or not machine.isa or need in machine.isa:
+        return ""
+    return f"this CPU has no {need}"
 
 
 def _cpu(text: str) -> str:

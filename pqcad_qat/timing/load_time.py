@@ -38,10 +38,11 @@ def load_times(folder: Path, temporary: Path, runs: int) -> tuple[LoadTime, ...]
     for turn in range(runs):
         for name in FORMATS if turn % 2 else FORMATS[::-1]:
             seconds[name].append(_load(folders[name]))
-    return tuple(
-        LoadTime(name, size_bytes(folders[name]), *map(timing, zip(*rows, strict=True)))
-        for name, rows in seconds.items()
-    )
+    times = []
+    for name, rows in seconds.items():
+        verify, read, compiling = (timing(column) for column in zip(*rows, strict=True))
+        times.append(LoadTime(name, size_bytes(folders[name]), verify, read, compiling))
+    return tuple(times)
 
 
 def _load(folder: Path) -> tuple[float, float, float]:

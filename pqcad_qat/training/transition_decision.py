@@ -75,7 +75,8 @@ class BitScheduleSettings:
         """
         if not self.blends or self.blend_momentum == 0 or self.deadline <= 0:
             return 0
-        return math.ceil(round(math.log(1 - BLEND_ENDS_AT) / math.log(self.blend_momentum), 6))
+        steps = math.log(1 - BLEND_ENDS_AT) / math.log(self.blend_momentum)
+        return math.ceil(round(steps, 6))  # rounded, so that an error in the last bits does not add a step
 
     @property
     def last_call(self) -> int:
@@ -87,8 +88,9 @@ class BitScheduleSettings:
 
         They are evenly spread in time, and the last one comes at the last call.
         """
-        count = len(self.rungs)
-        return self.rungs[: count if step >= self.last_call else step * count // self.last_call]
+        if step >= self.last_call:
+            return self.rungs
+        return self.rungs[: step * len(self.rungs) // self.last_call]
 
     @property
     def late_from(self) -> int:
@@ -184,9 +186,8 @@ def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
     Layers with shorter ladders move along with them.
     """
     longest = max((len(layer.ladder) for layer in plan), default=0)
-    return tuple(
-        sorted({width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}, reverse=True)
-    )
+    narrower = {width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}
+    return tuple(sorted(narrower, reverse=True))
 
 
 def decide(
