@@ -12,14 +12,14 @@ MESSAGE = 3600
 
 
 class PqcadError(Exception):
-    """A mistake that the user can fix; the message names what is wrong, where, the rule, and the value found."""
+    """A mistake that the user can fix.
+
+    A message has the form ``WHERE: got X; allowed Y``. WHERE is the file, key, flag, layer or argument.
+    """
 
 
 class PolicyError(PqcadError):
-    """A policy file is unreadable or breaks a rule.
-
-    The message lists every fault as ``file:line: key: got X; allowed Y``.
-    """
+    """A policy file is unreadable or breaks a rule; the message lists every fault, with its file, line and key."""
 
 
 class PlanError(PqcadError):

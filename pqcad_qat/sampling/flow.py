@@ -152,7 +152,7 @@ def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") ->
     keys.off(UNKNOWN)
     if config.get("use_dynamic_shifting"):
         raise keys.fault(
-            "use_dynamic_shifting", "null or false, but of a model whose pipeline says how, as Flux's does"
+            "use_dynamic_shifting", "null or false, unless the model's pipeline says how to shift, as Flux's does"
         )
     spacing = keys.choice(SPACING, get_args(FlowSpacing))
     timesteps = keys.whole("num_train_timesteps", 1, MOST_TIMESTEPS)
