@@ -1,6 +1,10 @@
 """What each planned layer executes in, read from OpenVINO's execution graph of the file that ships.
 
-Not here: whether its integers are PyTorch's (proof.py).
+Method: the plugin that compiles a graph decides for itself what runs in INT8. It tells its decisions in the execution
+graph, whose nodes state their runtime precision and the names of the nodes that were fused into them. Planned layers
+are found there by name (node_marks.py gave the names), and so are the products of attention (int8_attention.py).
+
+Not here: whether a layer's integers are PyTorch's (proof.py).
 """
 
 from __future__ import annotations
@@ -18,13 +22,14 @@ from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.serving.packing import called_layer
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
-INT8 = ("i8", "u8")
-
-
 if TYPE_CHECKING:
     from pqcad_qat.quantization.plan import LayerPlan
 
-MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")  # layer types in the CPU plugin's execution graph
+INT8 = ("i8", "u8")
+"""Runtime precisions that count as INT8: signed and unsigned bytes."""
+
+MATRIX_NODES = ("Convolution", "FullyConnected", "MatMul")
+"""Types of matrix nodes in the execution graph of OpenVINO's CPU plugin."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class ExecutedNode:
 
     Attributes:
         kind: layer type of the CPU plugin.
-        precision: what it runs in.
-        kernel: name of the code that runs it, which names its instruction set too, such as brgconv_avx512_I8.
-        names: of the original nodes that were fused into it.
+        precision: the precision that it runs in.
+        kernel: name of the code that runs it. It states the instruction set too, as in brgconv_avx512_I8.
+        names: names of the original nodes that were fused into it.
     """
 
     kind: str
@@ -49,12 +54,12 @@ class ExecutionReport:
     """What the compiled model executes.
 
     Attributes:
-        precisions: runtime precision of each planned layer ("i8", "u8", "bf16", "f32"; "absent" where the graph has no
-            such node).
+        precisions: runtime precision of each planned layer: "i8", "u8", "bf16" or "f32"; "absent" where the graph has
+            no such node.
         node_types: (layer type, runtime precision) -> number of executed nodes.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use.
-        attention: of each attention planned for INT8 what its products run in, as of layers; the first that is not INT8
-            counts.
+        attention: runtime precision of the products of each attention that is planned for INT8, by module path. If the
+            products differ, it is the first one that is not INT8.
     """
 
     precisions: Mapping[str, str]
@@ -79,16 +84,15 @@ class ExecutionReport:
 def execution_precision(
     folder: Path, layers: Collection[str], properties: Mapping[str, Any] | None = None
 ) -> ExecutionReport:
-    """Compile the shipped file with the default settings and read from its execution graph what each planned layer runs
-    in.
+    """Compile the shipped file and read the runtime precision of each planned layer from its execution graph.
 
     Args:
         folder: a deployed folder.
         layers: module paths of the planned layers.
-        properties: OpenVINO properties over the runtime's defaults.
+        properties: OpenVINO properties that override the runtime's defaults.
 
     Raises:
-        ModelError: a folder that cannot be loaded.
+        ModelError: the folder cannot be loaded.
     """
     model = OVUNet2DModel.from_pretrained(folder, properties=properties)
     compiled, nodes = model.compiled, executed_nodes(model.compiled)
@@ -103,24 +107,24 @@ def execution_precision(
 
 
 def refuse_float(plan: Sequence[LayerPlan], executed: ExecutionReport, where: object) -> None:
-    """A planned layer that left INT8 is an error, unless the policy lists it as an exception; an attention is one
-    always.
+    """Refuse a model in which a planned layer or attention does not execute in INT8.
+
+    Layers that the policy lists as exceptions may leave INT8; an attention may not.
 
     Raises:
-        ExportError: which layers of `where` left it.
+        ExportError: a layer or an attention left INT8. The message begins with `where` and names them.
     """
-    if missed := [
-        f"{path} ran in {precision}" for path, precision in executed.attention.items() if precision not in INT8
-    ]:
+    allowed = " or ".join(INT8)
+    if missed := [f"{path} in {precision}" for path, precision in executed.attention.items() if precision not in INT8]:
         raise ExportError(
-            f"{where}: attention planned for INT8: {', '.join(missed)}; quantization.attention: float leaves it"
+            f"{where}: attention planned for INT8: got {', '.join(missed)}; allowed {allowed}, "
+            "or quantization.attention: float"
         )
     excepted = {layer.name for layer in plan if layer.int8_exception}
     floating = {name: precision for name, precision in executed.precisions.items() if precision not in INT8}
-    left = [f"{name} ran in {precision}" for name, precision in floating.items() if name not in excepted]
-    if left:
+    if refused := [f"{name} in {precision}" for name, precision in floating.items() if name not in excepted]:
         raise ExportError(
-            f"{where}: planned for INT8 but executed in floating point: {', '.join(left)}; "
+            f"{where}: layers planned for INT8: got {', '.join(refused)}; allowed {allowed}; "
             "change the rule of these layers, or list them with execution: float"
         )
 
@@ -138,42 +142,41 @@ def _node_facts(node: ov.Node) -> tuple[str, str, str, tuple[str, ...]]:
 
 
 def layer_precisions(nodes: Sequence[ExecutedNode], layers: Collection[str]) -> dict[str, str]:
-    """Runtime precision of the matrix node that each layer became, of several calls that differ the one that is not
-    INT8.
+    """Runtime precision of the matrix node that each layer became; "absent" where there is none.
 
-    OpenVINO may leave a layer's name to what it computes together with it (packing.RENAMED).
+    If the calls of one layer differ, the first precision that is not INT8 counts. OpenVINO may pass a layer's name on
+    to nodes that it computes together with the layer (packing.RENAMED).
     """
-    found: dict[str, list[str]] = {}
+    precisions: dict[str, list[str]] = {}
     for node in (node for node in nodes if node.kind in MATRIX_NODES):
         for name in {called_layer(name, layers) for name in node.names} - {None}:
-            found.setdefault(str(name), []).append(node.precision)
-    return {name: _first_float(found[name]) if name in found else "absent" for name in layers}
+            precisions.setdefault(str(name), []).append(node.precision)
+    return {name: _first_float(precisions[name]) if name in precisions else "absent" for name in layers}
 
 
 def attention_precisions(compiled: ov.CompiledModel, paths: Collection[str]) -> dict[str, str]:
-    """Runtime precision of the products of each quantized attention (int8_attention.py); of two that differ the one
-    that is not INT8.
+    """Runtime precision of the products of each quantized attention; "absent" where both are not found.
 
-    OpenVINO runs both products and the softmax as one node, which computes in what its three inputs come in; or,
-    without VNNI, one by one.
+    If the products differ, the first precision that is not INT8 counts.
+
+    With VNNI, OpenVINO runs both products and the softmax as one node of kind Subgraph. It computes in the precisions
+    of its three inputs: queries, keys and values. Without VNNI the products are nodes of kind MatMul.
     """
-    found: dict[str, list[str]] = {path: [] for path in paths}
+    precisions: dict[str, list[str]] = {path: [] for path in paths}
     for node in compiled.get_runtime_model().get_ops():
         kind, precision, _, names = _node_facts(node)
-        for path in {traced_path(name) for name in names} & found.keys():
+        for path in {traced_path(name) for name in names} & precisions.keys():
             if kind == "MatMul":
-                found[path].append(precision)
+                precisions[path].append(precision)
             elif kind == "Subgraph" and f"{path}/softmax" in names:
-                read = [
-                    _read_precision(value)
-                    for value in node.input_values()
-                    if _node_facts(value.get_node())[0] != "Const"
-                ]
-                found[path] += read if len(read) == 3 else []
-    return {path: _first_float(seen) if len(seen) > 1 else "absent" for path, seen in found.items()}
+                sources = [value for value in node.input_values() if _node_facts(value.get_node())[0] != "Const"]
+                precisions[path] += map(_read_precision, sources) if len(sources) == 3 else []
+    # both products, or the three inputs of the one node, must be there
+    return {path: _first_float(several) if len(several) > 1 else "absent" for path, several in precisions.items()}
 
 
 def _read_precision(value: ov.Output) -> str:
+    """The precision in which a node of an execution graph passes this value on."""
     precisions: str = value.get_node().rt_info["outputPrecisions"].astype(str)
     return precisions.split(",")[int(value.get_index())]
 

@@ -90,7 +90,7 @@ class ExportRequest:
         conditions: inputs of the denoiser besides x_t and t, with every size known.
         visited: times that a graph of continuous time must know exactly.
         attention: modules whose attention is computed in INT8, and the ranges of what their products read.
-        parts: pipeline parts written beside the denoiser; None for a denoiser alone.
+        pipeline_parts: pipeline parts written beside the denoiser; None for a denoiser alone.
     """
 
     model: nn.Module
@@ -102,7 +102,7 @@ class ExportRequest:
     conditions: Sequence[ConditionInput] = ()
     visited: Sequence[float] = ()
     attention: Mapping[str, AttentionRange] = field(default_factory=dict)
-    parts: PartsToDeploy | None = None
+    pipeline_parts: PartsToDeploy | None = None
 
 
 def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "int8") -> ExportedFolder:
@@ -120,7 +120,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     """
     check_replaceable(folder)
     model, layers, scheduler_config = request.model, request.layers, request.scheduler_config
-    conditions, parts = request.conditions, request.parts
+    conditions, pipeline_parts = request.conditions, request.pipeline_parts
     schedule = noise_schedule(scheduler_config)
     scheduler = written_out(scheduler_config, schedule)
     graph = convert(request, known_times(schedule, request.visited))
@@ -128,7 +128,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     texts = {
         f"{part}/{CONFIG}": _config(model),
         SCHEDULER_CONFIG: scheduler,
-        MODEL_INDEX: _model_index(model, scheduler, bool(conditions), parts),
+        MODEL_INDEX: _model_index(model, scheduler, bool(conditions), pipeline_parts),
         OPENVINO_CONFIG: _openvino_config(),
     }
     entries = {name: _layer_entry(layer) for name, layer in layers.items()}
@@ -144,11 +144,11 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
         "conditions": [asdict(condition) for condition in conditions],
         "cpu": _cpu(entries),
         "layers": entries,
-        "attention": {path: asdict(seen) for path, seen in request.attention.items()},
+        "attention": {path: asdict(ranges) for path, ranges in request.attention.items()},
         "versions": {"pqcad-qat": __version__}
         | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
-    further = nothing_further if parts is None else partial(write_parts, parts)
+    further = nothing_further if pipeline_parts is None else partial(write_parts, pipeline_parts)
     written = write_folder(graph, weights, texts, manifest, folder=folder, part=part, further=further)
     graph_bytes = sum(path.stat().st_size for path in (folder / part).glob("openvino_model.*"))
     return ExportedFolder(folder, written, graph_bytes)
@@ -172,7 +172,7 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     sample_shape, batch_size = request.sample_shape, request.batch_size
     modules = dict(model.named_modules())
     if unknown := [name for name in layers if name not in modules]:
-        raise ExportError(f"the model has no layer {', '.join(unknown)}")
+        raise ExportError(f"layers: got {', '.join(unknown)}; allowed paths of the model's own modules")
     replacements: dict[str, nn.Module] = {
         name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())
     }
@@ -181,16 +181,17 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
     replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
     names = [condition.name for condition in conditions]
-    given = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
+    zeros = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
     time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
     ports = ports_of(family, names)
     inputs = spelled(
-        [{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **given}
+        [{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **zeros}
     )
     example = tuple(torch.from_numpy(value) for value in inputs.values())
     training = model.training
     with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]  # sizes become constants: the graph's are fixed on purpose
+        # the tracer warns that sizes become constants, which is intended: the graph has fixed sizes
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         # OpenVINO's converter uses torch.jit.trace as well
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
         denoiser = (TracedSequence if family.takes_rows else TracedDenoiser)(model, names).eval()
@@ -220,30 +221,34 @@ def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Mod
     except PqcadError:
         raise
     except Exception as error:  # a user's own module may raise anything
-        raise ExportError(f"the network cannot be traced: {one_line(error)}") from error
+        raise ExportError(
+            f"tracing the network: got {one_line(error)}; allowed a network that torch.jit.trace can follow"
+        ) from error
     try:
         return ov.convert_model(traced, example_input=example)
     except Exception as error:  # OpenVINO raises many classes
-        raise ExportError(f"OpenVINO cannot convert the network: {_unconverted(str(error), traced)}") from error
+        fault = _unconverted(str(error), traced)
+        raise ExportError(f"OpenVINO's conversion: got {fault}; allowed operations that OpenVINO has") from error
 
 
-def _unconverted(said: str, traced: Any) -> str:
-    """Why OpenVINO could not convert the trace, in one line.
+def _unconverted(explanation: str, traced: Any) -> str:
+    """What OpenVINO could not convert in the trace, in one line.
 
-    The line names the operations without a conversion rule and the modules that use them. If OpenVINO names none, its
-    own last line is quoted.
+    The line names the operations without a conversion rule and the modules that use them. If OpenVINO's explanation
+    names none, its last line is quoted.
     """
     operations = re.findall(
-        r"\b\w+::\w+\b", " ".join(line for line in said.splitlines() if "No conversion rule" in line)
+        r"\b\w+::\w+\b", " ".join(line for line in explanation.splitlines() if "No conversion rule" in line)
     )
     if not operations:
-        return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it gives no reason")[:300]
+        lines = [line.strip() for line in explanation.splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "an error without a reason"
     graph = traced.inlined_graph  # kept in a variable: its nodes are valid only while it lives
     places = {
         traced_path(node.scopeName().rpartition("/")[2]) for name in operations for node in graph.findAllNodes(name)
     }
     where = f", in {', '.join(sorted(filter(None, places)))}" if any(places) else ""
-    return f"it has no operation for {', '.join(operations)}{where}"
+    return f"{', '.join(operations)}{where}"
 
 
 def _sizes(condition: ConditionInput) -> list[int]:
@@ -254,7 +259,9 @@ def _sizes(condition: ConditionInput) -> list[int]:
     """
     sizes = [size for size in condition.shape if size is not None]
     if len(sizes) < len(condition.shape):
-        raise ExportError(f"{condition}: every size of an exported input must be known")
+        raise ExportError(
+            f"condition {condition.name}: got the shape {condition.shape}; allowed sizes that are all known"
+        )
     return sizes
 
 
@@ -268,7 +275,7 @@ def _integer_module(layer: IntegerLayer) -> nn.Module:
         return IntegerConv2d(layer)
     if layer.kind == "Linear":
         return IntegerLinear(layer)
-    raise ExportError(f"{layer.name}: kind must be Conv2d or Linear, got {layer.kind!r}")
+    raise ExportError(f"{layer.name}: kind: got {layer.kind!r}; allowed Conv2d or Linear")
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -286,7 +293,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _model_index(
-    model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, parts: PartsToDeploy | None
+    model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, pipeline_parts: PartsToDeploy | None
 ) -> dict[str, Any]:
     """diffusers' model_index.json of the deployed folder.
 
@@ -294,12 +301,12 @@ def _model_index(
     diffusers has no pipeline for a conditional denoiser alone, so that index names the base class of all pipelines.
     """
     scheduler = scheduler_config["_class_name"]
-    own = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
+    known = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
     family = family_of(model)
-    if parts is not None:
-        return pipeline_index(parts, family.runtime) | own
+    if pipeline_parts is not None:
+        return pipeline_index(pipeline_parts, family.runtime) | known
     pipeline = PIPELINE_ROOT if conditional else UNCONDITIONAL[scheduler]
-    return {"_class_name": pipeline, **own, family.part: list(family.runtime)}
+    return {"_class_name": pipeline, **known, family.part: list(family.runtime)}
 
 
 def _openvino_config() -> dict[str, Any]:

@@ -8,7 +8,7 @@ Modules call torch's scaled_dot_product_attention. While this module watches or 
 intercepts these calls, and forward hooks say which module makes the call.
 
 Not here: the model's layers (traceable_modules.py), the conversion (export_model.py), and the check that the products
-run in INT8 (proof.py).
+run in INT8 (execution.py).
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
     Raises:
         ExportError: an attention reads NaN or infinity.
     """
-    found: dict[str, AttentionRange] = {}
+    ranges: dict[str, AttentionRange] = {}
 
     def watch(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         probability = _probabilities(query, key, scale)
         seen = AttentionRange(*(float(tensor.abs().max()) for tensor in (query, key, value, probability)))
         if not all(math.isfinite(largest) for largest in vars(seen).values()):
-            raise ExportError(f"{path}: its attention reads NaN or infinity")
-        before = found.get(path, seen)
+            raise ExportError(f"{path}: its attention got NaN or infinity; allowed finite queries, keys and values")
+        before = ranges.get(path, seen)
         # over several batches the largest magnitudes count
-        found[path] = AttentionRange(
+        ranges[path] = AttentionRange(
             *(max(pair) for pair in zip(vars(before).values(), vars(seen).values(), strict=True))
         )
         return torch.matmul(probability, value)
@@ -94,7 +94,7 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
     with evaluating(model), _products(model, watch):
         for batch in batches:
             predict(model, *batch)
-    return found
+    return ranges
 
 
 @contextmanager
@@ -125,13 +125,15 @@ def name_products(graph: ov.Model, ranges: Mapping[str, AttentionRange]) -> None
     Raises:
         ExportError: the graph does not compute one of these attentions exactly once.
     """
-    found = dict.fromkeys(ranges, 0)
+    times_computed = dict.fromkeys(ranges, 0)
     for node in graph.get_ordered_ops():
         path = traced_path(node.get_friendly_name())
-        if node.get_type_name() == "Softmax" and path in found:
-            found[path] += 1
+        if node.get_type_name() == "Softmax" and path in times_computed:
+            times_computed[path] += 1
             node.set_friendly_name(f"{path}/softmax")
-    if wrong := [f"{path or 'the network itself'} {times} times" for path, times in found.items() if times != 1]:
+    if wrong := [
+        f"{path or 'the network itself'} {times} times" for path, times in times_computed.items() if times != 1
+    ]:
         raise ExportError(
             f"quantization.attention: got int8; in the converted graph attention is computed by {', '.join(wrong)}; "
             "allowed once by a module below the network, or float"
@@ -175,18 +177,18 @@ class _Attending(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or (self.paths is not None and self.calls[-1] not in self.paths):
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         # the replacement knows no mask, no causal order and no shared heads, so the call stays in floating point
-        if given.get("attn_mask") is not None or given.get("is_causal") or given.get("enable_gqa"):
+        if arguments.get("attn_mask") is not None or arguments.get("is_causal") or arguments.get("enable_gqa"):
             self.masked[self.calls[-1]] = None
             return func(*args, **kwargs)
-        scale = given.get("scale")
-        query = given["query"]
+        scale = arguments.get("scale")
+        query = arguments["query"]
         return self.compute(
             self.calls[-1],
             query,
-            given["key"],
-            given["value"],
+            arguments["key"],
+            arguments["value"],
             query.shape[-1] ** -0.5 if scale is None else float(scale),
         )
 

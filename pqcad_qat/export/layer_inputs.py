@@ -30,8 +30,8 @@ class LayerInputs(Mapping[str, npt.NDArray[np.float32]]):
         self._files = files
 
     def __getitem__(self, layer: str) -> npt.NDArray[np.float32]:
-        found: npt.NDArray[np.float32] = np.load(self._files[layer])
-        return found
+        values: npt.NDArray[np.float32] = np.load(self._files[layer])
+        return values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -32,17 +32,17 @@ SHAPES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze")
 
 
 class Marked(nn.Module):
-    """A layer whose output goes through a Roll; the first shift of the Roll is the number of the layer.
+    """A layer whose output goes through a Roll; the first shift of the Roll is the place of the layer in the plan.
 
     The result of the Roll does not matter: it exists only during tracing and is removed before the graph runs.
     """
 
-    def __init__(self, layer: nn.Module, number: int) -> None:
+    def __init__(self, layer: nn.Module, place: int) -> None:
         super().__init__()
-        self.layer, self.number = layer, number
+        self.layer, self.place = layer, place
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.roll(self.layer(x), (self.number, MARK), (0, 0))
+        return torch.roll(self.layer(x), (self.place, MARK), (0, 0))
 
 
 def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
@@ -53,7 +53,7 @@ def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
 
     Args:
         graph: a converted graph; it is changed in place.
-        layers: the planned layers by module path, in the order of their marks' numbers.
+        layers: the planned layers by module path, in the order of their marks.
 
     Raises:
         ExportError: a layer is not a product of its own quantized input, for example because its input is constant; or
@@ -62,15 +62,15 @@ def name_layers(graph: ov.Model, layers: Mapping[str, IntegerLayer]) -> None:
     products: dict[str, list[ov.Node]] = {name: [] for name in layers}
     names = tuple(layers)
     for node in graph.get_ordered_ops():
-        if (number := _mark(node)) is not None:
-            products[names[number]].append(_product(node.input_value(0).get_node()))
+        if (place := _mark(node)) is not None:
+            products[names[place]].append(_product(node.input_value(0).get_node()))
             # take the mark off: its readers read the layer's output itself
             redirect(node, node.input_value(0))
     if wrong := [
         name for name, nodes in products.items() if not nodes or any(quantizer_of(node) is None for node in nodes)
     ]:
         raise ExportError(
-            f"{', '.join(wrong)}: the converted graph has no product of the layer's quantized input; "
+            f"{', '.join(wrong)}: got no product of the layer's quantized input in the converted graph; "
             "allowed layers whose input the network's inputs change; keep_float: true leaves it alone"
         )
     for name, nodes in products.items():
@@ -92,7 +92,7 @@ def quantizer_of(product: ov.Node) -> ov.Node | None:
 
 
 def _mark(node: ov.Node) -> int | None:
-    """The number of the layer that a mark belongs to; None for any other node."""
+    """The place of the layer that a mark belongs to; None for any other node."""
     if node.get_type_name() != "Roll" or node.input_value(1).get_node().get_type_name() != "Constant":
         return None
     shifts: Sequence[int] = node.input_value(1).get_node().get_data().ravel().tolist()
@@ -128,5 +128,5 @@ def _check_groups(products: Mapping[str, Sequence[ov.Node]], layers: Mapping[str
             )
     if split := sorted({group for (group, _), names in sources.items() if len(names) > 1}):
         raise ExportError(
-            f"layers of one input group must read one quantized tensor; these groups read several: {', '.join(split)}"
+            f"input groups {', '.join(split)}: got layers that read several quantized tensors; allowed one a group"
         )

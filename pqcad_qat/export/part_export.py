@@ -71,43 +71,43 @@ class PartsToDeploy:
         layout = prompt_layouts().get(str(self.source.index.get("_class_name")))
         before = None if layout is None else layout.before_t5
         beside = 0 if before is None else int(self._config(before)["max_position_embeddings"])
-        found = [condition.shape[0] for condition in self.conditions if condition.name == TEXT]
-        if not found or found[0] is None or found[0] <= beside:
+        tokens = next((condition.shape[0] for condition in self.conditions if condition.name == TEXT), None)
+        if tokens is None or tokens <= beside:
             raise ExportError(
-                f"{part}: T5 takes as many tokens as the denoiser's text has; got {found or 'none'}, "
-                f"{beside} of them CLIP's"
+                f"{part}: got {tokens or 'no'} tokens in the denoiser's text, {beside} of them CLIP's; "
+                "allowed more than those, since T5 takes the rest"
             )
-        return found[0] - beside
+        return tokens - beside
 
     def _config(self, part: str) -> dict[str, Any]:
         return read_json(self.source.folder / part / "config.json")
 
 
 def chosen_formats(
-    source: PipelineParts | None, asked: Mapping[str, str], named: str, weights: bool = True
+    source: PipelineParts | None, choices: Mapping[str, str], model_name: str, weights: bool = True
 ) -> dict[str, PartFormat]:
-    """Format of each deployed part, as a policy's `pipeline` section asks; {} where nothing is deployed.
+    """Format of each deployed part, by a policy's section `pipeline`; {} where nothing is deployed.
 
     Args:
         source: the pipeline parts of the model's folder; None where there are none.
-        asked: `vae` and `text_encoder`, each auto, none or a format. The choice for text_encoder holds for all text
+        choices: `vae` and `text_encoder`, each auto, none or a format. The choice for text_encoder holds for all text
             encoders.
-        named: name of the model in messages.
+        model_name: name of the model in messages.
         weights: whether the weights are checked too, besides the configs.
 
     Raises:
         ModelError: a part that is asked for is missing or unsupported.
     """
     formats: dict[str, PartFormat] = {}
-    for key, parts in ((VAE, (VAE,)), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
-        present = [part for part in parts if source is not None and source.has(part)]
-        if not present and asked[key] not in ("auto", "none"):
-            raise ModelError(f"pipeline.{key}: got {asked[key]}; allowed auto or none: {named} has no {key}")
-        if asked[key] != "none":
+    for key, of_key in ((VAE, (VAE,)), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
+        present = [part for part in of_key if source is not None and source.has(part)]
+        if not present and choices[key] not in ("auto", "none"):
+            raise ModelError(f"pipeline.{key}: got {choices[key]}; allowed auto or none: {model_name} has no {key}")
+        if choices[key] != "none":
             if source is not None:
-                source.check_there(parts)
+                source.check_there(of_key)
             formats |= {
-                part: AUTOMATIC[part] if asked[key] == "auto" else cast(PartFormat, asked[key]) for part in present
+                part: AUTOMATIC[part] if choices[key] == "auto" else cast(PartFormat, choices[key]) for part in present
             }
     for part in formats:
         assert source is not None
@@ -117,7 +117,7 @@ def chosen_formats(
     return formats
 
 
-def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]:
+def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]:
     """Write every part below a deployed folder.
 
     Returns:
@@ -127,44 +127,45 @@ def write_parts(parts: PartsToDeploy, folder: Path) -> dict[str, dict[str, str]]
         ModelError: a part cannot be loaded.
         ExportError: a part cannot be converted.
     """
-    written = {}
-    for part, form in parts.formats.items():
-        module = parts.source.load(part)
+    source, latents, written = deployable.source, deployable.latents, {}
+    for part, form in deployable.formats.items():
+        module = source.load(part)
         place = folder / PARTS[part]
         with _named(part):
-            graph = decoder_graph(module, parts.latents) if part == VAE else _text_encoder(parts, part, module)
-            graph = _compressed(graph, form, _scaled(module, parts.latents) if part == VAE else ())
+            graph = decoder_graph(module, latents) if part == VAE else _text_encoder(deployable, part, module)
+            graph = _compressed(graph, form, _scaled(module, latents) if part == VAE else ())
             place.mkdir(parents=True)
             ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
-        write_json(place / "config.json", _config(module, parts.source.folder / part))
+        write_json(place / "config.json", _config(module, source.folder / part))
         if part != VAE:
-            _write_tokenizer(parts.source, tokenizer_of(part), folder / tokenizer_of(part))
-        written[PARTS[part]] = {"class": parts.source.class_of(part), "format": form}
+            _write_tokenizer(source, tokenizer_of(part), folder / tokenizer_of(part))
+        written[PARTS[part]] = {"class": source.class_of(part), "format": form}
     return written
 
 
-def pipeline_index(parts: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
+def pipeline_index(deployable: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
     """The source's model_index.json, adapted to the deployed folder.
 
     Parts that are not deployed become null, and `denoiser` replaces the class of the denoiser.
     """
-    kept = {*parts.formats, *(tokenizer_of(part) for part in parts.formats if part != VAE), "scheduler"}
+    tokenizers = (tokenizer_of(part) for part in deployable.formats if part != VAE)
+    deployed = {*deployable.formats, *tokenizers, "scheduler"}
     index: dict[str, Any] = {}
-    for name, entry in parts.source.index.items():
+    for name, entry in deployable.source.index.items():
         if name in ("unet", "transformer"):
             index[name] = list(denoiser)
         elif isinstance(entry, list):
-            index[name] = entry if name in kept else [None, None]
+            index[name] = entry if name in deployed else [None, None]
         elif name != "_name_or_path":
             index[name] = entry
     return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
 
 
-def _text_encoder(parts: PartsToDeploy, part: str, encoder: nn.Module) -> ov.Model:
-    tokens = parts.tokens(part)
-    if parts.source.class_of(part) == T5:
-        return t5_graph(encoder, tokens, parts.masked)
-    return clip_graph(encoder, read_json(parts.source.folder / part / "config.json"), tokens)
+def _text_encoder(deployable: PartsToDeploy, part: str, encoder: nn.Module) -> ov.Model:
+    tokens = deployable.tokens(part)
+    if deployable.source.class_of(part) == T5:
+        return t5_graph(encoder, tokens, deployable.masked)
+    return clip_graph(encoder, read_json(deployable.source.folder / part / "config.json"), tokens)
 
 
 def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]) -> ov.Model:
@@ -175,7 +176,8 @@ def _compressed(graph: ov.Model, form: PartFormat, calibration: Sequence[Tensor]
     if form == "int8-weights":
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
     if form == "int8":
-        return nncf.quantize(graph, nncf.Dataset([one.numpy() for one in calibration]), subset_size=len(calibration))
+        dataset = nncf.Dataset([latents.numpy() for latents in calibration])
+        return nncf.quantize(graph, dataset, subset_size=len(calibration))
     return graph
 
 
@@ -190,7 +192,9 @@ def _named(part: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        raise ExportError(f"{part}: cannot be converted to OpenVINO: {error}") from error
+        raise ExportError(
+            f"{part}: its conversion to OpenVINO: got {error}; allowed a part that OpenVINO can convert"
+        ) from error
 
 
 def _config(module: nn.Module, source: Path) -> dict[str, Any]:
@@ -209,5 +213,5 @@ def _write_tokenizer(source: PipelineParts, name: str, folder: Path) -> None:
         import transformers
 
         kind = transformers.T5Tokenizer if str(source.index[name][-1]).startswith("T5") else transformers.CLIPTokenizer
-        made = kind.from_pretrained(source.folder / name, local_files_only=True)
-        made.backend_tokenizer.save(str(folder / TOKENIZER))
+        tokenizer = kind.from_pretrained(source.folder / name, local_files_only=True)
+        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -37,12 +37,10 @@ class _ClipEncoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
-        pooled = hasattr(found, "text_embeds")
-        first = (
-            (found.text_embeds, found.last_hidden_state) if pooled else (found.last_hidden_state, found.pooler_output)
-        )
-        return (*first, *found.hidden_states)
+        output = self.encoder(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        if hasattr(output, "text_embeds"):
+            return (output.text_embeds, output.last_hidden_state, *output.hidden_states)
+        return (output.last_hidden_state, output.pooler_output, *output.hidden_states)
 
 
 class _T5Encoder(nn.Module):
@@ -74,11 +72,11 @@ def clip_graph(encoder: nn.Module, config: Mapping[str, Any], tokens: int) -> ov
 
     `config` is the config of transformers.
     """
-    given = {"input_ids": torch.full((1, tokens), config["eos_token_id"], dtype=torch.int64)}
+    example = {"input_ids": torch.full((1, tokens), config["eos_token_id"], dtype=torch.int64)}
     pooled = encoder.__class__.__name__.endswith("WithProjection")
     first = ["text_embeds", "last_hidden_state"] if pooled else ["last_hidden_state", "pooler_output"]
     states = [f"hidden_states.{layer}" for layer in range(config["num_hidden_layers"] + 1)]
-    return _converted(_ClipEncoder(encoder), given, [*first, *states])
+    return _converted(_ClipEncoder(encoder), example, [*first, *states])
 
 
 def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
@@ -86,20 +84,23 @@ def t5_graph(encoder: nn.Module, tokens: int, masked: bool) -> ov.Model:
 
     The output is (B, tokens, width).
     """
-    given = {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
+    example = {"input_ids": torch.ones(1, tokens, dtype=torch.int64)}
     mask = {"attention_mask": (torch.arange(tokens) < tokens // 2 + 1).long()[None]} if masked else {}
-    return _converted(_T5Encoder(encoder), given | mask, ["last_hidden_state"])
+    return _converted(_T5Encoder(encoder), example | mask, ["last_hidden_state"])
 
 
 @torch.no_grad()
-def _converted(module: nn.Module, given: Mapping[str, Tensor], outputs: Sequence[str]) -> ov.Model:
-    """Trace and convert a module to a graph that takes any batch, and name its ports."""
-    example = tuple(given.values())
+def _converted(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> ov.Model:
+    """Trace and convert a module to a graph that takes any batch, and name its ports.
+
+    `inputs` are examples by name, in the order of the module's arguments.
+    """
+    example = tuple(inputs.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns of fixed sizes, which are intended
         traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
         shapes = [ov.PartialShape([-1, *value.shape[1:]]) for value in example]
         graph: ov.Model = ov.convert_model(traced, example_input=example, input=shapes)
-    for port, known in zip((*graph.inputs, *graph.outputs), (*given, *outputs), strict=True):
-        port.get_tensor().set_names({known})
+    for port, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        port.get_tensor().set_names({name})
     return graph

@@ -1,13 +1,12 @@
 """PSNR between the deployed parts of a pipeline and full precision, for pictures and text embeddings.
 
-The deployed parts are loaded from the files that ship.
+The deployed parts are loaded from the files that ship. The peak of the PSNR is the range of full precision's output.
 
 Not here: the proofs of the denoiser (proof.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from pqcad_qat.export.part_export import PartsToDeploy
+from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.export.proof import end_to_end_psnr
 from pqcad_qat.models.pipeline_parts import T5, VAE
 from pqcad_qat.models.vae import decoded
@@ -28,59 +28,43 @@ encoded.
 """
 
 
-@dataclass(frozen=True)
-class PartParity:
-    """Agreement of one deployed part with full precision.
-
-    Attributes:
-        part: the part's folder.
-        format: format of the part, as in the manifest.
-        size_bytes: size of its files in bytes.
-        psnr: PSNR in dB against full precision; the peak is the range of full precision's output.
-    """
-
-    part: str
-    format: str
-    size_bytes: int
-    psnr: float
-
-
-def part_parity(parts: PartsToDeploy, folder: Path) -> tuple[PartParity, ...]:
-    """Compare every part of a deployed folder with its source.
+def part_parity(deployable: PartsToDeploy, folder: Path) -> tuple[PartParity, ...]:
+    """Compare every pipeline part of a deployed folder with its source.
 
     Raises:
         ModelError: a part cannot be loaded.
     """
-    found = []
-    for part, form in parts.formats.items():
+    parities = []
+    for part, form in deployable.formats.items():
         files = (path for path in (folder / PARTS[part]).rglob("*") if path.is_file())
-        psnr = _picture_psnr(parts, folder) if part == VAE else _text_psnr(parts, part, folder)
-        found.append(PartParity(PARTS[part], form, sum(path.stat().st_size for path in files), psnr))
-    return tuple(found)
+        psnr = _picture_psnr(deployable, folder) if part == VAE else _text_psnr(deployable, part, folder)
+        parities.append(PartParity(PARTS[part], form, sum(path.stat().st_size for path in files), psnr))
+    return tuple(parities)
 
 
-def _picture_psnr(parts: PartsToDeploy, folder: Path) -> float:
+def _picture_psnr(deployable: PartsToDeploy, folder: Path) -> float:
     """PSNR in dB of the decoded pictures."""
-    latents = parts.latents[:PICTURES]
+    latents = deployable.latents[:PICTURES]
     _, channels, height, width = latents.shape
-    found = PictureDecoder(folder, (channels, height, width))(latents.numpy())
-    return end_to_end_psnr(found, decoded(parts.source.load(VAE), latents).numpy())
+    pictures = PictureDecoder(folder, (channels, height, width))(latents.numpy())
+    return end_to_end_psnr(pictures, decoded(deployable.source.load(VAE), latents).numpy())
 
 
 @torch.no_grad()
-def _text_psnr(parts: PartsToDeploy, part: str, folder: Path) -> float:
+def _text_psnr(deployable: PartsToDeploy, part: str, folder: Path) -> float:
     """PSNR in dB of a text encoder's last hidden state."""
-    deployed, full = PromptEncoder(folder, part), parts.source.load(part)
-    texts = _random_texts(deployed, parts.source.class_of(part) == T5)
+    deployed, full = PromptEncoder(folder, part), deployable.source.load(part)
+    texts = _random_texts(deployed, deployable.source.class_of(part) == T5)
     mask = np.broadcast_to(np.arange(deployed.tokens) < deployed.tokens // 2 + 1, texts.shape).astype(np.int64)
     rows = [
         deployed.encoded(text[None], ["last_hidden_state"], counted[None])
         for text, counted in zip(texts, mask, strict=True)
     ]
-    wanted: Any = full(
+    reference: Any = full(
         input_ids=torch.from_numpy(texts), attention_mask=torch.from_numpy(mask) if deployed.masked else None
     )
-    return end_to_end_psnr(np.concatenate([row["last_hidden_state"] for row in rows]), wanted.last_hidden_state.numpy())
+    states = np.concatenate([row["last_hidden_state"] for row in rows])
+    return end_to_end_psnr(states, reference.last_hidden_state.numpy())
 
 
 def _random_texts(encoder: PromptEncoder, t5: bool) -> npt.NDArray[np.int64]:

@@ -1,7 +1,24 @@
 """Proof that the planned layers of a deployed folder compute the very integers that PyTorch computes.
 
-Not here: what they execute in (execution.py), and the fidelity of images (quality/). Everything is read back from the
-files that ship.
+Method: a planned layer sums products of integers, S = sum(q_x q_w), and returns y = s_x s_w S + bias in float32, where
+s_x and s_w are the scales of its input and weights. OpenVINO shows y alone, so S is recovered from y:
+
+1. The layers are cut out of the shipped graph (cut_layers.py), each with its quantizer and its bias, and compiled.
+2. Each is fed what it read in PyTorch during one prediction (layer_inputs.py).
+3. (y - bias) / (s_x s_w), rounded to a whole number, is OpenVINO's sum. How far it was from a whole number is recorded
+   as the resolution: well below 1/2, the rounding is beyond doubt.
+4. PyTorch's sum is computed from q_x and q_w in float64, which is exact for whole numbers below 2^53.
+5. Both sums must be equal, for every value that the layer returns.
+
+Around the INT8 products everything is computed in float32 (INFERENCE_PRECISION_HINT f32), so that nothing else rounds.
+
+Ties: PyTorch divides an input by its scale, and OpenVINO multiplies it by the inverse. If the quotient lies midway
+between two integers, the last bit of this arithmetic decides, and the two may differ. Such values are moved to the grid
+point that PyTorch rounds to, for both sides, and are counted.
+
+Everything is read back from the files that ship, not from the model in memory.
+
+Not here: what the layers execute in (execution.py), and the fidelity of images (quality/).
 """
 
 from __future__ import annotations
@@ -18,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 from pqcad_qat.errors import ExportError
+from pqcad_qat.export.cut_layers import cut_layers
 from pqcad_qat.export.execution import INT8, executed_nodes, layer_precisions
-from pqcad_qat.export.node_marks import quantizer_of
 from pqcad_qat.export.traceable_modules import effective_weights
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
 from pqcad_qat.serving.deployed_folder import read_graph, read_manifest
@@ -28,31 +45,31 @@ from pqcad_qat.serving.packing import MATRIX_OPS, called_layer
 if TYPE_CHECKING:
     from pqcad_qat.quantization.quantized_layer import IntegerLayer
 
-PART_VALUES = 2**25
-"""Input values of the layers that are compared at a time: some hundred megabytes on either side."""
-UPSAMPLED = ([0, 0], [2**31, 2**31], [2, 2], [2, 3])
-"""Slice's bounds, steps and axes that take an upsampled image to what it was upsampled from: every second pixel of
-every second row.
+BUNDLE_VALUES = 2**25
+"""Number of input values at which a bundle of layers is full: some hundred megabytes on either side."""
+
+TIE_BAND = 2.0**-13
+"""Largest distance from a tie, in steps of the grid, that counts as one. Float32 arithmetic on a grid of 256 steps errs
+by 2^-14 of a step at most.
 """
 
-TIE_BAND = 2.0**-13  # in steps; float32 arithmetic on a grid of 256 steps errs by at most 2^-14 of one
 Float64 = npt.NDArray[np.float64]
+"""Array of float64."""
 
 
 @dataclass(frozen=True)
 class LayerParity:
-    """One layer of the shipped file against its integers in PyTorch.
+    """Comparison of one layer of the shipped file with its integers in PyTorch.
 
     Attributes:
-        integers: accumulators compared.
-        different: how many differ.
-        worst_error: largest difference of two accumulators.
-        resolution: largest distance of a recovered accumulator from a whole number; beside 0.5 the float32 output tells
-            them apart.
-        ties: input values that lay on a rounding boundary to within float32 error, and were moved to their grid point
-            for both sides.
-        inputs: input values in all.
-        precision: what the layer executed in.
+        name: path of the layer.
+        integers: number of sums that were compared.
+        different: number of sums that differ.
+        worst_error: largest difference of two sums.
+        resolution: largest distance of a recovered sum from a whole number.
+        ties: number of input values that lay on a tie and were moved to a grid point.
+        inputs: number of input values.
+        precision: runtime precision of the layer.
     """
 
     name: str
@@ -66,12 +83,13 @@ class LayerParity:
 
     @property
     def exact(self) -> bool:
+        """Whether the layer executed in INT8 and all its sums are PyTorch's."""
         return self.different == 0 and self.precision in INT8
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every planned layer's LayerParity; the worst is the one with the largest difference of integers."""
+    """Comparison of every planned layer. The worst layer is the one with the largest difference of sums."""
 
     layers: tuple[LayerParity, ...]
 
@@ -99,83 +117,90 @@ class ParityReport:
 def layer_parity(
     folder: Path, layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]
 ) -> ParityReport:
-    """Feed each planned layer of the shipped file a real input and compare its integer accumulators with exact ones.
-
-    The layers are cut out of the shipped graph from the input of their quantizer to the output of their bias, as many
-    in one graph as PART_VALUES allows, and compiled with INFERENCE_PRECISION_HINT f32, so that nothing around the INT8
-    arithmetic rounds. The accumulators follow from the output, round((y - bias) / (s_x s_w)), and are compared with q_x
-    * q_w computed in float64, where such sums are exact.
-
-    Values within TIE_BAND of a rounding boundary are decided by the last bit of float32 arithmetic (PyTorch divides by
-    the scale, OpenVINO multiplies by its inverse); they are moved to their grid point on both sides, and counted.
+    """Compare the integer sums of every planned layer of the shipped file with PyTorch's, on real inputs.
 
     Args:
-        folder: a deployed folder.
+        folder: the deployed folder.
         layers: every planned layer, as exported.
-        inputs: the tensor each layer reads before its quantizer, (B, C, H, W) or (..., I), any batch.
+        inputs: what each layer reads before its quantizer, (B, C, H, W) or (..., I), for any batch.
 
     Raises:
         ExportError: a layer has no input, or is not in the shipped graph as planned.
-        ModelError: a folder that cannot be loaded.
+        ModelError: the folder cannot be loaded.
     """
     read_manifest(folder)
-    missing = [name for name in layers if name not in inputs]
-    if missing:
-        raise ExportError(f"layer_parity needs an input for every planned layer; none was given for {missing}")
+    if missing := [name for name in layers if name not in inputs]:
+        raise ExportError(
+            f"inputs of the layers to compare: got none for {', '.join(missing)}; allowed one for every planned layer"
+        )
     core = shared_core()
     graph = read_graph(folder, core)
-    nodes: dict[str, list[ov.Node]] = {}
-    # until the last layer is cut out: what only a layer before it needs would go with that one
-    held = graph.get_ordered_ops()
-    for node in held:
+    products: dict[str, list[ov.Node]] = {}
+    # The reference to all nodes lives until the last layer is cut out. Without it, cutting out one layer would delete
+    # nodes that a later layer needs.
+    all_nodes = graph.get_ordered_ops()
+    for node in all_nodes:
         if node.get_type_name() in MATRIX_OPS and (name := called_layer(node.get_friendly_name(), layers)) is not None:
-            nodes.setdefault(name, []).append(node)
-    if absent := [name for name in layers if name not in nodes]:
-        raise ExportError(f"{', '.join(absent)}: planned, but the shipped graph has no such layer")
+            products.setdefault(name, []).append(node)
+    if absent := [name for name in layers if name not in products]:
+        raise ExportError(
+            f"{folder}: got a graph without the planned layers {', '.join(absent)}; allowed one with all of them"
+        )
     return ParityReport(
-        tuple(parity for part in _parts(layers, inputs) for parity in _part_parity(nodes, layers, part, core))
+        tuple(
+            parity for bundle in _bundles(layers, inputs) for parity in _bundle_parity(products, layers, bundle, core)
+        )
     )
 
 
-def _parts(
+def _bundles(
     layers: Mapping[str, IntegerLayer], inputs: Mapping[str, npt.NDArray[np.float32]]
 ) -> Iterator[dict[str, _QuantizedInput]]:
-    """The layers' quantized inputs, in order, as many at a time as PART_VALUES allows, one at least."""
-    part: dict[str, _QuantizedInput] = {}
+    """The quantized inputs of the layers, in order, in bundles that are compared at a time (BUNDLE_VALUES)."""
+    bundle: dict[str, _QuantizedInput] = {}
     for name, layer in layers.items():
-        part[name] = _quantize(layer, inputs[name])
-        if sum(quantized.fed.size for quantized in part.values()) >= PART_VALUES:
-            yield part
-            part = {}
-    if part:
-        yield part
+        bundle[name] = _quantize(layer, inputs[name])
+        if sum(quantized.fed.size for quantized in bundle.values()) >= BUNDLE_VALUES:
+            yield bundle
+            bundle = {}
+    if bundle:
+        yield bundle
 
 
-def _part_parity(
-    nodes: Mapping[str, Sequence[ov.Node]],
+def _bundle_parity(
+    products: Mapping[str, Sequence[ov.Node]],
     layers: Mapping[str, IntegerLayer],
-    part: Mapping[str, _QuantizedInput],
+    bundle: Mapping[str, _QuantizedInput],
     core: ov.Core,
 ) -> Iterator[LayerParity]:
-    calls = [(name, node) for name in part for node in nodes[name]]
-    cut = _cut([(layers[name], node, part[name].fed.shape) for name, node in calls])
+    """Compile and compare the layers of one bundle; every call of a layer reads the same input."""
+    calls = [(name, product) for name in bundle for product in products[name]]
+    cut = cut_layers([(layers[name], product, bundle[name].fed.shape) for name, product in calls])
     compiled = compile_graph(cut, core, properties={"INFERENCE_PRECISION_HINT": "f32"})
-    precisions = layer_precisions(executed_nodes(compiled), part)
-    outputs = compiled([part[name].fed for name, _ in calls])
-    for name, quantized in part.items():
+    precisions = layer_precisions(executed_nodes(compiled), bundle)
+    outputs = compiled([bundle[name].fed for name, _ in calls])
+    for name, quantized in bundle.items():
         of_layer = [outputs[index] for index, (called, _) in enumerate(calls) if called == name]
         yield _compare(layers[name], quantized, of_layer, precisions[name])
 
 
 @dataclass(frozen=True)
 class _QuantizedInput:
-    fed: npt.NDArray[np.float32]  # what both sides are given
-    integers: Float64  # q_x - zero point
+    """Input of one layer.
+
+    Attributes:
+        fed: the values that both sides read, with ties moved to a grid point.
+        integers: q_x - zero point.
+        ties: number of values that were moved.
+    """
+
+    fed: npt.NDArray[np.float32]
+    integers: Float64
     ties: int
 
 
 def _quantize(layer: IntegerLayer, x: npt.NDArray[np.float32]) -> _QuantizedInput:
-    """An input's integers, and the input itself with the values on a rounding boundary moved to their grid point."""
+    """Quantize the input of a layer, and move values on a tie to the grid point that they are rounded to."""
     steps = x.astype(np.float64) / layer.input_scale
     rounded = np.rint(steps)
     low, high = layer.input_low - layer.input_zero_point, layer.input_high - layer.input_zero_point
@@ -186,83 +211,11 @@ def _quantize(layer: IntegerLayer, x: npt.NDArray[np.float32]) -> _QuantizedInpu
     return _QuantizedInput(fed, integers, int(ties.sum()))
 
 
-def _cut(calls: Sequence[tuple[IntegerLayer, ov.Node, tuple[int, ...]]]) -> ov.Model:
-    """These layers alone, each from its own Parameter of a shape to its own Result, in that order; the nodes are the
-    shipped graph's.
-    """
-    parameters, results = [], []
-    for layer, node, shape in calls:
-        parameter = ov.opset13.parameter(list(shape), np.float32)
-        output, upsampled = _with_bias(node, layer)
-        source = ov.opset13.slice(parameter, *(np.array(value) for value in UPSAMPLED)) if upsampled else parameter
-        quantized = _copy_quantizer(layer.name, node, source)
-        if node.get_attributes().get("transpose_a"):  # a transposition that OpenVINO has moved into the product
-            *outer, last, features = range(len(shape))
-            quantized = ov.opset13.transpose(quantized, np.array([*outer, features, last]))
-        node.input(0).replace_source_output(quantized.output(0))
-        parameters.append(parameter)
-        results.append(ov.opset13.result(output))
-    return ov.Model(results, parameters)
-
-
-def _copy_quantizer(name: str, product: ov.Node, source: ov.Node) -> ov.Node:
-    """The shipped Clamp and FakeQuantize over another source; a copy, since layers may share them.
-
-    OpenVINO may move a transposition or a change of shape behind a quantizer: of one scale a tensor, it is the same
-    before and after.
-    """
-    fake_quantize = quantizer_of(product)
-    if fake_quantize is None:
-        got = product.input_value(0).get_node().get_type_name()
-        raise ExportError(f"{name}: its input must come from a FakeQuantize in the shipped graph, got {got}")
-    ranges = [value.get_node() for value in fake_quantize.input_values()[1:]]
-    in_low, in_high, out_low, out_high = (float(np.asarray(constant.data).item()) for constant in ranges)
-    source = _in_its_units(source, in_low, in_high, out_low, out_high=out_high)
-    before = fake_quantize.input_value(0).get_node()
-    if before.get_type_name() == "Clamp":
-        bounds = before.get_attributes()
-        source = ov.opset13.clamp(source, bounds["min"], bounds["max"])
-    return ov.opset13.fake_quantize(source, *ranges, fake_quantize.get_attributes()["levels"])
-
-
-def _in_its_units(source: ov.Node, in_low: float, in_high: float, out_low: float, *, out_high: float) -> ov.Node:
-    """The source in the units that a FakeQuantize reads: OpenVINO moves a factor before it into its input range."""
-    if (in_low, in_high) == (out_low, out_high):
-        return source
-    shifted = ov.opset13.subtract(source, np.float32(out_low))
-    scaled = ov.opset13.multiply(shifted, np.float32((in_high - in_low) / (out_high - out_low)))
-    return ov.opset13.add(scaled, np.float32(in_low))
-
-
-def _with_bias(node: ov.Node, layer: IntegerLayer) -> tuple[ov.Node, bool]:
-    """The shipped Add of the bias, or the product itself where the layer has none; and whether it upsamples what it
-    reads.
-
-    In that case (upsampling.py) the whole image lies behind its phases.
-    """
-    if layer.bias is not None:
-        node = _reader(layer, node, "Add", "its bias must be one Add")
-    phases = {reader.get_node().get_type_name() for reader in node.output(0).get_target_inputs()} == {"DepthToSpace"}
-    if phases:
-        for kind in ("DepthToSpace", "Slice"):
-            node = _reader(layer, node, kind, "its phases must become one image")
-    return node, phases
-
-
-def _reader(layer: IntegerLayer, node: ov.Node, kind: str, rule: str) -> ov.Node:
-    readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
-    if len(readers) != 1 or readers[0].get_type_name() != kind:
-        raise ExportError(
-            f"{layer.name}: {rule} in the shipped graph, got {[reader.get_type_name() for reader in readers]}"
-        )
-    return readers[0]
-
-
 def _compare(
     layer: IntegerLayer, quantized: _QuantizedInput, outputs: Sequence[npt.NDArray[np.float32]], precision: str
 ) -> LayerParity:
-    """`outputs`: of every call of the layer, each on the same input."""
-    expected = _accumulators(layer, quantized.integers)
+    """Compare the outputs of every call of a layer, all on the same input, with PyTorch's integers."""
+    expected = _sums(layer, quantized.integers)
     channels = (-1,) + (1,) * (len(layer.stride) if layer.kind == "Conv2d" else 0)
     scale = np.asarray(layer.weight_scale, np.float64).reshape(channels) * layer.input_scale
     bias = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64).reshape(channels)
@@ -280,8 +233,8 @@ def _compare(
     )
 
 
-def _accumulators(layer: IntegerLayer, integers: Float64) -> Float64:
-    """Sums of q_x * q_w, exact: below 2^53 float64 holds every whole number."""
+def _sums(layer: IntegerLayer, integers: Float64) -> Float64:
+    """Sums of q_x q_w, exact: float64 holds every whole number below 2^53."""
     x, weights = torch.from_numpy(integers), torch.from_numpy(effective_weights(layer).astype(np.float64))
     if layer.kind == "Linear":
         return np.asarray(F.linear(x, weights).numpy())
@@ -289,13 +242,15 @@ def _accumulators(layer: IntegerLayer, integers: Float64) -> Float64:
 
 
 def end_to_end_psnr(predicted: npt.ArrayLike, reference: npt.ArrayLike) -> float:
-    """PSNR in dB of deployed predictions against the quantized PyTorch model's on the same states; the peak is the
-    reference's range.
+    """PSNR in dB of deployed predictions against a reference on the same states; infinite where they are equal.
 
-    Infinite where they are equal.
+    The peak is the range of the reference.
+
+    Raises:
+        ExportError: the shapes differ.
     """
     first, second = np.asarray(predicted, np.float64), np.asarray(reference, np.float64)
     if first.shape != second.shape:
-        raise ExportError(f"predictions and reference must have one shape, got {first.shape} and {second.shape}")
+        raise ExportError(f"predictions: got shape {first.shape}; allowed {second.shape}, as the reference has")
     error = float(np.mean((first - second) ** 2))
     return float("inf") if error == 0 else float(10 * np.log10(np.ptp(second) ** 2 / error))

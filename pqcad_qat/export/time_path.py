@@ -59,16 +59,16 @@ def keep_time_in_float32(graph: ov.Model, time: ov.Node) -> None:
         graph: a converted graph; it is changed in place.
         time: the graph's input of the time.
     """
-    of_time = {time.get_friendly_name()}
+    time_only = {time.get_friendly_name()}
     for node in graph.get_ordered_ops():
         sources = [value.get_node() for value in node.input_values()]
         varying = [source for source in sources if source.get_type_name() != "Constant"]
         if (
             node.get_type_name() not in POINTWISE
             or not varying
-            or any(source.get_friendly_name() not in of_time for source in varying)
+            or any(source.get_friendly_name() not in time_only for source in varying)
         ):
             continue
         # packing.write_graph turns the suffix into OpenVINO's own mark
         node.set_friendly_name(f"{node.get_friendly_name()}{IN_FLOAT32}")
-        of_time.add(node.get_friendly_name())
+        time_only.add(node.get_friendly_name())

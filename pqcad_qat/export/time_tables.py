@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Times = int | Tensor
 """Times that a table knows: T for the whole numbers 0 to T - 1, or an ascending float32 tensor (K,)."""
 
-PARTS = 16
+TIMES_PER_STEP = 16
 """Number of known continuous times in a training step, besides the times that the model is trained at. The argument of
 the fastest sine is then off by 1/32 at most.
 """
@@ -117,29 +117,29 @@ class TablesInTurn(nn.Module):
         """
         if not self._waiting:
             raise ExportError(
-                f"sinusoids are taken of more than {', '.join(self.tables)}, which no exported graph of "
-                "continuous time does"
+                f"sinusoids in a graph of continuous time: got more calls than inputs; allowed one call for each of "
+                f"{', '.join(self.tables)}"
             )
-        name, given = self._waiting.pop(0)
-        found: Tensor = self.tables[name](given)
-        return found
+        name, value = self._waiting.pop(0)
+        embedding: Tensor = self.tables[name](value)
+        return embedding
 
 
 def known_times(schedule: NoiseSchedule, visited: Sequence[float] = ()) -> Times:
     """The times that a graph's tables know.
 
-    For a schedule of whole time steps these are all training steps. For continuous time there are PARTS in a training
-    step, plus every time of `visited` exactly.
+    For a schedule of whole time steps these are all training steps. For continuous time there are TIMES_PER_STEP in a
+    training step, plus every time of `visited` exactly.
     """
     if schedule.timestep_dtype == "int64":
         return schedule.train_timesteps
-    even = torch.arange(schedule.train_timesteps * PARTS + 1) / PARTS
-    found: Tensor = torch.unique(torch.cat([even, torch.tensor(visited, dtype=torch.float32)]))
-    return found
+    even = torch.arange(schedule.train_timesteps * TIMES_PER_STEP + 1) / TIMES_PER_STEP
+    times: Tensor = torch.unique(torch.cat([even, torch.tensor(visited, dtype=torch.float32)]))
+    return times
 
 
 def timestep_tables(
-    model: nn.Module, times: Times, layers: Mapping[str, IntegerLayer], parts: int = 1
+    model: nn.Module, times: Times, layers: Mapping[str, IntegerLayer], divisor: int = 1
 ) -> dict[str, nn.Module]:
     """Replacements by module path: each sinusoidal embedding of the model as a table.
 
@@ -149,31 +149,26 @@ def timestep_tables(
         model: the denoiser.
         times: the times that the tables of time steps know.
         layers: the planned layers as integers; {} for a model in floating point.
-        parts: divisor of a continuous time on its way into the graph: 1000 where the graph takes t / 1000.
+        divisor: divisor of a continuous time on its way into the graph: 1000 where the graph takes t / 1000.
     """
-    found: dict[str, nn.Module] = {}
     if family_of(model) is OWN_MODULE:  # a user's own module may embed anything: see time_path.py
-        return found
+        return {}
+    replacements: dict[str, nn.Module] = {}
     config = getattr(model, "config", {})
     shared = config.get("class_embed_type") == "timestep"  # class labels use the same module
     for path, module in model.named_modules():
         if path == "add_time_proj":
-            found[path] = TimestepTable(module, LARGEST_SIZE + 1)
+            replacements[path] = TimestepTable(module, LARGEST_SIZE + 1)
         elif path == "time_proj" or isinstance(module, Timesteps):
             scope = path.removesuffix("time_proj")
             readers = [layers.get(f"{scope}{name}.linear_1") for name in ("time_embedding", "timestep_embedder")]
             reader = None if shared else next((layer for layer in readers if layer is not None), None)
-            table = (
-                TimestepTable(module, times / parts, reader, parts)
-                if isinstance(times, Tensor)
-                else TimestepTable(module, times, reader)
-            )
-            if isinstance(times, Tensor):
-                tables = {"timestep": table}
-                if config.get("guidance_embeds"):
-                    guidance = layers.get(f"{scope}guidance_embedder.linear_1")
-                    tables["guidance"] = TimestepTable(module, GUIDANCES, guidance, THOUSANDTHS)
-                found[path] = TablesInTurn(tables)
-            else:
-                found[path] = table
-    return found
+            if not isinstance(times, Tensor):
+                replacements[path] = TimestepTable(module, times, reader)
+                continue
+            tables = {"timestep": TimestepTable(module, times / divisor, reader, divisor)}
+            if config.get("guidance_embeds"):
+                guidance = layers.get(f"{scope}guidance_embedder.linear_1")
+                tables["guidance"] = TimestepTable(module, GUIDANCES, guidance, THOUSANDTHS)
+            replacements[path] = TablesInTurn(tables)
+    return replacements

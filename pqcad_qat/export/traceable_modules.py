@@ -80,8 +80,8 @@ class QuantizedInput(nn.Module):
         self.grid = SIGNED_GRID if low < 0 else UNSIGNED_GRID
         if not self.grid[0] <= low <= zero <= high <= self.grid[1]:
             raise ExportError(
-                f"{layer.name}: the input grid must lie in {self.grid} and hold its zero point, got "
-                f"{(low, high)} and {zero}"
+                f"{layer.name}: input grid: got {(low, high)} with the zero point {zero}; allowed one within "
+                f"{self.grid} that holds its zero point"
             )
         self.scale, self.zero_point = float(layer.input_scale), int(zero)
         self.bounds = None if (low, high) == self.grid else ((low - zero) * self.scale, (high - zero) * self.scale)
@@ -171,8 +171,8 @@ class FixedOutputs(nn.Module):
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         super().__init__()
-        for number, output in enumerate(outputs):
-            self.register_buffer(str(number), output)
+        for place, output in enumerate(outputs):
+            self.register_buffer(str(place), output)
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.buffers())
@@ -228,20 +228,20 @@ class TracedSequence(TracedDenoiser):
     def forward(self, hidden_states: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
         conditions, ids = rest[: -len(PLACES)], dict(zip(PLACES, rest[-len(PLACES) :], strict=True))
         named = self._named(timestep, conditions)
-        found: Tensor = self.denoiser(hidden_states, timestep=timestep, **named, **ids, return_dict=False)[0]
-        return found
+        rows: Tensor = self.denoiser(hidden_states, timestep=timestep, **named, **ids, return_dict=False)[0]
+        return rows
 
 
 @contextmanager
 def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     """Replace modules, by path, wherever they appear in the model; the originals return when the context ends."""
     # one module may hang in several places, so places are found by the module, not by its path
-    news = {model.get_submodule(path): module for path, module in replacements.items()}
+    stand_ins = {model.get_submodule(path): module for path, module in replacements.items()}
     children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
-    places = [(parent, name, child) for parent, name, child in children if child is not None and child in news]
+    places = [(parent, name, child) for parent, name, child in children if child is not None and child in stand_ins]
     try:
         for parent, name, child in places:
-            setattr(parent, name, news[child])
+            setattr(parent, name, stand_ins[child])
         yield
     finally:
         for parent, name, child in places:

@@ -1,6 +1,6 @@
 """Trial deployment of a user's own module on noise, before training.
 
-It finds early what cannot run in INT8 with PyTorch's integers.
+It shows early which layers cannot run in INT8 with PyTorch's integers.
 
 Not here: whether the module predicts as a denoiser must (models/probing.py). diffusers' classes need no trial: their
 graphs are known.
@@ -81,7 +81,9 @@ def _train_once(source: str, quantized: nn.Module, states: DenoiserInput) -> Non
     except PqcadError:
         raise
     except Exception as error:  # the user's own code may raise anything
-        raise ModelError(f"{source}: it cannot be trained: {one_line(error)}") from error
+        raise ModelError(
+            f"{source}: a training step: got {one_line(error)}; allowed a forward and a backward pass without an error"
+        ) from error
     quantized.zero_grad()
 
 
@@ -108,8 +110,8 @@ def _deploy(
         with recorded_inputs(quantized, states, Path(scratch)) as inputs:
             parity = layer_parity(folder, layers, inputs)
         saturating = set() if has_vnni() else {name for name, layer in layers.items() if needs_vnni(layer)}
-        if other := [layer.name for layer in parity.layers if not layer.exact and layer.name not in saturating]:
-            raise ExportError(f"{', '.join(other)}: deployed, the integers of the layer are not PyTorch's")
+        if inexact := [layer.name for layer in parity.layers if not layer.exact and layer.name not in saturating]:
+            raise ExportError(f"{', '.join(inexact)}: deployed, got integers that are not PyTorch's; allowed the same")
         _compare(folder, quantized, states)
 
 
@@ -130,6 +132,6 @@ def _compare(folder: Path, quantized: nn.Module, states: DenoiserInput) -> None:
     )
     if error > FAR * size and size > 0:
         raise ExportError(
-            f"deployed, its predictions are {100 * error / size:.0f} % away from PyTorch's: its graph "
-            "computes something else"
+            f"deployed, got predictions {100 * error / size:.0f} % away from PyTorch's, as of a graph that computes "
+            f"something else; allowed {100 * FAR:.0f} %"
         )

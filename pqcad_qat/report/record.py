@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.policy.variants import VARIANTS
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.training.transition import Transition
@@ -177,18 +178,6 @@ class StorageRow:
 
 
 @dataclass(frozen=True)
-class PartRow:
-    """A pipeline part in the deployed folder, beside the denoiser."""
-
-    part: str  # name of its folder: vae_decoder, text_encoder, ...
-    format: str  # "float", "int8-weights", "int8"
-    size_bytes: int
-    # PSNR in dB against full precision: of pictures decoded from the calibration set's latents for a VAE, of the last
-    # hidden state on random tokens for a text encoder
-    psnr: float | None
-
-
-@dataclass(frozen=True)
 class Reproduction:
     """How to reproduce these numbers."""
 
@@ -242,7 +231,7 @@ class Report:
     # variant -> time of one denoiser call by kind of node
     profiles: Mapping[str, tuple[ProfileRow, ...]] = field(default_factory=dict)
     storage: tuple[StorageRow, ...] = ()  # storage of the deployed variant
-    parts: tuple[PartRow, ...] = ()  # pipeline parts of the deployed folder
+    parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION

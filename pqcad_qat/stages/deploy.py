@@ -35,7 +35,6 @@ from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
-from pqcad_qat.report.record import PartRow
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE
@@ -115,7 +114,7 @@ def export(
             conditions=conditions,
             visited=calibration.timesteps,
             attention=_attention(policy, console, calibration, student),
-            parts=deployed_parts,
+            pipeline_parts=deployed_parts,
         )
 
         def write(request: ExportRequest, folder: Path, weights: WeightFormat) -> None:
@@ -125,7 +124,7 @@ def export(
         shipped = run.path / "openvino"
         with working(console, "export: writing and verifying the OpenVINO folder"):
             write(request, shipped, policy.export.weights)
-            write(replace(request, parts=None), run.path / "baselines" / "packed", "packed")
+            write(replace(request, pipeline_parts=None), run.path / "baselines" / "packed", "packed")
             # The proofs read the shipped folder, not the model in memory. The execution graph must show the planned
             # layers in INT8, except those that the policy lists. Then each layer's integers are compared with PyTorch's
             # on equal inputs, and the predictions are compared end to end.
@@ -135,7 +134,6 @@ def export(
             with recorded_inputs(student, states, run.path) as inputs:
                 parity = layer_parity(shipped, layers, inputs)
             psnr = _end_to_end(shipped, student, calibration)
-        parts = () if deployed_parts is None else part_parity(deployed_parts, shipped)
         stage.done(
             ExportRecord(
                 precisions=dict(executed.precisions),
@@ -150,7 +148,7 @@ def export(
                     exact={layer.name: layer.exact for layer in parity.layers},
                 ),
                 end_to_end_psnr=psnr,
-                parts=tuple(PartRow(part.part, part.format, part.size_bytes, part.psnr) for part in parts),
+                parts=() if deployed_parts is None else part_parity(deployed_parts, shipped),
                 packed_bytes=size_bytes(run.path / "baselines" / "packed"),
             )
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.quality.fidelity import FidelityFigures
-from pqcad_qat.report.record import Hardware, PartRow, ProfileRow, Timing
+from pqcad_qat.report.record import Hardware, ProfileRow, Timing
 from pqcad_qat.stages.run_folder import StageRecord
 from pqcad_qat.training.transition import Transition
 
@@ -53,7 +54,7 @@ class ExportRecord(StageRecord):
     packed_bytes: int  # size of the same model in packed format
     # planned attention -> precision its matrix products executed in
     attention: Mapping[str, str] = field(default_factory=dict)
-    parts: tuple[PartRow, ...] = ()
+    parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_quantized_products_are_near_and_only_within_the_context() -> None:
 
 
 def test_values_that_are_no_numbers_are_named() -> None:
-    with pytest.raises(ExportError, match="attention: its attention reads NaN or infinity"):
+    with pytest.raises(ExportError, match="attention: its attention got NaN or infinity"):
         attention_ranges(Attends(), [(X * torch.inf, T, {})])
 
 

@@ -329,7 +329,7 @@ def test_t5_is_deployed_for_the_tokens_of_a_denoisers_text_alone(tmp_path: Path)
     parts = PipelineParts(tmp_path, {"text_encoder": ["transformers", "T5EncoderModel"]})
     text = ConditionInput("encoder_hidden_states", (9, 24), "float32")
     assert PartsToDeploy(parts, {}, torch.zeros(1), (text,)).tokens("text_encoder") == 9
-    with pytest.raises(ExportError, match="T5 takes as many tokens as the denoiser's text has; got none"):
+    with pytest.raises(ExportError, match=r"got no tokens in the denoiser's text.*T5 takes the rest"):
         PartsToDeploy(parts, {}, torch.zeros(1)).tokens("text_encoder")
 
 

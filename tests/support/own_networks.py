@@ -327,14 +327,14 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], str]] = {
     ),
     "without-gradients": (
         WithoutGradients,
-        "it cannot be trained: RuntimeError: element 0 of tensors does not require grad",
+        "a training step: got RuntimeError: element 0 of tensors does not require grad",
     ),
     "no-operation": (
         lambda: network(
             lambda self, h, t: self.mid(h + self.two(self.embedding(t), self.embedding(t))[..., None, None]),
             two=nn.Bilinear(WIDTH, WIDTH, WIDTH),
         ),
-        "OpenVINO cannot convert the network: it has no operation for aten::bilinear, in two",
+        "OpenVINO's conversion: got aten::bilinear, in two; allowed operations that OpenVINO has",
     ),
     "half-constant": (
         lambda: network(
@@ -343,7 +343,7 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], str]] = {
             ),
             lin=nn.Linear(WIDTH, WIDTH),
         ),
-        "lin: the converted graph has no product of the layer's quantized input",
+        "lin: got no product of the layer's quantized input in the converted graph",
     ),
 }
 """Mapping from name to (builder, pattern of the error message)."""

@@ -119,7 +119,7 @@ def deployed(kind: str, folder: Path, asked: Mapping[str, str]) -> DeployedPipel
     scheduler = {**full.scheduler_config, STEPS: 3, GUIDANCE: SCALE}
     layers, path = integer_layers(model.eval()), folder / "openvino"
     request = ExportRequest(
-        model, scheduler, layers, full.sample_shape, batch_size=2, conditions=inputs, parts=deployable
+        model, scheduler, layers, full.sample_shape, batch_size=2, conditions=inputs, pipeline_parts=deployable
     )
     export_model(request, path)
     return DeployedPipeline(parts, path, latents)
