@@ -28,7 +28,7 @@ from pqcad_qat.models.model_folder import TEXT_ENCODERS
 from pqcad_qat.models.pipeline_parts import T5, TOKENIZER, VAE, PipelineParts
 from pqcad_qat.models.vae import to_decoder
 from pqcad_qat.serving.deployed_folder import tokenizer_of
-from pqcad_qat.serving.manifest import GRAPH, PARTS
+from pqcad_qat.serving.manifest import GRAPH, PART_FOLDERS
 
 PartFormat = Literal["float", "int8-weights", "int8"]
 """Format of a part: constants in float16, weights compressed to INT8, or weights and activations quantized to INT8."""
@@ -130,7 +130,7 @@ def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, 
     source, latents, written = deployable.source, deployable.latents, {}
     for part, form in deployable.formats.items():
         module = source.load(part)
-        place = folder / PARTS[part]
+        place = folder / PART_FOLDERS[part]
         with _named(part):
             graph = decoder_graph(module, latents) if part == VAE else _text_encoder(deployable, part, module)
             graph = _compressed(graph, form, _scaled(module, latents) if part == VAE else ())
@@ -139,7 +139,7 @@ def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, 
         write_json(place / "config.json", _config(module, source.folder / part))
         if part != VAE:
             _write_tokenizer(source, tokenizer_of(part), folder / tokenizer_of(part))
-        written[PARTS[part]] = {"class": source.class_of(part), "format": form}
+        written[PART_FOLDERS[part]] = {"class": source.class_of(part), "format": form}
     return written
 
 

@@ -19,7 +19,7 @@ from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.export.proof import end_to_end_psnr
 from pqcad_qat.models.pipeline_parts import T5, VAE
 from pqcad_qat.models.vae import decoded
-from pqcad_qat.serving.manifest import PARTS
+from pqcad_qat.serving.manifest import PART_FOLDERS
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
 
 PICTURES, TEXTS = 4, 8
@@ -36,9 +36,9 @@ def part_parity(deployable: PartsToDeploy, folder: Path) -> tuple[PartParity, ..
     """
     parities = []
     for part, form in deployable.formats.items():
-        files = (path for path in (folder / PARTS[part]).rglob("*") if path.is_file())
+        files = (path for path in (folder / PART_FOLDERS[part]).rglob("*") if path.is_file())
         psnr = _picture_psnr(deployable, folder) if part == VAE else _text_psnr(deployable, part, folder)
-        parities.append(PartParity(PARTS[part], form, sum(path.stat().st_size for path in files), psnr))
+        parities.append(PartParity(PART_FOLDERS[part], form, sum(path.stat().st_size for path in files), psnr))
     return tuple(parities)
 
 

@@ -75,7 +75,9 @@ class Requests:
                 for key in outputs
             ]
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ModelError(f"OpenVINO cannot run the graph: {reason(error)}") from error
+            raise ModelError(
+                f"OpenVINO cannot run the graph: got {reason(error)}; allowed inputs and outputs of the graph"
+            ) from error
         finally:
             self._free.append(request)
 
@@ -97,45 +99,50 @@ def compile_graph(
     try:
         return core.compile_model(model, device, chosen)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ModelError(f"OpenVINO cannot compile for {device} with {chosen}: {reason(error)}") from error
+        raise ModelError(
+            f"OpenVINO cannot compile for {device}: got {chosen}: {reason(error)}; "
+            f"allowed a graph and properties that {device} supports"
+        ) from error
 
 
 def check_device(core: ov.Core, device: str) -> None:
     """Raise ModelError for a device that OpenVINO does not have here."""
     if device == "CPU":
         return
-    there = core.available_devices
-    known = {*there, *(name.partition(".")[0] for name in there)}
+    available = core.available_devices
+    known = {*available, *(name.partition(".")[0] for name in available)}
     chooser, colon, rest = device.partition(":") if isinstance(device, str) else ("", "", "")
     named = [name.removeprefix("-").partition("(")[0] for name in rest.split(",")] if colon else []
     alone = chooser == "AUTO" and not colon
     if (chooser in CHOOSING and colon and known.issuperset(named)) or alone or (chooser in known and not colon):
         return
-    allowed = [*there, "AUTO", *(f"{name}:{there[0]}" for name in CHOOSING if there)]
+    allowed = [*available, "AUTO", *(f"{name}:{available[0]}" for name in CHOOSING if available)]
     raise ModelError(
         f"device: got {shown(device)}; allowed {', '.join(allowed)}: OpenVINO has "
-        f"{', '.join(there) or 'no device'} here"
+        f"{', '.join(available) or 'no device'} here"
     )
 
 
 def executing(compiled: ov.CompiledModel) -> str:
     """OpenVINO's names of the devices that compute, separated by commas."""
-    found = _property(compiled, "EXECUTION_DEVICES")
-    return ", ".join(map(str, found)) if isinstance(found, list | tuple) else str(found)
+    devices = _property(compiled, "EXECUTION_DEVICES")
+    return ", ".join(map(str, devices)) if isinstance(devices, list | tuple) else str(devices)
 
 
 def precision(compiled: ov.CompiledModel) -> str:
     """OpenVINO's INFERENCE_PRECISION_HINT in use; where devices differ, each value once, separated by commas."""
-    own = _property(compiled, "INFERENCE_PRECISION_HINT")
-    each = [own] if own is not None else [entry.get("INFERENCE_PRECISION_HINT") for entry in _by_device(compiled)]
-    told = [kind.to_string() if isinstance(kind, ov.Type) else str(kind) for kind in each if kind is not None]
-    return ", ".join(dict.fromkeys(told)) or "unknown"
+    key = "INFERENCE_PRECISION_HINT"
+    hint = _property(compiled, key)
+    hints = [entry.get(key) for entry in _by_device(compiled)] if hint is None else [hint]
+    names = [hint.to_string() if isinstance(hint, ov.Type) else str(hint) for hint in hints if hint is not None]
+    return ", ".join(dict.fromkeys(names)) or "unknown"
 
 
 def _by_device(compiled: ov.CompiledModel) -> list[Mapping[str, Any]]:
     """The properties of every device to which AUTO, MULTI or HETERO has passed the graph on."""
-    found = _property(compiled, "DEVICE_PROPERTIES")
-    return [entry for entry in found.values() if isinstance(entry, Mapping)] if isinstance(found, Mapping) else []
+    by_device = _property(compiled, "DEVICE_PROPERTIES")
+    entries = by_device.values() if isinstance(by_device, Mapping) else ()
+    return [entry for entry in entries if isinstance(entry, Mapping)]
 
 
 def _property(compiled: ov.CompiledModel, name: str) -> Any:
@@ -149,6 +156,6 @@ def _property(compiled: ov.CompiledModel, name: str) -> Any:
 def reason(error: Exception) -> str:
     """OpenVINO's explanation of an error in one line, without the places in its source code."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = " ".join(line for line in lines if line and not line.startswith("Exception from ")) or "it does not say why"
-    printable = told.encode("ascii", "backslashreplace").decode()
+    text = " ".join(line for line in lines if line and not line.startswith("Exception from ")) or "it does not say why"
+    printable = text.encode("ascii", "backslashreplace").decode()
     return printable if len(printable) <= LONGEST_REASON else f"{printable[:LONGEST_REASON]} ..."

@@ -22,7 +22,7 @@ from pqcad_qat.serving.manifest import (
     CONFIG,
     GRAPH,
     PACKED_GRAPH,
-    PARTS,
+    PART_FOLDERS,
     SCHEDULER_CONFIG,
     WEIGHTS,
     check_denoiser_config,
@@ -112,11 +112,13 @@ def stated(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        there = path.is_file()
+        exists = path.is_file()
     except (OSError, ValueError):  # the name is too long, or contains a zero byte
-        there = False
-    if not there:
-        raise ModelError(f"{shown(str(folder))[1:-1]}: not a deployed folder: it has no {MANIFEST}")
+        exists = False
+    if not exists:
+        raise ModelError(
+            f"{shown(str(folder))[1:-1]}: got no {MANIFEST}; allowed a deployed folder, such as openvino/ of a run"
+        )
     return checked_manifest(path)
 
 
@@ -137,27 +139,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         # for example a link to itself, a name that is too long, or missing permission
         except (OSError, RuntimeError) as error:
             why = error.strerror if isinstance(error, OSError) else shown(str(error))
-            raise ModelError(f"{path}: lists {shown(name)[1:-1]}, which cannot be read: {why}") from error
+            raise ModelError(
+                f"{path}: files: got {shown(name)[1:-1]}, which cannot be read: {why}; allowed readable files"
+            ) from error
     return manifest
 
 
 def part_files(part: str) -> tuple[str, ...]:
     """The files, inside a deployed folder, that a pipeline part needs."""
-    words = () if part == PARTS["vae"] else (f"{tokenizer_of(part)}/{name}" for name in TOKENIZER_FILES)
-    return (*(f"{part}/{name}" for name in (GRAPH, WEIGHTS, CONFIG)), *words)
+    tokenizer = () if part == PART_FOLDERS["vae"] else (f"{tokenizer_of(part)}/{name}" for name in TOKENIZER_FILES)
+    return (*(f"{part}/{name}" for name in (GRAPH, WEIGHTS, CONFIG)), *tokenizer)
 
 
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Raise ModelError if a listed file lies outside the folder, is missing, or has another size or digest."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{folder / MANIFEST}: lists {name}, which lies outside the folder")
+        raise ModelError(f"{folder / MANIFEST}: files: got {name}, which lies outside the folder; allowed files inside")
     if not path.is_file():
-        raise ModelError(f"{folder}: the manifest lists {name}, which is missing")
+        raise ModelError(f"{folder}: got no file {name}; allowed a folder with every file that its manifest lists")
     if (size := path.stat().st_size) != entry["bytes"]:
-        raise ModelError(f"{path}: damaged: the manifest says {entry['bytes']} bytes, got {size}")
+        raise ModelError(f"{path}: damaged: got {size} bytes; allowed {entry['bytes']}, as the manifest says")
     if (digest := file_digest(path)) != entry["sha256"]:
-        raise ModelError(f"{path}: damaged or changed: the manifest says sha256 {entry['sha256']}, got {digest}")
+        raise ModelError(
+            f"{path}: damaged or changed: got sha256 {digest}; allowed {entry['sha256']}, as the manifest says"
+        )
 
 
 def read_graph(folder: Path, core: ov.Core) -> ov.Model:
@@ -243,12 +249,12 @@ def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None)
             read_manifest(staging)
         return
     if weights not in WEIGHTS_NOTE:
-        raise ModelError(f"weights must be {', '.join(WEIGHTS_NOTE)}, got {weights!r}")
+        raise ModelError(f"weights: got {weights!r}; allowed {', '.join(WEIGHTS_NOTE)}")
     part = denoiser_part(manifest)
-    alike = [name for name in manifest["files"] if name not in (manifest["graph"], f"{part}/{WEIGHTS}")]
+    unchanged = [name for name in manifest["files"] if name not in (manifest["graph"], f"{part}/{WEIGHTS}")]
 
     def further(staging: Path) -> Mapping[str, Any]:
-        _copy(source, alike, staging)
+        _copy(source, unchanged, staging)
         return dict(manifest.get("parts", {}))
 
     write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder=folder, part=part, further=further)
@@ -263,8 +269,8 @@ def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
 def denoiser_bytes(folder: Path) -> int:
     """Size of a deployed folder's files in bytes, without the other parts of its pipeline."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    others = (*PARTS.values(), *(tokenizer_of(part) for part in PARTS if part != "vae"))
-    return sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] not in others)
+    beside = (*PART_FOLDERS.values(), *(tokenizer_of(part) for part in PART_FOLDERS if part != "vae"))
+    return sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] not in beside)
 
 
 @contextmanager
@@ -291,7 +297,8 @@ def check_replaceable(folder: Path) -> None:
     """Raise ExportError if a deployed folder must not be written here, because the place holds something else."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(
-            f"{folder}: exists and is not a deployed folder; it must be absent, empty, or hold a {MANIFEST}"
+            f"{folder}: got something that is no deployed folder; allowed a place that is absent or empty, or a folder "
+            f"with a {MANIFEST}, which is replaced"
         )
 
 

@@ -96,26 +96,25 @@ def read_call(
         raise ModelError(
             f"{where}: got {len(positional)} arguments by place; allowed {len(parameters)}: {', '.join(parameters)}"
         )
-    given = dict(zip(parameters, positional, strict=False))
-    if twice := [name for name in named if name in given]:
+    arguments = dict(zip(parameters, positional, strict=False))
+    if twice := [name for name in named if name in arguments]:
         raise ModelError(f"{where}: got {', '.join(twice)} by place and by name; allowed once")
-    given |= named
-    states = [given.pop(name) for name in STATES if given.get(name) is not None]
-    timestep, answer = given.pop(TIME, None), given.pop(ANSWER, True)
+    arguments |= named
+    states = [arguments.pop(name) for name in STATES if arguments.get(name) is not None]
+    timestep, answer = arguments.pop(TIME, None), arguments.pop(ANSWER, True)
     if len(states) != 1 or timestep is None:
         raise ModelError(
             f"{where}: got {len(states)} of {' or '.join(STATES)} and {TIME} {timestep!r}; allowed one, and a time step"
         )
-    places = {name: given.pop(name) for name in PLACES if name in parameters and name in given}
-    leaves = list(_leaves(given))
+    places = {name: arguments.pop(name) for name in PLACES if name in parameters and name in arguments}
+    leaves = list(_leaves(arguments))
     if sorted(name for _, name, _ in leaves) != sorted(takes):
-        asked = [word for holder, name, _ in leaves if name not in takes for word in (name, holder)]
-        why = "; ".join(dict.fromkeys(ADVICE[word] for word in asked if word in ADVICE))
-        got = (
-            f"takes the conditions {', '.join(takes) or 'none'}; got "
-            f"{', '.join(name for _, name, _ in leaves) or 'none'}"
+        refused = [word for holder, name, _ in leaves if name not in takes for word in (name, holder)]
+        advice = "; ".join(dict.fromkeys(ADVICE[word] for word in refused if word in ADVICE))
+        raise ModelError(
+            f"{where}: conditions: got {', '.join(name for _, name, _ in leaves) or 'none'}; "
+            f"allowed {', '.join(takes) or 'none'}{advice and f': {advice}'}"
         )
-        raise ModelError(f"{where}: {got}" + (f": {why}" if why else ""))
     arrays = {name: as_array(value, f"{where}: {name}") for _, name, value in leaves}
     img_ids = places.get(PLACES[0])
     return Call(
@@ -127,9 +126,9 @@ def read_call(
     )
 
 
-def _leaves(given: Mapping[str, Any], holder: str | None = None) -> Iterator[tuple[str, str, Any]]:
+def _leaves(arguments: Mapping[str, Any], holder: str | None = None) -> Iterator[tuple[str, str, Any]]:
     """(argument, name, value) of everything that is not empty; dicts among the arguments are opened."""
-    for name, value in given.items():
+    for name, value in arguments.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, holder or name)
         elif not _empty(value):

@@ -89,11 +89,10 @@ class StandIn(ModelMixin):
     def __getattr__(self, name: str) -> Any:
         """Raise NoLayersError for every other attribute."""
         raise NoLayersError(
-            f"{self.__dict__.get('folder', 'a deployed model')}: has no {name!r}: it is one compiled "
-            "graph, with no layers that weights, "
-            "processors or adapters could be read from or put into; what changes the model (LoRA, "
-            "IP-Adapter, FreeU) is done to the model "
-            "that it was made from, before it is quantized"
+            f"{self.__dict__.get('folder', 'a deployed model')}: got a request for {name!r}; allowed what one compiled "
+            "graph has: there are no layers that weights, processors or adapters could be read from or put into; what "
+            "changes the model (LoRA, IP-Adapter, FreeU) is done to the model that it was made from, before it is "
+            "quantized"
         )
 
     @property
@@ -139,9 +138,9 @@ class StandIn(ModelMixin):
                 and str(place).removeprefix("torch.") not in ("cpu", "float32")
             ):
                 raise ModelError(
-                    f"{self.folder}: cannot go to {place}: it runs on {self.compiled_for} from cpu "
-                    "memory, samples in float32; another "
-                    "device that OpenVINO has is chosen at from_pretrained(FOLDER, device=...)"
+                    f"{self.folder}: to: got {place}; allowed cpu and float32: it runs on {self.compiled_for} from cpu "
+                    "memory, with samples in float32; another device that OpenVINO has is chosen at "
+                    "from_pretrained(FOLDER, device=...)"
                 )
         return self
 
@@ -188,7 +187,10 @@ class StandIn(ModelMixin):
             ModelError: gradients are asked for.
         """
         if requires_grad:
-            raise ModelError(f"{self.folder}: a deployed model has no gradients; train the quantized student instead")
+            raise ModelError(
+                f"{self.folder}: requires_grad: got True; allowed False: a deployed model has no gradients; "
+                "train the quantized student instead"
+            )
         return self
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
@@ -202,7 +204,8 @@ class StandIn(ModelMixin):
     def state_dict(self, *_places: Any, **_how: Any) -> Mapping[str, Any]:
         """Raise ModelError: the weights are constants of a graph."""
         raise ModelError(
-            f"{self.folder}: has no state dict: its weights are constants of a graph; save_pretrained(FOLDER) writes it"
+            f"{self.folder}: got a request for a state dict; allowed save_pretrained(FOLDER), which writes the folder: "
+            "the weights are constants of a graph"
         )
 
     def load_state_dict(self, *_places: Any, **_how: Any) -> None:
@@ -216,10 +219,10 @@ def _mixin_of_diffusers() -> type | None:
     if library is None or torch is None:
         return None
     try:
-        found = library.ModelMixin
+        mixin = library.ModelMixin
     except (AttributeError, ImportError, RuntimeError):  # the import is still running, or it fails
         return None
-    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
+    return mixin if isinstance(mixin, type) and issubclass(mixin, torch.nn.Module) else None
 
 
 @cache

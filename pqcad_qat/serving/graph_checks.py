@@ -23,7 +23,9 @@ def check_graph(graph: ov.Model, manifest: Mapping[str, Any], folder: Path) -> N
     try:
         fault = _fault(graph, manifest)
     except UNREADABLE as error:  # for example names that are not valid text
-        raise ModelError(f"{where}: OpenVINO cannot read the graph there: {reason(error)}") from error
+        raise ModelError(
+            f"{where}: got a graph that OpenVINO cannot read: {reason(error)}; allowed the one that was exported"
+        ) from error
     if fault:
         raise ModelError(f"{where}: {fault}")
 
@@ -50,24 +52,26 @@ def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
         name: port_of(port) for port, known in zip(graph.inputs, names, strict=True) for name in known & expected.keys()
     }
     if ports != expected or len(names) != len(expected):
-        told = _spelled(ports) or "none of them"
-        return f"got {len(names)} inputs, {told}; allowed {_spelled(expected)}, as the manifest says"
+        shown_ports = _spelled(ports) or "none of them"
+        return f"got {len(names)} inputs, {shown_ports}; allowed {_spelled(expected)}, as the manifest says"
     states = next(expected[name] for name in ("sample", "hidden_states") if name in expected)
     if not graph.outputs or port_of(graph.outputs[0]) != states:
-        got = [port_of(port) for port in graph.outputs[:1]]
-        return f"got the output {got}; allowed {states}, as of the samples"
+        first = [port_of(port) for port in graph.outputs[:1]]
+        return f"got the output {first}; allowed {states}, as of the samples"
     matrices = {
         node.get_friendly_name(): node for node in graph.get_ordered_ops() if node.get_type_name() in MATRIX_OPS
     }
     if absent := [name for name in manifest["layers"] if name not in matrices]:
-        return f"has no layer {absent[0][:200]!r}, which the manifest lists"
+        return f"got no layer {absent[0][:200]!r}; allowed a graph with every layer that the manifest lists"
     # OpenVINO's CPU plugin ends the process (SIGFPE) if the weights of an INT8 matrix product are not transposed
-    turned = [
+    untransposed = [
         name
         for name in manifest["layers"]
         if matrices[name].get_type_name() == "MatMul" and not _transposed(matrices[name])
     ]
-    return f"{turned[0][:200]}: got weights (inputs, outputs); allowed (outputs, inputs)" if turned else ""
+    if untransposed:
+        return f"{untransposed[0][:200]}: got weights (inputs, outputs); allowed (outputs, inputs)"
+    return ""
 
 
 def _transposed(product: ov.Node) -> bool:

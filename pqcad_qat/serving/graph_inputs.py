@@ -42,14 +42,14 @@ def ports_of(family: Family, conditions: Collection[str]) -> tuple[str, ...]:
     return (states, TIME, *conditions, *(PLACES if family.takes_rows else ()))
 
 
-def spelled(ports: Sequence[Collection[str]], given: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def spelled(ports: Sequence[Collection[str]], values: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     """The inputs of a graph with these ports, in the order of the ports.
 
     Args:
         ports: all names of each port; in a compiled graph, some of them are internal.
-        given: `sample` (B, C, H, W), `timestep` (B,), and the conditions (B, ...), by name.
+        values: `sample` (B, C, H, W), `timestep` (B,), and the conditions (B, ...), by name.
     """
-    inputs = dict(given)
+    inputs = dict(values)
     known = set().union(*ports)
     if SAMPLE not in known:
         inputs[STATES] = inputs.pop(SAMPLE)

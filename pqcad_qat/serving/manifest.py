@@ -31,7 +31,7 @@ GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 """Path of the scheduler's config inside a deployed folder."""
 
-PARTS: Mapping[str, str] = {
+PART_FOLDERS: Mapping[str, str] = {
     "vae": "vae_decoder",
     **{name: name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")},
 }
@@ -58,19 +58,16 @@ def checked_manifest(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file cannot be read, or a value is not allowed; the message names the key.
     """
-    try:
-        manifest = read_json(path)
-    except ModelError as error:
-        raise ModelError(f"{path}: cannot be read as a manifest: {error}") from error
+    manifest = read_json(path)
     if not _is_whole(manifest.get("schema_version"), SCHEMA_VERSION, SCHEMA_VERSION):
         raise ModelError(
-            f"{path}: schema_version must be {SCHEMA_VERSION}, got {shown(manifest.get('schema_version'))}"
+            f"{path}: schema_version: got {shown(manifest.get('schema_version'))}; allowed {SCHEMA_VERSION}"
         )
     if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
-        raise ModelError(f"{path}: has no {', '.join(missing)}")
+        raise ModelError(f"{path}: got no {', '.join(missing)}; allowed a manifest with {', '.join(MANIFEST_KEYS)}")
     _check_entry(path, "", manifest, {key: rule for key, rule in VALUES.items() if key in manifest})
     if outside := [name for name in manifest["files"] if not _is_inside(name)]:
-        raise ModelError(f"{path}: lists {_name(outside[0])}, which lies outside the folder")
+        raise ModelError(f"{path}: files: got {_name(outside[0])}, which lies outside the folder; allowed files inside")
     for table, rules in TABLES.items():
         for name, entry in manifest.get(table, {}).items():
             _check_entry(path, f"{table}: {_name(name)}: ", entry, rules)
@@ -91,8 +88,8 @@ def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
     batch, seen = manifest["batch_size"], set[str]()
     most = f"{MOST_VALUES} values in a batch of {batch}"
     _check(path, manifest, "sample_shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, allowed=most)
-    for number, condition in enumerate(manifest.get("conditions", [])):
-        before = f"conditions: {number}: "
+    for place, condition in enumerate(manifest.get("conditions", [])):
+        before = f"conditions: {place}: "
         _check_entry(path, before, condition, CONDITION)
         _check(
             path, condition, "shape", lambda shape: batch * math.prod(shape) <= MOST_VALUES, allowed=most, before=before
@@ -108,7 +105,7 @@ def listed(manifest: Mapping[str, Any], path: Path, *names: str) -> None:
     """Raise ModelError if a file that is needed is missing from the manifest's list."""
     for name in names:
         if name not in manifest["files"]:
-            raise ModelError(f"{path}: lists no {name}")
+            raise ModelError(f"{path}: files: got no {name}; allowed a list of every file that is loaded")
 
 
 def check_denoiser_config(config: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
@@ -203,8 +200,8 @@ def _check(path: Path, config: Mapping[str, Any], key: str, fits: Fits, *, allow
         _refuse(path, before + key, config.get(key), allowed)
 
 
-def _refuse(path: Path, key: str, got: Any, allowed: str) -> NoReturn:
-    raise ModelError(f"{path}: {key}: got {shown(got)}; allowed {allowed}")
+def _refuse(path: Path, key: str, value: Any, allowed: str) -> NoReturn:
+    raise ModelError(f"{path}: {key}: got {shown(value)}; allowed {allowed}")
 
 
 def _name(text: str) -> str:
@@ -280,8 +277,8 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
     "conditions": (lambda value: isinstance(value, list), "a list"),
     "layers": (_is_object, "an object of layers"),
     "parts": (
-        lambda value: _is_object(value) and set(value) <= {*PARTS.values()},
-        f"an object of {', '.join(PARTS.values())}",
+        lambda value: _is_object(value) and set(value) <= {*PART_FOLDERS.values()},
+        f"an object of {', '.join(PART_FOLDERS.values())}",
     ),
     "provenance": (
         _optional_steps,

@@ -99,7 +99,7 @@ def pack_values(values: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if values.size and (values.min() < low or values.max() > high):
-        raise ValueError(f"{bits} bits hold [{low}, {high}], got [{values.min()}, {values.max()}]")
+        raise ValueError(f"{bits} bits: got [{values.min()}, {values.max()}]; allowed [{low}, {high}]")
     fields = np.zeros(-(-values.size // 8) * 8, np.uint8)
     fields[: values.size] = values.reshape(-1).view(np.uint8)
     return np.packbits(np.unpackbits(fields[:, None], axis=1, count=bits, bitorder="little"), bitorder="little")
@@ -119,21 +119,22 @@ def pack_weights(graph: ov.Model, layers: Collection[str], weights: WeightFormat
     Raises:
         ExportError: the weights of a planned layer are not 8-bit integers.
     """
-    found: dict[str, int] = {}
+    widths: dict[str, int] = {}
     for node in graph.get_ordered_ops():
         name = called_layer(node.get_friendly_name(), layers)
         if name is None or node.get_type_name() not in MATRIX_OPS:
             continue
         constant = _weight_constant(node)
-        if name in found and constant.get_element_type() in CONTAINERS.values():
+        if name in widths and constant.get_element_type() in CONTAINERS.values():
             continue  # another call of the layer, with the same constant
         if constant.get_element_type() not in (ov.Type.i8, ov.Type.u8):
-            raise ExportError(f"{name}: weights must be int8 in the graph, got {constant.get_element_type()}")
+            kind = constant.get_element_type().to_string()
+            raise ExportError(f"{name}: weights in the graph: got {kind}; allowed i8 or u8")
         values = np.asarray(constant.data)
-        found[name] = stored_bits(values, PACKED_WIDTHS[weights])
-        if found[name] < 8:
-            _replace(constant, _packed_tensor(values, found[name]))
-    return found
+        widths[name] = stored_bits(values, PACKED_WIDTHS[weights])
+        if widths[name] < 8:
+            _replace(constant, _packed_tensor(values, widths[name]))
+    return widths
 
 
 def unpack_weights(graph: ov.Model) -> None:
@@ -178,8 +179,8 @@ def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None
     xml.parent.mkdir(parents=True, exist_ok=True)
     graph.set_friendly_name(xml.parent.name)
     for place, node in enumerate(graph.get_ordered_ops()):
-        kind, _, number = (name := node.get_friendly_name()).rpartition("_")
-        if name not in named and kind == node.get_type_name() and number.isdigit():
+        kind, _, count = (name := node.get_friendly_name()).rpartition("_")
+        if name not in named and kind == node.get_type_name() and count.isdigit():
             node.set_friendly_name(f"{kind}_{place}")
     ov.save_model(graph, xml, compress_to_fp16=False)
     # a graph that was read from a file carries the mark in further places: remove all, then mark anew
@@ -213,7 +214,9 @@ def read_text_and_weights(text: Path, weights: Path, core: ov.Core) -> ov.Model:
             model = core.read_model(text, weights)
         unpack_weights(model)
     except UNREADABLE as error:
-        raise ModelError(f"{text.parent}: OpenVINO cannot read the graph there: {reason(error)}") from error
+        raise ModelError(
+            f"{text}: got a graph that OpenVINO cannot read: {reason(error)}; allowed the one that was exported"
+        ) from error
     return model
 
 
@@ -233,7 +236,7 @@ def _check_constants(text: Path, plain: bytes) -> None:
         if not whole or not taken <= int(size) < taken + 8:
             raise ModelError(
                 f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} "
-                "bytes; allowed its own"
+                "bytes; allowed the bytes of its shape"
             )
 
 
@@ -255,4 +258,4 @@ _BITS: Mapping[bytes, int] = {
 def _check_length(text: Path, size: int) -> None:
     """Raise ModelError for a text too long to read: a few compressed kilobytes may unpack to gigabytes."""
     if size > LONGEST_TEXT:
-        raise ModelError(f"{text}: got a graph's text of more than {LONGEST_TEXT} bytes; allowed that many")
+        raise ModelError(f"{text}: got a graph's text of more than {LONGEST_TEXT} bytes; allowed that many at most")

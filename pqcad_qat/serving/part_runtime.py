@@ -20,7 +20,7 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.serving.compiled_graph import Requests, compile_graph, reason, shared_core
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.graph_checks import port_of
-from pqcad_qat.serving.manifest import CONFIG, GRAPH, LARGEST_SIDE, PARTS, WEIGHTS
+from pqcad_qat.serving.manifest import CONFIG, GRAPH, LARGEST_SIDE, PART_FOLDERS, WEIGHTS
 from pqcad_qat.serving.packing import UNREADABLE, read_text_and_weights
 from pqcad_qat.serving.runtime import Float32
 
@@ -58,7 +58,7 @@ class PictureDecoder:
         Raises:
             ModelError: the files cannot be read, or do not decode latents of this shape.
         """
-        part = folder / PARTS["vae"]
+        part = folder / PART_FOLDERS["vae"]
         self.config = read_json(part / CONFIG)
         blocks = self.config.get("block_out_channels")
         if not isinstance(blocks, list) or not 1 <= len(blocks) <= MOST_BLOCKS:
@@ -71,15 +71,15 @@ class PictureDecoder:
         _reshape(graph, (1, *sample_shape), part)
         _, height, width = sample_shape
         pictures = ([1, 3, self.factor * height, self.factor * width], "float32")
-        if (got := port_of(graph.outputs[0])) != pictures:
-            raise ModelError(f"{part / GRAPH}: got the output {got}; allowed {pictures}, of latents {sample_shape}")
+        if (output := port_of(graph.outputs[0])) != pictures:
+            raise ModelError(f"{part / GRAPH}: got the output {output}; allowed {pictures}, of latents {sample_shape}")
         self._requests = Requests(compile_graph(graph, shared_core(), device, properties))
 
     def __call__(self, latents: Float32) -> Float32:
         """Decode latents (N, C, h, w), as the denoiser returns them, to pictures (N, 3, H, W) in about [-1, 1]."""
         scaled = scaled_latents(self.config, latents)
         return np.concatenate(
-            [self._requests.infer({"latent_sample": one}, [0])[0] for one in np.split(scaled, len(scaled))]
+            [self._requests.infer({"latent_sample": single}, [0])[0] for single in np.split(scaled, len(scaled))]
         )
 
 
@@ -165,14 +165,15 @@ class PromptEncoder:
         Raises:
             ModelError: the graph lacks one of these outputs.
         """
-        given = {"input_ids": ids} | (
+        inputs = {"input_ids": ids} | (
             {"attention_mask": np.ones_like(ids) if mask is None else mask} if self.masked else {}
         )
         if missing := [name for name in outputs if name not in self.outputs]:
             raise ModelError(
-                f"{self._part / GRAPH}: got no output {missing[0]}; allowed one, which the denoiser's text is made of"
+                f"{self._part / GRAPH}: got no output {missing[0]}; allowed a graph with {', '.join(outputs)}, from "
+                "which the denoiser's text is made"
             )
-        return dict(zip(outputs, self._requests.infer(given, outputs), strict=True))
+        return dict(zip(outputs, self._requests.infer(inputs, outputs), strict=True))
 
 
 def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
@@ -185,9 +186,9 @@ def _check_scale(config: Mapping[str, Any], channels: int, path: Path) -> None:
         "shift_factor": (config.get("shift_factor") is None or _is_number(config["shift_factor"]), "null or a number"),
     }
     for key in ("latents_mean", "latents_std"):
-        got = config.get(key)
-        each = isinstance(got, list) and len(got) == channels and all(map(_is_number, got))
-        rules[key] = (got is None or each, f"null or {channels} numbers, one a channel")
+        values = config.get(key)
+        numbers = isinstance(values, list) and len(values) == channels and all(map(_is_number, values))
+        rules[key] = (values is None or numbers, f"null or {channels} numbers, one a channel")
     for key, (fits, allowed) in rules.items():
         if not fits:
             raise ModelError(f"{path}: {key}: got {shown(config.get(key))}; allowed {allowed}")
@@ -207,7 +208,9 @@ def _read(part: Path, needed: Collection[str]) -> ov.Model:
     try:
         known = {name for port in (*graph.inputs, *graph.outputs) for name in port.get_names()}
     except UNREADABLE as error:
-        raise ModelError(f"{part / GRAPH}: OpenVINO cannot read it: {reason(error)}") from error
+        raise ModelError(
+            f"{part / GRAPH}: got a graph that OpenVINO cannot read: {reason(error)}; allowed the one that was exported"
+        ) from error
     if not known.issuperset(needed) or not graph.outputs:
         raise ModelError(
             f"{part / GRAPH}: got a graph without {', '.join(needed)} or without outputs; allowed one with both"
@@ -225,7 +228,8 @@ def _reshape(graph: ov.Model, shape: tuple[int, ...], part: Path) -> None:
         graph.reshape({port: list(shape) for port in graph.inputs})
     except UNREADABLE as error:
         raise ModelError(
-            f"{part / GRAPH}: OpenVINO cannot give its inputs the shape {shape}: {reason(error)}"
+            f"{part / GRAPH}: got inputs that OpenVINO cannot give the shape {shape}: {reason(error)}; "
+            "allowed the graph that was exported"
         ) from error
 
 
@@ -237,25 +241,30 @@ def _tokenizer(folder: Path, tokens: int) -> Tokenizer:
             the vocabulary.
     """
     if find_spec("tokenizers") is None:
-        raise ModelError(f"{folder}: takes the library tokenizers, which is not installed: pip install tokenizers")
+        raise ModelError(
+            f"{folder}: got no library tokenizers to read it; allowed once it is installed: pip install tokenizers"
+        )
     from tokenizers import Tokenizer
 
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(f"{folder / 'tokenizer.json'}: no such file; a text encoder takes its tokenizer")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: got no such file; allowed the tokenizer of the text encoder")
     try:
-        made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {reason(error)}") from error
-    named = read_json(folder / "tokenizer_config.json").get("pad_token")
-    padding = named.get("content") if isinstance(named, dict) else named
-    number = made.token_to_id(padding) if isinstance(padding, str) and _encodable(padding) else None
-    if padding is None or number is None:
         raise ModelError(
-            f"{folder / 'tokenizer_config.json'}: pad_token: got {shown(named)}; allowed a token of the vocabulary"
+            f"{path}: got a file that is no tokenizer: {reason(error)}; allowed one of the library tokenizers"
+        ) from error
+    entry = read_json(folder / "tokenizer_config.json").get("pad_token")
+    padding = entry.get("content") if isinstance(entry, dict) else entry
+    pad_id = tokenizer.token_to_id(padding) if isinstance(padding, str) and _encodable(padding) else None
+    if padding is None or pad_id is None:
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: pad_token: got {shown(entry)}; allowed a token of the vocabulary"
         )
-    made.enable_truncation(tokens)
-    made.enable_padding(length=tokens, pad_id=number, pad_token=padding)
-    return made
+    tokenizer.enable_truncation(tokens)
+    tokenizer.enable_padding(length=tokens, pad_id=pad_id, pad_token=padding)
+    return tokenizer
 
 
 def _encodable(text: str) -> bool:

@@ -178,12 +178,12 @@ class OVUNet2DModel(StandIn):
         takes = [condition["name"] for condition in self.conditions]
         call = read_call(str(self.config.get("_class_name")), takes, positional, named, where=str(self.folder))
         times = as_array(call.timestep, f"{self.folder}: {TIME}")
-        found: Any = self._answer(call, as_array(call.states, f"{self.folder}: {SAMPLE}"), times.astype(np.float64))
+        answer: Any = self._answer(call, as_array(call.states, f"{self.folder}: {SAMPLE}"), times.astype(np.float64))
         if not isinstance(call.states, np.ndarray):
             import torch
 
-            found = torch.from_numpy(found).to(call.states)
-        return UNetOutput(found) if call.as_dict else (found,)
+            answer = torch.from_numpy(answer).to(call.states)
+        return UNetOutput(answer) if call.as_dict else (answer,)
 
     forward = __call__
 
@@ -210,8 +210,8 @@ class OVUNet2DModel(StandIn):
         """
         if sample.ndim != 4 or sample.shape[1:] != self.sample_shape or not len(sample):
             raise ModelError(
-                f"{self.folder}: samples must have shape (B, {', '.join(map(str, self.sample_shape))}), "
-                f"got {sample.shape}"
+                f"{self.folder}: samples: got shape {sample.shape}; "
+                f"allowed (B, {', '.join(map(str, self.sample_shape))})"
             )
         whole = [
             sample,
@@ -219,56 +219,56 @@ class OVUNet2DModel(StandIn):
             *self._conditions(condition or {}, len(sample)),
         ]
         pieces = [
-            self._run([part[start : start + self.batch_size] for part in whole])
+            self._run([values[start : start + self.batch_size] for values in whole])
             for start in range(0, len(sample), self.batch_size)
         ]
         return np.concatenate(pieces)
 
-    def _conditions(self, given: Mapping[str, npt.NDArray[Any]], count: int) -> list[npt.NDArray[Any]]:
+    def _conditions(self, values: Mapping[str, npt.NDArray[Any]], count: int) -> list[npt.NDArray[Any]]:
         """The conditions of `count` samples, in the graph's order."""
-        wanted = {condition["name"]: condition for condition in self.conditions}
-        if given.keys() != wanted.keys():
+        rules = {condition["name"]: condition for condition in self.conditions}
+        if values.keys() != rules.keys():
             raise ModelError(
-                f"{self.folder}: takes the conditions {', '.join(wanted) or 'none'}; got {', '.join(given) or 'none'}"
+                f"{self.folder}: conditions: got {', '.join(values) or 'none'}; allowed {', '.join(rules) or 'none'}"
             )
-        return [self._condition(condition, given[name], count) for name, condition in wanted.items()]
+        return [self._condition(rule, values[name], count) for name, rule in rules.items()]
 
-    def _condition(self, wanted: Mapping[str, Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-        """One condition, checked, cast and repeated for `count` samples."""
-        name, shape, bound = wanted["name"], tuple(wanted["shape"]), wanted["bound"]
+    def _condition(self, rule: Mapping[str, Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+        """One condition, checked by its rule in the manifest, cast, and repeated for `count` samples."""
+        name, shape, bound = rule["name"], tuple(rule["shape"]), rule["bound"]
         if value.shape not in ((count, *shape), (1, *shape)):
-            raise ModelError(f"{self.folder}: {name} must have shape {(count, *shape)}, got {value.shape}")
-        cast: npt.NDArray[Any] = value.astype(wanted["dtype"])
+            raise ModelError(f"{self.folder}: {name}: got shape {value.shape}; allowed {(count, *shape)}")
+        cast: npt.NDArray[Any] = value.astype(rule["dtype"])
         if bound is not None and ((cast != value).any() or cast.min() < 0 or cast.max() >= bound):
-            raise ModelError(f"{self.folder}: {name} must be whole numbers in [0, {bound}), got {value}")
+            raise ModelError(f"{self.folder}: {name}: got {value}; allowed whole numbers in [0, {bound})")
         return np.broadcast_to(cast, (count, *shape))
 
     def _timesteps(self, timestep: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
         """The times of `count` samples, checked and cast to the graph's dtype."""
         if timestep.shape not in ((), (1,), (count,)):
-            raise ModelError(f"{self.folder}: time steps must have shape (), (1,) or ({count},), got {timestep.shape}")
+            raise ModelError(f"{self.folder}: time steps: got shape {timestep.shape}; allowed (), (1,) or ({count},)")
         if self._timestep_dtype == "float32":
             if not ((timestep >= 0) & (timestep <= self._train_timesteps)).all():
-                raise ModelError(f"{self.folder}: times must lie in [0, {self._train_timesteps}], got {timestep}")
+                raise ModelError(f"{self.folder}: times: got {timestep}; allowed [0, {self._train_timesteps}]")
             return np.broadcast_to(timestep.astype(np.float32), (count,))
         whole = np.rint(timestep).astype(np.int64)
         if (whole != timestep).any() or whole.min() < 0 or whole.max() >= self._train_timesteps:
             raise ModelError(
-                f"{self.folder}: time steps must be whole numbers in [0, {self._train_timesteps}), got "
-                f"{timestep}; schedulers lay whole "
-                "ones with timestep_spacing leading or trailing, and without Karras, exponential or beta sigmas"
+                f"{self.folder}: time steps: got {timestep}; allowed whole numbers in [0, {self._train_timesteps}); "
+                "schedulers lay whole ones with timestep_spacing leading or trailing, and without Karras, exponential "
+                "or beta sigmas"
             )
         return np.broadcast_to(whole, (count,))
 
-    def _run(self, parts: Sequence[npt.NDArray[Any]]) -> Float32:
+    def _run(self, values: Sequence[npt.NDArray[Any]]) -> Float32:
         """Run the graph once, on up to batch_size samples: states, time steps and conditions."""
-        missing = self.batch_size - len(parts[0])
+        missing = self.batch_size - len(values[0])
         if missing:
-            parts = [np.concatenate([part, np.repeat(part[-1:], missing, 0)]) for part in parts]
+            values = [np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for array in values]
         names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
-        inputs = spelled(self._ports, dict(zip(names, (np.asarray(parts[0], np.float32), *parts[1:]), strict=True)))
-        (found,) = self._requests.infer(inputs, [0])
-        return prediction(found[: self.batch_size - missing], *self.sample_shape[1:])
+        inputs = spelled(self._ports, dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True)))
+        (output,) = self._requests.infer(inputs, [0])
+        return prediction(output[: self.batch_size - missing], *self.sample_shape[1:])
 
     def _tell_of_other_steps(self, times: npt.NDArray[np.float64]) -> None:
         """Warn once if a call's time is not one of the student's times.
@@ -284,10 +284,11 @@ class OVUNet2DModel(StandIn):
         count, wrong = self.scheduler_config[STEPS], times.reshape(-1)[off.argmax()]
         scheduler = self.scheduler_config.get("_class_name", "DDIMScheduler")
         warnings.warn(
-            f"{self.folder}: called at time {wrong:g}, where the sampler that it was made for never is: it has {count} "
-            f"steps. Write num_inference_steps={count} in the pipeline's call (without it diffusers runs 50 and the "
-            f"like), with the folder's scheduler: {scheduler}.from_pretrained({str(self.folder / 'scheduler')!r}). "
-            "Of other steps or schedulers see for yourself what they make",
+            f"{self.folder}: called at time {wrong:g}, which the sampler that it was made for never visits: it has "
+            f"{count} steps. Write num_inference_steps={count} in the pipeline's call (without it diffusers runs its "
+            "own number, often 50), with the folder's scheduler: "
+            f"{scheduler}.from_pretrained({str(self.folder / 'scheduler')!r}). "
+            "What other steps or schedulers make of it is yours to judge",
             stacklevel=4,
         )
 
@@ -321,8 +322,7 @@ def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
     needing = [name for name, layer in manifest["layers"].items() if layer.get("needs_vnni")]
     if needing and has_vnni() is False:
         warnings.warn(
-            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may "
-            f"overflow, as of {needing[0]}: "
-            "predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
+            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may overflow, "
+            f"{needing[0]} for one: predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
             stacklevel=3,
         )

@@ -22,7 +22,7 @@ from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
-from pqcad_qat.serving.manifest import PARTS, SCHEDULER_CONFIG, listed
+from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, listed
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
 
@@ -75,12 +75,12 @@ class TextToImage:
             )
         if denoiser.scheduler_config.get(STEPS) is None:
             raise ModelError(
-                f"{path / SCHEDULER_CONFIG}: has no {STEPS}: the steps that the denoiser was distilled for"
+                f"{path / SCHEDULER_CONFIG}: got no {STEPS}; allowed the number of steps that the denoiser was made for"
             )
-        if missing := [part for part in (*layout.encoders, PARTS["vae"]) if part not in present]:
+        if missing := [part for part in (*layout.encoders, PART_FOLDERS["vae"]) if part not in present]:
             raise ModelError(
-                f"{path}: has no {', '.join(missing)}; a prompt takes a folder that was exported with "
-                "them (policy: pipeline)"
+                f"{path}: got no {', '.join(missing)}; allowed for a prompt a folder that was exported with them "
+                "(policy: pipeline)"
             )
         taken = [part for part in (*layout.encoders, *layout.optional) if part in present]
         encoders = {part: PromptEncoder(path, part, device, properties) for part in taken}
@@ -126,18 +126,20 @@ class TextToImage:
         scale = self.guidance if guidance is None else guidance
         if negative is not None and scale == 1.0:
             raise ModelError(
-                "a negative prompt takes guidance: got a scale of 1, at which there is no pass that it could condition"
+                "guidance: got a scale of 1, at which there is no pass that a negative prompt could condition; "
+                "allowed with it any other scale"
             )
         self._tell_of_cuts(prompt, negative or "")
         condition = self.embeddings(prompt)
-        other = {} if scale == 1.0 else self._other(condition, negative)
+        unconditional = {} if scale == 1.0 else self._unconditional(condition, negative)
 
         def follow(x_t: Float32, t: float) -> Float32:
-            if not other:
+            if not unconditional:
                 return self.denoiser.predict(x_t, t, condition)
             # guidance: both passes run as one batch, conditional samples first
             both = {
-                name: np.repeat(np.concatenate([value, other[name]]), len(x_t), 0) for name, value in condition.items()
+                name: np.repeat(np.concatenate([value, unconditional[name]]), len(x_t), 0)
+                for name, value in condition.items()
             }
             prediction = self.denoiser.predict(np.concatenate([x_t, x_t]), t, both)
             return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
@@ -154,8 +156,8 @@ class TextToImage:
         _, height, width = self.denoiser.sample_shape
         shapes = {condition["name"]: tuple(condition["shape"]) for condition in self.denoiser.conditions}
         picture = (height * self.decoder.factor, width * self.decoder.factor)
-        told = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, self.layout.guidance))
-        return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, told))
+        guidance = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, self.layout.guidance))
+        return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, guidance))
 
     def _tell_of_cuts(self, *prompts: str) -> None:
         """Warn of words that an encoder does not read, as diffusers does."""
@@ -166,7 +168,7 @@ class TextToImage:
                         f"{part} reads {encoder.tokens} tokens of a prompt; left out of this one: {cut!r}", stacklevel=3
                     )
 
-    def _other(self, condition: Arrays, negative: str | None) -> Arrays:
+    def _unconditional(self, condition: Arrays, negative: str | None) -> Arrays:
         """The conditions of guidance's unconditional pass."""
         if negative is None and self.zero_negative:
             return {name: value if name == "time_ids" else np.zeros_like(value) for name, value in condition.items()}

@@ -43,6 +43,6 @@ class OVTransformer2DModel(OVUNet2DModel):
         wrong = places is not None and (places.shape[-1:] != (3,) or (places.reshape(-1, 3).max(axis=0) != last).any())
         if states.shape[1:] != rows or wrong:
             raise ModelError(
-                f"{self.folder}: takes latents of {height}x{width}, packed to (B, {rows[0]}, {rows[1]}); "
-                f"got {states.shape}"
+                f"{self.folder}: latents: got shape {states.shape}; allowed (B, {rows[0]}, {rows[1]}), the rows that "
+                f"latents of {height}x{width} are packed to"
             )

@@ -41,7 +41,7 @@ from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized
 from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import MANIFEST
-from pqcad_qat.serving.manifest import PARTS
+from pqcad_qat.serving.manifest import PART_FOLDERS
 from pqcad_qat.serving.part_runtime import PictureDecoder
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.timing.latency import compile_for_latency
@@ -120,7 +120,7 @@ def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sam
     where = str(model.folder / SCHEDULER_CONFIG)
     schedule, own = noise_schedule(model.scheduler_config, where), distilled_steps(model.scheduler_config, where)
     variant = Sampler(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
-    if PARTS[VAE] not in model.manifest.get("parts", {}):
+    if PART_FOLDERS[VAE] not in model.manifest.get("parts", {}):
         return variant
     return replace(variant, decode=lambda latents: PictureDecoder(model.folder, model.sample_shape)(latents))
 

@@ -118,17 +118,17 @@ CONDITION = {"name": "encoder_hidden_states", "shape": [TOKENS, WIDTH], "dtype":
         ),
         (
             {"layers": {"x": {"kind": "Linear", "input_group": "x"}}},
-            "openvino_model.xml: has no layer 'x', which the manifest lists",
+            "openvino_model.xml: got no layer 'x'; allowed .*that the manifest lists",
         ),
         ({"parts": {"vae": {}}}, "parts: got .*; allowed an object of vae_decoder, text_encoder"),
         (
             {"parts": {"text_encoder_2": {"class": "CLIPTextModel", "format": "float"}}},
-            "lists no text_encoder_2/openvino_model.xml",
+            "files: got no text_encoder_2/openvino_model.xml; allowed",
         ),
         ({"provenance": {"sampling_steps": "5"}}, "provenance: got .*; allowed an object whose sampling_steps"),
         ({"weights": {"format": "int2"}}, "weights: got .*; allowed an object with format: int8, packed"),
         ({"weights": {"format": "packed"}}, "graph: got .*; allowed openvino_model.xml.gz of these weights"),
-        ({"graph": "transformer/openvino_model.xml"}, "lists no transformer/openvino_model.xml"),
+        ({"graph": "transformer/openvino_model.xml"}, "files: got no transformer/openvino_model.xml; allowed"),
         ({"files": []}, "files: got .*; allowed an object of files"),
     ],
 )
@@ -142,13 +142,21 @@ def test_a_manifests_values_are_checked_and_against_the_graph(
 @pytest.mark.parametrize(
     ("name", "entry", "message"),
     [
-        ("/etc/passwd", {"bytes": 1, "sha256": "0" * 64}, "lists /etc/passwd, which lies outside the folder"),
-        ("unet/../../x", {"bytes": 1, "sha256": "0" * 64}, "lists unet/../../x, which lies outside"),
-        ("a\0b", {"bytes": 1, "sha256": "0" * 64}, r"lists a\\x00b, which lies outside"),
+        (
+            "/etc/passwd",
+            {"bytes": 1, "sha256": "0" * 64},
+            "files: got /etc/passwd, which lies outside the folder; allowed",
+        ),
+        ("unet/../../x", {"bytes": 1, "sha256": "0" * 64}, "files: got unet/../../x, which lies outside"),
+        ("a\0b", {"bytes": 1, "sha256": "0" * 64}, r"files: got a\\x00b, which lies outside"),
         ("unet/x", {"bytes": -1, "sha256": "0" * 64}, "files: unet/x: bytes: got -1; allowed a whole number"),
         ("unet/x", {"bytes": 1, "sha256": 7}, "files: unet/x: sha256: got 7; allowed 64 hexadecimal digits"),
         ("unet/x", 5, "files: unet/x: got 5; allowed an object"),
-        ("x" * 5000, {"bytes": 1, "sha256": "0" * 64}, r"lists x+\.*, which cannot be read: File name too long"),
+        (
+            "x" * 5000,
+            {"bytes": 1, "sha256": "0" * 64},
+            r"files: got x+\.*, which cannot be read: File name too long; allowed",
+        ),
     ],
 )
 def test_the_list_of_files_is_checked(folder: Path, name: str, entry: Any, message: str) -> None:
@@ -228,14 +236,14 @@ def test_configs_are_checked_against_the_manifest(
             {"latents_mean": [0.0]},
             "latents_mean: got .*; allowed null or 4 numbers, one a channel",
         ),
-        ("tokenizer/tokenizer.json", {"model": None}, "tokenizer.json: cannot be read as a tokenizer: "),
+        ("tokenizer/tokenizer.json", {"model": None}, "tokenizer.json: got a file that is no tokenizer: "),
         ("tokenizer/tokenizer_config.json", {"pad_token": 7}, "pad_token: got 7; allowed a token of the vocabulary"),
         (
             "model_index.json",
             {"_class_name": 7},
             "model_index.json: _class_name: got '7'; allowed for a prompt StableDiffusionPipeline",
         ),
-        ("scheduler/scheduler_config.json", {"num_inference_steps": None}, "has no num_inference_steps"),
+        ("scheduler/scheduler_config.json", {"num_inference_steps": None}, "got no num_inference_steps"),
     ],
 )
 def test_the_parts_of_a_prompt_are_checked(folder: Path, name: str, change: dict[str, Any], message: str) -> None:
@@ -280,27 +288,27 @@ def test_a_damaged_archive_is_refused(packed: Path, tmp_path: Path, damage: Call
     text = folder / "unet" / "openvino_model.xml.gz"
     text.write_bytes(damage(text.read_bytes()))
     resealed(folder, "unet/openvino_model.xml.gz")
-    refused(folder, "unet: OpenVINO cannot read the graph there: ")
+    refused(folder, r"openvino_model\.xml(\.gz)?: got a graph that OpenVINO cannot read: ")
 
 
 def test_a_cut_file_of_weights_is_refused(folder: Path) -> None:
     weights = folder / "unet" / "openvino_model.bin"
     weights.write_bytes(weights.read_bytes()[:20])
     resealed(folder, "unet/openvino_model.bin")
-    refused(folder, "unet: OpenVINO cannot read the graph there: ")
+    refused(folder, r"openvino_model\.xml(\.gz)?: got a graph that OpenVINO cannot read: ")
 
 
 def test_links_out_of_the_folder_and_to_themselves_are_refused(folder: Path, tmp_path: Path) -> None:
     config = folder / "unet" / "config.json"
     shutil.move(config, tmp_path / "config.json")
     config.symlink_to(tmp_path / "config.json")
-    refused(folder, "lists unet/config.json, which lies outside the folder")
+    refused(folder, "files: got unet/config.json, which lies outside the folder")
     config.unlink()
     config.symlink_to(config)
-    refused(folder, "lists unet/config.json, which cannot be read: .*Symlink loop")
+    refused(folder, "files: got unet/config.json, which cannot be read: .*Symlink loop")
     config.unlink()
     os.mkfifo(config)
-    refused(folder, "the manifest lists unet/config.json, which is missing")
+    refused(folder, "got no file unet/config.json; allowed")
 
 
 def test_a_matrix_the_other_way_round_which_ends_openvinos_process_is_refused(folder: Path) -> None:
@@ -309,18 +317,18 @@ def test_a_matrix_the_other_way_round_which_ends_openvinos_process_is_refused(fo
     assert found
     text.write_text(f'{head}transpose_b="false"{rest}')
     resealed(folder, "unet/openvino_model.xml")
-    refused(folder, rf"{LAYER}: got weights \(inputs, outputs\)|OpenVINO cannot read the graph")
+    refused(folder, rf"{LAYER}: got weights \(inputs, outputs\)|got a graph that OpenVINO cannot read")
 
 
 def test_a_folder_without_its_tokenizer_is_refused(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
-    refused(folder, "the manifest lists tokenizer/tokenizer.json, which is missing", TextToImage.from_pretrained)
+    refused(folder, "got no file tokenizer/tokenizer.json; allowed", TextToImage.from_pretrained)
     rewrite(
         folder,
         "manifest.json",
         lambda m: m.update(files={name: e for name, e in m["files"].items() if "tokenizer" not in name}),
     )
-    refused(folder, "lists no tokenizer/tokenizer.json", TextToImage.from_pretrained)
+    refused(folder, "files: got no tokenizer/tokenizer.json", TextToImage.from_pretrained)
 
 
 def test_sample_of_a_damaged_folder_is_one_line_and_exit_code_2(

@@ -110,11 +110,11 @@ def test_a_call_is_read_as_its_class_reads_it(
             [],
             (X, 5),
             {"cross_attention_kwargs": {"scale": 0.5}},
-            "got scale: there are no layers that adapters could reach: merge them",
+            "got scale; allowed none: there are no layers that adapters could reach: merge them",
         ),
         (COND, [], (X, 5), {"encoder_attention_mask": LABELS}, "exported without a mask"),
         (COND, [], (X, 5), {"added_cond_kwargs": {"image_embeds": [LABELS]}}, "adapters could reach"),
-        (COND, ["encoder_hidden_states"], (X, 5), {}, "takes the conditions encoder_hidden_states; got none"),
+        (COND, ["encoder_hidden_states"], (X, 5), {}, "conditions: got none; allowed encoder_hidden_states"),
         (
             COND,
             ["encoder_hidden_states"],
@@ -208,7 +208,9 @@ def test_a_pipeline_of_the_source_takes_the_deployed_model_as_it_takes_one_of_di
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "source", unet=ours)
     assert pipeline.unet is ours
     for place in ("cuda", torch.float16):
-        with pytest.raises(ModelError, match=f"cannot go to {place}: it runs on CPU from cpu memory"):
+        with pytest.raises(
+            ModelError, match=f"to: got {place}; allowed cpu and float32: it runs on CPU from cpu memory"
+        ):
             pipeline.to(place)
     assert pipeline.to("cpu").device == torch.device("cpu")
     assert not list(ours.parameters())

@@ -28,7 +28,7 @@ def test_four_bits_are_openvinos_int4(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "values", "message"), [(4, [0, 8], r"4 bits hold \[-8, 7\], got \[0, 8\]"), (2, [-3, 0], r"\[-2, 1\]")]
+    ("bits", "values", "message"), [(4, [0, 8], r"4 bits: got \[0, 8\]; allowed \[-8, 7\]"), (2, [-3, 0], r"\[-2, 1\]")]
 )
 def test_values_beyond_the_width_are_refused(bits: int, values: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -34,5 +34,5 @@ def test_both_formats_are_loaded_whichever_the_folder_has(weights: str, tmp_path
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     folder = quantized_small({"bits": 2}, {"bits": 8}).export(tmp_path / "openvino")
     (folder / "unet" / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config\.json, which is missing"):
+    with pytest.raises(ModelError, match=r"got no file .*config\.json; allowed"):
         load_times(folder, tmp_path / "formats", 1)
