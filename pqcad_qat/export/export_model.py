@@ -52,7 +52,7 @@ from pqcad_qat.serving.deployed_folder import (
     nothing_further,
     write_folder,
 )
-from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, ports_of, spelled
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, ports_of
 from pqcad_qat.serving.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
 from pqcad_qat.serving.packing import WeightFormat
 
@@ -184,7 +184,7 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     zeros = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
     time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
     ports = ports_of(family, names)
-    inputs = spelled(
+    inputs = port_values(
         [{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **zeros}
     )
     example = tuple(torch.from_numpy(value) for value in inputs.values())

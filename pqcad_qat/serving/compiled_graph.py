@@ -123,13 +123,13 @@ def check_device(core: ov.Core, device: str) -> None:
     )
 
 
-def executing(compiled: ov.CompiledModel) -> str:
+def execution_devices(compiled: ov.CompiledModel) -> str:
     """OpenVINO's names of the devices that compute, separated by commas."""
     devices = _property(compiled, "EXECUTION_DEVICES")
     return ", ".join(map(str, devices)) if isinstance(devices, list | tuple) else str(devices)
 
 
-def precision(compiled: ov.CompiledModel) -> str:
+def inference_precision(compiled: ov.CompiledModel) -> str:
     """OpenVINO's INFERENCE_PRECISION_HINT in use; where devices differ, each value once, separated by commas."""
     key = "INFERENCE_PRECISION_HINT"
     hint = _property(compiled, key)

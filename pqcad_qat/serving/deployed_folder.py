@@ -26,9 +26,9 @@ from pqcad_qat.serving.manifest import (
     SCHEDULER_CONFIG,
     WEIGHTS,
     check_denoiser_config,
+    check_listed,
     check_scheduler_config,
     checked_manifest,
-    listed,
 )
 from pqcad_qat.serving.packing import WeightFormat, compress_text, pack_weights, read_text_and_weights, write_graph
 
@@ -54,11 +54,9 @@ def tokenizer_of(text_encoder: str) -> str:
 
 
 _UNPACKING = (
-    "pqcad_qat.serving.runtime unpacks it at load to the graph of the int8 form, bit for bit. That "
-    "form is needed for plain OpenVINO, "
-    "which does not read the compressed text, nor run convolutions with packed constants in INT8: "
-    "OVUNet2DModel.save_pretrained(FOLDER, "
-    'weights="int8") writes it.'
+    "pqcad_qat.serving.runtime unpacks it at load to the graph of the int8 form, bit for bit. That form is needed for "
+    "plain OpenVINO, which does not read the compressed text, nor run convolutions with packed constants in INT8: "
+    'OVUNet2DModel.save_pretrained(FOLDER, weights="int8") writes it.'
 )
 """End of the note on packed weights."""
 
@@ -104,7 +102,7 @@ def scheduler_config(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any
     return config
 
 
-def stated(folder: Path) -> dict[str, Any]:
+def unverified_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a deployed folder, with its values checked but not its files.
 
     Raises:
@@ -126,13 +124,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a deployed folder, after checking that every listed file exists and is unchanged.
 
     Raises:
-        ModelError: as `stated`; or a needed file is not listed, or a listed file is missing or has another digest.
+        ModelError: as `unverified_manifest`; or a needed file is not listed, or a listed file is missing or has another
+            digest.
     """
-    manifest = stated(folder)
+    manifest = unverified_manifest(folder)
     part, path = denoiser_part(manifest), folder / MANIFEST
-    listed(manifest, path, manifest["graph"], f"{part}/{WEIGHTS}", f"{part}/{CONFIG}", SCHEDULER_CONFIG)
+    check_listed(manifest, path, manifest["graph"], f"{part}/{WEIGHTS}", f"{part}/{CONFIG}", SCHEDULER_CONFIG)
     for beside in manifest.get("parts", {}):
-        listed(manifest, path, *part_files(beside))
+        check_listed(manifest, path, *part_files(beside))
     for name, entry in manifest["files"].items():
         try:
             _check_file(folder, name, entry)
@@ -174,7 +173,7 @@ def read_graph(folder: Path, core: ov.Core) -> ov.Model:
     Raises:
         ModelError: the manifest is not valid, or OpenVINO cannot read the files.
     """
-    text = folder / stated(folder)["graph"]
+    text = folder / unverified_manifest(folder)["graph"]
     return read_text_and_weights(text, text.parent / WEIGHTS, core)
 
 

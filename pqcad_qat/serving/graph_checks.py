@@ -52,8 +52,8 @@ def _fault(graph: ov.Model, manifest: Mapping[str, Any]) -> str:
         name: port_of(port) for port, known in zip(graph.inputs, names, strict=True) for name in known & expected.keys()
     }
     if ports != expected or len(names) != len(expected):
-        shown_ports = _spelled(ports) or "none of them"
-        return f"got {len(names)} inputs, {shown_ports}; allowed {_spelled(expected)}, as the manifest says"
+        shown_ports = _port_list(ports) or "none of them"
+        return f"got {len(names)} inputs, {shown_ports}; allowed {_port_list(expected)}, as the manifest says"
     states = next(expected[name] for name in ("sample", "hidden_states") if name in expected)
     if not graph.outputs or port_of(graph.outputs[0]) != states:
         first = [port_of(port) for port in graph.outputs[:1]]
@@ -78,6 +78,6 @@ def _transposed(product: ov.Node) -> bool:
     return bool(product.get_attributes().get("transpose_b"))
 
 
-def _spelled(ports: Mapping[str, tuple[list[int], str]]) -> str:
+def _port_list(ports: Mapping[str, tuple[list[int], str]]) -> str:
     """The ports as a message lists them."""
     return ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in ports.items())

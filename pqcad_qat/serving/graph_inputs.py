@@ -42,7 +42,9 @@ def ports_of(family: Family, conditions: Collection[str]) -> tuple[str, ...]:
     return (states, TIME, *conditions, *(PLACES if family.takes_rows else ()))
 
 
-def spelled(ports: Sequence[Collection[str]], values: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def port_values(
+    ports: Sequence[Collection[str]], values: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
     """The inputs of a graph with these ports, in the order of the ports.
 
     Args:

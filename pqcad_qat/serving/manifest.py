@@ -101,7 +101,7 @@ def _check_conditions(path: Path, manifest: Mapping[str, Any]) -> None:
         seen.add(condition["name"])
 
 
-def listed(manifest: Mapping[str, Any], path: Path, *names: str) -> None:
+def check_listed(manifest: Mapping[str, Any], path: Path, *names: str) -> None:
     """Raise ModelError if a file that is needed is missing from the manifest's list."""
     for name in names:
         if name not in manifest["files"]:

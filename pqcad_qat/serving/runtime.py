@@ -21,7 +21,13 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule
-from pqcad_qat.serving.compiled_graph import Requests, compile_graph, executing, precision, shared_core
+from pqcad_qat.serving.compiled_graph import (
+    Requests,
+    compile_graph,
+    execution_devices,
+    inference_precision,
+    shared_core,
+)
 from pqcad_qat.serving.deployed_folder import (
     MANIFEST,
     copy_folder,
@@ -33,7 +39,7 @@ from pqcad_qat.serving.deployed_folder import (
 from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.serving.graph_checks import check_graph
-from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, prediction, spelled
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, prediction
 from pqcad_qat.serving.manifest import SCHEDULER_CONFIG
 from pqcad_qat.serving.packing import WeightFormat
 
@@ -109,13 +115,13 @@ class OVUNet2DModel(StandIn):
         self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
         self._times = _student_times(self.scheduler_config, folder / SCHEDULER_CONFIG)
-        self._told_of_times = False
+        self._warned_of_times = False
         _warn_without_vnni(self.manifest, folder)
         graph = read_graph(folder, core := shared_core())
         check_graph(graph, self.manifest, folder)
         self._ports = [port.get_names() for port in graph.inputs]
         self.compiled = compile_graph(graph, core, device, properties)
-        self.inference_precision: str = precision(self.compiled)
+        self.inference_precision: str = inference_precision(self.compiled)
         self._requests = Requests(self.compiled)
 
     @classmethod
@@ -158,7 +164,7 @@ class OVUNet2DModel(StandIn):
     @property
     def compiled_for(self) -> str:
         """OpenVINO's name of the device that computes."""
-        return executing(self.compiled)
+        return execution_devices(self.compiled)
 
     def __call__(self, *positional: Any, **named: Any) -> UNetOutput | tuple[Any]:
         """Predict with the arguments of the diffusers class that `config` names (diffusers_calls.py).
@@ -189,7 +195,7 @@ class OVUNet2DModel(StandIn):
 
     def _answer(self, call: Call, states: npt.NDArray[Any], times: npt.NDArray[np.float64]) -> Float32:
         """Predict in the layout of the states (B, C, H, W) that a pipeline passes, at times in [0, T]."""
-        self._tell_of_other_steps(times)
+        self._warn_of_unknown_times(times)
         return self.predict(states, times, call.conditions)
 
     def predict(
@@ -266,21 +272,23 @@ class OVUNet2DModel(StandIn):
         if missing:
             values = [np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for array in values]
         names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
-        inputs = spelled(self._ports, dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True)))
+        inputs = port_values(
+            self._ports, dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True))
+        )
         (output,) = self._requests.infer(inputs, [0])
         return prediction(output[: self.batch_size - missing], *self.sample_shape[1:])
 
-    def _tell_of_other_steps(self, times: npt.NDArray[np.float64]) -> None:
+    def _warn_of_unknown_times(self, times: npt.NDArray[np.float64]) -> None:
         """Warn once if a call's time is not one of the student's times.
 
-        The usual cause is diffusers' default of 50 sampling steps.
+        The usual cause is a call without num_inference_steps, for which diffusers has defaults of its own.
         """
-        if self._told_of_times or self._times is None or not times.size:
+        if self._warned_of_times or self._times is None or not times.size:
             return
         off = np.abs(times.reshape(-1, 1) - self._times).min(axis=1)
         if (off <= (TIME_TOLERANCE * times.reshape(-1) if self._timestep_dtype == "float32" else 0)).all():
             return
-        self._told_of_times = True
+        self._warned_of_times = True
         count, wrong = self.scheduler_config[STEPS], times.reshape(-1)[off.argmax()]
         scheduler = self.scheduler_config.get("_class_name", "DDIMScheduler")
         warnings.warn(

@@ -22,7 +22,7 @@ from pqcad_qat.models.families.table import prompt_layouts
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import guided, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, MANIFEST, MODEL_INDEX
-from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, listed
+from pqcad_qat.serving.manifest import PART_FOLDERS, SCHEDULER_CONFIG, check_listed
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
 from pqcad_qat.serving.runtime import Float32, OVUNet2DModel
 
@@ -65,7 +65,7 @@ class TextToImage:
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
         denoiser = OVUNet2DModel(path, device, properties)  # this checks every file
         present = denoiser.manifest.get("parts", {})
-        listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
+        check_listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
         index = read_json(path / MODEL_INDEX)
         pipeline = str(index.get("_class_name"))
         if (layout := prompt_layouts().get(pipeline)) is None:
@@ -129,7 +129,7 @@ class TextToImage:
                 "guidance: got a scale of 1, at which there is no pass that a negative prompt could condition; "
                 "allowed with it any other scale"
             )
-        self._tell_of_cuts(prompt, negative or "")
+        self._warn_of_cuts(prompt, negative or "")
         condition = self.embeddings(prompt)
         unconditional = {} if scale == 1.0 else self._unconditional(condition, negative)
 
@@ -159,7 +159,7 @@ class TextToImage:
         guidance = float(self.denoiser.scheduler_config.get(EMBEDDED_GUIDANCE, self.layout.guidance))
         return self.layout.conditions(self.encoders, prompt, Wanted(shapes, picture, guidance))
 
-    def _tell_of_cuts(self, *prompts: str) -> None:
+    def _warn_of_cuts(self, *prompts: str) -> None:
         """Warn of words that an encoder does not read, as diffusers does."""
         for prompt in prompts:
             for part, encoder in self.encoders.items():

@@ -17,7 +17,7 @@ import openvino as ov
 from pqcad_qat.errors import DiedError, ModelError
 from pqcad_qat.machine.own_process import run_apart
 from pqcad_qat.serving.compiled_graph import compile_graph
-from pqcad_qat.serving.graph_inputs import spelled
+from pqcad_qat.serving.graph_inputs import port_values
 
 Inputs = Mapping[str, np.ndarray]
 """Arrays by name of the model's input."""
@@ -107,7 +107,7 @@ def _call(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
     for way in ways:
         core = ov.Core()
         compiled = compile_graph(core.read_model(xml), core, properties=way)
-        compiled.create_infer_request().infer(spelled([port.get_names() for port in compiled.inputs], inputs))
+        compiled.create_infer_request().infer(port_values([port.get_names() for port in compiled.inputs], inputs))
 
 
 def _write(inputs: Sequence[Inputs], file: Path) -> None:

@@ -25,7 +25,7 @@ from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, read_graph
-from pqcad_qat.serving.graph_inputs import spelled
+from pqcad_qat.serving.graph_inputs import port_values
 from pqcad_qat.timing.baseline_trials import Inputs
 from pqcad_qat.timing.hardware import hardware
 
@@ -141,7 +141,7 @@ def openvino_candidate(source: Path, config: Mapping[str, object], inputs: Input
 
 def inputs_of(compiled: ov.CompiledModel, inputs: Inputs) -> dict[str, np.ndarray]:
     """The inputs in the names and layout of this graph."""
-    return spelled([port.get_names() for port in compiled.inputs], inputs)
+    return port_values([port.get_names() for port in compiled.inputs], inputs)
 
 
 def compile_for_latency(source: Path, config: Mapping[str, object], batch: int | None = None) -> ov.CompiledModel:
