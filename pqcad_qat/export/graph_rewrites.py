@@ -23,7 +23,7 @@ def rewrite(graph: ov.Model) -> None:
     """Apply every rewrite to the graph, in place."""
     for node in graph.get_ordered_ops():
         match node.get_type_name():
-            case "Slice" if (source := sliced_part(node)) is not None:
+            case "Slice" if (source := concatenated_input(node)) is not None:
                 redirect(node, source)
             case "ScaledDotProductAttention" if node.get_input_size() == 3 and not node.get_attributes()["causal"]:
                 redirect(node, _attention(*node.input_values()).output(0))
@@ -36,7 +36,7 @@ def rewrite(graph: ov.Model) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def sliced_part(node: ov.Node) -> ov.Output | None:
+def concatenated_input(node: ov.Node) -> ov.Output | None:
     """The input of a Concat that a Slice takes out whole; None for any other Slice.
 
     The two convolutions of a split shortcut (quantization/shortcuts.py) read the two halves of a concatenation. They
@@ -52,12 +52,12 @@ def sliced_part(node: ov.Node) -> ov.Output | None:
     # only a slice with step 1 along the concatenation's one axis can be a whole input of it
     if len(values) != 4 or values[2:] != [[1], [axis]]:
         return None
-    # A slice matches an input of the concatenation if it begins where that input begins and has its shape.
-    at = 0
-    for part in joined.get_node().input_values():
-        if at == values[0][0] and part.get_shape() == node.get_output_shape(0):
-            return part
-        at += part.get_shape()[axis]
+    # a slice matches an input of the concatenation if it begins where that input begins and has its shape
+    begin = 0
+    for source in joined.get_node().input_values():
+        if begin == values[0][0] and source.get_shape() == node.get_output_shape(0):
+            return source
+        begin += source.get_shape()[axis]
     return None
 
 

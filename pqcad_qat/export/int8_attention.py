@@ -81,13 +81,13 @@ def attention_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> d
 
     def watch(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         probability = _probabilities(query, key, scale)
-        seen = AttentionRange(*(float(tensor.abs().max()) for tensor in (query, key, value, probability)))
-        if not all(math.isfinite(largest) for largest in vars(seen).values()):
+        observed = AttentionRange(*(float(tensor.abs().max()) for tensor in (query, key, value, probability)))
+        if not all(math.isfinite(largest) for largest in vars(observed).values()):
             raise ExportError(f"{path}: its attention got NaN or infinity; allowed finite queries, keys and values")
-        before = ranges.get(path, seen)
+        before = ranges.get(path, observed)
         # over several batches the largest magnitudes count
         ranges[path] = AttentionRange(
-            *(max(pair) for pair in zip(vars(before).values(), vars(seen).values(), strict=True))
+            *(max(pair) for pair in zip(vars(before).values(), vars(observed).values(), strict=True))
         )
         return torch.matmul(probability, value)
 
@@ -105,12 +105,12 @@ def quantized_attention(model: nn.Module, ranges: Mapping[str, AttentionRange]) 
     """
 
     def compute(path: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        at = ranges[path]
+        largest = ranges[path]
         probability = _probabilities(
-            _quantized(query, at.query, SIGNED_GRID), _quantized(key, at.key, SIGNED_GRID), scale
+            _quantized(query, largest.query, SIGNED_GRID), _quantized(key, largest.key, SIGNED_GRID), scale
         )
         return torch.matmul(
-            _quantized(probability, at.probability, UNSIGNED_GRID), _quantized(value, at.value, SIGNED_GRID)
+            _quantized(probability, largest.probability, UNSIGNED_GRID), _quantized(value, largest.value, SIGNED_GRID)
         )
 
     with _products(model, compute, ranges):
