@@ -230,10 +230,10 @@ def _check_constants(text: Path, plain: bytes) -> None:
     ):
         if (bits := _BITS.get(kind)) is None:
             continue
-        whole = re.fullmatch(rb"(\d+(, ?\d+)*)?", shape) and size.isdigit()
-        taken = math.prod(int(side) for side in shape.split(b",") if side) * bits / 8 if whole else -1.0
+        readable = re.fullmatch(rb"(\d+(, ?\d+)*)?", shape) and size.isdigit()
+        needed = math.prod(int(side) for side in shape.split(b",") if side) * bits / 8 if readable else -1.0
         # fields smaller than a byte are padded at the end
-        if not whole or not taken <= int(size) < taken + 8:
+        if not readable or not needed <= int(size) < needed + 8:
             raise ModelError(
                 f"{text}: got a constant of shape {shown(repr(shape)[2:-1])} in {shown(repr(size)[2:-1])} "
                 "bytes; allowed the bytes of its shape"

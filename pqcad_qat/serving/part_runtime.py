@@ -148,8 +148,8 @@ class PromptEncoder:
 
     def cut(self, prompt: str) -> str:
         """The end of a prompt that exceeds the encoder's tokens and is not read; "" if nothing is cut."""
-        more = self._tokenizer.encode(prompt).overflowing
-        places = zip(more[0].offsets, more[0].special_tokens_mask, strict=True) if more else ()
+        overflow = self._tokenizer.encode(prompt).overflowing
+        places = zip(overflow[0].offsets, overflow[0].special_tokens_mask, strict=True) if overflow else ()
         starts = [start for (start, end), special in places if not special and end > start]
         return prompt[min(starts) :] if starts else ""
 
