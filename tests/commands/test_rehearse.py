@@ -150,6 +150,6 @@ def test_layers_compared_in_parts_are_found_as_all_at_once(
     layers, folder = integer_layers(model.denoiser), found[1] / "openvino"
     with recorded_inputs(model.denoiser, noise_inputs(model, 1), tmp_path) as inputs:
         whole = layer_parity(folder, layers, inputs)
-        monkeypatch.setattr(proof, "PART_VALUES", 3000)
+        monkeypatch.setattr(proof, "BUNDLE_VALUES", 3000)
         assert layer_parity(folder, layers, inputs) == whole
     assert whole.layers_exact == len(layers)

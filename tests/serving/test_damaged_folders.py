@@ -388,4 +388,4 @@ def test_a_constant_whose_bytes_are_not_its_shapes_which_may_end_openvinos_proce
     assert found
     text.write_text(f'{head}element_type="i8" shape="{shape}"{rest}')
     resealed(folder, "unet/openvino_model.xml")
-    refused(folder, "openvino_model.xml: got a constant of shape .* in '12' bytes; allowed its own")
+    refused(folder, "openvino_model.xml: got a constant of shape .* in '12' bytes; allowed the bytes of its shape")

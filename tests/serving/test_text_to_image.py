@@ -106,7 +106,7 @@ def test_two_encoders_give_the_embeddings_of_diffusers(large: DeployedPipeline, 
     pipeline = TextToImage.from_pretrained(large.folder, properties=F32)
     states, other_states, pooled, other_pooled = encoded(large, LONG, negative)
     found = pipeline.embeddings(LONG)
-    other = pipeline._other(found, negative)
+    other = pipeline._unconditional(found, negative)
     for name, one, two in (("encoder_hidden_states", states, other_states), ("text_embeds", pooled, other_pooled)):
         np.testing.assert_allclose(found[name], one.numpy(), atol=5e-3, err_msg=name)
         np.testing.assert_allclose(other[name], two.numpy(), atol=5e-3, err_msg=name)
