@@ -19,7 +19,7 @@ from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
-from pqcad_qat.quantization.quantized_layer import begin_blend, set_blend, set_weight_bits
+from pqcad_qat.quantization.layer_state import begin_blend, set_blend, set_weight_bits
 from pqcad_qat.stages.prepared import prepare, prepare_untrained
 from pqcad_qat.stages.train import bit_schedule
 from pqcad_qat.training.callback import Callback

@@ -24,7 +24,7 @@ from pqcad_qat.models.untrained import architecture_configs, architectures, fixe
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import taken_integers
-from pqcad_qat.quantization.quantized_layer import IntegerLayer
+from pqcad_qat.quantization.integer_layer import IntegerLayer
 from pqcad_qat.report.rehearsal_record import Rehearsal, StageCost
 from pqcad_qat.serving.deployed_folder import copy_folder
 from pqcad_qat.stages.blueprint import blueprint, noise_attention, quantized_untrained

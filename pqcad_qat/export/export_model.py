@@ -57,7 +57,7 @@ from pqcad_qat.serving.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
 from pqcad_qat.serving.packing import WeightFormat
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 
 @dataclass(frozen=True)

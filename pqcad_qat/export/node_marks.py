@@ -22,7 +22,7 @@ from pqcad_qat.export.normalization import redirect
 from pqcad_qat.serving.packing import FOLLOWING, MATRIX_OPS, call_name
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 MARK = 0x6D61726B
 """Second shift of a mark's Roll; no network shifts its batch by that much, so it tells marks from other rolls."""

@@ -43,7 +43,7 @@ from pqcad_qat.serving.deployed_folder import read_graph, read_manifest
 from pqcad_qat.serving.packing import MATRIX_OPS, called_layer
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 BUNDLE_VALUES = 2**25
 """Number of input values at which a bundle of layers is full: some hundred megabytes on either side."""

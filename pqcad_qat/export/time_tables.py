@@ -24,7 +24,7 @@ from pqcad_qat.models.families.table import family_of
 from pqcad_qat.sampling.trajectory import NoiseSchedule
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 Times = int | Tensor
 """Times that a table knows: T for the whole numbers 0 to T - 1, or an ascending float32 tensor (K,)."""

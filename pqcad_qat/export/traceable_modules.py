@@ -23,7 +23,7 @@ from pqcad_qat.models.families.latent_rows import PLACES, places, text_places
 from pqcad_qat.models.families.table import families
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 SIGNED_GRID = (-128, 127)
 """Lowest and highest integer of a signed byte."""

@@ -15,20 +15,11 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
+from pqcad_qat.quantization.integer_layer import IntegerLayer, integer_layer
+from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight, read_bits, set_input_range
 from pqcad_qat.quantization.plan import LayerPlan, evaluating
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
-from pqcad_qat.quantization.quantized_layer import (
-    IntegerLayer,
-    QuantizedLayer,
-    float_layer,
-    integer_layer,
-    quantized_layer,
-    quantized_weight,
-    read_bits,
-    set_input_range,
-    share_input,
-    share_results,
-)
+from pqcad_qat.quantization.quantized_layer import float_layer, quantized_layer, share_input, share_results
 from pqcad_qat.quantization.ranges import InputRange, input_bounds
 from pqcad_qat.quantization.shortcuts import replace_modules
 

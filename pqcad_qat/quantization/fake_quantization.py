@@ -18,8 +18,8 @@ straight-through estimator). The gradients then follow by the chain rule:
   subtracted, cancel.
 - span receives the scale's gradient divided by the levels. low receives the zero point's, divided by the scale.
 
-Not here: Brevitas, modules and state (brevitas_layers.py), where ranges and widths come from (quantized_layer.py), and
-the kernels for GPUs (gpu_fake_quantization.py).
+Not here: modules with their state (brevitas_quantizers.py), where ranges and widths come from (layer_state.py), and the
+kernels for GPUs (gpu_fake_quantization.py).
 """
 
 from __future__ import annotations
@@ -87,6 +87,15 @@ def quantize(
         return y.to(dtype)
     scale, zero_point = scale_and_zero_point(span, low, bounds)
     return dequantized(integers_of(x, scale, zero_point).clamp_(*bounds), scale, zero_point).to(dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which layers multiply: autocast's where it is enabled, otherwise float32.
+
+    A quantizer rounds its result to this dtype at once, so autocast need not do it in a pass of its own.
+    """
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 @cache

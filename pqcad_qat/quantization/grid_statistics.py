@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE, unclamped
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, input_quantizer_of, weight_quantizer_of
+from pqcad_qat.quantization.layer_state import QuantizedLayer, input_quantizer_of, weight_quantizer_of
 
 
 class GridUse(NamedTuple):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.quantization.conversion import quantized_layers, unquantized
+from pqcad_qat.quantization.layer_state import QuantizedLayer, set_weight_bits
 from pqcad_qat.quantization.plan import evaluating
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, set_weight_bits
 
 
 @dataclass(frozen=True)

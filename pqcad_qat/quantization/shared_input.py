@@ -1,6 +1,6 @@
 """Quantization of an input once for all layers of a module that read it, such as to_q, to_k and to_v of an attention.
 
-Not here: quantizers (brevitas_layers.py), and which layers share one (plan.py).
+Not here: quantizers (brevitas_quantizers.py), and which layers share one (plan.py).
 """
 
 from __future__ import annotations

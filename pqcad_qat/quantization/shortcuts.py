@@ -7,7 +7,7 @@ every concatenation to the convolutions that read it.
 
 The rewrite is of the floating-point model and changes only the order of its sums.
 
-Not here: quantizers (brevitas_layers.py, quantized_layer.py).
+Not here: quantizers (brevitas_quantizers.py).
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, denoiser_folder
 from pqcad_qat.models.model_loading import save_model, untrained_denoiser
 from pqcad_qat.models.own_model import OWN, OwnModel, built
 from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, quantized_layers
+from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
-from pqcad_qat.quantization.quantized_layer import quantized_weight
 from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out

@@ -3,7 +3,7 @@
 Before every training step it updates the averages, asks `decide` which transitions begin, and carries them out.
 
 Not here: the decision and the method behind it (transition_decision.py), and how a layer computes at a width or in a
-blend (quantization/quantized_layer.py).
+blend (quantization/layer_state.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.quantization.quantized_layer import (
+from pqcad_qat.quantization.layer_state import (
     QuantizedLayer,
     begin_blend,
     blend_state,
@@ -23,6 +22,7 @@ from pqcad_qat.quantization.quantized_layer import (
     set_blend,
     set_weight_bits,
 )
+from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 from pqcad_qat.training.transition import Transition
 from pqcad_qat.training.transition_decision import (

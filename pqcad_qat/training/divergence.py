@@ -32,7 +32,7 @@ from torch import Tensor
 from pqcad_qat.errors import DivergedError
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.grid_statistics import input_use, not_finite, weight_use
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, read_bits
+from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 from pqcad_qat.training.loss_level import LossLevel, allowed_rise
 from pqcad_qat.training.oscillation import OFTEN, Flips

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, blend_state, range_sizes, read_bits
+from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, range_sizes, read_bits
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 OBSERVE_EVERY = 5

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, quantized_weight
+from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
 OBSERVE_EVERY = 5

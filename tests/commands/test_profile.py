@@ -16,7 +16,7 @@ from pqcad_qat.commands.profile import profile
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.quantization.quantized_layer import blend_state, read_bits
+from pqcad_qat.quantization.layer_state import blend_state, read_bits
 from pqcad_qat.report.tables import PROFILED, costs_table
 from pqcad_qat.training.step_profile import StepProfile, profile_steps
 

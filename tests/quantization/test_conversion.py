@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.quantizers import LayerRule, numbered
-from pqcad_qat.quantization import brevitas_layers, fake_quantization
+from pqcad_qat.quantization import brevitas_quantizers, fake_quantization
 from pqcad_qat.quantization.conversion import (
     calibrate_ranges,
     dequantize_model,
@@ -23,8 +23,9 @@ from pqcad_qat.quantization.conversion import (
     quantized_layers,
     unquantized,
 )
+from pqcad_qat.quantization.integer_layer import input_parameters
+from pqcad_qat.quantization.layer_state import quantized_weight, set_weight_bits
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantized_layer import input_parameters, quantized_weight, set_weight_bits
 
 
 def quantized_network(*rules: LayerRule, seed: int = 0, calibrated: bool = True) -> SkipNetwork:
@@ -190,7 +191,7 @@ def test_an_input_of_several_layers_is_quantized_once(monkeypatch: pytest.Monkey
         quantized.append(x)
         return fake_quantization.quantize(x, *args, **named)
 
-    monkeypatch.setattr(brevitas_layers, "quantize", quantize)
+    monkeypatch.setattr(brevitas_quantizers, "quantize", quantize)
     found, counts = [], []
     for network in (model, alone):
         quantized.clear()

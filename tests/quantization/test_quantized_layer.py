@@ -14,18 +14,14 @@ from small_networks import ASYMMETRIC_INPUTS, SYMMETRIC_WEIGHTS, convolution, qu
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError, ModelError
-from pqcad_qat.quantization.plan import QuantizerSpec
-from pqcad_qat.quantization.quantized_layer import (
+from pqcad_qat.quantization.integer_layer import input_parameters, integer_layer
+from pqcad_qat.quantization.layer_state import (
     QuantizedLayer,
     begin_blend,
     blend_state,
     end_blend,
-    float_layer,
-    input_parameters,
-    integer_layer,
     is_calibrated,
     perturbation,
-    quantized_layer,
     quantized_weight,
     read_bits,
     set_blend,
@@ -33,6 +29,8 @@ from pqcad_qat.quantization.quantized_layer import (
     set_input_range,
     set_weight_bits,
 )
+from pqcad_qat.quantization.plan import QuantizerSpec
+from pqcad_qat.quantization.quantized_layer import float_layer, quantized_layer
 
 
 def weight_specs() -> Iterator[QuantizerSpec]:

@@ -24,8 +24,8 @@ from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.layer_state import quantized_weight, set_weight_bits
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.quantized_layer import quantized_weight, set_weight_bits
 from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized, save_quantized
 from pqcad_qat.sampling.schedulers import DDIM_KEYS

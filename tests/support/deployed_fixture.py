@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
+from pqcad_qat.quantization.integer_layer import IntegerLayer
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantized_layer import IntegerLayer
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.serving.packing import WeightFormat
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.quantization.layer_state import QuantizedLayer, set_input_range
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantizable_layers import KINDS
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, quantized_layer, set_input_range
+from pqcad_qat.quantization.quantized_layer import quantized_layer
 
 SYMMETRIC_WEIGHTS = QuantizerSpec(4, per_channel=True, symmetric=True, signed=True, learned_scale=True, range="min_max")
 ASYMMETRIC_INPUTS = QuantizerSpec(

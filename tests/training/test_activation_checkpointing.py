@@ -27,8 +27,8 @@ from pqcad_qat.models.families.table import family_of
 from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.layer_state import begin_blend, set_blend
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantized_layer import begin_blend, set_blend
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.training import divergence
 from pqcad_qat.training.callback import Batch

@@ -13,8 +13,8 @@ from torch import nn
 
 from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.layer_state import blend_state, quantized_weight, read_bits
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantized_layer import blend_state, quantized_weight, read_bits
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, new_state

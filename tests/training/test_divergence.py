@@ -19,7 +19,7 @@ from torch import nn
 
 from pqcad_qat.errors import DivergedError
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.quantization.quantized_layer import set_weight_bits
+from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.training.callback import Batch
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.divergence import TRACKED_WEIGHTS, WEIGHTS_EVERY

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pqcad_qat.errors import CheckpointError, DivergedError, InterruptedByUserError
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.quantization.quantized_layer import QuantizedLayer, read_bits, set_weight_bits
+from pqcad_qat.quantization.layer_state import QuantizedLayer, read_bits, set_weight_bits
 from pqcad_qat.training.callback import Batch, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.metrics_log import read_metrics

@@ -9,8 +9,8 @@ from torch import nn
 
 from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import quantize_model, quantized_layers
+from pqcad_qat.quantization.layer_state import begin_blend, quantized_weight, set_blend, set_weight_bits
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.quantized_layer import begin_blend, quantized_weight, set_blend, set_weight_bits
 from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.weight_distance import OBSERVE_EVERY, WeightDistance
 

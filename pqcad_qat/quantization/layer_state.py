@@ -1,0 +1,231 @@
+"""The state of one quantized layer: its widths, its blend and its ranges, read and changed by these functions.
+
+A width or a range changes by writing to a buffer or Parameter in place, so that optimizers and checkpoints keep their
+references.
+
+Not here: how a layer is built (quantized_layer.py), and when its width changes (training/bit_schedule.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
+from pqcad_qat.quantization.buffer_values import buffer_value, write_buffer
+from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE
+from pqcad_qat.quantization.plan import quantizer_words
+from pqcad_qat.quantization.ranges import input_grid, weight_ratio, weight_rows, weight_span
+
+QuantizedLayer = QuantizedConv2d | QuantizedLinear
+"""The two kinds of quantized layer."""
+
+
+class BlendState(NamedTuple):
+    """A blend under way: the layer computes (1 - share) Q_bits(W) + share Q_next_bits(W).
+
+    Attributes:
+        bits: width before the blend.
+        next_bits: width after it.
+        share: share of the next width, lambda, 0 to 1.
+    """
+
+    bits: int
+    next_bits: int
+    share: float
+
+
+def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
+    """(weight bits, input bits); during a blend, the weight width before it."""
+    weights, inputs = weight_quantizer_of(layer), input_quantizer_of(layer)
+    return int(buffer_value(weights.msb_clamp_bit_width_impl, "bit_width")), int(
+        buffer_value(inputs.msb_clamp_bit_width_impl, "bit_width")
+    )
+
+
+def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -> None:
+    """Set another weight width at once, without a blend, and end any blend.
+
+    ``reestimate`` also finds the range anew, by the plan's method and for that width. A learned scale is rewritten in
+    place, so the Parameter, its gradient and the optimizer's state stay.
+    """
+    _clear_blend(layer)
+    weight_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
+    if reestimate:
+        estimate_weight_range(layer)
+
+
+def set_input_bits(layer: QuantizedLayer, bits: int) -> None:
+    """Set another input width over the same range, for every layer that shares the quantizer."""
+    input_quantizer_of(layer).msb_clamp_bit_width_impl.bit_width.fill_(bits)
+
+
+def begin_blend(layer: QuantizedLayer, to_bits: int) -> None:
+    """Begin a blend to another width with a share of 0, at which the layer still computes the same.
+
+    The range at the next width is found now, and kept as a multiple of the present range, so that it follows a range
+    that is trained meanwhile.
+    """
+    assert blend_state(layer) is None, "the layer is in a transition already"
+    quant = weight_quantizer_of(layer)
+    quant.next_range.copy_(_range_factor(layer, to_bits))
+    quant.blend_share.zero_()
+    quant.next_bit_width.fill_(to_bits)
+
+
+def set_blend(layer: QuantizedLayer, share: float) -> None:
+    """Set the share (lambda, 0 to 1) of the next width in a blend under way."""
+    assert blend_state(layer) is not None, "the layer is in no transition"
+    write_buffer(weight_quantizer_of(layer), "blend_share", share)
+
+
+def end_blend(layer: QuantizedLayer) -> None:
+    """End the blend at the next width, whatever its share is; afterwards only that width computes.
+
+    The present range is multiplied by the factor that the blend used, so the next width computes what it did within
+    the blend.
+    """
+    blend = blend_state(layer)
+    assert blend is not None, "the layer is in no transition"
+    quant = weight_quantizer_of(layer)
+    with torch.no_grad():
+        for name, value in _range_tensors(layer).items():
+            value.mul_(quant.next_range.reshape(value.shape) if name != "ratio" else quant.next_range.reshape(-1))
+    quant.msb_clamp_bit_width_impl.bit_width.fill_(blend.next_bits)
+    _clear_blend(layer)
+
+
+def blend_state(layer: QuantizedLayer) -> BlendState | None:
+    """The blend under way, or None."""
+    quant = weight_quantizer_of(layer)
+    next_bits = int(buffer_value(quant, "next_bit_width"))
+    return BlendState(read_bits(layer)[0], next_bits, buffer_value(quant, "blend_share")) if next_bits else None
+
+
+@torch.no_grad()
+def perturbation(layer: QuantizedLayer, to_bits: int) -> float:
+    """|| Q_next(W) - Q_now(W) || / || Q_now(W) ||, with the range that the next width would get."""
+    quant = weight_quantizer_of(layer)
+    now = quant.fused(layer.weight)
+    following = quant.at(layer.weight, to_bits, _range_factor(layer, to_bits))
+    return float((following - now).norm() / now.norm().clamp(min=SMALLEST_RANGE))
+
+
+@torch.no_grad()
+def quantized_weight(layer: QuantizedLayer) -> Tensor:
+    """The weight that the layer computes with, detached."""
+    weight: Tensor = weight_quantizer_of(layer).fused(layer.weight)
+    return weight
+
+
+@torch.no_grad()
+def estimate_weight_range(layer: QuantizedLayer) -> None:
+    """Set the range of the weights from their values, by the plan's method and for the present width."""
+    span, low, ratio = _weight_range(layer, read_bits(layer)[0])
+    for name, value in _range_tensors(layer).items():
+        value.copy_(
+            {"scale": span * ratio, "zero_point": -low * ratio, "ratio": ratio}[name.rstrip("_")].reshape(value.shape)
+        )
+
+
+@torch.no_grad()
+def set_input_range(layer: QuantizedLayer, low: float, high: float) -> None:
+    """Set the range of the layer's input, low <= 0 <= high, for every layer that shares the quantizer.
+
+    Zero is always on the grid, since padding needs it: the zero point of an asymmetric range is rounded to an integer.
+    The range then stays fixed, or a learned scale (and, if asymmetric, a learned lower end) starts from it.
+
+    Raises:
+        ModelError: the range has no values that the quantizer can represent.
+    """
+    spec, quant = layer.plan.inputs, input_quantizer_of(layer)
+    bits = read_bits(layer)[1]
+    signed = (low < 0) if spec.signed == "auto" else spec.signed
+    scale, _, _, largest = input_grid(low, high, bits, signed, symmetric=spec.symmetric)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ModelError(
+            f"layer {layer.plan.name}: got an input range of [{low:g}, {high:g}]; allowed one with values that a grid "
+            f"can represent that is {quantizer_words(spec)}"
+        )
+    quant.signed.fill_(float(signed))
+    quant.scaling_impl.value.fill_(scale * (largest + 1 if signed else largest))
+    if not spec.symmetric:
+        quant.zero_point_impl.value.fill_(-low)
+
+
+def is_calibrated(layer: QuantizedLayer) -> bool:
+    """Whether the layer's input has a range."""
+    return math.isfinite(input_quantizer_of(layer).scaling_impl.value.item())
+
+
+@torch.no_grad()
+def range_sizes(layer: QuantizedLayer) -> tuple[float, float]:
+    """(range of the weights, range of the input), in units of the tensors.
+
+    The former is the mean over the weights' scales.
+    """
+    weight, _ = weight_quantizer_of(layer).grid(layer.weight)[:2]
+    return float(weight.abs().mean()), float(input_quantizer_of(layer).grid(layer.weight)[0].abs())
+
+
+def weight_quantizer_of(layer: QuantizedLayer) -> Any:
+    """The quantizer of the layer's weights, a BlendedQuant."""
+    return layer.weight_quant.tensor_quant
+
+
+def input_quantizer_of(layer: QuantizedLayer) -> Any:
+    """The quantizer of the layer's input, an InputQuant."""
+    return layer.input_quant.fused_activation_quant_proxy.tensor_quant
+
+
+def _clear_blend(layer: QuantizedLayer) -> None:
+    """Reset the buffers of a blend to those of a layer without one."""
+    quant = weight_quantizer_of(layer)
+    quant.next_bit_width.zero_()
+    quant.blend_share.zero_()
+    quant.next_range.fill_(1.0)
+
+
+def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(span, low, ratio) of each row that shares a scale, all (rows,).
+
+    The weight should be represented over span * ratio, with the lower end low * ratio.
+    """
+    spec = layer.plan.weights
+    rows = weight_rows(layer.weight, spec.per_channel)
+    span = weight_span(rows, spec.symmetric).clamp(min=SMALLEST_RANGE)
+    return span, rows.amin(dim=1).clamp(max=0), weight_ratio(rows, bits, spec.symmetric, spec.range)
+
+
+def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
+    """The tensors that hold the range of the weights, by name, to be written in place.
+
+    They are the Parameters of a learned range, otherwise the shares of the full span. A second share, of the lower
+    end, has an underscore after its name. A symmetric range of extremes has no share, since it is always the full
+    span.
+    """
+    quant = weight_quantizer_of(layer)
+    if layer.plan.weights.learned_scale:
+        learned = {"scale": quant.scaling_impl.value}
+        return learned if layer.plan.weights.symmetric else learned | {"zero_point": quant.zero_point_impl.value}
+    statistics = [quant.scaling_impl.parameter_list_stats.stats.stats_impl]
+    if not layer.plan.weights.symmetric:
+        statistics.append(quant.zero_point_impl.parameter_list_stats.stats.stats_impl)
+    return {"ratio" + "_" * i: module.ratio for i, module in enumerate(statistics) if hasattr(module, "ratio")}
+
+
+@torch.no_grad()
+def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
+    """The range that the weights should have at another width, as a multiple of the present one.
+
+    It has the scale's shape.
+    """
+    span, _, ratio = _weight_range(layer, bits)
+    held = _range_tensors(layer)
+    present = held["scale"].abs().reshape(-1) if "scale" in held else span * held.get("ratio", torch.ones_like(span))
+    factor = span * ratio / present.clamp(min=SMALLEST_RANGE)
+    return factor.reshape(weight_quantizer_of(layer).next_range.shape)
