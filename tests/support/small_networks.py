@@ -5,8 +5,11 @@ Not here: any test.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -137,3 +140,23 @@ def unet_config(**changed: Any) -> dict[str, Any]:
         "norm_num_groups": 4,
     }
     return config | changed
+
+
+def weight_specs() -> Iterator[QuantizerSpec]:
+    """Every kind of weight quantizer at 8, 4 and 2 bits."""
+    for bits, per_channel, symmetric, learned, method in itertools.product(
+        (8, 4, 2), *[(True, False)] * 3, ("min_max", "mse")
+    ):
+        yield QuantizerSpec(bits, per_channel, symmetric, symmetric, learned, method)
+
+
+def named(specs: Iterator[QuantizerSpec]) -> list[object]:
+    """The specs as parameters of a test, each named after its fields."""
+    return [pytest.param(spec, id="-".join(str(value) for value in vars(spec).values())) for spec in specs]
+
+
+def gradients(y: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The gradients of a fixed weighted sum of y; zeros where y does not depend on a tensor."""
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+    slopes = torch.autograd.grad((y * weights).sum(), tensors, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, slopes, strict=True)]
