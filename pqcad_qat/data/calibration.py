@@ -194,7 +194,7 @@ def record(
                 fine,
                 schedule=schedule,
                 advance=advance,
-                what=f"{model.source}: its full-precision trajectories",
+                source=model.source,
             )
 
     found = gathered(parts, recipe.trajectories, batches, "calibration: trajectories")
@@ -216,7 +216,7 @@ def _walked(
     *,
     schedule: NoiseSchedule,
     advance: Callable[[int], None],
-    what: str,
+    source: str,
 ) -> dict[str, Tensor]:
     """Run one batch of trajectories, and return its tensors (B, ...) as in `CalibrationSet`.
 
@@ -234,7 +234,9 @@ def _walked(
     states, *predictions = (torch.stack(column, dim=1) for column in zip(*walk, strict=True))
     states = torch.cat([states, image[:, None]], dim=1)
     if not bool(torch.isfinite(states).all()):
-        raise ModelError(f"{what} hold values that are not finite")
+        raise ModelError(
+            f"{source}: got full-precision trajectories with values that are not finite; allowed finite ones"
+        )
     return {"states": states, **dict(zip(("predictions", "unconditional_predictions"), predictions, strict=False))}
 
 
@@ -278,5 +280,6 @@ def read_calibration(folder: Path) -> CalibrationSet:
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
-            f"{folder}: damaged calibration set: {error}; delete the folder and it is recorded anew"
+            f"{folder}: got a damaged calibration set: {error}; allowed one as it was recorded; delete the folder "
+            "and it is recorded anew"
         ) from error

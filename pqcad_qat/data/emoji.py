@@ -46,11 +46,13 @@ def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArra
         if emoji in groups:
             found.setdefault(bitmap, groups[emoji])
     if not found:
-        raise ModelError(f"{font}: none of its {len(glyphs)} bitmaps is an emoji of {listing}")
+        raise ModelError(
+            f"{font}: got {len(glyphs)} bitmaps, none of them an emoji of {listing}; allowed a font that has some"
+        )
     try:
         pictures = [Image.open(io.BytesIO(bitmap)).convert("RGBA") for bitmap in found]
     except (OSError, SyntaxError, ValueError) as error:
-        raise ModelError(f"{font}: a bitmap that is not a readable picture: {error}") from error
+        raise ModelError(f"{font}: got a bitmap that is not a readable picture: {error}; allowed PNG data") from error
     return pictures, np.array(list(found.values()), np.int64)
 
 
@@ -60,7 +62,8 @@ def read_groups(listing: Path) -> dict[Emoji, int]:
     """
     if not listing.is_file():
         raise ModelError(
-            f"{listing}: no such file; Unicode's list of emoji comes with Debian's package unicode-data{_INSTALL}"
+            f"{listing}: got no such file; allowed Unicode's list of emoji, from Debian's package "
+            f"unicode-data{_INSTALL}"
         )
     groups: dict[Emoji, int] = {}
     group = -1
@@ -71,7 +74,7 @@ def read_groups(listing: Path) -> dict[Emoji, int]:
             if separator and not line.startswith("#"):
                 groups[_emoji(int(code, 16) for code in codes.split())] = group
     except ValueError as error:
-        raise ModelError(f"{listing}: not Unicode's emoji-test.txt: {error}") from error
+        raise ModelError(f"{listing}: got text of another format: {error}; allowed Unicode's emoji-test.txt") from error
     return groups
 
 
@@ -81,14 +84,18 @@ _INSTALL = " (apt-get install fonts-noto-color-emoji unicode-data)"
 def _read_font(path: Path) -> list[tuple[Emoji, bytes]]:
     """Return the emoji and the PNG data of every bitmap, in the order of the glyphs."""
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; the font comes with Debian's package fonts-noto-color-emoji{_INSTALL}")
+        raise ModelError(
+            f"{path}: got no such file; allowed the font from Debian's package fonts-noto-color-emoji{_INSTALL}"
+        )
     try:
         with TTFont(path, lazy=True) as font:
             spelled = _spelled(font)
             bitmaps = font["CBDT"].strikeData[0]
             return [(_emoji(spelled[name]), bitmap.imageData) for name, bitmap in bitmaps.items() if name in spelled]
     except Exception as error:  # fontTools raises many kinds of exceptions on a file of another format
-        raise ModelError(f"{path}: not a font with colour bitmaps (CBDT): {error}") from error
+        raise ModelError(
+            f"{path}: got another file than a font with colour bitmaps: {error}; allowed one with a CBDT table"
+        ) from error
 
 
 def _spelled(font: Any) -> dict[str, tuple[int, ...]]:

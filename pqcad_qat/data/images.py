@@ -89,7 +89,7 @@ def load_images(
         pictures, labels = _emoji(Path(path or NOTO_EMOJI_FONT), size)
         return image_set(_pixels(pictures, channels), labels, f"{source} {size}x{size}")
     if path is None:
-        raise ModelError("image source folder: needs a path, got none")
+        raise ModelError("image source folder: got no path; allowed the path of a folder with pictures")
     files, classes = _picture_files(Path(path))
     return image_set(
         _pixels([_picture(file, size) for file in files], channels), classes, f"{Path(path).name} {size}x{size}"
@@ -119,8 +119,8 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     if not bool(torch.isfinite(images).all()):
         raise ModelError(
-            f"images must be finite: got {int((~torch.isfinite(images)).sum())} NaN or infinite values of "
-            f"{images.numel()}"
+            f"images: got {int((~torch.isfinite(images)).sum())} NaN or infinite values of {images.numel()}; allowed "
+            "finite ones"
         )
     return ((images.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -133,32 +133,34 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
             expected = bytes((0, 0, _IDX_UNSIGNED_BYTE, rank))
             if len(header) != 4 + 4 * rank or header[:4] != expected:
                 raise ModelError(
-                    f"{path}: not IDX bytes of rank {rank}: must begin {expected.hex()}, got {header[:4].hex()}"
+                    f"{path}: got a file that begins {header[:4].hex()}; allowed {expected.hex()}, IDX bytes of "
+                    f"rank {rank}"
                 )
             shape = struct.unpack(f">{rank}I", header[4:])
             count = math.prod(shape)
             # One byte more than expected reveals trailing bytes, and makes gzip verify the checksum of an exact file.
             data = file.read(count + 1)
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file; {_WHERE_FROM}") from error
+        raise ModelError(f"{path}: got no such file; allowed {_FASHION_MNIST}") from error
     except (EOFError, zlib.error, OSError) as error:
-        raise ModelError(f"{path}: damaged or not gzip: {error}") from error
+        raise ModelError(f"{path}: got damaged data, or not gzip: {error}; allowed a gzip file") from error
     if len(data) != count:
         dimensions, got = " x ".join(map(str, shape)), "more" if len(data) > count else len(data)
-        raise ModelError(f"{path}: must hold {dimensions} = {count} bytes as its header says, got {got}")
+        raise ModelError(f"{path}: got {got} bytes; allowed {dimensions} = {count}, as its header says")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
 
 
-_WHERE_FROM = "Fashion-MNIST comes with Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist)"
+_FASHION_MNIST = "that of Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist)"
 
 
 def _fashion_mnist(folder: Path, split: Split, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; {_WHERE_FROM}")
+        raise ModelError(f"{folder}: got no such folder; allowed {_FASHION_MNIST}")
     images, labels = read_idx(folder / _FILES[split][0], rank=3), read_idx(folder / _FILES[split][1], rank=1)
     if len(images) != len(labels) or len(images) == 0:
         raise ModelError(
-            f"{folder}: {split} split must have as many images as labels, and some; got {len(images)} and {len(labels)}"
+            f"{folder}: {split} split: got {len(images)} images and {len(labels)} labels; allowed equally many, and "
+            "at least one"
         )
     return _resize_by_padding(images, size)[:, None], labels.astype(np.int64)
 
@@ -199,14 +201,14 @@ def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
     labels.
     """
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder of pictures")
+        raise ModelError(f"{folder}: got no such folder; allowed one of pictures")
     if files := _suffixed(folder):
         return files, None
     classes = [
         found for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (found := _suffixed(subfolder))
     ]
     if not classes:
-        raise ModelError(f"{folder}: no picture in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
+        raise ModelError(f"{folder}: got no picture, in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
     return [path for found in classes for path in found], np.repeat(
         np.arange(len(classes)), [len(found) for found in classes]
     )
@@ -245,7 +247,9 @@ def _picture(path: Path, size: int) -> Image.Image:
             grey = upright.mode in ("1", "L", "LA")
             over = _over_white(upright)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ModelError(f"{path}: not a readable picture: {error}") from error
+        raise ModelError(
+            f"{path}: got no readable picture: {error}; allowed {', '.join(PICTURE_SUFFIXES)}, 8 bits a channel"
+        ) from error
     return ImageOps.fit(over.convert("L") if grey else over, (size, size), Image.Resampling.BICUBIC)
 
 

@@ -132,7 +132,7 @@ def check_images(config: FeatureConfig, images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
         got = f"{images.dtype} {tuple(images.shape)}"
         raise ModelError(
-            f"images for this feature network must be torch.uint8 (N, {', '.join(map(str, config.shape))}); got {got}"
+            f"images for this feature network: got {got}; allowed torch.uint8 (N, {', '.join(map(str, config.shape))})"
         )
 
 
@@ -232,7 +232,9 @@ def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
         network = FeatureNetwork(FeatureConfig(**fields))
         network.load_state_dict(load_file(folder / _MODEL))
     except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder}: not a feature network of this format: {error}") from error
+        raise ModelError(
+            f"{folder}: got no feature network of this format: {error}; allowed a folder that `features` wrote"
+        ) from error
     network.eval().requires_grad_(False)
     return network, sha256
 
@@ -244,28 +246,32 @@ def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tupl
     _verified(folder / _REFERENCE, record)
     if record.get("features_sha256") != features_sha256:
         raise ModelError(
-            f"{folder / _REFERENCE}: made with the feature network {record.get('features_sha256')}, got "
-            f"{features_sha256}"
+            f"{folder / _REFERENCE}: got statistics of the feature network {record.get('features_sha256')}; allowed "
+            f"those of {features_sha256}, which the folder holds"
         )
     try:
         tensors = load_file(folder / _REFERENCE)
         total, outer, count = (tensors[f"real_features_{name}"] for name in ("sum", "cov_sum", "num_samples"))
     except (KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder / _REFERENCE}: not statistics of features: {error}") from error
+        raise ModelError(
+            f"{folder / _REFERENCE}: got no statistics of features: {error}; allowed the file that `features` wrote"
+        ) from error
     if total.shape != (dimensions,) or outer.shape != (dimensions, dimensions):
         raise ModelError(
-            f"{folder / _REFERENCE}: must hold ({dimensions},) and its square; got {tuple(total.shape)}, "
-            f"{tuple(outer.shape)}"
+            f"{folder / _REFERENCE}: got sums of shape {tuple(total.shape)} and {tuple(outer.shape)}; allowed "
+            f"({dimensions},) and ({dimensions}, {dimensions})"
         )
     return FeatureStatistics(total, outer, int(count)), str(record.get("name"))
 
 
 def _verified(path: Path, record: dict[str, Any]) -> str:
     if not path.is_file():
-        raise ModelError(f"{path}: no such file")
+        raise ModelError(f"{path}: got no such file; allowed the one that `features` wrote")
     digest = file_digest(path)
     if digest != record.get("sha256"):
-        raise ModelError(f"{path}: damaged or exchanged: SHA-256 must be {record.get('sha256')}, got {digest}")
+        raise ModelError(
+            f"{path}: got a damaged or exchanged file with SHA-256 {digest}; allowed {record.get('sha256')}"
+        )
     return digest
 
 

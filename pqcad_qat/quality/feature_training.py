@@ -105,7 +105,7 @@ def make_features(
 def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Split images into training images and test images; every `HELD_OUT`-th one is a test image."""
     if len(images) < HELD_OUT:
-        raise ModelError(f"{images.name}: got {len(images)} images; a feature network needs at least {HELD_OUT}")
+        raise ModelError(f"{images.name}: got {len(images)} images; allowed at least {HELD_OUT} for a feature network")
     labels, every = _labels(images), torch.arange(len(images))
     parts = {"train": every[every % HELD_OUT > 0], "held-out": every[::HELD_OUT]}
     train, test = (
@@ -128,7 +128,9 @@ def _record(images: ImageSet) -> dict[str, Any]:
 
 def _labels(images: ImageSet) -> Tensor:
     if images.labels is None:
-        raise ModelError(f"{images.name}: a feature network learns classes; these images have no labels")
+        raise ModelError(
+            f"{images.name}: got images without labels; allowed labelled ones, since a feature network learns classes"
+        )
     return images.labels
 
 

@@ -81,8 +81,8 @@ def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
     """
     if states.shape != fp_states.shape or states.ndim != 4 or not len(states):
         raise ModelError(
-            f"latents to compare must both be (N, C, H, W), N > 0; got {tuple(states.shape)} and "
-            f"{tuple(fp_states.shape)}"
+            f"latents to compare: got {tuple(states.shape)} and {tuple(fp_states.shape)}; allowed two of one shape "
+            "(N, C, H, W), N > 0"
         )
     error = float((states.double() - fp_states.double()).square().mean())
     peak = float(fp_states.max() - fp_states.min())
@@ -100,10 +100,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     dimensions = len(a.features_sum)
     if a.features_sum.shape != b.features_sum.shape:
         raise ModelError(
-            f"statistics to compare must have equally many features; got {dimensions} and {len(b.features_sum)}"
+            f"statistics to compare: got {dimensions} and {len(b.features_sum)} features; allowed equally many"
         )
     if min(a.num_samples, b.num_samples) < 2:
-        raise ModelError(f"FID needs at least two images on either side; got {a.num_samples} and {b.num_samples}")
+        raise ModelError(
+            f"images of an FID: got {a.num_samples} and {b.num_samples}; allowed at least two on either side"
+        )
     # only one process evaluates, so there is nothing to synchronize
     metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)
     # an empty update tells the metric that features are float64
@@ -134,7 +136,8 @@ def paired_ssim(images: Tensor, references: Tensor) -> float:
     _check_pair(images, references)
     if not has_ssim(images):
         raise ModelError(
-            f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels; got {images.shape[2]}x{images.shape[3]}"
+            f"images for SSIM: got {images.shape[2]}x{images.shape[3]} pixels; allowed at least "
+            f"{SSIM_WINDOW}x{SSIM_WINDOW}"
         )
     edge = SSIM_WINDOW // 2  # count only windows inside the image, as the paper and scikit-image do
     total = torch.zeros((), dtype=torch.float64)
@@ -179,11 +182,11 @@ def _state(statistics: FeatureStatistics, side: str) -> dict[str, Tensor]:
 
 def _check_pair(images: Tensor, references: Tensor) -> None:
     if images.dtype != torch.uint8 or references.dtype != torch.uint8:
-        raise ModelError(f"images to compare must be torch.uint8; got {images.dtype} and {references.dtype}")
+        raise ModelError(f"images to compare: got {images.dtype} and {references.dtype}; allowed torch.uint8 for both")
     if images.ndim != 4 or images.shape != references.shape or len(images) == 0:
         raise ModelError(
-            f"images to compare must both be (N, C, H, W), N > 0; got {tuple(images.shape)} and "
-            f"{tuple(references.shape)}"
+            f"images to compare: got {tuple(images.shape)} and {tuple(references.shape)}; allowed two of one shape "
+            "(N, C, H, W), N > 0"
         )
 
 

@@ -159,8 +159,8 @@ class InputQuant(RescalingIntQuant):
         # Detached, since this runs only once: activation checkpointing would miss its autograd node when it recomputes.
         if not bool(self.scaling_impl.value.detach().isfinite()):
             raise ModelError(
-                "an input quantizer has no range yet: calibrate_ranges or a calibrated state must come "
-                "before a forward pass"
+                "an input quantizer: got no range yet; allowed a forward pass after calibrate_ranges, or after "
+                "a calibrated state is loaded"
             )
         self.calibrated = True
 

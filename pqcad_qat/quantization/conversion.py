@@ -36,7 +36,8 @@ def quantize_model(model: nn.Module, plan: Sequence[LayerPlan]) -> nn.Module:
     layers = quantizable_layers(model)
     if missing := [layer.name for layer in plan if layer.name not in layers]:
         raise ModelError(
-            f"the plan was made for another model: this one has no floating-point layer {', '.join(missing)}"
+            f"the plan: got layers that the model does not have in floating point: {', '.join(missing)}; allowed a "
+            "plan that was made for this model"
         )
     done: dict[str, QuantizedLayer] = {}
     for layer in plan:
@@ -99,7 +100,7 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
     layers = quantized_layers(model)
     leaders = {name: layer for name, layer in layers.items() if layer.plan.input_group == layer.plan.name}
     if not (kept := tuple(batches)):
-        raise ModelError("calibration: there is no data; at least one batch is needed")
+        raise ModelError("calibration data: got no batch; allowed at least one")
     seen = {group: InputRange(group) for group in (layer.plan.name for layer in leaders.values())}
     _watch(model, layers, kept, {group: watched.watch_extremes for group, watched in seen.items()})
     for watched in seen.values():

@@ -85,8 +85,8 @@ def integer_layer(name: str, layer: QuantizedLayer) -> IntegerLayer:
     blend = blend_state(layer)
     if blend is not None:
         raise ExportError(
-            f"layer {name} is between {blend.bits} and {blend.next_bits} bits: end the transition before "
-            "taking its integers"
+            f"layer {name}: got weights between {blend.bits} and {blend.next_bits} bits; allowed those of one width, "
+            "so end the transition before taking its integers"
         )
     quant = weight_quantizer_of(layer)
     _, scale, zero_point, bit_width = quant(layer.weight)
@@ -142,7 +142,7 @@ def _padding(name: str, layer: QuantizedLayer) -> tuple[int, ...]:
     total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if any(t % 2 for t in total):
         raise ExportError(
-            f"layer {name}: padding 'same' of an even kernel {tuple(layer.kernel_size)} is uneven; give "
-            "padding as numbers"
+            f"layer {name}: got padding 'same' with an even kernel {tuple(layer.kernel_size)}, which is uneven; "
+            "allowed padding as numbers"
         )
     return tuple(t // 2 for t in total)

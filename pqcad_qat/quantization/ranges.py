@@ -47,7 +47,8 @@ class InputRange:
         low, high = (value.item() for value in torch.aminmax(x.detach().float()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ModelError(
-                f"calibration: the input of layer {self.name} holds NaN or infinite values; its range cannot be set"
+                f"calibration: input of layer {self.name}: got NaN or infinite values; allowed finite ones, which "
+                "its range is set from"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
 
@@ -62,9 +63,15 @@ class InputRange:
             ModelError: names the layer and the reason.
         """
         if self.low > self.high:
-            raise ModelError(f"calibration: layer {self.name} was never called, so its input has no range")
+            raise ModelError(
+                f"calibration: input of layer {self.name}: got no values, since the layer was never called; allowed "
+                "layers that the model calls"
+            )
         if self.low == 0.0 == self.high:
-            raise ModelError(f"calibration: the input of layer {self.name} is zero everywhere, so it has no range")
+            raise ModelError(
+                f"calibration: input of layer {self.name}: got zeros everywhere; allowed other values as well, which "
+                "its range is set from"
+            )
 
     @property
     def width(self) -> float:

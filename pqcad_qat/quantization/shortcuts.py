@@ -95,7 +95,10 @@ def rewritable(model: nn.Module, source: str = "") -> nn.Module:
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     except Exception as error:  # a module of the user's own may hold anything
-        raise ModelError(f"{source or type(model).__name__}: it cannot be copied: {one_line(error)}") from error
+        raise ModelError(
+            f"{source or type(model).__name__}: got a module that cannot be copied: {one_line(error)}; allowed one "
+            "that Python's copy.deepcopy can copy"
+        ) from error
 
 
 def merge_shortcuts(model: nn.Module) -> nn.Module:

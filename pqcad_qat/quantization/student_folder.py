@@ -110,7 +110,9 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
         denoiser.load_state_dict(load_file(folder / STATE), strict=True)
         return shell, plan, steps
     except (PqcadError, KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: damaged folder of a quantized model: {error}") from error
+        raise ModelError(
+            f"{folder}: got a damaged folder of a quantized model: {error}; allowed its files as `run` wrote them"
+        ) from error
 
 
 def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:

@@ -180,7 +180,7 @@ def test_a_damaged_set_is_an_error_that_says_what_to_do(
         victim.unlink()
     else:
         victim.write_bytes(content[: len(content) // 2] if fault == "truncated" else b"{}")
-    with pytest.raises(ModelError, match=r"damaged calibration set.*delete the folder"):
+    with pytest.raises(ModelError, match=r"got a damaged calibration set.*delete the folder"):
         read_calibration(folder)
 
 
@@ -222,7 +222,7 @@ def test_a_model_that_gives_nan_is_refused_before_anything_is_written(
         sample_shape = (1, 32, 32)  # type: ignore[assignment]
 
     model = Shaped(Broken(), tiny_model.scheduler_config, "broken", "")
-    with pytest.raises(ModelError, match="broken: its full-precision trajectories hold values that are not finite"):
+    with pytest.raises(ModelError, match="broken: got full-precision trajectories with values that are not finite"):
         calibration_set(model, recipe, 2, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

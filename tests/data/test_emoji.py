@@ -133,24 +133,27 @@ def test_scaling_down_averages_over_all_pixels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda font: font.unlink(), r"font\.ttf: no such file; .*package fonts-noto-color-emoji"),
-        (lambda font: font.write_bytes(b"no font"), r"font\.ttf: not a font with colour bitmaps \(CBDT\)"),
+        (lambda font: font.unlink(), r"font\.ttf: got no such file; .*package fonts-noto-color-emoji"),
+        (lambda font: font.write_bytes(b"no font"), r"font\.ttf: got another file than a font with colour bitmaps"),
         (
             lambda font: font.write_bytes(font.read_bytes()[:-300]),
-            r"font\.ttf: not a font with colour bitmaps \(CBDT\)",
+            r"font\.ttf: got another file than a font with colour bitmaps",
         ),
-        (lambda font: write_font(font.parent, {}), r"font\.ttf: not a font with colour bitmaps \(CBDT\): .*CBDT"),
+        (
+            lambda font: write_font(font.parent, {}),
+            r"font\.ttf: got another file than a font with colour bitmaps: .*CBDT.*; allowed",
+        ),
         (
             lambda font: write_font(font.parent, {"ball": b"no picture"}),
-            r"font\.ttf: a bitmap that is not a readable picture",
+            r"font\.ttf: got a bitmap that is not a readable picture",
         ),
         (
             lambda font: write_font(font.parent, {"digit": png("red")}),
-            r"none of its 1 bitmaps is an emoji of .*emoji-test\.txt",
+            r"got 1 bitmaps, none of them an emoji of .*emoji-test\.txt",
         ),
         (
             lambda font: font.with_name("emoji-test.txt").write_text("x; y"),
-            r"emoji-test\.txt: not Unicode's emoji-test\.txt",
+            r"emoji-test\.txt: got text of another format: .*; allowed Unicode's emoji-test\.txt",
         ),
     ],
     ids=["absent", "no font", "cut short", "no bitmaps", "no picture", "nothing listed", "another list"],
@@ -163,5 +166,5 @@ def test_a_fault_names_the_file_and_what_it_should_be(font: Path, damage: object
 
 
 def test_an_absent_list_names_its_package(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"list\.txt: no such file; .*package unicode-data \(apt-get install"):
+    with pytest.raises(ModelError, match=r"list\.txt: got no such file; .*package unicode-data \(apt-get install"):
         read_groups(tmp_path / "list.txt")

@@ -36,5 +36,5 @@ def test_integers_and_scales_give_the_weight_back_exactly(spec: QuantizerSpec) -
 def test_integers_within_a_transition_are_refused() -> None:
     layer = quantized(convolution(), ladder=(8, 4))
     begin_blend(layer, 4)
-    with pytest.raises(ExportError, match="layer conv is between 8 and 4 bits"):
+    with pytest.raises(ExportError, match="layer conv: got weights between 8 and 4 bits"):
         integer_layer("conv", layer)

@@ -111,9 +111,9 @@ def test_an_input_without_a_range_is_refused() -> None:
     plan = quantized(convolution()).plan
     layer = quantized_layer(convolution(), plan)
     assert not is_calibrated(layer)
-    with pytest.raises(ModelError, match="no range yet"):
+    with pytest.raises(ModelError, match="got no range yet"):
         layer(torch.randn(1, 4, 9, 9))
-    with pytest.raises(ModelError, match="layer layer: its input range"):
+    with pytest.raises(ModelError, match="layer layer: got an input range of"):
         set_input_range(layer, 0.0, 0.0)
 
 

@@ -54,10 +54,10 @@ def test_weight_ratio_of_an_exact_grid_is_one() -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.tensor([1.0, float("nan")]), "input of layer layer holds NaN"),
+        (torch.tensor([1.0, float("nan")]), "input of layer layer: got NaN"),
         (torch.tensor([1.0, float("inf")]), "NaN or infinite"),
-        (torch.zeros(4), "input of layer layer is zero everywhere"),
-        (None, "layer layer was never called"),
+        (torch.zeros(4), "input of layer layer: got zeros everywhere"),
+        (None, "input of layer layer: got no values"),
     ],
 )
 def test_useless_data_names_the_layer(batch: torch.Tensor | None, message: str) -> None:

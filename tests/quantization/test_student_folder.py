@@ -208,14 +208,14 @@ def test_parts_that_do_not_fit_together_are_an_error(folder: Path) -> None:
     state = load_file(folder / STATE)
     del state["conv_out.weight"]
     save_file(state, folder / STATE)
-    with pytest.raises(ModelError, match=r"(?s)damaged folder of a quantized model.*conv_out\.weight"):
+    with pytest.raises(ModelError, match=r"(?s)got a damaged folder of a quantized model.*conv_out\.weight"):
         load_quantized(folder)
 
 
 def test_a_plan_of_another_model_is_an_error(folder: Path) -> None:
     entries = json.loads((folder / PLAN).read_text())["layers"]
     edit(folder / PLAN, layers=[{**entries[0], "name": "no.such.layer"}, *entries[1:]])
-    with pytest.raises(ModelError, match="damaged folder of a quantized model"):
+    with pytest.raises(ModelError, match="got a damaged folder of a quantized model"):
         load_quantized(folder)
 
 

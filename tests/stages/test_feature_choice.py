@@ -146,7 +146,7 @@ def test_a_damaged_network_is_told_before_anything_is_trained(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": "0" * 64}))
     assert call(["plan", str(POLICIES / "smoke.yaml"), "--set", f"evaluation.features={tmp_path}"]) == 2
-    assert re.search(r"evaluation\.features: .*model\.safetensors: damaged or exchanged", capsys.readouterr().err)
+    assert re.search(r"evaluation\.features: .*model\.safetensors: got a damaged or exchanged", capsys.readouterr().err)
 
 
 def test_evaluate_asks_for_the_features_of_a_model_that_has_none(
