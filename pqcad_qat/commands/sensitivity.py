@@ -135,7 +135,7 @@ def measure_sensitivity(
         assignments={
             name: Assignment(
                 bits=bits,
-                bytes=sizes.of(bits),
+                bytes=sizes.total(bits),
                 predicted=sum(layer.error(bits[layer.name]) for layer in layers),
                 error=output_error(model, bits, batches),
             )

@@ -110,17 +110,17 @@ class CalibrationSet:
         flat = torch.linspace(0, total - 1, min(count, total)).long()
         flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))]
         t = torch.tensor(self.timesteps)
-        for first, part in zip(range(0, len(flat), batch_size), torch.split(flat, batch_size), strict=True):
-            row, column = part // len(self.timesteps), part % len(self.timesteps)
+        for first, batch in zip(range(0, len(flat), batch_size), torch.split(flat, batch_size), strict=True):
+            row, column = batch // len(self.timesteps), batch % len(self.timesteps)
             yield self.states[row, column], t[column], self.conditions_of(row, first)
 
     def conditions_of(self, rows: Tensor, first: int) -> dict[str, Tensor]:
         """Return the conditions (B, ...) for states of the trajectories `rows`, numbered from `first`; see `passes`."""
-        found = {name: value[rows] for name, value in self.condition.items()}
+        chosen = {name: value[rows] for name, value in self.condition.items()}
         odd = self.passes(len(rows), first)
         for name, value in self.unconditional.items():
-            found[name][odd] = value
-        return found
+            chosen[name][odd] = value
+        return chosen
 
     def passes(self, count: int, first: int) -> Tensor:
         """Return a mask (count,) that is true where a state belongs to the unconditional pass: every second one with
@@ -147,9 +147,9 @@ def calibration_set(
     """
 
     def make(draft: Path) -> None:
-        found = record(model, recipe, batch_size, advance, conditions=conditions, parts=parts_folder(draft))
-        save_tensors(_tensors(found), draft / TRAJECTORIES)
-        content = json.dumps({**recipe.decides, "timesteps": found.timesteps}, indent=2)
+        recorded = record(model, recipe, batch_size, advance, conditions=conditions, finished=parts_folder(draft))
+        save_tensors(_tensors(recorded), draft / TRAJECTORIES)
+        content = json.dumps({**recipe.decides, "timesteps": recorded.timesteps}, indent=2)
         write_file(draft / "recipe.json", content + "\n")
 
     folder = shared_folder(cache, recipe.decides, make)
@@ -164,15 +164,15 @@ def record(
     advance: Callable[[int], None] = lambda _: None,
     *,
     conditions: ConditionSet | None = None,
-    parts: Path | None = None,
+    finished: Path | None = None,
 ) -> CalibrationSet:
     """Run the sampler from seeded noise, and keep the state and the prediction at every timestep of the recipe.
 
-    Finished batches are written to the folder `parts`, so that a later process can resume after the last of them.
+    Finished batches are written to the folder `finished`, so that a later process can resume after the last of them.
 
     Raises:
         ModelError: the model's values are not finite.
-        InterruptedByUserError: Ctrl-C was pressed, if `parts` is given.
+        InterruptedByUserError: Ctrl-C was pressed, if `finished` is given.
     """
     schedule, conditions = noise_schedule(model.scheduler_config), conditions or ConditionSet()
     coarse = schedule.passing(recipe.steps, recipe.also)
@@ -197,14 +197,14 @@ def record(
                 source=model.source,
             )
 
-    found = gathered(parts, recipe.trajectories, batches, "calibration: trajectories")
+    tensors = gathered(finished, recipe.trajectories, batches, "calibration: trajectories")
     return CalibrationSet(
-        states=found["states"],
-        predictions=found["predictions"],
+        states=tensors["states"],
+        predictions=tensors["predictions"],
         timesteps=tuple(t for t, _ in coarse),
         condition=conditions.of(recipe.seed, 0, recipe.trajectories),
         unconditional=guiding,
-        unconditional_predictions=found.get("unconditional_predictions"),
+        unconditional_predictions=tensors.get("unconditional_predictions"),
     )
 
 
@@ -225,10 +225,10 @@ def _walked(
     """
     walk, image = [], noise
     for inner in fine:
-        for number, step in enumerate(along(inner, follow, image, schedule)):
-            if number == 0:
-                walk.append((step.x_t, *passes.made))
-            passes.made.clear()
+        for index, step in enumerate(along(inner, follow, image, schedule)):
+            if index == 0:
+                walk.append((step.x_t, *passes.predictions))
+            passes.predictions.clear()
             image = step.x_s
             advance(len(noise))
     states, *predictions = (torch.stack(column, dim=1) for column in zip(*walk, strict=True))
@@ -245,20 +245,22 @@ class _Passes:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.denoiser = denoiser
-        self.made: list[Tensor] = []
+        self.predictions: list[Tensor] = []
 
     def __call__(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
-        self.made.append(predict(self.denoiser, x_t, t, condition))
-        return self.made[-1]
+        self.predictions.append(predict(self.denoiser, x_t, t, condition))
+        return self.predictions[-1]
 
 
-def _tensors(found: CalibrationSet) -> dict[str, Tensor]:
+def _tensors(trajectories: CalibrationSet) -> dict[str, Tensor]:
     """Return the set as the tensors of a file."""
-    named = {"states": found.states, "predictions": found.predictions}
-    if found.unconditional_predictions is not None:
-        named["unconditional_predictions"] = found.unconditional_predictions
-    parts = ((CONDITION, found.condition), (UNCONDITIONAL, found.unconditional))
-    return named | {f"{prefix}{name}": value.contiguous() for prefix, part in parts for name, value in part.items()}
+    named = {"states": trajectories.states, "predictions": trajectories.predictions}
+    if trajectories.unconditional_predictions is not None:
+        named["unconditional_predictions"] = trajectories.unconditional_predictions
+    prefixed = ((CONDITION, trajectories.condition), (UNCONDITIONAL, trajectories.unconditional))
+    return named | {
+        f"{prefix}{name}": value.contiguous() for prefix, values in prefixed for name, value in values.items()
+    }
 
 
 def read_calibration(folder: Path) -> CalibrationSet:

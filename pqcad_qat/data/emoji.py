@@ -41,19 +41,19 @@ def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArra
         ModelError: a file is missing or has another format.
     """
     glyphs, groups = _read_font(font), read_groups(listing)
-    found: dict[bytes, int] = {}
+    bitmap_groups: dict[bytes, int] = {}
     for emoji, bitmap in glyphs:
         if emoji in groups:
-            found.setdefault(bitmap, groups[emoji])
-    if not found:
+            bitmap_groups.setdefault(bitmap, groups[emoji])
+    if not bitmap_groups:
         raise ModelError(
             f"{font}: got {len(glyphs)} bitmaps, none of them an emoji of {listing}; allowed a font that has some"
         )
     try:
-        pictures = [Image.open(io.BytesIO(bitmap)).convert("RGBA") for bitmap in found]
+        pictures = [Image.open(io.BytesIO(bitmap)).convert("RGBA") for bitmap in bitmap_groups]
     except (OSError, SyntaxError, ValueError) as error:
         raise ModelError(f"{font}: got a bitmap that is not a readable picture: {error}; allowed PNG data") from error
-    return pictures, np.array(list(found.values()), np.int64)
+    return pictures, np.array(list(bitmap_groups.values()), np.int64)
 
 
 def read_groups(listing: Path) -> dict[Emoji, int]:
@@ -105,9 +105,9 @@ def _spelled(font: Any) -> dict[str, tuple[int, ...]]:
     for table in chain.from_iterable(lookup.SubTable for lookup in lookups if lookup.LookupType == _LIGATURE):
         for first, ligatures in table.ligatures.items():
             for ligature in ligatures:
-                parts = [spelled.get(name) for name in (first, *ligature.Component)]
-                if None not in parts:
-                    spelled.setdefault(ligature.LigGlyph, sum(filter(None, parts), ()))
+                spellings = [spelled.get(name) for name in (first, *ligature.Component)]
+                if None not in spellings:
+                    spelled.setdefault(ligature.LigGlyph, sum(filter(None, spellings), ()))
     return spelled
 
 

@@ -133,8 +133,8 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
             expected = bytes((0, 0, _IDX_UNSIGNED_BYTE, rank))
             if len(header) != 4 + 4 * rank or header[:4] != expected:
                 raise ModelError(
-                    f"{path}: got a file that begins {header[:4].hex()}; allowed {expected.hex()}, IDX bytes of "
-                    f"rank {rank}"
+                    f"{path}: got a file that begins {header[:4].hex() or 'with nothing'}; allowed {expected.hex()}, "
+                    f"IDX bytes of rank {rank}"
                 )
             shape = struct.unpack(f">{rank}I", header[4:])
             count = math.prod(shape)
@@ -192,7 +192,7 @@ def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), with values 0 to 16
-    resized = [np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC)) for one in pixels]
+    resized = [np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)) for digit in pixels]
     return np.stack(resized)[:, None], digits.target.astype(np.int64)
 
 
@@ -205,12 +205,12 @@ def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
     if files := _suffixed(folder):
         return files, None
     classes = [
-        found for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (found := _suffixed(subfolder))
+        files for subfolder in sorted(folder.iterdir()) if subfolder.is_dir() and (files := _suffixed(subfolder))
     ]
     if not classes:
         raise ModelError(f"{folder}: got no picture, in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
-    return [path for found in classes for path in found], np.repeat(
-        np.arange(len(classes)), [len(found) for found in classes]
+    return [path for files in classes for path in files], np.repeat(
+        np.arange(len(classes)), [len(files) for files in classes]
     )
 
 
@@ -223,7 +223,8 @@ def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]
     listing = font.with_name(Path(EMOJI_LIST).name)
     pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
     return [
-        ImageOps.pad(_over_white(one), (size, size), Image.Resampling.BICUBIC, color="white") for one in pictures
+        ImageOps.pad(_over_white(picture), (size, size), Image.Resampling.BICUBIC, color="white")
+        for picture in pictures
     ], groups
 
 

@@ -102,8 +102,8 @@ def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 
     check_images(network.config, images)
     metric = FrechetInceptionDistance(feature=_FeatureExtractor(network), normalize=False)
     with torch.no_grad():
-        for part in torch.split(images, batch_size):
-            metric.update(part, real=True)
+        for batch in torch.split(images, batch_size):
+            metric.update(batch, real=True)
     return FeatureStatistics(
         metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples)
     )

@@ -107,9 +107,9 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     if len(images) < HELD_OUT:
         raise ModelError(f"{images.name}: got {len(images)} images; allowed at least {HELD_OUT} for a feature network")
     labels, every = _labels(images), torch.arange(len(images))
-    parts = {"train": every[every % HELD_OUT > 0], "held-out": every[::HELD_OUT]}
+    indices = {"train": every[every % HELD_OUT > 0], "held-out": every[::HELD_OUT]}
     train, test = (
-        image_set(images.images[i].numpy(), labels[i].numpy(), f"{images.name} {name}") for name, i in parts.items()
+        image_set(images.images[i].numpy(), labels[i].numpy(), f"{images.name} {name}") for name, i in indices.items()
     )
     return train, test
 
@@ -118,7 +118,9 @@ def accuracy(network: FeatureNetwork, images: ImageSet, batch_size: int = 500) -
     """Share of `images` that the network classifies correctly, from 0 to 1."""
     labels = _labels(images)
     with torch.no_grad():
-        guesses = torch.cat([network(to_float(part)).argmax(dim=1) for part in torch.split(images.images, batch_size)])
+        guesses = torch.cat(
+            [network(to_float(batch)).argmax(dim=1) for batch in torch.split(images.images, batch_size)]
+        )
     return (guesses == labels).double().mean().item()
 
 

@@ -120,8 +120,8 @@ def paired_psnr(images: Tensor, references: Tensor) -> float | None:
     """
     _check_pair(images, references)
     metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)
-    for part, reference in _unit_batches(images, references):
-        metric.update(part, reference)
+    for batch, reference in _unit_batches(images, references):
+        metric.update(batch, reference)
     decibels = float(metric.compute())
     return decibels if math.isfinite(decibels) else None
 
@@ -141,10 +141,10 @@ def paired_ssim(images: Tensor, references: Tensor) -> float:
         )
     edge = SSIM_WINDOW // 2  # count only windows inside the image, as the paper and scikit-image do
     total = torch.zeros((), dtype=torch.float64)
-    for part, reference in _unit_batches(images, references):
+    for batch, reference in _unit_batches(images, references):
         # (n, C, H, W)
         _, values = structural_similarity_index_measure(
-            part, reference, data_range=1.0, sigma=SSIM_SIGMA, return_full_image=True
+            batch, reference, data_range=1.0, sigma=SSIM_SIGMA, return_full_image=True
         )
         total += values[:, :, edge:-edge, edge:-edge].double().mean(dim=(1, 2, 3)).sum()
     return total.item() / len(images)

@@ -75,11 +75,11 @@ def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
 
     Each layer's weight is released as soon as its integers exist, which saves memory.
     """
-    found = {}
+    integers = {}
     for name, layer in quantized_layers(model).items():
-        found[name] = integer_layer(name, layer)
+        integers[name] = integer_layer(name, layer)
         layer.weight.data = layer.weight.data.new_empty(0)
-    return found
+    return integers
 
 
 def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
@@ -99,10 +99,10 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
     """
     layers = quantized_layers(model)
     leaders = {name: layer for name, layer in layers.items() if layer.plan.input_group == layer.plan.name}
-    if not (kept := tuple(batches)):
+    if not (samples := tuple(batches)):
         raise ModelError("calibration data: got no batch; allowed at least one")
     seen = {group: InputRange(group) for group in (layer.plan.name for layer in leaders.values())}
-    _watch(model, layers, kept, {group: watched.watch_extremes for group, watched in seen.items()})
+    _watch(model, layers, samples, {group: watched.watch_extremes for group, watched in seen.items()})
     for watched in seen.values():
         watched.check()
     searched = {layer.plan.name for layer in leaders.values() if layer.plan.inputs.range != "min_max"}
@@ -110,7 +110,7 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
         _watch(
             model,
             layers,
-            kept,
+            samples,
             {group: watched.watch_histogram for group, watched in seen.items() if group in searched},
         )
     for layer in leaders.values():

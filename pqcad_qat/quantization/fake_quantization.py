@@ -187,7 +187,7 @@ def learned_gradients(
     ``integers`` are those of x, not clamped yet, or None where the clamp is straight. Two sums over the tensor are
     needed:
 
-    - of_scale, the sum of (dy / dscale) * scale * gradient. Its term is y - x within the bounds and y where x is
+    - along_scale, the sum of (dy / dscale) * scale * gradient. Its term is y - x within the bounds and y where x is
       clamped. Both are y minus `inside(x)`, which is x within the bounds and 0 elsewhere.
     - clamped, the sum of the gradient over the clamped values, from which the zero point's gradient follows.
     """
@@ -199,14 +199,20 @@ def learned_gradients(
     # Subtract before multiplying by the gradient and summing. y and x are nearly equal, so two separate sums would be
     # large and nearly equal, and their difference would be lost to rounding.
     torch.sub(y, work, out=work)
-    of_scale = _total(work.mul_(gradient), span)
+    along_scale = _total(work.mul_(gradient), span)
     reaching = inside(gradient, integers, bounds, out=work)
     clamped = None if low is None else _total(gradient - reaching, span)  # again the difference before the sum
-    return reaching, *_range_gradients(of_scale, clamped, span, low, scale=scale, bounds=bounds)
+    return reaching, *_range_gradients(along_scale, clamped, span, low, scale=scale, bounds=bounds)
 
 
 def _range_gradients(
-    of_scale: Tensor, clamped: Tensor | None, span: Tensor, low: Tensor | None, *, scale: Scale, bounds: tuple[int, int]
+    along_scale: Tensor,
+    clamped: Tensor | None,
+    span: Tensor,
+    low: Tensor | None,
+    *,
+    scale: Scale,
+    bounds: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of span and low from the two sums of `learned_gradients`.
 
@@ -214,28 +220,30 @@ def _range_gradients(
     slow.
     """
     if not isinstance(scale, float):
-        return _through_range(of_scale, clamped, span, low, scale=scale, bounds=bounds)
-    numbers = [None if value is None else value.item() for value in (of_scale, clamped, span, low)]
-    of_span, of_low = _through_range(numbers[0], numbers[1], numbers[2], numbers[3], scale=scale, bounds=bounds)
-    return span.new_tensor(of_span), None if of_low is None else span.new_tensor(of_low)
+        return _through_range(along_scale, clamped, span, low, scale=scale, bounds=bounds)
+    numbers = [None if value is None else value.item() for value in (along_scale, clamped, span, low)]
+    span_gradient, low_gradient = _through_range(
+        numbers[0], numbers[1], numbers[2], numbers[3], scale=scale, bounds=bounds
+    )
+    return span.new_tensor(span_gradient), None if low_gradient is None else span.new_tensor(low_gradient)
 
 
 def _through_range(
-    of_scale: Any, clamped: Any, span: Any, low: Any, *, scale: Any, bounds: tuple[int, int]
+    along_scale: Any, clamped: Any, span: Any, low: Any, *, scale: Any, bounds: tuple[int, int]
 ) -> tuple[Any, Any]:
     """The same for numbers or for tensors.
 
-    of_scale / scale is the gradient of the scale if the zero point stood still. The zero point, clamp(round(|low| /
+    along_scale / scale is the gradient of the scale if the zero point stood still. The zero point, clamp(round(|low| /
     scale)), depends on the scale and on low, so it passes its own gradient, -scale * clamped, to both: -clamped to
     |low|, and clamped * |low| / scale to the scale. Both are cut where the zero point itself is clamped.
     """
-    slope, of_low = of_scale / scale, None
+    slope, low_gradient = along_scale / scale, None
     if clamped is not None:
         ratio = abs(low) / scale
         reaching = clamped * ((ratio >= bounds[0] - 0.5) & (ratio <= bounds[1] + 0.5))
         slope = slope + reaching * ratio
-        of_low = -_signed(reaching, low)
-    return _signed(slope / _levels(bounds), span), of_low
+        low_gradient = -_signed(reaching, low)
+    return _signed(slope / _levels(bounds), span), low_gradient
 
 
 def _signed(value: Any, by: Any) -> Any:
@@ -259,9 +267,9 @@ def scale_and_zero_point(span: Tensor, low: Tensor | None, bounds: tuple[int, in
     levels = _levels(bounds)
     if span.is_cpu and span.dim() == 0:
         # Python's max and min return their first argument if it is NaN, so a range of NaN stays NaN.
-        number = np.float32(max(abs(span.item()), SMALLEST_RANGE)) / np.float32(levels)
-        zero = None if low is None else float(np.rint(np.float32(abs(low.item())) / number))
-        return float(number), None if zero is None else min(max(zero, bounds[0]), bounds[1])
+        scale_number = np.float32(max(abs(span.item()), SMALLEST_RANGE)) / np.float32(levels)
+        zero = None if low is None else float(np.rint(np.float32(abs(low.item())) / scale_number))
+        return float(scale_number), None if zero is None else min(max(zero, bounds[0]), bounds[1])
     scale = span.abs().clamp_(min=SMALLEST_RANGE)
     # Divided by a Python number, a GPU multiplies by its reciprocal, which rounds differently: it gets a tensor.
     scale.div_(levels if scale.is_cpu else scale.new_full((), levels))

@@ -51,12 +51,12 @@ def not_finite(layer: QuantizedLayer) -> list[str]:
 
     It looks at weights, bias, and the ranges of both quantizers.
     """
-    held = {"weights": layer.weight, "bias": layer.bias}
+    tensors = {"weights": layer.weight, "bias": layer.bias}
     for kind, quant in (("weights", weight_quantizer_of(layer)), ("input", input_quantizer_of(layer))):
         span, low, _ = quant.grid(layer.weight)
-        held |= {f"range of the {kind}": span, f"lower end of the range of the {kind}": low}
-    counts = {name: int((~value.isfinite()).sum()) for name, value in held.items() if value is not None}
-    return [f"{name} ({count} of {held[name].numel()} values)" for name, count in counts.items() if count]
+        tensors |= {f"range of the {kind}": span, f"lower end of the range of the {kind}": low}
+    counts = {name: int((~value.isfinite()).sum()) for name, value in tensors.items() if value is not None}
+    return [f"{name} ({count} of {tensors[name].numel()} values)" for name, count in counts.items() if count]
 
 
 def _use(x: Tensor, quant: Any, most: int) -> GridUse:

@@ -225,7 +225,9 @@ def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
     It has the scale's shape.
     """
     span, _, ratio = _weight_range(layer, bits)
-    held = _range_tensors(layer)
-    present = held["scale"].abs().reshape(-1) if "scale" in held else span * held.get("ratio", torch.ones_like(span))
+    stored = _range_tensors(layer)
+    present = (
+        stored["scale"].abs().reshape(-1) if "scale" in stored else span * stored.get("ratio", torch.ones_like(span))
+    )
     factor = span * ratio / present.clamp(min=SMALLEST_RANGE)
     return factor.reshape(weight_quantizer_of(layer).next_range.shape)

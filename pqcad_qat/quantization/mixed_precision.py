@@ -35,7 +35,7 @@ class Costs:
         """Cost of the model with every layer at its cheapest width."""
         return self.fixed + sum(min(costs.values()) for costs in self.layers.values())
 
-    def of(self, bits: Mapping[str, int]) -> int:
+    def total(self, bits: Mapping[str, int]) -> int:
         """Cost of the whole model with these widths."""
         return self.fixed + sum(self.layers[name][width] for name, width in bits.items())
 
@@ -72,7 +72,7 @@ def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[st
     Raises:
         PlanError: even the cheapest widths cost more than the budget.
     """
-    hulls = {name: lower_hull(found) for name, found in options.items()}
+    hulls = {name: lower_hull(widths) for name, widths in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = sum(option.cost for option in chosen.values())
     if spent > budget:
@@ -112,25 +112,25 @@ def with_bits(plan: Sequence[LayerPlan], bits: Mapping[str, int]) -> tuple[Layer
     return tuple(replace(layer, weights=replace(layer.weights, bits=bits[layer.name])) for layer in plan)
 
 
-def patterns(names: Collection[str], others: Collection[str]) -> list[str]:
-    """Globs and paths that match all of these layers and none of the others.
+def patterns(names: Collection[str], excluded: Collection[str]) -> list[str]:
+    """Globs and paths that match all of these layers and none of the excluded ones.
 
     A glob is used wherever it can stand for two layers or more.
     """
-    return list(_covering("", list(names), list(others)))
+    return list(_covering("", list(names), list(excluded)))
 
 
-def _covering(prefix: str, names: Sequence[str], others: Sequence[str]) -> Iterator[str]:
+def _covering(prefix: str, names: Sequence[str], excluded: Sequence[str]) -> Iterator[str]:
     """The patterns below a prefix: one glob where it matches no other layer, else those of each part of the path."""
-    if len(names) > 1 and not others and prefix:
+    if len(names) > 1 and not excluded and prefix:
         yield f"{prefix}*"
         return
-    parts = dict.fromkeys(name.removeprefix(prefix).partition(".")[0] for name in names)
-    for part in parts:
-        path, below = f"{prefix}{part}", f"{prefix}{part}."
+    children = dict.fromkeys(name.removeprefix(prefix).partition(".")[0] for name in names)
+    for child in children:
+        path, below = f"{prefix}{child}", f"{prefix}{child}."
         if path in names:
             yield path
-        inside, outside = ([name for name in given if name.startswith(below)] for given in (names, others))
+        inside, outside = ([path for path in paths if path.startswith(below)] for paths in (names, excluded))
         if inside:
             yield from _covering(below, inside, outside)
 
@@ -143,18 +143,18 @@ def mixed_rules(
     A rule becomes one rule for each width of its layers, widest first, with the width after its name. It stays as it
     is where all its layers keep its own width.
     """
-    found: dict[str, LayerRule] = {}
+    mixed: dict[str, LayerRule] = {}
     for name, rule in rules.items():
-        left = [layer for layer in plan if layer.rule == name]
-        widths = sorted({bits[layer.name] for layer in left}, reverse=True)
+        planned = [layer for layer in plan if layer.rule == name]
+        widths = sorted({bits[layer.name] for layer in planned}, reverse=True)
         if rule.weights is None or widths == [rule.weights.bits]:
-            found[name] = rule
+            mixed[name] = rule
         else:
             for width in widths:
-                match = _only([layer.name for layer in left if bits[layer.name] == width], names)
+                match = _only([layer.name for layer in planned if bits[layer.name] == width], names)
                 weights = rule.weights.model_copy(update={"bits": width})
-                found[f"{name}-{width}"] = rule.model_copy(update={"match": tuple(match), "weights": weights})
-    return found
+                mixed[f"{name}-{width}"] = rule.model_copy(update={"match": tuple(match), "weights": weights})
+    return mixed
 
 
 def _only(layers: Sequence[str], names: Collection[str]) -> list[str]:

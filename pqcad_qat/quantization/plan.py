@@ -151,7 +151,7 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
     Each weight scale is a float32, each weight zero point a byte.
     """
     planned = {layer.name for layer in plan}
-    held = {
+    float_weights = {
         id(own) for name, module in model.named_modules() if name not in planned for own in module._parameters.values()
     }
     replaced: dict[
@@ -161,7 +161,7 @@ def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) ->
     for layer in plan:
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
-        if id(weight) not in held:
+        if id(weight) not in float_weights:
             replaced[id(weight)] = 4 * weight.numel()
         scales = weight.shape[0] if layer.weights.per_channel else 1
         total += (weight.numel() * stored_bits(layer.weights, PACKED if packed else ()) + 7) // 8
@@ -300,10 +300,8 @@ def _share_inputs(plans: list[LayerPlan], first_readers: dict[str, str]) -> tupl
 def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
     """Two rules that quantize one tensor's inputs differently, by the pairs of layers that read it."""
     leader, layer = pairs[0]
-    got, allowed = (f"{one.inputs.bits} bits, {quantizer_words(one.inputs)}" for one in (layer, leader))
-    names = listed(
-        [f"{one.name} ({quoted(one.pattern)}) and {other.name} ({quoted(other.pattern)})" for one, other in pairs]
-    )
+    got, allowed = (f"{reader.inputs.bits} bits, {quantizer_words(reader.inputs)}" for reader in (layer, leader))
+    names = listed([f"{a.name} ({quoted(a.pattern)}) and {b.name} ({quoted(b.pattern)})" for a, b in pairs])
     return (
         f"{rule_key(layer.rule)}.inputs: got {got}; allowed {allowed}, as rule {rule_text(leader.rule)}, for they "
         f"read the same tensor: {names}"

@@ -141,8 +141,8 @@ def weight_ratio(rows: Tensor, bits: int, symmetric: bool, method: str) -> Tenso
     if method != "mse":
         return torch.ones_like(rows[:, 0])
     # Each row's search is independent, so rows are searched in groups that fit into memory well.
-    parts = torch.split(rows, max(1, (CACHED if rows.is_cpu else AT_ONCE) // rows.shape[1]))
-    return torch.cat([_best_weight_ratio(part, bits, symmetric) for part in parts])
+    groups = torch.split(rows, max(1, (CACHED if rows.is_cpu else AT_ONCE) // rows.shape[1]))
+    return torch.cat([_best_weight_ratio(group, bits, symmetric) for group in groups])
 
 
 def _best_weight_ratio(rows: Tensor, bits: int, symmetric: bool) -> Tensor:

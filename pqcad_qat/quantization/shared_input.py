@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass
-class Held:
+class SharedResult:
     """An input that was quantized for the first of its readers, and is kept for the others.
 
     Attributes:
@@ -44,7 +44,7 @@ class SharedInput:
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        self.held: Held | None = None
+        self.shared: SharedResult | None = None
 
     def quantized(self, x: Tensor, dtype: torch.dtype, quantize: Callable[[Tensor], Tensor]) -> Tensor:
         """The result of `quantize` for x, whose dtype is `dtype`; it is computed only for the first reader.
@@ -55,12 +55,12 @@ class SharedInput:
         if x.is_inference():  # inference tensors have no version, so writing to them would go unnoticed
             return quantize(x)
         state = (x._version, torch.is_grad_enabled(), dtype, torch._C._autograd._top_saved_tensors_default_hooks(True))
-        if self.held is None or self.held.x is not x or self.held.state != state:
-            self.held = Held(x, state, quantize(x), self.readers)
-        y = self.held.y
-        self.held.waiting -= 1
-        if not self.held.waiting:
-            self.held = None
+        if self.shared is None or self.shared.x is not x or self.shared.state != state:
+            self.shared = SharedResult(x, state, quantize(x), self.readers)
+        y = self.shared.y
+        self.shared.waiting -= 1
+        if not self.shared.waiting:
+            self.shared = None
         return y
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[int]]:

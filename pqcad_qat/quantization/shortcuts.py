@@ -68,11 +68,11 @@ def split_shortcuts(model: nn.Module, example: PredictArguments) -> nn.Module:
 
 def shortcut_seams(model: nn.Module, example: PredictArguments) -> dict[str, int]:
     """As find_shortcuts, but by module path, so that it also holds for another model of the same modules."""
-    found = find_shortcuts(model, example)
+    seams = find_shortcuts(model, example)
     return {
-        name: found[module]
+        name: seams[module]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module in found
+        if isinstance(module, nn.Conv2d) and module in seams
     }
 
 
@@ -91,9 +91,9 @@ def rewritable(model: nn.Module, source: str = "") -> nn.Module:
     Raises:
         ModelError: the model holds something that Python cannot copy.
     """
-    kept = [*model.parameters(), *model.buffers()]
+    shared = [*model.parameters(), *model.buffers()]
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     except Exception as error:  # a module of the user's own may hold anything
         raise ModelError(
             f"{source or type(model).__name__}: got a module that cannot be copied: {one_line(error)}; allowed one "
@@ -113,7 +113,7 @@ def find_shortcuts(model: nn.Module, example: PredictArguments) -> dict[nn.Conv2
     watch = _SeamWatch(model)
     with evaluating(model), watch:
         predict(model, *example)
-    return watch.found
+    return watch.layer_seams
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
@@ -135,7 +135,7 @@ class _SeamWatch(TorchFunctionMode):
         self.layers = {id(m.weight): m for m in model.modules() if type(m) is nn.Conv2d and m.groups == 1}
         self.seams: dict[int, tuple[Tensor, int]] = {}  # the tensor is kept, so that no other one gets its id
         self.other_inputs: set[nn.Conv2d] = set()
-        self.found: dict[nn.Conv2d, int] = {}
+        self.layer_seams: dict[nn.Conv2d, int] = {}
 
     def __torch_function__(
         self,
@@ -165,11 +165,11 @@ class _SeamWatch(TorchFunctionMode):
         if layer is None or layer in self.other_inputs:
             return
         seam = self.seams[id(x)][1] if id(x) in self.seams else None
-        if seam is None or self.found.get(layer, seam) != seam:  # it also reads an input without this seam
-            self.found.pop(layer, None)
+        if seam is None or self.layer_seams.get(layer, seam) != seam:  # it also reads an input without this seam
+            self.layer_seams.pop(layer, None)
             self.other_inputs.add(layer)
         else:
-            self.found[layer] = seam
+            self.layer_seams[layer] = seam
 
 
 def _split(layer: nn.Conv2d, seam: int) -> SplitConv2d:

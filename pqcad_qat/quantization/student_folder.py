@@ -92,8 +92,8 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
         ModelError: the folder is incomplete or damaged, or its parts do not fit together.
     """
     content = read_json(folder / PLAN)
-    part = denoiser_folder(folder)
-    config = read_json(part / "config.json")
+    config_path = denoiser_folder(folder) / "config.json"
+    config = read_json(config_path)
     is_own = str(config.get("_class_name")).startswith(OWN)
     if is_own and own is None:
         raise ModelError(f"{folder}: got the student of a module of the user's own; allowed with that module, as `own`")
@@ -102,7 +102,7 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
         raise ModelError(f"{where}: {STEPS}: got nothing; allowed the sampling steps that the model was distilled for")
     try:
         plan = tuple(layer_plan(entry) for entry in content["layers"])
-        denoiser = built(own).eval() if is_own and own else untrained_denoiser(config, str(part / "config.json"))
+        denoiser = built(own).eval() if is_own and own else untrained_denoiser(config, str(config_path))
         shell = DiffusionModel(denoiser, scheduler, str(folder), "", own)
         if content["split_shortcuts"]:
             split_shortcuts(denoiser, shell.example)
@@ -123,12 +123,12 @@ def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:
     if "rule_index" in entry:
         entry = {**entry, "rule": str(entry["rule_index"]), "pattern": entry["rule"]}
         del entry["rule_index"]
-    parts = {
+    fields = {
         "weights": _quantizer_spec(entry["weights"]),
         "inputs": _quantizer_spec(entry["inputs"]),
         "ladder": tuple(entry["ladder"]),
     }
-    return LayerPlan(**{**entry, **parts})
+    return LayerPlan(**{**entry, **fields})
 
 
 def _quantizer_spec(entry: Mapping[str, Any]) -> QuantizerSpec:

@@ -145,7 +145,7 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
 def chosen(measure: Measure, prepared: Prepared) -> tuple[SensitivityReport, str]:
     sizes = packed_sizes(prepared, {4, 7})
     report, text = measure(
-        Limit((sizes.of(dict.fromkeys(sizes.layers, 4)) + sizes.of(dict.fromkeys(sizes.layers, 7))) / 2e6, "MB")
+        Limit((sizes.total(dict.fromkeys(sizes.layers, 4)) + sizes.total(dict.fromkeys(sizes.layers, 7))) / 2e6, "MB")
     )
     assert text is not None
     return report, text

@@ -202,7 +202,7 @@ def test_an_input_of_several_layers_is_quantized_once(monkeypatch: pytest.Monkey
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], msg=name)
-    assert model.to_q.shared_input.held is None
+    assert model.to_q.shared_input.shared is None
 
 
 def test_an_input_that_was_written_over_is_quantized_anew() -> None:

@@ -101,7 +101,7 @@ def test_a_budget_too_small_is_refused_with_the_least_that_would_do() -> None:
 
 def test_costs_add_up() -> None:
     costs = Costs(100, 10, {"a": {4: 5, 8: 9}, "b": {4: 7, 8: 6}})
-    assert (costs.least, costs.of({"a": 8, "b": 4}), costs.at([4]).least) == (10 + 5 + 6, 10 + 9 + 7, 10 + 5 + 7)
+    assert (costs.least, costs.total({"a": 8, "b": 4}), costs.at([4]).least) == (10 + 5 + 6, 10 + 9 + 7, 10 + 5 + 7)
 
 
 # ---- rules

@@ -1,4 +1,4 @@
-"""Tests of the kernels of gpu_fake_quantization.py against the eager computation of fake_quantization.py on the CPU;
+"""Tests of gpu_fake_quantization.py and its kernels against the eager computation of fake_quantization.py on the CPU;
 test_gpu_fake_quantization.py runs this file.
 
 Without a GPU the kernels run under Triton's interpreter; TRITON_INTERPRET=1 must be set before Triton is imported.
