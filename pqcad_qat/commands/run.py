@@ -20,7 +20,7 @@ from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
-from pqcad_qat.quantization.plan import plan_json
+from pqcad_qat.quantization.plan_record import plan_json
 from pqcad_qat.report.outlook import AGAIN, GOES_ON, KEPT, TO_DO, RunOutlook, StageOutlook
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines

@@ -26,7 +26,8 @@ from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, 
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sensitivities, output_error
 from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, mixed_rules, with_bits
-from pqcad_qat.quantization.plan import LayerPlan, expected_bytes, plan_layers
+from pqcad_qat.quantization.plan import LayerPlan, plan_layers
+from pqcad_qat.quantization.plan_record import expected_bytes
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport, write_sensitivity
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare

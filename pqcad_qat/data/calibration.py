@@ -1,7 +1,10 @@
-"""Calibration sets: trajectories of the full-precision model, recorded by its own sampler, stored as safetensors, and
-reused by hash.
+"""Calibration sets: trajectories of the full-precision model, recorded by its own sampler and stored as safetensors.
 
-Not here: their uses (quantizer ranges, training targets, parity, paired fidelity). A set never holds quantized states.
+A set is stored under a hash of all settings that decide it, and reused wherever these are the same. It never holds
+states of a quantized model.
+
+Not here: its uses, which are quantizer ranges (quantization/conversion.py), training data and distillation targets
+(training/), and the proof of a deployed model (export/).
 """
 
 from __future__ import annotations
@@ -123,8 +126,9 @@ class CalibrationSet:
         return chosen
 
     def passes(self, count: int, first: int) -> Tensor:
-        """Return a mask (count,) that is true where a state belongs to the unconditional pass: every second one with
-        guidance.
+        """Return a mask (count,) that is true where a state belongs to the unconditional pass.
+
+        With guidance that is every second state, otherwise none.
         """
         if not self.unconditional:
             return torch.zeros(count, dtype=torch.bool)

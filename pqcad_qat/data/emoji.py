@@ -30,8 +30,7 @@ Emoji = tuple[int, ...]
 
 
 def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """Return the distinct bitmaps (RGBA) of the emoji in Unicode's list, in the font's order, with the group number of
-    each.
+    """Return the distinct bitmaps (RGBA) of the emoji in Unicode's list, in the font's order, and their group numbers.
 
     Args:
         font: font with a CBDT table, such as Noto Color Emoji.
@@ -57,8 +56,9 @@ def emoji_pictures(font: Path, listing: Path) -> tuple[list[Image.Image], NDArra
 
 
 def read_groups(listing: Path) -> dict[Emoji, int]:
-    """Return the group number of each emoji, read from lines such as `1F600 ; fully-qualified # ...` below `# group:
-    Smileys & Emotion`.
+    """Return the group number of each emoji in Unicode's list.
+
+    The list has lines such as `1F600 ; fully-qualified # ...` below headings such as `# group: Smileys & Emotion`.
     """
     if not listing.is_file():
         raise ModelError(

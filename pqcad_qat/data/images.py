@@ -1,5 +1,4 @@
-"""Real images as uint8 tensors (N, C, H, W) of one size: Fashion-MNIST's IDX files, scikit-learn's digits, emoji, or a
-folder.
+"""Real images as uint8 tensors (N, C, H, W): Fashion-MNIST, scikit-learn's digits, emoji, or a folder of pictures.
 
 Not here: how emoji are read from a font (data/emoji.py), noise, trajectories (data/calibration.py), or image quality
 (quality/fidelity.py).
@@ -57,8 +56,7 @@ class ImageSet:
 def load_images(
     source: str, path: str | None = None, size: int = 32, split: str = "train", *, channels: int | None = None
 ) -> ImageSet:
-    """Read a data set at `size` x `size` pixels; raise ModelError with the rule and the value where an argument is not
-    allowed.
+    """Read a data set at `size` x `size` pixels.
 
     Args:
         source: one of the names in `Source`.
@@ -68,6 +66,9 @@ def load_images(
         size: height and width in pixels.
         split: train or test; only Fashion-MNIST has a test split.
         channels: 1 or 3, for folders and emoji; by default 1 if every image is grey, else 3 (RGB).
+
+    Raises:
+        ModelError: an argument is not allowed, or a file is missing or damaged.
     """
     if source not in get_args(Source):
         raise ModelError(f"image source: got {source!r}; allowed {', '.join(get_args(Source))}")
@@ -115,7 +116,8 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Convert floating-point values in [-1, 1] of any shape to uint8, rounded to nearest and clamped.
 
-    Raises ModelError on NaN and infinity.
+    Raises:
+        ModelError: a value is NaN or infinite.
     """
     if not bool(torch.isfinite(images).all()):
         raise ModelError(
@@ -126,7 +128,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
-    """Read a gzip-compressed IDX file of unsigned bytes with `rank` dimensions; raise ModelError for other content."""
+    """Read a gzip-compressed IDX file of unsigned bytes with `rank` dimensions.
+
+    Raises:
+        ModelError: the file is missing, damaged, or of another format.
+    """
     try:
         with gzip.open(path, "rb") as file:
             header = file.read(4 + 4 * rank)
@@ -154,6 +160,7 @@ _FASHION_MNIST = "that of Debian's package dataset-fashion-mnist (apt-get instal
 
 
 def _fashion_mnist(folder: Path, split: Split, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read a split's images (N, 1, size, size) and labels (N,)."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: got no such folder; allowed {_FASHION_MNIST}")
     images, labels = read_idx(folder / _FILES[split][0], rank=3), read_idx(folder / _FILES[split][1], rank=1)
@@ -188,6 +195,7 @@ def _pad(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read scikit-learn's digits, resized to (N, 1, size, size), and their labels (N,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -197,8 +205,9 @@ def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
-    """List the images of a folder in order of their names, or else those of its subfolders, whose order gives the
-    labels.
+    """List the images of a folder in order of their names, or else those of its subfolders with labels.
+
+    A label is the place of the subfolder in the order of their names.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: got no such folder; allowed one of pictures")
@@ -209,9 +218,8 @@ def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
     ]
     if not classes:
         raise ModelError(f"{folder}: got no picture, in it or in its subfolders; allowed {', '.join(PICTURE_SUFFIXES)}")
-    return [path for files in classes for path in files], np.repeat(
-        np.arange(len(classes)), [len(files) for files in classes]
-    )
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes])
+    return [path for files in classes for path in files], labels
 
 
 def _suffixed(folder: Path) -> list[Path]:
@@ -222,13 +230,15 @@ def _emoji(font: Path, size: int) -> tuple[list[Image.Image], NDArray[np.int64]]
     """Return the emoji over white, padded with white to a square and resized, in mode RGB."""
     listing = font.with_name(Path(EMOJI_LIST).name)
     pictures, groups = emoji_pictures(font, listing if listing.exists() else Path(EMOJI_LIST))
-    return [
+    padded = [
         ImageOps.pad(_over_white(picture), (size, size), Image.Resampling.BICUBIC, color="white")
         for picture in pictures
-    ], groups
+    ]
+    return padded, groups
 
 
 def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np.uint8]:
+    """Return the pixels (N, C, H, W) of pictures of one size."""
     if channels not in (None, 1, 3):
         raise ModelError(f"channels of pictures: got {channels}; allowed 1, 3")
     mode = {None: _common_mode(pictures), 1: "L", 3: "RGB"}[channels]
@@ -237,9 +247,7 @@ def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np
 
 
 def _picture(path: Path, size: int) -> Image.Image:
-    """Read an image upright, over white where transparent, cropped about its middle to a square, and resized; mode L or
-    RGB.
-    """
+    """Read an image upright, over white, cropped about its middle to a square, and resized; its mode is L or RGB."""
     try:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):

@@ -69,8 +69,10 @@ class Features:
 
 
 class FeatureNetwork(nn.Module):
-    """3x3 convolutions with batch normalization and ReLU; the global average gives the features, and a linear layer the
-    classes.
+    """A small convolutional classifier, whose last hidden layer gives the features.
+
+    It has 3x3 convolutions with batch normalization and ReLU. The global average of the last one gives the features,
+    and a linear layer gives the classes.
     """
 
     def __init__(self, config: FeatureConfig) -> None:
@@ -110,7 +112,11 @@ def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 
 
 
 def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
-    """Raise ModelError unless the feature network exists, is undamaged, and accepts images of this shape (C, H, W)."""
+    """Check that the feature network accepts images of this shape (C, H, W).
+
+    Raises:
+        ModelError: it does not, or it is missing or damaged.
+    """
     shape = load_features(source).network.config.shape
     if shape != sample_shape:
         fitting = [name for name in embedded_features() if load_features(name).network.config.shape == sample_shape]
@@ -126,8 +132,10 @@ def _sizes(shape: tuple[int, int, int]) -> str:
 
 
 def check_images(config: FeatureConfig, images: Tensor) -> None:
-    """Raise ModelError unless `images` are uint8 (N, C, H, W) with the size and channels that the network was trained
-    on.
+    """Check that `images` are uint8 (N, C, H, W) with the size and channels that the network was trained on.
+
+    Raises:
+        ModelError: they are not.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
         got = f"{images.dtype} {tuple(images.shape)}"
@@ -137,9 +145,7 @@ def check_images(config: FeatureConfig, images: Tensor) -> None:
 
 
 def save_features(folder: Path, network: FeatureNetwork, real: ImageSet, provenance: Mapping[str, Any]) -> Features:
-    """Write the network, its provenance and the statistics of the `real` images to `folder`; return what
-    `load_features` would.
-    """
+    """Write the network, its provenance and the statistics of the `real` images; return what `load_features` would."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / _MODEL)
     record = {
@@ -194,8 +200,9 @@ def embedded_features() -> list[str]:
 
 
 class _FeatureExtractor(nn.Module):
-    """Feature extractor for torchmetrics: uint8 images in, float64 features out, so that its sums and its result are in
-    double precision.
+    """Feature extractor for torchmetrics: it takes uint8 images and returns float64 features.
+
+    In float64, the sums and the result of torchmetrics are in double precision too.
     """
 
     def __init__(self, network: FeatureNetwork) -> None:

@@ -86,8 +86,14 @@ def make_features(
     *,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Features:
-    """Train on `images` and measure the accuracy on `test`, or on images held out; write the network, its provenance
-    and the statistics of all `images`.
+    """Train a feature network, measure its accuracy, and write it with its provenance and statistics of `images`.
+
+    Args:
+        folder: where it is written.
+        images: labelled images to train on.
+        test: labelled images for the accuracy; without them, some of `images` are held out.
+        recipe: settings of the training.
+        progress: called after every step with (step, steps, loss).
     """
     train, test = hold_out(images) if test is None else (images, test)
     network = train_feature_network(train, recipe, progress)

@@ -1,5 +1,4 @@
-"""Figures of image quality: FID against real data and against full precision, paired PSNR and SSIM, each with its
-protocol.
+"""Figures of image quality: FID against real data and against full precision, and paired PSNR and SSIM.
 
 Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size
 (timing/latency.py).
@@ -115,8 +114,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def paired_psnr(images: Tensor, references: Tensor) -> float | None:
-    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, from one mean squared error over the whole set; None if it
-    is infinite.
+    """PSNR in dB of uint8 images (N, C, H, W), range 0..255, or None if it is infinite.
+
+    It is computed from one mean squared error over the whole set.
     """
     _check_pair(images, references)
     metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)

@@ -58,19 +58,13 @@ class BlendedQuant(RescalingIntQuant):
     def fused(self, x: Tensor) -> Tensor:
         """(1 - share) Q_bits(x) + share Q_next(x) in a blend, otherwise Q_bits(x)."""
         span, low = self._range(x)
-        next_bits = buffer_value(self, "next_bit_width")
-        y = self._at(
-            x,
-            span,
-            low,
-            buffer_value(self.msb_clamp_bit_width_impl, "bit_width"),
-            dtype=torch.float32 if next_bits else product_dtype(x),
-        )
-        if next_bits:
-            factor = self.next_range
-            following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
-            y = torch.lerp(y, following, self.blend_share)
-        return y
+        bits, next_bits = buffer_value(self.msb_clamp_bit_width_impl, "bit_width"), buffer_value(self, "next_bit_width")
+        if not next_bits:
+            return self._at(x, span, low, bits, dtype=product_dtype(x))
+        present = self._at(x, span, low, bits)
+        factor = self.next_range
+        following = self._at(x, span * factor, None if low is None else low * factor, next_bits)
+        return torch.lerp(present, following, self.blend_share)
 
     def at(self, x: Tensor, bits: int, factor: Tensor) -> Tensor:
         """x quantized at any width, over its present range times ``factor``."""
@@ -79,30 +73,22 @@ class BlendedQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """The range, its lower end, and the smallest and largest integer at the present width."""
-        return *self._range(x), integer_range(
-            int(buffer_value(self.msb_clamp_bit_width_impl, "bit_width")), self.symmetric, self.symmetric
-        )
+        bits = int(buffer_value(self.msb_clamp_bit_width_impl, "bit_width"))
+        return *self._range(x), integer_range(bits, self.symmetric, self.symmetric)
 
     def _at(
         self, x: Tensor, span: Tensor, low: Tensor | None, bits: float, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """x quantized at this width over this range; a range computed from the weight has a straight clamp."""
-        return quantize(
-            x,
-            span,
-            low,
-            integer_range(int(bits), self.symmetric, self.symmetric),
-            straight=not self.learned,
-            dtype=dtype,
-        )
+        bounds = integer_range(int(bits), self.symmetric, self.symmetric)
+        return quantize(x, span, low, bounds, straight=not self.learned, dtype=dtype)
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The range and its lower end (None if symmetric): Parameters, or statistics of x."""
         if self.learned:
             return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value
-        return self.scaling_impl.parameter_list_stats(
-            x
-        ), None if self.symmetric else self.zero_point_impl.parameter_list_stats(x)
+        span = self.scaling_impl.parameter_list_stats(x)
+        return span, None if self.symmetric else self.zero_point_impl.parameter_list_stats(x)
 
 
 class InputQuant(RescalingIntQuant):
@@ -143,10 +129,9 @@ class InputQuant(RescalingIntQuant):
 
     def grid(self, x: Tensor) -> Grid:
         """The range, its lower end, and the smallest and largest integer; the same for every x."""
-        bounds = integer_range(
-            int(buffer_value(self.msb_clamp_bit_width_impl, "bit_width")), bool(buffer_value(self, "signed")), False
-        )
-        return self.scaling_impl.value, None if self.symmetric else self.zero_point_impl.value, bounds
+        bits = int(buffer_value(self.msb_clamp_bit_width_impl, "bit_width"))
+        low = None if self.symmetric else self.zero_point_impl.value
+        return self.scaling_impl.value, low, integer_range(bits, bool(buffer_value(self, "signed")), False)
 
     def _require_range(self) -> None:
         """Refuse an input without a range, which is NaN; once there is one, it is not looked at again.

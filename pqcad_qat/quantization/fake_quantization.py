@@ -231,7 +231,7 @@ def _range_gradients(
 def _through_range(
     along_scale: Any, clamped: Any, span: Any, low: Any, *, scale: Any, bounds: tuple[int, int]
 ) -> tuple[Any, Any]:
-    """The same for numbers or for tensors.
+    """The gradients of span and low, for numbers and tensors alike.
 
     along_scale / scale is the gradient of the scale if the zero point stood still. The zero point, clamp(round(|low| /
     scale)), depends on the scale and on low, so it passes its own gradient, -scale * clamped, to both: -clamped to

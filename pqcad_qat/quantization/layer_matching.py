@@ -1,6 +1,6 @@
-"""Which layers of a model the patterns of a policy's rules match: module paths, regular expressions and classes.
+"""The layers that a pattern of a policy's rule matches: by module path, by regular expression, or by class.
 
-Not here: what the rules then make of a layer (plan.py).
+Not here: how a rule quantizes the layers that it matches (plan.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def quoted(pattern: str) -> str:
+    """A pattern as messages show it."""
     return shortened(repr(pattern))
 
 
@@ -48,7 +49,11 @@ def matches_layer(pattern: str, name: str, model: nn.Module) -> bool:
 def claims(
     model: nn.Module, layers: dict[str, nn.Module], rules: Mapping[str, LayerRule]
 ) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """The (rule's name, pattern) that claims each layer, in the model's order, and the patterns that claim none."""
+    """The (rule's name, pattern) that claims each layer, in the model's order, and messages about useless patterns.
+
+    The first rule that matches a layer claims it. A pattern is useless if it is no regular expression, matches no
+    layer, or matches only layers that earlier rules have.
+    """
     claimed: dict[str, tuple[str, str]] = {}
     faults = []
     for rule_name, rule in rules.items():
@@ -79,6 +84,7 @@ def claims(
 
 
 def _suggest(pattern: str, layers: dict[str, nn.Module]) -> str:
+    """The end of a message about a pattern that matches nothing: the layers' classes, or names close to the pattern."""
     if pattern.startswith("type:"):
         classes = sorted({type(layer).__name__ for layer in layers.values()})
         return f"; its classes are {', '.join(classes)}"

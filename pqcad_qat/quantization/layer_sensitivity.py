@@ -1,6 +1,6 @@
 """Sensitivity of the model's output to each layer: the error when that layer alone is quantized, at every width.
 
-Not here: what follows for a policy (mixed_precision.py).
+Not here: the choice of widths from these errors (mixed_precision.py).
 """
 
 from __future__ import annotations

@@ -41,10 +41,9 @@ class BlendState(NamedTuple):
 
 def read_bits(layer: QuantizedLayer) -> tuple[int, int]:
     """(weight bits, input bits); during a blend, the weight width before it."""
-    weights, inputs = weight_quantizer_of(layer), input_quantizer_of(layer)
-    return int(buffer_value(weights.msb_clamp_bit_width_impl, "bit_width")), int(
-        buffer_value(inputs.msb_clamp_bit_width_impl, "bit_width")
-    )
+    weight_bits = buffer_value(weight_quantizer_of(layer).msb_clamp_bit_width_impl, "bit_width")
+    input_bits = buffer_value(input_quantizer_of(layer).msb_clamp_bit_width_impl, "bit_width")
+    return int(weight_bits), int(input_bits)
 
 
 def set_weight_bits(layer: QuantizedLayer, bits: int, reestimate: bool = True) -> None:
@@ -93,8 +92,8 @@ def end_blend(layer: QuantizedLayer) -> None:
     assert blend is not None, "the layer is in no transition"
     quant = weight_quantizer_of(layer)
     with torch.no_grad():
-        for name, value in _range_tensors(layer).items():
-            value.mul_(quant.next_range.reshape(value.shape) if name != "ratio" else quant.next_range.reshape(-1))
+        for value in _range_tensors(layer).values():
+            value.mul_(quant.next_range.reshape(value.shape))
     quant.msb_clamp_bit_width_impl.bit_width.fill_(blend.next_bits)
     _clear_blend(layer)
 
@@ -126,10 +125,9 @@ def quantized_weight(layer: QuantizedLayer) -> Tensor:
 def estimate_weight_range(layer: QuantizedLayer) -> None:
     """Set the range of the weights from their values, by the plan's method and for the present width."""
     span, low, ratio = _weight_range(layer, read_bits(layer)[0])
-    for name, value in _range_tensors(layer).items():
-        value.copy_(
-            {"scale": span * ratio, "zero_point": -low * ratio, "ratio": ratio}[name.rstrip("_")].reshape(value.shape)
-        )
+    values = {"scale": span * ratio, "zero_point": -low * ratio, "span_ratio": ratio, "low_ratio": ratio}
+    for name, stored in _range_tensors(layer).items():
+        stored.copy_(values[name].reshape(stored.shape))
 
 
 @torch.no_grad()
@@ -204,18 +202,18 @@ def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Ten
 def _range_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     """The tensors that hold the range of the weights, by name, to be written in place.
 
-    They are the Parameters of a learned range, otherwise the shares of the full span. A second share, of the lower
-    end, has an underscore after its name. A symmetric range of extremes has no share, since it is always the full
-    span.
+    They are the Parameters of a learned range, otherwise the shares of the full span and of its lower end. A symmetric
+    range of extremes has no share, since it is always the full span.
     """
     quant = weight_quantizer_of(layer)
     if layer.plan.weights.learned_scale:
         learned = {"scale": quant.scaling_impl.value}
         return learned if layer.plan.weights.symmetric else learned | {"zero_point": quant.zero_point_impl.value}
-    statistics = [quant.scaling_impl.parameter_list_stats.stats.stats_impl]
-    if not layer.plan.weights.symmetric:
-        statistics.append(quant.zero_point_impl.parameter_list_stats.stats.stats_impl)
-    return {"ratio" + "_" * i: module.ratio for i, module in enumerate(statistics) if hasattr(module, "ratio")}
+    span = quant.scaling_impl.parameter_list_stats.stats.stats_impl
+    if layer.plan.weights.symmetric:
+        return {"span_ratio": span.ratio} if hasattr(span, "ratio") else {}
+    low = quant.zero_point_impl.parameter_list_stats.stats.stats_impl
+    return {"span_ratio": span.ratio, "low_ratio": low.ratio}
 
 
 @torch.no_grad()

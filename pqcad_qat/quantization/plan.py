@@ -1,15 +1,18 @@
-"""The rules of a policy meet a model: which layer is quantized how, checked in full before anything is changed.
+"""The plan of a quantization: which layers of a model are quantized, how, and by which rule of the policy.
 
-Not here: quantizers, and how a plan looks (report/tables.py). Nothing is rewritten: a plan is data and its sizes.
+Everything is checked before the model is changed, and all faults are reported at once. A plan itself is plain data.
+
+Not here: how patterns match layers (layer_matching.py), what follows from a plan (plan_record.py), how it is printed
+(report/tables.py), and the quantized layers (quantized_layer.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +25,6 @@ from pqcad_qat.quantization.layer_matching import claims, listed, quoted
 from pqcad_qat.quantization.quantizable_layers import (
     CONSTANT,
     KINDS,
-    float_kind,
-    multiplies,
     parameter_count,
     quantizable_layers,
 )
@@ -31,26 +32,43 @@ from pqcad_qat.quantization.quantizable_layers import (
 if TYPE_CHECKING:
     from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
 
-PACKED = (2, 3, 4)
-"""Bits that deployed weights can be packed to; wider ones take a byte."""
-
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """How one tensor of a layer is quantized. ``signed`` "auto": unsigned where calibration sees no negative value."""
+    """How one tensor of a layer is quantized: its weight, or its input.
+
+    Attributes:
+        bits: width.
+        per_channel: whether each output channel has a scale of its own.
+        symmetric: whether the zero point is 0.
+        signed: whether the integers are signed; "auto" makes them signed if calibration sees a negative value.
+        learned_scale: whether the range is trained; otherwise it stays fixed, or follows from the weight.
+        range: how the range is chosen: "min_max" for the extremes, "mse" for the least squared error.
+    """
 
     bits: int
     per_channel: bool
     symmetric: bool
     signed: bool | Literal["auto"]
     learned_scale: bool
-    range: str  # min_max, mse
+    range: str
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer that will be quantized: by which rule's name, and by which of its patterns. ``input_group`` names the
-    layer whose input quantizer it shares: its own name if none.
+    """One layer that will be quantized.
+
+    Attributes:
+        name: path of the layer in the model.
+        kind: class of the layer.
+        rule: name of the policy's rule that claims it.
+        pattern: pattern of that rule that matches it.
+        weights: how its weight is quantized at the end.
+        inputs: how its input is quantized.
+        input_group: path of the layer whose input quantizer it uses, its own if none is shared.
+        ladder: widths of its weight in progressive quantization, the widest first, its target width last.
+        parameters: number of values in its weight and bias.
+        int8_exception: whether the policy lets it execute in floating point.
     """
 
     name: str
@@ -75,14 +93,18 @@ def plan_layers(
 ) -> tuple[LayerPlan, ...]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
 
-    ``ladder``: the weight widths of progressive quantization, descending; each layer takes its rungs above its own
-    target.
-    ``example``: input of one forward pass, which shows the layers that read the same tensor.
-    ``constant``: layers that read what no input changes: they stay in floating point, since their outputs are constants
-    of a graph.
-    Raises PlanError with every fault: a pattern that matches nothing, a rule hidden by earlier ones, a planned layer
-    that the model does not call or that no integer kernel can run, and layers that read one tensor but quantize it
-    differently.
+    Args:
+        model: the floating-point model.
+        rules: the policy's rules by name, the first that matches a layer decides.
+        ladder: weight widths of progressive quantization, the widest first; each layer takes those above its target.
+        example: input of one forward pass, which shows the layers that read the same tensor.
+        constant: layers whose input does not depend on the model's inputs. They stay in floating point, since their
+            outputs are constants of a graph.
+
+    Raises:
+        PlanError: names every fault. These are a pattern that matches nothing, a rule whose layers earlier rules have,
+            a planned layer that the model does not call or that no integer kernel can run, and layers that read one
+            tensor but quantize it differently.
     """
     layers = quantizable_layers(model)
     for name in constant:
@@ -90,7 +112,7 @@ def plan_layers(
     matches, faults = claims(model, layers, rules)
     first_readers, called = _read_tensors(model, layers, example)
     plans = []
-    unfit: dict[tuple[str, str, str, str], list[str]] = {}
+    unfit: dict[tuple[str, str, str, str], list[str]] = {}  # (rule, pattern, reason, what is allowed) -> layers
     for name, (rule_name, pattern) in matches.items():
         rule = rules[rule_name]
         if rule.keep_float or rule.weights is None or rule.inputs is None or name in constant:
@@ -120,8 +142,10 @@ def plan_layers(
 
 
 def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:
-    """What is to be known of a ladder without a rung for the width of some layers: their last step is one that it does
-    not list.
+    """One remark for each last step of a ladder that the policy does not list.
+
+    A layer's target width may be missing in the policy's ladder. The layer then goes from the last width above its
+    target straight to it.
     """
     off: dict[tuple[int, ...], list[str]] = {}
     for layer in plan:
@@ -132,69 +156,6 @@ def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str
         f"{listed(names)}; the last step there is {'>'.join(map(str, step))}"
         for step, names in off.items()
     )
-
-
-def executes_int8(layer: LayerPlan) -> bool:
-    """Whether OpenVINO on a CPU runs the layer in INT8; if not, its widths are a simulation on that target.
-
-    Inputs of every width from 2 to 8 bits do (export/traceable_modules.py says how). Asymmetric weights do up to 7
-    bits: at 8 their distance to the zero point needs a ninth.
-    """
-    wide = not layer.weights.symmetric and layer.weights.bits == 8
-    return not wide and not layer.int8_exception
-
-
-def expected_bytes(model: nn.Module, plan: Sequence[LayerPlan], packed: bool) -> int:
-    """Bytes of the deployed weights: planned layers as integers (``packed``: in 2, 3 or 4 bits where symmetric ones
-    fit), the rest float32.
-
-    Each weight scale is a float32, each weight zero point a byte.
-    """
-    planned = {layer.name for layer in plan}
-    float_weights = {
-        id(own) for name, module in model.named_modules() if name not in planned for own in module._parameters.values()
-    }
-    replaced: dict[
-        int, int
-    ] = {}  # a weight that several layers share is in float32 once, if at all, and in integers for each
-    total = 4 * sum(parameter.numel() for parameter in model.parameters())
-    for layer in plan:
-        weight = model.get_submodule(layer.name).weight
-        assert isinstance(weight, Tensor)
-        if id(weight) not in float_weights:
-            replaced[id(weight)] = 4 * weight.numel()
-        scales = weight.shape[0] if layer.weights.per_channel else 1
-        total += (weight.numel() * stored_bits(layer.weights, PACKED if packed else ()) + 7) // 8
-        total += scales * (4 if layer.weights.symmetric else 5)
-    return total - sum(replaced.values())
-
-
-def stored_bits(weights: QuantizerSpec, widths: Collection[int]) -> int:
-    """The fewest of the widths that the exporter can pack them to, or 8; a zero point that is folded in may need one
-    bit more.
-    """
-    return min((bits for bits in widths if weights.symmetric and bits >= weights.bits), default=8)
-
-
-def float_layers(model: nn.Module, plan: Sequence[LayerPlan]) -> tuple[str, ...]:
-    """The layers that stay in floating point: all that multiply weights of their own, whether they could be quantized
-    or not.
-    """
-    planned = {layer.name for layer in plan}
-    return tuple(name for name, module in model.named_modules() if name not in planned and multiplies(module))
-
-
-def plan_json(plan: Sequence[LayerPlan], model: nn.Module) -> dict[str, Any]:
-    """The plan as plain data, for plan.json."""
-    return {
-        "layers": [
-            {**asdict(layer), "ladder": list(layer.ladder), "executes_int8": executes_int8(layer)} for layer in plan
-        ],
-        "float_layers": list(float_layers(model, plan)),
-        "float_kinds": {name: float_kind(model.get_submodule(name)) for name in float_layers(model, plan)},
-        "expected_bytes": {"float32": expected_bytes(model, (), False), "int8": expected_bytes(model, plan, False)}
-        | {"packed": expected_bytes(model, plan, True)},
-    }
 
 
 @contextmanager
@@ -213,11 +174,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _read_tensors(
     model: nn.Module, layers: dict[str, nn.Module], example: PredictArguments
 ) -> tuple[dict[str, str], set[str]]:
-    """For each layer the first that reads the tensors it reads, in all calls of both, and the layers that the model
-    calls at all.
+    """The first reader of each layer's tensors, and all layers that the model calls.
+
+    Layers that read the same tensors in all their calls have the same first reader.
     """
     read: dict[str, tuple[int, ...]] = {}
-    alive: dict[int, Tensor] = {}  # so that the id of each tensor stays its own
+    alive: dict[int, Tensor] = {}  # a tensor that is freed would give its id to another one
 
     def note(name: str, tensor: Tensor) -> None:
         alive[id(tensor)] = tensor
@@ -269,7 +231,7 @@ def _layer_plan(
 
 
 def _unfit(name: str, layer: nn.Module, called: bool) -> Iterator[tuple[str, str]]:
-    """Why the layer cannot be quantized, and what can."""
+    """For each reason why a layer cannot be quantized: the reason, and what is allowed instead."""
     if "," in name:
         yield (
             "a comma in its path, which OpenVINO puts between names",
@@ -298,7 +260,7 @@ def _share_inputs(plans: list[LayerPlan], first_readers: dict[str, str]) -> tupl
 
 
 def _conflict(pairs: Sequence[tuple[LayerPlan, LayerPlan]]) -> str:
-    """Two rules that quantize one tensor's inputs differently, by the pairs of layers that read it."""
+    """The message about two rules that quantize one tensor differently, from the pairs of layers that read it."""
     leader, layer = pairs[0]
     got, allowed = (f"{reader.inputs.bits} bits, {quantizer_words(reader.inputs)}" for reader in (layer, leader))
     names = listed([f"{a.name} ({quoted(a.pattern)}) and {b.name} ({quoted(b.pattern)})" for a, b in pairs])

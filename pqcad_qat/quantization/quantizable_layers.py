@@ -1,4 +1,4 @@
-"""The modules of a network that count as layers: those that can be quantized, and those that always stay in float.
+"""The modules of a network that count as layers: those that can be quantized, and those that cannot.
 
 Not here: what a policy's rules decide about them (plan.py).
 """

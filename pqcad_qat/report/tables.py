@@ -20,7 +20,8 @@ from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.loading import COMMANDS
 from pqcad_qat.policy.shipped import ShippedPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
-from pqcad_qat.quantization.plan import LayerPlan, executes_int8, expected_bytes, float_layers, quantizer_words
+from pqcad_qat.quantization.plan import LayerPlan, quantizer_words
+from pqcad_qat.quantization.plan_record import executes_int8, expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
 from pqcad_qat.report.outlook import KEPT, RunOutlook
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report

@@ -33,7 +33,7 @@ from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
-from pqcad_qat.quantization.plan import expected_bytes
+from pqcad_qat.quantization.plan_record import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out

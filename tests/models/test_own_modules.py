@@ -35,7 +35,8 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.quantizers import numbered
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
-from pqcad_qat.quantization.plan import expected_bytes, float_layers, plan_layers
+from pqcad_qat.quantization.plan import plan_layers
+from pqcad_qat.quantization.plan_record import expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers
 from pqcad_qat.stages.prepared import planned_shapes, with_own_model
 

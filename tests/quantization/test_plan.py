@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.quantizers import LayerRule, numbered
-from pqcad_qat.quantization.plan import (
-    LayerPlan,
-    executes_int8,
-    expected_bytes,
-    float_layers,
-    missing_rungs,
-    plan_json,
-    plan_layers,
-)
+from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
+from pqcad_qat.quantization.plan_record import executes_int8, expected_bytes, float_layers, plan_json
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.report.tables import plan_table
 from pqcad_qat.serving.packing import PACKED_WIDTHS, stored_bits
