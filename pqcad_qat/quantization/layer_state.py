@@ -224,8 +224,9 @@ def _range_factor(layer: QuantizedLayer, bits: int) -> Tensor:
     """
     span, _, ratio = _weight_range(layer, bits)
     stored = _range_tensors(layer)
-    present = (
-        stored["scale"].abs().reshape(-1) if "scale" in stored else span * stored.get("ratio", torch.ones_like(span))
-    )
+    if "scale" in stored:
+        present = stored["scale"].abs().reshape(-1)
+    else:
+        present = span * stored.get("span_ratio", torch.ones_like(span))
     factor = span * ratio / present.clamp(min=SMALLEST_RANGE)
     return factor.reshape(weight_quantizer_of(layer).next_range.shape)
