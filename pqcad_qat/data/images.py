@@ -188,6 +188,7 @@ def _resize_by_padding(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8
 
 
 def _pad(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Pad (N, h, w) with zeros on all sides to (N, size, size)."""
     top, left = (size - images.shape[1]) // 2, (size - images.shape[2]) // 2
     padded = np.zeros((len(images), size, size), dtype=np.uint8)
     padded[:, top : top + images.shape[1], left : left + images.shape[2]] = images
@@ -223,6 +224,7 @@ def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
 
 
 def _suffixed(folder: Path) -> list[Path]:
+    """List the pictures of a folder by their endings, in order of their names."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
@@ -268,4 +270,5 @@ def _over_white(picture: Image.Image) -> Image.Image:
 
 
 def _common_mode(pictures: Sequence[Image.Image]) -> str:
+    """Return L if every picture is grey, else RGB."""
     return "L" if all(picture.mode == "L" for picture in pictures) else "RGB"

@@ -128,6 +128,7 @@ def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
 
 
 def _sizes(shape: tuple[int, int, int]) -> str:
+    """Return a shape (C, H, W) as messages show it."""
     return "x".join(map(str, shape))
 
 
@@ -221,6 +222,7 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 def _folder(source: str) -> Path:
+    """Return the folder of a network, which may ship with the package."""
     if not source.startswith(EMBEDDED):
         return Path(source)
     if source not in embedded_features():
@@ -247,6 +249,7 @@ def _load_network(folder: Path) -> tuple[FeatureNetwork, str]:
 
 
 def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tuple[FeatureStatistics | None, str | None]:
+    """Load the statistics of real images and their name, or None twice if the folder has none."""
     if not (folder / _REFERENCE_RECORD).exists():
         return None, None
     record = _read_record(folder / _REFERENCE_RECORD)
@@ -272,6 +275,7 @@ def _load_reference(folder: Path, features_sha256: str, dimensions: int) -> tupl
 
 
 def _verified(path: Path, record: dict[str, Any]) -> str:
+    """Check a file against the digest in its record, and return the digest."""
     if not path.is_file():
         raise ModelError(f"{path}: got no such file; allowed the one that `features` wrote")
     digest = file_digest(path)
@@ -283,6 +287,7 @@ def _verified(path: Path, record: dict[str, Any]) -> str:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON file of this format."""
     record = read_json(path, f"a folder of a feature network, with {_CONFIG} and {_MODEL}")
     if record.get("format") != FORMAT:
         raise ModelError(f"{path}: format: got {shown(record.get('format'))}; allowed {FORMAT!r}")

@@ -131,10 +131,12 @@ def accuracy(network: FeatureNetwork, images: ImageSet, batch_size: int = 500) -
 
 
 def _record(images: ImageSet) -> dict[str, Any]:
+    """Return what identifies a data set in the provenance."""
     return {"name": images.name, "images": len(images), "sha256": images.digest}
 
 
 def _labels(images: ImageSet) -> Tensor:
+    """Return the labels, or refuse images without any."""
     if images.labels is None:
         raise ModelError(
             f"{images.name}: got images without labels; allowed labelled ones, since a feature network learns classes"
@@ -143,6 +145,7 @@ def _labels(images: ImageSet) -> Tensor:
 
 
 def _learning_rate_factor(step: int, steps: int) -> float:
+    """Return the learning rate at a step as a share of the recipe's, as FeatureRecipe describes it."""
     warmup = max(1, steps // 20)
     return min(1.0, (step + 1) / warmup) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 

@@ -173,6 +173,7 @@ def _fids(images: Tensor, fp_images: Tensor | None, features: Features) -> tuple
 
 
 def _state(statistics: FeatureStatistics, side: str) -> dict[str, Tensor]:
+    """Return statistics as the state of one side, real or fake, of torchmetrics' metric."""
     return {
         f"{side}_features_sum": statistics.features_sum,
         f"{side}_features_cov_sum": statistics.features_cov_sum,
@@ -181,6 +182,7 @@ def _state(statistics: FeatureStatistics, side: str) -> dict[str, Tensor]:
 
 
 def _check_pair(images: Tensor, references: Tensor) -> None:
+    """Refuse images that are not uint8 or not of one shape."""
     if images.dtype != torch.uint8 or references.dtype != torch.uint8:
         raise ModelError(f"images to compare: got {images.dtype} and {references.dtype}; allowed torch.uint8 for both")
     if images.ndim != 4 or images.shape != references.shape or len(images) == 0:

@@ -102,9 +102,9 @@ def plan_layers(
             outputs are constants of a graph.
 
     Raises:
-        PlanError: names every fault. These are a pattern that matches nothing, a rule whose layers earlier rules have,
-            a planned layer that the model does not call or that no integer kernel can run, and layers that read one
-            tensor but quantize it differently.
+        PlanError: names every fault. A pattern is at fault if it matches nothing, or only layers that earlier rules
+            have. A planned layer is at fault if the model does not call it, or if no integer kernel can run it. So are
+            layers that read one tensor but quantize it differently.
     """
     layers = quantizable_layers(model)
     for name in constant:
@@ -202,6 +202,7 @@ def _layer_plan(
     inputs: InputQuantizer,
     ladder: Sequence[int],
 ) -> LayerPlan:
+    """The plan of one layer by its rule, before layers that read the same tensor are joined."""
     return LayerPlan(
         name=name,
         kind=KINDS[type(layer)],
