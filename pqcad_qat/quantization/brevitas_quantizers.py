@@ -1,4 +1,4 @@
-"""The quantizers of weights and inputs, and the modules that give them their ranges, as Brevitas's own would be.
+"""Brevitas's quantizers of weights and inputs with what training adds, and the modules that give them their ranges.
 
 Brevitas calls a quantizer with a tensor and gets its quantized values, its scale, its zero point and its width. Each
 quantizer here keeps Brevitas's forward pass, which defines values and gradients. For speed it also has a method

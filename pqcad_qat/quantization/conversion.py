@@ -1,6 +1,7 @@
 """Conversion of a whole model: to quantized layers and back, calibration of its input ranges, and frozen weights.
 
-Not here: the quantizers of a single layer (quantized_layer.py).
+Not here: a single layer (quantized_layer.py), its ranges and widths (layer_state.py), and its integers
+(integer_layer.py).
 """
 
 from __future__ import annotations
