@@ -22,7 +22,7 @@ from pqcad_qat.errors import ExportError
 from pqcad_qat.export.node_marks import quantizer_of
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 UPSAMPLED = ([0, 0], [2**31, 2**31], [2, 2], [2, 3])
 """Start, stop, step and axes of the Slice that undoes a twofold upsampling: every second pixel of every second row."""
