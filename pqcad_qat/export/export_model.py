@@ -217,7 +217,9 @@ def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Mod
         ExportError: torch cannot trace it, or OpenVINO has no operation for what was traced.
     """
     try:
-        traced: Any = torch.jit.trace(denoiser, example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+            denoiser, example, check_trace=False, strict=False
+        )
     except PqcadError:
         raise
     except Exception as error:  # a user's own module may raise anything
