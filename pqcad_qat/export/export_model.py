@@ -1,7 +1,7 @@
-"""Export of a quantized model to a folder that OpenVINO runs in INT8: conversion, node names, configs and manifest.
+"""Export of a quantized model to a folder that OpenVINO runs in INT8: conversion, node names, and the manifest.
 
-Not here: the torch modules that are traced (traceable_modules.py), the files (deployed_folder.py), loading (runtime.py)
-and proof (proof.py).
+Not here: the torch modules that are traced (traceable_modules.py), the contents of the configs (folder_configs.py), the
+files (deployed_folder.py), loading (runtime.py) and proof (proof.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import nn
 
 from pqcad_qat import __version__
 from pqcad_qat.errors import ExportError, PqcadError
+from pqcad_qat.export.folder_configs import cpu_entry, exported_config, layer_entry, model_index, openvino_config
 from pqcad_qat.export.graph_rewrites import rewrite
 from pqcad_qat.export.int8_attention import AttentionRange, name_products, quantized_attention
 from pqcad_qat.export.node_marks import Marked, name_layers
-from pqcad_qat.export.part_export import PartsToDeploy, pipeline_index, write_parts
+from pqcad_qat.export.part_export import PartsToDeploy, write_parts
 from pqcad_qat.export.time_path import keep_time_in_float32
 from pqcad_qat.export.time_tables import Times, known_times, timestep_tables
 from pqcad_qat.export.traceable_modules import (
@@ -34,15 +35,13 @@ from pqcad_qat.export.traceable_modules import (
     TracedDenoiser,
     TracedSequence,
     fixed_rotations,
-    needs_vnni,
     swapped,
     traced_path,
 )
-from pqcad_qat.models.families.family import PIPELINE_ROOT, TEXT, ConditionInput
+from pqcad_qat.models.families.family import TEXT, ConditionInput
 from pqcad_qat.models.families.latent_rows import THOUSANDTHS
 from pqcad_qat.models.families.own_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.models.families.unet import UNCONDITIONAL
 from pqcad_qat.models.own_modules import one_line
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
@@ -126,12 +125,12 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     graph = convert(request, known_times(schedule, request.visited))
     part = family_of(model).part
     texts = {
-        f"{part}/{CONFIG}": _config(model),
+        f"{part}/{CONFIG}": exported_config(model),
         SCHEDULER_CONFIG: scheduler,
-        MODEL_INDEX: _model_index(model, scheduler, bool(conditions), pipeline_parts),
-        OPENVINO_CONFIG: _openvino_config(),
+        MODEL_INDEX: model_index(model, scheduler, bool(conditions), pipeline_parts),
+        OPENVINO_CONFIG: openvino_config(),
     }
-    entries = {name: _layer_entry(layer) for name, layer in layers.items()}
+    entries = {name: layer_entry(layer) for name, layer in layers.items()}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "provenance": dict(request.provenance),
@@ -142,7 +141,7 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
         "train_timesteps": schedule.train_timesteps,
         "timestep_dtype": schedule.timestep_dtype,
         "conditions": [asdict(condition) for condition in conditions],
-        "cpu": _cpu(entries),
+        "cpu": cpu_entry(entries),
         "layers": entries,
         "attention": {path: asdict(ranges) for path, ranges in request.attention.items()},
         "versions": {"pqcad-qat": __version__}
@@ -168,28 +167,13 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     Raises:
         ExportError: as export_model.
     """
-    model, layers, conditions, attention = request.model, request.layers, request.conditions, request.attention
-    sample_shape, batch_size = request.sample_shape, request.batch_size
-    modules = dict(model.named_modules())
-    if unknown := [name for name in layers if name not in modules]:
-        raise ExportError(f"layers: got {', '.join(unknown)}; allowed paths of the model's own modules")
-    replacements: dict[str, nn.Module] = {
-        name: Marked(_integer_module(layer), k) for k, (name, layer) in enumerate(layers.items())
-    }
-    family = family_of(model)
-    replacements |= timestep_tables(model, times, layers, THOUSANDTHS if family.takes_rows else 1)
-    texts = [condition.shape[0] for condition in conditions if condition.name == TEXT]
-    replacements |= fixed_rotations(model, sample_shape, texts[0] if texts else None)
-    names = [condition.name for condition in conditions]
-    zeros = {condition.name: np.zeros((batch_size, *_sizes(condition)), condition.dtype) for condition in conditions}
-    time = np.zeros(batch_size, np.float32 if isinstance(times, torch.Tensor) else np.int64)
+    model, family, attention = request.model, family_of(request.model), request.attention
+    names = [condition.name for condition in request.conditions]
     ports = ports_of(family, names)
-    inputs = port_values(
-        [{name} for name in ports], {SAMPLE: np.zeros((batch_size, *sample_shape), np.float32), TIME: time, **zeros}
-    )
-    example = tuple(torch.from_numpy(value) for value in inputs.values())
+    stand_ins = _stand_ins(request, times)
+    example = _example(request, times, ports)
     training = model.training
-    with swapped(model, replacements), torch.no_grad(), warnings.catch_warnings():
+    with swapped(model, stand_ins), torch.no_grad(), warnings.catch_warnings():
         # the tracer warns that sizes become constants, which is intended: the graph has fixed sizes
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         # OpenVINO's converter uses torch.jit.trace as well
@@ -199,7 +183,7 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
             graph = _converted(denoiser, example)
     model.train(training)
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(example)})
-    name_layers(graph, layers)
+    name_layers(graph, request.layers)
     rewrite(graph)
     for port, name in zip(graph.inputs, ports, strict=True):
         port.get_tensor().set_names({name})
@@ -208,6 +192,41 @@ def convert(request: ExportRequest, times: Times) -> ov.Model:
     if family is OWN_MODULE:
         keep_time_in_float32(graph, graph.input(TIME).get_node())
     return graph
+
+
+def _stand_ins(request: ExportRequest, times: Times) -> dict[str, nn.Module]:
+    """The modules that stand in for the model's own while it is traced, by module path.
+
+    Raises:
+        ExportError: a layer is no module of the model, or cannot be expressed.
+    """
+    model, layers = request.model, request.layers
+    modules = dict(model.named_modules())
+    if unknown := [name for name in layers if name not in modules]:
+        raise ExportError(f"layers: got {', '.join(unknown)}; allowed paths of the model's own modules")
+    texts = [condition.shape[0] for condition in request.conditions if condition.name == TEXT]
+    marked = {name: Marked(_integer_module(layer), place) for place, (name, layer) in enumerate(layers.items())}
+    return {
+        **marked,
+        **timestep_tables(model, times, layers, THOUSANDTHS if family_of(model).takes_rows else 1),
+        **fixed_rotations(model, request.sample_shape, texts[0] if texts else None),
+    }
+
+
+def _example(request: ExportRequest, times: Times, ports: Sequence[str]) -> tuple[torch.Tensor, ...]:
+    """Zeros for every input of the graph, in the order of its ports, with which the model is traced.
+
+    Raises:
+        ExportError: a size of a condition is unknown.
+    """
+    batch = request.batch_size
+    zeros = {
+        SAMPLE: np.zeros((batch, *request.sample_shape), np.float32),
+        TIME: np.zeros(batch, np.float32 if isinstance(times, torch.Tensor) else np.int64),
+        **{condition.name: np.zeros((batch, *_sizes(condition)), condition.dtype) for condition in request.conditions},
+    }
+    inputs = port_values([{name} for name in ports], zeros)
+    return tuple(torch.from_numpy(value) for value in inputs.values())
 
 
 def _converted(denoiser: nn.Module, example: tuple[torch.Tensor, ...]) -> ov.Model:
@@ -278,62 +297,3 @@ def _integer_module(layer: IntegerLayer) -> nn.Module:
     if layer.kind == "Linear":
         return IntegerLinear(layer)
     raise ExportError(f"{layer.name}: kind: got {layer.kind!r}; allowed Conv2d or Linear")
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    """The denoiser's diffusers config, as the deployed folder states it.
-
-    Private keys are left out. Where the model also predicts a variance, which the graph does not return, `out_channels`
-    is halved.
-    """
-    config = dict(getattr(model, "config", {}))
-    if config.get("out_channels") == 2 * config.get("in_channels", 0):
-        config["out_channels"] = config["in_channels"]
-    return {"_class_name": type(model).__name__} | {
-        key: value for key, value in config.items() if not key.startswith("_")
-    }
-
-
-def _model_index(
-    model: nn.Module, scheduler_config: Mapping[str, Any], conditional: bool, pipeline_parts: PartsToDeploy | None
-) -> dict[str, Any]:
-    """diffusers' model_index.json of the deployed folder.
-
-    With pipeline parts it names the source's pipeline; an unconditional denoiser alone gets an unconditional pipeline.
-    diffusers has no pipeline for a conditional denoiser alone, so that index names the base class of all pipelines.
-    """
-    scheduler = scheduler_config["_class_name"]
-    known = {"_diffusers_version": version("diffusers"), "scheduler": ["diffusers", scheduler]}
-    family = family_of(model)
-    if pipeline_parts is not None:
-        return pipeline_index(pipeline_parts, family.runtime) | known
-    pipeline = PIPELINE_ROOT if conditional else UNCONDITIONAL[scheduler]
-    return {"_class_name": pipeline, **known, family.part: list(family.runtime)}
-
-
-def _openvino_config() -> dict[str, Any]:
-    """The config that optimum-intel writes beside a quantized model; `manifest.json` says more."""
-    return {"dtype": "int8", "input_info": None, "quantization_config": None, "save_onnx_model": False}
-
-
-def _layer_entry(layer: IntegerLayer) -> dict[str, Any]:
-    """The manifest's entry of one layer."""
-    return {
-        "kind": layer.kind,
-        "weight_bits": layer.weight_bits,
-        "stored_bits": 8,
-        "input_bits": layer.input_bits,
-        "input_group": layer.input_group,
-        "needs_vnni": needs_vnni(layer),
-    }
-
-
-def _cpu(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The manifest's note on the CPUs where the integer sums are exact."""
-    needing = [name for name, entry in entries.items() if entry["needs_vnni"]]
-    note = (
-        "without VNNI the integer sums of these layers may overflow"
-        if needing
-        else "the integer sums are exact with AVX2 and better"
-    )
-    return {"exact_from": "vnni" if needing else "avx2", "layers_that_need_vnni": needing, "note": note}
