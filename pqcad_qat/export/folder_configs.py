@@ -19,7 +19,7 @@ from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.families.unet import UNCONDITIONAL
 
 if TYPE_CHECKING:
-    from pqcad_qat.quantization.quantized_layer import IntegerLayer
+    from pqcad_qat.quantization.integer_layer import IntegerLayer
 
 
 def exported_config(model: nn.Module) -> dict[str, Any]:
