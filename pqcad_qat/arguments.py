@@ -40,16 +40,16 @@ COMPLETION
 """What the help says of shell completion."""
 
 
-def fire_arguments(commands: Commands, given: Sequence[str]) -> list[str]:
+def fire_arguments(commands: Commands, words: Sequence[str]) -> list[str]:
     """The arguments as Fire reads them rightly: switches spelled out, every --set in one list.
 
     Raises:
         UsageError: no such command, a flag that it does not have, one without a value or with one of another type, or
             an argument too many.
     """
-    if not given or list(given[:2]) == ["--", "--completion"]:
-        return list(given)  # Fire's own page, and its completion for shells
-    name, *rest = given
+    if not words or list(words[:2]) == ["--", "--completion"]:
+        return list(words)  # Fire's own page, and its completion for shells
+    name, *rest = words
     if name not in commands:
         raise UsageError(
             f"{shortened(name)}: got an unknown command; allowed {known_keys(list(commands), name)}, "
@@ -180,10 +180,10 @@ def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: st
     return name
 
 
-def help_text(commands: Commands, given: Sequence[str]) -> str:
+def help_text(commands: Commands, words: Sequence[str]) -> str:
     """What --help shows: Fire's text, with types as a user would write them."""
     text = io.StringIO()
-    named = [argument for argument in given[:1] if argument in commands]
+    named = [argument for argument in words[:1] if argument in commands]
     with redirect_stderr(text), suppress(SystemExit):
         fire.Fire(dict(commands), command=[*named, "--", "--help"], name="pqcad-qat")
     plain = re.sub(r"Type: Optional\['(\w+) \| None'\]\n *Default: None", r"Type: \1", text.getvalue())
@@ -191,13 +191,13 @@ def help_text(commands: Commands, given: Sequence[str]) -> str:
     return re.sub(r"Type: '(.*)'", r"Type: \1", dashed) + ("" if named else COMPLETION)
 
 
-def several(flag: str, given: object) -> tuple[object, ...]:
+def several(flag: str, value: object) -> tuple[object, ...]:
     """The values of a flag that takes a list, as Fire has read it: one value, or a list such as [1,8].
 
     Raises:
         UsageError: no value, or one twice.
     """
-    values = tuple(given) if isinstance(given, list | tuple) else (given,)
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not values:
         raise UsageError(f"--{flag}: got an empty list; allowed one value or more")
     if twice := [value for value in values if values.count(value) > 1]:
@@ -247,12 +247,12 @@ def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
     Raises:
         UsageError: no such size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
-    if found is None:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
+    if size is None:
         raise UsageError(
             f"--{flag}: got {shortened(text)!r}; allowed a share of float32 as 0.15x, or megabytes as 2.5MB"
         )
-    return float(found[1]), "x" if found[2] == "x" else "MB"
+    return float(size[1]), "x" if size[2] == "x" else "MB"
 
 
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:

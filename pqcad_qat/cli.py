@@ -129,9 +129,9 @@ def sensitivity(
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
     size = None if max_size is None else Limit(*size_limit("max-size", max_size))
     count = whole_number("states", states)
-    found = measure(loaded, sizes, count, size, folder=folder, command=command_line(), console=console.CONSOLE)
-    console.show(sensitivity_table(found.report), assignment_table(found.report))
-    console.tell(f"page: {found.page}", *([f"policy: {found.policy}"] if found.policy else []))
+    result = measure(loaded, sizes, count, size, folder=folder, command=command_line(), console=console.CONSOLE)
+    console.show(sensitivity_table(result.report), assignment_table(result.report))
+    console.tell(f"page: {result.page}", *([f"policy: {result.policy}"] if result.policy else []))
 
 
 def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:
@@ -228,8 +228,8 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
     def tell(cost: StageCost) -> None:
         console.tell(f"{cost.name}: {cost.seconds:.1f} s")
 
-    found, record = rehearse_policy(loaded, folder, command_line(), tell)
-    console.CONSOLE.print(stages_table(found))
+    rehearsal, record = rehearse_policy(loaded, folder, command_line(), tell)
+    console.CONSOLE.print(stages_table(rehearsal))
     console.tell(f"record: {record}")
 
 
@@ -288,20 +288,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
     keep_to_share_of_cores()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no UTF-8, or a terminal that shows less
-    if HELP & set(given):
-        sys.stdout.write(help_text(COMMANDS, given))
+    if HELP & set(words):
+        sys.stdout.write(help_text(COMMANDS, words))
         return
-    if given == ["--version"]:
+    if words == ["--version"]:
         sys.stdout.write(f"pqcad-qat {__version__}\n")
         return
-    with reported_endings(given):
-        fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, given), name="pqcad-qat")
+    with reported_endings(words):
+        fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, words), name="pqcad-qat")
 
 
 def _own_model(module: str | None, model: str | None) -> OwnModel | None:

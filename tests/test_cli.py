@@ -242,7 +242,7 @@ MISTAKES = {
     "nothing to compare": (["compare"], r"got no run; allowed one or more folders of finished runs"),
     "a run that is not finished": (
         ["compare", "/no/such/run"],
-        r"/no/such/run/report\.json: no such file; a finished run leaves one",
+        r"/no/such/run/report\.json: got no such file; allowed the folder of a finished run",
     ),
     "a run twice": (["compare", "runs/a", "runs/../runs/a"], r"runs/a: got the same folder twice; allowed once"),
     "a page of no known kind": (
@@ -591,7 +591,7 @@ def test_an_existing_run_is_refused_without_resume_and_left_untouched(
     before = content(tiny_run.path)
     code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--out", tiny_run.path)
     assert code == 2
-    assert "holds a run already; --resume goes on with it" in errors
+    assert "holds a run already; allowed --resume, which goes on with it" in errors
     assert content(tiny_run.path) == before
 
 
@@ -599,4 +599,4 @@ def test_a_second_process_on_a_run_is_refused(call: Call, tiny_run: FinishedRun,
     with open_run(tiny_run.path, tiny_run.policy, resume=True):
         code, _, errors = call("run", SMOKE, *sets(tiny_folder), "--out", tiny_run.path, "--resume")
     assert code == 2
-    assert "another process is running this run" in errors
+    assert "a run that another process is running" in errors

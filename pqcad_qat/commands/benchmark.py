@@ -97,7 +97,8 @@ def measure_speed(
     left_out = {isa: why for isa in isas if (why := lacking(isa, hardware()))}
     timed = [isa for isa in isas if isa not in left_out]
     if not timed:
-        raise ModelError("; ".join(f"{isa}: {why}" for isa, why in left_out.items()))
+        lacks = "; ".join(f"{isa}: {why}" for isa, why in left_out.items())
+        raise ModelError(f"--isa: got none that can be timed here ({lacks}); allowed native, or one that the CPU has")
     with tempfile.TemporaryDirectory() as temporary, progress_bar(console, quiet=True, lines=False) as bar:
         task = bar.add_task("benchmark", total=2 + len(batches) * (1 + len(timed)), note=f"reading {source}")
         bar.refresh()
@@ -116,11 +117,11 @@ def measure_speed(
         measurements: list[Measurement] = []
         for batch in batches:
             tell(f"batch {batch}: making the baselines")
-            made = candidates(subject, batch, Path(temporary) / f"batch-{batch}")
+            prepared = candidates(subject, batch, Path(temporary) / f"batch-{batch}")
             bar.advance(task)
             for isa in timed:
                 tell(f"batch {batch}, {isa}: timing")
-                measurements.append(measure(made, isa, runs, throughput))
+                measurements.append(measure(prepared, isa, runs, throughput))
                 bar.advance(task)
     return _report(subject, measurements, loading, left_out, command=command)
 
@@ -161,7 +162,10 @@ def measure(timed: Candidates, isa: str, runs: int, throughput: bool) -> Measure
         with _environment(CAPS[isa]), ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(measure_here, timed, isa, runs, throughput).result()
     except BrokenProcessPool:
-        raise ModelError(f"{isa}: the process that timed it died, out of memory perhaps") from None
+        raise ModelError(
+            f"--isa {isa}: got a process that died while it timed, out of memory perhaps; allowed smaller "
+            "--batches, which need less"
+        ) from None
 
 
 @contextmanager
@@ -198,7 +202,7 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     known = list(quantizable_layers(denoiser))
     sizes = {REFERENCE: 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
     sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
-    rows = {name: SpeedRow(name, found, rates.get(name), sizes[name]) for name, found in latencies.items()}
+    rows = {name: SpeedRow(name, latency, rates.get(name), sizes[name]) for name, latency in latencies.items()}
     for name, file in files.items():
         hint, calls = precision_hint(name, machine), min(runs, PROFILED_CALLS)
         rows[name] = _with_execution(rows[name], file, hint, inputs, known=known, calls=calls)
@@ -253,9 +257,9 @@ def _layers(nodes: Sequence[ExecutedNode], known: Sequence[str]) -> dict[str, st
     """Precision of every layer that a matrix node is named after, by its module path in the converted graph or
     alone.
     """
-    found = {}
+    precisions = {}
     for node in nodes:
         path = traced_path(node.names[0])
         if node.kind in MATRIX_NODES and path in known:
-            found[path] = node.precision
-    return found
+            precisions[path] = node.precision
+    return precisions

@@ -134,7 +134,7 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
         )
     if not policy.is_file():
         raise ModelError(
-            f"{policy}: no such file; an architecture is quantized by the rules of a policy: --policy FILE"
+            f"{policy}: got no such file; allowed a policy, whose rules quantize the architecture: --policy FILE"
         )
     rules = load_policy(policy)
     with located(rules):
@@ -156,15 +156,15 @@ def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
         times=subject.train_timesteps,
         condition=condition,
     )
-    made, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
-    inputs = [made.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
+    empty, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
+    inputs = [empty.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
     timed = [name for name in PRECISIONS if native(name, machine)]
     died = reasons(
         {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
         | {NNCF_INT8: partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of(NNCF_INT8, machine))}
     )
     files = {**dict.fromkeys(PRECISIONS, float_xml), NNCF_INT8: nncf_xml, OURS: subject.folder}
-    return replace(made, files={name: file for name, file in files.items() if name not in died}, died=died)
+    return replace(empty, files={name: file for name, file in files.items() if name not in died}, died=died)
 
 
 def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, folder: Path) -> Subject:

@@ -54,7 +54,9 @@ def evaluate(
     """
     variant = opened_folder(folder, steps, conditions, guidance)
     if variant.latent:
-        raise UsageError(f"{folder}: makes latents of {variant.sample_shape[0]} channels; allowed a model of images")
+        raise UsageError(
+            f"{folder}: got a model of latents with {variant.sample_shape[0]} channels; allowed a model of images"
+        )
     source = features or _features_of(folder)
     try:
         check_shape(source, variant.sample_shape)
@@ -63,8 +65,8 @@ def evaluate(
     network = load_features(source)
     with progress_bar(console) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
-        made = sample_images(variant, images, seed, BATCH, advance=lambda done: bar.update(task, advance=done))
-    figures = evaluate_images(made, None, network)
+        sampled = sample_images(variant, images, seed, BATCH, advance=lambda done: bar.update(task, advance=done))
+    figures = evaluate_images(sampled, None, network)
     return Evaluation(
         figures.fid_real, fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed=seed)
     )

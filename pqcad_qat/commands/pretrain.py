@@ -141,7 +141,9 @@ def _build(config: Mapping[str, Any], channels: int) -> nn.Module:
     try:
         model: Any = class_of(FAMILY.name)(**arguments)
     except (TypeError, ValueError) as error:
-        raise PolicyError(f"model: got what diffusers makes no {FAMILY.name} of: {error}") from error
+        raise PolicyError(
+            f"model: got a config that diffusers refuses: {error}; allowed one that makes a {FAMILY.name}"
+        ) from error
     for key in ("in_channels", "out_channels"):
         if model.config[key] != channels:
             raise PolicyError(f"model.{key}: got {model.config[key]}; allowed {channels}, as the images have")
@@ -157,7 +159,8 @@ def _check_runs(model: Any, channels: int) -> None:
         model.eval()(torch.zeros(1, channels, size, size), 0, class_labels=labels)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise PolicyError(
-            f"model: got a {FAMILY.name} that cannot be called on images of {size} pixels: {error}"
+            f"model: got a {FAMILY.name} that cannot be called on images of {size} pixels: {error}; "
+            "allowed one that can"
         ) from error
     model.train()
 
@@ -195,10 +198,10 @@ def _conditions(model: nn.Module, classes: ClassLabels | None) -> ConditionSet:
 
 def _scheduler(policy: PretrainPolicy) -> dict[str, Any]:
     """Scheduler config of the policy in diffusers' names."""
-    given = policy.scheduler.model_dump()
+    values = policy.scheduler.model_dump()
     return {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": given.pop("train_timesteps"),
+        "num_train_timesteps": values.pop("train_timesteps"),
         "clip_sample": False,
-        **given,
+        **values,
     }

@@ -78,7 +78,7 @@ def rehearse(policy: Policy, folder: Path, command: str, tell: Callable[[StageCo
     with meter.stage("pack"):
         copy_folder(shipped, folder / PACKED, "packed")
     parameters = sum(parameter.numel() for parameter in drawn.model.denoiser.parameters())
-    found = Rehearsal(
+    rehearsal = Rehearsal(
         policy=policy.name,
         model=source,
         parameters=parameters,
@@ -96,8 +96,8 @@ def rehearse(policy: Policy, folder: Path, command: str, tell: Callable[[StageCo
         hardware=hardware(),
         command=command,
     )
-    write_json(folder / REPORT, asdict(found))
-    return found, folder / REPORT
+    write_json(folder / REPORT, asdict(rehearsal))
+    return rehearsal, folder / REPORT
 
 
 def _export(

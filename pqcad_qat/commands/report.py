@@ -32,14 +32,14 @@ def report(path: Path) -> Path:
         prepared = prepare(policy, path.parent / SHARED)
         table = recipes(policy, prepared)
     folder = RunFolder(path, table)
-    left = [stage for stage in table if not folder.finished(stage) or stage in folder.outdated()]
-    if left:
+    to_do = [stage for stage in table if not folder.finished(stage) or stage in folder.outdated()]
+    if to_do:
         raise CheckpointError(
-            f"{path}: got a run whose stages {', '.join(left)} are to do; allowed a finished run: "
+            f"{path}: got a run whose stages {', '.join(to_do)} are to do; allowed a finished run: "
             f"`run {path / POLICY} --out {path} --resume` goes on with it"
         )
     again = f"python -m pqcad_qat run {path / POLICY} --out {path}"
-    made = read_report(path).reproduction if (path / REPORT_FILE).is_file() else None
-    command = again if made is None else made.command
+    reproduction = read_report(path).reproduction if (path / REPORT_FILE).is_file() else None
+    command = again if reproduction is None else reproduction.command
     with located(policy), open_run(path, policy, resume=True, recipes=table) as opened:
         return write_page(policy, prepared, opened, command)

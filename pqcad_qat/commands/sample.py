@@ -91,7 +91,7 @@ def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled
     out, count, guidance = request.out, request.count or 1, request.guidance
     if out.suffix.lower() != PICTURES:
         raise UsageError(f"--out: got {str(out)!r}; allowed a name in .png, for a prompt makes pictures")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         pipeline = TextToImage.from_pretrained(request.folder)
@@ -110,7 +110,7 @@ def _of_prompt(request: SampleRequest, prompt: str, console: Console) -> Sampled
     save_grid(pictures, out)
     scale = pipeline.guidance if guidance is None else guidance
     text = f"{count} images of {prompt!r}, {walked} steps, guidance {scale:g}, openvino"
-    return Sampled(out, text, tuple(str(warning.message) for warning in told))
+    return Sampled(out, text, tuple(str(warning.message) for warning in caught))
 
 
 def _of_choices(request: SampleRequest, console: Console) -> Sampled:

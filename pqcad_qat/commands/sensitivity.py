@@ -40,12 +40,12 @@ OWN, CHOSEN = "the policy's own widths", "chosen"
 class Limit:
     """Size limit of the weights: a multiple of the float32 size, or megabytes (10^6 bytes)."""
 
-    number: float
+    amount: float
     unit: Literal["x", "MB"]
 
-    def of(self, whole: int) -> int:
+    def in_bytes(self, whole: int) -> int:
         """Limit in bytes, for a model that takes `whole` bytes in float32."""
-        return int(self.number * (whole if self.unit == "x" else 1e6))
+        return int(self.amount * (whole if self.unit == "x" else 1e6))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def measure_sensitivity(
         layers=layers,
         parameters={layer.name: layer.parameters for layer in prepared.plan},
         full_bytes=sizes.whole,
-        budget_bytes=None if size is None else size.of(sizes.whole),
+        budget_bytes=None if size is None else size.in_bytes(sizes.whole),
         assignments={
             name: Assignment(
                 bits=bits,
@@ -166,7 +166,7 @@ def packed_sizes(prepared: Prepared, widths: Collection[int]) -> Costs:
 
 
 def _refuse_too_small(sizes: Costs, size: Limit, widths: Sequence[int]) -> None:
-    got, least = size.of(sizes.whole), sizes.least
+    got, least = size.in_bytes(sizes.whole), sizes.least
     if got < least:
         raise PlanError(
             f"--max-size: got {got / sizes.whole:.3f}x ({got:,} bytes of weights); allowed at least "
@@ -181,10 +181,10 @@ def _calibration(policy: Policy, prepared: Prepared, cache: Path, console: Conso
         task = bar.add_task("calibration", total=recipe.trajectories * recipe.steps * recipe.refinement, note="")
         batch = policy.calibration.batch_size
         advance = partial(bar.advance, task)
-        found, _ = calibration_set(
+        calibration, _ = calibration_set(
             prepared.model, recipe, batch, cache, advance=advance, conditions=prepared.conditions
         )
-    return found
+    return calibration
 
 
 def _calibrated(
@@ -218,7 +218,7 @@ def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> d
         layer.name: [Option(bits, cost, layer.error(bits)) for bits, cost in costs.layers[layer.name].items()]
         for layer in layers
     }
-    return choose_bits(options, limit.of(costs.whole) - costs.fixed)
+    return choose_bits(options, limit.in_bytes(costs.whole) - costs.fixed)
 
 
 def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) -> str:
@@ -231,7 +231,7 @@ def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) 
     )
     planned = plan_layers(prepared.split, rules, policy.progressive.ladder, prepared.model.example)
     assert {layer.name: layer.weights.bits for layer in planned} == chosen.bits, "the rules do not say what was chosen"
-    made = policy.model_copy(
+    mixed = policy.model_copy(
         update={
             "name": f"{policy.name}-mixed",
             "quantization": policy.quantization.model_copy(update={"layers": rules}),
@@ -249,4 +249,4 @@ def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) 
         f"# Error of the output on {report.states} states of the calibration set, before any training: "
         f"{chosen.error:.2e} of its square.",
     ]
-    return "\n".join(head) + "\n\n" + dump_policy(Policy.model_validate(made.model_dump()), whole=False)
+    return "\n".join(head) + "\n\n" + dump_policy(Policy.model_validate(mixed.model_dump()), whole=False)

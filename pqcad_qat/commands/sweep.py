@@ -120,23 +120,26 @@ def check_cells(cells: Sequence[Cell], console: Console) -> None:
         alike.setdefault(json.dumps(_planned_by(cell.policy), sort_keys=True), []).append(cell)
     faults: dict[str, list[str]] = {}
     with working(console, "study: planning every cell") as tell:
-        for number, group in enumerate(alike.values(), start=1):
-            tell(f"study: plan {number} of {len(alike)}: {group[0].name}")
+        for place, group in enumerate(alike.values(), start=1):
+            tell(f"study: plan {place} of {len(alike)}: {group[0].name}")
             try:
                 planned_shapes(group[0].policy)
             except PqcadError as error:
                 faults.setdefault(str(error), []).extend(cell.name for cell in group)
     if faults:
-        told = [f"{listed(names)}: {line}" for fault, names in faults.items() for line in fault.splitlines()]
+        count = sum(map(len, faults.values()))
+        lines = [f"{listed(names)}: {line}" for fault, names in faults.items() for line in fault.splitlines()]
         raise StudyError(
-            "\n".join([f"got {sum(map(len, faults.values()))} of {len(cells)} cells that cannot run:", *told])
+            "\n".join(
+                [f"got {count} of {len(cells)} cells that cannot run; allowed cells that `plan` accepts:", *lines]
+            )
         )
 
 
 def _planned_by(policy: Policy) -> dict[str, Any]:
     """Part of a policy that can affect its plan: everything except how the model is trained."""
-    found = policy.model_dump(mode="json", exclude={"name", "progressive", "training"})
-    return {**found, "ladder": policy.progressive.ladder, "checkpointing": policy.training.activation_checkpointing}
+    values = policy.model_dump(mode="json", exclude={"name", "progressive", "training"})
+    return {**values, "ladder": policy.progressive.ladder, "checkpointing": policy.training.activation_checkpointing}
 
 
 def _write_table(study: Study, folder: Path, command: str) -> Comparison:
@@ -196,8 +199,10 @@ def _side_by_side(
                     try:
                         end(cell, future.result())
                     except BrokenProcessPool:
-                        died = f"{folder}: the process of {cell.name} died, perhaps for want of memory"
-                        raise StudyError(f"{died}; the same command goes on, and fewer --jobs need less") from None
+                        raise StudyError(
+                            f"{folder}: got a process that died at {cell.name}, perhaps for want of memory; "
+                            "allowed fewer --jobs, which need less: the same command goes on"
+                        ) from None
         except KeyboardInterrupt:
             console.print("interrupted: waiting for the cells at work to write their checkpoints")
             raise
@@ -245,7 +250,10 @@ def _refuse_changed(study: Study, folder: Path) -> None:
         except PqcadError as error:
             faults.append(str(error))
     if faults:
-        raise CheckpointError("\n".join([*faults, "--out DIR starts the study anew in another folder"]))
+        advice = (
+            f"{folder}: got a study that has changed; allowed the same, or another folder: --out DIR starts it anew"
+        )
+        raise CheckpointError("\n".join([*faults, advice]))
 
 
 def checked_cells(
@@ -260,14 +268,14 @@ def checked_cells(
         with_section(_page_text(page), study.name, "")
     chosen = chosen_cells(study, only)
     check_cells(chosen, console)
-    found = []
+    states = []
     for cell in chosen:
         stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
         path = folder / cell.name
         state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"
         steps = sum(training_steps(cell.policy, stage) for stage in stages)
-        found.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state))
-    return tuple(found)
+        states.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state))
+    return tuple(states)
 
 
 def _page_text(page: Path) -> str:

@@ -20,7 +20,7 @@ from pqcad_qat.policy.variants import OURS, REFERENCE, summary_of
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
-from pqcad_qat.report.page import TIMES, UNKNOWN, number, page_template
+from pqcad_qat.report.page import TIMES, UNKNOWN, number_text, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing
 from pqcad_qat.report.terminal_table import TerminalTable
 
@@ -41,16 +41,23 @@ HEADINGS = ("", "ms a step", "minimum", "quartiles", "image steps/s", RATIO, "MB
 
 def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
     """Texts of a row, in the order of HEADINGS."""
-    found, rate = row.latency, row.throughput
-    spread = f"{number(found.lower_quartile_ms)} - {number(found.upper_quartile_ms)}"
+    latency, rate = row.latency, row.throughput
+    spread = f"{number_text(latency.lower_quartile_ms)} - {number_text(latency.upper_quartile_ms)}"
     images = UNKNOWN if rate is None else marked(rate.median, rate)
     numbers = [images, _ratio(_ours(measurement), row, 1, 1), f"{row.size_bytes / 1e6:.2f}"]
-    return [row.name, marked(found.median_ms, found), number(found.minimum_ms), spread, *numbers, precisions_text(row)]
+    return [
+        row.name,
+        marked(latency.median_ms, latency),
+        number_text(latency.minimum_ms),
+        spread,
+        *numbers,
+        precisions_text(row),
+    ]
 
 
 def marked(value: float, measured: Timing | Throughput) -> str:
     """Text of a measured value, marked if its measurement is unsteady."""
-    return f"{number(value)} {UNSTEADY}" if measured.unsteady else number(value)
+    return f"{number_text(value)} {UNSTEADY}" if measured.unsteady else number_text(value)
 
 
 def image_headings(report: SpeedReport) -> list[str]:
@@ -92,18 +99,23 @@ def _ratio(ours: Timing | None, row: SpeedRow, our_steps: int, own: int) -> str:
     """Text of the ratio of our time to a row's; unknown if either time is missing or unsteady."""
     if ours is None or ours.unsteady or row.latency.unsteady:
         return UNKNOWN
-    return number(ours.median_ms * our_steps / (row.latency.median_ms * own))
+    return number_text(ours.median_ms * our_steps / (row.latency.median_ms * own))
 
 
 LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", "all, ms")
 """Headings of the table of load times."""
 
 
-def loading_cells(found: LoadTime) -> list[str]:
+def loading_cells(load: LoadTime) -> list[str]:
     """Texts of a row, in the order of LOADING; all times are medians."""
-    parts = (found.verify, found.read, found.compile)
-    times = [marked(part.median_ms, part) for part in parts]
-    return [found.weights, f"{found.size_bytes / 1e6:.2f}", *times, number(sum(part.median_ms for part in parts))]
+    stages = (load.verify, load.read, load.compile)
+    times = [marked(timing.median_ms, timing) for timing in stages]
+    return [
+        load.weights,
+        f"{load.size_bytes / 1e6:.2f}",
+        *times,
+        number_text(sum(timing.median_ms for timing in stages)),
+    ]
 
 
 def precisions_text(row: SpeedRow) -> str:
@@ -125,7 +137,7 @@ def remarks(measurement: Measurement) -> list[str]:
     """Remarks below a table: planned layers that did not run in INT8, what was not timed, and the meaning of
     unsteady.
     """
-    found = [f"{name}: not timed: {why}" for name, why in measurement.left_out.items()]
+    lines = [f"{name}: not timed: {why}" for name, why in measurement.left_out.items()]
     for row in measurement.rows:
         if row.planned is not None:
             done = row.planned - len(row.planned_float)
@@ -134,12 +146,12 @@ def remarks(measurement: Measurement) -> list[str]:
                 if row.planned_float
                 else ""
             )
-            found.insert(
+            lines.insert(
                 0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}"
             )
     if any(row.latency.unsteady or (row.throughput and row.throughput.unsteady) for row in measurement.rows):
-        found.append(UNSTEADY_NOTE)
-    return found
+        lines.append(UNSTEADY_NOTE)
+    return lines
 
 
 def machine_text(machine: Hardware) -> str:
@@ -163,8 +175,8 @@ def speed_tables(report: SpeedReport) -> Iterator[TerminalTable]:
             yield _candidates_table("the same, an image", image_headings(report), rows)
         yield _profile_table(measurement)
     loading = TerminalTable(*LOADING, title=f"{report.source}: loading", box=box.SIMPLE_HEAD)
-    for found in report.loading:
-        loading.add_row(*loading_cells(found))
+    for load in report.loading:
+        loading.add_row(*loading_cells(load))
     yield loading
 
 
@@ -185,7 +197,7 @@ def _profile_table(measurement: Measurement) -> TerminalTable:
     for name in profiles:
         table.add_column(name, justify="right")
     for kind, spent in kind_milliseconds(profiles).items():
-        table.add_row(kind, *(number(value) if value else "" for value in spent))
+        table.add_row(kind, *(number_text(value) if value else "" for value in spent))
     return table
 
 
@@ -205,7 +217,7 @@ def render(report: SpeedReport) -> str:
     """Render the self-contained page."""
     return page_template("benchmark_template.html").render(
         report=report,
-        loading=(LOADING, [loading_cells(found) for found in report.loading]),
+        loading=(LOADING, [loading_cells(load) for load in report.loading]),
         sections=[_section(report, index, measurement) for index, measurement in enumerate(report.measurements)],
         variants={row.name: summary_of(row.name) for measurement in report.measurements for row in measurement.rows},
         machine=machine_text(report.measurements[0].hardware),
@@ -247,13 +259,13 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
     with canvas(name, 9.6, 0.9 + 0.3 * len(rows)) as drawn:
         axes = drawn.figure.subplots(1, panels, sharey=True, squeeze=False)[0]
         for place, row in enumerate(rows):
-            found = row.latency
+            latency = row.latency
             _bar(
                 drawn,
                 axes[0],
                 place,
                 row,
-                spread=(found.median_ms, found.lower_quartile_ms, found.upper_quartile_ms),
+                spread=(latency.median_ms, latency.lower_quartile_ms, latency.upper_quartile_ms),
                 unit="ms",
             )
             if row.throughput is not None:
@@ -274,8 +286,8 @@ def speed_chart(report: SpeedReport, measurement: Measurement, name: str) -> str
         for panel in axes:
             panel.tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
             panel.grid(axis="y", visible=False)
-        told = "; ".join(f"{row.name} {number(row.latency.median_ms)} ms" for row in rows)
-        return drawn.svg(f"{title(report, measurement)}: {told}")
+        medians = "; ".join(f"{row.name} {number_text(row.latency.median_ms)} ms" for row in rows)
+        return drawn.svg(f"{title(report, measurement)}: {medians}")
 
 
 def _bar(
@@ -284,9 +296,13 @@ def _bar(
     median, lower, upper = spread
     colour = COLOURS["accent" if row.name == OURS else "grey" if row.name == REFERENCE else "blue"]
     bars = axes.barh([place], [median], color=colour, height=0.66)
-    drawn.tip(bars[0], f"{row.name}: {number(median)} {unit}, quartiles {number(lower)} to {number(upper)}")
+    drawn.tip(
+        bars[0], f"{row.name}: {number_text(median)} {unit}, quartiles {number_text(lower)} to {number_text(upper)}"
+    )
     axes.plot([lower, upper], [place, place], color=COLOURS["ink"], lw=1.2)
-    axes.annotate(number(median), (upper, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.annotate(
+        number_text(median), (upper, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+    )
     axes.margins(x=0.16)
 
 

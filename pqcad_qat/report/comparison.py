@@ -120,7 +120,7 @@ def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
     return Comparison(
         title=title,
         headings=tuple(runs[0].labels) if runs else (),
-        parts=tuple(_part(model, found) for model, found in models.items()),
+        parts=tuple(_part(model, group) for model, group in models.items()),
         machines=tuple(dict.fromkeys(run.report.hardware.cpu for run in runs)),
         runs=tuple(run.path for run in runs),
         command=command,
@@ -134,8 +134,8 @@ def _part(model: str, runs: Sequence[Run]) -> Part:
     common = [name for name in UNTRAINED if len(groups) > 1 and _is_one(name, runs)]
     rows = [_row(dict.fromkeys(runs[0].labels, ALL), name, runs) for name in common]
     for group in groups:
-        found = {row.name for run in group for row in run.report.variants} - {*common}
-        rows += [_row(group[0].labels, name, group) for name in VARIANTS if name in found]
+        remaining = {row.name for run in group for row in run.report.variants} - {*common}
+        rows += [_row(group[0].labels, name, group) for name in VARIANTS if name in remaining]
     return Part(model, next((run.report.fid_protocol for run in runs if run.report.fid_protocol), None), tuple(rows))
 
 
@@ -228,10 +228,10 @@ def _refuse_twice(name: str, runs: Sequence[Run]) -> None:
     """Raise StudyError if one policy and seed occurs twice."""
     first: dict[int, str] = {}
     for run in (run for run in runs if _variant(run, name)):
-        other = first.setdefault(run.report.seed, run.path)
-        if other != run.path:
+        earlier = first.setdefault(run.report.seed, run.path)
+        if earlier != run.path:
             raise StudyError(
-                f"{other} and {run.path}: got {name} of the same policy and seed {run.report.seed} twice; allowed once"
+                f"{earlier} and {run.path}: got {name} of one policy and seed {run.report.seed} twice; allowed once"
             )
 
 

@@ -20,7 +20,7 @@ from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.quality.fid_protocol import MANY_IMAGES, FidProtocol
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
-from pqcad_qat.report.page import UNKNOWN, number, page_template
+from pqcad_qat.report.page import UNKNOWN, number_text, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE
 from pqcad_qat.report.terminal_table import TerminalTable
 
@@ -73,15 +73,15 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
 
 def remarks(part: Part) -> list[str]:
     """Remarks below a table: what did not run and why, and the meaning of unsteady."""
-    found = [f"{_label(row)} did not run: {why}" for row in part.rows for why in row.did_not_run]
-    return found + [UNSTEADY_NOTE] * any(row.unsteady and TIME in row.figures for row in part.rows)
+    lines = [f"{_label(row)} did not run: {why}" for row in part.rows for why in row.did_not_run]
+    return lines + [UNSTEADY_NOTE] * any(row.unsteady and TIME in row.figures for row in part.rows)
 
 
 def spread_text(spread: Spread | None) -> str:
     """Text such as ``3.74 ± 0.05``, with as many decimals in the deviation as in the mean."""
     if spread is None:
         return ""
-    mean = number(spread.mean)
+    mean = number_text(spread.mean)
     if spread.deviation is None:
         return mean
     if "e" in mean:
@@ -202,16 +202,16 @@ def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) ->
     for place, row in enumerate(rows):
         if figure not in row.figures:
             continue
-        found = row.figures[figure]
+        spread = row.figures[figure]
         colour = COLOURS[VARIANTS[row.variant].colour if row.variant in VARIANTS else "grey"]
         axes.plot(
-            [found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)],
+            [spread.mean - (spread.deviation or 0), spread.mean + (spread.deviation or 0)],
             [place, place],
             color=colour,
             lw=2,
         )
-        (point,) = axes.plot([found.mean], [place], "o", ms=6, color=colour)
-        drawn.tip(point, f"{_label(row)}: {HEADINGS[figure]} {spread_text(found)}, n = {found.count}")
+        (point,) = axes.plot([spread.mean], [place], "o", ms=6, color=colour)
+        drawn.tip(point, f"{_label(row)}: {HEADINGS[figure]} {spread_text(spread)}, n = {spread.count}")
     axes.set_title(HEADINGS[figure])
 
 

@@ -296,21 +296,21 @@ def largest_kinds(profiles: Mapping[str, Sequence[ProfileRow]], most: int = 9) -
 
 
 def _draw_profile(drawn: Canvas, axes: Axes, rows: Sequence[ProfileRow], kinds: Sequence[str]) -> None:
-    left = dict.fromkeys(kinds, 0.0)
+    ends = dict.fromkeys(kinds, 0.0)
     labelled: set[str] = set()
     for row in sorted(
         rows, key=lambda item: list(_PRECISIONS).index(item.precision) if item.precision in _PRECISIONS else 99
     ):
-        kind = row.kind if row.kind in left else "other"
+        kind = row.kind if row.kind in ends else "other"
         label = _PRECISION_NAMES.get(row.precision, "other")
         shown = "_" if label in labelled else label
         labelled.add(label)
         colour = COLOURS[_PRECISIONS.get(row.precision, "grey")]
         bars = axes.barh(
-            [kinds.index(kind)], [row.milliseconds], left=[left[kind]], color=colour, height=0.72, label=shown
+            [kinds.index(kind)], [row.milliseconds], left=[ends[kind]], color=colour, height=0.72, label=shown
         )
         drawn.tip(bars[0], f"{row.kind}, {row.precision}: {row.milliseconds:.3f} ms in {row.nodes} nodes")
-        left[kind] += row.milliseconds
+        ends[kind] += row.milliseconds
     axes.set_yticks(range(len(kinds)), kinds)
     axes.tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
     axes.set_ylim(len(kinds) - 0.4, -0.6)
@@ -324,25 +324,25 @@ def storage_chart(rows: Sequence[StorageRow]) -> str | None:
     """
     if not rows:
         return None
-    parts = (
+    kinds = (
         ("integer weights", "weights_bytes", "accent"),
         ("scales, zero points", "scales_bytes", "amber"),
         ("floating point", "float_bytes", "violet"),
     )
     with canvas("storage", 9.6, 0.9 + 0.27 * len(rows)) as drawn:
         axes = drawn.figure.subplots()
-        left = np.zeros(len(rows))
-        for label, key, colour in parts:
+        ends = np.zeros(len(rows))
+        for label, key, colour in kinds:
             sizes = np.array([getattr(row, key) for row in rows]) / 1e3
-            bars = axes.barh(np.arange(len(rows)), sizes, left=left, color=COLOURS[colour], height=0.72, label=label)
+            bars = axes.barh(np.arange(len(rows)), sizes, left=ends, color=COLOURS[colour], height=0.72, label=label)
             for bar, row, size in zip(bars, rows, sizes, strict=True):
                 drawn.tip(bar, f"{row.group}, {label}: {size:.1f} kB")
-            left += sizes
+            ends += sizes
         axes.set_yticks(range(len(rows)), [row.group for row in rows])
         axes.tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("kilobytes on disk")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.1)
-        total = sum(left)
+        total = sum(ends)
         return drawn.svg(f"Bytes of the shipped file by group of layers, {total:.0f} kB in all")

@@ -25,8 +25,8 @@ def save_grid(images: npt.ArrayLike, path: Path) -> None:
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, np.uint8)
-    for number, image in enumerate(pictures.transpose(0, 2, 3, 1)):
-        top, left = number // columns * (height + 1), number % columns * (width + 1)
+    for index, image in enumerate(pictures.transpose(0, 2, 3, 1)):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
         sheet[top : top + height, left : left + width] = image
     picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
     factor = max(1, SMALLEST_SIDE // max(height, width))

@@ -93,7 +93,7 @@ def page_template(name: str) -> Template:
     environment = Environment(
         loader=FunctionLoader(_text), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters.update(number=number, size=size, duration=duration, bits=bits)
+    environment.filters.update(number=number_text, size=size, duration=duration, bits=bits)
     environment.globals["style"] = Markup(_text("page_style.css"))
     return environment.get_template(name)
 
@@ -120,14 +120,14 @@ def headlines(report: Report) -> list[Headline]:
     """
     rows = {row.name: row for row in report.variants}
     steady = {name: row for name, row in rows.items() if name not in report.unsteady}
-    found = [speed for name in BASELINES if (speed := _speed(steady, name))]
+    shown = [speed for name in BASELINES if (speed := _speed(steady, name))]
     ours, full = rows.get(OURS), rows.get(FP32)
     if ours and full and ours.size_bytes and full.size_bytes:
         basis = f"{size(full.size_bytes)} to {size(ours.size_bytes)}"
         ratio = ours.size_bytes / full.size_bytes
-        found.append(Headline(f"{ratio:.2f}{TIMES}", "the size of full precision", basis, ratio < 1))
+        shown.append(Headline(f"{ratio:.2f}{TIMES}", "the size of full precision", basis, ratio < 1))
     if quality := _quality(rows):
-        found.append(quality)
+        shown.append(quality)
     if report.execution:
         done = f"{report.execution.executed_int8}/{report.execution.planned}"
         exact = (
@@ -136,8 +136,8 @@ def headlines(report: Report) -> list[Headline]:
             else ""
         )
         complete = report.execution.executed_int8 == report.execution.planned
-        found.append(Headline(done, "planned layers executed in INT8", exact, complete))
-    return found
+        shown.append(Headline(done, "planned layers executed in INT8", exact, complete))
+    return shown
 
 
 def _speed(rows: Mapping[str, VariantRow], baseline: str) -> Headline | None:
@@ -148,7 +148,7 @@ def _speed(rows: Mapping[str, VariantRow], baseline: str) -> Headline | None:
     ratio, word = (theirs / ours, "faster") if theirs >= ours else (ours / theirs, "slower")
     steps = rows[baseline].steps / rows[OURS].steps
     share = f"{steps:.3g}{TIMES} from the number of steps, {theirs / ours / steps:.2f}{TIMES} from each"
-    basis = f"{number(theirs)} to {number(ours)} ms an image: {share}"
+    basis = f"{number_text(theirs)} to {number_text(ours)} ms an image: {share}"
     return Headline(f"{ratio:.1f}{TIMES}", f"{word} than {BASELINES[baseline]}", basis, word == "faster")
 
 
@@ -168,12 +168,12 @@ def verdict(targets: Sequence[Target]) -> str:
     """Sentence on how many targets hold."""
     if not targets:
         return ""
-    held, unmeasured = sum(t.holds is True for t in targets), sum(t.holds is None for t in targets)
-    missed = len(targets) - held - unmeasured
-    parts = [f"{held} of {len(targets)} targets hold"]
-    parts += [f"{missed} missed"] if missed else []
-    parts += [f"{unmeasured} not measured here"] if unmeasured else []
-    return ", ".join(parts)
+    holding, unmeasured = sum(t.holds is True for t in targets), sum(t.holds is None for t in targets)
+    missed = len(targets) - holding - unmeasured
+    clauses = [f"{holding} of {len(targets)} targets hold"]
+    clauses += [f"{missed} missed"] if missed else []
+    clauses += [f"{unmeasured} not measured here"] if unmeasured else []
+    return ", ".join(clauses)
 
 
 def target_text(value: float | None, unit: str) -> str:
@@ -190,7 +190,7 @@ def latency_bars(report: Report) -> list[Bar]:
     longest = max((value for _, value in timed), default=1.0)
     marks = dict.fromkeys(report.unsteady, f", {UNSTEADY}")
     return [
-        Bar(row.name, f"{number(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS)
+        Bar(row.name, f"{number_text(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS)
         for row, value in timed
     ]
 
@@ -220,14 +220,14 @@ def best_values(report: Report) -> dict[str, float]:
 def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """One strip of images for each variant, all from the same seeds, with what is known of its quality."""
     rows = {row.name: row for row in report.variants}
-    found = []
+    rendered = []
     for name, images in (ordered(samples) if samples else {}).items():
         row, count = rows.get(name), min(len(images), STRIP_IMAGES)
         facts = [] if row is None else [f"{row.steps} steps"]
         facts += [f"FID {row.fid_real:.2f}"] if row and row.fid_real is not None else []
         facts += [f"{row.psnr_fp:.1f} dB to {REFERENCE}"] if row and row.psnr_fp is not None else []
         alt = f"{count} images by {name} ({summary_of(name) or 'a variant'}), from the same seeds as the other rows"
-        found.append(
+        rendered.append(
             {
                 "name": name,
                 "what": summary_of(name),
@@ -236,21 +236,21 @@ def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, 
                 "alt": alt,
             }
         )
-    return found
+    return rendered
 
 
 def spread(timing: Timing | None) -> str:
     """Text of a timing's distribution."""
     if timing is None:
         return ""
-    quartiles = f"{number(timing.lower_quartile_ms, 3)} to {number(timing.upper_quartile_ms, 3)}"
+    quartiles = f"{number_text(timing.lower_quartile_ms, 3)} to {number_text(timing.upper_quartile_ms, 3)}"
     return (
-        f"median of {timing.runs} runs {number(timing.median_ms, 3)} ms, quartiles {quartiles}, minimum "
-        f"{number(timing.minimum_ms, 3)}"
+        f"median of {timing.runs} runs {number_text(timing.median_ms, 3)} ms, quartiles {quartiles}, minimum "
+        f"{number_text(timing.minimum_ms, 3)}"
     )
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number_text(value: float | None, digits: int = 3) -> str:
     """Text of a measurement with ``digits`` significant digits; an unknown value is a dash.
 
     Exponents are used only below 1e-3 and from 1e6.

@@ -244,8 +244,8 @@ class Report:
 
 def unsteady_variants(latency: Mapping[str, Timing]) -> frozenset[str]:
     """Variants with an unsteady timing, and variants that share the timing of one of them."""
-    found = {name for name, timing in latency.items() if timing.unsteady}
-    return frozenset(found | {name for name, spec in VARIANTS.items() if spec.timed_as in found})
+    unsteady = {name for name, timing in latency.items() if timing.unsteady}
+    return frozenset(unsteady | {name for name, spec in VARIANTS.items() if spec.timed_as in unsteady})
 
 
 def target(

@@ -66,12 +66,16 @@ def from_json(document: Mapping[str, Any], where: str = REPORT_FILE) -> tuple[Re
     """
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ModelError(f"{where}: schema_version: got {version!r}; this version of pqcad-qat reads {SCHEMA_VERSION}")
+        raise ModelError(
+            f"{where}: schema_version: got {version!r}; allowed {SCHEMA_VERSION}, which this version of pqcad-qat reads"
+        )
     try:
         return _REPORT.validate_python(document), _CURVES.validate_python(document.get("curves", {}))
     except ValidationError as error:
         faults = [
-            f"{where}: {'.'.join(map(str, e['loc']))}: got {_short(e['input'])}; {e['msg']}" for e in error.errors()
+            f"{where}: {'.'.join(map(str, fault['loc']))}: got {_short(fault['input'])}; "
+            f"allowed a value that fits: {fault['msg']}"
+            for fault in error.errors()
         ]
         raise ModelError("\n".join(faults)) from None
 
@@ -99,17 +103,17 @@ def read_record(folder: Path) -> tuple[Report, Curves]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; a finished run leaves one") from None
+        raise ModelError(f"{path}: got no such file; allowed the folder of a finished run, which holds it") from None
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from None
+        raise ModelError(f"{path}: got a file that cannot be read as JSON: {error}; allowed a run's report") from None
     if not isinstance(document, dict):
-        raise ModelError(f"{path}: must hold a JSON object; got {type(document).__name__}")
+        raise ModelError(f"{path}: got a JSON {type(document).__name__}; allowed an object, a run's report")
     return from_json(document, str(path))
 
 
 def _dump(adapter: TypeAdapter[Any], value: object) -> dict[str, Any]:
     dumped: dict[str, Any] = adapter.dump_python(
-        value, mode="json", by_alias=True, warnings=False, fallback=lambda number: number.item()
+        value, mode="json", by_alias=True, warnings=False, fallback=lambda scalar: scalar.item()
     )
     return dumped
 

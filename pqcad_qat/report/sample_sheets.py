@@ -36,19 +36,18 @@ def ordered(samples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     shapes = {name: array.shape for name, array in images.items()}
     if len(set(shapes.values())) > 1:
         raise ModelError(
-            f"samples of all variants must have one shape, for they come from the same seeds; got {shapes}"
+            f"samples: got the shapes {shapes}; allowed one shape for all variants, for they come from the same seeds"
         )
     return images
 
 
 def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
     if images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
-        raise ModelError(f"samples of {name} must be (K, C, H, W) with K at least 1 and C 1 or 3; got {images.shape}")
+        raise ModelError(f"samples of {name}: got {images.shape}; allowed (K, C, H, W) with K at least 1 and C 1 or 3")
     if images.dtype != np.uint8:
         if not np.isfinite(images).all():
-            raise ModelError(
-                f"samples of {name} must be finite; got {np.count_nonzero(~np.isfinite(images))} values that are not"
-            )
+            count = np.count_nonzero(~np.isfinite(images))
+            raise ModelError(f"samples of {name}: got {count} values that are not finite; allowed finite values")
         images = np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
     return np.broadcast_to(images.transpose(0, 2, 3, 1), (len(images), *images.shape[2:], 3))
 

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity
 from pqcad_qat.report.canvas import COLOURS, canvas
-from pqcad_qat.report.page import TIMES, number, page_template
+from pqcad_qat.report.page import TIMES, number_text, page_template
 from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 1
@@ -131,13 +131,13 @@ def assignment_rows(report: SensitivityReport) -> list[list[str]]:
     return [
         [
             name,
-            number(mean_bits(report, found)),
-            f"{found.bytes / 1e6:.2f}",
-            f"{found.bytes / report.full_bytes:.3f}",
-            decibels(found.predicted),
-            decibels(found.error),
+            number_text(mean_bits(report, assignment)),
+            f"{assignment.bytes / 1e6:.2f}",
+            f"{assignment.bytes / report.full_bytes:.3f}",
+            decibels(assignment.predicted),
+            decibels(assignment.error),
         ]
-        for name, found in report.assignments.items()
+        for name, assignment in report.assignments.items()
     ]
 
 

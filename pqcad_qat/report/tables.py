@@ -112,8 +112,8 @@ def result_table(report: Report, folder: Path) -> TerminalTable:
     for row in report.variants:
         bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
         megabytes = None if row.size_bytes is None else row.size_bytes / 1e6
-        numbers = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, megabytes]
-        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
+        figures = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, megabytes]
+        cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
         cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
         table.add_row(row.name, bits, str(row.steps), *cells)
     return table
@@ -192,24 +192,24 @@ def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Te
     return table
 
 
-def stages_table(found: Rehearsal) -> TerminalTable:
+def stages_table(rehearsal: Rehearsal) -> TerminalTable:
     """Table of the cost of each stage of a rehearsal, and below it the results."""
-    title = f"{found.model}: {found.parameters / 1e6:,.1f} million parameters, {found.policy}"
+    title = f"{rehearsal.model}: {rehearsal.parameters / 1e6:,.1f} million parameters, {rehearsal.policy}"
     table = TerminalTable("stage", title=title, box=box.SIMPLE_HEAD)
     for heading in ("seconds", "MB at the peak", "MB kept"):
         table.add_column(heading, justify="right")
-    for cost in found.stages:
+    for cost in rehearsal.stages:
         bytes_of_stage = (_megabytes(value) for value in (cost.peak_bytes, cost.kept_bytes))
         table.add_row(cost.name, f"{cost.seconds:.1f}", *bytes_of_stage)
-    table.add_row("all", f"{sum(cost.seconds for cost in found.stages):.1f}", _megabytes(found.peak_bytes), "")
-    sizes = ", ".join(f"{name} {_megabytes(size)} MB" for name, size in found.sizes.items())
+    table.add_row("all", f"{sum(cost.seconds for cost in rehearsal.stages):.1f}", _megabytes(rehearsal.peak_bytes), "")
+    sizes = ", ".join(f"{name} {_megabytes(size)} MB" for name, size in rehearsal.sizes.items())
     layers = (
-        f"{found.executed_int8} of {found.planned} planned layers ran in INT8, {found.exact} with exactly "
+        f"{rehearsal.executed_int8} of {rehearsal.planned} planned layers ran in INT8, {rehearsal.exact} with exactly "
         "PyTorch's integers"
     )
-    if found.attention:
-        integer = sum(each in INT8 for each in found.attention.values())
-        layers += f"; both products of attention in {integer} of {len(found.attention)}"
+    if rehearsal.attention:
+        integer = sum(each in INT8 for each in rehearsal.attention.values())
+        layers += f"; both products of attention in {integer} of {len(rehearsal.attention)}"
     table.caption, table.caption_justify = f"{layers}\n{sizes}", "left"
     return table
 

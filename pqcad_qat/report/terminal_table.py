@@ -45,8 +45,8 @@ class TerminalTable(Table):
             yield Text(str(self.title), "italic")
         headings = [_plain(column.header) for column in self.columns]
         for row, cells in zip(self.rows, zip(*(column.cells for column in self.columns), strict=True), strict=True):
-            first, *others = map(_plain, cells)
-            pairs = zip(headings[1:], others, strict=True)
+            first, *rest = map(_plain, cells)
+            pairs = zip(headings[1:], rest, strict=True)
             yield Text(f"{headings[0]} {first}".strip(), f"bold {row.style or ''}".strip())
             yield Padding(Text("; ".join(f"{heading} {cell}" for heading, cell in pairs if cell)), (0, 0, 0, 2))
         if self.caption:
@@ -56,8 +56,8 @@ class TerminalTable(Table):
 def _range(console: Console, options: ConsoleOptions, column: Column) -> tuple[int, int]:
     """Smallest and largest number of terminal columns that a column of the table needs."""
     cells = [column.header, *column.cells]
-    found = [Measurement.get(console, options.update(max_width=10_000), cell) for cell in cells]
-    return max(each.minimum for each in found), max(each.maximum for each in found)
+    measurements = [Measurement.get(console, options.update(max_width=10_000), cell) for cell in cells]
+    return max(each.minimum for each in measurements), max(each.maximum for each in measurements)
 
 
 def _plain(cell: object) -> str:

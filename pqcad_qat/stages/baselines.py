@@ -62,11 +62,13 @@ def _attempts(
     policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet
 ) -> dict[str, Callable[[], object]]:
     machine = hardware()
-    found: dict[str, Callable[[], object]] = {}
+    attempts: dict[str, Callable[[], object]] = {}
     for name in (name for name in PRECISIONS if native(name, machine)):
-        found[name] = partial(_try_float, policy, prepared, run, calibration, ways=ways_of(name, machine, sampled=True))
+        attempts[name] = partial(
+            _try_float, policy, prepared, run, calibration, ways=ways_of(name, machine, sampled=True)
+        )
     return {
-        **found,
+        **attempts,
         NNCF_INT8: partial(
             _make_nncf, policy, prepared, run, calibration, ways=ways_of(NNCF_INT8, machine, sampled=True)
         ),
@@ -113,8 +115,8 @@ def _make_nncf(
     def make(folder: Path) -> None:
         batch = policy.export.batch_size
         inputs = [
-            {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in given.items()}}
-            for x, t, given in calibration.inputs(BASELINE_INPUTS * batch, batch)
+            {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in condition.items()}}
+            for x, t, condition in calibration.inputs(BASELINE_INPUTS * batch, batch)
         ]
         nncf_baseline(file, inputs, folder, ways)
 
@@ -140,7 +142,7 @@ def runnable(policy: Policy, run: RunFolder) -> tuple[str, ...]:
 
 def openvino_files(policy: Policy, run: RunFolder) -> dict[str, Path]:
     """Variant -> path of the file or folder that OpenVINO runs, for the variants that are made and can run."""
-    found = {name: run.path / file for name in runnable(policy, run) if (file := VARIANTS[name].file)}
+    files = {name: run.path / file for name in runnable(policy, run) if (file := VARIANTS[name].file)}
     return {
-        name: file / XML_FILE if VARIANTS[name].weights_from == "baselines" else file for name, file in found.items()
+        name: file / XML_FILE if VARIANTS[name].weights_from == "baselines" else file for name, file in files.items()
     }

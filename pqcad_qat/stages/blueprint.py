@@ -89,5 +89,5 @@ def noise_attention(model: DiffusionModel, quantization: QuantizationPolicy) -> 
 
 def _batches(inputs: DenoiserInput, sizes: Sequence[int]) -> list[DenoiserInput]:
     x_t, t, condition = inputs
-    parts = [torch.split(value, list(sizes)) for value in (x_t, t, *condition.values())]
-    return [(x, steps, dict(zip(condition, rest, strict=True))) for x, steps, *rest in zip(*parts, strict=True)]
+    pieces = [torch.split(value, list(sizes)) for value in (x_t, t, *condition.values())]
+    return [(x, steps, dict(zip(condition, rest, strict=True))) for x, steps, *rest in zip(*pieces, strict=True)]

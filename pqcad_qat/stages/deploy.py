@@ -6,7 +6,7 @@ Not here: how a folder is written and verified (export/), and how it is timed (t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.part_export import PartsToDeploy
 from pqcad_qat.export.part_proof import part_parity
-from pqcad_qat.export.proof import end_to_end_psnr, layer_parity
+from pqcad_qat.export.proof import ParityReport, end_to_end_psnr, layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working
@@ -73,85 +73,118 @@ def export(
     with run.stage("export") as stage:
         if not stage.new:
             return
-        model = prepared.model
-        steps = policy.distillation.student_steps
-        scheduler = {
-            **written_out(model.scheduler_config, prepared.student_schedule(policy)),
-            STEPS: steps,
-            **_guidance(policy, prepared),
-        }
-        plan, split = prepared.plan, prepared.split
-        with room_for(run.path / "student", 2 * expected_bytes(split, (), packed=False)):
-            save_quantized(
-                run.path / "student",
-                student,
-                plan,
-                policy.quantization.split_shortcuts,
-                scheduler_config=scheduler,
-                steps=steps,
-            )
-        layers = integer_layers(student)
-        conditions = exported_inputs(model.condition_inputs, prepared.conditions)
-        deployed_parts = _parts(prepared, calibration, conditions)
-        provenance = {
-            "policy": policy.name,
-            "model": model.source,
-            "model_digest": model.digest,
-            "sampler": prepared.schedule.sampler,
-            "sampling_steps": steps,
-            "full_precision_steps": policy.sampler.steps,
-            "training_seed": policy.training.seed,
-            **_guidance(policy, prepared),
-        }
-
-        request = ExportRequest(
-            model=student,
-            scheduler_config=scheduler,
-            layers=layers,
-            sample_shape=prepared.model.sample_shape,
-            batch_size=policy.export.batch_size,
-            provenance=provenance,
-            conditions=conditions,
-            visited=calibration.timesteps,
-            attention=_attention(policy, console, calibration, student),
-            pipeline_parts=deployed_parts,
+        scheduler = _student_scheduler(policy, prepared)
+        _save_student(policy, prepared, student, scheduler, folder=run.path / "student")
+        request = _export_request(
+            policy, prepared, console, calibration=calibration, student=student, scheduler=scheduler
         )
-
-        def write(request: ExportRequest, folder: Path, weights: WeightFormat) -> None:
-            with room_for(folder, expected_bytes(split, plan, packed=weights != "int8")):
-                export_model(request, folder, weights)
-
-        shipped = run.path / "openvino"
+        deployed = request.pipeline_parts
+        shipped, packed = run.path / "openvino", run.path / "baselines" / "packed"
         with working(console, "export: writing and verifying the OpenVINO folder"):
-            write(request, shipped, policy.export.weights)
-            write(replace(request, pipeline_parts=None), run.path / "baselines" / "packed", "packed")
+            _write(request, prepared, shipped, policy.export.weights)
+            _write(replace(request, pipeline_parts=None), prepared, packed, "packed")
             # The proofs read the shipped folder, not the model in memory. The execution graph must show the planned
             # layers in INT8, except those that the policy lists. Then each layer's integers are compared with PyTorch's
             # on equal inputs, and the predictions are compared end to end.
-            executed = execution_precision(shipped, layers)
+            executed = execution_precision(shipped, request.layers)
             refuse_float(prepared.plan, executed, shipped)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
             with recorded_inputs(student, states, run.path) as inputs:
-                parity = layer_parity(shipped, layers, inputs)
+                parity = layer_parity(shipped, request.layers, inputs)
             psnr = _end_to_end(shipped, student, calibration)
         stage.done(
             ExportRecord(
                 precisions=dict(executed.precisions),
                 attention=dict(executed.attention),
                 inference_precision=executed.inference_precision,
-                needs_vnni=tuple(name for name, layer in layers.items() if needs_vnni(layer)),
-                parity=IntegerParity(
-                    layers_checked=parity.layers_checked,
-                    layers_exact=parity.layers_exact,
-                    worst_layer=parity.worst_layer,
-                    worst_error=parity.worst_error,
-                    exact={layer.name: layer.exact for layer in parity.layers},
-                ),
+                needs_vnni=tuple(name for name, layer in request.layers.items() if needs_vnni(layer)),
+                parity=_integer_parity(parity),
                 end_to_end_psnr=psnr,
-                parts=() if deployed_parts is None else part_parity(deployed_parts, shipped),
-                packed_bytes=size_bytes(run.path / "baselines" / "packed"),
+                parts=() if deployed is None else part_parity(deployed, shipped),
+                packed_bytes=size_bytes(packed),
             )
         )
+
+
+def _student_scheduler(policy: Policy, prepared: Prepared) -> dict[str, Any]:
+    """Scheduler config of the student: its noise schedule written out, its sampling steps and its guidance."""
+    return {
+        **written_out(prepared.model.scheduler_config, prepared.student_schedule(policy)),
+        STEPS: policy.distillation.student_steps,
+        **_guidance(policy, prepared),
+    }
+
+
+def _save_student(
+    policy: Policy, prepared: Prepared, student: nn.Module, scheduler: Mapping[str, Any], *, folder: Path
+) -> None:
+    """Write the student as a PyTorch folder with its exact quantizers."""
+    with room_for(folder, 2 * expected_bytes(prepared.split, (), packed=False)):
+        save_quantized(
+            folder,
+            student,
+            prepared.plan,
+            policy.quantization.split_shortcuts,
+            scheduler_config=scheduler,
+            steps=policy.distillation.student_steps,
+        )
+
+
+def _export_request(
+    policy: Policy,
+    prepared: Prepared,
+    console: Console,
+    *,
+    calibration: CalibrationSet,
+    student: nn.Module,
+    scheduler: Mapping[str, Any],
+) -> ExportRequest:
+    """Everything that an OpenVINO folder of the student is made from."""
+    model = prepared.model
+    layers = integer_layers(student)
+    conditions = exported_inputs(model.condition_inputs, prepared.conditions)
+    return ExportRequest(
+        model=student,
+        scheduler_config=scheduler,
+        layers=layers,
+        sample_shape=model.sample_shape,
+        batch_size=policy.export.batch_size,
+        provenance=_provenance(policy, prepared),
+        conditions=conditions,
+        visited=calibration.timesteps,
+        attention=_attention(policy, console, calibration, student),
+        pipeline_parts=_parts_to_deploy(prepared, calibration, conditions),
+    )
+
+
+def _provenance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
+    """Origin of the deployed model, as its manifest states it."""
+    return {
+        "policy": policy.name,
+        "model": prepared.model.source,
+        "model_digest": prepared.model.digest,
+        "sampler": prepared.schedule.sampler,
+        "sampling_steps": policy.distillation.student_steps,
+        "full_precision_steps": policy.sampler.steps,
+        "training_seed": policy.training.seed,
+        **_guidance(policy, prepared),
+    }
+
+
+def _write(request: ExportRequest, prepared: Prepared, folder: Path, weights: WeightFormat) -> None:
+    """Write one OpenVINO folder, if the disk has room for it."""
+    with room_for(folder, expected_bytes(prepared.split, prepared.plan, packed=weights != "int8")):
+        export_model(request, folder, weights)
+
+
+def _integer_parity(parity: ParityReport) -> IntegerParity:
+    return IntegerParity(
+        layers_checked=parity.layers_checked,
+        layers_exact=parity.layers_exact,
+        worst_layer=parity.worst_layer,
+        worst_error=parity.worst_error,
+        exact={layer.name: layer.exact for layer in parity.layers},
+    )
 
 
 def _guidance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
@@ -163,20 +196,22 @@ def _guidance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
     if not prepared.conditions.choices:
         return {}
     scale, null = policy.guidance_scale(PQCAD), prepared.conditions.null_class
-    told = {round(value, 4) for value in prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
+    embedded = {round(value, 4) for value in prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
     return (
         {GUIDANCE: scale}
         | ({} if null is None else {NULL_CLASS: null})
-        | ({EMBEDDED_GUIDANCE: told.pop()} if len(told) == 1 else {})
+        | ({EMBEDDED_GUIDANCE: embedded.pop()} if len(embedded) == 1 else {})
     )
 
 
-def _parts(
+def _parts_to_deploy(
     prepared: Prepared, calibration: CalibrationSet, conditions: Sequence[ConditionInput]
 ) -> PartsToDeploy | None:
-    """What stands beside the denoiser in the deployed folder."""
-    source, formats = prepared.parts, prepared.part_formats
-    return PartsToDeploy(source, formats, calibration.images, conditions) if source is not None and formats else None
+    """Pipeline parts that the deployed folder holds beside the denoiser; None if it holds the denoiser alone."""
+    pipeline, formats = prepared.pipeline, prepared.part_formats
+    if pipeline is None or not formats:
+        return None
+    return PartsToDeploy(pipeline, formats, calibration.images, conditions)
 
 
 def _attention(

@@ -87,7 +87,7 @@ def sample(
                 continue
             file = _images_file(run, name)
 
-            def make(folder: Path, parts: Path, name: str = name) -> None:
+            def make(folder: Path, batch_folder: Path, name: str = name) -> None:
                 _make_images(
                     policy,
                     prepared,
@@ -97,7 +97,7 @@ def sample(
                     calibration=calibration,
                     models=models,
                     folder=folder,
-                    parts=parts,
+                    batch_folder=batch_folder,
                 )
 
             # Shared images are made once in the shared folder, under a name derived from the recipe, then copied.
@@ -107,7 +107,7 @@ def sample(
                 with whole_file(file, (shared / file.name).stat().st_size) as draft:
                     shutil.copyfile(shared / file.name, draft)
             else:
-                make(file.parent, run.parts(sampling(name)))
+                make(file.parent, run.unfinished(sampling(name)))
             stage.done(SamplesRecord(policy.sampling_steps(name)))
 
 
@@ -125,12 +125,14 @@ def _make_images(
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
     folder: Path,
-    parts: Path,
+    batch_folder: Path,
 ) -> None:
     variant = _variant(policy, prepared, run, name, calibration=calibration, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
-        states = sample_states(variant, count, policy.evaluation.seed, batch, advance=advance, parts=parts)
+        states = sample_states(
+            variant, count, policy.evaluation.seed, batch, advance=advance, batch_folder=batch_folder
+        )
     samples = {"latents": states} if prepared.model.latent else {"images": to_uint8(states)}
     if (decode := decoder_of(prepared.model)) is not None:
         with working(console, f"sample {name}: decoding"):
@@ -192,13 +194,13 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
         full = samples[REFERENCE]
         with working(console, "evaluation: FID, PSNR, SSIM"):
             figures = {
-                name: evaluate_latents(found, full) if latent else evaluate_images(found, full, features)
-                for name, found in samples.items()
+                name: evaluate_latents(images, full) if latent else evaluate_images(images, full, features)
+                for name, images in samples.items()
             }
-        asked, protocol = policy.evaluation, None
+        section, protocol = policy.evaluation, None
         if features is not None:
             steps, sampler = policy.sampler.steps, prepared.schedule.sampler
-            protocol = fid_protocol(features, asked.images, sampler, steps, seed=asked.seed)
+            protocol = fid_protocol(features, section.images, sampler, steps, seed=section.seed)
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
         notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
         note = " ".join(note for note in notes if note)
@@ -252,8 +254,8 @@ def _images_file(run: RunFolder, name: str) -> Path:
 
 def _samples(run: RunFolder, name: str) -> Tensor:
     """Load a variant's images (uint8), or its latents (float32)."""
-    found: Mapping[str, Tensor] = load_file(_images_file(run, name))
-    return found["latents"] if "latents" in found else found["images"]
+    tensors: Mapping[str, Tensor] = load_file(_images_file(run, name))
+    return tensors["latents"] if "latents" in tensors else tensors["images"]
 
 
 def _pictures(samples: Mapping[str, Tensor], full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

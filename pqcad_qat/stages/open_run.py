@@ -72,11 +72,17 @@ def holds_run(path: Path, resume: bool) -> bool:
     """
     if (path / POLICY).exists():
         if not resume:
-            raise CheckpointError(f"{path}: holds a run already; --resume goes on with it, --out DIR starts another")
+            raise CheckpointError(
+                f"{path}: got a folder that holds a run already; allowed --resume, which goes on with it, "
+                "or --out DIR, which starts another"
+            )
         return True
     drafts = (f".{POLICY}.", f".{LAUNCH}.", LAUNCH)  # left by a run that was killed in its first second
     if path.is_dir() and any(not entry.name.startswith(drafts) for entry in path.iterdir()):
-        raise CheckpointError(f"{path}: not empty and not a run (no {POLICY} in it); --out DIR names another folder")
+        raise CheckpointError(
+            f"{path}: got a folder that is not empty and not a run, for it holds no {POLICY}; allowed a run, or a new "
+            "folder: --out DIR names another"
+        )
     return False
 
 
@@ -92,7 +98,9 @@ def _begin(path: Path, policy: Policy | PretrainPolicy, resume: bool, processes:
         write_file(launch, json.dumps({"processes": processes}))
         write_file(written, dump_policy(policy))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"{path}: got a folder that cannot be written: {error.strerror}; allowed another: --out DIR names it"
+        ) from error
     return None
 
 
@@ -131,12 +139,12 @@ def _go_on(
 def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], console: Console) -> None:
     """Print which stages are kept, which are repeated and why, and which have not begun."""
     stays = [stage for stage in folder.recipes if stage not in again and folder.begun(stage) is not None]
-    kept = [stage if folder.finished(stage) else f"{stage} (begun)" for stage in stays]
+    results_kept = [stage if folder.finished(stage) else f"{stage} (begun)" for stage in stays]
     new = [stage for stage in folder.recipes if stage not in again and stage not in stays]
     lines = [
         f"{folder.path}: going on" + (", under another policy:" if changes else ""),
         *(f"  - {change}" for change in changes),
-        f"  kept: {', '.join(kept) or 'nothing'}",
+        f"  kept: {', '.join(results_kept) or 'nothing'}",
         *([f"  again: {', '.join(f'{stage} ({reason})' for stage, reason in again.items())}"] if again else []),
         *([f"  to do: {', '.join(new)}"] if new else []),
     ]
@@ -152,16 +160,16 @@ def _as_by_default(policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
     return policy.model_copy(update={"evaluation": policy.evaluation.model_copy(update={"features": policy.features})})
 
 
-def _drop_warnings(told: Path, stage: str) -> None:
+def _drop_warnings(file: Path, stage: str) -> None:
     """Remove the stored warnings of a stage that is repeated."""
-    if told.exists():
-        messages: list[str] = json.loads(told.read_text(encoding="utf-8"))
-        left = [
+    if file.exists():
+        messages: list[str] = json.loads(file.read_text(encoding="utf-8"))
+        remaining = [
             message
             for message in messages
             if not message.startswith(f"{stage}: ") and f"checkpoints/{stage}/" not in message
         ]
-        write_file(told, json.dumps(left, indent=1))
+        write_file(file, json.dumps(remaining, indent=1))
 
 
 def _check_processes(launch: Path, processes: int) -> None:
@@ -178,12 +186,12 @@ def _check_processes(launch: Path, processes: int) -> None:
 
 
 def _drop_drafts(folder: RunFolder) -> None:
-    """Remove the parts of finished stages, and everything that a killed process had not yet moved into place.
+    """Remove unfinished work of finished stages, and everything that a killed process had not yet moved into place.
 
     Files and checkpoints in progress are named `.NAME.PID`, exports in progress `.NAME-RANDOM`.
     """
     for stage in (stage for stage in folder.recipes if folder.finished(stage)):
-        folder.drop_parts(stage)
+        folder.drop_unfinished(stage)
     for draft in [entry for entry in folder.path.rglob(".*") if DRAFT.fullmatch(entry.name)]:
         if draft.is_dir():
             shutil.rmtree(draft)
@@ -204,7 +212,10 @@ def _policy_there(written: Path, policy: Policy | PretrainPolicy) -> Policy | Pr
 
 def _changed(written: Path, changes: Sequence[str], why: str) -> str:
     listed = "\n".join(f"  - {change}" for change in changes)
-    return f"{written}: the policy has changed since this run began, so it cannot be resumed ({why}):\n{listed}"
+    return (
+        f"{written}: got a policy that has changed since this run began, so it cannot be resumed ({why}); "
+        f"allowed the same policy, without these changes:\n{listed}"
+    )
 
 
 @contextmanager
@@ -213,5 +224,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"{path}: another process is running this run") from None
+            raise CheckpointError(
+                f"{path}: got a run that another process is running; allowed one process at a time"
+            ) from None
         yield

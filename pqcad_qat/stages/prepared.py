@@ -55,7 +55,7 @@ class Prepared:
             elsewhere.
         plan: one entry for every layer that will be quantized.
         conditions: conditions that trajectories and images choose from.
-        parts: parts of the model's pipeline; None for a denoiser alone.
+        pipeline: parts of the model's pipeline; None for a denoiser alone.
         part_formats: part name -> format in which it is deployed, for the parts that are deployed.
     """
 
@@ -63,7 +63,7 @@ class Prepared:
     split: nn.Module
     plan: tuple[LayerPlan, ...]
     conditions: ConditionSet = field(default_factory=ConditionSet)
-    parts: PipelineParts | None = None
+    pipeline: PipelineParts | None = None
     part_formats: Mapping[str, PartFormat] = field(default_factory=dict)
 
     @property
@@ -104,9 +104,9 @@ def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = No
         planned = _planned(policy, model)
         conditions = chosen_conditions(conditioned(model), policy.conditions, store)
         check_guidance(policy.sampler.guidance_scale, conditions)
-        parts = pipeline_parts(model.folder)
-        formats = chosen_formats(parts, policy.pipeline.model_dump(), model.source)
-        return Prepared(model, *planned, conditions, parts, formats)
+        pipeline = pipeline_parts(model.folder)
+        formats = chosen_formats(pipeline, policy.pipeline.model_dump(), model.source)
+        return Prepared(model, *planned, conditions, pipeline, formats)
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
@@ -147,10 +147,10 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     """Make the plan after every check that is possible before training; `plan` and `run` both report these errors."""
     check_features(policy, model)
     check_time_table(model, check_steps(policy, model).train_timesteps)
-    parts = pipeline_parts(model.folder)
-    check_text_width(parts, model.condition_inputs)
-    if VAE in chosen_formats(parts, policy.pipeline.model_dump(), model.source, weights=False):
-        check_decoder(parts, model.sample_shape[0])
+    pipeline = pipeline_parts(model.folder)
+    check_text_width(pipeline, model.condition_inputs)
+    if VAE in chosen_formats(pipeline, policy.pipeline.model_dump(), model.source, weights=False):
+        check_decoder(pipeline, model.sample_shape[0])
     with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
         pass  # the call raises an error if the model cannot recompute activations
     if model.own:

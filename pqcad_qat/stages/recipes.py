@@ -60,18 +60,18 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
     """Stage -> recipe, for all stages that the policy's variants need, in the order in which they run."""
     table = _Table(policy, prepared)
     stages = stages_of(policy.evaluation.variants)
-    found = {"calibration": table.calibration()}
+    rows = {"calibration": table.calibration()}
     for name in QUANTIZATION_AWARE:
         if name in stages:
-            found[name] = table.quantization_aware(name)
+            rows[name] = table.quantization_aware(name)
     for name in STUDENTS:
         if name in stages:
-            found |= table.distilled(name)
+            rows |= table.distilled(name)
     for name, stage in (("export", table.export), ("baselines", table.baselines), ("benchmark", table.benchmark)):
         if name in stages:
-            found[name] = stage()
-    found |= {sampling(name): table.samples(name) for name in sampled(policy)}
-    return {**found, "evaluation": table.evaluation()}
+            rows[name] = stage()
+    rows |= {sampling(name): table.samples(name) for name in sampled(policy)}
+    return {**rows, "evaluation": table.evaluation()}
 
 
 def trained_paths(stage: str) -> tuple[str, ...]:
@@ -201,8 +201,8 @@ class _Table:
             "sampler.guidance_scale": self.policy.guidance_scale(variant),
             **self.section("evaluation", "variants", "features"),
         }
-        if (parts := self.prepared.parts) is not None and decoder_of(self.prepared.model) is not None:
-            values["decoder"] = parts.digest(VAE)
+        if (pipeline := self.prepared.pipeline) is not None and decoder_of(self.prepared.model) is not None:
+            values["decoder"] = pipeline.digest(VAE)
         if spec.weights_from is None:
             values["model"] = self.prepared.model.digest
         if spec.weights_from == "calibration":

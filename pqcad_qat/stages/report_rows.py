@@ -178,23 +178,23 @@ def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
 
 
 def _parity(export: ExportRecord) -> Parity:
-    found = export.parity
+    integers = export.parity
     return Parity(
-        layers_checked=found.layers_checked,
-        layers_exact=found.layers_exact,
-        worst_layer=found.worst_layer,
-        worst_error=found.worst_error,
+        layers_checked=integers.layers_checked,
+        layers_exact=integers.layers_exact,
+        worst_layer=integers.worst_layer,
+        worst_error=integers.worst_error,
         end_to_end_psnr=export.end_to_end_psnr,
     )
 
 
 def _execution(facts: RunFacts, export: ExportRecord) -> Execution:
     integer = [name for name, precision in export.precisions.items() if precision in INT8]
-    left = (*(name for name in export.precisions if name not in integer), *float_layers(facts.model, facts.plan))
+    in_float = (*(name for name in export.precisions if name not in integer), *float_layers(facts.model, facts.plan))
     return Execution(
         planned=len(export.precisions),
         executed_int8=len(integer),
-        float_layers=left,
+        float_layers=in_float,
         needs_vnni=export.needs_vnni,
         attention=export.attention,
     )
@@ -210,7 +210,7 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
         yield target(
             "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, unit="layers"
         )
-    asked = made(facts.policy.evaluation.variants)
+    variants = made(facts.policy.evaluation.variants)
     low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
     comparisons = (
         (PQCAD_OPENVINO, OV_BF16, "latency_ms_per_image", 0.45),
@@ -221,31 +221,31 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
         (PQCAD, PQ_DISTILLED, "fid_real", CLEARLY),
         (PQ, FIXED_BIT, "fid_real", CLEARLY if low else SAME),
     )
-    for one, other, figure, bound in comparisons:
+    for variant, against, figure, bound in comparisons:
         measurable = figure != "fid_real" or facts.evaluation.protocol is not None
-        if one in asked and other in asked and measurable:
-            note = _why_not(facts, rows, one, other, figure=figure)
-            measured = None if note else _ratio(rows, one, other, figure)
-            yield target(f"{FIGURES[figure]}: {one} / {other}", measured, "<=", bound, unit="x", note=note)
+        if variant in variants and against in variants and measurable:
+            note = _why_not(facts, rows, variant, against, figure=figure)
+            measured = None if note else _ratio(rows, variant, against, figure)
+            yield target(f"{FIGURES[figure]}: {variant} / {against}", measured, "<=", bound, unit="x", note=note)
     if facts.export and facts.benchmark:
         packed = facts.export.packed_bytes / facts.benchmark.sizes[FP32]
         yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, unit="x")
 
 
-def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], one: str, other: str, *, figure: str) -> str:
+def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], variant: str, against: str, *, figure: str) -> str:
     """Reason why two variants cannot be compared; empty if they can."""
-    if other not in rows:
+    if against not in rows:
         return "BF16 is not native on this CPU"
-    if dead := [name for name in (one, other) if rows[name].did_not_run]:
+    if dead := [name for name in (variant, against) if rows[name].did_not_run]:
         return f"{' and '.join(dead)} did not run"
     unsteady = unsteady_variants(facts.benchmark.timings) if facts.benchmark and figure in TIMES else frozenset()
-    if wide := [name for name in (one, other) if name in unsteady]:
+    if wide := [name for name in (variant, against) if name in unsteady]:
         return f"the times of {' and '.join(wide)} are {UNSTEADY}: their quartiles lie too far apart"
     return ""
 
 
-def _ratio(rows: Mapping[str, VariantRow], one: str, other: str, figure: str) -> float | None:
-    values = [getattr(rows[name], figure) if name in rows else None for name in (one, other)]
+def _ratio(rows: Mapping[str, VariantRow], variant: str, against: str, figure: str) -> float | None:
+    values = [getattr(rows[name], figure) if name in rows else None for name in (variant, against)]
     return None if values[0] is None or not values[1] else float(values[0] / values[1])
 
 

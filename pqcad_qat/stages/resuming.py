@@ -43,10 +43,10 @@ def record_of(recipes: Recipes, stage: str) -> dict[str, Any]:
     """
     recipe = recipes[stage]
     after = {name: content_digest(_compared(record_of(recipes, name))) for name in recipe.after}
-    found: dict[str, Any] = json.loads(
+    record: dict[str, Any] = json.loads(
         json.dumps({"values": recipe.values, "after": after, "circumstances": recipe.circumstances})
     )
-    return found
+    return record
 
 
 def decides(recipes: Recipes, stage: str) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def reason_to_repeat(there: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     # Circumstances are not compared.
     was, values = there["values"], now["values"]
     keys = [key for key in {**was, **values} if was.get(key) != values.get(key)]
-    told = [f"{key} {_short(was.get(key))} -> {_short(values.get(key))}" for key in keys]
+    changes = [f"{key} {_short(was.get(key))} -> {_short(values.get(key))}" for key in keys]
     behind = [name for name, digest in now["after"].items() if there["after"].get(name) != digest]
     # If all of that agrees, the only difference left is a stage that was read before and is not read now.
-    if told or behind or there["after"] == now["after"]:
-        return ", ".join(told) or (f"after {', '.join(behind)}" if behind else None)
+    if changes or behind or there["after"] == now["after"]:
+        return ", ".join(changes) or (f"after {', '.join(behind)}" if behind else None)
     return "it reads fewer stages"
 
 

@@ -34,7 +34,9 @@ WARNINGS = "warnings.json"
 SUPERSEDED = "superseded"
 """Name of the folder for what was trained under a policy that the run no longer has."""
 
-_DAMAGED = "{}: damaged: {}; delete it and --resume does this stage again"
+_DAMAGED = (
+    "{}: got a damaged file: {}; allowed what the stage wrote: delete the file, and --resume does the stage again"
+)
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,14 @@ class RunFolder:
         listed = [marker for marker in markers if not self.recipes or marker.stem in self.recipes]
         return {marker.stem: read_marker(marker)["seconds"] for marker in listed}
 
-    def parts(self, stage: str) -> Path:
-        """Folder in which a stage keeps intermediate results that survive a killed process, until the stage is done."""
+    def unfinished(self, stage: str) -> Path:
+        """Folder of a stage's results so far: they survive a killed process, and are dropped once the stage is done."""
         return self.path / ".parts" / stage
 
-    def drop_parts(self, stage: str) -> None:
-        shutil.rmtree(self.parts(stage), ignore_errors=True)
-        with suppress(OSError):  # parts of other stages are still there
-            self.parts(stage).parent.rmdir()
+    def drop_unfinished(self, stage: str) -> None:
+        shutil.rmtree(self.unfinished(stage), ignore_errors=True)
+        with suppress(OSError):  # that of other stages is still there
+            self.unfinished(stage).parent.rmdir()
 
     @contextmanager
     def stage(self, name: str, together: bool = False) -> Iterator[Stage]:
@@ -141,7 +143,7 @@ class RunFolder:
                 yield stage
                 if first and stage.new and stage.record is not None:
                     self.finish(name, time.perf_counter() - start, stage.record)
-                    self.drop_parts(name)
+                    self.drop_unfinished(name)
         if works and not together:
             with agreed():
                 pass  # wait until the others have read the results
@@ -163,22 +165,22 @@ class RunFolder:
 
     def outdated(self) -> dict[str, str]:
         """Stages that were begun by another recipe than the current policy's, each with the reason to repeat it."""
-        found = {}
+        reasons = {}
         for stage in self.recipes:
             there = self.begun(stage)
             if there is not None and (reason := reason_to_repeat(there, record_of(self.recipes, stage))) is not None:
-                found[stage] = reason
-        return found
+                reasons[stage] = reason
+        return reasons
 
     def unrecorded(self) -> list[str]:
         """Stages begun by a version of this package that did not record recipes."""
-        left = {
+        traces = {
             stage: [self._marker(stage), *(self.path / name for name in recipe.trained)]
             for stage, recipe in self.recipes.items()
         }
         return [
             stage
-            for stage, paths in left.items()
+            for stage, paths in traces.items()
             if any(path.exists() for path in paths) and not self._record(stage).exists()
         ]
 
@@ -198,13 +200,13 @@ class RunFolder:
         there = [self.path / name for name in trained if (self.path / name).exists()]
         if not there:
             marker.unlink(missing_ok=True)
-            self.drop_parts(stage)
+            self.drop_unfinished(stage)
             record.unlink()
             return None
         # The marker moves first, so that an interrupted move never leaves a stage that counts as finished without its
         # files.
-        numbers = (self.path / SUPERSEDED / f"{stage}-{number}" for number in range(1, 1_000_000))
-        to = next(folder for folder in numbers if not folder.exists())
+        places = (self.path / SUPERSEDED / f"{stage}-{index}" for index in range(1, 1_000_000))
+        to = next(folder for folder in places if not folder.exists())
         for path in [marker, *there, record]:
             if path.exists():
                 (to / path.relative_to(self.path)).parent.mkdir(parents=True, exist_ok=True)
@@ -229,15 +231,15 @@ class RunFolder:
 
     def warnings(self) -> list[str]:
         """Warnings shown so far, also by earlier processes of the run."""
-        told = self.path / WARNINGS
-        found: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.exists() else []
-        return found
+        file = self.path / WARNINGS
+        messages: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return messages
 
     def warn(self, message: str, console: Console) -> None:
         """Show a warning and store it, unless this run has already shown it, possibly in an earlier process."""
-        told = self.warnings()
-        if message not in told:
-            write_file(self.path / WARNINGS, json.dumps([*told, message], indent=1))
+        earlier = self.warnings()
+        if message not in earlier:
+            write_file(self.path / WARNINGS, json.dumps([*earlier, message], indent=1))
             console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
     def _marker(self, stage: str) -> Path:
@@ -249,7 +251,7 @@ class RunFolder:
 
 def read_marker(marker: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(_DAMAGED.format(marker, error)) from error
-    return found
+    return content

@@ -104,9 +104,9 @@ def pytorch_variant(
     @torch.no_grad()
     def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
         with frozen_weights(denoiser):
-            given = {name: torch.from_numpy(value) for name, value in condition.items()}
-            found: Float32 = predict(denoiser, torch.from_numpy(x_t), t, given).numpy()
-            return found
+            tensors = {name: torch.from_numpy(value) for name, value in condition.items()}
+            prediction: Float32 = predict(denoiser, torch.from_numpy(x_t), t, tensors).numpy()
+            return prediction
 
     return Sampler(name, "pytorch", call, schedule, steps, sample_shape)
 
@@ -134,15 +134,15 @@ def openvino_file_variant(
     request = compile_for_latency(xml, {}).create_infer_request()
 
     def call(x_t: Float32, t: float, condition: NumpyCondition) -> Float32:
-        parts = []
+        predictions = []
         for first in range(0, len(x_t), batch_size):
             count = min(batch_size, len(x_t) - first)
             # the file has a fixed batch: repeat the last sample to fill the last batch
             rows = np.minimum(np.arange(first, first + batch_size), first + count - 1)
             named = {"sample": x_t[rows], **{name: value[rows] for name, value in condition.items()}}
             request.infer({**named, "timestep": np.full(batch_size, t, schedule.timestep_dtype)})
-            parts.append(np.array(request.get_output_tensor(0).data[:count]))
-        return np.concatenate(parts)
+            predictions.append(np.array(request.get_output_tensor(0).data[:count]))
+        return np.concatenate(predictions)
 
     return Sampler(name, "openvino", call, schedule, steps, sample_shape)
 
@@ -167,11 +167,11 @@ def open_folder(
     Raises:
         ModelError: the folder is none of these, or its model takes other conditions.
     """
-    variant, asked, scheduler = _opened(source, steps, own)
+    variant, takes, scheduler = _opened(source, steps, own)
     section = conditions or ConditionsPolicy()
     if section.unconditional_class is None:
         section = section.model_copy(update={"unconditional_class": scheduler.get(NULL_CLASS)})
-    chosen, scale = chosen_conditions(asked, section), guidance_scale or scheduler.get(GUIDANCE, 1.0)
+    chosen, scale = chosen_conditions(takes, section), guidance_scale or scheduler.get(GUIDANCE, 1.0)
     check_guidance(scale, chosen)
     return replace(variant, conditions=chosen, guidance_scale=scale)
 
@@ -206,12 +206,12 @@ def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
 
     The result is None if the model does not make latents or has no VAE.
     """
-    parts = pipeline_parts(model.folder)
-    if parts is None or not model.latent or not parts.has(VAE):
+    pipeline = pipeline_parts(model.folder)
+    if pipeline is None or not model.latent or not pipeline.has(VAE):
         return None
 
     def decode(latents: Float32) -> Float32:
-        pictures: Float32 = decoded(parts.load(VAE), torch.from_numpy(latents)).numpy()
+        pictures: Float32 = decoded(pipeline.load(VAE), torch.from_numpy(latents)).numpy()
         return pictures
 
     return decode
@@ -231,13 +231,13 @@ def sample_states(
     batch_size: int,
     *,
     advance: Callable[[int], None] = lambda _: None,
-    parts: Path | None = None,
+    batch_folder: Path | None = None,
 ) -> Tensor:
     """Sample float32 x_0 (count, C, H, W) from a seed.
 
     Sample k starts from the same noise and condition for every variant and batch size. `advance` is called after every
-    sampling step with the number of images in the batch. `parts` is a folder that keeps finished batches, from which a
-    later process resumes.
+    sampling step with the number of images in the batch. `batch_folder` keeps finished batches, so that a later
+    process resumes after them.
     """
 
     def batches(done: int) -> Iterator[dict[str, Tensor]]:
@@ -245,9 +245,9 @@ def sample_states(
             advance(done * variant.steps)
         for first in range(done, count, batch_size):
             noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
-            chosen, other = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
+            chosen, null = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
             condition, unconditional = (
-                {name: value.numpy() for name, value in part.items()} for part in (chosen, other)
+                {name: value.numpy() for name, value in tensors.items()} for tensors in (chosen, null)
             )
             x_0, follow = noise, guided_call(variant.predict, condition, unconditional, variant.guidance_scale)
             for step in trajectory(follow, noise, variant.schedule, variant.steps):
@@ -255,4 +255,4 @@ def sample_states(
                 advance(len(noise))
             yield {"states": torch.from_numpy(x_0)}
 
-    return gathered(parts, count, batches, f"sampling {variant.name}: images")["states"]
+    return gathered(batch_folder, count, batches, f"sampling {variant.name}: images")["states"]

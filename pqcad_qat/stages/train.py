@@ -80,7 +80,7 @@ def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
         if is_first():
             _keep_embeddings(policy, prepared, run, stage.new)
         store = run.path.parent / CALIBRATION
-        found, folder = calibration_set(
+        calibration, folder = calibration_set(
             prepared.model,
             recipe,
             policy.calibration.batch_size,
@@ -91,7 +91,7 @@ def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
         if is_first():
             run.link("calibration", folder)
         stage.done(CalibrationRecord(folder.name))
-    return found
+    return calibration
 
 
 def _keep_embeddings(policy: Policy, prepared: Prepared, run: RunFolder, anew: bool) -> None:
@@ -196,8 +196,8 @@ def _targets(
         if stage.new:
             calls, scale = policy.calibration.trajectories * steps, policy.guidance_scale(PQ)
             with counting(console, name, calls) as advance, frozen_weights(teacher.eval()):
-                batch, parts = policy.calibration.batch_size, run.parts(name)
-                found = distillation_set(
+                batch, batch_folder = policy.calibration.batch_size, run.unfinished(name)
+                targets = distillation_set(
                     teacher,
                     calibration,
                     prepared.schedule,
@@ -206,10 +206,10 @@ def _targets(
                     batch_size=batch,
                     advance=advance,
                     guidance_scale=scale,
-                    parts_folder=parts,
+                    parts_folder=batch_folder,
                     stage=name,
                 )
-            save_tensors({key: value for key, value in vars(found).items() if value is not None}, file)
+            save_tensors({key: value for key, value in vars(targets).items() if value is not None}, file)
             stage.done()
     return DistillationSet(**load_file(file))
 

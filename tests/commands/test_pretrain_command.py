@@ -203,7 +203,7 @@ def test_a_finished_run_that_goes_on_with_checkpoints_at_other_steps_trains_noth
 
 
 def test_a_model_that_diffusers_refuses_is_the_policys_fault_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PqcadError, match="model: got what diffusers makes no UNet2DModel of"):
+    with pytest.raises(PqcadError, match="model: got a config that diffusers refuses"):
         pretrain(tiny("model.block_out_channels=[8]"), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 

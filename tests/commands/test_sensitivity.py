@@ -196,7 +196,7 @@ def test_a_size_that_no_widths_have_is_refused_before_anything_is_measured(measu
 
 
 def test_a_limit_is_a_share_or_megabytes() -> None:
-    assert [Limit(number, unit).of(1000) for number, unit in ((0.25, "x"), (0.5, "MB"))] == [250, 500_000]
+    assert [Limit(amount, unit).in_bytes(1000) for amount, unit in ((0.25, "x"), (0.5, "MB"))] == [250, 500_000]
 
 
 def test_terminal_and_page_show_every_layer_with_its_errors_and_width(chosen: tuple[SensitivityReport, str]) -> None:

@@ -179,7 +179,7 @@ def test_a_changed_study_is_refused_before_anything_is_run(copied: Swept) -> Non
             load_study(STUDY, [*copied.overrides, "progressive.steps=5"]), copied.folder, "again", Console(quiet=True)
         )
     assert str(caught.value).count("progressive.steps: was 4, now 5") == len(CELLS)
-    assert "--out DIR starts the study anew" in str(caught.value)
+    assert "--out DIR starts it anew" in str(caught.value)
     assert times(copied.folder) == before
 
 

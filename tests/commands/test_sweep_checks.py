@@ -50,7 +50,7 @@ def test_all_faults_of_all_cells_are_told_before_the_first_is_run(
     with pytest.raises(StudyError) as caught:
         sweep(load_study(study), tmp_path / "out", "python -m pqcad_qat sweep s.yaml", QUIET)
     head, *lines = str(caught.value).replace(f"{study}:", "s.yaml:").splitlines()
-    assert head == "got 6 of 8 cells that cannot run:"
+    assert head == "got 6 of 8 cells that cannot run; allowed cells that `plan` accepts:"
     assert [line.split(": got")[0] for line in lines] == [
         "smoke-good-other-seed0, smoke-good-other-seed1, smoke-gone-other-seed0 and 1 more: s.yaml:11: sampler.name",
         "smoke-gone-own-seed0, smoke-gone-own-seed1: s.yaml:8: quantization.layers.body.match",

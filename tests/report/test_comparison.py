@@ -176,7 +176,7 @@ def test_sampling_steps_may_differ() -> None:
 
 def test_one_seed_of_one_policy_twice_is_refused() -> None:
     with pytest.raises(
-        StudyError, match=f"runs/a and runs/b: got {FIXED_BIT} of the same policy and seed 0 twice; allowed once"
+        StudyError, match=f"runs/a and runs/b: got {FIXED_BIT} of one policy and seed 0 twice; allowed once"
     ):
         compare({"runs/a": report(), "runs/b": report()})
 

@@ -20,7 +20,17 @@ from rich.console import Console
 from pqcad_qat import console
 from pqcad_qat.errors import ModelError
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, NNCF_INT8, OV_BF16, PQ, PQCAD_OPENVINO
-from pqcad_qat.report.page import bits, duration, headlines, number, render_page, size, summary, target_text, verdict
+from pqcad_qat.report.page import (
+    bits,
+    duration,
+    headlines,
+    number_text,
+    render_page,
+    size,
+    summary,
+    target_text,
+    verdict,
+)
 from pqcad_qat.report.record import (
     SCHEMA_VERSION,
     UNSTEADY_NOTE,
@@ -160,18 +170,18 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema_version": 1, "pol', "not readable as JSON"),
-        ("[]", "must hold a JSON object; got list"),
-        ("{}", rf"schema_version: got None; this version of pqcad-qat reads {SCHEMA_VERSION}"),
+        ('{"schema_version": 1, "pol', "cannot be read as JSON"),
+        ("[]", "got a JSON list; allowed an object"),
+        ("{}", rf"schema_version: got None; allowed {SCHEMA_VERSION}, which this version"),
         ('{"schema_version": 99}', "schema_version: got 99"),
         ('{"schema_version": 1, "seed": NaN}', "NaN is not JSON"),
         (
             '{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}',
-            r"seed: got 'x'; Input should be a valid integer",
+            r"seed: got 'x'; allowed a value that fits: Input should be a valid integer",
         ),
         (
             '{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}',
-            r"hardware\.cpu: got \{\}; Field required",
+            r"hardware\.cpu: got \{\}; allowed a value that fits: Field required",
         ),
     ],
 )
@@ -182,7 +192,7 @@ def test_damaged_reports_are_refused_with_key_and_rule(tmp_path: Path, content: 
 
 
 def test_a_folder_without_a_report_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"report\.json: no such file; a finished run leaves one"):
+    with pytest.raises(ModelError, match=r"report\.json: got no such file; allowed the folder of a finished run"):
         read_report(tmp_path)
 
 
@@ -382,7 +392,7 @@ def test_target_without_a_measurement_neither_holds_nor_fails(measured: float | 
     ],
 )
 def test_numbers_have_three_significant_digits(value: float | None, text: str) -> None:
-    assert number(value) == text
+    assert number_text(value) == text
 
 
 def test_units_are_said_as_a_person_would() -> None:

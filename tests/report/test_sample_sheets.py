@@ -74,10 +74,10 @@ def test_strip_is_a_transparent_png_of_the_images_own_resolution() -> None:
         ({FP32: np.zeros((4, 32, 32), np.float32)}, r"fp32 must be \(K, C, H, W\).*got \(4, 32, 32\)"),
         ({FP32: np.zeros((0, 1, 8, 8), np.float32)}, "K at least 1"),
         ({PQ: np.zeros((2, 2, 8, 8), np.float32)}, "C 1 or 3"),
-        ({PQ: np.full((1, 1, 2, 2), np.nan, np.float32)}, "pq must be finite; got 4 values"),
+        ({PQ: np.full((1, 1, 2, 2), np.nan, np.float32)}, "pq: got 4 values that are not finite"),
         (
             {FP32: np.zeros((2, 1, 8, 8), np.float32), PQ: np.zeros((3, 1, 8, 8), np.float32)},
-            "one shape, for they come from",
+            "one shape for all variants, for they come from",
         ),
     ],
 )

@@ -60,7 +60,8 @@ def test_a_new_run_keeps_its_policy_as_resolved(path: Path, policy: Policy) -> N
 def test_an_existing_run_is_refused_without_resume_and_left_untouched(path: Path, policy: Policy) -> None:
     before = content(path)
     with pytest.raises(
-        CheckpointError, match=r"holds a run already; --resume goes on with it, --out DIR starts another"
+        CheckpointError,
+        match=r"got a folder that holds a run already; allowed --resume, which goes on with it, or --out DIR, which",
     ):
         enter(path, policy, resume=False)
     assert content(path) == before
@@ -254,7 +255,7 @@ def test_a_run_of_another_kind_is_refused(path: Path) -> None:
 
 def test_a_folder_with_something_else_in_it_is_refused_and_left_untouched(policy: Policy, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"not empty and not a run"):
+    with pytest.raises(CheckpointError, match=r"got a folder that is not empty and not a run"):
         enter(tmp_path, policy, resume=False)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -280,7 +281,7 @@ def test_a_run_that_was_killed_before_its_policy_was_written_begins_with_resume_
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_that_another_process_works_on_is_refused(path: Path, policy: Policy, resume: bool) -> None:
-    refusal = "another process is running this run" if resume else "holds a run already"
+    refusal = "a run that another process is running" if resume else "holds a run already"
     with held_elsewhere(path), pytest.raises(CheckpointError, match=refusal):
         enter(path, policy, resume)
     enter(path, policy, resume=True)  # free again once the process has ended
@@ -337,7 +338,7 @@ class Noted(StageRecord):
 def test_a_record_that_does_not_fit_its_type_is_an_error_that_names_the_file_and_the_key(path: Path) -> None:
     folder = RunFolder(path)
     folder.finish(PQ, 1.0, StageRecord())
-    with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged: losses: Field required"):
+    with pytest.raises(CheckpointError, match=r"stages/pq\.json: got a damaged file: losses: Field required"):
         folder.read(PQ, Noted)
     assert folder.read("export", Noted) is None
 
@@ -390,9 +391,9 @@ def test_a_damaged_marker_is_an_error_that_names_the_file(path: Path) -> None:
     folder.finish(PQ, 1.0, StageRecord())
     marker = path / "stages" / "pq.json"
     marker.write_text(marker.read_text()[:5])
-    with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"stages/pq\.json: got a damaged file"):
         folder.finished(PQ)
-    with pytest.raises(CheckpointError, match=r"stages/pq\.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"stages/pq\.json: got a damaged file"):
         folder.seconds()
 
 
@@ -411,5 +412,5 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(policy: Policy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"file/run: cannot be written"):
+    with pytest.raises(CheckpointError, match=r"file/run: got a folder that cannot be written"):
         enter(tmp_path / "file" / "run", policy, resume=False)
