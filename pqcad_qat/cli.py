@@ -294,14 +294,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no UTF-8, or a terminal that shows less
-    if HELP & set(words):
-        sys.stdout.write(help_text(COMMANDS, words))
-        return
-    if words == ["--version"]:
-        sys.stdout.write(f"pqcad-qat {__version__}\n")
-        return
-    with reported_endings(words):
-        fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, words), name="pqcad-qat")
+    with console.closed_pipe_is_no_fault():
+        if HELP & set(words):
+            sys.stdout.write(help_text(COMMANDS, words))
+        elif words == ["--version"]:
+            sys.stdout.write(f"pqcad-qat {__version__}\n")
+        else:
+            with reported_endings(words):
+                fire.Fire(COMMANDS, command=fire_arguments(COMMANDS, words), name="pqcad-qat")
 
 
 def _own_model(module: str | None, model: str | None) -> OwnModel | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from small_networks import unet_config
-from tiny_runs import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, tiny_overrides
+from tiny_runs import POLICIES, REPOSITORY, CommandLine, FinishedRun, environment, program, tiny_overrides
 
 from pqcad_qat import __version__, cli, console
 from pqcad_qat.arguments import fire_arguments
@@ -113,6 +114,17 @@ def test_the_program_runs_from_any_folder(command_line: CommandLine, tmp_path: P
     assert done.returncode == 0
     assert json.loads(done.stdout)["$defs"]["Policy"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["schema"], ["policies"], ["--", "--completion"]])
+def test_a_reader_that_goes_away_ends_the_program_quietly(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has its lines
+    with os.fdopen(writer, "w") as output:
+        done = subprocess.run(
+            program(arguments), env=environment(), stdout=output, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (console.CLOSED_PIPE, "")
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
