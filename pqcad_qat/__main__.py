@@ -1,4 +1,4 @@
-"""`python -m pqcad_qat`: the command line."""
+"""Entry point of `python -m pqcad_qat`: it runs the command line (cli.py)."""
 
 from pqcad_qat.cli import main
 

@@ -1,8 +1,7 @@
-"""The command line's arguments before Fire reads them: what Fire would take wrongly is refused or rewritten, and its
-help made plain.
+"""Arguments of the command line: checked and rewritten before Fire reads them, their values checked after it, and help.
 
-Not here: the commands (cli.py). Fire runs a command first and complains of an unknown flag afterwards, when a typo has
-cost a whole run.
+Not here: the commands (cli.py). Fire alone would run a command first and report an unknown flag afterwards, when a typo
+has already cost a whole run.
 """
 
 from __future__ import annotations
@@ -25,7 +24,10 @@ from pqcad_qat.machine.processes import launched
 from pqcad_qat.policy.sections import known_keys
 
 Commands = Mapping[str, Callable[..., None]]
+"""Mapping from the name of a command to its function."""
+
 HELP = {"-h", "--help"}
+"""Flags that ask for help."""
 
 COMPLETION = """
 COMPLETION
@@ -37,18 +39,18 @@ COMPLETION
      fish
        pqcad-qat -- --completion fish | source
 """
-"""What the help says of shell completion."""
+"""Section of the help on shell completion."""
 
 
 def fire_arguments(commands: Commands, words: Sequence[str]) -> list[str]:
-    """The arguments as Fire reads them rightly: switches spelled out, every --set in one list.
+    """Rewrite a command line so that Fire reads it as meant: switches are spelled out, and all --set make one list.
 
     Raises:
-        UsageError: no such command, a flag that it does not have, one without a value or with one of another type, or
-            an argument too many.
+        UsageError: the command or a flag does not exist, a flag has no value or one of another type, or there is an
+            argument too many.
     """
     if not words or list(words[:2]) == ["--", "--completion"]:
-        return list(words)  # Fire's own page, and its completion for shells
+        return list(words)  # Fire prints its own page, or its completion script
     name, *rest = words
     if name not in commands:
         raise UsageError(
@@ -78,10 +80,10 @@ def fire_arguments(commands: Commands, words: Sequence[str]) -> list[str]:
 
 
 def _literal(parameter: inspect.Parameter, text: str) -> str:
-    """A value as Fire reads it, which is as Python: a folder 1e3 stays text, and what is no number is refused here.
+    """Spell a value as the Python literal that Fire parses. A folder 1e3 stays text; a number must be a number.
 
     Raises:
-        UsageError: a value that is not of the parameter's type.
+        UsageError: the value is not of the parameter's type.
     """
     flag, kind = f"--{parameter.name.replace('_', '-')}", str(parameter.annotation).removesuffix(" | None")
     match kind:
@@ -110,7 +112,7 @@ def _whole(flag: str, text: str) -> str:
 
 
 def _items(text: str) -> list[str]:
-    """What a list holds that is written as [a, b] or a,b."""
+    """Items of a list that is written as [a, b] or a,b."""
     return [item.strip(" '\"") for item in re.sub(r"^\s*[\[(]|[\])]\s*$", "", text).split(",") if item.strip()]
 
 
@@ -121,11 +123,12 @@ def _quoted(text: str) -> str:
 def _places(
     command: str, parameters: Mapping[str, inspect.Parameter], positional: Sequence[str], flags: Mapping[str, str]
 ) -> list[inspect.Parameter]:
-    """The parameter of each argument without a flag: those that the command needs and no flag gives, or the one that
-    takes many.
+    """Parameters that the arguments without a flag fill, in order.
+
+    They are the required parameters that no flag fills; or, for every argument, the parameter that takes many.
 
     Raises:
-        UsageError: an argument too many.
+        UsageError: there is an argument too many.
     """
     if many := [parameter for parameter in parameters.values() if parameter.kind is parameter.VAR_POSITIONAL]:
         return many * len(positional)
@@ -144,7 +147,7 @@ def _places(
 def _pairs(
     command: str, parameters: Mapping[str, inspect.Parameter], rest: Sequence[str]
 ) -> Iterator[tuple[str | None, str]]:
-    """(flag, its value), or (None, value) for an argument without a flag."""
+    """Yield (flag, value) for every flag, and (None, value) for every argument without one."""
     waiting = iter(rest)
     for argument in waiting:
         if not re.match(r"--?[A-Za-z]", argument):
@@ -163,12 +166,17 @@ def _pairs(
 
 
 def _switched_off(parameters: Mapping[str, inspect.Parameter], spelled: str) -> str | None:
-    """The switch that --noSWITCH turns off, where the command has it and it is on by default."""
+    """Switch that --noSWITCH turns off; None unless the command has that switch and it is on by default."""
     name = spelled.removeprefix("--no")
     return f"--{name}" if name in parameters and parameters[name].default is True else None
 
 
 def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: str) -> str:
+    """Parameter that a flag names, in full or by its first letter.
+
+    Raises:
+        UsageError: the command has no such flag.
+    """
     name = spelled.lstrip("-").replace("-", "_")
     flags = [known for known, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL]
     short = [known for known in flags if known[0] == name] if not spelled.startswith("--") else []
@@ -181,7 +189,7 @@ def _flag(command: str, parameters: Mapping[str, inspect.Parameter], spelled: st
 
 
 def help_text(commands: Commands, words: Sequence[str]) -> str:
-    """What --help shows: Fire's text, with types as a user would write them."""
+    """Text of --help: Fire's own, with types as a user would write them."""
     text = io.StringIO()
     named = [argument for argument in words[:1] if argument in commands]
     with redirect_stderr(text), suppress(SystemExit):
@@ -192,10 +200,10 @@ def help_text(commands: Commands, words: Sequence[str]) -> str:
 
 
 def several(flag: str, value: object) -> tuple[object, ...]:
-    """The values of a flag that takes a list, as Fire has read it: one value, or a list such as [1,8].
+    """Values of a flag that takes a list; Fire has read one value, or a list such as [1,8].
 
     Raises:
-        UsageError: no value, or one twice.
+        UsageError: there is no value, or a value occurs twice.
     """
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not values:
@@ -206,10 +214,10 @@ def several(flag: str, value: object) -> tuple[object, ...]:
 
 
 def one_of(flag: str, values: Sequence[object], allowed: Sequence[str]) -> list[str]:
-    """The values of a flag, each a name of a fixed set.
+    """Values of a flag, each of which is one of a fixed set of names.
 
     Raises:
-        UsageError: another one.
+        UsageError: a value is not in the set.
     """
     for value in values:
         if value not in allowed:
@@ -218,10 +226,10 @@ def one_of(flag: str, values: Sequence[object], allowed: Sequence[str]) -> list[
 
 
 def whole_number(flag: str, value: object, least: int = 1, most: int | None = None) -> int:
-    """The value of a flag that is a whole number.
+    """Value of a flag that takes a whole number.
 
     Raises:
-        UsageError: another one, or out of bounds.
+        UsageError: the value is not a whole number, or is out of bounds.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         raise UsageError(
@@ -231,10 +239,10 @@ def whole_number(flag: str, value: object, least: int = 1, most: int | None = No
 
 
 def output_folder(path: str | Path) -> Path:
-    """The value of --out where that is a folder, there or not.
+    """Value of --out for a command that writes into a folder, which need not exist yet.
 
     Raises:
-        UsageError: a file.
+        UsageError: it is a file.
     """
     if Path(path).exists() and not Path(path).is_dir():
         raise UsageError(f"--out: got {str(path)!r}, a file; allowed a folder")
@@ -242,10 +250,10 @@ def output_folder(path: str | Path) -> Path:
 
 
 def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
-    """A size: how much, and whether as a share of float32 or in megabytes.
+    """Amount and unit of a size limit, which is a share of the float32 size or a number of megabytes.
 
     Raises:
-        UsageError: no such size.
+        UsageError: the text is not a size.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
     if size is None:
@@ -256,15 +264,15 @@ def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
 
 
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:
-    """The overrides of a policy, with that of its model where one is given."""
+    """Overrides of a policy, including the one of its model if --model is given."""
     return [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
 
 
 def guidance_scale(value: object) -> float | None:
-    """The value of --guidance, where it is given.
+    """Value of --guidance; None without the flag.
 
     Raises:
-        UsageError: no number from 1.
+        UsageError: the value is not a number from 1.
     """
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 1):
         raise UsageError(f"--guidance: got {value!r}; allowed a number from 1")
@@ -272,7 +280,7 @@ def guidance_scale(value: object) -> float | None:
 
 
 def command_line() -> str:
-    """The command that makes a run again, from its beginning."""
+    """Command line that repeats this command from its beginning."""
     count = launched()[1]
     start = f"accelerate launch --multi_gpu --num_processes {count}" if count > 1 else "python"
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "-r")]

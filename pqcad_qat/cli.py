@@ -1,8 +1,7 @@
-"""The command line, and its commands that take a policy: arguments become one call into commands/, and what comes back
-is printed.
+"""The command line, and its commands that take a policy: each makes one call into commands/ and prints the result.
 
 Not here: the commands that take a folder (folder_commands.py), nor any work. Heavy libraries are imported inside the
-functions, so that `--help` and a policy's faults come at once.
+functions, so that `--help` and the faults of a policy appear at once.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ def run(
 
     Args:
         policy: policy file, or the name of one that ships, such as w4a8 (`policies` lists them).
-        model: overrides model.source: embedded:NAME, a local diffusers folder, or a hub id.
-        out: folder of the run; runs/NAME of the policy by default.
-        set: override of a key, as KEY=VALUE, such as training.seed=1; given again for each further key.
+        model: model in place of model.source: embedded:NAME, a local diffusers folder, or a hub id.
+        out: folder of the run; by default runs/NAME, where NAME is the policy's.
+        set: override of one key, as KEY=VALUE, such as training.seed=1; repeat the flag for further keys.
         resume: go on with an unfinished run; finished stages are not repeated.
-        dry_run: show the plan, what becomes of each stage, and what they take on disk; nothing is written.
-        module: a module of your own in the place of model.source, as FILE.py:FUNCTION, whose function returns a
-            pqcad_qat.models.own_model.OwnModel; the file is run.
+        dry_run: show the plan, what each stage would do, and the disk space that it needs; nothing is written.
+        module: module of your own in place of model.source, as FILE.py:FUNCTION. The file is run, and the function
+            returns a pqcad_qat.models.own_model.OwnModel.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.run import outlook
@@ -77,15 +76,14 @@ def run(
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = (), module: str | None = None) -> None:
-    """Show which rule quantizes which layer, to how many bits, and the expected size; reads configs alone, and no
-    weights.
+    """Show which rule quantizes which layer, to how many bits, and the expected size, from configs without weights.
 
     Args:
         policy: policy file, or the name of one that ships.
-        model: overrides model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or a
-            denoiser's config.json.
-        set: override of a key, as KEY=VALUE; given again for each further key.
-        module: a module of your own, as of `run`; it is built, and deployed on trial.
+        model: model in place of model.source; also the name of an architecture that ships, such as sdxl-base-1.0, or
+            a denoiser's config.json.
+        set: override of one key, as KEY=VALUE; repeat the flag for further keys.
+        module: module of your own, as for `run`; it is built, and exported on trial.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.plan import plan as plan_policy
@@ -105,20 +103,19 @@ def sensitivity(
     states: int = 64,
     out: str | None = None,
 ) -> None:
-    """Measure how far the output moves when one layer alone is quantized, at every width; within a size,
-    write a mixed policy.
+    """Measure the output's error when one layer alone is quantized, at every width; --max-size adds a mixed policy.
 
     Args:
-        policy: policy file, or the name of one that ships; its rules say which layers are quantized, and how but for
-            the width.
-        model: overrides model.source.
-        set: override of a key, as KEY=VALUE; given again for each further key.
-        max_size: of the packed weights, as 0.15x of float32 or 2.5MB; writes policy.yaml with the widths that lose
-            least within it.
-        widths: of the weights, that a layer may get; 8 bits need a CPU with VNNI, 7 do not.
-        states: of the calibration set, on which errors are measured.
-        out: folder for sensitivity.json, sensitivity.html and policy.yaml; runs/NAME-sensitivity of the policy by
-            default.
+        policy: policy file, or the name of one that ships; its rules say which layers are quantized, and everything
+            about how except the width.
+        model: model in place of model.source.
+        set: override of one key, as KEY=VALUE; repeat the flag for further keys.
+        max_size: largest size of the packed weights, as 0.15x of float32 or as 2.5MB; policy.yaml then has the widths
+            of least error within it.
+        widths: widths in bits that a layer's weights may get; 8 bits need a CPU with VNNI, 7 do not.
+        states: number of states of the calibration set on which errors are measured.
+        out: folder for sensitivity.json, sensitivity.html and policy.yaml; by default runs/NAME-sensitivity, where
+            NAME is the policy's.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
@@ -135,14 +132,14 @@ def sensitivity(
 
 
 def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:
-    """Show what one training step costs by part, quantized against floating point; nothing is written.
+    """Show the time and memory of one training step, part by part, quantized and in floating point.
 
     Args:
         policy: policy file, or the name of one that ships.
-        model: overrides model.source; the name of an architecture that ships, or a denoiser's config.json, has random
-            weights.
-        set: override of a key, as KEY=VALUE; given again for each further key.
-        runs: timed steps of each, in turns.
+        model: model in place of model.source; the name of an architecture that ships, or a denoiser's config.json,
+            gets random weights.
+        set: override of one key, as KEY=VALUE; repeat the flag for further keys.
+        runs: number of timed steps of each candidate; the candidates take turns.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.profile import profile as profile_policy
@@ -161,18 +158,19 @@ def sweep(
     dry_run: bool = False,
     page: str | None = None,
 ) -> None:
-    """Run every cell of a study, each a run of its own, and put them into one table; what is finished or begun goes on.
+    """Run every cell of a study as a run of its own, and compare them in one table; finished cells are kept.
 
     Args:
         study: file of kind study, or the name of one that ships, such as smoke.
-        out: folder of the study; runs/studies/NAME by default.
-        set: override of a key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; given again for each
-            further key.
-        only: glob on the names of the cells to run, as '*-seed0'; the table has all that are finished.
-        jobs: cells at a time, each in a process of its own with its share of the cores; small models gain from it.
-        dry_run: show the cells and what they would do, or what `plan` says against any of them.
-        page: Markdown file that gets the table too, between the lines <!-- NAME --> and <!-- end of NAME --> of the
-            study, or at its end.
+        out: folder of the study; by default runs/studies/NAME, where NAME is the study's. Cells begun there go on.
+        set: override of one key of the study (seeds=[0]) or of every cell's policy, as KEY=VALUE; repeat the flag for
+            further keys.
+        only: glob on the names of the cells to run, such as '*-seed0'; the table has all finished cells.
+        jobs: number of cells that run at once, each in a process with its share of the cores; small models gain from
+            it.
+        dry_run: show the cells and what each would do, or the faults that `plan` finds in them; nothing is run.
+        page: Markdown file that also gets the table, between its lines <!-- NAME --> and <!-- end of NAME -->, or at
+            its end.
     """
     from pqcad_qat.policy.study_cells import load_study
 
@@ -199,8 +197,8 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
 
     Args:
         policy: policy file of kind pretrain, or the name of one that ships, such as pretrain-digits.
-        out: folder of the run; runs/NAME of the policy by default.
-        set: override of a key, as KEY=VALUE; given again for each further key.
+        out: folder of the run; by default runs/NAME, where NAME is the policy's.
+        set: override of one key, as KEY=VALUE; repeat the flag for further keys.
         resume: go on with an unfinished run.
     """
     loaded = load_pretrain_policy(policy_file(policy, "pretrain"), set)
@@ -210,15 +208,15 @@ def pretrain(policy: str, out: str | None = None, set: tuple[str, ...] = (), res
 
 
 def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ...] = ()) -> None:
-    """Take an architecture with random weights to a deployed folder, with its proofs; show what each stage takes in
-    time and memory.
+    """Deploy an architecture with random weights, with all proofs, and show each stage's time and memory.
 
     Args:
-        policy: whose rules quantize it, and whose export.weights is written; its training does not matter.
+        policy: policy file, or the name of one that ships; its rules and its export.weights apply, its training does
+            not matter.
         out: folder for rehearsal.json, openvino/ and packed/.
-        model: overrides model.source: the name of an architecture that ships, a denoiser's config.json, or a folder
-            with one.
-        set: override of a key, as KEY=VALUE; given again for each further key.
+        model: architecture in place of model.source: the name of one that ships, a denoiser's config.json, or a
+            folder with one.
+        set: override of one key, as KEY=VALUE; repeat the flag for further keys.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     folder = output_folder(out)
@@ -234,11 +232,11 @@ def rehearse(policy: str, out: str, model: str | None = None, set: tuple[str, ..
 
 
 def policies(*name: str, copy: str | None = None) -> None:
-    """List the policies that ship, each with what it is for; of one print the text, or start a policy of your own.
+    """List the policies that ship, each with its purpose; print one by its name, or copy it to start your own.
 
     Args:
-        name: of one policy of the list, or studies/NAME.
-        copy: new file to write it to, as a policy of your own; a file that is there is not replaced.
+        name: name of one policy in the list, such as w4a8 or studies/smoke.
+        copy: new file for the copy; a file that exists is not replaced.
     """
     from pqcad_qat.commands.policies import copied, policies_that_ship, policy_text
     from pqcad_qat.report.tables import policies_table
@@ -257,7 +255,7 @@ def schema(markdown: bool = False) -> None:
     """Print the JSON Schema of policy files, for editors.
 
     Args:
-        markdown: print every key as a table to read instead.
+        markdown: print tables of all keys for people instead.
     """
     from pqcad_qat.commands.schema import schema as schema_text
 
@@ -287,13 +285,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script: exit code 0, or 2 with a message and no traceback where the user can mend it."""
+    """The console script. It exits with 0, or with 2 and a message without traceback if the user can fix the cause.
+
+    Args:
+        arguments: words of the command line; those of the process by default.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
     keep_to_share_of_cores()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that is no UTF-8, or a terminal that shows less
+        # for names that are not UTF-8, and for terminals that cannot show every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     with console.closed_pipe_is_no_fault():
         if HELP & set(words):
             sys.stdout.write(help_text(COMMANDS, words))
@@ -305,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _own_model(module: str | None, model: str | None) -> OwnModel | None:
-    """What --module names, None without it."""
+    """Module of the user that --module names; None without the flag."""
     if module is None:
         return None
     if model is not None:

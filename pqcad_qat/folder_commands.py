@@ -1,7 +1,7 @@
-"""The commands that take a folder or data: arguments become one call into commands/, and what comes back is printed.
+"""The commands that take a folder or data: each makes one call into commands/ and prints the result.
 
-Not here: the commands that take a policy (cli.py), nor any work. Heavy libraries are imported inside the
-functions.
+Not here: the commands that take a policy (cli.py), nor any work. Heavy libraries are imported inside the functions, so
+that `--help` appears at once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pqcad_qat.policy.shipped import policy_file
 
 
 def report(folder: str) -> None:
-    """Make the report and page of a finished run again; its folder holds all that they need.
+    """Make the report and the page of a finished run again, from what its folder holds.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
     from pqcad_qat.commands.report import report as report_again
 
@@ -28,13 +28,12 @@ def report(folder: str) -> None:
 
 
 def compare(*runs: str, out: str | None = None) -> None:
-    """Put the reports of several runs into one table and picture; runs that differ in their seed alone become mean and
-    spread.
+    """Compare finished runs in one table and chart; runs that differ only in their seed become a mean and a spread.
 
     Args:
         runs: folders of finished runs.
-        out: page to write, with the same as .json and .md beside it; or a folder for them; comparison.html beside the
-            first run by default.
+        out: page to write, or a folder for it; by default comparison.html beside the first run. The same table is
+            written beside the page as .json and .md.
     """
     from pqcad_qat.commands.compare import compare as compare_folders
     from pqcad_qat.report.comparison_page import comparison_tables
@@ -55,23 +54,22 @@ def sample(
     prompt: str | None = None,
     negative: str | None = None,
 ) -> None:
-    """Sample images from a folder, of a prompt where one is given, and write them as a grid; latents as a safetensors
-    file.
+    """Sample images from a folder, also from a prompt, and write them as a grid; or write latents.
 
     Args:
         folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or
             embedded:NAME).
-        count: number of images; 64 by default, 1 of a prompt.
-        seed: of their noise; image k of a seed starts from the same noise in every kind of folder.
-        steps: sampling steps; by default those the folder was made for.
-        out: PNG file; of a model of latents a safetensors file of them, or, where its folder has a VAE, pictures in a
-            PNG file.
-        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default
-            what a run's policy says, or all classes.
-        guidance: scale of classifier-free guidance; by default what the folder was made for.
-        prompt: what is to be seen, of a run or deployed folder that holds a whole text-to-image pipeline; needs no
+        count: number of images; by default 64, and 1 with a prompt.
+        seed: seed of the noise; image k of a seed starts from the same noise in every kind of folder.
+        steps: number of sampling steps; by default the number that the folder was made for.
+        out: PNG file for images. A model of latents writes a safetensors file of latents, or pictures if its folder has
+            a VAE.
+        conditions: conditions of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings;
+            by default those of a run's policy, or all classes.
+        guidance: scale of classifier-free guidance; by default the one that the folder was made for.
+        prompt: what the image shows, for a run or deployed folder with a whole text-to-image pipeline; needs no
             PyTorch.
-        negative: what is not to be seen; takes a prompt and guidance.
+        negative: what the image does not show; only with a prompt and guidance.
     """
     from pqcad_qat.commands.sample import SampleRequest
     from pqcad_qat.commands.sample import sample as sample_folder
@@ -100,19 +98,19 @@ def evaluate(
     conditions: str | None = None,
     guidance: float | None = None,
 ) -> None:
-    """Frechet distance of a folder's images to real ones, with its protocol.
+    """Print the Frechet distance of a folder's images to real ones, with the protocol of its measurement.
 
     Args:
         folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision diffusers folder (or
             embedded:NAME).
-        images: how many are sampled.
-        seed: of their noise.
-        steps: sampling steps; by default those the folder was made for.
-        features: feature network with its reference statistics: embedded:NAME or a folder; by default what a run's
-            policy says, or an embedded model's own.
-        conditions: of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings; by default
-            what a run's policy says, or all classes.
-        guidance: scale of classifier-free guidance; by default what the folder was made for.
+        images: number of images that are sampled.
+        seed: seed of their noise.
+        steps: number of sampling steps; by default the number that the folder was made for.
+        features: feature network with its reference statistics: embedded:NAME or a folder; by default the one of a
+            run's policy, or an embedded model's own.
+        conditions: conditions of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings;
+            by default those of a run's policy, or all classes.
+        guidance: scale of classifier-free guidance; by default the one that the folder was made for.
     """
     from pqcad_qat.commands.evaluate import evaluate as evaluate_folder
 
@@ -139,17 +137,18 @@ def benchmark(
     policy: str = "w4a8",
     out: str = "benchmark",
 ) -> None:
-    """Time a folder of ours, or an architecture, against PyTorch, OpenVINO float32 and BF16, and NNCF's INT8, in turns
-    in one process.
+    """Time a deployed folder or an architecture in turns with PyTorch, OpenVINO in float32 and BF16, and NNCF's INT8.
 
     Args:
-        source: a run or deployed OpenVINO folder; or a denoiser's config.json, a folder with one, or the name of an
-            architecture that ships, such as ddpm-cifar10-32: with random weights.
-        batches: images of a call, as [1,8].
-        isa: instruction sets, each but native in a process of its own: of native, avx2, avx2_vnni, avx512_core_vnni.
-        runs: timed calls of each.
-        throughput: also with several calls at a time; --nothroughput leaves it out.
-        policy: whose quantization rules an architecture gets; its model and its training do not matter.
+        source: a run or deployed OpenVINO folder; or an architecture with random weights: a denoiser's config.json, a
+            folder with one, or the name of one that ships, such as ddpm-cifar10-32.
+        batches: numbers of images in a call, as [1,8].
+        isa: instruction sets out of native, avx2, avx2_vnni, avx512_core_vnni; each except native gets a process of
+            its own.
+        runs: number of timed calls of each candidate.
+        throughput: also measure throughput with several calls at a time; --nothroughput leaves it out.
+        policy: policy file, or the name of one that ships; an architecture gets its quantization rules. Its model and
+            its training do not matter.
         out: folder for benchmark.json and benchmark.html.
     """
     from pqcad_qat.timing.hardware import INSTRUCTION_SETS
@@ -182,10 +181,10 @@ def features(out: str, data: str = "fashion-mnist", path: str | None = None, siz
     """Train the feature network of FID on a labelled data set, with its reference statistics.
 
     Args:
-        out: folder to write.
-        data: fashion-mnist, digits, noto-emoji, or folder.
-        path: of the data, where it is not at its default place.
-        size: pixels of a side.
+        out: folder that gets the network.
+        data: kind of data, one of fashion-mnist, digits, noto-emoji and folder.
+        path: path of the data, which the kind folder needs; the others have a usual place.
+        size: side of the images in pixels.
     """
     from pqcad_qat.commands.features import features as train_features
 
