@@ -147,7 +147,7 @@ def _speed(rows: Mapping[str, VariantRow], baseline: str) -> Headline | None:
         return None
     ratio, word = (theirs / ours, "faster") if theirs >= ours else (ours / theirs, "slower")
     steps = rows[baseline].steps / rows[OURS].steps
-    share = f"{steps:.3g}{TIMES} from the number of steps, {theirs / ours / steps:.2f}{TIMES} from each"
+    share = f"{steps:.3g}{TIMES} from the number of steps, {theirs / ours / steps:.2f}{TIMES} from the time of each"
     basis = f"{number_text(theirs)} to {number_text(ours)} ms an image: {share}"
     return Headline(f"{ratio:.1f}{TIMES}", f"{word} than {BASELINES[baseline]}", basis, word == "faster")
 
@@ -230,7 +230,7 @@ def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, 
         rendered.append(
             {
                 "name": name,
-                "what": summary_of(name),
+                "summary": summary_of(name),
                 "facts": ", ".join(facts),
                 "uri": strip_uri(images),
                 "alt": alt,

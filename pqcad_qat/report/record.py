@@ -46,8 +46,8 @@ UNSTEADY = "unsteady"
 """Mark beside a figure whose measurement spreads more widely than WIDEST."""
 
 UNSTEADY_NOTE = (
-    f"{UNSTEADY}: quartiles further apart than {WIDEST:.0%} of the median, as where other programs run "
-    "meanwhile. No target is held against such a time: measure again on an idle machine."
+    f"{UNSTEADY}: the quartiles lie further apart than {WIDEST:.0%} of the median, as happens while other programs "
+    "run. No target is checked against such a time: measure again on an idle machine."
 )
 
 

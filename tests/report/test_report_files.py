@@ -332,7 +332,9 @@ def test_headlines_are_ratios_of_the_rows() -> None:
 
 def test_headline_splits_a_speed_up_into_steps_and_step_cost() -> None:
     (tile, *_) = headlines(fixture_report())
-    assert tile.basis == f"70.0 to 30.2 ms an image: 2{TIMES} from the number of steps, 1.16{TIMES} from each"
+    assert (
+        tile.basis == f"70.0 to 30.2 ms an image: 2{TIMES} from the number of steps, 1.16{TIMES} from the time of each"
+    )
 
 
 def rows_of(*variants: VariantRow) -> Report:
