@@ -114,18 +114,7 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
     path = Path(source).expanduser()
     for folder in (path, path / "openvino"):
         if (folder / MANIFEST).is_file():
-            manifest = read_manifest(folder)
-            channels, height, width = manifest["sample_shape"]
-            steps, full = (
-                manifest.get("provenance", {}).get(key) for key in ("sampling_steps", "full_precision_steps")
-            )
-            config = denoiser_config(folder, manifest)
-            shape, total, takes = (
-                (channels, height, width),
-                manifest["train_timesteps"],
-                condition_inputs(manifest.get("conditions", ())),
-            )
-            return Subject(source, config, folder, shape, total, steps, full, "of the folder", takes)
+            return _deployed(source, folder)
     if (configs := architecture_configs(source)) is None:
         raise ModelError(
             f"{source}: got nothing to time; allowed a run, a deployed OpenVINO folder, a denoiser's "
@@ -139,6 +128,24 @@ def open_subject(source: str, policy: Path, temporary: Path) -> Subject:
     rules = load_policy(policy)
     with located(rules):
         return _quantized(source, configs, rules.quantization, temporary / "ours")
+
+
+def _deployed(source: str, folder: Path) -> Subject:
+    """Subject of a deployed folder, as its manifest describes it."""
+    manifest = read_manifest(folder)
+    provenance = manifest.get("provenance", {})
+    channels, height, width = manifest["sample_shape"]
+    return Subject(
+        source=source,
+        config=denoiser_config(folder, manifest),
+        folder=folder,
+        sample_shape=(channels, height, width),
+        train_timesteps=manifest["train_timesteps"],
+        steps=provenance.get("sampling_steps"),
+        full_precision_steps=provenance.get("full_precision_steps"),
+        weights="of the folder",
+        conditions=condition_inputs(manifest.get("conditions", ())),
+    )
 
 
 def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
@@ -185,4 +192,14 @@ def _quantized(source: str, configs: Configs, quantization: QuantizationPolicy, 
         attention=attention,
     )
     export_model(request, folder)
-    return Subject(source, dict(config), folder, shape, steps, None, None, "random", conditions)
+    return Subject(
+        source=source,
+        config=dict(config),
+        folder=folder,
+        sample_shape=shape,
+        train_timesteps=steps,
+        steps=None,
+        full_precision_steps=None,
+        weights="random",
+        conditions=conditions,
+    )

@@ -6,6 +6,7 @@ Not here: how a step is timed (training/step_profile.py).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -20,8 +21,10 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import begin_blend, set_blend, set_weight_bits
+from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.stages.prepared import prepare, prepare_untrained
 from pqcad_qat.stages.train import bit_schedule
+from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Callback
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
 from pqcad_qat.training.step_profile import WARM_UP, StepProfile, profile_steps
@@ -53,17 +56,8 @@ def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfil
     ]
     for model in (settled, moving):
         calibrate_ranges(model, inputs)
-    # Fixed-bit training computes at the target widths.
-    for layer in quantized_layers(settled).values():
-        set_weight_bits(layer, layer.plan.weights.bits)
-    # Progressive quantization is timed during a blend: every layer halfway between two widths, where the schedule
-    # leaves it.
-    schedule = bit_schedule(policy, prepared.plan, moving)
-    schedule.settings = replace(schedule.settings, momentum=STILL, deadline=10**9)
-    for layer in quantized_layers(moving).values():
-        if len(layer.plan.ladder) > 1:
-            begin_blend(layer, layer.plan.ladder[1])
-            set_blend(layer, 0.5)
+    _settle(settled)
+    schedule = _blend_halfway(policy, prepared.plan, moving)
     candidates: dict[str, tuple[nn.Module, list[Callback]]] = {
         "float": (copy.deepcopy(prepared.model.denoiser).to(device), [FullPrecisionMatching()]),
         FIXED_BIT: (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
@@ -83,3 +77,20 @@ def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfil
             runs=runs,
             advance=lambda done: bar.update(task, advance=done),
         )
+
+
+def _settle(model: nn.Module) -> None:
+    """Set every layer to its target width, at which fixed-bit training computes."""
+    for layer in quantized_layers(model).values():
+        set_weight_bits(layer, layer.plan.weights.bits)
+
+
+def _blend_halfway(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
+    """Put every layer halfway between two widths, as progressive quantization does; the schedule leaves it there."""
+    schedule = bit_schedule(policy, plan, model)
+    schedule.settings = replace(schedule.settings, momentum=STILL, deadline=10**9)
+    for layer in quantized_layers(model).values():
+        if len(layer.plan.ladder) > 1:
+            begin_blend(layer, layer.plan.ladder[1])
+            set_blend(layer, 0.5)
+    return schedule

@@ -24,6 +24,7 @@ PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """Fields of the FID protocol that must be equal for two FIDs to be compared; steps may differ."""
 
 ALL = "all"
+"""Label of a row that stands for all runs of its model."""
 
 
 @dataclass(frozen=True)

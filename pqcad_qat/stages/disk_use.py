@@ -48,7 +48,7 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
             policy.sampler.steps, (policy.distillation.student_steps,)
         )
         columns = 2 if policy.sampler.guidance_scale == 1.0 else 3
-        # the parts exist beside the whole file while it is written
+        # finished batches lie beside the whole file while it is written
         return 2 * trajectories * (len(steps) * columns + 1) * state
     if stage == "teacher":
         return 4 * trajectories * policy.sampler.steps * state

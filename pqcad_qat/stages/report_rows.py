@@ -1,6 +1,6 @@
 """Conversion of the records of a run's stages into its report: variants, targets, layers, curves.
 
-Not here: measuring (latency.py, fidelity.py), the report's definition (record.py) or its looks (page.py, figures.py).
+Not here: measuring (timing/, quality/), the report's definition (report/record.py) or its looks (report/page.py).
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ LOW_BITS = 3
 """Width in bits below which progressive quantization has to beat fixed-bit training."""
 
 FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to real"}
+"""Mapping from a figure that targets compare to its words."""
 
 TIMES = ("latency_ms_per_image",)
 """Keys of FIGURES that are computed from a timing."""

@@ -1,7 +1,7 @@
 """A model that samples, whichever runtime computes it: full precision, quantized in PyTorch, or a deployed OpenVINO
 folder.
 
-Not here: the quality of its images (fidelity.py), or its speed (latency.py).
+Not here: the quality of its images (quality/fidelity.py), or its speed (timing/latency.py).
 """
 
 from __future__ import annotations
