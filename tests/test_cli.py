@@ -210,7 +210,7 @@ MISTAKES = {
     ),
     "a policy that is not there": (
         ["benchmark", "ddpm-cifar10-32", "--policy", "no-such.yaml"],
-        r"no-such\.yaml: no such file; .* --policy FILE",
+        r"no-such\.yaml: got no such file; .* --policy FILE",
     ),
     "a name that no policy has": (
         ["run", "w4a9"],
