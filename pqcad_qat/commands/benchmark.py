@@ -195,7 +195,8 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
             }
         )
         # A baseline that fails under this instruction set is left out with its reason; the other candidates are timed.
-        files, left_out = {name: file for name, file in files.items() if name not in died}, {**left_out, **died}
+        files = {name: file for name, file in files.items() if name not in died}
+        left_out |= died
     denoiser = random_denoiser(timed.config, "config.json")
     latencies = time_denoisers(denoiser, files, inputs, runs)
     rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}

@@ -57,7 +57,8 @@ def rehearse(policy: Policy, folder: Path, command: str, tell: Callable[[StageCo
             f"--model: got {policy.model.source!r}; allowed a denoiser's config.json, a folder with one, or an "
             f"architecture: {', '.join(architectures())}"
         )
-    meter, source, shipped = StageMeter(tell), policy.model.source, folder / SHIPPED
+    meter = StageMeter(tell)
+    source, shipped = policy.model.source, folder / SHIPPED
     with meter.stage("plan"), located(policy):
         drawn = blueprint(configs, source, policy.quantization, policy.model.sample_size)
     model = quantized_untrained(configs, drawn, (1,), meter.stage)

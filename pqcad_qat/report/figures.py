@@ -162,7 +162,8 @@ def _transition_text(t: Transition) -> str:
 def _draw_mean(axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], end: int) -> None:
     widths = {layer: float(first) for layer, (first, _) in layers.items()}
     total = sum(weight for _, weight in layers.values()) or 1
-    steps, means = [0], [sum(widths[layer] * layers[layer][1] for layer in layers) / total]
+    steps = [0]
+    means = [sum(widths[layer] * layers[layer][1] for layer in layers) / total]
     for t in sorted(schedule, key=lambda item: item.step):
         widths[t.layer] = float(t.to_bits)
         steps.append(t.step)

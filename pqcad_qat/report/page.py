@@ -168,7 +168,8 @@ def verdict(targets: Sequence[Target]) -> str:
     """Sentence on how many targets hold."""
     if not targets:
         return ""
-    holding, unmeasured = sum(t.holds is True for t in targets), sum(t.holds is None for t in targets)
+    holding = sum(target.holds is True for target in targets)
+    unmeasured = sum(target.holds is None for target in targets)
     missed = len(targets) - holding - unmeasured
     clauses = [f"{holding} of {len(targets)} targets hold"]
     clauses += [f"{missed} missed"] if missed else []

@@ -166,7 +166,8 @@ def _sampler(
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
 ) -> Sampler:
-    spec, schedule, steps = VARIANTS[name], prepared.sampled_by(policy, name), policy.sampling_steps(name)
+    spec = VARIANTS[name]
+    schedule, steps = prepared.sampled_by(policy, name), policy.sampling_steps(name)
     if spec.runtime == OPENVINO:
         file = openvino_files(policy, run)[name]
         if spec.weights_from == "export":
@@ -266,6 +267,7 @@ def _pictures(samples: Mapping[str, Tensor], full: Tensor) -> np.ndarray[Any, np
     images = samples.get("pictures", samples.get("images"))
     if images is not None:
         return np.asarray(images[:PICTURES].numpy() / np.float32(127.5) - 1, np.float32)
-    low, high, latents = full.min(), full.max(), samples["latents"][:PICTURES]
+    low, high = full.min(), full.max()
+    latents = samples["latents"][:PICTURES]
     shown = latents[:, : 3 if latents.shape[1] > 2 else 1]
     return np.asarray(((shown - low) / (high - low) * 2 - 1).clamp(-1, 1), np.float32)

@@ -143,7 +143,8 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
     died = facts.baselines.died if facts.baselines else {}
     for name in made(policy.evaluation.variants):
         spec = VARIANTS[name]
-        (weight_bits, input_bits), steps = spec.bits or planned, half if spec.student_steps else full
+        weight_bits, input_bits = spec.bits or planned
+        steps = half if spec.student_steps else full
         if name in died:
             yield VariantRow(name, spec.runtime, weight_bits, input_bits, steps, did_not_run=died[name])
             continue

@@ -196,8 +196,8 @@ class RunFolder:
         Other files of the stage stay until they are replaced. The recipe's record moves last: after an interruption the
         stage still counts as outdated, so it is set aside again.
         """
-        marker, record, trained = self._marker(stage), self._record(stage), self.recipes[stage].trained
-        there = [self.path / name for name in trained if (self.path / name).exists()]
+        marker, record = self._marker(stage), self._record(stage)
+        there = [self.path / name for name in self.recipes[stage].trained if (self.path / name).exists()]
         if not there:
             marker.unlink(missing_ok=True)
             self.drop_unfinished(stage)
