@@ -74,8 +74,9 @@ def test_help_lists_every_command_with_what_it_does(call: Call, arguments: list[
 def test_help_of_a_command_says_what_each_argument_is_in_plain_types(call: Call, name: str) -> None:
     code, output, errors = call(name, "--help")
     assert (code, errors) == (0, "")
-    for described in re.findall(r"^    \w+: (.*)$", inspect.getdoc(cli.COMMANDS[name]) or "", re.MULTILINE):
-        assert described in output
+    described = (inspect.getdoc(cli.COMMANDS[name]) or "").partition("Args:\n")[2]
+    for words in re.findall(r"^    \w+: (.*(?:\n     .*)*)", described, re.MULTILINE):
+        assert " ".join(words.split()) in " ".join(output.split())
     assert "Optional[" not in output
     assert "FIRE" not in output
     assert "GROUP" not in output
