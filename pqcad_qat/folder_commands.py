@@ -57,8 +57,8 @@ def sample(
     """Sample images from a folder, also from a prompt, and write them as a grid; or write latents.
 
     Args:
-        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision model as a diffusers folder
-            or as embedded:NAME.
+        folder: a run, a deployed OpenVINO folder, a quantized student, embedded:NAME, or another full-precision
+            diffusers folder.
         count: number of images; by default 64, and 1 with a prompt.
         seed: seed of the noise; image k of a seed starts from the same noise in every kind of folder.
         steps: number of sampling steps; by default the number that the folder was made for.
@@ -101,8 +101,8 @@ def evaluate(
     """Print the Frechet distance of a folder's images to real ones, with the protocol of its measurement.
 
     Args:
-        folder: a run, a deployed OpenVINO folder, a quantized student, or a full-precision model as a diffusers folder
-            or as embedded:NAME.
+        folder: a run, a deployed OpenVINO folder, a quantized student, embedded:NAME, or another full-precision
+            diffusers folder.
         images: number of images that are sampled.
         seed: seed of their noise.
         steps: number of sampling steps; by default the number that the folder was made for.
