@@ -1,5 +1,5 @@
-"""What a benchmark times: a deployed folder, or an architecture with random weights quantized by a policy's rules; and
-its baselines.
+"""The subject of a benchmark, which is a deployed folder or a quantized architecture with random weights, and its
+baselines.
 
 Not here: any timing (benchmark.py). Speed does not depend on the values of weights, so nothing is trained, and only the
 deployed folder's weights are read.
@@ -74,7 +74,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is timed at one batch size; it can be sent to another process.
+    """Candidates that are timed at one batch size; they can be sent to another process.
 
     Attributes:
         config: config of the denoiser that PyTorch runs.

@@ -118,7 +118,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Execution:
-    """What ran, according to the execution graph of the compiled model."""
+    """Layers that executed in INT8, according to the execution graph of the compiled model."""
 
     planned: int  # number of layers planned for INT8
     executed_int8: int
@@ -179,7 +179,7 @@ class StorageRow:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How to reproduce these numbers."""
+    """Command and policy that reproduce the report."""
 
     command: str
     policy_text: str  # resolved policy as YAML

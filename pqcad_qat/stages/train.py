@@ -62,7 +62,7 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class _Task:
-    """What a stage trains and how, whether the weights are trained now or found beside the run."""
+    """Training of one stage: its model, callbacks, batches and number of training steps."""
 
     stage: str
     model: nn.Module
