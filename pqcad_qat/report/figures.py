@@ -84,7 +84,7 @@ def bit_timeline(report: Report, curves: Curves) -> str | None:
             schedule=report.bit_schedule,
             bound=curves.perturbation_bound,
         )
-        perturbation.set_xlabel("step of progressive quantization")
+        perturbation.set_xlabel("training step of progressive quantization")
         perturbation.set_xlim(0, end)
         causes = {t.cause for t in report.bit_schedule}
         counted = ", ".join(f"{sum(t.cause == c for t in report.bit_schedule)} by {c}" for c in sorted(causes))
@@ -232,7 +232,7 @@ def loss_curves(curves: Curves) -> str | None:
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
             axes.set_title(stage)
-            axes.set_xlabel("step")
+            axes.set_xlabel("training step")
             axes.legend()
         for axes in list(panels):
             axes.set_visible(False)
@@ -252,7 +252,7 @@ def weight_distance(curves: Curves) -> str | None:
         for colour, series in zip(_SERIES, curves.distances, strict=False):
             axes.plot(*_points(series), color=COLOURS[colour], label=series.stage, lw=1.4)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
+        axes.set_xlabel("training step")
         axes.legend()
         ends = (
             f"{series.stage} ends at {series.values[-1]:.3f}"
