@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -115,10 +116,8 @@ def _go_on(
     # refused otherwise.
     if unrecorded := folder.unrecorded():
         if _as_by_default(before) != _as_by_default(policy):
-            raise CheckpointError(
-                _changed(
-                    folder.path / POLICY, changes, "begun by a version that did not record what its stages depend on"
-                )
+            _refuse_changes(
+                folder.path / POLICY, changes, "begun by a version that did not record what its stages depend on"
             )
         folder.adopt(unrecorded)
     again = folder.outdated()
@@ -202,7 +201,7 @@ def _drop_drafts(folder: RunFolder) -> None:
 def check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
     """Raise CheckpointError that lists every difference unless the run's stored policy equals this one."""
     if changes := difference(_policy_there(written, policy), policy):
-        raise CheckpointError(_changed(written, changes, "it stands in one table with others"))
+        _refuse_changes(written, changes, "it stands in one table with others")
 
 
 def _policy_there(written: Path, policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
@@ -210,9 +209,9 @@ def _policy_there(written: Path, policy: Policy | PretrainPolicy) -> Policy | Pr
     return load_policy(written) if isinstance(policy, Policy) else load_pretrain_policy(written)
 
 
-def _changed(written: Path, changes: Sequence[str], why: str) -> str:
+def _refuse_changes(written: Path, changes: Sequence[str], why: str) -> NoReturn:
     listed = "\n".join(f"  - {change}" for change in changes)
-    return (
+    raise CheckpointError(
         f"{written}: got a policy that has changed since this run began, so it cannot be resumed ({why}); "
         f"allowed the same policy, without these changes:\n{listed}"
     )
