@@ -131,7 +131,7 @@ def headlines(report: Report) -> list[Headline]:
     if report.execution:
         done = f"{report.execution.executed_int8}/{report.execution.planned}"
         exact = (
-            f"{report.parity.layers_exact} of {report.parity.layers_checked} equal to PyTorch to the integer"
+            f"{report.parity.layers_exact} of {report.parity.layers_checked} layers give exactly PyTorch's integers"
             if report.parity
             else ""
         )
