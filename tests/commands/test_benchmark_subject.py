@@ -130,7 +130,7 @@ def test_nothing_to_time_is_refused_with_what_would_be(tmp_path: Path) -> None:
 
 def test_an_architecture_needs_a_policy_whose_rules_fit(tmp_path: Path) -> None:
     config = str(written(tmp_path / "mine.json", unet_config()))
-    with pytest.raises(ModelError, match=r"no-such\.yaml: no such file; .* --policy FILE"):
+    with pytest.raises(ModelError, match=r"no-such\.yaml: got no such file; .* --policy FILE"):
         open_subject(config, Path("no-such.yaml"), tmp_path)
     policy = tmp_path / "odd.yaml"
     policy.write_text(f"extends: {POLICY}\nname: 3\n")

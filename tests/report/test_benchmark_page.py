@@ -136,7 +136,7 @@ def test_times_that_spread_too_widely_are_marked_beside_the_figure_and_give_no_r
 def test_loading_is_shown_by_format_with_its_parts() -> None:
     assert loading_cells(LOADED) == ["packed", "0.60", "1.00", "20.0", "300", "321"]
     assert re.search(r"packed +0\.60 +1\.00 +20\.0 +300 +321", printed(record()))
-    assert "Loading ours" in render(record())
+    assert f"Load time of {PQCAD_OPENVINO}" in render(record())
 
 
 def test_where_no_steps_are_known_only_steps_are_counted() -> None:

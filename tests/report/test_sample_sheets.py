@@ -71,7 +71,7 @@ def test_strip_is_a_transparent_png_of_the_images_own_resolution() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ({FP32: np.zeros((4, 32, 32), np.float32)}, r"fp32 must be \(K, C, H, W\).*got \(4, 32, 32\)"),
+        ({FP32: np.zeros((4, 32, 32), np.float32)}, r"fp32: got \(4, 32, 32\); allowed \(K, C, H, W\)"),
         ({FP32: np.zeros((0, 1, 8, 8), np.float32)}, "K at least 1"),
         ({PQ: np.zeros((2, 2, 8, 8), np.float32)}, "C 1 or 3"),
         ({PQ: np.full((1, 1, 2, 2), np.nan, np.float32)}, "pq: got 4 values that are not finite"),
