@@ -7,7 +7,8 @@ low, which gives the zero point. The forward pass divides by the scale, adds the
 grid's integers, and goes back to real values.
 
 Rounding has a derivative of zero almost everywhere, so the backward pass treats it as the identity (the
-straight-through estimator). The gradients then follow by the chain rule:
+straight-through estimator; Bengio et al. 2013, arXiv 1308.3432). The gradients then follow by the chain rule. For a
+symmetric range they are those of learned step size quantization (Esser et al. 2020, arXiv 1902.08153), unscaled.
 
 - x receives the gradient of y where its integer lies within the grid's ends. Beyond them it receives 0, or, with a
   straight clamp, the gradient too.

@@ -2,8 +2,9 @@
 
 The search for the least squared error tries shares of the full range and keeps the best. For weights it quantizes the
 values themselves, row by row. For inputs it quantizes the centres of a histogram's bins, weighted by their counts.
+Both ways of choosing a range are described by Nagel et al. 2021 (arXiv 2106.08295).
 
-Not here: modules and Brevitas; these functions take numbers and return numbers.
+Not here: quantized layers and their state (layer_state.py). These functions take numbers and return numbers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The method. A U-Net concatenates two tensors along the channels and convolves the result. The two halves may have very
 different ranges, so one quantizer for both wastes its grid on one of them. A convolution is linear in its channels:
 conv([a, b]) = left(a) + right(b). The seam, where the halves meet, is found by running the model once and following
-every concatenation to the convolutions that read it.
+every concatenation to the convolutions that read it. The idea is that of Q-Diffusion (Li et al. 2023, arXiv
+2302.04304).
 
 The rewrite is of the floating-point model and changes only the order of its sums.
 
