@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
+from collections.abc import Iterator
+
 import architecture_page
 
 from pqcad_qat.commands.schema import schema
@@ -18,3 +22,46 @@ def test_editors_read_the_schema_that_the_command_prints() -> None:
 def test_every_module_says_what_it_holds() -> None:
     silent = [path for path in architecture_page.PACKAGE.rglob("*.py") if not architecture_page.summary(path)]
     assert silent == []
+
+
+def test_no_file_and_no_room_outgrows_the_others() -> None:
+    lines = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in architecture_page.PACKAGE.rglob("*.py")
+    }
+    assert {str(path): count for path, count in lines.items() if count > 350} == {}
+    rooms = Counter[str]()
+    for path, count in lines.items():
+        rooms[path.relative_to(architecture_page.PACKAGE).parts[0]] += count
+    assert {room: count for room, count in rooms.items() if count > 0.14 * sum(lines.values())} == {}
+
+
+VALUE_FAULTS = {"PolicyError", "PlanError", "ModelError", "CheckpointError", "ExportError", "UsageError", "StudyError"}
+"""Exceptions that say what a user gave: they have the form ``WHERE: got X; allowed Y``."""
+
+NOTHING_TO_ALLOW: set[str] = set()
+"""Functions whose messages tell what happened, where no other value would have been right."""
+
+
+def test_messages_say_where_what_was_got_and_what_is_allowed() -> None:
+    faults = [
+        f"{path.relative_to(architecture_page.PACKAGE)}:{line}: {text}"
+        for path in sorted(architecture_page.PACKAGE.rglob("*.py"))
+        for function, line, text in _messages(ast.parse(path.read_text(encoding="utf-8")))
+        if f"{path.stem}.{function}" not in NOTHING_TO_ALLOW and not ("got " in text and "allowed" in text)
+    ]
+    assert faults == []
+
+
+def _messages(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
+    """Yields (function, line, literal text) of every raised fault of a value; messages made elsewhere have no text."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                if getattr(node.exc.func, "id", "") not in VALUE_FAULTS:
+                    continue
+                strings = [part.value for part in ast.walk(node.exc) if isinstance(part, ast.Constant)]
+                text = "".join(value for value in strings if isinstance(value, str))
+                if len(text) > 8:
+                    yield function.name, node.lineno, text
