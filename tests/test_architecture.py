@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -33,6 +34,26 @@ def test_no_file_and_no_room_outgrows_the_others() -> None:
     for path, count in lines.items():
         rooms[path.relative_to(architecture_page.PACKAGE).parts[0]] += count
     assert {room: count for room, count in rooms.items() if count > 0.14 * sum(lines.values())} == {}
+
+
+def test_the_table_of_where_to_look_names_what_is_there() -> None:
+    section = architecture_page.PAGE.read_text(encoding="utf-8").split("## Where to look\n")[1].split("\n## ")[0]
+    file, named = "", 0
+    for word in re.findall(r"`([^`]+)`", section):
+        if "/" in word or word.endswith(".py"):
+            file = word
+            assert (architecture_page.PACKAGE / file).exists(), file
+        elif not word.startswith("--"):
+            tree = ast.parse((architecture_page.PACKAGE / file).read_text(encoding="utf-8"))
+            assert word in _defined(tree), f"{file}: {word}"
+            named += 1
+    assert named > 15
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    targets = (target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets)
+    return names | {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 VALUE_FAULTS = {"PolicyError", "PlanError", "ModelError", "CheckpointError", "ExportError", "UsageError", "StudyError"}

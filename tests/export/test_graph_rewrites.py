@@ -41,7 +41,7 @@ def test_attention_is_two_products_without_a_transpose() -> None:
 
 @pytest.mark.parametrize("more", [{"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(4, 4).tril().bool()}])
 def test_other_attention_stays(more: dict[str, object]) -> None:
-    kinds = rewritten(lambda a, b: F.scaled_dot_product_attention(a, b[:, :3], b[:, 3:], **more), A, B)  # type: ignore[arg-type]
+    kinds = rewritten(lambda a, b: F.scaled_dot_product_attention(a, b[:, :3], b[:, 3:], **more), A, B)
     assert kinds["ScaledDotProductAttention"] == 1
 
 

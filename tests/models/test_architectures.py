@@ -169,7 +169,7 @@ def test_flux_has_the_size_of_its_pipeline_and_the_shift_of_that_size(tmp_path: 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_times_are_not_rounded_in_mixed_precision(name: str, tmp_path: Path) -> None:
     model, seen = saved(name, tmp_path / name).denoiser, []
-    handle = model.time_text_embed.time_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
+    handle = model.time_text_embed.time_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predict(model, torch.randn(2, 4, 8, 8), 899.6, conditions(name, 2))
     handle.remove()

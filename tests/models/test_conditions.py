@@ -172,7 +172,7 @@ def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional(ma
 
 def test_without_guidance_there_is_one_pass() -> None:
     calls: list[dict[str, float]] = []
-    follow = guided_call(lambda x_t, t, given: calls.append(given) or x_t, {"c": 1.0}, {}, 1.0)  # type: ignore[func-returns-value,type-var]
+    follow = guided_call(lambda x_t, t, given: calls.append(given) or x_t, {"c": 1.0}, {}, 1.0)
     assert follow(3.0, 0) == 3.0
     assert calls == [{"c": 1.0}]
 

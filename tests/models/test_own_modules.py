@@ -85,7 +85,9 @@ def test_attention_in_int8_is_computed_once_by_a_module_or_refused_with_the_key(
 
 
 def test_a_comma_in_a_layers_path_is_refused_with_its_rule() -> None:
-    build = lambda: network(lambda self, h, t: self.mid(self.parts["a,b"](h)), parts=nn.ModuleDict({"a,b": conv()}))  # noqa: E731
+    def build() -> nn.Module:
+        return network(lambda self, h, t: self.mid(self.parts["a,b"](h)), parts=nn.ModuleDict({"a,b": conv()}))
+
     with pytest.raises(PqcadError, match=r"names parts\.a,b: a comma in its path"):
         planned_shapes(*given("comma", build))
 

@@ -43,7 +43,7 @@ def test_all_that_ship_are_listed_with_what_they_are_for() -> None:
 
 
 @pytest.mark.parametrize("policy", shipped_policies(), ids=lambda policy: f"{policy.kind}-{policy.name}")
-def test_a_copy_elsewhere_means_the_same_but_for_its_name(policy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_copy_elsewhere_means_the_same_but_for_its_name(policy, tmp_path: Path) -> None:
     load = LOADERS[policy.kind]
     file, *beside = copy_policy(policy, tmp_path / "mine.yaml")
     original, copy = load(policy.file), load(file)

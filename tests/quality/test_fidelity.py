@@ -131,7 +131,7 @@ def test_ssim_is_the_mean_of_scikit_images_per_image(channels: int) -> None:
         "use_sample_covariance": False,
         "channel_axis": 0,
     }
-    expected = np.mean([structural_similarity(x, y, **options) for x, y in zip(a.numpy(), b.numpy(), strict=True)])  # type: ignore[no-untyped-call]
+    expected = np.mean([structural_similarity(x, y, **options) for x, y in zip(a.numpy(), b.numpy(), strict=True)])
     assert paired_ssim(a, b) == pytest.approx(expected, abs=1e-4)
 
 

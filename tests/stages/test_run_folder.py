@@ -297,7 +297,7 @@ def held_elsewhere(path: Path) -> subprocess.Popen[str]:
         "sys.stdin.read()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", script, str(path)], env=environment(), text=True, **pipes)  # type: ignore[call-overload]
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], env=environment(), text=True, **pipes)
     assert process.stdout.readline() == "open\n"
     return process  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ Not here: the tests that the pages are up to date (test_architecture.py, test_re
 from __future__ import annotations
 
 import ast
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -17,6 +18,8 @@ PACKAGE = ROOT / "pqcad_qat"
 PAGE = PACKAGE / "README.md"
 POLICIES = ROOT / "policies" / "README.md"
 SCHEMA = ROOT / "policies" / "policy.schema.json"
+WIDTH = 118
+"""Largest number of characters of a line of a page."""
 
 
 def summary(file: Path) -> str:
@@ -43,13 +46,13 @@ def rules() -> str:
 
 
 def house() -> str:
-    """Table with one row for each room (a top-level package or module), highest first."""
-    rows = ["| room | what belongs there |", "|---|---|"]
+    """List with one line for each room (a top-level package or module), highest first."""
+    lines = []
     for room in rooms():
         folder, file = PACKAGE / room / "__init__.py", PACKAGE / f"{room}.py"
         name, place = (f"{room}/", folder) if folder.exists() else (f"{room}.py", file)
-        rows.append(f"| `{name}` | {summary(place)} |")
-    return "\n".join(rows) + "\n"
+        lines.append(_item(name, place))
+    return "\n".join(lines) + "\n"
 
 
 def files() -> str:
@@ -60,8 +63,14 @@ def files() -> str:
         modules = sorted(path for path in folder.rglob("*.py") if path.name != "__init__.py")
         if modules:
             text += [f"### {room}/", ""]
-            text += [f"- `{path.relative_to(folder).as_posix()}`: {summary(path)}" for path in modules] + [""]
+            text += [_item(path.relative_to(folder).as_posix(), path) for path in modules] + [""]
     return "\n".join(text)
+
+
+def _item(name: str, file: Path) -> str:
+    """Item of a list: a name and the file's summary, folded."""
+    text = f"- `{name}`: {summary(file)}"
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def filled(page: Path, parts: dict[str, str]) -> str:

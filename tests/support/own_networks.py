@@ -57,7 +57,7 @@ def network(middle: Callable[[Any, Tensor, Tensor], Tensor], *layer: nn.Module, 
 
 def returning(output: Callable[[Tensor, Tensor], Any]) -> Network:
     """Build a Network that returns `output` of its prediction and x_t."""
-    return type("Network", (Network,), {"forward": lambda self, x, t: output(Network.forward(self, x, t), x)})()  # type: ignore[no-any-return]
+    return type("Network", (Network,), {"forward": lambda self, x, t: output(Network.forward(self, x, t), x)})()
 
 
 def rows(h: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ DEPLOYED: Mapping[str, tuple[Callable[[], nn.Module], Mapping[str, str]]] = {
         {},
     ),
     "pruned": (pruned, {}),
-    "compiled": (lambda: torch.compile(Network(torch.compile(conv()))), {}),  # type: ignore[dict-item,arg-type,return-value]
+    "compiled": (lambda: torch.compile(Network(torch.compile(conv()))), {}),
     "tied": (tied, {}),
     "inference-tensors": (inference, {}),
     "frozen": (frozen, {}),

@@ -40,7 +40,7 @@ def make(served: Path) -> None:
     for kind, called in CALLED.items():
         where = deployed(kind, served / kind, {"vae": "int8", "text_encoder": "int8-weights"})
         pipeline = TextToImage.from_pretrained(where.folder, properties={"INFERENCE_PRECISION_HINT": "f32"})
-        image = pipeline(ASKED["prompt"], ASKED["negative"], ASKED["guidance"], ASKED["steps"], seed=ASKED["seed"])  # type: ignore[arg-type]
+        image = pipeline(ASKED["prompt"], ASKED["negative"], ASKED["guidance"], ASKED["steps"], seed=ASKED["seed"])
         np.save(served / kind / "image.npy", image)
         noise = initial_noise(ASKED["seed"], 0, 1, pipeline.denoiser.sample_shape)  # type: ignore[arg-type]
         np.save(served / kind / "noise.npy", packed(noise) if kind == "flux" else noise)

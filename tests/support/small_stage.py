@@ -76,5 +76,5 @@ def weight_range(layer: nn.Module) -> Tensor:
 
 
 def input_range(layer: nn.Module) -> Tensor:
-    found: Tensor = layer.input_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value  # type: ignore[union-attr,assignment]
+    found: Tensor = layer.input_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value
     return found

@@ -272,7 +272,7 @@ def test_a_student_is_judged_by_the_prediction_that_it_samples_with(scale: float
     with torch.no_grad():
         found = float(callback.loss_terms(state_of(student), batch)["calibration"])
         follow = guided_call(partial(predict, student), condition_of(batch), NULL, scale)
-        error = (follow(batch["x_t"], batch["t"]) - batch["calibration"]).square().mean(dim=(1, 2, 3))  # type: ignore[arg-type]
+        error = (follow(batch["x_t"], batch["t"]) - batch["calibration"]).square().mean(dim=(1, 2, 3))
     assert found == pytest.approx(float((error * batch["weight"]).mean()), rel=1e-5)
 
 

@@ -52,7 +52,7 @@ def settings(root: Path) -> StageSettings:
 def train(root: Path, until: int = -1, **options: object) -> Tensor:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    train_stage(model, [Regression(until)], batches, settings(root), console=Console(quiet=True), **options)  # type: ignore[arg-type]
+    train_stage(model, [Regression(until)], batches, settings(root), console=Console(quiet=True), **options)
     return model.weight.detach()
 
 
