@@ -34,7 +34,7 @@ def contracts() -> list[dict[str, object]]:
     return found
 
 
-def rooms() -> list[str]:
+def layers() -> list[str]:
     """Layers of the import contract, highest first."""
     layers = next(contract["layers"] for contract in contracts() if contract["type"] == "layers")
     assert isinstance(layers, list)
@@ -45,24 +45,24 @@ def rules() -> str:
     return "\n".join(f"- {contract['name']}." for contract in contracts()) + "\n"
 
 
-def house() -> str:
-    """List with one line for each room (a top-level package or module), highest first."""
+def packages() -> str:
+    """List with one line for each package or module at the top, highest first."""
     lines = []
-    for room in rooms():
-        folder, file = PACKAGE / room / "__init__.py", PACKAGE / f"{room}.py"
-        name, place = (f"{room}/", folder) if folder.exists() else (f"{room}.py", file)
+    for layer in layers():
+        folder, file = PACKAGE / layer / "__init__.py", PACKAGE / f"{layer}.py"
+        name, place = (f"{layer}/", folder) if folder.exists() else (f"{layer}.py", file)
         lines.append(_item(name, place))
     return "\n".join(lines) + "\n"
 
 
 def files() -> str:
-    """List of every file of every room with its summary, rooms in the order of the table."""
+    """List of every file of every package with its summary, packages in the order of the list."""
     text = []
-    for room in rooms():
-        folder = PACKAGE / room
+    for layer in layers():
+        folder = PACKAGE / layer
         modules = sorted(path for path in folder.rglob("*.py") if path.name != "__init__.py")
         if modules:
-            text += [f"### {room}/", ""]
+            text += [f"### {layer}/", ""]
             text += [_item(path.relative_to(folder).as_posix(), path) for path in modules] + [""]
     return "\n".join(text)
 
@@ -84,7 +84,7 @@ def filled(page: Path, parts: dict[str, str]) -> str:
 
 
 def page() -> str:
-    return filled(PAGE, {"rules": rules(), "house": house(), "files": files()})
+    return filled(PAGE, {"rules": rules(), "packages": packages(), "files": files()})
 
 
 def policies() -> str:
