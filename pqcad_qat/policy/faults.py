@@ -41,9 +41,9 @@ class Finding:
     got: str
     allowed: str
 
-    def touches(self, others: set[Location]) -> bool:
-        """Return whether one of its locations contains, or lies within, one of the others."""
-        return any(one[: len(other)] == other[: len(one)] for one in self.locations for other in others)
+    def touches(self, locations: set[Location]) -> bool:
+        """Return whether one of its own locations contains, or lies within, one of these."""
+        return any(own[: len(near)] == near[: len(own)] for own in self.locations for near in locations)
 
 
 def find_faults(kind: type[Section], tree: Tree) -> list[str]:
@@ -55,18 +55,18 @@ def find_faults(kind: type[Section], tree: Tree) -> list[str]:
     """
     schema = _schema(kind)
     data = tree.plain()
-    found: list[Finding] = []
+    reported: list[Finding] = []
     repaired: set[Location] = set()
     while error := _validation_error(kind, data):
         findings = list(islice(_findings(error, schema, data), MANY))
-        found += [finding for finding in findings if not finding.touches(repaired)]
+        reported += [finding for finding in findings if not finding.touches(repaired)]
         broken = {location for finding in findings for location in finding.locations} - repaired
-        if not broken or not isinstance(data, dict) or len(found) >= MANY:
+        if not broken or not isinstance(data, dict) or len(reported) >= MANY:
             break
         for location in sorted(broken, key=len, reverse=True):
             schema.repair(data, location)
         repaired |= broken
-    return [_in_words(finding, tree) for finding in found]
+    return [_in_words(finding, tree) for finding in reported]
 
 
 def _validation_error(kind: type[Section], data: object) -> ValidationError | None:
@@ -83,19 +83,19 @@ def _in_words(finding: Finding, tree: Tree) -> str:
     Where none of them is, the place is that of the mapping in which the key at fault belongs.
     """
     deepest = [(*tree.deepest(location), location) for location in finding.locations]
-    origin = next((part.origin for part, found, location in deepest if found == location), deepest[0][0].origin)
+    origin = next((node.origin for node, reached, location in deepest if reached == location), deepest[0][0].origin)
     return f"{origin}: {key_path(finding.locations[0])}: got {finding.got}; allowed {finding.allowed}"
 
 
 def _as_written(location: Location, data: Any) -> Location:
     """Return the location with list indices as numbers, where rules of layers carry them as text."""
-    found: list[str | int] = []
+    written: list[str | int] = []
     for step in location:
         step = int(step) if isinstance(data, list) and str(step).isdecimal() else step
-        found.append(step)
+        written.append(step)
         inside = step in data if isinstance(data, dict) else isinstance(data, list) and step in range(len(data))
         data = data[step] if inside else None
-    return tuple(found)
+    return tuple(written)
 
 
 def _findings(error: ValidationError, schema: Schema, data: Any) -> Iterator[Finding]:
@@ -224,8 +224,8 @@ class Schema:
                 return (
                     f"a mapping with the keys {', '.join(node['properties'])}" if "properties" in node else "a mapping"
                 )
-            case other:
-                return str(other)
+            case kind:
+                return str(kind)
 
     def repair(self, data: Node, location: Location) -> None:
         """Put a value that the schema allows at the location, or remove a key that the schema does not know."""
@@ -272,10 +272,14 @@ def _schema(kind: type[Section]) -> Schema:
 
 def _bounds(node: Node) -> str:
     """Return the bounds in words, such as " from 2 to 8" or " over 0 and at most 1"; empty where there are none."""
-    if "minimum" in node and node["minimum"] == node.get("maximum"):
-        return f" equal to {node['minimum']:g}"
-    if "minimum" in node and "maximum" in node:
-        return f" from {node['minimum']:g} to {node['maximum']:g}"
     words = {"minimum": "at least", "exclusiveMinimum": "over", "maximum": "at most", "exclusiveMaximum": "under"}
-    bounds = [f"{word} {node[key]:g}" for key, word in words.items() if key in node]
-    return f" {' and '.join(bounds)}" if bounds else ""
+    bounds = {key: _bound(node[key]) for key in words if key in node}
+    if "minimum" in bounds and "maximum" in bounds:
+        least, most = bounds["minimum"], bounds["maximum"]
+        return f" equal to {least}" if least == most else f" from {least} to {most}"
+    return f" {' and '.join(f'{words[key]} {bound}' for key, bound in bounds.items())}" if bounds else ""
+
+
+def _bound(bound: float) -> str:
+    """Return a bound as text: a whole number with all its digits, any other number in short."""
+    return f"{bound:.0f}" if bound == int(bound) else f"{bound:g}"

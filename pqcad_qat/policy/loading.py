@@ -83,10 +83,10 @@ def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
     Raises:
         PolicyError: the file cannot be read.
     """
-    tree, found = parse(read_text(path), lambda line: f"{path}:{line}")
-    faults += found
+    tree, form_faults = parse(read_text(path), lambda line: f"{path}:{line}")
+    faults += form_faults
     if tree is None:
-        if not found:
+        if not form_faults:
             faults.append(f"{path}:1: top level: got an empty file; allowed a policy")
         return Tree(None, f"{path}:1")
     anchor(tree, path, faults)
@@ -117,12 +117,12 @@ def _file_below(named: Tree, key: str, path: Path, faults: list[str]) -> Path | 
     return None
 
 
-def override(tree: Tree, given: str, faults: list[str]) -> Tree:
+def override(tree: Tree, text: str, faults: list[str]) -> Tree:
     """Return the tree with a ``key=value`` override applied.
 
     Keys are dotted, with indices as ``layers.0`` or ``layers[0]``. Values are YAML, and mappings are merged.
     """
-    return overridden(tree, read_override(given, faults), faults)
+    return overridden(tree, read_override(text, faults), faults)
 
 
 @dataclass(frozen=True)
@@ -133,20 +133,20 @@ class Override:
     value: Tree
 
 
-def read_override(given: str, faults: list[str]) -> Override | None:
+def read_override(text: str, faults: list[str]) -> Override | None:
     """Parse a ``key=value`` override; add a fault and return None for any other text."""
-    key, sign, text = given.partition("=")
+    key, sign, yaml_text = text.partition("=")
     steps = key_steps(key)
     if not sign or not steps:
-        faults.append(f"--set {shortened(given)}: got no key and value; allowed key=value, such as sampler.steps=10")
+        faults.append(f"--set {shortened(text)}: got no key and value; allowed key=value, such as sampler.steps=10")
         return None
     origin = f"--set {shortened(key.strip())}"
     if len(steps) > DEPTH:
         faults.append(f"{origin}: got a key of {len(steps)} steps; allowed the key of a policy")
         return None
-    value, found = parse(text, lambda _: origin)
-    faults += found
-    if found:
+    value, form_faults = parse(yaml_text, lambda _: origin)
+    faults += form_faults
+    if form_faults:
         return None
     value = value or Tree(None, origin)
     anchor_override(steps, value, faults)
@@ -164,10 +164,10 @@ def overridden(tree: Tree, override: Override | None, faults: list[str]) -> Tree
 
 def refuse_other_kind(tree: Tree, name: str) -> None:
     """Raise PolicyError for a policy of another command, in place of a fault for each of its keys."""
-    given = tree.child("kind")
-    kind = "quantize" if given is None else given.value
+    written = tree.child("kind")
+    kind = "quantize" if written is None else written.value
     if kind in COMMANDS and kind != name and isinstance(tree.children, dict):
-        origin = (given or tree).origin
+        origin = (written or tree).origin
         raise PolicyError(f"{origin}: kind: got {kind}, a policy for the command `{COMMANDS[kind]}`; allowed {name}")
 
 
@@ -223,32 +223,32 @@ def json_schema() -> dict[str, Any]:
     """
     kinds = (Policy, PretrainPolicy, StudyPolicy)
     refs, schema = models_json_schema([(kind, "validation") for kind in kinds])
-    parts = schema["$defs"]
+    definitions = schema["$defs"]
     for kind in kinds:
-        part = parts[kind.__name__]
-        part["properties"] = {
+        definition = definitions[kind.__name__]
+        definition["properties"] = {
             "extends": {
                 "type": "string",
                 "description": "policy below this one: a file relative to it, or a name",
             }
-        } | part["properties"]
-        part |= {"if": {"required": ["extends"]}, "else": {"required": part.pop("required")}}
-        for section in part["properties"].values():
-            parts.get(section.get("$ref", "").rsplit("/", 1)[-1], {}).pop("required", None)
+        } | definition["properties"]
+        definition |= {"if": {"required": ["extends"]}, "else": {"required": definition.pop("required")}}
+        for section in definition["properties"].values():
+            definitions.get(section.get("$ref", "").rsplit("/", 1)[-1], {}).pop("required", None)
     for name in ("LayerRule", "WeightQuantizer", "InputQuantizer"):
-        parts[name].pop("required", None)
+        definitions[name].pop("required", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "pqcad_qat policy",
         **_by_kind(*refs.values()),
-        "$defs": parts,
+        "$defs": definitions,
     }
 
 
-def _by_kind(policy: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+def _by_kind(quantization: Mapping[str, Any], *other_kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Return a schema that selects by the `kind` a file names; without a kind it is a policy for `run`."""
-    found: Mapping[str, Any] = policy
-    for name, part in zip(list(COMMANDS)[1:], others, strict=True):
-        named = {"properties": {"kind": {"const": name}}, "required": ["kind"]}
-        found = {"if": named, "then": part, "else": found}
-    return dict(found)
+    schema = quantization
+    for name, kind_schema in zip(list(COMMANDS)[1:], other_kinds, strict=True):
+        has_kind = {"properties": {"kind": {"const": name}}, "required": ["kind"]}
+        schema = {"if": has_kind, "then": kind_schema, "else": schema}
+    return dict(schema)

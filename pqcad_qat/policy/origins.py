@@ -36,7 +36,7 @@ class Origins:
     def __hash__(self) -> int:
         return 0
 
-    def of(self, location: Location) -> str | None:
+    def place(self, location: Location) -> str | None:
         """Return where a key was written, or else its nearest enclosing mapping; None for a policy that was not read
         from a file.
         """

@@ -95,11 +95,9 @@ def _from_file(text: str, file: Path, hub: bool) -> tuple[str, str | None]:
         return meant if there else text, fault
     if not os.path.isabs(path) and _is_there(Path(path))[0]:
         instead = os.path.relpath(path, file.parent)
-        found = f"{meant} is not there, and {shortened(text)!r} of the working folder is not meant"
-        return (
-            text,
-            f"got {shortened(text)!r}; allowed a path from the folder of {file.name}, such as {instead}: {found}",
-        )
+        reason = f"{meant} is not there, and {shortened(text)!r} of the working folder is not meant"
+        allowed = f"a path from the folder of {file.name}, such as {instead}: {reason}"
+        return text, f"got {shortened(text)!r}; allowed {allowed}"
     return (text if hub and HUB_ID.fullmatch(path) else meant), None
 
 

@@ -14,10 +14,7 @@ from pydantic import BeforeValidator, Field
 from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import rule_text
 from pqcad_qat.policy.sections import Fault, Section
-from pqcad_qat.policy.value_types import (
-    Bits,
-    Patterns,
-)
+from pqcad_qat.policy.value_types import Bits, Patterns
 
 
 class WeightQuantizer(Section):
@@ -84,12 +81,12 @@ class LayerRule(Section):
 
 
 def numbered(rules: Iterable[Any]) -> dict[str, Any]:
-    """Rules of a list, named by their number."""
-    return {str(number): rule for number, rule in enumerate(rules)}
+    """Return the rules of a list, each named by its index."""
+    return {str(index): rule for index, rule in enumerate(rules)}
 
 
 def _named(value: object) -> object:
-    """Rules by name; one that is null is left out, which is how a policy drops a rule of the one that it extends."""
+    """Return rules by name. A rule that is null is left out: so a policy drops a rule of the one that it extends."""
     if isinstance(value, Mapping):
         return {name: rule for name, rule in value.items() if rule is not None}
     return numbered(value) if isinstance(value, list | tuple) and value else value
@@ -130,8 +127,8 @@ class QuantizationPolicy(Section):
         return hash((self.split_shortcuts, tuple(self.layers.items()), self.attention))
 
     def faults(self) -> Iterator[Fault]:
-        """A name that no key can spell; a pattern that stands in two rules of different content: the second can never
-        have its way.
+        """Yield names that no key can spell, and patterns that two rules of different content share: the second rule
+        could never apply to a layer.
         """
         first: dict[str, str] = {}
         for name, rule in self.layers.items():

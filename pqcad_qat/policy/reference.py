@@ -41,13 +41,13 @@ def _tables(schema: Schema) -> str:
 
 def _keys_of(schema: Schema, section: Location) -> list[Location]:
     """Return the keys of a section, each followed by the keys below it."""
-    found: list[Location] = []
+    locations: list[Location] = []
     for key in schema.keys(schema.follow(section)[0]):
         location = (*section, key)
-        found += [location] * (not schema.is_section(location))
-        found += _below(schema, location)
-        found += _below(schema, (*location, ANY_NAME)) or _below(schema, (*location, 0))
-    return found
+        locations += [location] * (not schema.is_section(location))
+        locations += _below(schema, location)
+        locations += _below(schema, (*location, ANY_NAME)) or _below(schema, (*location, 0))
+    return locations
 
 
 def _below(schema: Schema, place: Location) -> list[Location]:

@@ -1,7 +1,7 @@
-"""What a quantization policy may say: frozen pydantic models with the unit, default and bounds of every key, and the
-rules between keys.
+"""Definition of quantization policies: frozen pydantic models with the purpose, default and bounds of every key, and
+the rules between keys.
 
-Not here: pretraining policies (policy/pretraining.py), YAML (policy/loading.py), and what takes a model to decide
+Not here: pretraining policies (policy/pretraining.py), reading YAML (policy/loading.py), and checks that need the model
 (quantization/plan.py).
 """
 
@@ -32,10 +32,10 @@ from pqcad_qat.policy.value_types import (
 from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE, VARIANTS
 
 EMBEDDED = "embedded:"
-"""What the names of models and feature networks that ship with the package begin with."""
+"""Prefix of the names of the models and feature networks that ship with the package."""
 
 NO_FEATURES = "none"
-"""As evaluation.features: nothing is compared with real images."""
+"""Value of evaluation.features with which nothing is compared with real images."""
 
 
 class ModelPolicy(Section):
@@ -43,17 +43,17 @@ class ModelPolicy(Section):
 
     source: Text = Field(
         description="embedded:fashion-mnist, embedded:digits, embedded:noto-emoji, a local folder in diffusers "
-        "layout, or a hub id; of a run with --module it is module:NAME"
+        "layout, or a hub id; with --module, module:NAME"
     )
     sample_size: Side | Sides | None = Field(
         None,
-        description="height and width of x_t: one number, or [height, width]; the deployed graph has this size alone;"
-        " null: the model's own (Flux: 128, for 1024 pixels)",
+        description="height and width of x_t: one number, or [height, width]; the deployed graph takes no other"
+        " size; null: the model's own (Flux: 128, for 1024 pixels)",
     )
 
 
 class ConditionsPolicy(Section):
-    """What a conditional model is conditioned on; each trajectory and each image has a seeded choice of its own."""
+    """What a conditional model is conditioned on. Each trajectory and each image makes a seeded choice of its own."""
 
     classes: Classes = Field(
         "all", description="class labels to choose from, for a class-conditional model: all, or a list"
@@ -63,8 +63,8 @@ class ConditionsPolicy(Section):
     )
     embeddings: Text | None = Field(
         None,
-        description="safetensors file with a tensor for each condition, prompts first; guidance also needs "
-        "unconditional.NAME",
+        description="safetensors file with a tensor (prompts, ...) for each condition; guidance also needs "
+        "a tensor unconditional.NAME (1, ...) for each",
     )
     prompts: Text | None = Field(
         None,
@@ -74,31 +74,31 @@ class ConditionsPolicy(Section):
     tokens: Count | None = Field(
         None,
         le=512,
-        description="number of tokens that T5's prompts are padded or cut to; null: the pipeline's own (SD3 256, Flux"
+        description="number of tokens that prompts are padded or cut to for T5; null: the pipeline's own (SD3 256, Flux"
         " 512, PixArt 120)",
     )
     guidance: float | None = Field(
         None,
         ge=0,
         le=100,
-        description="guidance that FLUX.1 dev reads beside its prompts; null: its pipeline's own, 3.5",
+        description="guidance that FLUX.1 dev reads as an input beside its prompts; null: its pipeline's own, 3.5",
     )
 
     def faults(self) -> Iterator[Fault]:
         if self.embeddings is not None and self.prompts is not None:
             yield Fault((("prompts",), ("embeddings",)), repr(self.prompts), "null, as embeddings is given")
         for key in ("tokens", "guidance"):
-            if (got := getattr(self, key)) is not None and self.prompts is None:
-                yield Fault(((key,), ("prompts",)), repr(got), "null, as no prompts are given")
+            if (value := getattr(self, key)) is not None and self.prompts is None:
+                yield Fault(((key,), ("prompts",)), repr(value), "null, as no prompts are given")
 
 
 class SamplerPolicy(Section):
-    """The full-precision model's own sampler, and the quantized teacher's."""
+    """The sampler of the full-precision model and of the quantized teacher."""
 
     name: Literal["ddim", "euler"] | None = Field(
         None,
         description="deterministic sampler: euler for flow matching, ddim for all other models; null: the one that "
-        "the model takes",
+        "fits the model",
     )
     steps: Count = Field(20, le=1000, description="sampling steps of an image, before distillation")
     guidance_scale: float = Field(
@@ -110,41 +110,45 @@ class SamplerPolicy(Section):
 
 
 class CalibrationPolicy(Section):
-    """The set of full-precision trajectories."""
+    """The calibration set: recorded trajectories of the full-precision model."""
 
     trajectories: Count = Field(128, description="recorded trajectories, each with every state from noise to image")
     seed: Seed = Field(0, description="seed of their noise")
     refinement: Count = Field(
         2,
         le=16,
-        description="full-precision steps that are recorded for each step of the sampler; more make finer targets",
+        description="full-precision steps that are recorded for each step of the sampler; more give finer targets",
     )
     batch_size: Count = Field(
-        64, description="trajectories sampled at a time; it decides memory and speed, and no result"
+        64, description="trajectories sampled at a time; it changes memory and speed, but no result"
     )
 
 
 class ProgressivePolicy(Section):
     """Progressive quantization: the walk from the ladder's first width to each layer's target."""
 
-    steps: Count = Field(70, description="training steps of the stage, from high precision to the end")
+    steps: Count = Field(70, description="training steps of the stage")
     ladder: Ladder = Field(
-        (8, 6, 4), description="weight widths in bits, strictly descending; a layer leaves it at its target"
+        (8, 6, 4), description="weight widths in bits, strictly descending; a layer stops at its target width"
     )
     schedule: Literal["momentum", "fixed"] = Field(
         "momentum",
-        description="momentum: transitions when the momenta call for them; fixed: at evenly spread steps, all layers "
-        "at once",
+        description="momentum: transitions start when the averaged loss stops improving (plateau), with the least "
+        "perturbed layers; fixed: at evenly spread steps, all layers at once",
     )
-    momentum: Momentum = Field(0.9, description="decay of the exponential moving averages, per step")
+    momentum: Momentum = Field(
+        0.9, description="decay per training step of the averages of loss and perturbation, and of the blend"
+    )
     transition: Literal["blend", "jump"] = Field(
         "blend", description="blend: the next width's share grows with each training step; jump: all at once"
     )
     plateau: float = Field(
-        0.002, ge=0, description="relative improvement of the loss a step under which a transition is due"
+        0.002, ge=0, description="relative improvement of the loss per training step under which a transition is due"
     )
     perturbation: float = Field(
-        0.25, gt=0, description="relative change of a layer's weights over which its transition waits"
+        0.25,
+        gt=0,
+        description="relative change of a layer's weights by the next width, over which its transition waits",
     )
     layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
     deadline: Share = Field(0.2, description="share of the steps after which every layer is at its target")
@@ -157,18 +161,18 @@ class ProgressivePolicy(Section):
 class DistillationPolicy(Section):
     """Calibration-assisted distillation to fewer sampling steps."""
 
-    steps: Count = Field(100, description="training steps")
+    steps: Count = Field(100, description="training steps of the stage")
     student_steps: Count = Field(10, description="sampling steps of the student; must divide sampler.steps")
     teacher_weight: float = Field(
         0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out"
     )
     calibration_weight: float = Field(
-        1.0, ge=0, description="weight of the loss against the full-precision set; 0: plain distillation"
+        1.0, ge=0, description="weight of the loss against the full-precision trajectories; 0: plain distillation"
     )
     guidance: Literal["keep", "distill"] = Field(
         "keep",
-        description="for a guided sampler: keep leaves the student both denoiser calls, distill teaches it the guided"
-        " prediction in one",
+        description="for a guided sampler: keep leaves the student both denoiser calls; distill teaches it the guided "
+        "prediction in one",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -179,9 +183,9 @@ class DistillationPolicy(Section):
 
 
 class TrainingPolicy(Section):
-    """What both training stages share."""
+    """Settings that all training stages share."""
 
-    batch_size: Count = Field(32, description="states of a batch, at mixed times of the diffusion")
+    batch_size: Count = Field(32, description="states in a batch, at mixed time steps")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
@@ -196,41 +200,42 @@ class TrainingPolicy(Section):
     )
     seed: Seed = Field(0, description="seed of everything random in training")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(2, description="newest checkpoints kept")
+    keep_checkpoints: Count = Field(2, description="number of newest checkpoints that are kept")
     samples_every: int = Field(50, ge=0, description="steps between sample grids in TensorBoard; 0 for none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
         "rollback",
-        description="rollback: back to the last good checkpoint; lower_rate: on from there; both at half the learning"
-        " rate, up to 3 times; stop: an error",
+        description="rollback: back to the last good checkpoint, at half the learning rate; lower_rate: on from where "
+        "it is, at half the rate; both up to 3 times; stop: an error",
     )
 
 
 class EvaluationPolicy(Section):
-    """Which variants are made, and how they are compared."""
+    """Which variants a run makes, and how they are compared."""
 
     variants: Variants = Field(
         DEFAULT_VARIANTS,
-        description=f"what a run makes, and so its stages; {REFERENCE} always, {PTQ} only where listed",
+        description=f"variants that a run makes, which decide its stages; {REFERENCE} is always made, {PTQ} only "
+        "where listed",
     )
-    images: int = Field(256, ge=2, description="images a variant, of the same seeds for all")
+    images: int = Field(256, ge=2, description="images of each variant, from the same seeds")
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text | None = Field(
         None,
         description="feature network of FID, with statistics of real images: embedded:NAME or a folder; none: no FID;"
-        " null: an embedded model's own, and none for other models",
+        " null: that of an embedded model, none for other models",
         examples=["none", "embedded:fashion-mnist", "embedded:digits"],
     )
-    seed: Seed = Field(1234, description="seed of the images' noise; not the calibration's, which training has seen")
+    seed: Seed = Field(1234, description="seed of the images' noise; training has seen that of calibration.seed")
 
 
 class PipelinePolicy(Section):
-    """The parts of a pipeline beside its denoiser, exported into the deployed folder with it."""
+    """The parts of a pipeline beside its denoiser, which are exported into the deployed folder with it."""
 
     vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
         "auto",
-        description="VAE decoder: float (float16 on disk), int8-weights, or int8, which is calibrated on the set's "
-        "latents; auto: float if there is a VAE",
+        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the latents of "
+        "the calibration set; auto: float if there is a VAE",
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
         "auto",
@@ -245,10 +250,10 @@ class ExportPolicy(Section):
     batch_size: Count = Field(1, description="fixed batch size of the exported model")
     weights: Literal["int8", "packed"] = Field(
         "int8",
-        description="format on disk: int8 for plain OpenVINO; packed in the fewest of 2, 3, 4 and 8 bits that hold a "
-        "layer's weights, for our runtime",
+        description="format on disk: int8, for plain OpenVINO; packed, in the fewest of 2, 3, 4 and 8 bits that hold a "
+        "layer's weights, for our runtime alone",
     )
-    latency_runs: Count = Field(50, description="timed repetitions of a latency measurement")
+    latency_runs: Count = Field(50, description="timed repetitions of each latency measurement")
 
 
 class Policy(PolicyFile):
@@ -270,19 +275,19 @@ class Policy(PolicyFile):
 
     @property
     def features(self) -> str | None:
-        """The feature network that FID looks through, None without FID: the policy's, or an embedded model's own."""
+        """The feature network of FID: the policy's, or else an embedded model's own. None where FID is not computed."""
         source, listed = self.model.source, self.evaluation.features
         if listed is None:
             return source if source.startswith(EMBEDDED) else None
         return None if listed == NO_FEATURES else listed
 
     def guidance_scale(self, variant: str) -> float:
-        """The scale of classifier-free guidance as a variant samples: 1 where one pass of the denoiser is enough."""
+        """Return the guidance scale with which a variant samples: 1 where one denoiser call a step is enough."""
         once = self.distillation.guidance == "distill" and VARIANTS[variant].distilled
         return 1.0 if once else self.sampler.guidance_scale
 
     def sampling_steps(self, variant: str) -> int:
-        """The sampling steps of an image of a variant."""
+        """Return the number of sampling steps of a variant's images."""
         return self.distillation.student_steps if VARIANTS[variant].student_steps else self.sampler.steps
 
     def faults(self) -> Iterator[Fault]:

@@ -1,4 +1,5 @@
-"""What every section of a policy has in common: unknown keys are refused, faults of several keys are told together.
+"""What all sections of a policy have in common: unknown keys are refused, and faults of several keys are reported at
+once.
 
 Not here: any section of a policy (schema.py, quantizers.py, pretraining.py).
 """
@@ -26,15 +27,13 @@ class Fault(NamedTuple):
 
 
 def known_keys(known: Collection[str], unknown: str) -> str:
-    """What is allowed in the place of an unknown key."""
+    """Return the known keys as text, with a hint at the one that the unknown key resembles."""
     close = get_close_matches(unknown, known, n=1)
     return ", ".join(known) + (f" (did you mean {close[0]}?)" if close else "")
 
 
 class Section(BaseModel):
-    """A frozen, strict part of a policy; `faults` yields the broken rules between its keys, and all of them are raised
-    together.
-    """
+    """A frozen, strict part of a policy. `faults` yields the broken rules between its keys; all are raised together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -43,15 +42,15 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _hold_rules(self) -> Self:
-        found = list(self.faults())
-        if found:
-            message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in found)
-            raise PydanticCustomError("policy_rule", message, {"faults": found})
+        faults = list(self.faults())
+        if faults:
+            message = "; ".join(f"got {fault.got}; allowed {fault.allowed}" for fault in faults)
+            raise PydanticCustomError("policy_rule", message, {"faults": faults})
         return self
 
 
 class PolicyFile(Section):
-    """A whole policy, which knows where its keys were written; that is no part of what it says, and of no dump."""
+    """A whole policy. It also knows where its keys were written, which is no part of its value or of its dump."""
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
 
@@ -60,10 +59,10 @@ class PolicyFile(Section):
         return self._origins
 
     def place(self, location: Location) -> str | None:
-        """Where a key was written; None for what is no key of this policy, and for one that no file says."""
-        return self._origins.of(location) if location and location[0] in type(self).model_fields else None
+        """Return where a key was written; None for an unknown key, or for a policy that was not read from a file."""
+        return self._origins.place(location) if location and location[0] in type(self).model_fields else None
 
     def written(self, origins: Origins) -> Self:
-        """The policy as it was written there."""
+        """Return the policy itself, after noting where its keys were written."""
         self._origins = origins
         return self

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pqcad_qat.errors import PolicyError, shortened
 from pqcad_qat.machine.files import write_file
@@ -48,8 +48,9 @@ class ShippedPolicy:
 
 def shipped_policies() -> tuple[ShippedPolicy, ...]:
     """Return all shipped policies, by kind and name."""
-    found = [*_in_folder(FOLDER), *_in_folder(FOLDER / "studies")]
-    return tuple(sorted(found, key=lambda policy: (("quantize", "pretrain", "study").index(policy.kind), policy.name)))
+    policies = [*_in_folder(FOLDER), *_in_folder(FOLDER / "studies")]
+    kinds = get_args(Kind)
+    return tuple(sorted(policies, key=lambda policy: (kinds.index(policy.kind), policy.name)))
 
 
 def _in_folder(folder: Path) -> Iterator[ShippedPolicy]:
@@ -71,7 +72,8 @@ def _kind(text: str) -> Kind:
 def _summary(text: str) -> str:
     lines = [line[2:] for line in text.splitlines() if not line.startswith(MODELINE)]
     paragraph = " ".join(lines[: next((n for n, line in enumerate(lines) if not line), len(lines))])
-    return found[0] if (found := re.match(r".*?[.](?=\s|$)", paragraph)) else paragraph
+    sentence = re.match(r".*?[.](?=\s|$)", paragraph)
+    return sentence[0] if sentence else paragraph
 
 
 def named_file(text: str, folder: Path) -> Path:
@@ -114,12 +116,12 @@ def shipped_policy(name: str) -> ShippedPolicy:
     Raises:
         PolicyError: there is none.
     """
-    found = {f"studies/{policy.name}": policy for policy in shipped_policies() if policy.kind == "study"}
+    by_name = {f"studies/{policy.name}": policy for policy in shipped_policies() if policy.kind == "study"}
     for policy in shipped_policies():
-        found.setdefault(policy.name, policy)
-    if name not in found:
-        raise PolicyError(f"{shortened(name)}: got no policy that ships; allowed {known_keys(list(found), name)}")
-    return found[name]
+        by_name.setdefault(policy.name, policy)
+    if name not in by_name:
+        raise PolicyError(f"{shortened(name)}: got no policy that ships; allowed {known_keys(list(by_name), name)}")
+    return by_name[name]
 
 
 def copy_policy(policy: ShippedPolicy, to: Path) -> tuple[Path, ...]:

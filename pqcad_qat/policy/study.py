@@ -24,7 +24,7 @@ OWN_KEYS = ("name", "kind", "extends", "training.seed")
 
 
 class StudyPolicy(Section):
-    """Cells to run and to put into one table: every policy, at every combination of levels, with every seed."""
+    """Runs to compare in one table, called cells: every policy, at every combination of levels, with every seed."""
 
     kind: Literal["study"] = Field(description="tells a study from a policy")
     name: Name = Field(description="name of the study and of its folder")
@@ -33,7 +33,7 @@ class StudyPolicy(Section):
     axes: dict[str, dict[str, Overrides]] = Field(
         {}, description="axis -> level -> overrides, key: value, over those of set"
     )
-    seeds: Seeds = Field((0,), description="values of training.seed; figures are told as mean and spread over them")
+    seeds: Seeds = Field((0,), description="values of training.seed; figures are reported as mean and spread over them")
 
     def faults(self) -> Iterator[Fault]:
         yield from self._named_wrongly()
@@ -66,12 +66,12 @@ class StudyPolicy(Section):
         first: dict[str, str] = {}
         for axis, level, overrides in self._levels():
             for keys in leaves(overrides):
-                other = first.setdefault(".".join(keys), axis)
-                if other != axis:
+                first_axis = first.setdefault(".".join(keys), axis)
+                if first_axis != axis:
                     yield Fault(
                         (("axes", axis, level, *keys), ("axes", axis, level)),
                         "a key of two axes",
-                        f"one; {other} sets it too",
+                        f"one; {first_axis} sets it too",
                     )
 
 

@@ -93,7 +93,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         combinations.append((labels, cell))
     if not faults:
         study = StudyPolicy.model_validate(tree.plain())
-        cells = [cell for labels, found in combinations for cell in _seeded(labels, found, study.seeds)]
+        cells = [cell for labels, unseeded in combinations for cell in _seeded(labels, unseeded, study.seeds)]
         faults += _clashes(cells, tree)
     raise_all(faults)
     return Study(study.name, tuple(cells))
@@ -118,8 +118,8 @@ def _combinations(
             tree = base
             for overlay in (study.child("set"), *(overlay for _, overlay in levels)):
                 tree = _over(tree, _mapping(overlay), faults)
-            for given in overrides:
-                tree = overridden(tree, given, faults)
+            for parsed in overrides:
+                tree = overridden(tree, parsed, faults)
             yield labels, assign(tree, ["name"], Tree("-".join(labels.values()), study.origin))
 
 
@@ -132,13 +132,13 @@ def _policies(listed: Sequence[Tree], faults: list[str]) -> Iterator[Tree]:
             faults.append(f"{entry.origin}: policies[{index}]: got {got}; allowed a policy file, relative to this one")
             continue
         try:
-            found = read_tree(Path(entry.value), (), faults)
-            refuse_other_kind(found, "quantize")
+            policy = read_tree(Path(entry.value), (), faults)
+            refuse_other_kind(policy, "quantize")
         except PolicyError as error:
             faults.append(str(error))
             continue
-        if isinstance(found.children, dict):
-            yield found
+        if isinstance(policy.children, dict):
+            yield policy
 
 
 def _over(tree: Tree, overlay: Mapping[str, Tree], faults: list[str]) -> Tree:

@@ -16,9 +16,15 @@ from pqcad_qat.policy.origins import Location, Origins
 
 @dataclass
 class Tree:
-    """A YAML value with its children and its origin: ``file:line``, or the command line's ``--set key``."""
+    """A YAML value with its children.
 
-    value: Any  # value of a scalar; None for a mapping or list
+    Attributes:
+        value: value of a scalar; None for a mapping or list.
+        origin: where it was written: ``file:line``, or the command line's ``--set key``.
+        children: values of a mapping by key, or items of a list; None for a scalar.
+    """
+
+    value: Any
     origin: str
     children: dict[str, Tree] | list[Tree] | None = None
 
@@ -57,13 +63,13 @@ class Tree:
     def deepest(self, location: Location) -> tuple[Tree, Location]:
         """Return the deepest existing tree on the way to a location, and the part of the location that leads to it."""
         tree: Tree = self
-        found: Location = ()
+        reached: Location = ()
         for step in location:
             child = tree.child(step)
             if child is None:
                 break
-            tree, found = child, (*found, step)
-        return tree, found
+            tree, reached = child, (*reached, step)
+        return tree, reached
 
 
 def key_steps(key: str) -> list[str]:

@@ -239,8 +239,8 @@ def summary_of(name: str) -> str:
     return VARIANTS[name].summary if name in VARIANTS else ""
 
 
-def made(listed: Collection[str]) -> tuple[str, ...]:
-    """Return the variants that a run makes, in the order of its tables."""
+def run_variants(listed: Collection[str]) -> tuple[str, ...]:
+    """Return the variants that a run makes where a policy lists these, in the order of its tables."""
     return tuple(name for name in VARIANTS if name == REFERENCE or name in listed)
 
 

@@ -59,9 +59,9 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.nodes, self.depth = self.nodes + 1, self.depth + 1
         check_bounds(self.nodes, self.depth, self.get_mark())
-        found: yaml.Node | None = super().compose_node(parent, index)
+        node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
-        return found
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -189,9 +189,9 @@ class _Builder:
         merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             if key.tag == MERGE:
-                parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                for part in reversed(parts):  # the first of several mappings wins
-                    merged |= {below.value: (below, under) for below, under in self._merged(part, location)}
+                mappings = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for mapping in reversed(mappings):  # the first of several mappings wins
+                    merged |= {pair[0].value: pair for pair in self._merged(mapping, location)}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.faults.append(
@@ -199,8 +199,8 @@ class _Builder:
                 )
             elif key.tag != MERGE:
                 merged[key.value] = (key, value)
-        self.pairs[id(node)] = found = list(merged.values())
-        return found
+        self.pairs[id(node)] = pairs = list(merged.values())
+        return pairs
 
     def _merged(self, node: yaml.Node, location: Location) -> Pairs:
         if not isinstance(node, yaml.MappingNode):

@@ -21,7 +21,7 @@ from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS, made
+from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS, run_variants
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.recipes import BASELINE_INPUTS
 from pqcad_qat.stages.run_folder import RunFolder
@@ -53,7 +53,7 @@ def make_baselines(
         for name, attempt in _attempts(policy, prepared, run, calibration).items():
             with working(console, f"baselines: {name}"):
                 died |= reasons({name: attempt})
-        for name in died.keys() & set(made(policy.evaluation.variants)):
+        for name in died.keys() & set(run_variants(policy.evaluation.variants)):
             run.warn(f"baselines: {name} did not run: {died[name]}", console)
         stage.done(BaselinesRecord(died))
 
@@ -137,7 +137,7 @@ def runnable(policy: Policy, run: RunFolder) -> tuple[str, ...]:
     """Variants that the run makes, without the baselines that failed."""
     baselines = run.read("baselines", BaselinesRecord)
     died = {} if baselines is None else baselines.died
-    return tuple(name for name in made(policy.evaluation.variants) if name not in died)
+    return tuple(name for name in run_variants(policy.evaluation.variants) if name not in died)
 
 
 def openvino_files(policy: Policy, run: RunFolder) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from pqcad_qat.policy.variants import (
     QUANTIZATION_AWARE,
     STUDENTS,
     VARIANTS,
-    made,
+    run_variants,
     stages_of,
 )
 from pqcad_qat.quality.feature_network import load_features
@@ -86,7 +86,7 @@ def sampling(variant: str) -> str:
 
 def sampled(policy: Policy) -> tuple[str, ...]:
     """Variants that images are made of."""
-    return tuple(name for name in made(policy.evaluation.variants) if VARIANTS[name].sampled)
+    return tuple(name for name in run_variants(policy.evaluation.variants) if VARIANTS[name].sampled)
 
 
 def loss_weights(policy: Policy, student: str) -> tuple[float, float]:
@@ -181,7 +181,7 @@ class _Table:
 
     def benchmark(self) -> Recipe:
         stages = stages_of(self.policy.evaluation.variants)
-        timed = [name for name in made(self.policy.evaluation.variants) if VARIANTS[name].runtime == OPENVINO]
+        timed = [name for name in run_variants(self.policy.evaluation.variants) if VARIANTS[name].runtime == OPENVINO]
         values = {**self.model, "evaluation.variants": timed, **self.section("export", "weights")}
         return Recipe(
             values, tuple(name for name in ("export", "baselines") if name in stages), _versions("openvino", "torch")

@@ -30,7 +30,7 @@ from pqcad_qat.policy.variants import (
     QUANTIZATION_AWARE,
     TRAINED,
     VARIANTS,
-    made,
+    run_variants,
     stages_of,
 )
 from pqcad_qat.quality.fidelity import FidelityFigures
@@ -141,7 +141,7 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
     full, half = policy.sampler.steps, policy.distillation.student_steps
     planned = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
     died = facts.baselines.died if facts.baselines else {}
-    for name in made(policy.evaluation.variants):
+    for name in run_variants(policy.evaluation.variants):
         spec = VARIANTS[name]
         weight_bits, input_bits = spec.bits or planned
         steps = half if spec.student_steps else full
@@ -212,7 +212,7 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
         yield target(
             "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, unit="layers"
         )
-    variants = made(facts.policy.evaluation.variants)
+    variants = run_variants(facts.policy.evaluation.variants)
     low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
     comparisons = (
         (PQCAD_OPENVINO, OV_BF16, "latency_ms_per_image", 0.45),

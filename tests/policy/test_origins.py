@@ -156,4 +156,6 @@ def test_a_keys_path_leads_back_to_it(location: tuple[str | int, ...]) -> None:
 
 def test_every_shipped_policy_knows_where_its_rules_stand() -> None:
     policy = load_policy(POLICIES / "smoke.yaml")
-    assert str(policy.origins.of(("quantization", "layers", "first", "match"))).startswith(f"{POLICIES / 'w4a8.yaml'}:")
+    assert str(policy.origins.place(("quantization", "layers", "first", "match"))).startswith(
+        f"{POLICIES / 'w4a8.yaml'}:"
+    )

@@ -31,7 +31,7 @@ from pqcad_qat.policy.variants import (
     STAGES,
     TRAINED,
     VARIANTS,
-    made,
+    run_variants,
     stages_of,
 )
 
@@ -72,7 +72,7 @@ def test_a_run_takes_only_the_stages_of_what_is_listed(listed: tuple[str, ...], 
 
 
 def test_full_precision_is_always_made_and_nothing_else_that_is_not_listed() -> None:
-    assert made((PQ, PTQ)) == (REFERENCE, PTQ, PQ)
+    assert run_variants((PQ, PTQ)) == (REFERENCE, PTQ, PQ)
 
 
 def test_a_stage_that_trains_is_named_as_the_variant_that_it_makes() -> None:
