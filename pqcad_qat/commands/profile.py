@@ -48,7 +48,7 @@ def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfil
     prepared = prepare_untrained(policy) or prepare(policy)
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
-    data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.of(0, 0, len(states)))
+    data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.drawn(0, 0, len(states)))
     settled, moving = (quantize_model(copy.deepcopy(prepared.split).to(device), prepared.plan) for _ in range(2))
     inputs = [
         (x.to(device), t, {name: value.to(device) for name, value in condition.items()})

@@ -189,7 +189,7 @@ def record(
         for first in range(done, recipe.trajectories, batch_size):
             count = min(batch_size, recipe.trajectories - first)
             passes = _Passes(model.denoiser)
-            follow = guided_call(passes, conditions.of(recipe.seed, first, count), guiding, recipe.guidance_scale)
+            follow = guided_call(passes, conditions.drawn(recipe.seed, first, count), guiding, recipe.guidance_scale)
             noise = torch.from_numpy(initial_noise(recipe.seed, first, count, model.sample_shape))
             yield _walked(
                 noise,
@@ -206,7 +206,7 @@ def record(
         states=tensors["states"],
         predictions=tensors["predictions"],
         timesteps=tuple(t for t, _ in coarse),
-        condition=conditions.of(recipe.seed, 0, recipe.trajectories),
+        condition=conditions.drawn(recipe.seed, 0, recipe.trajectories),
         unconditional=guiding,
         unconditional_predictions=tensors.get("unconditional_predictions"),
     )

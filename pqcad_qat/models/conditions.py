@@ -59,14 +59,14 @@ class ConditionSet:
     def __len__(self) -> int:
         return len(next(iter(self.choices.values()))) if self.choices else 0
 
-    def of(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
+    def drawn(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
         """Return the conditions (count, ...) of trajectories `first` to `first + count` of a seed.
 
-        The choice of a trajectory depends only on the seed and its number, as its noise does.
+        The choice of a trajectory depends only on the seed and the trajectory's index, as its noise does.
         """
         rows = [
-            int(np.random.default_rng((seed, number, CHOICE)).integers(len(self)))
-            for number in range(first, first + count)
+            int(np.random.default_rng((seed, trajectory, CHOICE)).integers(len(self)))
+            for trajectory in range(first, first + count)
             if self.choices
         ]
         return {name: value[rows] for name, value in self.choices.items()}
@@ -82,12 +82,12 @@ class ConditionSet:
         """SHA-256 over the names, shapes, dtypes and values of all tensors; None for an unconditional model."""
         if not self.choices:
             return None
-        found = hashlib.sha256()
-        for prefix, part in (("", self.choices), (UNCONDITIONAL, self.unconditional)):
-            for name, value in sorted(part.items()):
-                found.update(f"{prefix}{name} {tuple(value.shape)} {value.dtype}".encode())
-                found.update(value.contiguous().numpy().tobytes())
-        return found.hexdigest()
+        hashed = hashlib.sha256()
+        for prefix, tensors in (("", self.choices), (UNCONDITIONAL, self.unconditional)):
+            for name, value in sorted(tensors.items()):
+                hashed.update(f"{prefix}{name} {tuple(value.shape)} {value.dtype}".encode())
+                hashed.update(value.contiguous().numpy().tobytes())
+        return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,11 @@ class Guidance:
 
     def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, float], Tensor]:
         """Return a function (x_t, t) -> the denoiser's guided prediction, which sampling uses."""
-        condition, other = (
-            {name: value.to(device) for name, value in part.items()} for part in (self.condition, self.unconditional)
+        condition, unconditional = (
+            {name: value.to(device) for name, value in tensors.items()}
+            for tensors in (self.condition, self.unconditional)
         )
-        return guided_call(partial(predict, denoiser), condition, other, self.scale)
+        return guided_call(partial(predict, denoiser), condition, unconditional, self.scale)
 
 
 def rows_of(condition: Mapping[str, Array], count: int) -> dict[str, Array]:
@@ -135,13 +136,13 @@ def guided_call(
         scale: scale of classifier-free guidance.
     """
 
-    def one(x_t: Array, t: float) -> Array:
+    def plain(x_t: Array, t: float) -> Array:
         return call(x_t, t, condition)
 
-    def both(x_t: Array, t: float) -> Array:
+    def by_both_passes(x_t: Array, t: float) -> Array:
         return guided(call(x_t, t, condition), call(x_t, t, rows_of(unconditional, len(x_t))), scale)  # type: ignore[arg-type]
 
-    return one if scale == 1.0 else both
+    return plain if scale == 1.0 else by_both_passes
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def conditioned(model: DiffusionModel) -> Conditioned:
     return Conditioned(model.source, model.condition_inputs, null, model.folder, model.sample_shape[1:])
 
 
-def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path | None = None) -> ConditionSet:
+def chosen_conditions(model: Conditioned, section: ConditionsPolicy, store: Path | None = None) -> ConditionSet:
     """Return the choices that a policy's section offers; by default every class of a class-conditional model.
 
     Where a store is given, encoded prompts are kept there and read back on later calls.
@@ -187,61 +188,63 @@ def chosen_conditions(asked: Conditioned, section: ConditionsPolicy, store: Path
         ModelError: the model takes other conditions, or a named file cannot be read.
     """
     if section.embeddings is not None:
-        return read_conditions(Path(section.embeddings), asked)
+        return read_conditions(Path(section.embeddings), model)
     if section.prompts is not None:
-        prompts, folder = Path(section.prompts), asked.folder or Path(asked.source)
-        encoding = Encoding(section.tokens, section.guidance, asked.sides)
+        prompts, folder = Path(section.prompts), model.folder or Path(model.source)
+        encoding = Encoding(section.tokens, section.guidance, model.sides)
         if store is not None:
-            return read_conditions(kept_prompts(prompts, folder, store, encoding), asked)
-        return checked_conditions(encode_prompts(prompts, folder, encoding), asked, section.prompts)
-    if asked.labels is not None or (section.classes, section.unconditional_class) != ("all", None):
-        return class_conditions(asked, section.classes, section.unconditional_class)
-    if asked.inputs:
-        raise ModelError(f"conditions.embeddings: got nothing; {asked}")
+            return read_conditions(kept_prompts(prompts, folder, store, encoding), model)
+        return checked_conditions(encode_prompts(prompts, folder, encoding), model, section.prompts)
+    if model.labels is not None or (section.classes, section.unconditional_class) != ("all", None):
+        return class_conditions(model, section.classes, section.unconditional_class)
+    if model.inputs:
+        raise ModelError(
+            f"conditions.embeddings: got nothing; allowed a safetensors file, or conditions.prompts: {model}"
+        )
     return ConditionSet()
 
 
-def check_choices(asked: Conditioned, section: ConditionsPolicy, scale: float) -> None:
+def check_choices(model: Conditioned, section: ConditionsPolicy, scale: float) -> None:
     """Raise ModelError where `chosen_conditions` or `check_guidance` would, as far as that is known before a prompt is
     encoded.
     """
     if section.prompts is None or section.embeddings is not None:
-        check_guidance(scale, chosen_conditions(asked, section))
+        check_guidance(scale, chosen_conditions(model, section))
         return
-    made = check_prompts(
-        Path(section.prompts), asked.folder or Path(asked.source), Encoding(section.tokens, section.guidance)
+    encoded = check_prompts(
+        Path(section.prompts), model.folder or Path(model.source), Encoding(section.tokens, section.guidance)
     )
-    if apart := made.symmetric_difference(wanted.name for wanted in asked.inputs):
+    if differing := encoded.symmetric_difference(wanted.name for wanted in model.inputs):
         raise ModelError(
-            f"conditions.prompts: got prompts, which make {', '.join(sorted(made))}; {asked}: apart: "
-            f"{', '.join(sorted(apart))}"
+            f"conditions.prompts: got prompts, which are encoded as {', '.join(sorted(encoded))}; allowed what the "
+            f"model takes: {model}; the two differ in {', '.join(sorted(differing))}"
         )
 
 
 def class_conditions(
-    asked: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None
+    model: Conditioned, classes: Literal["all"] | Sequence[int], unconditional: int | None
 ) -> ConditionSet:
-    """Return class labels to choose from, and the label that stands for no class: the given one, or else the model's
-    own.
+    """Return class labels to choose from, and the label that stands for no class: `unconditional`, or else the
+    model's own.
 
     Raises:
         ModelError: the model takes no labels or also takes other conditions, or a label is outside its table.
     """
-    if (labels := asked.labels) is None or labels.bound is None:
-        raise ModelError(f"conditions.classes: got class labels; {asked}")
-    null = asked.null_class if unconditional is None else unconditional
+    if (labels := model.labels) is None or labels.bound is None:
+        raise ModelError(f"conditions.classes: got class labels; allowed none: {model}")
+    null = model.null_class if unconditional is None else unconditional
     chosen = [label for label in range(labels.bound) if label != null] if classes == "all" else list(classes)
-    for key, given in (("classes", chosen), ("unconditional_class", [] if null is None else [null])):
-        if outside := [label for label in given if not 0 <= label < labels.bound]:
+    for key, checked in (("classes", chosen), ("unconditional_class", [] if null is None else [null])):
+        if outside := [label for label in checked if not 0 <= label < labels.bound]:
             raise ModelError(
-                f"conditions.{key}: got {outside[0]}; allowed 0 to {labels.bound - 1}, the classes of {asked.source}"
+                f"conditions.{key}: got {outside[0]}; allowed 0 to {labels.bound - 1}, the classes of {model.source}"
             )
     return ConditionSet(
         {labels.name: torch.tensor(chosen)}, {} if null is None else {labels.name: torch.tensor([null])}
     )
 
 
-def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
+def read_conditions(path: Path, model: Conditioned) -> ConditionSet:
     """Read conditions from a safetensors file.
 
     The file holds NAME (P, ...) for each tensor that the model takes, and unconditional.NAME (1, ...) for the
@@ -253,21 +256,21 @@ def read_conditions(path: Path, asked: Conditioned) -> ConditionSet:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise ModelError(f"conditions.embeddings: got {path}: no such file; allowed a safetensors file") from None
+        raise ModelError(f"conditions.embeddings: got {path}, which is no file; allowed a safetensors file") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"conditions.embeddings: got {path}, which is not readable as safetensors ({error}); allowed such a file"
         ) from error
-    return checked_conditions(tensors, asked, str(path))
+    return checked_conditions(tensors, model, str(path))
 
 
 def save_conditions(conditions: ConditionSet, path: Path) -> None:
     """Write a safetensors file that `read_conditions` can read."""
-    other = {UNCONDITIONAL + name: value for name, value in conditions.unconditional.items()}
-    save_tensors({**conditions.choices, **other}, path)
+    unconditional = {UNCONDITIONAL + name: value for name, value in conditions.unconditional.items()}
+    save_tensors({**conditions.choices, **unconditional}, path)
 
 
-def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where: str) -> ConditionSet:
+def checked_conditions(tensors: Mapping[str, Tensor], model: Conditioned, where: str) -> ConditionSet:
     """Check the tensors of a file, and return them as a set in the model's own dtypes.
 
     Raises:
@@ -278,17 +281,21 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
     unconditional = {
         name.removeprefix(UNCONDITIONAL): value for name, value in tensors.items() if name.startswith(UNCONDITIONAL)
     }
-    wanted = {part.name: part for part in asked.inputs}
+    wanted = {condition.name: condition for condition in model.inputs}
     count = max((len(value) for value in choices.values() if value.ndim), default=0)
     faults: list[str] = []
     # The unconditional tensors may be absent as a whole; those of the choices may not.
-    for prefix, part, rows in (("", choices, count), (UNCONDITIONAL, unconditional, 1)):
-        if part or not prefix:
-            faults += [f"{prefix}{name}: missing" for name in wanted if name not in part]
-        faults += [f"{prefix}{name}: not taken by the model" for name in part if name not in wanted]
+    for prefix, group, rows in (("", choices, count), (UNCONDITIONAL, unconditional, 1)):
+        if group or not prefix:
+            faults += [f"{prefix}{name}: got nothing; allowed a tensor" for name in wanted if name not in group]
+        faults += [
+            f"{prefix}{name}: got a tensor; allowed none: the model does not take it"
+            for name in group
+            if name not in wanted
+        ]
         faults += [
             fault
-            for name, value in part.items()
+            for name, value in group.items()
             if name in wanted
             for fault in _faults(prefix + name, value, wanted[name], rows)
         ]
@@ -300,12 +307,13 @@ def checked_conditions(tensors: Mapping[str, Tensor], asked: Conditioned, where:
             if value.shape[1:] != choices[name].shape[1:]
         ]
     if faults or not wanted:
-        raise ModelError("\n".join([f"{where}: {asked}", *(f"  - {fault}" for fault in faults)]))
-    one, other = (
-        {name: part[name].to(getattr(torch, wanted[name].dtype)) for name in wanted if part}
-        for part in (choices, unconditional)
+        rule = f"{where}: got tensors that do not fit; allowed what the model takes: {model}"
+        raise ModelError("\n".join([rule, *(f"  - {fault}" for fault in faults)]))
+    choices, unconditional = (
+        {name: group[name].to(getattr(torch, wanted[name].dtype)) for name in wanted if group}
+        for group in (choices, unconditional)
     )
-    return ConditionSet(one, other)
+    return ConditionSet(choices, unconditional)
 
 
 def exported_inputs(inputs: Sequence[ConditionInput], conditions: ConditionSet) -> tuple[ConditionInput, ...]:
@@ -314,12 +322,11 @@ def exported_inputs(inputs: Sequence[ConditionInput], conditions: ConditionSet) 
 
 
 def check_guidance(scale: float, conditions: ConditionSet) -> None:
-    """Raise ModelError where guidance is asked for without a condition for the unconditional pass."""
+    """Raise ModelError where guidance is on without a condition for the unconditional pass."""
     if scale != 1.0 and not conditions.unconditional:
         raise ModelError(
-            f"sampler.guidance_scale: got {scale:g}; allowed 1 without a condition for the other pass: "
-            "conditions.unconditional_class, or "
-            f"tensors {UNCONDITIONAL}NAME in the file of conditions.embeddings"
+            f"sampler.guidance_scale: got {scale:g}; allowed 1, or a condition for the unconditional pass: "
+            f"conditions.unconditional_class, or tensors {UNCONDITIONAL}NAME in the file of conditions.embeddings"
         )
 
 
@@ -330,10 +337,10 @@ def _faults(name: str, value: Tensor, wanted: ConditionInput, rows: int) -> Iter
     sizes = (rows, *wanted.shape)
     fits = value.ndim == len(sizes) and all(size in (None, got) for size, got in zip(sizes, value.shape, strict=True))
     if not fits or 0 in value.shape:
-        shown = ", ".join([str(rows or "P"), *("tokens" if size is None else str(size) for size in wanted.shape)])
-        yield f"{name}: got shape {tuple(value.shape)}; allowed ({shown})"
+        sizes_text = ", ".join([str(rows or "P"), *("tokens" if size is None else str(size) for size in wanted.shape)])
+        yield f"{name}: got shape {tuple(value.shape)}; allowed ({sizes_text})"
     elif not bool(torch.isfinite(value.double()).all()):
-        yield f"{name}: holds values that are not finite"
+        yield f"{name}: got values that are not finite; allowed finite numbers"
     elif wanted.dtype == "int64":
         numbers = value.double()
         if bool((numbers != numbers.round()).any()):

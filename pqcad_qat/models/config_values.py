@@ -128,21 +128,21 @@ def fits(value: Any, kind: Any, key: str) -> bool:
         return value is None or isinstance(value, bool)  # diffusers treats null as false
     if kind in (int, float):
         low, high = BOUNDS.get(key, WHOLE if kind is int else REAL)
-        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and low <= value <= high  # the comparison is false for NaN
+        numeric = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return numeric and low <= value <= high  # the comparison is false for NaN
     if kind is tuple or get_origin(kind) is tuple:
         return _fits_list(value, get_args(kind), key)
     return isinstance(value, kind)
 
 
-def _fits_list(value: Any, parts: tuple[Any, ...], key: str) -> bool:
+def _fits_list(value: Any, entry_kinds: tuple[Any, ...], key: str) -> bool:
     """Return whether a value is a list whose entries all fit, with two entries for `sample_size`."""
     if not isinstance(value, list | tuple) or len(value) > MOST_LAYERS:
         return False
     if key == "sample_size" and len(value) != 2:
         return False
-    kind = parts[0] if parts else int | tuple[int, ...]
-    return all(fits(part, kind, key) for part in value)
+    kind = entry_kinds[0] if entry_kinds else int | tuple[int, ...]
+    return all(fits(entry, kind, key) for entry in value)
 
 
 def _described(kind: Any, key: str) -> str:
@@ -155,7 +155,8 @@ def _described(kind: Any, key: str) -> str:
         return f"a list of which each is {_described(get_args(kind)[0] if get_args(kind) else int, key)}"
     if kind in (int, float):
         low, high = BOUNDS.get(key, WHOLE if kind is int else REAL)
-        return f"a {'whole ' if kind is int else ''}number from {low:g} to {int(high) if high >= 1 else high:g}"
+        least, most = (f"{bound:.0f}" if bound == int(bound) else f"{bound:g}" for bound in (low, high))
+        return f"a {'whole ' if kind is int else ''}number from {least} to {most}"
     return {NoneType: "null", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 

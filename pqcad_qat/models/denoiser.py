@@ -1,8 +1,7 @@
-"""A full-precision denoiser with what it takes beside x_t and t, and the one signature by which every denoiser is
-called.
+"""A full-precision denoiser with its scheduler, and `predict`, the one function by which every denoiser is called.
 
-Not here: loading and saving one (model_loading.py), what is known of each class of diffusers (families/), quantized
-denoisers (quantization/conversion.py), and sampling.
+Not here: loading and saving (model_loading.py), facts about each class of diffusers (families/), quantized denoisers
+(quantization/conversion.py), and sampling.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.own_model import OwnModel
 
 Condition = Mapping[str, Tensor]
-"""What a denoiser takes beside x_t and t, by name, each (B, ...); {} where it takes nothing."""
+"""The tensors (B, ...) that a denoiser takes beside x_t and t, by name; {} where it takes none."""
 
 DenoiserInput = tuple[Tensor, Tensor, Condition]
 """(x_t (B, C, H, W), t (B,), condition)."""
 
 PredictArguments = DenoiserInput | tuple[Tensor, Tensor]
-"""What follows the denoiser in a call of `predict`."""
+"""Arguments of `predict` after the denoiser."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ class DiffusionModel:
     """A full-precision denoiser with the scheduler it was trained for.
 
     Attributes:
-        denoiser: called by `predict`; float32, in evaluation mode.
-        scheduler_config: diffusers' scheduler config.
-        source: as the user named it.
+        denoiser: module in float32 and evaluation mode; `predict` calls it.
+        scheduler_config: diffusers' config of the scheduler.
+        source: the value of `model.source` that names the model.
         digest: SHA-256 over the weights and both configs.
-        own: what the user says of a module of their own; None for a class of diffusers, whose config says it.
-        folder: in diffusers' layout, of the pipeline that it is part of; None of a module of the user's own.
-        decoder: whether its pipeline has a part that makes pictures of what it makes.
+        own: the user's description of a module of their own; None for a class of diffusers, which its config describes.
+        folder: folder of its pipeline, in diffusers' layout; None for a module of the user's own.
+        decoder: whether its pipeline has a part that decodes latents into pictures.
     """
 
     denoiser: nn.Module
@@ -56,19 +55,19 @@ class DiffusionModel:
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x_t."""
+        """Shape (C, H, W) of x_t."""
         if self.own:
             return self.own.sample_shape
         return self._family.sample_shape(cast(Any, self.denoiser).config)
 
     @property
     def latent(self) -> bool:
-        """Whether what it makes is no picture: its pipeline decodes it, or its channels are neither one nor three."""
+        """Whether its samples are latents: its pipeline decodes them, or their channels are neither one nor three."""
         return self.decoder or is_latent(self.sample_shape)
 
     @property
     def condition_inputs(self) -> tuple[ConditionInput, ...]:
-        """What the denoiser takes beside x_t and t, in the order in which it is exported."""
+        """The inputs that the denoiser takes beside x_t and t, in the order of the exported graph."""
         if self.own:
             return self.own.conditions
         return self._family.conditions(cast(Any, self.denoiser).config)
@@ -79,7 +78,7 @@ class DiffusionModel:
 
     @property
     def example(self) -> DenoiserInput:
-        """One sample of zeros, which the denoiser accepts, on its device."""
+        """Valid input of one sample, all zeros, on the denoiser's device."""
         with next((parameter.device for parameter in self.denoiser.parameters()), torch.device("cpu")):
             condition = {
                 wanted.name: torch.zeros(
@@ -91,15 +90,15 @@ class DiffusionModel:
 
 
 def is_latent(sample_shape: tuple[int, int, int]) -> bool:
-    """Whether an x_0 (C, H, W) is no picture: neither of one channel nor of three."""
+    """Return whether samples of this shape (C, H, W) are no pictures, which have one channel or three."""
     return sample_shape[0] not in (1, 3)
 
 
 def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Condition | None = None) -> Tensor:
-    """The denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
+    """Return the denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
 
-    Channels after those of x_t, a learned variance, are cut off. A plain module is called as `denoiser(x_t, t,
-    **condition)`.
+    A learned variance, in the channels after those of x_t, is cut off. A module of the user's own is called as
+    `denoiser(x_t, t, **condition)`.
     """
     steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
     steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
@@ -109,46 +108,46 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Cond
     return prediction[:, : x_t.shape[1]] if more else prediction
 
 
-def _prediction(denoiser: nn.Module, found: Any) -> Tensor:
-    """What a denoiser returned: its tensor, the first of several, or the one that is called `sample`.
+def _prediction(denoiser: nn.Module, output: Any) -> Tensor:
+    """Return the tensor in a denoiser's output: the output itself, its first entry, or its `sample`.
 
     Raises:
-        ModelError: something else.
+        ModelError: the output has another form.
     """
-    match found:
+    match output:
         case Tensor():
-            return found
-        case tuple() | list() if found and isinstance(found[0], Tensor):
-            return found[0]
-    sample = found.get("sample") if isinstance(found, Mapping) else getattr(found, "sample", None)
+            return output
+        case tuple() | list() if output and isinstance(output[0], Tensor):
+            return output[0]
+    sample = output.get("sample") if isinstance(output, Mapping) else getattr(output, "sample", None)
     if isinstance(sample, Tensor):
         return sample
-    keys = f" with {', '.join(map(repr, found))}" if isinstance(found, Mapping) else ""
+    keys = f" with {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
     raise ModelError(
-        f"{type(denoiser).__name__} returned {type(found).__name__}{keys}; "
-        "allowed a tensor, a tuple or list that begins with one, or what has one as `sample`"
+        f"{type(denoiser).__name__}: got {type(output).__name__}{keys} from a call; allowed a tensor, a tuple or list "
+        "that begins with one, or an object that holds one as `sample`"
     )
 
 
 def check_time_table(model: DiffusionModel, train_timesteps: int) -> None:
-    """Raise ModelError for a denoiser that has learned fewer time steps than its scheduler counts."""
+    """Raise ModelError for a denoiser whose learned time embedding covers fewer time steps than its scheduler has."""
     config: Mapping[str, Any] = {} if model.own else cast(Any, model.denoiser).config
     known = config.get("num_train_timesteps")
     if config.get("time_embedding_type") == "learned" and known is not None and known < train_timesteps:
         raise ModelError(
-            f"{model.source}: num_train_timesteps: got {known} in the denoiser's config, whose "
-            "time_embedding_type is learned; allowed "
-            f"{train_timesteps} or more, as in the scheduler's"
+            f"{model.source}: num_train_timesteps: got {known} in the denoiser's config, whose time_embedding_type is "
+            f"learned; allowed {train_timesteps} or more, as in the scheduler's"
         )
 
 
 @contextmanager
 def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, if wanted, the denoiser's blocks keep their inputs alone and compute the rest again in the backward pass
-    (Chen et al. 2016).
+    """Save memory in training within this context, if wanted, by activation checkpointing (Chen et al. 2016).
+
+    Each block of the denoiser keeps only its input, and computes its activations again in the backward pass.
 
     Raises:
-        ModelError: diffusers cannot do so for this architecture, or for some of its blocks.
+        ModelError: diffusers does not offer this for the architecture, or for some of its blocks.
     """
     if not wanted:
         yield
@@ -164,11 +163,13 @@ def recomputed_activations(denoiser: nn.Module, wanted: bool) -> Iterator[None]:
         for name, block in blocks.items()
         if not hasattr(block, "gradient_checkpointing")
     ]
-    # of a transformer the model itself holds the switch
-    kept_whole = not blocks and not hasattr(denoiser, "gradient_checkpointing")
-    if not getattr(model, "_supports_gradient_checkpointing", False) or kept_whole or without:
-        what = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
-        raise ModelError(f"training.activation_checkpointing: got true; allowed false: diffusers has none for {what}")
+    # UNets have the switch in each block, transformers in the model itself.
+    no_switch = not blocks and not hasattr(denoiser, "gradient_checkpointing")
+    if not getattr(model, "_supports_gradient_checkpointing", False) or no_switch or without:
+        modules = f"its blocks {', '.join(without)}" if without else type(denoiser).__name__
+        raise ModelError(
+            f"training.activation_checkpointing: got true; allowed false: diffusers has none for {modules}"
+        )
     model.enable_gradient_checkpointing()
     try:
         yield

@@ -57,5 +57,6 @@ def checked_config(family: Family, config: Config, where: str, sample_size: Samp
     full["sample_size"] = sides[0] if sides[0] == sides[1] else list(sides)
     if (fault := next(chain(family.faults(full), channels(full)), None)) is not None:
         of_policy = sample_size is not None and fault.startswith("sample_size")
-        raise ModelError(f"model.{fault}" if of_policy else f"{where}: {fault} ({family.name})")
+        message = f"model.{fault}" if of_policy else f"{where}: {fault} ({family.name})"
+        raise ModelError(message)
     return full

@@ -124,7 +124,8 @@ def downloaded(source: str, patterns: Sequence[str]) -> Path:
     except Exception as error:  # the hub client raises OSError and HTTP errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
         raise ModelError(
-            f"model.source: got {shown(source)}: no such folder, and it cannot be loaded from the hub: {reason}"
+            f"model.source: got {shown(source)}, which is no folder and cannot be loaded from the hub ({reason}); "
+            "allowed a folder in diffusers' layout, or a hub id"
         ) from error
 
 

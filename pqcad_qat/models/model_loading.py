@@ -53,18 +53,20 @@ from pqcad_qat.sampling.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDU
 from pqcad_qat.sampling.trajectory import noise_schedule
 
 DEFAULT_SCHEDULER: dict[str, Any] = {"_class_name": DDIM_SCHEDULER, **DDIM_KEYS}
-"""Of an architecture that stands alone."""
+"""Scheduler config of an architecture without one."""
 
 
 def load_model(source: str, sample_size: SampleSize | None = None, own: OwnModel | None = None) -> DiffusionModel:
-    """Load `embedded:NAME`, a local folder in diffusers layout, or a hub id; safetensors only.
+    """Load a full-precision model, with weights from safetensors alone.
 
-    `sample_size` is the height and width of x_t where they are to be others than the model's own; `own` is what
-    `module:NAME` names.
+    Args:
+        source: `embedded:NAME`, a local folder in diffusers' layout, a hub id, or `module:NAME`.
+        sample_size: height and width of x_t; None for the model's own.
+        own: the module of the user's own that `module:NAME` names.
 
     Raises:
-        ModelError: nothing is there, it is damaged, its denoiser is of a class that is not known, or it does not take
-            that size.
+        ModelError: there is no such model, it is damaged, its denoiser's class is not supported, or it does not take
+            this size.
     """
     if source.startswith(OWN):
         if own is None:
@@ -79,7 +81,7 @@ def load_model(source: str, sample_size: SampleSize | None = None, own: OwnModel
         with embedded_folder(source) as folder:
             return _load_folder(folder, source, sample_size)
     if (path := local(source)) is None:
-        note = f"; of the hub's {source} it was not fetched: it has none, or its copy here holds a part of it"
+        note = f" (the hub's {source} has none, or its local copy is incomplete)"
         return _load_folder(downloaded_pipeline(source), source, sample_size, note)
     if path.is_file():
         check_no_single_file(path)
@@ -90,18 +92,18 @@ def load_model(source: str, sample_size: SampleSize | None = None, own: OwnModel
 
 
 def folder_shapes(folder: Path, source: str, sample_size: SampleSize | None = None) -> DiffusionModel:
-    """The model of a folder in diffusers' layout whose denoiser holds shapes alone; no weights are read.
+    """Return the model of a folder in diffusers' layout with shapes in place of weights, which are not read.
 
     Raises:
-        ModelError: a config that is missing or cannot be used, or a pipeline whose denoiser reads what is no input
-            here.
+        ModelError: a config is missing or cannot be used, or the pipeline has parts or inputs that are not supported.
     """
     check_no_single_file(folder)
     index, part = read_index(folder), denoiser_folder(folder)
     where = part / CONFIG
     config, beside = read_json(where, NO_CONFIG), scheduler_file(folder)
     alone = not index and not beside.exists() and not has_weights(part, STEM)
-    # an architecture, whose scheduler may be any; of a hub id no weights are here as yet
+    # A local config without weights and index is an architecture, which needs no scheduler. For a hub id, no weights
+    # are downloaded yet.
     alone = alone and local(source) is not None
     scheduler = DEFAULT_SCHEDULER if alone else read_json(beside, LAYOUT)
     check_index(folder, index, known_family(config, str(where)).name)
@@ -118,57 +120,61 @@ def shapes_of_configs(
     where: str | None = None,
     beside: str = "scheduler config",
 ) -> DiffusionModel:
-    """The model of configs, whose denoiser holds shapes alone, on torch's meta device, and has been called once.
+    """Return the model that configs describe, with a denoiser of shapes alone, on torch's meta device.
+
+    The denoiser is called once, to see that it works.
 
     Args:
-        config: of the denoiser.
-        scheduler: of its scheduler.
-        source: as the user named the model.
-        sample_size: as of `load_model`.
-        where: the denoiser's config lies, for messages; by default the source.
-        beside: where the scheduler's config lies.
+        config: config of the denoiser.
+        scheduler: config of its scheduler.
+        source: the value of `model.source` that names the model.
+        sample_size: as for `load_model`.
+        where: place of the denoiser's config, for messages; by default the source.
+        beside: place of the scheduler's config, for messages.
 
     Raises:
-        ModelError: a class that is not known, or a config that diffusers makes no working denoiser of.
+        ModelError: a class is not supported, or diffusers cannot build a working denoiser from the config.
     """
     where = where or source
-    scheduler_class(scheduler, beside)  # first: a model of another kin is best known by its scheduler
+    scheduler_class(scheduler, beside)  # first, since an unsupported kind of model is best recognized by its scheduler
     with bounded_build(where), silent("diffusers"):
         denoiser = untrained_denoiser(config, where, sample_size)
-    denoiser.to("meta")  # buffers that come from numpy are on the CPU still
+    denoiser.to("meta")  # Buffers made with numpy are still on the CPU.
     if (family := family_of(denoiser)) is not OWN_MODULE:
         scheduler = family.scheduler(scheduler, family.sample_shape(cast(Any, denoiser).config)[1:], beside)
     noise_schedule(scheduler, beside)
-    found = DiffusionModel(denoiser, dict(scheduler), source, "")
+    model = DiffusionModel(denoiser, dict(scheduler), source, "")
     try:
         with torch.no_grad():
-            predict(denoiser, *found.example)
-    except Exception as error:  # whatever a wrong size leads to in diffusers or torch
+            predict(denoiser, *model.example)
+    except Exception as error:  # diffusers and torch raise many kinds of exceptions on sizes that do not fit together
         raise ModelError(
-            f"{where}: not the config of a working {type(denoiser).__name__}: {str(error)[:1000]}"
+            f"{where}: got a config whose {type(denoiser).__name__} fails when it is called ({str(error)[:1000]}); "
+            "allowed the config of a working one"
         ) from error
-    return found
+    return model
 
 
 def untrained_denoiser(config: Mapping[str, Any], where: str, sample_size: SampleSize | None = None) -> nn.Module:
-    """A denoiser of a config before its weights are loaded.
+    """Build the denoiser of a config, before its weights are loaded.
 
     Raises:
-        ModelError: a class that is not known, a config that diffusers refuses, or a size that the denoiser does not
-            take.
+        ModelError: its class is not supported, diffusers refuses the config, or the denoiser does not take this size.
     """
     family = known_family(config, where)
     full = checked_config(family, config, where, sample_size)
     size = full["sample_size"]
     written = {key: value for key, value in config.items() if key != "_use_default_values"}
-    if isinstance(size, list) and "pos_embed_max_size" in full:  # a table of places is of a square
+    if isinstance(size, list) and "pos_embed_max_size" in full:  # its table of position embeddings is a square
         written["sample_size"] = max(size)
     try:
         denoiser: Any = class_of(family.name).from_config(written)
     except ModelError:
         raise
-    except Exception as error:  # diffusers raises anything on a config that it cannot follow
-        raise ModelError(f"{where}: diffusers makes no {family.name} of it: {str(error)[:1000]}") from error
+    except Exception as error:  # diffusers raises many kinds of exceptions on a config that it cannot use
+        raise ModelError(
+            f"{where}: got a config that diffusers cannot build ({str(error)[:1000]}); allowed that of a {family.name}"
+        ) from error
     if (
         sample_size is not None
         or config.get("sample_size") is None
@@ -179,7 +185,7 @@ def untrained_denoiser(config: Mapping[str, Any], where: str, sample_size: Sampl
 
 
 def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note: str = "") -> DiffusionModel:
-    """`note` is what a message adds where there are no weights."""
+    """Load the model of a folder; `note` ends the message where there are no weights."""
     shapes, part = folder_shapes(folder, source, sample_size), denoiser_folder(folder)
     stored = fitting(stored_tensors(weight_files(part, STEM, note)), shapes.denoiser)
     with no_init_weights():
@@ -189,7 +195,7 @@ def _load_folder(folder: Path, source: str, sample_size: SampleSize | None, note
 
 
 def _without_label_dropout(denoiser: nn.Module) -> nn.Module:
-    """Class labels are never dropped at random in training: what the model is to match was recorded with its label."""
+    """Keep class labels from being dropped at random in training, since targets were recorded with their labels."""
     for module in denoiser.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
@@ -204,14 +210,16 @@ def _load_own(own: OwnModel) -> DiffusionModel:
 
 def _model(denoiser: Any, scheduler: dict[str, Any], source: str, own: OwnModel | None = None) -> DiffusionModel:
     denoiser = denoiser.float().eval()
-    said = (
+    described = (
         {"sample_shape": own.sample_shape, "conditions": [str(wanted) for wanted in own.conditions]}
         if own
         else denoiser.config
     )
-    configs = [{key: value for key, value in part.items() if not key.startswith("_")} for part in (said, scheduler)]
+    configs = [
+        {key: value for key, value in part.items() if not key.startswith("_")} for part in (described, scheduler)
+    ]
     if scheduler["_class_name"] not in (DDIM_SCHEDULER, FLOW_SCHEDULER):
-        configs.append({"scheduler": scheduler["_class_name"]})  # which says what a key left out means
+        configs.append({"scheduler": scheduler["_class_name"]})  # the class decides the defaults of missing keys
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())  # without paths and versions
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
@@ -220,13 +228,15 @@ def _model(denoiser: Any, scheduler: dict[str, Any], source: str, own: OwnModel 
 
 
 def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder: Path) -> None:
-    """Write a denoiser as a diffusers pipeline folder: model_index.json, unet/ or transformer/, scheduler/."""
+    """Write a denoiser and its scheduler as a pipeline folder in diffusers' layout: model_index.json, unet/ or
+    transformer/, and scheduler/.
+    """
     family = family_of(denoiser)
     part = folder / family.part
     if family is not OWN_MODULE:
         cast(Any, denoiser).save_pretrained(part, safe_serialization=True)
         config = read_json(part / CONFIG)
-        config.pop("_name_or_path", None)  # where it was once loaded from is nobody's business
+        config.pop("_name_or_path", None)  # the path that it was once loaded from
     else:
         config = {"_class_name": f"{OWN}{type(denoiser).__name__}"}
         part.mkdir(parents=True, exist_ok=True)
@@ -239,8 +249,9 @@ def save_model(denoiser: nn.Module, scheduler_config: Mapping[str, Any], folder:
 
 
 def model_index(denoiser: nn.Module, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' index of a pipeline: which class each part is. Only without conditions are denoiser and scheduler a
-    whole pipeline.
+    """Return diffusers' index of a pipeline, which names the class of each part.
+
+    A denoiser and a scheduler are a whole pipeline only where the denoiser takes no conditions.
     """
     family = family_of(denoiser)
     known = family is not OWN_MODULE

@@ -69,10 +69,12 @@ def built(own: OwnModel) -> nn.Module:
     except PqcadError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"{own.source}: its build function failed: {one_line(error)}") from error
+        raise ModelError(
+            f"{own.source}: got {one_line(error)} from its build function; allowed a torch.nn.Module"
+        ) from error
     if not isinstance(module, nn.Module):
         raise ModelError(
-            f"{own.source}: its build function returned {type(module).__name__}; allowed a torch.nn.Module"
+            f"{own.source}: got {type(module).__name__} from its build function; allowed a torch.nn.Module"
         )
     return plain_module(module, own.source)
 
@@ -104,9 +106,9 @@ def own_model_of(text: str, flag: str = "--module") -> OwnModel:
     except PqcadError:
         raise
     except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"{flag}: {shortened(text)} failed: {one_line(error)}") from error
+        raise UsageError(f"{flag}: got {one_line(error)} from {shortened(text)}; allowed an OwnModel") from error
     if not isinstance(own, OwnModel):
-        raise UsageError(f"{flag}: {shortened(text)} returned {type(own).__name__}; allowed an OwnModel")
+        raise UsageError(f"{flag}: got {type(own).__name__} from {shortened(text)}; allowed an OwnModel")
     return own
 
 

@@ -48,23 +48,26 @@ def plain_module(module: nn.Module, source: str) -> nn.Module:
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise ModelError(
-                f"{source}: {name or 'the module'} is {_class(part)}, compiled; allowed a torch.nn.Module in Python"
+                f"{source}: {name or 'the module'}: got {_class(part)}, which is compiled; allowed a torch.nn.Module "
+                "in Python"
             )
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if absent := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
         raise ModelError(
-            f"{source}: {absent[0]} has no values yet; allowed a module that was called once, or whose "
-            "weights are loaded"
+            f"{source}: {absent[0]}: got a tensor that has no values yet; allowed a module that was called once, or "
+            "whose weights are loaded"
         )
     if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise ModelError(
-            f"{source}: {absent[0]} is on the meta device, without values; allowed a module with its weights"
+            f"{source}: {absent[0]}: got a tensor on the meta device, without values; allowed a module with its weights"
         )
     module.cpu().float().eval()
     try:
         _fold(module)
     except Exception as error:  # a user's parametrization may raise anything
-        raise ModelError(f"{source}: a reparametrized weight cannot be computed: {one_line(error)}") from error
+        raise ModelError(
+            f"{source}: got {one_line(error)} from a reparametrized weight; allowed weights that can be computed"
+        ) from error
     _ordinary(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         module.requires_grad_(True)  # A module that is frozen as a whole was frozen for inference, and is trained here.
@@ -84,14 +87,14 @@ def hold_statistics(network: nn.Module) -> None:
 def one_line(error: BaseException) -> str:
     """Summarize an exception of the user's code in one line, with the line of that code that raised it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    summary = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
     packages = {Path(torch.__file__).parent, Path(__file__).parents[1]}
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not any(p in Path(frame.filename).parents for p in packages)
     ]
-    return f"{said} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else said
+    return f"{summary} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else summary
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -108,8 +111,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    held = next((place for kind, place in WRAPPERS if isinstance(module, kind)), None)
-    return None if held is None else module._modules[held]
+    """Return the module inside a wrapper; None for any other module."""
+    name = next((inner_name for kind, inner_name in WRAPPERS if isinstance(module, kind)), None)
+    return None if name is None else module._modules[name]
 
 
 def _fold(module: nn.Module) -> None:

@@ -47,26 +47,27 @@ from pqcad_qat.models.weight_files import (
 VAE, VQ = DECODERS
 
 T5 = "T5EncoderModel"
-"""Of text: the third encoder of Stable Diffusion 3, the second of Flux, the only one of PixArt."""
+"""Class of the third text encoder of Stable Diffusion 3, of the second of Flux, and of the only one of PixArt."""
 
 TOKENIZER = "tokenizer.json"
+"""Name of the file of a tokenizer that needs no other library than tokenizers."""
 
 TEXT_STEM = "model"
-"""Of the names of a text encoder's weights."""
+"""File name of a text encoder's weights, without precision and ending."""
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     VAE: ("AutoencoderKL",),
     **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection", T5)),
 }
-"""Part -> its classes that can be deployed."""
+"""Mapping from a part to the classes that can be deployed for it."""
 
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """What a pipeline's folder holds beside its denoiser.
+    """The parts of a pipeline's folder beside its denoiser.
 
     Attributes:
-        folder: in diffusers' layout.
+        folder: the pipeline's folder, in diffusers' layout.
         index: content of its model_index.json.
     """
 
@@ -74,39 +75,41 @@ class PipelineParts:
     index: Mapping[str, Any]
 
     def has(self, part: str) -> bool:
-        """Whether the index names a class for the part and its files are there."""
+        """Return whether the index names a class for the part, and the part's folder is there."""
         return part_class(self.index, part) is not None and (self.folder / part).is_dir()
 
     def class_of(self, part: str) -> str:
-        """The class of a part that is there.
+        """Return the class of a part.
 
         Raises:
-            ModelError: one that cannot be taken.
+            ModelError: the class is not supported.
         """
-        found = part_class(self.index, part)
-        if found not in CLASSES[part]:
+        name = part_class(self.index, part)
+        if name not in CLASSES[part]:
             raise ModelError(
-                f"{self.folder / INDEX}: {part}: got {shown(found)}; allowed {', '.join(CLASSES[part])}, "
+                f"{self.folder / INDEX}: {part}: got {shown(name)}; allowed {', '.join(CLASSES[part])}, "
                 f"or {_left_out(part)}"
             )
-        return str(found)
+        return str(name)
 
     def check_there(self, parts: Sequence[str]) -> None:
-        """Raise ModelError where the index names a class for one of the parts whose folder is not there, or another
-        decoder than a VAE.
+        """Raise ModelError where the index names a class for one of these parts whose folder is missing, or where it
+        names a decoder other than a VAE.
         """
         for part in parts:
             if (name := part_class(self.index, part)) is not None and not self.has(part):
                 raise ModelError(
-                    f"{self.folder / part}: no such folder, and {INDEX} names {shown(name)} for it; {_left_out(part)}"
+                    f"{self.folder / part}: got no such folder; allowed the {shown(name)} that {INDEX} names for it, "
+                    f"or {_left_out(part)}"
                 )
         if VAE in parts and (name := part_class(self.index, VQ)) is not None:
-            rule = f"a {VAE} of {', '.join(CLASSES[VAE])} in its place, or {_left_out(VAE)}, and samples are latents"
+            rule = f"a {VAE} of {', '.join(CLASSES[VAE])} in its place, or {_left_out(VAE)} (samples are latents then)"
             raise ModelError(f"{self.folder / INDEX}: {VQ}: got {shown(name)}; allowed {rule}")
 
     def check(self, part: str) -> None:
-        """Raise ModelError for a part that cannot be taken, as far as the index, its configs and its tokenizer's
-        tell.
+        """Raise ModelError for a part that is not supported, as far as the index and its configs show.
+
+        A text encoder's tokenizer is checked as well.
         """
         name, where = self.class_of(part), self.folder / part / CONFIG
         if part == VAE:
@@ -120,9 +123,7 @@ class PipelineParts:
         check_tokenizer(self.folder / TOKENIZERS[TEXT_ENCODERS.index(part)])
 
     def check_weights(self, part: str) -> None:
-        """Raise ModelError for a part that is there without safetensors, or with others than its config's, or with
-        damaged ones.
-        """
+        """Raise ModelError for a part whose safetensors are missing, damaged, or not those of its config."""
         files = self._weight_files(part)
         stored = stored_tensors(files)
         if part == VAE:
@@ -132,17 +133,17 @@ class PipelineParts:
         check_finite(stored)
 
     def _weight_files(self, part: str) -> tuple[Path, ...]:
-        return weight_files(self.folder / part, STEM if part == VAE else TEXT_STEM, f", and {_left_out(part)}")
+        return weight_files(self.folder / part, STEM if part == VAE else TEXT_STEM, f", or {_left_out(part)}")
 
     def _shapes(self, part: str) -> nn.Module:
-        """A part without weights, on torch's meta device."""
+        """Build a part without weights, on torch's meta device."""
         where = self.folder / part / CONFIG
         read_json(where)
         with bounded_build(str(where)):
             return self._decoder() if part == VAE else self._text_encoder_of(part)
 
     def _decoder(self) -> nn.Module:
-        """The VAE with what its pipeline's class heeds of its config."""
+        """Build the VAE, with those keys of its config about scaling that its pipeline's class uses."""
         where, name = self.folder / VAE / CONFIG, self.class_of(VAE)
         config = read_json(where)
         check_values(name, config, str(where))
@@ -150,13 +151,13 @@ class PipelineParts:
         if (fault := next(autoencoder(full), None)) is not None:
             raise ModelError(f"{where}: {fault} ({name})")
         pipeline = pipelines().get(str(self.index.get("_class_name")))
-        heeded = SCALING if pipeline is None else pipeline.scaling  # a class that is not known is taken to heed all
-        unheeded = [key for key in SCALING if key not in heeded]
+        used = SCALING if pipeline is None else pipeline.scaling  # a pipeline of an unknown class may use all of them
+        unused = [key for key in SCALING if key not in used]
         with _named(where, name):
             module: Any = class_of(name).from_config(
                 {key: value for key, value in config.items() if key != "_use_default_values"}
             )
-        module.register_to_config(**dict.fromkeys(unheeded))
+        module.register_to_config(**dict.fromkeys(unused))
         return cast(nn.Module, module)
 
     def _text_encoder_of(self, part: str) -> nn.Module:
@@ -165,11 +166,11 @@ class PipelineParts:
         kind: Any = getattr(transformers, self.class_of(part))
         return cast(nn.Module, kind(kind.config_class.from_pretrained(self.folder / part, local_files_only=True)))
 
-    def _text_encoder(self, part: str, **how: Any) -> nn.Module:
-        """A text encoder in float32, as transformers loads it.
+    def _text_encoder(self, part: str, **options: Any) -> nn.Module:
+        """Load a text encoder in float32, with further options for transformers.
 
         Raises:
-            ModelError: tensors are missing, or of another shape than its config says.
+            ModelError: tensors are missing, or have other shapes than the config gives them.
         """
         import transformers
 
@@ -184,30 +185,31 @@ class PipelineParts:
                 variant=variant_of(self._weight_files(part)[0]),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **how,
+                **options,
             )
         kinds = {"missing_keys": "missing", "mismatched_keys": "of another shape"}
-        faults = [(what, sorted(map(str, report[key]))) for key, what in kinds.items()]
-        if said := [f"{len(names)} {what}: {listed(names)}" for what, names in faults if names]:
+        tensors = [(kind, sorted(map(str, report[key]))) for key, kind in kinds.items()]
+        if faults := [f"{len(names)} {kind}: {listed(names)}" for kind, names in tensors if names]:
             raise ModelError(
-                f"{folder}: cannot load this {name}: its weights are not those of its config: {'; '.join(said)}"
+                f"{folder}: got weights that do not fit; allowed those of the {name} that {CONFIG} describes: "
+                f"{'; '.join(faults)}"
             )
         return cast(nn.Module, module)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders that are there."""
         return tuple(part for part in TEXT_ENCODERS if self.has(part))
 
     def load(self, part: str, attention: str = "eager") -> nn.Module:
-        """A part in float32, in evaluation mode; weights from safetensors alone.
+        """Load a part in float32 and evaluation mode, with weights from safetensors alone.
 
         Args:
             part: VAE or one of TEXT_ENCODERS.
-            attention: of a text encoder, as transformers names its ways to compute it; `eager` is the one that is
-                traced.
+            attention: transformers' name for the way in which a text encoder computes attention; export traces `eager`.
 
         Raises:
-            ModelError: of another class, damaged, or of a library that is not installed.
+            ModelError: the part's class is not supported, its files are damaged, or its library is not installed.
         """
         if part == VAE:
             try:
@@ -216,7 +218,7 @@ class PipelineParts:
                     module = self._decoder()
                 load_weights(module, stored)
             except ModelError as error:
-                raise ModelError(f"{self.folder / part}: cannot load this {self.class_of(part)}: {error}") from error
+                raise ModelError(f"{error} ({self.class_of(part)})") from error
         else:
             check_transformers(f"{self.folder / part}")
             module = self._text_encoder(part, attn_implementation=attention)
@@ -224,22 +226,18 @@ class PipelineParts:
         return module.float().eval().requires_grad_(False)
 
     def digest(self, *parts: str) -> str:
-        """SHA-256 of every file of the parts that are there."""
-        found = hashlib.sha256()
+        """Return the SHA-256 over the names and contents of all files of these parts, as far as they are there."""
+        hashed = hashlib.sha256()
         for part in parts:
             for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
                 with path.open("rb") as file:
-                    found.update(
-                        (
-                            f"{path.relative_to(self.folder).as_posix()} "
-                            f"{hashlib.file_digest(file, 'sha256').hexdigest()}\n"
-                        ).encode()
-                    )
-        return found.hexdigest()
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                hashed.update(f"{path.relative_to(self.folder).as_posix()} {content}\n".encode())
+        return hashed.hexdigest()
 
 
 def pipeline_parts(folder: Path | None) -> PipelineParts | None:
-    """The parts of a model's folder; None where there is no folder, or one without model_index.json.
+    """Return the parts of a model's folder; None where there is no folder, or one without model_index.json.
 
     Raises:
         ModelError: model_index.json cannot be read.
@@ -249,21 +247,17 @@ def pipeline_parts(folder: Path | None) -> PipelineParts | None:
     return PipelineParts(folder, read_index(folder))
 
 
-def check_transformers(what: str) -> None:
-    """Raise ModelError where the library of text encoders is not installed."""
+def check_transformers(where: str) -> None:
+    """Raise ModelError where the library transformers is not installed; `where` begins the message."""
     if find_spec("transformers") is None:
-        raise ModelError(
-            f"{what}: takes the library transformers, which is not installed: pip install 'pqcad-qat[text]'"
-        )
+        raise ModelError(f"{where}: got no library transformers; allowed with it: pip install 'pqcad-qat[text]'")
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ModelError for a tokenizer that is not there, or that takes libraries which are not: SentencePiece's file
-    takes two more.
-    """
+    """Raise ModelError for a tokenizer that is missing, or whose libraries are: a SentencePiece file needs two more."""
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(
-            f"{folder}: has no tokenizer_config.json; a text encoder takes its tokenizer, and "
+            f"{folder}: got no tokenizer_config.json; allowed a text encoder with its tokenizer, or "
             f"{_left_out(TEXT_ENCODERS[0])}"
         )
     read_json(folder / "tokenizer_config.json")
@@ -272,20 +266,20 @@ def check_tokenizer(folder: Path) -> None:
     if missing := [
         name
         for name, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
-        if not _found(module)
+        if not _installed(module)
     ]:
         raise ModelError(
-            f"{folder}: has spiece.model and no {TOKENIZER}, which takes {' and '.join(missing)}, not "
-            "installed: pip install "
-            f"{' '.join(missing)}; or put the {TOKENIZER} of another T5 of the same vocabulary there"
+            f"{folder}: got spiece.model and no {TOKENIZER}, without the libraries that read it; allowed with "
+            f"{' and '.join(missing)} (pip install {' '.join(missing)}), or with the {TOKENIZER} of another T5 of the "
+            "same vocabulary"
         )
 
 
-def check_decoder(parts: PipelineParts | None, channels: int) -> None:
-    """Raise ModelError for a VAE whose latents have other channels than the denoiser."""
-    if parts is None or not parts.has(VAE):
+def check_decoder(pipeline: PipelineParts | None, channels: int) -> None:
+    """Raise ModelError for a VAE whose latents have another number of channels than the denoiser's."""
+    if pipeline is None or not pipeline.has(VAE):
         return
-    where = parts.folder / VAE / CONFIG
+    where = pipeline.folder / VAE / CONFIG
     got = read_json(where).get("latent_channels", 4)
     if got != channels:
         raise ModelError(
@@ -293,42 +287,44 @@ def check_decoder(parts: PipelineParts | None, channels: int) -> None:
         )
 
 
-def check_text_width(parts: PipelineParts | None, inputs: Sequence[ConditionInput]) -> None:
-    """Raise ModelError where SDXL's second text encoder gives a pooled text of another width than the denoiser reads
-    beside its sizes.
-    """
-    wanted = [one.shape[0] for one in inputs if one.name == "text_embeds"]
-    if parts is None or not wanted or part_class(parts.index, TEXT_ENCODERS[1]) is None:
+def check_text_width(pipeline: PipelineParts | None, inputs: Sequence[ConditionInput]) -> None:
+    """Raise ModelError where SDXL's second text encoder makes a vector of another width than the denoiser reads."""
+    widths = [condition.shape[0] for condition in inputs if condition.name == "text_embeds"]
+    if pipeline is None or not widths or part_class(pipeline.index, TEXT_ENCODERS[1]) is None:
         return
-    where = parts.folder / TEXT_ENCODERS[1] / CONFIG
-    if where.is_file() and (got := read_json(where).get("projection_dim", 512)) != wanted[0]:
+    where = pipeline.folder / TEXT_ENCODERS[1] / CONFIG
+    if where.is_file() and (got := read_json(where).get("projection_dim", 512)) != widths[0]:
         raise ModelError(
-            f"{where}: projection_dim: got {shown(got)}; allowed {wanted[0]}, which the denoiser's "
-            "projection_class_embeddings_input_dim "
-            "leaves beside six sizes; SDXL's refiner, which reads five, is not taken"
+            f"{where}: projection_dim: got {shown(got)}; allowed {widths[0]}, which the denoiser's "
+            "projection_class_embeddings_input_dim leaves beside six sizes (SDXL's refiner, which reads five, is not "
+            "supported)"
         )
 
 
 def _left_out(part: str) -> str:
+    """Return how a policy leaves a part out, for messages."""
     key = part.rstrip("_23")
-    return f"pipeline.{key}: none takes none" if key == VAE else f"pipeline.{key}: none takes none of them"
+    return f"pipeline.{key}: none, without {'it' if key == VAE else 'any of them'}"
 
 
 @contextmanager
 def _named(where: Path, name: str) -> Iterator[None]:
-    """Inside, whatever diffusers and transformers raise on a damaged folder, from OSError to KeyError, becomes a
-    ModelError.
+    """Turn whatever diffusers and transformers raise within this context into a ModelError.
+
+    On a damaged folder they raise anything from OSError to KeyError.
     """
     try:
         yield
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{where}: cannot load this {name}: {str(error)[:1000]}") from error
+        raise ModelError(
+            f"{where}: got a {name} that cannot be loaded ({str(error)[:1000]}); allowed one that its library can load"
+        ) from error
 
 
-def _found(module: str) -> bool:
+def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of its parent
+    except ModuleNotFoundError:  # the module's parent package is not installed
         return False

@@ -59,16 +59,19 @@ def check_predictions(model: DiffusionModel) -> None:
     denoiser, source, count = model.denoiser, model.source, len(states[0])
     # The first checks call the module on all states at once: shape and dtype, inputs left as they were, and the same
     # result twice.
-    given = _copied(states)
-    whole = _called(denoiser, given, source)
+    inputs = _copied(states)
+    whole = _called(denoiser, inputs, source)
     _check_output(whole, states[0], source)
-    for name, before, after in zip(("x_t", "t", *states[2]), _tensors(states), _tensors(given), strict=True):
+    for name, before, after in zip(("x_t", "t", *states[2]), _tensors(states), _tensors(inputs), strict=True):
         if not torch.equal(before, after):
-            raise ModelError(f"{source}: it writes over {name}, which it is given; allowed: it computes on a copy")
+            raise ModelError(
+                f"{source}: {name}: got other values after a call, which wrote over them; allowed calls that leave "
+                "their inputs as they are"
+            )
     if _differ(whole, _called(denoiser, _copied(states), source)):
         raise ModelError(
-            f"{source}: it predicts differently when it is called again; allowed one prediction of one "
-            "state: no randomness"
+            f"{source}: got another prediction when it was called again; allowed one prediction of one state, "
+            "without randomness"
         )
     # The module is then called on one state at a time. A branch that depends on tensor values shows as a different
     # record of values converted to Python. States that mix within a batch show as predictions that differ from those
@@ -78,16 +81,16 @@ def check_predictions(model: DiffusionModel) -> None:
     for place, watch in enumerate(decisions):
         with watch:
             alone.append(_called(denoiser, one_state(states, place), source))
-    for first, *others in zip_longest(*(watch.seen for watch in decisions)):
-        if any(other != first for other in others):
-            where = next(seen[0] for seen in (first, *others) if seen)
+    for first, *later in zip_longest(*(watch.seen for watch in decisions)):
+        if any(decision != first for decision in later):
+            where = next(decision[0] for decision in (first, *later) if decision)
             raise ModelError(
-                f"{source}: it goes by a value of its inputs ({where}), which no graph does; allowed "
-                "tensors, torch.where"
+                f"{source}: got a decision by a value of its inputs ({where}), which no graph can make; allowed tensor "
+                "operations, such as torch.where"
             )
     if _differ(whole, torch.cat(alone)):
         raise ModelError(
-            f"{source}: what it predicts of a state depends on the others of its batch; allowed states that do not mix"
+            f"{source}: got a prediction that depends on the other states of its batch; allowed states that do not mix"
         )
 
 
@@ -112,7 +115,7 @@ def constant_readers(network: nn.Module, layers: Mapping[str, nn.Module], states
             for calls in read.values():
                 calls.append([])
             predict(network, *one_state(states, place))
-    return tuple(name for name, (first, *others) in read.items() if first and all(other == first for other in others))
+    return tuple(name for name, (first, *later) in read.items() if first and all(calls == first for calls in later))
 
 
 def one_state(states: DenoiserInput, place: int) -> DenoiserInput:
@@ -129,8 +132,8 @@ def _digest(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()}"
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > SAME * one.abs().max())
+def _differ(first: Tensor, second: Tensor) -> bool:
+    return bool((first - second).abs().max() > SAME * first.abs().max())
 
 
 def _copied(states: DenoiserInput) -> DenoiserInput:
@@ -154,20 +157,19 @@ def _called(denoiser: nn.Module, states: DenoiserInput, source: str) -> Tensor:
         words = ", ".join(
             f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for name, value in named.items()
         )
-        raise ModelError(f"{source}: called with {words} it raised {one_line(error)}") from error
+        raise ModelError(f"{source}: got {one_line(error)} from a call with {words}; allowed a prediction") from error
 
 
 def _check_output(prediction: Tensor, x: Tensor, source: str) -> None:
     got, allowed = tuple(prediction.shape), tuple(x.shape)
     if got != allowed:
         raise ModelError(
-            f"{source}: of x_t {allowed} it returned a tensor {got}; allowed {allowed}, or more channels, "
-            "which are cut off"
+            f"{source}: got a tensor {got} for x_t {allowed}; allowed {allowed}, or more channels, which are cut off"
         )
     if prediction.dtype != torch.float32:
-        raise ModelError(f"{source}: it returned {prediction.dtype}; allowed torch.float32, as x_t")
+        raise ModelError(f"{source}: got a tensor of {prediction.dtype}; allowed torch.float32, as x_t")
     if not bool(prediction.isfinite().all()):
-        raise ModelError(f"{source}: it returned NaN or infinity of noise; allowed finite numbers")
+        raise ModelError(f"{source}: got NaN or infinity for noise; allowed finite numbers")
 
 
 class _Decisions(TorchFunctionMode):

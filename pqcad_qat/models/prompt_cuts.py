@@ -17,7 +17,7 @@ from pqcad_qat.machine.json_files import shown
 from pqcad_qat.models.model_folder import TOKENIZERS, part_class, read_index
 from pqcad_qat.models.pipeline_parts import check_tokenizer
 
-MOST_TOLD = 5
+MOST_NAMED = 5
 """Largest number of cut prompts that are named one by one."""
 
 LENGTH = "max_sequence_length"
@@ -37,7 +37,7 @@ def cut_prompts(lines: Sequence[tuple[int, str]], prompts: Path, folder: Path, t
         ModelError: a tokenizer cannot be read.
     """
     index = read_index(folder)
-    found = []
+    sentences = []
     for part in TOKENIZERS:
         if (name := part_class(index, part)) is None or not (folder / part).is_dir():
             continue
@@ -47,13 +47,14 @@ def cut_prompts(lines: Sequence[tuple[int, str]], prompts: Path, folder: Path, t
             if name.startswith("T5")
             else int(tokenizer.model_max_length)
         )
-        for number, prompt in lines:
+        for line, prompt in lines:
             if cut := _cut(tokenizer, prompt, most):
-                found.append(
-                    f"conditions.prompts: {prompts}:{number}: {part} takes {most} tokens; not read: {shown(cut)}"
+                sentences.append(
+                    f"conditions.prompts: {prompts}:{line}: {part} takes {most} tokens; not read: {shown(cut)}"
                 )
-    more = len(found) - MOST_TOLD
-    return (*found[:MOST_TOLD], *([f"conditions.prompts: {prompts}: {more} more prompts are cut"] if more > 0 else []))
+    more = len(sentences) - MOST_NAMED
+    rest = [f"conditions.prompts: {prompts}: {more} more prompts are cut"] if more > 0 else []
+    return (*sentences[:MOST_NAMED], *rest)
 
 
 def _most_tokens(pipeline: str, tokens: int | None) -> int:
@@ -79,4 +80,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds of exceptions on a damaged folder
-        raise ModelError(f"{folder}: cannot be read as a tokenizer: {shown(str(error))}") from error
+        raise ModelError(
+            f"{folder}: got a tokenizer that cannot be loaded ({shown(str(error))}); allowed one that transformers can "
+            "load"
+        ) from error

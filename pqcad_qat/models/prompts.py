@@ -25,11 +25,11 @@ from pqcad_qat.models.config_values import with_defaults
 from pqcad_qat.models.families.config_faults import sides_of
 from pqcad_qat.models.families.prompt_layouts import PromptLayout
 from pqcad_qat.models.families.table import prompt_layouts
-from pqcad_qat.models.model_folder import TEXT_ENCODERS, TOKENIZERS, denoiser_folder, read_index
+from pqcad_qat.models.model_folder import CONFIG, INDEX, TEXT_ENCODERS, TOKENIZERS, denoiser_folder, read_index
 from pqcad_qat.models.pipeline_parts import PipelineParts, check_tokenizer, check_transformers
 from pqcad_qat.models.prompt_cuts import LENGTH, cut_prompts
 
-ASKED: Mapping[str, Any] = {
+ENCODING_ARGUMENTS: Mapping[str, Any] = {
     "prompt_2": None,
     "prompt_3": None,
     "device": "cpu",
@@ -113,7 +113,7 @@ def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> 
     _lines(prompts)
     check_transformers("conditions.prompts")
     pipeline, layout = _layout(folder)
-    _asked(getattr(diffusers, pipeline), pipeline, encoding)
+    _arguments(getattr(diffusers, pipeline), pipeline, encoding)  # for the fault that it may raise
     names = (*layout.gives, *_numbers(folder, 1, layout, encoding))
     return {name for name in names if name and not name.startswith(UNCONDITIONAL)}
 
@@ -137,40 +137,39 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
     name, layout = _layout(folder)
     names = layout.gives
     numbers = _numbers(folder, len(lines), layout, encoding)
-    pipeline = _text_parts(name, layout, folder)
-    asked = _asked(pipeline, name, encoding)
-    parts = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
-    encoded = [dict(zip(names, pipeline.encode_prompt(part, **asked), strict=True)) for part in parts]
-    found = {name: torch.cat([part[name] for part in encoded]).float() for name in names if name}
+    pipeline = _text_pipeline(name, layout, folder)
+    arguments = _arguments(pipeline, name, encoding)
+    batches = [lines[first : first + BATCH] for first in range(0, len(lines), BATCH)]
+    encoded = [dict(zip(names, pipeline.encode_prompt(batch, **arguments), strict=True)) for batch in batches]
+    tensors = {name: torch.cat([batch[name] for batch in encoded]).float() for name in names if name}
     # Pipelines with classifier-free guidance return the empty prompt's embeddings with every batch, so one row is kept.
     # For others the empty prompt is encoded as a prompt of its own.
-    found |= {name: value[:1] for name, value in found.items() if name.startswith(UNCONDITIONAL)}
+    tensors |= {name: value[:1] for name, value in tensors.items() if name.startswith(UNCONDITIONAL)}
     if not any(name.startswith(UNCONDITIONAL) for name in names):
-        other = dict(zip(names, pipeline.encode_prompt([""], **asked), strict=True))
-        found |= {UNCONDITIONAL + name: value.float() for name, value in other.items() if name}
-    return found | numbers
+        empty = dict(zip(names, pipeline.encode_prompt([""], **arguments), strict=True))
+        tensors |= {UNCONDITIONAL + name: value.float() for name, value in empty.items() if name}
+    return tensors | numbers
 
 
-def _asked(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
+def _arguments(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
     """Return the keyword arguments for the `encode_prompt` of a pipeline or of its class."""
     known = inspect.signature(pipeline.encode_prompt).parameters
+    arguments = {key: value for key, value in ENCODING_ARGUMENTS.items() if key in known}
     if encoding.tokens is None:
-        return {key: value for key, value in ASKED.items() if key in known}
+        return arguments
     if LENGTH not in known:
         raise ModelError(
             f"conditions.tokens: got {encoding.tokens}; allowed null: {name} has no T5, and CLIP's texts "
             "are of one length"
         )
-    return {key: value for key, value in ASKED.items() if key in known} | {LENGTH: encoding.tokens}
+    return arguments | {LENGTH: encoding.tokens}
 
 
 def prompts_cut(prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
     """Return a sentence for each prompt of the file that a tokenizer cuts (prompt_cuts.py); () where the folder is no
     pipeline's.
     """
-    return (
-        () if not (folder / "model_index.json").is_file() else cut_prompts(_numbered(prompts), prompts, folder, tokens)
-    )
+    return cut_prompts(_numbered(prompts), prompts, folder, tokens) if (folder / INDEX).is_file() else ()
 
 
 def _lines(prompts: Path) -> list[str]:
@@ -192,7 +191,7 @@ def _numbered(prompts: Path) -> list[tuple[int, str]]:
         raise ModelError(
             f"conditions.prompts: got {prompts}, which cannot be read as text ({reason}); allowed a prompt a line"
         ) from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(place, line.strip()) for place, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ModelError(f"conditions.prompts: got no prompt in {prompts}; allowed one or more, a line each")
     return lines
@@ -200,40 +199,44 @@ def _numbered(prompts: Path) -> list[tuple[int, str]]:
 
 def _layout(folder: Path) -> tuple[str, PromptLayout]:
     """Return the class of the folder's pipeline, and how it turns a prompt into conditions."""
-    index = folder / "model_index.json"
+    index = folder / INDEX
     if not index.is_file():
         raise ModelError(
-            f"conditions.prompts: {folder} is no pipeline's folder with a text encoder; "
-            "conditions.embeddings takes a file"
+            f"conditions.prompts: got a model at {folder}, which is no pipeline's folder with a text encoder; "
+            "allowed null, with a file as conditions.embeddings"
         )
     name = str(read_json(index).get("_class_name"))
     if (layout := prompt_layouts().get(name)) is None:
         raise ModelError(
             f"{index}: _class_name: got {name!r}; allowed for prompts {', '.join(prompt_layouts())}; "
-            "conditions.embeddings takes a file of what the "
+            "for any other, conditions.embeddings takes a file of what the "
             "pipeline's own encode_prompt gives (pqcad_qat/models/README.md)"
         )
     return name, layout
 
 
-def _text_parts(name: str, layout: PromptLayout, folder: Path) -> Any:
+def _text_pipeline(name: str, layout: PromptLayout, folder: Path) -> Any:
     """Load the pipeline with only its text encoders and tokenizers, in float32."""
     index = read_index(folder)
-    parts = PipelineParts(folder, index)
-    parts.check_there((*TEXT_ENCODERS, *TOKENIZERS))
+    pipeline_parts = PipelineParts(folder, index)
+    pipeline_parts.check_there((*TEXT_ENCODERS, *TOKENIZERS))
     for part in TOKENIZERS:
-        if parts.has(part):
+        if pipeline_parts.has(part):
             check_tokenizer(folder / part)
     null = (part for part, entry in index.items() if isinstance(entry, list) and entry[-1] is None)
-    given: dict[str, Any] = dict.fromkeys((*(part for part in HEAVY if part in index), *null))
-    given |= {part: parts.load(part, attention="sdpa") for part in parts.text_encoders}
+    modules: dict[str, Any] = dict.fromkeys((*(part for part in HEAVY if part in index), *null))
+    modules |= {part: pipeline_parts.load(part, attention="sdpa") for part in pipeline_parts.text_encoders}
+    pipeline_class = getattr(diffusers, name)
     try:
-        made = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, **given)
+        pipeline = pipeline_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **modules)
     except Exception as error:  # diffusers and transformers raise many kinds of exceptions on a damaged folder
-        raise ModelError(f"{folder}: cannot load its text encoders: {error}") from error
+        raise ModelError(
+            f"{folder}: got text encoders that cannot be loaded ({error}); allowed those that diffusers can load"
+        ) from error
     if layout.reads_denoiser:
-        made.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(folder / "transformer" / "config.json")))
-    return made.to(dtype=torch.float32)
+        config = read_json(folder / "transformer" / CONFIG)
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+    return pipeline.to(dtype=torch.float32)
 
 
 def _numbers(folder: Path, count: int, layout: PromptLayout, encoding: Encoding) -> dict[str, Tensor]:
@@ -242,13 +245,13 @@ def _numbers(folder: Path, count: int, layout: PromptLayout, encoding: Encoding)
     SDXL's original and target sizes are those of the image that x_t decodes to, without a crop.
     """
     part = denoiser_folder(folder)
-    config = read_json(part / "config.json") if (part / "config.json").is_file() else {}
+    config = read_json(part / CONFIG) if (part / CONFIG).is_file() else {}
     if "text_embeds" in layout.gives:
-        vae = folder / "vae" / "config.json"
+        vae = folder / "vae" / CONFIG
         levels = with_defaults("AutoencoderKL", read_json(vae))["block_out_channels"] if vae.is_file() else LEVELS
         sides = encoding.sides or sides_of(config)
         if sides is None:
-            raise ModelError(f"{part / 'config.json'}: sample_size: got null; allowed the height and width of x_t")
+            raise ModelError(f"{part / CONFIG}: sample_size: got null; allowed the height and width of x_t")
         height, width = (2 ** (len(levels) - 1) * side for side in sides)
         sizes = torch.tensor([[height, width, 0, 0, height, width]])
         return {"time_ids": sizes.expand(count, -1).clone(), "unconditional.time_ids": sizes}

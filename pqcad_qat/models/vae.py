@@ -1,4 +1,4 @@
-"""What a VAE's decoder is given and what it gives: latents scaled as its pipeline scales them, pictures from them.
+"""Decoding by a VAE: latents scaled as its pipeline scales them, and the pictures that its decoder makes of them.
 
 Not here: loading a VAE (pipeline_parts.py).
 """
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 
 def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
-    """Latents (N, C, h, w) of a denoiser as its VAE's decoder takes them, by a config as `PipelineParts.load` leaves
-    it.
+    """Scale a denoiser's latents (N, C, h, w) for its VAE's decoder.
+
+    Args:
+        config: config of a VAE that `PipelineParts.load` loaded.
+        latents: latents as the denoiser makes them.
     """
     mean, std = (config.get(key) for key in ("latents_mean", "latents_std"))
     scaled: Tensor = latents.float() / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
@@ -27,7 +30,7 @@ def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
-    """float32 pictures (N, 3, H, W), about in [-1, 1], of a denoiser's latents; one at a time."""
+    """Decode a denoiser's latents, one at a time, into float32 pictures (N, 3, H, W), about in [-1, 1]."""
     model = cast(Any, vae)
-    parts = [model.decode(one, return_dict=False)[0] for one in to_decoder(model.config, latents)[:, None]]
-    return torch.cat(parts)
+    pictures = [model.decode(latent, return_dict=False)[0] for latent in to_decoder(model.config, latents)[:, None]]
+    return torch.cat(pictures)

@@ -68,32 +68,30 @@ def weight_files(folder: Path, stem: str, note: str = "") -> tuple[Path, ...]:
     Args:
         folder: folder of a pipeline part.
         stem: file name without precision and ending.
-        note: text that the message adds where there are no weights.
+        note: end of the message where there are no weights.
 
     Raises:
         ModelError: there are no weights, a shard is missing, or the index is damaged.
     """
-    found = _whole_or_index(folder, stem)
-    if found is None:
+    file = _whole_or_index(folder, stem)
+    if file is None:
         raise ModelError(_without_weights(folder, stem, note))
-    if found.suffix == SAFETENSORS:
-        return (found,)
-    weight_map = read_json(found).get("weight_map")
+    if file.suffix == SAFETENSORS:
+        return (file,)
+    weight_map = read_json(file).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(name, str) for name in weight_map.values())
     ):
-        raise ModelError(f"{found}: weight_map: got {shown(weight_map)}; allowed the name of a file for each tensor")
+        raise ModelError(f"{file}: weight_map: got {shown(weight_map)}; allowed the name of a file for each tensor")
     shards = sorted(set(weight_map.values()))
     if strange := [name for name in shards if Path(name).name != name or not name.endswith(SAFETENSORS)]:
-        raise ModelError(
-            f"{found}: weight_map: got {shown(strange[0])}; allowed names of {SAFETENSORS} files beside it"
-        )
+        raise ModelError(f"{file}: weight_map: got {shown(strange[0])}; allowed names of {SAFETENSORS} files beside it")
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise ModelError(
-            f"{folder / missing[0]}: no such file; {found.name} lists {len(shards)} shards, and "
-            f"{len(missing)} are missing"
+            f"{folder / missing[0]}: got no such file; allowed all {len(shards)} shards that {file.name} lists, of "
+            f"which {len(missing)} are missing"
         )
     return tuple(folder / name for name in shards)
 
@@ -113,18 +111,19 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, Stored]:
     Raises:
         ModelError: a file cannot be read, or two files hold the same tensor.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
         for stored in _header(file):
-            if stored.name in found:
+            if stored.name in tensors:
                 raise _damaged(
                     file,
-                    f"holds {shown(stored.name)}, as {found[stored.name].file.name} does; allowed one file a tensor",
+                    f"got {shown(stored.name)}, which {tensors[stored.name].file.name} holds too; allowed one file "
+                    "for each tensor",
                 )
-            found[stored.name] = stored
-    bare = dict(zip(_unwrapped(list(found)), found.values(), strict=True))
-    # If two names become equal without the wrappers' parts, the names are kept as they are stored.
-    return bare if len(bare) == len(found) else found
+            tensors[stored.name] = stored
+    bare = dict(zip(_unwrapped(list(tensors)), tensors.values(), strict=True))
+    # If two names become equal without the wrappers' prefixes, the names are kept as they are stored.
+    return bare if len(bare) == len(tensors) else tensors
 
 
 def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored]:
@@ -152,11 +151,10 @@ def fitting(stored: Mapping[str, Stored], module: nn.Module) -> dict[str, Stored
             if name in known and value.is_floating_point() and known[name].dtype not in FLOATS
         ],
     }
-    if said := [f"{len(names)} {what}: {listed(names)}" for what, names in faults.items() if names]:
-        file = next((part.file for part in stored.values()), Path("weights"))
-        raise _damaged(
-            file, f"not the weights of the {type(module).__name__} that config.json describes: {'; '.join(said)}"
-        )
+    if groups := [f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names]:
+        file = next((tensor.file for tensor in stored.values()), Path("weights"))
+        allowed = f"those of the {type(module).__name__} that config.json describes"
+        raise _damaged(file, f"got weights that do not fit; allowed {allowed}: {'; '.join(groups)}")
     return known
 
 
@@ -180,14 +178,14 @@ def _finite_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]
     """Yield the names and values of stored tensors, and raise ModelError at the first value that is not finite."""
     for name, value in read_tensors(stored):
         if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
-            raise _damaged(stored[name].file, f"{name}: holds values that are not finite")
+            raise _damaged(stored[name].file, f"{name}: got values that are not finite; allowed finite numbers")
         yield name, value
 
 
 def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and values of stored tensors, file by file."""
-    for file in dict.fromkeys(part.file for part in stored.values()):
-        names = [name for name, part in stored.items() if part.file == file]
+    for file in dict.fromkeys(tensor.file for tensor in stored.values()):
+        names = [name for name, tensor in stored.items() if tensor.file == file]
         try:
             with safe_open(file, framework="pt") as content:
                 for name in names:
@@ -195,31 +193,37 @@ def read_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
         except ModelError:
             raise
         except Exception as error:  # safetensors and torch raise many kinds of exceptions on a damaged file
-            raise _damaged(file, f"not readable as safetensors: {error}") from error
+            raise _damaged(file, _unreadable(error)) from error
 
 
-def _damaged(file: Path, what: str) -> ModelError:
-    return ModelError(f"{file.parent}: cannot load this model: {file.name}: {what[:2000]}")
+def _damaged(file: Path, fault: str) -> ModelError:
+    return ModelError(f"{file}: {fault[:2000]}")
+
+
+def _unreadable(error: Exception) -> str:
+    return f"got a file that is not readable as safetensors ({str(error)[:1000]}); allowed such a file"
 
 
 def _header(file: Path) -> Iterator[Stored]:
     try:
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118  # it is not a dictionary
-                part = content.get_slice(name)
-                yield Stored(file, name, tuple(part.get_shape()), str(part.get_dtype()))
+                tensor = content.get_slice(name)
+                yield Stored(file, name, tuple(tensor.get_shape()), str(tensor.get_dtype()))
     except Exception as error:  # the library raises many kinds of exceptions on a damaged file
-        raise _damaged(file, _pointed(file) or f"not readable as safetensors: {error}") from error
+        raise _damaged(file, _pointed(file) or _unreadable(error)) from error
 
 
 def _pointed(file: Path) -> str:
-    """Return what to do where git has fetched only a pointer; "" for any other file."""
+    """Return the fault of a file of which git has fetched only a pointer; "" for any other file."""
     try:
         with file.open("rb") as content:
             begins = content.read(len(POINTER))
     except OSError:
         return ""
-    return "holds git-lfs's pointer in the weights' place: `git lfs pull` fetches them" if begins == POINTER else ""
+    if begins != POINTER:
+        return ""
+    return "got git-lfs's pointer in place of the weights; allowed the weights, which `git lfs pull` fetches"
 
 
 def _unwrapped(names: Sequence[str]) -> list[str]:
@@ -237,19 +241,16 @@ def _whole_or_index(folder: Path, stem: str) -> Path | None:
 
 
 def _without_weights(folder: Path, stem: str, note: str) -> str:
-    """Return why there are no weights, as far as the other files of the folder show it."""
+    """Return the message that says why there are no weights, as far as the other files of the folder show it."""
     beside = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    fault = f"{folder / f'{stem}{SAFETENSORS}'}: no such file; weights are read from safetensors only{note}"
-    if other := [name for name in beside if name.endswith(OTHER_FORMATS)]:
-        return (
-            f"{fault}; got {other[0]}: reading it may run what is in it; diffusers' save_pretrained writes safetensors"
-        )
-    if named := [name for name in beside if name.startswith(stem) and name.endswith(SAFETENSORS)]:
-        return (
-            f"{fault}; got {named[0]}; allowed that name, or one with "
-            f"{', '.join(f'.{variant}' for variant in FILE_VARIANTS)} before its end"
-        )
-    return fault
+    file = folder / f"{stem}{SAFETENSORS}"
+    if unread := [name for name in beside if name.endswith(OTHER_FORMATS)]:
+        why = "which may run code when it is read"
+        return f"{file}: got {unread[0]} alone, {why}; allowed safetensors, as diffusers' save_pretrained writes{note}"
+    if misnamed := [name for name in beside if name.startswith(stem) and name.endswith(SAFETENSORS)]:
+        variants = ", ".join(f".{variant}" for variant in FILE_VARIANTS)
+        return f"{file}: got {misnamed[0]} alone; allowed this name, or one with {variants} before its end{note}"
+    return f"{file}: got no such file; allowed weights in safetensors{note}"
 
 
 def listed(names: Sequence[str]) -> str:

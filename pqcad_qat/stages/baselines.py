@@ -93,7 +93,7 @@ def _float_file(policy: Policy, prepared: Prepared, run: RunFolder, calibration:
 
 def _convert(policy: Policy, prepared: Prepared, calibration: CalibrationSet, folder: Path) -> None:
     batch, model = policy.export.batch_size, prepared.model
-    times, condition = known_times(prepared.schedule, calibration.timesteps), prepared.conditions.of(0, 0, batch)
+    times, condition = known_times(prepared.schedule, calibration.timesteps), prepared.conditions.drawn(0, 0, batch)
     try:
         with room_for(folder, sum(4 * parameter.numel() for parameter in model.denoiser.parameters())):
             convert_float(model.denoiser, prepared.model.sample_shape, batch, folder, times=times, condition=condition)
@@ -127,7 +127,7 @@ def _make_nncf(
 def example_of(policy: Policy, prepared: Prepared) -> Inputs:
     """Inputs on which every candidate is timed: one batch of the exported batch size."""
     batch = policy.export.batch_size
-    condition = prepared.conditions.of(0, 0, batch)
+    condition = prepared.conditions.drawn(0, 0, batch)
     return example_inputs(
         prepared.model.sample_shape, batch, condition=condition, timestep_dtype=prepared.schedule.timestep_dtype
     )

@@ -245,7 +245,7 @@ def sample_states(
             advance(done * variant.steps)
         for first in range(done, count, batch_size):
             noise = initial_noise(seed, first, min(batch_size, count - first), variant.sample_shape)
-            chosen, null = variant.conditions.of(seed, first, len(noise)), variant.conditions.unconditional
+            chosen, null = variant.conditions.drawn(seed, first, len(noise)), variant.conditions.unconditional
             condition, unconditional = (
                 {name: value.numpy() for name, value in tensors.items()} for tensors in (chosen, null)
             )

@@ -249,7 +249,7 @@ def _shown(
     """
     noise = torch.from_numpy(initial_noise(policy.evaluation.seed, 0, SHOWN, prepared.model.sample_shape))
     every = 0 if prepared.model.latent else policy.training.samples_every
-    chosen = prepared.conditions.of(policy.evaluation.seed, 0, SHOWN)
+    chosen = prepared.conditions.drawn(policy.evaluation.seed, 0, SHOWN)
     follow = Guidance(chosen, prepared.conditions.unconditional, guidance_scale)
     samples = TrainingSamples(noise, prepared.schedule.student(policy.sampler.steps, steps), steps, every, follow)
     return [QuantizerLog(quantized_layers(model)), samples]

@@ -228,5 +228,5 @@ def test_a_plain_module_is_a_source() -> None:
 
 def test_what_builds_no_module_is_refused() -> None:
     own = OwnModel("number", lambda: 3, (1, 8, 8), SCHEDULER)  # type: ignore[arg-type,return-value]
-    with pytest.raises(ModelError, match=r"its build function returned int; allowed a torch\.nn\.Module"):
+    with pytest.raises(ModelError, match=r"got int from its build function; allowed a torch\.nn\.Module"):
         load_model(own.source, own=own)

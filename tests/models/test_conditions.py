@@ -43,16 +43,16 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Conditioned:
 
 def test_a_trajectory_chooses_for_itself_whatever_the_batches(classes: Conditioned) -> None:
     found = class_conditions(classes, "all", None)
-    whole = found.of(7, 0, 40)["class_labels"]
-    assert torch.equal(torch.cat([found.of(7, first, 8)["class_labels"] for first in range(0, 40, 8)]), whole)
+    whole = found.drawn(7, 0, 40)["class_labels"]
+    assert torch.equal(torch.cat([found.drawn(7, first, 8)["class_labels"] for first in range(0, 40, 8)]), whole)
     assert set(whole.tolist()) == {0, 1, 2, 3, 4}
-    assert not torch.equal(found.of(8, 0, 40)["class_labels"], whole)
+    assert not torch.equal(found.drawn(8, 0, 40)["class_labels"], whole)
 
 
 def test_listed_classes_alone_are_chosen_and_all_leaves_out_the_one_of_no_class(
     classes: Conditioned, tmp_path: Path
 ) -> None:
-    assert Counter(class_conditions(classes, [0, 3], 4).of(0, 0, 30)["class_labels"].tolist()).keys() == {0, 3}
+    assert Counter(class_conditions(classes, [0, 3], 4).drawn(0, 0, 30)["class_labels"].tolist()).keys() == {0, 3}
     guided = class_conditions(classes, "all", 4)
     assert guided.choices["class_labels"].tolist() == [0, 1, 2, 3]
     assert guided.unconditional["class_labels"].tolist() == [4] == [guided.null_class]
@@ -71,7 +71,7 @@ def test_a_file_holds_a_row_a_prompt_and_the_unconditional_pass(text: Conditione
     path = write_embeddings("text_unet", tmp_path / "text.safetensors")
     found = chosen_conditions(text, ConditionsPolicy(embeddings=str(path)))
     assert len(found) == 3
-    rows = found.of(0, 0, 20)["encoder_hidden_states"]
+    rows = found.drawn(0, 0, 20)["encoder_hidden_states"]
     assert rows.shape == (20, 5, 24)
     assert all(any(torch.equal(row, choice) for choice in found.choices["encoder_hidden_states"]) for row in rows)
     assert torch.equal(
@@ -88,10 +88,10 @@ def test_halves_in_a_file_become_the_models_own_floats(text: Conditioned, tmp_pa
 @pytest.mark.parametrize(
     ("tensors", "fault"),
     [
-        ({"text": torch.ones(2, 5, 24)}, r"encoder_hidden_states: missing\n.*text: not taken by the model"),
+        ({"text": torch.ones(2, 5, 24)}, r"encoder_hidden_states: got nothing; .*\n.*text: got a tensor; allowed none"),
         ({"encoder_hidden_states": torch.ones(2, 5, 25)}, r"got shape \(2, 5, 25\); allowed \(2, tokens, 24\)"),
         ({"encoder_hidden_states": torch.ones(2, 24)}, r"got shape \(2, 24\); allowed \(2, tokens, 24\)"),
-        ({"encoder_hidden_states": torch.full((2, 5, 24), torch.nan)}, "holds values that are not finite"),
+        ({"encoder_hidden_states": torch.full((2, 5, 24), torch.nan)}, "got values that are not finite"),
         (
             {
                 "encoder_hidden_states": torch.ones(2, 5, 24),
@@ -129,7 +129,7 @@ def test_sizes_must_be_whole_and_in_bounds(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_or_no_safetensors_is_named(text: Conditioned, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"absent\.safetensors: no such file"):
+    with pytest.raises(ModelError, match=r"absent\.safetensors, which is no file; allowed"):
         read_conditions(tmp_path / "absent.safetensors", text)
     (tmp_path / "text.safetensors").write_bytes(b"pickle")
     with pytest.raises(ModelError, match="not readable as safetensors"):
@@ -157,7 +157,7 @@ def test_a_section_that_does_not_fit_the_model_is_refused(
 def test_guidance_without_another_pass_is_refused(classes: Conditioned) -> None:
     check_guidance(1.0, ConditionSet())
     check_guidance(2.0, class_conditions(classes, "all", 4))
-    with pytest.raises(ModelError, match=r"sampler\.guidance_scale: got 2; allowed 1 without .*unconditional_class"):
+    with pytest.raises(ModelError, match=r"sampler\.guidance_scale: got 2; allowed 1, or .*unconditional_class"):
         check_guidance(2.0, class_conditions(classes, "all", None))
 
 
@@ -205,6 +205,6 @@ def test_prompts_without_transformers_say_what_to_install(tmp_path: Path, monkey
     monkeypatch.setattr("pqcad_qat.models.pipeline_parts.find_spec", lambda _: None)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(
-        ModelError, match=r"takes the library transformers, which is not installed: pip install 'pqcad-qat\[text\]'"
+        ModelError, match=r"got no library transformers; allowed with it: pip install 'pqcad-qat\[text\]'"
     ):
         encode_prompts(tmp_path / "prompts.txt", tmp_path)

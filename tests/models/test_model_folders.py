@@ -190,7 +190,7 @@ def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
     for shards, words in (
         (
             {"x": "a.safetensors", "y": "b.safetensors"},
-            r"b\.safetensors: no such file; .* lists 2 shards, and 1 are missing",
+            r"b\.safetensors: got no such file; allowed all 2 shards that .* lists, of which 1 are missing",
         ),
         (
             {"x": "../a.safetensors"},
@@ -205,16 +205,16 @@ def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        (BIN, b"pickle", rf"weights are read from safetensors only; got {BIN}: reading it may run what is in it"),
+        (BIN, b"pickle", rf"got {BIN} alone, which may run code when it is read; allowed safetensors"),
         (
             f"{STEM}.non_ema.safetensors",
             b"",
-            r"no such file; .*; got .*non_ema\.safetensors; allowed that name, or one with \.fp32",
+            r"got .*non_ema\.safetensors alone; allowed this name, or one with \.fp32",
         ),
         (
             WEIGHTS,
             b"version https://git-lfs.github.com/spec/v1\n",
-            "holds git-lfs's pointer in the weights' place: `git lfs pull`",
+            "got git-lfs's pointer in place of the weights; allowed the weights, which `git lfs pull` fetches",
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> Non
     weights = load_file(folder / "unet" / WEIGHTS)
     weights["mid_block.resnets.0.conv1.weight"][0, 0, 0, 0] = value
     save_file(weights, folder / "unet" / WEIGHTS)
-    refused(folder, r"mid_block\.resnets\.0\.conv1\.weight: holds values that are not finite", planned=False)
+    refused(folder, r"mid_block\.resnets\.0\.conv1\.weight: got values that are not finite", planned=False)
 
 
 # ---- configs
@@ -866,5 +866,5 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=words):
             read_json(path)
     for source in ("~nobody-of-that-name/x", "x" * 5000, "a\x00b"):
-        with pytest.raises(ModelError, match="no such folder, and it cannot be loaded from the hub"):
+        with pytest.raises(ModelError, match="which is no folder and cannot be loaded from the hub"):
             load_model(source)

@@ -166,7 +166,7 @@ def test_choices_that_a_pipeline_does_not_leave_are_refused(pipeline: Path, line
 def test_what_prompts_make_is_known_before_any_is_encoded(
     with_t5: tuple[str, Path], pipeline: Path, lines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "_text_parts", lambda *_: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(encoding, "_text_pipeline", lambda *_: pytest.fail("an encoder was loaded"))
     for folder in (with_t5[1], pipeline):
         asked = conditioned(load_model(str(folder)))
         assert check_prompts(lines, folder) == {wanted.name for wanted in asked.inputs}
@@ -175,7 +175,7 @@ def test_what_prompts_make_is_known_before_any_is_encoded(
         check_prompts(lines, pipeline, Encoding(tokens=9))
     with pytest.raises(ModelError, match=r"conditions\.guidance: got 2; allowed null"):
         check_prompts(lines, pipeline, Encoding(guidance=2.0))
-    with pytest.raises(ModelError, match="is no pipeline's folder with a text encoder"):
+    with pytest.raises(ModelError, match="which is no pipeline's folder with a text encoder"):
         check_prompts(lines, lines.parent)
     with pytest.raises(
         ModelError, match=r"conditions\.prompts: got .*no\.txt, which cannot be read as text \(No such file"
@@ -193,13 +193,13 @@ def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(
     )
     with pytest.raises(
         ModelError,
-        match=r"tokenizer: has spiece\.model and no tokenizer\.json, which takes sentencepiece, not installed",
+        match=r"tokenizer: got spiece\.model and no tokenizer\.json, .*; allowed with sentencepiece \(pip install",
     ):
         encode_prompts(lines, folder)
 
 
 def test_a_folder_without_encoders_is_named(lines: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no pipeline's folder with a text encoder"):
+    with pytest.raises(ModelError, match="which is no pipeline's folder with a text encoder"):
         kept_prompts(lines, tmp_path, tmp_path / "store")
 
 

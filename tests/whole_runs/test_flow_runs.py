@@ -129,7 +129,7 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     steps = scheduler.config.num_inference_steps
     latents = torch.from_numpy(initial_noise(7, 0, 3, ours.sample_shape))
-    condition = ours.conditions.of(7, 0, 3)
+    condition = ours.conditions.drawn(7, 0, 3)
     if flow_run.name == "flux":
         # mu has no say: the shift is settled
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
@@ -223,7 +223,7 @@ def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: F
 def test_other_times_and_latents_than_the_graph_takes_are_refused(flow_run: FlowRun) -> None:
     transformer = OVTransformer2DModel.from_pretrained(flow_run.path / "openvino")
     condition = arrays(
-        open_folder(str(flow_run.path / "openvino"), conditions=flow_run.conditions).conditions.of(0, 0, 1)
+        open_folder(str(flow_run.path / "openvino"), conditions=flow_run.conditions).conditions.drawn(0, 0, 1)
     )
     with pytest.raises(ModelError, match=r"times: got 1000.5; allowed \[0, 1000\]"):
         transformer.predict(np.zeros((1, 4, 8, 8), np.float32), 1000.5, condition)

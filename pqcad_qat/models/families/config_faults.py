@@ -1,8 +1,7 @@
 """Config rules that several of diffusers' classes share: features that are not supported, and values that do not fit
-together.
+together. Each rule yields messages that begin with the key at fault.
 
-Each rule yields messages that begin with the key at fault. Not here: the rules of one family (its own file), or the
-types and bounds of single values (models/config_values.py).
+Not here: the rules of one family (its own file), or the types and bounds of single values (models/config_values.py).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def sides_of(config: Config) -> tuple[int, int] | None:
 
 
 def size_fault(config: Config, multiple: int, why: str) -> Iterator[str]:
-    """Yield a fault where a side of x_t is not a multiple of `multiple`."""
+    """Yield a fault where a side of x_t is not a multiple of `multiple`; `why` ends the message."""
     if any(side % multiple for side in sides_of(config) or ()):
         yield allowed("sample_size", config["sample_size"], f"multiples of {multiple}, {why}")
 
@@ -53,7 +52,7 @@ def among(config: Config, key: str, known: Sequence[str | None]) -> Iterator[str
 
 
 def nothing(config: Config, key: str, why: str) -> Iterator[str]:
-    """Yield a fault where a key turns on an unsupported feature."""
+    """Yield a fault where a key turns on an unsupported feature; `why` ends the message."""
     if config.get(key):
         yield allowed(key, config[key], f"null: {why}")
 
@@ -72,7 +71,7 @@ def patched(config: Config) -> Iterator[str]:
         yield allowed(
             "attention_head_dim",
             config["attention_head_dim"],
-            f"one whose {config['num_attention_heads']} heads are a multiple of 4",
+            f"a number whose product with num_attention_heads ({config['num_attention_heads']}) is a multiple of 4",
         )
     tokens = (max(sides_of(config) or (0,)) // patch) ** 2
     # A table stored for pos_embed_max_size may be eight times as large as the part that sample_size uses.
@@ -83,7 +82,7 @@ def patched(config: Config) -> Iterator[str]:
         yield allowed(
             "sample_size",
             config["sample_size"],
-            f"at most {LARGEST_TABLE} numbers in its table of places of width {width}",
+            f"a size with at most {LARGEST_TABLE} numbers in its table of position embeddings, of width {width}",
         )
     yield from size_fault(config, patch, "as patch_size")
 
@@ -92,12 +91,8 @@ def channels(config: Config) -> Iterator[str]:
     """Yield the faults in the channels of x_t and of the prediction, for any class."""
     inputs, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if outputs < inputs:
-        more = f"{inputs - outputs} channels more than the {outputs} of its prediction"
-        yield allowed(
-            "in_channels",
-            inputs,
-            f"{outputs}, as out_channels: {more}, of another picture, a mask or a depth, are no input here",
-        )
+        rule = f"{outputs}, as out_channels: {inputs - outputs} channels of another picture, a mask or a depth are no"
+        yield allowed("in_channels", inputs, f"{rule} input here")
     elif outputs not in (inputs, 2 * inputs):  # twice as many: the prediction is followed by its variance
         yield allowed("out_channels", outputs, f"{inputs}, as in_channels, or {2 * inputs}, with a learned variance")
 

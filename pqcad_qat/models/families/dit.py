@@ -1,4 +1,7 @@
-"""DiTTransformer2DModel, a transformer of patches with class labels as its condition (Peebles and Xie 2023)."""
+"""DiTTransformer2DModel, a transformer of patches with class labels as its condition (Peebles and Xie 2023).
+
+Not here: the rules that all transformers of patches share (config_faults.py).
+"""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def _in_float32(denoiser: Any, times: Sequence[Any]) -> Iterator[None]:
 
 def _prompt(encoders: Encoders, prompt: str, wanted: Wanted) -> Arrays:
     pooled = encoders["text_encoder"](prompt, ["pooler_output"])["pooler_output"]
-    told = {"guidance": np.array([wanted.guidance], np.float32)} if "guidance" in wanted.shapes else {}
-    return {TEXT: encoders["text_encoder_2"](prompt, [LAST])[LAST], POOLED: pooled} | told
+    guidance = {"guidance": np.array([wanted.guidance], np.float32)} if "guidance" in wanted.shapes else {}
+    return {TEXT: encoders["text_encoder_2"](prompt, [LAST])[LAST], POOLED: pooled} | guidance
 
 
 FAMILY = Family(

@@ -1,4 +1,7 @@
-"""PixArtTransformer2DModel, the denoiser of PixArt-alpha: a transformer that reads text encoded by T5 and its mask."""
+"""PixArtTransformer2DModel, the denoiser of PixArt-alpha: a transformer that reads text encoded by T5 and its mask.
+
+Not here: the rules that all transformers of patches share (config_faults.py).
+"""
 
 from __future__ import annotations
 

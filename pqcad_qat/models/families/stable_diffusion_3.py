@@ -1,5 +1,8 @@
 """SD3Transformer2DModel, the denoiser of Stable Diffusion 3: a transformer of patches with joint attention over text
 and image (Esser et al. 2024).
+
+Not here: the rules that all transformers of patches share (config_faults.py), or Flux, which also uses joint attention
+(flux.py).
 """
 
 from __future__ import annotations
