@@ -24,7 +24,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.denoiser import Condition, DiffusionModel, predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.models.prompts import UNCONDITIONAL, Encoding, check_prompts, encode_prompts, kept_prompts
+from pqcad_qat.models.prompts import UNCONDITIONAL, Encoding, check_prompts, encode_prompts, stored_embeddings
 from pqcad_qat.sampling.ddim import Array
 from pqcad_qat.sampling.trajectory import guided
 
@@ -193,7 +193,7 @@ def chosen_conditions(model: Conditioned, section: ConditionsPolicy, store: Path
         prompts, folder = Path(section.prompts), model.folder or Path(model.source)
         encoding = Encoding(section.tokens, section.guidance, model.sides)
         if store is not None:
-            return read_conditions(kept_prompts(prompts, folder, store, encoding), model)
+            return read_conditions(stored_embeddings(prompts, folder, store, encoding), model)
         return checked_conditions(encode_prompts(prompts, folder, encoding), model, section.prompts)
     if model.labels is not None or (section.classes, section.unconditional_class) != ("all", None):
         return class_conditions(model, section.classes, section.unconditional_class)

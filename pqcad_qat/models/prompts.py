@@ -76,7 +76,7 @@ OWN_WAY = Encoding()
 """Settings that leave every choice to the pipeline."""
 
 
-def kept_prompts(prompts: Path, folder: Path, store: Path, encoding: Encoding = OWN_WAY) -> Path:
+def stored_embeddings(prompts: Path, folder: Path, store: Path, encoding: Encoding = OWN_WAY) -> Path:
     """Return the file of embeddings of these prompts, encoded on the first call and read back from the store
     afterwards.
 
@@ -165,7 +165,7 @@ def _arguments(pipeline: Any, name: str, encoding: Encoding) -> dict[str, Any]:
     return arguments | {LENGTH: encoding.tokens}
 
 
-def prompts_cut(prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
+def too_long_prompts(prompts: Path, folder: Path, tokens: int | None) -> tuple[str, ...]:
     """Return a sentence for each prompt of the file that a tokenizer cuts (prompt_cuts.py); () where the folder is no
     pipeline's.
     """

@@ -23,7 +23,7 @@ from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states
-from pqcad_qat.models.prompts import prompts_cut
+from pqcad_qat.models.prompts import too_long_prompts
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
@@ -179,7 +179,9 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> 
     """
     section, walks = policy.conditions, PQ in stages_of(policy.evaluation.variants)
     cut = (
-        () if section.prompts is None or folder is None else prompts_cut(Path(section.prompts), folder, section.tokens)
+        ()
+        if section.prompts is None or folder is None
+        else too_long_prompts(Path(section.prompts), folder, section.tokens)
     )
     return (*(missing_rungs(plan, policy.progressive.ladder) if walks else ()), *cut)
 

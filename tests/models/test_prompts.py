@@ -22,7 +22,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.models import prompts as encoding
 from pqcad_qat.models.conditions import check_choices, chosen_conditions, conditioned, read_conditions, save_conditions
 from pqcad_qat.models.model_loading import load_model
-from pqcad_qat.models.prompts import Encoding, check_prompts, encode_prompts, kept_prompts, prompts_cut
+from pqcad_qat.models.prompts import Encoding, check_prompts, encode_prompts, stored_embeddings, too_long_prompts
 from pqcad_qat.policy.schema import ConditionsPolicy
 
 
@@ -40,7 +40,7 @@ def lines(tmp_path: Path) -> Path:
 def test_prompts_are_encoded_once_and_then_read_back(
     pipeline: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = kept_prompts(lines, pipeline, tmp_path / "store")
+    first = stored_embeddings(lines, pipeline, tmp_path / "store")
     wanted, found = encode_prompts(lines, pipeline), load_file(first)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "encoder_hidden_states": (2, TOKENS, WIDTH),
@@ -53,10 +53,10 @@ def test_prompts_are_encoded_once_and_then_read_back(
 
     monkeypatch.setattr(encoding, "encode_prompts", again)
     (tmp_path / "other.txt").write_text("a cat\ntwo dogs\n")  # the same lines
-    assert kept_prompts(tmp_path / "other.txt", pipeline, tmp_path / "store") == first
+    assert stored_embeddings(tmp_path / "other.txt", pipeline, tmp_path / "store") == first
     (tmp_path / "other.txt").write_text("a cat\none dog\n")
     with pytest.raises(AssertionError, match="encoded twice"):
-        kept_prompts(tmp_path / "other.txt", pipeline, tmp_path / "store")
+        stored_embeddings(tmp_path / "other.txt", pipeline, tmp_path / "store")
 
 
 @pytest.mark.parametrize("name", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json"])
@@ -64,13 +64,13 @@ def test_another_encoder_or_tokenizer_has_embeddings_of_its_own(
     pipeline: Path, lines: Path, tmp_path: Path, name: str
 ) -> None:
     shutil.copytree(pipeline, tmp_path / "copy")
-    assert (first := kept_prompts(lines, pipeline, tmp_path / "store")) == kept_prompts(
+    assert (first := stored_embeddings(lines, pipeline, tmp_path / "store")) == stored_embeddings(
         lines, tmp_path / "copy", tmp_path / "store"
     )
     content = bytearray((tmp_path / "copy" / name).read_bytes())
     content[-3:] = content[-3:] if name.endswith("json") else bytes(3)
     (tmp_path / "copy" / name).write_bytes(content + b"\n" * name.endswith("json"))
-    assert kept_prompts(lines, tmp_path / "copy", tmp_path / "store") != first
+    assert stored_embeddings(lines, tmp_path / "copy", tmp_path / "store") != first
 
 
 def test_a_policys_prompts_become_conditions_through_the_store(pipeline: Path, lines: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_tokenizer_of_sentencepiece_alone_says_what_it_takes(
 
 def test_a_folder_without_encoders_is_named(lines: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="which is no pipeline's folder with a text encoder"):
-        kept_prompts(lines, tmp_path, tmp_path / "store")
+        stored_embeddings(lines, tmp_path, tmp_path / "store")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(pipeline: Path, tmp_path: Path) -> None:
@@ -227,12 +227,12 @@ def test_bytes_that_are_no_utf_8_are_told_with_their_line(pipeline: Path, tmp_pa
 def test_prompts_that_a_tokenizer_cuts_are_told_with_their_line_and_what_is_left_out(name: str, tmp_path: Path) -> None:
     folder, file = PIPELINES[name](tmp_path), tmp_path / "prompts.txt"
     file.write_text("a cat\n\na dog a dog a dog a dog a dog a dog a dog zz\n")
-    found = prompts_cut(file, folder, T5_TOKENS)
+    found = too_long_prompts(file, folder, T5_TOKENS)
     parts = {"stable-diffusion": 1, "stable-diffusion-3": 3, "pixart": 1}[name]
     assert len(found) == parts
     for sentence in found:
         assert re.search(r"prompts.txt:3: tokenizer(_\d)? takes \d+ tokens; not read: '.*dog.*zz'", sentence)
     file.write_text("a dog a dog a dog a dog a dog a dog a dog a dog\n" * 9)
-    assert prompts_cut(file, folder, T5_TOKENS)[-1].endswith(f"{9 * parts - 5} more prompts are cut")
+    assert too_long_prompts(file, folder, T5_TOKENS)[-1].endswith(f"{9 * parts - 5} more prompts are cut")
     file.write_text("a cat\n")
-    assert prompts_cut(file, folder, T5_TOKENS) == ()
+    assert too_long_prompts(file, folder, T5_TOKENS) == ()
