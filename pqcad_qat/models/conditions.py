@@ -205,9 +205,7 @@ def chosen_conditions(model: Conditioned, section: ConditionsPolicy, store: Path
 
 
 def check_choices(model: Conditioned, section: ConditionsPolicy, scale: float) -> None:
-    """Raise ModelError where `chosen_conditions` or `check_guidance` would, as far as that is known before a prompt is
-    encoded.
-    """
+    """Raise the errors of `chosen_conditions` and `check_guidance` that are known before prompts are encoded."""
     if section.prompts is None or section.embeddings is not None:
         check_guidance(scale, chosen_conditions(model, section))
         return
@@ -271,7 +269,7 @@ def save_conditions(conditions: ConditionSet, path: Path) -> None:
 
 
 def checked_conditions(tensors: Mapping[str, Tensor], model: Conditioned, where: str) -> ConditionSet:
-    """Check the tensors of a file, and return them as a set in the model's own dtypes.
+    """Check the tensors of a file, and return them as a set in the dtypes that the model takes.
 
     Raises:
         ModelError: a tensor is missing, is not taken by the model, or has the wrong shape or values; the message names
@@ -283,22 +281,9 @@ def checked_conditions(tensors: Mapping[str, Tensor], model: Conditioned, where:
     }
     wanted = {condition.name: condition for condition in model.inputs}
     count = max((len(value) for value in choices.values() if value.ndim), default=0)
-    faults: list[str] = []
-    # The unconditional tensors may be absent as a whole; those of the choices may not.
-    for prefix, group, rows in (("", choices, count), (UNCONDITIONAL, unconditional, 1)):
-        if group or not prefix:
-            faults += [f"{prefix}{name}: got nothing; allowed a tensor" for name in wanted if name not in group]
-        faults += [
-            f"{prefix}{name}: got a tensor; allowed none: the model does not take it"
-            for name in group
-            if name not in wanted
-        ]
-        faults += [
-            fault
-            for name, value in group.items()
-            if name in wanted
-            for fault in _faults(prefix + name, value, wanted[name], rows)
-        ]
+    faults = list(_group_faults("", choices, wanted, count))
+    if unconditional:  # these may be absent as a whole
+        faults += _group_faults(UNCONDITIONAL, unconditional, wanted, 1)
     # The exported graph has one fixed input shape, so the conditions of both passes must have it.
     if not faults:
         faults = [
@@ -330,7 +315,22 @@ def check_guidance(scale: float, conditions: ConditionSet) -> None:
         )
 
 
-def _faults(name: str, value: Tensor, wanted: ConditionInput, rows: int) -> Iterator[str]:
+def _group_faults(
+    prefix: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, ConditionInput], rows: int
+) -> Iterator[str]:
+    """Yield the faults of the tensors whose names have this prefix in the file; each should have `rows` rows."""
+    for name in wanted:
+        if name not in tensors:
+            yield f"{prefix}{name}: got nothing; allowed a tensor"
+    for name in tensors:
+        if name not in wanted:
+            yield f"{prefix}{name}: got a tensor; allowed none: the model does not take it"
+    for name, value in tensors.items():
+        if name in wanted:
+            yield from _tensor_faults(prefix + name, value, wanted[name], rows)
+
+
+def _tensor_faults(name: str, value: Tensor, wanted: ConditionInput, rows: int) -> Iterator[str]:
     """Yield the faults of one tensor: its shape, values that are not finite, and labels that are not whole or out of
     bounds.
     """
