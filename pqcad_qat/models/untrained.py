@@ -1,7 +1,7 @@
 """Denoisers built from their configs alone: shapes without weights for plans, or random weights where trained values do
 not matter.
 
-Not here: trained weights (denoiser.py). This file never looks for weight files.
+Not here: trained weights (model_loading.py). This file never looks for weight files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Expansion of a study's file into cells, each with a whole Policy, and all faults of the study and its cells at once.
 
-Not here: the definition of a study (policy/study.py), or running it (study.py).
+Not here: the definition of a study (policy/study.py), or running it (commands/sweep.py).
 """
 
 from __future__ import annotations

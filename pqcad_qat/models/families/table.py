@@ -1,6 +1,6 @@
 """The table of model families: the FAMILY of every file in this folder, found by the names of diffusers' classes.
 
-Not here: facts about a family (its own file), or checks of its configs (denoiser_config.py).
+Not here: facts about a family (its own file), or checks of its configs (models/denoiser_config.py).
 """
 
 from __future__ import annotations
