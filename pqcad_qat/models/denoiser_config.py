@@ -1,6 +1,6 @@
 """Checks of a denoiser's diffusers config before the denoiser is built: its family, its values, and the size of x_t.
 
-Not here: facts about each family (families/), or loading and calling a denoiser (denoiser.py).
+Not here: facts about each family (families/), loading a denoiser (model_loading.py), or calling it (denoiser.py).
 """
 
 from __future__ import annotations
