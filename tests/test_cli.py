@@ -178,7 +178,7 @@ MISTAKES = {
     "an unknown key": (["plan", SMOKE, "--set", "sampler.stesp=4"], r"--set sampler\.stesp.*did you mean steps\?"),
     "a value out of bounds": (["plan", SMOKE, "--set", "sampler.steps=0"], r"sampler\.steps: got 0; allowed"),
     "an unknown embedded model": (["plan", SMOKE, "--model", "embedded:nothing"], r"got 'embedded:nothing'; allowed"),
-    "a model that is not there": (["plan", SMOKE, "--model", "./nothing"], r"got './nothing': no such folder"),
+    "a model that is not there": (["plan", SMOKE, "--model", "./nothing"], r"got './nothing', which is no folder"),
     "no images": (
         ["sample", "embedded:fashion-mnist", "--count", "0"],
         r"--count: got 0; allowed a whole number from 1",
