@@ -282,7 +282,7 @@ REFUSED = {
     "resolution": (lambda: pixart(use_additional_conditions=True), "use_additional_conditions: got true"),
     "inpainting": (
         lambda: text_unet(),
-        "in_channels: got 9; allowed 4, as out_channels: 5 channels more",
+        "in_channels: got 9; allowed 4, as out_channels: 5 more channels",
         {"in_channels": 9},
     ),
 }

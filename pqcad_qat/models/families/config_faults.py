@@ -91,8 +91,8 @@ def channels(config: Config) -> Iterator[str]:
     """Yield the faults in the channels of x_t and of the prediction, for any class."""
     inputs, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if outputs < inputs:
-        rule = f"{outputs}, as out_channels: {inputs - outputs} channels of another picture, a mask or a depth are no"
-        yield allowed("in_channels", inputs, f"{rule} input here")
+        more = f"{inputs - outputs} more channels, of another picture, a mask or a depth, are no input here"
+        yield allowed("in_channels", inputs, f"{outputs}, as out_channels: {more}")
     elif outputs not in (inputs, 2 * inputs):  # twice as many: the prediction is followed by its variance
         yield allowed("out_channels", outputs, f"{inputs}, as in_channels, or {2 * inputs}, with a learned variance")
 
