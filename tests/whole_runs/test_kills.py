@@ -246,4 +246,4 @@ def test_a_read_only_folder_is_an_error_before_anything_is_trained(tiny_folder: 
     command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 2
-    assert f"{path}: cannot be written" in done.stderr
+    assert f"{path}: got a folder that cannot be written" in done.stderr
