@@ -23,7 +23,7 @@ from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import PLACES
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
-from pqcad_qat.serving.compiled_graph import compile_graph, shared_core
+from pqcad_qat.serving.compiled_graph import compile_graph, reason, shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, read_graph
 from pqcad_qat.serving.graph_inputs import port_values
 from pqcad_qat.timing.baseline_trials import Inputs
@@ -206,7 +206,7 @@ def read_source(source: Path, core: ov.Core, batch: int | None = None) -> ov.Mod
             model = core.read_model(source)
         except RuntimeError as error:
             raise ModelError(
-                f"{source}: got a file that OpenVINO cannot read: {error}; "
+                f"{source}: got a file that OpenVINO cannot read: {reason(error)}; "
                 "allowed an OpenVINO model's xml or a deployed folder"
             ) from None
     if batch is not None:

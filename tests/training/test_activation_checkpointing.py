@@ -151,7 +151,7 @@ def test_conditional_models_compute_again_what_they_had_whoever_shares_an_input(
         assert len(kept) > len(quantized_layers(sharing.model))
         assert differing(kept, sharing.step(again=True, mixed=mixed)) == []
         assert differing(kept, sharing.step(again=True, mixed=mixed)) == []
-        assert [result for result in shared if result.held is not None] == []
+        assert [result for result in shared if result.shared is not None] == []
         alone = apart.step(again=False, mixed=mixed)
         assert torch.equal(kept["prediction"], alone["prediction"])
         sizes = {name: float(value.abs().max()) for name, value in kept.items()}
