@@ -46,6 +46,16 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fails_before_its_first_part_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        parts_folder(folder).mkdir()
+        raise ValueError("disk full")
+
+    with pytest.raises(ValueError, match="disk full"):
+        shared_folder(tmp_path, {}, fail)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_two_that_make_the_same_at_once_one_waits_for_the_other(tmp_path: Path) -> None:
     begun, may_end = threading.Event(), threading.Event()
 

@@ -90,6 +90,7 @@ def test_halves_in_a_file_become_the_models_own_floats(text: Conditioned, tmp_pa
     [
         ({"text": torch.ones(2, 5, 24)}, r"encoder_hidden_states: got nothing; .*\n.*text: got a tensor; allowed none"),
         ({"encoder_hidden_states": torch.ones(2, 5, 25)}, r"got shape \(2, 5, 25\); allowed \(2, tokens, 24\)"),
+        ({"encoder_hidden_states": torch.ones(2, 0, 24)}, r"got shape \(2, 0, 24\); allowed \(2, tokens, 24\)"),
         ({"encoder_hidden_states": torch.ones(2, 24)}, r"got shape \(2, 24\); allowed \(2, tokens, 24\)"),
         ({"encoder_hidden_states": torch.full((2, 5, 24), torch.nan)}, "got values that are not finite"),
         (

@@ -16,6 +16,7 @@ from fuzzing import bounded
 from pqcad_qat.errors import PolicyError, abridged, shortened
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.study_cells import load_study
+from pqcad_qat.policy.yaml_text import BYTES
 
 RULES = "quantization: {layers: [{match: '*', weights: {bits: 8}, inputs: {bits: 8}}]}\n"
 GOOD = "name: good\nmodel: {source: 'embedded:digits'}\n" + RULES
@@ -107,6 +108,15 @@ def test_a_date_is_text(tmp_path: Path) -> None:
 def test_windows_line_ends_are_lines(tmp_path: Path) -> None:
     [fault] = faults((GOOD + "sampler: {stepz: 1}\n").replace("\n", "\r\n"), tmp_path)
     assert fault.startswith("p.yaml:4: sampler.stepz: got an unknown key")
+
+
+def test_a_policy_file_may_have_a_million_bytes_and_not_one_more(tmp_path: Path) -> None:
+    largest = GOOD + "#" * (BYTES - len(GOOD))
+    path = tmp_path / "largest.yaml"
+    path.write_text(largest)
+    assert load_policy(path).name == "good"
+    [fault] = faults(largest + "#", tmp_path)
+    assert fault == "p.yaml: got more than 1,000,000 bytes; allowed a policy file of up to so many"
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

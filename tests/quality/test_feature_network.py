@@ -104,10 +104,11 @@ def test_too_few_images_to_hold_some_out_are_refused() -> None:
         hold_out(part(DIGITS, slice(0, 4)))
 
 
-def test_progress_hears_of_every_step() -> None:
+@pytest.mark.parametrize("count", [64, 70], ids=["whole batches", "an incomplete last batch"])
+def test_progress_hears_of_every_step(count: int) -> None:
     heard: list[tuple[int, int, float]] = []
     train_feature_network(
-        part(DIGITS, slice(0, 70)), FeatureRecipe(epochs=2, batch_size=32), lambda *step: heard.append(step)
+        part(DIGITS, slice(0, count)), FeatureRecipe(epochs=2, batch_size=32), lambda *step: heard.append(step)
     )
     assert [(step, steps) for step, steps, _ in heard] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(loss > 0 for _, _, loss in heard)

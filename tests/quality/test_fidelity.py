@@ -20,7 +20,14 @@ from torch import Tensor
 from pqcad_qat.data.images import load_images
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics, load_features
-from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol, frechet_distance, paired_psnr, paired_ssim
+from pqcad_qat.quality.fidelity import (
+    evaluate_images,
+    evaluate_latents,
+    fid_protocol,
+    frechet_distance,
+    paired_psnr,
+    paired_ssim,
+)
 
 RNG = np.random.default_rng(0)
 DIGITS = load_images("digits", size=32).images  # uint8 (1797, 1, 32, 32)
@@ -118,6 +125,15 @@ def test_psnr_is_scikit_images_over_the_whole_set() -> None:
     a, b = DIGITS[:300], noisy(DIGITS[:300], 12.0)  # more than one batch
     expected = peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=255)  # type: ignore[no-untyped-call]
     assert paired_psnr(a, b) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_psnr_of_latents_is_scikit_images_with_full_precisions_range_as_its_peak() -> None:
+    full = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = full + 0.1 * torch.randn(full.shape, generator=torch.Generator().manual_seed(1))
+    expected = peak_signal_noise_ratio(full.numpy(), found.numpy(), data_range=float(np.ptp(full.numpy())))  # type: ignore[no-untyped-call]
+    assert evaluate_latents(found, full).psnr_fp == pytest.approx(expected, abs=1e-3)
+    same = evaluate_latents(full, full)
+    assert (same.psnr_fp, same.identical_to_fp) == (None, True)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
