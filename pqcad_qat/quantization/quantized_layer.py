@@ -72,8 +72,8 @@ def share_input(layer: QuantizedLayer, leader: QuantizedLayer) -> None:
 def share_results(layers: Iterable[QuantizedLayer]) -> None:
     """Let linear layers that read the same tensor quantize it once for all of them.
 
-    These are the linear layers with one input quantizer that are children of one module. Convolutions are left out:
-    each may multiply the integers of its input by itself.
+    These are the linear layers with one input quantizer that are children of one module. Convolutions
+    quantize their inputs each for itself.
     """
     siblings: dict[tuple[str, str], list[QuantizedLinear]] = {}
     for layer in layers:

@@ -77,8 +77,7 @@ def distillation_set(
         teacher: quantized denoiser in evaluation mode.
         calibration: trajectories of the full-precision model, with states at every time step of the student.
         schedule: noise schedule that the teacher samples by.
-        teacher_steps: T, the teacher's sampling steps; fewer than the calibration set's if the teacher is the student
-            of an earlier round.
+        teacher_steps: T, the teacher's sampling steps.
         student_steps: S, the student's sampling steps; each of its time steps must be one of the calibration set's.
         batch_size: trajectories per call of the teacher.
         advance: function that receives the number of states done.
