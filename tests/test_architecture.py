@@ -7,44 +7,42 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-import architecture_page
+import generated_pages
 
 from pqcad_qat.commands.schema import schema
 
 
 def test_the_architecture_page_is_what_the_code_says() -> None:
-    assert architecture_page.PAGE.read_text(encoding="utf-8") == architecture_page.page()
+    assert generated_pages.PAGE.read_text(encoding="utf-8") == generated_pages.page()
 
 
 def test_editors_read_the_schema_that_the_command_prints() -> None:
-    assert architecture_page.SCHEMA.read_text(encoding="utf-8") == schema()
+    assert generated_pages.SCHEMA.read_text(encoding="utf-8") == schema()
 
 
 def test_every_module_says_what_it_holds() -> None:
-    silent = [path for path in architecture_page.PACKAGE.rglob("*.py") if not architecture_page.summary(path)]
+    silent = [path for path in generated_pages.PACKAGE.rglob("*.py") if not generated_pages.summary(path)]
     assert silent == []
 
 
-def test_no_file_and_no_room_outgrows_the_others() -> None:
-    lines = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for path in architecture_page.PACKAGE.rglob("*.py")
-    }
+def test_no_file_and_no_package_outgrows_the_others() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in generated_pages.PACKAGE.rglob("*.py")}
     assert {str(path): count for path, count in lines.items() if count > 350} == {}
-    rooms = Counter[str]()
+    packages = Counter[str]()
     for path, count in lines.items():
-        rooms[path.relative_to(architecture_page.PACKAGE).parts[0]] += count
-    assert {room: count for room, count in rooms.items() if count > 0.14 * sum(lines.values())} == {}
+        packages[path.relative_to(generated_pages.PACKAGE).parts[0]] += count
+    assert {name: count for name, count in packages.items() if count > 0.14 * sum(lines.values())} == {}
 
 
 def test_the_table_of_where_to_look_names_what_is_there() -> None:
-    section = architecture_page.PAGE.read_text(encoding="utf-8").split("## Where to look\n")[1].split("\n## ")[0]
+    section = generated_pages.PAGE.read_text(encoding="utf-8").split("## Where to look\n")[1].split("\n## ")[0]
     file, named = "", 0
     for word in re.findall(r"`([^`]+)`", section):
         if "/" in word or word.endswith(".py"):
             file = word
-            assert (architecture_page.PACKAGE / file).exists(), file
+            assert (generated_pages.PACKAGE / file).exists(), file
         elif not word.startswith("--"):
-            tree = ast.parse((architecture_page.PACKAGE / file).read_text(encoding="utf-8"))
+            tree = ast.parse((generated_pages.PACKAGE / file).read_text(encoding="utf-8"))
             assert word in _defined(tree), f"{file}: {word}"
             named += 1
     assert named > 15
@@ -65,8 +63,8 @@ NOTHING_TO_ALLOW: set[str] = set()
 
 def test_messages_say_where_what_was_got_and_what_is_allowed() -> None:
     faults = [
-        f"{path.relative_to(architecture_page.PACKAGE)}:{line}: {text}"
-        for path in sorted(architecture_page.PACKAGE.rglob("*.py"))
+        f"{path.relative_to(generated_pages.PACKAGE)}:{line}: {text}"
+        for path in sorted(generated_pages.PACKAGE.rglob("*.py"))
         for function, line, text in _messages(ast.parse(path.read_text(encoding="utf-8")))
         if f"{path.stem}.{function}" not in NOTHING_TO_ALLOW and not ("got " in text and "allowed" in text)
     ]

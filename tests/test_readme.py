@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
-import architecture_page
+import generated_pages
 import pytest
 import yaml
 
@@ -18,12 +18,12 @@ from pqcad_qat.policy.variants import VariantName
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-POLICIES = architecture_page.POLICIES.read_text(encoding="utf-8")
+POLICIES = generated_pages.POLICIES.read_text(encoding="utf-8")
 STUDIES = (ROOT / "policies" / "studies" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_policy_reference_is_the_schema() -> None:
-    assert architecture_page.policies() == POLICIES
+    assert generated_pages.policies() == POLICIES
 
 
 def test_the_policy_reference_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

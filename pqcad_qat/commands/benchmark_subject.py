@@ -26,14 +26,14 @@ from pqcad_qat.models.untrained import (
     noise_condition,
     random_denoiser,
 )
+from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
-from pqcad_qat.policy.quantizers import QuantizationPolicy
 from pqcad_qat.policy.variants import NNCF_INT8, OURS
 from pqcad_qat.quantization.conversion import taken_integers
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest
-from pqcad_qat.stages.blueprint import Configs, blueprint, noise_attention, quantized_untrained
+from pqcad_qat.stages.untrained_models import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.float_graph import convert_float, example_inputs
 from pqcad_qat.timing.hardware import hardware

@@ -1,6 +1,6 @@
 """The command `evaluate`: the Frechet distance of a folder's images to real ones, with its protocol.
 
-Not here: how distances are computed (quality/), and how a folder is opened (opened.py).
+Not here: how distances are computed (quality/), and how a folder is opened (open_folder.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from pqcad_qat.commands.opened import opened_folder, policy_of
+from pqcad_qat.commands.open_folder import opened_folder, policy_of
 from pqcad_qat.errors import ModelError, UsageError
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.quality.feature_network import check_shape, embedded_features, load_features

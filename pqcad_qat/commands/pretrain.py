@@ -1,7 +1,7 @@
 """The command `pretrain`: train a full-precision model from a policy of kind `pretrain`, and write it as a diffusers
 folder with its provenance.
 
-Not here: the loss and the batches (training/denoising.py), or the loop (training/trainer.py).
+Not here: the loss and the batches (training/pretraining.py), or the loop (training/trainer.py).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pqcad_qat.policy.variants import REFERENCE
 from pqcad_qat.report.grid import save_grid
 from pqcad_qat.sampling.ddpm_schedule import ddpm_schedule
 from pqcad_qat.stages.open_run import open_run
-from pqcad_qat.stages.resuming import Recipe
+from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import DEFAULT_STEPS, pytorch_variant, sample_images
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
-from pqcad_qat.training.denoising import ClassLabels, DenoisingLoss, noisy_batches
+from pqcad_qat.training.pretraining import ClassLabels, DenoisingLoss, noisy_batches
 from pqcad_qat.training.trainer import LoopSettings, new_accelerator
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 

@@ -27,7 +27,7 @@ from pqcad_qat.quantization.conversion import taken_integers
 from pqcad_qat.quantization.integer_layer import IntegerLayer
 from pqcad_qat.report.rehearsal_record import Rehearsal, StageCost
 from pqcad_qat.serving.deployed_folder import copy_folder
-from pqcad_qat.stages.blueprint import blueprint, noise_attention, quantized_untrained
+from pqcad_qat.stages.untrained_models import blueprint, noise_attention, quantized_untrained
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import size_bytes
 from pqcad_qat.timing.stage_costs import StageMeter

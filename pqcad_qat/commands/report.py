@@ -14,8 +14,8 @@ from pqcad_qat.report.report_files import REPORT_FILE, read_report
 from pqcad_qat.stages.measure import report as write_page
 from pqcad_qat.stages.open_run import POLICY, open_run
 from pqcad_qat.stages.prepared import SHARED, prepare
-from pqcad_qat.stages.recipes import recipes
 from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_dependencies import recipes
 
 
 def report(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """The command `run`: the stages of a run, in order.
 
 Not here: the stages themselves (stages/). A finished stage is read back instead of repeated, as long as the policy does
-not change what determines it (stages/recipes.py).
+not change what determines it (stages/stage_dependencies.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
-from pqcad_qat.quantization.plan_record import plan_json
-from pqcad_qat.report.outlook import AGAIN, GOES_ON, KEPT, TO_DO, RunOutlook, StageOutlook
+from pqcad_qat.quantization.plan_facts import plan_json
+from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunOutlook, StageOutlook
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
@@ -29,8 +29,8 @@ from pqcad_qat.stages.disk_use import room_warning, stage_bytes
 from pqcad_qat.stages.measure import evaluate, report, sample
 from pqcad_qat.stages.open_run import holds_run, open_run
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
-from pqcad_qat.stages.recipes import recipes, training_steps
 from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_dependencies import recipes, training_steps
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator

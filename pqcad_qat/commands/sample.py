@@ -1,6 +1,6 @@
 """The command `sample`: images from a folder as a grid, also from a prompt; or latents as a safetensors file.
 
-Not here: how a folder is opened (opened.py) and sampled (stages/samplers.py, serving/text_to_image.py). Sampling from a
+Not here: how a folder is opened (open_folder.py) and sampled (stages/samplers.py, serving/text_to_image.py). Sampling from a
 prompt needs no PyTorch, so this file imports PyTorch only where it is used.
 """
 
@@ -118,7 +118,7 @@ def _of_choices(request: SampleRequest, console: Console) -> Sampled:
     import torch
     from safetensors.torch import save_file
 
-    from pqcad_qat.commands.opened import opened_folder
+    from pqcad_qat.commands.open_folder import opened_folder
     from pqcad_qat.data.images import to_uint8
     from pqcad_qat.stages.samplers import sample_states
 

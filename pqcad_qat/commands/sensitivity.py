@@ -27,7 +27,7 @@ from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sen
 from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, mixed_rules, with_bits
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.plan_record import expected_bytes
+from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport, write_sensitivity
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare

@@ -37,7 +37,7 @@ from pqcad_qat.report.report_files import PAGE_FILE, read_report
 from pqcad_qat.report.tables import CellState
 from pqcad_qat.stages.open_run import POLICY, check_policy
 from pqcad_qat.stages.prepared import planned_shapes
-from pqcad_qat.stages.recipes import training_steps
+from pqcad_qat.stages.stage_dependencies import training_steps
 
 STUDY_PAGE = "study.html"
 ERRORS = "errors"

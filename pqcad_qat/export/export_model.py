@@ -40,9 +40,9 @@ from pqcad_qat.export.traceable_modules import (
 )
 from pqcad_qat.models.families.family import TEXT, ConditionInput
 from pqcad_qat.models.families.latent_rows import THOUSANDTHS
-from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.models.own_modules import one_line
+from pqcad_qat.models.module_preparation import one_line
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,

@@ -2,7 +2,7 @@
 
 This file does not import torch, so that a report can be read without it.
 
-Not here: how the agreement is measured (part_proof.py).
+Not here: how the agreement is measured (part_psnr.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pqcad_qat.errors import ExportError
 from pqcad_qat.models.families.family import LARGEST_SIZE
 from pqcad_qat.models.families.latent_rows import THOUSANDTHS
-from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.sampling.trajectory import NoiseSchedule
 

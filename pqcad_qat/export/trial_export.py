@@ -26,7 +26,7 @@ from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.proof import layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel, predict
-from pqcad_qat.models.own_modules import hold_statistics, one_line
+from pqcad_qat.models.module_preparation import hold_statistics, one_line
 from pqcad_qat.models.probing import one_state, probe_states
 from pqcad_qat.models.untrained import fixed_inputs
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model

@@ -25,7 +25,7 @@ from pqcad_qat.models.config_values import bounded_build, class_of, silent
 from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.models.denoiser_config import SampleSize, checked_config, known_family
 from pqcad_qat.models.families.family import PIPELINE_ROOT
-from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.model_folder import (
     CONFIG,

@@ -18,7 +18,7 @@ from torch import nn
 
 from pqcad_qat.errors import ModelError, PqcadError, UsageError, shortened
 from pqcad_qat.models.families.family import ConditionInput
-from pqcad_qat.models.own_modules import one_line, plain_module
+from pqcad_qat.models.module_preparation import one_line, plain_module
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER
 
 OWN = "module:"

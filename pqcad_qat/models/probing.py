@@ -1,7 +1,7 @@
 """Probe calls of a user's module on noise: whether it predicts as a denoiser must, and which of its layers read
 constants.
 
-Not here: what is repaired when the module is built (own_modules.py), or whether it can be deployed
+Not here: what is repaired when the module is built (module_preparation.py), or whether it can be deployed
 (export/trial_export.py).
 """
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pqcad_qat.errors import ModelError, PqcadError
 from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel, predict
-from pqcad_qat.models.own_modules import one_line
+from pqcad_qat.models.module_preparation import one_line
 from pqcad_qat.models.untrained import noise_inputs
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.sampling.trajectory import noise_schedule

@@ -1,6 +1,6 @@
 """Definition of pretraining policies, which train a full-precision denoiser from real images.
 
-Not here: quantization policies (policy/schema.py), or the training itself (training/denoising.py).
+Not here: quantization policies (policy/schema.py), or the training itself (training/pretraining.py).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
-from pqcad_qat.policy.quantizers import QuantizationPolicy
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section
 from pqcad_qat.policy.value_types import (
     Classes,

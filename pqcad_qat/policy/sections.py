@@ -1,7 +1,7 @@
 """What all sections of a policy have in common: unknown keys are refused, and faults of several keys are reported at
 once.
 
-Not here: any section of a policy (schema.py, quantizers.py, pretraining.py).
+Not here: any section of a policy (schema.py, layer_rules.py, pretraining.py).
 """
 
 from __future__ import annotations

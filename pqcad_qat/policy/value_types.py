@@ -1,6 +1,6 @@
 """The types that values of several sections of a policy have: numbers within bounds, names, lists.
 
-Not here: the sections (schema.py, quantizers.py, pretraining.py).
+Not here: the sections (schema.py, layer_rules.py, pretraining.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Training of the feature network: a classifier of real images, trained in minutes on one core, and its provenance.
 
 Not here: the network itself and its files (quality/feature_network.py), the denoiser's training
-(training/denoising.py).
+(training/pretraining.py).
 """
 
 from __future__ import annotations

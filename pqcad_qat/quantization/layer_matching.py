@@ -17,7 +17,7 @@ from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import rule_key, rule_text
 
 if TYPE_CHECKING:
-    from pqcad_qat.policy.quantizers import LayerRule
+    from pqcad_qat.policy.layer_rules import LayerRule
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

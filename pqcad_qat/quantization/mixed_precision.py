@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.policy.quantizers import LayerRule
+from pqcad_qat.policy.layer_rules import LayerRule
 from pqcad_qat.quantization.plan import LayerPlan
 
 

@@ -2,7 +2,7 @@
 
 Everything is checked before the model is changed, and all faults are reported at once. A plan itself is plain data.
 
-Not here: how patterns match layers (layer_matching.py), what follows from a plan (plan_record.py), how it is printed
+Not here: how patterns match layers (layer_matching.py), what follows from a plan (plan_facts.py), how it is printed
 (report/tables.py), and the quantized layers (quantized_layer.py).
 """
 
@@ -30,7 +30,7 @@ from pqcad_qat.quantization.quantizable_layers import (
 )
 
 if TYPE_CHECKING:
-    from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
+    from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer
 
 
 @dataclass(frozen=True)

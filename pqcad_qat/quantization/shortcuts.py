@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import PredictArguments, predict
-from pqcad_qat.models.own_modules import one_line
+from pqcad_qat.models.module_preparation import one_line
 from pqcad_qat.quantization.plan import evaluating
 
 # Functions that change no value and no channel, so that a seam can be followed through them. A normalisation is not

@@ -21,11 +21,11 @@ from pqcad_qat.policy.loading import COMMANDS
 from pqcad_qat.policy.shipped import ShippedPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.plan import LayerPlan, quantizer_words
-from pqcad_qat.quantization.plan_record import executes_int8, expected_bytes, float_layers
+from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
-from pqcad_qat.report.outlook import KEPT, RunOutlook
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report
 from pqcad_qat.report.rehearsal_record import Rehearsal
+from pqcad_qat.report.run_preview import KEPT, RunOutlook
 from pqcad_qat.report.terminal_table import TerminalTable
 from pqcad_qat.training.step_profile import PARTS, StepProfile
 

@@ -7,7 +7,7 @@ signal, whose square root multiplies x_0. Sources: DDPM (Ho et al. 2020), DDIM (
 and Ho 2022, appendix D).
 
 Not here: the noise schedule and its timesteps (ddpm_schedule.py), the effect of clipping on a step's inverse
-(training/clipping.py), and the Euler step (flow.py).
+(training/clipped_targets.py), and the Euler step (flow.py).
 """
 
 from __future__ import annotations

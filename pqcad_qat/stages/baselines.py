@@ -23,8 +23,8 @@ from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS, run_variants
 from pqcad_qat.stages.prepared import SHARED, Prepared
-from pqcad_qat.stages.recipes import BASELINE_INPUTS
 from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS
 from pqcad_qat.stages.stage_records import BaselinesRecord
 from pqcad_qat.timing.baseline_trials import XML_FILE, Inputs, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.float_graph import convert_float, example_inputs

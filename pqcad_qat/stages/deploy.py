@@ -22,7 +22,7 @@ from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
 from pqcad_qat.export.part_export import PartsToDeploy
-from pqcad_qat.export.part_proof import part_parity
+from pqcad_qat.export.part_psnr import part_parity
 from pqcad_qat.export.proof import ParityReport, end_to_end_psnr, layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.machine.files import room_for
@@ -33,7 +33,7 @@ from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
-from pqcad_qat.quantization.plan_record import expected_bytes
+from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out

@@ -14,7 +14,7 @@ from pqcad_qat.machine.files import free_bytes
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import Prepared
-from pqcad_qat.stages.resuming import Recipes
+from pqcad_qat.stages.recipe import Recipes
 
 _GB = 1e9
 

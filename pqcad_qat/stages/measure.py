@@ -32,7 +32,6 @@ from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_la
 from pqcad_qat.report.report_files import write_report
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.prepared import SHARED, Prepared
-from pqcad_qat.stages.recipes import sampled, sampling
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import Record, RunFolder
 from pqcad_qat.stages.samplers import (
@@ -43,6 +42,7 @@ from pqcad_qat.stages.samplers import (
     pytorch_variant,
     sample_states,
 )
+from pqcad_qat.stages.stage_dependencies import sampled, sampling
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,
     BenchmarkRecord,

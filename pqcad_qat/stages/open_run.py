@@ -1,7 +1,7 @@
 """Starting a run's folder, or resuming it: its policy, which stages a changed policy repeats, and the lock that allows
 one run at a time.
 
-Not here: the folder itself (run_folder.py), and how recipes are compared (resuming.py).
+Not here: the folder itself (run_folder.py), and how recipes are compared (recipe.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pqcad_qat.machine.processes import agreed, process_count
 from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.stages.resuming import Recipes
+from pqcad_qat.stages.recipe import Recipes
 from pqcad_qat.stages.run_folder import WARNINGS, RunFolder, read_marker
 
 POLICY, LAUNCH = "policy.yaml", "launch.json"

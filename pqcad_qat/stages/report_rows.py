@@ -35,7 +35,7 @@ from pqcad_qat.policy.variants import (
 )
 from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.quantization.plan_record import executes_int8, float_layers, stored_bits
+from pqcad_qat.quantization.plan_facts import executes_int8, float_layers, stored_bits
 from pqcad_qat.quantization.quantizable_layers import float_kind
 from pqcad_qat.report.record import (
     UNSTEADY,

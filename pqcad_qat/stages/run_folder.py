@@ -23,7 +23,7 @@ from rich.text import Text
 from pqcad_qat.errors import CheckpointError, InterruptedByUserError
 from pqcad_qat.machine.files import room_for, write_file
 from pqcad_qat.machine.processes import agreed, is_first
-from pqcad_qat.stages.resuming import Recipes, decides, reason_to_repeat, record_of
+from pqcad_qat.stages.recipe import Recipes, decides, reason_to_repeat, record_of
 
 EMBEDDINGS = "conditions.safetensors"
 """Name of the file in a run's folder that holds its encoded prompts or embeddings."""

@@ -33,8 +33,8 @@ from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, 
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.trajectory import initial_noise
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe
-from pqcad_qat.stages.recipes import TRANSITIONS, WEIGHTS, loss_weights
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
+from pqcad_qat.stages.stage_dependencies import TRANSITIONS, WEIGHTS, loss_weights
 from pqcad_qat.stages.stage_records import CalibrationRecord, TrainingRecord
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights

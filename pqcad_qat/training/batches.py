@@ -1,6 +1,6 @@
 """The choice of examples and time steps for each batch: a pure function of the seed and of the training step.
 
-Not here: what an example holds (quantization_aware.py, distillation.py, denoising.py).
+Not here: what an example holds (quantization_aware.py, distillation.py, pretraining.py).
 """
 
 from __future__ import annotations

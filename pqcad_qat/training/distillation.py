@@ -7,7 +7,7 @@ full-precision model lands. That term is our reading of PQCAD-DM (arXiv 2506.167
 A target is the prediction that carries a state x_t in one student step to the wanted state x_s. It is found by
 inverting the sampling step.
 
-Not here: the loop (trainer.py), and targets where the sampler clips x_0 (clipping.py).
+Not here: the loop (trainer.py), and targets where the sampler clips x_0 (clipped_targets.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, guided
 from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
-from pqcad_qat.training.clipping import fold, nearest_target
+from pqcad_qat.training.clipped_targets import fold, nearest_target
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DistillationSet:
             full-precision x_s.
         timesteps: (S,), time steps of the states.
         weights: (S,), truncated-SNR weights of squared errors in the model's own parameterisation.
-        folds: (S, 3), centre, reach and slopes of each step (clipping.py); None where the sampler does not clip.
+        folds: (S, 3), centre, reach and slopes of each step (clipped_targets.py); None where the sampler does not clip.
     """
 
     states: Tensor

@@ -1,6 +1,6 @@
 """The level of a training loss: its smoothed value, its lowest value so far, and the rise that is still healthy.
 
-Not here: what follows a rise beyond that (divergence.py).
+Not here: what follows a rise beyond that (trouble_watch.py).
 """
 
 from __future__ import annotations

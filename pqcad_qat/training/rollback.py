@@ -2,7 +2,7 @@
 
 The record lets a run that was killed and resumed come to the same decisions as one that was not.
 
-Not here: what a divergence is (divergence.py, trainer.py), and what the policy makes of it (training_stage.py).
+Not here: what a divergence is (trouble_watch.py, trainer.py), and what the policy makes of it (training_stage.py).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pqcad_qat.errors import DivergedError, InterruptedByUserError, PolicyError
 from pqcad_qat.machine.processes import agreed, all_alive, any_process, process_count, refuse_drift
-from pqcad_qat.models.own_modules import hold_statistics
+from pqcad_qat.models.module_preparation import hold_statistics
 from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint

@@ -3,7 +3,7 @@
 A stage starts from its newest undamaged checkpoint. If training diverges, the policy decides whether it goes back,
 goes on at a lower learning rate, or stops.
 
-Not here: the loop itself (trainer.py), what a divergence is (divergence.py), and which stages exist (stages/,
+Not here: the loop itself (trainer.py), what a divergence is (trouble_watch.py), and which stages exist (stages/,
 commands/pretrain.py).
 """
 
@@ -25,10 +25,10 @@ from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint, step_of
-from pqcad_qat.training.divergence import TroubleWatch
 from pqcad_qat.training.metrics_log import MetricsLog
 from pqcad_qat.training.rollback import Rollback, StageStart, good_checkpoint, read_rollbacks, record_rollback
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
+from pqcad_qat.training.trouble_watch import TroubleWatch
 
 TRIES = 3
 """Number of divergences that a stage overcomes.

@@ -1,6 +1,6 @@
 """The warnings of trouble with a layer's weights or inputs: the limits above which they are given, and their words.
 
-Not here: how the trouble is found (divergence.py).
+Not here: how the trouble is found (trouble_watch.py).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from pqcad_qat.policy.loading import load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.sampling.ddim import split_prediction
 from pqcad_qat.sampling.ddpm_schedule import ddpm_schedule
-from pqcad_qat.training.denoising import ClassLabels, noisy_batches
 from pqcad_qat.training.metrics_log import read_metrics
+from pqcad_qat.training.pretraining import ClassLabels, noisy_batches
 
 SHIPPED = POLICIES / "pretrain-fashion-mnist.yaml"
 MODEL = (

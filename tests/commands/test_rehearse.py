@@ -29,7 +29,7 @@ from pqcad_qat.quantization.conversion import integer_layers, quantized_layers, 
 from pqcad_qat.report.rehearsal_record import Rehearsal
 from pqcad_qat.report.tables import stages_table
 from pqcad_qat.serving.deployed_folder import read_manifest
-from pqcad_qat.stages.blueprint import blueprint, quantized_untrained
+from pqcad_qat.stages.untrained_models import blueprint, quantized_untrained
 
 STAGES = (
     "plan",

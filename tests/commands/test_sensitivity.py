@@ -28,7 +28,7 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_sensitivity import layer_sensitivities, output_error
 from pqcad_qat.quantization.layer_state import quantized_weight, set_weight_bits
-from pqcad_qat.quantization.plan_record import expected_bytes
+from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.sensitivity_page import SensitivityReport, decibels, render, sensitivity_table
 from pqcad_qat.stages.prepared import Prepared, prepare
 

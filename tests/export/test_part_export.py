@@ -26,7 +26,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats, pipeline_index, write_parts
-from pqcad_qat.export.part_proof import part_parity
+from pqcad_qat.export.part_psnr import part_parity
 from pqcad_qat.models.families.family import ConditionInput, condition_inputs
 from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
 from pqcad_qat.models.vae import decoded, to_decoder

@@ -762,7 +762,7 @@ WORK = (  # where a command's own work begins
     "pqcad_qat.commands.pretrain.pretrain",
     "pqcad_qat.commands.sensitivity.measure_sensitivity",
     "pqcad_qat.commands.profile.profile",
-    "pqcad_qat.commands.opened.open_folder",
+    "pqcad_qat.commands.open_folder.open_folder",
     "pqcad_qat.commands.benchmark.measure_speed",
     "pqcad_qat.commands.rehearse.rehearse",
     "pqcad_qat.commands.features.make_features",

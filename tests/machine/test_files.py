@@ -18,7 +18,7 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.stages import disk_use
 from pqcad_qat.stages.disk_use import room_warning
 from pqcad_qat.stages.prepared import prepare
-from pqcad_qat.stages.recipes import recipes
+from pqcad_qat.stages.stage_dependencies import recipes
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import architecture_page
 import diffusers
+import generated_pages
 import numpy as np
 import pytest
 import torch
@@ -50,7 +50,7 @@ SMALL = {
 def sana(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DiffusionModel]:
     """A small model of the family that the page adds in one file."""
     (tmp_path / "families").mkdir()
-    page = architecture_page.PAGE.read_text(encoding="utf-8")
+    page = generated_pages.PAGE.read_text(encoding="utf-8")
     source = page.split("<!-- family -->\n```python\n")[1].split("```")[0]
     (tmp_path / "families" / "sana.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path / "families")])
@@ -86,11 +86,11 @@ def test_the_arguments_of_the_page_are_those_of_the_class(sana: DiffusionModel) 
 def test_nothing_else_asks_for_a_class_by_name() -> None:
     names = (*families(), *pipelines(), *(family.alone for family in families().values()))
     spelled = re.compile(r"\b(" + "|".join(names) + r")\b")
-    own = architecture_page.PACKAGE / "models" / "families"
-    below = architecture_page.PACKAGE / "policy"  # which knows no model: a policy of pretraining has one class
+    own = generated_pages.PACKAGE / "models" / "families"
+    below = generated_pages.PACKAGE / "policy"  # which knows no model: a policy of pretraining has one class
     found = {
-        f"{path.relative_to(architecture_page.PACKAGE)}: {text}"
-        for path in architecture_page.PACKAGE.rglob("*.py")
+        f"{path.relative_to(generated_pages.PACKAGE)}: {text}"
+        for path in generated_pages.PACKAGE.rglob("*.py")
         if not path.is_relative_to(own) and not path.is_relative_to(below)
         for text in _words(path)
         if spelled.search(text)

@@ -31,7 +31,7 @@ from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, predict
 from pqcad_qat.models.model_folder import downloaded_pipeline
 from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.models.untrained import shapes_of
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.policy.schema import ModelPolicy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers

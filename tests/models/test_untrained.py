@@ -28,9 +28,9 @@ from pqcad_qat.models.untrained import (
     random_denoiser,
     shapes_of,
 )
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.plan_record import expected_bytes
+from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 
 RULES = [LayerRule.model_validate({"match": ["*"], "weights": {"bits": 4}, "inputs": {"bits": 8}})]

@@ -20,7 +20,7 @@ from pqcad_qat.models.untrained import shapes_of
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.quantization.plan_record import executes_int8, expected_bytes, float_layers
+from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import planned_shapes
 

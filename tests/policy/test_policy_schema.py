@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pqcad_qat.policy.layer_rules import LayerRule
 from pqcad_qat.policy.pretraining import UNET_KEYS, PretrainPolicy
-from pqcad_qat.policy.quantizers import LayerRule
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.sections import Fault
 from pqcad_qat.policy.study import StudyPolicy

@@ -27,7 +27,7 @@ from pqcad_qat.policy.shipped import SCHEMA
 from pqcad_qat.policy.study_cells import load_study
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.plan_record import executes_int8, expected_bytes, float_layers
+from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 
 PRETRAINED = {  # (channels, pixels), and the parameters promised, in millions

@@ -12,7 +12,7 @@ from tiny_runs import tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.quantization import brevitas_quantizers, fake_quantization
 from pqcad_qat.quantization.conversion import (
     calibrate_ranges,

@@ -13,7 +13,7 @@ from itertools import pairwise, product
 import pytest
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.policy.quantizers import LayerRule
+from pqcad_qat.policy.layer_rules import LayerRule
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, lower_hull, mixed_rules, patterns
 from pqcad_qat.quantization.plan import plan_layers

@@ -14,9 +14,9 @@ from tiny_runs import tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
-from pqcad_qat.quantization.plan_record import executes_int8, expected_bytes, float_layers, plan_json
+from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers, plan_json
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.report.tables import plan_table
 from pqcad_qat.serving.packing import PACKED_WIDTHS, stored_bits

@@ -26,7 +26,7 @@ from pqcad_qat.policy.variants import (
     PQCAD,
     PQCAD_OPENVINO,
 )
-from pqcad_qat.quantization.plan_record import float_layers
+from pqcad_qat.quantization.plan_facts import float_layers
 from pqcad_qat.report.page import headlines, render_page
 from pqcad_qat.report.record import Curves, Report, Target, Throughput, Timing
 from pqcad_qat.report.report_files import from_json, to_json

@@ -25,7 +25,7 @@ from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ
 from pqcad_qat.stages.open_run import open_run
-from pqcad_qat.stages.resuming import Recipe, Recipes
+from pqcad_qat.stages.recipe import Recipe, Recipes
 from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, StageRecord
 
 

@@ -17,7 +17,7 @@ from tiny_runs import SCHEDULER, tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.export.export_model import ExportRequest, export_model
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.integer_layer import IntegerLayer
 from pqcad_qat.quantization.plan import plan_layers

@@ -1,5 +1,5 @@
 """Modules of a user's own, each with one feature that real networks have and the package's models lack;
-test_own_modules.py states the expected outcome.
+test_module_preparation.py states the expected outcome.
 
 Not here: any test.
 """

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer
 from pqcad_qat.quantization.layer_state import QuantizedLayer, set_input_range
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.quantizable_layers import KINDS

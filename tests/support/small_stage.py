@@ -12,7 +12,7 @@ import torch
 from small_networks import Timeless, timeless
 from torch import Tensor, nn
 
-from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.training.callback import Batch, Callback, TrainState

@@ -46,7 +46,7 @@ from pqcad_qat.models.conditions import GUIDANCE
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import PipelineParts, pipeline_parts
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.student_folder import STEPS

@@ -24,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.models.families.table import family_of
-from pqcad_qat.policy.quantizers import LayerRule, numbered
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import begin_blend, set_blend
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.stages.prepared import prepare
-from pqcad_qat.training import divergence
+from pqcad_qat.training import trouble_watch
 from pqcad_qat.training.callback import Batch
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
@@ -232,8 +232,8 @@ def test_a_stage_ends_with_the_same_weights_and_inputs_are_looked_at_once(
 ) -> None:
     """The watch reads every layer's input at step 0 of 2; what is computed again is not read again."""
     looked: list[Any] = []
-    use = divergence.input_use
-    monkeypatch.setattr(divergence, "input_use", lambda layer, *rest: looked.append(id(layer)) or use(layer, *rest))
+    use = trouble_watch.input_use
+    monkeypatch.setattr(trouble_watch, "input_use", lambda layer, *rest: looked.append(id(layer)) or use(layer, *rest))
     ends = [stage(copy.deepcopy(calibrated), tmp_path / str(again), again) for again in (False, True)]
     assert [
         name for name, value in ends[0].state_dict().items() if not torch.equal(value, ends[1].state_dict()[name])

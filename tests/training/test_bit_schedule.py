@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from small_networks import Timeless, timeless
 from torch import nn
 
-from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer, numbered
+from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, quantized_weight, read_bits
 from pqcad_qat.quantization.plan import plan_layers

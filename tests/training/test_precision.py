@@ -1,6 +1,6 @@
 """Training in bf16 and fp16: what stays float32, how near it comes to float32, and overflows that are no divergence.
 
-Not here: what a divergence is in any precision (test_divergence.py).
+Not here: what a divergence is in any precision (test_trouble_watch.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What follows from a divergence: stop, on at a lower rate, or back to the last good checkpoint; the same however often
 the run is cut off.
 
-Not here: how a divergence is found (test_divergence.py).
+Not here: how a divergence is found (test_trouble_watch.py).
 """
 
 from __future__ import annotations

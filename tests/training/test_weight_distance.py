@@ -7,7 +7,7 @@ import torch
 from small_networks import Timeless, timeless
 from torch import nn
 
-from pqcad_qat.policy.quantizers import InputQuantizer, LayerRule, WeightQuantizer, numbered
+from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer, numbered
 from pqcad_qat.quantization.conversion import quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import begin_blend, quantized_weight, set_blend, set_weight_bits
 from pqcad_qat.quantization.plan import plan_layers

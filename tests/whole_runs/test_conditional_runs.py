@@ -33,8 +33,8 @@ from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
+from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.quantizers import LayerRule, numbered
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.policy.variants import FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model

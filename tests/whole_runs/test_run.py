@@ -50,7 +50,7 @@ from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import evaluate_images
 from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits
-from pqcad_qat.quantization.plan_record import float_layers
+from pqcad_qat.quantization.plan_facts import float_layers
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.report.sample_sheets import sheet_size
 from pqcad_qat.sampling.schedulers import DDIM_KEYS

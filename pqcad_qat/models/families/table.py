@@ -14,7 +14,7 @@ from typing import Any
 
 from pqcad_qat.models import families as folder
 from pqcad_qat.models.families.family import DENOISER_FOLDERS, Family, Pipeline
-from pqcad_qat.models.families.own_module import OWN_MODULE
+from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.prompt_layouts import PromptLayout
 
 FORMER_CLASS = "Transformer2DModel"

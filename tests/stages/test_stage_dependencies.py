@@ -21,8 +21,8 @@ from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.stages.prepared import prepare
-from pqcad_qat.stages.recipes import recipes
-from pqcad_qat.stages.resuming import decides, reason_to_repeat, record_of
+from pqcad_qat.stages.recipe import decides, reason_to_repeat, record_of
+from pqcad_qat.stages.stage_dependencies import recipes
 
 Records = dict[str, dict[str, object]]
 

@@ -1,7 +1,7 @@
 """Recipes, which list what determines a stage's results, and the comparison that decides which stages a changed policy
 repeats.
 
-Not here: what determines each stage (stages/recipes.py), and the folder (run_folder.py).
+Not here: what determines each stage (stages/stage_dependencies.py), and the folder (run_folder.py).
 """
 
 from __future__ import annotations

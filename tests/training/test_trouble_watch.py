@@ -22,11 +22,11 @@ from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.training.callback import Batch
 from pqcad_qat.training.checkpoint import CheckpointFolder
-from pqcad_qat.training.divergence import TRACKED_WEIGHTS, WEIGHTS_EVERY
 from pqcad_qat.training.loss_level import allowed_rise
 from pqcad_qat.training.oscillation import MEMORY, Flips
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
+from pqcad_qat.training.trouble_watch import TRACKED_WEIGHTS, WEIGHTS_EVERY
 
 
 def train(

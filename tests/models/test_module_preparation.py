@@ -29,14 +29,14 @@ from pqcad_qat.errors import ModelError, PqcadError, UsageError
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.model_loading import load_model
+from pqcad_qat.models.module_preparation import hold_statistics, plain_module
 from pqcad_qat.models.own_model import OwnModel, own_model_of
-from pqcad_qat.models.own_modules import hold_statistics, plain_module
+from pqcad_qat.policy.layer_rules import numbered
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.quantizers import numbered
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.plan_record import expected_bytes, float_layers
+from pqcad_qat.quantization.plan_facts import expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers
 from pqcad_qat.stages.prepared import planned_shapes, with_own_model
 

@@ -1,7 +1,7 @@
 """One table of what determines each stage of a run: keys of the policy, the model, and earlier stages.
 
 The table tells a resumed run under a changed policy which stages to repeat, and tells runs side by side what they can
-share. Not here: how recipes are compared (resuming.py).
+share. Not here: how recipes are compared (recipe.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pqcad_qat.policy.variants import (
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
-from pqcad_qat.stages.resuming import Recipe
+from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
 
 BASELINE_INPUTS = 300

@@ -18,7 +18,7 @@ from pqcad_qat.models.denoiser import DenoiserInput, DiffusionModel
 from pqcad_qat.models.denoiser_config import SampleSize
 from pqcad_qat.models.model_loading import shapes_of_configs
 from pqcad_qat.models.untrained import noise_inputs, random_denoiser
-from pqcad_qat.policy.quantizers import QuantizationPolicy
+from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
 from pqcad_qat.quantization.shortcuts import shortcut_seams, split_at

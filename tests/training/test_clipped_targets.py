@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pqcad_qat.sampling.ddim import ddim_inverse, ddim_step, split_prediction
-from pqcad_qat.training.clipping import fold, nearest_target
+from pqcad_qat.training.clipped_targets import fold, nearest_target
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 STEPS = [(0.002, 0.1), (0.1, 0.5), (0.6, 0.7), (0.98, 0.999), (0.9, 1.0)]

@@ -1,5 +1,5 @@
 """A program that updates the pages generated from the code: parts of pqcad_qat/README.md and policies/README.md, and
-policies/policy.schema.json. Run it as `python tests/support/architecture_page.py`.
+policies/policy.schema.json. Run it as `python tests/support/generated_pages.py`.
 
 Not here: the tests that the pages are up to date (test_architecture.py, test_readme.py).
 """
