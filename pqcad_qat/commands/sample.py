@@ -1,7 +1,7 @@
 """The command `sample`: images from a folder as a grid, also from a prompt; or latents as a safetensors file.
 
-Not here: how a folder is opened (open_folder.py) and sampled (stages/samplers.py, serving/text_to_image.py). Sampling from a
-prompt needs no PyTorch, so this file imports PyTorch only where it is used.
+Not here: how a folder is opened (open_folder.py) and sampled (stages/samplers.py, serving/text_to_image.py). Sampling
+from a prompt needs no PyTorch, so this file imports PyTorch only where it is used.
 """
 
 from __future__ import annotations

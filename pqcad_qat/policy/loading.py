@@ -100,7 +100,7 @@ def read_tree(path: Path, below: tuple[Path, ...], faults: list[str]) -> Tree:
     if parent.resolve() in below:
         faults.append(f"{extends.origin}: extends: got {extends.value}, which leads back to itself; allowed no circle")
         return tree
-    if len(below) > FILES:
+    if len(below) >= FILES:
         faults.append(f"{extends.origin}: extends: got a chain of more than {FILES} files; allowed up to so many")
         return tree
     return merge(read_tree(parent, below, faults), tree)

@@ -135,7 +135,8 @@ def profile_steps(
     states: dict[str, TrainState] = {}
     for name, (model, callbacks) in candidates.items():
         states[name] = new_state(model, LoopSettings(1, learning_rate=1e-6, ema=ema), accelerator)
-        states[name].optimizer.step = watch.timed("optimizer", states[name].optimizer.step)  # type: ignore[method-assign]
+        optimizer = states[name].optimizer
+        optimizer.step = watch.timed("optimizer", optimizer.step)  # type: ignore[method-assign]
         for callback in callbacks:
             for part, method in (("schedule", "before_step"), ("forward", "loss_terms"), ("watch", "after_step")):
                 setattr(callback, method, watch.timed(part, getattr(callback, method)))
