@@ -18,6 +18,7 @@ NNCF_INT8: Final = "nncf-int8"
 PTQ: Final = "ptq"
 FIXED_BIT: Final = "fixed-bit"
 PQ: Final = "pq"
+PQ_HALF: Final = "pq-half"
 PQ_DISTILLED: Final = "pq-distilled"
 PQCAD: Final = "pqcad"
 PQCAD_OPENVINO: Final = "pqcad-openvino"
@@ -185,6 +186,14 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
                 weights_from=PQ,
                 stages=(PQ,),
                 colour="accent",
+            ),
+            VariantSpec(
+                name=PQ_HALF,
+                summary="progressive quantization at half the steps, not distilled",
+                runtime=SIMULATED,
+                weights_from=PQ,
+                student_steps=True,
+                stages=(PQ,),
             ),
             VariantSpec(
                 name=PQ_DISTILLED,

@@ -122,7 +122,7 @@ from pathlib import Path
 
 import pqcad_qat.policy
 
-row = 'VariantSpec("another", "one row more", SIMULATED, weights_from=PQ, student_steps=True, stages=(PQ,)),'
+row = 'VariantSpec("another", "one row more", SIMULATED, FIXED_BIT, student_steps=True, stages=(FIXED_BIT,)),'
 head = "for spec in (  # in the order of the tables"
 source = Path(pqcad_qat.policy.__path__[0], "variants.py").read_text(encoding="utf-8")
 assert source.count(head) == 1

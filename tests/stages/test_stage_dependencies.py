@@ -19,7 +19,17 @@ from tiny_runs import POLICIES, tiny_overrides
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import (
+    FIXED_BIT,
+    FP32,
+    FP32_HALF,
+    NNCF_INT8,
+    PQ,
+    PQ_DISTILLED,
+    PQ_HALF,
+    PQCAD,
+    PQCAD_OPENVINO,
+)
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.recipe import decides, reason_to_repeat, record_of
 from pqcad_qat.stages.stage_dependencies import recipes
@@ -29,11 +39,12 @@ Records = dict[str, dict[str, object]]
 DEPLOYED = {"export", "benchmark", f"samples-{PQCAD_OPENVINO}", "evaluation"}
 FLOATING = {f"samples-{FP32}", f"samples-{FP32_HALF}"}
 IMAGES = {
-    f"samples-{name}" for name in (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
+    f"samples-{name}"
+    for name in (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
 }
 STUDENTS = {PQCAD, f"samples-{PQCAD}", *DEPLOYED}
 DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
-QUANTIZED = {PQ, f"samples-{PQ}", "teacher", *DISTILLED}
+QUANTIZED = {PQ, f"samples-{PQ}", f"samples-{PQ_HALF}", "teacher", *DISTILLED}
 CONTROL = {FIXED_BIT, f"samples-{FIXED_BIT}"}
 ALL = {"calibration", "baselines", *CONTROL, *QUANTIZED, *IMAGES}
 
@@ -68,7 +79,7 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "calibration.seed=3": ALL - FLOATING,
     "calibration.trajectories=6": ALL - FLOATING,
     "sampler.steps=8": ALL - {f"samples-{FP32_HALF}"},
-    "distillation.student_steps=1": {*DISTILLED, "teacher", f"samples-{FP32_HALF}"},
+    "distillation.student_steps=1": {*DISTILLED, "teacher", f"samples-{FP32_HALF}", f"samples-{PQ_HALF}"},
 }
 
 

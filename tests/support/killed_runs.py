@@ -34,7 +34,17 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pqcad_qat import cli
 from pqcad_qat.commands import run  # noqa: F401 (the whole of it, before any fork)
 from pqcad_qat.models.model_loading import save_model
-from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, NNCF_INT8, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import (
+    FIXED_BIT,
+    FP32,
+    FP32_HALF,
+    NNCF_INT8,
+    PQ,
+    PQ_DISTILLED,
+    PQ_HALF,
+    PQCAD,
+    PQCAD_OPENVINO,
+)
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 
 SMALL = (  # overrides in addition to tiny_runs.TINY
@@ -52,7 +62,7 @@ SMALL = (  # overrides in addition to tiny_runs.TINY
     "export.latency_runs=1",
 )
 
-VARIANTS = (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
+VARIANTS = (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
 STAGES = {  # stage -> number of moments in it
     "calibration": 3,
     PQ: 3,

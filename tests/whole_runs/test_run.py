@@ -41,6 +41,7 @@ from pqcad_qat.policy.variants import (
     OV_FP32,
     PQ,
     PQ_DISTILLED,
+    PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
     PTQ,
@@ -137,6 +138,7 @@ def test_everything_that_a_run_promises_is_there(tiny_run: FinishedRun) -> None:
         FIXED_BIT,
         PQ,
         PQ_DISTILLED,
+        PQ_HALF,
         PQCAD,
     ]
 
@@ -237,6 +239,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
         FIXED_BIT,
         "teacher",
         PQ_DISTILLED,
+        PQ_HALF,
         PQCAD,
         "export",
         "baselines",
@@ -294,7 +297,7 @@ def test_the_bit_schedule_takes_every_layer_down_to_its_target(
 
 
 def test_distilled_variants_take_half_the_steps(rows: Mapping[str, Any]) -> None:
-    halved = {FP32_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO}
+    halved = {FP32_HALF, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO}
     assert {name: row["steps"] for name, row in rows.items()} == {name: 2 if name in halved else 4 for name in rows}
 
 
