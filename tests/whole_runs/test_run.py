@@ -138,7 +138,6 @@ def test_everything_that_a_run_promises_is_there(tiny_run: FinishedRun) -> None:
         FIXED_BIT,
         PQ,
         PQ_DISTILLED,
-        PQ_HALF,
         PQCAD,
     ]
 
