@@ -238,7 +238,6 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
         FIXED_BIT,
         "teacher",
         PQ_DISTILLED,
-        PQ_HALF,
         PQCAD,
         "export",
         "baselines",
