@@ -60,14 +60,14 @@ def run(
             returns a pqcad_qat.models.own_model.OwnModel.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
-    from pqcad_qat.commands.run import outlook
+    from pqcad_qat.commands.run import preview
     from pqcad_qat.commands.run import run as run_policy
     from pqcad_qat.report.tables import plan_table, stages_ahead
 
     own = _own_model(module, model)
     folder = Path(out) if out else Path("runs") / loaded.name
     if dry_run:
-        ahead = outlook(loaded, folder, resume, own)
+        ahead = preview(loaded, folder, resume, own)
         console.show(plan_table(ahead.layers, ahead.denoiser), stages_ahead(ahead))
         console.tell(*(f"note: {note}" for note in ahead.notes), f"folder: {folder}")
         return

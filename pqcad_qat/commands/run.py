@@ -21,7 +21,7 @@ from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
 from pqcad_qat.quantization.plan_facts import plan_json
-from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunOutlook, StageOutlook
+from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
@@ -67,7 +67,7 @@ def run(
         return _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
 
 
-def outlook(policy: Policy, path: Path, resume: bool = False, model: OwnModel | None = None) -> RunOutlook:
+def preview(policy: Policy, path: Path, resume: bool = False, model: OwnModel | None = None) -> RunPreview:
     """Preview what `run` would do in that folder; nothing is written.
 
     Raises:
@@ -90,9 +90,9 @@ def outlook(policy: Policy, path: Path, resume: bool = False, model: OwnModel | 
             state = TO_DO if folder.begun(stage) is None else GOES_ON
         steps = training_steps(policy, stage) if table[stage].trained else None
         size = stage_bytes(policy, prepared, table, stage)
-        stages.append(StageOutlook(stage, state, again.get(stage, ""), steps, size))
+        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size))
     notes = notes_on(policy, prepared.plan, prepared.model.folder)
-    return RunOutlook(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
+    return RunPreview(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
 
 
 def _all_stages(

@@ -17,7 +17,7 @@ KEPT, AGAIN, GOES_ON, TO_DO = "kept", "again", "goes on", "to do"
 
 
 @dataclass(frozen=True)
-class StageOutlook:
+class StagePreview:
     """One stage of a preview.
 
     Attributes:
@@ -36,7 +36,7 @@ class StageOutlook:
 
 
 @dataclass(frozen=True)
-class RunOutlook:
+class RunPreview:
     """Preview of a run that has not started.
 
     Attributes:
@@ -52,5 +52,5 @@ class RunOutlook:
     denoiser: nn.Module
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...]
-    stages: tuple[StageOutlook, ...]
+    stages: tuple[StagePreview, ...]
     free_bytes: int

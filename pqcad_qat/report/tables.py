@@ -25,7 +25,7 @@ from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, flo
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report
 from pqcad_qat.report.rehearsal_record import Rehearsal
-from pqcad_qat.report.run_preview import KEPT, RunOutlook
+from pqcad_qat.report.run_preview import KEPT, RunPreview
 from pqcad_qat.report.terminal_table import TerminalTable
 from pqcad_qat.training.step_profile import PARTS, StepProfile
 
@@ -139,13 +139,13 @@ def result_remarks(report: Report) -> Iterator[Text]:
         yield Text.assemble("  ", mark, f": {goal.name}: {measured} {goal.comparison} {goal.bound:g}{why}")
 
 
-def stages_ahead(outlook: RunOutlook) -> TerminalTable:
+def stages_ahead(preview: RunPreview) -> TerminalTable:
     """Table of what a run would do in each stage, and whether its disk has enough space."""
-    ahead = [stage for stage in outlook.stages if stage.state != KEPT]
+    ahead = [stage for stage in preview.stages if stage.state != KEPT]
     wanted = sum(stage.size_bytes for stage in ahead)
-    caption = f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(outlook.free_bytes)} MB are free"
+    caption = f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(preview.free_bytes)} MB are free"
     table = TerminalTable(
-        title=f"{len(ahead)} of {len(outlook.stages)} stages to do",
+        title=f"{len(ahead)} of {len(preview.stages)} stages to do",
         caption=caption,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -154,7 +154,7 @@ def stages_ahead(outlook: RunOutlook) -> TerminalTable:
         table.add_column(heading)
     for heading in ("training steps", "MB"):
         table.add_column(heading, justify="right")
-    for stage in outlook.stages:
+    for stage in preview.stages:
         state = f"{stage.state}: {stage.reason}" if stage.reason else stage.state
         steps = "" if stage.training_steps is None else str(stage.training_steps)
         size = "" if stage.state == KEPT or not stage.size_bytes else f"{stage.size_bytes / 1e6:,.1f}"
