@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ RECIPES: Mapping[str, FeatureRecipe] = {
 
 HELD_OUT = 5
 """Distance between held-out images: without a test split, every `HELD_OUT`-th image is held out for testing."""
+
+
+LEAST_STEPS = 300
+"""Smallest number of training steps of `make_features`; few images are seen in more epochs than the recipe names."""
 
 
 def train_feature_network(
@@ -92,16 +96,23 @@ def make_features(
         folder: where it is written.
         images: labelled images to train on.
         test: labelled images for the accuracy; without them, some of `images` are held out.
-        recipe: settings of the training.
+        recipe: settings of the training; few images get more epochs (`long_enough`).
         progress: called after every step with (step, steps, loss).
+
+    Raises:
+        ModelError: the images have no labels, are too few, or the network does no better than guessing; nothing is
+            written then.
     """
     train, test = hold_out(images) if test is None else (images, test)
+    recipe = long_enough(recipe, len(train))
     network = train_feature_network(train, recipe, progress)
+    share = accuracy(network, test)
+    _refuse_guesses(share, test)
     provenance: dict[str, Any] = {
         "recipe": asdict(recipe),
         "trained_on": _record(train),
         "tested_on": _record(test),
-        "accuracy": accuracy(network, test),
+        "accuracy": share,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
@@ -118,6 +129,26 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
         image_set(images.images[i].numpy(), labels[i].numpy(), f"{images.name} {name}") for name, i in indices.items()
     )
     return train, test
+
+
+def long_enough(recipe: FeatureRecipe, count: int) -> FeatureRecipe:
+    """The recipe for `count` images: with as many epochs as give `LEAST_STEPS` steps, where its own give fewer."""
+    batches = count // min(recipe.batch_size, count)
+    return replace(recipe, epochs=max(recipe.epochs, math.ceil(LEAST_STEPS / batches)))
+
+
+def _refuse_guesses(share: float, test: ImageSet) -> None:
+    """Refuse an accuracy that guessing the most frequent class reaches, within three standard deviations.
+
+    The features of such a network say nothing of the images, and every Frechet distance through it is near zero.
+    """
+    counts = torch.bincount(_labels(test)).double()
+    chance = (counts.max() / counts.sum()).item()
+    if share <= chance + 3 * math.sqrt(chance * (1 - chance) / len(test)):
+        raise ModelError(
+            f"{test.name}: got an accuracy of {share:.0%} on {len(test)} images, where guessing gives {chance:.0%}; "
+            "allowed images whose classes a small network can learn: more images, or other labels"
+        )
 
 
 def accuracy(network: FeatureNetwork, images: ImageSet, batch_size: int = 500) -> float:

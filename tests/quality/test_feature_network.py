@@ -23,6 +23,7 @@ from pqcad_qat.quality.feature_training import (
     FeatureRecipe,
     accuracy,
     hold_out,
+    long_enough,
     make_features,
     train_feature_network,
 )
@@ -91,12 +92,28 @@ def test_every_fifth_image_is_held_out_and_none_is_in_both_parts() -> None:
 def test_without_a_test_split_the_network_is_measured_on_what_is_held_out_and_the_reference_is_of_all(
     tmp_path: Path,
 ) -> None:
-    images = part(DIGITS, slice(0, 50))
-    features = make_features(tmp_path, images, recipe=FeatureRecipe(epochs=1, batch_size=16))
+    images = part(DIGITS, slice(0, 250))
+    features = make_features(tmp_path, images, recipe=FeatureRecipe(shift=0, flip=False, batch_size=32))
     provenance = json.loads((tmp_path / "config.json").read_text())["provenance"]
-    assert (provenance["trained_on"]["images"], provenance["tested_on"]["images"]) == (40, 10)
+    assert (provenance["trained_on"]["images"], provenance["tested_on"]["images"]) == (200, 50)
+    assert provenance["accuracy"] > 0.5
     assert features.reference is not None
-    assert features.reference.num_samples == 50
+    assert features.reference.num_samples == 250
+
+
+def test_a_network_that_guesses_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = image_set(noise.numpy(), torch.arange(100).numpy() % 3, "noise")
+    with pytest.raises(ModelError, match=r"noise held-out: got an accuracy of \d+% on 20 images, .*; allowed images"):
+        make_features(tmp_path / "guesses", images, recipe=FeatureRecipe(batch_size=16))
+    assert not (tmp_path / "guesses").exists()
+
+
+def test_few_images_are_seen_more_often_than_the_recipe_says() -> None:
+    recipe = FeatureRecipe(epochs=2, batch_size=32)
+    assert long_enough(recipe, 70).epochs == 150
+    assert long_enough(recipe, 20).epochs == 300
+    assert long_enough(recipe, 32 * 150) == recipe
 
 
 def test_too_few_images_to_hold_some_out_are_refused() -> None:
@@ -108,7 +125,9 @@ def test_too_few_images_to_hold_some_out_are_refused() -> None:
 def test_progress_hears_of_every_step(count: int) -> None:
     heard: list[tuple[int, int, float]] = []
     train_feature_network(
-        part(DIGITS, slice(0, count)), FeatureRecipe(epochs=2, batch_size=32), lambda *step: heard.append(step)
+        part(DIGITS, slice(0, count)),
+        FeatureRecipe(epochs=2, batch_size=32),
+        lambda *step: heard.append(step),
     )
     assert [(step, steps) for step, steps, _ in heard] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert all(loss > 0 for _, _, loss in heard)
