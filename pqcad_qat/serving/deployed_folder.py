@@ -229,20 +229,24 @@ def write_folder(
     return written
 
 
-def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None) -> None:
+def copy_folder(
+    source: Path, folder: Path, weights: WeightFormat | None = None, *, pipeline_parts: bool = True
+) -> None:
     """Write a deployed folder again, byte for byte or with its weights in another format, as export_model would have.
 
     Args:
         source: the deployed folder.
         folder: where the copy is written.
         weights: format of the weights; None keeps that of the source.
+        pipeline_parts: whether the copy holds the pipeline parts, too, or the denoiser alone.
 
     Raises:
         ModelError: the source is damaged, or there is no such format.
         ExportError: the target holds something else.
     """
     manifest = read_manifest(source)
-    if weights in (None, manifest["weights"]["format"]):
+    weights = weights or manifest["weights"]["format"]
+    if weights == manifest["weights"]["format"] and pipeline_parts:
         with replaced(folder) as staging:
             _copy(source, (*manifest["files"], MANIFEST), staging)
             read_manifest(staging)
@@ -250,11 +254,16 @@ def copy_folder(source: Path, folder: Path, weights: WeightFormat | None = None)
     if weights not in WEIGHTS_NOTE:
         raise ModelError(f"weights: got {weights!r}; allowed {', '.join(WEIGHTS_NOTE)}")
     part = denoiser_part(manifest)
-    unchanged = [name for name in manifest["files"] if name not in (manifest["graph"], f"{part}/{WEIGHTS}")]
+    unchanged = [
+        name
+        for name in manifest["files"]
+        if name not in (manifest["graph"], f"{part}/{WEIGHTS}")
+        and (pipeline_parts or name.split("/")[0] not in _folders_beside_the_denoiser())
+    ]
 
     def further(staging: Path) -> Mapping[str, Any]:
         _copy(source, unchanged, staging)
-        return dict(manifest.get("parts", {}))
+        return dict(manifest.get("parts", {})) if pipeline_parts else {}
 
     write_folder(read_graph(source, ov.Core()), weights, {}, manifest, folder=folder, part=part, further=further)
 
@@ -268,8 +277,13 @@ def _copy(source: Path, names: Iterable[str], folder: Path) -> None:
 def denoiser_bytes(folder: Path) -> int:
     """Size of a deployed folder's files in bytes, without the other parts of its pipeline."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    beside = (*PART_FOLDERS.values(), *(tokenizer_of(part) for part in PART_FOLDERS if part != "vae"))
+    beside = _folders_beside_the_denoiser()
     return sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] not in beside)
+
+
+def _folders_beside_the_denoiser() -> set[str]:
+    """Names of the folders that hold pipeline parts and tokenizers."""
+    return {*PART_FOLDERS.values(), *(tokenizer_of(part) for part in PART_FOLDERS if part != "vae")}
 
 
 @contextmanager

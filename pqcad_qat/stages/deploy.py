@@ -7,7 +7,6 @@ Not here: how a folder is written and verified (export/), and how it is timed (t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
-from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE
+from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
@@ -82,7 +81,8 @@ def export(
         shipped, packed = run.path / "openvino", run.path / "baselines" / "packed"
         with working(console, "export: writing and verifying the OpenVINO folder"):
             _write(request, prepared, shipped, policy.export.weights)
-            _write(replace(request, pipeline_parts=None), prepared, packed, "packed")
+            with room_for(packed, expected_bytes(prepared.split, prepared.plan, packed=True)):
+                copy_folder(shipped, packed, "packed", pipeline_parts=False)
             # The proofs read the shipped folder, not the model in memory. The execution graph must show the planned
             # layers in INT8, except those that the policy lists. Then each layer's integers are compared with PyTorch's
             # on equal inputs, and the predictions are compared end to end.

@@ -32,6 +32,7 @@ from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, c
 from pqcad_qat.models.vae import decoded, to_decoder
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
+from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder, scaled_latents
 from pqcad_qat.serving.runtime import OVUNet2DModel
 
@@ -217,6 +218,16 @@ def test_another_format_of_the_denoiser_keeps_the_parts_byte_for_byte(narrow: De
     others = [name for name in before["files"] if not name.startswith("unet/openvino_model")]
     assert [after["files"][name] for name in others] == [before["files"][name] for name in others]
     assert "unet/openvino_model.xml.gz" in after["files"]
+
+
+@pytest.mark.parametrize("weights", ["int8", "packed"])
+def test_a_copy_may_hold_the_denoiser_alone(narrow: DeployedPipeline, tmp_path: Path, weights: WeightFormat) -> None:
+    copy_folder(narrow.folder, tmp_path / "it", weights, pipeline_parts=False)
+    manifest = read_manifest(tmp_path / "it")
+    assert manifest["parts"] == {}
+    assert {name.split("/")[0] for name in manifest["files"] if "/" in name} == {"unet", "scheduler"}
+    assert manifest["weights"]["format"] == weights
+    assert OVUNet2DModel.from_pretrained(tmp_path / "it").sample_shape == tuple(manifest["sample_shape"])
 
 
 def test_a_tokenizer_of_the_older_files_gets_the_newer_one_beside_them(tmp_path: Path) -> None:
