@@ -30,6 +30,7 @@ from pqcad_qat.arguments import (
 from pqcad_qat.errors import UsageError
 from pqcad_qat.folder_commands import benchmark, compare, evaluate, features, report, sample
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, reported_endings
+from pqcad_qat.machine.usage_reports import report_no_usage
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.shipped import policy_file
 
@@ -292,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
+    report_no_usage()
     keep_to_share_of_cores()
     os.environ.setdefault("PAGER", "cat")  # Fire pages its help
     if isinstance(sys.stdout, io.TextIOWrapper):

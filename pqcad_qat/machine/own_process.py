@@ -23,6 +23,7 @@ from typing import Any
 
 from pqcad_qat.errors import DiedError, shortened
 from pqcad_qat.machine.files import disk_refusal
+from pqcad_qat.machine.usage_reports import report_no_usage
 
 REASON = 300
 """Largest number of characters of a reason that a message repeats."""
@@ -95,6 +96,7 @@ def _ending(code: int, output: str) -> str:
 def _serve(parent: int, target: str, error: Path, arguments: list[Any]) -> None:
     """In the new process: do the work, or leave the reason for the failure."""
     _end_with(parent)
+    report_no_usage()
     module, _, name = target.partition(":")
     try:
         getattr(importlib.import_module(module), name)(*arguments)

@@ -140,8 +140,9 @@ def guided_call(
         return call(x_t, t, condition)
 
     def by_both_passes(x_t: Array, t: float) -> Array:
+        conditional = call(x_t, t, condition)
         other = call(x_t, t, rows_of(unconditional, len(x_t)))  # type: ignore[arg-type]
-        return guided(call(x_t, t, condition), other, scale)
+        return guided(conditional, other, scale)
 
     return plain if scale == 1.0 else by_both_passes
 

@@ -18,6 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before any hub client is impor
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # fixes the order of sums, so that repeated runs can be bitwise equal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to others
 
+import no_usage_reports  # noqa: F401  # before OpenVINO is imported
+
+# isort: split
+
 import numpy as np
 import openvino as ov
 from diffusers import UNet2DModel
