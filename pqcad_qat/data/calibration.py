@@ -24,8 +24,9 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.content_store import content_digest, parts_folder, shared_folder
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.tensor_files import gathered, save_tensors
-from pqcad_qat.models.conditions import CONDITION, ConditionSet, guided_call
+from pqcad_qat.models.conditions import CONDITION, ConditionSet
 from pqcad_qat.models.denoiser import Condition, DenoiserInput, DiffusionModel, predict
+from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.models.prompts import UNCONDITIONAL
 from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise, noise_schedule

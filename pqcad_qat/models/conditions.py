@@ -1,15 +1,14 @@
-"""Conditions of conditional models: the choices that a policy offers, the choice for each trajectory, and
-classifier-free guidance.
+"""Conditions of conditional models: the choices that a policy offers, and the choice for each trajectory.
 
-Not here: which conditions a denoiser takes (families/), or how prompts become embeddings (prompts.py).
+Not here: guided predictions (guidance.py), which conditions a denoiser takes (families/), or how prompts become
+embeddings (prompts.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,16 +16,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.models.denoiser import Condition, DiffusionModel, predict
+from pqcad_qat.models.denoiser import Condition, DiffusionModel
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.prompts import UNCONDITIONAL, Encoding, check_prompts, encode_prompts, stored_embeddings
-from pqcad_qat.sampling.ddim import Array
-from pqcad_qat.sampling.trajectory import guided
 
 if TYPE_CHECKING:
     from pqcad_qat.policy.schema import ConditionsPolicy
@@ -88,63 +85,6 @@ class ConditionSet:
                 hashed.update(f"{prefix}{name} {tuple(value.shape)} {value.dtype}".encode())
                 hashed.update(value.contiguous().numpy().tobytes())
         return hashed.hexdigest()
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """The conditions and the guidance scale of a batch of samples.
-
-    Attributes:
-        condition: mapping from name to a tensor (B, ...), one row per sample.
-        unconditional: mapping from name to a tensor (1, ...) for the unconditional pass.
-        scale: scale of classifier-free guidance; 1 turns guidance off.
-    """
-
-    condition: Condition = field(default_factory=dict)
-    unconditional: Condition = field(default_factory=dict)
-    scale: float = 1.0
-
-    def follow(self, denoiser: nn.Module, device: torch.device) -> Callable[[Tensor, float], Tensor]:
-        """Return a function (x_t, t) -> the denoiser's guided prediction, which sampling uses."""
-        condition, unconditional = (
-            {name: value.to(device) for name, value in tensors.items()}
-            for tensors in (self.condition, self.unconditional)
-        )
-        return guided_call(partial(predict, denoiser), condition, unconditional, self.scale)
-
-
-def rows_of(condition: Mapping[str, Array], count: int) -> dict[str, Array]:
-    """Repeat a condition of one sample `count` times along the batch."""
-    return {name: value[[0] * count] for name, value in condition.items()}  # type: ignore[index]
-
-
-def guided_call(
-    call: Callable[[Array, float, Mapping[str, Array]], Array],
-    condition: Mapping[str, Array],
-    unconditional: Mapping[str, Array],
-    scale: float,
-) -> Callable[[Array, float], Array]:
-    """Return a function (x_t, t) -> the prediction that sampling uses.
-
-    At scale 1 it makes one denoiser call. At any other scale it makes two, and combines them by classifier-free
-    guidance.
-
-    Args:
-        call: the denoiser, as (x_t, t, condition).
-        condition: the tensors (B, ...) of the samples.
-        unconditional: the tensors (1, ...) of the unconditional pass.
-        scale: scale of classifier-free guidance.
-    """
-
-    def plain(x_t: Array, t: float) -> Array:
-        return call(x_t, t, condition)
-
-    def by_both_passes(x_t: Array, t: float) -> Array:
-        conditional = call(x_t, t, condition)
-        other = call(x_t, t, rows_of(unconditional, len(x_t)))  # type: ignore[arg-type]
-        return guided(conditional, other, scale)
-
-    return plain if scale == 1.0 else by_both_passes
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from pqcad_qat.models.conditions import (
     check_guidance,
     chosen_conditions,
     conditioned,
-    guided_call,
 )
 from pqcad_qat.models.denoiser import DiffusionModel, is_latent, predict
 from pqcad_qat.models.families.family import condition_inputs
+from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.models.model_folder import SCHEDULER_CONFIG, check_no_single_file, denoiser_folder, local
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel

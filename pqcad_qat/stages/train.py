@@ -26,7 +26,8 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed, is_first, process_count
 from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.models.conditions import Guidance, save_conditions
+from pqcad_qat.models.conditions import save_conditions
+from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.policy.schema import Policy, TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers

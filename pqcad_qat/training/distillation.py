@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.tensor_files import gathered
-from pqcad_qat.models.conditions import guided_call, rows_of
 from pqcad_qat.models.denoiser import Condition, predict
+from pqcad_qat.models.guidance import guided_call, rows_of
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, guided
 from pqcad_qat.training.batches import batch_dice, mixed_states

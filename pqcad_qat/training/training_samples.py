@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.processes import is_first
-from pqcad_qat.models.conditions import Guidance
+from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.sampling.trajectory import NoiseSchedule, trajectory
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights

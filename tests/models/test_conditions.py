@@ -24,9 +24,9 @@ from pqcad_qat.models.conditions import (
     class_conditions,
     conditioned,
     exported_inputs,
-    guided_call,
     read_conditions,
 )
+from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.models.prompts import encode_prompts
 from pqcad_qat.policy.schema import ConditionsPolicy
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import ModelError
-from pqcad_qat.models.conditions import guided_call, rows_of
 from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.guidance import guided_call, rows_of
 from pqcad_qat.sampling.ddim import ddim_step, split_prediction, truncated_snr_weight
 from pqcad_qat.sampling.ddpm_schedule import LOW_SIGNAL, DDPMSchedule, ddpm_schedule, next_timestep, timesteps
 from pqcad_qat.sampling.trajectory import trajectory
