@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pqcad_qat.data.images import ImageSet, to_float
 from pqcad_qat.errors import ModelError
@@ -101,6 +100,8 @@ class FeatureNetwork(nn.Module):
 
 def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 500) -> FeatureStatistics:
     """Compute statistics of uint8 images (N, C, H, W), by the same code for reference and generated images."""
+    from torchmetrics.image.fid import FrechetInceptionDistance  # here, since that takes two seconds
+
     check_images(network.config, images)
     metric = FrechetInceptionDistance(feature=_FeatureExtractor(network), normalize=False)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Figures of image quality: FID against real data and against full precision, and paired PSNR and SSIM.
 
+torchmetrics is imported where it is used, since that takes two seconds and every command imports this file.
+
 Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size
 (timing/latency.py).
 """
@@ -11,9 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image import PeakSignalNoiseRatio
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics
@@ -105,6 +104,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ModelError(
             f"images of an FID: got {a.num_samples} and {b.num_samples}; allowed at least two on either side"
         )
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     # only one process evaluates, so there is nothing to synchronize
     metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)
     # an empty update tells the metric that features are float64
@@ -118,6 +119,8 @@ def paired_psnr(images: Tensor, references: Tensor) -> float | None:
 
     It is computed from one mean squared error over the whole set.
     """
+    from torchmetrics.image import PeakSignalNoiseRatio
+
     _check_pair(images, references)
     metric = PeakSignalNoiseRatio(data_range=1.0, sync_on_compute=False)
     for batch, reference in _unit_batches(images, references):
@@ -133,6 +136,8 @@ def has_ssim(images: Tensor) -> bool:
 
 def paired_ssim(images: Tensor, references: Tensor) -> float:
     """Mean SSIM of uint8 images (N, C, H, W), range 0..255, with a Gaussian window of 11 pixels (Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _check_pair(images, references)
     if not has_ssim(images):
         raise ModelError(
