@@ -84,6 +84,7 @@ def test_its_prompts_are_encoded_and_its_parts_deployed(cache: Path, tmp_path: P
     }
 
 
+@pytest.mark.slow
 def test_the_command_plans_a_policy_of_a_hub_id_by_its_configs_alone(cache: Path) -> None:
     for weights in cache.rglob("*.safetensors"):
         weights.unlink()

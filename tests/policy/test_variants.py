@@ -151,6 +151,7 @@ assert "another" in figure_chart(comparison.rows)
 """A program that reads the table with a row more, and makes a run of it."""
 
 
+@pytest.mark.slow
 def test_a_row_more_is_in_the_schema_in_a_run_and_in_its_report_and_charts(tiny_folder: Path, tmp_path: Path) -> None:
     overrides = tiny_overrides(tiny_folder, "evaluation.variants=[another]", "training.samples_every=0")
     command = [sys.executable, "-c", ANOTHER, POLICIES / "smoke.yaml", tmp_path]

@@ -14,6 +14,7 @@ import torch
 from tiny_runs import SUPPORT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("triton") is None,
     reason="Triton is not installed; it comes with torch's builds for GPUs, and with the extra `test`",

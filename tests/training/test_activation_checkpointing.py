@@ -38,6 +38,8 @@ from pqcad_qat.training.step_profile import profile_steps
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_policy: Policy) -> nn.Module:

@@ -29,6 +29,8 @@ from pqcad_qat.training.rollback import RECORD
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 
+pytestmark = pytest.mark.slow
+
 Way = Literal["rollback", "lower_rate", "stop"]
 
 DROP = 20
