@@ -44,6 +44,7 @@ from pqcad_qat.policy.variants import (
     PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
+    stages_of,
 )
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 
@@ -62,8 +63,16 @@ SMALL = (  # overrides in addition to tiny_runs.TINY
     "export.latency_runs=1",
 )
 
-VARIANTS = (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
-STAGES = {  # stage -> number of moments in it
+ALL = os.environ.get("PQCAD_KILLS") == "all"
+"""Whether every stage is tried; by default those of the deployed variant and of NNCF's baseline are."""
+
+VARIANTS = (
+    (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
+    if ALL
+    else (FP32, NNCF_INT8, PQCAD_OPENVINO)
+)
+LISTED = f"evaluation.variants=[{', '.join(VARIANTS)}]"
+_MOMENTS = {  # stage -> number of moments in it
     "calibration": 3,
     PQ: 3,
     FIXED_BIT: 2,
@@ -75,6 +84,9 @@ STAGES = {  # stage -> number of moments in it
     "benchmark": 1,
     **{f"samples-{name}": 1 for name in VARIANTS},
     "evaluation": 1,
+}
+STAGES = {
+    stage: count for stage, count in _MOMENTS.items() if stage in stages_of(VARIANTS) or stage.startswith("samples")
 }
 EVENTS = "events.json"
 """Name of the file with the number of events of each stage in an uninterrupted run. It lies beside the model, for later
@@ -176,7 +188,7 @@ def started(model: Path, root: Path, moment: Moment | None) -> Process:
     try:
         with outputs(model.parent / f"{root.name}.said") as said:
             with watched(moment, root, model.parent / f"{root.name}.place"):
-                flags = [f"--set={override}" for override in tiny_overrides(model, *SMALL)]
+                flags = [f"--set={override}" for override in tiny_overrides(model, *SMALL, LISTED)]
                 try:
                     cli.main(["run", str(POLICIES / "smoke.yaml"), "--out", str(root / "run"), "--resume", *flags])
                     code = 0
