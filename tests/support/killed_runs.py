@@ -80,7 +80,7 @@ _MOMENTS = {  # stage -> number of moments in it
     PQ_DISTILLED: 2,
     PQCAD: 2,
     "export": 3,
-    "baselines": 3,
+    "baselines": 2,
     "benchmark": 1,
     **{f"samples-{name}": 1 for name in VARIANTS},
     "evaluation": 1,
