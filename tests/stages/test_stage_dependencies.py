@@ -20,6 +20,7 @@ from tiny_runs import POLICIES, tiny_overrides
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import (
+    DEFAULT_VARIANTS,
     FIXED_BIT,
     FP32,
     FP32_HALF,
@@ -29,6 +30,7 @@ from pqcad_qat.policy.variants import (
     PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
+    VARIANTS,
 )
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.recipe import decides, reason_to_repeat, record_of
@@ -38,10 +40,7 @@ Records = dict[str, dict[str, object]]
 
 DEPLOYED = {"export", "benchmark", f"samples-{PQCAD_OPENVINO}", "evaluation"}
 FLOATING = {f"samples-{FP32}", f"samples-{FP32_HALF}"}
-IMAGES = {
-    f"samples-{name}"
-    for name in (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
-}
+IMAGES = {f"samples-{name}" for name in DEFAULT_VARIANTS if VARIANTS[name].sampled}
 STUDENTS = {PQCAD, f"samples-{PQCAD}", *DEPLOYED}
 DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
 QUANTIZED = {PQ, f"samples-{PQ}", f"samples-{PQ_HALF}", "teacher", *DISTILLED}

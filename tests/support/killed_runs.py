@@ -35,16 +35,12 @@ from pqcad_qat import cli
 from pqcad_qat.commands import run  # noqa: F401 (the whole of it, before any fork)
 from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.variants import (
+    DEFAULT_VARIANTS,
     FIXED_BIT,
-    FP32,
-    FP32_HALF,
-    NNCF_INT8,
     PQ,
     PQ_DISTILLED,
-    PQ_HALF,
     PQCAD,
-    PQCAD_OPENVINO,
-    stages_of,
+    VARIANTS,
 )
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 
@@ -63,16 +59,7 @@ SMALL = (  # overrides in addition to tiny_runs.TINY
     "export.latency_runs=1",
 )
 
-ALL = os.environ.get("PQCAD_KILLS") == "all"
-"""Whether every stage is tried; by default those of the deployed variant and of NNCF's baseline are."""
-
-VARIANTS = (
-    (FP32, FP32_HALF, NNCF_INT8, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO)
-    if ALL
-    else (FP32, NNCF_INT8, PQCAD_OPENVINO)
-)
-LISTED = f"evaluation.variants=[{', '.join(VARIANTS)}]"
-_MOMENTS = {  # stage -> number of moments in it
+STAGES = {  # stage -> number of moments in it
     "calibration": 3,
     PQ: 3,
     FIXED_BIT: 2,
@@ -82,11 +69,8 @@ _MOMENTS = {  # stage -> number of moments in it
     "export": 3,
     "baselines": 2,
     "benchmark": 1,
-    **{f"samples-{name}": 1 for name in VARIANTS},
+    **{f"samples-{name}": 1 for name in DEFAULT_VARIANTS if VARIANTS[name].sampled},
     "evaluation": 1,
-}
-STAGES = {
-    stage: count for stage, count in _MOMENTS.items() if stage in stages_of(VARIANTS) or stage.startswith("samples")
 }
 EVENTS = "events.json"
 """Name of the file with the number of events of each stage in an uninterrupted run. It lies beside the model, for later
@@ -188,7 +172,7 @@ def started(model: Path, root: Path, moment: Moment | None) -> Process:
     try:
         with outputs(model.parent / f"{root.name}.said") as said:
             with watched(moment, root, model.parent / f"{root.name}.place"):
-                flags = [f"--set={override}" for override in tiny_overrides(model, *SMALL, LISTED)]
+                flags = [f"--set={override}" for override in tiny_overrides(model, *SMALL)]
                 try:
                     cli.main(["run", str(POLICIES / "smoke.yaml"), "--out", str(root / "run"), "--resume", *flags])
                     code = 0

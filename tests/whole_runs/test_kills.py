@@ -1,8 +1,8 @@
 """Runs that are cut off in every stage, by either signal and by a full disk: they say so, lose nothing, and end with
 the same bits.
 
-By default every stage of the deployed variant is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments
-of each, spread over the stages of all variants.
+By default every stage is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments of each, spread over the
+stages.
 
 Not here: a run that is cut off at chosen moments of its training as a command line (test_resume.py).
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import POLICIES
 
-from pqcad_qat.policy.variants import OV_BF16, PQ, VARIANTS
+from pqcad_qat.policy.variants import OV_BF16, PQ, PQCAD, VARIANTS
 
 pytest.importorskip("transformers")
 
@@ -84,8 +84,8 @@ def test_every_policy_for_a_model_that_does_not_ship_is_run() -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_goes_through_training_distillation_export_and_proof(name: str, tmp_path: Path) -> None:
-    """As it is; and its first training alone with activations computed again, or kept if the policy computes them
-    again, to the same weights.
+    """As it is, and trained alone with activations computed again if they were not, or kept if they were: to the same
+    weights.
     """
     source, whole, trained = (
         SOURCES[LAYOUTS[name]](tmp_path),
@@ -101,6 +101,7 @@ def test_each_goes_through_training_distillation_export_and_proof(name: str, tmp
     )
     assert {row["name"] for row in report["variants"]} >= {*policy.evaluation.variants} - {OV_BF16}
     other = str(not policy.training.activation_checkpointing).lower()
-    run_of(name, source, trained, f"training.activation_checkpointing={other}", f"evaluation.variants=[{PQ}]")
-    one, two = (load_file(path / "models" / f"{PQ}.safetensors") for path in (whole, trained))
-    assert [key for key, value in one.items() if not value.equal(two[key])] == []
+    run_of(name, source, trained, f"training.activation_checkpointing={other}", f"evaluation.variants=[{PQCAD}]")
+    for stage in (PQ, PQCAD):
+        one, two = (load_file(path / "models" / f"{stage}.safetensors") for path in (whole, trained))
+        assert [key for key, value in one.items() if not value.equal(two[key])] == []
