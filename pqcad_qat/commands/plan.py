@@ -38,5 +38,5 @@ def plan(policy: Policy, model: OwnModel | None = None) -> PolicyPlan:
         ModelError, PlanError: as for `stages.prepared.planned_shapes`.
     """
     policy = with_own_model(policy, model)
-    denoiser, layers = planned_shapes(policy, model)
-    return PolicyPlan(denoiser, layers, notes_on(policy, layers, local(policy.model.source)))
+    denoiser, layers, remarks = planned_shapes(policy, model)
+    return PolicyPlan(denoiser, layers, notes_on(policy, layers, remarks, local(policy.model.source)))

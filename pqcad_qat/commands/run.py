@@ -91,7 +91,7 @@ def preview(policy: Policy, path: Path, resume: bool = False, model: OwnModel | 
         steps = training_steps(policy, stage) if table[stage].trained else None
         size = stage_bytes(policy, prepared, table, stage)
         stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size))
-    notes = notes_on(policy, prepared.plan, prepared.model.folder)
+    notes = notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder)
     return RunPreview(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
 
 
@@ -100,7 +100,7 @@ def _all_stages(
 ) -> Path:
     """Do the stages that the policy's variants need, in order; return the path of the report's page."""
     stages = stages_of(policy.evaluation.variants)
-    for note in notes_on(policy, prepared.plan, prepared.model.folder):
+    for note in notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     with agreed() as first:
         if first:

@@ -16,6 +16,9 @@ from pqcad_qat.policy.origins import rule_text
 from pqcad_qat.policy.sections import Fault, Section
 from pqcad_qat.policy.value_types import Bits, Patterns
 
+INPUT, OUTPUT, TIME = ROLES = ("role:input", "role:output", "role:time")
+"""Patterns that name layers by their role in the network (quantization/layer_roles.py)."""
+
 
 class WeightQuantizer(Section):
     """How a layer's weights are quantized."""
@@ -59,7 +62,9 @@ class LayerRule(Section):
     """What happens to the layers that one of the patterns matches; the first rule that matches a layer wins."""
 
     match: Patterns = Field(
-        description="pattern or list of patterns: a glob on the module path, re:REGEX, or type:CLASS"
+        description="pattern or list of patterns: a glob on the module path, re:REGEX, type:CLASS, or a role: "
+        "role:input (layers that read x_t directly), role:output (that make the prediction) or role:time (that read "
+        "the time step, but neither x_t nor a condition)"
     )
     weights: WeightQuantizer | None = Field(None, description="weight quantizer; needed unless keep_float")
     inputs: InputQuantizer | None = Field(None, description="input quantizer; needed unless keep_float")
@@ -69,6 +74,9 @@ class LayerRule(Section):
     )
 
     def faults(self) -> Iterator[Fault]:
+        for pattern in self.match:
+            if pattern.startswith("role:") and pattern not in ROLES:
+                yield Fault((("match",),), shortened(repr(pattern)), ", ".join(ROLES))
         for key, value in (("weights", self.weights), ("inputs", self.inputs)):
             if self.keep_float and value is not None:
                 yield Fault(((key,), ("keep_float",)), "a quantizer", "none, as keep_float is true")

@@ -21,7 +21,8 @@ from pqcad_qat.errors import PlanError
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.policy.origins import rule_key, rule_text
-from pqcad_qat.quantization.layer_matching import claims, listed, quoted
+from pqcad_qat.quantization.layer_matching import claims, listed, names_roles, quoted
+from pqcad_qat.quantization.layer_roles import layer_roles
 from pqcad_qat.quantization.quantizable_layers import (
     CONSTANT,
     KINDS,
@@ -91,29 +92,51 @@ def plan_layers(
     *,
     constant: Collection[str] = (),
 ) -> tuple[LayerPlan, ...]:
+    """The plan that `plan_with_remarks` makes, with the same arguments and errors."""
+    return plan_with_remarks(model, rules, ladder, example, constant=constant)[0]
+
+
+def plan_with_remarks(
+    model: nn.Module,
+    rules: Mapping[str, LayerRule],
+    ladder: Sequence[int],
+    example: PredictArguments,
+    *,
+    constant: Collection[str] = (),
+) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
     """Match every Conv2d and Linear of the model with the first rule that fits, in the order of the model's modules.
 
     Args:
         model: the floating-point model.
         rules: the policy's rules by name, the first that matches a layer decides.
         ladder: weight widths of progressive quantization, the widest first; each layer takes those above its target.
-        example: input of one forward pass, which shows the layers that read the same tensor.
+        example: input of one forward pass, which shows the layers that read the same tensor, and their roles.
         constant: layers whose input does not depend on the model's inputs. They stay in floating point, since their
             outputs are constants of a graph.
 
+    Returns:
+        One plan for each layer that will be quantized, and remarks about patterns that fit every network and claim
+        nothing of this one.
+
     Raises:
         PlanError: names every fault. A pattern is at fault if it matches nothing, or only layers that earlier rules
-            have. A planned layer is at fault if the model does not call it, or if no integer kernel can run it. So are
-            layers that read one tensor but quantize it differently.
+            have, unless it is a role, type:Conv2d or type:Linear. A planned layer is at fault if the model does not
+            call it, or if no integer kernel can run it. So are layers that read one tensor but quantize it
+            differently.
     """
     layers = quantizable_layers(model)
     for name in constant:
         layers[name].why_float = CONSTANT  # type: ignore[assignment]
-    matches, faults = claims(model, layers, rules)
+    roles: Mapping[str, Collection[str]] = {}
+    if names_roles(rules):
+        with evaluating(model):
+            roles = layer_roles(model, layers, example)
+    claimed = claims(model, layers, rules, roles)
+    faults = list(claimed.faults)
     first_readers, called = _read_tensors(model, layers, example)
     plans = []
     unfit: dict[tuple[str, str, str, str], list[str]] = {}  # (rule, pattern, reason, what is allowed) -> layers
-    for name, (rule_name, pattern) in matches.items():
+    for name, (rule_name, pattern) in claimed.layers.items():
         rule = rules[rule_name]
         if rule.keep_float or rule.weights is None or rule.inputs is None or name in constant:
             continue
@@ -138,7 +161,7 @@ def plan_layers(
     plans, conflicts = _share_inputs(plans, first_readers)
     if faults + conflicts:
         raise PlanError("\n".join(faults + conflicts))
-    return tuple(plans)
+    return tuple(plans), tuple(claimed.remarks)
 
 
 def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
 from pqcad_qat.quality.feature_network import check_shape
 from pqcad_qat.quantization.layer_matching import listed
-from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
+from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_with_remarks
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 from pqcad_qat.sampling.trajectory import NoiseSchedule, check_sampler, noise_schedule
@@ -57,6 +57,7 @@ class Prepared:
         conditions: conditions that trajectories and images choose from.
         pipeline: parts of the model's pipeline; None for a denoiser alone.
         part_formats: part name -> format in which it is deployed, for the parts that are deployed.
+        remarks: remarks of the plan about patterns of its rules.
     """
 
     model: DiffusionModel
@@ -65,6 +66,7 @@ class Prepared:
     conditions: ConditionSet = field(default_factory=ConditionSet)
     pipeline: PipelineParts | None = None
     part_formats: Mapping[str, PartFormat] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -101,12 +103,12 @@ def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = No
     """
     with located(policy):
         model = load_model(policy.model.source, policy.model.sample_size, own)
-        planned = _planned(policy, model)
+        split, plan, remarks = _planned(policy, model)
         conditions = chosen_conditions(conditioned(model), policy.conditions, store)
         check_guidance(policy.sampler.guidance_scale, conditions)
         pipeline = pipeline_parts(model.folder)
         formats = chosen_formats(pipeline, policy.pipeline.model_dump(), model.source)
-        return Prepared(model, *planned, conditions, pipeline, formats)
+        return Prepared(model, split, plan, conditions, pipeline, formats, remarks)
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
@@ -121,11 +123,14 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
         if model is None:
             return None
         conditions = ConditionSet(noise_condition(fixed_inputs(model.condition_inputs), CHOICES))
-        return Prepared(model, *_planned(policy, model), conditions)
+        split, plan, remarks = _planned(policy, model)
+        return Prepared(model, split, plan, conditions, remarks=remarks)
 
 
-def planned_shapes(policy: Policy, own: OwnModel | None = None) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    """Return the plan and the denoiser on the meta device for which it is made.
+def planned_shapes(
+    policy: Policy, own: OwnModel | None = None
+) -> tuple[nn.Module, tuple[LayerPlan, ...], tuple[str, ...]]:
+    """Return the denoiser on the meta device, the plan that is made for it, and the plan's remarks.
 
     Only configs are read, also for an architecture that ships with the package. `own` is the module that the policy's
     `module:NAME` names; it is built, and deployed on trial.
@@ -143,7 +148,7 @@ def planned_shapes(policy: Policy, own: OwnModel | None = None) -> tuple[nn.Modu
         return planned
 
 
-def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
+def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[LayerPlan, ...], tuple[str, ...]]:
     """Make the plan after every check that is possible before training; `plan` and `run` both report these errors."""
     check_features(policy, model)
     check_time_table(model, check_steps(policy, model).train_timesteps)
@@ -164,17 +169,20 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
             f"{listed(masked)}; allowed float"
         )
     constant = constant_readers(split, quantizable_layers(split), probe_states(model)) if model.own else ()
-    plan = plan_layers(split, policy.quantization.layers, policy.progressive.ladder, model.example, constant=constant)
+    plan, remarks = plan_with_remarks(
+        split, policy.quantization.layers, policy.progressive.ladder, model.example, constant=constant
+    )
     if model.own and "export" in stages_of(policy.evaluation.variants):
         try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
-    return split, plan
+    return split, plan, remarks
 
 
-def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> tuple[str, ...]:
+def notes_on(policy: Policy, plan: Sequence[LayerPlan], remarks: Sequence[str], folder: Path | None) -> tuple[str, ...]:
     """Remarks on a valid policy that its reader may not expect; `plan` prints them, and `run` does before it begins.
 
     Args:
         policy, plan: policy and plan that the remarks are about.
+        remarks: remarks of the plan itself.
         folder: folder of the model's pipeline if it is available; its tokenizers show which prompts are cut.
     """
     section, walks = policy.conditions, PQ in stages_of(policy.evaluation.variants)
@@ -183,7 +191,7 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], folder: Path | None) -> 
         if section.prompts is None or folder is None
         else too_long_prompts(Path(section.prompts), folder, section.tokens)
     )
-    return (*(missing_rungs(plan, policy.progressive.ladder) if walks else ()), *cut)
+    return (*remarks, *(missing_rungs(plan, policy.progressive.ladder) if walks else ()), *cut)
 
 
 def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:

@@ -188,7 +188,7 @@ def load_and_plan(kind: str, path: Path, overrides: tuple[str, ...] = ()) -> Non
     policy = load_policy(path, overrides)
     model = policy.model.model_copy(update={"source": FUZZED.source, "sample_size": None})
     small = policy.model_copy(update={"model": model, "conditions": Policy.model_fields["conditions"].default})
-    denoiser, layers = planned_shapes(small, FUZZED)
+    denoiser, layers, _ = planned_shapes(small, FUZZED)
     plan_text(layers, denoiser)
 
 

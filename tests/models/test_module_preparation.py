@@ -60,7 +60,7 @@ def given(name: str, build: Any, *more: str) -> tuple[Policy, OwnModel]:
 @pytest.mark.parametrize("name", DEPLOYED)
 def test_what_the_plan_takes_was_deployed_on_trial_with_every_planned_layer_in_int8_and_exact(name: str) -> None:
     build, floating = DEPLOYED[name]
-    denoiser, plan = planned_shapes(*given(name, build))
+    denoiser, plan, _ = planned_shapes(*given(name, build))
     assert {layer: float_kind(denoiser.get_submodule(layer)) for layer in float_layers(denoiser, plan)} == floating
     assert [layer.name for layer in plan] == [layer for layer in quantizable_layers(denoiser) if layer not in floating]
 

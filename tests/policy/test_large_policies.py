@@ -111,7 +111,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def planned(name: str) -> tuple[nn.Module, tuple[LayerPlan, ...]]:
-    return planned_shapes(load_policy(POLICIES / f"{name}.yaml", [f"model.source={LARGE[name].architecture}"]))
+    policy = load_policy(POLICIES / f"{name}.yaml", [f"model.source={LARGE[name].architecture}"])
+    denoiser, plan, remarks = planned_shapes(policy)
+    assert remarks == ()
+    return denoiser, plan
 
 
 def test_each_names_the_real_model_it_is_for(name: str) -> None:

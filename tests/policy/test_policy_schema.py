@@ -110,6 +110,7 @@ def test_widths_are_whole_numbers_from_2_to_8(quantizer: str, bits: object) -> N
         (quantization({"match": "a", "weights": {"bits": 4}}), ("inputs",)),
         (quantization(RULE | {"inputs": {"bits": 8, "symmetric": False, "signed": True}}), ("signed",)),
         (quantization(RULE, RULE | {"match": ["x", "conv_in"], "weights": {"bits": 3}}), ("layers", "1", "match")),
+        (quantization(RULE | {"match": ["x", "role:first"]}), ("match",)),
     ],
 )
 def test_rules_between_keys_name_the_key_at_fault(data: dict[str, Any], key: tuple[str | int, ...]) -> None:

@@ -48,6 +48,9 @@ WEIGHT_BITS = {  # of the layers between the first and the last
     "w4a8-digits": {4},
     "w4a8-noto-emoji": {4},
 }
+EDGES = r"conv_out|time_embedding\..*|.*\.time_emb_proj"
+"""The layers that make the prediction or read the time step alone, in the embedded architectures."""
+
 CONDITIONAL = ("w4a8-digits-classes", "w4a8-dit", "w8a8-sd3", "w8a8-flux")
 """On models that do not ship: one that a command makes, and the user's own."""
 
@@ -204,12 +207,22 @@ def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_it
     name: str, widths: set[int]
 ) -> None:
     plan = planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name)))
-    edges = [layer for layer in plan if layer.name == "conv_out" or layer.name.startswith("time_embedding.")]
+    edges = [layer for layer in plan if re.fullmatch(EDGES, layer.name)]
     inner = [layer for layer in plan if layer not in edges]
     assert {layer.weights.bits for layer in edges} == {8 if name == "w8a8" else 7}
     assert {layer.weights.bits for layer in inner} == widths
     assert {layer.inputs.bits for layer in inner} == {int(name[3]) if name.startswith("w") else 8}
     assert all(layer.ladder[-1] == layer.weights.bits for layer in plan)
+
+
+@pytest.mark.parametrize("name", WEIGHT_BITS)
+def test_roles_name_the_layers_of_the_embedded_architecture_that_these_names_do(name: str) -> None:
+    names = ["quantization.layers.first.match=conv_in", f"quantization.layers.ends.match=re:{EDGES}"]
+    by_name, by_role = (load_policy(POLICIES / f"{name}.yaml", overrides) for overrides in (names, []))
+    model = untrained(data_of(name))
+    assert [vars(layer) | {"pattern": ""} for layer in planned(by_role, model)] == [
+        vars(layer) | {"pattern": ""} for layer in planned(by_name, model)
+    ]
 
 
 @pytest.mark.parametrize("name", WEIGHT_BITS)

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from small_networks import EVERYTHING, SkipNetwork, example, rule, skip_network
+from small_networks import EVERYTHING, SkipNetwork, Timeless, example, rule, skip_network
 from tiny_runs import tiny_unet
 from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.layer_rules import LayerRule, numbered
-from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers
+from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers, plan_with_remarks
 from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers, plan_json
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.report.tables import plan_table
 from pqcad_qat.serving.packing import PACKED_WIDTHS, stored_bits
+
+FLOAT_INPUT = LayerRule(match=("role:input",), keep_float=True)
 
 
 def plan(
@@ -125,10 +127,36 @@ def test_all_faults_are_reported_at_once() -> None:
         "[0].match: got 'conv1_in', which matches no Conv2d or Linear of the model",
         "[1].match: got 're:conv(', no regular expression (missing ), unterminated subpattern at position 4)",
         "[2].match: got 'type:Conv1d', which matches no Conv2d or Linear of the model",
-        "[4].match: got 'conv_out', whose layers earlier rules have: [3] ('*')",
+        "[4].match: got 'conv_out', which matches only layers that earlier rules have: [3] ('*')",
     ]
     assert "close names: conv_in" in message
     assert "its classes are Conv2d, Linear" in message
+
+
+def test_a_pattern_that_fits_every_network_may_match_nothing_of_one_and_is_a_remark() -> None:
+    model = Timeless(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    rules = numbered([rule("role:input", "role:time"), rule("*"), rule("role:output", "type:Linear", "type:Conv2d")])
+    layers, remarks = plan_with_remarks(model, rules, (8, 4), example())
+    assert [(layer.name, layer.pattern) for layer in layers] == [("0", "role:input"), ("2", "*")]
+    assert remarks == (
+        "quantization.layers[0].match: 'role:time' matches no Conv2d or Linear of the model",
+        "quantization.layers[2].match: 'role:output' matches only layers that earlier rules have: [1] ('*')",
+        "quantization.layers[2].match: 'type:Linear' matches no Conv2d or Linear of the model",
+        "quantization.layers[2].match: 'type:Conv2d' matches only layers that earlier rules have: [0] ('role:input'), "
+        "[1] ('*')",
+    )
+
+
+@pytest.mark.parametrize("rules", [(rule("role:time", "type:Linear"),), (FLOAT_INPUT, rule("type:Conv2d"))])
+def test_rules_that_claim_nothing_to_quantize_are_a_fault(rules: tuple[LayerRule, ...]) -> None:
+    with pytest.raises(
+        PlanError, match=r"^quantization\.layers: got rules that claim no layer to quantize \(quantization.*\);"
+    ):
+        plan(*rules, model=Timeless(nn.Conv2d(1, 1, 1)))
+
+
+def test_a_policy_may_keep_everything_in_floating_point_on_purpose() -> None:
+    assert plan(FLOAT_INPUT, model=Timeless(nn.Conv2d(1, 1, 1))) == ()
 
 
 def test_one_dead_pattern_of_a_rule_is_a_fault_although_the_others_match() -> None:
