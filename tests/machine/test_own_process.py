@@ -1,12 +1,11 @@
 """Work in a process of its own: every way in which that can end is told, and it never outlives the program that waits
 for it.
 
-Not here: the baselines that are made so (test_baselines.py).
+Not here: the work itself (work_apart.py), nor the baselines that are made so (test_baselines.py).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -17,33 +16,10 @@ from pathlib import Path
 
 import pytest
 from tiny_runs import SUPPORT, environment
+from work_apart import end, write
 
 from pqcad_qat.errors import DiedError
 from pqcad_qat.machine.own_process import run_apart
-
-
-def write(path: str, text: str) -> None:
-    Path(path).write_text(text)
-
-
-def end(how: str) -> None:
-    if how == "raise":
-        raise RuntimeError("no such\nlayer " + "x" * 1000)
-    if how == "full disk":
-        raise OSError(errno.ENOSPC, "No space left", "/some/where")
-    if how == "no memory":
-        raise MemoryError
-    if how == "exit":
-        print("the last word")
-        os._exit(3)
-    if how == "segmentation fault":
-        ctypes.string_at(0)
-    os.kill(os.getpid(), getattr(signal, how))
-
-
-def wait(file: str) -> None:
-    Path(file).write_text(str(os.getpid()))
-    time.sleep(600)
 
 
 def test_what_it_makes_it_leaves_in_files(tmp_path: Path) -> None:
@@ -79,10 +55,10 @@ def test_a_full_disk_is_told_as_one() -> None:
 def test_it_ends_with_the_program_that_waits_for_it(ended_by: signal.Signals, tmp_path: Path) -> None:
     file = tmp_path / "number"
     program = (
-        "from test_own_process import wait\nfrom pqcad_qat.machine.own_process import "
+        "from work_apart import wait\nfrom pqcad_qat.machine.own_process import "
         f"run_apart\nrun_apart(wait, {str(file)!r})"
     )
-    search = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(SUPPORT), environment()["PYTHONPATH"]])}
+    search = {"PYTHONPATH": os.pathsep.join([str(SUPPORT), environment()["PYTHONPATH"]])}
     with subprocess.Popen(
         [sys.executable, "-c", program], env={**environment(), **search}, stderr=subprocess.DEVNULL
     ) as parent:
