@@ -240,7 +240,7 @@ def policies(*name: str, copy: str | None = None) -> None:
         copy: new file for the copy; a file that exists is not replaced.
     """
     from pqcad_qat.commands.policies import copied, policies_that_ship, policy_text
-    from pqcad_qat.report.tables import policies_table
+    from pqcad_qat.report.policies_table import policies_table
 
     if len(name) > 1 or (copy is not None and not name):
         raise UsageError(f"got {len(name)} names of policies; allowed one, as in: policies w4a8 --copy my.yaml")

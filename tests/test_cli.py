@@ -91,9 +91,9 @@ def test_help_says_how_a_shell_completes_commands_and_flags(call: Call) -> None:
     assert "--dry-run" in script
 
 
-def test_help_and_a_policys_faults_come_without_loading_torch() -> None:
+def test_help_the_list_of_policies_and_a_policys_faults_come_without_loading_torch() -> None:
     script = (
-        "import sys; from pqcad_qat.cli import main; main(['run', '--help'])\n"
+        "import sys; from pqcad_qat.cli import main; main(['run', '--help']); main(['policies'])\n"
         "try: main(['run', 'no-such.yaml'])\n"
         "except SystemExit as end: assert end.code == 2\n"
         "assert not {'torch', 'diffusers', 'brevitas', 'openvino', 'nncf'} & set(sys.modules)"

@@ -1,7 +1,7 @@
 """Tables that commands show on a terminal: plans, results, cells of a study, costs of training steps and of rehearsals.
 
-Not here: tables that a page shows too (comparison_page.py, benchmark_page.py, sensitivity_page.py), and how a table
-fits a terminal (terminal_table.py).
+Not here: tables that a page shows too (comparison_page.py, benchmark_page.py, sensitivity_page.py), the table of
+policies (policies_table.py), and how a table fits a terminal (terminal_table.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from rich.text import Text
 from torch import nn
 
 from pqcad_qat.export.execution import INT8
-from pqcad_qat.policy.loading import COMMANDS
-from pqcad_qat.policy.shipped import ShippedPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.plan import LayerPlan, quantizer_words
 from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers
@@ -159,14 +157,6 @@ def stages_ahead(preview: RunPreview) -> TerminalTable:
         steps = "" if stage.training_steps is None else str(stage.training_steps)
         size = "" if stage.state == KEPT or not stage.size_bytes else f"{stage.size_bytes / 1e6:,.1f}"
         table.add_row(*map(Text, (stage.name, state, steps, size)))
-    return table
-
-
-def policies_table(policies: Sequence[ShippedPolicy]) -> TerminalTable:
-    """Table of the policies that ship with the package, with the command that takes each."""
-    table = TerminalTable("policy", "taken by", "what it is for", box=box.SIMPLE_HEAD)
-    for policy in policies:
-        table.add_row(policy.name, COMMANDS[policy.kind], policy.summary)
     return table
 
 
