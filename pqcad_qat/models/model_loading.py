@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import no_init_weights
 from safetensors.torch import save_file
@@ -47,6 +46,7 @@ from pqcad_qat.models.model_folder import (
     scheduler_file,
 )
 from pqcad_qat.models.own_model import OWN, OwnModel, built
+from pqcad_qat.models.trial_calls import try_call
 from pqcad_qat.models.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
 from pqcad_qat.policy.schema import EMBEDDED
 from pqcad_qat.sampling.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER, scheduler_class
@@ -122,7 +122,7 @@ def shapes_of_configs(
 ) -> DiffusionModel:
     """Return the model that configs describe, with a denoiser of shapes alone, on torch's meta device.
 
-    The denoiser is called once, to see that it works.
+    The denoiser is called, to see that it works, unless one of the same config was called in this process.
 
     Args:
         config: config of the denoiser.
@@ -145,8 +145,7 @@ def shapes_of_configs(
     noise_schedule(scheduler, beside)
     model = DiffusionModel(denoiser, dict(scheduler), source, "")
     try:
-        with torch.no_grad():
-            predict(denoiser, *model.example)
+        try_call(lambda: predict(denoiser, *model.example), config, sample_size)
     except Exception as error:  # diffusers and torch raise many kinds of exceptions on sizes that do not fit together
         raise ModelError(
             f"{where}: got a config whose {type(denoiser).__name__} fails when it is called ({str(error)[:1000]}); "

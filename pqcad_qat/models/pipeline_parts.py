@@ -34,6 +34,7 @@ from pqcad_qat.models.model_folder import (
     part_class,
     read_index,
 )
+from pqcad_qat.models.trial_calls import try_call
 from pqcad_qat.models.weight_files import (
     check_finite,
     fitting,
@@ -113,9 +114,10 @@ class PipelineParts:
         """
         name, where = self.class_of(part), self.folder / part / CONFIG
         if part == VAE:
-            with torch.no_grad(), _named(where, name):
+            with _named(where, name):
                 shapes: Any = self._shapes(part)
-                shapes.decode(torch.zeros(1, shapes.config.latent_channels, 8, 8, device="meta"))
+                latents = torch.zeros(1, shapes.config.latent_channels, 8, 8, device="meta")
+                try_call(lambda: shapes.decode(latents), name, read_json(where))
             return
         check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
         with _named(where, name):
