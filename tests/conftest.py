@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # imported before torch, because it sets the environment
@@ -28,6 +29,7 @@ from tiny_runs import (
 
 import pytest
 import torch
+from forked_program import ForkedProgram, program_server
 from rich.console import Console
 
 from pqcad_qat.models.denoiser import DiffusionModel
@@ -97,3 +99,10 @@ def command_line() -> CommandLine:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def start_program() -> Iterator[Callable[..., ForkedProgram]]:
+    """Function that starts `python -m pqcad_qat ARGUMENTS` as a process which need not import anything."""
+    with program_server(environment()) as start:
+        yield start

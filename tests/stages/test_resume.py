@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked_program import ForkedProgram
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, FinishedRun, environment, program, tiny_overrides
+from tiny_runs import POLICIES, FinishedRun, tiny_overrides
 
 from pqcad_qat.machine.files import file_digest
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
@@ -52,38 +53,39 @@ class InterruptedRun:
 
 
 @pytest.fixture(scope="module")
-def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> InterruptedRun:
+def interrupted(
+    start_program: Callable[..., ForkedProgram], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> InterruptedRun:
     """The tiny run as a command line in five processes."""
     path = tmp_path_factory.mktemp("resume") / "tiny"
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder)]
-    command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
-    first = part(command, path, "checkpoints/pq/step_000003/digests.json", signal.SIGINT)
+    begin = partial(start_program, "run", POLICIES / "smoke.yaml", "--out", path, *flags)
+    go_on = partial(begin, "--resume")
+    first = part(begin(), path, "checkpoints/pq/step_000003/digests.json", signal.SIGINT)
     (path / "checkpoints" / PQ / "step_000999").mkdir()  # a later one, damaged
     parts = (
         first,
-        part([*command, "--resume"], path, f"checkpoints/{FIXED_BIT}/step_000003/digests.json", signal.SIGKILL),
-        part([*command, "--resume"], path, f"stages/{FIXED_BIT}.json", signal.SIGKILL),
-        part([*command, "--resume"], path, f"stages/samples-{FP32}.json", signal.SIGKILL),
-        part([*command, "--resume"], path),
+        part(go_on(), path, f"checkpoints/{FIXED_BIT}/step_000003/digests.json", signal.SIGKILL),
+        part(go_on(), path, f"stages/{FIXED_BIT}.json", signal.SIGKILL),
+        part(go_on(), path, f"stages/samples-{FP32}.json", signal.SIGKILL),
+        part(go_on(), path),
     )
     return InterruptedRun(path, parts)
 
 
-def part(command: list[str], path: Path, until: str = "", sent: signal.Signals = signal.SIGKILL) -> Part:
-    """Run until a file is there, then send the signal; without a file, to the end."""
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + PATIENCE
-        while until and process.poll() is None and not (path / until).exists():
-            assert time.monotonic() < deadline, f"no {until} after {PATIENCE} s"
-            time.sleep(0.002)
-        if until:
-            process.send_signal(sent)
-        output, errors = process.communicate(timeout=PATIENCE)
+def part(process: ForkedProgram, path: Path, until: str = "", sent: signal.Signals = signal.SIGKILL) -> Part:
+    """Wait until a file is there, then send the signal; without a file, wait for the end."""
+    deadline = time.monotonic() + PATIENCE
+    while until and process.poll() is None and not (path / until).exists():
+        assert time.monotonic() < deadline, f"no {until} after {PATIENCE} s"
+        time.sleep(0.002)
+    if until:
+        process.send_signal(sent)
+    output, errors = process.communicate(timeout=PATIENCE)
     markers = {
         marker.stem: (marker.stat().st_mtime_ns, marker.read_text()) for marker in (path / "stages").glob("*.json")
     }
+    assert process.returncode is not None
     return Part(process.returncode, output, errors, markers)
 
 

@@ -19,13 +19,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_program import ForkedProgram
 from killed_runs import REPORT, STAGES
 from safetensors import SafetensorError
 from tiny_runs import POLICIES, SUPPORT, environment, program, tiny_overrides
@@ -148,7 +149,7 @@ def check_ending(ending: Mapping[str, Any], root: Path) -> None:
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_run_goes_on_from_the_one_before(
-    tiny_folder: Path, tmp_path: Path
+    start_program: Callable[..., ForkedProgram], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """The kernel refuses to let a file grow over a limit that is set while the run trains, as it does on a full
     disk.
@@ -161,15 +162,13 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
         "evaluation.images=2",
     ]
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder, *only)]
-    command = program(["run", POLICIES / "smoke.yaml", "--out", path, *flags])
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        folder = CheckpointFolder(path / "checkpoints" / FIXED_BIT, 20)
-        wait_for(folder.path / "step_000020" / "digests.json", process)
-        size = (folder.path / "step_000020" / "model.safetensors").stat().st_size
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
-        _, errors = process.communicate(timeout=PATIENCE)
+    command = ["run", POLICIES / "smoke.yaml", "--out", path, *flags]
+    process = start_program(*command)
+    folder = CheckpointFolder(path / "checkpoints" / FIXED_BIT, 20)
+    wait_for(folder.path / "step_000020" / "digests.json", process)
+    size = (folder.path / "step_000020" / "model.safetensors").stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, errors
     assert re.search(
         r"step_000040: cannot be written: File too large: [\d,]+ bytes are wanted, [\d,]+ are free", errors
@@ -177,11 +176,10 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     assert "Traceback" not in errors
     assert [path.name for path in sorted(folder.path.iterdir())] == ["step_000020"]
     assert damage(checkpoints(folder.path)[0]) is None
-    again = subprocess.run(
-        [*command, "--resume"], env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
-    )
-    assert again.returncode == 0, again.stderr
-    assert f"{FIXED_BIT}: going on from step 20" in again.stdout
+    again = start_program(*command, "--resume")
+    output, errors = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 0, errors
+    assert f"{FIXED_BIT}: going on from step 20" in output
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ def test_ctrl_c_after_a_benchmark_is_no_segmentation_fault(tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (0, "told\n"), done.stderr
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, process: ForkedProgram) -> None:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and not file.exists():
         assert time.monotonic() < deadline, f"no {file} after {PATIENCE} s"
