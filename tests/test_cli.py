@@ -427,6 +427,22 @@ def test_plan_says_where_a_layer_goes_to_a_width_that_the_ladder_does_not_list(c
     assert "no rung" not in call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 7, 6, 4]"))[1]
 
 
+def test_plan_says_which_pattern_that_fits_every_model_claims_nothing_of_this_one(
+    call: Call, tiny_folder: Path
+) -> None:
+    def rules(pattern: str) -> str:
+        every, more = (f"{{match: '{match}', weights: {{bits: 4}}, inputs: {{bits: 8}}}}" for match in ("*", pattern))
+        return f"quantization.layers=[{every}, {more}]"
+
+    code, output, _ = call("plan", SMOKE, *sets(tiny_folder, rules("role:input")))
+    assert code == 0
+    message = "quantization.layers[1].match: 'role:input' matches only layers that earlier rules have: [0] ('*')"
+    assert f"note: {message}" in output
+    code, _, errors = call("plan", SMOKE, *sets(tiny_folder, rules("role:first")))
+    assert code == 2
+    assert "got 'role:first'; allowed role:input, role:output, role:time" in errors
+
+
 def test_model_on_the_command_line_wins_over_the_policy(call: Call, tiny_folder: Path) -> None:
     assert call("plan", SMOKE, "--model", tiny_folder) == call("plan", SMOKE, "--set", f"model.source={tiny_folder}")
 

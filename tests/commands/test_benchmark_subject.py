@@ -39,7 +39,9 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 def test_an_architecture_is_quantized_by_the_policys_rules_and_deployed_by_our_exporter(architecture: Subject) -> None:
     layers = read_manifest(architecture.folder)["layers"]
-    assert {entry["weight_bits"] for name, entry in layers.items() if name.startswith("mid_block")} == {4}
+    middle = {name.rpartition(".")[2]: entry["weight_bits"] for name, entry in layers.items() if name[:3] == "mid"}
+    assert middle.pop("time_emb_proj") == 7
+    assert set(middle.values()) == {4}
     assert layers["conv_out"]["weight_bits"] == 7
     assert "conv_in" not in layers
     assert "up_blocks.1.resnets.0.conv_shortcut.left" in layers

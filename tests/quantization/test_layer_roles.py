@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conditional_models import MODELS
-from own_networks import SHAPE, WIDTH, Network, conv, image, network, rows
+from own_networks import DEPLOYED, SHAPE, WIDTH, Network, conv, image, network, rows
 from small_networks import EVERYTHING, Timeless, rule, skip_network
 from small_networks import example as small_example
 from tiny_runs import SCHEDULER, tiny_unet
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.models.denoiser import DiffusionModel, PredictArguments
+from pqcad_qat.models.module_preparation import plain_module
 from pqcad_qat.policy.layer_rules import INPUT, OUTPUT, TIME, numbered
 from pqcad_qat.quantization import plan as plan_module
 from pqcad_qat.quantization.layer_roles import layer_roles
@@ -117,6 +118,12 @@ def test_names_play_no_part() -> None:
     time = ["time1", "time2", "time.0", "time.1"]
     assert roles(LikeAnime64()) == {"input": ["conv_in"], "output": ["conv_out"], "time": time}
     assert roles(Network()) == {"input": ["enter"], "output": ["leave"], "time": ["time"]}
+
+
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_modules_of_many_features_are_followed(name: str) -> None:
+    by_role = roles(plain_module(DEPLOYED[name][0](), name).eval())
+    assert (by_role["input"], by_role["output"], by_role["time"][0]) == (["enter"], ["leave"], "time")
 
 
 def tables(self: Any, h: Tensor, t: Tensor) -> Tensor:
