@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # imported before torch, because it sets the environment
 from tiny_runs import (
@@ -31,11 +34,37 @@ import pytest
 import torch
 from forked_program import ForkedProgram, program_server
 from rich.console import Console
+from xdist.scheduler import LoadFileScheduling
 
 from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
+
+
+class _FilesThatShare(LoadFileScheduling):
+    """Scheduling of xdist that leaves a file to one process, and all files with the fixture `tiny_run` to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tiny_run" if _shares_run(REPOSITORY / file) else file
+
+
+@cache
+def _shares_run(file: Path) -> bool:
+    return re.search(r"\btiny_run: FinishedRun", file.read_text(encoding="utf-8")) is not None
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return _FilesThatShare(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes, begin with what takes longest, so that all end at the same time: files that share a run,
+    and whole runs.
+    """
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (not _shares_run(item.path), item.path.parent.name != "whole_runs"))
 
 
 def pytest_collection_finish() -> None:

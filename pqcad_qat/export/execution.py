@@ -94,7 +94,11 @@ def execution_precision(
     Raises:
         ModelError: the folder cannot be loaded.
     """
-    model = OVUNet2DModel.from_pretrained(folder, properties=properties)
+    return loaded_precision(OVUNet2DModel.from_pretrained(folder, properties=properties), layers)
+
+
+def loaded_precision(model: OVUNet2DModel, layers: Collection[str]) -> ExecutionReport:
+    """Do the same as `execution_precision` for a deployed folder that is loaded already."""
     compiled, nodes = model.compiled, executed_nodes(model.compiled)
     return ExecutionReport(
         precisions=layer_precisions(nodes, layers),

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
-from pqcad_qat.export.execution import execution_precision, refuse_float
+from pqcad_qat.export.execution import ExecutionReport, loaded_precision, refuse_float
 from pqcad_qat.export.export_model import ExportRequest, export_model
 from pqcad_qat.export.int8_attention import AttentionRange, attention_ranges
 from pqcad_qat.export.layer_inputs import recorded_inputs
@@ -84,14 +84,12 @@ def export(
             with room_for(packed, expected_bytes(prepared.split, prepared.plan, packed=True)):
                 copy_folder(shipped, packed, "packed", pipeline_parts=False)
             # The proofs read the shipped folder, not the model in memory. The execution graph must show the planned
-            # layers in INT8, except those that the policy lists. Then each layer's integers are compared with PyTorch's
-            # on equal inputs, and the predictions are compared end to end.
-            executed = execution_precision(shipped, request.layers)
-            refuse_float(prepared.plan, executed, shipped)
+            # layers in INT8, except those that the policy lists. Then the predictions are compared with PyTorch's end
+            # to end, and each layer's integers on equal inputs.
+            executed, psnr = _whole_proofs(prepared, request, shipped, calibration)
             states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
             with recorded_inputs(student, states, run.path) as inputs:
                 parity = layer_parity(shipped, request.layers, inputs)
-            psnr = _end_to_end(shipped, student, calibration)
         stage.done(
             ExportRecord(
                 precisions=dict(executed.precisions),
@@ -226,12 +224,25 @@ def _attention(
         return attention_ranges(student, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
 
 
+def _whole_proofs(
+    prepared: Prepared, request: ExportRequest, folder: Path, calibration: CalibrationSet
+) -> tuple[ExecutionReport, float]:
+    """What the shipped model executes in, and its PSNR as of `_end_to_end`; it is loaded once for both.
+
+    Raises:
+        ExportError: as `refuse_float`.
+    """
+    deployed = OVUNet2DModel.from_pretrained(folder)
+    executed = loaded_precision(deployed, request.layers)
+    refuse_float(prepared.plan, executed, folder)
+    return executed, _end_to_end(deployed, request.model, calibration)
+
+
 @torch.no_grad()
-def _end_to_end(folder: Path, student: nn.Module, calibration: CalibrationSet) -> float:
+def _end_to_end(deployed: OVUNet2DModel, student: nn.Module, calibration: CalibrationSet) -> float:
     """PSNR in dB between the predictions of the deployed model and of the quantized PyTorch model, on states of the
     calibration set.
     """
-    deployed = OVUNet2DModel.from_pretrained(folder)
     ours, theirs = [], []
     with frozen_weights(student.eval()):
         for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):

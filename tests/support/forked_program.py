@@ -7,6 +7,7 @@ test, or programs that start other Python processes, which would import this fil
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -86,6 +87,7 @@ def serve() -> None:
     from pqcad_qat.report import page, tables  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not live on in a forked process"
+    gc.freeze()  # the programs need not collect what is imported
     for line in sys.stdin:
         match json.loads(line):
             case ["start", folder, *arguments]:

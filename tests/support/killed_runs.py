@@ -13,6 +13,7 @@ The processes are forked from one that has imported everything and used nothing.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -112,6 +113,7 @@ class Ending:
 
 def main(model: Path, root: Path, kinds: str, seed: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the forked processes need not collect what is imported
     if not model.exists():
         torch.manual_seed(0)
         save_model(network().eval(), SCHEDULER, model)

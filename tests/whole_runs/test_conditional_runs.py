@@ -74,6 +74,11 @@ def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Deployed(request.param, model, x, t, condition, folder / "openvino")
 
 
+@pytest.fixture(scope="module")
+def runtime(deployed: Deployed) -> OVUNet2DModel:
+    return OVUNet2DModel.from_pretrained(deployed.folder)
+
+
 def test_every_layer_executes_in_int8_and_gives_pytorchs_integers(deployed: Deployed) -> None:
     layers = integer_layers(deployed.model)
     assert execution_precision(deployed.folder, layers).float_layers == ()
@@ -84,15 +89,16 @@ def test_every_layer_executes_in_int8_and_gives_pytorchs_integers(deployed: Depl
     assert parity.layers_exact == parity.layers_checked == len(layers) > 10
 
 
-def test_the_runtime_is_called_as_diffusers_calls_the_model(deployed: Deployed) -> None:
+def test_the_runtime_is_called_as_diffusers_calls_the_model(deployed: Deployed, runtime: OVUNet2DModel) -> None:
     added = {key: deployed.condition[key] for key in ("text_embeds", "time_ids") if key in deployed.condition}
     rest: dict[str, Any] = {key: value for key, value in deployed.condition.items() if key not in added}
-    model = OVUNet2DModel.from_pretrained(deployed.folder)
-    found = model(deployed.x, timestep=deployed.t, **rest, added_cond_kwargs=added, cross_attention_kwargs=None).sample
+    found = runtime(
+        deployed.x, timestep=deployed.t, **rest, added_cond_kwargs=added, cross_attention_kwargs=None
+    ).sample
     with torch.no_grad(), frozen_weights(deployed.model):
         wanted = predict(deployed.model, deployed.x, deployed.t, deployed.condition)
     assert (found - wanted).square().mean() < 1e-2 * wanted.square().mean()
-    plain = model.predict(
+    plain = runtime.predict(
         deployed.x.numpy(), deployed.t.numpy(), {key: value.numpy() for key, value in deployed.condition.items()}
     )
     np.testing.assert_array_equal(plain, found.numpy())
@@ -108,20 +114,20 @@ def test_the_index_of_a_conditional_denoiser_alone_names_no_pipeline_that_would_
     assert (deployed.folder / part / "openvino_model.xml").is_file()
 
 
-def test_samples_keep_their_conditions_in_any_batch(deployed: Deployed) -> None:
-    model = OVUNet2DModel.from_pretrained(deployed.folder)
+def test_samples_keep_their_conditions_in_any_batch(deployed: Deployed, runtime: OVUNet2DModel) -> None:
     arrays = {key: value.numpy() for key, value in deployed.condition.items()}
     x, order = deployed.x.numpy(), [1, 0, 1]
-    whole = model.predict(x, 500, arrays)
+    whole = runtime.predict(x, 500, arrays)
     np.testing.assert_allclose(
-        model.predict(x[order], 500, {key: value[order] for key, value in arrays.items()}), whole[order], atol=1e-5
+        runtime.predict(x[order], 500, {key: value[order] for key, value in arrays.items()}), whole[order], atol=1e-5
     )
-    shared = model.predict(x, 500, {key: value[:1] for key, value in arrays.items()})
+    shared = runtime.predict(x, 500, {key: value[:1] for key, value in arrays.items()})
     np.testing.assert_array_equal(shared[0], whole[0])
 
 
-def test_the_manifest_says_what_the_graph_takes_and_anything_else_is_refused(deployed: Deployed) -> None:
-    model = OVUNet2DModel.from_pretrained(deployed.folder)
+def test_the_manifest_says_what_the_graph_takes_and_anything_else_is_refused(
+    deployed: Deployed, runtime: OVUNet2DModel
+) -> None:
     listed = {
         entry["name"]: (tuple(entry["shape"]), entry["dtype"])
         for entry in json.loads((deployed.folder / "manifest.json").read_text())["conditions"]
@@ -133,23 +139,22 @@ def test_the_manifest_says_what_the_graph_takes_and_anything_else_is_refused(dep
     x, arrays = deployed.x.numpy(), {key: value.numpy() for key, value in deployed.condition.items()}
     name = next(iter(arrays))
     with pytest.raises(ModelError, match=rf"conditions: got none; allowed {name}"):
-        model.predict(x, 5)
+        runtime.predict(x, 5)
     with pytest.raises(ModelError, match=r"got .*mask"):
-        model(x, timestep=5, **arrays, mask=x)
+        runtime(x, timestep=5, **arrays, mask=x)
     with pytest.raises(ModelError, match=rf"{name}: got shape .*; allowed \(2"):
-        model.predict(x, 5, {**arrays, name: np.concatenate([arrays[name]] * 2)})
+        runtime.predict(x, 5, {**arrays, name: np.concatenate([arrays[name]] * 2)})
 
 
-def test_a_label_outside_the_table_is_refused_at_run_time(deployed: Deployed) -> None:
-    model = OVUNet2DModel.from_pretrained(deployed.folder)
-    whole = [entry for entry in model.conditions if entry["bound"] is not None]
+def test_a_label_outside_the_table_is_refused_at_run_time(deployed: Deployed, runtime: OVUNet2DModel) -> None:
+    whole = [entry for entry in runtime.conditions if entry["bound"] is not None]
     for entry in whole:
         wrong = {key: value.numpy() for key, value in deployed.condition.items()}
         wrong[entry["name"]] = wrong[entry["name"]] * 0 + entry["bound"]
         with pytest.raises(
             ModelError, match=rf"(?s){entry['name']}: got .*; allowed whole numbers in \[0, {entry['bound']}\)"
         ):
-            model.predict(deployed.x.numpy(), 5, wrong)
+            runtime.predict(deployed.x.numpy(), 5, wrong)
 
 
 # ---- whole runs
