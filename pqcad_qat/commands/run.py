@@ -7,6 +7,7 @@ not change what determines it (stages/stage_dependencies.py).
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 
@@ -26,12 +27,13 @@ from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning, stage_bytes
+from pqcad_qat.stages.float_steps import choose_float_steps
 from pqcad_qat.stages.measure import evaluate, report, sample
 from pqcad_qat.stages.open_run import holds_run, open_run
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import recipes, training_steps
-from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
+from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive, quantized
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
 
@@ -108,7 +110,10 @@ def _all_stages(
             texts = {"policy": dump_policy(policy), "plan": plan_text(prepared.plan, prepared.split)}
             # indented by four blanks, Markdown shows it as plain text
             log_texts(run.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
-    calibration = calibrate(policy, prepared, run, console)
+    recorded = calibrate(policy, prepared, run, console)
+    widest = partial(quantized, policy, prepared, recorded, prepared.plan)
+    in_float = choose_float_steps(policy, prepared, run, console, quantized=widest)
+    calibration = recorded.below(in_float.time)  # all that quantized models learn from and are proven on
     models: dict[str, nn.Module] = {}
     if PQ in stages:
         models[PQ] = progressive(
@@ -133,7 +138,7 @@ def _all_stages(
     if "export" in stages:
         export(policy, prepared, run, console, calibration=calibration, student=models[PQCAD])
     if "baselines" in stages:
-        make_baselines(policy, prepared, run, console, calibration=calibration)
+        make_baselines(policy, prepared, run, console, calibration=recorded)
     if "benchmark" in stages:
         benchmark(policy, prepared, run, console)
     sample(policy, prepared, run, console, calibration=calibration, models=models, shares_training=shares_training)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,20 @@ class CalibrationSet:
     def images(self) -> Tensor:
         """The images (K, C, H, W) at which the trajectories end."""
         return self.states[:, -1]
+
+    def below(self, start: float) -> CalibrationSet:
+        """Return the set without the states at the time `start` and above, which full precision computes."""
+        columns = [column for column, t in enumerate(self.timesteps) if t < start]
+        if len(columns) == len(self.timesteps):
+            return self
+        guided = self.unconditional_predictions
+        return replace(
+            self,
+            states=self.states[:, [*columns, -1]],
+            predictions=self.predictions[:, columns],
+            timesteps=tuple(self.timesteps[column] for column in columns),
+            unconditional_predictions=None if guided is None else guided[:, columns],
+        )
 
     def inputs(self, count: int, batch_size: int) -> Iterator[DenoiserInput]:
         """Yield batches of denoiser inputs (x_t (B, C, H, W), t (B,), condition), `count` samples in all.

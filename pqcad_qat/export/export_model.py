@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,17 +42,17 @@ from pqcad_qat.models.families.latent_rows import THOUSANDTHS
 from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.module_preparation import one_line
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,
     OPENVINO_CONFIG,
     check_replaceable,
-    nothing_further,
     write_folder,
 )
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, ports_of
-from pqcad_qat.serving.manifest import CONFIG, SCHEDULER_CONFIG, SCHEMA_VERSION
-from pqcad_qat.serving.packing import WeightFormat
+from pqcad_qat.serving.manifest import CONFIG, FLOAT_GRAPH, SCHEDULER_CONFIG, SCHEMA_VERSION
+from pqcad_qat.serving.packing import WeightFormat, halve_weights, write_graph
 
 if TYPE_CHECKING:
     from pqcad_qat.quantization.integer_layer import IntegerLayer
@@ -90,6 +89,8 @@ class ExportRequest:
         visited: times that a graph of continuous time must know exactly.
         attention: modules whose attention is computed in INT8, and the ranges of what their products read.
         pipeline_parts: pipeline parts written beside the denoiser; None for a denoiser alone.
+        full: full-precision denoiser that computes the float steps; None where there are none.
+        float_start: time from which on it computes.
     """
 
     model: nn.Module
@@ -102,6 +103,8 @@ class ExportRequest:
     visited: Sequence[float] = ()
     attention: Mapping[str, AttentionRange] = field(default_factory=dict)
     pipeline_parts: PartsToDeploy | None = None
+    full: nn.Module | None = None
+    float_start: float = NO_FLOAT_STEPS
 
 
 def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "int8") -> ExportedFolder:
@@ -122,7 +125,8 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
     conditions, pipeline_parts = request.conditions, request.pipeline_parts
     schedule = noise_schedule(scheduler_config)
     scheduler = written_out(scheduler_config, schedule)
-    graph = convert(request, known_times(schedule, request.visited))
+    times = known_times(schedule, request.visited)
+    graph = convert(request, times)
     part = family_of(model).part
     texts = {
         f"{part}/{CONFIG}": exported_config(model),
@@ -144,10 +148,18 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
         "cpu": cpu_entry(entries),
         "layers": entries,
         "attention": {path: asdict(ranges) for path, ranges in request.attention.items()},
+        "float_start": None if request.full is None else request.float_start,
         "versions": {"pqcad-qat": __version__}
         | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }
-    further = nothing_further if pipeline_parts is None else partial(write_parts, pipeline_parts)
+
+    def further(staging: Path) -> Mapping[str, Any]:
+        if request.full is not None:
+            full = convert(replace(request, model=request.full, layers={}, attention={}), times)
+            halve_weights(full)
+            write_graph(full, staging / part / FLOAT_GRAPH)
+        return {} if pipeline_parts is None else write_parts(pipeline_parts, staging)
+
     written = write_folder(graph, weights, texts, manifest, folder=folder, part=part, further=further)
     graph_bytes = sum(path.stat().st_size for path in (folder / part).glob("openvino_model.*"))
     return ExportedFolder(folder, written, graph_bytes)

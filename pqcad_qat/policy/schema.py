@@ -18,6 +18,7 @@ from pqcad_qat.policy.sections import Fault, PolicyFile, Section
 from pqcad_qat.policy.value_types import (
     Classes,
     Count,
+    FloatSteps,
     Ladder,
     Momentum,
     Name,
@@ -101,6 +102,12 @@ class SamplerPolicy(Section):
         "fits the model",
     )
     steps: Count = Field(20, le=1000, description="sampling steps of an image, before distillation")
+    float_steps: FloatSteps = Field(
+        "auto",
+        description="number of first steps that full precision computes in a quantized model's place, where rounding "
+        "would decide the picture; auto: as many as trajectories that nothing was trained on ask for, none where the "
+        "model does not predict epsilon",
+    )
     guidance_scale: float = Field(
         1.0,
         ge=1,
@@ -295,6 +302,10 @@ class Policy(PolicyFile):
         if steps % student:
             keys: tuple[Location, ...] = (("distillation", "student_steps"), ("sampler", "steps"))
             yield Fault(keys, str(student), f"a divisor of sampler.steps ({steps})")
+        elif isinstance(float_steps := self.sampler.float_steps, int) and float_steps > steps - steps // student:
+            keys = (("sampler", "float_steps"), ("sampler", "steps"), ("distillation", "student_steps"))
+            allowed = f"auto or at most {steps - steps // student}, so that the student has a step of its own"
+            yield Fault(keys, str(float_steps), allowed)
         first = self.progressive.ladder[0]
         for name, rule in self.quantization.layers.items():
             if rule.weights is not None and rule.weights.bits > first:

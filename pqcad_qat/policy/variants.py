@@ -36,6 +36,9 @@ QUANTIZATION_AWARE: Final = (PQ, FIXED_BIT)
 STUDENTS: Final = (PQ_DISTILLED, PQCAD)
 """Stages that distill, each named like the variant that it makes."""
 
+FLOAT_STEPS: Final = "float-steps"
+"""Stage that finds how many first steps of quantized variants full precision computes."""
+
 TRAINED: Final = (*QUANTIZATION_AWARE, *STUDENTS)
 """Stages that train."""
 
@@ -44,6 +47,7 @@ EVERY_RUN: Final = ("calibration", "samples", "evaluation")
 
 STAGES: Final = (
     "calibration",
+    FLOAT_STEPS,
     *QUANTIZATION_AWARE,
     "teacher",
     *STUDENTS,
@@ -101,6 +105,11 @@ class VariantSpec:
         of steps.
         """
         return REFERENCE if self.runtime == PYTORCH else self.name
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it computes in integers, or as if it did; full precision may then compute its first steps."""
+        return self.bits is None or max(self.bits) <= 8
 
     @property
     def distilled(self) -> bool:
@@ -256,4 +265,6 @@ def run_variants(listed: Collection[str]) -> tuple[str, ...]:
 def stages_of(listed: Collection[str]) -> tuple[str, ...]:
     """Return the stages that the listed variants need, in the order in which they run."""
     needed = {*EVERY_RUN, *(stage for name in listed for stage in VARIANTS[name].stages)}
+    if any(VARIANTS[name].quantized for name in listed):
+        needed.add(FLOAT_STEPS)
     return tuple(stage for stage in STAGES if stage in needed)

@@ -82,10 +82,17 @@ def evaluate_latents(states: Tensor, fp_states: Tensor) -> FidelityFigures:
             f"latents to compare: got {tuple(states.shape)} and {tuple(fp_states.shape)}; allowed two of one shape "
             "(N, C, H, W), N > 0"
         )
-    error = float((states.double() - fp_states.double()).square().mean())
-    peak = float(fp_states.max() - fp_states.min())
-    psnr = 10 * math.log10(peak**2 / error) if error and peak else None
-    return FidelityFigures(len(states), None, None, psnr, None, identical_to_fp=error == 0, rank_deficient=False)
+    psnr = psnr_of_floats(states, fp_states, float(fp_states.max() - fp_states.min()))
+    identical, figure = psnr == math.inf, psnr if math.isfinite(psnr) else None
+    return FidelityFigures(len(states), None, None, figure, None, identical_to_fp=identical, rank_deficient=False)
+
+
+def psnr_of_floats(states: Tensor, references: Tensor, peak: float) -> float:
+    """PSNR in dB of two tensors of one shape, from one mean squared error; infinite where they are equal."""
+    error = float((states.double() - references.double()).square().mean())
+    if not error:
+        return math.inf
+    return 10 * math.log10(peak**2 / error) if peak else -math.inf
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

@@ -70,6 +70,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         latencies=latency_bars(report),
         stages=time_bars(report.timings_s),
         rows=[(row, summary_of(row.name), report.latency.get(row.name)) for row in report.variants],
+        float_step_trials=float_step_trials(report),
         best=best_values(report),
         unsteady=report.unsteady,
         unsteady_note=UNSTEADY_NOTE,
@@ -109,6 +110,8 @@ def summary(report: Report) -> str:
     if ours is None:
         return "No quantized model is part of this report."
     steps = f"{ours.steps} sampling steps" + (f" in place of {full.steps}" if full and full.steps != ours.steps else "")
+    if ours.float_steps:
+        steps += f" of which full precision computes the first {ours.float_steps}"
     run = "executed by OpenVINO" if ours.name == OURS else "simulated in PyTorch"
     return f"Weights of {bits(ours.weight_bits)} and activations of {bits(ours.activation_bits)} bits, {steps}, {run}."
 
@@ -218,13 +221,19 @@ def best_values(report: Report) -> dict[str, float]:
     return best
 
 
+def float_step_trials(report: Report) -> list[tuple[int, list[float]]]:
+    """For each number of sampling steps, the PSNR with 0, 1, 2 ... first steps in full precision."""
+    counts = dict.fromkeys(trial.steps for trial in report.float_steps)
+    return [(steps, [trial.psnr for trial in report.float_steps if trial.steps == steps]) for steps in counts]
+
+
 def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """One strip of images for each variant, all from the same seeds, with what is known of its quality."""
     rows = {row.name: row for row in report.variants}
     rendered = []
     for name, images in (ordered(samples) if samples else {}).items():
         row, count = rows.get(name), min(len(images), STRIP_IMAGES)
-        facts = [] if row is None else [f"{row.steps} steps"]
+        facts = [] if row is None else [f"{row.steps_text} steps"]
         facts += [f"FID {row.fid_real:.2f}"] if row and row.fid_real is not None else []
         facts += [f"{row.psnr_fp:.1f} dB to {REFERENCE}"] if row and row.psnr_fp is not None else []
         alt = f"{count} images by {name} ({summary_of(name) or 'a variant'}), from the same seeds as the other rows"

@@ -86,6 +86,15 @@ class Throughput:
 
 
 @dataclass(frozen=True)
+class FloatStepsTrial:
+    """How near a quantized model comes to full precision if full precision computes its first steps."""
+
+    steps: int  # sampling steps of an image
+    float_steps: int  # number of first steps that full precision computed
+    psnr: float  # dB, image by image against full precision in as many steps
+
+
+@dataclass(frozen=True)
 class VariantRow:
     """One row of the result; a number that was not measured is None, never 0."""
 
@@ -101,8 +110,14 @@ class VariantRow:
     fid_fp: float | None = None  # Frechet distance to the full-precision images
     psnr_fp: float | None = None  # dB, image by image against full precision on the same seeds
     ssim_fp: float | None = None  # 0 to 1, image by image against full precision on the same seeds
+    float_steps: int = 0  # how many of the steps full precision computes, the first ones
     passes: int = 1  # denoiser calls a sampling step: 2 under classifier-free guidance, both counted in an image's time
     did_not_run: str = ""  # reason why a baseline could not be made or run; its figures are unknown
+
+    @property
+    def steps_text(self) -> str:
+        """Number of sampling steps of an image, with how many of them full precision computes."""
+        return f"{self.steps} ({self.float_steps} float)" if self.float_steps else str(self.steps)
 
 
 @dataclass(frozen=True)
@@ -232,6 +247,7 @@ class Report:
     profiles: Mapping[str, tuple[ProfileRow, ...]] = field(default_factory=dict)
     storage: tuple[StorageRow, ...] = ()  # storage of the deployed variant
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
+    float_steps: tuple[FloatStepsTrial, ...] = ()  # what decided how many first steps full precision computes
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION

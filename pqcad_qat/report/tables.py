@@ -113,7 +113,7 @@ def result_table(report: Report, folder: Path) -> TerminalTable:
         figures = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, megabytes]
         cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
         cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
-        table.add_row(row.name, bits, str(row.steps), *cells)
+        table.add_row(row.name, bits, row.steps_text, *cells)
     return table
 
 

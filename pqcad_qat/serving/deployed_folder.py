@@ -20,6 +20,8 @@ from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.serving.manifest import (
     CONFIG,
+    FLOAT_GRAPH,
+    FLOAT_WEIGHTS,
     GRAPH,
     PACKED_GRAPH,
     PART_FOLDERS,
@@ -130,6 +132,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = unverified_manifest(folder)
     part, path = denoiser_part(manifest), folder / MANIFEST
     check_listed(manifest, path, manifest["graph"], f"{part}/{WEIGHTS}", f"{part}/{CONFIG}", SCHEDULER_CONFIG)
+    if manifest.get("float_start") is not None:
+        check_listed(manifest, path, f"{part}/{FLOAT_GRAPH}", f"{part}/{FLOAT_WEIGHTS}")
     for beside in manifest.get("parts", {}):
         check_listed(manifest, path, *part_files(beside))
     for name, entry in manifest["files"].items():
@@ -175,6 +179,22 @@ def read_graph(folder: Path, core: ov.Core) -> ov.Model:
     """
     text = folder / unverified_manifest(folder)["graph"]
     return read_text_and_weights(text, text.parent / WEIGHTS, core)
+
+
+def float_graph(folder: Path) -> Path | None:
+    """Path of the full-precision graph of a deployed folder; None where it has no float steps."""
+    manifest = unverified_manifest(folder)
+    return None if manifest.get("float_start") is None else folder / denoiser_part(manifest) / FLOAT_GRAPH
+
+
+def read_float_graph(folder: Path, manifest: Mapping[str, Any], core: ov.Core) -> ov.Model:
+    """The full-precision graph of a folder with float steps.
+
+    Raises:
+        ModelError: OpenVINO cannot read the files.
+    """
+    part = folder / denoiser_part(manifest)
+    return read_text_and_weights(part / FLOAT_GRAPH, part / FLOAT_WEIGHTS, core)
 
 
 def nothing_further(_folder: Path) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from pqcad_qat.models.families.table import families
 SCHEMA_VERSION = 1
 """Version of the manifest's format."""
 
+FLOAT_GRAPH, FLOAT_WEIGHTS = "float_steps.xml", "float_steps.bin"
+"""Names of the files of the full-precision graph, in the denoiser's folder; it computes the float steps."""
+
 GRAPH, PACKED_GRAPH, WEIGHTS, CONFIG = (
     "openvino_model.xml",
     "openvino_model.xml.gz",
@@ -285,6 +288,10 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
         f"an object whose sampling_steps and full_precision_steps lie in 1 to {MOST_TIMES}",
     ),
     "attention": (_is_object, "an object of modules"),
+    "float_start": (
+        lambda value: value is None or _is_number(value, 0.0),
+        "null, or a time from 0, from which on full precision computes",
+    ),
 }
 """Check and description of the allowed values, by key of the manifest."""
 

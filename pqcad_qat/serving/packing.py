@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
+import openvino.opset13 as op
 
 from pqcad_qat.errors import ExportError, ModelError
 from pqcad_qat.machine.json_files import shown
@@ -187,6 +188,18 @@ def write_graph(graph: ov.Model, xml: Path, named: Collection[str] = ()) -> None
     plain = re.sub(r">\s+<", "><", xml.read_text(encoding="utf-8")).replace(_FLOAT32_MARK, "")
     head = rf'<layer id="\d+" name="[^"]*{IN_FLOAT32}" [^>]*>(?:<data [^>]*/>)?'
     xml.write_text(re.sub(head, rf"\g<0>{_FLOAT32_MARK}", plain), encoding="utf-8")
+
+
+def halve_weights(graph: ov.Model) -> None:
+    """Store the float32 weights of every matrix product as float16, which is read back as float32."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() not in MATRIX_OPS:
+            continue
+        for port in node.inputs():
+            constant = port.get_source_output().get_node()
+            if constant.get_type_name() == "Constant" and constant.get_element_type() == ov.Type.f32:
+                half = op.constant(np.asarray(constant.data, np.float16))
+                port.replace_source_output(op.convert(half, "f32").output(0))
 
 
 def compress_text(xml: Path, compressed: Path) -> None:

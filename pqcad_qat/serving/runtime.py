@@ -16,9 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.compiled_graph import (
@@ -32,6 +34,7 @@ from pqcad_qat.serving.deployed_folder import (
     MANIFEST,
     copy_folder,
     denoiser_config,
+    read_float_graph,
     read_graph,
     read_manifest,
     scheduler_config,
@@ -40,7 +43,7 @@ from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
 from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, prediction
-from pqcad_qat.serving.manifest import SCHEDULER_CONFIG
+from pqcad_qat.serving.manifest import FLOAT_GRAPH, SCHEDULER_CONFIG
 from pqcad_qat.serving.packing import WeightFormat
 
 __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
@@ -52,6 +55,9 @@ CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 """Values of ONEDNN_MAX_CPU_ISA that exclude VNNI. The variable limits oneDNN, and so OpenVINO, to the instructions of
 an older CPU.
 """
+
+FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
+"""OpenVINO property of the graph that computes the float steps."""
 
 TIME_TOLERANCE = 2.0**-8
 """Largest relative difference between a caller's continuous time and the sampler's: pipelines in bfloat16 round times
@@ -98,6 +104,7 @@ class OVUNet2DModel(StandIn):
         batch_size: number of samples in one run of the graph.
         conditions: inputs besides sample and timestep, in order: {name, shape for one sample, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use, the precision of layers outside the plan.
+        float_start: time from which on the full-precision graph of the folder computes; infinity without one.
         training: always False, because it only predicts.
     """
 
@@ -123,6 +130,19 @@ class OVUNet2DModel(StandIn):
         self.compiled = compile_graph(graph, core, device, properties)
         self.inference_precision: str = inference_precision(self.compiled)
         self._requests = Requests(self.compiled)
+        start = self.manifest.get("float_start")
+        self.float_start: float = NO_FLOAT_STEPS if start is None else start
+        self._float_requests = None if start is None else self._full_precision(core, device, properties)
+
+    def _full_precision(self, core: ov.Core, device: str, properties: Mapping[str, Any] | None) -> Requests:
+        """The graph of the float steps, compiled in float32: BF16 would round as coarsely as INT8.
+
+        Raises:
+            ModelError: the graph is damaged, or OpenVINO cannot compile it.
+        """
+        graph = read_float_graph(self.folder, self.manifest, core)
+        check_graph(graph, {**self.manifest, "graph": FLOAT_GRAPH, "layers": {}}, self.folder)
+        return Requests(compile_graph(graph, core, device, {**FULL_PRECISION, **(properties or {})}))
 
     @classmethod
     def from_pretrained(
@@ -275,7 +295,13 @@ class OVUNet2DModel(StandIn):
         inputs = port_values(
             self._ports, dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True))
         )
-        (output,) = self._requests.infer(inputs, [0])
+        in_float = np.asarray(values[1]) >= self.float_start  # one for each sample, as pipelines may mix times
+        output = None if in_float.all() else self._requests.infer(inputs, [0])[0]
+        if in_float.any():
+            assert self._float_requests is not None  # float_start is finite
+            full = self._float_requests.infer(inputs, [0])[0]
+            output = full if output is None else np.where(in_float.reshape(-1, *[1] * (full.ndim - 1)), full, output)
+        assert output is not None
         return prediction(output[: self.batch_size - missing], *self.sample_shape[1:])
 
     def _warn_of_unknown_times(self, times: npt.NDArray[np.float64]) -> None:

@@ -30,19 +30,20 @@ from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import OPENVINO, PQCAD, REFERENCE, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, OURS, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
-from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder
+from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder, float_graph
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, IntegerParity
+from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, FloatStepsRecord, IntegerParity
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import size_bytes, time_denoisers
 from pqcad_qat.timing.node_profile import node_profile
@@ -75,7 +76,7 @@ def export(
         scheduler = _student_scheduler(policy, prepared)
         _save_student(policy, prepared, student, scheduler, folder=run.path / "student")
         request = _export_request(
-            policy, prepared, console, calibration=calibration, student=student, scheduler=scheduler
+            policy, prepared, run, console, calibration=calibration, student=student, scheduler=scheduler
         )
         deployed = request.pipeline_parts
         shipped, packed = run.path / "openvino", run.path / "baselines" / "packed"
@@ -131,6 +132,7 @@ def _save_student(
 def _export_request(
     policy: Policy,
     prepared: Prepared,
+    run: RunFolder,
     console: Console,
     *,
     calibration: CalibrationSet,
@@ -140,6 +142,7 @@ def _export_request(
     """Everything that an OpenVINO folder of the student is made from."""
     model = prepared.model
     layers = integer_layers(student)
+    start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
     conditions = exported_inputs(model.condition_inputs, prepared.conditions)
     return ExportRequest(
         model=student,
@@ -152,6 +155,8 @@ def _export_request(
         visited=calibration.timesteps,
         attention=_attention(policy, console, calibration, student),
         pipeline_parts=_parts_to_deploy(prepared, calibration, conditions),
+        full=None if start == NO_FLOAT_STEPS else model.denoiser,
+        float_start=start,
     )
 
 
@@ -261,12 +266,15 @@ def benchmark(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
         runs, files = policy.export.latency_runs, openvino_files(policy, run)
         inputs = example_of(policy, prepared)
         with working(console, f"benchmark: every candidate in turns, {runs} runs each"):
-            timings = time_denoisers(prepared.model.denoiser, files, inputs, runs)
+            graph = float_graph(files[OURS]) if OURS in files else None
+            float_graphs = {} if graph is None else {FLOAT_STEPS: graph}
+            timings = time_denoisers(prepared.model.denoiser, files, inputs, runs, float_graphs=float_graphs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
         sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
         stage.done(
             BenchmarkRecord(
-                timings=timings,
+                timings={name: timing for name, timing in timings.items() if name != FLOAT_STEPS},
+                float_step=timings.get(FLOAT_STEPS),
                 profiles=profiles,
                 sizes={REFERENCE: 4 * sum(p.numel() for p in prepared.model.denoiser.parameters()), **sizes},
                 hardware=hardware(),

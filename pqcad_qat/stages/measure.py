@@ -26,10 +26,11 @@ from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim
 from pqcad_qat.report.report_files import write_report
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
@@ -41,6 +42,7 @@ from pqcad_qat.stages.samplers import (
     openvino_variant,
     pytorch_variant,
     sample_states,
+    with_float_steps,
 )
 from pqcad_qat.stages.stage_dependencies import sampled, sampling
 from pqcad_qat.stages.stage_records import (
@@ -48,6 +50,7 @@ from pqcad_qat.stages.stage_records import (
     BenchmarkRecord,
     EvaluationRecord,
     ExportRecord,
+    FloatStepsRecord,
     SamplesRecord,
     TrainingRecord,
 )
@@ -149,12 +152,19 @@ def _variant(
     calibration: CalibrationSet,
     models: Mapping[str, nn.Module],
 ) -> Sampler:
-    scale = policy.guidance_scale(name)
-    return replace(
+    variant = replace(
         _sampler(policy, prepared, run, name, calibration=calibration, models=models),
         conditions=prepared.conditions,
-        guidance_scale=scale,
+        guidance_scale=policy.guidance_scale(name),
     )
+    start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+    # a deployed folder holds the graph of its float steps, and its runtime chooses by itself
+    if not VARIANTS[name].quantized or VARIANTS[name].weights_from == "export" or start == NO_FLOAT_STEPS:
+        return variant
+    full = pytorch_variant(
+        name, prepared.model.denoiser, variant.schedule, variant.steps, sample_shape=variant.sample_shape
+    )
+    return with_float_steps(variant, full, start)
 
 
 def _sampler(
@@ -228,6 +238,11 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         policy=policy,
         plan=prepared.plan,
         model=prepared.split,
+        walks=(
+            prepared.schedule.walk(policy.sampler.steps),
+            prepared.student_schedule(policy).walk(policy.distillation.student_steps),
+        ),
+        float_steps=run.read_always(FLOAT_STEPS, FloatStepsRecord),
         evaluation=evaluation,
         progressive=noted(PQ, TrainingRecord),
         export=noted("export", ExportRecord),

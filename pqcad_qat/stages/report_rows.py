@@ -52,12 +52,15 @@ from pqcad_qat.report.record import (
     target,
     unsteady_variants,
 )
+from pqcad_qat.sampling.ddpm_schedule import Walk
+from pqcad_qat.sampling.float_steps import float_steps
 from pqcad_qat.serving.packing import PACKED_WIDTHS
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,
     BenchmarkRecord,
     EvaluationRecord,
     ExportRecord,
+    FloatStepsRecord,
     TrainingRecord,
 )
 from pqcad_qat.training.metrics_log import read_metrics
@@ -88,6 +91,8 @@ class RunFacts:
         policy: resolved policy.
         plan: one entry for every quantized layer.
         model: denoiser that the plan was made for.
+        walks: sampling steps of the full number, and of the student's.
+        float_steps: first steps that full precision computes.
         evaluation, progressive, export, baselines, benchmark: records of these stages; None for stages that the run
             does not take.
         seconds: wall time by stage, in order.
@@ -98,6 +103,8 @@ class RunFacts:
     policy: Policy
     plan: Sequence[LayerPlan]
     model: nn.Module
+    walks: tuple[Walk, Walk]
+    float_steps: FloatStepsRecord
     evaluation: EvaluationRecord
     progressive: TrainingRecord | None
     export: ExportRecord | None
@@ -106,6 +113,10 @@ class RunFacts:
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     command: str
+
+    def walk(self, variant: str) -> Walk:
+        """Sampling steps of a variant."""
+        return self.walks[VARIANTS[variant].student_steps]
 
 
 def report_of(facts: RunFacts) -> Report:
@@ -129,6 +140,7 @@ def report_of(facts: RunFacts) -> Report:
         layers=tuple(_layers(facts)),
         profiles=benchmark.profiles if benchmark else {},
         storage=tuple(_storage(facts)) if export else (),
+        float_steps=facts.float_steps.trials,
         parts=export.parts if export else (),
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,7 +167,8 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
         size = sizes.get(spec.timed_as)
         quality = facts.evaluation.figures.get(name, _NOT_MEASURED)
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
-        image = step * steps * passes if step else None
+        in_float = float_steps(facts.walk(name), facts.float_steps.time) if spec.quantized else 0
+        image = _image_ms(facts, step, steps - in_float, in_float)
         yield VariantRow(
             name=name,
             runtime=spec.runtime,
@@ -164,13 +177,22 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
             steps=steps,
             size_bytes=size,
             latency_ms_per_step=step,
-            latency_ms_per_image=image,
+            latency_ms_per_image=None if image is None else image * passes,
             fid_real=quality.fid_real,
             fid_fp=quality.fid_fp,
             psnr_fp=quality.psnr_fp,
             ssim_fp=quality.ssim_fp,
+            float_steps=in_float,
             passes=passes,
         )
+
+
+def _image_ms(facts: RunFacts, step: float | None, steps: int, in_float: int) -> float | None:
+    """Milliseconds of one image's denoiser calls; None where the time of one of them is unknown."""
+    if step is None or not in_float:
+        return None if step is None else step * steps
+    timing = None if facts.benchmark is None else facts.benchmark.float_step
+    return None if timing is None else step * steps + timing.median_ms / facts.policy.export.batch_size * in_float
 
 
 def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:

@@ -97,6 +97,13 @@ class RunFolder:
             where = ".".join(map(str, fault["loc"]))
             raise CheckpointError(_DAMAGED.format(marker, f"{where}: {fault['msg']}")) from error
 
+    def read_always(self, stage: str, kind: type[Record]) -> Record:
+        """Read the record of a stage that an earlier part of the run has finished, or that this run does not have.
+
+        A run without the stage gets the record's defaults.
+        """
+        return self.read(stage, kind) or kind()
+
     def finish(self, stage: str, seconds: float, record: StageRecord) -> None:
         noted = {"seconds": seconds, **asdict(record)}
         write_file(self._marker(stage), json.dumps(noted, indent=1, allow_nan=False))

@@ -39,6 +39,7 @@ from pqcad_qat.models.vae import decoded
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized
+from pqcad_qat.sampling.float_steps import by_time
 from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import MANIFEST
 from pqcad_qat.serving.manifest import PART_FOLDERS
@@ -109,6 +110,11 @@ def pytorch_variant(
             return prediction
 
     return Sampler(name, "pytorch", call, schedule, steps, sample_shape)
+
+
+def with_float_steps(variant: Sampler, full: Sampler, start: float) -> Sampler:
+    """Return the sampler whose predictions at the time `start` and above are those of `full`."""
+    return replace(variant, predict=by_time(full.predict, variant.predict, start))
 
 
 def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Sampler:

@@ -14,6 +14,7 @@ from typing import Any
 from pqcad_qat.models.pipeline_parts import VAE
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
+    FLOAT_STEPS,
     OPENVINO,
     PQ,
     PQCAD,
@@ -25,6 +26,7 @@ from pqcad_qat.policy.variants import (
 )
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
+from pqcad_qat.stages.float_steps import measured
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
@@ -61,6 +63,8 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
     table = _Table(policy, prepared)
     stages = stages_of(policy.evaluation.variants)
     rows = {"calibration": table.calibration()}
+    if FLOAT_STEPS in stages:
+        rows[FLOAT_STEPS] = table.float_steps()
     for name in QUANTIZATION_AWARE:
         if name in stages:
             rows[name] = table.quantization_aware(name)
@@ -113,6 +117,15 @@ class _Table:
         values = calibration_recipe(self.policy, self.prepared).decides
         return Recipe({_CALIBRATION_KEYS.get(key, key): value for key, value in values.items()})
 
+    def float_steps(self) -> Recipe:
+        """Recipe of the number of float steps; only a number that is measured depends on how the model is quantized."""
+        values: dict[str, Any] = {"sampler.float_steps": self.policy.sampler.float_steps}
+        if not measured(self.policy, self.prepared.schedule):
+            return Recipe(values, ("calibration",))
+        student = any(VARIANTS[name].student_steps for name in self.policy.evaluation.variants)
+        values["distillation.student_steps"] = self.policy.distillation.student_steps if student else None
+        return Recipe({**values, **self.layers(ladders=True)}, ("calibration",), _versions("torch", "brevitas"))
+
     def layers(self, ladders: bool) -> dict[str, Any]:
         """Settings of the plan that change the weights; the rule that a layer matched and whether it runs in floating
         point do not.
@@ -135,7 +148,10 @@ class _Table:
             self.section("progressive") if name == PQ else {"progressive.steps": self.policy.progressive.steps}
         )
         return Recipe(
-            {**self.layers(name == PQ), **values, **progressive}, ("calibration",), circumstances, trained_paths(name)
+            {**self.layers(name == PQ), **values, **progressive},
+            ("calibration", FLOAT_STEPS),
+            circumstances,
+            trained_paths(name),
         )
 
     def distilled(self, student: str) -> dict[str, Recipe]:
@@ -160,8 +176,8 @@ class _Table:
             "distillation.guidance": policy.guidance_scale(student),
         }
         return {
-            "teacher": Recipe(taught, ("calibration", PQ), _versions("torch", "brevitas")),
-            student: Recipe(learns, ("calibration", PQ, "teacher"), circumstances, trained_paths(student)),
+            "teacher": Recipe(taught, ("calibration", FLOAT_STEPS, PQ), _versions("torch", "brevitas")),
+            student: Recipe(learns, ("calibration", FLOAT_STEPS, PQ, "teacher"), circumstances, trained_paths(student)),
         }
 
     def export(self) -> Recipe:
@@ -173,7 +189,7 @@ class _Table:
             **self.section("export", "latency_runs"),
             **self.section("pipeline"),
         }
-        return Recipe(values, ("calibration", PQCAD), _versions("openvino", "nncf", "torch", "diffusers"))
+        return Recipe(values, ("calibration", FLOAT_STEPS, PQCAD), _versions("openvino", "nncf", "torch", "diffusers"))
 
     def baselines(self) -> Recipe:
         values = {"inputs": BASELINE_INPUTS, "export.batch_size": self.policy.export.batch_size}
@@ -207,7 +223,11 @@ class _Table:
             values["model"] = self.prepared.model.digest
         if spec.weights_from == "calibration":
             values |= self.layers(ladders=False)
-        return Recipe(values, () if spec.weights_from is None else (spec.weights_from,), _versions("torch", "openvino"))
+        earlier = (
+            *((FLOAT_STEPS,) if spec.quantized else ()),
+            *(() if spec.weights_from is None else (spec.weights_from,)),
+        )
+        return Recipe(values, earlier, _versions("torch", "openvino"))
 
     def evaluation(self) -> Recipe:
         shown, source = sampled(self.policy), self.policy.features

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.quality.fidelity import FidelityFigures
-from pqcad_qat.report.record import Hardware, ProfileRow, Timing
+from pqcad_qat.report.record import FloatStepsTrial, Hardware, ProfileRow, Timing
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.stages.run_folder import StageRecord
 from pqcad_qat.training.transition import Transition
 
@@ -22,6 +23,20 @@ class CalibrationRecord(StageRecord):
     """Record of the stage `calibration`."""
 
     set: str  # name of the shared folder
+
+
+@dataclass(frozen=True)
+class FloatStepsRecord(StageRecord):
+    """Record of the stage `float-steps`."""
+
+    count: int = 0  # steps of the sampler that full precision computes
+    start: float | None = None  # time of the last of them; None for no step
+    trials: tuple[FloatStepsTrial, ...] = ()  # what was measured; none where nothing had to be
+
+    @property
+    def time(self) -> float:
+        """The time from which on full precision computes; infinity for no step."""
+        return NO_FLOAT_STEPS if self.start is None else self.start
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class BenchmarkRecord(StageRecord):
     profiles: Mapping[str, tuple[ProfileRow, ...]]  # variant -> time of one denoiser call by kind of node
     sizes: Mapping[str, int]  # variant -> bytes on disk; for full precision, bytes in memory
     hardware: Hardware
+    float_step: Timing | None = None  # one call of the full-precision graph that the deployed folder holds
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,15 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.policy.schema import Policy, TrainingPolicy
-from pqcad_qat.policy.variants import FIXED_BIT, PQ
+from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.sampling.trajectory import initial_noise
+from pqcad_qat.sampling.float_steps import float_steps
+from pqcad_qat.sampling.trajectory import along, initial_noise
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_dependencies import TRANSITIONS, WEIGHTS, loss_weights
-from pqcad_qat.stages.stage_records import CalibrationRecord, TrainingRecord
+from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, TrainingRecord
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
 from pqcad_qat.training.checkpoint import CheckpointFolder
@@ -114,13 +115,13 @@ def progressive(
     shares_training: bool,
 ) -> nn.Module:
     """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
-    model = _quantized(policy, prepared, calibration, prepared.plan)
+    model = quantized(policy, prepared, calibration, prepared.plan)
     schedule = bit_schedule(policy, prepared.plan, model)
     callbacks = [
         schedule,
         FullPrecisionMatching(),
         WeightDistance(schedule.layers),
-        *_shown(policy, prepared, model, policy.sampler.steps, guidance_scale=policy.sampler.guidance_scale),
+        *_shown(policy, prepared, run, model, name=PQ),
     ]
     task = _Task(PQ, model, callbacks, _training_batches(policy, calibration), policy.progressive.steps)
     _train(policy, run, console, task, shares_training=shares_training)
@@ -131,7 +132,7 @@ def at_targets(policy: Policy, prepared: Prepared, calibration: CalibrationSet) 
     """Quantize the model at its target widths with calibrated ranges: the start of fixed-bit training, and the variant
     `ptq`.
     """
-    return _quantized(
+    return quantized(
         policy, prepared, calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan]
     )
 
@@ -150,7 +151,7 @@ def fixed_bit(
     callbacks = [
         FullPrecisionMatching(),
         WeightDistance(quantized_layers(model)),
-        *_shown(policy, prepared, model, policy.sampler.steps, guidance_scale=policy.sampler.guidance_scale),
+        *_shown(policy, prepared, run, model, name=FIXED_BIT),
     ]
     task = _Task(FIXED_BIT, model, callbacks, _training_batches(policy, calibration), policy.progressive.steps)
     _train(policy, run, console, task, shares_training=shares_training)
@@ -169,12 +170,12 @@ def distill(
     shares_training: bool,
 ) -> nn.Module:
     """Train the student, which starts from its teacher, the model of `pq`, and keeps the teacher's quantizers."""
-    scale, steps = policy.guidance_scale(name), policy.distillation.student_steps
+    scale = policy.guidance_scale(name)
     loss = CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional)
     targets = _targets(policy, prepared, run, console, calibration=calibration, teacher=teacher)
     student = copy.deepcopy(teacher)
     batches = distillation_batches(targets, whole_batch(policy.training), policy.training.seed, calibration.condition)
-    callbacks = [loss, *_shown(policy, prepared, student, steps, guidance_scale=scale)]
+    callbacks = [loss, *_shown(policy, prepared, run, student, name=name)]
     task = _Task(name, student, callbacks, batches, policy.distillation.steps)
     _train(policy, run, console, task, shares_training=shares_training)
     return student
@@ -195,7 +196,9 @@ def _targets(
     file = run.path / "distillation" / f"{name}.safetensors"
     with run.stage(name) as stage:
         if stage.new:
-            calls, scale = policy.calibration.trajectories * steps, policy.guidance_scale(PQ)
+            scale, start = policy.guidance_scale(PQ), run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+            taught = steps - float_steps(prepared.schedule.walk(steps), start)
+            calls = policy.calibration.trajectories * taught
             with counting(console, name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, batch_folder = policy.calibration.batch_size, run.unfinished(name)
                 targets = distillation_set(
@@ -207,6 +210,7 @@ def _targets(
                     batch_size=batch,
                     advance=advance,
                     guidance_scale=scale,
+                    start=start,
                     parts_folder=batch_folder,
                     stage=name,
                 )
@@ -241,22 +245,29 @@ def _training_batches(policy: Policy, calibration: CalibrationSet) -> BatchSourc
     return calibration_batches(calibration, whole_batch(policy.training), policy.training.seed)
 
 
-def _shown(
-    policy: Policy, prepared: Prepared, model: nn.Module, steps: int, *, guidance_scale: float
-) -> list[Callback]:
-    """Callbacks that log quantizers and sample images, beside the loss and the schedule.
+def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module, *, name: str) -> list[Callback]:
+    """Callbacks that log quantizers and sample images of the variant `name`, beside the loss and the schedule.
 
-    `steps` is the number of sampling steps of the trained model. A latent model gets no images.
+    A latent model gets no images. Float steps do not change while a model is trained, so they are done here, once.
     """
+    log = QuantizerLog(quantized_layers(model))
+    if prepared.model.latent or not policy.training.samples_every:
+        return [log]
     noise = torch.from_numpy(initial_noise(policy.evaluation.seed, 0, SHOWN, prepared.model.sample_shape))
-    every = 0 if prepared.model.latent else policy.training.samples_every
     chosen = prepared.conditions.drawn(policy.evaluation.seed, 0, SHOWN)
-    follow = Guidance(chosen, prepared.conditions.unconditional, guidance_scale)
-    samples = TrainingSamples(noise, prepared.schedule.student(policy.sampler.steps, steps), steps, every, follow)
-    return [QuantizerLog(quantized_layers(model)), samples]
+    guidance = Guidance(chosen, prepared.conditions.unconditional, policy.guidance_scale(name))
+    schedule = prepared.sampled_by(policy, name)
+    walk = schedule.walk(policy.sampling_steps(name))
+    in_float = float_steps(walk, run.read_always(FLOAT_STEPS, FloatStepsRecord).time)
+    states = noise
+    with torch.no_grad():
+        follow = guidance.follow(prepared.model.denoiser.eval(), noise.device)
+        for step in along(walk[:in_float], follow, noise, schedule):
+            states = step.x_s
+    return [log, TrainingSamples(states, schedule, walk[in_float:], policy.training.samples_every, guidance)]
 
 
-def _quantized(policy: Policy, prepared: Prepared, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
+def quantized(policy: Policy, prepared: Prepared, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
     """Copy the full-precision model, insert quantizers, and calibrate their ranges on the calibration set."""
     model = quantize_model(copy.deepcopy(prepared.split), plan)
     calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.calibration.batch_size))

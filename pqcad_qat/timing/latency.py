@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import openvino as ov
@@ -246,7 +247,14 @@ def size_bytes(path: Path) -> int:
     return sum(entry.stat().st_size for entry in files)
 
 
-def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, runs: int) -> dict[str, Timing]:
+def time_denoisers(
+    denoiser: nn.Module,
+    files: Mapping[str, Path],
+    inputs: Inputs,
+    runs: int,
+    *,
+    float_graphs: Mapping[str, Path] = MappingProxyType({}),
+) -> dict[str, Timing]:
     """Milliseconds of one denoiser call (one sampling step of a batch), with all candidates in turns in this process.
 
     Args:
@@ -255,6 +263,7 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
             left out.
         inputs: inputs of every candidate.
         runs: number of timed calls of each candidate.
+        float_graphs: further graphs, which are timed in float32.
     """
     machine = hardware()
     with torch_threads_kept():
@@ -262,6 +271,8 @@ def time_denoisers(denoiser: nn.Module, files: Mapping[str, Path], inputs: Input
         for name, file in files.items():
             if native(name, machine):
                 candidates[name] = openvino_candidate(file, precision_hint(name, machine), inputs)
+        for name, file in float_graphs.items():
+            candidates[name] = openvino_candidate(file, F32, inputs)
         return time_interleaved(candidates, runs, WARM_UP)
 
 

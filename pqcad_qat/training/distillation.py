@@ -26,6 +26,7 @@ from pqcad_qat.machine.tensor_files import gathered
 from pqcad_qat.models.denoiser import Condition, predict
 from pqcad_qat.models.guidance import guided_call, rows_of
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, guided
 from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
@@ -66,6 +67,7 @@ def distillation_set(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     guidance_scale: float = 1.0,
+    start: float = NO_FLOAT_STEPS,
     parts_folder: Path | None = None,
     stage: str = "teacher",
 ) -> DistillationSet:
@@ -82,6 +84,7 @@ def distillation_set(
         batch_size: trajectories per call of the teacher.
         advance: function that receives the number of states done.
         guidance_scale: guidance scale of the teacher; 1 where it needs one pass.
+        start: time from which on full precision computes the student's steps, which leaves them out of the set.
         parts_folder: folder for finished batches of trajectories, from which a later process can go on.
         stage: name of the stage, for the message of an interruption.
 
@@ -92,8 +95,13 @@ def distillation_set(
     schedule = schedule.student(teacher_steps, student_steps)
     student = schedule.walk(student_steps)
     walks = schedule.finer(student, teacher_steps // student_steps)
-    # Pairs of a student step and the teacher's steps that it replaces. Steps without weight in the loss are left out.
-    pairs = [(step, walk) for step, walk in zip(student, walks, strict=True) if schedule.error_weight(*step)]
+    # Pairs of a student step and the teacher's steps that it replaces. Left out are steps that full precision computes,
+    # and steps without weight in the loss.
+    pairs = [
+        (step, walk)
+        for step, walk in zip(student, walks, strict=True)
+        if step[0] < start and schedule.error_weight(*step)
+    ]
     steps = tuple(step for step, _ in pairs)
     recorded = _columns(calibration, steps, student_steps)
     states = calibration.states[:, recorded]

@@ -15,7 +15,8 @@ from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.processes import is_first
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.quantization.conversion import frozen_weights
-from pqcad_qat.sampling.trajectory import NoiseSchedule, trajectory
+from pqcad_qat.sampling.ddpm_schedule import Walk
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 
 
@@ -24,16 +25,16 @@ class TrainingSamples(Callback):
     """Samples images from the averaged weights at regular steps, in the first process while the others wait.
 
     Attributes:
-        noise: (N, C, H, W), x_T of the images.
+        states: (N, C, H, W), the states at which the sampling steps begin.
         schedule: noise schedule of the model.
-        steps: number of sampling steps.
+        walk: the sampling steps.
         every: training steps between two sets of images; 0 for none.
         guidance: conditions of the images and how they are guided.
     """
 
-    noise: Tensor
+    states: Tensor
     schedule: NoiseSchedule
-    steps: int
+    walk: Walk
     every: int
     guidance: Guidance = field(default_factory=Guidance)
 
@@ -53,7 +54,7 @@ class TrainingSamples(Callback):
     def _sample(self, state: TrainState) -> Tensor | None:
         """The sampled images, or None where a value of them is not finite."""
         with averaged_weights(state) as model, frozen_weights(model.eval()):
-            x = self.noise.to(next(model.parameters()).device)
-            for step in trajectory(self.guidance.follow(model, x.device), x, self.schedule, self.steps):
+            x = self.states.to(next(model.parameters()).device)
+            for step in along(self.walk, self.guidance.follow(model, x.device), x, self.schedule):
                 x = step.x_s
         return to_uint8(x).cpu() if bool(x.isfinite().all()) else None

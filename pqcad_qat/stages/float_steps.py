@@ -1,0 +1,168 @@
+"""The stage `float-steps`: how many first sampling steps full precision computes in a quantized model's place.
+
+Method: the model with quantized inputs and the widest weights of the ladder, calibrated and not trained, samples from
+noise that no calibration trajectory begins with. Full precision computes its first k steps, for k = 0, 1, 2 and so on.
+One step more is worth its time as long as it brings the images nearer to full precision's own by WORTH. Only the
+rounding of inputs is judged so: training mends what narrow weights lose, but cannot give 8-bit inputs more digits.
+
+This is asked in the steps of the sampler and in the steps of its student, which are longer; the larger demand decides.
+
+Not here: why those steps need it, and which network computes a step (sampling/float_steps.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pqcad_qat.machine.progress import working
+from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.guidance import guided_call
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import FLOAT_STEPS, VARIANTS, stages_of
+from pqcad_qat.quality.fidelity import psnr_of_floats
+from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.report.record import FloatStepsTrial
+from pqcad_qat.sampling.ddpm_schedule import Walk
+from pqcad_qat.sampling.float_steps import float_from, float_steps
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise
+from pqcad_qat.stages.prepared import Prepared
+from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_records import FloatStepsRecord
+
+WORTH = 1.0
+"""Gain in dB for which one more step is computed in full precision."""
+
+IMAGES = 8
+"""Number of images on which a gain is measured."""
+
+MOST = 0.5
+"""Largest share of the sampling steps that full precision may compute."""
+
+ENOUGH = 60.0
+"""PSNR in dB from which on nothing is gained by coming nearer: images of 8 bits are then the same."""
+
+Follow = Callable[[Tensor, float], Tensor]
+"""A denoiser with its conditions and its guidance: (x_t, t) -> prediction."""
+
+
+def choose_float_steps(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    console: Console,
+    *,
+    quantized: Callable[[], nn.Module],
+) -> FloatStepsRecord:
+    """Stage `float-steps`: the policy's number, or the one that is measured where the policy says auto.
+
+    `quantized` makes the calibrated model at the widest weights of the ladder.
+    """
+    if FLOAT_STEPS not in stages_of(policy.evaluation.variants):
+        return FloatStepsRecord()
+    with run.stage(FLOAT_STEPS) as stage:
+        if stage.new:
+            stage.done(_chosen(policy, prepared, console, quantized))
+    record = run.read(FLOAT_STEPS, FloatStepsRecord)
+    assert record is not None  # the stage is done
+    return record
+
+
+def measured(policy: Policy, schedule: NoiseSchedule) -> bool:
+    """Whether the number is measured: where the policy says auto, and an error of the prediction can grow in x_0.
+
+    With v, x_0 or a velocity as the prediction, an error of x_0 is never larger than that of the prediction.
+    """
+    return policy.sampler.float_steps == "auto" and schedule.prediction_type == "epsilon"
+
+
+def _chosen(
+    policy: Policy, prepared: Prepared, console: Console, quantized: Callable[[], nn.Module]
+) -> FloatStepsRecord:
+    schedule, steps = prepared.schedule, policy.sampler.steps
+    walk, count = schedule.walk(steps), policy.sampler.float_steps
+    if count != "auto":
+        return _record(walk, float_from(walk, count), ())
+    if not measured(policy, schedule):
+        return FloatStepsRecord()
+    student_steps = policy.distillation.student_steps
+    walks = {walk: schedule}
+    if any(VARIANTS[name].quantized and VARIANTS[name].student_steps for name in policy.evaluation.variants):
+        student = prepared.student_schedule(policy)
+        walks[student.walk(student_steps)] = student
+    trials: list[FloatStepsTrial] = []
+    start = math.inf
+    with working(console, "float-steps: first sampling steps in full precision"):
+        denoisers = prepared.model.denoiser, quantized()
+        for taken, by in walks.items():
+            full, ours = (_follow(policy, prepared, denoiser) for denoiser in denoisers)
+            noise, latent = _noise(policy, prepared), prepared.model.latent
+            with frozen_weights(denoisers[1]):
+                measurements = list(_trials(noise, full, ours, (taken, by), latent=latent))
+            trials += measurements
+            start = min(start, float_from(taken, wanted([trial.psnr for trial in measurements])))
+    return _record(walk, start, tuple(trials))
+
+
+def _record(walk: Walk, start: float, trials: tuple[FloatStepsTrial, ...]) -> FloatStepsRecord:
+    return FloatStepsRecord(float_steps(walk, start), None if math.isinf(start) else start, trials)
+
+
+def wanted(psnrs: list[float]) -> int:
+    """Return the number of float steps that is worth its time, from the PSNR with 0, 1, 2 ... of them.
+
+    A step counts if it, or a later one, brings WORTH for each step: two steps may help together where one does not.
+    """
+    best = 0
+    for count, psnr in enumerate(psnrs):
+        if min(psnr, ENOUGH) - min(psnrs[best], ENOUGH) >= WORTH * (count - best):
+            best = count
+    return best
+
+
+def _noise(policy: Policy, prepared: Prepared) -> Tensor:
+    """Noise with which no trajectory of the calibration set begins."""
+    section = policy.calibration
+    count = min(IMAGES, section.trajectories)
+    return torch.from_numpy(initial_noise(section.seed, section.trajectories, count, prepared.model.sample_shape))
+
+
+def _follow(policy: Policy, prepared: Prepared, denoiser: nn.Module) -> Follow:
+    """The denoiser with the conditions that belong to this noise, and with the sampler's guidance."""
+    section, conditions = policy.calibration, prepared.conditions
+    chosen = conditions.drawn(section.seed, section.trajectories, min(IMAGES, section.trajectories))
+    call = partial(predict, denoiser.eval())
+    return guided_call(call, chosen, conditions.unconditional, policy.sampler.guidance_scale)
+
+
+@torch.no_grad()
+def _trials(
+    noise: Tensor, full: Follow, quantized: Follow, sampler: tuple[Walk, NoiseSchedule], *, latent: bool
+) -> Iterator[FloatStepsTrial]:
+    """Measure the PSNR with 0, 1, 2 ... float steps, up to two beyond the last that was worth its time.
+
+    Full precision's own states are the starts: after k float steps the quantized model goes on from its k-th state.
+    """
+    walk, schedule = sampler
+    states = [noise, *(step.x_s for step in along(walk, full, noise, schedule))]
+    reached: list[float] = []
+    for done in range(math.floor(MOST * len(walk)) + 1):
+        x = states[done]
+        for step in along(walk[done:], quantized, x, schedule):
+            x = step.x_s
+        reached.append(_nearness(x, states[-1], latent=latent))
+        yield FloatStepsTrial(len(walk), done, reached[-1])
+        if reached[-1] >= ENOUGH or done - wanted(reached) >= 2:
+            return
+
+
+def _nearness(images: Tensor, full: Tensor, *, latent: bool) -> float:
+    """PSNR in dB of all images together: of pictures within [-1, 1], or of latents within the range of `full`."""
+    if latent:
+        return psnr_of_floats(images, full, float(full.max() - full.min()))
+    return psnr_of_floats(images.clamp(-1, 1), full.clamp(-1, 1), 2.0)
