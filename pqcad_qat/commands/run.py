@@ -7,7 +7,6 @@ not change what determines it (stages/stage_dependencies.py).
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from textwrap import indent
 
@@ -31,9 +30,10 @@ from pqcad_qat.stages.float_steps import choose_float_steps
 from pqcad_qat.stages.measure import evaluate, report, sample
 from pqcad_qat.stages.open_run import holds_run, open_run
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
+from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import recipes, training_steps
-from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive, quantized
+from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
 
@@ -111,17 +111,29 @@ def _all_stages(
             # indented by four blanks, Markdown shows it as plain text
             log_texts(run.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
     recorded = calibrate(policy, prepared, run, console)
-    widest = partial(quantized, policy, prepared, recorded, prepared.plan)
-    in_float = choose_float_steps(policy, prepared, run, console, quantized=widest)
+    untrained = QuantizedModels(policy, prepared, recorded)
+    in_float = choose_float_steps(policy, prepared, run, console, untrained=untrained)
     calibration = recorded.below(in_float.time)  # all that quantized models learn from and are proven on
     models: dict[str, nn.Module] = {}
     if PQ in stages:
         models[PQ] = progressive(
-            policy, prepared, run, console, calibration=calibration, shares_training=shares_training
+            policy,
+            prepared,
+            run,
+            console,
+            calibration=calibration,
+            models=untrained,
+            shares_training=shares_training,
         )
     if FIXED_BIT in stages:
         models[FIXED_BIT] = fixed_bit(
-            policy, prepared, run, console, calibration=calibration, shares_training=shares_training
+            policy,
+            prepared,
+            run,
+            console,
+            calibration=calibration,
+            models=untrained,
+            shares_training=shares_training,
         )
     if "teacher" in stages:
         for name in (name for name in STUDENTS if name in stages):
@@ -141,6 +153,6 @@ def _all_stages(
         make_baselines(policy, prepared, run, console, calibration=recorded)
     if "benchmark" in stages:
         benchmark(policy, prepared, run, console)
-    sample(policy, prepared, run, console, calibration=calibration, models=models, shares_training=shares_training)
+    sample(policy, prepared, run, console, untrained=untrained, models=models, shares_training=shares_training)
     evaluate(policy, prepared, run, console)
     return report(policy, prepared, run, command)

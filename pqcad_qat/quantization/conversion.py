@@ -6,7 +6,7 @@ Not here: a single layer (quantized_layer.py), its ranges and widths (layer_stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -86,6 +86,19 @@ def taken_integers(model: nn.Module) -> dict[str, IntegerLayer]:
 def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
     """Set the range of every input from what the layers read while the model runs unquantized.
 
+    Args:
+        model: the quantized model.
+        batches: inputs of the model.
+
+    Raises:
+        ModelError: as observed_ranges.
+    """
+    set_ranges(model, observed_ranges(model, batches))
+
+
+def observed_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> dict[str, InputRange]:
+    """What the layers of each input group read while the model runs unquantized, by the path of the group's leader.
+
     The first pass over the data finds the extremes of every input. Ranges of least squared error need a second pass,
     which fills a histogram between these extremes. Layers of one input group share a quantizer, so they are observed
     together.
@@ -114,8 +127,17 @@ def calibrate_ranges(model: nn.Module, batches: Iterable[PredictArguments]) -> N
             samples,
             {group: watched.watch_histogram for group, watched in seen.items() if group in searched},
         )
-    for layer in leaders.values():
-        _set_range(layer, seen[layer.plan.name])
+    return seen
+
+
+def set_ranges(model: nn.Module, seen: Mapping[str, InputRange]) -> None:
+    """Set the range of every input from what `observed_ranges` saw, also in another copy of the model.
+
+    Widths and signs are those of this model's plan, so they may differ between copies.
+    """
+    for layer in quantized_layers(model).values():
+        if layer.plan.input_group == layer.plan.name:
+            _set_range(layer, seen[layer.plan.name])
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 The folder holds:
 
 - unet/ (or transformer/): the model in floating point, with its weights rounded to their grid, for diffusers.
-- quantization/: plan.json and model.safetensors, with every Parameter, scale, zero point and width, for this package.
+- quantization/: plan.json and model.safetensors, with every Parameter, scale, zero point and width, for this package;
+  and full_precision.safetensors, if full precision computes the first sampling steps.
 - scheduler/: the scheduler, with the student's number of sampling steps.
 
 Not here: the folder that OpenVINO runs (export/export_model.py).
@@ -33,6 +34,7 @@ from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, 
 from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
+from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out
 
@@ -40,6 +42,10 @@ PLAN = Path("quantization") / "plan.json"
 """Path of the plan within the folder."""
 STATE = Path("quantization") / "model.safetensors"
 """Path of the quantized model's state within the folder."""
+FULL = Path("quantization") / "full_precision.safetensors"
+"""Path of the full-precision weights within the folder, if they compute first sampling steps."""
+START = "float_start"
+"""Key of the plan's file: the time from which on full precision computes."""
 
 
 def save_quantized(
@@ -50,6 +56,8 @@ def save_quantized(
     *,
     scheduler_config: Mapping[str, Any],
     steps: int,
+    full: nn.Module | None = None,
+    float_start: float = NO_FLOAT_STEPS,
 ) -> None:
     """Write a quantized model.
 
@@ -62,11 +70,22 @@ def save_quantized(
         splits: whether its shortcuts are split.
         scheduler_config: config of its scheduler.
         steps: number of sampling steps that it is for.
+        full: full-precision denoiser that computes its first sampling steps; None where there are none.
+        float_start: time from which on it computes.
     """
     scheduler = written_out(scheduler_config, noise_schedule(scheduler_config))
     save_model(_rounded(model), {**scheduler, STEPS: steps}, folder)
-    write_json(folder / PLAN, {"split_shortcuts": splits, "layers": [asdict(layer) for layer in plan]})
-    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, folder / STATE)
+    content: dict[str, Any] = {"split_shortcuts": splits, "layers": [asdict(layer) for layer in plan]}
+    if full is not None:
+        content[START] = float_start
+        _save_state(full, folder / FULL)
+    write_json(folder / PLAN, content)
+    _save_state(model, folder / STATE)
+
+
+def _save_state(model: nn.Module, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, file)
 
 
 @torch.no_grad()
@@ -112,6 +131,28 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
     except (PqcadError, KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: got a damaged folder of a quantized model: {error}; allowed its files as `run` wrote them"
+        ) from error
+
+
+def load_full_precision(folder: Path, own: OwnModel | None = None) -> tuple[nn.Module, float] | None:
+    """(the full-precision denoiser, the time from which on it computes) of a folder that `save_quantized` wrote.
+
+    None where the folder's model computes every step itself.
+
+    Raises:
+        ModelError: the folder is damaged.
+    """
+    content = read_json(folder / PLAN)
+    if START not in content:
+        return None
+    path = denoiser_folder(folder) / "config.json"
+    denoiser = untrained_denoiser(read_json(path), str(path)) if own is None else built(own)
+    try:
+        denoiser.load_state_dict(load_file(folder / FULL), strict=True)
+        return denoiser.eval(), float(content[START])
+    except (TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder / FULL}: got damaged weights: {error}; allowed the file as `run` wrote it"
         ) from error
 
 

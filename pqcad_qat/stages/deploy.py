@@ -74,7 +74,7 @@ def export(
         if not stage.new:
             return
         scheduler = _student_scheduler(policy, prepared)
-        _save_student(policy, prepared, student, scheduler, folder=run.path / "student")
+        _save_student(policy, prepared, run, student, scheduler=scheduler)
         request = _export_request(
             policy, prepared, run, console, calibration=calibration, student=student, scheduler=scheduler
         )
@@ -115,10 +115,11 @@ def _student_scheduler(policy: Policy, prepared: Prepared) -> dict[str, Any]:
 
 
 def _save_student(
-    policy: Policy, prepared: Prepared, student: nn.Module, scheduler: Mapping[str, Any], *, folder: Path
+    policy: Policy, prepared: Prepared, run: RunFolder, student: nn.Module, *, scheduler: Mapping[str, Any]
 ) -> None:
     """Write the student as a PyTorch folder with its exact quantizers."""
-    with room_for(folder, 2 * expected_bytes(prepared.split, (), packed=False)):
+    folder, start = run.path / "student", run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+    with room_for(folder, 3 * expected_bytes(prepared.split, (), packed=False)):
         save_quantized(
             folder,
             student,
@@ -126,6 +127,8 @@ def _save_student(
             policy.quantization.split_shortcuts,
             scheduler_config=scheduler,
             steps=policy.distillation.student_steps,
+            full=None if start == NO_FLOAT_STEPS else prepared.model.denoiser,
+            float_start=start,
         )
 
 

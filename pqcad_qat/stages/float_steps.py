@@ -32,6 +32,7 @@ from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.float_steps import float_from, float_steps
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise
 from pqcad_qat.stages.prepared import Prepared
+from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import FloatStepsRecord
 
@@ -57,17 +58,14 @@ def choose_float_steps(
     run: RunFolder,
     console: Console,
     *,
-    quantized: Callable[[], nn.Module],
+    untrained: QuantizedModels,
 ) -> FloatStepsRecord:
-    """Stage `float-steps`: the policy's number, or the one that is measured where the policy says auto.
-
-    `quantized` makes the calibrated model at the widest weights of the ladder.
-    """
+    """Stage `float-steps`: the policy's number, or the one that is measured where the policy says auto."""
     if FLOAT_STEPS not in stages_of(policy.evaluation.variants):
         return FloatStepsRecord()
     with run.stage(FLOAT_STEPS) as stage:
         if stage.new:
-            stage.done(_chosen(policy, prepared, console, quantized))
+            stage.done(_chosen(policy, prepared, console, untrained))
     record = run.read(FLOAT_STEPS, FloatStepsRecord)
     assert record is not None  # the stage is done
     return record
@@ -81,9 +79,7 @@ def measured(policy: Policy, schedule: NoiseSchedule) -> bool:
     return policy.sampler.float_steps == "auto" and schedule.prediction_type == "epsilon"
 
 
-def _chosen(
-    policy: Policy, prepared: Prepared, console: Console, quantized: Callable[[], nn.Module]
-) -> FloatStepsRecord:
+def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: QuantizedModels) -> FloatStepsRecord:
     schedule, steps = prepared.schedule, policy.sampler.steps
     walk, count = schedule.walk(steps), policy.sampler.float_steps
     if count != "auto":
@@ -98,7 +94,7 @@ def _chosen(
     trials: list[FloatStepsTrial] = []
     start = math.inf
     with working(console, "float-steps: first sampling steps in full precision"):
-        denoisers = prepared.model.denoiser, quantized()
+        denoisers = prepared.model.denoiser, untrained.at_first_widths()
         for taken, by in walks.items():
             full, ours = (_follow(policy, prepared, denoiser) for denoiser in denoisers)
             noise, latent = _noise(policy, prepared), prepared.model.latent

@@ -18,7 +18,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.content_store import parts_folder, shared_folder
 from pqcad_qat.machine.files import whole_file
@@ -33,6 +32,7 @@ from pqcad_qat.report.report_files import write_report
 from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.prepared import SHARED, Prepared
+from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import Record, RunFolder
 from pqcad_qat.stages.samplers import (
@@ -54,7 +54,6 @@ from pqcad_qat.stages.stage_records import (
     SamplesRecord,
     TrainingRecord,
 )
-from pqcad_qat.stages.train import at_targets
 from pqcad_qat.timing.hardware import hardware
 
 NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
@@ -76,7 +75,7 @@ def sample(
     run: RunFolder,
     console: Console,
     *,
-    calibration: CalibrationSet,
+    untrained: QuantizedModels,
     models: Mapping[str, nn.Module],
     shares_training: bool,
 ) -> None:
@@ -97,7 +96,7 @@ def sample(
                     run,
                     console,
                     name=name,
-                    calibration=calibration,
+                    untrained=untrained,
                     models=models,
                     folder=folder,
                     batch_folder=batch_folder,
@@ -125,12 +124,12 @@ def _make_images(
     console: Console,
     *,
     name: str,
-    calibration: CalibrationSet,
+    untrained: QuantizedModels,
     models: Mapping[str, nn.Module],
     folder: Path,
     batch_folder: Path,
 ) -> None:
-    variant = _variant(policy, prepared, run, name, calibration=calibration, models=models)
+    variant = _variant(policy, prepared, run, name, untrained=untrained, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
         states = sample_states(
@@ -149,11 +148,11 @@ def _variant(
     run: RunFolder,
     name: str,
     *,
-    calibration: CalibrationSet,
+    untrained: QuantizedModels,
     models: Mapping[str, nn.Module],
 ) -> Sampler:
     variant = replace(
-        _sampler(policy, prepared, run, name, calibration=calibration, models=models),
+        _sampler(policy, prepared, run, name, untrained=untrained, models=models),
         conditions=prepared.conditions,
         guidance_scale=policy.guidance_scale(name),
     )
@@ -173,7 +172,7 @@ def _sampler(
     run: RunFolder,
     name: str,
     *,
-    calibration: CalibrationSet,
+    untrained: QuantizedModels,
     models: Mapping[str, nn.Module],
 ) -> Sampler:
     spec = VARIANTS[name]
@@ -188,7 +187,7 @@ def _sampler(
     if spec.weights_from is None:
         denoiser = prepared.model.denoiser
     elif spec.weights_from == "calibration":
-        denoiser = at_targets(policy, prepared, calibration)
+        denoiser = untrained.at_targets()
     else:
         denoiser = models[spec.weights_from]
     return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)

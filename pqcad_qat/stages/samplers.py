@@ -38,7 +38,7 @@ from pqcad_qat.models.pipeline_parts import VAE, pipeline_parts
 from pqcad_qat.models.vae import decoded
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
-from pqcad_qat.quantization.student_folder import is_quantized_folder, load_quantized
+from pqcad_qat.quantization.student_folder import is_quantized_folder, load_full_precision, load_quantized
 from pqcad_qat.sampling.float_steps import by_time
 from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import MANIFEST
@@ -200,6 +200,11 @@ def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sa
         raise ModelError(_NOTHING_TO_SAMPLE.format(folder))
     schedule = noise_schedule(model.scheduler_config)
     variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, sample_shape=model.sample_shape)
+    full = load_full_precision(folder, module) if path and is_quantized_folder(folder) else None
+    if full is not None:
+        denoiser, start = full
+        first = pytorch_variant(folder.name, denoiser, schedule, variant.steps, sample_shape=model.sample_shape)
+        variant = with_float_steps(variant, first, start)
     return (
         replace(variant, decode=decoder_of(model), undecoded=model.decoder),
         conditioned(model),

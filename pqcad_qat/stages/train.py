@@ -10,7 +10,7 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +30,12 @@ from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.policy.schema import Policy, TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ
-from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, quantize_model, quantized_layers
+from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.float_steps import float_steps
 from pqcad_qat.sampling.trajectory import along, initial_noise
-from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe
+from pqcad_qat.stages.prepared import CALIBRATION, SHARED, Prepared, calibration_recipe
+from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_dependencies import TRANSITIONS, WEIGHTS, loss_weights
 from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, TrainingRecord
@@ -112,10 +113,11 @@ def progressive(
     console: Console,
     *,
     calibration: CalibrationSet,
+    models: QuantizedModels,
     shares_training: bool,
 ) -> nn.Module:
     """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
-    model = quantized(policy, prepared, calibration, prepared.plan)
+    model = models.at_first_widths(calibrated=not run.finished(PQ))
     schedule = bit_schedule(policy, prepared.plan, model)
     callbacks = [
         schedule,
@@ -128,15 +130,6 @@ def progressive(
     return model
 
 
-def at_targets(policy: Policy, prepared: Prepared, calibration: CalibrationSet) -> nn.Module:
-    """Quantize the model at its target widths with calibrated ranges: the start of fixed-bit training, and the variant
-    `ptq`.
-    """
-    return quantized(
-        policy, prepared, calibration, [replace(layer, ladder=(layer.weights.bits,)) for layer in prepared.plan]
-    )
-
-
 def fixed_bit(
     policy: Policy,
     prepared: Prepared,
@@ -144,10 +137,11 @@ def fixed_bit(
     console: Console,
     *,
     calibration: CalibrationSet,
+    models: QuantizedModels,
     shares_training: bool,
 ) -> nn.Module:
     """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step."""
-    model = at_targets(policy, prepared, calibration)
+    model = models.at_targets(calibrated=not run.finished(FIXED_BIT))
     callbacks = [
         FullPrecisionMatching(),
         WeightDistance(quantized_layers(model)),
@@ -265,13 +259,6 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
         for step in along(walk[:in_float], follow, noise, schedule):
             states = step.x_s
     return [log, TrainingSamples(states, schedule, walk[in_float:], policy.training.samples_every, guidance)]
-
-
-def quantized(policy: Policy, prepared: Prepared, calibration: CalibrationSet, plan: Sequence[LayerPlan]) -> nn.Module:
-    """Copy the full-precision model, insert quantizers, and calibrate their ranges on the calibration set."""
-    model = quantize_model(copy.deepcopy(prepared.split), plan)
-    calibrate_ranges(model, calibration.inputs(RANGE_INPUTS, policy.calibration.batch_size))
-    return model
 
 
 def _train(policy: Policy, run: RunFolder, console: Console, task: _Task, *, shares_training: bool) -> None:

@@ -260,6 +260,7 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
         "size_bytes",
         "latency_ms_per_step",
         "latency_ms_per_image",
+        "float_steps",
         "passes",
         "did_not_run",
     }
