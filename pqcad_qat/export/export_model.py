@@ -42,7 +42,7 @@ from pqcad_qat.models.families.latent_rows import THOUSANDTHS
 from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.module_preparation import one_line
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,

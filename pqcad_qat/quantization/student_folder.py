@@ -34,7 +34,7 @@ from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, 
 from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out
 

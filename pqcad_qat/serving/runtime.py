@@ -20,7 +20,7 @@ import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.serving.compiled_graph import (

@@ -34,7 +34,7 @@ from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, OURS, PQCAD, REFERE
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder, float_graph

@@ -7,7 +7,7 @@ rounding of inputs is judged so: training mends what narrow weights lose, but ca
 
 This is asked in the steps of the sampler and in the steps of its student, which are longer; the larger demand decides.
 
-Not here: why those steps need it, and which network computes a step (sampling/float_steps.py).
+Not here: why those steps need it, and which network computes a step (sampling/precision_by_time.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pqcad_qat.quality.fidelity import psnr_of_floats
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.report.record import FloatStepsTrial
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.float_steps import float_from, float_steps
+from pqcad_qat.sampling.precision_by_time import float_from, float_steps
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels

@@ -29,7 +29,7 @@ from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAI
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim
 from pqcad_qat.report.report_files import write_report
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels

@@ -53,7 +53,7 @@ from pqcad_qat.report.record import (
     unsteady_variants,
 )
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.float_steps import float_steps
+from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.serving.packing import PACKED_WIDTHS
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,

@@ -39,7 +39,7 @@ from pqcad_qat.models.vae import decoded
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_full_precision, load_quantized
-from pqcad_qat.sampling.float_steps import by_time
+from pqcad_qat.sampling.precision_by_time import by_time
 from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import MANIFEST
 from pqcad_qat.serving.manifest import PART_FOLDERS

@@ -13,7 +13,7 @@ from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.report.record import FloatStepsTrial, Hardware, ProfileRow, Timing
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.run_folder import StageRecord
 from pqcad_qat.training.transition import Transition
 

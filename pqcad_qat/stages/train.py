@@ -32,7 +32,7 @@ from pqcad_qat.policy.schema import Policy, TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.sampling.float_steps import float_steps
+from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.sampling.trajectory import along, initial_noise
 from pqcad_qat.stages.prepared import CALIBRATION, SHARED, Prepared, calibration_recipe
 from pqcad_qat.stages.quantized_models import QuantizedModels

@@ -26,7 +26,7 @@ from pqcad_qat.machine.tensor_files import gathered
 from pqcad_qat.models.denoiser import Condition, predict
 from pqcad_qat.models.guidance import guided_call, rows_of
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
-from pqcad_qat.sampling.float_steps import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, guided
 from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition

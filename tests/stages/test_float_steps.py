@@ -1,0 +1,185 @@
+"""The stage `float-steps`, and what a run with float steps leaves: a measured number, rows that say it, a folder whose
+runtime computes these steps in full precision, and a student that does so too.
+
+Not here: which network computes a step (sampling/test_precision_by_time.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, tiny_unet
+
+from pqcad_qat.commands.run import run
+from pqcad_qat.errors import ModelError
+from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.model_loading import load_model, save_model
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
+from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule, trajectory
+from pqcad_qat.serving.deployed_folder import copy_folder
+from pqcad_qat.serving.manifest import FLOAT_GRAPH, FLOAT_WEIGHTS
+from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.stages.float_steps import WORTH, wanted
+from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.samplers import open_folder, sample_images
+from pqcad_qat.stages.stage_records import FloatStepsRecord
+
+EPSILON = {**SCHEDULER, "prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 1.0}
+MADE = (PTQ, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, NNCF_INT8)
+
+
+@dataclass(frozen=True)
+class Ended:
+    path: Path
+    policy: Policy
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        report = json.loads((self.path / "report.json").read_text())
+        return {row["name"]: row for row in report["variants"]}
+
+
+@pytest.fixture(scope="module")
+def epsilon_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that predicts epsilon, on a schedule that begins with hardly any signal."""
+    folder = tmp_path_factory.mktemp("epsilon") / "model"
+    torch.manual_seed(0)
+    save_model(tiny_unet().eval(), EPSILON, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(epsilon_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """A run whose policy leaves the number of float steps to the measurement."""
+    overrides = tiny_overrides(epsilon_folder, f"evaluation.variants=[{', '.join(MADE)}]", "evaluation.images=4")
+    policy = load_policy(POLICIES / "smoke.yaml", overrides)
+    path = tmp_path_factory.mktemp("runs") / "epsilon"
+    run(policy, path, "command", Console(quiet=True))
+    return Ended(path, policy)
+
+
+# ---- how many --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("psnrs", "count"),
+    [
+        ([23.2, 38.6, 38.7, 38.9], 1),
+        ([20.0, 20.0 + WORTH, 20.0 + 2 * WORTH, 20.1 + 2 * WORTH], 2),
+        ([20.0, 20.1, 20.0 + 2 * WORTH], 2),  # two help together where one does not
+        ([30.0, 30.5, 30.9], 0),
+        ([61.0, 90.0], 0),  # images of 8 bits are the same already
+        ([float("inf")], 0),
+        ([], 0),
+    ],
+)
+def test_a_step_in_float_has_to_be_worth_its_time(psnrs: list[float], count: int) -> None:
+    assert wanted(psnrs) == count
+
+
+def test_a_model_of_epsilon_without_signal_gets_float_steps_by_measurement(ended: Ended) -> None:
+    record = RunFolder(ended.path).read("float-steps", FloatStepsRecord)
+    assert record is not None
+    assert record.count >= 1
+    measured = [trial.psnr for trial in record.trials if trial.steps == ended.policy.sampler.steps]
+    assert measured[1] > measured[0] + WORTH
+
+
+def test_a_policys_own_number_is_taken_and_a_model_of_v_needs_none(ended: Ended, tiny_folder: Path) -> None:
+    for source, number, count in ((tiny_folder, "auto", 0), (tiny_folder, "2", 2)):
+        overrides = tiny_overrides(
+            source, f"sampler.float_steps={number}", f"evaluation.variants=[{PTQ}]", "evaluation.images=4"
+        )
+        path = ended.path.parent / f"number-{number}"
+        run(load_policy(POLICIES / "smoke.yaml", overrides), path, "command", Console(quiet=True))
+        record = RunFolder(path).read("float-steps", FloatStepsRecord)
+        assert record is not None
+        assert (record.count, record.trials) == (count, ())
+
+
+# ---- what is reported ------------------------------------------------------------------------------------------------
+
+
+def test_rows_count_the_float_steps_of_quantized_variants_alone(ended: Ended) -> None:
+    record = RunFolder(ended.path).read("float-steps", FloatStepsRecord)
+    assert record is not None
+    factor = ended.policy.sampler.steps // ended.policy.distillation.student_steps
+    for name, row in ended.rows.items():
+        of_student = -(-record.count // factor)
+        count = of_student if VARIANTS[name].student_steps else record.count
+        assert row["float_steps"] == (count if VARIANTS[name].quantized else 0), name
+    assert "in full precision" in (ended.path / "report.html").read_text()
+
+
+def test_an_image_takes_the_time_of_both_kinds_of_step(ended: Ended) -> None:
+    row, record = ended.rows[PQCAD_OPENVINO], json.loads((ended.path / "stages" / "benchmark.json").read_text())
+    in_int8 = row["steps"] - row["float_steps"]
+    whole = in_int8 * row["latency_ms_per_step"] + row["float_steps"] * record["float_step"]["median_ms"]
+    assert row["latency_ms_per_image"] == pytest.approx(whole)
+
+
+# ---- what is deployed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["int8", "packed"])
+def test_the_runtime_computes_these_steps_in_full_precision(ended: Ended, weights: Any, tmp_path: Path) -> None:
+    copy_folder(ended.path / "openvino", tmp_path / "folder", weights)
+    deployed = OVUNet2DModel.from_pretrained(tmp_path / "folder", properties={"INFERENCE_PRECISION_HINT": "f32"})
+    full = load_model(ended.policy.model.source).denoiser.eval()
+    times = [t for t, _ in noise_schedule(deployed.scheduler_config).walk(ended.policy.distillation.student_steps)]
+    x = initial_noise(3, 0, len(times), deployed.sample_shape)
+    with torch.no_grad():
+        wanted_values = predict(full, torch.from_numpy(x), torch.tensor(times)).numpy()
+    found = deployed.predict(x, np.array(times))  # times of both kinds in one call
+    off = np.abs(found - wanted_values).max(axis=(1, 2, 3)) / np.abs(wanted_values).max()
+    in_float = np.array(times) >= deployed.float_start
+    assert in_float.any()
+    assert not in_float.all()
+    assert off[in_float].max() < 1e-3
+    assert off[~in_float].min() > 1e-3
+    one_by_one = np.concatenate([deployed.predict(x[[k]], times[k]) for k in range(len(times))])
+    np.testing.assert_array_equal(found, one_by_one)
+
+
+def test_a_folder_without_its_float_graph_is_refused(ended: Ended, tmp_path: Path) -> None:
+    copy_folder(ended.path / "openvino", tmp_path / "folder")
+    (tmp_path / "folder" / "unet" / FLOAT_WEIGHTS).unlink()
+    with pytest.raises(ModelError, match=FLOAT_WEIGHTS):
+        OVUNet2DModel.from_pretrained(tmp_path / "folder")
+    manifest = json.loads((tmp_path / "folder" / "manifest.json").read_text())
+    for name in (FLOAT_WEIGHTS, FLOAT_GRAPH):
+        del manifest["files"][f"unet/{name}"]
+    (tmp_path / "folder" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=r"files: got no unet/float_steps\.xml"):
+        OVUNet2DModel.from_pretrained(tmp_path / "folder")
+
+
+def test_the_students_folder_samples_what_the_run_sampled(ended: Ended) -> None:
+    from safetensors.torch import load_file
+
+    student = open_folder(str(ended.path / "student"))
+    again = sample_images(student, 4, ended.policy.evaluation.seed, 4)
+    images = load_file(ended.path / "samples" / f"{PQCAD}.safetensors")["images"]
+    assert (again.int() - images.int()).abs().max() <= 1
+    full = load_file(ended.path / "samples" / f"{FP32}.safetensors")["images"]
+    assert not torch.equal(again, full)
+
+
+def test_diffusers_loop_gets_full_precision_for_these_steps(ended: Ended) -> None:
+    """A loop that knows nothing of float steps calls the folder's model at every time."""
+    deployed = OVUNet2DModel.from_pretrained(ended.path / "openvino")
+    schedule, steps = noise_schedule(deployed.scheduler_config), ended.policy.distillation.student_steps
+    noise = initial_noise(1, 0, 1, deployed.sample_shape)
+    x = noise
+    for step in trajectory(lambda state, t: deployed(state, t).sample, noise, schedule, steps):
+        x = np.asarray(step.x_s, np.float32)
+    assert np.isfinite(x).all()
