@@ -31,7 +31,8 @@ from pqcad_qat.models.probing import one_state, probe_states
 from pqcad_qat.models.untrained import fixed_inputs
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.serving.runtime import OVUNet2DModel, has_vnni
+from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.serving.vnni import has_vnni
 
 STATES = 16
 """Number of noise states from which the trial takes its ranges."""

@@ -7,7 +7,6 @@ openvino and numpy; torch only if the caller uses it.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,16 +44,13 @@ from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, prediction
 from pqcad_qat.serving.manifest import FLOAT_GRAPH, SCHEDULER_CONFIG
 from pqcad_qat.serving.packing import WeightFormat
+from pqcad_qat.serving.vnni import warn_without_vnni
 
-__all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput", "has_vnni"]
+__all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput"]
 
 Float32 = npt.NDArray[np.float32]
 """Array of float32."""
 
-CAPS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
-"""Values of ONEDNN_MAX_CPU_ISA that exclude VNNI. The variable limits oneDNN, and so OpenVINO, to the instructions of
-an older CPU.
-"""
 
 FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
 """OpenVINO property of the graph that computes the float steps."""
@@ -123,7 +119,7 @@ class OVUNet2DModel(StandIn):
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
         self._times = _student_times(self.scheduler_config, folder / SCHEDULER_CONFIG)
         self._warned_of_times = False
-        _warn_without_vnni(self.manifest, folder)
+        warn_without_vnni(self.manifest, folder)
         graph = read_graph(folder, core := shared_core())
         check_graph(graph, self.manifest, folder)
         self._ports = [port.get_names() for port in graph.inputs]
@@ -335,28 +331,3 @@ def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArr
     """
     schedule, steps = noise_schedule(scheduler_config, str(path)), scheduler_config.get(STEPS)
     return None if steps is None else np.array([t for t, _ in schedule.walk(steps, f"{path}: {STEPS}")], np.float64)
-
-
-def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
-    """Whether OpenVINO may use VNNI in this process: the CPU has it and ONEDNN_MAX_CPU_ISA allows it.
-
-    None means that neither is known.
-    """
-    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if cap in CAPS_WITHOUT_VNNI:
-        return False
-    if not cpuinfo.is_file():
-        return None
-    flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
-    return "avx_vnni" in flags or ("avx512_vnni" in flags and not cap.startswith("AVX2"))
-
-
-def _warn_without_vnni(manifest: Mapping[str, Any], folder: Path) -> None:
-    """Warn if layers of the folder need VNNI and this process has none."""
-    needing = [name for name, layer in manifest["layers"].items() if layer.get("needs_vnni")]
-    if needing and has_vnni() is False:
-        warnings.warn(
-            f"{folder}: this CPU has no VNNI, without which the integer sums of {len(needing)} layers may overflow, "
-            f"{needing[0]} for one: predictions may be wrong; weights of 7 bits and fewer are exact on every CPU",
-            stacklevel=3,
-        )

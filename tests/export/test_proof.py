@@ -152,7 +152,7 @@ from pathlib import Path
 import numpy as np
 from deployed_fixture import quantized_small
 from pqcad_qat.export.traceable_modules import needs_vnni
-from pqcad_qat.serving.runtime import has_vnni
+from pqcad_qat.serving.vnni import has_vnni
 from pqcad_qat.export.proof import layer_parity
 
 def findings(bits, inputs, folder):

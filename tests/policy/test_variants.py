@@ -19,6 +19,7 @@ from pqcad_qat.policy.variants import (
     DEFAULT_VARIANTS,
     EVERY_RUN,
     FIXED_BIT,
+    FLOAT_STEPS,
     FP32,
     FP32_HALF,
     NNCF_INT8,
@@ -49,7 +50,7 @@ def test_no_stage_is_of_no_run_and_every_stage_that_leaves_weights_runs() -> Non
 
 def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None:
     assert stages_of(DEFAULT_VARIANTS) == (
-        *("calibration", PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
+        *("calibration", FLOAT_STEPS, PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
         *("export", "baselines", "benchmark", "samples", "evaluation"),
     )
 
@@ -58,13 +59,13 @@ def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None
     ("listed", "stages"),
     [
         ((FP32, FP32_HALF), ()),
-        ((PTQ,), ()),
-        ((FIXED_BIT,), (FIXED_BIT,)),
-        ((PQ,), (PQ,)),
-        ((PQ_DISTILLED,), (PQ, "teacher", PQ_DISTILLED)),
-        ((FIXED_BIT, PQCAD), (PQ, FIXED_BIT, "teacher", PQCAD)),
-        ((PQCAD_OPENVINO,), (PQ, "teacher", PQCAD, "export", "benchmark")),
-        ((NNCF_INT8,), ("baselines", "benchmark")),
+        ((PTQ,), (FLOAT_STEPS,)),
+        ((FIXED_BIT,), (FLOAT_STEPS, FIXED_BIT)),
+        ((PQ,), (FLOAT_STEPS, PQ)),
+        ((PQ_DISTILLED,), (FLOAT_STEPS, PQ, "teacher", PQ_DISTILLED)),
+        ((FIXED_BIT, PQCAD), (FLOAT_STEPS, PQ, FIXED_BIT, "teacher", PQCAD)),
+        ((PQCAD_OPENVINO,), (FLOAT_STEPS, PQ, "teacher", PQCAD, "export", "benchmark")),
+        ((NNCF_INT8,), (FLOAT_STEPS, "baselines", "benchmark")),
     ],
 )
 def test_a_run_takes_only_the_stages_of_what_is_listed(listed: tuple[str, ...], stages: tuple[str, ...]) -> None:

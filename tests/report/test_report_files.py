@@ -94,6 +94,7 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
             "fid_fp",
             "psnr_fp",
             "ssim_fp",
+            "float_steps",
             "passes",
             "did_not_run",
         ),

@@ -37,6 +37,7 @@ from pqcad_qat.stages.stage_records import (
     BenchmarkRecord,
     EvaluationRecord,
     ExportRecord,
+    FloatStepsRecord,
     TrainingRecord,
 )
 
@@ -65,6 +66,8 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
         policy=tiny_run.policy,
         plan=prepared.plan,
         model=prepared.split,
+        walks=(prepared.schedule.walk(4), prepared.student_schedule(tiny_run.policy).walk(2)),
+        float_steps=FloatStepsRecord(),
         evaluation=replace(evaluation, figures=figures),
         progressive=folder.read(PQ, TrainingRecord),
         export=folder.read("export", ExportRecord),

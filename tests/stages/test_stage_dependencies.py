@@ -22,6 +22,7 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import (
     DEFAULT_VARIANTS,
     FIXED_BIT,
+    FLOAT_STEPS,
     FP32,
     FP32_HALF,
     NNCF_INT8,
@@ -45,7 +46,7 @@ STUDENTS = {PQCAD, f"samples-{PQCAD}", *DEPLOYED}
 DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
 QUANTIZED = {PQ, f"samples-{PQ}", f"samples-{PQ_HALF}", "teacher", *DISTILLED}
 CONTROL = {FIXED_BIT, f"samples-{FIXED_BIT}"}
-ALL = {"calibration", "baselines", *CONTROL, *QUANTIZED, *IMAGES}
+ALL = {"calibration", FLOAT_STEPS, "baselines", *CONTROL, *QUANTIZED, *IMAGES}
 
 AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.samples_every=0": set(),
@@ -77,6 +78,7 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "quantization.split_shortcuts=false": {*CONTROL, *QUANTIZED},
     "calibration.seed=3": ALL - FLOATING,
     "calibration.trajectories=6": ALL - FLOATING,
+    "sampler.float_steps=1": {FLOAT_STEPS, *CONTROL, *QUANTIZED, f"samples-{NNCF_INT8}"},
     "sampler.steps=8": ALL - {f"samples-{FP32_HALF}"},
     "distillation.student_steps=1": {*DISTILLED, "teacher", f"samples-{FP32_HALF}", f"samples-{PQ_HALF}"},
 }
@@ -162,7 +164,7 @@ def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_
     run(tiny_folder, tmp_path / "one" / "run", *shorter)
     pq = (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns
     told = run(tiny_folder, tmp_path / "one" / "run", *changes, resume=True)
-    assert "kept: calibration, pq, teacher" in told
+    assert "kept: calibration, float-steps, pq, teacher" in told
     assert (
         f"again: pqcad (distillation.calibration_weight 1.0 -> 0.5), samples-{FP32} (evaluation.seed 1234 -> 3)" in told
     )

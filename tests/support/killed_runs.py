@@ -38,6 +38,7 @@ from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.variants import (
     DEFAULT_VARIANTS,
     FIXED_BIT,
+    FLOAT_STEPS,
     PQ,
     PQ_DISTILLED,
     PQCAD,
@@ -61,7 +62,8 @@ SMALL = (  # overrides in addition to tiny_runs.TINY
 )
 
 STAGES = {  # stage -> number of moments in it
-    "calibration": 3,
+    "calibration": 2,
+    FLOAT_STEPS: 1,
     PQ: 3,
     FIXED_BIT: 2,
     "teacher": 2,

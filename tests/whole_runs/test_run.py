@@ -34,6 +34,7 @@ from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import (
     FIXED_BIT,
+    FLOAT_STEPS,
     FP32,
     FP32_HALF,
     NNCF_INT8,
@@ -234,6 +235,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
     stages = {
         "calibration",
+        FLOAT_STEPS,
         PQ,
         FIXED_BIT,
         "teacher",
