@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from nncf.torch.quantization.layers import INT8AsymmetricWeightsDecompressor, INT8SymmetricWeightsDecompressor
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ExportError
@@ -100,6 +99,12 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, layer: IntegerLayer) -> None:
         """Choose the decompressor: symmetric if the effective weights fit int8, else asymmetric with a zero point."""
+        # imported here, for it takes a third of a second, and plans use this file too
+        from nncf.torch.quantization.layers import (
+            INT8AsymmetricWeightsDecompressor,
+            INT8SymmetricWeightsDecompressor,
+        )
+
         super().__init__()
         weights = effective_weights(layer)
         scale = torch.from_numpy(np.array(layer.weight_scale, np.float32))

@@ -26,7 +26,7 @@ from pqcad_qat.errors import PlanError
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
-from pqcad_qat.quantization.layer_sensitivity import layer_sensitivities, output_error
+from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sensitivities, output_error
 from pqcad_qat.quantization.layer_state import quantized_weight, set_weight_bits
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.sensitivity_page import SensitivityReport, decibels, render, sensitivity_table
@@ -53,6 +53,10 @@ def batches(prepared: Prepared) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.fixture
 def quantized(prepared: Prepared, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    return calibrated(prepared, batches)
+
+
+def calibrated(prepared: Prepared, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     model = quantize_model(copy.deepcopy(prepared.split), prepared.plan)
     calibrate_ranges(model, batches)
     return model.eval()
@@ -65,10 +69,18 @@ def moved(model: nn.Module, reference: nn.Module, batches: list[tuple[Tensor, Te
     return float((ours - known).square().mean() / known.square().mean())
 
 
+@pytest.fixture(scope="module")
+def found(prepared: Prepared, batches: list[tuple[Tensor, Tensor]]) -> dict[str, LayerSensitivity]:
+    """The sensitivity of every layer at all `WIDTHS`."""
+    return {layer.name: layer for layer in layer_sensitivities(calibrated(prepared, batches), WIDTHS, batches)}
+
+
 def test_a_layers_error_is_that_of_the_full_precision_model_with_its_weights_alone_replaced(
-    prepared: Prepared, quantized: nn.Module, batches: list[tuple[Tensor, Tensor]]
+    found: dict[str, LayerSensitivity],
+    prepared: Prepared,
+    quantized: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
 ) -> None:
-    found = {layer.name: layer for layer in layer_sensitivities(quantized, WIDTHS, batches)}
     layers = quantized_layers(quantized)
     assert list(found) == list(layers)
     for name in (next(iter(layers)), list(layers)[-1]):
@@ -80,10 +92,7 @@ def test_a_layers_error_is_that_of_the_full_precision_model_with_its_weights_alo
         assert found[name].weights[2] > 4 * found[name].weights[4] > 16 * found[name].weights[7] > 0
 
 
-def test_layers_that_read_one_tensor_share_its_error(
-    quantized: nn.Module, batches: list[tuple[Tensor, Tensor]]
-) -> None:
-    found = {layer.name: layer for layer in layer_sensitivities(quantized, (4,), batches)}
+def test_layers_that_read_one_tensor_share_its_error(found: dict[str, LayerSensitivity], quantized: nn.Module) -> None:
     groups: dict[str, list[str]] = {}
     for name, layer in quantized_layers(quantized).items():
         groups.setdefault(layer.plan.input_group, []).append(name)
