@@ -41,18 +41,23 @@ from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 
+SHARED = (r"\btiny_run: FinishedRun", r"\bfloat_pipeline\(")
+"""What makes a test file use things that are made once in a process, for several files."""
+
 
 class _FilesThatShare(LoadFileScheduling):
-    """Scheduling of xdist that leaves a file to one process, and all files with the fixture `tiny_run` to the same."""
+    """Scheduling of xdist that leaves a file to one process, and all files that share something to the same."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "tiny_run" if _shares_run(REPOSITORY / file) else file
+        return _shared(REPOSITORY / file) or file
 
 
 @cache
-def _shares_run(file: Path) -> bool:
-    return re.search(r"\btiny_run: FinishedRun", file.read_text(encoding="utf-8")) is not None
+def _shared(file: Path) -> str:
+    """Return which of `SHARED` a file matches; the empty string for none."""
+    text = file.read_text(encoding="utf-8")
+    return next((pattern for pattern in SHARED if re.search(pattern, text)), "")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -60,11 +65,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among several processes, begin with what takes longest, so that all end at the same time: files that share a run,
-    and whole runs.
+    """Among several processes, begin with what takes longest, so that all end at the same time: files that share
+    something, and whole runs.
     """
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: (not _shares_run(item.path), item.path.parent.name != "whole_runs"))
+        items.sort(key=lambda item: (not _shared(item.path), item.path.parent.name != "whole_runs"))
 
 
 def pytest_collection_finish() -> None:

@@ -54,6 +54,11 @@ def ours(plain: DeployedPipeline) -> TextToImage:
     return TextToImage.from_pretrained(plain.folder, properties=F32)
 
 
+@pytest.fixture(scope="module")
+def ours_large(large: DeployedPipeline) -> TextToImage:
+    return TextToImage.from_pretrained(large.folder, properties=F32)
+
+
 def pipeline_of(where: DeployedPipeline) -> Any:
     """diffusers' own pipeline of the source, with DDIM as the deployed folder has it."""
     name = json.loads((where.source.folder / MODEL_INDEX).read_text())["_class_name"]
@@ -102,17 +107,18 @@ def encoded(where: DeployedPipeline, prompt: str, negative: str | None) -> tuple
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("negative", [None, "", "a dog"])
-def test_two_encoders_give_the_embeddings_of_diffusers(large: DeployedPipeline, negative: str | None) -> None:
-    pipeline = TextToImage.from_pretrained(large.folder, properties=F32)
+def test_two_encoders_give_the_embeddings_of_diffusers(
+    large: DeployedPipeline, ours_large: TextToImage, negative: str | None
+) -> None:
     states, other_states, pooled, other_pooled = encoded(large, LONG, negative)
-    found = pipeline.embeddings(LONG)
-    other = pipeline._unconditional(found, negative)
+    found = ours_large.embeddings(LONG)
+    other = ours_large._unconditional(found, negative)
     for name, one, two in (("encoder_hidden_states", states, other_states), ("text_embeds", pooled, other_pooled)):
         np.testing.assert_allclose(found[name], one.numpy(), atol=5e-3, err_msg=name)
         np.testing.assert_allclose(other[name], two.numpy(), atol=5e-3, err_msg=name)
     assert found["time_ids"].tolist() == other["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
     assert other["text_embeds"].any() != (negative is None)
-    assert pipeline("a cat", negative).std() > 10
+    assert ours_large("a cat", negative).std() > 10
 
 
 WITH_T5 = {
@@ -212,8 +218,10 @@ def test_sixteen_threads_on_one_pipeline_get_the_pictures_of_one(
             np.testing.assert_array_equal(together, one)
 
 
-def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(large: DeployedPipeline) -> None:
-    pipeline, full = TextToImage.from_pretrained(large.folder), pipeline_of(large)
+def test_prompts_are_cut_and_filled_as_the_pipelines_own_tokenizer_does(
+    large: DeployedPipeline, ours_large: TextToImage
+) -> None:
+    pipeline, full = ours_large, pipeline_of(large)
     for encoder, tokenizer in zip(pipeline.encoders.values(), (full.tokenizer, full.tokenizer_2), strict=True):
         for prompt in ("", "A Cat!", "ein Hündchen  läuft", LONG):
             wanted = tokenizer(prompt, padding="max_length", max_length=TOKENS, truncation=True).input_ids
