@@ -345,14 +345,13 @@ def test_the_report_says_how_to_make_it_again(report: Mapping[str, Any], tiny_ru
 
 
 @pytest.mark.parametrize(("schedule", "steps"), [("momentum", 9), ("fixed", 9), ("momentum", 1)])
-def test_a_deadline_at_the_very_end_still_ends_at_the_targets(
-    tiny_run: FinishedRun, tmp_path: Path, schedule: str, steps: int
-) -> None:
+def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, schedule: str, steps: int) -> None:
     policy = tiny_run.policy
     progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
-    evaluation = policy.evaluation.model_copy(update={"variants": (PQ,)})
+    evaluation = policy.evaluation.model_copy(update={"variants": (PQ,), "images": 2, "features": "none"})
     late = policy.model_copy(update={"progressive": progressive, "evaluation": evaluation})
-    path = run(late, tmp_path / "late", "command", Console(quiet=True)).parent
+    beside = tiny_run.path.with_name(f"late-{schedule}-{steps}")  # it finds the calibration set
+    path = run(late, beside, "command", Console(quiet=True)).parent
     prepared = prepare(late)
     model = quantize_model(prepared.split, prepared.plan)
     model.load_state_dict(load_file(path / "models" / "pq.safetensors"))
