@@ -7,6 +7,11 @@ Not here: any test, or helpers that no fixture needs (support/).
 from __future__ import annotations
 
 import gc
+
+gc.set_threshold(100_000, 20, 20)  # while the libraries are imported, and while tests run
+
+# isort: split
+
 import io
 import re
 import subprocess
@@ -73,11 +78,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of every garbage collection, and collect less often: a tenth of the tests' time
-    went into walks over the modules of torch and diffusers.
+    """Leave what is imported by now out of every garbage collection: a tenth of the tests' time went into walks over the
+    modules of torch and diffusers.
     """
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
