@@ -7,11 +7,6 @@ Not here: any test, or helpers that no fixture needs (support/).
 from __future__ import annotations
 
 import gc
-
-gc.set_threshold(100_000, 20, 20)  # while the libraries are imported, and while tests run
-
-# isort: split
-
 import io
 import re
 import subprocess
@@ -78,8 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported by now out of every garbage collection: a tenth of the tests' time went into walks over the
-    modules of torch and diffusers.
+    """Leave what is imported by now out of every garbage collection: a tenth of the tests' time went into walks over
+    the modules of torch and diffusers.
     """
     gc.freeze()
 

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # fixes the order of sums, so tha
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave the cores to others
 
 import no_usage_reports  # noqa: F401  # before OpenVINO is imported
+import seldom_collected  # noqa: F401
 
 # isort: split
 
