@@ -268,6 +268,19 @@ def with_model(overrides: Sequence[str], model: str | None) -> list[str]:
     return [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
 
 
+def with_minutes(overrides: Sequence[str], minutes: object) -> list[str]:
+    """Overrides of a policy, including training.minutes if --minutes is given.
+
+    Raises:
+        UsageError: the value is not a number over 0.
+    """
+    if minutes is None:
+        return list(overrides)
+    if not isinstance(minutes, int | float) or isinstance(minutes, bool) or minutes <= 0:
+        raise UsageError(f"--minutes: got {minutes!r}; allowed a number over 0")
+    return [*overrides, f"training.minutes={float(minutes)}"]
+
+
 def guidance_scale(value: object) -> float | None:
     """Value of --guidance; None without the flag.
 

@@ -25,6 +25,7 @@ from pqcad_qat.arguments import (
     several,
     size_limit,
     whole_number,
+    with_minutes,
     with_model,
 )
 from pqcad_qat.errors import UsageError
@@ -47,6 +48,7 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
     module: str | None = None,
+    minutes: float | None = None,
 ) -> None:
     """Take a policy's full-precision model to an INT8 OpenVINO folder and a report.
 
@@ -59,8 +61,9 @@ def run(
         dry_run: show the plan, what each stage would do, and the disk space that it needs; nothing is written.
         module: module of your own in place of model.source, as FILE.py:FUNCTION. The file is run, and the function
             returns a pqcad_qat.models.own_model.OwnModel.
+        minutes: training.minutes, the wall time of all training stages whose steps are auto.
     """
-    loaded = load_policy(policy_file(policy), with_model(set, model))
+    loaded = load_policy(policy_file(policy), with_minutes(with_model(set, model), minutes))
     from pqcad_qat.commands.run import preview
     from pqcad_qat.commands.run import run as run_policy
     from pqcad_qat.report.tables import plan_table, stages_ahead

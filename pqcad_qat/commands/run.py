@@ -32,7 +32,7 @@ from pqcad_qat.stages.open_run import holds_run, open_run
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.stage_dependencies import recipes, training_steps
+from pqcad_qat.stages.stage_dependencies import most_steps, recipes, training_steps
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
@@ -90,9 +90,11 @@ def preview(policy: Policy, path: Path, resume: bool = False, model: OwnModel | 
             state = KEPT
         else:
             state = TO_DO if folder.begun(stage) is None else GOES_ON
-        steps = training_steps(policy, stage) if table[stage].trained else None
+        trains = bool(table[stage].trained)
+        steps = most_steps(policy, stage) if trains else None
         size = stage_bytes(policy, prepared, table, stage)
-        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size))
+        automatic = trains and training_steps(policy, stage) is None
+        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size, automatic))
     notes = notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder)
     return RunPreview(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
 

@@ -37,7 +37,7 @@ from pqcad_qat.report.report_files import PAGE_FILE, read_report
 from pqcad_qat.report.tables import CellState
 from pqcad_qat.stages.open_run import POLICY, check_policy
 from pqcad_qat.stages.prepared import planned_shapes
-from pqcad_qat.stages.stage_dependencies import training_steps
+from pqcad_qat.stages.stage_dependencies import most_steps, training_steps
 
 STUDY_PAGE = "study.html"
 ERRORS = "errors"
@@ -273,8 +273,9 @@ def checked_cells(
         stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
         path = folder / cell.name
         state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"
-        steps = sum(training_steps(cell.policy, stage) for stage in stages)
-        states.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state))
+        steps = sum(most_steps(cell.policy, stage) for stage in stages)
+        automatic = any(training_steps(cell.policy, stage) is None for stage in stages)
+        states.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state, automatic))
     return tuple(states)
 
 

@@ -116,6 +116,17 @@ class CalibrationSet:
             unconditional_predictions=None if guided is None else guided[:, columns],
         )
 
+    def of(self, rows: slice) -> CalibrationSet:
+        """The set of these trajectories alone."""
+        guided = self.unconditional_predictions
+        return replace(
+            self,
+            states=self.states[rows],
+            predictions=self.predictions[rows],
+            condition={name: value[rows] for name, value in self.condition.items()},
+            unconditional_predictions=None if guided is None else guided[rows],
+        )
+
     def inputs(self, count: int, batch_size: int) -> Iterator[DenoiserInput]:
         """Yield batches of denoiser inputs (x_t (B, C, H, W), t (B,), condition), `count` samples in all.
 

@@ -16,6 +16,7 @@ from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section
 from pqcad_qat.policy.value_types import (
+    AutoCount,
     Classes,
     Count,
     FloatSteps,
@@ -30,13 +31,17 @@ from pqcad_qat.policy.value_types import (
     Text,
     Variants,
 )
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE, VARIANTS
+from pqcad_qat.policy.variants import DEFAULT_VARIANTS, FIXED_BIT, PTQ, REFERENCE, VARIANTS
 
 EMBEDDED = "embedded:"
 """Prefix of the names of the models and feature networks that ship with the package."""
 
 NO_FEATURES = "none"
 """Value of evaluation.features with which nothing is compared with real images."""
+
+
+AUTO_DEADLINE_STEPS = 200
+"""Number of training steps that progressive.deadline is a share of where the stage's own number is not known."""
 
 
 class ModelPolicy(Section):
@@ -119,7 +124,11 @@ class SamplerPolicy(Section):
 class CalibrationPolicy(Section):
     """The calibration set: recorded trajectories of the full-precision model."""
 
-    trajectories: Count = Field(128, description="recorded trajectories, each with every state from noise to image")
+    trajectories: Count = Field(
+        128,
+        description="recorded trajectories, each with every state from noise to image; an eighth of them is held out "
+        "of training and measures it",
+    )
     seed: Seed = Field(0, description="seed of their noise")
     refinement: Count = Field(
         2,
@@ -134,7 +143,11 @@ class CalibrationPolicy(Section):
 class ProgressivePolicy(Section):
     """Progressive quantization: the walk from the ladder's first width to each layer's target."""
 
-    steps: Count = Field(70, description="training steps of the stage")
+    steps: AutoCount = Field(
+        "auto",
+        description="training steps of the stage; auto: until the loss of held-out states stops improving; "
+        f"{FIXED_BIT} takes as many",
+    )
     ladder: Ladder = Field(
         (8, 6, 4), description="weight widths in bits, strictly descending; a layer stops at its target width"
     )
@@ -158,7 +171,11 @@ class ProgressivePolicy(Section):
         description="relative change of a layer's weights by the next width, over which its transition waits",
     )
     layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
-    deadline: Share = Field(0.2, description="share of the steps after which every layer is at its target")
+    deadline: Share = Field(
+        0.2,
+        description="share of the steps after which every layer is at its target; with steps: auto, of "
+        f"{AUTO_DEADLINE_STEPS} steps",
+    )
 
     def faults(self) -> Iterator[Fault]:
         if any(low >= high for high, low in zip(self.ladder, self.ladder[1:], strict=False)):
@@ -168,7 +185,10 @@ class ProgressivePolicy(Section):
 class DistillationPolicy(Section):
     """Calibration-assisted distillation to fewer sampling steps."""
 
-    steps: Count = Field(100, description="training steps of the stage")
+    steps: AutoCount = Field(
+        "auto",
+        description="training steps of the stage; auto: until the loss of held-out states stops improving",
+    )
     student_steps: Count = Field(10, description="sampling steps of the student; must divide sampler.steps")
     teacher_weight: float = Field(
         0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out"
@@ -194,6 +214,13 @@ class TrainingPolicy(Section):
 
     batch_size: Count = Field(32, description="states in a batch, at mixed time steps")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
+    max_steps: Count = Field(2000, description="largest number of training steps of a stage whose steps are auto")
+    minutes: float | None = Field(
+        60.0,
+        gt=0,
+        description="wall time that the training stages of a run may take together, in minutes; it ends stages whose "
+        "steps are auto, each after its share of what is left; null: any; run --minutes sets it",
+    )
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
     )

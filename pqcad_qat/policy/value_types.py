@@ -25,6 +25,9 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+AutoCount = Literal["auto"] | Count
+
+
 FloatSteps = Literal["auto"] | Annotated[int, Field(ge=0, le=1000)]
 
 

@@ -20,6 +20,9 @@ from pqcad_qat.training.transition import Transition
 _PRECISIONS = {"i8": "accent", "u8": "accent", "i4": "accent", "bf16": "amber", "f16": "amber", "f32": "violet"}
 _PRECISION_NAMES = {"i8": "INT8", "u8": "INT8", "i4": "INT4", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
 _CAUSES = (("plateau", "o", "amber"), ("deadline", "D", "rose"), ("fixed", "s", "violet"))  # cause, marker, colour
+HELD_OUT = "held_out"
+"""Name of the series of the held-out loss, which is drawn dashed beside the terms of the training loss."""
+
 _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 
@@ -213,8 +216,8 @@ def _points(series: Series, most: int = 1500) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss_curves(curves: Curves) -> str | None:
-    """Chart of every loss term over the training steps of its stage, one logarithmic panel a stage; None without
-    losses.
+    """Chart of every loss term and of the held-out loss over the training steps of its stage, one logarithmic panel a
+    stage; None without losses.
     """
     stages: dict[str, list[Series]] = {}
     for series in curves.losses:
@@ -228,7 +231,9 @@ def loss_curves(curves: Curves) -> str | None:
         for axes, (stage, terms) in zip(panels, stages.items(), strict=False):
             for colour, series in zip(_SERIES, terms, strict=False):
                 steps, values = _points(series)
-                axes.plot(steps, np.where(values > 0, values, np.nan), color=COLOURS[colour], label=series.name, lw=1.4)
+                label, line = (series.name, "-") if series.name != HELD_OUT else ("held out, all terms", "o--")
+                drawn_values = np.where(values > 0, values, np.nan)
+                axes.plot(steps, drawn_values, line, ms=2.5, color=COLOURS[colour], label=label, lw=1.4)
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
             axes.set_title(stage)

@@ -18,6 +18,7 @@ from pqcad_qat.policy.variants import FP32, OURS, PQCAD, REFERENCE, VARIANTS, su
 from pqcad_qat.report import figures
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
 from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
+from pqcad_qat.report.stage_ends import end_sentence
 
 BASELINES = {spec.name: spec.baseline for spec in reversed(tuple(VARIANTS.values())) if spec.baseline}
 UNKNOWN = "\N{EN DASH}"
@@ -67,6 +68,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         headlines=headlines(report),
         verdict=verdict(report.targets),
         created=report.created.replace("T", " ").replace("+00:00", " UTC"),
+        ends=[end_sentence(stage, end) for stage, end in report.training.items()],
         latencies=latency_bars(report),
         stages=time_bars(report.timings_s),
         rows=[(row, summary_of(row.name), report.latency.get(row.name)) for row in report.variants],

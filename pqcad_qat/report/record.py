@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.policy.variants import VARIANTS
 from pqcad_qat.quality.fid_protocol import FidProtocol
+from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
 
 SCHEMA_VERSION = 1
@@ -206,7 +207,7 @@ class Series:
     """One quantity over training steps; a value that was not finite is None."""
 
     stage: str  # name of the variant that the stage trains
-    name: str  # "loss", "teacher", "calibration", "loss_momentum", "perturbation", "mean_bits", ...
+    name: str  # "loss", "held_out", "teacher", "calibration", "loss_momentum", "perturbation", "mean_bits", ...
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
 
@@ -248,6 +249,7 @@ class Report:
     storage: tuple[StorageRow, ...] = ()  # storage of the deployed variant
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
     float_steps: tuple[FloatStepsTrial, ...] = ()  # what decided how many first steps full precision computes
+    training: Mapping[str, StageEnd] = field(default_factory=dict)  # training stage -> what it came to
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION

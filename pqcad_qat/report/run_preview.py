@@ -26,6 +26,7 @@ class StagePreview:
         reason: reason why the stage is repeated; empty otherwise.
         training_steps: number of training steps; None for a stage that does not train.
         size_bytes: estimate of the largest number of bytes that it occupies on disk.
+        automatic: whether the stage finds its number of steps by itself, up to `training_steps`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class StagePreview:
     reason: str
     training_steps: int | None
     size_bytes: int
+    automatic: bool = False
 
 
 @dataclass(frozen=True)

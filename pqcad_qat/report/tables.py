@@ -45,6 +45,7 @@ class CellState:
         trains: its training stages.
         steps: number of training steps of all its stages.
         state: progress, one of new, begun and finished.
+        automatic: whether a stage finds its number of steps by itself, so that `steps` is the largest number.
     """
 
     name: str
@@ -52,6 +53,7 @@ class CellState:
     trains: tuple[str, ...]
     steps: int
     state: str
+    automatic: bool = False
 
 
 def plan_table(plan: Sequence[LayerPlan], model: nn.Module) -> TerminalTable:
@@ -154,7 +156,7 @@ def stages_ahead(preview: RunPreview) -> TerminalTable:
         table.add_column(heading, justify="right")
     for stage in preview.stages:
         state = f"{stage.state}: {stage.reason}" if stage.reason else stage.state
-        steps = "" if stage.training_steps is None else str(stage.training_steps)
+        steps = "" if stage.training_steps is None else _steps(stage.training_steps, stage.automatic)
         size = "" if stage.state == KEPT or not stage.size_bytes else f"{stage.size_bytes / 1e6:,.1f}"
         table.add_row(*map(Text, (stage.name, state, steps, size)))
     return table
@@ -164,8 +166,14 @@ def cells_table(cells: Sequence[CellState], title: str) -> TerminalTable:
     """Table of the work and the progress of every cell of a study."""
     table = TerminalTable("cell", "variants", "trains", "steps", "is", title=title)
     for cell in cells:
-        table.add_row(cell.name, " ".join(cell.variants), " ".join(cell.trains), str(cell.steps), cell.state)
+        table.add_row(
+            cell.name, " ".join(cell.variants), " ".join(cell.trains), _steps(cell.steps, cell.automatic), cell.state
+        )
     return table
+
+
+def _steps(steps: int, automatic: bool) -> str:
+    return f"auto, at most {steps}" if automatic else str(steps)
 
 
 def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> TerminalTable:

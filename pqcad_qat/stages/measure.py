@@ -231,6 +231,8 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
     def noted(stage: str, kind: type[Record]) -> Record | None:
         return run.read(stage, kind) if stage in seconds else None
 
+    records = {stage: noted(stage, TrainingRecord) for stage in TRAINED}
+    ends = {stage: record.end for stage, record in records.items() if record is not None and record.end is not None}
     evaluation = noted("evaluation", EvaluationRecord)
     assert evaluation is not None  # this stage ran just before the report
     facts = RunFacts(
@@ -244,6 +246,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         float_steps=run.read_always(FLOAT_STEPS, FloatStepsRecord),
         evaluation=evaluation,
         progressive=noted(PQ, TrainingRecord),
+        ends=ends,
         export=noted("export", ExportRecord),
         baselines=noted("baselines", BaselinesRecord),
         benchmark=noted("benchmark", BenchmarkRecord),
@@ -255,7 +258,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
     samples: dict[str, Any] = {
         name: _pictures(load_file(_images_file(run, name)), full) for name in _shown(policy, run)
     }
-    write_report(run.path, report_of(facts), curves_of(policy, run.path / "logs"), samples)
+    write_report(run.path, report_of(facts), curves_of(policy, run.path / "logs", ends), samples)
 
 
 def _shown(policy: Policy, run: RunFolder) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import executes_int8, float_layers, stored_bits
 from pqcad_qat.quantization.quantizable_layers import float_kind
+from pqcad_qat.report.figures import HELD_OUT
 from pqcad_qat.report.record import (
     UNSTEADY,
     Curves,
@@ -64,6 +65,7 @@ from pqcad_qat.stages.stage_records import (
     TrainingRecord,
 )
 from pqcad_qat.training.metrics_log import read_metrics
+from pqcad_qat.training.stage_end import StageEnd
 
 CLEARLY = 0.95
 """Ratio of two Frechet distances at or below which the first counts as clearly better."""
@@ -95,6 +97,7 @@ class RunFacts:
         float_steps: first steps that full precision computes.
         evaluation, progressive, export, baselines, benchmark: records of these stages; None for stages that the run
             does not take.
+        ends: what each training stage came to.
         seconds: wall time by stage, in order.
         warnings: warnings shown while the run worked.
         command: command that repeats the run.
@@ -110,6 +113,7 @@ class RunFacts:
     export: ExportRecord | None
     baselines: BaselinesRecord | None
     benchmark: BenchmarkRecord | None
+    ends: Mapping[str, StageEnd]
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     command: str
@@ -142,6 +146,7 @@ def report_of(facts: RunFacts) -> Report:
         storage=tuple(_storage(facts)) if export else (),
         float_steps=facts.float_steps.trials,
         parts=export.parts if export else (),
+        training=facts.ends,
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -314,14 +319,15 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
         yield StorageRow("its own", 0, 0, own)
 
 
-def curves_of(policy: Policy, logs: Path) -> Curves:
-    """Series of the training logs for the report's charts."""
+def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = None) -> Curves:
+    """Series of the training logs for the report's charts; the held-out losses begin with those of the start."""
     losses, momenta, distances = [], [], []
     for stage in TRAINED:
         if stage not in stages_of(policy.evaluation.variants):
             continue
         rows = read_metrics(logs / f"{stage}.jsonl")
         losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
+        losses += _held_out(stage, rows, (ends or {}).get(stage))
         if stage in QUANTIZATION_AWARE:
             distances.append(_series(stage, "weight_distance", "weight_distance", rows))
         if stage == PQ:
@@ -331,6 +337,15 @@ def curves_of(policy: Policy, logs: Path) -> Curves:
     return Curves(
         tuple(losses), tuple(momenta), tuple(distances), policy.progressive.plateau, policy.progressive.perturbation
     )
+
+
+def _held_out(stage: str, rows: Sequence[Mapping[str, float]], end: StageEnd | None) -> Iterator[Series]:
+    """Series of the held-out loss, if it was measured: it is the sum of the loss's terms."""
+    measured = [(int(row["step"]), row["held_out"]) for row in rows if "held_out" in row]
+    if measured:
+        start = () if end is None else ((0, end.held_out.get("start")),)
+        steps, values = zip(*start, *measured, strict=True)
+        yield Series(stage, HELD_OUT, steps, values)
 
 
 def _series(stage: str, name: str, key: str, rows: Sequence[Mapping[str, float]]) -> Series:

@@ -30,18 +30,22 @@ from pqcad_qat.stages.float_steps import measured
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
+from pqcad_qat.training.held_out import SHARE
 
 BASELINE_INPUTS = 300
 """Number of model inputs that calibrate NNCF's post-training baseline; it equals NNCF's own default."""
 
-WEIGHTS, TRANSITIONS = "models/{}.safetensors", "models/{}.json"
-"""Paths in a run's folder of the weights and transitions that a trained stage leaves, beside its log."""
+WEIGHTS, TRANSITIONS, ENDS = "models/{}.safetensors", "models/{}.json", "models/{}-end.json"
+"""Paths in a run's folder of what a trained stage leaves beside its log: weights, transitions, and how it ended."""
 
 INDIFFERENT = ("samples_every",)
 """Keys of the section `training` that do not affect the weights."""
 
 AFTER_DIVERGENCE = ("checkpoint_every", "keep_checkpoints", "on_divergence")
 """Keys of the section `training` that matter only for how training continues after a divergence."""
+
+BUDGET = ("max_steps", "minutes")
+"""Keys of the section `training` that matter only where a stage finds its number of steps by itself."""
 
 SPARING = ("activation_checkpointing",)
 """Keys of the section `training` that save memory at the cost of time, and give the same weights."""
@@ -80,7 +84,8 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
 
 def trained_paths(stage: str) -> tuple[str, ...]:
     """Paths in a run's folder that a training stage leaves."""
-    return (WEIGHTS.format(stage), TRANSITIONS.format(stage), f"logs/{stage}.jsonl", f"checkpoints/{stage}")
+    files = (path.format(stage) for path in (WEIGHTS, TRANSITIONS, ENDS))
+    return (*files, f"logs/{stage}.jsonl", f"checkpoints/{stage}")
 
 
 def sampling(variant: str) -> str:
@@ -108,6 +113,7 @@ class _Table:
     def __init__(self, policy: Policy, prepared: Prepared) -> None:
         self.policy, self.prepared = policy, prepared
         self.whole = policy.model_dump(mode="json")
+        self.stages = stages_of(policy.evaluation.variants)
         self.model = {"model": prepared.model.digest, "conditions": prepared.conditions.digest}
 
     def section(self, name: str, *without: str) -> dict[str, Any]:
@@ -136,28 +142,31 @@ class _Table:
         ]
         return {"quantization.layers": plan, **self.section("quantization", "layers", "attention")}
 
-    def training(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the `values` and the `circumstances` of a training stage's recipe."""
-        circumstances = (*AFTER_DIVERGENCE, *SPARING)
-        values, training = self.section("training", *INDIFFERENT, *circumstances), self.whole["training"]
+    def training(self, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the `values` and the `circumstances` of a training stage's recipe.
+
+        Minutes are a circumstance: what a clock decides is not repeated to the last step anyway.
+        """
+        automatic = training_steps(self.policy, stage) is None
+        circumstances = (*AFTER_DIVERGENCE, *SPARING, *(("minutes",) if automatic else ()))
+        values, training = self.section("training", *INDIFFERENT, *BUDGET, *circumstances), self.whole["training"]
+        values |= {"held_out": SHARE} | ({"training.max_steps": training["max_steps"]} if automatic else {})
         return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
 
     def quantization_aware(self, name: str) -> Recipe:
-        values, circumstances = self.training()
+        values, circumstances = self.training(name)
         progressive = (
             self.section("progressive") if name == PQ else {"progressive.steps": self.policy.progressive.steps}
         )
-        return Recipe(
-            {**self.layers(name == PQ), **values, **progressive},
-            ("calibration", FLOAT_STEPS),
-            circumstances,
-            trained_paths(name),
-        )
+        # fixed-bit training takes as many steps as `pq` has found
+        follows = name != PQ and training_steps(self.policy, PQ) is None and PQ in self.stages
+        after = ("calibration", FLOAT_STEPS, *((PQ,) if follows else ()))
+        return Recipe({**self.layers(name == PQ), **values, **progressive}, after, circumstances, trained_paths(name))
 
     def distilled(self, student: str) -> dict[str, Recipe]:
         """Recipes of a student's two stages: the teacher's targets, then training."""
         policy = self.policy
-        values, circumstances = self.training()
+        values, circumstances = self.training(student)
         steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
         schedule = noise_schedule(self.prepared.model.scheduler_config)
         teacher_weight, calibration_weight = loss_weights(policy, student)
@@ -240,6 +249,13 @@ def _versions(*packages: str) -> Mapping[str, str]:
     return {package: version(package) for package in packages}
 
 
-def training_steps(policy: Policy, stage: str) -> int:
-    """Number of training steps of a training stage."""
-    return policy.progressive.steps if stage in QUANTIZATION_AWARE else policy.distillation.steps
+def training_steps(policy: Policy, stage: str) -> int | None:
+    """Number of training steps of a training stage; None where it is `auto`, and the stage finds it."""
+    steps = policy.progressive.steps if stage in QUANTIZATION_AWARE else policy.distillation.steps
+    return steps if isinstance(steps, int) else None
+
+
+def most_steps(policy: Policy, stage: str) -> int:
+    """Number of training steps of a training stage, or the largest one that a stage may find."""
+    steps = training_steps(policy, stage)
+    return policy.training.max_steps if steps is None else steps

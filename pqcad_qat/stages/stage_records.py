@@ -15,6 +15,7 @@ from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.report.record import FloatStepsTrial, Hardware, ProfileRow, Timing
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.run_folder import StageRecord
+from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
 
 
@@ -44,6 +45,7 @@ class TrainingRecord(StageRecord):
     """Record of a training stage."""
 
     transitions: tuple[Transition, ...] = ()  # in the order in which they began
+    end: StageEnd | None = None  # None for a stage of an earlier version
 
 
 @dataclass(frozen=True)

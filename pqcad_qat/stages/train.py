@@ -1,77 +1,56 @@
 """The stages that train, and the calibration set that they learn from: progressive quantization, its fixed-bit control,
 and distillation.
 
-Not here: how each of them works (data/, training/).
+Not here: how each of them works (data/, training/), and what all training stages have in common (training_task.py).
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
-from pqcad_qat.machine.content_store import shared_folder
-from pqcad_qat.machine.files import write_file
-from pqcad_qat.machine.processes import agreed, is_first, process_count
+from pqcad_qat.machine.processes import is_first, process_count
 from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
-from pqcad_qat.policy.schema import Policy, TrainingPolicy
-from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ
+from pqcad_qat.policy.schema import AUTO_DEADLINE_STEPS, Policy, TrainingPolicy
+from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.sampling.trajectory import along, initial_noise
-from pqcad_qat.stages.prepared import CALIBRATION, SHARED, Prepared, calibration_recipe
+from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
-from pqcad_qat.stages.stage_dependencies import TRANSITIONS, WEIGHTS, loss_weights
+from pqcad_qat.stages.stage_dependencies import loss_weights
 from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, TrainingRecord
+from pqcad_qat.stages.training_task import TrainingTask, train
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
-from pqcad_qat.training.callback import BatchSource, Callback, TrainState, averaged_weights
-from pqcad_qat.training.checkpoint import CheckpointFolder
+from pqcad_qat.training.callback import Batch, BatchSource, Callback
 from pqcad_qat.training.distillation import (
     CalibrationAssistedDistillation,
     DistillationSet,
     distillation_batches,
     distillation_set,
+    distillation_states,
 )
-from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches
+from pqcad_qat.training.held_out import divided, fixed_states
+from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibration_batches, calibration_states
 from pqcad_qat.training.quantizer_log import QuantizerLog
-from pqcad_qat.training.trainer import LoopSettings
+from pqcad_qat.training.stage_end import Ending
 from pqcad_qat.training.training_samples import TrainingSamples
-from pqcad_qat.training.training_stage import StageSettings, train_stage
-from pqcad_qat.training.transition import Transition
 from pqcad_qat.training.transition_decision import BitScheduleSettings, rungs
 from pqcad_qat.training.weight_distance import WeightDistance
 
-_TRANSITIONS = TypeAdapter(tuple[Transition, ...])
-
 SHOWN = 4
 """Number of images in the grid that shows the progress of training."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Training of one stage: its model, callbacks, batches and number of training steps."""
-
-    stage: str
-    model: nn.Module
-    callbacks: Sequence[Callback]
-    batches: BatchSource
-    steps: int
 
 
 def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> CalibrationSet:
@@ -120,13 +99,12 @@ def progressive(
     model = models.at_first_widths(calibrated=not run.finished(PQ))
     schedule = bit_schedule(policy, prepared.plan, model)
     callbacks = [
-        schedule,
-        FullPrecisionMatching(),
         WeightDistance(schedule.layers),
         *_shown(policy, prepared, run, model, name=PQ),
     ]
-    task = _Task(PQ, model, callbacks, _training_batches(policy, calibration), policy.progressive.steps)
-    _train(policy, run, console, task, shares_training=shares_training)
+    states = matched_states(policy, calibration)
+    task = TrainingTask(PQ, model, FullPrecisionMatching(), callbacks, *states, schedule=schedule)
+    train(policy, run, console, task, shares_training=shares_training)
     return model
 
 
@@ -140,15 +118,18 @@ def fixed_bit(
     models: QuantizedModels,
     shares_training: bool,
 ) -> nn.Module:
-    """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step."""
+    """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step.
+
+    Where `pq` has found its number of steps by itself, the control takes as many, at the same learning rates.
+    """
     model = models.at_targets(calibrated=not run.finished(FIXED_BIT))
     callbacks = [
-        FullPrecisionMatching(),
         WeightDistance(quantized_layers(model)),
         *_shown(policy, prepared, run, model, name=FIXED_BIT),
     ]
-    task = _Task(FIXED_BIT, model, callbacks, _training_batches(policy, calibration), policy.progressive.steps)
-    _train(policy, run, console, task, shares_training=shares_training)
+    states, ending = matched_states(policy, calibration), _ending_of_pq(policy, run)
+    task = TrainingTask(FIXED_BIT, model, FullPrecisionMatching(), callbacks, *states, ending=ending)
+    train(policy, run, console, task, shares_training=shares_training)
     return model
 
 
@@ -168,10 +149,9 @@ def distill(
     loss = CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional)
     targets = _targets(policy, prepared, run, console, calibration=calibration, teacher=teacher)
     student = copy.deepcopy(teacher)
-    batches = distillation_batches(targets, whole_batch(policy.training), policy.training.seed, calibration.condition)
-    callbacks = [loss, *_shown(policy, prepared, run, student, name=name)]
-    task = _Task(name, student, callbacks, batches, policy.distillation.steps)
-    _train(policy, run, console, task, shares_training=shares_training)
+    callbacks = _shown(policy, prepared, run, student, name=name)
+    task = TrainingTask(name, student, loss, callbacks, *distilled_states(policy, targets, calibration))
+    train(policy, run, console, task, shares_training=shares_training)
     return student
 
 
@@ -215,14 +195,18 @@ def _targets(
 
 def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
     """Build the policy's bit schedule for a quantized model."""
-    progressive = policy.progressive
+    progressive, cap = policy.progressive, policy.training.max_steps
+    # the last training step runs at the target widths; in a stage that ends by itself at least half of them do
+    if isinstance(progressive.steps, int):
+        deadline = min(round(progressive.deadline * progressive.steps), progressive.steps - 1)
+    else:
+        deadline = min(round(progressive.deadline * AUTO_DEADLINE_STEPS), cap // 2)
     settings = BitScheduleSettings(
         momentum=progressive.momentum,
         plateau=progressive.plateau,
         perturbation=progressive.perturbation,
         layers_per_transition=progressive.layers_per_transition,
-        # the last training step runs at the target widths
-        deadline=min(round(progressive.deadline * progressive.steps), progressive.steps - 1),
+        deadline=deadline,
         blends=progressive.transition == "blend",
         rungs=rungs(plan),
         fixed=progressive.schedule == "fixed",
@@ -235,8 +219,38 @@ def whole_batch(training: TrainingPolicy) -> int:
     return training.batch_size * training.gradient_accumulation * process_count()
 
 
-def _training_batches(policy: Policy, calibration: CalibrationSet) -> BatchSource:
-    return calibration_batches(calibration, whole_batch(policy.training), policy.training.seed)
+def matched_states(policy: Policy, calibration: CalibrationSet) -> tuple[BatchSource, Batch, Batch]:
+    """Batches of the trained trajectories, and fixed states of the held-out and of the trained ones."""
+    trained, held_out = (calibration.of(rows) for rows in divided(len(calibration.states)))
+    batches = calibration_batches(trained, whole_batch(policy.training), policy.training.seed)
+    measured, compared = (
+        calibration_states(part, *fixed_states(len(part.states), len(part.timesteps))) for part in (held_out, trained)
+    )
+    return batches, measured, compared
+
+
+def distilled_states(
+    policy: Policy, targets: DistillationSet, calibration: CalibrationSet
+) -> tuple[BatchSource, Batch, Batch]:
+    """As `matched_states`, with the students' targets."""
+    parts = [(targets.of(rows), calibration.of(rows).condition) for rows in divided(len(targets.states))]
+    (trained, condition), _ = parts
+    batches = distillation_batches(trained, whole_batch(policy.training), policy.training.seed, condition)
+    measured, compared = (
+        distillation_states(part, *fixed_states(len(part.states), len(part.timesteps)), condition)
+        for part, condition in reversed(parts)
+    )
+    return batches, measured, compared
+
+
+def _ending_of_pq(policy: Policy, run: RunFolder) -> Ending | None:
+    """The end that `pq` has found, for its control; None where the steps are given or the run has no `pq`."""
+    if isinstance(policy.progressive.steps, int) or PQ not in stages_of(policy.evaluation.variants):
+        return None
+    end = run.read_always(PQ, TrainingRecord).end
+    assert end is not None
+    assert end.decay_from is not None
+    return Ending(end.decay_from, end.steps, "steps")
 
 
 def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module, *, name: str) -> list[Callback]:
@@ -259,69 +273,3 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
         for step in along(walk[:in_float], follow, noise, schedule):
             states = step.x_s
     return [log, TrainingSamples(states, schedule, walk[in_float:], policy.training.samples_every, guidance)]
-
-
-def _train(policy: Policy, run: RunFolder, console: Console, task: _Task, *, shares_training: bool) -> None:
-    """Train a stage in place, or read back its results; afterwards the model holds its averaged weights, on the CPU."""
-    with run.stage(task.stage, together=True) as stage:
-        if stage.new:
-
-            def make(folder: Path) -> None:
-                _fit(policy, run, console, task, folder=folder)
-
-            if shares_training:
-                trained = shared_folder(run.path.parent / SHARED, run.decides(task.stage), make)
-                shutil.copytree(trained, run.path, dirs_exist_ok=True)
-            else:
-                make(run.path)
-            transitions = (run.path / TRANSITIONS.format(task.stage)).read_bytes()
-            stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True)))
-        task.model.load_state_dict(load_file(run.path / WEIGHTS.format(task.stage)), strict=True)
-        task.model.cpu()
-
-
-def _fit(policy: Policy, run: RunFolder, console: Console, task: _Task, *, folder: Path) -> None:
-    """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
-    settings, warn = _stage_settings(policy, run, task.stage, task.steps), partial(run.warn, console=console)
-    state = train_stage(task.model, task.callbacks, task.batches, settings, console=console, warn=warn)
-    schedules = [callback for callback in task.callbacks if isinstance(callback, MomentumBitSchedule)]
-    transitions = [transition for schedule in schedules for transition in schedule.transitions]
-    with agreed() as first:
-        if first:
-            _keep_trained(run, task.stage, state, transitions, folder=folder)
-
-
-def _keep_trained(
-    run: RunFolder, name: str, state: TrainState, transitions: Sequence[Transition], *, folder: Path
-) -> None:
-    with torch.no_grad(), averaged_weights(state) as model:
-        weights = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-    save_tensors(weights, folder / WEIGHTS.format(name))
-    write_file(folder / TRANSITIONS.format(name), json.dumps([asdict(transition) for transition in transitions]))
-    if folder != run.path:
-        (folder / "logs").mkdir()
-        shutil.copy2(run.path / "logs" / f"{name}.jsonl", folder / "logs")
-
-
-def _stage_settings(policy: Policy, run: RunFolder, name: str, steps: int) -> StageSettings:
-    training = policy.training
-    loop = LoopSettings(
-        steps=steps,
-        learning_rate=training.learning_rate,
-        warmup=min(20, steps // 10),
-        ema=training.ema,
-        accumulation=training.gradient_accumulation,
-        max_grad_norm=training.max_grad_norm,
-    )
-    checkpoints = CheckpointFolder(
-        run.path / "checkpoints" / name, training.checkpoint_every, training.keep_checkpoints
-    )
-    return StageSettings(
-        name,
-        loop,
-        training.precision,
-        checkpoints,
-        run.path / "logs",
-        training.on_divergence,
-        training.activation_checkpointing,
-    )

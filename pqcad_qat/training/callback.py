@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.models.conditions import CONDITION
+from pqcad_qat.training.stage_end import Ending
 
 Batch = Mapping[str, Tensor]
 """The tensors of a batch by name; the first axis counts its states."""
@@ -48,6 +49,7 @@ class TrainState:
         ema_since: training step at which averaging began or last began anew.
         setbacks: number of divergences overcome so far; each has halved the learning rate.
         held_until: training step before which no transition may begin, after a divergence.
+        ending: when and why the stage ends, once that is decided; None while the loop's number of steps holds.
         scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
         parameters: the model's Parameters by name, listed once, since they stay the same to the last step.
     """
@@ -60,6 +62,7 @@ class TrainState:
     ema_since: int = 0
     setbacks: int = 0
     held_until: int = 0
+    ending: Ending | None = None
     scaler: torch.amp.GradScaler | None = None
     parameters: dict[str, nn.Parameter] = field(init=False)
 

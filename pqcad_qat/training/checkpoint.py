@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from pqcad_qat.errors import CheckpointError
 from pqcad_qat.machine.files import file_digest, room_for
 from pqcad_qat.training.callback import Callback, TrainState
+from pqcad_qat.training.stage_end import Ending
 
 FORMAT = 2
 """Version of the checkpoint format; others are refused."""
@@ -91,6 +92,7 @@ def _facts(state: TrainState, groups: list[dict[str, Any]], callbacks: Sequence[
         "ema_since": state.ema_since,
         "setbacks": state.setbacks,
         "held_until": state.held_until,
+        "ending": None if state.ending is None else asdict(state.ending),
         "scaler": state.scaler.state_dict() if state.scaler else None,
         "optimizer_groups": groups,
         "callbacks": {callback.name: callback.state_dict() for callback in callbacks},
@@ -161,6 +163,7 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
     state.ema = ema if facts["has_ema"] else None
     for name in ("step", "ema_since", "setbacks", "held_until"):
         setattr(state, name, facts[name])
+    state.ending = None if facts.get("ending") is None else Ending(**facts["ending"])
     if state.scaler and (scale := facts.get("scaler")):
         state.scaler.load_state_dict(scale)
     names = {callback.name for callback in callbacks}

@@ -13,7 +13,7 @@ Not here: the loop (trainer.py), and targets where the sampler clips x_0 (clippe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,10 @@ class DistillationSet:
     timesteps: Tensor
     weights: Tensor
     folds: Tensor | None = None
+
+    def of(self, rows: slice) -> DistillationSet:
+        """The set of these trajectories alone."""
+        return replace(self, states=self.states[rows], teacher=self.teacher[rows], calibration=self.calibration[rows])
 
 
 @torch.no_grad()
@@ -189,18 +193,25 @@ def distillation_batches(
 
     def batch(step: int) -> Batch:
         rows, columns = mixed_states(len(data.states), len(data.timesteps), batch_size, batch_dice(seed, step))
-        states = {
-            "x_t": data.states[rows, columns],
-            "t": data.timesteps[columns],
-            "teacher": data.teacher[rows, columns],
-            "calibration": data.calibration[rows, columns],
-            "weight": data.weights[columns],
-        }
-        if data.folds is not None:
-            states["fold"] = data.folds[columns]
-        return with_condition(states, {name: value[rows] for name, value in (condition or {}).items()})
+        return distillation_states(data, rows, columns, condition)
 
     return batch
+
+
+def distillation_states(
+    data: DistillationSet, rows: Tensor, columns: Tensor, condition: Condition | None = None
+) -> Batch:
+    """The batch of these states (trajectory, time index), as `distillation_batches` makes it."""
+    states = {
+        "x_t": data.states[rows, columns],
+        "t": data.timesteps[columns],
+        "teacher": data.teacher[rows, columns],
+        "calibration": data.calibration[rows, columns],
+        "weight": data.weights[columns],
+    }
+    if data.folds is not None:
+        states["fold"] = data.folds[columns]
+    return with_condition(states, {name: value[rows] for name, value in (condition or {}).items()})
 
 
 @dataclass

@@ -26,6 +26,9 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState
 LAYER = "layer/"
 """Prefix of scalars of single layers, which go to TensorBoard but not to the file that the report reads."""
 
+LINE_EVERY = 50
+"""Training steps between two lines of a stage that has not decided yet when it ends."""
+
 
 @dataclass
 class MetricsLog(Callback):
@@ -37,10 +40,11 @@ class MetricsLog(Callback):
     Attributes:
         stage: name of the stage, which begins every tag and names the file.
         folder: where TensorBoard's events and the file are written.
-        steps: training steps of the stage, for the progress line.
+        steps: training steps of the stage, for the progress line; the largest number where it ends by itself.
         console: where the progress line is shown.
         callbacks: callbacks whose scalars and images are logged after every step.
         enabled: whether anything is written; False on all processes but the first.
+        automatic: whether the stage ends by itself.
         loss: smoothed loss that the progress line shows.
     """
 
@@ -50,7 +54,9 @@ class MetricsLog(Callback):
     console: Console
     callbacks: Sequence[Callback] = ()
     enabled: bool = True
+    automatic: bool = False
     loss: float = math.nan
+    _held_out: float | None = field(default=None, init=False)
     _writer: SummaryWriter | None = field(default=None, init=False)
     _progress: Progress | None = field(default=None, init=False)
     _task: TaskID = field(default=TaskID(0), init=False)
@@ -104,20 +110,31 @@ class MetricsLog(Callback):
         with self.file.open("a", encoding="utf-8") as file:
             stage_scalars = {name: value for name, value in row.items() if not name.startswith(LAYER)}
             file.write(json.dumps({"step": state.step, **stage_scalars}) + "\n")
-        self._show(state.step, report, row)
+        self._show(state, report, row)
 
-    def _show(self, step: int, report: StepReport, row: Mapping[str, float]) -> None:
-        """Update the progress line; where there is no terminal, print a line at every tenth of the stage."""
+    def _show(self, state: TrainState, report: StepReport, row: Mapping[str, float]) -> None:
+        """Update the progress line; where there is no terminal, print a line from time to time.
+
+        That is at every tenth of the stage, or at every `LINE_EVERY` steps until its number of steps is decided.
+        """
         assert self._progress is not None
+        step, steps = state.step, self.steps if state.ending is None else state.ending.last
         self.loss = report.loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * report.loss
         bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
         self._steps += 1
         seconds = (monotonic() - self._began) / self._steps  # per step
-        note = f"loss {self.loss:.5f}{bits} {report.samples / seconds:.3g} images/s"
-        self._progress.update(self._task, completed=step, note=note)
-        if self._progress.disable and (step * 10 // self.steps > (step - 1) * 10 // self.steps):
-            time_left = timedelta(seconds=round((self.steps - step) * seconds))
-            self.console.print(f"{self.stage}: step {step} of {self.steps}, {note}, {time_left} left")
+        self._held_out = row.get("held_out", self._held_out)
+        held_out = "" if self._held_out is None else f" held out {self._held_out:.5f}"
+        note = f"loss {self.loss:.5f}{held_out}{bits} {report.samples / seconds:.3g} images/s"
+        self._progress.update(self._task, completed=step, total=steps, note=note)
+        if not self._progress.disable:
+            return
+        time_left = timedelta(seconds=round((steps - step) * seconds))
+        if self.automatic and state.ending is None:
+            if step % LINE_EVERY == 0:
+                self.console.print(f"{self.stage}: step {step} of at most {steps}, {note}")
+        elif step * 10 // steps > (step - 1) * 10 // steps:
+            self.console.print(f"{self.stage}: step {step} of {steps}, {note}, {time_left} left")
 
 
 def log_texts(folder: Path, texts: Mapping[str, str]) -> None:

@@ -38,15 +38,22 @@ def calibration_batches(calibration: CalibrationSet, batch_size: int, seed: int)
 
     It is pure in seed and step. Where trajectories are guided, every second state belongs to the unconditional pass.
     """
-    t = torch.tensor(calibration.timesteps)
 
     def batch(step: int) -> Batch:
-        rows, columns = mixed_states(len(calibration.predictions), len(t), batch_size, batch_dice(seed, step))
-        target = calibration.predictions[rows, columns]
-        if calibration.unconditional_predictions is not None:
-            odd = calibration.passes(batch_size, step)
-            target[odd] = calibration.unconditional_predictions[rows, columns][odd]
-        states = {"x_t": calibration.states[rows, columns], "t": t[columns], "target": target}
-        return with_condition(states, calibration.conditions_of(rows, step))
+        rows, columns = mixed_states(
+            len(calibration.predictions), len(calibration.timesteps), batch_size, batch_dice(seed, step)
+        )
+        return calibration_states(calibration, rows, columns, step)
 
     return batch
+
+
+def calibration_states(calibration: CalibrationSet, rows: Tensor, columns: Tensor, first: int = 0) -> Batch:
+    """The batch of these states (trajectory, time index); `first` numbers the first, as for `CalibrationSet.passes`."""
+    target = calibration.predictions[rows, columns]
+    if calibration.unconditional_predictions is not None:
+        odd = calibration.passes(len(rows), first)
+        target[odd] = calibration.unconditional_predictions[rows, columns][odd]
+    t = torch.tensor(calibration.timesteps)
+    states = {"x_t": calibration.states[rows, columns], "t": t[columns], "target": target}
+    return with_condition(states, calibration.conditions_of(rows, first))

@@ -21,6 +21,7 @@ from pqcad_qat.errors import CheckpointError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.training.callback import Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage, step_of
+from pqcad_qat.training.stage_end import Ending
 
 RECORD = "rollbacks.json"
 """Name of the file, in the stage's checkpoint folder, that lists its rollbacks."""
@@ -48,6 +49,7 @@ class StageStart:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
+    ending: Ending | None
     scaler: dict[str, Any] | None
 
     @classmethod
@@ -57,6 +59,7 @@ class StageStart:
             {name: value.detach().clone() for name, value in state.model.state_dict().items()},
             copy.deepcopy(state.optimizer.state_dict()),
             {callback.name: copy.deepcopy(callback.state_dict()) for callback in callbacks},
+            state.ending,
             state.scaler.state_dict() if state.scaler else None,
         )
 
@@ -64,7 +67,7 @@ class StageStart:
         """Put the state and the callbacks back to the stage's start."""
         state.model.load_state_dict(self.model)
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
-        state.step = 0
+        state.step, state.ending = 0, self.ending
         state.restart_ema()
         if state.scaler and self.scaler:
             state.scaler.load_state_dict(self.scaler)

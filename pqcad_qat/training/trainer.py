@@ -32,6 +32,7 @@ from pqcad_qat.models.module_preparation import hold_statistics
 from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
+from pqcad_qat.training.stage_end import Ending
 
 SMALLEST_SCALE = 1.0
 """Loss scale of fp16 from which down gradients that are not finite no longer count as an overflow.
@@ -45,28 +46,38 @@ class LoopSettings:
     """Settings of the loop.
 
     Attributes:
-        steps: number of optimizer steps.
+        steps: number of optimizer steps, or the largest number where the stage ends by itself.
         learning_rate: peak learning rate.
         warmup: training steps over which the rate rises linearly to its peak.
-        shape: course after the warm-up; `cosine` falls to 0, `constant` stays.
+        shape: course after the warm-up; `cosine` falls to 0, `constant` stays, and `held` stays until the stage's end
+            is decided, then falls to 0 along a cosine.
         ema: decay of the Parameters' moving average, 0 for none. It starts lower, as min(ema, (1 + n) / (10 + n))
             after n steps.
         accumulation: number of micro-batches into which each process splits its part of a batch.
         max_grad_norm: norm down to which larger gradients are scaled.
+        ending: end of the stage, where it is known before its first step and `held` needs it.
     """
 
     steps: int
     learning_rate: float
     warmup: int = 0
-    shape: Literal["cosine", "constant"] = "cosine"
+    shape: Literal["cosine", "constant", "held"] = "cosine"
     ema: float = 0.0
     accumulation: int = 1
     max_grad_norm: float = 1.0
+    ending: Ending | None = None
 
-    def learning_rate_at(self, step: int, setbacks: int = 0) -> float:
+    def learning_rate_at(self, step: int, setbacks: int = 0, ending: Ending | None = None) -> float:
         """The learning rate of a step, halved for every divergence overcome before it."""
         rate = self.learning_rate * 0.5**setbacks * min(1.0, (step + 1) / (self.warmup + 1))
-        return rate if self.shape == "constant" else rate * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        start, end = (ending.decay_from, ending.last) if self.shape == "held" and ending else (0, self.steps)
+        if self.shape == "constant" or (self.shape == "held" and (ending is None or step < start)):
+            return rate
+        return rate * 0.5 * (1.0 + math.cos(math.pi * (step - start) / (end - start)))
+
+    def last_step(self, ending: Ending | None) -> int:
+        """Number of training steps after which the stage is over, by what is decided so far."""
+        return self.steps if ending is None else ending.last
 
 
 def new_accelerator(precision: Precision) -> Accelerator:
@@ -113,7 +124,9 @@ def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator
     fused = accelerator.scaler is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     network, prepared = accelerator.prepare(model, optimizer)
-    state = TrainState(model=model, optimizer=prepared, network=network, scaler=accelerator.scaler)
+    state = TrainState(
+        model=model, optimizer=prepared, network=network, ending=settings.ending, scaler=accelerator.scaler
+    )
     if settings.ema:
         state.ema = {}
         state.restart_ema()
@@ -129,7 +142,7 @@ def fit(
     accelerator: Accelerator,
     checkpoints: CheckpointFolder | None = None,
 ) -> None:
-    """Train from state.step to settings.steps; the state holds the result.
+    """Train from state.step to settings.steps, or to the end that a callback decides; the state holds the result.
 
     Raises:
         DivergedError: the loss, a gradient or a weight is not finite. The message has the step, its loss terms, and
@@ -138,7 +151,7 @@ def fit(
         CheckpointError: a checkpoint cannot be written.
     """
     with _interrupts() as interrupted:
-        while state.step < settings.steps:
+        while state.step < settings.last_step(state.ending):
             for callback in callbacks:
                 callback.before_step(state)
             report = _step(state, callbacks, batches(state.step), settings, accelerator=accelerator)
@@ -148,11 +161,12 @@ def fit(
                 for callback in callbacks:
                     callback.after_step(state, report)
             stop = any_process(interrupted.is_set())
-            if checkpoints and (stop or state.step == settings.steps or state.step % checkpoints.every == 0):
+            last = settings.last_step(state.ending)
+            if checkpoints and (stop or state.step == last or state.step % checkpoints.every == 0):
                 _checkpoint(checkpoints, state, callbacks)
             if stop:  # even after the last step, so that no further stage begins
                 checkpoint_note = ": its checkpoint is kept" if checkpoints else ""
-                raise InterruptedByUserError(f"interrupted at step {state.step} of {settings.steps}{checkpoint_note}")
+                raise InterruptedByUserError(f"interrupted at step {state.step} of {last}{checkpoint_note}")
 
 
 def _step(
@@ -164,7 +178,7 @@ def _step(
     scaler halves the scale, and the step is made again with the same batch. Once the scale is at its smallest,
     gradients that are not finite are a divergence.
     """
-    rate = settings.learning_rate_at(state.step, state.setbacks)
+    rate = settings.learning_rate_at(state.step, state.setbacks, state.ending)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     micro_batches = _micro_batches(_share(batch, accelerator), settings.accumulation)

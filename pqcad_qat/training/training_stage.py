@@ -119,7 +119,15 @@ def _train(
     accelerator: Accelerator,
 ) -> None:
     """Run the loop to the stage's end, and handle every divergence as the policy says."""
-    log = MetricsLog(settings.name, settings.logs, settings.loop.steps, console, callbacks, accelerator.is_main_process)
+    log = MetricsLog(
+        settings.name,
+        settings.logs,
+        settings.loop.steps,
+        console,
+        callbacks,
+        accelerator.is_main_process,
+        automatic=settings.loop.shape == "held",
+    )
     watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]
     start = StageStart.copied(state, everything)

@@ -110,7 +110,7 @@ def test_an_override_is_of_the_study_or_of_every_cell(write: Write) -> None:
             "training: {seed: 1}",
             "s.yaml:5: set.training.seed: got a key that the study sets itself",
         ),
-        ("steps: 400", "steps: 0", "s.yaml:11: progressive.steps: got 0; allowed a whole number at least 1"),
+        ("steps: 400", "steps: 0", "s.yaml:11: progressive.steps: got 0; allowed auto or a whole number at least 1"),
         ("budget:", "bud get:", "s.yaml:10: axes.bud get: got 'bud get'; allowed a name of letters, digits"),
         ("{progressive.steps: 400}", "[400]", "s.yaml:11: axes.budget.long: got [400]; allowed a mapping"),
         (

@@ -25,6 +25,7 @@ from pqcad_qat.policy.variants import (
     PQ_DISTILLED,
     PQCAD,
     PQCAD_OPENVINO,
+    TRAINED,
 )
 from pqcad_qat.quantization.plan_facts import float_layers
 from pqcad_qat.report.page import headlines, render_page
@@ -40,6 +41,7 @@ from pqcad_qat.stages.stage_records import (
     FloatStepsRecord,
     TrainingRecord,
 )
+from pqcad_qat.training.stage_end import StageEnd
 
 MEDIANS = {
     FP32: 40.0,
@@ -73,10 +75,16 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
         export=folder.read("export", ExportRecord),
         baselines=folder.read("baselines", BaselinesRecord),
         benchmark=replace(benchmark, timings={name: steady(median) for name, median in MEDIANS.items()}),
+        ends=ends_of(folder),
         seconds=folder.seconds(),
         warnings=("a warning",),
         command="command",
     )
+
+
+def ends_of(folder: RunFolder) -> dict[str, StageEnd]:
+    records = {stage: folder.read(stage, TrainingRecord) for stage in TRAINED}
+    return {stage: record.end for stage, record in records.items() if record is not None and record.end is not None}
 
 
 def steady(median: float) -> Timing:
@@ -229,8 +237,10 @@ def test_every_layer_is_listed_with_what_became_of_it(facts: RunFacts) -> None:
 
 
 def test_curves_are_what_training_logged(tiny_run: FinishedRun) -> None:
-    curves = curves_of(tiny_run.policy, tiny_run.path / "logs")
+    ends = ends_of(RunFolder(tiny_run.path))
+    curves = curves_of(tiny_run.policy, tiny_run.path / "logs", ends)
     assert {(series.stage, series.name) for series in curves.losses} == {
+        *((stage, "held_out") for stage in TRAINED),
         (PQ, "full_precision"),
         (FIXED_BIT, "full_precision"),
         (PQ_DISTILLED, "teacher"),
@@ -242,3 +252,15 @@ def test_curves_are_what_training_logged(tiny_run: FinishedRun) -> None:
     series = next(series for series in curves.losses if (series.stage, series.name) == (PQCAD, "calibration"))
     assert series.steps == tuple(row["step"] for row in logged)
     assert series.values == tuple(row["loss/calibration"] for row in logged)
+    held_out = next(series for series in curves.losses if (series.stage, series.name) == (PQCAD, "held_out"))
+    assert held_out.steps == (0, len(logged))  # fewer than ten training steps: the start and the end
+    assert held_out.values == (ends[PQCAD].held_out["start"], logged[-1]["held_out"])
+
+
+def test_the_report_says_how_every_training_stage_ended(facts: RunFacts) -> None:
+    assert report_of(facts).training == facts.ends
+    assert list(facts.ends) == list(TRAINED)
+    for end in facts.ends.values():
+        assert end.cause == "steps"
+        losses = [loss for loss in end.held_out.values() if loss is not None]
+        assert end.held_out[end.kept] == min(losses)

@@ -1,14 +1,36 @@
-"""What the stages that train are built with.
+"""What the stages that train are built with, the states that they hold out, and what they keep.
 
 Not here: training itself (tests/training), or what these stages leave (test_run.py).
 """
 
 from __future__ import annotations
 
-import pytest
+import io
+import json
+from pathlib import Path
 
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_runs import POLICIES, tiny_overrides
+
+from pqcad_qat.commands import run as pipeline
+from pqcad_qat.data.calibration import CalibrationSet, calibration_set
+from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import TrainingPolicy
-from pqcad_qat.stages.train import whole_batch
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQCAD, PTQ
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
+from pqcad_qat.report.report_files import read_record
+from pqcad_qat.stages.prepared import calibration_recipe, prepare
+from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_records import TrainingRecord
+from pqcad_qat.stages.train import at_targets, distilled_states, matched_states, whole_batch
+from pqcad_qat.stages.training_task import at_target_widths
+from pqcad_qat.training.distillation import DistillationSet
+from pqcad_qat.training.stage_end import StageEnd
+
+SMOKE = POLICIES / "smoke.yaml"
 
 
 def test_a_step_learns_from_the_accumulated_batches_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +38,91 @@ def test_a_step_learns_from_the_accumulated_batches_of_all_processes(monkeypatch
     assert whole_batch(training) == 12
     monkeypatch.setattr("pqcad_qat.stages.train.process_count", lambda: 2)
     assert whole_batch(training) == 24
+
+
+def numbered(trajectories: int, steps: int) -> CalibrationSet:
+    """A set whose every state and prediction is the number of its trajectory."""
+    rows = torch.arange(trajectories, dtype=torch.float32).reshape(-1, 1, 1, 1, 1)
+    states = rows.expand(trajectories, steps + 1, 1, 2, 2)
+    return CalibrationSet(states, states[:, 1:], tuple(range(steps, 0, -1)), {"label": torch.arange(trajectories)})
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_trajectory_that_is_held_out_is_in_no_training_batch(distilled: bool) -> None:
+    calibration = numbered(16, 4)
+    policy = load_policy(SMOKE)
+    if distilled:
+        flat = calibration.states[:, 1:]
+        targets = DistillationSet(flat, flat, flat, torch.tensor(calibration.timesteps), torch.ones(4))
+        batches, held_out, trained = distilled_states(policy, targets, calibration)
+    else:
+        batches, held_out, trained = matched_states(policy, calibration)
+    for batch, rows in [(held_out, {14, 15}), (trained, set(range(14)))]:
+        assert set(batch["x_t"][:, 0, 0, 0].int().tolist()) == rows
+        assert set(batch["condition.label"].tolist()) == rows
+        assert set(batch["t"].tolist()) == {1, 2, 3, 4}
+    seen = {int(row) for step in range(60) for row in batches(step)["x_t"][:, 0, 0, 0]}
+    assert seen == set(range(14))
+    assert {int(row) for step in range(60) for row in batches(step)["condition.label"]} == seen
+
+
+def test_what_pq_is_given_is_the_post_training_model_at_its_target_widths(tiny_folder: Path, tmp_path: Path) -> None:
+    policy = load_policy(SMOKE, tiny_overrides(tiny_folder))
+    prepared = prepare(policy)
+    calibration, _ = calibration_set(prepared.model, calibration_recipe(policy, prepared), 4, tmp_path)
+    model = quantize_model(prepared.split, prepared.plan)
+    calibrate_ranges(model, calibration.inputs(512, 4))
+    given = at_target_widths(model)
+    wanted = at_targets(policy, prepare(policy), calibration)
+    assert given.keys() == wanted.state_dict().keys()
+    assert [name for name, value in wanted.state_dict().items() if not torch.equal(given[name], value)] == []
+
+
+def ended(path: Path, stage: str) -> StageEnd:
+    record = RunFolder(path).read(stage, TrainingRecord)
+    assert record is not None
+    assert record.end is not None
+    return record.end
+
+
+def run(model: Path, path: Path, *overrides: str) -> str:
+    torch.set_num_threads(1)
+    printed = io.StringIO()
+    policy = load_policy(SMOKE, tiny_overrides(model, "evaluation.features=none", *overrides))
+    pipeline.run(policy, path, "command", Console(file=printed, width=300))
+    return printed.getvalue()
+
+
+def test_a_stage_that_training_makes_worse_returns_what_it_was_given(tiny_folder: Path, tmp_path: Path) -> None:
+    harmful = ("training.learning_rate=0.002", "progressive.steps=5", "distillation.steps=5")
+    printed = run(tiny_folder, tmp_path, *harmful, f"evaluation.variants=[{FP32}, {PTQ}, {FIXED_BIT}, {PQ}, {PQCAD}]")
+    for stage in (FIXED_BIT, PQ, PQCAD):
+        end = ended(tmp_path, stage)
+        assert end.kept == "start", stage
+        assert f"{stage} ended after 5 steps" in printed
+    weights = {name: load_file(tmp_path / "models" / f"{name}.safetensors") for name in (FIXED_BIT, PQ, PQCAD)}
+    for name, value in weights[PQ].items():
+        assert torch.equal(weights[FIXED_BIT][name], value), name
+        assert torch.equal(weights[PQCAD][name], value), name
+    images = {name: load_file(tmp_path / "samples" / f"{name}.safetensors")["images"] for name in (PTQ, FIXED_BIT, PQ)}
+    assert torch.equal(images[FIXED_BIT], images[PTQ])
+    assert torch.equal(images[PQ], images[PTQ])
+
+
+def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(tiny_folder: Path, tmp_path: Path) -> None:
+    auto = ("progressive.steps=auto", "distillation.steps=auto", "training.max_steps=30", "training.learning_rate=1e-3")
+    run(tiny_folder, tmp_path, *auto, f"evaluation.variants=[{FP32}, {FIXED_BIT}, {PQ}, {PQCAD}]")
+    pq, control, student = (ended(tmp_path, stage) for stage in (PQ, FIXED_BIT, PQCAD))
+    assert (pq.steps, pq.cause, student.steps, student.cause) == (30, "max_steps", 30, "max_steps")
+    assert (control.steps, control.decay_from, control.cause) == (pq.steps, pq.decay_from, "steps")
+    rates = [
+        [json.loads(row)["learning_rate"] for row in (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()]
+        for stage in (PQ, FIXED_BIT)
+    ]
+    assert rates[0] == rates[1]
+    report, curves = read_record(tmp_path)
+    assert report.training == {PQ: pq, FIXED_BIT: control, PQCAD: student}
+    held_out = [series for series in curves.losses if series.name == "held_out"]
+    assert [series.steps for series in held_out] == [(0, 10, 20, 30)] * 3
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "pq ended after 30 steps, because training.max_steps allows no more" in page

@@ -1,0 +1,50 @@
+"""What became of each training stage, in words: why it ended, which weights it kept, and what held-out states say.
+
+Not here: the decision (training/stopping_rule.py), and the page (page.py).
+"""
+
+from __future__ import annotations
+
+from pqcad_qat.training.stage_end import StageEnd
+
+WIDE_GAP = 1.25
+"""Factor by which the loss of held-out states may rise over that of trained ones during a stage before it is named."""
+
+_CAUSES = {
+    "steps": "its number of steps was given",
+    "plateau": "the held-out loss had stopped improving",
+    "max_steps": "training.max_steps allows no more",
+    "minutes": "its share of training.minutes was used up",
+}
+_KEPT = {
+    "average": "the moving average of the weights was kept",
+    "last": "the last weights were kept, which are better than their moving average",
+    "start": "the weights that the stage was given were kept, since training had made them worse",
+}
+
+
+def end_sentence(stage: str, end: StageEnd) -> str:
+    """Why a stage ended, which weights it kept, and a gap between trained and held-out states where it is wide."""
+    start, kept = end.held_out.get("start"), end.held_out.get(end.kept)
+    change = "" if start is None or kept is None else f", held-out loss {start:.3g} to {kept:.3g}"
+    text = f"{stage} ended after {end.steps} steps, because {_CAUSES[end.cause]}; {_KEPT[end.kept]}{change}."
+    gap = held_out_gap(end)
+    if gap is None or gap <= WIDE_GAP:
+        return text
+    return (
+        f"{text} Held-out states have {gap:.2f} times the loss of trained ones, as compared with the start: the stage "
+        "learns its trajectories by heart, and more calibration.trajectories would help."
+    )
+
+
+def held_out_gap(end: StageEnd) -> float | None:
+    """Held-out loss over trained loss of the kept weights, as a multiple of the same ratio at the start.
+
+    At the start neither kind of state was trained on, so that their ratio says which kind is harder. None where a loss
+    is unknown or 0.
+    """
+    losses = (end.held_out.get(end.kept), end.trained.get("kept"), end.held_out.get("start"), end.trained.get("start"))
+    held_out, trained, held_out_start, trained_start = losses
+    if not held_out or not trained or not held_out_start or not trained_start:
+        return None
+    return (held_out / trained) / (held_out_start / trained_start)

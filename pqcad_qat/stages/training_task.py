@@ -1,0 +1,208 @@
+"""What all training stages have in common: training within a budget, and keeping the best weights in the run's folder.
+
+Not here: which stages there are and what they learn (train.py), and the loop (training/).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.text import Text
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pqcad_qat.machine.content_store import shared_folder
+from pqcad_qat.machine.files import write_file
+from pqcad_qat.machine.processes import agreed
+from pqcad_qat.machine.tensor_files import save_tensors
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import TRAINED, stages_of
+from pqcad_qat.quantization.conversion import quantized_layers
+from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
+from pqcad_qat.report.stage_ends import end_sentence
+from pqcad_qat.stages.prepared import SHARED
+from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_dependencies import ENDS, TRANSITIONS, WEIGHTS, most_steps, training_steps
+from pqcad_qat.stages.stage_records import TrainingRecord
+from pqcad_qat.training.bit_schedule import MomentumBitSchedule
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
+from pqcad_qat.training.checkpoint import CheckpointFolder
+from pqcad_qat.training.held_out import HeldOutLoss, best_weights, weights_of
+from pqcad_qat.training.stage_end import Ending, StageEnd
+from pqcad_qat.training.stopping_rule import Budget
+from pqcad_qat.training.trainer import LoopSettings
+from pqcad_qat.training.training_stage import StageSettings, train_stage
+from pqcad_qat.training.transition import Transition
+
+_TRANSITIONS = TypeAdapter(tuple[Transition, ...])
+_END = TypeAdapter(StageEnd)
+
+LONGEST_WARM_UP = 20
+"""Largest number of training steps over which the learning rate rises."""
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """Training of one stage.
+
+    Attributes:
+        stage: name of the stage.
+        model: the model as the stage gets it.
+        loss: the callback that gives the loss, of training and of held-out states alike.
+        callbacks: all further callbacks.
+        batches: batches of the trained trajectories.
+        held_out: fixed states of the trajectories that are held out.
+        trained: as many states of the trajectories that are trained on.
+        schedule: the bit schedule, where widths change during the stage.
+        ending: end of the stage, where another stage has decided it.
+    """
+
+    stage: str
+    model: nn.Module
+    loss: Callback
+    callbacks: Sequence[Callback]
+    batches: BatchSource
+    held_out: Batch
+    trained: Batch
+    schedule: MomentumBitSchedule | None = None
+    ending: Ending | None = None
+
+
+def train(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, shares_training: bool) -> None:
+    """Train a stage in place, or read back its results; afterwards the model holds the weights it keeps, on the CPU."""
+    with run.stage(task.stage, together=True) as stage:
+        if stage.new:
+
+            def make(folder: Path) -> None:
+                _fit(policy, run, console, task, folder=folder)
+
+            if shares_training:
+                trained = shared_folder(run.path.parent / SHARED, run.decides(task.stage), make)
+                shutil.copytree(trained, run.path, dirs_exist_ok=True)
+            else:
+                make(run.path)
+            transitions = (run.path / TRANSITIONS.format(task.stage)).read_bytes()
+            end = (run.path / ENDS.format(task.stage)).read_bytes()
+            stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True), _END.validate_json(end)))
+        task.model.load_state_dict(load_file(run.path / WEIGHTS.format(task.stage)), strict=True)
+        task.model.cpu()
+
+
+def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, folder: Path) -> None:
+    """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
+    start = at_target_widths(task.model)
+    held_out = _held_out_loss(policy, run, task)
+    callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
+    settings, warn = _stage_settings(policy, run, task), partial(run.warn, console=console)
+    state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
+    seconds = held_out.seconds
+    with agreed() as first:
+        if first:
+            end = _stage_end(task, state, start, seconds)
+            console.print(Text(end_sentence(task.stage, end)), soft_wrap=True)
+            _keep_trained(run, task, end, folder=folder)
+
+
+def at_target_widths(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a stage is given, at the widths that it has to reach, with the ranges of these widths."""
+    given = copy.deepcopy(model)
+    for layer in quantized_layers(given).values():
+        if read_bits(layer)[0] != layer.plan.weights.bits:
+            set_weight_bits(layer, layer.plan.weights.bits)
+    return weights_of(given)
+
+
+def _held_out_loss(policy: Policy, run: RunFolder, task: TrainingTask) -> HeldOutLoss:
+    """The callback that measures the held-out states and, with `steps: auto`, ends the stage."""
+    automatic = training_steps(policy, task.stage) is None and task.ending is None
+    budget = Budget(_steps_of(policy, task), _seconds_left(policy, run, task.stage) if automatic else None)
+    layers = quantized_layers(task.model).values()
+
+    def settled() -> bool:
+        return all(read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None for layer in layers)
+
+    return HeldOutLoss(task.held_out, [task.loss], budget, automatic, settled)
+
+
+def _steps_of(policy: Policy, task: TrainingTask) -> int:
+    """Number of training steps of a stage, or the largest one where the stage finds it."""
+    return most_steps(policy, task.stage) if task.ending is None else task.ending.last
+
+
+def _seconds_left(policy: Policy, run: RunFolder, stage: str) -> float | None:
+    """Wall time that a stage may take: an equal share of what earlier stages have left to it and to later ones."""
+    if policy.training.minutes is None:
+        return None
+    stages: list[str] = [name for name in TRAINED if name in stages_of(policy.evaluation.variants)]
+    position = stages.index(stage)
+    records = [run.read(name, TrainingRecord) for name in stages[:position]]
+    spent = sum(record.end.training_s for record in records if record is not None and record.end is not None)
+    waiting = [name for name in stages[position:] if training_steps(policy, name) is None]
+    return max(0.0, 60 * policy.training.minutes - spent) / len(waiting)
+
+
+def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor], seconds: float) -> StageEnd:
+    """Leave the best weights in the model, and return what the stage came to."""
+    kept, held_out, trained = best_weights(state, start, [task.loss], held_out=task.held_out, trained=task.trained)
+    ending = state.ending
+    return StageEnd(
+        steps=state.step,
+        cause="steps" if ending is None else ending.cause,
+        kept=kept,
+        held_out={kind: _finite(held_out.get(kind)) for kind in ("start", "average", "last")},
+        trained={"start": _finite(trained["start"]), "kept": _finite(trained[kept])},
+        decay_from=None if ending is None else ending.decay_from,
+        training_s=seconds,
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _keep_trained(run: RunFolder, task: TrainingTask, end: StageEnd, *, folder: Path) -> None:
+    name = task.stage
+    transitions: Sequence[Transition] = task.schedule.transitions if task.schedule else ()
+    weights = {key: value.cpu().contiguous() for key, value in weights_of(task.model).items()}
+    save_tensors(weights, folder / WEIGHTS.format(name))
+    write_file(folder / TRANSITIONS.format(name), json.dumps([asdict(transition) for transition in transitions]))
+    write_file(folder / ENDS.format(name), json.dumps(asdict(end)))
+    if folder != run.path:
+        (folder / "logs").mkdir()
+        shutil.copy2(run.path / "logs" / f"{name}.jsonl", folder / "logs")
+
+
+def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask) -> StageSettings:
+    training, steps = policy.training, _steps_of(policy, task)
+    automatic = training_steps(policy, task.stage) is None
+    loop = LoopSettings(
+        steps=steps,
+        learning_rate=training.learning_rate,
+        warmup=min(LONGEST_WARM_UP, (training.max_steps if automatic else steps) // 10),
+        shape="held" if automatic else "cosine",
+        ema=training.ema,
+        accumulation=training.gradient_accumulation,
+        max_grad_norm=training.max_grad_norm,
+        ending=task.ending,
+    )
+    checkpoints = CheckpointFolder(
+        run.path / "checkpoints" / task.stage, training.checkpoint_every, training.keep_checkpoints
+    )
+    return StageSettings(
+        task.stage,
+        loop,
+        training.precision,
+        checkpoints,
+        run.path / "logs",
+        training.on_divergence,
+        training.activation_checkpointing,
+    )

@@ -1,0 +1,175 @@
+"""Held-out states: trajectories that are never trained on, and the callback that measures the loss on them.
+
+The loss of the held-out states is the stage's own loss, in evaluation mode and without gradients. Every process
+measures the same fixed batch with the same unwrapped model, so the value depends on nothing but the weights. With
+`steps: auto` it decides when the stage ends, and at the end it decides which weights are kept.
+
+Not here: the rule of the end (stopping_rule.py), and the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.machine.processes import exchanged
+from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.quantization.plan import evaluating
+from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState, averaged_weights
+from pqcad_qat.training.stage_end import Kept
+from pqcad_qat.training.stopping_rule import EVERY, Budget, Progress, ending
+
+SHARE = 8
+"""One trajectory in so many is held out, the last ones of the calibration set."""
+
+STATES = 64
+"""Number of held-out states that are measured."""
+
+AT_ONCE = 16
+"""Number of states in one denoiser call of a measurement, the same whatever the batches of training are."""
+
+
+def divided(trajectories: int) -> tuple[slice, slice]:
+    """The rows of a calibration set that are trained on, and the last ones, which are held out.
+
+    A single trajectory cannot be divided: it is both trained on and measured.
+    """
+    if trajectories == 1:
+        return slice(0, 1), slice(0, 1)
+    first = trajectories - max(1, trajectories // SHARE)
+    return slice(0, first), slice(first, trajectories)
+
+
+def fixed_states(trajectories: int, steps: int) -> tuple[Tensor, Tensor]:
+    """(trajectory (B,), time index (B,)) of up to `STATES` states, spread evenly over trajectories and times."""
+    count = min(STATES, trajectories * steps)
+    number = torch.arange(count)
+    return number % trajectories, number * steps // count
+
+
+@torch.no_grad()
+def measured(state: TrainState, batch: Batch, losses: Sequence[Callback]) -> float:
+    """Mean loss of a batch under the model's present weights; the model is left as it was."""
+    apart = replace(state, network=state.model)  # the processes' wrapper would exchange buffers
+    count, total = len(next(iter(batch.values()))), 0.0
+    device = next(iter(state.parameters.values())).device
+    with evaluating(state.model), frozen_weights(state.model):
+        for first in range(0, count, AT_ONCE):
+            states = {name: value[first : first + AT_ONCE].to(device) for name, value in batch.items()}
+            terms = [term for loss in losses for term in loss.loss_terms(apart, states).values()]
+            total += float(torch.stack(terms).sum()) * len(next(iter(states.values()))) / count
+    return total
+
+
+@dataclass
+class HeldOutLoss(Callback):
+    """Measures the held-out loss of the averaged weights, and ends a stage of `steps: auto`.
+
+    Attributes:
+        batch: the held-out states.
+        losses: callbacks whose loss terms are measured.
+        budget: caps of the stage; its steps are the stage's number of steps where that is given.
+        automatic: whether the stage ends by itself.
+        settled: whether every layer computes at its target width.
+    """
+
+    batch: Batch
+    losses: Sequence[Callback]
+    budget: Budget
+    automatic: bool = False
+    settled: Callable[[], bool] = lambda: True
+    _progress: Progress = field(default_factory=Progress)
+    _latest: float | None = None
+    _measured_at: int = -1
+    _seconds: float = 0.0
+    _resumed_at: float | None = None
+    _logged: dict[str, float | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = "held-out"
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the stage's training so far, over all processes that took part one after another."""
+        return self._seconds + (0.0 if self._resumed_at is None else monotonic() - self._resumed_at)
+
+    def before_step(self, state: TrainState) -> None:
+        """Decide whether the stage is to end; all processes follow the first one's measurement and clock."""
+        if self._resumed_at is None:
+            self._resumed_at = monotonic()
+        if not self.automatic or state.ending is not None or state.step % EVERY:
+            return
+        own = self._latest if self._measured_at == state.step and self._latest is not None else math.nan
+        value, seconds = exchanged(own, self.seconds)[0]
+        self._progress = self._progress.updated(state.step, None if math.isnan(value) else value, self.settled())
+        state.ending = ending(state.step, self._progress, self.budget, seconds)
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        """Measure the averaged weights, every few steps and at the end."""
+        last = self.budget.steps if state.ending is None else state.ending.last
+        if state.step % EVERY == 0 or state.step == last:
+            with averaged_weights(state):
+                self._latest, self._measured_at = measured(state, self.batch, self.losses), state.step
+        self._logged = {"held_out": self._latest} if self._measured_at == state.step else {}
+
+    def scalars(self) -> Mapping[str, float]:
+        return {name: value for name, value in self._logged.items() if value is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": list(self._progress.losses),
+            "settled_at": self._progress.settled_at,
+            "latest": self._latest,
+            "measured_at": self._measured_at,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore the state; time that was spent before going back to an earlier checkpoint still counts."""
+        self._progress = Progress(tuple(saved["losses"]), saved["settled_at"])
+        self._latest, self._measured_at = saved["latest"], saved["measured_at"]
+        self._seconds, self._resumed_at = max(saved["seconds"], self.seconds), None
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all Parameters and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def best_weights(
+    state: TrainState, start: Mapping[str, Tensor], losses: Sequence[Callback], *, held_out: Batch, trained: Batch
+) -> tuple[Kept, dict[Kept, float], dict[Kept, float]]:
+    """Leave in the model the weights with the lowest held-out loss.
+
+    Weights whose loss is not finite lose against any other. Of equals the moving average is kept, then the last.
+
+    Args:
+        state: state after the last training step.
+        start: weights that the stage was given, in the form of the model's own.
+        losses: callbacks whose loss terms are measured.
+        held_out: states of the held-out trajectories, which decide.
+        trained: states of the trained trajectories, to compare with.
+
+    Returns:
+        which weights are kept, and the held-out and the trained loss of all.
+    """
+    candidates: dict[Kept, Mapping[str, Tensor]] = {}
+    if state.ema is not None:
+        with averaged_weights(state) as model:
+            candidates["average"] = weights_of(model)
+    candidates |= {"last": weights_of(state.model), "start": start}
+    on_held_out: dict[Kept, float] = {}
+    on_trained: dict[Kept, float] = {}
+    for kind, weights in candidates.items():
+        state.model.load_state_dict(weights)
+        on_held_out[kind] = measured(state, held_out, losses)
+        on_trained[kind] = measured(state, trained, losses)
+    kept = min(candidates, key=lambda kind: on_held_out[kind] if math.isfinite(on_held_out[kind]) else math.inf)
+    state.model.load_state_dict(candidates[kept])
+    return kept, on_held_out, on_trained

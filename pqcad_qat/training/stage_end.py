@@ -1,0 +1,54 @@
+"""The end of a training stage: when it comes, why it came, and which weights the stage returned.
+
+Not here: the decision (stopping_rule.py), and the choice of the weights (held_out.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+EndCause = Literal["steps", "plateau", "max_steps", "minutes"]
+"""Why a stage ended: its number of steps was given, the held-out loss stopped improving, or a cap was near."""
+
+Kept = Literal["average", "last", "start"]
+"""Weights that a stage may return: the moving average, the last ones, or those that it was given."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of a stage, once it is decided.
+
+    Attributes:
+        decay_from: training step from which the learning rate falls to 0.
+        last: number of training steps of the whole stage.
+        cause: why the stage ends.
+    """
+
+    decay_from: int
+    last: int
+    cause: EndCause
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """What a training stage came to.
+
+    Attributes:
+        steps: training steps that it took.
+        cause: why it ended.
+        kept: which weights it returned.
+        held_out: loss of the held-out states under each kind of weights: start, average, last.
+        trained: loss of as many states of the trained trajectories, under the start's weights and the kept ones.
+        decay_from: training step from which the learning rate fell, None where it fell all the way.
+        training_s: wall time of its training steps in seconds.
+    """
+
+    steps: int
+    cause: EndCause
+    kept: Kept
+    held_out: Mapping[str, float | None] = field(default_factory=dict)
+    trained: Mapping[str, float | None] = field(default_factory=dict)
+    decay_from: int | None = None
+    training_s: float = 0.0
