@@ -14,15 +14,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from pqcad_qat.policy.variants import OPENVINO, OURS, PQ
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
-from pqcad_qat.report.record import Curves, ProfileRow, Report, Series, StorageRow
+from pqcad_qat.report.record import HELD_OUT, Curves, ProfileRow, Report, Series, StorageRow
 from pqcad_qat.training.transition import Transition
 
 _PRECISIONS = {"i8": "accent", "u8": "accent", "i4": "accent", "bf16": "amber", "f16": "amber", "f32": "violet"}
 _PRECISION_NAMES = {"i8": "INT8", "u8": "INT8", "i4": "INT4", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
 _CAUSES = (("plateau", "o", "amber"), ("deadline", "D", "rose"), ("fixed", "s", "violet"))  # cause, marker, colour
-HELD_OUT = "held_out"
-"""Name of the series of the held-out loss, which is drawn dashed beside the terms of the training loss."""
-
 _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 
@@ -232,8 +229,8 @@ def loss_curves(curves: Curves) -> str | None:
             for colour, series in zip(_SERIES, terms, strict=False):
                 steps, values = _points(series)
                 label, line = (series.name, "-") if series.name != HELD_OUT else ("held out, all terms", "o--")
-                drawn_values = np.where(values > 0, values, np.nan)
-                axes.plot(steps, drawn_values, line, ms=2.5, color=COLOURS[colour], label=label, lw=1.4)
+                shown = np.where(values > 0, values, np.nan)
+                axes.plot(steps, shown, line, ms=2.5, color=COLOURS[colour], label=label, lw=1.4)
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
             axes.set_title(stage)

@@ -202,6 +202,10 @@ class Reproduction:
     version: str = ""  # version of pqcad_qat
 
 
+HELD_OUT = "held_out"
+"""Name of the series of the held-out loss, which is drawn dashed beside the terms of the training loss."""
+
+
 @dataclass(frozen=True)
 class Series:
     """One quantity over training steps; a value that was not finite is None."""

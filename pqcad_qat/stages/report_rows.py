@@ -37,8 +37,8 @@ from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import executes_int8, float_layers, stored_bits
 from pqcad_qat.quantization.quantizable_layers import float_kind
-from pqcad_qat.report.figures import HELD_OUT
 from pqcad_qat.report.record import (
+    HELD_OUT,
     UNSTEADY,
     Curves,
     Execution,

@@ -76,9 +76,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_both_processes_hold_the_same_weights_averages_and_decisions(pair: Pair) -> None:
     assert pair.tensors[0].keys() == pair.tensors[1].keys()
     assert [name for name, value in pair.tensors[0].items() if not torch.equal(value, pair.tensors[1][name])] == []
-    for scenario in ("floating", "accumulated", "quantized", "rollback", "resumed"):
+    for scenario in ("floating", "accumulated", "quantized", "automatic", "rollback", "resumed"):
         first, second = pair.ended(scenario)
         assert {**first, "told": []} == {**second, "told": []}
+
+
+def test_the_first_process_decides_when_a_stage_ends(pair: Pair) -> None:
+    """Its clock alone says that the time is up."""
+    for found in pair.ended("automatic"):
+        assert found["ending"]["cause"] == "minutes"
+        assert found["step"] == found["ending"]["last"] == len(found["losses"])
 
 
 @pytest.mark.parametrize("way", ["floating", "accumulated"])

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState, debug_launcher
@@ -31,7 +31,9 @@ from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, step_of
+from pqcad_qat.training.held_out import HeldOutLoss
 from pqcad_qat.training.rollback import RECORD
+from pqcad_qat.training.stopping_rule import Budget
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 from pqcad_qat.training.transition_decision import BitScheduleSettings
@@ -74,6 +76,7 @@ def stage(
     accumulation: int = 1,
     meddling: Meddling | None = None,
     source: Callable[[int], Batch] = batches,
+    automatic: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run a stage of progressive quantization, or in floating point, on a network with an unused Parameter; return its
     findings and weights.
@@ -84,8 +87,14 @@ def stage(
     schedule = MomentumBitSchedule(
         layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 10.0, 10.0, 0.5, 30, (4,))
     )
-    callbacks = [*([] if floating else [schedule]), Matching(layers), losses, meddling or Meddling()]
-    loop = LoopSettings(STEPS, learning_rate=RATE, ema=0.9, accumulation=accumulation)
+    loss = Matching(layers)
+    budget = Budget(STEPS * 10, seconds=1e5) if automatic else Budget(STEPS)
+    held_out = HeldOutLoss(batches(10**6), [loss], budget, automatic)
+    if automatic and launched()[0] == 0:  # each process has a clock of its own; the first one's says that time is up
+        held_out.load_state_dict({**held_out.state_dict(), "seconds": 1e6})
+    callbacks = [*([] if floating else [schedule]), loss, held_out, losses, meddling or Meddling()]
+    shape: Literal["cosine", "held"] = "held" if automatic else "cosine"
+    loop = LoopSettings(budget.steps, RATE, shape=shape, ema=0.9, accumulation=accumulation)
     settings = StageSettings(
         "toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", EVERY), folder / "logs", "rollback"
     )
@@ -94,6 +103,8 @@ def stage(
     try:
         state = train_stage(model, callbacks, source, settings, console=Console(quiet=True), warn=told.append)
         found["step"] = state.step
+        found["ending"] = None if state.ending is None else asdict(state.ending)
+        found["held_out"] = held_out.state_dict()["latest"]
         weights = {**model.state_dict(), **{f"ema {name}": value for name, value in (state.ema or {}).items()}}
     except PqcadError as error:
         found |= {"error": type(error).__name__, "message": str(error), "speaks": is_reporter(error)}
@@ -161,6 +172,7 @@ def scenarios(folder: Path) -> Mapping[str, Callable[[Path], tuple[dict[str, Any
         "floating": lambda path: stage(path, floating=True),
         "accumulated": lambda path: stage(path, floating=True, accumulation=2),
         "quantized": stage,
+        "automatic": lambda path: stage(path, floating=True, automatic=True),
         "rollback": lambda path: stage(path, source=broken_once(path)),
         "interrupted": lambda path: stage(path, meddling=interrupting(1)),
         "resumed": lambda path: stage(path.with_name("interrupted")),
