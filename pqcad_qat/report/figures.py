@@ -228,9 +228,8 @@ def loss_curves(curves: Curves) -> str | None:
         for axes, (stage, terms) in zip(panels, stages.items(), strict=False):
             for colour, series in zip(_SERIES, terms, strict=False):
                 steps, values = _points(series)
-                label, line = (series.name, "-") if series.name != HELD_OUT else ("held out, all terms", "o--")
-                shown = np.where(values > 0, values, np.nan)
-                axes.plot(steps, shown, line, ms=2.5, color=COLOURS[colour], label=label, lw=1.4)
+                shown, line = np.where(values > 0, values, np.nan), "o--" if series.name == HELD_OUT else "-"
+                axes.plot(steps, shown, line, ms=2.5, color=COLOURS[colour], label=series.name, lw=1.4)
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
             axes.set_title(stage)

@@ -340,11 +340,9 @@ def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = 
 
 
 def _held_out(stage: str, rows: Sequence[Mapping[str, float]], end: StageEnd | None) -> Iterator[Series]:
-    """Series of the held-out loss, if it was measured: it is the sum of the loss's terms."""
     measured = [(int(row["step"]), row["held_out"]) for row in rows if "held_out" in row]
     if measured:
-        start = () if end is None else ((0, end.held_out.get("start")),)
-        steps, values = zip(*start, *measured, strict=True)
+        steps, values = zip(*([] if end is None else [(0, end.held_out.get("start"))]), *measured, strict=True)
         yield Series(stage, HELD_OUT, steps, values)
 
 

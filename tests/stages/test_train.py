@@ -20,12 +20,12 @@ from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQCAD, PTQ
-from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
 from pqcad_qat.report.report_files import read_record
 from pqcad_qat.stages.prepared import calibration_recipe, prepare
+from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
-from pqcad_qat.stages.train import at_targets, distilled_states, matched_states, whole_batch
+from pqcad_qat.stages.train import distilled_states, matched_states, whole_batch
 from pqcad_qat.stages.training_task import at_target_widths
 from pqcad_qat.training.distillation import DistillationSet
 from pqcad_qat.training.stage_end import StageEnd
@@ -70,10 +70,8 @@ def test_what_pq_is_given_is_the_post_training_model_at_its_target_widths(tiny_f
     policy = load_policy(SMOKE, tiny_overrides(tiny_folder))
     prepared = prepare(policy)
     calibration, _ = calibration_set(prepared.model, calibration_recipe(policy, prepared), 4, tmp_path)
-    model = quantize_model(prepared.split, prepared.plan)
-    calibrate_ranges(model, calibration.inputs(512, 4))
-    given = at_target_widths(model)
-    wanted = at_targets(policy, prepare(policy), calibration)
+    models = QuantizedModels(policy, prepared, calibration)
+    given, wanted = at_target_widths(models.at_first_widths()), models.at_targets()
     assert given.keys() == wanted.state_dict().keys()
     assert [name for name, value in wanted.state_dict().items() if not torch.equal(given[name], value)] == []
 
