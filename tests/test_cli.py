@@ -297,7 +297,8 @@ def test_a_typo_in_a_policy_is_named_with_file_line_and_key_from_the_shell(
     done = command_line("run", policy, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(
-        r"mine\.yaml:5: sampler\.sped: got an unknown key; allowed name, steps, guidance_scale", done.stderr
+        r"mine\.yaml:5: sampler\.sped: got an unknown key; allowed name, steps, float_steps, guidance_scale",
+        done.stderr,
     )
     assert "Traceback" not in done.stderr
 
