@@ -79,6 +79,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter's end collect everything: triton would tell of leaks otherwise."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Use one thread, whatever an earlier test has set, so that sums have one order and repeated runs can be bitwise
