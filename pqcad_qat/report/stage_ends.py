@@ -18,8 +18,8 @@ _CAUSES = {
 }
 _KEPT = {
     "average": "the moving average of the weights was kept",
-    "last": "the last weights were kept, which are better than their moving average",
-    "start": "the weights that the stage was given were kept, since training had made them worse",
+    "last": "the last weights were kept, whose images are better than those of their moving average",
+    "start": "the weights that the stage was given were kept, since training had made their images worse",
 }
 
 
@@ -27,6 +27,9 @@ def end_sentence(stage: str, end: StageEnd) -> str:
     """Why a stage ended, which weights it kept, and a gap between trained and held-out states where it is wide."""
     start, kept = end.held_out.get("start"), end.held_out.get(end.kept)
     change = "" if start is None or kept is None else f", held-out loss {start:.3g} to {kept:.3g}"
+    given, now = end.images.get("start"), end.images.get(end.kept)
+    if given is not None and now is not None:
+        change += f", held-out images {given:.1f} to {now:.1f} dB"
     text = f"{stage} ended after {end.steps} steps, because {_CAUSES[end.cause]}; {_KEPT[end.kept]}{change}."
     gap = held_out_gap(end)
     if gap is None or gap <= WIDE_GAP:

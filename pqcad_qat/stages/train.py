@@ -26,6 +26,7 @@ from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.sampling.trajectory import along, initial_noise
+from pqcad_qat.stages.held_out_images import Nearness, held_out_nearness
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
@@ -103,7 +104,15 @@ def progressive(
         *_shown(policy, prepared, run, model, name=PQ),
     ]
     states = matched_states(policy, calibration)
-    task = TrainingTask(PQ, model, FullPrecisionMatching(), callbacks, *states, schedule=schedule)
+    task = TrainingTask(
+        PQ,
+        model,
+        FullPrecisionMatching(),
+        callbacks,
+        *states,
+        _nearness(policy, prepared, run, calibration=calibration, variant=PQ),
+        schedule=schedule,
+    )
     train(policy, run, console, task, shares_training=shares_training)
     return model
 
@@ -128,7 +137,15 @@ def fixed_bit(
         *_shown(policy, prepared, run, model, name=FIXED_BIT),
     ]
     states, ending = matched_states(policy, calibration), _ending_of_pq(policy, run)
-    task = TrainingTask(FIXED_BIT, model, FullPrecisionMatching(), callbacks, *states, ending=ending)
+    task = TrainingTask(
+        FIXED_BIT,
+        model,
+        FullPrecisionMatching(),
+        callbacks,
+        *states,
+        _nearness(policy, prepared, run, calibration=calibration, variant=FIXED_BIT),
+        ending=ending,
+    )
     train(policy, run, console, task, shares_training=shares_training)
     return model
 
@@ -150,7 +167,14 @@ def distill(
     targets = _targets(policy, prepared, run, console, calibration=calibration, teacher=teacher)
     student = copy.deepcopy(teacher)
     callbacks = _shown(policy, prepared, run, student, name=name)
-    task = TrainingTask(name, student, loss, callbacks, *distilled_states(policy, targets, calibration))
+    task = TrainingTask(
+        name,
+        student,
+        loss,
+        callbacks,
+        *distilled_states(policy, targets, calibration),
+        _nearness(policy, prepared, run, calibration=calibration, variant=name),
+    )
     train(policy, run, console, task, shares_training=shares_training)
     return student
 
@@ -241,6 +265,14 @@ def distilled_states(
         for part, condition in reversed(parts)
     )
     return batches, measured, compared
+
+
+def _nearness(
+    policy: Policy, prepared: Prepared, run: RunFolder, *, calibration: CalibrationSet, variant: str
+) -> Nearness:
+    """The measure of a variant's held-out images, with the run's float steps."""
+    start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+    return held_out_nearness(policy, prepared, calibration, variant=variant, start=start)
 
 
 def _ending_of_pq(policy: Policy, run: RunFolder) -> Ending | None:

@@ -29,6 +29,7 @@ from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
 from pqcad_qat.report.stage_ends import end_sentence
+from pqcad_qat.stages.held_out_images import Nearness
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import ENDS, TRANSITIONS, WEIGHTS, most_steps, training_steps
@@ -61,6 +62,7 @@ class TrainingTask:
         callbacks: all further callbacks.
         batches: batches of the trained trajectories.
         held_out: fixed states of the trajectories that are held out.
+        nearness: measure of the model's held-out images, which decides which weights are kept.
         trained: as many states of the trajectories that are trained on.
         schedule: the bit schedule, where widths change during the stage.
         ending: end of the stage, where another stage has decided it.
@@ -73,6 +75,7 @@ class TrainingTask:
     batches: BatchSource
     held_out: Batch
     trained: Batch
+    nearness: Nearness
     schedule: MomentumBitSchedule | None = None
     ending: Ending | None = None
 
@@ -152,13 +155,17 @@ def _seconds_left(policy: Policy, run: RunFolder, stage: str) -> float | None:
 
 def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor], seconds: float) -> StageEnd:
     """Leave the best weights in the model, and return what the stage came to."""
-    kept, held_out, trained = best_weights(state, start, [task.loss], held_out=task.held_out, trained=task.trained)
+    task.model.cpu()  # where images are sampled
+    kept, held_out, trained, images = best_weights(
+        state, start, [task.loss], held_out=task.held_out, trained=task.trained, nearness=task.nearness
+    )
     ending = state.ending
     return StageEnd(
         steps=state.step,
         cause="steps" if ending is None else ending.cause,
         kept=kept,
         held_out={kind: _finite(held_out.get(kind)) for kind in ("start", "average", "last")},
+        images={kind: _finite(images.get(kind)) for kind in ("start", "average", "last")},
         trained={"start": _finite(trained["start"]), "kept": _finite(trained[kept])},
         decay_from=None if ending is None else ending.decay_from,
         training_s=seconds,

@@ -2,7 +2,7 @@
 
 The loss of the held-out states is the stage's own loss, in evaluation mode and without gradients. Every process
 measures the same fixed batch with the same unwrapped model, so the value depends on nothing but the weights. With
-`steps: auto` it decides when the stage ends, and at the end it decides which weights are kept.
+`steps: auto` it decides when the stage ends. Which weights are kept at the end is decided by whole images.
 
 Not here: the rule of the end (stopping_rule.py), and the losses.
 """
@@ -143,21 +143,28 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def best_weights(
-    state: TrainState, start: Mapping[str, Tensor], losses: Sequence[Callback], *, held_out: Batch, trained: Batch
-) -> tuple[Kept, dict[Kept, float], dict[Kept, float]]:
-    """Leave in the model the weights with the lowest held-out loss.
+    state: TrainState,
+    start: Mapping[str, Tensor],
+    losses: Sequence[Callback],
+    *,
+    held_out: Batch,
+    trained: Batch,
+    nearness: Callable[[nn.Module], float],
+) -> tuple[Kept, dict[Kept, float], dict[Kept, float], dict[Kept, float]]:
+    """Leave in the model the weights whose held-out images are nearest to full precision's.
 
-    Weights whose loss is not finite lose against any other. Of equals the moving average is kept, then the last.
+    Weights without a finite loss lose against any other. Of equals the moving average is kept, then the last.
 
     Args:
         state: state after the last training step.
         start: weights that the stage was given, in the form of the model's own.
         losses: callbacks whose loss terms are measured.
-        held_out: states of the held-out trajectories, which decide.
+        held_out: states of the held-out trajectories.
         trained: states of the trained trajectories, to compare with.
+        nearness: function that measures the model's held-out images; more is nearer.
 
     Returns:
-        which weights are kept, and the held-out and the trained loss of all.
+        which weights are kept, and the held-out loss, the trained loss and the nearness of all.
     """
     candidates: dict[Kept, Mapping[str, Tensor]] = {}
     if state.ema is not None:
@@ -166,10 +173,12 @@ def best_weights(
     candidates |= {"last": weights_of(state.model), "start": start}
     on_held_out: dict[Kept, float] = {}
     on_trained: dict[Kept, float] = {}
+    nearnesses: dict[Kept, float] = {}
     for kind, weights in candidates.items():
         state.model.load_state_dict(weights)
         on_held_out[kind] = measured(state, held_out, losses)
         on_trained[kind] = measured(state, trained, losses)
-    kept = min(candidates, key=lambda kind: on_held_out[kind] if math.isfinite(on_held_out[kind]) else math.inf)
+        nearnesses[kind] = nearness(state.model) if math.isfinite(on_held_out[kind]) else -math.inf
+    kept = max(candidates, key=lambda kind: -math.inf if math.isnan(nearnesses[kind]) else nearnesses[kind])
     state.model.load_state_dict(candidates[kept])
-    return kept, on_held_out, on_trained
+    return kept, on_held_out, on_trained, nearnesses

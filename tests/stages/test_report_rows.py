@@ -262,5 +262,4 @@ def test_the_report_says_how_every_training_stage_ended(facts: RunFacts) -> None
     assert list(facts.ends) == list(TRAINED)
     for end in facts.ends.values():
         assert end.cause == "steps"
-        losses = [loss for loss in end.held_out.values() if loss is not None]
-        assert end.held_out[end.kept] == min(losses)
+        assert end.images[end.kept] == max(found for found in end.images.values() if found is not None)

@@ -6,13 +6,14 @@ Not here: the rule of the end alone (test_stopping_rule.py), and whole runs (tes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from small_stage import Matching, batches, images, network
-from torch import Tensor
+from small_stage import Matching, batches, full_precision, images, network
+from torch import Tensor, nn
 
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits
@@ -186,18 +187,27 @@ def shifted(weights: dict[str, Tensor], by: float) -> dict[str, Tensor]:
     return {name: value + by if name.endswith(".bias") else value for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("best", ["average", "last", "start"])
-def test_the_weights_of_the_lowest_held_out_loss_are_kept(best: str) -> None:
+def best(state: TrainState, start: dict[str, Tensor], loss: Matching) -> tuple[Any, ...]:
+    def nearness(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -float((model(images(7)) - full_precision(images(7))).square().mean())
+
+    return best_weights(state, start, [loss], held_out=batches(1), trained=batches(2), nearness=nearness)
+
+
+@pytest.mark.parametrize("wanted", ["average", "last", "start"])
+def test_the_weights_with_the_best_held_out_images_are_kept(wanted: str) -> None:
     state, loss = prepared()
     good = weights_of(state.model)
-    shifts = {kind: 0.0 if kind == best else 3.0 for kind in ("average", "last", "start")}
+    shifts = {kind: 0.0 if kind == wanted else 3.0 for kind in ("average", "last", "start")}
     assert state.ema is not None
     state.ema = {**state.ema, **{n: v for n, v in shifted(good, shifts["average"]).items() if n in state.ema}}
     state.model.load_state_dict(shifted(good, shifts["last"]))
     start = shifted(good, shifts["start"])
-    kept, held_out, trained = best_weights(state, start, [loss], held_out=batches(1), trained=batches(2))
-    assert kept == best
+    kept, held_out, trained, nearness = best(state, start, loss)
+    assert kept == wanted
     assert held_out[kept] == min(held_out.values())
+    assert nearness[kept] == max(nearness.values())
     assert set(trained) == {"average", "last", "start"}
     assert all(torch.equal(value, good[name]) for name, value in state.model.state_dict().items())
 
@@ -205,10 +215,9 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept(best: str) -> None:
 def test_equal_weights_are_called_the_average_and_what_is_not_finite_is_never_kept() -> None:
     state, loss = prepared()
     start = weights_of(state.model)
-    kept, _, _ = best_weights(state, start, [loss], held_out=batches(1), trained=batches(2))
+    kept, *_ = best(state, start, loss)
     assert kept == "average"
     assert state.ema is not None
     state.ema = {name: value * float("nan") for name, value in state.ema.items()}
-    kept, _, _ = best_weights(state, start, [loss], held_out=batches(1), trained=batches(2))
+    kept, *_ = best(state, start, loss)
     assert kept == "last"
-    assert images(0).isfinite().all()

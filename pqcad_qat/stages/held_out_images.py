@@ -1,0 +1,62 @@
+"""Images from the noise of held-out trajectories: how near a trained model's are to full precision's own.
+
+The loss of single sampling steps does not tell it. At 8 bits most of that loss is rounding, which averages out over the
+steps of a trajectory; training lowers it by shifts of the weights, which add up. So the weights that a stage keeps are
+chosen by whole images.
+
+Not here: the held-out loss (training/held_out.py), and the figures of the report (quality/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.models.denoiser import predict
+from pqcad_qat.models.guidance import guided_call
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import REFERENCE
+from pqcad_qat.quality.fidelity import psnr_of_floats
+from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.quantization.plan import evaluating
+from pqcad_qat.sampling.precision_by_time import by_time
+from pqcad_qat.sampling.trajectory import along, initial_noise
+from pqcad_qat.stages.prepared import Prepared
+from pqcad_qat.training.held_out import divided
+
+IMAGES = 16
+"""Largest number of images that are compared."""
+
+Nearness = Callable[[nn.Module], float]
+"""A function that measures a model on the CPU: PSNR in dB of its held-out images to full precision's own."""
+
+
+def held_out_nearness(
+    policy: Policy, prepared: Prepared, calibration: CalibrationSet, *, variant: str, start: float
+) -> Nearness:
+    """Return the measure for a variant, whose first sampling steps, at the time `start` and above, stay in float."""
+    rows = range(len(calibration.states))[divided(len(calibration.states))[1]][:IMAGES]
+    noise = torch.from_numpy(initial_noise(policy.calibration.seed, rows.start, len(rows), prepared.model.sample_shape))
+    condition = {name: value[rows.start : rows.stop] for name, value in calibration.condition.items()}
+    full = partial(predict, prepared.model.denoiser)
+
+    def images(call: Callable[[Tensor, float, Mapping[str, Any]], Tensor], name: str) -> Tensor:
+        schedule, x = prepared.sampled_by(policy, name), noise
+        follow = guided_call(call, condition, calibration.unconditional, policy.guidance_scale(name))
+        for step in along(schedule.walk(policy.sampling_steps(name)), follow, x, schedule):
+            x = step.x_s
+        return x
+
+    def nearness(model: nn.Module) -> float:
+        with evaluating(prepared.model.denoiser), evaluating(model), frozen_weights(model):
+            own, wanted = images(by_time(full, partial(predict, model), start), variant), images(full, REFERENCE)
+        if prepared.model.latent:
+            return psnr_of_floats(own, wanted, float(wanted.max() - wanted.min()))
+        return psnr_of_floats(own.clamp(-1, 1), wanted.clamp(-1, 1), 2.0)
+
+    return nearness
