@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pqcad_qat.data.emoji import EMOJI_LIST, NOTO_EMOJI_FONT, emoji_pictures
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.files import file_digest
 
 Source = Literal["fashion-mnist", "digits", "noto-emoji", "folder"]
 Split = Literal["train", "test"]
@@ -91,10 +92,25 @@ def load_images(
         return image_set(_pixels(pictures, channels), labels, f"{source} {size}x{size}")
     if path is None:
         raise ModelError("image source folder: got no path; allowed the path of a folder with pictures")
-    files, classes = _picture_files(Path(path))
-    return image_set(
-        _pixels([_picture(file, size) for file in files], channels), classes, f"{Path(path).name} {size}x{size}"
-    )
+    return load_pictures(Path(path), (size, size), channels)
+
+
+def load_pictures(folder: Path, size: tuple[int, int], channels: int | None = None) -> ImageSet:
+    """Read a folder of pictures, each cropped about its middle and resized to a height and width.
+
+    Raises:
+        ModelError: the folder holds no picture, or one cannot be read.
+    """
+    files, classes = picture_files(folder)
+    height, width = size
+    pictures = [_picture(file, (width, height)) for file in files]
+    return image_set(_pixels(pictures, channels), classes, f"{folder.name} {height}x{width}")
+
+
+def pictures_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's pictures, in hexadecimal."""
+    lines = [f"{file.relative_to(folder)} {file_digest(file)}\n" for file in picture_files(folder)[0]]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def image_set(pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, name: str) -> ImageSet:
@@ -205,7 +221,7 @@ def _digits(size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.stack(resized)[:, None], digits.target.astype(np.int64)
 
 
-def _picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
+def picture_files(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
     """List the images of a folder in order of their names, or else those of its subfolders with labels.
 
     A label is the place of the subfolder in the order of their names.
@@ -248,8 +264,11 @@ def _pixels(pictures: Sequence[Image.Image], channels: int | None) -> NDArray[np
     return pixels[:, None] if mode == "L" else pixels.transpose(0, 3, 1, 2)
 
 
-def _picture(path: Path, size: int) -> Image.Image:
-    """Read an image upright, over white, cropped about its middle to a square, and resized; its mode is L or RGB."""
+def _picture(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Read an image upright, over white, cropped about its middle and resized to a width and height.
+
+    Its mode is L or RGB.
+    """
     try:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
@@ -261,7 +280,7 @@ def _picture(path: Path, size: int) -> Image.Image:
         raise ModelError(
             f"{path}: got no readable picture: {error}; allowed {', '.join(PICTURE_SUFFIXES)}, 8 bits a channel"
         ) from error
-    return ImageOps.fit(over.convert("L") if grey else over, (size, size), Image.Resampling.BICUBIC)
+    return ImageOps.fit(over.convert("L") if grey else over, size, Image.Resampling.BICUBIC)
 
 
 def _over_white(picture: Image.Image) -> Image.Image:

@@ -21,7 +21,8 @@ PATHS: Mapping[Location, str] = {
     ("model", "source"): r"(embedded|module):.*",
     ("conditions", "prompts"): "",
     ("conditions", "embeddings"): "",
-    ("evaluation", "features"): r"none|auto|embedded:.*",
+    ("evaluation", "features"): r"none|auto|efficientnet-lite0|embedded:.*",
+    ("evaluation", "reference"): "",
     ("data", "path"): "",
 }
 """Keys that hold paths, each with a pattern of the special words that are not paths."""

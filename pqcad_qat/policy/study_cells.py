@@ -172,7 +172,7 @@ def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"{origin}: policies: got the cell {name} twice; allowed policies and levels whose names differ"
     for model, key in product(
-        dict.fromkeys(cell.policy.model.source for cell in cells), ("images", "features", "seed")
+        dict.fromkeys(cell.policy.model.source for cell in cells), ("images", "features", "reference", "seed")
     ):
         policies = [cell.policy for cell in cells if cell.policy.model.source == model]
         values = {str(policy.features if key == "features" else getattr(policy.evaluation, key)) for policy in policies}

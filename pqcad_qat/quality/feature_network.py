@@ -1,12 +1,13 @@
-"""The feature network behind FID: its architecture, its files, and statistics of its features.
+"""The feature network behind FID: its architecture, its files, and the choice among feature networks by name.
 
-Not here: how it is trained (quality/feature_training.py), distances between statistics (quality/fidelity.py).
+Not here: how it is trained (feature_training.py), a network that others trained (efficientnet_lite.py), features of
+images (image_features.py), distances between them (fidelity.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pqcad_qat.data.images import ImageSet, to_float
+from pqcad_qat.data.images import ImageSet
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest, write_json
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.policy.schema import EMBEDDED, NO_FEATURES
+from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, EMBEDDED, NO_FEATURES
+from pqcad_qat.quality.efficientnet_lite import CHANNELS, WEIGHTS_SHA256, load_efficientnet_lite0
+from pqcad_qat.quality.fid_protocol import ReferenceKind
+from pqcad_qat.quality.image_features import FeatureExtractor, FeatureStatistics, feature_statistics, image_statistics
 
 FORMAT = "pqcad_qat.features/1"
 _MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = (
@@ -48,23 +52,26 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
-class FeatureStatistics:
-    """Sums over features f (N, D), named like the states of torchmetrics' FrechetInceptionDistance."""
-
-    features_sum: Tensor  # float64 (D,)       sum of f
-    features_cov_sum: Tensor  # float64 (D, D) sum of f f^T, not centred
-    num_samples: int
-
-
-@dataclass(frozen=True)
 class Features:
-    """A trained feature network, its identity, and statistics of real images if there are any."""
+    """A trained feature network, its identity, and what images are compared with, if there is anything.
 
-    network: FeatureNetwork
+    Attributes:
+        network: the network.
+        source: its name, as a policy names it.
+        sha256: SHA-256 of its weights' file.
+        reference: statistics of the images of the reference.
+        reference_name: what these images are, and their number.
+        reference_features: their features (N, D) one by one, in random order; None where only statistics are stored.
+        reference_kind: whether they are real, or made by full precision from other seeds.
+    """
+
+    network: FeatureExtractor
     source: str
-    sha256: str  # SHA-256 of model.safetensors
+    sha256: str
     reference: FeatureStatistics | None
-    reference_name: str | None  # data set of the statistics and its number of images
+    reference_name: str | None
+    reference_features: Tensor | None = None
+    reference_kind: ReferenceKind = "real"
 
 
 class FeatureNetwork(nn.Module):
@@ -87,6 +94,19 @@ class FeatureNetwork(nn.Module):
     def num_features(self) -> int:
         return self.config.widths[-1]
 
+    @property
+    def axes(self) -> tuple[str, str, str]:
+        channels, height, width = map(str, self.config.shape)
+        return channels, height, width
+
+    @property
+    def batch_size(self) -> int:
+        return 500
+
+    def reads(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether the network was trained on images of this shape (C, H, W)."""
+        return shape == self.config.shape
+
     def features(self, x: Tensor) -> Tensor:
         """Map images in [-1, 1] (N, C, H, W) to features (N, D)."""
         hidden: Tensor = self.blocks(x.contiguous(memory_format=torch.channels_last))
@@ -98,51 +118,21 @@ class FeatureNetwork(nn.Module):
         return logits
 
 
-def image_statistics(network: FeatureNetwork, images: Tensor, batch_size: int = 500) -> FeatureStatistics:
-    """Compute statistics of uint8 images (N, C, H, W), by the same code for reference and generated images."""
-    from torchmetrics.image.fid import FrechetInceptionDistance  # here, since that takes two seconds
-
-    check_images(network.config, images)
-    metric = FrechetInceptionDistance(feature=_FeatureExtractor(network), normalize=False)
-    with torch.no_grad():
-        for batch in torch.split(images, batch_size):
-            metric.update(batch, real=True)
-    return FeatureStatistics(
-        metric.real_features_sum, metric.real_features_cov_sum, int(metric.real_features_num_samples)
-    )
-
-
 def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
     """Check that the feature network accepts images of this shape (C, H, W).
 
     Raises:
         ModelError: it does not, or it is missing or damaged.
     """
-    shape = load_features(source).network.config.shape
-    if shape != sample_shape:
-        fitting = [name for name in embedded_features() if load_features(name).network.config.shape == sample_shape]
-        allowed = [*fitting, f"a folder with a network for {_sizes(sample_shape)}", NO_FEATURES]
+    network = load_features(source).network
+    if not network.reads(sample_shape):
+        fitting = [name for name in embedded_features() if load_features(name).network.reads(sample_shape)]
+        made = "x".join(map(str, sample_shape))
+        fitting += [EFFICIENTNET_LITE0] if sample_shape[0] in CHANNELS else []
+        allowed = [*fitting, f"a folder with a network for {made}", NO_FEATURES]
         raise ModelError(
-            f"got {source!r}, which reads images of {_sizes(shape)}; the model makes "
-            f"{_sizes(sample_shape)}; allowed {', '.join(allowed)}"
-        )
-
-
-def _sizes(shape: tuple[int, int, int]) -> str:
-    """Return a shape (C, H, W) as messages show it."""
-    return "x".join(map(str, shape))
-
-
-def check_images(config: FeatureConfig, images: Tensor) -> None:
-    """Check that `images` are uint8 (N, C, H, W) with the size and channels that the network was trained on.
-
-    Raises:
-        ModelError: they are not.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != config.shape:
-        got = f"{images.dtype} {tuple(images.shape)}"
-        raise ModelError(
-            f"images for this feature network: got {got}; allowed torch.uint8 (N, {', '.join(map(str, config.shape))})"
+            f"got {source!r}, which reads images of {'x'.join(network.axes)}; the model makes {made}; allowed "
+            f"{', '.join(allowed)}"
         )
 
 
@@ -184,36 +174,34 @@ def save_reference(folder: Path, statistics: FeatureStatistics, name: str, featu
 
 
 def load_features(source: str) -> Features:
-    """Load `embedded:NAME` or a folder that `save_features` wrote.
+    """Load `embedded:NAME`, `efficientnet-lite0`, or a folder that `save_features` wrote.
 
     Raises:
-        ModelError: a file is missing, or its digest differs.
+        ModelError: a file or a package is missing, or a digest differs.
     """
+    if source == EFFICIENTNET_LITE0:
+        return Features(load_efficientnet_lite0(), source, WEIGHTS_SHA256, None, None)
     folder = _folder(source)
     network, sha256 = _load_network(folder)
     reference, name = _load_reference(folder, sha256, network.num_features)
     return Features(network, source, sha256, reference, name)
 
 
+def with_reference(features: Features, reference: Tensor, name: str, kind: ReferenceKind = "real") -> Features:
+    """The same network with another reference, whose features (N, D) are given in random order."""
+    return replace(
+        features,
+        reference=feature_statistics(reference),
+        reference_name=name,
+        reference_features=reference,
+        reference_kind=kind,
+    )
+
+
 def embedded_features() -> list[str]:
     """Names of the feature networks that ship with the package."""
     assets = Path(str(resources.files("pqcad_qat.assets")))
     return sorted(EMBEDDED + path.name.removeprefix("features-") for path in assets.glob("features-*"))
-
-
-class _FeatureExtractor(nn.Module):
-    """Feature extractor for torchmetrics: it takes uint8 images and returns float64 features.
-
-    In float64, the sums and the result of torchmetrics are in double precision too.
-    """
-
-    def __init__(self, network: FeatureNetwork) -> None:
-        super().__init__()
-        self.network = network
-        self.num_features = network.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.features(to_float(images)).double()
 
 
 def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -227,7 +215,7 @@ def _folder(source: str) -> Path:
     if not source.startswith(EMBEDDED):
         return Path(source)
     if source not in embedded_features():
-        raise ModelError(f"got {source!r}; allowed {', '.join(embedded_features())}, or a folder")
+        raise ModelError(f"got {source!r}; allowed {', '.join(embedded_features())}, {EFFICIENTNET_LITE0}, or a folder")
     return Path(str(resources.files("pqcad_qat.assets"))) / f"features-{source.removeprefix(EMBEDDED)}"
 
 

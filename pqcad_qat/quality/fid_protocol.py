@@ -6,24 +6,72 @@ Not here: how an FID is computed (fidelity.py). This file does not import torch,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from pqcad_qat.policy.schema import EFFICIENTNET_LITE0
 
 MANY_IMAGES = 10_000
 """Customary number of images. With fewer, an FID is biased upwards by an amount that depends on their number."""
 
+ReferenceKind = Literal["real", "full-precision"]
+"""Whether the images of a reference are real, or full precision's own of other seeds."""
+
+FID, FD_EFFNET_LITE0 = "FID", "FD-EffNetLite0"
+"""Names of Frechet distances by their feature network."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Distances inside the reference, of its first half to its second: differences as small as these mean nothing."""
+
+    images: tuple[int, int]  # numbers of images of the first half, at most those of a variant, and of the second
+    distance: float  # Frechet distance
+    kid: float | None  # kernel distance times 1,000
+    kid_error: float | None  # its standard error
+
 
 @dataclass(frozen=True)
 class FidProtocol:
-    """Everything that must be equal for two FIDs to be comparable."""
+    """Everything that must be equal for two FIDs to be comparable, and what they would be without any difference."""
 
     images: int
     features: str  # name of the feature network
     features_sha256: str
-    reference: str | None  # description of the real images behind the statistics
+    reference: str | None  # description of the images behind the statistics
     sampler: str
     steps: int  # number of sampling steps of full precision
     seed: int
+    reference_kind: ReferenceKind = "real"
+    floor: Floor | None = None  # None where only statistics of the reference are known
 
     @property
     def under_10000(self) -> bool:
         """Whether the FID can only be compared with FIDs of equally many images, because there are too few."""
         return self.images < MANY_IMAGES
+
+    @property
+    def distance(self) -> str:
+        """Name of the Frechet distance: an FID is one through a network that was trained for it."""
+        return FD_EFFNET_LITE0 if self.features == EFFICIENTNET_LITE0 else FID
+
+    @property
+    def against(self) -> str:
+        """Short word for what the images are compared with."""
+        return "real" if self.reference_kind == "real" else "reference"
+
+    @property
+    def floor_text(self) -> str:
+        """Sentences on the floor; empty where it is not known."""
+        if (floor := self.floor) is None:
+            return ""
+        kid = "" if floor.kid is None else f" and a KID of {kid_text(floor.kid, floor.kid_error)}"
+        first, second = floor.images
+        return (
+            f"Floor: {first:,} images of one half of the reference are at {self.distance} {floor.distance:.2f}{kid} "
+            f"from the {second:,} of its other half. Smaller differences mean nothing."
+        )
+
+
+def kid_text(value: float, error: float | None) -> str:
+    """Text of a kernel distance times 1,000 with its standard error, such as 95.2±3.1."""
+    return f"{value:.1f}" if error is None else f"{value:.1f}±{error:.1f}"

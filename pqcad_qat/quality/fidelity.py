@@ -1,22 +1,25 @@
-"""Figures of image quality: FID against real data and against full precision, and paired PSNR and SSIM.
+"""Figures of image quality: distances to a reference and to full precision, and paired PSNR and SSIM.
 
 torchmetrics is imported where it is used, since that takes two seconds and every command imports this file.
 
-Not here: where images come from (data/), the feature network (quality/feature_network.py), speed and size
-(timing/latency.py).
+Not here: where images come from (data/), feature networks (feature_network.py), the estimators of KID, precision and
+recall (kernel_distance.py, precision_recall.py), speed and size (timing/latency.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics
-from pqcad_qat.quality.fid_protocol import FidProtocol
+from pqcad_qat.quality.feature_network import Features
+from pqcad_qat.quality.fid_protocol import MANY_IMAGES, FidProtocol, Floor
+from pqcad_qat.quality.image_features import FeatureStatistics, ReadyFeatures, feature_statistics, image_features
+from pqcad_qat.quality.kernel_distance import KernelDistance, kernel_distance
+from pqcad_qat.quality.precision_recall import NEIGHBOURS, precision_and_recall
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # size and standard deviation in pixels of the Gaussian window of Wang et al. 2004
 _BATCH = 256
@@ -28,7 +31,8 @@ class FidelityFigures:
 
     Every field is valid in strict JSON. `psnr_fp` is pooled over all pixels of all images (one mean squared error), in
     dB. It is None if there is nothing to compare with, or if the images are identical and PSNR is infinite: then
-    `identical_to_fp` is true and `ssim_fp` is 1. `ssim_fp` is also None for images smaller than its window.
+    `identical_to_fp` is true and `ssim_fp` is 1. `ssim_fp` is also None for images smaller than its window. The fields
+    from `kid_real` on are None where the features of the reference's single images are not known.
     """
 
     images: int
@@ -39,29 +43,58 @@ class FidelityFigures:
     identical_to_fp: bool
     # whether there are at most as many images as features, so that their covariance lacks full rank
     rank_deficient: bool
+    kid_real: float | None = None  # kernel distance to the reference, times 1,000; for few images only
+    kid_real_error: float | None = None  # its standard error
+    precision: float | None = None  # of Kynkaanniemi et al. 2019, from 0 to 1
+    recall: float | None = None
 
 
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, seed: int) -> FidProtocol:
     """Protocol of an FID of `images` generated images with the feature network `features`."""
-    return FidProtocol(images, features.source, features.sha256, features.reference_name, sampler, steps, seed)
+    reference = features.reference_features
+    return FidProtocol(
+        images,
+        features.source,
+        features.sha256,
+        features.reference_name,
+        sampler,
+        steps,
+        seed,
+        features.reference_kind,
+        None if reference is None else floor(reference, images),
+    )
 
 
-def evaluate_images(images: Tensor, fp_images: Tensor | None, features: Features | None) -> FidelityFigures:
+def floor(reference: Tensor, images: int) -> Floor:
+    """Distances of features of a reference (N, D), in random order, to one another: first half to second half.
+
+    Only as many of the first half are taken as a variant has images, because distances depend on their number.
+    """
+    half = len(reference) // 2
+    first, second = reference[: min(half, images)], reference[half:]
+    kernel = _kernel_distance(first, second)
+    distance = frechet_distance(feature_statistics(first), feature_statistics(second))
+    return Floor((len(first), len(second)), distance, kernel.value, kernel.error)
+
+
+def evaluate_images(
+    images: Tensor, fp_images: Tensor | None, features: Features | None, fp_features: Tensor | None = None
+) -> FidelityFigures:
     """Compute the figures of uint8 images (N, C, H, W).
 
     `fp_images` are the full-precision model's images of the same seeds, in the same order. Without `features` there are
     no FIDs, and without their reference no `fid_real`. Images smaller than SSIM's window have no SSIM.
+    `fp_features` are the features of `fp_images`, for a caller that has them.
 
     Raises:
         ModelError: there are fewer than two images, the feature network does not accept them, or the sets do not pair.
     """
     if fp_images is not None:
         _check_pair(images, fp_images)
-    fid_real, fid_fp = (None, None) if features is None else _fids(images, fp_images, features)
+    distances = _Distances() if features is None else _distances(images, fp_images, features, fp_features)
     return FidelityFigures(
         images=len(images),
-        fid_real=fid_real,
-        fid_fp=fid_fp,
+        **asdict(distances),
         psnr_fp=None if fp_images is None else paired_psnr(images, fp_images),
         ssim_fp=None if fp_images is None or not has_ssim(images) else paired_ssim(images, fp_images),
         identical_to_fp=fp_images is not None and torch.equal(images, fp_images),
@@ -114,7 +147,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     # only one process evaluates, so there is nothing to synchronize
-    metric = FrechetInceptionDistance(feature=_Identity(dimensions), sync_on_compute=False)
+    metric = FrechetInceptionDistance(feature=ReadyFeatures(dimensions), sync_on_compute=False)
     # an empty update tells the metric that features are float64
     metric.update(torch.empty(0, dimensions, dtype=torch.float64), real=False)
     metric.merge_state({**_state(a, "real"), **_state(b, "fake")})
@@ -162,26 +195,48 @@ def paired_ssim(images: Tensor, references: Tensor) -> float:
     return total.item() / len(images)
 
 
-class _Identity(nn.Module):
-    """Stand-in for torchmetrics' feature extractor, since the features are computed already."""
+@dataclass(frozen=True)
+class _Distances:
+    """The figures that are computed from features."""
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
+    fid_real: float | None = None
+    fid_fp: float | None = None
+    kid_real: float | None = None
+    kid_real_error: float | None = None
+    precision: float | None = None
+    recall: float | None = None
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
-
-def _fids(images: Tensor, fp_images: Tensor | None, features: Features) -> tuple[float | None, float | None]:
-    """Return the FID against the reference of real images, and the FID against full precision."""
-    statistics = image_statistics(features.network, images)
+def _distances(images: Tensor, fp_images: Tensor | None, features: Features, fp_features: Tensor | None) -> _Distances:
+    """Compare the features of images with those of the reference and of full precision."""
+    computed = image_features(features.network, images)
+    statistics = feature_statistics(computed)
     fid_real = None if features.reference is None else frechet_distance(statistics, features.reference)
-    if fp_images is None:
-        return fid_real, None
-    if torch.equal(images, fp_images):  # full precision itself: exactly 0, without rounding errors
-        return fid_real, 0.0
-    return fid_real, frechet_distance(statistics, image_statistics(features.network, fp_images))
+    fid_fp = None
+    if fp_images is not None:
+        # full precision itself: exactly 0, without rounding errors
+        same = torch.equal(images, fp_images)
+        fid_fp = 0.0 if same else _distance_to(statistics, features, fp_images, fp_features)
+    reference = features.reference_features
+    if reference is None:
+        return _Distances(fid_real, fid_fp)
+    kernel = _kernel_distance(computed, reference) if len(images) < MANY_IMAGES else KernelDistance(None, None)
+    count = min(len(computed), len(reference), MANY_IMAGES)
+    both = (None, None) if count <= NEIGHBOURS else precision_and_recall(computed[:count], reference[:count])
+    return _Distances(fid_real, fid_fp, kernel.value, kernel.error, *both)
+
+
+def _distance_to(
+    statistics: FeatureStatistics, features: Features, fp_images: Tensor, fp_features: Tensor | None
+) -> float:
+    """Frechet distance to full precision's images."""
+    known = image_features(features.network, fp_images) if fp_features is None else fp_features
+    return frechet_distance(statistics, feature_statistics(known))
+
+
+def _kernel_distance(features: Tensor, reference: Tensor) -> KernelDistance:
+    """Kernel distance to at most MANY_IMAGES of the reference, which is in random order: it takes N^2 steps."""
+    return kernel_distance(features[:MANY_IMAGES], reference[:MANY_IMAGES])
 
 
 def _state(statistics: FeatureStatistics, side: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
-from pqcad_qat.quality.fid_protocol import MANY_IMAGES, FidProtocol
+from pqcad_qat.quality.fid_protocol import FID, MANY_IMAGES, FidProtocol
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import UNKNOWN, number_text, page_template
@@ -26,8 +26,9 @@ from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 2
 HEADINGS = {
-    "fid_real": "FID to real",
-    "fid_fp": "FID to full precision",
+    "fid_real": "{distance} to {against}",
+    "kid_real": "KID to {against}",
+    "fid_fp": "{distance} to full precision",
     "psnr_fp": "PSNR to full precision, dB",
     "latency_ms_per_image": "ms an image",
 }
@@ -51,8 +52,19 @@ def headings(comparison: Comparison) -> list[str]:
         "bits W/A",
         "steps",
         "seeds",
-        *(HEADINGS[figure] for figure in measured(comparison)),
+        *(heading(figure, comparison.parts) for figure in measured(comparison)),
     ]
+
+
+def heading(figure: str, parts: Sequence[Part]) -> str:
+    """Heading of a figure, which names the Frechet distance if it is the same one in all parts."""
+    protocols = [part.protocol for part in parts if part.protocol is not None]
+    distances = list(dict.fromkeys(protocol.distance for protocol in protocols)) or [FID]
+    against = list(dict.fromkeys(protocol.against for protocol in protocols)) or ["real"]
+    return HEADINGS[figure].format(
+        distance=distances[0] if len(distances) == 1 else "Frechet distance",
+        against=against[0] if len(against) == 1 else "reference",
+    )
 
 
 def measured(comparison: Comparison) -> list[str]:
@@ -99,12 +111,13 @@ def protocol_text(protocol: FidProtocol | None) -> str:
         else ""
     )
     text = (
-        f"FID: Frechet distance of {protocol.images:,} images (noise seed {protocol.seed}, sampler "
+        f"{protocol.distance}: Frechet distance of {protocol.images:,} images (noise seed {protocol.seed}, sampler "
         f"{protocol.sampler}) to "
         f"{protocol.reference or 'nothing real'}, through the feature network {protocol.features} (sha256 "
         f"{protocol.features_sha256}).{few} PSNR: against the full-precision images of the same noise. "
         "±: standard deviation over training seeds."
     )
+    text += f" {protocol.floor_text}" if protocol.floor else ""
     return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
 
 
@@ -172,28 +185,33 @@ def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
         "rows": [cells(comparison, row) for row in part.rows],
         "remarks": remarks(part),
         "protocol": protocol_text(part.protocol),
+        "distance": FID if part.protocol is None else part.protocol.distance,
         "few_images": part.protocol is not None and part.protocol.under_10000,
-        "chart": Markup(figure_chart(part.rows) or ""),  # this package's own SVG, whose texts canvas.py has escaped
+        "chart": Markup(figure_chart(part) or ""),  # this package's own SVG, whose texts canvas.py has escaped
     }
 
 
-def figure_chart(rows: Sequence[Row]) -> str | None:
-    """Chart of FID and PSNR of every row, as means with their spread; None if neither was measured."""
+def figure_chart(part: Part) -> str | None:
+    """Chart of Frechet distance and PSNR of every row, as means with their spread; None if neither was measured."""
+    rows = part.rows
     panels = [figure for figure in PANELS if any(figure in row.figures for row in rows)]
     if not panels:
         return None
     with canvas("runs", 9.6, 1.1 + 0.24 * len(rows)) as drawn:
         axes = drawn.figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for panel, figure in zip(axes, panels, strict=True):
-            _draw_figure(drawn, panel, figure, rows)
+            _draw_figure(drawn, panel, figure, part)
         telling = [key for key in rows[0].labels if len({row.labels[key] for row in rows} - {ALL}) > 1]
         axes[0].set_yticks(range(len(rows)), [_label(row, telling) for row in rows])
         axes[0].tick_params(axis="y", labelcolor=COLOURS["ink"], length=0)
         axes[0].set_ylim(len(rows) - 0.4, -0.6)
-        return drawn.svg(f"{' and '.join(HEADINGS[figure] for figure in panels)}: {'; '.join(_told(rows, panels[0]))}")
+        return drawn.svg(
+            f"{' and '.join(heading(figure, [part]) for figure in panels)}: {'; '.join(_told(rows, panels[0]))}"
+        )
 
 
-def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) -> None:
+def _draw_figure(drawn: Canvas, axes: Axes, figure: str, part: Part) -> None:
+    rows, title = part.rows, heading(figure, [part])
     reference = next(
         (row.figures[figure].mean for row in rows if row.variant == REFERENCE and figure in row.figures), None
     )
@@ -211,8 +229,8 @@ def _draw_figure(drawn: Canvas, axes: Axes, figure: str, rows: Sequence[Row]) ->
             lw=2,
         )
         (point,) = axes.plot([spread.mean], [place], "o", ms=6, color=colour)
-        drawn.tip(point, f"{_label(row)}: {HEADINGS[figure]} {spread_text(spread)}, n = {spread.count}")
-    axes.set_title(HEADINGS[figure])
+        drawn.tip(point, f"{_label(row)}: {title} {spread_text(spread)}, n = {spread.count}")
+    axes.set_title(title)
 
 
 def _label(row: Row, keys: Collection[str] | None = None) -> str:

@@ -24,7 +24,7 @@ _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 
 def quality_latency(report: Report) -> str | None:
-    """Chart of FID to real data against milliseconds an image; None if fewer than two variants have both."""
+    """Chart of the distance to the reference against milliseconds an image; None if it would have one point."""
     rows = [row for row in report.variants if row.fid_real is not None and row.latency_ms_per_image]
     if len(rows) < 2:
         return None
@@ -35,7 +35,7 @@ def quality_latency(report: Report) -> str | None:
             colour = COLOURS["accent" if ours else "blue" if row.runtime == OPENVINO else "grey"]
             x, y = row.latency_ms_per_image or 0.0, row.fid_real or 0.0
             (point,) = axes.plot([x], [y], "o", ms=11 if ours else 8, color=colour, mec=COLOURS["surface"], mew=1.2)
-            drawn.tip(point, f"{row.name}: {x:.1f} ms an image, FID {y:.2f}, {row.steps} steps")
+            drawn.tip(point, f"{row.name}: {x:.1f} ms an image, {report.distance} {y:.2f}, {row.steps} steps")
             axes.annotate(
                 row.name,
                 (x, y),
@@ -49,9 +49,9 @@ def quality_latency(report: Report) -> str | None:
         axes.margins(x=0.18, y=0.22)
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.set_xlabel("milliseconds an image, logarithmic (left is faster)")
-        axes.set_ylabel("FID to real images (lower is better)")
-        shown = "; ".join(f"{row.name} {row.latency_ms_per_image:.1f} ms, FID {row.fid_real:.2f}" for row in rows)
-        return drawn.svg(f"Quality against latency: {shown}")
+        axes.set_ylabel(f"{report.distance} to {report.against} images (lower is better)")
+        values = [f"{row.name} {row.latency_ms_per_image:.1f} ms, {report.distance} {row.fid_real:.2f}" for row in rows]
+        return drawn.svg(f"Quality against latency: {'; '.join(values)}")
 
 
 def _plain_log(axis: Axis) -> None:

@@ -15,6 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pqcad_qat.policy.variants import FP32, OURS, PQCAD, REFERENCE, VARIANTS, summary_of
+from pqcad_qat.quality.fid_protocol import kid_text
 from pqcad_qat.report import figures
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
 from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
@@ -80,6 +81,9 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         # this package's own SVG, whose texts canvas.py has escaped
         charts={name: Markup(svg or "") for name, svg in charts.items()},
         few_images=report.fid_protocol is not None and report.fid_protocol.under_10000,
+        kernel_distances=any(row.kid_real is not None for row in report.variants),
+        coverage=any(row.precision is not None for row in report.variants),
+        kid_text=kid_text,
         target_text=target_text,
         spread=spread,
         ours=OURS,
@@ -131,7 +135,7 @@ def headlines(report: Report) -> list[Headline]:
         basis = f"{size(full.size_bytes)} to {size(ours.size_bytes)}"
         ratio = ours.size_bytes / full.size_bytes
         shown.append(Headline(f"{ratio:.2f}{TIMES}", "the size of full precision", basis, ratio < 1))
-    if quality := _quality(rows):
+    if quality := _quality(rows, report.distance):
         shown.append(quality)
     if report.execution:
         done = f"{report.execution.executed_int8}/{report.execution.planned}"
@@ -157,7 +161,7 @@ def _speed(rows: Mapping[str, VariantRow], baseline: str) -> Headline | None:
     return Headline(f"{ratio:.1f}{TIMES}", f"{word} than {BASELINES[baseline]}", basis, word == "faster")
 
 
-def _quality(rows: Mapping[str, VariantRow]) -> Headline | None:
+def _quality(rows: Mapping[str, VariantRow], distance: str) -> Headline | None:
     full = rows.get(FP32)
     name = next((name for name in (OURS, PQCAD) if name in rows and rows[name].fid_real is not None), None)
     if full is None or not full.fid_real or name is None:
@@ -166,7 +170,7 @@ def _quality(rows: Mapping[str, VariantRow]) -> Headline | None:
     change = ours / full.fid_real - 1
     word = "better" if change < 0 else "worse"
     basis = f"{full.fid_real:.2f} to {ours:.2f}, {full.steps} to {rows[name].steps} steps ({name})"
-    return Headline(f"{100 * change:+.1f} %", f"FID, {word} than full precision", basis, change <= 0)
+    return Headline(f"{100 * change:+.1f} %", f"{distance}, {word} than full precision", basis, change <= 0)
 
 
 def verdict(targets: Sequence[Target]) -> str:
@@ -215,6 +219,7 @@ def best_values(report: Report) -> dict[str, float]:
         ("latency_ms_per_image", min),
         ("latency_ms_per_step", min),
         ("fid_real", min),
+        ("kid_real", min),
     ):
         rows = [row for row in report.variants if not (key.startswith("latency") and row.name in report.unsteady)]
         values = [value for row in rows if (value := getattr(row, key)) is not None]
@@ -236,7 +241,7 @@ def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, 
     for name, images in (ordered(samples) if samples else {}).items():
         row, count = rows.get(name), min(len(images), STRIP_IMAGES)
         facts = [] if row is None else [f"{row.steps_text} steps"]
-        facts += [f"FID {row.fid_real:.2f}"] if row and row.fid_real is not None else []
+        facts += [f"{report.distance} {row.fid_real:.2f}"] if row and row.fid_real is not None else []
         facts += [f"{row.psnr_fp:.1f} dB to {REFERENCE}"] if row and row.psnr_fp is not None else []
         alt = f"{count} images by {name} ({summary_of(name) or 'a variant'}), from the same seeds as the other rows"
         rendered.append(

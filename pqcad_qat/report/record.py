@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.policy.variants import VARIANTS
-from pqcad_qat.quality.fid_protocol import FidProtocol
+from pqcad_qat.quality.fid_protocol import FID, FidProtocol
 from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
 
@@ -107,13 +107,17 @@ class VariantRow:
     size_bytes: int | None = None  # bytes of every file needed to run the denoiser, the same files that were timed
     latency_ms_per_step: float | None = None  # median for one image, unless the policy's export batch differs
     latency_ms_per_image: float | None = None
-    fid_real: float | None = None  # Frechet distance to the real reference
+    fid_real: float | None = None  # Frechet distance to the reference, real or as the protocol says
     fid_fp: float | None = None  # Frechet distance to the full-precision images
     psnr_fp: float | None = None  # dB, image by image against full precision on the same seeds
     ssim_fp: float | None = None  # 0 to 1, image by image against full precision on the same seeds
     float_steps: int = 0  # how many of the steps full precision computes, the first ones
     passes: int = 1  # denoiser calls a sampling step: 2 under classifier-free guidance, both counted in an image's time
     did_not_run: str = ""  # reason why a baseline could not be made or run; its figures are unknown
+    kid_real: float | None = None  # kernel distance to the real reference, times 1,000
+    kid_real_error: float | None = None  # its standard error
+    precision: float | None = None  # share of its images that look like the reference's, 0 to 1
+    recall: float | None = None  # share of the reference that its images cover, 0 to 1
 
     @property
     def steps_text(self) -> str:
@@ -257,6 +261,16 @@ class Report:
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def distance(self) -> str:
+        """Name of the Frechet distance between images, which depends on the feature network."""
+        return FID if self.fid_protocol is None else self.fid_protocol.distance
+
+    @property
+    def against(self) -> str:
+        """Short word for what the images are compared with."""
+        return "real" if self.fid_protocol is None else self.fid_protocol.against
 
     @property
     def unsteady(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
+from pqcad_qat.quality.fid_protocol import kid_text
 from pqcad_qat.quantization.plan import LayerPlan, quantizer_words
 from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
@@ -108,14 +109,24 @@ def _plan_caption(plan: Sequence[LayerPlan], model: nn.Module) -> str:
 def result_table(report: Report, folder: Path) -> TerminalTable:
     """Short table of the variants in a run's report."""
     title = f"{report.policy['name']}: {folder}"
-    table = TerminalTable("variant", "bits", "steps", "FID real", "PSNR dB", "ms/image", "MB", title=title)
+    kernel = any(row.kid_real is not None for row in report.variants)
+    coverage = any(row.precision is not None for row in report.variants)
+    distances = [
+        f"{report.distance} {report.against}",
+        *(["KID"] if kernel else []),
+        *(["prec/rec"] if coverage else []),
+    ]
+    table = TerminalTable("variant", "bits", "steps", *distances, "PSNR dB", "ms/image", "MB", title=title)
     for row in report.variants:
         bits = "" if row.weight_bits is None else f"W{row.weight_bits:g}A{row.activation_bits:g}"
         megabytes = None if row.size_bytes is None else row.size_bytes / 1e6
         figures = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, megabytes]
-        cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        cells[2] += f" {UNSTEADY}" if cells[2] and row.name in report.unsteady else ""
-        table.add_row(row.name, bits, row.steps_text, *cells)
+        distance, psnr, time, size = ("" if figure is None else f"{figure:.2f}" for figure in figures)
+        kid = "" if row.kid_real is None else kid_text(row.kid_real, row.kid_real_error)
+        covered = "" if row.precision is None else f"{row.precision:.2f}/{row.recall:.2f}"
+        distances = [distance, *([kid] if kernel else []), *([covered] if coverage else [])]
+        time += f" {UNSTEADY}" if time and row.name in report.unsteady else ""
+        table.add_row(row.name, bits, row.steps_text, *distances, psnr, time, size)
     return table
 
 
@@ -128,6 +139,8 @@ def result_remarks(report: Report) -> Iterator[Text]:
             yield Text(f"{row.name} did not run: {row.did_not_run}")
     if report.unsteady:
         yield Text(UNSTEADY_NOTE)
+    if report.fid_protocol is not None and (floor := report.fid_protocol.floor_text):
+        yield Text(floor)
     if report.quality_note:
         yield Text(report.quality_note)
     if floating := [f"{row.layer} ({row.kind})" for row in report.layers if row.weight_bits is None]:

@@ -6,7 +6,7 @@ Not here: metrics (quality/) and pages (report/).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,17 @@ from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.schema import EMBEDDED, Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim
+from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.report.report_files import write_report
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
+from pqcad_qat.stages.reference_set import compared
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import Record, RunFolder
 from pqcad_qat.stages.samplers import (
@@ -57,6 +59,10 @@ from pqcad_qat.stages.stage_records import (
 from pqcad_qat.timing.hardware import hardware
 
 NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
+
+OF_OTHER_PICTURES = (
+    "The feature network {0} was made for the pictures of the model {0}; distances of other pictures say little."
+)
 
 NO_SSIM = f"No SSIM: its window of {SSIM_WINDOW} pixels is larger than the images."
 
@@ -194,17 +200,18 @@ def _sampler(
 
 
 def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> None:
-    """Stage `evaluation`: compute FID, PSNR and SSIM of every variant's images."""
+    """Stage `evaluation`: compute distances, PSNR and SSIM of every variant's images."""
     with run.stage("evaluation") as stage:
         if not stage.new:
             return
         source, latent = policy.features, prepared.model.latent
-        features = None if source is None else load_features(source)
+        features = None if source is None else compared(policy, prepared, run, load_features(source), console=console)
         samples = {name: _samples(run, name) for name in _shown(policy, run)}
         full = samples[REFERENCE]
-        with working(console, "evaluation: FID, PSNR, SSIM"):
+        with working(console, "evaluation: distances, PSNR, SSIM"):
+            known = None if features is None else image_features(features.network, full)
             figures = {
-                name: evaluate_latents(images, full) if latent else evaluate_images(images, full, features)
+                name: evaluate_latents(images, full) if latent else evaluate_images(images, full, features, known)
                 for name, images in samples.items()
             }
         section, protocol = policy.evaluation, None
@@ -212,9 +219,18 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
             steps, sampler = policy.sampler.steps, prepared.schedule.sampler
             protocol = fid_protocol(features, section.images, sampler, steps, seed=section.seed)
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
-        notes = ["" if features else NO_FID, of_latents if latent else "" if has_ssim(full) else NO_SSIM]
+        notes = [*_on_features(policy), of_latents if latent else "" if has_ssim(full) else NO_SSIM]
         note = " ".join(note for note in notes if note)
         stage.done(EvaluationRecord(figures, protocol, hardware(), note))
+
+
+def _on_features(policy: Policy) -> Iterator[str]:
+    """Notes on the feature network that a reader of the figures needs."""
+    source = policy.features
+    if source is None:
+        yield NO_FID
+    elif source.startswith(EMBEDDED) and source != policy.model.source:
+        yield OF_OTHER_PICTURES.format(source)
 
 
 def report(policy: Policy, prepared: Prepared, run: RunFolder, command: str) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationRecipe
+from pqcad_qat.data.images import picture_files
 from pqcad_qat.errors import ModelError, PlanError
 from pqcad_qat.export.int8_attention import masked_attention
 from pqcad_qat.export.part_export import PartFormat, chosen_formats
@@ -26,7 +27,7 @@ from pqcad_qat.models.probing import check_predictions, constant_readers, probe_
 from pqcad_qat.models.prompts import too_long_prompts
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
-from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, Policy
 from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
 from pqcad_qat.quality.feature_network import check_shape
 from pqcad_qat.quantization.layer_matching import listed
@@ -40,6 +41,9 @@ RANGE_INPUTS = 512
 
 CHOICES = 8
 """Number of random conditions that the states of an untrained model choose from."""
+
+LEAST_PICTURES = 4
+"""Smallest number of pictures of a reference: two for each half, so that the halves have a distance."""
 
 CALIBRATION, SHARED = ".calibration", ".shared"
 """Names of the folders beside the runs that hold what they share: calibration sets, and results of stages."""
@@ -215,9 +219,18 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
-    """Raise ModelError if the policy's feature network cannot be read, or does not accept what the model makes."""
-    source = policy.features
+    """Check that the policy's feature network and its reference can be read, and fit what the model makes.
+
+    Raises:
+        ModelError: they cannot, or do not.
+    """
+    source, reference = policy.features, policy.evaluation.reference
     if source is None:
+        if reference is not None:
+            raise ModelError(
+                f"evaluation.reference: got {reference!r} and no feature network to compare pictures; allowed with "
+                f"evaluation.features, such as {EFFICIENTNET_LITE0}"
+            )
         return
     if model.latent:
         raise ModelError(
@@ -228,6 +241,22 @@ def check_features(policy: Policy, model: DiffusionModel) -> None:
         check_shape(source, model.sample_shape)
     except ModelError as error:
         raise ModelError(f"evaluation.features: {error}") from error
+    if reference is not None:
+        check_pictures(Path(reference), "evaluation.reference")
+
+
+def check_pictures(folder: Path, where: str) -> None:
+    """Check that a folder holds enough pictures for two halves that can be compared.
+
+    Raises:
+        ModelError: it does not; the message begins with `where`, the key or argument.
+    """
+    try:
+        count = len(picture_files(folder)[0])
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
+    if count < LEAST_PICTURES:
+        raise ModelError(f"{where}: {folder}: got {count} pictures; allowed at least {LEAST_PICTURES}")
 
 
 def calibration_recipe(policy: Policy, prepared: Prepared) -> CalibrationRecipe:

@@ -76,11 +76,14 @@ SAME = 1.02
 LOW_BITS = 3
 """Width in bits below which progressive quantization has to beat fixed-bit training."""
 
-FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to real"}
+FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to {against}"}
 """Mapping from a figure that targets compare to its words."""
 
 TIMES = ("latency_ms_per_image",)
 """Keys of FIGURES that are computed from a timing."""
+
+OF_IMAGES = ("fid_real", "fid_fp", "kid_real", "kid_real_error", "precision", "recall", "psnr_fp", "ssim_fp")
+"""Fields that a row of the report has from the record of evaluation, under the same names."""
 
 _NOT_MEASURED = FidelityFigures(0, None, None, None, None, identical_to_fp=False, rank_deficient=False)
 
@@ -183,12 +186,9 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
             size_bytes=size,
             latency_ms_per_step=step,
             latency_ms_per_image=None if image is None else image * passes,
-            fid_real=quality.fid_real,
-            fid_fp=quality.fid_fp,
-            psnr_fp=quality.psnr_fp,
-            ssim_fp=quality.ssim_fp,
             float_steps=in_float,
             passes=passes,
+            **{figure: getattr(quality, figure) for figure in OF_IMAGES},
         )
 
 
@@ -250,12 +250,14 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
         (PQCAD, PQ_DISTILLED, "fid_real", CLEARLY),
         (PQ, FIXED_BIT, "fid_real", CLEARLY if low else SAME),
     )
+    protocol = facts.evaluation.protocol
     for variant, against, figure, bound in comparisons:
-        measurable = figure != "fid_real" or facts.evaluation.protocol is not None
+        measurable = figure != "fid_real" or protocol is not None
         if variant in variants and against in variants and measurable:
             note = _why_not(facts, rows, variant, against, figure=figure)
             measured = None if note else _ratio(rows, variant, against, figure)
-            yield target(f"{FIGURES[figure]}: {variant} / {against}", measured, "<=", bound, unit="x", note=note)
+            words = FIGURES[figure].format(against=protocol.against if protocol else "real")
+            yield target(f"{words}: {variant} / {against}", measured, "<=", bound, unit="x", note=note)
     if facts.export and facts.benchmark:
         packed = facts.export.packed_bytes / facts.benchmark.sizes[FP32]
         yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, unit="x")

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from pqcad_qat.data.images import pictures_digest
 from pqcad_qat.models.pipeline_parts import VAE
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
@@ -224,7 +226,7 @@ class _Table:
             "walk": schedule.student(self.policy.sampler.steps, steps).walk(steps),
             "distillation.student_steps" if half else "sampler.steps": steps,
             "sampler.guidance_scale": self.policy.guidance_scale(variant),
-            **self.section("evaluation", "variants", "features"),
+            **self.section("evaluation", "variants", "features", "reference"),
         }
         if (pipeline := self.prepared.pipeline) is not None and decoder_of(self.prepared.model) is not None:
             values["decoder"] = pipeline.digest(VAE)
@@ -242,6 +244,8 @@ class _Table:
         shown, source = sampled(self.policy), self.policy.features
         features = None if source is None else load_features(source).sha256
         values = {"evaluation.variants": shown, "evaluation.features": source, "features": features}
+        if (pictures := self.policy.evaluation.reference) is not None:
+            values |= {"evaluation.reference": Path(pictures).name, "reference": pictures_digest(Path(pictures))}
         return Recipe(values, tuple(sampling(name) for name in shown), _versions("torch"))
 
 

@@ -147,7 +147,7 @@ assert (first.name, first.steps) == ("another", 2) and first.psnr_fp, first
 page = (folder / "report.html").read_text(encoding="utf-8")
 assert "one row more" in page and "images by another" in page
 comparison = compare_runs("one", named_runs({"one": read_report(folder)}), "")
-assert "another" in figure_chart(comparison.rows)
+assert "another" in figure_chart(comparison.parts[0])
 """
 """A program that reads the table with a row more, and makes a run of it."""
 

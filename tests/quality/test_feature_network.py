@@ -17,7 +17,7 @@ import torch
 
 from pqcad_qat.data.images import ImageSet, image_set, load_images, to_float
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quality.feature_network import embedded_features, image_statistics, load_features
+from pqcad_qat.quality.feature_network import embedded_features, load_features
 from pqcad_qat.quality.feature_training import (
     RECIPES,
     FeatureRecipe,
@@ -27,6 +27,7 @@ from pqcad_qat.quality.feature_training import (
     make_features,
     train_feature_network,
 )
+from pqcad_qat.quality.image_features import feature_statistics, image_features, image_statistics
 
 ASSETS = Path(str(resources.files("pqcad_qat.assets")))
 RECIPE = FeatureRecipe(epochs=3, batch_size=64, shift=0, flip=False)
@@ -143,7 +144,7 @@ def test_statistics_are_the_sums_over_the_features_in_double_precision(folder: P
     images = DIGITS.images[:300]
     with torch.no_grad():
         features = network.features(to_float(images)).double().numpy()  # (300, 64)
-    found = image_statistics(network, images, batch_size=70)
+    found = feature_statistics(image_features(network, images), batch_size=70)
     assert found.num_samples == 300
     assert found.features_sum.dtype == torch.float64
     np.testing.assert_allclose(found.features_sum.numpy(), features.sum(axis=0), rtol=1e-5)
@@ -225,7 +226,8 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(folder: Path, tmp_pat
 def test_an_unknown_source_is_answered_with_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
-        match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder",
+        match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, "
+        "efficientnet-lite0, or a folder",
     ):
         load_features("embedded:cifar")
     with pytest.raises(ModelError, match=r"config\.json: got no such file; allowed a folder of a feature network"):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pqcad_qat.data.images import load_images
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quality.feature_network import Features, FeatureStatistics, image_statistics, load_features
+from pqcad_qat.quality import fidelity
+from pqcad_qat.quality.feature_network import Features, load_features, with_reference
 from pqcad_qat.quality.fidelity import (
     evaluate_images,
     evaluate_latents,
@@ -28,6 +29,14 @@ from pqcad_qat.quality.fidelity import (
     paired_psnr,
     paired_ssim,
 )
+from pqcad_qat.quality.image_features import (
+    FeatureStatistics,
+    feature_statistics,
+    image_features,
+    image_statistics,
+)
+from pqcad_qat.quality.kernel_distance import kernel_distance
+from pqcad_qat.quality.precision_recall import precision_and_recall
 
 RNG = np.random.default_rng(0)
 DIGITS = load_images("digits", size=32).images  # uint8 (1797, 1, 32, 32)
@@ -203,3 +212,52 @@ def test_the_protocol_names_network_reference_and_a_small_number_of_images(embed
     assert protocol.reference.startswith("fashion-mnist train 32x32, 60000 images, sha256 ")
     assert protocol.under_10000
     assert not fid_protocol(embedded, images=10_000, sampler="ddim", steps=20, seed=7).under_10000
+
+
+def test_figures_of_single_images_need_the_references_features(embedded: Features) -> None:
+    alone = evaluate_images(DIGITS[:60], None, embedded)
+    assert (alone.kid_real, alone.kid_real_error, alone.precision, alone.recall) == (None, None, None, None)
+    others = image_features(embedded.network, DIGITS[60:180])
+    features = with_reference(embedded, others, "other digits")
+    near, far = (evaluate_images(images, None, features) for images in (DIGITS[:60], noisy(DIGITS[:60], 60.0)))
+    assert near.fid_real == pytest.approx(
+        frechet_distance(image_statistics(embedded.network, DIGITS[:60]), feature_statistics(others))
+    )
+    expected = kernel_distance(image_features(embedded.network, DIGITS[:60]), others)
+    assert (near.kid_real, near.kid_real_error) == (expected.value, expected.error)
+    assert near.kid_real is not None
+    assert far.kid_real is not None
+    assert far.kid_real > near.kid_real + 3 * (far.kid_real_error or 0)
+    assert (near.precision, near.recall) == precision_and_recall(
+        image_features(embedded.network, DIGITS[:60]), others[:60]
+    )
+
+
+def test_features_of_full_precision_that_are_known_change_no_figure(embedded: Features) -> None:
+    images, full = noisy(DIGITS[:40], 20.0), DIGITS[:40]
+    known = image_features(embedded.network, full)
+    assert evaluate_images(images, full, embedded, known) == evaluate_images(images, full, embedded)
+
+
+@pytest.mark.parametrize(("images", "counts"), [(500, (60, 61)), (40, (40, 61))])
+def test_the_floor_is_the_distance_of_one_half_of_the_reference_to_the_other(
+    embedded: Features, images: int, counts: tuple[int, int]
+) -> None:
+    others = image_features(embedded.network, DIGITS[:121])
+    floor = fid_protocol(with_reference(embedded, others, "digits"), images, "ddim", 20, seed=0).floor
+    assert floor is not None
+    assert floor.images == counts
+    halves = others[: counts[0]], others[60:]
+    assert floor.distance == frechet_distance(*map(feature_statistics, halves))
+    expected = kernel_distance(*halves)
+    assert (floor.kid, floor.kid_error) == (expected.value, expected.error)
+    assert fid_protocol(embedded, images, "ddim", 20, seed=0).floor is None
+
+
+def test_images_of_the_customary_number_have_no_kernel_distance(
+    embedded: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fidelity, "MANY_IMAGES", 30)
+    features = with_reference(embedded, image_features(embedded.network, DIGITS[60:180]), "other digits")
+    assert evaluate_images(DIGITS[:30], None, features).kid_real is None
+    assert evaluate_images(DIGITS[:29], None, features).kid_real is not None

@@ -238,7 +238,7 @@ def test_files_are_one_page_with_json_and_markdown_beside_it(seeds: Comparison, 
 
 def test_runs_without_figures_draw_nothing_and_say_so() -> None:
     found = compare({"runs/a": minimal_report()})
-    assert figure_chart(found.rows) is None
+    assert figure_chart(found.parts[0]) is None
     assert "No FID was measured" in render(found)
 
 

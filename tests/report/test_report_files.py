@@ -97,6 +97,10 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
             "float_steps",
             "passes",
             "did_not_run",
+            "kid_real",
+            "kid_real_error",
+            "precision",
+            "recall",
         ),
     ]
     assert list(document["fid_protocol"]) == [
@@ -107,6 +111,8 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
         "sampler",
         "steps",
         "seed",
+        "reference_kind",
+        "floor",
     ]
     assert list(document["bit_schedule"][0]) == [
         "step",

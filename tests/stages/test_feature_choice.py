@@ -92,11 +92,11 @@ def call(arguments: list[str]) -> int:
     [
         (
             "embedded:fashion-mnist",
-            r"got 'embedded:fashion-mnist', which reads images of 1x32x32; the model makes 3x16x16; allowed a folder",
+            r"got 'embedded:fashion-mnist', which reads images of 1x32x32; the model makes 3x16x16; allowed eff",
         ),
         (
             "embedded:cifar",
-            r"got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, or a folder",
+            r"got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, eff",
         ),
         ("no-such-folder", r"no-such-folder/config\.json: got no such file"),
     ],
@@ -124,7 +124,10 @@ def test_what_is_allowed_names_the_networks_that_fit(tmp_path: Path, capsys: pyt
     save_model(tiny_unet().eval(), SCHEDULER, tmp_path / "grey")
     flags = ["--model", str(tmp_path / "grey"), "--set", "evaluation.features=embedded:digits"]
     assert call(["plan", str(POLICIES / "smoke.yaml"), *flags]) == 2
-    assert "the model makes 1x32x32; allowed embedded:fashion-mnist, a folder" in capsys.readouterr().err
+    assert (
+        "the model makes 1x32x32; allowed embedded:fashion-mnist, efficientnet-lite0, a folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_network_of_ones_own_is_taken_where_it_fits_and_refused_where_not(

@@ -229,6 +229,8 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
         "sampler",
         "steps",
         "seed",
+        "reference_kind",
+        "floor",
     }
     assert set(report["bit_schedule"][0]) == {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"}
     assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
@@ -265,6 +267,10 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
         "float_steps",
         "passes",
         "did_not_run",
+        "kid_real",
+        "kid_real_error",
+        "precision",
+        "recall",
     }
     assert all(set(row) == keys | {"fid_real", "fid_fp", "psnr_fp", "ssim_fp"} for row in rows.values())
 
