@@ -172,7 +172,6 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
             continue
         timing = timings.get(spec.timed_as)
         step = timing.median_ms / policy.export.batch_size if timing else None
-        size = sizes.get(spec.timed_as)
         quality = facts.evaluation.figures.get(name, _NOT_MEASURED)
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
         in_float = float_steps(facts.walk(name), facts.float_steps.time) if spec.quantized else 0
@@ -183,7 +182,7 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
             weight_bits=weight_bits,
             activation_bits=input_bits,
             steps=steps,
-            size_bytes=size,
+            size_bytes=sizes.get(spec.timed_as),
             latency_ms_per_step=step,
             latency_ms_per_image=None if image is None else image * passes,
             float_steps=in_float,
@@ -252,8 +251,7 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
     )
     protocol = facts.evaluation.protocol
     for variant, against, figure, bound in comparisons:
-        measurable = figure != "fid_real" or protocol is not None
-        if variant in variants and against in variants and measurable:
+        if variant in variants and against in variants and (figure != "fid_real" or protocol):
             note = _why_not(facts, rows, variant, against, figure=figure)
             measured = None if note else _ratio(rows, variant, against, figure)
             words = FIGURES[figure].format(against=protocol.against if protocol else "real")
