@@ -177,6 +177,7 @@ MISTAKES = {
     "no key and value": (["run", SMOKE, "--set", "steps"], r"--set steps: got no key and value; allowed key=value"),
     "an unknown key": (["plan", SMOKE, "--set", "sampler.stesp=4"], r"--set sampler\.stesp.*did you mean steps\?"),
     "a value out of bounds": (["plan", SMOKE, "--set", "sampler.steps=0"], r"sampler\.steps: got 0; allowed"),
+    "no time to train": (["run", SMOKE, "--minutes", "0"], r"--minutes: got 0\.0; allowed a number over 0"),
     "an unknown embedded model": (["plan", SMOKE, "--model", "embedded:nothing"], r"got 'embedded:nothing'; allowed"),
     "a model that is not there": (["plan", SMOKE, "--model", "./nothing"], r"got './nothing', which is no folder"),
     "no images": (
