@@ -95,10 +95,11 @@ def evaluate(
     seed: int = 1234,
     steps: int | None = None,
     features: str | None = None,
+    reference: str | None = None,
     conditions: str | None = None,
     guidance: float | None = None,
 ) -> None:
-    """Print the Frechet distance of a folder's images to real ones, with the protocol of its measurement.
+    """Print the distances of a folder's images to real ones, with the protocol of their measurement.
 
     Args:
         folder: a run, a deployed OpenVINO folder, a quantized student, embedded:NAME, or another full-precision
@@ -106,8 +107,9 @@ def evaluate(
         images: number of images that are sampled.
         seed: seed of their noise.
         steps: number of sampling steps; by default the number that the folder was made for.
-        features: feature network with its reference statistics: embedded:NAME or a folder; by default the one of a
-            run's policy, or an embedded model's own.
+        features: feature network: embedded:NAME or a folder, with statistics of real images, or efficientnet-lite0; by
+            default the one of a run's policy, or an embedded model's own.
+        reference: folder of real pictures; by default that of a run's policy, or the feature network's statistics.
         conditions: conditions of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings;
             by default those of a run's policy, or all classes.
         guidance: scale of classifier-free guidance; by default the one that the folder was made for.
@@ -120,12 +122,15 @@ def evaluate(
         seed=whole_number("seed", seed, least=0),
         steps=None if steps is None else whole_number("steps", steps),
         features=features,
+        reference=reference,
         conditions=conditions,
         guidance=guidance_scale(guidance),
         console=console.PROGRESS,
     )
     protocol = {**asdict(evaluation.fid_protocol), "under_10000": evaluation.fid_protocol.under_10000}
-    console.CONSOLE.print_json(json.dumps({"fid_real": evaluation.fid_real, "fid_protocol": protocol}))
+    keys = ("fid_real", "kid_real", "kid_real_error", "precision", "recall")
+    figures = {key: getattr(evaluation.figures, key) for key in keys}
+    console.CONSOLE.print_json(json.dumps({**figures, "fid_protocol": protocol}))
 
 
 def benchmark(

@@ -1,4 +1,4 @@
-"""The command `evaluate`: the Frechet distance of a folder's images to real ones, with its protocol.
+"""The command `evaluate`: the distances of a folder's images to real ones, with their protocol.
 
 Not here: how distances are computed (quality/), and how a folder is opened (open_folder.py).
 """
@@ -6,15 +6,19 @@ Not here: how distances are computed (quality/), and how a folder is opened (ope
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from pqcad_qat.commands.open_folder import opened_folder, policy_of
 from pqcad_qat.errors import ModelError, UsageError
 from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.policy.schema import EFFICIENTNET_LITE0
 from pqcad_qat.quality.feature_network import check_shape, embedded_features, load_features
 from pqcad_qat.quality.fid_protocol import FidProtocol
-from pqcad_qat.quality.fidelity import evaluate_images, fid_protocol
+from pqcad_qat.quality.fidelity import FidelityFigures, evaluate_images, fid_protocol
+from pqcad_qat.stages.prepared import check_pictures
+from pqcad_qat.stages.reference_set import with_pictures
 from pqcad_qat.stages.samplers import sample_images
 
 BATCH = 64
@@ -23,9 +27,9 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A Frechet distance to real images, and the protocol that makes it comparable."""
+    """Distances to real images, and the protocol that makes them comparable."""
 
-    fid_real: float | None
+    figures: FidelityFigures
     fid_protocol: FidProtocol
 
 
@@ -36,6 +40,7 @@ def evaluate(
     seed: int,
     steps: int | None,
     features: str | None,
+    reference: str | None,
     conditions: str | None,
     guidance: float | None,
     console: Console,
@@ -47,9 +52,11 @@ def evaluate(
         images: number of images.
         seed: seed of their noise.
         features: feature network; by default the one of a run's policy, or an embedded model's own.
+        reference: folder of real pictures; by default that of a run's policy, or what the feature network brings along.
 
     Raises:
-        UsageError: the model makes latents, or the feature network does not accept what the model makes.
+        UsageError: the model makes latents, the feature network does not accept what the model makes, or the reference
+            cannot be used.
         ModelError, PolicyError: as for `opened.opened_folder`.
     """
     variant = opened_folder(folder, steps, conditions, guidance)
@@ -63,13 +70,30 @@ def evaluate(
     except ModelError as error:
         raise UsageError(f"--features: {error}") from error
     network = load_features(source)
+    pictures = reference or _reference_of(folder, source)
+    if pictures is not None:
+        try:
+            check_pictures(Path(pictures), "--reference")
+        except ModelError as error:
+            raise UsageError(str(error)) from error
+        network = with_pictures(network, Path(pictures), variant.sample_shape, console)
     with progress_bar(console) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         sampled = sample_images(variant, images, seed, BATCH, advance=lambda done: bar.update(task, advance=done))
     figures = evaluate_images(sampled, None, network)
-    return Evaluation(
-        figures.fid_real, fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed=seed)
-    )
+    return Evaluation(figures, fid_protocol(network, images, variant.schedule.sampler, variant.steps, seed=seed))
+
+
+def _reference_of(folder: str, features: str) -> str | None:
+    """Folder of real pictures that a run was compared with; None where the feature network brings statistics along."""
+    policy = policy_of(folder)
+    pictures = None if policy is None else policy.evaluation.reference
+    if pictures is None and features == EFFICIENTNET_LITE0:
+        raise UsageError(
+            f"--reference: got none, and {features} knows no real pictures; allowed a folder of pictures like those "
+            f"that {folder} makes"
+        )
+    return pictures
 
 
 def _features_of(folder: str) -> str:
@@ -80,6 +104,6 @@ def _features_of(folder: str) -> str:
     if policy is None or policy.features is None:
         raise UsageError(
             f"--features: got none, and {folder} has none of its own; allowed "
-            f"{', '.join(embedded_features())}, or a folder"
+            f"{', '.join(embedded_features())}, {EFFICIENTNET_LITE0}, or a folder"
         )
     return policy.features

@@ -134,3 +134,37 @@ def test_a_reference_that_cannot_be_used_is_told_before_anything_is_done(
         cli.main(["plan", str(POLICIES / "smoke.yaml"), *flags])
     assert ended.value.code == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def evaluated(folder: Path, features: str, *more: str) -> None:
+    cli.main(["evaluate", str(folder), "--images", "4", "--steps", "1", "--features", features, *more])
+
+
+def test_evaluate_compares_with_the_pictures_that_it_is_given(
+    tiny_folder: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated(tiny_folder, "embedded:fashion-mnist", "--reference", str(pictures))
+    found = json.loads(capsys.readouterr().out)
+    assert found["fid_protocol"]["reference"].startswith("digits 32x32, 30 images")
+    assert found["kid_real"] > 0
+    evaluated(tiny_folder, "embedded:fashion-mnist")
+    assert json.loads(capsys.readouterr().out)["kid_real"] is None
+
+
+def test_evaluate_refuses_a_folder_without_pictures(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        evaluated(tiny_folder, "embedded:fashion-mnist", "--reference", str(tmp_path))
+    assert ended.value.code == 2
+    assert re.search("--reference: .*: got no picture", " ".join(capsys.readouterr().err.split()))
+
+
+def test_evaluate_asks_for_the_pictures_that_a_network_of_others_does_not_bring_along(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `features` is not installed")
+    with pytest.raises(SystemExit) as ended:
+        evaluated(tiny_folder, "efficientnet-lite0")
+    assert ended.value.code == 2
+    assert "--reference: got none, and efficientnet-lite0 knows no real pictures" in capsys.readouterr().err
