@@ -209,13 +209,13 @@ class _Distances:
 
 def _distances(images: Tensor, fp_images: Tensor | None, features: Features, fp_features: Tensor | None) -> _Distances:
     """Compare the features of images with those of the reference and of full precision."""
-    computed = image_features(features.network, images)
+    same = fp_images is not None and torch.equal(images, fp_images)
+    computed = fp_features if same and fp_features is not None else image_features(features.network, images)
     statistics = feature_statistics(computed)
     fid_real = None if features.reference is None else frechet_distance(statistics, features.reference)
     fid_fp = None
     if fp_images is not None:
         # full precision itself: exactly 0, without rounding errors
-        same = torch.equal(images, fp_images)
         fid_fp = 0.0 if same else _distance_to(statistics, features, fp_images, fp_features)
     reference = features.reference_features
     if reference is None:

@@ -34,7 +34,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> KernelDistance:
 
     Its standard error is the jackknife's: both sets are cut into subsets of equal size, and the distance is computed
     again without the k-th subset of either, for each k. All of these need only the kernel's sums between subsets.
-    Both sets must hold at least two features, in random order.
+    Where both sets are of one distribution it comes out too large, by the square root of two. Both sets must hold at
+    least two features, in random order.
     """
     count = max(1, min(SUBSETS, len(a) // 2, len(b) // 2))
     parts_a, parts_b = torch.tensor_split(a.double(), count), torch.tensor_split(b.double(), count)

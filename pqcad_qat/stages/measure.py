@@ -208,12 +208,14 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
         features = None if source is None else compared(policy, prepared, run, load_features(source), console=console)
         samples = {name: _samples(run, name) for name in _shown(policy, run)}
         full = samples[REFERENCE]
-        with working(console, "evaluation: distances, PSNR, SSIM"):
+        figures = {}
+        with working(console, "evaluation: distances, PSNR, SSIM") as tell:
             known = None if features is None else image_features(features.network, full)
-            figures = {
-                name: evaluate_latents(images, full) if latent else evaluate_images(images, full, features, known)
-                for name, images in samples.items()
-            }
+            for name, images in samples.items():
+                tell(f"evaluation: {name}")
+                figures[name] = (
+                    evaluate_latents(images, full) if latent else evaluate_images(images, full, features, known)
+                )
         section, protocol = policy.evaluation, None
         if features is not None:
             steps, sampler = policy.sampler.steps, prepared.schedule.sampler

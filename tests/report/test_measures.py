@@ -15,6 +15,7 @@ import pytest
 from report_fixture import fixture_report
 from rich.console import Console
 
+from pqcad_qat.policy.variants import FP32, PQCAD
 from pqcad_qat.quality.fid_protocol import Floor
 from pqcad_qat.report.comparison import Run, compare_runs
 from pqcad_qat.report.comparison_page import render
@@ -38,7 +39,7 @@ def test_a_distance_through_a_network_of_others_is_nowhere_called_fid() -> None:
     console = Console(file=printed, width=200)
     console.print(result_table(report, Path("runs/one")), *result_remarks(report))
     shown = [
-        render_page(report, Curves(), {name: np.zeros((2, 1, 8, 8), np.float32) for name in ("fp32", "pqcad")}),
+        render_page(report, Curves(), {name: np.zeros((2, 1, 8, 8), np.float32) for name in (FP32, PQCAD)}),
         printed.getvalue(),
         render(compare_runs("table", [Run("one", {"run": "one"}, report)], "compare")),
     ]
