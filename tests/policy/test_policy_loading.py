@@ -68,12 +68,13 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         (
             "  steps: 20",
             "  stepz: 20",
-            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, guidance_scale (did you mean steps?)",
+            "p.yaml:4: sampler.stepz: got an unknown key; allowed name, steps, float_steps, guidance_scale (did you "
+            "mean steps?)",
         ),
         (
             "  steps: 20",
             "  colour: 20",
-            "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, guidance_scale",
+            "p.yaml:4: sampler.colour: got an unknown key; allowed name, steps, float_steps, guidance_scale",
         ),
         ("  steps: 20", "  steps: 2000", "p.yaml:4: sampler.steps: got 2000; allowed a whole number from 1 to 1000"),
         (
@@ -98,7 +99,7 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         (
             "sampler:\n  steps: 20",
             "sampler: 20",
-            "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, guidance_scale",
+            "p.yaml:3: sampler: got 20; allowed a mapping with the keys name, steps, float_steps, guidance_scale",
         ),
         ("{source: embedded:fashion-mnist}", "{}", "p.yaml:2: model.source: got nothing; allowed non-empty text"),
         (
@@ -832,7 +833,7 @@ def test_overrides_apply_in_order_and_merge_mappings(write: Write) -> None:
         (
             "sampler.stepz=4",
             "--set sampler.stepz: sampler.stepz: got an unknown key; allowed name, steps, "
-            "guidance_scale (did you mean steps?)",
+            "float_steps, guidance_scale (did you mean steps?)",
         ),
         ("sampler.steps=0", "--set sampler.steps: sampler.steps: got 0; allowed a whole number from 1 to 1000"),
         (
