@@ -22,9 +22,12 @@ FID, FD_EFFNET_LITE0 = "FID", "FD-EffNetLite0"
 
 @dataclass(frozen=True)
 class Floor:
-    """Distances inside the reference, of its first half to its second: differences as small as these mean nothing."""
+    """Distances between images of the reference's own kind: differences as small as these mean nothing.
 
-    images: tuple[int, int]  # numbers of images of the first half, at most those of a variant, and of the second
+    They are those of one half of a real reference to its other half, or of full precision's images to its other images.
+    """
+
+    images: tuple[int, int]  # numbers of images of both sets; of the first one at most those of a variant
     distance: float  # Frechet distance
     kid: float | None  # kernel distance times 1,000
     kid_error: float | None  # its standard error
@@ -66,10 +69,18 @@ class FidProtocol:
             return ""
         kid = "" if floor.kid is None else f" and a KID of {kid_text(floor.kid, floor.kid_error)}"
         first, second = floor.images
+        first_set, second_set = self.floor_sets
         return (
-            f"Floor: {first:,} images of one half of the reference are at {self.distance} {floor.distance:.2f}{kid} "
-            f"from the {second:,} of its other half. Smaller differences mean nothing."
+            f"Floor: {first:,} images {first_set} are at {self.distance} {floor.distance:.2f}{kid} from {second:,} "
+            f"{second_set}. Smaller differences mean nothing."
         )
+
+    @property
+    def floor_sets(self) -> tuple[str, str]:
+        """What the two sets of the floor are."""
+        if self.reference_kind == "real":
+            return "of one half of the reference", "of its other half"
+        return "by full precision", "of the reference"
 
 
 def kid_text(value: float, error: float | None) -> str:

@@ -50,8 +50,12 @@ class FidelityFigures:
 
 
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, seed: int) -> FidProtocol:
-    """Protocol of an FID of `images` generated images with the feature network `features`."""
-    reference = features.reference_features
+    """Protocol of an FID of `images` generated images with the feature network `features`.
+
+    Its floor is that of a reference of real images. Where full precision's own images are the reference, its images of
+    evaluation.seed are at the floor.
+    """
+    known = features.reference_features if features.reference_kind == "real" else None
     return FidProtocol(
         images,
         features.source,
@@ -61,7 +65,7 @@ def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, s
         steps,
         seed,
         features.reference_kind,
-        None if reference is None else floor(reference, images),
+        None if known is None else floor(known, images),
     )
 
 
@@ -75,6 +79,13 @@ def floor(reference: Tensor, images: int) -> Floor:
     kernel = _kernel_distance(first, second)
     distance = frechet_distance(feature_statistics(first), feature_statistics(second))
     return Floor((len(first), len(second)), distance, kernel.value, kernel.error)
+
+
+def own_floor(full: FidelityFigures) -> Floor | None:
+    """Distances of full precision's images to a reference that holds as many of its other images."""
+    if full.fid_real is None:
+        return None
+    return Floor((full.images, full.images), full.fid_real, full.kid_real, full.kid_real_error)
 
 
 def evaluate_images(

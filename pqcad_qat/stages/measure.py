@@ -27,7 +27,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import EMBEDDED, Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
 from pqcad_qat.quality.feature_network import load_features
-from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim
+from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim, own_floor
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.report.report_files import write_report
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
@@ -220,6 +220,8 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
         if features is not None:
             steps, sampler = policy.sampler.steps, prepared.schedule.sampler
             protocol = fid_protocol(features, section.images, sampler, steps, seed=section.seed)
+            if features.reference_kind == "full-precision":
+                protocol = replace(protocol, floor=own_floor(figures[REFERENCE]))
         of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
         notes = [*_on_features(policy), of_latents if latent else "" if has_ssim(full) else NO_SSIM]
         note = " ".join(note for note in notes if note)

@@ -105,6 +105,12 @@ def test_without_pictures_a_network_of_others_compares_with_full_precisions_othe
     full = report["variants"][0]
     assert full["fid_fp"] == 0
     assert full["fid_real"] > 0  # images of other seeds
+    assert protocol["floor"] == {
+        "images": [8, 8],
+        "distance": full["fid_real"],
+        "kid": full["kid_real"],
+        "kid_error": full["kid_real_error"],
+    }
     assert "FID" not in (tmp_path / "run" / "report.html").read_text().replace("FD-EffNetLite0", "")
 
 
