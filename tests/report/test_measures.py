@@ -23,10 +23,9 @@ from pqcad_qat.report.page import render_page
 from pqcad_qat.report.record import Curves, Report
 from pqcad_qat.report.tables import result_remarks, result_table
 
-
 FLOOR = (
-    "Floor: 1,000 images of one half of the reference are at FD-EffNetLite0 3.21 and a KID of 0.4±0.3 from 5,000 of its "
-    "other half. Smaller differences mean nothing."
+    "Floor: 1,000 images of one half of the reference are at FD-EffNetLite0 3.21 and a KID of 0.4±0.3 from 5,000 of "
+    "its other half. Smaller differences mean nothing."
 )
 
 
