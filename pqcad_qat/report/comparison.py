@@ -18,8 +18,8 @@ from pqcad_qat.policy.variants import UNTRAINED, VARIANTS
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.report.record import Report, VariantRow
 
-QUALITY = ("fid_real", "kid_real", "fid_fp", "psnr_fp")
-FIGURES = (*QUALITY, "latency_ms_per_image")
+QUALITY = ("fid_real", "fid_fp", "psnr_fp")
+FIGURES = (*QUALITY, "kid_real", "latency_ms_per_image")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """Fields of the FID protocol that must be equal for two FIDs to be compared; steps may differ."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pqcad_qat import cli
 from pqcad_qat.data.images import image_set
 from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.quality.efficientnet_lite import load_efficientnet_lite0
 from pqcad_qat.quality.feature_training import FeatureRecipe, make_features
 
 
@@ -151,6 +153,20 @@ def test_a_damaged_network_is_told_before_anything_is_trained(
     (tmp_path / "config.json").write_text(json.dumps({**config, "sha256": "0" * 64}))
     assert call(["plan", str(POLICIES / "smoke.yaml"), "--set", f"evaluation.features={tmp_path}"]) == 2
     assert re.search(r"evaluation\.features: .*model\.safetensors: got a damaged or exchanged", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_network_of_an_extra_that_is_not_installed_is_told_with_the_extra(
+    command: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    load_efficientnet_lite0.cache_clear()
+    flags = ["--model", str(model), "--set", "evaluation.features=efficientnet-lite0"]
+    assert call([command, str(POLICIES / "smoke.yaml"), *flags]) == 2
+    found = " ".join(capsys.readouterr().err.split())
+    assert re.search(
+        r"evaluation\.features: got efficientnet-lite0, .*; allowed with pip install '\.\[features\]'", found
+    )
 
 
 def test_evaluate_asks_for_the_features_of_a_model_that_has_none(
