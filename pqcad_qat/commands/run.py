@@ -33,6 +33,7 @@ from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import most_steps, recipes, training_steps
+from pqcad_qat.stages.step_costs import measure_step_costs
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
@@ -115,6 +116,7 @@ def _all_stages(
     recorded = calibrate(policy, prepared, run, console)
     untrained = QuantizedModels(policy, prepared, recorded)
     in_float = choose_float_steps(policy, prepared, run, console, untrained=untrained)
+    measure_step_costs(policy, prepared, run, console, untrained=untrained)
     calibration = recorded.below(in_float.time)  # all that quantized models learn from and are proven on
     models: dict[str, nn.Module] = {}
     if PQ in stages:

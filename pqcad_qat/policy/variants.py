@@ -39,6 +39,9 @@ STUDENTS: Final = (PQ_DISTILLED, PQCAD)
 FLOAT_STEPS: Final = "float-steps"
 """Stage that finds how many first steps of quantized variants full precision computes."""
 
+STEP_COSTS: Final = "step-costs"
+"""Stage that measures what an error at each sampling step costs; training weighs its states by it."""
+
 TRAINED: Final = (*QUANTIZATION_AWARE, *STUDENTS)
 """Stages that train."""
 
@@ -48,6 +51,7 @@ EVERY_RUN: Final = ("calibration", "samples", "evaluation")
 STAGES: Final = (
     "calibration",
     FLOAT_STEPS,
+    STEP_COSTS,
     *QUANTIZATION_AWARE,
     "teacher",
     *STUDENTS,
@@ -267,4 +271,6 @@ def stages_of(listed: Collection[str]) -> tuple[str, ...]:
     needed = {*EVERY_RUN, *(stage for name in listed for stage in VARIANTS[name].stages)}
     if any(VARIANTS[name].quantized for name in listed):
         needed.add(FLOAT_STEPS)
+    if not needed.isdisjoint(TRAINED):
+        needed.add(STEP_COSTS)
     return tuple(stage for stage in STAGES if stage in needed)

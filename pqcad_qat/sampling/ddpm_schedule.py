@@ -156,6 +156,10 @@ class DDPMSchedule:
         """Return the prediction that takes x_t to x_s in one step without clipping of x_0."""
         return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), prediction_type=self.prediction_type)
 
+    def moves(self, t: float, s: float) -> bool:
+        """Return whether a step changes the state: between times of equal alpha_bar it does not."""
+        return self.alpha_bar_at(t) != self.alpha_bar_at(s)
+
     def error_weight(self, t: float, s: float = END) -> float:
         """Return the weight of a squared prediction error at a step, which measures it in x_0 with truncated SNR.
 

@@ -130,6 +130,10 @@ class FlowSchedule:
         """Return the prediction that takes x_t to x_s in one step."""
         return euler_inverse(x_t, x_s, t / self.train_timesteps, s / self.train_timesteps)
 
+    def moves(self, t: float, s: float) -> bool:
+        """Return whether a step changes the state."""
+        return t != s
+
     def error_weight(self, t: float, s: float = 0.0) -> float:
         """Return the weight of a squared velocity error at a step, which measures it in x_0 with truncated SNR.
 

@@ -21,6 +21,7 @@ from pqcad_qat.policy.variants import (
     PQ,
     PQCAD,
     QUANTIZATION_AWARE,
+    STEP_COSTS,
     STUDENTS,
     VARIANTS,
     run_variants,
@@ -71,6 +72,8 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
     rows = {"calibration": table.calibration()}
     if FLOAT_STEPS in stages:
         rows[FLOAT_STEPS] = table.float_steps()
+    if STEP_COSTS in stages:
+        rows[STEP_COSTS] = table.step_costs()
     for name in QUANTIZATION_AWARE:
         if name in stages:
             rows[name] = table.quantization_aware(name)
@@ -134,6 +137,11 @@ class _Table:
         values["distillation.student_steps"] = self.policy.distillation.student_steps if student else None
         return Recipe({**values, **self.layers(ladders=True)}, ("calibration",), _versions("torch", "brevitas"))
 
+    def step_costs(self) -> Recipe:
+        """Recipe of the costs of sampling steps, whose small changes have the direction of the model's rounding."""
+        values = {"sampler.steps": self.policy.sampler.steps, **self.layers(ladders=False)}
+        return Recipe(values, ("calibration",), _versions("torch", "brevitas"))
+
     def layers(self, ladders: bool) -> dict[str, Any]:
         """Settings of the plan that change the weights; the rule that a layer matched and whether it runs in floating
         point do not.
@@ -162,7 +170,7 @@ class _Table:
         )
         # fixed-bit training takes as many steps as `pq` has found
         follows = name != PQ and training_steps(self.policy, PQ) is None and PQ in self.stages
-        after = ("calibration", FLOAT_STEPS, *((PQ,) if follows else ()))
+        after = ("calibration", FLOAT_STEPS, STEP_COSTS, *((PQ,) if follows else ()))
         return Recipe({**self.layers(name == PQ), **values, **progressive}, after, circumstances, trained_paths(name))
 
     def distilled(self, student: str) -> dict[str, Recipe]:

@@ -41,6 +41,13 @@ class FloatStepsRecord(StageRecord):
 
 
 @dataclass(frozen=True)
+class StepCostsRecord(StageRecord):
+    """Record of the stage `step-costs`."""
+
+    costs: tuple[tuple[float, float], ...] = ()  # (time, squared change of the image for one of the prediction)
+
+
+@dataclass(frozen=True)
 class TrainingRecord(StageRecord):
     """Record of a training stage."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.policy.schema import AUTO_DEADLINE_STEPS, Policy, TrainingPolicy
-from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, stages_of
+from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.precision_by_time import float_steps
@@ -31,7 +32,8 @@ from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_dependencies import loss_weights
-from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, TrainingRecord
+from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, StepCostsRecord, TrainingRecord
+from pqcad_qat.stages.step_costs import step_costs, weights_by_time
 from pqcad_qat.stages.training_task import TrainingTask, train
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback
@@ -103,7 +105,7 @@ def progressive(
         WeightDistance(schedule.layers),
         *_shown(policy, prepared, run, model, name=PQ),
     ]
-    states = matched_states(policy, calibration)
+    states = matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs)
     task = TrainingTask(
         PQ,
         model,
@@ -136,7 +138,8 @@ def fixed_bit(
         WeightDistance(quantized_layers(model)),
         *_shown(policy, prepared, run, model, name=FIXED_BIT),
     ]
-    states, ending = matched_states(policy, calibration), _ending_of_pq(policy, run)
+    states = matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs)
+    ending = _ending_of_pq(policy, run)
     task = TrainingTask(
         FIXED_BIT,
         model,
@@ -199,12 +202,14 @@ def _targets(
             calls = policy.calibration.trajectories * taught
             with counting(console, name, calls) as advance, frozen_weights(teacher.eval()):
                 batch, batch_folder = policy.calibration.batch_size, run.unfinished(name)
+                costs = step_costs(policy, prepared, teacher, variant=PQCAD)
                 targets = distillation_set(
                     teacher,
                     calibration,
                     prepared.schedule,
                     steps,
                     student_steps=student_steps,
+                    weights=partial(weights_by_time, costs),
                     batch_size=batch,
                     advance=advance,
                     guidance_scale=scale,
@@ -243,12 +248,19 @@ def whole_batch(training: TrainingPolicy) -> int:
     return training.batch_size * training.gradient_accumulation * process_count()
 
 
-def matched_states(policy: Policy, calibration: CalibrationSet) -> tuple[BatchSource, Batch, Batch]:
-    """Batches of the trained trajectories, and fixed states of the held-out and of the trained ones."""
+def matched_states(
+    policy: Policy, calibration: CalibrationSet, costs: Sequence[tuple[float, float]]
+) -> tuple[BatchSource, Batch, Batch]:
+    """Batches of the trained trajectories, and fixed states of the held-out and of the trained ones.
+
+    States are weighted by the costs of sampling steps, (t, cost).
+    """
+    weights = weights_by_time(costs, calibration.timesteps)
     trained, held_out = (calibration.of(rows) for rows in divided(len(calibration.states)))
-    batches = calibration_batches(trained, whole_batch(policy.training), policy.training.seed)
+    batches = calibration_batches(trained, whole_batch(policy.training), policy.training.seed, weights)
     measured, compared = (
-        calibration_states(part, *fixed_states(len(part.states), len(part.timesteps))) for part in (held_out, trained)
+        calibration_states(part, *fixed_states(len(part.states), len(part.timesteps)), weights=weights)
+        for part in (held_out, trained)
     )
     return batches, measured, compared
 

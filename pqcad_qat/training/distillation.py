@@ -12,7 +12,7 @@ Not here: the loop (trainer.py), and targets where the sampler clips x_0 (clippe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ class DistillationSet:
         calibration: (K, S, C, H, W), the prediction that carries x_t in one student step to the calibration set's
             full-precision x_s.
         timesteps: (S,), time steps of the states.
-        weights: (S,), truncated-SNR weights of squared errors in the model's own parameterisation.
+        weights: (S,), weights of squared errors in the model's own parameterisation, with a mean of 1.
         folds: (S, 3), centre, reach and slopes of each step (clipped_targets.py); None where the sampler does not clip.
     """
 
@@ -60,6 +60,11 @@ class DistillationSet:
         return replace(self, states=self.states[rows], teacher=self.teacher[rows], calibration=self.calibration[rows])
 
 
+def equal_weights(times: Sequence[float]) -> dict[float, float]:
+    """The weight 1 for every time."""
+    return dict.fromkeys(times, 1.0)
+
+
 @torch.no_grad()
 def distillation_set(
     teacher: nn.Module,
@@ -68,6 +73,7 @@ def distillation_set(
     teacher_steps: int,
     *,
     student_steps: int,
+    weights: Callable[[Sequence[float]], Mapping[float, float]] = equal_weights,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     guidance_scale: float = 1.0,
@@ -85,6 +91,7 @@ def distillation_set(
         schedule: noise schedule that the teacher samples by.
         teacher_steps: T, the teacher's sampling steps.
         student_steps: S, the student's sampling steps; each of its time steps must be one of the calibration set's.
+        weights: function that gives the times of the student's steps their weights in the loss.
         batch_size: trajectories per call of the teacher.
         advance: function that receives the number of states done.
         guidance_scale: guidance scale of the teacher; 1 where it needs one pass.
@@ -100,11 +107,9 @@ def distillation_set(
     student = schedule.walk(student_steps)
     walks = schedule.finer(student, teacher_steps // student_steps)
     # Pairs of a student step and the teacher's steps that it replaces. Left out are steps that full precision computes,
-    # and steps without weight in the loss.
+    # and steps that do not move x_t.
     pairs = [
-        (step, walk)
-        for step, walk in zip(student, walks, strict=True)
-        if step[0] < start and schedule.error_weight(*step)
+        (step, walk) for step, walk in zip(student, walks, strict=True) if step[0] < start and schedule.moves(*step)
     ]
     steps = tuple(step for step, _ in pairs)
     recorded = _columns(calibration, steps, student_steps)
@@ -131,7 +136,7 @@ def distillation_set(
         teacher=_carrying(states, landed, steps, schedule),
         calibration=_carrying(states, full, steps, schedule),
         timesteps=torch.tensor([t for t, _ in steps]),
-        weights=torch.tensor([schedule.error_weight(*step) for step in steps]),
+        weights=torch.tensor(list(weights([t for t, _ in steps]).values())),
         folds=_folds(schedule, steps),
     )
 
@@ -218,8 +223,8 @@ def distillation_states(
 class CalibrationAssistedDistillation(Callback):
     """The two loss terms: w_T ||student - teacher||^2 + w_C ||student - full precision||^2.
 
-    Both are in truncated-SNR weight. Where sampling steps are clipped, the batch holds their `fold` (B, 3). The target
-    is then the nearest prediction that lands on the wanted state.
+    Each state's errors are weighted by what an error at its time costs in the image. Where sampling steps are clipped,
+    the batch holds their `fold` (B, 3). The target is then the nearest prediction that lands on the wanted state.
 
     Attributes:
         teacher_weight: w_T; 0 leaves the term out.

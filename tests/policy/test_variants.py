@@ -30,6 +30,7 @@ from pqcad_qat.policy.variants import (
     PTQ,
     REFERENCE,
     STAGES,
+    STEP_COSTS,
     TRAINED,
     VARIANTS,
     run_variants,
@@ -50,7 +51,7 @@ def test_no_stage_is_of_no_run_and_every_stage_that_leaves_weights_runs() -> Non
 
 def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None:
     assert stages_of(DEFAULT_VARIANTS) == (
-        *("calibration", FLOAT_STEPS, PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
+        *("calibration", FLOAT_STEPS, STEP_COSTS, PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
         *("export", "baselines", "benchmark", "samples", "evaluation"),
     )
 
@@ -60,11 +61,11 @@ def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None
     [
         ((FP32, FP32_HALF), ()),
         ((PTQ,), (FLOAT_STEPS,)),
-        ((FIXED_BIT,), (FLOAT_STEPS, FIXED_BIT)),
-        ((PQ,), (FLOAT_STEPS, PQ)),
-        ((PQ_DISTILLED,), (FLOAT_STEPS, PQ, "teacher", PQ_DISTILLED)),
-        ((FIXED_BIT, PQCAD), (FLOAT_STEPS, PQ, FIXED_BIT, "teacher", PQCAD)),
-        ((PQCAD_OPENVINO,), (FLOAT_STEPS, PQ, "teacher", PQCAD, "export", "benchmark")),
+        ((FIXED_BIT,), (FLOAT_STEPS, STEP_COSTS, FIXED_BIT)),
+        ((PQ,), (FLOAT_STEPS, STEP_COSTS, PQ)),
+        ((PQ_DISTILLED,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQ_DISTILLED)),
+        ((FIXED_BIT, PQCAD), (FLOAT_STEPS, STEP_COSTS, PQ, FIXED_BIT, "teacher", PQCAD)),
+        ((PQCAD_OPENVINO,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQCAD, "export", "benchmark")),
         ((NNCF_INT8,), (FLOAT_STEPS, "baselines", "benchmark")),
     ],
 )

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny_runs import POLICIES, FinishedRun, tiny_overrides
 
 from pqcad_qat.machine.files import file_digest
-from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, FP32, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, FP32, PQ, PQ_DISTILLED, PQCAD, PQCAD_OPENVINO, STEP_COSTS
 
 PATIENCE = 600  # seconds; a busy machine is no failure
 
@@ -95,13 +95,13 @@ def test_ctrl_c_ends_training_with_a_checkpoint_and_says_how_to_go_on(interrupte
     assert "interrupted" in first.errors
     assert "--resume" in first.errors
     assert "Traceback" not in first.errors
-    assert set(first.stages) == {"calibration", FLOAT_STEPS}
+    assert set(first.stages) == {"calibration", FLOAT_STEPS, STEP_COSTS}
 
 
 def test_the_kills_came_where_they_were_meant_to(interrupted: InterruptedRun) -> None:
     _, training, between, sampling, last = interrupted.parts
     assert [training.code, between.code, sampling.code] == [-signal.SIGKILL] * 3
-    assert set(training.stages) == {"calibration", FLOAT_STEPS, PQ}
+    assert set(training.stages) == {"calibration", FLOAT_STEPS, STEP_COSTS, PQ}
     assert FIXED_BIT in between.stages
     assert "export" not in between.stages
     assert f"samples-{FP32}" in sampling.stages

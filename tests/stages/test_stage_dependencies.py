@@ -31,6 +31,7 @@ from pqcad_qat.policy.variants import (
     PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
+    STEP_COSTS,
     VARIANTS,
 )
 from pqcad_qat.stages.prepared import prepare
@@ -46,7 +47,7 @@ STUDENTS = {PQCAD, f"samples-{PQCAD}", *DEPLOYED}
 DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
 QUANTIZED = {PQ, f"samples-{PQ}", f"samples-{PQ_HALF}", "teacher", *DISTILLED}
 CONTROL = {FIXED_BIT, f"samples-{FIXED_BIT}"}
-ALL = {"calibration", FLOAT_STEPS, "baselines", *CONTROL, *QUANTIZED, *IMAGES}
+ALL = {"calibration", FLOAT_STEPS, STEP_COSTS, "baselines", *CONTROL, *QUANTIZED, *IMAGES}
 
 AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.samples_every=0": set(),
@@ -78,8 +79,8 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.learning_rate=0.01": {*CONTROL, *QUANTIZED},
     "training.seed=3": {*CONTROL, *QUANTIZED},
     "training.precision=bf16": {*CONTROL, *QUANTIZED},
-    "quantization.layers.body.weights.bits=3": {*CONTROL, *QUANTIZED},
-    "quantization.split_shortcuts=false": {*CONTROL, *QUANTIZED},
+    "quantization.layers.body.weights.bits=3": {STEP_COSTS, *CONTROL, *QUANTIZED},
+    "quantization.split_shortcuts=false": {STEP_COSTS, *CONTROL, *QUANTIZED},
     "calibration.seed=3": ALL - FLOATING,
     "calibration.trajectories=6": ALL - FLOATING,
     "sampler.float_steps=1": {FLOAT_STEPS, *CONTROL, *QUANTIZED, f"samples-{NNCF_INT8}"},
@@ -169,7 +170,7 @@ def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_
     run(tiny_folder, tmp_path / "one" / "run", *shorter)
     pq = (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns
     told = run(tiny_folder, tmp_path / "one" / "run", *changes, resume=True)
-    assert "kept: calibration, float-steps, pq, teacher" in told
+    assert "kept: calibration, float-steps, step-costs, pq, teacher" in told
     assert (
         f"again: pqcad (distillation.calibration_weight 1.0 -> 0.5), samples-{FP32} (evaluation.seed 1234 -> 3)" in told
     )

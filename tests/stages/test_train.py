@@ -56,7 +56,7 @@ def test_a_trajectory_that_is_held_out_is_in_no_training_batch(distilled: bool) 
         targets = DistillationSet(flat, flat, flat, torch.tensor(calibration.timesteps), torch.ones(4))
         batches, held_out, trained = distilled_states(policy, targets, calibration)
     else:
-        batches, held_out, trained = matched_states(policy, calibration)
+        batches, held_out, trained = matched_states(policy, calibration, ())
     for batch, rows in [(held_out, {14, 15}), (trained, set(range(14)))]:
         assert set(batch["x_t"][:, 0, 0, 0].int().tolist()) == rows
         assert set(batch["condition.label"].tolist()) == rows

@@ -42,6 +42,7 @@ from pqcad_qat.policy.variants import (
     PQ,
     PQ_DISTILLED,
     PQCAD,
+    STEP_COSTS,
     VARIANTS,
 )
 from pqcad_qat.stages.run_folder import RunFolder, Stage
@@ -64,7 +65,8 @@ SMALL = (  # overrides in addition to tiny_runs.TINY
 STAGES = {  # stage -> number of moments in it
     "calibration": 2,
     FLOAT_STEPS: 1,
-    PQ: 3,
+    STEP_COSTS: 1,
+    PQ: 2,
     FIXED_BIT: 2,
     "teacher": 2,
     PQ_DISTILLED: 2,

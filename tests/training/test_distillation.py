@@ -15,7 +15,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.guidance import guided_call, rows_of
 from pqcad_qat.sampling.ddim import ddim_step, split_prediction, truncated_snr_weight
-from pqcad_qat.sampling.ddpm_schedule import LOW_SIGNAL, DDPMSchedule, ddpm_schedule, next_timestep, timesteps
+from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, ddpm_schedule, next_timestep, timesteps
 from pqcad_qat.sampling.trajectory import trajectory
 from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import TrainState, condition_of
@@ -118,23 +118,24 @@ def test_a_student_teaches_the_next_rounds_in_its_own_steps() -> None:
         torch.testing.assert_close(landed.float(), x_t, rtol=1e-3, atol=1e-3)
 
 
-def test_epsilon_is_not_distilled_where_there_is_no_signal() -> None:
+def test_steps_that_full_precision_computes_are_not_distilled() -> None:
     noise = schedule("epsilon")
-    assert noise.alpha_bar_at(999) < LOW_SIGNAL
-    data = distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
-    assert 999 not in data.timesteps.tolist()
-    assert len(data.timesteps) == 3
-    assert (
-        999
-        in distillation_set(
-            Denoiser(),
-            recorded(Denoiser(), schedule("v_prediction")),
-            schedule("v_prediction"),
-            8,
-            student_steps=4,
-            batch_size=4,
-        ).timesteps
+    recording = recorded(Denoiser(), noise)
+    data = distillation_set(
+        Denoiser(),
+        recording.below(999),
+        noise,
+        8,
+        student_steps=4,
+        batch_size=4,
+        start=999,
+        weights=lambda times: {t: t / 1000 for t in times},
     )
+    assert data.timesteps.tolist() == [749, 499, 249]
+    assert data.weights.tolist() == pytest.approx([0.749, 0.499, 0.249])
+    whole = distillation_set(Denoiser(), recording, noise, 8, student_steps=4, batch_size=4)
+    assert whole.timesteps.tolist() == [999, 749, 499, 249]
+    assert torch.equal(whole.calibration[:, 1:], data.calibration)
 
 
 def test_a_set_without_states_at_the_students_times_is_refused() -> None:

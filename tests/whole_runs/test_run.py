@@ -46,6 +46,7 @@ from pqcad_qat.policy.variants import (
     PQCAD,
     PQCAD_OPENVINO,
     PTQ,
+    STEP_COSTS,
     VARIANTS,
 )
 from pqcad_qat.quality.feature_network import load_features
@@ -238,6 +239,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
     stages = {
         "calibration",
         FLOAT_STEPS,
+        STEP_COSTS,
         PQ,
         FIXED_BIT,
         "teacher",
