@@ -93,13 +93,13 @@ def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: Qua
         walks[student.walk(student_steps)] = student
     trials: list[FloatStepsTrial] = []
     start = math.inf
-    with working(console, "float-steps: first sampling steps in full precision"):
+    with working(console, "float-steps: ranges of the untrained model") as tell:
         denoisers = prepared.model.denoiser, untrained.at_first_widths()
         for taken, by in walks.items():
             full, ours = (_follow(policy, prepared, denoiser) for denoiser in denoisers)
             noise, latent = _noise(policy, prepared), prepared.model.latent
             with frozen_weights(denoisers[1]):
-                measurements = list(_trials(noise, full, ours, (taken, by), latent=latent))
+                measurements = list(_trials(noise, full, ours, (taken, by), latent=latent, tell=tell))
             trials += measurements
             start = min(start, float_from(taken, wanted([trial.psnr for trial in measurements])))
     return _record(walk, start, tuple(trials))
@@ -138,7 +138,13 @@ def _follow(policy: Policy, prepared: Prepared, denoiser: nn.Module) -> Follow:
 
 @torch.no_grad()
 def _trials(
-    noise: Tensor, full: Follow, quantized: Follow, sampler: tuple[Walk, NoiseSchedule], *, latent: bool
+    noise: Tensor,
+    full: Follow,
+    quantized: Follow,
+    sampler: tuple[Walk, NoiseSchedule],
+    *,
+    latent: bool,
+    tell: Callable[[str], None],
 ) -> Iterator[FloatStepsTrial]:
     """Measure the PSNR with 0, 1, 2 ... float steps, up to two beyond the last that was worth its time.
 
@@ -148,6 +154,7 @@ def _trials(
     states = [noise, *(step.x_s for step in along(walk, full, noise, schedule))]
     reached: list[float] = []
     for done in range(math.floor(MOST * len(walk)) + 1):
+        tell(f"float-steps: images in {len(walk)} steps, the first {done} of them in full precision")
         x = states[done]
         for step in along(walk[done:], quantized, x, schedule):
             x = step.x_s

@@ -4,7 +4,7 @@ An error at one step moves the next state, and all later steps carry it on. How 
 between steps by factors of ten to several hundred, and not as the signal-to-noise ratio does. So it is measured: full
 precision samples, one of its predictions is moved a little in the direction of a quantized model's error there, and
 full precision goes on from there. The cost is the squared change of the image divided by the squared change of the
-prediction. Training weighs its states by it, so that its loss is an estimate of the error of images.
+prediction. Training weighs its states by the root of it, halfway between what counts and what keeps gradients steady.
 
 Not here: how training uses the weights (training/quantization_aware.py, training/distillation.py).
 """
@@ -43,8 +43,10 @@ POINTS = 10
 SMALL = 0.1
 """Largest size of a change, relative to the prediction: larger ones would leave the range in which costs add up."""
 
-POWER = 1.0
-"""Power of the cost by which training weighs a state."""
+POWER = 0.5
+"""Power of the cost by which training weighs a state. By the cost itself a few states of a batch decide its gradient, and
+as many training steps bring less (NOTES.md).
+"""
 
 Costs = tuple[tuple[float, float], ...]
 """Pairs of a time and the cost of an error there."""
