@@ -91,15 +91,3 @@ def ddim_inverse(
 def add_noise(x_0: Array, eps: Array, alpha_bar_t: Any) -> Array:
     """Return x_t of the forward process (Ho et al. 2020, eq. 4)."""
     return cast(Array, alpha_bar_t**0.5 * cast(Any, x_0) + (1.0 - alpha_bar_t) ** 0.5 * cast(Any, eps))
-
-
-def truncated_snr_weight(alpha_bar: float, prediction_type: PredictionType) -> float:
-    """Return the weight that turns a prediction's squared error into max(SNR, 1) times the squared error of x_0.
-
-    With SNR = a / (1 - a), where a is alpha_bar, an error of x_0 is sqrt((1 - a) / a) times one of epsilon, and sqrt(1
-    - a) times one of v (Salimans and Ho 2022, section 4).
-    """
-    snr = alpha_bar / (1 - alpha_bar)
-    if prediction_type == "epsilon":
-        return (1 - alpha_bar) / alpha_bar * max(snr, 1.0)
-    return (1 - alpha_bar if prediction_type == "v_prediction" else 1.0) * max(snr, 1.0)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.sampling.betas import Betas, betas_of, named_betas, zero_terminal_snr
-from pqcad_qat.sampling.ddim import Array, ddim_inverse, ddim_step, truncated_snr_weight
+from pqcad_qat.sampling.ddim import Array, ddim_inverse, ddim_step
 from pqcad_qat.sampling.schedulers import DDIM_CURVES, DDIM_SCHEDULER, KIN, PredictionType, TimestepSpacing, ddim_keys
 
 Walk = tuple[tuple[float, float], ...]
@@ -160,18 +160,9 @@ class DDPMSchedule:
         """Return whether a step changes the state: between times of equal alpha_bar it does not."""
         return self.alpha_bar_at(t) != self.alpha_bar_at(s)
 
-    def error_weight(self, t: float, s: float = END) -> float:
-        """Return the weight of a squared prediction error at a step, which measures it in x_0 with truncated SNR.
-
-        The weight is 0 where the prediction carries no information about x_0, or where the step does not move x_t.
-        """
-        signal = self.alpha_bar_at(t)
-        informative = self.prediction_type != "epsilon" or signal >= LOW_SIGNAL
-        return (
-            truncated_snr_weight(signal, self.prediction_type)
-            if informative and signal != self.alpha_bar_at(s)
-            else 0.0
-        )
+    def informative(self, t: float) -> bool:
+        """Return whether a prediction at t says anything of x_0; one of epsilon does not where there is no signal."""
+        return self.prediction_type != "epsilon" or self.alpha_bar_at(t) >= LOW_SIGNAL
 
 
 def ddpm_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> DDPMSchedule:

@@ -134,14 +134,9 @@ class FlowSchedule:
         """Return whether a step changes the state."""
         return t != s
 
-    def error_weight(self, t: float, s: float = 0.0) -> float:
-        """Return the weight of a squared velocity error at a step, which measures it in x_0 with truncated SNR.
-
-        An error of x_0 = x_t - sigma v is sigma times one of v, and SNR = ((1 - sigma) / sigma)^2. The weight is
-        therefore sigma^2 max(SNR, 1) = max((1 - sigma)^2, sigma^2).
-        """
-        sigma = t / self.train_timesteps
-        return max((1 - sigma) ** 2, sigma**2)
+    def informative(self, t: float) -> bool:
+        """Return whether a prediction at t says anything of x_0: a velocity always does."""
+        return True
 
 
 def flow_schedule(config: Mapping[str, Any], where: str = "scheduler config") -> FlowSchedule:

@@ -210,7 +210,7 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
     schedule.walk(steps, "sampler.steps")
     key, count = "distillation.student_steps", policy.distillation.student_steps
     student = schedule.student(steps, count)
-    if not any(student.error_weight(*step) for step in student.walk(count, key)):
+    if not any(student.moves(t, s) and student.informative(t) for t, s in student.walk(count, key)):
         raise ModelError(
             f"{key}: got {count}; in so few steps the model is called only where its prediction says nothing; "
             "allowed more"

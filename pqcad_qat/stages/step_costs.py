@@ -44,8 +44,8 @@ SMALL = 0.1
 """Largest size of a change, relative to the prediction: larger ones would leave the range in which costs add up."""
 
 POWER = 0.5
-"""Power of the cost by which training weighs a state. By the cost itself a few states of a batch decide its gradient, and
-as many training steps bring less (NOTES.md).
+"""Power of the cost by which training weighs a state. By the cost itself a few states of a batch decide its gradient,
+and as many training steps bring less (NOTES.md).
 """
 
 Costs = tuple[tuple[float, float], ...]

@@ -126,7 +126,6 @@ def test_fuzz_a_scheduler_config_is_diffusers_own_schedule_or_one_error(
             }
             fine = [step for inner in schedule.finer(walk, factor) for step in inner]
             assert [s for _, s in fine][:-1] == [t for t, _ in fine][1:] or factor == 1
-            assert all(math.isfinite(student.error_weight(t, s)) for t, s in student.walk(steps // factor))
 
 
 def _check_kin(config: dict[str, Any], schedule: DDPMSchedule, written: dict[str, Any], steps: int) -> None:

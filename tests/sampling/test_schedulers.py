@@ -219,12 +219,20 @@ def test_epsilon_where_there_is_no_signal_is_refused_and_v_and_other_spacings_ar
         assert len(ours("DDIMScheduler", **{**keys, **more}).walk(8)) == 8
 
 
-def test_the_weight_at_zero_terminal_snr_is_finite() -> None:
-    schedule = ddpm_schedule(
-        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    )
-    assert schedule.alpha_bar_at(999) == 0
-    assert schedule.error_weight(999, 900) == 1.0
+@pytest.mark.parametrize(
+    ("prediction_type", "informative"), [("epsilon", False), ("v_prediction", True), ("sample", True)]
+)
+def test_epsilon_alone_says_nothing_where_there_is_hardly_any_signal(prediction_type: str, informative: bool) -> None:
+    schedule = ddpm_schedule({"beta_schedule": "linear", "prediction_type": prediction_type})
+    assert schedule.alpha_bar_at(999) < 1e-4
+    assert schedule.informative(999) == informative
+    assert schedule.informative(500)
+
+
+def test_a_step_between_times_of_one_signal_moves_nothing() -> None:
+    schedule = ddpm_schedule({"set_alpha_to_one": False})
+    assert schedule.moves(100, 0)
+    assert not schedule.moves(0, -1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.guidance import guided_call, rows_of
-from pqcad_qat.sampling.ddim import ddim_step, split_prediction, truncated_snr_weight
+from pqcad_qat.sampling.ddim import ddim_step
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, ddpm_schedule, next_timestep, timesteps
 from pqcad_qat.sampling.trajectory import trajectory
 from pqcad_qat.training.batches import batch_dice, mixed_states
@@ -144,23 +144,6 @@ def test_a_set_without_states_at_the_students_times_is_refused() -> None:
         ModelError, match=r"student_steps: got 4; the calibration set has no states at its time steps \[666, 333\]"
     ):
         distillation_set(Denoiser(), recorded(Denoiser(), noise), noise, 8, student_steps=4, batch_size=4)
-
-
-@pytest.mark.parametrize("alpha_bar", [0.01, 0.3, 0.5, 0.9])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_weight_turns_a_prediction_error_into_a_truncated_snr_error_of_x_0(
-    alpha_bar: float, prediction: Any
-) -> None:
-    x_t, p, q = torch.randn(3, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    error = (
-        (split_prediction(p, x_t, alpha_bar, prediction)[0] - split_prediction(q, x_t, alpha_bar, prediction)[0])
-        .square()
-        .mean()
-    )
-    wanted = max(alpha_bar / (1 - alpha_bar), 1) * error
-    assert truncated_snr_weight(alpha_bar, prediction) * (p - q).square().mean() == pytest.approx(
-        float(wanted), rel=1e-9
-    )
 
 
 def test_every_batch_mixes_time_steps_and_repeats_bit_for_bit() -> None:
