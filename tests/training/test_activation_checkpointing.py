@@ -59,7 +59,7 @@ def calibrated(tiny_policy: Policy) -> nn.Module:
 def batch(step: int) -> Batch:
     dice = torch.Generator().manual_seed(step)
     x, target = (torch.randn(4, 1, 32, 32, generator=dice) for _ in range(2))
-    return {"x_t": x, "t": torch.tensor([900, 600, 300, 0]), "target": target}
+    return {"x_t": x, "t": torch.tensor([900, 600, 300, 0]), "target": target, "weight": torch.ones(4)}
 
 
 def gradients(model: nn.Module, again: bool) -> dict[str, Tensor]:
