@@ -146,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder: every policy that ships, a link that leads to itself, a pipe that nobody writes to."""
     path = tmp_path_factory.mktemp("fuzz")
     (path / "studies").mkdir()
-    for shipped in POLICIES.rglob("*.*"):
+    for shipped in (*POLICIES.glob("*.*"), *POLICIES.glob("studies/*.*")):
         (path / shipped.relative_to(POLICIES)).write_bytes(shipped.read_bytes())
     (path / "loop").symlink_to("loop")
     os.mkfifo(path / "pipe")
@@ -160,7 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def shipped() -> dict[str, list[str]]:
     """Kind -> the files of it, from the folder of policies."""
     found: dict[str, list[str]] = {kind: [] for kind in LOADERS}
-    for path in sorted(POLICIES.rglob("*.yaml")):
+    for path in sorted((*POLICIES.glob("*.yaml"), *POLICIES.glob("studies/*.yaml"))):
         name = str(path.relative_to(POLICIES))
         found["study" if "/" in name else "pretrain" if name.startswith("pretrain") else "quantize"].append(name)
     return found
