@@ -79,6 +79,11 @@ def measured(policy: Policy, schedule: NoiseSchedule) -> bool:
     return policy.sampler.float_steps == "auto" and schedule.prediction_type == "epsilon"
 
 
+def may_have_float_steps(policy: Policy, schedule: NoiseSchedule) -> bool:
+    """Whether full precision may compute a step of the policy's quantized models."""
+    return measured(policy, schedule) or policy.sampler.float_steps not in ("auto", 0)
+
+
 def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: QuantizedModels) -> FloatStepsRecord:
     schedule, steps = prepared.schedule, policy.sampler.steps
     walk, count = schedule.walk(steps), policy.sampler.float_steps
