@@ -32,8 +32,11 @@ from pqcad_qat.training.held_out import divided
 IMAGES = 16
 """Largest number of images that are compared."""
 
+LARGEST = 100.0
+"""Largest PSNR in dB of one image in a mean; equal images have an infinite one."""
+
 Nearness = Callable[[nn.Module], float]
-"""A function that measures a model on the CPU: PSNR in dB of its held-out images to full precision's own."""
+"""A function that measures a model on the CPU: mean PSNR in dB of its held-out images to full precision's own."""
 
 
 def held_out_nearness(
@@ -56,7 +59,17 @@ def held_out_nearness(
         with evaluating(prepared.model.denoiser), evaluating(model), frozen_weights(model):
             own, wanted = images(by_time(full, partial(predict, model), start), variant), images(full, REFERENCE)
         if prepared.model.latent:
-            return psnr_of_floats(own, wanted, float(wanted.max() - wanted.min()))
-        return psnr_of_floats(own.clamp(-1, 1), wanted.clamp(-1, 1), 2.0)
+            return mean_psnr(own, wanted, float(wanted.max() - wanted.min()))
+        return mean_psnr(own.clamp(-1, 1), wanted.clamp(-1, 1), 2.0)
 
     return nearness
+
+
+def mean_psnr(images: Tensor, references: Tensor, peak: float) -> float:
+    """Mean of the images' own PSNR in dB.
+
+    Not the PSNR of all images together: one image of sixteen that became another picture would decide that figure, and
+    such turns come and go by chance.
+    """
+    psnrs = [psnr_of_floats(own, wanted, peak) for own, wanted in zip(images, references, strict=True)]
+    return sum(min(psnr, LARGEST) for psnr in psnrs) / len(psnrs)
