@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqcad_qat.machine.progress import working
-from pqcad_qat.models.denoiser import predict
-from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, VARIANTS, stages_of
 from pqcad_qat.quality.fidelity import psnr_of_floats
@@ -30,7 +27,8 @@ from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.report.record import FloatStepsTrial
 from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.precision_by_time import float_from, float_steps
-from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along
+from pqcad_qat.stages.fresh_images import Follow, fresh_follow, fresh_noise
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
@@ -39,17 +37,11 @@ from pqcad_qat.stages.stage_records import FloatStepsRecord
 WORTH = 1.0
 """Gain in dB for which one more step is computed in full precision."""
 
-IMAGES = 8
-"""Number of images on which a gain is measured."""
-
 MOST = 0.5
 """Largest share of the sampling steps that full precision may compute."""
 
 ENOUGH = 40.0
 """PSNR in dB from which on no step is worth its time: an eye sees no difference, and half the steps cost more."""
-
-Follow = Callable[[Tensor, float], Tensor]
-"""A denoiser with its conditions and its guidance: (x_t, t) -> prediction."""
 
 
 def choose_float_steps(
@@ -66,9 +58,7 @@ def choose_float_steps(
     with run.stage(FLOAT_STEPS) as stage:
         if stage.new:
             stage.done(_chosen(policy, prepared, console, untrained))
-    record = run.read(FLOAT_STEPS, FloatStepsRecord)
-    assert record is not None  # the stage is done
-    return record
+    return run.read_always(FLOAT_STEPS, FloatStepsRecord)
 
 
 def measured(policy: Policy, schedule: NoiseSchedule) -> bool:
@@ -101,8 +91,8 @@ def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: Qua
     with working(console, "float-steps: ranges of the untrained model") as tell:
         denoisers = prepared.model.denoiser, untrained.at_first_widths()
         for taken, by in walks.items():
-            full, ours = (_follow(policy, prepared, denoiser) for denoiser in denoisers)
-            noise, latent = _noise(policy, prepared), prepared.model.latent
+            full, ours = (fresh_follow(policy, prepared, denoiser.eval()) for denoiser in denoisers)
+            noise, latent = fresh_noise(policy, prepared), prepared.model.latent
             with frozen_weights(denoisers[1]):
                 measurements = list(_trials(noise, full, ours, (taken, by), latent=latent, tell=tell))
             trials += measurements
@@ -124,21 +114,6 @@ def wanted(psnrs: list[float]) -> int:
         if min(psnr, ENOUGH) - min(psnrs[best], ENOUGH) >= WORTH * (count - best):
             best = count
     return best
-
-
-def _noise(policy: Policy, prepared: Prepared) -> Tensor:
-    """Noise with which no trajectory of the calibration set begins."""
-    section = policy.calibration
-    count = min(IMAGES, section.trajectories)
-    return torch.from_numpy(initial_noise(section.seed, section.trajectories, count, prepared.model.sample_shape))
-
-
-def _follow(policy: Policy, prepared: Prepared, denoiser: nn.Module) -> Follow:
-    """The denoiser with the conditions that belong to this noise, and with the sampler's guidance."""
-    section, conditions = policy.calibration, prepared.conditions
-    chosen = conditions.drawn(section.seed, section.trajectories, min(IMAGES, section.trajectories))
-    call = partial(predict, denoiser.eval())
-    return guided_call(call, chosen, conditions.unconditional, policy.sampler.guidance_scale)
 
 
 @torch.no_grad()

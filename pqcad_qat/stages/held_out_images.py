@@ -10,7 +10,7 @@ Not here: the held-out loss (training/held_out.py), and the figures of the repor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -55,9 +55,13 @@ def held_out_nearness(
             x = step.x_s
         return x
 
+    @cache
+    def wanted_images() -> Tensor:
+        return images(full, REFERENCE)
+
     def nearness(model: nn.Module) -> float:
         with evaluating(prepared.model.denoiser), evaluating(model), frozen_weights(model):
-            own, wanted = images(by_time(full, partial(predict, model), start), variant), images(full, REFERENCE)
+            own, wanted = images(by_time(full, partial(predict, model), start), variant), wanted_images()
         if prepared.model.latent:
             return mean_psnr(own, wanted, float(wanted.max() - wanted.min()))
         return mean_psnr(own.clamp(-1, 1), wanted.clamp(-1, 1), 2.0)

@@ -12,8 +12,7 @@ Not here: how training uses the weights (training/quantization_aware.py, trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,21 +20,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pqcad_qat.machine.progress import working
-from pqcad_qat.models.denoiser import predict
-from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.trajectory import NoiseSchedule, along, initial_noise
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along
+from pqcad_qat.stages.fresh_images import Follow, fresh_follow, fresh_noise
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import StepCostsRecord
-
-IMAGES = 8
-"""Largest number of images on which costs are measured."""
 
 POINTS = 10
 """Largest number of sampling steps of one sampler at which they are measured; those between are interpolated."""
@@ -51,9 +46,6 @@ and as many training steps bring less (NOTES.md).
 Costs = tuple[tuple[float, float], ...]
 """Pairs of a time and the cost of an error there."""
 
-Follow = Callable[[Tensor, float], Tensor]
-"""A denoiser with its conditions and its guidance: (x_t, t) -> prediction."""
-
 
 def measure_step_costs(
     policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, untrained: QuantizedModels
@@ -66,9 +58,7 @@ def measure_step_costs(
             with working(console, "step-costs: what an error at each sampling step costs"):
                 costs = step_costs(policy, prepared, untrained.at_targets(), variant=PQ)
             stage.done(StepCostsRecord(costs))
-    record = run.read(STEP_COSTS, StepCostsRecord)
-    assert record is not None  # the stage is done
-    return record
+    return run.read_always(STEP_COSTS, StepCostsRecord)
 
 
 @torch.no_grad()
@@ -77,16 +67,9 @@ def step_costs(policy: Policy, prepared: Prepared, model: nn.Module, *, variant:
 
     The noise is such as no trajectory of the calibration set begins with.
     """
-    section, schedule = policy.calibration, prepared.sampled_by(policy, variant)
-    walk, count = schedule.walk(policy.sampling_steps(variant)), min(IMAGES, section.trajectories)
-    noise = torch.from_numpy(initial_noise(section.seed, section.trajectories, count, prepared.model.sample_shape))
-    condition = prepared.conditions.drawn(section.seed, section.trajectories, count)
-    full, quantized = (
-        guided_call(
-            partial(predict, denoiser), condition, prepared.conditions.unconditional, policy.sampler.guidance_scale
-        )
-        for denoiser in (prepared.model.denoiser, model)
-    )
+    schedule = prepared.sampled_by(policy, variant)
+    walk, noise = schedule.walk(policy.sampling_steps(variant)), fresh_noise(policy, prepared)
+    full, quantized = (fresh_follow(policy, prepared, denoiser) for denoiser in (prepared.model.denoiser, model))
     with evaluating(prepared.model.denoiser), evaluating(model), frozen_weights(model):
         states = [noise, *(step.x_s for step in along(walk, full, noise, schedule))]
         places = sorted({round(place) for place in np.linspace(0, len(walk) - 1, min(POINTS, len(walk)))})
