@@ -119,26 +119,17 @@ def _all_stages(
     measure_step_costs(policy, prepared, run, console, untrained=untrained)
     calibration = recorded.below(in_float.time)  # all that quantized models learn from and are proven on
     models: dict[str, nn.Module] = {}
-    if PQ in stages:
-        models[PQ] = progressive(
-            policy,
-            prepared,
-            run,
-            console,
-            calibration=calibration,
-            models=untrained,
-            shares_training=shares_training,
-        )
-    if FIXED_BIT in stages:
-        models[FIXED_BIT] = fixed_bit(
-            policy,
-            prepared,
-            run,
-            console,
-            calibration=calibration,
-            models=untrained,
-            shares_training=shares_training,
-        )
+    for name, stage in ((PQ, progressive), (FIXED_BIT, fixed_bit)):
+        if name in stages:
+            models[name] = stage(
+                policy,
+                prepared,
+                run,
+                console,
+                calibration=calibration,
+                models=untrained,
+                shares_training=shares_training,
+            )
     if "teacher" in stages:
         for name in (name for name in STUDENTS if name in stages):
             models[name] = distill(

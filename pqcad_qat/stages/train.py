@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -101,21 +102,8 @@ def progressive(
     """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
     model = models.at_first_widths(calibrated=not run.finished(PQ))
     schedule = bit_schedule(policy, prepared.plan, model)
-    callbacks = [
-        WeightDistance(schedule.layers),
-        *_shown(policy, prepared, run, model, name=PQ),
-    ]
-    states = matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs)
-    task = TrainingTask(
-        PQ,
-        model,
-        FullPrecisionMatching(),
-        callbacks,
-        *states,
-        _nearness(policy, prepared, run, calibration=calibration, variant=PQ),
-        schedule=schedule,
-    )
-    train(policy, run, console, task, shares_training=shares_training)
+    task = _matching(policy, prepared, run, model, name=PQ, calibration=calibration)
+    train(policy, run, console, replace(task, schedule=schedule), shares_training=shares_training)
     return model
 
 
@@ -134,23 +122,23 @@ def fixed_bit(
     Where `pq` has found its number of steps by itself, the control takes as many, at the same learning rates.
     """
     model = models.at_targets(calibrated=not run.finished(FIXED_BIT))
-    callbacks = [
-        WeightDistance(quantized_layers(model)),
-        *_shown(policy, prepared, run, model, name=FIXED_BIT),
-    ]
-    states = matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs)
-    ending = _ending_of_pq(policy, run)
-    task = TrainingTask(
-        FIXED_BIT,
+    task = _matching(policy, prepared, run, model, name=FIXED_BIT, calibration=calibration)
+    train(policy, run, console, replace(task, ending=_ending_of_pq(policy, run)), shares_training=shares_training)
+    return model
+
+
+def _matching(
+    policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module, *, name: str, calibration: CalibrationSet
+) -> TrainingTask:
+    """The training of a quantized model against the full-precision prediction."""
+    return TrainingTask(
+        name,
         model,
         FullPrecisionMatching(),
-        callbacks,
-        *states,
-        _nearness(policy, prepared, run, calibration=calibration, variant=FIXED_BIT),
-        ending=ending,
+        [WeightDistance(quantized_layers(model)), *_shown(policy, prepared, run, model, name=name)],
+        *matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs),
+        _nearness(policy, prepared, run, calibration=calibration, variant=name),
     )
-    train(policy, run, console, task, shares_training=shares_training)
-    return model
 
 
 def distill(
