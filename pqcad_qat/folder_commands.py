@@ -107,8 +107,8 @@ def evaluate(
         images: number of images that are sampled.
         seed: seed of their noise.
         steps: number of sampling steps; by default the number that the folder was made for.
-        features: feature network: embedded:NAME or a folder, with statistics of real images, or efficientnet-lite0; by
-            default the one of a run's policy, or an embedded model's own.
+        features: feature network: embedded:NAME or a folder, with statistics of real images, efficientnet-lite0, or the
+            file of FID's Inception weights; by default the one of a run's policy, or an embedded model's own.
         reference: folder of real pictures; by default that of a run's policy, or the feature network's statistics.
         conditions: conditions of a conditional model: all, class labels as [0,3], or a safetensors file of embeddings;
             by default those of a run's policy, or all classes.
@@ -183,7 +183,7 @@ def benchmark(
 
 
 def features(out: str, data: str = "fashion-mnist", path: str | None = None, size: int = 32) -> None:
-    """Train the feature network of FID on a labelled data set, with its reference statistics.
+    """Train a feature network for distances on a labelled data set, with its reference statistics.
 
     Args:
         out: folder that gets the network.

@@ -13,8 +13,13 @@ from rich.console import Console
 from pqcad_qat.commands.open_folder import opened_folder, policy_of
 from pqcad_qat.errors import ModelError, UsageError
 from pqcad_qat.machine.progress import progress_bar
-from pqcad_qat.policy.schema import EFFICIENTNET_LITE0
-from pqcad_qat.quality.feature_network import check_shape, embedded_features, load_features
+from pqcad_qat.quality.feature_network import (
+    all_features,
+    check_shape,
+    embedded_features,
+    load_features,
+    made_by_others,
+)
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.quality.fidelity import FidelityFigures, evaluate_images, fid_protocol
 from pqcad_qat.stages.prepared import check_pictures
@@ -88,7 +93,7 @@ def _reference_of(folder: str, features: str) -> str | None:
     """Folder of real pictures that a run was compared with; None where the feature network brings statistics along."""
     policy = policy_of(folder)
     pictures = None if policy is None else policy.evaluation.reference
-    if pictures is None and features == EFFICIENTNET_LITE0:
+    if pictures is None and made_by_others(features):
         raise UsageError(
             f"--reference: got none, and {features} knows no real pictures; allowed a folder of pictures like those "
             f"that {folder} makes"
@@ -102,8 +107,5 @@ def _features_of(folder: str) -> str:
     if folder in embedded_features():
         return folder
     if policy is None or policy.features is None:
-        raise UsageError(
-            f"--features: got none, and {folder} has none of its own; allowed "
-            f"{', '.join(embedded_features())}, {EFFICIENTNET_LITE0}, or a folder"
-        )
+        raise UsageError(f"--features: got none, and {folder} has none of its own; allowed {all_features()}")
     return policy.features

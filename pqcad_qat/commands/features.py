@@ -1,4 +1,4 @@
-"""The command `features`: train a feature network for FID on a labelled data set, and store its reference statistics.
+"""The command `features`: train a feature network on a labelled data set, and store its reference statistics.
 
 Not here: how it is trained (quality/feature_training.py).
 """

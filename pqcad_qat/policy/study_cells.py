@@ -166,7 +166,7 @@ def _seeded(labels: Mapping[str, str], tree: Tree, seeds: Sequence[int]) -> Iter
 
 
 def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
-    """Yield faults for cells that share a folder, and for cells of one model whose FIDs cannot be compared."""
+    """Yield faults for cells that share a folder, and for cells of one model whose distances cannot be compared."""
     origin = (tree.child("policies") or tree).origin
     names = [cell.name for cell in cells]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
@@ -178,4 +178,4 @@ def _clashes(cells: Sequence[Cell], tree: Tree) -> Iterator[str]:
         values = {str(policy.features if key == "features" else getattr(policy.evaluation, key)) for policy in policies}
         if len(values) > 1:
             got = f"{', '.join(sorted(values))} in different cells of {model}"
-            yield f"{origin}: evaluation.{key}: got {got}; allowed one, for FIDs to be compared"
+            yield f"{origin}: evaluation.{key}: got {got}; allowed one, for Frechet distances to be compared"

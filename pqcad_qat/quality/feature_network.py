@@ -1,7 +1,7 @@
-"""The feature network behind FID: its architecture, its files, and the choice among feature networks by name.
+"""The feature networks that this package trains: their architecture and files, and the choice among all networks.
 
-Not here: how it is trained (feature_training.py), a network that others trained (efficientnet_lite.py), features of
-images (image_features.py), distances between them (fidelity.py).
+Not here: how they are trained (feature_training.py), networks that others trained (efficientnet_lite.py, inception.py),
+features of images (image_features.py), distances between them (fidelity.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pqcad_qat.machine.files import file_digest, write_json
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, EMBEDDED, NO_FEATURES
 from pqcad_qat.quality.efficientnet_lite import CHANNELS, WEIGHTS_SHA256, load_efficientnet_lite0
-from pqcad_qat.quality.fid_protocol import ReferenceKind
+from pqcad_qat.quality.fid_protocol import INCEPTION_SHA256, ReferenceKind
 from pqcad_qat.quality.image_features import FeatureExtractor, FeatureStatistics, feature_statistics, image_statistics
+from pqcad_qat.quality.inception import INCEPTION_FILE, is_inception, load_inception
 
 FORMAT = "pqcad_qat.features/1"
 _MODEL, _CONFIG, _REFERENCE, _REFERENCE_RECORD = (
@@ -128,7 +129,7 @@ def check_shape(source: str, sample_shape: tuple[int, int, int]) -> None:
     if not network.reads(sample_shape):
         fitting = [name for name in embedded_features() if load_features(name).network.reads(sample_shape)]
         made = "x".join(map(str, sample_shape))
-        fitting += [EFFICIENTNET_LITE0] if sample_shape[0] in CHANNELS else []
+        fitting += [EFFICIENTNET_LITE0, f"the file {INCEPTION_FILE}"] if sample_shape[0] in CHANNELS else []
         allowed = [*fitting, f"a folder with a network for {made}", NO_FEATURES]
         raise ModelError(
             f"got {source!r}, which reads images of {'x'.join(network.axes)}; the model makes {made}; allowed "
@@ -174,13 +175,15 @@ def save_reference(folder: Path, statistics: FeatureStatistics, name: str, featu
 
 
 def load_features(source: str) -> Features:
-    """Load `embedded:NAME`, `efficientnet-lite0`, or a folder that `save_features` wrote.
+    """Load `embedded:NAME`, `efficientnet-lite0`, the file of Inception, or a folder that `save_features` wrote.
 
     Raises:
         ModelError: a file or a package is missing, or a digest differs.
     """
     if source == EFFICIENTNET_LITE0:
         return Features(load_efficientnet_lite0(), source, WEIGHTS_SHA256, None, None)
+    if is_inception(source):
+        return Features(load_inception(Path(source)), source, INCEPTION_SHA256, None, None)
     folder = _folder(source)
     network, sha256 = _load_network(folder)
     reference, name = _load_reference(folder, sha256, network.num_features)
@@ -198,10 +201,20 @@ def with_reference(features: Features, reference: Tensor, name: str, kind: Refer
     )
 
 
+def made_by_others(source: str) -> bool:
+    """Tell whether a feature network was trained by others, and so brings no statistics of real images along."""
+    return source == EFFICIENTNET_LITE0 or is_inception(source)
+
+
 def embedded_features() -> list[str]:
     """Names of the feature networks that ship with the package."""
     assets = Path(str(resources.files("pqcad_qat.assets")))
     return sorted(EMBEDDED + path.name.removeprefix("features-") for path in assets.glob("features-*"))
+
+
+def all_features() -> str:
+    """Names of all feature networks, for messages."""
+    return f"{', '.join(embedded_features())}, {EFFICIENTNET_LITE0}, the file {INCEPTION_FILE}, or a folder"
 
 
 def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -215,7 +228,7 @@ def _folder(source: str) -> Path:
     if not source.startswith(EMBEDDED):
         return Path(source)
     if source not in embedded_features():
-        raise ModelError(f"got {source!r}; allowed {', '.join(embedded_features())}, {EFFICIENTNET_LITE0}, or a folder")
+        raise ModelError(f"got {source!r}; allowed {all_features()}")
     return Path(str(resources.files("pqcad_qat.assets"))) / f"features-{source.removeprefix(EMBEDDED)}"
 
 

@@ -1,6 +1,6 @@
-"""Everything that determines an FID apart from the images themselves.
+"""Everything that determines a Frechet distance apart from the images themselves, and what it is called.
 
-Not here: how an FID is computed (fidelity.py). This file does not import torch, so that reports can be read without it.
+Not here: how it is computed (fidelity.py). This file does not import torch, so that reports can be read without it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from typing import Literal
 from pqcad_qat.policy.schema import EFFICIENTNET_LITE0
 
 MANY_IMAGES = 10_000
-"""Customary number of images. With fewer, an FID is biased upwards by an amount that depends on their number."""
+"""Customary number of images. With fewer, a Frechet distance is too large by an amount that depends on their number."""
 
 ReferenceKind = Literal["real", "full-precision"]
 """Whether the images of a reference are real, or full precision's own of other seeds."""
 
-FID, FD_EFFNET_LITE0 = "FID", "FD-EffNetLite0"
-"""Names of Frechet distances by their feature network."""
+FD, FID, FD_EFFNET_LITE0 = "FD", "FID", "FD-EffNetLite0"
+"""Names of Frechet distances by their feature network; FD stands for one that this package trained."""
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of the Inception weights through which alone a Frechet distance is called FID (inception.py)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class FidProtocol:
-    """Everything that must be equal for two FIDs to be comparable, and what they would be without any difference."""
+    """Everything that must be equal for two distances to be comparable, and what they are without any difference."""
 
     images: int
     features: str  # name of the feature network
@@ -49,13 +52,15 @@ class FidProtocol:
 
     @property
     def under_10000(self) -> bool:
-        """Whether the FID can only be compared with FIDs of equally many images, because there are too few."""
+        """Whether distances can only be compared for equally many images, because there are too few."""
         return self.images < MANY_IMAGES
 
     @property
     def distance(self) -> str:
-        """Name of the Frechet distance: an FID is one through a network that was trained for it."""
-        return FD_EFFNET_LITE0 if self.features == EFFICIENTNET_LITE0 else FID
+        """Name of the Frechet distance, which is FID only through the standard Inception weights."""
+        if self.features_sha256 == INCEPTION_SHA256:
+            return FID
+        return FD_EFFNET_LITE0 if self.features == EFFICIENTNET_LITE0 else FD
 
     @property
     def against(self) -> str:

@@ -50,7 +50,7 @@ class FidelityFigures:
 
 
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, seed: int) -> FidProtocol:
-    """Protocol of an FID of `images` generated images with the feature network `features`.
+    """Protocol of the Frechet distance of `images` generated images with the feature network `features`.
 
     Its floor is that of a reference of real images. Where full precision's own images are the reference, its images of
     evaluation.seed are at the floor.
@@ -94,7 +94,7 @@ def evaluate_images(
     """Compute the figures of uint8 images (N, C, H, W).
 
     `fp_images` are the full-precision model's images of the same seeds, in the same order. Without `features` there are
-    no FIDs, and without their reference no `fid_real`. Images smaller than SSIM's window have no SSIM.
+    no distances, and without their reference no `fid_real`. Images smaller than SSIM's window have no SSIM.
     `fp_features` are the features of `fp_images`, for a caller that has them.
 
     Raises:
@@ -140,7 +140,7 @@ def psnr_of_floats(states: Tensor, references: Tensor, peak: float) -> float:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """FID between two sets of features (Heusel et al. 2017), computed by torchmetrics in float64.
+    """Frechet distance between two sets of features (Heusel et al. 2017), computed by torchmetrics in float64.
 
     It is symmetric; a value that rounding made negative becomes 0.
     """
@@ -153,7 +153,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         )
     if min(a.num_samples, b.num_samples) < 2:
         raise ModelError(
-            f"images of an FID: got {a.num_samples} and {b.num_samples}; allowed at least two on either side"
+            f"images of a distance: got {a.num_samples} and {b.num_samples}; allowed at least two on either side"
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
 

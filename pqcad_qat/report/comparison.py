@@ -1,5 +1,5 @@
 """Reports of several runs as one table for each model. Runs that differ only in their seed become a mean and a spread;
-FIDs of different protocols are refused.
+Frechet distances of different protocols are refused.
 
 Not here: how the table looks (comparison_page.py), or where the reports are stored (report_files.py).
 """
@@ -21,7 +21,7 @@ from pqcad_qat.report.record import Report, VariantRow
 QUALITY = ("fid_real", "fid_fp", "psnr_fp")
 FIGURES = (*QUALITY, "kid_real", "latency_ms_per_image")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
-"""Fields of the FID protocol that must be equal for two FIDs to be compared; steps may differ."""
+"""Fields of the protocol that must be equal for two Frechet distances to be compared; steps may differ."""
 
 ALL = "all"
 """Label of a row that stands for all runs of its model."""
@@ -72,7 +72,7 @@ class Part:
 
     Attributes:
         model: source of the model, as the policies name it.
-        protocol: protocol of its FIDs; None if none was measured.
+        protocol: protocol of its Frechet distances; None if none was measured.
         rows: rows in the order of the table.
     """
 
@@ -113,7 +113,7 @@ def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
     """Compare runs: one part for each model, with one row for each variant of the runs that differ only in their seed.
 
     Raises:
-        StudyError: two runs of one model have FIDs of different protocols, or the same policy and seed.
+        StudyError: two runs of one model have distances of different protocols, or the same policy and seed.
     """
     models: dict[str, list[Run]] = {}
     for run in runs:
@@ -152,7 +152,7 @@ def _refuse_other_protocols(runs: Sequence[Run]) -> None:
         ]
         if differs:
             faults.append(
-                f"{first} and {path}: got FIDs of different protocols ({'; '.join(differs)}); allowed one protocol"
+                f"{first} and {path}: got distances of different protocols ({'; '.join(differs)}); allowed one protocol"
             )
     if faults:
         raise StudyError("\n".join(faults))

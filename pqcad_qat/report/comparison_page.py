@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.variants import REFERENCE, VARIANTS
-from pqcad_qat.quality.fid_protocol import FID, MANY_IMAGES, FidProtocol
+from pqcad_qat.quality.fid_protocol import FD, MANY_IMAGES, FidProtocol
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import UNKNOWN, number_text, page_template
@@ -59,7 +59,7 @@ def headings(comparison: Comparison) -> list[str]:
 def heading(figure: str, parts: Sequence[Part]) -> str:
     """Heading of a figure, which names the Frechet distance if it is the same one in all parts."""
     protocols = [part.protocol for part in parts if part.protocol is not None]
-    distances = list(dict.fromkeys(protocol.distance for protocol in protocols)) or [FID]
+    distances = list(dict.fromkeys(protocol.distance for protocol in protocols)) or [FD]
     against = list(dict.fromkeys(protocol.against for protocol in protocols)) or ["real"]
     return HEADINGS[figure].format(
         distance=distances[0] if len(distances) == 1 else "Frechet distance",
@@ -102,9 +102,9 @@ def spread_text(spread: Spread | None) -> str:
 
 
 def protocol_text(protocol: FidProtocol | None) -> str:
-    """Sentences on how the FIDs were measured."""
+    """Sentences on how Frechet distances were measured."""
     if protocol is None:
-        return "No FID was measured."
+        return "No Frechet distance was measured."
     few = (
         f" Fewer than the customary {MANY_IMAGES:,} images: they compare with one another only."
         if protocol.under_10000
@@ -185,7 +185,7 @@ def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
         "rows": [cells(comparison, row) for row in part.rows],
         "remarks": remarks(part),
         "protocol": protocol_text(part.protocol),
-        "distance": FID if part.protocol is None else part.protocol.distance,
+        "distance": FD if part.protocol is None else part.protocol.distance,
         "few_images": part.protocol is not None and part.protocol.under_10000,
         "chart": Markup(figure_chart(part) or ""),  # this package's own SVG, whose texts canvas.py has escaped
     }

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.policy.variants import VARIANTS
-from pqcad_qat.quality.fid_protocol import FID, FidProtocol
+from pqcad_qat.quality.fid_protocol import FD, FidProtocol
 from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
 
@@ -265,7 +265,7 @@ class Report:
     @property
     def distance(self) -> str:
         """Name of the Frechet distance between images, which depends on the feature network."""
-        return FID if self.fid_protocol is None else self.fid_protocol.distance
+        return FD if self.fid_protocol is None else self.fid_protocol.distance
 
     @property
     def against(self) -> str:

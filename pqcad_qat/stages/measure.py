@@ -58,7 +58,10 @@ from pqcad_qat.stages.stage_records import (
 )
 from pqcad_qat.timing.hardware import hardware
 
-NO_FID = "No FID: evaluation.features names no feature network, so there are figures against full precision only."
+NO_DISTANCE = (
+    "No Frechet distance: evaluation.features names no feature network, so there are figures against full precision "
+    "only."
+)
 
 OF_OTHER_PICTURES = (
     "The feature network {0} was made for the pictures of the model {0}; distances of other pictures say little."
@@ -232,7 +235,7 @@ def _on_features(policy: Policy) -> Iterator[str]:
     """Notes on the feature network that a reader of the figures needs."""
     source = policy.features
     if source is None:
-        yield NO_FID
+        yield NO_DISTANCE
     elif source.startswith(EMBEDDED) and source != policy.model.source:
         yield OF_OTHER_PICTURES.format(source)
 

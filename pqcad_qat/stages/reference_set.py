@@ -20,9 +20,9 @@ from pqcad_qat.data.images import load_pictures, pictures_digest, to_uint8
 from pqcad_qat.machine.content_store import parts_folder, shared_folder
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, Policy
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import REFERENCE
-from pqcad_qat.quality.feature_network import Features, with_reference
+from pqcad_qat.quality.feature_network import Features, made_by_others, with_reference
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
@@ -35,13 +35,13 @@ _FILE, _FEATURES = "reference-features.safetensors", "features"
 def compared(policy: Policy, prepared: Prepared, run: RunFolder, features: Features, *, console: Console) -> Features:
     """Return the feature network with the reference that the policy asks for.
 
-    That is a folder of pictures. Without one it is what the network brings along. EfficientNet-Lite0 brings nothing, so
-    it compares with as many samples of full precision from the seed after evaluation.seed.
+    That is a folder of pictures. Without one it is what the network brings along. A network of others brings
+    nothing, so it compares with as many samples of full precision from the seed after evaluation.seed.
     """
     store, shape = run.path.parent / SHARED, prepared.model.sample_shape
     if policy.evaluation.reference is not None:
         return with_pictures(features, Path(policy.evaluation.reference), shape, console, store=store)
-    if policy.features != EFFICIENTNET_LITE0:
+    if not made_by_others(features.source):
         return features
     count, seed = policy.evaluation.images, policy.evaluation.seed + 1
     decides = {**run.decides(sampling(REFERENCE)), "reference": "samples", "seed": seed, "features": features.sha256}

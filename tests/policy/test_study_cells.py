@@ -178,5 +178,5 @@ def test_cells_whose_fids_could_not_stand_in_one_table_are_refused(write: Write)
     text = GOOD.replace("  budget:\n", "  budget:\n    few: {evaluation.images: 8}\n")
     assert (
         "evaluation.images: got 16, 8 in different cells of embedded:fashion-mnist; allowed one, for "
-        "FIDs to be compared" in faults(write(text))[0]
+        "Frechet distances to be compared" in faults(write(text))[0]
     )

@@ -1,5 +1,5 @@
-"""FID against Gaussians' closed form and scipy, PSNR and SSIM against scikit-image, and what is said where they mean
-nothing.
+"""Frechet distances against Gaussians' closed form and scipy, PSNR and SSIM against scikit-image, and what is said
+where they mean nothing.
 """
 
 from __future__ import annotations

@@ -137,14 +137,14 @@ def test_runs_of_other_policies_with_one_name_are_called_by_their_paths() -> Non
         ("seed", 7, "seed: 0 and 7"),
     ],
 )
-def test_fids_of_different_protocols_are_refused_with_both_runs_and_what_differs(
+def test_distances_of_different_protocols_are_refused_with_both_runs_and_what_differs(
     key: str, value: Any, told: str
 ) -> None:
     other = report("w2a8")
     assert other.fid_protocol is not None
     changed = replace(other, fid_protocol=replace(other.fid_protocol, **{key: value}))
     with pytest.raises(
-        StudyError, match=rf"^runs/a and runs/b: got FIDs of different protocols \({told}\); allowed one protocol$"
+        StudyError, match=rf"^runs/a and runs/b: got distances of different protocols \({told}\); allowed one protocol$"
     ):
         compare({"runs/a": report(), "runs/b": changed})
 
@@ -222,7 +222,7 @@ def test_the_protocol_is_told_in_words_with_the_mark_of_few_images(two: Comparis
 def test_the_page_needs_no_other_file_and_draws_every_row(seeds: Comparison) -> None:
     page = render(seeds)
     assert re.findall(r"""(?:src|href)\s*=\s*["'](?!#|data:)""", page) == []
-    assert "w4a8, pqcad: FID to real 8.67 ± 0.76, n = 3" in page
+    assert "w4a8, pqcad: FD to real 8.67 ± 0.76, n = 3" in page
     assert "var(--accent)" in page
 
 
@@ -239,7 +239,7 @@ def test_files_are_one_page_with_json_and_markdown_beside_it(seeds: Comparison, 
 def test_runs_without_figures_draw_nothing_and_say_so() -> None:
     found = compare({"runs/a": minimal_report()})
     assert figure_chart(found.parts[0]) is None
-    assert "No FID was measured" in render(found)
+    assert "No Frechet distance was measured" in render(found)
 
 
 def test_a_studys_section_of_a_page_is_replaced_and_all_else_stays(seeds: Comparison) -> None:

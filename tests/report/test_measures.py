@@ -16,7 +16,7 @@ from report_fixture import fixture_report
 from rich.console import Console
 
 from pqcad_qat.policy.variants import FP32, PQCAD
-from pqcad_qat.quality.fid_protocol import Floor
+from pqcad_qat.quality.fid_protocol import INCEPTION_SHA256, Floor
 from pqcad_qat.report.comparison import Run, compare_runs
 from pqcad_qat.report.comparison_page import render
 from pqcad_qat.report.page import render_page
@@ -38,20 +38,34 @@ def measured_by_others() -> Report:
     return replace(report, variants=tuple(rows), fid_protocol=protocol)
 
 
-def test_a_distance_through_a_network_of_others_is_nowhere_called_fid() -> None:
-    report = measured_by_others()
+def shown(report: Report) -> list[str]:
+    """A report as its page, on a terminal, and in a comparison."""
     printed = io.StringIO()
     console = Console(file=printed, width=200)
     console.print(result_table(report, Path("runs/one")), *result_remarks(report))
-    shown = [
+    return [
         render_page(report, Curves(), {name: np.zeros((2, 1, 8, 8), np.float32) for name in (FP32, PQCAD)}),
         printed.getvalue(),
         render(compare_runs("table", [Run("one", {"run": "one"}, report)], "compare")),
     ]
-    for text in shown:
+
+
+def test_a_distance_through_a_network_of_others_is_nowhere_called_fid() -> None:
+    for text in shown(measured_by_others()):
         assert "FD-EffNetLite0" in text
         assert re.search("FIDs?[^_a-z]", text) is None
         assert FLOOR in " ".join(text.split())
+
+
+def test_only_a_distance_through_the_standard_inception_weights_is_called_fid() -> None:
+    own = fixture_report()
+    assert own.fid_protocol is not None
+    standard = replace(own, fid_protocol=replace(own.fid_protocol, features_sha256=INCEPTION_SHA256))
+    for one, other in zip(shown(own), shown(standard), strict=True):
+        assert re.search(r"\bFDs?\b", one)
+        assert re.search(r"\bFIDs?\b", one) is None
+        assert re.search(r"\bFID\b", other)
+        assert re.search(r"\bFDs?\b", other) is None
 
 
 def test_the_page_has_columns_of_what_was_measured_and_no_others() -> None:

@@ -332,7 +332,7 @@ def test_headlines_are_ratios_of_the_rows() -> None:
         "faster than OpenVINO FP32": (f"4.1{TIMES}", True),
         "faster than PyTorch FP32": (f"14.4{TIMES}", True),
         "the size of full precision": (f"0.26{TIMES}", True),
-        "FID, worse than full precision": ("+6.0 %", False),
+        "FD, worse than full precision": ("+6.0 %", False),
         "planned layers executed in INT8": ("55/55", True),
     }
 

@@ -101,6 +101,8 @@ def call(arguments: list[str]) -> int:
             r"got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, eff",
         ),
         ("no-such-folder", r"no-such-folder/config\.json: got no such file"),
+        ("no-such-file.pth", r"no-such-file\.pth: got no readable file \(No such.*\); allowed pt_inception-2015-12"),
+        (__file__, r"test_feature_choice\.py: got SHA-256 [0-9a-f]{64}; allowed 6726825d0af5f729"),
     ],
 )
 def test_features_that_do_not_fit_are_told_with_their_key_before_anything_is_written(
@@ -127,7 +129,7 @@ def test_what_is_allowed_names_the_networks_that_fit(tmp_path: Path, capsys: pyt
     flags = ["--model", str(tmp_path / "grey"), "--set", "evaluation.features=embedded:digits"]
     assert call(["plan", str(POLICIES / "smoke.yaml"), *flags]) == 2
     assert (
-        "the model makes 1x32x32; allowed embedded:fashion-mnist, efficientnet-lite0, a folder"
+        "the model makes 1x32x32; allowed embedded:fashion-mnist, efficientnet-lite0, the file pt_inception"
         in capsys.readouterr().err
     )
 

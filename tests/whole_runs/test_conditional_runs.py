@@ -207,7 +207,7 @@ def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
     )
     assert report["parity"]["end_to_end_psnr"] > 30
     assert report["fid_protocol"] is None
-    assert "No FID: evaluation.features names no feature network" in report["quality_note"]
+    assert "No Frechet distance: evaluation.features names no feature network" in report["quality_note"]
     assert report["quality_note"] in (path / "report.html").read_text().replace("&#39;", "'")
     rows = {row["name"]: row for row in report["variants"]}
     assert {name: row["passes"] for name, row in rows.items()} == {**dict.fromkeys(rows, 2), PQCAD_OPENVINO: passes}
