@@ -24,8 +24,8 @@ from pqcad_qat.machine.files import write_json
 from pqcad_qat.machine.json_files import read_json
 from pqcad_qat.models.families.family import TEXT, TEXT_MASK, ConditionInput
 from pqcad_qat.models.families.table import prompt_layouts
-from pqcad_qat.models.model_folder import TEXT_ENCODERS
-from pqcad_qat.models.pipeline_parts import T5, TOKENIZER, VAE, PipelineParts
+from pqcad_qat.models.model_folder import DECODERS, TEXT_ENCODERS
+from pqcad_qat.models.pipeline_parts import T5, TOKENIZER, VAE, VQ, PipelineParts
 from pqcad_qat.models.vae import to_decoder
 from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.serving.manifest import GRAPH, PART_FOLDERS
@@ -33,7 +33,10 @@ from pqcad_qat.serving.manifest import GRAPH, PART_FOLDERS
 PartFormat = Literal["float", "int8-weights", "int8"]
 """Format of a part: constants in float16, weights compressed to INT8, or weights and activations quantized to INT8."""
 
-AUTOMATIC: Mapping[str, PartFormat] = {VAE: "float", **dict.fromkeys(TEXT_ENCODERS, "int8-weights")}
+AUTOMATIC: Mapping[str, PartFormat] = {
+    **dict.fromkeys(DECODERS, "float"),
+    **dict.fromkeys(TEXT_ENCODERS, "int8-weights"),
+}
 """Format that `auto` stands for, by part."""
 
 
@@ -99,7 +102,7 @@ def chosen_formats(
         ModelError: a part that is asked for is missing or unsupported.
     """
     formats: dict[str, PartFormat] = {}
-    for key, of_key in ((VAE, (VAE,)), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
+    for key, of_key in ((VAE, DECODERS), (TEXT_ENCODERS[0], TEXT_ENCODERS)):
         present = [part for part in of_key if source is not None and source.has(part)]
         if not present and choices[key] not in ("auto", "none"):
             raise ModelError(f"pipeline.{key}: got {choices[key]}; allowed auto or none: {model_name} has no {key}")
@@ -109,6 +112,11 @@ def chosen_formats(
             formats |= {
                 part: AUTOMATIC[part] if choices[key] == "auto" else cast(PartFormat, choices[key]) for part in present
             }
+    if formats.get(VQ) == "int8":
+        raise ModelError(
+            f"pipeline.{VAE}: got int8; allowed auto, none, float, int8-weights: {model_name} decodes the codes that "
+            "are nearest to its latents, and rounded distances choose others"
+        )
     for part in formats:
         assert source is not None
         source.check(part)
@@ -130,17 +138,23 @@ def write_parts(deployable: PartsToDeploy, folder: Path) -> dict[str, dict[str, 
     source, latents, written = deployable.source, deployable.latents, {}
     for part, form in deployable.formats.items():
         module = source.load(part)
-        place = folder / PART_FOLDERS[part]
+        place = folder / deployed_name(part)
         with _named(part):
-            graph = decoder_graph(module, latents) if part == VAE else _text_encoder(deployable, part, module)
-            graph = _compressed(graph, form, _scaled(module, latents) if part == VAE else ())
+            decodes = part in DECODERS
+            graph = decoder_graph(module, latents) if decodes else _text_encoder(deployable, part, module)
+            graph = _compressed(graph, form, _scaled(module, latents) if decodes else ())
             place.mkdir(parents=True)
             ov.save_model(graph, place / GRAPH, compress_to_fp16=True)
         write_json(place / "config.json", _config(module, source.folder / part))
-        if part != VAE:
+        if not decodes:
             _write_tokenizer(source, tokenizer_of(part), folder / tokenizer_of(part))
-        written[PART_FOLDERS[part]] = {"class": source.class_of(part), "format": form}
+        written[deployed_name(part)] = {"class": source.class_of(part), "format": form}
     return written
+
+
+def deployed_name(part: str) -> str:
+    """Name of a part's folder in a deployed folder, which is the same for every decoder."""
+    return PART_FOLDERS[VAE if part in DECODERS else part]
 
 
 def pipeline_index(deployable: PartsToDeploy, denoiser: Sequence[str]) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def pipeline_index(deployable: PartsToDeploy, denoiser: Sequence[str]) -> dict[s
 
     Parts that are not deployed become null, and `denoiser` replaces the class of the denoiser.
     """
-    tokenizers = (tokenizer_of(part) for part in deployable.formats if part != VAE)
+    tokenizers = (tokenizer_of(part) for part in deployable.formats if part not in DECODERS)
     deployed = {*deployable.formats, *tokenizers, "scheduler"}
     index: dict[str, Any] = {}
     for name, entry in deployable.source.index.items():

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pqcad_qat.export.part_export import PartsToDeploy
+from pqcad_qat.export.part_export import PartsToDeploy, deployed_name
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.export.proof import end_to_end_psnr
-from pqcad_qat.models.pipeline_parts import T5, VAE
+from pqcad_qat.models.model_folder import DECODERS
+from pqcad_qat.models.pipeline_parts import T5
 from pqcad_qat.models.vae import decoded
-from pqcad_qat.serving.manifest import PART_FOLDERS
 from pqcad_qat.serving.part_runtime import PictureDecoder, PromptEncoder
 
 PICTURES, TEXTS = 4, 8
@@ -36,18 +36,19 @@ def part_parity(deployable: PartsToDeploy, folder: Path) -> tuple[PartParity, ..
     """
     parities = []
     for part, form in deployable.formats.items():
-        files = (path for path in (folder / PART_FOLDERS[part]).rglob("*") if path.is_file())
-        psnr = _picture_psnr(deployable, folder) if part == VAE else _text_psnr(deployable, part, folder)
-        parities.append(PartParity(PART_FOLDERS[part], form, sum(path.stat().st_size for path in files), psnr))
+        files = (path for path in (folder / deployed_name(part)).rglob("*") if path.is_file())
+        decodes = part in DECODERS
+        psnr = _picture_psnr(deployable, folder, part) if decodes else _text_psnr(deployable, part, folder)
+        parities.append(PartParity(deployed_name(part), form, sum(path.stat().st_size for path in files), psnr))
     return tuple(parities)
 
 
-def _picture_psnr(deployable: PartsToDeploy, folder: Path) -> float:
+def _picture_psnr(deployable: PartsToDeploy, folder: Path, part: str) -> float:
     """PSNR in dB of the decoded pictures."""
     latents = deployable.latents[:PICTURES]
     _, channels, height, width = latents.shape
     pictures = PictureDecoder(folder, (channels, height, width))(latents.numpy())
-    return end_to_end_psnr(pictures, decoded(deployable.source.load(VAE), latents).numpy())
+    return end_to_end_psnr(pictures, decoded(deployable.source.load(part), latents).numpy())
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ WEIGHTS_AND_CONFIGS = (
     *(f"{part}/{CONFIG}" for part in (*DENOISER_FOLDERS, *DECODERS, "text_encoder*")),
     *(
         f"{weights}{kind}"
-        for weights in (STEM, *(f"{part}/{STEM}" for part in (*DENOISER_FOLDERS, "vae")), "text_encoder*/model")
+        for weights in (STEM, *(f"{part}/{STEM}" for part in (*DENOISER_FOLDERS, *DECODERS)), "text_encoder*/model")
         for kind in (SAFETENSORS, f"{SAFETENSORS}.index.json", f"{SHARD}{SAFETENSORS}")
     ),
     *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
@@ -138,7 +138,7 @@ def downloaded_pipeline(source: str) -> Path:
         ModelError: as for `downloaded`.
     """
     folder = downloaded(source, WEIGHTS_AND_CONFIGS)
-    stems = {"": STEM, **dict.fromkeys((*DENOISER_FOLDERS, "vae"), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
+    stems = {"": STEM, **dict.fromkeys((*DENOISER_FOLDERS, *DECODERS), STEM), **dict.fromkeys(TEXT_ENCODERS, "model")}
     # The first download takes configs and weights with plain names. A part with a config but no weights may have
     # files of another precision only.
     lacking = [

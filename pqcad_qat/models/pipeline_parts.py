@@ -1,7 +1,7 @@
 """The parts of a pipeline's folder beside its denoiser: which are there, of which class, and how each is loaded.
 
-Not here: the denoiser and its scheduler (denoiser.py), what prompts become (prompts.py), or how parts are deployed
-(export/part_export.py).
+Not here: the denoiser and its scheduler (denoiser.py), how parts fit it (part_fit.py), what prompts become
+(prompts.py), or how parts are deployed (export/part_export.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.config_values import bounded_build, check_values, class_of, silent, with_defaults
 from pqcad_qat.models.families.config_faults import autoencoder
-from pqcad_qat.models.families.family import SCALING, ConditionInput
+from pqcad_qat.models.families.family import SCALING
 from pqcad_qat.models.families.table import pipelines
 from pqcad_qat.models.model_folder import (
     CONFIG,
@@ -35,6 +35,7 @@ from pqcad_qat.models.model_folder import (
     read_index,
 )
 from pqcad_qat.models.trial_calls import try_call
+from pqcad_qat.models.vae import latent_channels
 from pqcad_qat.models.weight_files import (
     check_finite,
     fitting,
@@ -58,9 +59,17 @@ TEXT_STEM = "model"
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     VAE: ("AutoencoderKL",),
+    VQ: ("VQModel",),
     **dict.fromkeys(TEXT_ENCODERS, ("CLIPTextModel", "CLIPTextModelWithProjection", T5)),
 }
 """Mapping from a part to the classes that can be deployed for it."""
+
+
+SCALING_FACTOR, UNSCALED = "scaling_factor", 1.0
+"""Key of a VQModel's config, and its value where the key is missing: those who trained such models with this layout
+(Rombach et al. 2022) did not scale their latents. diffusers' default, 0.18215, is that of Stable Diffusion's VAE, and
+CompVis/ldm-celebahq-256 has weird pictures with it (github.com/huggingface/diffusers/issues/6725).
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,11 @@ class PipelineParts:
         """Return whether the index names a class for the part, and the part's folder is there."""
         return part_class(self.index, part) is not None and (self.folder / part).is_dir()
 
+    @property
+    def decoder(self) -> str | None:
+        """Name of the part that decodes latents into pictures; None where there is none."""
+        return next((part for part in DECODERS if self.has(part)), None)
+
     def class_of(self, part: str) -> str:
         """Return the class of a part.
 
@@ -89,23 +103,22 @@ class PipelineParts:
         if name not in CLASSES[part]:
             raise ModelError(
                 f"{self.folder / INDEX}: {part}: got {shown(name)}; allowed {', '.join(CLASSES[part])}, "
-                f"or {_left_out(part)}"
+                f"or {left_out(part)}"
             )
         return str(name)
 
     def check_there(self, parts: Sequence[str]) -> None:
         """Raise ModelError where the index names a class for one of these parts whose folder is missing, or where it
-        names a decoder other than a VAE.
+        names two decoders.
         """
         for part in parts:
             if (name := part_class(self.index, part)) is not None and not self.has(part):
                 raise ModelError(
                     f"{self.folder / part}: got no such folder; allowed the {shown(name)} that {INDEX} names for it, "
-                    f"or {_left_out(part)}"
+                    f"or {left_out(part)}"
                 )
-        if VAE in parts and (name := part_class(self.index, VQ)) is not None:
-            rule = f"a {VAE} of {', '.join(CLASSES[VAE])} in its place, or {_left_out(VAE)} (samples are latents then)"
-            raise ModelError(f"{self.folder / INDEX}: {VQ}: got {shown(name)}; allowed {rule}")
+        if VQ in parts and self.has(VAE) and self.has(VQ):
+            raise ModelError(f"{self.folder / INDEX}: {VQ}: got a second decoder beside {VAE}; allowed one of them")
 
     def check(self, part: str) -> None:
         """Raise ModelError for a part that is not supported, as far as the index and its configs show.
@@ -113,10 +126,10 @@ class PipelineParts:
         A text encoder's tokenizer is checked as well.
         """
         name, where = self.class_of(part), self.folder / part / CONFIG
-        if part == VAE:
+        if part in DECODERS:
             with _named(where, name):
                 shapes: Any = self._shapes(part)
-                latents = torch.zeros(1, shapes.config.latent_channels, 8, 8, device="meta")
+                latents = torch.zeros(1, latent_channels(shapes.config), 8, 8, device="meta")
                 try_call(lambda: shapes.decode(latents), name, read_json(where))
             return
         check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
@@ -128,33 +141,36 @@ class PipelineParts:
         """Raise ModelError for a part whose safetensors are missing, damaged, or not those of its config."""
         files = self._weight_files(part)
         stored = stored_tensors(files)
-        if part == VAE:
+        if part in DECODERS:
             stored = fitting(stored, self._shapes(part))
         else:
             self._text_encoder(part, device_map="meta")
         check_finite(stored)
 
     def _weight_files(self, part: str) -> tuple[Path, ...]:
-        return weight_files(self.folder / part, STEM if part == VAE else TEXT_STEM, f", or {_left_out(part)}")
+        stem = STEM if part in DECODERS else TEXT_STEM
+        return weight_files(self.folder / part, stem, f", or {left_out(part)}")
 
     def _shapes(self, part: str) -> nn.Module:
         """Build a part without weights, on torch's meta device."""
         where = self.folder / part / CONFIG
         read_json(where)
         with bounded_build(str(where)):
-            return self._decoder() if part == VAE else self._text_encoder_of(part)
+            return self._decoder(part) if part in DECODERS else self._text_encoder_of(part)
 
-    def _decoder(self) -> nn.Module:
-        """Build the VAE, with those keys of its config about scaling that its pipeline's class uses."""
-        where, name = self.folder / VAE / CONFIG, self.class_of(VAE)
+    def _decoder(self, part: str) -> nn.Module:
+        """Build a decoder, with those keys of its config about scaling that its pipeline's class uses."""
+        where, name = self.folder / part / CONFIG, self.class_of(part)
         config = read_json(where)
+        if part == VQ:
+            config = {SCALING_FACTOR: UNSCALED, **config}
         check_values(name, config, str(where))
         full = with_defaults(name, config)
         if (fault := next(autoencoder(full), None)) is not None:
             raise ModelError(f"{where}: {fault} ({name})")
         pipeline = pipelines().get(str(self.index.get("_class_name")))
         used = SCALING if pipeline is None else pipeline.scaling  # a pipeline of an unknown class may use all of them
-        unused = [key for key in SCALING if key not in used]
+        unused = [key for key in SCALING if key in full and key not in used]
         with _named(where, name):
             module: Any = class_of(name).from_config(
                 {key: value for key, value in config.items() if key != "_use_default_values"}
@@ -207,17 +223,17 @@ class PipelineParts:
         """Load a part in float32 and evaluation mode, with weights from safetensors alone.
 
         Args:
-            part: VAE or one of TEXT_ENCODERS.
+            part: one of DECODERS or of TEXT_ENCODERS.
             attention: transformers' name for the way in which a text encoder computes attention; export traces `eager`.
 
         Raises:
             ModelError: the part's class is not supported, its files are damaged, or its library is not installed.
         """
-        if part == VAE:
+        if part in DECODERS:
             try:
                 stored = fitting(stored_tensors(self._weight_files(part)), self._shapes(part))
                 with no_init_weights():
-                    module = self._decoder()
+                    module = self._decoder(part)
                 load_weights(module, stored)
             except ModelError as error:
                 raise ModelError(f"{error} ({self.class_of(part)})") from error
@@ -260,7 +276,7 @@ def check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(
             f"{folder}: got no tokenizer_config.json; allowed a text encoder with its tokenizer, or "
-            f"{_left_out(TEXT_ENCODERS[0])}"
+            f"{left_out(TEXT_ENCODERS[0])}"
         )
     read_json(folder / "tokenizer_config.json")
     if (folder / TOKENIZER).is_file() or not (folder / "spiece.model").is_file():
@@ -277,36 +293,11 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def check_decoder(pipeline: PipelineParts | None, channels: int) -> None:
-    """Raise ModelError for a VAE whose latents have another number of channels than the denoiser's."""
-    if pipeline is None or not pipeline.has(VAE):
-        return
-    where = pipeline.folder / VAE / CONFIG
-    got = read_json(where).get("latent_channels", 4)
-    if got != channels:
-        raise ModelError(
-            f"{where}: latent_channels: got {shown(got)}; allowed {channels}, as its denoiser has, or {_left_out(VAE)}"
-        )
-
-
-def check_text_width(pipeline: PipelineParts | None, inputs: Sequence[ConditionInput]) -> None:
-    """Raise ModelError where SDXL's second text encoder makes a vector of another width than the denoiser reads."""
-    widths = [condition.shape[0] for condition in inputs if condition.name == "text_embeds"]
-    if pipeline is None or not widths or part_class(pipeline.index, TEXT_ENCODERS[1]) is None:
-        return
-    where = pipeline.folder / TEXT_ENCODERS[1] / CONFIG
-    if where.is_file() and (got := read_json(where).get("projection_dim", 512)) != widths[0]:
-        raise ModelError(
-            f"{where}: projection_dim: got {shown(got)}; allowed {widths[0]}, which the denoiser's "
-            "projection_class_embeddings_input_dim leaves beside six sizes (SDXL's refiner, which reads five, is not "
-            "supported)"
-        )
-
-
-def _left_out(part: str) -> str:
+def left_out(part: str) -> str:
     """Return how a policy leaves a part out, for messages."""
-    key = part.rstrip("_23")
-    return f"pipeline.{key}: none, without {'it' if key == VAE else 'any of them'}"
+    if part in DECODERS:
+        return f"pipeline.{VAE}: none, without it"
+    return f"pipeline.{part.rstrip('_23')}: none, without any of them"
 
 
 @contextmanager

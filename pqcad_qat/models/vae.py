@@ -12,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 
+def latent_channels(config: Mapping[str, Any]) -> Any:
+    """Number of channels of a decoder's latents; those of a VQModel are as wide as the vectors of its codebook."""
+    return config.get("vq_embed_dim") or config["latent_channels"]
+
+
 def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
     """Scale a denoiser's latents (N, C, h, w) for its VAE's decoder.
 

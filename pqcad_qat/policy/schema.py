@@ -278,7 +278,7 @@ class PipelinePolicy(Section):
 
     vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
         "auto",
-        description="VAE decoder: float (float16 on disk), int8-weights, or int8, calibrated on the latents of "
+        description="decoder of latents (VAE or VQModel): float (float16 on disk), int8-weights, or int8, calibrated on the latents of "
         "the calibration set; auto: float if there is a VAE",
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(

@@ -40,10 +40,12 @@ from pqcad_qat.stages.run_folder import Record, RunFolder
 from pqcad_qat.stages.samplers import (
     Sampler,
     decoder_of,
+    images_or_latents,
     openvino_file_variant,
     openvino_variant,
+    pictures_of,
     pytorch_variant,
-    sample_states,
+    sample_rows,
     with_float_steps,
 )
 from pqcad_qat.stages.stage_dependencies import sampled, sampling
@@ -73,6 +75,8 @@ OF_LATENTS = (
     "The model makes latents: PSNR is of latents, its peak the range of full precision's, and there is no SSIM; "
 )
 DECODED, FIRST_CHANNELS = "pictures are decoded by the full-precision VAE.", "pictures show their first channels."
+
+OF_DECODED = "The model makes latents: all figures are of the pictures that the full-precision VAE decodes."
 
 PICTURES = 10
 """Number of images of each variant that the report shows."""
@@ -141,13 +145,13 @@ def _make_images(
     variant = _variant(policy, prepared, run, name, untrained=untrained, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
-        states = sample_states(
-            variant, count, policy.evaluation.seed, batch, advance=advance, batch_folder=batch_folder
+        kept = images_or_latents(prepared.model, decoded=policy.features is not None)
+        samples = sample_rows(
+            variant, count, policy.evaluation.seed, batch, kept=kept, advance=advance, batch_folder=batch_folder
         )
-    samples = {"latents": states} if prepared.model.latent else {"images": to_uint8(states)}
-    if (decode := decoder_of(prepared.model)) is not None:
+    if pictures_of(samples) is None and (decode := decoder_of(prepared.model)) is not None:
         with working(console, f"sample {name}: decoding"):
-            samples["pictures"] = to_uint8(torch.from_numpy(decode(states[:PICTURES].numpy())))
+            samples["pictures"] = to_uint8(torch.from_numpy(decode(samples["latents"][:PICTURES].numpy())))
     save_tensors(samples, folder / _images_file(run, name).name)
 
 
@@ -209,15 +213,16 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
             return
         source, latent = policy.features, prepared.model.latent
         features = None if source is None else compared(policy, prepared, run, load_features(source), console=console)
-        samples = {name: _samples(run, name) for name in _shown(policy, run)}
-        full = samples[REFERENCE]
+        of_latents = latent and features is None
+        full = _samples(run, REFERENCE, of_latents)
         figures = {}
         with working(console, "evaluation: distances, PSNR, SSIM") as tell:
             known = None if features is None else image_features(features.network, full)
-            for name, images in samples.items():
+            for name in _shown(policy, run):
                 tell(f"evaluation: {name}")
+                own = _samples(run, name, of_latents)
                 figures[name] = (
-                    evaluate_latents(images, full) if latent else evaluate_images(images, full, features, known)
+                    evaluate_latents(own, full) if of_latents else evaluate_images(own, full, features, known)
                 )
         section, protocol = policy.evaluation, None
         if features is not None:
@@ -225,10 +230,8 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
             protocol = fid_protocol(features, section.images, sampler, steps, seed=section.seed)
             if features.reference_kind == "full-precision":
                 protocol = replace(protocol, floor=own_floor(figures[REFERENCE]))
-        of_latents = OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
-        notes = [*_on_features(policy), of_latents if latent else "" if has_ssim(full) else NO_SSIM]
-        note = " ".join(note for note in notes if note)
-        stage.done(EvaluationRecord(figures, protocol, hardware(), note))
+        notes = [*_on_features(policy), *_on_samples(prepared, full, of_latents)]
+        stage.done(EvaluationRecord(figures, protocol, hardware(), " ".join(notes)))
 
 
 def _on_features(policy: Policy) -> Iterator[str]:
@@ -238,6 +241,17 @@ def _on_features(policy: Policy) -> Iterator[str]:
         yield NO_DISTANCE
     elif source.startswith(EMBEDDED) and source != policy.model.source:
         yield OF_OTHER_PICTURES.format(source)
+
+
+def _on_samples(prepared: Prepared, full: Tensor, of_latents: bool) -> Iterator[str]:
+    """Notes on what the figures are of, by full precision's latents or pictures."""
+    if of_latents:
+        yield OF_LATENTS + (FIRST_CHANNELS if decoder_of(prepared.model) is None else DECODED)
+        return
+    if prepared.model.latent:
+        yield OF_DECODED
+    if not has_ssim(full):
+        yield NO_SSIM
 
 
 def report(policy: Policy, prepared: Prepared, run: RunFolder, command: str) -> Path:
@@ -277,7 +291,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         warnings=tuple(run.warnings()),
         command=command,
     )
-    full = _samples(run, REFERENCE)
+    full = _samples(run, REFERENCE, prepared.model.latent)
     samples: dict[str, Any] = {
         name: _pictures(load_file(_images_file(run, name)), full) for name in _shown(policy, run)
     }
@@ -293,10 +307,10 @@ def _images_file(run: RunFolder, name: str) -> Path:
     return run.path / "samples" / f"{name}.safetensors"
 
 
-def _samples(run: RunFolder, name: str) -> Tensor:
-    """Load a variant's images (uint8), or its latents (float32)."""
+def _samples(run: RunFolder, name: str, latents: bool) -> Tensor:
+    """Load a variant's pictures (uint8), or its latents (float32)."""
     tensors: Mapping[str, Tensor] = load_file(_images_file(run, name))
-    return tensors["latents"] if "latents" in tensors else tensors["images"]
+    return tensors["latents"] if latents else tensors["images" if "images" in tensors else "pictures"]
 
 
 def _pictures(samples: Mapping[str, Tensor], full: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -19,17 +19,18 @@ from pqcad_qat.export.part_export import PartFormat, chosen_formats
 from pqcad_qat.export.trial_export import try_training_and_export
 from pqcad_qat.models.conditions import ConditionSet, check_choices, check_guidance, chosen_conditions, conditioned
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, recomputed_activations
-from pqcad_qat.models.model_folder import scheduler_file
+from pqcad_qat.models.model_folder import DECODERS, scheduler_file
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.own_model import OwnModel
-from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
+from pqcad_qat.models.part_fit import check_decoder, check_text_width, picture_shape
+from pqcad_qat.models.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states
 from pqcad_qat.models.prompts import too_long_prompts
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, Policy
 from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
-from pqcad_qat.quality.feature_network import check_shape
+from pqcad_qat.quality.feature_network import check_shape, load_features
 from pqcad_qat.quantization.layer_matching import listed
 from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_with_remarks
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
@@ -73,6 +74,12 @@ class Prepared:
     remarks: tuple[str, ...] = ()
 
     @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the model's pictures, which are decoded from latents where its samples are latents."""
+        latent = picture_shape(self.pipeline, self.model.sample_shape) if self.model.latent else None
+        return latent or self.model.sample_shape
+
+    @property
     def schedule(self) -> NoiseSchedule:
         """Noise schedule of the teacher and of the full-precision model."""
         return noise_schedule(self.model.scheduler_config)
@@ -106,6 +113,7 @@ def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = No
         PlanError: the rules do not fit the model.
     """
     with located(policy):
+        check_compared(policy)
         model = load_model(policy.model.source, policy.model.sample_size, own)
         split, plan, remarks = _planned(policy, model)
         conditions = chosen_conditions(conditioned(model), policy.conditions, store)
@@ -123,6 +131,7 @@ def prepare_untrained(policy: Policy) -> Prepared | None:
         ModelError, PlanError: as for `prepare`.
     """
     with located(policy):
+        check_compared(policy)
         model = untrained_model(policy.model.source, policy.model.sample_size)
         if model is None:
             return None
@@ -144,6 +153,7 @@ def planned_shapes(
         PlanError: the rules do not fit the model.
     """
     with located(policy):
+        check_compared(policy)
         model = shapes_of(policy.model.source, policy.model.sample_size, own)
         planned = _planned(policy, model)
         alone = model.own is None and (model.folder is None or not scheduler_file(model.folder).is_file())
@@ -158,7 +168,8 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     check_time_table(model, check_steps(policy, model).train_timesteps)
     pipeline = pipeline_parts(model.folder)
     check_text_width(pipeline, model.condition_inputs)
-    if VAE in chosen_formats(pipeline, policy.pipeline.model_dump(), model.source, weights=False):
+    formats = chosen_formats(pipeline, policy.pipeline.model_dump(), model.source, weights=False)
+    if any(part in formats for part in DECODERS):
         check_decoder(pipeline, model.sample_shape[0])
     with recomputed_activations(model.denoiser, policy.training.activation_checkpointing):
         pass  # the call raises an error if the model cannot recompute activations
@@ -218,31 +229,50 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
     return schedule
 
 
-def check_features(policy: Policy, model: DiffusionModel) -> None:
-    """Check that the policy's feature network and its reference can be read, and fit what the model makes.
+def check_compared(policy: Policy) -> None:
+    """Check that the policy's feature network and its reference can be read, before a model is downloaded or loaded.
 
     Raises:
-        ModelError: they cannot, or do not.
+        ModelError: they cannot; a line of the message for each.
     """
-    source, reference = policy.features, policy.evaluation.reference
-    if source is None:
-        if reference is not None:
-            raise ModelError(
-                f"evaluation.reference: got {reference!r} and no feature network to compare pictures; allowed with "
-                f"evaluation.features, such as {EFFICIENTNET_LITE0}"
-            )
+    source, reference, faults = policy.features, policy.evaluation.reference, []
+    if source is not None:
+        try:
+            load_features(source)
+        except ModelError as error:
+            faults.append(f"evaluation.features: {error}")
+    elif reference is not None:
+        faults.append(
+            f"evaluation.reference: got {reference!r} and no feature network to compare pictures; allowed with "
+            f"evaluation.features, such as {EFFICIENTNET_LITE0}"
+        )
+    if source is not None and reference is not None:
+        try:
+            check_pictures(Path(reference), "evaluation.reference")
+        except ModelError as error:
+            faults.append(str(error))
+    if faults:
+        raise ModelError("\n".join(faults))
+
+
+def check_features(policy: Policy, model: DiffusionModel) -> None:
+    """Check that the policy's feature network reads the pictures that the model makes.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if (source := policy.features) is None:
         return
-    if model.latent:
+    shape = picture_shape(pipeline_parts(model.folder), model.sample_shape) if model.latent else model.sample_shape
+    if shape is None:
         raise ModelError(
             f"evaluation.features: got {source!r}; {model.source} makes latents of {model.sample_shape[0]} channels, "
-            "which no feature network reads; allowed none: figures against full precision only"
+            "which no feature network reads, and has no decoder; allowed none: figures against full precision only"
         )
     try:
-        check_shape(source, model.sample_shape)
+        check_shape(source, shape)
     except ModelError as error:
         raise ModelError(f"evaluation.features: {error}") from error
-    if reference is not None:
-        check_pictures(Path(reference), "evaluation.reference")
 
 
 def check_pictures(folder: Path, where: str) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pqcad_qat.data.images import load_pictures, pictures_digest, to_uint8
+from pqcad_qat.data.images import load_pictures, pictures_digest
 from pqcad_qat.machine.content_store import parts_folder, shared_folder
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
@@ -26,7 +26,7 @@ from pqcad_qat.quality.feature_network import Features, made_by_others, with_ref
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.samplers import pytorch_variant, sample_states
+from pqcad_qat.stages.samplers import images_or_latents, pictures_of, pytorch_variant, sample_rows
 from pqcad_qat.stages.stage_dependencies import sampling
 
 _FILE, _FEATURES = "reference-features.safetensors", "features"
@@ -38,7 +38,7 @@ def compared(policy: Policy, prepared: Prepared, run: RunFolder, features: Featu
     That is a folder of pictures. Without one it is what the network brings along. A network of others brings
     nothing, so it compares with as many samples of full precision from the seed after evaluation.seed.
     """
-    store, shape = run.path.parent / SHARED, prepared.model.sample_shape
+    store, shape = run.path.parent / SHARED, prepared.picture_shape
     if policy.evaluation.reference is not None:
         return with_pictures(features, Path(policy.evaluation.reference), shape, console, store=store)
     if not made_by_others(features.source):
@@ -102,16 +102,19 @@ def _sampled_features(
     )
     section = policy.evaluation
     with counting(console, "sample the reference", section.images * steps) as advance:
-        states = sample_states(
+        rows = sample_rows(
             sampler,
             section.images,
             section.seed + 1,
             section.batch_size,
+            kept=images_or_latents(prepared.model, decoded=True),
             advance=advance,
             batch_folder=parts_folder(folder),
         )
+    pictures = pictures_of(rows)
+    assert pictures is not None  # a model of latents without a decoder has no feature network
     with working(console, "evaluation: features of the reference"):
-        _save(image_features(features.network, to_uint8(states)), folder)
+        _save(image_features(features.network, pictures), folder)
 
 
 def _save(computed: Tensor, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.errors import ModelError
-from pqcad_qat.machine.tensor_files import gathered
+from pqcad_qat.machine.tensor_files import Rows, gathered
 from pqcad_qat.models.conditions import (
     GUIDANCE,
     NULL_CLASS,
@@ -213,19 +214,43 @@ def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sa
 
 
 def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:
-    """Return a function that decodes latents with the full-precision VAE beside the model, loaded when it is called.
+    """Return a function that decodes latents with the full-precision VAE beside the model, loaded at its first call.
 
     The result is None if the model does not make latents or has no VAE.
     """
     pipeline = pipeline_parts(model.folder)
-    if pipeline is None or not model.latent or not pipeline.has(VAE):
+    if pipeline is None or not model.latent or (part := pipeline.decoder) is None:
         return None
 
+    load = cache(partial(pipeline.load, part))
+
     def decode(latents: Float32) -> Float32:
-        pictures: Float32 = decoded(pipeline.load(VAE), torch.from_numpy(latents)).numpy()
+        pictures: Float32 = decoded(load(), torch.from_numpy(latents)).numpy()
         return pictures
 
     return decode
+
+
+def images_or_latents(model: DiffusionModel, decoded: bool) -> Callable[[Float32], Rows]:
+    """Return the function by which `sample_rows` keeps uint8 `images`, or float32 `latents` for a model of latents.
+
+    If `decoded` is set and the model has a decoder, the uint8 `pictures` of the latents are kept as well.
+    """
+    decode = decoder_of(model) if decoded else None
+
+    def kept(x_0: Float32) -> Rows:
+        states = torch.from_numpy(x_0)
+        if not model.latent:
+            return {"images": to_uint8(states)}
+        pictures = {} if decode is None else {"pictures": to_uint8(torch.from_numpy(decode(x_0)))}
+        return {"latents": states, **pictures}
+
+    return kept
+
+
+def pictures_of(rows: Rows) -> Tensor | None:
+    """The uint8 pictures (N, C, H, W) among what `images_or_latents` keeps; None where there are latents alone."""
+    return rows.get("images", rows.get("pictures"))
 
 
 def sample_images(
@@ -236,22 +261,35 @@ def sample_images(
 
 
 def sample_states(
+    variant: Sampler, count: int, seed: int, batch_size: int, *, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """Sample float32 x_0 (count, C, H, W) from a seed, as `sample_rows` does."""
+
+    def kept(x_0: Float32) -> Rows:
+        return {"states": torch.from_numpy(x_0)}
+
+    return sample_rows(variant, count, seed, batch_size, kept=kept, advance=advance)["states"]
+
+
+def sample_rows(
     variant: Sampler,
     count: int,
     seed: int,
     batch_size: int,
     *,
+    kept: Callable[[Float32], Rows],
     advance: Callable[[int], None] = lambda _: None,
     batch_folder: Path | None = None,
-) -> Tensor:
-    """Sample float32 x_0 (count, C, H, W) from a seed.
+) -> dict[str, Tensor]:
+    """Sample from a seed, and return what is kept of the images, by name.
 
-    Sample k starts from the same noise and condition for every variant and batch size. `advance` is called after every
-    sampling step with the number of images in the batch. `batch_folder` keeps finished batches, so that a later
-    process resumes after them.
+    Sample k starts from the same noise and condition for every variant and batch size. `kept` gets the x_0 (B, C, H, W)
+    of a batch, and its result alone stays in memory: 50,000 images of 256x256 take 39 GB as numbers. `advance` is
+    called after every sampling step with the number of images in the batch. `batch_folder` keeps finished batches, so
+    that a later process resumes after them.
     """
 
-    def batches(done: int) -> Iterator[dict[str, Tensor]]:
+    def batches(done: int) -> Iterator[Rows]:
         if done:
             advance(done * variant.steps)
         for first in range(done, count, batch_size):
@@ -264,6 +302,6 @@ def sample_states(
             for step in trajectory(follow, noise, variant.schedule, variant.steps):
                 x_0 = np.asarray(step.x_s, dtype=np.float32)
                 advance(len(noise))
-            yield {"states": torch.from_numpy(x_0)}
+            yield kept(x_0)
 
-    return gathered(batch_folder, count, batches, f"sampling {variant.name}: images")["states"]
+    return gathered(batch_folder, count, batches, f"sampling {variant.name}: images")

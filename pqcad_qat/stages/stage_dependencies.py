@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pqcad_qat.data.images import pictures_digest
-from pqcad_qat.models.pipeline_parts import VAE
+from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
     FLOAT_STEPS,
@@ -237,7 +237,9 @@ class _Table:
             **self.section("evaluation", "variants", "features", "reference"),
         }
         if (pipeline := self.prepared.pipeline) is not None and decoder_of(self.prepared.model) is not None:
-            values["decoder"] = pipeline.digest(VAE)
+            values["decoder"] = pipeline.digest(*DECODERS)
+            if self.policy.features is not None:
+                values["decoded"] = "all"
         if spec.weights_from is None:
             values["model"] = self.prepared.model.digest
         if spec.weights_from == "calibration":

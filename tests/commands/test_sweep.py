@@ -29,7 +29,7 @@ from pqcad_qat.policy.study_cells import Study, load_study
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.stages import baselines, measure
-from pqcad_qat.stages.samplers import sample_states
+from pqcad_qat.stages.samplers import sample_rows
 
 STUDY = POLICIES / "studies" / "smoke.yaml"
 CELLS = ("smoke-momentum-seed0", "smoke-momentum-seed1", "smoke-fixed-seed0", "smoke-fixed-seed1")
@@ -72,7 +72,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        for stage, name in ((baselines, "nncf_baseline"), (measure, "sample_states")):
+        for stage, name in ((baselines, "nncf_baseline"), (measure, "sample_rows")):
             patch.setattr(stage, name, counting(made, getattr(stage, name)))
         sweep(
             load_study(STUDY, overrides),
@@ -85,7 +85,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 def counting(made: dict[str, int], work: Any) -> Any:
     def counted(*arguments: Any, **named: Any) -> Any:
-        name = getattr(arguments[0], "name", "") if work is sample_states else work.__name__
+        name = getattr(arguments[0], "name", "") if work is sample_rows else work.__name__
         made[name] = made.get(name, 0) + 1
         return work(*arguments, **named)
 

@@ -20,15 +20,17 @@ from tiny_runs import SCHEDULER
 pytest.importorskip("transformers")
 
 from conditional_models import saved
+from paper_models import SIDE, latent_diffusion
 from safetensors.torch import load_file, save_file
 from text_pipelines import PIPELINES, T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from pqcad_qat.errors import ExportError, ModelError
-from pqcad_qat.export.part_export import PartsToDeploy, chosen_formats, pipeline_index, write_parts
+from pqcad_qat.export.part_export import PartFormat, PartsToDeploy, chosen_formats, pipeline_index, write_parts
 from pqcad_qat.export.part_psnr import part_parity
 from pqcad_qat.models.families.family import ConditionInput, condition_inputs
-from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, check_decoder, check_text_width, pipeline_parts
+from pqcad_qat.models.part_fit import check_decoder, check_text_width
+from pqcad_qat.models.pipeline_parts import VAE, PipelineParts, pipeline_parts
 from pqcad_qat.models.vae import decoded, to_decoder
 from pqcad_qat.sampling.trajectory import noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder, denoiser_bytes, read_manifest, tokenizer_of
@@ -416,13 +418,45 @@ def test_a_part_of_another_precision_alone_is_taken(narrow: DeployedPipeline, tm
         assert all(torch.equal(own[name], value.float()) for name, value in halved.items())
 
 
-def test_a_quantizing_decoder_is_refused_unless_it_is_left_out(tmp_path: Path) -> None:
-    parts = PipelineParts(tmp_path, {"vqvae": ["diffusers", "VQModel"]})
+@pytest.fixture(scope="module")
+def vector_quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unconditional latent model whose decoder looks its latents up in a codebook."""
+    return latent_diffusion(tmp_path_factory.mktemp("vq") / "model")
+
+
+@pytest.mark.parametrize(("form", "least"), [("float", 50.0), ("int8-weights", 30.0)])
+def test_a_vector_quantized_decoder_is_deployed_as_any_other(
+    form: PartFormat, least: float, vector_quantized: Path, tmp_path: Path
+) -> None:
+    parts = pipeline_parts(vector_quantized)
+    assert parts is not None
+    assert chosen_formats(parts, {**AUTO, "vae": form}, "it") == {"vqvae": form}
+    latents = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    deployable = PartsToDeploy(parts, {"vqvae": form}, latents)
+    assert write_parts(deployable, tmp_path) == {"vae_decoder": {"class": "VQModel", "format": form}}
+    (parity,) = part_parity(deployable, tmp_path)
+    assert (parity.part, parity.psnr > least) == ("vae_decoder", True)
+    index = pipeline_index(deployable, ("here", "Unet"))
+    assert (index["_class_name"], index["vqvae"]) == ("LDMPipeline", ["diffusers", "VQModel"])
+    found = PictureDecoder(tmp_path, (3, SIDE, SIDE), properties=F32)(latents.numpy())
+    assert psnr(found, decoded(parts.load("vqvae"), latents).numpy()) > least
+
+
+def test_a_vector_quantized_decoder_is_not_computed_in_int8(vector_quantized: Path) -> None:
+    parts = pipeline_parts(vector_quantized)
     with pytest.raises(
-        ModelError, match=r"vqvae: got 'VQModel'; allowed a vae of AutoencoderKL in its place, or pipeline.vae: none"
+        ModelError, match=r"pipeline\.vae: got int8; allowed auto, none, float, int8-weights: it decodes"
     ):
+        chosen_formats(parts, {**AUTO, "vae": "int8"}, "it")
+
+
+def test_a_second_decoder_is_refused(vector_quantized: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(vector_quantized, tmp_path / "it"))
+    shutil.copytree(folder / "vqvae", folder / "vae")
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = PipelineParts(folder, {**index, "vae": ["diffusers", "AutoencoderKL"]})
+    with pytest.raises(ModelError, match=r"vqvae: got a second decoder beside vae; allowed one of them"):
         chosen_formats(parts, AUTO, "it")
-    assert chosen_formats(parts, {**AUTO, "vae": "none"}, "it") == {}
 
 
 def test_the_second_texts_width_is_what_six_sizes_leave(tmp_path: Path) -> None:

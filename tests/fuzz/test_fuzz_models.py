@@ -25,7 +25,8 @@ from pqcad_qat.errors import PqcadError
 from pqcad_qat.export.part_export import chosen_formats
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table
 from pqcad_qat.models.model_loading import load_model
-from pqcad_qat.models.pipeline_parts import VAE, check_decoder, check_text_width, pipeline_parts
+from pqcad_qat.models.part_fit import check_decoder, check_text_width, picture_shape
+from pqcad_qat.models.pipeline_parts import VAE, VQ, pipeline_parts
 from pqcad_qat.models.untrained import shapes_of
 
 AUTO = {"vae": "auto", "text_encoder": "auto"}
@@ -114,8 +115,9 @@ def parts_loaded(folder: Path) -> object:
 def of_parts(folder: Path, weights: bool) -> object:
     parts = pipeline_parts(folder)
     formats = chosen_formats(parts, AUTO, str(folder), weights)
-    if VAE in formats:
+    if VAE in formats or VQ in formats:
         check_decoder(parts, 4)
+        picture_shape(parts, (4, 8, 8))
     return formats
 
 

@@ -21,7 +21,7 @@ FEED_FORWARD = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "linea
 
 ENCODER_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 DECODER_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-"""Block types of AutoencoderKL's encoder and decoder."""
+"""Block types of the encoder and decoder of AutoencoderKL and VQModel."""
 
 
 LARGEST_TABLE = 2**26
@@ -98,7 +98,7 @@ def channels(config: Config) -> Iterator[str]:
 
 
 def autoencoder(config: Config) -> Iterator[str]:
-    """Yield the faults of an AutoencoderKL."""
+    """Yield the faults of a decoder's config, of AutoencoderKL or VQModel."""
     levels = config["block_out_channels"]
     if not levels:
         yield allowed("block_out_channels", levels, "the channels of one level or more")
@@ -117,5 +117,5 @@ def autoencoder(config: Config) -> Iterator[str]:
     if config["out_channels"] != 3:
         yield allowed("out_channels", config["out_channels"], "3: pictures")
     for key in ("latents_mean", "latents_std"):
-        if config[key] is not None and len(config[key]) != config["latent_channels"]:
+        if config.get(key) is not None and len(config[key]) != config["latent_channels"]:
             yield allowed(key, config[key], f"{config['latent_channels']} numbers, one a latent channel")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pqcad_qat.machine.json_files import shown
 from pqcad_qat.models.families.config_faults import ACTIVATIONS, allowed, among, size_fault
-from pqcad_qat.models.families.family import ConditionInput, Config, Family
+from pqcad_qat.models.families.family import ConditionInput, Config, Family, Pipeline
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, FLOW_SCHEDULER
 
 UNCONDITIONAL: Mapping[str, str] = {DDIM_SCHEDULER: "DDIMPipeline", FLOW_SCHEDULER: "DDPMPipeline"}
@@ -101,6 +101,7 @@ FAMILY = Family(
     parameters=("sample", "timestep", "class_labels", "return_dict"),
     conditions=class_labels,
     faults=_faults,
+    pipelines=(Pipeline("LDMPipeline"),),
     alone="DDIMPipeline",
     resizable=True,
 )
