@@ -278,8 +278,8 @@ class PipelinePolicy(Section):
 
     vae: Literal["auto", "none", "float", "int8-weights", "int8"] = Field(
         "auto",
-        description="decoder of latents (VAE or VQModel): float (float16 on disk), int8-weights, or int8, calibrated on the latents of "
-        "the calibration set; auto: float if there is a VAE",
+        description="decoder of latents (VAE or VQModel): float (float16 on disk), int8-weights, or int8, for a VAE "
+        "alone, calibrated on the latents of the calibration set; auto: float if there is a decoder",
     )
     text_encoder: Literal["auto", "none", "float", "int8-weights"] = Field(
         "auto",
