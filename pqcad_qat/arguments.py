@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from typing import Literal
 
 import fire
 
 from pqcad_qat.errors import UsageError, shortened
 from pqcad_qat.machine.processes import launched
 from pqcad_qat.policy.sections import known_keys
+from pqcad_qat.policy.value_types import SIZE_LIMIT
 
 Commands = Mapping[str, Callable[..., None]]
 """Mapping from the name of a command to its function."""
@@ -249,18 +249,17 @@ def output_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def size_limit(flag: str, text: str) -> tuple[float, Literal["x", "MB"]]:
-    """Amount and unit of a size limit, which is a share of the float32 size or a number of megabytes.
+def size_limit(flag: str, text: str) -> str:
+    """The text of a size limit, which is a share of the float32 size or a number of megabytes.
 
     Raises:
         UsageError: the text is not a size.
     """
-    size = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(x|MB)", text)
-    if size is None:
+    if re.fullmatch(SIZE_LIMIT, text) is None:
         raise UsageError(
             f"--{flag}: got {shortened(text)!r}; allowed a share of float32 as 0.15x, or megabytes as 2.5MB"
         )
-    return float(size[1]), "x" if size[2] == "x" else "MB"
+    return text
 
 
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:

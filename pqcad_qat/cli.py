@@ -123,12 +123,11 @@ def sensitivity(
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
-    from pqcad_qat.commands.sensitivity import Limit
     from pqcad_qat.commands.sensitivity import sensitivity as measure
     from pqcad_qat.report.sensitivity_page import assignment_table, sensitivity_table
 
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
-    size = None if max_size is None else Limit(*size_limit("max-size", max_size))
+    size = None if max_size is None else size_limit("max-size", max_size)
     count = whole_number("states", states)
     result = measure(loaded, sizes, count, size, folder=folder, command=command_line(), console=console.CONSOLE)
     console.show(sensitivity_table(result.report), assignment_table(result.report))

@@ -11,6 +11,7 @@ from pqcad_qat.errors import CheckpointError, ModelError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.report.report_files import REPORT_FILE, read_report
+from pqcad_qat.stages.chosen_widths import with_chosen_widths
 from pqcad_qat.stages.measure import report as write_page
 from pqcad_qat.stages.open_run import POLICY, open_run
 from pqcad_qat.stages.prepared import SHARED, prepare
@@ -42,4 +43,4 @@ def report(path: Path) -> Path:
     reproduction = read_report(path).reproduction if (path / REPORT_FILE).is_file() else None
     command = again if reproduction is None else reproduction.command
     with located(policy), open_run(path, policy, resume=True, recipes=table) as opened:
-        return write_page(policy, prepared, opened, command)
+        return write_page(policy, with_chosen_widths(policy, prepared, opened), opened, command)

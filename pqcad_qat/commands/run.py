@@ -24,6 +24,7 @@ from pqcad_qat.quantization.plan_facts import plan_json
 from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
+from pqcad_qat.stages.chosen_widths import choose_widths, warn_of_lost_quality
 from pqcad_qat.stages.deploy import benchmark, export
 from pqcad_qat.stages.disk_use import room_warning, stage_bytes
 from pqcad_qat.stages.float_steps import choose_float_steps
@@ -107,17 +108,16 @@ def _all_stages(
     stages = stages_of(policy.evaluation.variants)
     for note in notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    with agreed() as first:
-        if first:
-            write_file(run.path / "plan.json", json.dumps(plan_json(prepared.plan, prepared.split), indent=1))
-            texts = {"policy": dump_policy(policy), "plan": plan_text(prepared.plan, prepared.split)}
-            # indented by four blanks, Markdown shows it as plain text
-            log_texts(run.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})
+    _show_plan(policy, prepared, run)
     recorded = calibrate(policy, prepared, run, console)
     untrained = QuantizedModels(policy, prepared, recorded)
     in_float = choose_float_steps(policy, prepared, run, console, untrained=untrained)
     measure_step_costs(policy, prepared, run, console, untrained=untrained)
     calibration = recorded.below(in_float.time)  # all that quantized models learn from and are proven on
+    prepared = choose_widths(policy, prepared, run, console, calibration=calibration, untrained=untrained)
+    if prepared.plan != untrained.prepared.plan:
+        _show_plan(policy, prepared, run)
+        untrained = untrained.of(prepared.plan)
     models: dict[str, nn.Module] = {}
     for name, stage in ((PQ, progressive), (FIXED_BIT, fixed_bit)):
         if name in stages:
@@ -130,6 +130,7 @@ def _all_stages(
                 models=untrained,
                 shares_training=shares_training,
             )
+    warn_of_lost_quality(policy, run, console)
     if "teacher" in stages:
         for name in (name for name in STUDENTS if name in stages):
             models[name] = distill(
@@ -151,3 +152,13 @@ def _all_stages(
     sample(policy, prepared, run, console, untrained=untrained, models=models, shares_training=shares_training)
     evaluate(policy, prepared, run, console)
     return report(policy, prepared, run, command)
+
+
+def _show_plan(policy: Policy, prepared: Prepared, run: RunFolder) -> None:
+    """Write the plan into the run's folder and its log."""
+    with agreed() as first:
+        if first:
+            write_file(run.path / "plan.json", json.dumps(plan_json(prepared.plan, prepared.split), indent=1))
+            texts = {"policy": dump_policy(policy), "plan": plan_text(prepared.plan, prepared.split)}
+            # indented by four blanks, Markdown shows it as plain text
+            log_texts(run.path / "logs", {name: indent(text, "    ") for name, text in texts.items()})

@@ -6,11 +6,10 @@ Not here: the measurement and the choice (quantization/), the page (report/sensi
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from torch import nn
@@ -25,27 +24,21 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sensitivities, output_error
 from pqcad_qat.quantization.layer_state import set_weight_bits
-from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, mixed_rules, with_bits
+from pqcad_qat.quantization.mixed_precision import (
+    Costs,
+    Option,
+    choose_bits,
+    limit_in_bytes,
+    mixed_rules,
+    weight_costs,
+)
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
-from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport, write_sensitivity
 from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
 
 OWN, CHOSEN = "the policy's own widths", "chosen"
 """Names of a report's assignments."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Size limit of the weights: a multiple of the float32 size, or megabytes (10^6 bytes)."""
-
-    amount: float
-    unit: Literal["x", "MB"]
-
-    def in_bytes(self, whole: int) -> int:
-        """Limit in bytes, for a model that takes `whole` bytes in float32."""
-        return int(self.amount * (whole if self.unit == "x" else 1e6))
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def sensitivity(
     policy: Policy,
     widths: Sequence[int],
     states: int,
-    size: Limit | None,
+    size: str | None,
     *,
     folder: Path,
     command: str,
@@ -88,7 +81,7 @@ def measure_sensitivity(
     policy: Policy,
     widths: Sequence[int],
     states: int,
-    size: Limit | None,
+    size: str | None,
     *,
     cache: Path,
     command: str,
@@ -100,7 +93,7 @@ def measure_sensitivity(
         policy: policy whose model and plan are measured.
         widths: widths in bits that a layer may get; the policy's own widths are measured too.
         states: number of states of the calibration set to measure on.
-        size: limit on the packed weights; each layer gets one of the widths.
+        size: limit on the packed weights, as 2.5MB or 0.15x; each layer gets one of the widths.
         cache: folder in which the calibration set is found or recorded.
         command: command that repeats the measurement, for the report.
         console: console that shows the progress.
@@ -115,7 +108,7 @@ def measure_sensitivity(
     prepared = prepare(policy, cache.parent / SHARED)
     own = {layer.name: layer.weights.bits for layer in prepared.plan}
     measured = sorted({*widths, *own.values()})
-    sizes = packed_sizes(prepared, measured)
+    sizes = weight_costs(prepared.split, prepared.plan, measured, packed=True)
     if size is not None:
         _refuse_too_small(sizes.at(widths), size, widths)
     calibration = _calibration(policy, prepared, cache, console)
@@ -132,7 +125,7 @@ def measure_sensitivity(
         layers=layers,
         parameters={layer.name: layer.parameters for layer in prepared.plan},
         full_bytes=sizes.whole,
-        budget_bytes=None if size is None else size.in_bytes(sizes.whole),
+        budget_bytes=None if size is None else limit_in_bytes(size, sizes.whole),
         assignments={
             name: Assignment(
                 bits=bits,
@@ -147,26 +140,8 @@ def measure_sensitivity(
     return report, mixed_policy(policy, prepared, report) if CHOSEN in assigned else None
 
 
-def packed_sizes(prepared: Prepared, widths: Collection[int]) -> Costs:
-    """Bytes of the packed weights (`export.weights: packed`), scales included, for each layer at each width.
-
-    Shares refer to the size of all parameters in float32.
-    """
-    # `expected_bytes` gives the size of the whole model, so a layer's cost is a difference: the size with this layer
-    # alone packed, minus the float32 size, plus the layer's own float32 weights.
-    full = expected_bytes(prepared.split, (), packed=False)
-    weights = {layer.name: 4 * prepared.split.get_parameter(f"{layer.name}.weight").numel() for layer in prepared.plan}
-    layers: dict[str, dict[int, int]] = {}
-    for layer in prepared.plan:
-        at = {
-            bits: expected_bytes(prepared.split, with_bits([layer], {layer.name: bits}), packed=True) for bits in widths
-        }
-        layers[layer.name] = {bits: size - full + weights[layer.name] for bits, size in at.items()}
-    return Costs(full, full - sum(weights.values()), layers)
-
-
-def _refuse_too_small(sizes: Costs, size: Limit, widths: Sequence[int]) -> None:
-    got, least = size.in_bytes(sizes.whole), sizes.least
+def _refuse_too_small(sizes: Costs, size: str, widths: Sequence[int]) -> None:
+    got, least = limit_in_bytes(size, sizes.whole), sizes.least
     if got < least:
         raise PlanError(
             f"--max-size: got {got / sizes.whole:.3f}x ({got:,} bytes of weights); allowed at least "
@@ -209,7 +184,7 @@ def _layers(
         return layer_sensitivities(model, widths, batches, lambda: bar.update(task, advance=1))
 
 
-def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> dict[str, int]:
+def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: str) -> dict[str, int]:
     """Choose widths that minimize the sum of the layers' errors within the limit; return layer -> width.
 
     The choice assumes that errors and costs of layers add up.
@@ -218,7 +193,7 @@ def _choose(layers: Sequence[LayerSensitivity], costs: Costs, limit: Limit) -> d
         layer.name: [Option(bits, cost, layer.error(bits)) for bits, cost in costs.layers[layer.name].items()]
         for layer in layers
     }
-    return choose_bits(options, limit.in_bytes(costs.whole) - costs.fixed)
+    return choose_bits(options, limit_in_bytes(limit, costs.whole) - costs.fixed)
 
 
 def mixed_policy(policy: Policy, prepared: Prepared, report: SensitivityReport) -> str:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import rule_text
 from pqcad_qat.policy.sections import Fault, Section
-from pqcad_qat.policy.value_types import Bits, Patterns
+from pqcad_qat.policy.value_types import Bits, Patterns, SizeLimit
 
 INPUT, OUTPUT, TIME = ROLES = ("role:input", "role:output", "role:time")
 """Patterns that name layers by their role in the network (quantization/layer_roles.py)."""
@@ -23,7 +23,10 @@ INPUT, OUTPUT, TIME = ROLES = ("role:input", "role:output", "role:time")
 class WeightQuantizer(Section):
     """How a layer's weights are quantized."""
 
-    bits: Bits = Field(description="target width in bits; progressive quantization walks down to it")
+    bits: Bits = Field(
+        description="target width in bits; progressive quantization walks down to it; with quantization.quality or "
+        "quantization.max_size, the narrowest width that a layer may get"
+    )
     granularity: Literal["per_channel", "per_tensor"] = Field(
         "per_channel", description="one scale for each output channel, or one for the whole tensor"
     )
@@ -125,6 +128,21 @@ class QuantizationPolicy(Section):
         description="rules by name, in order; null drops one of the policy below; a layer that none matches stays in "
         "floating point"
     )
+    quality: float | None = Field(
+        None,
+        gt=0,
+        le=90,
+        description="dB that images from held-out noise shall have to full precision's own, in as many steps, after a "
+        "short training; each layer gets a width of its ladder, by measurement, so that the packed weights are as "
+        "small as that allows; what 8 bits cannot serve stays in floating point; null: the rules decide",
+    )
+    max_size: SizeLimit | None = Field(
+        None,
+        description="largest size of the deployed weights, as `plan` tells it: megabytes of 10^6 bytes, as 2.5MB, or a "
+        "share of float32, as 0.15x; each layer gets the width of its ladder that serves best within it, by "
+        "measurement; null: the rules decide",
+        examples=["2.5MB", "0.15x"],
+    )
     attention: Literal["float", "int8"] = Field(
         "float",
         description="int8: compute attention's two products in INT8 in the deployed folder, in 8 bits over the "
@@ -132,12 +150,19 @@ class QuantizationPolicy(Section):
     )
 
     def __hash__(self) -> int:
-        return hash((self.split_shortcuts, tuple(self.layers.items()), self.attention))
+        return hash((self.split_shortcuts, tuple(self.layers.items()), self.quality, self.max_size, self.attention))
+
+    @property
+    def measured_widths(self) -> bool:
+        """Whether layers get their widths by measurement, and not from the rules alone."""
+        return self.quality is not None or self.max_size is not None
 
     def faults(self) -> Iterator[Fault]:
         """Yield names that no key can spell, and patterns that two rules of different content share: the second rule
-        could never apply to a layer.
+        could never apply to a layer. Quality and size are not given together.
         """
+        if self.quality is not None and self.max_size is not None:
+            yield Fault((("max_size",), ("quality",)), repr(self.max_size), "null, as quality is given")
         first: dict[str, str] = {}
         for name, rule in self.layers.items():
             if not RULE_NAME.fullmatch(name):

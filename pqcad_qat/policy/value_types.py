@@ -49,6 +49,13 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
+SIZE_LIMIT = r"^(\d+(?:\.\d+)?|\.\d+) ?(x|MB)$"
+"""Pattern of a size limit: a share of the float32 size as 0.15x, or megabytes as 2.5MB."""
+
+
+SizeLimit = Annotated[str, Field(pattern=SIZE_LIMIT)]
+
+
 OneOrMore = BeforeValidator(
     _one_or_more, json_schema_input_type=Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 )

@@ -42,6 +42,9 @@ FLOAT_STEPS: Final = "float-steps"
 STEP_COSTS: Final = "step-costs"
 """Stage that measures what an error at each sampling step costs; training weighs its states by it."""
 
+WIDTHS: Final = "widths"
+"""Stage that gives each layer its width by measurement, for policies that ask for a quality or a size."""
+
 TRAINED: Final = (*QUANTIZATION_AWARE, *STUDENTS)
 """Stages that train."""
 
@@ -52,6 +55,7 @@ STAGES: Final = (
     "calibration",
     FLOAT_STEPS,
     STEP_COSTS,
+    WIDTHS,
     *QUANTIZATION_AWARE,
     "teacher",
     *STUDENTS,
@@ -267,7 +271,10 @@ def run_variants(listed: Collection[str]) -> tuple[str, ...]:
 
 
 def stages_of(listed: Collection[str]) -> tuple[str, ...]:
-    """Return the stages that the listed variants need, in the order in which they run."""
+    """Return the stages that the listed variants need, in the order in which they run.
+
+    WIDTHS is not among them: it depends on what the policy asks for.
+    """
     needed = {*EVERY_RUN, *(stage for name in listed for stage in VARIANTS[name].stages)}
     if any(VARIANTS[name].quantized for name in listed):
         needed.add(FLOAT_STEPS)

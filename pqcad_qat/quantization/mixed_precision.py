@@ -7,13 +7,25 @@ Not here: the measurement of that error (layer_sensitivity.py).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from torch import nn
+
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.layer_rules import LayerRule
+from pqcad_qat.policy.value_types import SIZE_LIMIT
 from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.plan_facts import expected_bytes
+
+
+def limit_in_bytes(limit: str, whole: int) -> int:
+    """Bytes of a size limit such as 2.5MB or 0.15x, for a model that takes `whole` bytes in float32."""
+    size = re.fullmatch(SIZE_LIMIT, limit)
+    assert size is not None, "not a size limit"
+    return int(float(size[1]) * (whole if size[2] == "x" else 1e6))
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,28 @@ class Costs:
         )
 
 
+def weight_costs(model: nn.Module, plan: Sequence[LayerPlan], widths: Collection[int], *, packed: bool) -> Costs:
+    """Bytes of the deployed weights, scales included, for each layer at each width.
+
+    Shares refer to the size of all parameters in float32.
+
+    Args:
+        model: the floating-point model.
+        plan: plan of its layers.
+        widths: widths in bits.
+        packed: whether weights are packed, so that narrow ones take less.
+    """
+    # `expected_bytes` gives the size of the whole model, so a layer's cost is a difference: the size with this layer
+    # alone quantized, minus the float32 size, plus the layer's own float32 weights.
+    full = expected_bytes(model, (), packed=False)
+    weights = {layer.name: 4 * model.get_parameter(f"{layer.name}.weight").numel() for layer in plan}
+    layers: dict[str, dict[int, int]] = {}
+    for layer in plan:
+        at = {bits: expected_bytes(model, with_bits([layer], {layer.name: bits}), packed) for bits in widths}
+        layers[layer.name] = {bits: size - full + weights[layer.name] for bits, size in at.items()}
+    return Costs(full, full - sum(weights.values()), layers)
+
+
 @dataclass(frozen=True)
 class Option:
     """One width that a layer may get.
@@ -72,18 +106,33 @@ def choose_bits(options: Mapping[str, Sequence[Option]], budget: int) -> dict[st
     Raises:
         PlanError: even the cheapest widths cost more than the budget.
     """
-    hulls = {name: lower_hull(widths) for name, widths in options.items()}
-    chosen = {name: hull[0] for name, hull in hulls.items()}
+    chosen = {name: lower_hull(widths)[0] for name, widths in options.items()}
     spent = sum(option.cost for option in chosen.values())
     if spent > budget:
         raise PlanError(
             f"got a budget of {budget:,}; allowed at least {spent:,}, which all layers at their cheapest widths cost"
         )
-    steps = [(name, below, above) for name, hull in hulls.items() for below, above in pairwise(hull)]
-    for name, below, above in sorted(steps, key=lambda step: _slope(step[1], step[2])):
-        if chosen[name] is below and spent + above.cost - below.cost <= budget:
+    for name, below, above in _steps_up(options):
+        if chosen[name] == below and spent + above.cost - below.cost <= budget:
             chosen[name], spent = above, spent + above.cost - below.cost
     return {name: option.bits for name, option in chosen.items()}
+
+
+def choices_by_size(options: Mapping[str, Sequence[Option]]) -> list[dict[str, int]]:
+    """All choices of layer -> width that `choose_bits` makes without a rest of its budget, the cheapest first.
+
+    Each has one layer at a larger width than the one before it. The last has every layer at its width of least error.
+    """
+    choices = [{name: lower_hull(widths)[0].bits for name, widths in options.items()}]
+    for name, _, above in _steps_up(options):
+        choices.append({**choices[-1], name: above.bits})
+    return choices
+
+
+def _steps_up(options: Mapping[str, Sequence[Option]]) -> list[tuple[str, Option, Option]]:
+    """(layer, option, next larger option), in the order of the error that the step saves for its cost."""
+    steps = [(name, below, above) for name, widths in options.items() for below, above in pairwise(lower_hull(widths))]
+    return sorted(steps, key=lambda step: _slope(step[1], step[2]))
 
 
 def lower_hull(options: Sequence[Option]) -> list[Option]:
@@ -108,8 +157,15 @@ def _slope(below: Option, above: Option) -> float:
 
 
 def with_bits(plan: Sequence[LayerPlan], bits: Mapping[str, int]) -> tuple[LayerPlan, ...]:
-    """The plan with these widths of the weights."""
-    return tuple(replace(layer, weights=replace(layer.weights, bits=bits[layer.name])) for layer in plan)
+    """The plan with these widths of the weights; each layer's ladder ends there."""
+    return tuple(
+        replace(
+            layer,
+            weights=replace(layer.weights, bits=bits[layer.name]),
+            ladder=(*(rung for rung in layer.ladder if rung > bits[layer.name]), bits[layer.name]),
+        )
+        for layer in plan
+    )
 
 
 def patterns(names: Collection[str], excluded: Collection[str]) -> list[str]:

@@ -20,6 +20,7 @@ from pqcad_qat.report import figures
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
 from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
 from pqcad_qat.report.stage_ends import end_sentence
+from pqcad_qat.report.width_choice import choice_text
 
 BASELINES = {spec.name: spec.baseline for spec in reversed(tuple(VARIANTS.values())) if spec.baseline}
 UNKNOWN = "\N{EN DASH}"
@@ -74,6 +75,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         stages=time_bars(report.timings_s),
         rows=[(row, summary_of(row.name), report.latency.get(row.name)) for row in report.variants],
         float_step_trials=float_step_trials(report),
+        widths="" if report.widths is None else choice_text(report.widths),
         best=best_values(report),
         unsteady=report.unsteady,
         unsteady_note=UNSTEADY_NOTE,

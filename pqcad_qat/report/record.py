@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.policy.variants import VARIANTS
 from pqcad_qat.quality.fid_protocol import FD, FidProtocol
+from pqcad_qat.report.width_choice import WidthChoice
 from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
 
@@ -257,6 +258,7 @@ class Report:
     storage: tuple[StorageRow, ...] = ()  # storage of the deployed variant
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
     float_steps: tuple[FloatStepsTrial, ...] = ()  # what decided how many first steps full precision computes
+    widths: WidthChoice | None = None  # layers' widths that were measured; None where the policy's rules give them
     training: Mapping[str, StageEnd] = field(default_factory=dict)  # training stage -> what it came to
     reproduction: Reproduction | None = None
     created: str = ""  # ISO 8601, UTC

@@ -26,6 +26,7 @@ from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report
 from pqcad_qat.report.rehearsal_record import Rehearsal
 from pqcad_qat.report.run_preview import KEPT, RunPreview
 from pqcad_qat.report.terminal_table import TerminalTable
+from pqcad_qat.report.width_choice import choice_text
 from pqcad_qat.training.step_profile import PARTS, StepProfile
 
 PROFILED = {
@@ -143,6 +144,8 @@ def result_remarks(report: Report) -> Iterator[Text]:
         yield Text(floor)
     if report.quality_note:
         yield Text(report.quality_note)
+    if report.widths is not None:
+        yield Text(choice_text(report.widths))
     if floating := [f"{row.layer} ({row.kind})" for row in report.layers if row.weight_bits is None]:
         yield Text(f"in floating point: {', '.join(floating)}")
     for goal in report.targets:

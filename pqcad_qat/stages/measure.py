@@ -25,7 +25,7 @@ from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import EMBEDDED, Policy
-from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS, WIDTHS
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim, own_floor
 from pqcad_qat.quality.image_features import image_features
@@ -57,6 +57,7 @@ from pqcad_qat.stages.stage_records import (
     FloatStepsRecord,
     SamplesRecord,
     TrainingRecord,
+    WidthsRecord,
 )
 from pqcad_qat.timing.hardware import hardware
 
@@ -282,6 +283,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         ),
         float_steps=run.read_always(FLOAT_STEPS, FloatStepsRecord),
         evaluation=evaluation,
+        widths=noted(WIDTHS, WidthsRecord),
         progressive=noted(PQ, TrainingRecord),
         ends=ends,
         export=noted("export", ExportRecord),

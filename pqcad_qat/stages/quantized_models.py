@@ -37,6 +37,10 @@ class QuantizedModels:
     calibration: CalibrationSet
     _seen: Mapping[str, InputRange] = field(default_factory=dict, repr=False)
 
+    def of(self, plan: Sequence[LayerPlan]) -> QuantizedModels:
+        """Return the copies by another plan, which quantizes the same layers or fewer, with the same ranges."""
+        return replace(self, prepared=replace(self.prepared, plan=tuple(plan)))
+
     def at_first_widths(self, calibrated: bool = True) -> nn.Module:
         """Return a copy at the first width of each layer's ladder, where progressive quantization begins.
 

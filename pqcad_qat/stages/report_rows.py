@@ -36,7 +36,7 @@ from pqcad_qat.policy.variants import (
 from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import executes_int8, float_layers, stored_bits
-from pqcad_qat.quantization.quantizable_layers import float_kind
+from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
 from pqcad_qat.report.record import (
     HELD_OUT,
     UNSTEADY,
@@ -63,6 +63,7 @@ from pqcad_qat.stages.stage_records import (
     ExportRecord,
     FloatStepsRecord,
     TrainingRecord,
+    WidthsRecord,
 )
 from pqcad_qat.training.metrics_log import read_metrics
 from pqcad_qat.training.stage_end import StageEnd
@@ -98,8 +99,8 @@ class RunFacts:
         model: denoiser that the plan was made for.
         walks: sampling steps of the full number, and of the student's.
         float_steps: first steps that full precision computes.
-        evaluation, progressive, export, baselines, benchmark: records of these stages; None for stages that the run
-            does not take.
+        evaluation, widths, progressive, export, baselines, benchmark: records of these stages; None for stages that the
+            run does not take.
         ends: what each training stage came to.
         seconds: wall time by stage, in order.
         warnings: warnings shown while the run worked.
@@ -112,6 +113,7 @@ class RunFacts:
     walks: tuple[Walk, Walk]
     float_steps: FloatStepsRecord
     evaluation: EvaluationRecord
+    widths: WidthsRecord | None
     progressive: TrainingRecord | None
     export: ExportRecord | None
     baselines: BaselinesRecord | None
@@ -149,6 +151,7 @@ def report_of(facts: RunFacts) -> Report:
         storage=tuple(_storage(facts)) if export else (),
         float_steps=facts.float_steps.trials,
         parts=export.parts if export else (),
+        widths=None if facts.widths is None else facts.widths.choice,
         training=facts.ends,
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,13 +161,12 @@ def report_of(facts: RunFacts) -> Report:
 def _variants(facts: RunFacts) -> Iterator[VariantRow]:
     policy, benchmark = facts.policy, facts.benchmark
     timings, sizes = (benchmark.timings, benchmark.sizes) if benchmark else ({}, {})
-    full, half = policy.sampler.steps, policy.distillation.student_steps
     planned = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
     died = facts.baselines.died if facts.baselines else {}
     for name in run_variants(policy.evaluation.variants):
         spec = VARIANTS[name]
         weight_bits, input_bits = spec.bits or planned
-        steps = half if spec.student_steps else full
+        steps = policy.sampling_steps(name)
         if name in died:
             yield VariantRow(name, spec.runtime, weight_bits, input_bits, steps, did_not_run=died[name])
             continue
@@ -206,14 +208,8 @@ def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:
 
 
 def _parity(export: ExportRecord) -> Parity:
-    integers = export.parity
-    return Parity(
-        layers_checked=integers.layers_checked,
-        layers_exact=integers.layers_exact,
-        worst_layer=integers.worst_layer,
-        worst_error=integers.worst_error,
-        end_to_end_psnr=export.end_to_end_psnr,
-    )
+    shown = {name: value for name, value in vars(export.parity).items() if name != "exact"}
+    return Parity(**shown, end_to_end_psnr=export.end_to_end_psnr)
 
 
 def _execution(facts: RunFacts, export: ExportRecord) -> Execution:
@@ -295,8 +291,7 @@ def _layers(facts: RunFacts) -> Iterator[LayerRow]:
         )
     for name in float_layers(facts.model, facts.plan):
         module = facts.model.get_submodule(name)
-        count = sum(parameter.numel() for parameter in module.parameters())
-        yield LayerRow(name, float_kind(module), "-", None, None, (), count, "float")
+        yield LayerRow(name, float_kind(module), "-", None, None, (), parameter_count(module), "float")
 
 
 def _storage(facts: RunFacts) -> Iterator[StorageRow]:

@@ -24,13 +24,14 @@ from pqcad_qat.policy.variants import (
     STEP_COSTS,
     STUDENTS,
     VARIANTS,
+    WIDTHS,
     run_variants,
     stages_of,
 )
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.float_steps import measured
-from pqcad_qat.stages.prepared import Prepared, calibration_recipe
+from pqcad_qat.stages.prepared import Prepared, calibration_recipe, widths_measured
 from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
 from pqcad_qat.training.held_out import SHARE
@@ -46,6 +47,9 @@ INDIFFERENT = ("samples_every",)
 
 AFTER_DIVERGENCE = ("checkpoint_every", "keep_checkpoints", "on_divergence")
 """Keys of the section `training` that matter only for how training continues after a divergence."""
+
+OF_SHORT_TRAINING = ("batch_size", "learning_rate", "precision", "gradient_accumulation", "seed", "max_grad_norm")
+"""Keys of the section `training` that affect a short training before a measurement."""
 
 BUDGET = ("max_steps", "minutes")
 """Keys of the section `training` that matter only where a stage finds its number of steps by itself."""
@@ -74,6 +78,8 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
         rows[FLOAT_STEPS] = table.float_steps()
     if STEP_COSTS in stages:
         rows[STEP_COSTS] = table.step_costs()
+    if table.widths_measured:
+        rows[WIDTHS] = table.widths()
     for name in QUANTIZATION_AWARE:
         if name in stages:
             rows[name] = table.quantization_aware(name)
@@ -119,6 +125,7 @@ class _Table:
         self.policy, self.prepared = policy, prepared
         self.whole = policy.model_dump(mode="json")
         self.stages = stages_of(policy.evaluation.variants)
+        self.widths_measured = (WIDTHS,) if widths_measured(policy) else ()
         self.model = {"model": prepared.model.digest, "conditions": prepared.conditions.digest}
 
     def section(self, name: str, *without: str) -> dict[str, Any]:
@@ -142,6 +149,20 @@ class _Table:
         values = {"sampler.steps": self.policy.sampler.steps, **self.layers(ladders=False)}
         return Recipe(values, ("calibration",), _versions("torch", "brevitas"))
 
+    def widths(self) -> Recipe:
+        """Recipe of the widths that are measured, after a short training."""
+        section, training = self.policy.quantization, self.whole["training"]
+        values = {
+            "quantization.quality": section.quality,
+            "quantization.max_size": section.max_size,
+            "export.weights": self.policy.export.weights,
+            **self.layers(ladders=True),
+            **{f"training.{key}": training[key] for key in OF_SHORT_TRAINING},
+            "held_out": SHARE,
+        }
+        costs = (STEP_COSTS,) if STEP_COSTS in self.stages else ()
+        return Recipe(values, ("calibration", FLOAT_STEPS, *costs), _versions("torch", "brevitas"))
+
     def layers(self, ladders: bool) -> dict[str, Any]:
         """Settings of the plan that change the weights; the rule that a layer matched and whether it runs in floating
         point do not.
@@ -150,7 +171,10 @@ class _Table:
         plan = [
             {key: value for key, value in asdict(layer).items() if key not in without} for layer in self.prepared.plan
         ]
-        return {"quantization.layers": plan, **self.section("quantization", "layers", "attention")}
+        return {
+            "quantization.layers": plan,
+            **self.section("quantization", "layers", "attention", "quality", "max_size"),
+        }
 
     def training(self, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the `values` and the `circumstances` of a training stage's recipe.
@@ -170,7 +194,7 @@ class _Table:
         )
         # fixed-bit training takes as many steps as `pq` has found
         follows = name != PQ and training_steps(self.policy, PQ) is None and PQ in self.stages
-        after = ("calibration", FLOAT_STEPS, STEP_COSTS, *((PQ,) if follows else ()))
+        after = ("calibration", FLOAT_STEPS, STEP_COSTS, *self.widths_measured, *((PQ,) if follows else ()))
         return Recipe({**self.layers(name == PQ), **values, **progressive}, after, circumstances, trained_paths(name))
 
     def distilled(self, student: str) -> dict[str, Recipe]:
@@ -246,6 +270,7 @@ class _Table:
             values |= self.layers(ladders=False)
         earlier = (
             *((FLOAT_STEPS,) if spec.quantized else ()),
+            *(self.widths_measured if spec.weights_from == "calibration" else ()),
             *(() if spec.weights_from is None else (spec.weights_from,)),
         )
         return Recipe(values, earlier, _versions("torch", "openvino"))

@@ -13,6 +13,7 @@ from pqcad_qat.export.part_parity import PartParity
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.quality.fidelity import FidelityFigures
 from pqcad_qat.report.record import FloatStepsTrial, Hardware, ProfileRow, Timing
+from pqcad_qat.report.width_choice import WidthChoice
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.run_folder import StageRecord
 from pqcad_qat.training.stage_end import StageEnd
@@ -45,6 +46,14 @@ class StepCostsRecord(StageRecord):
     """Record of the stage `step-costs`."""
 
     costs: tuple[tuple[float, float], ...] = ()  # (time, squared change of the image for one of the prediction)
+
+
+@dataclass(frozen=True)
+class WidthsRecord(StageRecord):
+    """Record of the stage `widths`."""
+
+    bits: Mapping[str, int] = field(default_factory=dict)  # layer -> width, without those in floating point
+    choice: WidthChoice | None = None
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from tiny_runs import POLICIES, tiny_overrides
 from torch import Tensor, nn
 
 from pqcad_qat import cli, console
-from pqcad_qat.commands.sensitivity import CHOSEN, OWN, Limit, measure_sensitivity, packed_sizes
+from pqcad_qat.commands.sensitivity import CHOSEN, OWN, measure_sensitivity
 from pqcad_qat.errors import PlanError
 from pqcad_qat.export.traceable_modules import needs_vnni
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, integer_layers, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sensitivities, output_error
 from pqcad_qat.quantization.layer_state import quantized_weight, set_weight_bits
+from pqcad_qat.quantization.mixed_precision import weight_costs
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.sensitivity_page import SensitivityReport, decibels, render, sensitivity_table
 from pqcad_qat.stages.prepared import Prepared, prepare
@@ -136,7 +137,7 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
         tmp_path_factory.mktemp("sensitivity"),
     )
 
-    def run(size: Limit | None = None) -> tuple[SensitivityReport, str | None]:
+    def run(size: str | None = None) -> tuple[SensitivityReport, str | None]:
         return measure_sensitivity(
             policy,
             WIDTHS,
@@ -152,9 +153,9 @@ def measure(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Meas
 
 @pytest.fixture(scope="module")
 def chosen(measure: Measure, prepared: Prepared) -> tuple[SensitivityReport, str]:
-    sizes = packed_sizes(prepared, {4, 7})
+    sizes = weight_costs(prepared.split, prepared.plan, {4, 7}, packed=True)
     report, text = measure(
-        Limit((sizes.total(dict.fromkeys(sizes.layers, 4)) + sizes.total(dict.fromkeys(sizes.layers, 7))) / 2e6, "MB")
+        f"{(sizes.total(dict.fromkeys(sizes.layers, 4)) + sizes.total(dict.fromkeys(sizes.layers, 7))) / 2e6}MB"
     )
     assert text is not None
     return report, text
@@ -201,11 +202,7 @@ def test_a_size_that_no_widths_have_is_refused_before_anything_is_measured(measu
         PlanError,
         match=r"^--max-size: got 0.010x \([\d,]+ bytes of weights\); allowed at least 0\.\d+x .* widths 2, 4, 7$",
     ):
-        measure(Limit(0.01, "x"))
-
-
-def test_a_limit_is_a_share_or_megabytes() -> None:
-    assert [Limit(amount, unit).in_bytes(1000) for amount, unit in ((0.25, "x"), (0.5, "MB"))] == [250, 500_000]
+        measure("0.01x")
 
 
 def test_terminal_and_page_show_every_layer_with_its_errors_and_width(chosen: tuple[SensitivityReport, str]) -> None:

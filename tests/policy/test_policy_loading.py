@@ -899,6 +899,7 @@ def test_shipped_policies_open_with_their_purpose_and_command_and_are_named_afte
 
 def test_the_policies_that_ship() -> None:
     widths = [
+        "mixed",
         "w2a8",
         "w3a8",
         "w4a4",
@@ -907,7 +908,6 @@ def test_the_policies_that_ship() -> None:
         "w4a8-digits",
         "w4a8-digits-classes",
         "w4a8-dit",
-        "w4a8-mixed",
         "w4a8-noto-emoji",
         "w4a8-sd15",
         "w6a6",

@@ -38,7 +38,7 @@ PRETRAINED = {  # (channels, pixels), and the parameters promised, in millions
 WEIGHT_BITS = {  # of the layers between the first and the last
     "w8a8": {8},
     "w4a8": {4},
-    "w4a8-mixed": {4, 6, 7},
+    "mixed": {2},
     "w6a6": {6},
     "w3a8": {3},
     "w2a8": {2},
@@ -279,4 +279,4 @@ def test_each_study_is_named_as_its_file_and_has_its_cells(name: str) -> None:
 
 def test_the_study_of_bits_has_every_combination_of_widths_that_ships() -> None:
     policies = {cell.labels["policy"] for cell in load_study(POLICIES / "studies" / "bits.yaml").cells}
-    assert policies == set(WEIGHT_BITS) - {"smoke", "w4a8-mixed", "w4a8-digits", "w4a8-noto-emoji"}
+    assert policies == set(WEIGHT_BITS) - {"smoke", "mixed", "w4a8-digits", "w4a8-noto-emoji"}

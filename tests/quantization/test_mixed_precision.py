@@ -15,7 +15,17 @@ import pytest
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.layer_rules import LayerRule
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.quantization.mixed_precision import Costs, Option, choose_bits, lower_hull, mixed_rules, patterns
+from pqcad_qat.quantization.mixed_precision import (
+    Costs,
+    Option,
+    choices_by_size,
+    choose_bits,
+    limit_in_bytes,
+    lower_hull,
+    mixed_rules,
+    patterns,
+    with_bits,
+)
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.stages.prepared import Prepared, prepare
@@ -87,6 +97,17 @@ def test_a_budget_for_everything_gives_every_layer_its_best_width() -> None:
     }
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choices_by_size_are_those_that_use_their_whole_budget(seed: int) -> None:
+    options = invented(seed)
+    choices = choices_by_size(options)
+    costs = [total(options, choice)[0] for choice in choices]
+    assert costs == sorted(set(costs))
+    assert [choose_bits(options, cost) for cost in costs] == choices
+    assert set(choices[0].values()) == {2}
+    assert total(options, choices[-1])[1] == min(total(options, dict.fromkeys(options, width))[1] for width in WIDTHS)
+
+
 def test_of_widths_that_cost_the_same_the_one_with_the_least_error_is_taken() -> None:
     """As 2 and 4 bits do, packed two a byte."""
     assert choose_bits({"a": [Option(2, 5, 0.3), Option(3, 5, 0.2), Option(4, 5, 0.1), Option(7, 9, 0.01)]}, 8) == {
@@ -97,6 +118,10 @@ def test_of_widths_that_cost_the_same_the_one_with_the_least_error_is_taken() ->
 def test_a_budget_too_small_is_refused_with_the_least_that_would_do() -> None:
     with pytest.raises(PlanError, match="got a budget of 9; allowed at least 11"):
         choose_bits({"a": [Option(2, 5, 1.0)], "b": [Option(2, 6, 1.0), Option(3, 9, 0.5)]}, 9)
+
+
+def test_a_limit_is_a_share_or_megabytes() -> None:
+    assert [limit_in_bytes(limit, 1000) for limit in ("0.25x", ".5MB", "2 MB")] == [250, 500_000, 2_000_000]
 
 
 def test_costs_add_up() -> None:
@@ -128,6 +153,13 @@ def test_rules_plan_what_was_chosen(tiny_policy: Policy, prepared: Prepared, see
     rules, planned = mixed(tiny_policy, prepared, bits)
     assert planned == bits
     assert (rules == tiny_policy.quantization.layers) == own
+
+
+def test_a_layers_ladder_ends_at_its_new_width(prepared: Prepared) -> None:
+    own = {layer.name: layer.ladder for layer in prepared.plan}
+    assert set(own.values()) == {(8, 6, 4), (8, 7)}
+    for layer in with_bits(prepared.plan, dict.fromkeys(own, 6)):
+        assert (layer.weights.bits, layer.ladder) == (6, (8, 6) if own[layer.name][-1] == 4 else (8, 7, 6))
 
 
 NAMES = [
