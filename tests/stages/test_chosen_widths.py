@@ -93,6 +93,7 @@ def bounds(tiny_folder: Path, runs: Path) -> tuple[float, float]:
     return reached
 
 
+@pytest.mark.slow
 def test_a_quality_is_reached_by_the_smallest_widths_that_were_measured_to_have_it(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_quality_is_reached_by_the_smallest_widths_that_were_measured_to_have_
     assert f"{choice.chosen.psnr:.1f} dB to full precision without training" in told
 
 
+@pytest.mark.slow
 def test_layers_that_8_bits_cannot_serve_stay_in_float_and_are_listed(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
 ) -> None:
@@ -131,14 +133,16 @@ def test_layers_that_8_bits_cannot_serve_stay_in_float_and_are_listed(
         assert layer in page
 
 
+@pytest.mark.slow
 def test_a_quality_out_of_reach_is_refused_with_the_best_that_was_measured(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
 ) -> None:
-    with pytest.raises(PlanError, match=r"^quantization\.quality: got 90 dB; allowed at most (\d+\.\d) dB") as error:
+    with pytest.raises(PlanError, match=r"quantization\.quality: got 90 dB; allowed at most (\d+\.\d) dB") as error:
         ended(asked(tiny_folder, "quantization.quality=90"), runs / "unreachable")
     assert bounds[1] < float(str(error.value).split("at most ")[1].split()[0]) < 90
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_with_what_was_measured(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +171,7 @@ def test_an_interrupted_search_goes_on_with_what_was_measured(
     assert len(calls) == len(choice.trials) + 1
 
 
+@pytest.mark.slow
 def test_the_widths_within_a_size_are_trained_and_told(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
 ) -> None:
@@ -184,9 +189,7 @@ def test_the_widths_within_a_size_are_trained_and_told(
 
 
 def test_a_size_under_that_of_the_narrowest_widths_is_refused_at_the_start(tiny_folder: Path) -> None:
-    with pytest.raises(
-        PlanError, match=r"quantization\.max_size: got 0\.02x .* allowed at least 0\.\d\dMB \(0\.\d+x\)"
-    ):
+    with pytest.raises(PlanError, match=r"max_size: got 0\.02x .* allowed at least 0\.\d\dMB \(0\.\d+x\)"):
         prepare(asked(tiny_folder, "quantization.max_size=0.02x"))
     with pytest.raises(PlanError, match=r"or export\.weights: packed"):
         prepare(asked(tiny_folder, "quantization.max_size=0.15x", "export.weights=int8"))

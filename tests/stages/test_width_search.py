@@ -51,7 +51,7 @@ def test_a_wrong_prediction_costs_measurements_and_no_more_than_a_few_choices(be
     found = search(measure, ERRORS, quality)
     assert found is not None
     assert measure.psnr(found) >= quality
-    assert measure.psnr(found - 5) < quality
+    assert measure.psnr(max(0, found - 5)) < quality
     assert found in measure.places
     assert len(measure.places) <= MEASURED
 
@@ -74,7 +74,7 @@ def test_choices_that_the_errors_cannot_tell_apart_are_halved() -> None:
 def test_layers_that_read_one_tensor_stay_in_float_together_the_worst_first() -> None:
     plan = prepare(load_policy(POLICIES / "smoke.yaml", ["model.source=embedded:digits"])).plan[-12:]
     plan = tuple(replace(layer, input_group=plan[index // 2 * 2].name) for index, layer in enumerate(plan))
-    errors = {layer.name: float(index % 4) for index, layer in enumerate(plan)}  # pairs with 1 and 5 in turn
+    errors = {layer.name: float(index % 4) for index, layer in enumerate(plan)}
     plans = list(left_float(plan, errors))
     assert [len(quantized) for quantized in plans] == [10, 8, 6]
     assert 12 - len(plans[-1]) == FLOAT_SHARE * 12
