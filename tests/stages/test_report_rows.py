@@ -71,6 +71,7 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
         walks=(prepared.schedule.walk(4), prepared.student_schedule(tiny_run.policy).walk(2)),
         float_steps=FloatStepsRecord(),
         evaluation=replace(evaluation, figures=figures),
+        widths=None,
         progressive=folder.read(PQ, TrainingRecord),
         export=folder.read("export", ExportRecord),
         baselines=folder.read("baselines", BaselinesRecord),
