@@ -47,8 +47,9 @@ from pqcad_qat.quantization.mixed_precision import (
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.width_choice import WidthChoice, WidthTrial, choice_text
+from pqcad_qat.stages.asked_widths import widths_measured
 from pqcad_qat.stages.held_out_images import Nearness, held_out_nearness
-from pqcad_qat.stages.prepared import Prepared, widths_measured
+from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import FloatStepsRecord, StepCostsRecord, TrainingRecord, WidthsRecord
@@ -111,8 +112,8 @@ class Trials:
         parameters = sum(layer.parameters for layer in plan)
         bits = sum(layer.weights.bits * layer.parameters for layer in plan) / parameters
         in_float = len(self.prepared.plan) - len(plan)
-        kept = in_float and f", {in_float} layers in floating point"
-        self.tell(f"widths: {bits:.2f} bits on average, {size / 1e6:.2f} MB{kept or ''}")
+        left = f", {in_float} layers in floating point" if in_float else ""
+        self.tell(f"widths: {bits:.2f} bits on average, {size / 1e6:.2f} MB{left}")
         self.done[key] = WidthTrial(size, bits, in_float, self._psnr(key, plan))
         return self.done[key]
 
@@ -250,14 +251,13 @@ def widths(plan: Sequence[LayerPlan]) -> list[int]:
 def _sensitivities(trials: Trials, calibration: CalibrationSet) -> tuple[LayerSensitivity, ...]:
     """Errors of every layer at every width, without training."""
     file, plan = trials.folder / "errors.json", trials.prepared.plan
-    if not file.exists():
-        trials.tell(f"widths: the errors of {len(plan)} layers at each width")
-        batches = tuple(calibration.inputs(STATES, trials.policy.training.batch_size))
-        errors = layer_sensitivities(trials.models.at_targets(), widths(plan), batches)
-        with agreed() as first:
-            if first:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_file(file, _ERRORS.dump_json(errors))
+    with agreed() as first:
+        if first and not file.exists():
+            trials.tell(f"widths: the errors of {len(plan)} layers at each width")
+            batches = tuple(calibration.inputs(STATES, trials.policy.calibration.batch_size))
+            errors = layer_sensitivities(trials.models.at_targets(), widths(plan), batches)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, _ERRORS.dump_json(errors))
     return _ERRORS.validate_json(file.read_bytes())
 
 

@@ -5,7 +5,7 @@ Not here: a run's folder (run_folder.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,12 +32,11 @@ from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, Policy
 from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
 from pqcad_qat.quality.feature_network import check_shape, load_features
 from pqcad_qat.quantization.layer_matching import listed
-from pqcad_qat.quantization.mixed_precision import limit_in_bytes
 from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_with_remarks
-from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 from pqcad_qat.sampling.trajectory import NoiseSchedule, check_sampler, noise_schedule
+from pqcad_qat.stages.asked_widths import check_size, measurement_notes
 
 RANGE_INPUTS = 512
 """Number of model inputs from the calibration set that activation ranges are computed on."""
@@ -195,46 +194,6 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     return split, plan, remarks
 
 
-def widths_measured(policy: Policy) -> bool:
-    """Whether a run gives layers their widths by measurement: the policy asks for it, and quantizes."""
-    return policy.quantization.measured_widths and any(
-        VARIANTS[name].bits is None for name in policy.evaluation.variants
-    )
-
-
-def check_size(policy: Policy, split: nn.Module, plan: Sequence[LayerPlan]) -> None:
-    """Check that the layers at their narrowest widths are within quantization.max_size.
-
-    Raises:
-        PlanError: they are not.
-    """
-    if policy.quantization.max_size is None:
-        return
-    packed, whole = policy.export.weights == "packed", expected_bytes(split, (), packed=False)
-    limit, least = limit_in_bytes(policy.quantization.max_size, whole), expected_bytes(split, plan, packed)
-    if limit < least:
-        smaller = "" if packed else ", or export.weights: packed, in which narrow weights take less"
-        raise PlanError(
-            f"quantization.max_size: got {policy.quantization.max_size} ({limit:,} bytes); allowed at least "
-            f"{least / 1e6:.2f}MB ({least / whole:.3f}x), which the narrowest widths of all layers take{smaller}"
-        )
-
-
-def _measurement_notes(policy: Policy) -> Iterator[str]:
-    """What a run will measure to give layers their widths, and what its bytes depend on."""
-    section = policy.quantization
-    key = "quality" if section.quality is not None else "max_size"
-    yield (
-        f"quantization.{key}: this plan shows the narrowest widths; the run gives each layer a width of its ladder, "
-        "after it has measured each layer's error, and held-out images after short trainings"
-    )
-    if policy.export.weights != "packed":
-        yield (
-            f"export.weights: {policy.export.weights} stores every width in a byte, so that quantization.{key} has no "
-            "use for narrow ones; packed lets them take less"
-        )
-
-
 def notes_on(policy: Policy, plan: Sequence[LayerPlan], remarks: Sequence[str], folder: Path | None) -> tuple[str, ...]:
     """Remarks on a valid policy that its reader may not expect; `plan` prints them, and `run` does before it begins.
 
@@ -249,7 +208,7 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], remarks: Sequence[str], 
         if section.prompts is None or folder is None
         else too_long_prompts(Path(section.prompts), folder, section.tokens)
     )
-    measured = tuple(_measurement_notes(policy)) if widths_measured(policy) else ()
+    measured = tuple(measurement_notes(policy))
     missing = missing_rungs(plan, policy.progressive.ladder) if walks and not measured else ()
     return (*remarks, *missing, *cut, *measured)
 

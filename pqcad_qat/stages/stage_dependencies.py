@@ -30,8 +30,9 @@ from pqcad_qat.policy.variants import (
 )
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
+from pqcad_qat.stages.asked_widths import widths_measured
 from pqcad_qat.stages.float_steps import measured
-from pqcad_qat.stages.prepared import Prepared, calibration_recipe, widths_measured
+from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
 from pqcad_qat.training.held_out import SHARE

@@ -1,0 +1,59 @@
+"""What a policy asks of its layers' widths, before anything is measured: a quality, a size within reach, or nothing.
+
+Not here: the measurement and the choice (chosen_widths.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from pqcad_qat.errors import PlanError
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import VARIANTS
+from pqcad_qat.quantization.mixed_precision import limit_in_bytes
+from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.plan_facts import expected_bytes
+
+
+def widths_measured(policy: Policy) -> bool:
+    """Whether a run gives layers their widths by measurement: the policy asks for it, and quantizes."""
+    return policy.quantization.measured_widths and any(
+        VARIANTS[name].bits is None for name in policy.evaluation.variants
+    )
+
+
+def check_size(policy: Policy, split: nn.Module, plan: Sequence[LayerPlan]) -> None:
+    """Check that the layers at their narrowest widths are within quantization.max_size.
+
+    Raises:
+        PlanError: they are not.
+    """
+    if policy.quantization.max_size is None:
+        return
+    packed, whole = policy.export.weights == "packed", expected_bytes(split, (), packed=False)
+    limit, least = limit_in_bytes(policy.quantization.max_size, whole), expected_bytes(split, plan, packed)
+    if limit < least:
+        smaller = "" if packed else ", or export.weights: packed, in which narrow weights take less"
+        raise PlanError(
+            f"quantization.max_size: got {policy.quantization.max_size} ({limit:,} bytes); allowed at least "
+            f"{least / 1e6:.2f}MB ({least / whole:.3f}x), which the narrowest widths of all layers take{smaller}"
+        )
+
+
+def measurement_notes(policy: Policy) -> Iterator[str]:
+    """What a run will measure to give layers their widths, and what its bytes depend on."""
+    if not widths_measured(policy):
+        return
+    section = policy.quantization
+    key = "quality" if section.quality is not None else "max_size"
+    yield (
+        f"quantization.{key}: this plan shows the narrowest widths; the run gives each layer a width of its ladder, "
+        "after it has measured each layer's error, and held-out images after short trainings"
+    )
+    if policy.export.weights != "packed":
+        yield (
+            f"export.weights: {policy.export.weights} stores every width in a byte, so that quantization.{key} has no "
+            "use for narrow ones; packed lets them take less"
+        )
