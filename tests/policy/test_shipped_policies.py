@@ -209,7 +209,7 @@ def test_each_plans_every_layer_of_the_embedded_architecture_to_the_widths_of_it
     plan = planned(load_policy(POLICIES / f"{name}.yaml"), untrained(data_of(name)))
     edges = [layer for layer in plan if re.fullmatch(EDGES, layer.name)]
     inner = [layer for layer in plan if layer not in edges]
-    assert {layer.weights.bits for layer in edges} == {8 if name == "w8a8" else 7}
+    assert {layer.weights.bits for layer in edges} == {{"w8a8": 8, "mixed": 2}.get(name, 7)}
     assert {layer.weights.bits for layer in inner} == widths
     assert {layer.inputs.bits for layer in inner} == {int(name[3]) if name.startswith("w") else 8}
     assert all(layer.ladder[-1] == layer.weights.bits for layer in plan)
