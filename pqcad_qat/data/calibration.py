@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.content_store import content_digest, parts_folder, shared_folder
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.tensor_files import gathered, save_tensors
@@ -227,7 +228,8 @@ def record(
                 source=model.source,
             )
 
-    tensors = gathered(finished, recipe.trajectories, batches, "calibration: trajectories")
+    with on_accelerator(model.denoiser):
+        tensors = gathered(finished, recipe.trajectories, batches, "calibration: trajectories")
     return CalibrationSet(
         states=tensors["states"],
         predictions=tensors["predictions"],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.accelerators import device_of
 from pqcad_qat.models.families.family import TEXT_TOKENS, ConditionInput, Family
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.own_model import OwnModel
@@ -98,12 +99,14 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Cond
     """Return the denoiser's prediction (B, C, H, W) at x_t (B, C, H, W) and time step t, a number or (B,).
 
     A learned variance, in the channels after those of x_t, is cut off. A module of the user's own is called as
-    `denoiser(x_t, t, **condition)`.
+    `denoiser(x_t, t, **condition)`. The denoiser may be on another device: the prediction comes back to that of x_t.
     """
-    steps = t.to(x_t.device) if isinstance(t, Tensor) else torch.tensor(t, device=x_t.device)
+    device = device_of(denoiser) or x_t.device
+    steps = t.to(device) if isinstance(t, Tensor) else torch.tensor(t, device=device)
     steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
     family = family_of(denoiser)
-    prediction = _prediction(denoiser, family.call(denoiser, x_t, steps, family.keywords(condition or {})))
+    beside = family.keywords({name: value.to(device) for name, value in (condition or {}).items()})
+    prediction = _prediction(denoiser, family.call(denoiser, x_t.to(device), steps, beside)).to(x_t.device)
     more = prediction.dim() == x_t.dim() and prediction.shape[1] > x_t.shape[1]
     return prediction[:, : x_t.shape[1]] if more else prediction
 

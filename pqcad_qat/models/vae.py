@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pqcad_qat.machine.accelerators import device_of, on_accelerator
+
 
 def latent_channels(config: Mapping[str, Any]) -> Any:
     """Number of channels of a decoder's latents; those of a VQModel are as wide as the vectors of its codebook."""
@@ -37,5 +39,7 @@ def to_decoder(config: Mapping[str, Any], latents: Tensor) -> Tensor:
 def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
     """Decode a denoiser's latents, one at a time, into float32 pictures (N, 3, H, W), about in [-1, 1]."""
     model = cast(Any, vae)
-    pictures = [model.decode(latent, return_dict=False)[0] for latent in to_decoder(model.config, latents)[:, None]]
+    with on_accelerator(vae):
+        scaled = to_decoder(model.config, latents).to(device_of(vae))
+        pictures = [model.decode(latent, return_dict=False)[0].to(latents.device) for latent in scaled[:, None]]
     return torch.cat(pictures)

@@ -20,6 +20,9 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = _PACKAGE / "policies" if (_PACKAGE / "policies").is_dir() else _PACKAGE.parent / "policies"
 """Folder of the shipped policies."""
 
+PAPER, STUDIES = FOLDER / "paper", FOLDER / "studies"
+"""Folders in it: the paper's protocols, and studies. What ships is taken by its name, whichever folder it is in."""
+
 SCHEMA = "policy.schema.json"
 """File name of the policies' JSON Schema, which lies beside them. A policy's second line points editors to it."""
 
@@ -48,7 +51,7 @@ class ShippedPolicy:
 
 def shipped_policies() -> tuple[ShippedPolicy, ...]:
     """Return all shipped policies, by kind and name."""
-    policies = [*_in_folder(FOLDER), *_in_folder(FOLDER / "studies")]
+    policies = [*_in_folder(FOLDER), *_in_folder(PAPER), *_in_folder(STUDIES)]
     kinds = get_args(Kind)
     return tuple(sorted(policies, key=lambda policy: (kinds.index(policy.kind), policy.name)))
 
@@ -83,8 +86,9 @@ def named_file(text: str, folder: Path) -> Path:
     there.
     """
     path = folder / os.path.expanduser(text)
-    ships = FOLDER / f"{text}.yaml"
-    return ships if _is_name(text) and not os.path.lexists(path) and ships.is_file() else path
+    if not _is_name(text) or os.path.lexists(path):
+        return path
+    return next((file for file in (FOLDER / f"{text}.yaml", PAPER / f"{text}.yaml") if file.is_file()), path)
 
 
 def policy_file(text: str, kind: Kind = "quantize") -> Path:
@@ -153,7 +157,8 @@ def _own_text(text: str, policy: ShippedPolicy, to: Path) -> str:
     """
     text = re.sub(rf"^{re.escape(MODELINE)}.*$", f"{MODELINE}{FOLDER / SCHEMA}", text, flags=re.MULTILINE)
     text = text.replace(f"policies/{policy.file.relative_to(FOLDER)}", str(to))
-    text = re.sub(r"^(?:extends|policies): .*$", lambda line: _as_names(line[0]), text, flags=re.MULTILINE)
+    named = r"^(?:extends|policies): .*$|^ +- .*\.yaml$"
+    text = re.sub(named, lambda line: _as_names(line[0]), text, flags=re.MULTILINE)
     text = re.sub(r"^( +source: )\.\./", r"\1", text, flags=re.MULTILINE)
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", to.stem):
         text = re.sub(r"^name: .*$", f"name: {to.stem}", text, count=1, flags=re.MULTILINE)
@@ -161,4 +166,4 @@ def _own_text(text: str, policy: ShippedPolicy, to: Path) -> str:
 
 
 def _as_names(line: str) -> str:
-    return re.sub(r"(?:\.\./)?([\w-]+)\.yaml", r"\1", line)
+    return re.sub(r"(?:\.\./)?(?:paper/)?([\w-]+)\.yaml", r"\1", line)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.data.images import to_float
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.accelerators import device_of, on_accelerator
 
 
 class FeatureExtractor(Protocol):
@@ -53,8 +54,11 @@ def image_features(network: FeatureExtractor, images: Tensor) -> Tensor:
         ModelError: the network does not read such images.
     """
     check_images(network, images)
-    with torch.no_grad():
-        return torch.cat([network.features(to_float(batch)) for batch in torch.split(images, network.batch_size)])
+    modules = (network,) if isinstance(network, nn.Module) else ()
+    with torch.no_grad(), on_accelerator(*modules):
+        place = next(map(device_of, modules), None) or images.device
+        batches = (to_float(batch).to(place) for batch in torch.split(images, network.batch_size))
+        return torch.cat([network.features(batch).to(images.device) for batch in batches])
 
 
 def feature_statistics(features: Tensor, batch_size: int = 500) -> FeatureStatistics:

@@ -19,7 +19,7 @@ from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.report.record import Report, VariantRow
 
 QUALITY = ("fid_real", "fid_fp", "psnr_fp")
-FIGURES = (*QUALITY, "kid_real", "latency_ms_per_image")
+FIGURES = (*QUALITY, "kid_real", "latency_ms_per_image", "size_bytes")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """Fields of the protocol that must be equal for two Frechet distances to be compared; steps may differ."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -31,8 +31,9 @@ HEADINGS = {
     "fid_fp": "{distance} to full precision",
     "psnr_fp": "PSNR to full precision, dB",
     "latency_ms_per_image": "ms an image",
+    "size_bytes": "MB",
 }
-TIME = "latency_ms_per_image"
+TIME, SIZE = "latency_ms_per_image", "size_bytes"
 PANELS = ("fid_real", "psnr_fp")
 
 
@@ -76,11 +77,18 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
     bits = (
         "" if row.weight_bits is None or row.activation_bits is None else f"{row.weight_bits:g}/{row.activation_bits:g}"
     )
-    figures = {figure: spread_text(row.figures.get(figure)) for figure in measured(comparison)}
+    figures = {figure: spread_text(_shown(figure, row.figures.get(figure))) for figure in measured(comparison)}
     if row.unsteady and figures.get(TIME):
         figures[TIME] += f" {UNSTEADY}"
     variant = f"{row.variant} (did not run)" if row.did_not_run else row.variant
     return [*row.labels.values(), variant, bits, str(row.steps), str(len(row.seeds)), *figures.values()]
+
+
+def _shown(figure: str, spread: Spread | None) -> Spread | None:
+    """A figure in the unit of its heading: sizes are in megabytes."""
+    if spread is None or figure != SIZE:
+        return spread
+    return replace(spread, mean=spread.mean / 1e6, deviation=spread.deviation and spread.deviation / 1e6)
 
 
 def remarks(part: Part) -> list[str]:

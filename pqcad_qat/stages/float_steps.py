@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, VARIANTS, stages_of
@@ -93,7 +94,7 @@ def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: Qua
         for taken, by in walks.items():
             full, ours = (fresh_follow(policy, prepared, denoiser.eval()) for denoiser in denoisers)
             noise, latent = fresh_noise(policy, prepared), prepared.model.latent
-            with frozen_weights(denoisers[1]):
+            with on_accelerator(*denoisers), frozen_weights(denoisers[1]):
                 measurements = list(_trials(noise, full, ours, (taken, by), latent=latent, tell=tell))
             trials += measurements
             start = min(start, float_from(taken, wanted([trial.psnr for trial in measurements])))

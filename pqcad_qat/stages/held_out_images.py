@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.policy.schema import Policy
@@ -36,7 +37,7 @@ LARGEST = 100.0
 """Largest PSNR in dB of one image in a mean; equal images have an infinite one."""
 
 Nearness = Callable[[nn.Module], float]
-"""A function that measures a model on the CPU: mean PSNR in dB of its held-out images to full precision's own."""
+"""A function that measures a model: mean PSNR in dB of its held-out images to full precision's own."""
 
 
 def held_out_nearness(
@@ -60,7 +61,8 @@ def held_out_nearness(
         return images(full, REFERENCE)
 
     def nearness(model: nn.Module) -> float:
-        with evaluating(prepared.model.denoiser), evaluating(model), frozen_weights(model):
+        denoisers = prepared.model.denoiser, model
+        with evaluating(denoisers[0]), evaluating(model), on_accelerator(*denoisers), frozen_weights(model):
             own, wanted = images(by_time(full, partial(predict, model), start), variant), wanted_images()
         if prepared.model.latent:
             return mean_psnr(own, wanted, float(wanted.max() - wanted.min()))

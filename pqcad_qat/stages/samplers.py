@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.errors import ModelError
+from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.tensor_files import Rows, gathered
 from pqcad_qat.models.conditions import (
     GUIDANCE,
@@ -78,6 +79,7 @@ class Sampler:
         guidance_scale: scale of classifier-free guidance; 1 for none.
         decode: function x_0 (N, C, h, w) -> pictures (N, 3, H, W), about in [-1, 1], for a latent model; None without a
             VAE.
+        modules: PyTorch modules that compute its predictions; `sample_rows` holds them on an accelerator.
         undecoded: whether it makes latents of one or three channels, for which this package has no decoder.
     """
 
@@ -90,6 +92,7 @@ class Sampler:
     conditions: ConditionSet = field(default_factory=ConditionSet)
     guidance_scale: float = 1.0
     decode: Callable[[Float32], Float32] | None = None
+    modules: tuple[nn.Module, ...] = ()
     undecoded: bool = False
 
     @property
@@ -110,12 +113,13 @@ def pytorch_variant(
             prediction: Float32 = predict(denoiser, torch.from_numpy(x_t), t, tensors).numpy()
             return prediction
 
-    return Sampler(name, "pytorch", call, schedule, steps, sample_shape)
+    return Sampler(name, "pytorch", call, schedule, steps, sample_shape, modules=(denoiser,))
 
 
 def with_float_steps(variant: Sampler, full: Sampler, start: float) -> Sampler:
     """Return the sampler whose predictions at the time `start` and above are those of `full`."""
-    return replace(variant, predict=by_time(full.predict, variant.predict, start))
+    predict = by_time(full.predict, variant.predict, start)
+    return replace(variant, predict=predict, modules=(*variant.modules, *full.modules))
 
 
 def openvino_variant(name: str, folder: Path, steps: int | None = None) -> Sampler:
@@ -304,4 +308,5 @@ def sample_rows(
                 advance(len(noise))
             yield kept(x_0)
 
-    return gathered(batch_folder, count, batches, f"sampling {variant.name}: images")
+    with on_accelerator(*variant.modules):
+        return gathered(batch_folder, count, batches, f"sampling {variant.name}: images")

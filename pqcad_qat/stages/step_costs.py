@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PQ, STEP_COSTS, stages_of
@@ -70,7 +71,8 @@ def step_costs(policy: Policy, prepared: Prepared, model: nn.Module, *, variant:
     schedule = prepared.sampled_by(policy, variant)
     walk, noise = schedule.walk(policy.sampling_steps(variant)), fresh_noise(policy, prepared)
     full, quantized = (fresh_follow(policy, prepared, denoiser) for denoiser in (prepared.model.denoiser, model))
-    with evaluating(prepared.model.denoiser), evaluating(model), frozen_weights(model):
+    denoisers = prepared.model.denoiser, model
+    with evaluating(denoisers[0]), evaluating(model), on_accelerator(*denoisers), frozen_weights(model):
         states = [noise, *(step.x_s for step in along(walk, full, noise, schedule))]
         places = sorted({round(place) for place in np.linspace(0, len(walk) - 1, min(POINTS, len(walk)))})
         sampler = schedule, walk

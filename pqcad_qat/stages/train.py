@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
+from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.processes import is_first, process_count
 from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
@@ -188,9 +189,9 @@ def _targets(
             scale, start = policy.guidance_scale(PQ), run.read_always(FLOAT_STEPS, FloatStepsRecord).time
             taught = steps - float_steps(prepared.schedule.walk(steps), start)
             calls = policy.calibration.trajectories * taught
-            with counting(console, name, calls) as advance, frozen_weights(teacher.eval()):
+            costs = step_costs(policy, prepared, teacher.eval(), variant=PQCAD)
+            with counting(console, name, calls) as advance, on_accelerator(teacher), frozen_weights(teacher):
                 batch, batch_folder = policy.calibration.batch_size, run.unfinished(name)
-                costs = step_costs(policy, prepared, teacher, variant=PQCAD)
                 targets = distillation_set(
                     teacher,
                     calibration,
