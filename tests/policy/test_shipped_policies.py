@@ -69,6 +69,7 @@ STUDIES = {
     "extremes": (6, 3),
     "extremes-digits": (6, 3),
     "smoke": (2, 1),
+    "paper": (4, 1),
 }
 
 

@@ -111,8 +111,15 @@ def test_times_that_spread_too_widely_are_marked_beside_the_figure_and_explained
     assert UNSTEADY_NOTE not in render(compare({"runs/a": report()}))
 
 
+def test_sizes_are_told_in_megabytes(seeds: Comparison) -> None:
+    texts = dict(zip(headings(seeds), cells(seeds, row(seeds, OV_FP32)), strict=True))
+    assert float(texts["MB"].split()[0]) == pytest.approx(
+        row(seeds, OV_FP32).figures["size_bytes"].mean / 1e6, rel=0.01
+    )
+
+
 def test_what_was_not_measured_is_absent(seeds: Comparison) -> None:
-    assert set(row(seeds, OV_FP32).figures) == {"latency_ms_per_image"}
+    assert set(row(seeds, OV_FP32).figures) == {"latency_ms_per_image", "size_bytes"}
     assert set(row(seeds, PQ).figures) == {"fid_real", "fid_fp", "psnr_fp"}
 
 
