@@ -22,6 +22,9 @@ from pqcad_qat.quality.kernel_distance import KernelDistance, kernel_distance
 from pqcad_qat.quality.precision_recall import NEIGHBOURS, precision_and_recall
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # size and standard deviation in pixels of the Gaussian window of Wang et al. 2004
+LARGEST_PSNR = 100.0
+"""Largest PSNR in dB of one image in a mean; equal images have an infinite one."""
+
 _BATCH = 256
 
 
@@ -137,6 +140,21 @@ def psnr_of_floats(states: Tensor, references: Tensor, peak: float) -> float:
     if not error:
         return math.inf
     return 10 * math.log10(peak**2 / error) if peak else -math.inf
+
+
+def nearness_to(references: Tensor, images: Tensor, *, latent: bool) -> float:
+    """Mean of the images' own PSNR in dB to their references (N, C, H, W), each at most `LARGEST_PSNR`.
+
+    Pictures are compared within [-1, 1], latents with the range of all references as the peak. It is not the PSNR of
+    all images together: one image of sixteen that became another picture would decide that figure, and such turns come
+    and go by chance.
+    """
+    if latent:
+        peak = float(references.max() - references.min())
+    else:
+        images, references, peak = images.clamp(-1, 1), references.clamp(-1, 1), 2.0
+    psnrs = [psnr_of_floats(own, wanted, peak) for own, wanted in zip(images, references, strict=True)]
+    return sum(min(psnr, LARGEST_PSNR) for psnr in psnrs) / len(psnrs)
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

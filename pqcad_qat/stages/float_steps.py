@@ -23,7 +23,7 @@ from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, VARIANTS, stages_of
-from pqcad_qat.quality.fidelity import psnr_of_floats
+from pqcad_qat.quality.fidelity import nearness_to
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.report.record import FloatStepsTrial
 from pqcad_qat.sampling.ddpm_schedule import Walk
@@ -139,14 +139,7 @@ def _trials(
         x = states[done]
         for step in along(walk[done:], quantized, x, schedule):
             x = step.x_s
-        reached.append(_nearness(x, states[-1], latent=latent))
+        reached.append(nearness_to(states[-1], x, latent=latent))
         yield FloatStepsTrial(len(walk), done, reached[-1])
         if reached[-1] >= ENOUGH or done - wanted(reached) >= 2:
             return
-
-
-def _nearness(images: Tensor, full: Tensor, *, latent: bool) -> float:
-    """PSNR in dB of all images together: of pictures within [-1, 1], or of latents within the range of `full`."""
-    if latent:
-        return psnr_of_floats(images, full, float(full.max() - full.min()))
-    return psnr_of_floats(images.clamp(-1, 1), full.clamp(-1, 1), 2.0)

@@ -22,7 +22,7 @@ from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import REFERENCE
-from pqcad_qat.quality.fidelity import psnr_of_floats
+from pqcad_qat.quality.fidelity import nearness_to
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.sampling.precision_by_time import by_time
@@ -32,9 +32,6 @@ from pqcad_qat.training.held_out import divided
 
 IMAGES = 16
 """Largest number of images that are compared."""
-
-LARGEST = 100.0
-"""Largest PSNR in dB of one image in a mean; equal images have an infinite one."""
 
 Nearness = Callable[[nn.Module], float]
 """A function that measures a model: mean PSNR in dB of its held-out images to full precision's own."""
@@ -64,18 +61,6 @@ def held_out_nearness(
         denoisers = prepared.model.denoiser, model
         with evaluating(denoisers[0]), evaluating(model), on_accelerator(*denoisers), frozen_weights(model):
             own, wanted = images(by_time(full, partial(predict, model), start), variant), wanted_images()
-        if prepared.model.latent:
-            return mean_psnr(own, wanted, float(wanted.max() - wanted.min()))
-        return mean_psnr(own.clamp(-1, 1), wanted.clamp(-1, 1), 2.0)
+        return nearness_to(wanted, own, latent=prepared.model.latent)
 
     return nearness
-
-
-def mean_psnr(images: Tensor, references: Tensor, peak: float) -> float:
-    """Mean of the images' own PSNR in dB.
-
-    Not the PSNR of all images together: one image of sixteen that became another picture would decide that figure, and
-    such turns come and go by chance.
-    """
-    psnrs = [psnr_of_floats(own, wanted, peak) for own, wanted in zip(images, references, strict=True)]
-    return sum(min(psnr, LARGEST) for psnr in psnrs) / len(psnrs)

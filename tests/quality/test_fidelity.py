@@ -145,6 +145,19 @@ def test_the_psnr_of_latents_is_scikit_images_with_full_precisions_range_as_its_
     assert (same.psnr_fp, same.identical_to_fp) == (None, True)
 
 
+def test_one_image_that_became_another_does_not_decide_how_near_images_are() -> None:
+    references = torch.rand(16, 1, 4, 4) * 2 - 1
+    images = references + 0.01
+    turned = images.clone()
+    turned[0] = -references[0]
+    alone = float(fidelity.psnr_of_floats(turned[:1], references[:1], 2.0))
+    nearness = fidelity.nearness_to(references, images.clamp(-1, 1), latent=False)
+    assert fidelity.nearness_to(references, turned.clamp(-1, 1), latent=False) == pytest.approx(
+        nearness + (alone - 46.02) / 16, abs=0.1
+    )
+    assert fidelity.nearness_to(references, references.clone(), latent=True) == fidelity.LARGEST_PSNR
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_ssim_is_the_mean_of_scikit_images_per_image(channels: int) -> None:
     a = DIGITS[: 300 * channels].reshape(300, channels, 32, 32)
