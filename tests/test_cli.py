@@ -419,16 +419,6 @@ def test_what_looks_like_markup_is_shown_as_it_is(call: Call, tiny_folder: Path)
     assert "got '[/bold]', which matches no Conv2d or Linear" in errors
 
 
-def test_plan_says_where_a_layer_goes_to_a_width_that_the_ladder_does_not_list(call: Call, tiny_folder: Path) -> None:
-    code, output, _ = call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 6]"))
-    assert code == 0
-    assert re.search(
-        r"note: progressive\.ladder: \[8, 6\] has no rung of 4 bits, the width of .* more; the last step there is 6>4",
-        output,
-    )
-    assert "no rung" not in call("plan", SMOKE, *sets(tiny_folder, "progressive.ladder=[8, 7, 6, 4]"))[1]
-
-
 def test_plan_says_which_pattern_that_fits_every_model_claims_nothing_of_this_one(
     call: Call, tiny_folder: Path
 ) -> None:

@@ -152,31 +152,33 @@ class ProgressivePolicy(Section):
         f"{FIXED_BIT} takes as many",
     )
     ladder: Ladder = Field(
-        (8, 6, 4), description="weight widths in bits, strictly descending; a layer stops at its target width"
+        (8,),
+        description="weight widths in bits, strictly descending, that a layer passes on its way to its target width",
     )
     schedule: Literal["momentum", "fixed"] = Field(
         "momentum",
-        description="momentum: transitions start when the averaged loss stops improving (plateau), with the least "
-        "perturbed layers; fixed: at evenly spread steps, all layers at once",
+        description="momentum: each layer moves as fast as the bound on the change of its weights allows, and slower "
+        "while the loss rises; fixed: all layers move evenly until the deadline",
     )
     momentum: Momentum = Field(
-        0.9, description="decay per training step of the averages of loss and perturbation, and of the blend"
+        0.9, description="decay per training step of the pace of the transitions, and of the averages of the loss"
     )
     transition: Literal["blend", "jump"] = Field(
-        "blend", description="blend: the next width's share grows with each training step; jump: all at once"
-    )
-    plateau: float = Field(
-        0.002, ge=0, description="relative improvement of the loss per training step under which a transition is due"
+        "blend",
+        description="blend: the next width's share grows with each training step; jump: a layer changes its width at "
+        "once when a blend would be over",
     )
     perturbation: float = Field(
-        0.25,
-        gt=0,
-        description="relative change of a layer's weights by the next width, over which its transition waits",
+        0.005, gt=0, description="largest relative change of a layer's weights in one training step of a transition"
     )
-    layers_per_transition: Share = Field(0.25, description="share of the planned layers that may change width at once")
+    loss_rise: float = Field(
+        0.05,
+        gt=0,
+        description="relative rise of the averaged loss per training step, over which transitions slow down and stop",
+    )
     deadline: Share = Field(
-        0.2,
-        description="share of the steps after which every layer is at its target; with steps: auto, of "
+        0.5,
+        description="share of the steps after which every layer is at its target at the latest; with steps: auto, of "
         f"{AUTO_DEADLINE_STEPS} steps",
     )
 

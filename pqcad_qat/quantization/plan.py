@@ -164,23 +164,6 @@ def plan_with_remarks(
     return tuple(plans), tuple(claimed.remarks)
 
 
-def missing_rungs(plan: Sequence[LayerPlan], ladder: Sequence[int]) -> tuple[str, ...]:
-    """One remark for each last step of a ladder that the policy does not list.
-
-    A layer's target width may be missing in the policy's ladder. The layer then goes from the last width above its
-    target straight to it.
-    """
-    off: dict[tuple[int, ...], list[str]] = {}
-    for layer in plan:
-        if layer.weights.bits not in ladder:
-            off.setdefault(layer.ladder[-2:], []).append(layer.name)
-    return tuple(
-        f"progressive.ladder: {list(ladder)} has no rung of {step[-1]} bits, the width of "
-        f"{listed(names)}; the last step there is {'>'.join(map(str, step))}"
-        for step, names in off.items()
-    )
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and without gradients, every module's own mode restored afterwards."""

@@ -19,7 +19,7 @@ from pqcad_qat.training.transition import Transition
 
 _PRECISIONS = {"i8": "accent", "u8": "accent", "i4": "accent", "bf16": "amber", "f16": "amber", "f32": "violet"}
 _PRECISION_NAMES = {"i8": "INT8", "u8": "INT8", "i4": "INT4", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
-_CAUSES = (("plateau", "o", "amber"), ("deadline", "D", "rose"), ("fixed", "s", "violet"))  # cause, marker, colour
+_CAUSES = (("momentum", "o", "amber"), ("deadline", "D", "rose"), ("fixed", "s", "violet"))  # cause, marker, colour
 _SERIES = ("blue", "accent", "amber", "violet", "rose", "grey")
 
 
@@ -69,23 +69,22 @@ def bit_timeline(report: Report, curves: Curves) -> str | None:
     layers, end = _timeline_layers(report), _timeline_end(report, curves)
     with canvas("timeline", 9.6, 4.2 + min(len(layers), 90) * 0.055) as drawn:
         heights = [1.1 + len(layers) * 0.05, 1.0, 1.0, 1.0]
-        heat, mean, loss, perturbation = drawn.figure.subplots(4, 1, sharex=True, height_ratios=heights)
+        heat, mean, loss, change = drawn.figure.subplots(4, 1, sharex=True, height_ratios=heights)
         _draw_widths(drawn, heat, report.bit_schedule, layers, end=end)
         _draw_mean(mean, report.bit_schedule, layers, end)
         momenta = {series.name: series for series in curves.momenta}
+        rise = None if curves.loss_rise is None else -curves.loss_rise
         _draw_momentum(
-            drawn, loss, "loss", momenta.get("loss_momentum"), schedule=report.bit_schedule, bound=curves.plateau
+            loss, "momentum of the loss: its averaged improvement a step", momenta.get("loss_momentum"), bound=rise
         )
         _draw_momentum(
-            drawn,
-            perturbation,
-            "perturbation",
-            momenta.get("perturbation"),
-            schedule=report.bit_schedule,
-            bound=curves.perturbation_bound,
+            change,
+            "largest relative change of a layer's weights by a step's move",
+            momenta.get("weight_change"),
+            bound=curves.perturbation,
         )
-        perturbation.set_xlabel("training step of progressive quantization")
-        perturbation.set_xlim(0, end)
+        change.set_xlabel("training step of progressive quantization")
+        change.set_xlim(0, end)
         causes = {t.cause for t in report.bit_schedule}
         counted = ", ".join(f"{sum(t.cause == c for t in report.bit_schedule)} by {c}" for c in sorted(causes))
         return drawn.svg(
@@ -120,12 +119,12 @@ def _draw_widths(
             )
             drawn.tip(bar, f"{layer}: {bits} bits, steps {start} to {stop}")
     for cause, marker, colour in _CAUSES:
-        called = [t for t in schedule if t.cause == cause]
-        for transition in called:
+        ended = [t for t in schedule if t.cause == cause]
+        for transition in ended:
             (mark,) = axes.plot([transition.step], [rows[transition.layer]], marker, ms=3.4, color=COLOURS[colour])
             drawn.tip(mark, _transition_text(transition))
-        if called:
-            axes.plot([], [], marker, ms=4.5, color=COLOURS[colour], label=f"called by {cause}")
+        if ended:
+            axes.plot([], [], marker, ms=4.5, color=COLOURS[colour], label=f"time set by {cause}")
     for bits in sorted({first for first, _ in layers.values()} | {t.to_bits for t in schedule}, reverse=True):
         axes.plot([], [], "s", ms=8, color=COLOURS[f"bits{bits}"], label=f"{bits} bits")
     axes.legend(
@@ -156,7 +155,8 @@ def _transition_text(t: Transition) -> str:
     loss = "unknown" if t.loss_momentum is None else f"{t.loss_momentum:.2e}"
     perturbation = "unknown" if t.perturbation is None else f"{t.perturbation:.3f}"
     move = f"step {t.step}: {t.layer} from {t.from_bits} to {t.to_bits} bits"
-    return f"{move}, called by {t.cause}; loss momentum {loss}, perturbation {perturbation}"
+    begun = "" if t.began is None else f", begun at step {t.began}"
+    return f"{move}{begun}, time set by {t.cause}; loss momentum {loss}, perturbation {perturbation}"
 
 
 def _draw_mean(axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], end: int) -> None:
@@ -175,18 +175,10 @@ def _draw_mean(axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, 
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def _draw_momentum(
-    drawn: Canvas, axes: Axes, name: str, series: Series | None, *, schedule: Sequence[Transition], bound: float | None
-) -> None:
-    axes.set_title(f"{name} momentum")
+def _draw_momentum(axes: Axes, title: str, series: Series | None, *, bound: float | None) -> None:
+    axes.set_title(title)
     if series is not None:
         axes.plot(*_points(series), color=COLOURS["violet"])
-    for cause, marker, colour in _CAUSES:
-        points = [(t, t.loss_momentum if name == "loss" else t.perturbation) for t in schedule if t.cause == cause]
-        for transition, value in points:
-            if value is not None:
-                (mark,) = axes.plot([transition.step], [value], marker, ms=4, color=COLOURS[colour])
-                drawn.tip(mark, _transition_text(transition))
     if bound is not None:
         axes.axhline(bound, color=COLOURS["muted"], lw=0.9, ls=(0, (4, 3)))
         edge = axes.get_yaxis_transform()  # x is a fraction of the axes, y is in data coordinates

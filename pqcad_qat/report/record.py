@@ -216,7 +216,7 @@ class Series:
     """One quantity over training steps; a value that was not finite is None."""
 
     stage: str  # name of the variant that the stage trains
-    name: str  # "loss", "held_out", "teacher", "calibration", "loss_momentum", "perturbation", "mean_bits", ...
+    name: str  # "loss", "held_out", "teacher", "calibration", "loss_momentum", "weight_change", "mean_bits", ...
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
 
@@ -226,12 +226,12 @@ class Curves:
     """Series that training logged."""
 
     losses: tuple[Series, ...] = ()  # one series for each stage and loss term, drawn on a logarithmic scale
-    # progressive quantization: "loss_momentum", "perturbation" (mean over layers), "mean_bits"
+    # progressive quantization: "loss_momentum", "weight_change" (largest over the layers), "mean_bits"
     momenta: tuple[Series, ...] = ()
     # quantization-aware training: mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
     distances: tuple[Series, ...] = ()
-    plateau: float | None = None  # bounds from the policy, drawn beside the momenta
-    perturbation_bound: float | None = None
+    loss_rise: float | None = None  # bounds from the policy, drawn beside the momenta
+    perturbation: float | None = None
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from pqcad_qat.models.prompts import too_long_prompts
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, Policy
-from pqcad_qat.policy.variants import PQ, VARIANTS, stages_of
+from pqcad_qat.policy.variants import VARIANTS, stages_of
 from pqcad_qat.quality.feature_network import check_shape, load_features
 from pqcad_qat.quantization.layer_matching import listed
-from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_with_remarks
+from pqcad_qat.quantization.plan import LayerPlan, plan_with_remarks
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.quantization.shortcuts import rewritable, split_shortcuts
 from pqcad_qat.sampling.trajectory import NoiseSchedule, check_sampler, noise_schedule
@@ -202,15 +202,13 @@ def notes_on(policy: Policy, plan: Sequence[LayerPlan], remarks: Sequence[str], 
         remarks: remarks of the plan itself.
         folder: folder of the model's pipeline if it is available; its tokenizers show which prompts are cut.
     """
-    section, walks = policy.conditions, PQ in stages_of(policy.evaluation.variants)
+    section = policy.conditions
     cut = (
         ()
         if section.prompts is None or folder is None
         else too_long_prompts(Path(section.prompts), folder, section.tokens)
     )
-    measured = tuple(measurement_notes(policy))
-    missing = missing_rungs(plan, policy.progressive.ladder) if walks and not measured else ()
-    return (*remarks, *missing, *cut, *measured)
+    return (*remarks, *cut, *measurement_notes(policy))
 
 
 def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:

@@ -327,11 +327,11 @@ def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = 
             distances.append(_series(stage, "weight_distance", "weight_distance", rows))
         if stage == PQ:
             momenta = [
-                _series(stage, key, key, rows) for key in ("loss_momentum", "perturbation", "mean_bits", "blend_lambda")
+                _series(stage, key, key, rows)
+                for key in ("loss_momentum", "weight_change", "mean_bits", "blend_lambda")
             ]
-    return Curves(
-        tuple(losses), tuple(momenta), tuple(distances), policy.progressive.plateau, policy.progressive.perturbation
-    )
+    bounds = policy.progressive
+    return Curves(tuple(losses), tuple(momenta), tuple(distances), bounds.loss_rise, bounds.perturbation)
 
 
 def _held_out(stage: str, rows: Sequence[Mapping[str, float]], end: StageEnd | None) -> Iterator[Series]:

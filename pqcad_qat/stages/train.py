@@ -51,7 +51,7 @@ from pqcad_qat.training.quantization_aware import FullPrecisionMatching, calibra
 from pqcad_qat.training.quantizer_log import QuantizerLog
 from pqcad_qat.training.stage_end import Ending
 from pqcad_qat.training.training_samples import TrainingSamples
-from pqcad_qat.training.transition_decision import BitScheduleSettings, rungs
+from pqcad_qat.training.transition_decision import BitScheduleSettings
 from pqcad_qat.training.weight_distance import WeightDistance
 
 SHOWN = 4
@@ -221,12 +221,10 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
         deadline = min(round(progressive.deadline * AUTO_DEADLINE_STEPS), cap // 2)
     settings = BitScheduleSettings(
         momentum=progressive.momentum,
-        plateau=progressive.plateau,
         perturbation=progressive.perturbation,
-        layers_per_transition=progressive.layers_per_transition,
+        loss_rise=progressive.loss_rise,
         deadline=deadline,
         blends=progressive.transition == "blend",
-        rungs=rungs(plan),
         fixed=progressive.schedule == "fixed",
     )
     return MomentumBitSchedule(layers=quantized_layers(model), plan=plan, settings=settings)

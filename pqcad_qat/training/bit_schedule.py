@@ -1,6 +1,6 @@
 """The callback of progressive quantization: it moves the layers of a model down their ladders during training.
 
-Before every training step it updates the averages, asks `decide` which transitions begin, and carries them out.
+Before every training step it updates the pace and moves every layer on that is not at its target width yet.
 
 Not here: the decision and the method behind it (transition_decision.py), and how a layer computes at a width or in a
 blend (quantization/layer_state.py).
@@ -15,7 +15,6 @@ from typing import Any
 from pqcad_qat.quantization.layer_state import (
     QuantizedLayer,
     begin_blend,
-    blend_state,
     end_blend,
     perturbation,
     read_bits,
@@ -24,35 +23,50 @@ from pqcad_qat.quantization.layer_state import (
 )
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
-from pqcad_qat.training.transition import Transition
+from pqcad_qat.training.transition import Cause, Transition
 from pqcad_qat.training.transition_decision import (
-    BLEND_ENDS_AT,
     BitScheduleSettings,
-    LayerStatus,
     LossMomentum,
     Momentum,
-    decide,
-    next_lambda,
+    even_distance,
+    next_pace,
+    paced_distance,
 )
 
-OBSERVE_EVERY = 5
-"""Training steps between two observations of the perturbations.
+WHOLE = 1 - 1e-6
+"""Value of lambda from which on a transition is over; the steps to it add up with rounding errors."""
 
-They change slowly, and each observation quantizes every weight twice.
-"""
+
+@dataclass
+class Move:
+    """A transition under way.
+
+    Attributes:
+        to_bits: width to which it leads.
+        perturbation: relative change of the layer's weights by the whole transition.
+        began: training step at which it began.
+        share: lambda, the share of it that is done.
+        paced: whether the momentum's pace, and not the deadline, has set how far it went in its last step.
+    """
+
+    to_bits: int
+    perturbation: float
+    began: int
+    share: float = 0.0
+    paced: bool = True
 
 
 @dataclass
 class MomentumBitSchedule(Callback):
     """Moves the layers of a model down their ladders during training.
 
-    No transition begins before `state.held_until`, even if the deadline then passes: that step follows a divergence.
+    Nothing moves before `state.held_until`, even if the deadline then passes: that step follows a divergence.
 
     Attributes:
         layers: quantized layers by name.
         plan: their plans; each layer starts on its ladder's first rung and ends on its last.
         settings: settings of the decision.
-        transitions: all transitions decided so far, in order.
+        transitions: all transitions that have ended, in order.
     """
 
     layers: Mapping[str, QuantizedLayer]
@@ -64,112 +78,107 @@ class MomentumBitSchedule(Callback):
         self.name = "bit-schedule"
         self._ladders = {layer.name: layer.ladder for layer in self.plan}
         self._loss = LossMomentum.fresh(self.settings.momentum)
-        self._perturbations = {layer.name: Momentum(self.settings.momentum) for layer in self.plan}
+        self._pace = 0.0
+        self._moves: dict[str, Move] = {}
+        self._perturbations: dict[str, float] = {}  # of each layer's present or last transition
+        self._change = 0.0
 
     def before_step(self, state: TrainState) -> None:
-        """Move blends on, observe perturbations, and begin the transitions that are due, in this order.
+        """Move every layer on that is above its target width.
 
-        Whenever a layer's function changed for good, the loss momentum and the averaged weights begin anew: both would
-        mix values of two different functions.
+        Whenever a layer has reached another width, the averaged weights begin anew: they would mix two functions.
         """
-        ended = self._advance_blends(state.step)
-        if ended or state.step % OBSERVE_EVERY == 0:
-            self._observe_perturbations()
-        loss = self._loss.improvement
-        begun: tuple[Transition, ...] = ()
-        if state.step >= state.held_until:
-            begun = decide(state.step, self.settings, loss.value, loss.count, layers=self._statuses())
-        for transition in begun:
-            self._begin(transition)
-        jumped = bool(begun) and not self.settings.blend_steps
-        if ended or jumped:  # a blend begins with lambda = 0, so that its beginning changes nothing yet
-            self._loss = LossMomentum.fresh(self.settings.momentum)
+        self._change = 0.0
+        waiting = [name for name in self.layers if self._rungs(name)]
+        if not waiting or state.step < state.held_until:
+            return
+        self._pace = next_pace(self._pace, self._loss.improvement.value, self.settings)
+        reached = [self._move(name, state.step) for name in waiting]  # every layer moves, so no short cut by any()
+        if any(reached):
             state.restart_ema()
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Update the loss momentum with the loss of this step."""
         self._loss = self._loss.updated(report.loss)
 
-    def _advance_blends(self, step: int) -> bool:
-        """Move every blend on by one training step, and return whether any of them ended."""
-        ended = False
-        for name, layer in self.layers.items():
-            blend = blend_state(layer)
-            if blend is None:
-                continue
-            lam = next_lambda(blend.share, step, self.settings, self._trusted_momentum())
-            if lam >= BLEND_ENDS_AT - 1e-4:  # a tolerance, since the layer stores lambda in float32
-                end_blend(layer)
-                ended = True
-                self._perturbations[name] = Momentum(self.settings.momentum)
-            else:
-                set_blend(layer, lam)
-        return ended
+    def _move(self, name: str, step: int) -> bool:
+        """Move one layer on by one training step, and return whether it has reached another width."""
+        reached = False
+        while self._rungs(name):
+            move = self._moves.get(name) or self._begin(name, step)
+            paced = paced_distance(self._pace, move.perturbation, self.settings)
+            even = even_distance(len(self._rungs(name)) - move.share, step, self.settings)
+            before, move.share = move.share, min(1.0, move.share + max(paced, even))
+            move.paced = paced >= even
+            self._change = max(self._change, (move.share - before) * move.perturbation)
+            if move.share < WHOLE:
+                if self.settings.blends:
+                    set_blend(self.layers[name], move.share)
+                break
+            self._end(name, step, move)
+            reached = True
+            if step < self.settings.deadline - 1:  # its next rung begins in the next step, unless this is the last one
+                break
+        return reached
 
-    def _trusted_momentum(self) -> float | None:
-        """The loss momentum, or None before the warm-up is over.
+    def _begin(self, name: str, step: int) -> Move:
+        """Begin a layer's transition to its next rung."""
+        layer, to_bits = self.layers[name], self._rungs(name)[0]
+        self._moves[name] = Move(to_bits, perturbation(layer, to_bits), step)
+        self._perturbations[name] = self._moves[name].perturbation
+        if self.settings.blends:
+            begin_blend(layer, to_bits)
+        return self._moves[name]
 
-        At first it only shows the noise of a few batches.
-        """
-        improvement = self._loss.improvement
-        return improvement.value if improvement.count >= self.settings.warm_up else None
-
-    def _observe_perturbations(self) -> None:
-        """Update the perturbation momentum of every layer that waits and has a rung left."""
-        for name, layer in self.layers.items():
-            rungs = self._rungs(name)
-            if rungs and blend_state(layer) is None:
-                self._perturbations[name] = self._perturbations[name].updated(perturbation(layer, rungs[0]))
+    def _end(self, name: str, step: int, move: Move) -> None:
+        """End a layer's transition at its new width, and record it."""
+        layer, bits = self.layers[name], read_bits(self.layers[name])[0]
+        if self.settings.blends:
+            end_blend(layer)
+        else:
+            set_weight_bits(layer, move.to_bits)
+        cause: Cause = "momentum" if move.paced else "deadline"
+        if self.settings.fixed:
+            cause = "fixed"
+        del self._moves[name]
+        self.transitions.append(
+            Transition(
+                step, name, bits, move.to_bits, self._loss.improvement.value, move.perturbation, cause, move.began
+            )
+        )
 
     def _rungs(self, name: str) -> tuple[int, ...]:
         """The widths still below the layer's present one on its ladder, the widest first."""
         bits = read_bits(self.layers[name])[0]
         return tuple(rung for rung in self._ladders[name] if rung < bits)
 
-    def _statuses(self) -> list[LayerStatus]:
-        return [self._status(name, layer) for name, layer in self.layers.items()]
-
-    def _status(self, name: str, layer: QuantizedLayer) -> LayerStatus:
-        """What the decision needs to know of a layer."""
-        moving = blend_state(layer) is not None
-        return LayerStatus(name, read_bits(layer)[0], self._rungs(name), self._perturbations[name].value or 0.0, moving)
-
-    def _begin(self, transition: Transition) -> None:
-        """Begin one transition, as a blend or as a jump, and record it."""
-        layer = self.layers[transition.layer]
-        if self.settings.blends and self.settings.blend_steps:
-            begin_blend(layer, transition.to_bits)
-        else:
-            set_weight_bits(layer, transition.to_bits)
-            self._perturbations[transition.layer] = Momentum(self.settings.momentum)
-        self.transitions.append(transition)
-
     def scalars(self) -> dict[str, float]:
-        """Values for the log: both momenta, mean lambda, and each layer's perturbation.
+        """Values for the log: the pace, the change of weights, the loss momentum, mean lambda, and perturbations.
 
-        The perturbation momentum is the mean over the layers that have rungs left.
+        The change is the largest relative change of a layer's weights by this step's move.
         """
-        lambdas = [blend.share for layer in self.layers.values() if (blend := blend_state(layer)) is not None]
-        waiting = [
-            value
-            for name in self.layers
-            if self._rungs(name) and (value := self._perturbations[name].value) is not None
-        ]
+        shares = [move.share for move in self._moves.values()]
         return {
-            "perturbation": sum(waiting) / len(waiting) if waiting else 0.0,
+            "pace": self._pace,
+            "weight_change": self._change,
             "loss_momentum": self._loss.improvement.value or 0.0,
-            "blend_lambda": sum(lambdas) / len(lambdas) if lambdas else 0.0,
-            **{f"layer/{name}/perturbation": momentum.value or 0.0 for name, momentum in self._perturbations.items()},
+            "blend_lambda": sum(shares) / len(shares) if shares else 0.0,
+            **{f"layer/{name}/perturbation": value for name, value in self._perturbations.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "loss": asdict(self._loss),
-            "perturbations": {name: asdict(momentum) for name, momentum in self._perturbations.items()},
+            "pace": self._pace,
+            "moves": {name: asdict(move) for name, move in self._moves.items()},
+            "perturbations": self._perturbations,
             "transitions": [asdict(transition) for transition in self.transitions],
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self._loss = LossMomentum(Momentum(**saved["loss"]["smoothed"]), Momentum(**saved["loss"]["improvement"]))
-        self._perturbations = {name: Momentum(**momentum) for name, momentum in saved["perturbations"].items()}
+        from_saved = {name: Momentum(**average) for name, average in saved["loss"].items()}
+        self._loss = LossMomentum(**from_saved)
+        self._pace = saved["pace"]
+        self._moves = {name: Move(**move) for name, move in saved["moves"].items()}
+        self._perturbations = dict(saved["perturbations"])
         self.transitions[:] = [Transition(**transition) for transition in saved["transitions"]]

@@ -12,22 +12,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-Cause = Literal["plateau", "deadline", "fixed"]
-"""Why a transition began: the loss reached a plateau, the deadline was near, or a fixed schedule said so."""
+Cause = Literal["momentum", "deadline", "fixed"]
+"""What set the time of a transition's end: the momentum's pace, the deadline, or a fixed schedule."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A decided transition; in a report its widths are called `from` and `to`.
+    """A transition that ended; in a report its widths are called `from` and `to`.
 
     Attributes:
-        step: training step of the progressive stage.
+        step: training step from which on the layer computes at the new width.
         layer: path of the layer.
         from_bits: width before it, in bits.
         to_bits: width after it, in bits.
-        loss_momentum: averaged relative improvement of the loss, None before the first.
-        perturbation: averaged || Q_to(W) - Q_from(W) || / || Q_from(W) ||.
-        cause: why it began.
+        loss_momentum: averaged relative improvement of the loss at its end, None before the first.
+        perturbation: || Q_to(W) - Q_from(W) || / || Q_from(W) || at its beginning.
+        cause: what set the time of its end.
+        began: training step at which it began.
     """
 
     step: int
@@ -37,3 +38,4 @@ class Transition:
     loss_momentum: float | None
     perturbation: float | None
     cause: Cause
+    began: int | None = None

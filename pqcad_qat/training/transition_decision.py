@@ -1,37 +1,29 @@
-"""The decision of progressive quantization: when layers move to a narrower width, which layers, and how far.
+"""The decision of progressive quantization: how far each layer moves towards its next width in a training step.
 
 Everything here is a pure function of the training step, the settings and the moving averages.
 
 The method. Every layer has a ladder of widths, and its rungs are the widths still below its present one. A transition
-moves a layer down one or more rungs. Two moving averages decide:
+moves a layer down one rung: the layer computes the blend (1 - lambda) Q_now(W) + lambda Q_next(W), and lambda goes from
+0 to 1. A step of lambda changes the layer's weights by that step times the layer's perturbation,
+||Q_next(W) - Q_now(W)|| / ||Q_now(W)||. So the schedule sets a pace, the relative change of weights in one training
+step, and each layer's lambda goes as fast as this pace allows. A layer that the next width changes little is there in
+a few steps; one that it changes much takes as many more.
 
-- The loss momentum is the averaged relative improvement of the training loss. While it is high, the model still
-  recovers, and nothing moves. Once it is under a plateau, a transition is due.
-- A layer's perturbation momentum is the averaged relative change that the next width would make to its weights. The
-  least perturbed layers move first, and layers over a bound wait.
+The pace has momentum: pace <- beta pace + (1 - beta) bound. The bound is the policy's, or 0 while the loss rises faster
+than the policy tolerates. The pace thus begins slowly, brakes slowly and goes on by itself once the model recovers.
 
-By a deadline every layer is at its target width, whatever the averages say.
-
-A transition is either a jump or a blend. In a blend the layer computes (1 - lambda) Q_now(W) + lambda Q_next(W), and
-lambda grows from 0 at every training step: lambda <- beta lambda + (1 - beta).
+By a deadline every layer is at its target width: no layer is slower than it would have to be from now on, evenly.
 
 PQCAD-DM (arXiv 2506.16776) names a momentum-based mechanism that keeps low precision from perturbing the weights too
-much. Its equations are not public, so this file is our reading of it.
+much. Its equations are not public, so this file is our reading of it. Blends with a slowly moving share are also those
+of BinaryDM (arXiv 2404.05662) and QVGen (arXiv 2505.11497).
 
 Not here: the callback that applies the decision (bit_schedule.py), and the record of a transition (transition.py).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.training.transition import Cause, Transition
-
-BLEND_ENDS_AT = 0.95
-"""Share of the next width, lambda, at which a blend ends and the layer computes at the next width alone."""
 
 
 @dataclass(frozen=True)
@@ -39,74 +31,20 @@ class BitScheduleSettings:
     """Settings of the decision.
 
     Attributes:
-        momentum: beta, the decay of every exponential moving average and of the blend.
-        plateau: relative improvement of the loss per step, below which a transition is due.
-        perturbation: relative change of a layer's weights, above which the layer waits.
-        layers_per_transition: largest share of the layers that may begin a transition together.
+        momentum: beta, the decay per training step of the pace and of the averages of the loss.
+        perturbation: largest relative change of a layer's weights in one training step.
+        loss_rise: relative rise of the averaged loss per training step, over which the pace falls.
         deadline: training step at which every layer computes at its target width.
-        rungs: widths that a layer with the longest ladder moves down to, the widest first.
-        blends: whether a transition is a blend; if False it is a jump.
-        fixed: whether all layers move at evenly spread steps, whatever the moving averages say.
+        blends: whether a transition is a blend; if False the layer jumps to the next width when the blend would end.
+        fixed: whether all layers move evenly until the deadline, whatever the moving averages say.
     """
 
     momentum: float
-    plateau: float
     perturbation: float
-    layers_per_transition: float
+    loss_rise: float
     deadline: int
-    rungs: tuple[int, ...]
     blends: bool = True
     fixed: bool = False
-
-    @property
-    def blend_momentum(self) -> float:
-        """beta of the blend: the momentum, or less where a blend would otherwise take too long.
-
-        Too long means more than half of the steps that the deadline leaves for each rung.
-        """
-        time = self.deadline // max(1, 2 * len(self.rungs))
-        return min(self.momentum, float((1 - BLEND_ENDS_AT) ** (1 / max(1, time))))
-
-    @property
-    def blend_steps(self) -> int:
-        """Training steps of a blend that never pauses.
-
-        That is the first n at which lambda_n = 1 - beta^n reaches `BLEND_ENDS_AT`.
-        """
-        if not self.blends or self.blend_momentum == 0 or self.deadline <= 0:
-            return 0
-        steps = math.log(1 - BLEND_ENDS_AT) / math.log(self.blend_momentum)
-        return math.ceil(round(steps, 6))  # rounded, so that an error in the last bits does not add a step
-
-    @property
-    def last_call(self) -> int:
-        """Training step at which every waiting layer begins its last transition, to end it by the deadline."""
-        return self.deadline - self.blend_steps
-
-    def due(self, step: int) -> tuple[int, ...]:
-        """The widths that a fixed schedule has reached by `step`.
-
-        They are evenly spread in time, and the last one comes at the last call.
-        """
-        if step >= self.last_call:
-            return self.rungs
-        return self.rungs[: step * len(self.rungs) // self.last_call]
-
-    @property
-    def late_from(self) -> int:
-        """Training step from which two blends, one after another, no longer fit before the deadline.
-
-        From then on rungs are skipped and no blend pauses.
-        """
-        return self.deadline - 2 * self.blend_steps
-
-    @property
-    def warm_up(self) -> int:
-        """Number of observations before the loss momentum is trusted.
-
-        It is twice the horizon of the averages, but at most an eighth of the time up to the deadline.
-        """
-        return max(2, min(round(2 / (1 - self.momentum)), self.deadline // 8))
 
 
 @dataclass(frozen=True)
@@ -137,8 +75,6 @@ class Momentum:
 class LossMomentum:
     """The loss momentum: the averaged relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l.
 
-    It begins anew whenever a width changes, since losses at different widths cannot be compared.
-
     Attributes:
         smoothed: average of the loss.
         improvement: average of the relative improvement of `smoothed`.
@@ -161,102 +97,19 @@ class LossMomentum:
         return LossMomentum(smoothed, self.improvement.updated((before - smoothed.value) / before))
 
 
-@dataclass(frozen=True)
-class LayerStatus:
-    """What the decision knows of one layer.
-
-    Attributes:
-        name: path of the layer.
-        bits: present width of its weights.
-        rungs: the widths still below it on its ladder, the widest first.
-        perturbation: its perturbation momentum.
-        in_transition: whether a blend is under way.
-    """
-
-    name: str
-    bits: int
-    rungs: tuple[int, ...]
-    perturbation: float
-    in_transition: bool
+def next_pace(pace: float, loss_momentum: float | None, settings: BitScheduleSettings) -> float:
+    """The pace after one more training step: the relative change of weights that it allows."""
+    rising = loss_momentum is not None and -loss_momentum > settings.loss_rise
+    return settings.momentum * pace + (1 - settings.momentum) * (0.0 if rising else settings.perturbation)
 
 
-def rungs(plan: Sequence[LayerPlan]) -> tuple[int, ...]:
-    """The widths that the layers with the longest ladders move down to, the widest first.
-
-    Layers with shorter ladders move along with them.
-    """
-    longest = max((len(layer.ladder) for layer in plan), default=0)
-    narrower = {width for layer in plan if len(layer.ladder) == longest for width in layer.ladder[1:]}
-    return tuple(sorted(narrower, reverse=True))
-
-
-def decide(
-    step: int,
-    settings: BitScheduleSettings,
-    loss_momentum: float | None,
-    observed: int,
-    *,
-    layers: Sequence[LayerStatus],
-) -> tuple[Transition, ...]:
-    """The transitions that begin at `step`.
-
-    In the momentum schedule:
-
-    - From the last call on, every waiting layer begins a transition to its target width at once.
-    - Before that, nothing begins while any layer is in transition, before the warm-up is over, or while the loss
-      momentum is at the plateau or above it.
-    - Otherwise the least perturbed layers move one rung down, as many as the settings allow. Layers over the
-      perturbation bound wait. Late in training they move to their target width instead, since there is no time for the
-      rungs between.
-
-    In a fixed schedule every layer moves to the narrowest of its rungs that is due. The moving averages are only
-    recorded in the transitions.
-
-    Args:
-        step: present training step.
-        settings: settings of the decision.
-        loss_momentum: value of the loss momentum, or None where there is none yet.
-        observed: number of improvements averaged at the present widths.
-        layers: status of every planned layer.
-    """
-    # A layer waits if it still has rungs below it and no blend is under way.
-    waiting = [layer for layer in layers if layer.rungs and not layer.in_transition]
+def paced_distance(pace: float, perturbation: float, settings: BitScheduleSettings) -> float:
+    """How far the pace lets a layer move in one training step, in rungs, if its next rung perturbs it so much."""
     if settings.fixed:
-        # The rungs that a layer passes at this step are those at or above the narrowest due width; it goes to the last.
-        due = min(settings.due(step), default=math.inf)
-        reached = [(layer, [rung for rung in layer.rungs if rung >= due]) for layer in waiting]
-        return tuple(
-            _transition(step, layer, passed[-1], loss_momentum, cause="fixed") for layer, passed in reached if passed
-        )
-    if step >= settings.last_call:
-        return tuple(_transition(step, layer, layer.rungs[-1], loss_momentum, cause="deadline") for layer in waiting)
-    moving = any(layer.in_transition for layer in layers)
-    if moving or loss_momentum is None or observed < settings.warm_up or loss_momentum >= settings.plateau:
-        return ()
-    allowed = max(1, math.floor(settings.layers_per_transition * len(layers)))
-    calm = sorted(
-        (layer for layer in waiting if layer.perturbation <= settings.perturbation),
-        key=lambda layer: layer.perturbation,
-    )
-    rung = -1 if step >= settings.late_from else 0  # the target width when it is late, otherwise the next rung
-    return tuple(
-        _transition(step, layer, layer.rungs[rung], loss_momentum, cause="plateau") for layer in calm[:allowed]
-    )
+        return 0.0
+    return pace / perturbation if perturbation > pace else 1.0
 
 
-def _transition(
-    step: int, layer: LayerStatus, to_bits: int, loss_momentum: float | None, *, cause: Cause
-) -> Transition:
-    """The record of a layer's transition to this width."""
-    return Transition(step, layer.name, layer.bits, to_bits, loss_momentum, layer.perturbation, cause)
-
-
-def next_lambda(lam: float, step: int, settings: BitScheduleSettings, loss_momentum: float | None) -> float:
-    """lambda after one more training step: beta lambda + (1 - beta), or unchanged where the blend pauses.
-
-    A blend of the momentum schedule pauses while the loss rises faster than the plateau allows, unless it is late.
-    """
-    worse = not settings.fixed and loss_momentum is not None and loss_momentum < -settings.plateau
-    if worse and step < settings.late_from:
-        return lam
-    return settings.blend_momentum * lam + (1 - settings.blend_momentum)
+def even_distance(rungs_left: float, step: int, settings: BitScheduleSettings) -> float:
+    """How far a layer has to move in this training step, in rungs, to be evenly at its target by the deadline."""
+    return rungs_left / max(1, settings.deadline - step)

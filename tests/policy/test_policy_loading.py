@@ -153,8 +153,8 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         ),
         (
             "  steps: 20",
-            "  steps: 20\nprogressive: {plateau: .nan}",
-            "p.yaml:5: progressive.plateau: got NaN; allowed a number at least 0",
+            "  steps: 20\nprogressive: {loss_rise: .nan}",
+            "p.yaml:5: progressive.loss_rise: got NaN; allowed a number over 0",
         ),
         (
             "  steps: 20",
@@ -925,7 +925,7 @@ def test_the_policies_that_ship() -> None:
 
 @pytest.mark.parametrize("text", ["1e4", "yes", "null", "größe #1: [x]", "2024-11-02", "a\nb", "~"])
 def test_awkward_text_comes_back_from_its_dump(write: Write, text: str) -> None:
-    policy = load_policy(write(GOOD), ["training.learning_rate=1.25e-7", "progressive.plateau=0"])
+    policy = load_policy(write(GOOD), ["training.learning_rate=1.25e-7", "progressive.perturbation=1"])
     rules = {"0": policy.quantization.layers["0"].model_copy(update={"match": (text,)})}
     policy = policy.model_copy(update={"quantization": policy.quantization.model_copy(update={"layers": rules})})
     assert load_policy(write(dump_policy(policy), "copy.yaml")) == policy
@@ -937,7 +937,7 @@ def test_difference_names_each_changed_key_with_both_values(write: Write) -> Non
     after = load_policy(write(GOOD), ["sampler.steps=40", "progressive.ladder=[8, 2]", keep_float])
     found = difference(before, after)
     assert found[0] == "sampler.steps: was 20, now 40"
-    assert found[-1] == "progressive.ladder: was [8, 6, 4], now [8, 2]"
+    assert found[-1] == "progressive.ladder: was [8], now [8, 2]"
     assert "quantization.layers[1].weights.bits: was 4, now nothing" in found
     assert "quantization.layers[1].keep_float: was false, now true" in found
     assert difference(before, before) == []

@@ -40,7 +40,7 @@ def quantization(*rules: dict[str, Any]) -> dict[str, Any]:
 def test_a_policy_of_required_keys_alone_has_every_default() -> None:
     policy = Policy.model_validate(SMALLEST)
     assert (policy.sampler.steps, policy.distillation.student_steps) == (20, 10)
-    assert policy.progressive.ladder == (8, 6, 4)
+    assert policy.progressive.ladder == (8,)
     assert policy.evaluation.seed != policy.calibration.seed
     rule = policy.quantization.layers["0"]
     assert rule.match == ("conv_in",)

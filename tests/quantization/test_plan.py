@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.layer_rules import LayerRule, numbered
-from pqcad_qat.quantization.plan import LayerPlan, missing_rungs, plan_layers, plan_with_remarks
+from pqcad_qat.quantization.plan import LayerPlan, plan_layers, plan_with_remarks
 from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers, plan_json
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.report.tables import plan_table
@@ -49,16 +49,6 @@ def test_ladders_are_the_rungs_above_the_target() -> None:
     assert layers["conv_in"] == (8,)
     assert layers["conv1"] == (8, 6, 5)
     assert layers["down"] == (8, 6, 4, 2)
-
-
-def test_a_ladder_without_a_rung_for_some_layers_is_told_with_their_last_step() -> None:
-    rules = rule("conv_in", bits=8), rule("conv1", bits=7), rule("*", bits=3)
-    assert missing_rungs(plan(*rules), (8, 6, 4)) == (
-        "progressive.ladder: [8, 6, 4] has no rung of 3 bits, the width of down, conv_shortcut, to_q and 3 more; "
-        "the last step there is 4>3",
-        "progressive.ladder: [8, 6, 4] has no rung of 7 bits, the width of conv1; the last step there is 8>7",
-    )
-    assert missing_rungs(plan(*rules, ladder=(8, 7, 3)), (8, 7, 3)) == ()
 
 
 def test_specs_are_the_rules_words() -> None:

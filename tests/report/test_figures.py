@@ -72,10 +72,9 @@ def test_a_chart_is_the_same_each_time(charts: dict[str, str]) -> None:
 def test_timeline_tells_each_transition_with_its_cause_and_momenta(charts: dict[str, str]) -> None:
     told = titles(charts["timeline"])
     for move in fixture_report().bit_schedule:
-        start = f"step {move.step}: {move.layer} from {move.from_bits} to {move.to_bits} bits, called by {move.cause}"
-        # on the map and in both momenta's panels
-        assert sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 3
-    assert "110 transitions, 5 by deadline, 105 by plateau" in charts["timeline"]
+        start = f"step {move.step}: {move.layer} from {move.from_bits} to {move.to_bits} bits, time set by {move.cause}"
+        assert sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 1
+    assert "110 transitions, 5 by deadline, 105 by momentum" in charts["timeline"]
 
 
 def test_timeline_ends_at_the_mean_of_the_target_widths(charts: dict[str, str]) -> None:
@@ -84,13 +83,13 @@ def test_timeline_ends_at_the_mean_of_the_target_widths(charts: dict[str, str]) 
 
 def test_timeline_stands_without_plan_and_without_curves() -> None:
     report = replace(fixture_report(), layers=())
-    assert "called by deadline" in (figures.bit_timeline(report, Curves()) or "")
+    assert "time set by deadline" in (figures.bit_timeline(report, Curves()) or "")
 
 
 def test_timeline_marks_what_a_fixed_schedule_moved() -> None:
     report = fixture_report()
     moves = tuple(replace(move, cause="fixed") for move in report.bit_schedule[:3])
-    assert "called by fixed" in texts(figures.bit_timeline(replace(report, bit_schedule=moves), Curves()) or "")
+    assert "time set by fixed" in texts(figures.bit_timeline(replace(report, bit_schedule=moves), Curves()) or "")
 
 
 def test_timeline_says_unknown_for_a_missing_momentum() -> None:

@@ -122,6 +122,7 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
         "loss_momentum",
         "perturbation",
         "cause",
+        "began",
     ]
     assert list(document["parity"]) == [
         "layers_checked",

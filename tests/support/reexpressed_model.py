@@ -45,9 +45,7 @@ class Reexpressed(nn.Module):
         if self.trained_type == self.new_type:
             return prediction
         signal = self.signal[t].reshape(-1, 1, 1, 1)
-        return join_prediction(
-            *split_prediction(prediction, x_t, signal, self.trained_type), signal, self.new_type
-        )
+        return join_prediction(*split_prediction(prediction, x_t, signal, self.trained_type), signal, self.new_type)
 
 
 def equal_times(trained: DDPMSchedule, new: DDPMSchedule) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -168,7 +168,8 @@ def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run
     assert {f"{stage}/loss" for stage in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD)} <= tags
     assert {
         "pq/loss_momentum",
-        "pq/perturbation",
+        "pq/weight_change",
+        "pq/pace",
         "pq/mean_bits",
         "pqcad/loss/teacher",
         "pqcad/loss/calibration",
