@@ -157,7 +157,7 @@ def test_rules_plan_what_was_chosen(tiny_policy: Policy, prepared: Prepared, see
 
 def test_a_layers_ladder_ends_at_its_new_width(prepared: Prepared) -> None:
     own = {layer.name: layer.ladder for layer in prepared.plan}
-    assert set(own.values()) == {(8, 6, 4), (8, 7)}
+    assert set(own.values()) == {(8, 4), (8, 7)}
     for layer in with_bits(prepared.plan, dict.fromkeys(own, 6)):
         assert (layer.weights.bits, layer.ladder) == (6, (8, 6) if own[layer.name][-1] == 4 else (8, 7, 6))
 
