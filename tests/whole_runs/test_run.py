@@ -183,10 +183,8 @@ def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run
         }
         assert watched | {f"pq/layer/{layer['name']}/perturbation"} <= tags
         ends = events.Scalars(f"pq/layer/{layer['name']}/bits")
-        assert (ends[0].value, events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value) == (
-            8,
-            layer["weights"]["bits"],
-        )
+        assert layer["weights"]["bits"] < ends[0].value <= 8  # the first step moves a little already
+        assert events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value == layer["weights"]["bits"]
         assert all(event.value > 0 for event in events.Scalars(f"pqcad/layer/{layer['name']}/weight_range"))
     assert len(events.Scalars("pq/loss")) == tiny_run.policy.progressive.steps
 
@@ -234,7 +232,8 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
         "reference_kind",
         "floor",
     }
-    assert set(report["bit_schedule"][0]) == {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause"}
+    transition = {"step", "layer", "from", "to", "loss_momentum", "perturbation", "cause", "began"}
+    assert set(report["bit_schedule"][0]) == transition
     assert set(report["parity"]) == {"layers_checked", "layers_exact", "worst_layer", "worst_error", "end_to_end_psnr"}
     assert set(report["execution"]) == {"planned", "executed_int8", "float_layers", "needs_vnni", "attention"}
     stages = {
