@@ -15,6 +15,10 @@ from pqcad_qat.policy.variants import VARIANTS
 from pqcad_qat.quantization.mixed_precision import limit_in_bytes
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
+from pqcad_qat.stages.width_search import MEASURED
+
+STEPS = 40
+"""Training steps before each measurement: on the embedded digits more of them gain less than 3 dB (NOTES.md)."""
 
 
 def widths_measured(policy: Policy) -> bool:
@@ -46,11 +50,12 @@ def measurement_notes(policy: Policy) -> Iterator[str]:
     """What a run will measure to give layers their widths, and what its bytes depend on."""
     if not widths_measured(policy):
         return
-    section = policy.quantization
-    key = "quality" if section.quality is not None else "max_size"
+    key = "max_size" if policy.quantization.quality is None else "quality"
+    # the two searches, for widths and for float layers, share a measurement, and the second follows on two of the first
+    trainings = "one short training" if key == "max_size" else f"each of up to {MEASURED + 1} short trainings"
     yield (
         f"quantization.{key}: this plan shows the narrowest widths; the run gives each layer a width of its ladder, "
-        "after it has measured each layer's error, and held-out images after short trainings"
+        f"after it has measured each layer's error, and held-out images after {trainings} of {STEPS} steps"
     )
     if policy.export.weights != "packed":
         yield (

@@ -47,7 +47,7 @@ from pqcad_qat.quantization.mixed_precision import (
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.width_choice import WidthChoice, WidthTrial, choice_text
-from pqcad_qat.stages.asked_widths import widths_measured
+from pqcad_qat.stages.asked_widths import STEPS, widths_measured
 from pqcad_qat.stages.held_out_images import Nearness, held_out_nearness
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
@@ -58,9 +58,6 @@ from pqcad_qat.stages.width_search import Plan, left_float, search
 from pqcad_qat.training.callback import BatchSource
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
-
-STEPS = 40
-"""Training steps before each measurement: on the embedded digits more of them gain less than 3 dB (NOTES.md)."""
 
 STATES = 16
 """Number of states on which a layer's error is measured."""

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from tiny_runs import POLICIES, tiny_overrides
 
+from pqcad_qat.commands.report import report
 from pqcad_qat.commands.run import preview, run
 from pqcad_qat.data.calibration import calibration_set
 from pqcad_qat.errors import PlanError, PolicyError
@@ -32,7 +33,8 @@ from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.recipe import reason_to_repeat, record_of
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import recipes
-from pqcad_qat.stages.stage_records import WidthsRecord
+from pqcad_qat.stages.stage_records import TrainingRecord, WidthsRecord
+from pqcad_qat.training.stage_end import StageEnd
 
 QUICK = (
     "export.weights=packed",
@@ -111,6 +113,9 @@ def test_a_quality_is_reached_by_the_smallest_widths_that_were_measured_to_have_
     assert {layer["name"]: layer["weights"]["bits"] for layer in written["layers"]} == record.bits
     assert written["expected_bytes"]["packed"] == choice.chosen.size_bytes
     assert read_report(runs / "quality").widths == choice
+    report(runs / "quality")  # the page made again is of the same plan
+    rows = {row.layer: row.weight_bits for row in read_report(runs / "quality").layers if row.weight_bits is not None}
+    assert rows == record.bits
     assert f"Widths for quantization.quality {quality:g} dB: " in told
     assert f"{choice.chosen.psnr:.1f} dB to full precision without training" in told
 
@@ -188,6 +193,18 @@ def test_the_widths_within_a_size_are_trained_and_told(
     assert layers == record.bits
 
 
+def test_a_model_that_lost_the_quality_in_its_training_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    run_folder = RunFolder(tmp_path)
+    kept = StageEnd(9, "steps", "last", {"last": 0.1}, {"last": 29.4}, {}, training_s=1.0)
+    run_folder.finish(PQ, 1.0, TrainingRecord((), kept))
+    for quality in (29, 30):
+        chosen_widths.warn_of_lost_quality(
+            asked(tiny_folder, f"quantization.quality={quality}"), run_folder, Console(quiet=True)
+        )
+    (warning,) = run_folder.warnings()
+    assert warning.startswith("quantization.quality: pq has 29.4 dB after its training, and 30 dB were asked for")
+
+
 def test_a_size_under_that_of_the_narrowest_widths_is_refused_at_the_start(tiny_folder: Path) -> None:
     with pytest.raises(PlanError, match=r"max_size: got 0\.02x .* allowed at least 0\.\d\dMB \(0\.\d+x\)"):
         prepare(asked(tiny_folder, "quantization.max_size=0.02x"))
@@ -207,6 +224,7 @@ def test_a_preview_says_what_will_be_measured(tiny_folder: Path, tmp_path: Path)
     assert WIDTHS in [stage.name for stage in shown.stages]
     notes = "\n".join(shown.notes)
     assert "quantization.quality: this plan shows the narrowest widths" in notes
+    assert "held-out images after each of up to 9 short trainings of 40 steps" in notes
     assert "export.weights: int8 stores every width in a byte" in notes
     without = preview(asked(tiny_folder, variants=PQ), tmp_path / "run")
     assert WIDTHS not in [stage.name for stage in without.stages]
