@@ -51,8 +51,8 @@ def measurement_notes(policy: Policy) -> Iterator[str]:
     if not widths_measured(policy):
         return
     key = "max_size" if policy.quantization.quality is None else "quality"
-    # the two searches, for widths and for float layers, share a measurement, and the second follows on two of the first
-    trainings = "one short training" if key == "max_size" else f"each of up to {MEASURED + 1} short trainings"
+    # a search among widths, or one among float layers after the two ends of the first
+    trainings = "one short training" if key == "max_size" else f"up to {MEASURED + 1} short trainings"
     yield (
         f"quantization.{key}: this plan shows the narrowest widths; the run gives each layer a width of its ladder, "
         f"after it has measured each layer's error, and held-out images after {trainings} of {STEPS} steps"

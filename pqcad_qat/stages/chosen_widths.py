@@ -62,6 +62,9 @@ from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_s
 STATES = 16
 """Number of states on which a layer's error is measured."""
 
+Errors = Mapping[str, Mapping[int, float]]
+"""Mapping from a layer to the error that it makes at each width of its ladder."""
+
 _ERRORS = TypeAdapter(tuple[LayerSensitivity, ...])
 
 
@@ -74,7 +77,6 @@ class Trials:
         models: quantized copies, with the ranges of one calibration.
         batches: batches of the trained trajectories.
         nearness: measure of held-out images.
-        target: quality in dB that the policy asks for, infinity for none.
         steps: number of training steps; 0 for a run that trains nothing.
         folder: folder of what was measured before an interruption.
         tell: function called with what is being done.
@@ -86,7 +88,6 @@ class Trials:
     models: QuantizedModels
     batches: BatchSource
     nearness: Nearness
-    target: float
     steps: int
     folder: Path
     tell: Callable[[str], None]
@@ -100,7 +101,7 @@ class Trials:
     def measure(self, plan: Plan) -> WidthTrial:
         """Measure a choice: the better one of before and after the training, as a stage keeps it.
 
-        Where the target is reached without training, nothing is trained.
+        Images without finite values have 0 dB.
         """
         key = content_digest({layer.name: layer.weights.bits for layer in plan})
         if key in self.done:
@@ -120,9 +121,8 @@ class Trials:
         psnr = known.get(key)
         if psnr is None:
             model = self.models.of(plan).at_targets()
-            psnr = self.nearness(model)
-            if psnr < self.target and self.steps:
-                psnr = max(psnr, self.nearness(self.trained(model)))
+            psnrs = [self.nearness(model), *([self.nearness(self.trained(model))] if self.steps else [])]
+            psnr = max((psnr for psnr in psnrs if math.isfinite(psnr)), default=0.0)
         psnr = exchanged(psnr)[0][0]  # all processes go on with the first one's measurement
         if is_first() and key not in known:
             write_file(file, json.dumps({**known, key: psnr}))
@@ -177,7 +177,6 @@ def choose_widths(
                     untrained,
                     matched_states(policy, calibration, costs)[0],
                     held_out_nearness(policy, prepared, calibration, variant=PQ, start=start),
-                    target=math.inf if policy.quantization.quality is None else policy.quantization.quality,
                     steps=STEPS if trains else 0,
                     folder=run.unfinished(WIDTHS),
                     tell=tell,
@@ -213,20 +212,21 @@ def warn_of_lost_quality(policy: Policy, run: RunFolder, console: Console) -> No
 
 def _chosen(trials: Trials, calibration: CalibrationSet) -> WidthsRecord:
     """Measure the errors of layers, then choose by what the policy asks for."""
-    layers = {layer.name: layer for layer in _sensitivities(trials, calibration)}
     prepared, section = trials.prepared, trials.policy.quantization
+    layers = {layer.name: layer for layer in _sensitivities(trials, calibration)}
+    errors = {layer.name: {bits: layers[layer.name].error(bits) for bits in layer.ladder} for layer in prepared.plan}
     costs = weight_costs(prepared.split, prepared.plan, widths(prepared.plan), packed=trials.packed)
     options = {
-        layer.name: [
-            Option(bits, costs.layers[layer.name][bits], layers[layer.name].error(bits)) for bits in layer.ladder
-        ]
-        for layer in prepared.plan
+        name: [Option(bits, costs.layers[name][bits], error) for bits, error in by_width.items()]
+        for name, by_width in errors.items()
     }
     limit = None if section.max_size is None else limit_in_bytes(section.max_size, costs.whole)
-    if limit is None:
-        plan = _smallest(trials, [with_bits(prepared.plan, bits) for bits in choices_by_size(options)], layers)
-    else:
+    if limit is not None:
         plan = with_bits(prepared.plan, choose_bits(options, limit - costs.fixed))
+    else:
+        assert section.quality is not None
+        plans = [with_bits(prepared.plan, bits) for bits in choices_by_size(options)]
+        plan = _smallest(trials, plans, errors, section.quality)
     chosen, bits = trials.measure(plan), {layer.name: layer.weights.bits for layer in plan}
     choice = WidthChoice(
         quality=section.quality,
@@ -258,22 +258,22 @@ def _sensitivities(trials: Trials, calibration: CalibrationSet) -> tuple[LayerSe
     return _ERRORS.validate_json(file.read_bytes())
 
 
-def _smallest(trials: Trials, by_width: Sequence[Plan], layers: Mapping[str, LayerSensitivity]) -> Plan:
+def _smallest(trials: Trials, by_width: Sequence[Plan], errors: Errors, quality: float) -> Plan:
     """The smallest plan that has the quality: one of these, or their last with some layers in floating point.
 
     Raises:
         PlanError: none has it.
     """
     widest = by_width[-1]
-    errors = {layer.name: layers[layer.name].error(layer.weights.bits) for layer in widest}
-    for plans in (by_width, [widest, *left_float(widest, errors)]):
-        predicted = [sum(layers[layer.name].error(layer.weights.bits) for layer in plan) for plan in plans]
-        if (place := search(partial(_nearness_of, trials, plans), predicted, trials.target)) is not None:
+    at_widest = {layer.name: errors[layer.name][layer.weights.bits] for layer in widest}
+    for plans in (by_width, [widest, *left_float(widest, at_widest)]):
+        predicted = [sum(errors[layer.name][layer.weights.bits] for layer in plan) for plan in plans]
+        if (place := search(partial(_nearness_of, trials, plans), predicted, quality)) is not None:
             return plans[place]
     best = max(trials.done.values(), key=lambda trial: trial.psnr)
     raise PlanError(
-        f"quantization.quality: got {trials.target:g} dB; allowed at most {best.psnr:.1f} dB, the best that was "
-        f"measured, with {best.float_layers} of {len(widest)} planned layers in floating point"
+        f"quantization.quality: got {quality:g} dB; allowed at most {best.psnr:.1f} dB, the best that was measured, "
+        f"with {best.float_layers} of {len(widest)} planned layers in floating point"
     )
 
 

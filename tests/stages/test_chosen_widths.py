@@ -224,7 +224,7 @@ def test_a_preview_says_what_will_be_measured(tiny_folder: Path, tmp_path: Path)
     assert WIDTHS in [stage.name for stage in shown.stages]
     notes = "\n".join(shown.notes)
     assert "quantization.quality: this plan shows the narrowest widths" in notes
-    assert "held-out images after each of up to 9 short trainings of 40 steps" in notes
+    assert "held-out images after up to 9 short trainings of 40 steps" in notes
     assert "export.weights: int8 stores every width in a byte" in notes
     without = preview(asked(tiny_folder, variants=PQ), tmp_path / "run")
     assert WIDTHS not in [stage.name for stage in without.stages]
