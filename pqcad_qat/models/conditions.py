@@ -61,12 +61,16 @@ class ConditionSet:
 
         The choice of a trajectory depends only on the seed and the trajectory's index, as its noise does.
         """
-        rows = [
+        rows = self.choice(seed, first, count)
+        return {name: value[rows] for name, value in self.choices.items()}
+
+    def choice(self, seed: int, first: int, count: int) -> list[int]:
+        """Return which conditions these trajectories have, as rows of `choices`; [] for an unconditional model."""
+        return [
             int(np.random.default_rng((seed, trajectory, CHOICE)).integers(len(self)))
             for trajectory in range(first, first + count)
             if self.choices
         ]
-        return {name: value[rows] for name, value in self.choices.items()}
 
     @property
     def null_class(self) -> int | None:

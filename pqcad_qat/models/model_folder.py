@@ -19,7 +19,7 @@ from pqcad_qat.models.families import stable_diffusion
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.models.families.table import FORMER_CLASS, OF_PICTURES
 from pqcad_qat.models.weight_files import FILE_VARIANTS, SAFETENSORS, has_weights
-from pqcad_qat.policy.schema import EMBEDDED
+from pqcad_qat.policy.evaluation import EMBEDDED
 
 INDEX = "model_index.json"
 CONFIG = "config.json"

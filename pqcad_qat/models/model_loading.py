@@ -48,7 +48,7 @@ from pqcad_qat.models.model_folder import (
 from pqcad_qat.models.own_model import OWN, OwnModel, built
 from pqcad_qat.models.trial_calls import try_call
 from pqcad_qat.models.weight_files import fitting, has_weights, load_weights, stored_tensors, weight_files
-from pqcad_qat.policy.schema import EMBEDDED
+from pqcad_qat.policy.evaluation import EMBEDDED
 from pqcad_qat.sampling.schedulers import DDIM_KEYS, DDIM_SCHEDULER, FLOW_SCHEDULER, scheduler_class
 from pqcad_qat.sampling.trajectory import noise_schedule
 

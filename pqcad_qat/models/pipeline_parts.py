@@ -127,13 +127,13 @@ class PipelineParts:
         """
         name, where = self.class_of(part), self.folder / part / CONFIG
         if part in DECODERS:
-            with _named(where, name):
+            with loading(where, name):
                 shapes: Any = self._shapes(part)
                 latents = torch.zeros(1, latent_channels(shapes.config), 8, 8, device="meta")
                 try_call(lambda: shapes.decode(latents), name, read_json(where))
             return
         check_transformers(f"pipeline.{TEXT_ENCODERS[0]}")
-        with _named(where, name):
+        with loading(where, name):
             self._shapes(part)
         check_tokenizer(self.folder / TOKENIZERS[TEXT_ENCODERS.index(part)])
 
@@ -171,7 +171,7 @@ class PipelineParts:
         pipeline = pipelines().get(str(self.index.get("_class_name")))
         used = SCALING if pipeline is None else pipeline.scaling  # a pipeline of an unknown class may use all of them
         unused = [key for key in SCALING if key in full and key not in used]
-        with _named(where, name):
+        with loading(where, name):
             module: Any = class_of(name).from_config(
                 {key: value for key, value in config.items() if key != "_use_default_values"}
             )
@@ -185,34 +185,9 @@ class PipelineParts:
         return cast(nn.Module, kind(kind.config_class.from_pretrained(self.folder / part, local_files_only=True)))
 
     def _text_encoder(self, part: str, **options: Any) -> nn.Module:
-        """Load a text encoder in float32, with further options for transformers.
-
-        Raises:
-            ModelError: tensors are missing, or have other shapes than the config gives them.
-        """
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        name, folder = self.class_of(part), self.folder / part
-        with _named(folder, name), silent("transformers"):
-            module, report = getattr(transformers, name).from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=torch.float32,
-                variant=variant_of(self._weight_files(part)[0]),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-        kinds = {"missing_keys": "missing", "mismatched_keys": "of another shape"}
-        tensors = [(kind, sorted(map(str, report[key]))) for key, kind in kinds.items()]
-        if faults := [f"{len(names)} {kind}: {listed(names)}" for kind, names in tensors if names]:
-            raise ModelError(
-                f"{folder}: got weights that do not fit; allowed those of the {name} that {CONFIG} describes: "
-                f"{'; '.join(faults)}"
-            )
-        return cast(nn.Module, module)
+        """Load a text encoder in float32, with further options for transformers."""
+        self._weight_files(part)  # for its message where there are none
+        return load_with_transformers(self.folder / part, self.class_of(part), **options)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -265,6 +240,36 @@ def pipeline_parts(folder: Path | None) -> PipelineParts | None:
     return PipelineParts(folder, read_index(folder))
 
 
+def load_with_transformers(folder: Path, name: str, **options: Any) -> nn.Module:
+    """Load a model of a class of transformers in float32 from safetensors alone, with further options for it.
+
+    Raises:
+        ModelError: files are missing or damaged, tensors are missing, or have other shapes than the config gives them.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with loading(folder, name), silent("transformers"):
+        module, report = getattr(transformers, name).from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            variant=variant_of(weight_files(folder, TEXT_STEM)[0]),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    kinds = {"missing_keys": "missing", "mismatched_keys": "of another shape"}
+    tensors = [(kind, sorted(map(str, report[key]))) for key, kind in kinds.items()]
+    if faults := [f"{len(names)} {kind}: {listed(names)}" for kind, names in tensors if names]:
+        raise ModelError(
+            f"{folder}: got weights that do not fit; allowed those of the {name} that {CONFIG} describes: "
+            f"{'; '.join(faults)}"
+        )
+    return cast(nn.Module, module)
+
+
 def check_transformers(where: str) -> None:
     """Raise ModelError where the library transformers is not installed; `where` begins the message."""
     if find_spec("transformers") is None:
@@ -301,7 +306,7 @@ def left_out(part: str) -> str:
 
 
 @contextmanager
-def _named(where: Path, name: str) -> Iterator[None]:
+def loading(where: Path, name: str) -> Iterator[None]:
     """Turn whatever diffusers and transformers raise within this context into a ModelError.
 
     On a damaged folder they raise anything from OSError to KeyError.

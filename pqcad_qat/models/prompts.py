@@ -88,7 +88,7 @@ def stored_embeddings(prompts: Path, folder: Path, store: Path, encoding: Encodi
     Raises:
         ModelError: as for `encode_prompts`.
     """
-    lines, (pipeline, layout) = _lines(prompts), _layout(folder)
+    lines, (pipeline, layout) = read_prompts(prompts), _layout(folder)
     decides = {
         "prompts": lines,
         "pipeline": pipeline,
@@ -110,7 +110,7 @@ def check_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) -> 
     Raises:
         ModelError: as for `encode_prompts`, as far as configs show it.
     """
-    _lines(prompts)
+    read_prompts(prompts)
     check_transformers("conditions.prompts")
     pipeline, layout = _layout(folder)
     _arguments(getattr(diffusers, pipeline), pipeline, encoding)  # for the fault that it may raise
@@ -132,7 +132,7 @@ def encode_prompts(prompts: Path, folder: Path, encoding: Encoding = OWN_WAY) ->
         ModelError: transformers is not installed, the file holds no prompts, the pipeline's class is unknown or has no
             text encoders, or it does not offer the chosen setting.
     """
-    lines = _lines(prompts)
+    lines = read_prompts(prompts)
     check_transformers("conditions.prompts")
     name, layout = _layout(folder)
     names = layout.gives
@@ -172,7 +172,8 @@ def too_long_prompts(prompts: Path, folder: Path, tokens: int | None) -> tuple[s
     return cut_prompts(_numbered(prompts), prompts, folder, tokens) if (folder / INDEX).is_file() else ()
 
 
-def _lines(prompts: Path) -> list[str]:
+def read_prompts(prompts: Path) -> list[str]:
+    """Return the prompts of a file, without empty lines."""
     return [prompt for _, prompt in _numbered(prompts)]
 
 

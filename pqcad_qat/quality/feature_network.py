@@ -21,7 +21,7 @@ from pqcad_qat.data.images import ImageSet
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest, write_json
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, EMBEDDED, NO_FEATURES
+from pqcad_qat.policy.evaluation import EFFICIENTNET_LITE0, EMBEDDED, NO_FEATURES
 from pqcad_qat.quality.efficientnet_lite import CHANNELS, WEIGHTS_SHA256, load_efficientnet_lite0
 from pqcad_qat.quality.fid_protocol import INCEPTION_SHA256, ReferenceKind
 from pqcad_qat.quality.image_features import FeatureExtractor, FeatureStatistics, feature_statistics, image_statistics

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pqcad_qat.policy.schema import EFFICIENTNET_LITE0
+from pqcad_qat.policy.evaluation import EFFICIENTNET_LITE0
 
 MANY_IMAGES = 10_000
 """Customary number of images. With fewer, a Frechet distance is too large by an amount that depends on their number."""
@@ -72,7 +72,7 @@ class FidProtocol:
         """Sentences on the floor; empty where it is not known."""
         if (floor := self.floor) is None:
             return ""
-        kid = "" if floor.kid is None else f" and a KID of {kid_text(floor.kid, floor.kid_error)}"
+        kid = "" if floor.kid is None else f" and a KID of {error_text(floor.kid, floor.kid_error)}"
         first, second = floor.images
         first_set, second_set = self.floor_sets
         return (
@@ -88,6 +88,6 @@ class FidProtocol:
         return "by full precision", "of the reference"
 
 
-def kid_text(value: float, error: float | None) -> str:
-    """Text of a kernel distance times 1,000 with its standard error, such as 95.2±3.1."""
-    return f"{value:.1f}" if error is None else f"{value:.1f}±{error:.1f}"
+def error_text(value: float, error: float | None, digits: int = 1) -> str:
+    """Text of a measure with its standard error, such as 95.2±3.1."""
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f}±{error:.{digits}f}"

@@ -50,6 +50,8 @@ class FidelityFigures:
     kid_real_error: float | None = None  # its standard error
     precision: float | None = None  # of Kynkaanniemi et al. 2019, from 0 to 1
     recall: float | None = None
+    clip_score: float | None = None  # of images and their prompts, from 0 to 100; not computed in this file
+    clip_score_error: float | None = None  # its standard error
 
 
 def fid_protocol(features: Features, images: int, sampler: str, steps: int, *, seed: int) -> FidProtocol:

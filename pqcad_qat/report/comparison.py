@@ -19,7 +19,7 @@ from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.report.record import Report, VariantRow
 
 QUALITY = ("fid_real", "fid_fp", "psnr_fp")
-FIGURES = (*QUALITY, "kid_real", "latency_ms_per_image", "size_bytes")
+FIGURES = (*QUALITY, "kid_real", "clip_score", "latency_ms_per_image", "size_bytes")
 PROTOCOL = ("images", "features_sha256", "reference", "sampler", "seed")
 """Fields of the protocol that must be equal for two Frechet distances to be compared; steps may differ."""
 
@@ -113,7 +113,8 @@ def compare_runs(title: str, runs: Sequence[Run], command: str) -> Comparison:
     """Compare runs: one part for each model, with one row for each variant of the runs that differ only in their seed.
 
     Raises:
-        StudyError: two runs of one model have distances of different protocols, or the same policy and seed.
+        StudyError: two runs of one model have distances of different protocols, scores by different CLIP models, or the
+            same policy and seed.
     """
     models: dict[str, list[Run]] = {}
     for run in runs:
@@ -154,6 +155,12 @@ def _refuse_other_protocols(runs: Sequence[Run]) -> None:
             faults.append(
                 f"{first} and {path}: got distances of different protocols ({'; '.join(differs)}); allowed one protocol"
             )
+    clips = [(run.path, run.report.clip) for run in runs if run.report.clip]
+    faults += [
+        f"{clips[0][0]} and {path}: got CLIP scores by {clips[0][1]} and {clip}; allowed one CLIP model"
+        for path, clip in clips
+        if clip != clips[0][1]
+    ]
     if faults:
         raise StudyError("\n".join(faults))
 

@@ -29,6 +29,7 @@ HEADINGS = {
     "fid_real": "{distance} to {against}",
     "kid_real": "KID to {against}",
     "fid_fp": "{distance} to full precision",
+    "clip_score": "CLIP score",
     "psnr_fp": "PSNR to full precision, dB",
     "latency_ms_per_image": "ms an image",
     "size_bytes": "MB",

@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pqcad_qat.policy.variants import FP32, OURS, PQCAD, REFERENCE, VARIANTS, summary_of
-from pqcad_qat.quality.fid_protocol import kid_text
+from pqcad_qat.quality.fid_protocol import error_text
 from pqcad_qat.report import figures
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
 from pqcad_qat.report.sample_sheets import STRIP_IMAGES, ordered, strip_uri
@@ -85,7 +85,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         few_images=report.fid_protocol is not None and report.fid_protocol.under_10000,
         kernel_distances=any(row.kid_real is not None for row in report.variants),
         coverage=any(row.precision is not None for row in report.variants),
-        kid_text=kid_text,
+        error_text=error_text,
         target_text=target_text,
         spread=spread,
         ours=OURS,
@@ -222,6 +222,7 @@ def best_values(report: Report) -> dict[str, float]:
         ("latency_ms_per_step", min),
         ("fid_real", min),
         ("kid_real", min),
+        ("clip_score", max),
     ):
         rows = [row for row in report.variants if not (key.startswith("latency") and row.name in report.unsteady)]
         values = [value for row in rows if (value := getattr(row, key)) is not None]

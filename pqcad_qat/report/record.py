@@ -119,6 +119,8 @@ class VariantRow:
     kid_real_error: float | None = None  # its standard error
     precision: float | None = None  # share of its images that look like the reference's, 0 to 1
     recall: float | None = None  # share of the reference that its images cover, 0 to 1
+    clip_score: float | None = None  # mean score of its images and their prompts by a CLIP model, 0 to 100
+    clip_score_error: float | None = None  # its standard error
 
     @property
     def steps_text(self) -> str:
@@ -249,6 +251,7 @@ class Report:
     timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> wall time in seconds, in order
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
+    clip: str = ""  # name and SHA-256 of the CLIP model of the CLIP scores; empty for none
     quality_note: str = ""  # reason for missing figures of quality, and what the figures refer to if not to images
     # variant -> distribution of the time of one denoiser call
     latency: Mapping[str, Timing] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from torch import nn
 
 from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
-from pqcad_qat.quality.fid_protocol import kid_text
+from pqcad_qat.quality.fid_protocol import error_text
 from pqcad_qat.quantization.plan import LayerPlan, quantizer_words
 from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
@@ -116,6 +116,7 @@ def result_table(report: Report, folder: Path) -> TerminalTable:
         f"{report.distance} {report.against}",
         *(["KID"] if kernel else []),
         *(["prec/rec"] if coverage else []),
+        *(["CLIP"] if report.clip else []),
     ]
     table = TerminalTable("variant", "bits", "steps", *distances, "PSNR dB", "ms/image", "MB", title=title)
     for row in report.variants:
@@ -123,9 +124,11 @@ def result_table(report: Report, folder: Path) -> TerminalTable:
         megabytes = None if row.size_bytes is None else row.size_bytes / 1e6
         figures = [row.fid_real, row.psnr_fp, row.latency_ms_per_image, megabytes]
         distance, psnr, time, size = ("" if figure is None else f"{figure:.2f}" for figure in figures)
-        kid = "" if row.kid_real is None else kid_text(row.kid_real, row.kid_real_error)
+        kid = "" if row.kid_real is None else error_text(row.kid_real, row.kid_real_error)
         covered = "" if row.precision is None else f"{row.precision:.2f}/{row.recall:.2f}"
-        distances = [distance, *([kid] if kernel else []), *([covered] if coverage else [])]
+        scored = "" if row.clip_score is None else error_text(row.clip_score, row.clip_score_error, 2)
+        measured = ((distance, True), (kid, kernel), (covered, coverage), (scored, report.clip))
+        distances = [text for text, shown in measured if shown]
         time += f" {UNSTEADY}" if time and row.name in report.unsteady else ""
         table.add_row(row.name, bits, row.steps_text, *distances, psnr, time, size)
     return table

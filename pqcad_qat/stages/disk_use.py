@@ -54,7 +54,7 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
     if stage == "teacher":
         return 4 * trajectories * policy.sampler.steps * state
     if stage.startswith("samples-"):
-        decoded = math.prod(prepared.picture_shape) if prepared.model.latent and policy.features is not None else 0
+        decoded = math.prod(prepared.picture_shape) if prepared.model.latent and policy.takes_pictures else 0
         return 2 * policy.evaluation.images * ((state if prepared.model.latent else state // 4) + decoded)
     # full-precision weights for float steps: in float32 beside the student, in float16 in two deployed folders
     in_float = 2 * weights if may_have_float_steps(policy, prepared.schedule) else 0

@@ -24,14 +24,17 @@ from pqcad_qat.machine.files import whole_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
-from pqcad_qat.policy.schema import EMBEDDED, Policy
+from pqcad_qat.policy.evaluation import EMBEDDED
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS, WIDTHS
+from pqcad_qat.quality.clip_score import clip_name
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim, own_floor
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.report.report_files import write_report
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
+from pqcad_qat.stages.clip_scores import with_clip_scores
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.reference_set import compared
@@ -146,7 +149,7 @@ def _make_images(
     variant = _variant(policy, prepared, run, name, untrained=untrained, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
-        kept = images_or_latents(prepared.model, decoded=policy.features is not None)
+        kept = images_or_latents(prepared.model, decoded=policy.takes_pictures)
         samples = sample_rows(
             variant, count, policy.evaluation.seed, batch, kept=kept, advance=advance, batch_folder=batch_folder
         )
@@ -212,7 +215,7 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
     with run.stage("evaluation") as stage:
         if not stage.new:
             return
-        source, latent = policy.features, prepared.model.latent
+        section, protocol, source, latent = policy.evaluation, None, policy.features, prepared.model.latent
         features = None if source is None else compared(policy, prepared, run, load_features(source), console=console)
         of_latents = latent and features is None
         full = _samples(run, REFERENCE, of_latents)
@@ -225,14 +228,17 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
                 figures[name] = (
                     evaluate_latents(own, full) if of_latents else evaluate_images(own, full, features, known)
                 )
-        section, protocol = policy.evaluation, None
+        clip = "" if section.clip is None else clip_name(Path(section.clip))
+        if clip:
+            pictures = partial(_samples, run, latents=False)
+            figures = with_clip_scores(figures, pictures, policy, prepared, console=console)
         if features is not None:
             steps, sampler = policy.sampler.steps, prepared.schedule.sampler
             protocol = fid_protocol(features, section.images, sampler, steps, seed=section.seed)
             if features.reference_kind == "full-precision":
                 protocol = replace(protocol, floor=own_floor(figures[REFERENCE]))
         notes = [*_on_features(policy), *_on_samples(prepared, full, of_latents)]
-        stage.done(EvaluationRecord(figures, protocol, hardware(), " ".join(notes)))
+        stage.done(EvaluationRecord(figures, protocol, hardware(), " ".join(notes), clip))
 
 
 def _on_features(policy: Policy) -> Iterator[str]:

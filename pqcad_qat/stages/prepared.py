@@ -25,11 +25,13 @@ from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.models.part_fit import check_decoder, check_text_width, picture_shape
 from pqcad_qat.models.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states
-from pqcad_qat.models.prompts import too_long_prompts
+from pqcad_qat.models.prompts import read_prompts, too_long_prompts
 from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of, untrained_model
+from pqcad_qat.policy.evaluation import EFFICIENTNET_LITE0
 from pqcad_qat.policy.origins import located
-from pqcad_qat.policy.schema import EFFICIENTNET_LITE0, Policy
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import VARIANTS, stages_of
+from pqcad_qat.quality.clip_score import check_clip
 from pqcad_qat.quality.feature_network import check_shape, load_features
 from pqcad_qat.quantization.layer_matching import listed
 from pqcad_qat.quantization.plan import LayerPlan, plan_with_remarks
@@ -64,6 +66,7 @@ class Prepared:
         pipeline: parts of the model's pipeline; None for a denoiser alone.
         part_formats: part name -> format in which it is deployed, for the parts that are deployed.
         remarks: remarks of the plan about patterns of its rules.
+        prompts: the prompts behind the conditions, in their order; () where they do not come from prompts.
     """
 
     model: DiffusionModel
@@ -73,6 +76,7 @@ class Prepared:
     pipeline: PipelineParts | None = None
     part_formats: Mapping[str, PartFormat] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
@@ -121,7 +125,9 @@ def prepare(policy: Policy, store: Path | None = None, own: OwnModel | None = No
         check_guidance(policy.sampler.guidance_scale, conditions)
         pipeline = pipeline_parts(model.folder)
         formats = chosen_formats(pipeline, policy.pipeline.model_dump(), model.source)
-        return Prepared(model, split, plan, conditions, pipeline, formats, remarks)
+        prompts = policy.conditions.prompts
+        lines = () if prompts is None else tuple(read_prompts(Path(prompts)))
+        return Prepared(model, split, plan, conditions, pipeline, formats, remarks, lines)
 
 
 def prepare_untrained(policy: Policy) -> Prepared | None:
@@ -232,7 +238,8 @@ def check_steps(policy: Policy, model: DiffusionModel) -> NoiseSchedule:
 
 
 def check_compared(policy: Policy) -> None:
-    """Check that the policy's feature network and its reference can be read, before a model is downloaded or loaded.
+    """Check that the policy's feature network, reference and CLIP model can be read, before a model is downloaded or
+    loaded.
 
     Raises:
         ModelError: they cannot; a line of the message for each.
@@ -253,19 +260,30 @@ def check_compared(policy: Policy) -> None:
             check_pictures(Path(reference), "evaluation.reference")
         except ModelError as error:
             faults.append(str(error))
+    if policy.evaluation.clip is not None:
+        try:
+            check_clip(Path(policy.evaluation.clip))
+        except ModelError as error:
+            faults.append(f"evaluation.clip: {error}")
     if faults:
         raise ModelError("\n".join(faults))
 
 
 def check_features(policy: Policy, model: DiffusionModel) -> None:
-    """Check that the policy's feature network reads the pictures that the model makes.
+    """Check that the policy's feature network reads the pictures that the model makes, and that it makes pictures for a
+    CLIP model.
 
     Raises:
         ModelError: it does not.
     """
+    shape = picture_shape(pipeline_parts(model.folder), model.sample_shape) if model.latent else model.sample_shape
+    if policy.evaluation.clip is not None and shape is None:
+        raise ModelError(
+            f"evaluation.clip: got {policy.evaluation.clip!r}; {model.source} makes latents, and has no decoder; "
+            "allowed null"
+        )
     if (source := policy.features) is None:
         return
-    shape = picture_shape(pipeline_parts(model.folder), model.sample_shape) if model.latent else model.sample_shape
     if shape is None:
         raise ModelError(
             f"evaluation.features: got {source!r}; {model.source} makes latents of {model.sample_shape[0]} channels, "

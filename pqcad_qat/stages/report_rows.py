@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -83,7 +83,7 @@ FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet
 TIMES = ("latency_ms_per_image",)
 """Keys of FIGURES that are computed from a timing."""
 
-OF_IMAGES = ("fid_real", "fid_fp", "kid_real", "kid_real_error", "precision", "recall", "psnr_fp", "ssim_fp")
+OF_IMAGES = tuple({f.name for f in fields(FidelityFigures)} & {f.name for f in fields(VariantRow)})
 """Fields that a row of the report has from the record of evaluation, under the same names."""
 
 _NOT_MEASURED = FidelityFigures(0, None, None, None, None, identical_to_fp=False, rank_deficient=False)
@@ -145,6 +145,7 @@ def report_of(facts: RunFacts) -> Report:
         targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
         warnings=facts.warnings,
         quality_note=facts.evaluation.note,
+        clip=facts.evaluation.clip,
         latency=benchmark.timings if benchmark else {},
         layers=tuple(_layers(facts)),
         profiles=benchmark.profiles if benchmark else {},

@@ -28,6 +28,7 @@ from pqcad_qat.policy.variants import (
     run_variants,
     stages_of,
 )
+from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.asked_widths import widths_measured
@@ -259,11 +260,11 @@ class _Table:
             "walk": schedule.student(self.policy.sampler.steps, steps).walk(steps),
             "distillation.student_steps" if half else "sampler.steps": steps,
             "sampler.guidance_scale": self.policy.guidance_scale(variant),
-            **self.section("evaluation", "variants", "features", "reference"),
+            **self.section("evaluation", "variants", "features", "reference", "clip"),
         }
         if (pipeline := self.prepared.pipeline) is not None and decoder_of(self.prepared.model) is not None:
             values["decoder"] = pipeline.digest(*DECODERS)
-            if self.policy.features is not None:
+            if self.policy.takes_pictures:
                 values["decoded"] = "all"
         if spec.weights_from is None:
             values["model"] = self.prepared.model.digest
@@ -282,6 +283,8 @@ class _Table:
         values = {"evaluation.variants": shown, "evaluation.features": source, "features": features}
         if (pictures := self.policy.evaluation.reference) is not None:
             values |= {"evaluation.reference": Path(pictures).name, "reference": pictures_digest(Path(pictures))}
+        if (clip := self.policy.evaluation.clip) is not None:
+            values |= {"evaluation.clip": Path(clip).name, "clip": clip_digest(Path(clip))}
         return Recipe(values, tuple(sampling(name) for name in shown), _versions("torch"))
 
 

@@ -123,3 +123,4 @@ class EvaluationRecord(StageRecord):
     protocol: FidProtocol | None  # None without a feature network
     hardware: Hardware
     note: str = ""  # reason for figures that are missing
+    clip: str = ""  # CLIP model of the CLIP scores; empty for none

@@ -15,6 +15,7 @@ import pytest
 from report_fixture import fixture_report
 from rich.console import Console
 
+from pqcad_qat.errors import StudyError
 from pqcad_qat.policy.variants import FP32, PQCAD
 from pqcad_qat.quality.fid_protocol import INCEPTION_SHA256, Floor
 from pqcad_qat.report.comparison import Run, compare_runs
@@ -66,6 +67,28 @@ def test_only_a_distance_through_the_standard_inception_weights_is_called_fid() 
         assert re.search(r"\bFIDs?\b", one) is None
         assert re.search(r"\bFID\b", other)
         assert re.search(r"\bFDs?\b", other) is None
+
+
+def scored(model: str) -> Report:
+    """A report with CLIP scores by a model of this name."""
+    report = fixture_report()
+    rows = (replace(row, clip_score=26.314, clip_score_error=0.407) for row in report.variants)
+    return replace(report, variants=tuple(rows), clip=f"{model}, sha256 {'cd' * 32}")
+
+
+def test_clip_scores_are_shown_with_their_error_where_there_are_any() -> None:
+    page, terminal, table = shown(scored("vit"))
+    assert "26.31±0.41" in page
+    assert f"<dd>vit, sha256 {'cd' * 32}</dd>" in page
+    assert "26.31±0.41" in terminal
+    assert "CLIP score" in table
+    assert all("CLIP" not in text for text in shown(fixture_report()))
+
+
+def test_clip_scores_by_different_models_are_not_compared() -> None:
+    runs = [Run(name, {"run": name}, scored(name)) for name in ("one", "two")]
+    with pytest.raises(StudyError, match=r"one and two: got CLIP scores by one, .* and two, .*; allowed one"):
+        compare_runs("table", runs, "compare")
 
 
 def test_the_page_has_columns_of_what_was_measured_and_no_others() -> None:

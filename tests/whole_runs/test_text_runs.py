@@ -7,6 +7,7 @@ Not here: what the parts compute (test_part_export.py), and other conditional mo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,21 +16,25 @@ import pytest
 from PIL import Image
 from tiny_runs import POLICIES, TINY
 
-from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO, PTQ
 
 pytest.importorskip("transformers")
 
+import torch
+from clip_folder import clip_folder
 from rich.console import Console
 from safetensors.torch import load_file
 from text_pipelines import T5_TOKENS, TOKENS, WIDTH, flux_dev, stable_diffusion
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from pqcad_qat import cli
 from pqcad_qat.commands.run import run
-from pqcad_qat.errors import ModelError
+from pqcad_qat.errors import ModelError, PolicyError
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import VAE, pipeline_parts
-from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.loading import dump_policy, load_policy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.text_to_image import TextToImage
 from pqcad_qat.stages.samplers import decoder_of
@@ -235,6 +240,76 @@ def test_parts_that_are_not_there_end_a_run_before_anything_is_made(
     with pytest.raises(ModelError, match=fault):
         run(policy, tmp_path / "runs" / "tiny", "command", Console(quiet=True))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def scored(made: Path) -> Path:
+    """A run of the same pipeline without training, scored by a CLIP model that lies beside the pipeline."""
+    clip = f"evaluation.clip={clip_folder(made.parents[1])}"
+    policy = policy_of(made.parents[1], f"evaluation.variants=[{PTQ}]", clip)
+    return run(policy, made.with_name("scored"), "command", Console(quiet=True)).parent
+
+
+def test_a_clip_model_scores_every_variants_pictures_against_their_prompts(scored: Path) -> None:
+    report = json.loads((scored / "report.json").read_text())
+    folder = scored.parents[1] / "clip"
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    for row in report["variants"]:
+        pictures = load_file(scored / "samples" / f"{row['name']}.safetensors")["pictures"]
+        pixels = CLIPImageProcessorPil.from_pretrained(folder)(images=list(pictures), return_tensors="pt")
+        # image k is made for a prompt that its seed and k choose
+        chosen = [int(np.random.default_rng((1234, image, 1)).integers(2)) for image in range(4)]
+        tokens = tokenizer(["a cat", "two dogs"], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            result = model(**tokens, **pixels)
+        cosines = result.logits_per_image[range(4), chosen] / model.logit_scale.exp()
+        scores = (100 * cosines).clamp(min=0)
+        assert row["clip_score"] == pytest.approx(float(scores.mean()), abs=1e-3)
+        assert row["clip_score_error"] == pytest.approx(float(scores.std()) / 2, abs=1e-3)
+        assert row["psnr_fp"] is None or row["psnr_fp"] > 0
+    assert report["clip"] == f"clip, sha256 {clip_digest(folder)}"
+    page = (scored / "report.html").read_text()
+    assert f"<dd>clip, sha256 {clip_digest(folder)}</dd>" in page
+    assert f"{row['clip_score']:.2f}±{row['clip_score_error']:.2f}" in page
+
+
+def test_another_clip_model_repeats_the_evaluation_alone(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(scored.parents[1] / "clip", scored.parents[1] / "other")
+    (scored.parents[1] / "other" / "notes.txt").write_text("another folder")
+    clip = f"evaluation.clip={scored.parents[1] / 'other'}"
+    policy = policy_of(scored.parents[1], f"evaluation.variants=[{PTQ}]", clip)
+    (scored.parents[1] / "policy.yaml").write_text(dump_policy(policy))
+    cli.main(["run", str(scored.parents[1] / "policy.yaml"), "--out", str(scored), "--resume", "--dry-run"])
+    output = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"\b1 of \d+ stages to do", output)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["conditions.prompts=null"], r"evaluation\.clip: got '.*clip'; allowed null, as no prompts are given"),
+        (
+            ["evaluation.clip=nowhere"],
+            r"evaluation\.clip: .*nowhere/config\.json: got no such file; allowed the",
+        ),
+        (
+            ["pipeline.vae=none", "model.source={alone}"],
+            r"evaluation\.clip: got '.*clip'; .* has no decoder; allowed",
+        ),
+    ],
+)
+def test_a_clip_model_without_use_is_told_before_anything_is_made(
+    scored: Path, tmp_path: Path, overrides: list[str], fault: str
+) -> None:
+    alone = tmp_path / "pipeline"
+    shutil.copytree(scored.parents[1] / "pipeline", alone)
+    shutil.rmtree(alone / "vae")
+    index = json.loads((alone / "model_index.json").read_text())
+    (alone / "model_index.json").write_text(json.dumps({**index, "vae": [None, None]}))
+    settings = [f"evaluation.clip={scored.parents[1] / 'clip'}", *(each.format(alone=alone) for each in overrides)]
+    with pytest.raises((ModelError, PolicyError), match=fault):
+        run(policy_of(scored.parents[1], *settings), tmp_path / "runs" / "tiny", "command", Console(quiet=True))
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_a_pipelines_vae_is_read_where_its_index_names_one(made: Path) -> None:
