@@ -215,9 +215,9 @@ def evaluate(policy: Policy, prepared: Prepared, run: RunFolder, console: Consol
     with run.stage("evaluation") as stage:
         if not stage.new:
             return
-        section, protocol, source, latent = policy.evaluation, None, policy.features, prepared.model.latent
+        section, protocol, source = policy.evaluation, None, policy.features
         features = None if source is None else compared(policy, prepared, run, load_features(source), console=console)
-        of_latents = latent and features is None
+        of_latents = prepared.model.latent and features is None
         full = _samples(run, REFERENCE, of_latents)
         figures = {}
         with working(console, "evaluation: distances, PSNR, SSIM") as tell:

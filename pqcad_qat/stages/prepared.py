@@ -276,6 +276,8 @@ def check_features(policy: Policy, model: DiffusionModel) -> None:
     Raises:
         ModelError: it does not.
     """
+    if not policy.takes_pictures:
+        return
     shape = picture_shape(pipeline_parts(model.folder), model.sample_shape) if model.latent else model.sample_shape
     if policy.evaluation.clip is not None and shape is None:
         raise ModelError(

@@ -101,6 +101,8 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
             "kid_real_error",
             "precision",
             "recall",
+            "clip_score",
+            "clip_score_error",
         ),
     ]
     assert list(document["fid_protocol"]) == [

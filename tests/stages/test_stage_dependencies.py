@@ -119,7 +119,8 @@ def test_every_key_of_a_policy_is_tried() -> None:
     recipe as a whole.
     """
     tried = {override.split("=")[0].split("[")[0] for override in AGAIN}
-    tried.add("evaluation.reference")  # by test_reference_set.py, which has pictures
+    # by test_reference_set.py, which has pictures, and by test_text_runs.py, which has prompts
+    tried |= {"evaluation.reference", "evaluation.clip"}
     whole = load_policy(POLICIES / "smoke.yaml").model_dump()
     for section in ("training", "evaluation", "export"):
         optimizer = {"batch_size", "gradient_accumulation", "ema", "max_grad_norm"} if section == "training" else set()
