@@ -101,12 +101,13 @@ def predict(denoiser: nn.Module, x_t: Tensor, t: Tensor | float, condition: Cond
     A learned variance, in the channels after those of x_t, is cut off. A module of the user's own is called as
     `denoiser(x_t, t, **condition)`. The denoiser may be on another device: the prediction comes back to that of x_t.
     """
-    device = device_of(denoiser) or x_t.device
+    if (device := device_of(denoiser) or x_t.device) != x_t.device:
+        moved = {name: value.to(device) for name, value in (condition or {}).items()}
+        return predict(denoiser, x_t.to(device), t, moved).to(x_t.device)
     steps = t.to(device) if isinstance(t, Tensor) else torch.tensor(t, device=device)
     steps = steps if steps.shape == x_t.shape[:1] else steps.expand(x_t.shape[0])
     family = family_of(denoiser)
-    beside = family.keywords({name: value.to(device) for name, value in (condition or {}).items()})
-    prediction = _prediction(denoiser, family.call(denoiser, x_t.to(device), steps, beside)).to(x_t.device)
+    prediction = _prediction(denoiser, family.call(denoiser, x_t, steps, family.keywords(condition or {})))
     more = prediction.dim() == x_t.dim() and prediction.shape[1] > x_t.shape[1]
     return prediction[:, : x_t.shape[1]] if more else prediction
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from paper_models import small_unet
-from torch import nn
+from torch import Tensor, nn
 
 from pqcad_qat.machine import accelerators
 from pqcad_qat.machine.accelerators import accelerator, device_of, on_accelerator
@@ -53,6 +53,27 @@ def test_without_an_accelerator_nothing_moves(monkeypatch: pytest.MonkeyPatch) -
     with on_accelerator(module):
         pass
     assert module.places == []
+
+
+class Elsewhere(nn.Module):
+    """A denoiser on another device, which notes where its arguments are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+        self.places: list[str] = []
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        self.places += [value.device.type for value in (x, t, label)]
+        return torch.ones(x.shape)
+
+
+@pytest.mark.parametrize("t", [500, torch.tensor([500, 20])])
+def test_all_arguments_go_to_where_the_denoiser_is(t: Tensor | float) -> None:
+    denoiser = Elsewhere()
+    found = predict(denoiser, torch.zeros(2, 1, 4, 4), t, {"label": torch.zeros(2)})
+    assert denoiser.places == ["meta", "meta", "meta"]
+    assert torch.equal(found, torch.ones(2, 1, 4, 4))
 
 
 @pytest.mark.skipif(accelerator() is None, reason="torch sees no accelerator")
