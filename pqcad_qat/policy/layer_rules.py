@@ -132,9 +132,10 @@ class QuantizationPolicy(Section):
         None,
         gt=0,
         le=90,
-        description="dB that images from held-out noise shall have to full precision's own, in as many steps, after a "
-        "short training; each layer gets a width of its ladder, by measurement, so that the packed weights are as "
-        "small as that allows; what 8 bits cannot serve stays in floating point; null: the rules decide",
+        description="dB that images from held-out noise shall have to full precision's own, in as many steps, as the "
+        "mean of each image's PSNR after a short training; each layer gets a width of its ladder, by measurement, so "
+        "that the packed weights are as small as that allows; what 8 bits cannot serve stays in floating point; null: "
+        "the rules decide",
     )
     max_size: SizeLimit | None = Field(
         None,

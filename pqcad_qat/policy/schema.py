@@ -143,7 +143,8 @@ class ProgressivePolicy(Section):
     )
     ladder: Ladder = Field(
         (8,),
-        description="weight widths in bits, strictly descending, that a layer passes on its way to its target width",
+        description="weight widths in bits, strictly descending, that a layer passes on its way to its target width; "
+        "with quantization.quality or quantization.max_size, those that it may get",
     )
     schedule: Literal["momentum", "fixed"] = Field(
         "momentum",
