@@ -139,9 +139,9 @@ class QuantizationPolicy(Section):
     )
     max_size: SizeLimit | None = Field(
         None,
-        description="largest size of the deployed weights, as `plan` tells it: megabytes of 10^6 bytes, as 2.5MB, or a "
-        "share of float32, as 0.15x; each layer gets the width of its ladder that serves best within it, by "
-        "measurement; null: the rules decide",
+        description="largest size of the deployed weights, as `plan` tells it, for the file has tables of the graph "
+        "besides (35 kB for the embedded models): megabytes of 10^6 bytes, as 2.5MB, or a share of float32, as 0.15x; "
+        "each layer gets the width of its ladder that serves best within it, by measurement; null: the rules decide",
         examples=["2.5MB", "0.15x"],
     )
     attention: Literal["float", "int8"] = Field(
