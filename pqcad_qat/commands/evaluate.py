@@ -60,18 +60,20 @@ def evaluate(
         reference: folder of real pictures; by default that of a run's policy, or what the feature network brings along.
 
     Raises:
-        UsageError: the model makes latents, the feature network does not accept what the model makes, or the reference
-            cannot be used.
+        UsageError: the model makes latents and has no decoder, the feature network does not accept its pictures, or the
+            reference cannot be used.
         ModelError, PolicyError: as for `opened.opened_folder`.
     """
     variant = opened_folder(folder, steps, conditions, guidance)
-    if variant.latent:
+    if variant.latent and variant.decode is None:
+        channels = variant.sample_shape[0]
         raise UsageError(
-            f"{folder}: got a model of latents with {variant.sample_shape[0]} channels; allowed a model of images"
+            f"{folder}: got a model of latents with {channels} channels and no decoder; allowed a model of images, or "
+            "one with a decoder"
         )
-    source = features or _features_of(folder)
+    source, shape = features or _features_of(folder), variant.picture_shape
     try:
-        check_shape(source, variant.sample_shape)
+        check_shape(source, shape)
     except ModelError as error:
         raise UsageError(f"--features: {error}") from error
     network = load_features(source)
@@ -81,7 +83,7 @@ def evaluate(
             check_pictures(Path(pictures), "--reference")
         except ModelError as error:
             raise UsageError(str(error)) from error
-        network = with_pictures(network, Path(pictures), variant.sample_shape, console)
+        network = with_pictures(network, Path(pictures), shape, console)
     with progress_bar(console) as bar:
         task = bar.add_task("sample", total=images * variant.steps, note=variant.runtime)
         sampled = sample_images(variant, images, seed, BATCH, advance=lambda done: bar.update(task, advance=done))

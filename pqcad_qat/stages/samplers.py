@@ -96,6 +96,14 @@ class Sampler:
     undecoded: bool = False
 
     @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of its pictures; the decoder of latents is asked."""
+        if self.decode is None:
+            return self.sample_shape
+        _, channels, height, width = self.decode(np.zeros((1, *self.sample_shape), np.float32)).shape
+        return channels, height, width
+
+    @property
     def latent(self) -> bool:
         return self.undecoded or self.decode is not None or is_latent(self.sample_shape)
 
@@ -133,7 +141,8 @@ def _deployed_variant(name: str, model: OVUNet2DModel, steps: int | None) -> Sam
     variant = Sampler(name, "openvino", model.predict, schedule, steps or own or DEFAULT_STEPS, model.sample_shape)
     if PART_FOLDERS[VAE] not in model.manifest.get("parts", {}):
         return variant
-    return replace(variant, decode=lambda latents: PictureDecoder(model.folder, model.sample_shape)(latents))
+    load = cache(partial(PictureDecoder, model.folder, model.sample_shape))
+    return replace(variant, decode=lambda latents: load()(latents))
 
 
 def openvino_file_variant(
@@ -260,8 +269,12 @@ def pictures_of(rows: Rows) -> Tensor | None:
 def sample_images(
     variant: Sampler, count: int, seed: int, batch_size: int, *, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
-    """Sample uint8 images (count, C, H, W) from a seed, as `sample_states` does, for a model of pixels."""
-    return to_uint8(sample_states(variant, count, seed, batch_size, advance=advance))
+    """Sample uint8 images (count, C, H, W) from a seed, as `sample_rows` does; latents are decoded."""
+
+    def kept(x_0: Float32) -> Rows:
+        return {"images": to_uint8(torch.from_numpy(x_0 if variant.decode is None else variant.decode(x_0)))}
+
+    return sample_rows(variant, count, seed, batch_size, kept=kept, advance=advance)["images"]
 
 
 def sample_states(

@@ -18,8 +18,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import POLICIES
 
+from pqcad_qat.commands.evaluate import evaluate
 from pqcad_qat.commands.sweep import STUDY_PAGE, sweep
-from pqcad_qat.data.images import image_set
+from pqcad_qat.data.images import image_set, pictures_digest
 from pqcad_qat.policy.study_cells import load_study
 from pqcad_qat.policy.variants import (
     FIXED_BIT,
@@ -115,6 +116,18 @@ def test_latents_are_compared_by_the_pictures_that_diffusers_decodes(swept: Path
         assert found["pictures"].shape == (6, 3, PIXELS, PIXELS)
         assert (found["pictures"].float() - wanted).abs().max() <= 1
         assert np.isfinite(rows_of(swept, "ldm-celebahq-256")[name]["fid_real"])
+
+
+def test_a_run_of_latents_is_evaluated_again_by_what_its_deployed_folder_decodes(swept: Path) -> None:
+    run = swept / "ldm-celebahq-256-seed0"
+    given = {"steps": None, "features": None, "reference": None, "conditions": None, "guidance": None}
+    found = evaluate(str(run), images=6, seed=1234, console=Console(quiet=True), **given)
+    wanted = rows_of(swept, "ldm-celebahq-256")[PQCAD_OPENVINO]
+    # the deployed decoder rounds to 16 bits, and a latent between two vectors of the codebook may take the other one
+    assert found.figures.fid_real == pytest.approx(wanted["fid_real"], rel=0.3)
+    assert found.fid_protocol.reference == f"pictures {PIXELS}x{PIXELS}, 12 images, sha256 " + pictures_digest(
+        swept.parent / "pictures"
+    )
 
 
 def test_the_deployed_folder_of_latents_decodes_too(swept: Path) -> None:
