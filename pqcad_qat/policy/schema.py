@@ -148,11 +148,11 @@ class ProgressivePolicy(Section):
     )
     schedule: Literal["momentum", "fixed"] = Field(
         "momentum",
-        description="momentum: each layer moves as fast as the bound on the change of its weights allows, and slower "
-        "while the loss rises; fixed: all layers move evenly until the deadline",
+        description="momentum: each layer moves as fast as the bound on the change of its weights allows; fixed: all "
+        "layers move evenly until the deadline",
     )
     momentum: Momentum = Field(
-        0.9, description="decay per training step of the pace of the transitions, and of the averages of the loss"
+        0.9, description="decay per training step of the pace of the transitions, which begins at 0"
     )
     transition: Literal["blend", "jump"] = Field(
         "blend",
@@ -161,11 +161,6 @@ class ProgressivePolicy(Section):
     )
     perturbation: float = Field(
         0.005, gt=0, description="largest relative change of a layer's weights in one training step of a transition"
-    )
-    loss_rise: float = Field(
-        0.05,
-        gt=0,
-        description="relative rise of the averaged loss per training step, over which transitions slow down and stop",
     )
     deadline: Share = Field(
         0.5,

@@ -61,28 +61,19 @@ def _plain_log(axis: Axis) -> None:
 
 
 def bit_timeline(report: Report, curves: Curves) -> str | None:
-    """Chart of each planned layer's weight width over progressive training, the mean width, and both momenta; None
-    without transitions.
+    """Chart of each planned layer's weight width over progressive training, the mean width, and what each training
+    step changes of the weights; None without transitions.
     """
     if not report.bit_schedule:
         return None
     layers, end = _timeline_layers(report), _timeline_end(report, curves)
-    with canvas("timeline", 9.6, 4.2 + min(len(layers), 90) * 0.055) as drawn:
-        heights = [1.1 + len(layers) * 0.05, 1.0, 1.0, 1.0]
-        heat, mean, loss, change = drawn.figure.subplots(4, 1, sharex=True, height_ratios=heights)
+    with canvas("timeline", 9.6, 3.4 + min(len(layers), 90) * 0.055) as drawn:
+        heights = [1.1 + len(layers) * 0.05, 1.0, 1.0]
+        heat, mean, change = drawn.figure.subplots(3, 1, sharex=True, height_ratios=heights)
         _draw_widths(drawn, heat, report.bit_schedule, layers, end=end)
         _draw_mean(mean, report.bit_schedule, layers, end)
-        momenta = {series.name: series for series in curves.momenta}
-        rise = None if curves.loss_rise is None else -curves.loss_rise
-        _draw_momentum(
-            loss, "momentum of the loss: its averaged improvement a step", momenta.get("loss_momentum"), bound=rise
-        )
-        _draw_momentum(
-            change,
-            "largest relative change of a layer's weights by a step's move",
-            momenta.get("weight_change"),
-            bound=curves.perturbation,
-        )
+        paces = {series.name: series for series in curves.paces}
+        _draw_change(change, paces.get("weight_change"), curves.perturbation)
         change.set_xlabel("training step of progressive quantization")
         change.set_xlim(0, end)
         causes = {t.cause for t in report.bit_schedule}
@@ -102,7 +93,7 @@ def _timeline_layers(report: Report) -> dict[str, tuple[int, int]]:
 
 
 def _timeline_end(report: Report, curves: Curves) -> int:
-    trained = [s.steps[-1] for s in (*curves.losses, *curves.momenta) if s.stage == PQ and s.steps]
+    trained = [s.steps[-1] for s in (*curves.losses, *curves.paces) if s.stage == PQ and s.steps]
     return max([*trained, *(t.step + 1 for t in report.bit_schedule)])
 
 
@@ -152,11 +143,8 @@ def layer_group(name: str) -> str:
 
 
 def _transition_text(t: Transition) -> str:
-    loss = "unknown" if t.loss_momentum is None else f"{t.loss_momentum:.2e}"
-    perturbation = "unknown" if t.perturbation is None else f"{t.perturbation:.3f}"
     move = f"step {t.step}: {t.layer} from {t.from_bits} to {t.to_bits} bits"
-    begun = "" if t.began is None else f", begun at step {t.began}"
-    return f"{move}{begun}, time set by {t.cause}; loss momentum {loss}, perturbation {perturbation}"
+    return f"{move}, begun at step {t.began}, time set by {t.cause}; perturbation {t.perturbation:.3f}"
 
 
 def _draw_mean(axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, tuple[int, int]], end: int) -> None:
@@ -175,8 +163,8 @@ def _draw_mean(axes: Axes, schedule: Sequence[Transition], layers: Mapping[str, 
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def _draw_momentum(axes: Axes, title: str, series: Series | None, *, bound: float | None) -> None:
-    axes.set_title(title)
+def _draw_change(axes: Axes, series: Series | None, bound: float | None) -> None:
+    axes.set_title("largest relative change of a layer's weights by a step's move")
     if series is not None:
         axes.plot(*_points(series), color=COLOURS["violet"])
     if bound is not None:

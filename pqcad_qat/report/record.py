@@ -19,7 +19,7 @@ from pqcad_qat.report.width_choice import WidthChoice
 from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Comparison = Literal["<=", ">=", "=="]
 
 
@@ -218,7 +218,7 @@ class Series:
     """One quantity over training steps; a value that was not finite is None."""
 
     stage: str  # name of the variant that the stage trains
-    name: str  # "loss", "held_out", "teacher", "calibration", "loss_momentum", "weight_change", "mean_bits", ...
+    name: str  # "loss", "held_out", "teacher", "calibration", "pace", "weight_change", "mean_bits", ...
     steps: tuple[int, ...]
     values: tuple[float | None, ...]
 
@@ -228,12 +228,11 @@ class Curves:
     """Series that training logged."""
 
     losses: tuple[Series, ...] = ()  # one series for each stage and loss term, drawn on a logarithmic scale
-    # progressive quantization: "loss_momentum", "weight_change" (largest over the layers), "mean_bits"
-    momenta: tuple[Series, ...] = ()
+    # progressive quantization: "pace", "weight_change" (largest over the layers), "mean_bits"
+    paces: tuple[Series, ...] = ()
     # quantization-aware training: mean || Q(W) - W_0 || / || W_0 ||, W_0 at full precision
     distances: tuple[Series, ...] = ()
-    loss_rise: float | None = None  # bounds from the policy, drawn beside the momenta
-    perturbation: float | None = None
+    perturbation: float | None = None  # bound of the weights' change by a step, from the policy
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,7 @@ def _storage(facts: RunFacts) -> Iterator[StorageRow]:
 
 def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = None) -> Curves:
     """Series of the training logs for the report's charts; the held-out losses begin with those of the start."""
-    losses, momenta, distances = [], [], []
+    losses, paces, distances = [], [], []
     for stage in TRAINED:
         if stage not in stages_of(policy.evaluation.variants):
             continue
@@ -327,12 +327,8 @@ def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = 
         if stage in QUANTIZATION_AWARE:
             distances.append(_series(stage, "weight_distance", "weight_distance", rows))
         if stage == PQ:
-            momenta = [
-                _series(stage, key, key, rows)
-                for key in ("loss_momentum", "weight_change", "mean_bits", "blend_lambda")
-            ]
-    bounds = policy.progressive
-    return Curves(tuple(losses), tuple(momenta), tuple(distances), bounds.loss_rise, bounds.perturbation)
+            paces = [_series(stage, key, key, rows) for key in ("pace", "weight_change", "mean_bits", "blend_lambda")]
+    return Curves(tuple(losses), tuple(paces), tuple(distances), policy.progressive.perturbation)
 
 
 def _held_out(stage: str, rows: Sequence[Mapping[str, float]], end: StageEnd | None) -> Iterator[Series]:

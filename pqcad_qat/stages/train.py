@@ -222,7 +222,6 @@ def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) ->
     settings = BitScheduleSettings(
         momentum=progressive.momentum,
         perturbation=progressive.perturbation,
-        loss_rise=progressive.loss_rise,
         deadline=deadline,
         blends=progressive.transition == "blend",
         fixed=progressive.schedule == "fixed",

@@ -22,12 +22,10 @@ from pqcad_qat.quantization.layer_state import (
     set_weight_bits,
 )
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.training.callback import Callback, StepReport, TrainState
+from pqcad_qat.training.callback import Callback, TrainState
 from pqcad_qat.training.transition import Cause, Transition
 from pqcad_qat.training.transition_decision import (
     BitScheduleSettings,
-    LossMomentum,
-    Momentum,
     even_distance,
     next_pace,
     paced_distance,
@@ -77,7 +75,6 @@ class MomentumBitSchedule(Callback):
     def __post_init__(self) -> None:
         self.name = "bit-schedule"
         self._ladders = {layer.name: layer.ladder for layer in self.plan}
-        self._loss = LossMomentum.fresh(self.settings.momentum)
         self._pace = 0.0
         self._moves: dict[str, Move] = {}
         self._perturbations: dict[str, float] = {}  # of each layer's present or last transition
@@ -92,14 +89,10 @@ class MomentumBitSchedule(Callback):
         waiting = [name for name in self.layers if self._rungs(name)]
         if not waiting or state.step < state.held_until:
             return
-        self._pace = next_pace(self._pace, self._loss.improvement.value, self.settings)
+        self._pace = next_pace(self._pace, self.settings)
         reached = [self._move(name, state.step) for name in waiting]  # every layer moves, so no short cut by any()
         if any(reached):
             state.restart_ema()
-
-    def after_step(self, state: TrainState, report: StepReport) -> None:
-        """Update the loss momentum with the loss of this step."""
-        self._loss = self._loss.updated(report.loss)
 
     def _move(self, name: str, step: int) -> bool:
         """Move one layer on by one training step, and return whether it has reached another width."""
@@ -141,11 +134,7 @@ class MomentumBitSchedule(Callback):
         if self.settings.fixed:
             cause = "fixed"
         del self._moves[name]
-        self.transitions.append(
-            Transition(
-                step, name, bits, move.to_bits, self._loss.improvement.value, move.perturbation, cause, move.began
-            )
-        )
+        self.transitions.append(Transition(step, name, bits, move.to_bits, move.perturbation, cause, began=move.began))
 
     def _rungs(self, name: str) -> tuple[int, ...]:
         """The widths still below the layer's present one on its ladder, the widest first."""
@@ -153,7 +142,7 @@ class MomentumBitSchedule(Callback):
         return tuple(rung for rung in self._ladders[name] if rung < bits)
 
     def scalars(self) -> dict[str, float]:
-        """Values for the log: the pace, the change of weights, the loss momentum, mean lambda, and perturbations.
+        """Values for the log: the pace, the change of weights, mean lambda, and perturbations.
 
         The change is the largest relative change of a layer's weights by this step's move.
         """
@@ -161,14 +150,12 @@ class MomentumBitSchedule(Callback):
         return {
             "pace": self._pace,
             "weight_change": self._change,
-            "loss_momentum": self._loss.improvement.value or 0.0,
             "blend_lambda": sum(shares) / len(shares) if shares else 0.0,
             **{f"layer/{name}/perturbation": value for name, value in self._perturbations.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "loss": asdict(self._loss),
             "pace": self._pace,
             "moves": {name: asdict(move) for name, move in self._moves.items()},
             "perturbations": self._perturbations,
@@ -176,8 +163,6 @@ class MomentumBitSchedule(Callback):
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        from_saved = {name: Momentum(**average) for name, average in saved["loss"].items()}
-        self._loss = LossMomentum(**from_saved)
         self._pace = saved["pace"]
         self._moves = {name: Move(**move) for name, move in saved["moves"].items()}
         self._perturbations = dict(saved["perturbations"])

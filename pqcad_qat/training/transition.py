@@ -25,7 +25,6 @@ class Transition:
         layer: path of the layer.
         from_bits: width before it, in bits.
         to_bits: width after it, in bits.
-        loss_momentum: averaged relative improvement of the loss at its end, None before the first.
         perturbation: || Q_to(W) - Q_from(W) || / || Q_from(W) || at its beginning.
         cause: what set the time of its end.
         began: training step at which it began.
@@ -35,7 +34,6 @@ class Transition:
     layer: str
     from_bits: Annotated[int, Field(alias="from")]
     to_bits: Annotated[int, Field(alias="to")]
-    loss_momentum: float | None
-    perturbation: float | None
+    perturbation: float
     cause: Cause
-    began: int | None = None
+    began: int

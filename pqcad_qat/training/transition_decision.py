@@ -1,6 +1,6 @@
 """The decision of progressive quantization: how far each layer moves towards its next width in a training step.
 
-Everything here is a pure function of the training step, the settings and the moving averages.
+Everything here is a pure function of the training step, the settings and the pace.
 
 The method. Every layer has a ladder of widths, and its rungs are the widths still below its present one. A transition
 moves a layer down one rung: the layer computes the blend (1 - lambda) Q_now(W) + lambda Q_next(W), and lambda goes from
@@ -9,8 +9,8 @@ moves a layer down one rung: the layer computes the blend (1 - lambda) Q_now(W) 
 step, and each layer's lambda goes as fast as this pace allows. A layer that the next width changes little is there in
 a few steps; one that it changes much takes as many more.
 
-The pace has momentum: pace <- beta pace + (1 - beta) bound. The bound is the policy's, or 0 while the loss rises faster
-than the policy tolerates. The pace thus begins slowly, brakes slowly and goes on by itself once the model recovers.
+The pace has momentum: pace <- beta pace + (1 - beta) bound, from 0. The first steps, which find the optimizer without
+any knowledge of its gradients, thus change little.
 
 By a deadline every layer is at its target width: no layer is slower than it would have to be from now on, evenly.
 
@@ -23,7 +23,7 @@ Not here: the callback that applies the decision (bit_schedule.py), and the reco
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -31,76 +31,23 @@ class BitScheduleSettings:
     """Settings of the decision.
 
     Attributes:
-        momentum: beta, the decay per training step of the pace and of the averages of the loss.
+        momentum: beta, the decay per training step of the pace.
         perturbation: largest relative change of a layer's weights in one training step.
-        loss_rise: relative rise of the averaged loss per training step, over which the pace falls.
         deadline: training step at which every layer computes at its target width.
         blends: whether a transition is a blend; if False the layer jumps to the next width when the blend would end.
-        fixed: whether all layers move evenly until the deadline, whatever the moving averages say.
+        fixed: whether all layers move evenly until the deadline, at no pace.
     """
 
     momentum: float
     perturbation: float
-    loss_rise: float
     deadline: int
     blends: bool = True
     fixed: bool = False
 
 
-@dataclass(frozen=True)
-class Momentum:
-    """An exponential moving average with Adam's bias correction (Kingma and Ba 2015, algorithm 1).
-
-    Attributes:
-        beta: decay of the average.
-        average: the average before the correction.
-        count: number of values averaged so far.
-    """
-
-    beta: float
-    average: float = 0.0
-    count: int = 0
-
-    def updated(self, value: float) -> Momentum:
-        """The average with one more value."""
-        return replace(self, average=self.beta * self.average + (1 - self.beta) * value, count=self.count + 1)
-
-    @property
-    def value(self) -> float | None:
-        """The corrected average, or None before the first value."""
-        return self.average / (1 - self.beta**self.count) if self.count else None
-
-
-@dataclass(frozen=True)
-class LossMomentum:
-    """The loss momentum: the averaged relative improvement (l_{n-1} - l_n) / l_{n-1} of the smoothed training loss l.
-
-    Attributes:
-        smoothed: average of the loss.
-        improvement: average of the relative improvement of `smoothed`.
-    """
-
-    smoothed: Momentum
-    improvement: Momentum
-
-    @classmethod
-    def fresh(cls, beta: float) -> LossMomentum:
-        """A momentum before its first loss."""
-        return cls(Momentum(beta), Momentum(beta))
-
-    def updated(self, loss: float) -> LossMomentum:
-        """The momentum after one more loss; its first loss gives no improvement yet."""
-        before, smoothed = self.smoothed.value, self.smoothed.updated(loss)
-        if before is None or before == 0:
-            return replace(self, smoothed=smoothed)
-        assert smoothed.value is not None
-        return LossMomentum(smoothed, self.improvement.updated((before - smoothed.value) / before))
-
-
-def next_pace(pace: float, loss_momentum: float | None, settings: BitScheduleSettings) -> float:
+def next_pace(pace: float, settings: BitScheduleSettings) -> float:
     """The pace after one more training step: the relative change of weights that it allows."""
-    rising = loss_momentum is not None and -loss_momentum > settings.loss_rise
-    return settings.momentum * pace + (1 - settings.momentum) * (0.0 if rising else settings.perturbation)
+    return settings.momentum * pace + (1 - settings.momentum) * settings.perturbation
 
 
 def paced_distance(pace: float, perturbation: float, settings: BitScheduleSettings) -> float:

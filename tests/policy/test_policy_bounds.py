@@ -96,8 +96,8 @@ def test_a_number_beyond_64_bits_is_a_fault_of_its_key(tmp_path: Path, number: s
 
 @pytest.mark.parametrize("number", ["1e999", "-.inf", ".nan"])
 def test_a_number_that_is_not_finite_is_a_fault_of_its_key(tmp_path: Path, number: str) -> None:
-    [fault] = faults(GOOD + f"progressive:\n  loss_rise: {number}\n", tmp_path)
-    assert fault.startswith("p.yaml:5: progressive.loss_rise: got ")
+    [fault] = faults(GOOD + f"progressive:\n  perturbation: {number}\n", tmp_path)
+    assert fault.startswith("p.yaml:5: progressive.perturbation: got ")
 
 
 def test_a_date_is_text(tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ def load_shipped(name: str) -> Policy | PretrainPolicy:
         ),
         (
             "  steps: 20",
-            "  steps: 20\nprogressive: {loss_rise: .nan}",
-            "p.yaml:5: progressive.loss_rise: got NaN; allowed a number over 0",
+            "  steps: 20\nprogressive: {perturbation: .nan}",
+            "p.yaml:5: progressive.perturbation: got NaN; allowed a number over 0",
         ),
         (
             "  steps: 20",

@@ -69,11 +69,13 @@ def test_a_chart_is_the_same_each_time(charts: dict[str, str]) -> None:
     assert figures.bit_timeline(fixture_report(), fixture_curves()) == charts["timeline"]
 
 
-def test_timeline_tells_each_transition_with_its_cause_and_momenta(charts: dict[str, str]) -> None:
+def test_timeline_tells_each_transition_with_its_cause_and_perturbation(charts: dict[str, str]) -> None:
     told = titles(charts["timeline"])
     for move in fixture_report().bit_schedule:
-        start = f"step {move.step}: {move.layer} from {move.from_bits} to {move.to_bits} bits, time set by {move.cause}"
-        assert sum(tip.startswith(f"{start}; loss momentum 4.00e-03") for tip in told) == 1
+        start = (
+            f"step {move.step}: {move.layer} from {move.from_bits} to {move.to_bits} bits, begun at step {move.began}"
+        )
+        assert sum(tip.startswith(f"{start}, time set by {move.cause}; perturbation 0.") for tip in told) == 1
     assert "110 transitions, 5 by deadline, 105 by momentum" in charts["timeline"]
 
 
@@ -90,12 +92,6 @@ def test_timeline_marks_what_a_fixed_schedule_moved() -> None:
     report = fixture_report()
     moves = tuple(replace(move, cause="fixed") for move in report.bit_schedule[:3])
     assert "time set by fixed" in texts(figures.bit_timeline(replace(report, bit_schedule=moves), Curves()) or "")
-
-
-def test_timeline_says_unknown_for_a_missing_momentum() -> None:
-    report = fixture_report()
-    report = replace(report, bit_schedule=(replace(report.bit_schedule[0], loss_momentum=None),))
-    assert any("loss momentum unknown" in tip for tip in titles(figures.bit_timeline(report, Curves()) or ""))
 
 
 def test_quality_shows_the_variants_with_both_numbers(charts: dict[str, str]) -> None:

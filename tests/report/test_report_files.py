@@ -121,7 +121,6 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
         "layer",
         "from",
         "to",
-        "loss_momentum",
         "perturbation",
         "cause",
         "began",
@@ -180,17 +179,17 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema_version": 1, "pol', "cannot be read as JSON"),
+        ('{"schema_version": 2, "pol', "cannot be read as JSON"),
         ("[]", "got a JSON list; allowed an object"),
         ("{}", rf"schema_version: got None; allowed {SCHEMA_VERSION}, which this version"),
         ('{"schema_version": 99}', "schema_version: got 99"),
-        ('{"schema_version": 1, "seed": NaN}', "NaN is not JSON"),
+        ('{"schema_version": 2, "seed": NaN}', "NaN is not JSON"),
         (
-            '{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}',
+            '{"schema_version": 2, "seed": "x", "policy": {}, "hardware": {}}',
             r"seed: got 'x'; allowed a value that fits: Input should be a valid integer",
         ),
         (
-            '{"schema_version": 1, "seed": "x", "policy": {}, "hardware": {}}',
+            '{"schema_version": 2, "seed": "x", "policy": {}, "hardware": {}}',
             r"hardware\.cpu: got \{\}; allowed a value that fits: Field required",
         ),
     ],

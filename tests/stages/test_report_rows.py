@@ -248,7 +248,7 @@ def test_curves_are_what_training_logged(tiny_run: FinishedRun) -> None:
         (PQCAD, "teacher"),
         (PQCAD, "calibration"),
     }
-    assert [series.name for series in curves.momenta] == ["loss_momentum", "weight_change", "mean_bits", "blend_lambda"]
+    assert [series.name for series in curves.paces] == ["pace", "weight_change", "mean_bits", "blend_lambda"]
     logged = [json.loads(line) for line in (tiny_run.path / "logs" / "pqcad.jsonl").read_text().splitlines()]
     series = next(series for series in curves.losses if (series.stage, series.name) == (PQCAD, "calibration"))
     assert series.steps == tuple(row["step"] for row in logged)

@@ -178,14 +178,14 @@ def fixture_schedule(layers: tuple[LayerRow, ...]) -> tuple[Transition, ...]:
             cause = "deadline" if late else "momentum"
             moves.append(
                 Transition(
-                    400 if late else step, planned(layers)[index].layer, first, second, 0.004, perturbation, cause
+                    400 if late else step, planned(layers)[index].layer, first, second, perturbation, cause, step - 9
                 )
             )
     return tuple(sorted(moves, key=lambda move: move.step))
 
 
 def fixture_curves() -> Curves:
-    """Invented losses and momenta that fall."""
+    """Invented losses that fall, and paces."""
     generator = np.random.default_rng(1)
 
     def series(stage: str, name: str, steps: int, start: float, end: float) -> Series:
@@ -202,8 +202,8 @@ def fixture_curves() -> Curves:
         series(PQCAD, "teacher", 300, 0.03, 0.007),
         series(PQCAD, "calibration", 300, 0.035, 0.004),
     )
-    momenta = (
-        series(PQ, "loss_momentum", PQ_STEPS, 0.05, 0.003),
+    paces = (
+        series(PQ, "pace", PQ_STEPS, 0.004, 0.005),
         series(PQ, "weight_change", PQ_STEPS, 0.004, 0.005),
         series(PQ, "mean_bits", PQ_STEPS, 8, 4),
     )
@@ -212,7 +212,7 @@ def fixture_curves() -> Curves:
         Series(stage, "weight_distance", steps, tuple(0.1 + scale * n / 400 for n in steps))
         for stage, scale in ((PQ, 0.1), (FIXED_BIT, 0.2))
     )
-    return Curves(losses, momenta, distances, 0.05, 0.005)
+    return Curves(losses, paces, distances, 0.005)
 
 
 def fixture_samples(count: int = 12) -> dict[str, np.ndarray]:

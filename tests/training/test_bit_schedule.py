@@ -22,7 +22,7 @@ from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, new_state
 from pqcad_qat.training.transition_decision import BitScheduleSettings
 
-SETTINGS = BitScheduleSettings(momentum=0.5, perturbation=0.02, loss_rise=0.05, deadline=60)
+SETTINGS = BitScheduleSettings(momentum=0.5, perturbation=0.02, deadline=60)
 
 
 def network(settings: BitScheduleSettings = SETTINGS) -> tuple[nn.Module, TrainState, MomentumBitSchedule]:
@@ -80,12 +80,10 @@ def test_no_step_changes_a_layers_weights_by_more_than_the_bound() -> None:
 
 
 def test_a_layer_takes_as_long_as_its_next_width_changes_it() -> None:
-    model, state, schedule = network(BitScheduleSettings(0.0, 0.01, 0.05, 1000))
+    model, state, schedule = network(BitScheduleSettings(0.0, 0.01, 1000))
     first = {name: perturbation(layer, 4) for name, layer in quantized_layers(model).items()}
     walk(state, schedule, 60)
     for transition in schedule.transitions:
-        assert transition.began is not None
-        assert transition.perturbation is not None
         took = transition.step - transition.began + 1
         assert took == pytest.approx(transition.perturbation / 0.01, abs=1)
         if transition.from_bits == 8:
@@ -96,7 +94,7 @@ def test_a_layer_takes_as_long_as_its_next_width_changes_it() -> None:
 @pytest.mark.parametrize("blends", [True, False])
 @pytest.mark.parametrize("fixed", [True, False])
 def test_every_layer_is_at_its_target_by_the_deadline(deadline: int, blends: bool, fixed: bool) -> None:
-    model, state, schedule = network(BitScheduleSettings(0.9, 1e-6, 0.01, deadline, blends, fixed))
+    model, state, schedule = network(BitScheduleSettings(0.9, 1e-6, deadline, blends, fixed))
     walk(state, schedule, max(0, deadline - 1))
     assert widths(model) != {3}
     walk(state, schedule, max(1, deadline))
@@ -104,18 +102,8 @@ def test_every_layer_is_at_its_target_by_the_deadline(deadline: int, blends: boo
     assert {t.cause for t in schedule.transitions} == {"fixed" if fixed else "deadline"}
 
 
-def test_transitions_stand_still_while_the_loss_rises() -> None:
-    calm, rising = network(), network()
-    walk(*calm[1:], upto=12)
-    while rising[1].step < 12:
-        walk(*rising[1:], upto=rising[1].step + 1, loss=1.5 ** rising[1].step)
-    shares = [schedule.scalars()["pace"] for _, _, schedule in (calm, rising)]
-    assert shares[1] < 0.1 * shares[0]
-    assert len(rising[2].transitions) < len(calm[2].transitions)
-
-
 def test_a_jump_waits_as_long_as_a_blend_would_take() -> None:
-    (_, blending, blends), (model, jumping, jumps) = network(), network(BitScheduleSettings(0.5, 0.02, 0.05, 60, False))
+    (_, blending, blends), (model, jumping, jumps) = network(), network(BitScheduleSettings(0.5, 0.02, 60, False))
     walk(blending, blends, 60)
     walk(jumping, jumps, 3)
     assert all(blend_state(layer) is None for layer in quantized_layers(model).values())
@@ -148,7 +136,7 @@ def test_parameters_stay_the_same_objects_through_all_transitions() -> None:
 
 @pytest.mark.parametrize("blends", [True, False])
 def test_a_schedule_resumed_in_the_middle_of_a_transition_goes_on_as_the_uninterrupted_one(blends: bool) -> None:
-    settings = BitScheduleSettings(0.5, 0.02, 0.05, 60, blends)
+    settings = BitScheduleSettings(0.5, 0.02, 60, blends)
     whole, whole_state, whole_schedule = network(settings)
     walk(whole_state, whole_schedule, 60)
 

@@ -87,7 +87,7 @@ def stage(folder: Path, until: int = -1, budget: Budget = BUDGET) -> tuple[Train
 
     loss = Matching(layers, die)
     schedule = MomentumBitSchedule(
-        layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 10.0, 10.0, 0.5, 20, (4,))
+        layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 0.002, 20)
     )
     measures = held_out_loss(dict(layers), loss, budget, automatic=True)
     loop = LoopSettings(budget.steps, learning_rate=1e-3, warmup=20, shape="held", ema=0.9)
