@@ -19,6 +19,7 @@ _CAUSES = {
 _KEPT = {
     "average": "the moving average of the weights was kept",
     "last": "the last weights were kept, whose images are better than those of their moving average",
+    "best": "the weights of the lowest held-out loss were kept, since it had risen again",
     "start": "the weights that the stage was given were kept, since training had made their images worse",
 }
 

@@ -41,9 +41,9 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
     state = 4 * math.prod(prepared.model.sample_shape)
     trajectories = policy.calibration.trajectories
     # A checkpoint holds the weights, their averages and two Adam moments of each weight; one more checkpoint exists
-    # while it is written.
+    # while it is written, and so do the best weights.
     if recipes[stage].trained:
-        return weights * (1 + 4 * (policy.training.keep_checkpoints + 1))
+        return weights * (3 + 4 * (policy.training.keep_checkpoints + 1))
     if stage == "calibration":
         steps = noise_schedule(prepared.model.scheduler_config).passing(
             policy.sampler.steps, (policy.distillation.student_steps,)

@@ -38,7 +38,7 @@ from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.held_out import HeldOutLoss, best_weights, weights_of
-from pqcad_qat.training.stage_end import Ending, StageEnd
+from pqcad_qat.training.stage_end import Ending, Kept, StageEnd
 from pqcad_qat.training.stopping_rule import Budget
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
@@ -46,6 +46,7 @@ from pqcad_qat.training.transition import Transition
 
 _TRANSITIONS = TypeAdapter(tuple[Transition, ...])
 _END = TypeAdapter(StageEnd)
+_KINDS: tuple[Kept, ...] = ("start", "average", "last", "best")
 
 LONGEST_WARM_UP = 20
 """Largest number of training steps over which the learning rate rises."""
@@ -107,10 +108,9 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
     settings, warn = _stage_settings(policy, run, task), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
-    seconds = held_out.seconds
     with agreed() as first:
         if first:
-            end = _stage_end(task, state, start, seconds)
+            end = _stage_end(task, state, start, held_out)
             console.print(Text(end_sentence(task.stage, end)), soft_wrap=True)
             _keep_trained(run, task, end, folder=folder)
 
@@ -133,7 +133,8 @@ def _held_out_loss(policy: Policy, run: RunFolder, task: TrainingTask) -> HeldOu
     def settled() -> bool:
         return all(read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None for layer in layers)
 
-    return HeldOutLoss(task.held_out, [task.loss], budget, automatic, settled)
+    best_file = run.path / "checkpoints" / task.stage / "best.safetensors"
+    return HeldOutLoss(task.held_out, [task.loss], budget, automatic, settled, best_file)
 
 
 def _steps_of(policy: Policy, task: TrainingTask) -> int:
@@ -153,19 +154,26 @@ def _seconds_left(policy: Policy, run: RunFolder, stage: str) -> float | None:
     return max(0.0, 60 * policy.training.minutes - spent) / len(waiting)
 
 
-def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor], seconds: float) -> StageEnd:
+def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor], measures: HeldOutLoss) -> StageEnd:
     """Leave the best weights in the model, and return what the stage came to."""
+    seconds = measures.seconds
     task.model.cpu()  # where images are sampled
     kept, held_out, trained, images = best_weights(
-        state, start, [task.loss], held_out=task.held_out, trained=task.trained, nearness=task.nearness
+        state,
+        start,
+        [task.loss],
+        held_out=task.held_out,
+        trained=task.trained,
+        nearness=task.nearness,
+        best=measures.best,
     )
     ending = state.ending
     return StageEnd(
         steps=state.step,
         cause="steps" if ending is None else ending.cause,
         kept=kept,
-        held_out={kind: _finite(held_out.get(kind)) for kind in ("start", "average", "last")},
-        images={kind: _finite(images.get(kind)) for kind in ("start", "average", "last")},
+        held_out={kind: _finite(held_out.get(kind)) for kind in _KINDS},
+        images={kind: _finite(images.get(kind)) for kind in _KINDS},
         trained={"start": _finite(trained["start"]), "kept": _finite(trained[kept])},
         decay_from=None if ending is None else ending.decay_from,
         training_s=seconds,

@@ -1,5 +1,8 @@
 """Held-out states: trajectories that are never trained on, and the callback that measures the loss on them.
 
+A stage's last weights need not be its best: a loss can rise late, and the decay of the rate then leaves no time to come
+back. So the averaged weights are kept in a file whenever their held-out loss is the lowest so far.
+
 The loss of the held-out states is the stage's own loss, in evaluation mode and without gradients. Every process
 measures the same fixed batch with the same unwrapped model, so the value depends on nothing but the weights. With
 `steps: auto` it decides when the stage ends. Which weights are kept at the end is decided by whole images.
@@ -12,13 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pqcad_qat.machine.processes import exchanged
+from pqcad_qat.machine.processes import exchanged, is_first
+from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState, averaged_weights
@@ -77,6 +83,8 @@ class HeldOutLoss(Callback):
         budget: caps of the stage; its steps are the stage's number of steps where that is given.
         automatic: whether the stage ends by itself.
         settled: whether every layer computes at its target width.
+        best_file: file for the averaged weights of lowest loss at the target widths; None where they are not kept. A
+            process that goes on from a checkpoint may find those of a later step there, which are as good.
     """
 
     batch: Batch
@@ -84,6 +92,8 @@ class HeldOutLoss(Callback):
     budget: Budget
     automatic: bool = False
     settled: Callable[[], bool] = lambda: True
+    best_file: Path | None = None
+    _best: float = math.inf
     _progress: Progress = field(default_factory=Progress)
     _latest: float | None = None
     _measured_at: int = -1
@@ -116,7 +126,21 @@ class HeldOutLoss(Callback):
         if state.step % EVERY == 0 or state.step == last:
             with averaged_weights(state):
                 self._latest, self._measured_at = measured(state, self.batch, self.losses), state.step
+                self._keep_best(state.model)
         self._logged = {"held_out": self._latest} if self._measured_at == state.step else {}
+
+    def _keep_best(self, model: nn.Module) -> None:
+        """Keep the model's present weights if they are the best so far."""
+        if self.best_file is None or self._latest is None or not self._latest < self._best or not self.settled():
+            return
+        self._best = self._latest
+        if is_first():
+            save_tensors(weights_of(model), self.best_file)
+
+    @property
+    def best(self) -> Mapping[str, Tensor] | None:
+        """The weights of lowest held-out loss; None where none were kept."""
+        return load_file(self.best_file) if self.best_file is not None and math.isfinite(self._best) else None
 
     def scalars(self) -> Mapping[str, float]:
         return {name: value for name, value in self._logged.items() if value is not None}
@@ -128,12 +152,14 @@ class HeldOutLoss(Callback):
             "latest": self._latest,
             "measured_at": self._measured_at,
             "seconds": self.seconds,
+            "best": self._best if math.isfinite(self._best) else None,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore the state; time that was spent before going back to an earlier checkpoint still counts."""
         self._progress = Progress(tuple(saved["losses"]), saved["settled_at"])
         self._latest, self._measured_at = saved["latest"], saved["measured_at"]
+        self._best = math.inf if saved["best"] is None else saved["best"]
         self._seconds, self._resumed_at = max(saved["seconds"], self.seconds), None
 
 
@@ -150,10 +176,12 @@ def best_weights(
     held_out: Batch,
     trained: Batch,
     nearness: Callable[[nn.Module], float],
+    best: Mapping[str, Tensor] | None = None,
 ) -> tuple[Kept, dict[Kept, float], dict[Kept, float], dict[Kept, float]]:
     """Leave in the model the weights whose held-out images are nearest to full precision's.
 
-    Weights without a finite loss lose against any other. Of equals the moving average is kept, then the last.
+    Weights without a finite loss lose against any other. Of equals the moving average is kept, then the last, then
+    those of the lowest held-out loss.
 
     Args:
         state: state after the last training step.
@@ -162,6 +190,7 @@ def best_weights(
         held_out: states of the held-out trajectories.
         trained: states of the trained trajectories, to compare with.
         nearness: function that measures the model's held-out images; more is nearer.
+        best: weights of the lowest held-out loss on the way, where they were kept.
 
     Returns:
         which weights are kept, and the held-out loss, the trained loss and the nearness of all.
@@ -170,7 +199,7 @@ def best_weights(
     if state.ema is not None:
         with averaged_weights(state) as model:
             candidates["average"] = weights_of(model)
-    candidates |= {"last": weights_of(state.model), "start": start}
+    candidates |= {"last": weights_of(state.model), **({} if best is None else {"best": best}), "start": start}
     on_held_out: dict[Kept, float] = {}
     on_trained: dict[Kept, float] = {}
     nearnesses: dict[Kept, float] = {}

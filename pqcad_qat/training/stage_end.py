@@ -12,8 +12,9 @@ from typing import Literal
 EndCause = Literal["steps", "plateau", "max_steps", "minutes"]
 """Why a stage ended: its number of steps was given, the held-out loss stopped improving, or a cap was near."""
 
-Kept = Literal["average", "last", "start"]
-"""Weights that a stage may return: the moving average, the last ones, or those that it was given."""
+Kept = Literal["average", "last", "best", "start"]
+"""Weights that a stage may return: the moving average, the last ones, the moving average at its lowest held-out loss,
+or those that it was given."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StageEnd:
         steps: training steps that it took.
         cause: why it ended.
         kept: which weights it returned.
-        held_out: loss of the held-out states under each kind of weights: start, average, last.
+        held_out: loss of the held-out states under each kind of weights: start, average, last, best.
         images: PSNR in dB of held-out images to full precision's own, under each kind of weights; the best is kept.
         trained: loss of as many states of the trained trajectories, under the start's weights and the kept ones.
         decay_from: training step from which the learning rate fell, None where it fell all the way.

@@ -5,6 +5,7 @@ Not here: the rule of the end alone (test_stopping_rule.py), and whole runs (tes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pqcad_qat.quantization.layer_state import blend_state, read_bits
 from pqcad_qat.training import held_out as held_out_module
 from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
-from pqcad_qat.training.callback import TrainState
+from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.held_out import (
     STATES,
@@ -69,11 +70,18 @@ def test_fixed_states_are_all_different_and_spread_over_trajectories_and_times(t
         assert int(uses.max() - uses.min()) <= 1
 
 
-def held_out_loss(layers: dict[str, torch.nn.Module], loss: Matching, budget: Budget, automatic: bool) -> HeldOutLoss:
+def held_out_loss(
+    layers: dict[str, torch.nn.Module],
+    loss: Matching,
+    budget: Budget,
+    automatic: bool,
+    best_file: Path | None = None,
+) -> HeldOutLoss:
     def settled() -> bool:
         return all(read_bits(layer)[0] == 4 and blend_state(layer) is None for layer in layers.values())  # type: ignore[arg-type]
 
-    return HeldOutLoss({name: value[:6] for name, value in batches(10**6).items()}, [loss], budget, automatic, settled)
+    fixed = {name: value[:6] for name, value in batches(10**6).items()}
+    return HeldOutLoss(fixed, [loss], budget, automatic, settled, best_file)
 
 
 def stage(folder: Path, until: int = -1, budget: Budget = BUDGET) -> tuple[TrainState, HeldOutLoss]:
@@ -89,7 +97,7 @@ def stage(folder: Path, until: int = -1, budget: Budget = BUDGET) -> tuple[Train
     schedule = MomentumBitSchedule(
         layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 0.002, 20)
     )
-    measures = held_out_loss(dict(layers), loss, budget, automatic=True)
+    measures = held_out_loss(dict(layers), loss, budget, automatic=True, best_file=folder / "best.safetensors")
     loop = LoopSettings(budget.steps, learning_rate=1e-3, warmup=20, shape="held", ema=0.9)
     checkpoints = CheckpointFolder(folder / "checkpoints", every=4)
     settings = StageSettings("toy", loop, "fp32", checkpoints, folder / "logs", "rollback")
@@ -130,6 +138,8 @@ def test_a_stage_that_is_killed_in_any_phase_and_resumed_has_the_same_bits(phase
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert all(torch.equal(resumed.ema[name], value) for name, value in whole.ema.items())
+    best = [(tmp_path / way / "best.safetensors").read_bytes() for way in ("whole", "cut")]
+    assert best[0] == best[1]
     logs = [(tmp_path / way / "logs" / "toy.jsonl").read_text() for way in ("whole", "cut")]
     assert logs[0] == logs[1]
 
@@ -187,12 +197,40 @@ def shifted(weights: dict[str, Tensor], by: float) -> dict[str, Tensor]:
     return {name: value + by if name.endswith(".bias") else value for name, value in weights.items()}
 
 
-def best(state: TrainState, start: dict[str, Tensor], loss: Matching) -> tuple[Any, ...]:
+def best(
+    state: TrainState, start: dict[str, Tensor], loss: Matching, on_the_way: Mapping[str, Tensor] | None = None
+) -> tuple[Any, ...]:
     def nearness(model: nn.Module) -> float:
         with torch.no_grad():
             return -float((model(images(7)) - full_precision(images(7))).square().mean())
 
-    return best_weights(state, start, [loss], held_out=batches(1), trained=batches(2), nearness=nearness)
+    return best_weights(
+        state, start, [loss], held_out=batches(1), trained=batches(2), nearness=nearness, best=on_the_way
+    )
+
+
+def test_the_best_weights_of_a_stage_outlive_a_loss_that_rises_late(tmp_path: Path) -> None:
+    state, loss = prepared(ema=0.0)
+    measures = HeldOutLoss(batches(1), [loss], Budget(CAP), best_file=tmp_path / "best.safetensors")
+    assert measures.best is None
+    good = weights_of(state.model)
+    for step, by in ((EVERY, 3.0), (2 * EVERY, 0.0), (3 * EVERY, 5.0)):
+        state.model.load_state_dict(shifted(good, by))
+        state.step = step
+        measures.after_step(state, StepReport(0.0, {}, 0.0, 0.0, 1))
+    assert measures.best is not None
+    assert all(torch.equal(value, good[name]) for name, value in measures.best.items())
+    kept, *_ = best(state, shifted(good, 4.0), loss, measures.best)
+    assert kept == "best"
+    assert all(torch.equal(value, good[name]) for name, value in state.model.state_dict().items())
+
+
+def test_no_best_weights_are_kept_while_widths_change(tmp_path: Path) -> None:
+    state, loss = prepared()
+    measures = HeldOutLoss(batches(1), [loss], Budget(CAP), settled=lambda: False, best_file=tmp_path / "best")
+    state.step = EVERY
+    measures.after_step(state, StepReport(0.0, {}, 0.0, 0.0, 1))
+    assert measures.best is None
 
 
 @pytest.mark.parametrize("wanted", ["average", "last", "start"])
