@@ -20,7 +20,7 @@ from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
-from pqcad_qat.quantization.layer_state import begin_blend, set_blend, set_weight_bits
+from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.stages.prepared import prepare, prepare_untrained
 from pqcad_qat.stages.train import bit_schedule
@@ -31,8 +31,10 @@ from pqcad_qat.training.step_profile import WARM_UP, StepProfile, profile_steps
 from pqcad_qat.training.trainer import new_accelerator
 from pqcad_qat.training.weight_distance import WeightDistance
 
-STILL = 0.999
-"""Momentum of the bit schedule during timing, so large that the blend does not advance while steps are profiled."""
+STILL = 1e-9
+"""Bound on the change of weights by a step during timing, so small that the blend does not advance while steps are
+profiled.
+"""
 
 
 def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
@@ -88,9 +90,8 @@ def _settle(model: nn.Module) -> None:
 def _blend_halfway(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:
     """Put every layer halfway between two widths, as progressive quantization does; the schedule leaves it there."""
     schedule = bit_schedule(policy, plan, model)
-    schedule.settings = replace(schedule.settings, momentum=STILL, deadline=10**9)
-    for layer in quantized_layers(model).values():
+    schedule.settings = replace(schedule.settings, perturbation=STILL, deadline=10**9)
+    for name, layer in quantized_layers(model).items():
         if len(layer.plan.ladder) > 1:
-            begin_blend(layer, layer.plan.ladder[1])
-            set_blend(layer, 0.5)
+            schedule.begin(name, step=0, share=0.5)
     return schedule

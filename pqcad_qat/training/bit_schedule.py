@@ -98,7 +98,7 @@ class MomentumBitSchedule(Callback):
         """Move one layer on by one training step, and return whether it has reached another width."""
         reached = False
         while self._rungs(name):
-            move = self._moves.get(name) or self._begin(name, step)
+            move = self._moves.get(name) or self.begin(name, step)
             paced = paced_distance(self._pace, move.perturbation, self.settings)
             even = even_distance(len(self._rungs(name)) - move.share, step, self.settings)
             before, move.share = move.share, min(1.0, move.share + max(paced, even))
@@ -114,13 +114,14 @@ class MomentumBitSchedule(Callback):
                 break
         return reached
 
-    def _begin(self, name: str, step: int) -> Move:
-        """Begin a layer's transition to its next rung."""
+    def begin(self, name: str, step: int, share: float = 0.0) -> Move:
+        """Begin a layer's transition to its next rung, of which this share is done already."""
         layer, to_bits = self.layers[name], self._rungs(name)[0]
-        self._moves[name] = Move(to_bits, perturbation(layer, to_bits), step)
+        self._moves[name] = Move(to_bits, perturbation(layer, to_bits), step, share)
         self._perturbations[name] = self._moves[name].perturbation
         if self.settings.blends:
             begin_blend(layer, to_bits)
+            set_blend(layer, share)
         return self._moves[name]
 
     def _end(self, name: str, step: int, move: Move) -> None:

@@ -227,7 +227,7 @@ def test_an_unknown_source_is_answered_with_what_is_allowed(tmp_path: Path) -> N
     with pytest.raises(
         ModelError,
         match="got 'embedded:cifar'; allowed embedded:digits, embedded:fashion-mnist, embedded:noto-emoji, "
-        "efficientnet-lite0, or a folder",
+        r"efficientnet-lite0, the file pt_inception-2015-12-05-6726825d\.pth, or a folder",
     ):
         load_features("embedded:cifar")
     with pytest.raises(ModelError, match=r"config\.json: got no such file; allowed a folder of a feature network"):

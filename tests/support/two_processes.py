@@ -85,7 +85,7 @@ def stage(
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
     layers, losses = quantized_layers(model), Losses()
     schedule = MomentumBitSchedule(
-        layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 10.0, 10.0, 0.5, 30, (4,))
+        layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 0.01, 30)
     )
     loss = Matching(layers)
     budget = Budget(STEPS * 10, seconds=1e5) if automatic else Budget(STEPS)

@@ -272,6 +272,8 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
         "kid_real_error",
         "precision",
         "recall",
+        "clip_score",
+        "clip_score_error",
     }
     assert all(set(row) == keys | {"fid_real", "fid_fp", "psnr_fp", "ssim_fp"} for row in rows.values())
 
