@@ -40,18 +40,14 @@ class Move:
     """A transition under way.
 
     Attributes:
-        to_bits: width to which it leads.
         perturbation: relative change of the layer's weights by the whole transition.
         began: training step at which it began.
         share: lambda, the share of it that is done.
-        paced: whether the momentum's pace, and not the deadline, has set how far it went in its last step.
     """
 
-    to_bits: int
     perturbation: float
     began: int
     share: float = 0.0
-    paced: bool = True
 
 
 @dataclass
@@ -77,7 +73,6 @@ class MomentumBitSchedule(Callback):
         self._ladders = {layer.name: layer.ladder for layer in self.plan}
         self._pace = 0.0
         self._moves: dict[str, Move] = {}
-        self._perturbations: dict[str, float] = {}  # of each layer's present or last transition
         self._change = 0.0
 
     def before_step(self, state: TrainState) -> None:
@@ -102,13 +97,12 @@ class MomentumBitSchedule(Callback):
             paced = paced_distance(self._pace, move.perturbation, self.settings)
             even = even_distance(len(self._rungs(name)) - move.share, step, self.settings)
             before, move.share = move.share, min(1.0, move.share + max(paced, even))
-            move.paced = paced >= even
             self._change = max(self._change, (move.share - before) * move.perturbation)
             if move.share < WHOLE:
                 if self.settings.blends:
                     set_blend(self.layers[name], move.share)
                 break
-            self._end(name, step, move)
+            self._end(name, step, "momentum" if paced >= even else "deadline")
             reached = True
             if step < self.settings.deadline - 1:  # its next rung begins in the next step, unless this is the last one
                 break
@@ -117,25 +111,21 @@ class MomentumBitSchedule(Callback):
     def begin(self, name: str, step: int, share: float = 0.0) -> Move:
         """Begin a layer's transition to its next rung, of which this share is done already."""
         layer, to_bits = self.layers[name], self._rungs(name)[0]
-        self._moves[name] = Move(to_bits, perturbation(layer, to_bits), step, share)
-        self._perturbations[name] = self._moves[name].perturbation
+        self._moves[name] = Move(perturbation(layer, to_bits), step, share)
         if self.settings.blends:
             begin_blend(layer, to_bits)
             set_blend(layer, share)
         return self._moves[name]
 
-    def _end(self, name: str, step: int, move: Move) -> None:
+    def _end(self, name: str, step: int, paced_by: Cause) -> None:
         """End a layer's transition at its new width, and record it."""
-        layer, bits = self.layers[name], read_bits(self.layers[name])[0]
+        layer, bits, to_bits = self.layers[name], read_bits(self.layers[name])[0], self._rungs(name)[0]
         if self.settings.blends:
             end_blend(layer)
         else:
-            set_weight_bits(layer, move.to_bits)
-        cause: Cause = "momentum" if move.paced else "deadline"
-        if self.settings.fixed:
-            cause = "fixed"
-        del self._moves[name]
-        self.transitions.append(Transition(step, name, bits, move.to_bits, move.perturbation, cause, began=move.began))
+            set_weight_bits(layer, to_bits)
+        move, cause = self._moves.pop(name), "fixed" if self.settings.fixed else paced_by
+        self.transitions.append(Transition(step, name, bits, to_bits, move.perturbation, cause, began=move.began))
 
     def _rungs(self, name: str) -> tuple[int, ...]:
         """The widths still below the layer's present one on its ladder, the widest first."""
@@ -148,23 +138,23 @@ class MomentumBitSchedule(Callback):
         The change is the largest relative change of a layer's weights by this step's move.
         """
         shares = [move.share for move in self._moves.values()]
+        perturbations = {transition.layer: transition.perturbation for transition in self.transitions}
+        perturbations |= {name: move.perturbation for name, move in self._moves.items()}
         return {
             "pace": self._pace,
             "weight_change": self._change,
             "blend_lambda": sum(shares) / len(shares) if shares else 0.0,
-            **{f"layer/{name}/perturbation": value for name, value in self._perturbations.items()},
+            **{f"layer/{name}/perturbation": value for name, value in perturbations.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "pace": self._pace,
             "moves": {name: asdict(move) for name, move in self._moves.items()},
-            "perturbations": self._perturbations,
             "transitions": [asdict(transition) for transition in self.transitions],
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self._pace = saved["pace"]
         self._moves = {name: Move(**move) for name, move in saved["moves"].items()}
-        self._perturbations = dict(saved["perturbations"])
         self.transitions[:] = [Transition(**transition) for transition in saved["transitions"]]
