@@ -120,3 +120,21 @@ def along(
         x_s = schedule.step(prediction, x_t, t, s)
         yield SamplerStep(t, x_t, prediction, x_s)
         x_t = x_s
+
+
+def landing(
+    walk: Walk,
+    predict: Callable[[Array, float], Array],
+    x_t: Array,
+    schedule: NoiseSchedule,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Array:
+    """Return the state at which the given steps land from x_t (B, C, H, W), which is x_t where there are none.
+
+    `advance` is called after each step with the number B of states.
+    """
+    for step in along(walk, predict, x_t, schedule):
+        x_t = step.x_s
+        advance(len(cast(Any, x_t)))
+    return x_t

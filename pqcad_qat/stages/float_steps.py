@@ -28,7 +28,7 @@ from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.report.record import FloatStepsTrial
 from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.precision_by_time import float_from, float_steps
-from pqcad_qat.sampling.trajectory import NoiseSchedule, along
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along, landing
 from pqcad_qat.stages.fresh_images import Follow, fresh_follow, fresh_noise
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
@@ -136,10 +136,7 @@ def _trials(
     reached: list[float] = []
     for done in range(math.floor(MOST * len(walk)) + 1):
         tell(f"float-steps: images in {len(walk)} steps, the first {done} of them in full precision")
-        x = states[done]
-        for step in along(walk[done:], quantized, x, schedule):
-            x = step.x_s
-        reached.append(nearness_to(states[-1], x, latent=latent))
+        reached.append(nearness_to(states[-1], landing(walk[done:], quantized, states[done], schedule), latent=latent))
         yield FloatStepsTrial(len(walk), done, reached[-1])
         if reached[-1] >= ENOUGH or done - wanted(reached) >= 2:
             return

@@ -26,7 +26,7 @@ from pqcad_qat.quality.fidelity import nearness_to
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.sampling.precision_by_time import by_time
-from pqcad_qat.sampling.trajectory import along, initial_noise
+from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.training.held_out import divided
 
@@ -47,11 +47,9 @@ def held_out_nearness(
     full = partial(predict, prepared.model.denoiser)
 
     def images(call: Callable[[Tensor, float, Mapping[str, Any]], Tensor], name: str) -> Tensor:
-        schedule, x = prepared.sampled_by(policy, name), noise
+        schedule = prepared.sampled_by(policy, name)
         follow = guided_call(call, condition, calibration.unconditional, policy.guidance_scale(name))
-        for step in along(schedule.walk(policy.sampling_steps(name)), follow, x, schedule):
-            x = step.x_s
-        return x
+        return landing(schedule.walk(policy.sampling_steps(name)), follow, noise, schedule)
 
     @cache
     def wanted_images() -> Tensor:

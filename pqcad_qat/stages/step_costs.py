@@ -26,7 +26,7 @@ from pqcad_qat.policy.variants import PQ, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.trajectory import NoiseSchedule, along
+from pqcad_qat.sampling.trajectory import NoiseSchedule, along, landing
 from pqcad_qat.stages.fresh_images import Follow, fresh_follow, fresh_noise
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
@@ -70,8 +70,8 @@ def step_costs(policy: Policy, prepared: Prepared, model: nn.Module, *, variant:
     """
     schedule = prepared.sampled_by(policy, variant)
     walk, noise = schedule.walk(policy.sampling_steps(variant)), fresh_noise(policy, prepared)
-    full, quantized = (fresh_follow(policy, prepared, denoiser) for denoiser in (prepared.model.denoiser, model))
     denoisers = prepared.model.denoiser, model
+    full, quantized = (fresh_follow(policy, prepared, denoiser) for denoiser in denoisers)
     with evaluating(denoisers[0]), evaluating(model), on_accelerator(*denoisers), frozen_weights(model):
         states = [noise, *(step.x_s for step in along(walk, full, noise, schedule))]
         places = sorted({round(place) for place in np.linspace(0, len(walk) - 1, min(POINTS, len(walk)))})
@@ -94,9 +94,7 @@ def _cost(
     if not size or not math.isfinite(size):
         return 0.0
     change = change * min(1.0, SMALL * float(prediction.square().mean().sqrt()) / size)
-    x = schedule.step(prediction + change, states[place], t, s)
-    for step in along(walk[place + 1 :], full, x, schedule):
-        x = step.x_s
+    x = landing(walk[place + 1 :], full, schedule.step(prediction + change, states[place], t, s), schedule)
     cost = float((x - states[-1]).square().mean() / change.square().mean())
     return cost if math.isfinite(cost) else 0.0
 

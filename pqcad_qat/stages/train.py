@@ -28,7 +28,7 @@ from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, STEP_CO
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.precision_by_time import float_steps
-from pqcad_qat.sampling.trajectory import along, initial_noise
+from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import Nearness, held_out_nearness
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.quantized_models import QuantizedModels
@@ -297,9 +297,8 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
     schedule = prepared.sampled_by(policy, name)
     walk = schedule.walk(policy.sampling_steps(name))
     in_float = float_steps(walk, run.read_always(FLOAT_STEPS, FloatStepsRecord).time)
-    states = noise
     with torch.no_grad():
-        follow = guidance.follow(prepared.model.denoiser.eval(), noise.device)
-        for step in along(walk[:in_float], follow, noise, schedule):
-            states = step.x_s
+        states = landing(
+            walk[:in_float], guidance.follow(prepared.model.denoiser.eval(), noise.device), noise, schedule
+        )
     return [log, TrainingSamples(states, schedule, walk[in_float:], policy.training.samples_every, guidance)]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from pydantic import TypeAdapter
 from rich.console import Console
@@ -46,7 +47,6 @@ from pqcad_qat.training.transition import Transition
 
 _TRANSITIONS = TypeAdapter(tuple[Transition, ...])
 _END = TypeAdapter(StageEnd)
-_KINDS: tuple[Kept, ...] = ("start", "average", "last", "best")
 
 LONGEST_WARM_UP = 20
 """Largest number of training steps over which the learning rate rises."""
@@ -172,8 +172,8 @@ def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor
         steps=state.step,
         cause="steps" if ending is None else ending.cause,
         kept=kept,
-        held_out={kind: _finite(held_out.get(kind)) for kind in _KINDS},
-        images={kind: _finite(images.get(kind)) for kind in _KINDS},
+        held_out={kind: _finite(held_out.get(kind)) for kind in get_args(Kept)},
+        images={kind: _finite(images.get(kind)) for kind in get_args(Kept)},
         trained={"start": _finite(trained["start"]), "kept": _finite(trained[kept])},
         decay_from=None if ending is None else ending.decay_from,
         training_s=seconds,

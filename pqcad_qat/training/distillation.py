@@ -27,7 +27,7 @@ from pqcad_qat.models.denoiser import Condition, predict
 from pqcad_qat.models.guidance import guided_call, rows_of
 from pqcad_qat.sampling.ddpm_schedule import DDPMSchedule, Walk
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
-from pqcad_qat.sampling.trajectory import NoiseSchedule, along, guided
+from pqcad_qat.sampling.trajectory import NoiseSchedule, guided, landing
 from pqcad_qat.training.batches import batch_dice, mixed_states
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState, condition_of, with_condition
 from pqcad_qat.training.clipped_targets import fold, nearest_target
@@ -125,7 +125,7 @@ def distillation_set(
             condition = {name: value[rows] for name, value in calibration.condition.items()}
             follow = guided_call(partial(predict, teacher), condition, calibration.unconditional, guidance_scale)
             landed = [
-                _landing(walk, follow, states[rows, index], schedule, advance=advance)
+                landing(walk, follow, states[rows, index], schedule, advance=advance)
                 for index, (_, walk) in enumerate(pairs)
             ]
             yield {"landed": torch.stack(landed, dim=1)}
@@ -170,21 +170,6 @@ def _folds(schedule: NoiseSchedule, steps: Walk) -> Tensor | None:
         return None
     signals = [(schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)) for t, s in steps]
     return torch.tensor([fold(*pair, schedule.prediction_type, schedule.clip_sample_range) for pair in signals])
-
-
-def _landing(
-    walk: Walk,
-    follow: Callable[[Tensor, float], Tensor],
-    x_t: Tensor,
-    schedule: NoiseSchedule,
-    *,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """The state at which the teacher's steps land from x_t; `follow` calls the teacher."""
-    for step in along(walk, follow, x_t, schedule):
-        x_t = step.x_s
-        advance(len(x_t))
-    return x_t
 
 
 def distillation_batches(

@@ -12,9 +12,9 @@ from typing import Literal
 EndCause = Literal["steps", "plateau", "max_steps", "minutes"]
 """Why a stage ended: its number of steps was given, the held-out loss stopped improving, or a cap was near."""
 
-Kept = Literal["average", "last", "best", "start"]
-"""Weights that a stage may return: the moving average, the last ones, the moving average at its lowest held-out loss,
-or those that it was given."""
+Kept = Literal["start", "average", "last", "best"]
+"""Weights that a stage may return: those that it was given, the moving average, the last ones, or the moving average at
+its lowest held-out loss."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pqcad_qat.machine.processes import is_first
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.trajectory import NoiseSchedule, along
+from pqcad_qat.sampling.trajectory import NoiseSchedule, landing
 from pqcad_qat.training.callback import Callback, StepReport, TrainState, averaged_weights
 
 
@@ -55,6 +55,5 @@ class TrainingSamples(Callback):
         """The sampled images, or None where a value of them is not finite."""
         with averaged_weights(state) as model, frozen_weights(model.eval()):
             x = self.states.to(next(model.parameters()).device)
-            for step in along(self.walk, self.guidance.follow(model, x.device), x, self.schedule):
-                x = step.x_s
+            x = landing(self.walk, self.guidance.follow(model, x.device), x, self.schedule)
         return to_uint8(x).cpu() if bool(x.isfinite().all()) else None
