@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -40,15 +39,6 @@ def part(images: ImageSet, chosen: slice) -> ImageSet:
 
 DIGITS = load_images("digits", size=8)
 TRAIN, TEST = part(DIGITS, slice(0, 1500)), part(DIGITS, slice(1500, None))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So that training repeats bit for bit, and does not wait for cores that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

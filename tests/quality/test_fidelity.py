@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -40,15 +39,6 @@ from pqcad_qat.quality.precision_recall import precision_and_recall
 
 RNG = np.random.default_rng(0)
 DIGITS = load_images("digits", size=32).images  # uint8 (1797, 1, 32, 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """So that the tests do not wait for cores that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from pqcad_qat.quality import feature_network, fid_protocol, fidelity, inception
 from pqcad_qat.quality.feature_network import check_shape, load_features
 from pqcad_qat.quality.image_features import image_features
 from pqcad_qat.quality.inception import INCEPTION_FILE, INCEPTION_SHA256, Inception, resized
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from small_stage import Matching, batches, full_precision, images, network
 from torch import Tensor, nn
 
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.quantization.layer_state import blend_state, read_bits
+from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits
 from pqcad_qat.training import held_out as held_out_module
 from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
@@ -71,14 +71,14 @@ def test_fixed_states_are_all_different_and_spread_over_trajectories_and_times(t
 
 
 def held_out_loss(
-    layers: dict[str, torch.nn.Module],
+    layers: Mapping[str, QuantizedLayer],
     loss: Matching,
     budget: Budget,
     automatic: bool,
     best_file: Path | None = None,
 ) -> HeldOutLoss:
     def settled() -> bool:
-        return all(read_bits(layer)[0] == 4 and blend_state(layer) is None for layer in layers.values())  # type: ignore[arg-type]
+        return all(read_bits(layer)[0] == 4 and blend_state(layer) is None for layer in layers.values())
 
     fixed = {name: value[:6] for name, value in batches(10**6).items()}
     return HeldOutLoss(fixed, [loss], budget, automatic, settled, best_file)
@@ -97,7 +97,7 @@ def stage(folder: Path, until: int = -1, budget: Budget = BUDGET) -> tuple[Train
     schedule = MomentumBitSchedule(
         layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 0.002, 20)
     )
-    measures = held_out_loss(dict(layers), loss, budget, automatic=True, best_file=folder / "best.safetensors")
+    measures = held_out_loss(layers, loss, budget, automatic=True, best_file=folder / "best.safetensors")
     loop = LoopSettings(budget.steps, learning_rate=1e-3, warmup=20, shape="held", ema=0.9)
     checkpoints = CheckpointFolder(folder / "checkpoints", every=4)
     settings = StageSettings("toy", loop, "fp32", checkpoints, folder / "logs", "rollback")
