@@ -72,13 +72,17 @@ CLEARLY = 0.95
 """Ratio of two Frechet distances at or below which the first counts as clearly better."""
 
 SAME = 1.02
-"""Ratio of two Frechet distances at or below which the first counts as no worse."""
+"""Ratio of two distances or errors at or below which the first counts as no worse."""
 
 LOW_BITS = 3
 """Width in bits below which progressive quantization has to beat fixed-bit training."""
 
-FIGURES = {"latency_ms_per_image": "milliseconds an image", "fid_real": "Frechet distance to {against}"}
-"""Mapping from a figure that targets compare to its words."""
+FIGURES = {
+    "latency_ms_per_image": "milliseconds an image",
+    "fid_real": "Frechet distance to {against}",
+    "psnr_fp": "squared error to full precision",
+}
+"""Mapping from a figure that targets compare to its words; a PSNR is compared as the squared error behind it."""
 
 TIMES = ("latency_ms_per_image",)
 """Keys of FIGURES that are computed from a timing."""
@@ -245,6 +249,10 @@ def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target
         (PQCAD, FP32_HALF, "fid_real", CLEARLY),
         (PQCAD, PQ_DISTILLED, "fid_real", CLEARLY),
         (PQ, FIXED_BIT, "fid_real", CLEARLY if low else SAME),
+        # beside the distances, since either kind of figure alone can mislead
+        (PQCAD, FP32_HALF, "psnr_fp", SAME),
+        (PQCAD, PQ_DISTILLED, "psnr_fp", SAME),
+        (PQ, FIXED_BIT, "psnr_fp", SAME),
     )
     protocol = facts.evaluation.protocol
     for variant, against, figure, bound in comparisons:
@@ -271,8 +279,12 @@ def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], variant: str, agai
 
 
 def _ratio(rows: Mapping[str, VariantRow], variant: str, against: str, figure: str) -> float | None:
-    values = [getattr(rows[name], figure) if name in rows else None for name in (variant, against)]
-    return None if values[0] is None or not values[1] else float(values[0] / values[1])
+    own, other = (getattr(rows[name], figure) if name in rows else None for name in (variant, against))
+    if own is None or other is None:
+        return None
+    if figure == "psnr_fp":
+        return float(10 ** ((other - own) / 10))
+    return float(own / other) if other else None
 
 
 def _layers(facts: RunFacts) -> Iterator[LayerRow]:
