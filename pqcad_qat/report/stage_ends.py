@@ -23,6 +23,13 @@ _KEPT = {
     "start": "the weights that the stage was given were kept, since training had made their images worse",
 }
 
+_WEIGHTS = {
+    "average": "moving average",
+    "last": "last weights",
+    "best": "weights of the lowest held-out loss",
+    "start": "weights that it was given",
+}
+
 
 def end_sentence(stage: str, end: StageEnd) -> str:
     """Why a stage ended, which weights it kept, and a gap between trained and held-out states where it is wide."""
@@ -32,12 +39,26 @@ def end_sentence(stage: str, end: StageEnd) -> str:
     if given is not None and now is not None:
         change += f", held-out images {given:.1f} to {now:.1f} dB"
     text = f"{stage} ended after {end.steps} steps, because {_CAUSES[end.cause]}; {_KEPT[end.kept]}{change}."
+    text += _passed_over(end)
     gap = held_out_gap(end)
     if gap is None or gap <= WIDE_GAP:
         return text
     return (
         f"{text} Held-out states have {gap:.2f} times the loss of trained ones, as compared with the start: the stage "
         "learns its trajectories by heart, and more calibration.trajectories would help."
+    )
+
+
+def _passed_over(end: StageEnd) -> str:
+    """Which weights have nearer images and were not kept, since the images as a set moved away; empty for none."""
+    psnrs = {kind: psnr for kind, psnr in end.images.items() if psnr is not None}
+    nearest = max(psnrs, key=lambda kind: psnrs[kind], default=end.kept)
+    before, after = end.distances.get("start"), end.distances.get(nearest)
+    if psnrs.get(nearest, 0.0) <= psnrs.get(end.kept, 0.0) or before is None or after is None:
+        return ""
+    return (
+        f" Images of the {_WEIGHTS[nearest]} are nearer one by one, {psnrs[nearest]:.1f} dB, but as a set they have "
+        f"moved away from full precision's: their patches are {after / before:.1f} times as far as at the start."
     )
 
 

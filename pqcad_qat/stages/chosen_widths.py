@@ -48,7 +48,7 @@ from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.width_choice import WidthChoice, WidthTrial, choice_text
 from pqcad_qat.stages.asked_widths import STEPS, widths_measured
-from pqcad_qat.stages.held_out_images import Nearness, held_out_nearness
+from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
@@ -76,7 +76,7 @@ class Trials:
         policy, prepared: what is quantized.
         models: quantized copies, with the ranges of one calibration.
         batches: batches of the trained trajectories.
-        nearness: measure of held-out images.
+        figures: measure of held-out images.
         steps: number of training steps; 0 for a run that trains nothing.
         folder: folder of what was measured before an interruption.
         tell: function called with what is being done.
@@ -87,7 +87,7 @@ class Trials:
     prepared: Prepared
     models: QuantizedModels
     batches: BatchSource
-    nearness: Nearness
+    figures: MeasuredImages
     steps: int
     folder: Path
     tell: Callable[[str], None]
@@ -121,7 +121,7 @@ class Trials:
         psnr = known.get(key)
         if psnr is None:
             model = self.models.of(plan).at_targets()
-            psnrs = [self.nearness(model), *([self.nearness(self.trained(model))] if self.steps else [])]
+            psnrs = [self.figures(model).psnr, *([self.figures(self.trained(model)).psnr] if self.steps else [])]
             psnr = max((psnr for psnr in psnrs if math.isfinite(psnr)), default=0.0)
         psnr = exchanged(psnr)[0][0]  # all processes go on with the first one's measurement
         if is_first() and key not in known:
@@ -176,7 +176,7 @@ def choose_widths(
                     prepared,
                     untrained,
                     matched_states(policy, calibration, costs)[0],
-                    held_out_nearness(policy, prepared, calibration, variant=PQ, start=start),
+                    measured_images(policy, prepared, calibration, variant=PQ, start=start),
                     steps=STEPS if trains else 0,
                     folder=run.unfinished(WIDTHS),
                     tell=tell,

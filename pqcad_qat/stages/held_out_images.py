@@ -2,7 +2,7 @@
 
 The loss of single sampling steps does not tell it. At 8 bits most of that loss is rounding, which averages out over the
 steps of a trajectory; training lowers it by shifts of the weights, which add up. So the weights that a stage keeps are
-chosen by whole images.
+chosen by whole images, one by one and as a set.
 
 Not here: the held-out loss (training/held_out.py), and the figures of the report (quality/).
 """
@@ -23,23 +23,24 @@ from pqcad_qat.models.guidance import guided_call
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import REFERENCE
 from pqcad_qat.quality.fidelity import nearness_to
+from pqcad_qat.quality.patch_distance import patch_distance
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
 from pqcad_qat.sampling.precision_by_time import by_time
 from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.prepared import Prepared
-from pqcad_qat.training.held_out import divided
+from pqcad_qat.training.held_out import ImageFigures, divided
 
 IMAGES = 16
 """Largest number of images that are compared."""
 
-Nearness = Callable[[nn.Module], float]
-"""A function that measures a model: mean PSNR in dB of its held-out images to full precision's own."""
+MeasuredImages = Callable[[nn.Module], ImageFigures]
+"""A function that compares a model's held-out images with full precision's own."""
 
 
-def held_out_nearness(
+def measured_images(
     policy: Policy, prepared: Prepared, calibration: CalibrationSet, *, variant: str, start: float
-) -> Nearness:
+) -> MeasuredImages:
     """Return the measure for a variant, whose first sampling steps, at the time `start` and above, stay in float."""
     rows = range(len(calibration.states))[divided(len(calibration.states))[1]][:IMAGES]
     noise = torch.from_numpy(initial_noise(policy.calibration.seed, rows.start, len(rows), prepared.model.sample_shape))
@@ -55,10 +56,12 @@ def held_out_nearness(
     def wanted_images() -> Tensor:
         return images(full, REFERENCE)
 
-    def nearness(model: nn.Module) -> float:
+    def figures(model: nn.Module) -> ImageFigures:
         denoisers = prepared.model.denoiser, model
         with evaluating(denoisers[0]), evaluating(model), on_accelerator(*denoisers), frozen_weights(model):
             own, wanted = images(by_time(full, partial(predict, model), start), variant), wanted_images()
-        return nearness_to(wanted, own, latent=prepared.model.latent)
+        psnr = nearness_to(wanted, own, latent=prepared.model.latent)
+        shown = (own, wanted) if prepared.model.latent else (own.clamp(-1, 1), wanted.clamp(-1, 1))
+        return ImageFigures(psnr, patch_distance(*shown))
 
-    return nearness
+    return figures

@@ -29,7 +29,7 @@ from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.sampling.trajectory import initial_noise, landing
-from pqcad_qat.stages.held_out_images import Nearness, held_out_nearness
+from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
@@ -138,7 +138,7 @@ def _matching(
         FullPrecisionMatching(),
         [WeightDistance(quantized_layers(model)), *_shown(policy, prepared, run, model, name=name)],
         *matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs),
-        _nearness(policy, prepared, run, calibration=calibration, variant=name),
+        _figures(policy, prepared, run, calibration=calibration, variant=name),
     )
 
 
@@ -165,7 +165,7 @@ def distill(
         loss,
         callbacks,
         *distilled_states(policy, targets, calibration),
-        _nearness(policy, prepared, run, calibration=calibration, variant=name),
+        _figures(policy, prepared, run, calibration=calibration, variant=name),
     )
     train(policy, run, console, task, shares_training=shares_training)
     return student
@@ -265,12 +265,12 @@ def distilled_states(
     return batches, measured, compared
 
 
-def _nearness(
+def _figures(
     policy: Policy, prepared: Prepared, run: RunFolder, *, calibration: CalibrationSet, variant: str
-) -> Nearness:
+) -> MeasuredImages:
     """The measure of a variant's held-out images, with the run's float steps."""
     start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
-    return held_out_nearness(policy, prepared, calibration, variant=variant, start=start)
+    return measured_images(policy, prepared, calibration, variant=variant, start=start)
 
 
 def _ending_of_pq(policy: Policy, run: RunFolder) -> Ending | None:

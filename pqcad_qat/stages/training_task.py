@@ -30,7 +30,7 @@ from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
 from pqcad_qat.report.stage_ends import end_sentence
-from pqcad_qat.stages.held_out_images import Nearness
+from pqcad_qat.stages.held_out_images import MeasuredImages
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import ENDS, TRANSITIONS, WEIGHTS, most_steps, training_steps
@@ -63,7 +63,7 @@ class TrainingTask:
         callbacks: all further callbacks.
         batches: batches of the trained trajectories.
         held_out: fixed states of the trajectories that are held out.
-        nearness: measure of the model's held-out images, which decides which weights are kept.
+        figures: measure of the model's held-out images, which decides which weights are kept.
         trained: as many states of the trajectories that are trained on.
         schedule: the bit schedule, where widths change during the stage.
         ending: end of the stage, where another stage has decided it.
@@ -76,7 +76,7 @@ class TrainingTask:
     batches: BatchSource
     held_out: Batch
     trained: Batch
-    nearness: Nearness
+    figures: MeasuredImages
     schedule: MomentumBitSchedule | None = None
     ending: Ending | None = None
 
@@ -158,23 +158,25 @@ def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor
     """Leave the best weights in the model, and return what the stage came to."""
     seconds = measures.seconds
     task.model.cpu()  # where images are sampled
-    kept, held_out, trained, images = best_weights(
+    choice = best_weights(
         state,
         start,
         [task.loss],
         held_out=task.held_out,
         trained=task.trained,
-        nearness=task.nearness,
+        figures=task.figures,
         best=measures.best,
     )
-    ending = state.ending
+    ending, kept = state.ending, choice.kept
+    found = {kind: figures for kind, figures in choice.images.items() if figures is not None}
     return StageEnd(
         steps=state.step,
         cause="steps" if ending is None else ending.cause,
         kept=kept,
-        held_out={kind: _finite(held_out.get(kind)) for kind in get_args(Kept)},
-        images={kind: _finite(images.get(kind)) for kind in get_args(Kept)},
-        trained={"start": _finite(trained["start"]), "kept": _finite(trained[kept])},
+        held_out={kind: _finite(choice.held_out.get(kind)) for kind in get_args(Kept)},
+        images={kind: _finite(found[kind].psnr) if kind in found else None for kind in get_args(Kept)},
+        distances={kind: _finite(found[kind].distance) if kind in found else None for kind in get_args(Kept)},
+        trained={"start": _finite(choice.trained["start"]), "kept": _finite(choice.trained[kept])},
         decay_from=None if ending is None else ending.decay_from,
         training_s=seconds,
     )

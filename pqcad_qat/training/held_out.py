@@ -40,6 +40,39 @@ STATES = 64
 AT_ONCE = 16
 """Number of states in one denoiser call of a measurement, the same whatever the batches of training are."""
 
+WORSE = 1.1
+"""Factor by which the distance of held-out images may grow during a stage; weights beyond it are passed over."""
+
+
+@dataclass(frozen=True)
+class ImageFigures:
+    """Held-out images of a model, compared with full precision's own.
+
+    Attributes:
+        psnr: mean PSNR in dB, image by image; more is nearer.
+        distance: distance between the two sets as wholes; less is nearer.
+    """
+
+    psnr: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weights that a stage keeps, and what is known of all that it might have kept.
+
+    Attributes:
+        kept: kind of weights.
+        held_out: loss of the held-out states.
+        trained: loss of the trained states.
+        images: figures of the held-out images; None for weights without a finite loss.
+    """
+
+    kept: Kept
+    held_out: Mapping[Kept, float]
+    trained: Mapping[Kept, float]
+    images: Mapping[Kept, ImageFigures | None]
+
 
 def divided(trajectories: int) -> tuple[slice, slice]:
     """The rows of a calibration set that are trained on, and the last ones, which are held out.
@@ -175,13 +208,14 @@ def best_weights(
     *,
     held_out: Batch,
     trained: Batch,
-    nearness: Callable[[nn.Module], float],
+    figures: Callable[[nn.Module], ImageFigures],
     best: Mapping[str, Tensor] | None = None,
-) -> tuple[Kept, dict[Kept, float], dict[Kept, float], dict[Kept, float]]:
+) -> Choice:
     """Leave in the model the weights whose held-out images are nearest to full precision's.
 
-    Weights without a finite loss lose against any other. Of equals the moving average is kept, then the last, then
-    those of the lowest held-out loss.
+    Weights without a finite loss lose against any other, and so do weights whose images, as a set, are further from
+    full precision's than those of the start: an image can be near to its own while all of them have lost the same
+    thing. Of equals the moving average is kept, then the last, then those of the lowest held-out loss.
 
     Args:
         state: state after the last training step.
@@ -189,11 +223,8 @@ def best_weights(
         losses: callbacks whose loss terms are measured.
         held_out: states of the held-out trajectories.
         trained: states of the trained trajectories, to compare with.
-        nearness: function that measures the model's held-out images; more is nearer.
+        figures: function that measures the model's held-out images.
         best: weights of the lowest held-out loss on the way, where they were kept.
-
-    Returns:
-        which weights are kept, and the held-out loss, the trained loss and the nearness of all.
     """
     candidates: dict[Kept, Mapping[str, Tensor]] = {}
     if state.ema is not None:
@@ -202,12 +233,26 @@ def best_weights(
     candidates |= {"last": weights_of(state.model), **({} if best is None else {"best": best}), "start": start}
     on_held_out: dict[Kept, float] = {}
     on_trained: dict[Kept, float] = {}
-    nearnesses: dict[Kept, float] = {}
+    images: dict[Kept, ImageFigures | None] = {}
     for kind, weights in candidates.items():
         state.model.load_state_dict(weights)
         on_held_out[kind] = measured(state, held_out, losses)
         on_trained[kind] = measured(state, trained, losses)
-        nearnesses[kind] = nearness(state.model) if math.isfinite(on_held_out[kind]) else -math.inf
-    kept = max(candidates, key=lambda kind: -math.inf if math.isnan(nearnesses[kind]) else nearnesses[kind])
+        images[kind] = figures(state.model) if math.isfinite(on_held_out[kind]) else None
+    kept = nearest(images)
     state.model.load_state_dict(candidates[kept])
-    return kept, on_held_out, on_trained, nearnesses
+    return Choice(kept, on_held_out, on_trained, images)
+
+
+def nearest(images: Mapping[Kept, ImageFigures | None]) -> Kept:
+    """The first kind of weights of largest PSNR among those whose distance has not grown beyond `WORSE`."""
+    start = images["start"]
+    most = math.inf if start is None or not math.isfinite(start.distance) else WORSE * start.distance
+
+    def rank(kind: Kept) -> tuple[bool, float]:
+        found = images[kind]
+        if found is None or math.isnan(found.psnr):
+            return False, -math.inf
+        return kind == "start" or found.distance <= most, found.psnr
+
+    return max(images, key=rank)

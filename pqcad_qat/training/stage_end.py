@@ -41,7 +41,9 @@ class StageEnd:
         cause: why it ended.
         kept: which weights it returned.
         held_out: loss of the held-out states under each kind of weights: start, average, last, best.
-        images: PSNR in dB of held-out images to full precision's own, under each kind of weights; the best is kept.
+        images: PSNR in dB of held-out images to full precision's own, under each kind of weights.
+        distances: distance between the patches of both sets of images, under each kind of weights. The largest PSNR is
+            kept whose distance has not grown beyond training/held_out.py's bound.
         trained: loss of as many states of the trained trajectories, under the start's weights and the kept ones.
         decay_from: training step from which the learning rate fell, None where it fell all the way.
         training_s: wall time of its training steps in seconds.
@@ -52,6 +54,7 @@ class StageEnd:
     kept: Kept
     held_out: Mapping[str, float | None] = field(default_factory=dict)
     images: Mapping[str, float | None] = field(default_factory=dict)
+    distances: Mapping[str, float | None] = field(default_factory=dict)
     trained: Mapping[str, float | None] = field(default_factory=dict)
     decay_from: int | None = None
     training_s: float = 0.0

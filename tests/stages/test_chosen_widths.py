@@ -27,7 +27,7 @@ from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.report.width_choice import WidthChoice
 from pqcad_qat.stages import chosen_widths
-from pqcad_qat.stages.held_out_images import held_out_nearness
+from pqcad_qat.stages.held_out_images import measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe, prepare
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.recipe import reason_to_repeat, record_of
@@ -79,7 +79,7 @@ def nearness(policy: Policy, prepared: Prepared, record: WidthsRecord, runs: Pat
     calibration, _ = calibration_set(prepared.model, recipe, 4, runs / CALIBRATION, conditions=prepared.conditions)
     kept = [layer for layer in prepared.plan if layer.name in record.bits]
     model = QuantizedModels(policy, prepared, calibration).of(with_bits(kept, record.bits)).at_targets()
-    return held_out_nearness(policy, prepared, calibration, variant=PQ, start=math.inf)(model)
+    return measured_images(policy, prepared, calibration, variant=PQ, start=math.inf)(model).psnr
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +152,13 @@ def test_an_interrupted_search_goes_on_with_what_was_measured(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = asked(tiny_folder, f"quantization.quality={round(sum(bounds) / 2, 1)}")
-    whole = chosen_widths.held_out_nearness
+    whole = chosen_widths.measured_images
     calls: list[int] = []
 
     def counted(*arguments: object, **named: object) -> object:
         measure = whole(*arguments, **named)  # type: ignore[arg-type]
 
-        def stopping(model: torch.nn.Module) -> float:
+        def stopping(model: torch.nn.Module) -> object:
             calls.append(1)
             if len(calls) == 3:
                 raise RuntimeError("the power went")
@@ -166,7 +166,7 @@ def test_an_interrupted_search_goes_on_with_what_was_measured(
 
         return stopping
 
-    monkeypatch.setattr(chosen_widths, "held_out_nearness", counted)
+    monkeypatch.setattr(chosen_widths, "measured_images", counted)
     with pytest.raises(RuntimeError, match="the power went"):
         ended(policy, runs / "again")
     monkeypatch.setattr(chosen_widths, "layer_sensitivities", None)  # they were kept

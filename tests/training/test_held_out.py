@@ -5,9 +5,9 @@ Not here: the rule of the end alone (test_stopping_rule.py), and whole runs (tes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,14 +25,19 @@ from pqcad_qat.training.callback import StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.held_out import (
     STATES,
+    WORSE,
+    Choice,
     HeldOutLoss,
+    ImageFigures,
     best_weights,
     divided,
     fixed_states,
     measured,
+    nearest,
     weights_of,
 )
 from pqcad_qat.training.metrics_log import read_metrics
+from pqcad_qat.training.stage_end import Kept
 from pqcad_qat.training.stopping_rule import EVERY, Budget
 from pqcad_qat.training.trainer import LoopSettings, new_state
 from pqcad_qat.training.training_stage import StageSettings, train_stage
@@ -199,14 +204,13 @@ def shifted(weights: dict[str, Tensor], by: float) -> dict[str, Tensor]:
 
 def best(
     state: TrainState, start: dict[str, Tensor], loss: Matching, on_the_way: Mapping[str, Tensor] | None = None
-) -> tuple[Any, ...]:
-    def nearness(model: nn.Module) -> float:
+) -> Choice:
+    def figures(model: nn.Module) -> ImageFigures:
         with torch.no_grad():
-            return -float((model(images(7)) - full_precision(images(7))).square().mean())
+            error = float((model(images(7)) - full_precision(images(7))).square().mean())
+        return ImageFigures(-error, error)
 
-    return best_weights(
-        state, start, [loss], held_out=batches(1), trained=batches(2), nearness=nearness, best=on_the_way
-    )
+    return best_weights(state, start, [loss], held_out=batches(1), trained=batches(2), figures=figures, best=on_the_way)
 
 
 def test_the_best_weights_of_a_stage_outlive_a_loss_that_rises_late(tmp_path: Path) -> None:
@@ -220,8 +224,7 @@ def test_the_best_weights_of_a_stage_outlive_a_loss_that_rises_late(tmp_path: Pa
         measures.after_step(state, StepReport(0.0, {}, 0.0, 0.0, 1))
     assert measures.best is not None
     assert all(torch.equal(value, good[name]) for name, value in measures.best.items())
-    kept, *_ = best(state, shifted(good, 4.0), loss, measures.best)
-    assert kept == "best"
+    assert best(state, shifted(good, 4.0), loss, measures.best).kept == "best"
     assert all(torch.equal(value, good[name]) for name, value in state.model.state_dict().items())
 
 
@@ -242,20 +245,41 @@ def test_the_weights_with_the_best_held_out_images_are_kept(wanted: str) -> None
     state.ema = {**state.ema, **{n: v for n, v in shifted(good, shifts["average"]).items() if n in state.ema}}
     state.model.load_state_dict(shifted(good, shifts["last"]))
     start = shifted(good, shifts["start"])
-    kept, held_out, trained, nearness = best(state, start, loss)
-    assert kept == wanted
-    assert held_out[kept] == min(held_out.values())
-    assert nearness[kept] == max(nearness.values())
-    assert set(trained) == {"average", "last", "start"}
+    choice = best(state, start, loss)
+    assert choice.kept == wanted
+    assert choice.held_out[wanted] == min(choice.held_out.values())
+    assert set(choice.images) == set(choice.trained) == {"average", "last", "start"}
     assert all(torch.equal(value, good[name]) for name, value in state.model.state_dict().items())
 
 
 def test_equal_weights_are_called_the_average_and_what_is_not_finite_is_never_kept() -> None:
     state, loss = prepared()
     start = weights_of(state.model)
-    kept, *_ = best(state, start, loss)
-    assert kept == "average"
+    assert best(state, start, loss).kept == "average"
     assert state.ema is not None
     state.ema = {name: value * float("nan") for name, value in state.ema.items()}
-    kept, *_ = best(state, start, loss)
-    assert kept == "last"
+    choice = best(state, start, loss)
+    assert choice.kept == "last"
+    assert choice.images["average"] is None
+
+
+@pytest.mark.parametrize(
+    ("average", "last", "start", "kept"),
+    [
+        ((31.0, 1.0), (30.0, 1.0), (20.0, 1.0), "average"),
+        ((31.0, WORSE + 0.01), (30.0, WORSE), (20.0, 1.0), "last"),
+        ((31.0, 2.0), (30.0, 2.0), (20.0, 1.0), "start"),
+        ((31.0, 2.0), (30.0, math.nan), (20.0, 2.0), "average"),
+        ((31.0, math.nan), None, (math.nan, math.nan), "average"),
+        (None, (12.0, 3.0), None, "last"),
+        (None, None, None, "average"),
+    ],
+)
+def test_images_are_chosen_one_by_one_unless_as_a_set_they_have_moved_away(
+    average: tuple[float, float] | None,
+    last: tuple[float, float] | None,
+    start: tuple[float, float] | None,
+    kept: Kept,
+) -> None:
+    found: dict[Kept, tuple[float, float] | None] = {"average": average, "last": last, "start": start}
+    assert nearest({kind: None if pair is None else ImageFigures(*pair) for kind, pair in found.items()}) == kept
