@@ -1,7 +1,7 @@
 """The command line: help that reads well, what every command prints and writes, and mistakes that cost an exit code 2
 and no traceback.
 
-Not here: a whole `run` as a process (test_resume.py), the wording of a policy's faults (test_policy_loading.py).
+Not here: a whole `run` as a process (test_kills.py), the wording of a policy's faults (test_policy_loading.py).
 """
 
 from __future__ import annotations

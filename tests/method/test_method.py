@@ -4,7 +4,8 @@ A trained model is re-expressed exactly for each of them (reexpressed_model.py).
 student whose images, in half the steps, are as good as full precision's in all of them: a Frechet distance to the real
 images within 10 %. Where no sampler exists, the run has to be refused with the reason.
 
-Every cell is a whole run of minutes, so they are left to `tox -e method`. Without it the models themselves are tested.
+Every cell is a whole run of minutes, so they are left to `tox -e method`. Without it a diagonal of them is run, with
+shorter training and fewer images.
 """
 
 from __future__ import annotations
@@ -51,16 +52,32 @@ BETAS: dict[str, dict[str, Any]] = {
 }
 CLIPPING = ("clipped", "unclipped")
 
-CELLS = tuple(product(PREDICTIONS, BETAS, SPACINGS, CLIPPING))
+Cell = tuple[str, str, str, str]
+"""Prediction, noise schedule, spacing and clipping."""
+
+CELLS: tuple[Cell, ...] = tuple(product(PREDICTIONS, BETAS, SPACINGS, CLIPPING))
+DIAGONAL: tuple[Cell, ...] = (
+    ("epsilon", "linear", "leading", "unclipped"),
+    ("v_prediction", "zero-terminal", "trailing", "unclipped"),
+    ("sample", "scaled-linear", "linspace", "clipped"),
+)
+"""Cells that are run without `tox -e method` too, each kind but one once, with less of everything."""
+
+LESS = (
+    "calibration.trajectories=96",
+    "progressive.steps=60",
+    "distillation.steps=80",
+    "evaluation.images=512",
+)
 
 
-def without_a_sampler(cell: tuple[str, str, str, str]) -> bool:
+def without_a_sampler(cell: Cell) -> bool:
     """Whether the first step of the cell's sampler predicts noise where there is nothing but noise."""
     prediction, betas, spacing, _ = cell
     return prediction == "epsilon" and betas == "zero-terminal" and spacing != "leading"
 
 
-def scheduler(cell: tuple[str, str, str, str]) -> dict[str, Any]:
+def scheduler(cell: Cell) -> dict[str, Any]:
     """The cell's scheduler config in diffusers' names."""
     prediction, betas, spacing, clipping = cell
     return {
@@ -94,25 +111,29 @@ def test_a_reexpressed_model_says_the_same_of_the_picture(prediction: str, betas
         assert float(np.interp(same, np.arange(1000), before.alpha_bar)) == pytest.approx(signal, rel=1e-2)
 
 
-@pytest.mark.skipif(not ALL, reason="a whole run of minutes: `tox -e method` makes them")
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if without_a_sampler(cell)], ids="-".join)
+def test_a_model_without_a_sampler_is_refused_with_the_reason(cell: Cell, tmp_path: Path) -> None:
+    own = reexpressed("embedded:digits", scheduler(cell))
+    with pytest.raises(ModelError, match="epsilon says nothing of the picture"):
+        run(load_policy(POLICIES / "w4a8.yaml"), tmp_path / "run", "run", Console(quiet=True), model=own)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits", "fashion-mnist"] if ALL else ["digits"])
-@pytest.mark.parametrize("cell", CELLS if ALL else CELLS[:1], ids="-".join)
-def test_student_is_as_good_as_full_precision_in_all_steps(
-    cell: tuple[str, str, str, str], data: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "cell", [cell for cell in CELLS if not without_a_sampler(cell)] if ALL else DIAGONAL, ids="-".join
+)
+def test_student_is_as_good_as_full_precision_in_all_steps(cell: Cell, data: str, tmp_path: Path) -> None:
     overrides = (
         f"name={data}",
         f"evaluation.features=embedded:{data}",
         "evaluation.images=1000",
         f"evaluation.variants=[{PQCAD}]",
         "training.samples_every=0",
+        *(() if ALL else LESS),
     )
     policy = load_policy(POLICIES / "w4a8.yaml", overrides)
     own = reexpressed(f"embedded:{data}", scheduler(cell))
-    if without_a_sampler(cell):
-        with pytest.raises(ModelError, match="epsilon says nothing of the picture"):
-            run(policy, tmp_path / "run", "run", Console(quiet=True), model=own)
-        return
     run(policy, tmp_path / "run", "run", Console(quiet=True), model=own)
     distances = {row.name: row.fid_real for row in read_report(tmp_path / "run").variants}
     student, full = distances[PQCAD], distances[REFERENCE]

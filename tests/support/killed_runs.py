@@ -5,8 +5,9 @@ it ends by itself.
 
 KINDS, joined by +, are the interruptions of successive processes, each at a moment of its own in one of the stages:
 SIGKILL, SIGINT, or `full`, which fills the disk at ROOT until the process has ended. With SEED 0 every stage is
-interrupted once, otherwise 30 moments are spread over the stages. KINDS `none` is an uninterrupted run, which must come
-first. The program prints as JSON how each process ended, and in which stage.
+interrupted once, training late enough for a checkpoint, and the newest checkpoint of `pq` is damaged. Otherwise 30
+moments are spread over the stages. KINDS `none` is an uninterrupted run, which must come first. The program prints as
+JSON how each process ended, and in which stage.
 
 The processes are forked from one that has imported everything and used nothing. Not here: any test.
 """
@@ -20,7 +21,7 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -43,6 +44,7 @@ from pqcad_qat.policy.variants import (
     PQ_DISTILLED,
     PQCAD,
     STEP_COSTS,
+    TRAINED,
     VARIANTS,
 )
 from pqcad_qat.stages.run_folder import RunFolder, Stage
@@ -87,6 +89,9 @@ REPORT = "report"
 
 ORDER = [*STAGES, REPORT]
 FILLER = "filler"
+DAMAGED = f"checkpoints/{PQ}/step_000999"
+"""A checkpoint without any file, later than all others."""
+
 Moment = tuple[str, str, int]
 """Moment of an interruption: its kind, its stage, and the number of the event. Events are changes of files and denoiser
 calls.
@@ -105,14 +110,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended: its exit code (negative for a signal), its output, its stage, and the stages finished by
-    then.
+    """How a process ended: its exit code (negative for a signal), its output, its stage, and when each stage that was
+    finished by then had been, in nanoseconds.
     """
 
     code: int
     said: str
     stage: str
-    finished: Sequence[str]
+    finished: Mapping[str, int]
 
 
 def main(model: Path, root: Path, kinds: str, seed: int) -> None:
@@ -147,8 +152,12 @@ def cut_off(model: Path, root: Path, kinds: Sequence[str], seed: int) -> Iterato
     events = json.loads((model.parent / EVENTS).read_text())
     stages = [(stage, count) for stage, count in {**STAGES, REPORT: 1}.items() for _ in range(count if seed else 1)]
     for kind, (stage, count) in zip(cycle(kinds), stages, strict=False):
-        yield ended(started(model, root, (kind, stage, dice.randint(1, max(1, events[stage] // (2 * count))))))
+        early = dice.randint(1, max(1, events[stage] // (2 * count)))
+        late = not seed and stage in TRAINED
+        yield ended(started(model, root, (kind, stage, 3 * events[stage] // 4 if late else early)))
         (root / FILLER).unlink(missing_ok=True)
+        if late and stage == PQ:
+            (root / "run" / DAMAGED).mkdir()
     yield ended(started(model, root, None))
 
 
@@ -179,8 +188,10 @@ def started(model: Path, root: Path, moment: Moment | None) -> Process:
         with outputs(model.parent / f"{root.name}.said") as said:
             with watched(moment, root, model.parent / f"{root.name}.place"):
                 flags = [f"--set={override}" for override in tiny_overrides(model, *SMALL)]
+                # the report names the command
+                sys.argv[1:] = ["run", str(POLICIES / "smoke.yaml"), "--out", str(root / "run"), "--resume", *flags]
                 try:
-                    cli.main(["run", str(POLICIES / "smoke.yaml"), "--out", str(root / "run"), "--resume", *flags])
+                    cli.main(sys.argv[1:])
                     code = 0
                 except SystemExit as ended_with:
                     code = int(ended_with.code or 0)
@@ -254,7 +265,8 @@ def watched(moment: Moment | None, root: Path, told: Path) -> Iterator[None]:
 def ended(process: Process) -> Ending:
     code = os.waitstatus_to_exitcode(os.waitpid(process.number, 0)[1])
     beside = Path(sys.argv[1]).parent / process.root.name
-    finished = sorted(marker.stem for marker in (process.root / "run" / "stages").glob("*.json"))
+    markers = (process.root / "run" / "stages").glob("*.json")
+    finished = {marker.stem: marker.stat().st_mtime_ns for marker in markers}
     said = beside.with_suffix(".said").read_text(encoding="utf-8", errors="replace")
     return Ending(code, said, beside.with_suffix(".place").read_text(encoding="utf-8"), finished)
 

@@ -73,7 +73,7 @@ class Ends(Callback):
         if state.step == self.kill:
             raise KilledError
         if state.step == self.interrupt:
-            # called by hand: test_resume.py sends a real signal, to a process of its own
+            # called by hand: test_kills.py sends a real signal, to a process of its own
             handler = signal.getsignal(signal.SIGINT)
             assert callable(handler)
             handler(signal.SIGINT, None)

@@ -4,7 +4,7 @@ the same bits.
 By default every stage is cut off once, by the three in turns; PQCAD_KILLS=all tries 30 moments of each, spread over the
 stages.
 
-Not here: a run that is cut off at chosen moments of its training as a command line (test_resume.py).
+Not here: checkpoints by themselves (test_trainer.py), the folder's rules (test_run_folder.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 
 import pytest
 from forked_program import ForkedProgram
-from killed_runs import REPORT, STAGES
+from killed_runs import DAMAGED, REPORT, STAGES
 from safetensors import SafetensorError
 from tiny_runs import POLICIES, SUPPORT, environment, program, tiny_overrides
 
 from pqcad_qat import cli
-from pqcad_qat.policy.variants import FIXED_BIT
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD_OPENVINO, TRAINED
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage
 
 PATIENCE = 3000  # seconds; a busy machine is no failure
@@ -98,7 +98,7 @@ def whole(base: Path) -> Chain:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def disk(base: Path) -> Iterator[str | None]:
     """A small file system of its own, by its name below the folder of all chains; None where none can be mounted."""
     (base / "disk").mkdir()
@@ -114,22 +114,62 @@ def disk(base: Path) -> Iterator[str | None]:
     (base / "disk").rmdir()
 
 
-@pytest.mark.parametrize(("kinds", "seed"), CHAINS)
-def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alone(
-    kinds: str, seed: int, disk: str | None, base: Path, whole: Chain
-) -> None:
+@pytest.fixture(scope="module", params=CHAINS, ids=lambda chosen: chosen[0])
+def cut(request: pytest.FixtureRequest, disk: str | None, base: Path, whole: Chain) -> Chain:
+    """The run that is cut off in every stage; `whole` comes before it."""
+    kinds, seed = request.param
     if disk is None and kinds == "full":
         pytest.skip("no file system can be mounted here")
-    found = chain(base, disk or kinds, kinds if disk else kinds.removesuffix("+full"), seed)
-    *cut, last = found.endings
+    return chain(base, disk or kinds, kinds if disk else kinds.removesuffix("+full"), seed)
+
+
+def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alone(cut: Chain, whole: Chain) -> None:
+    *endings, last = cut.endings
     assert last["code"] == 0, last["said"]
-    assert {ending["stage"] for ending in cut} == {*STAGES, REPORT}
-    for ending in cut:
-        check_ending(ending, found.root)
-    for before, after in zip(found.endings, found.endings[1:], strict=False):
-        assert set(before["finished"]) <= set(after["finished"])
-    assert found.digests == whole.digests
-    assert found.left_over == []
+    assert {ending["stage"] for ending in endings} == {*STAGES, REPORT}
+    for ending in endings:
+        check_ending(ending, cut.root)
+    assert cut.digests == whole.digests
+    assert cut.left_over == []
+
+
+def test_finished_stages_are_never_repeated(cut: Chain) -> None:
+    for before, after in zip(cut.endings, cut.endings[1:], strict=False):
+        assert {name: after["finished"][name] for name in before["finished"]} == before["finished"]
+
+
+def test_training_goes_on_from_the_last_good_checkpoint(cut: Chain) -> None:
+    pairs = list(zip(cut.endings, cut.endings[1:], strict=False))
+    went_on = {before["stage"] for before, after in pairs if f"{before['stage']}: going on from step " in after["said"]}
+    assert went_on
+    if (cut.root / "run" / DAMAGED).exists():
+        assert went_on == {*TRAINED}
+        told = json.loads((cut.root / "run" / "report.json").read_text())["warnings"]
+        damaged = f"{Path(DAMAGED).name}: got no digests.json that can be read; using the one before it"
+        assert len([warning for warning in told if damaged in warning]) == 1
+
+
+def test_transitions_and_logs_are_those_of_the_run_left_alone(cut: Chain, whole: Chain) -> None:
+    resumed, alone = (
+        json.loads((found.root / "run" / "stages" / f"{PQ}.json").read_text())["transitions"] for found in (cut, whole)
+    )
+    assert resumed == alone
+    for name in TRAINED:
+        rows, others = (
+            [json.loads(row) for row in (found.root / "run" / "logs" / f"{name}.jsonl").read_text().splitlines()]
+            for found in (cut, whole)
+        )
+        assert rows == others, name
+
+
+def test_the_whole_run_reports_itself_on_the_command_line(cut: Chain) -> None:
+    last, folder = cut.endings[-1]["said"], cut.root / "run"
+    assert PQCAD_OPENVINO in last
+    assert f"report:   {folder / 'report.html'}" in last
+    assert "planned layers that executed in INT8" in last
+    command = json.loads((folder / "report.json").read_text())["reproduction"]["command"]
+    assert command.startswith("python -m pqcad_qat run ")
+    assert "--resume" not in command
 
 
 def check_ending(ending: Mapping[str, Any], root: Path) -> None:
@@ -157,30 +197,30 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     path = tmp_path / "run"
     only = [
         f"evaluation.variants=[{FIXED_BIT}]",
-        "progressive.steps=60",
-        "training.checkpoint_every=20",
+        "progressive.steps=30",
+        "training.checkpoint_every=10",
         "evaluation.images=2",
     ]
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder, *only)]
     command = ["run", POLICIES / "smoke.yaml", "--out", path, *flags]
     process = start_program(*command)
     folder = CheckpointFolder(path / "checkpoints" / FIXED_BIT, 20)
-    wait_for(folder.path / "step_000020" / "digests.json", process)
-    size = (folder.path / "step_000020" / "model.safetensors").stat().st_size
+    wait_for(folder.path / "step_000010" / "digests.json", process)
+    size = (folder.path / "step_000010" / "model.safetensors").stat().st_size
     # the weights still fit, as those of the lowest held-out loss are written too; the optimizer's two moments do not
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size * 3 // 2, size * 3 // 2))
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, errors
     assert re.search(
-        r"step_000040: cannot be written: File too large: [\d,]+ bytes are wanted, [\d,]+ are free", errors
+        r"step_000020: cannot be written: File too large: [\d,]+ bytes are wanted, [\d,]+ are free", errors
     ), errors
     assert "Traceback" not in errors
-    assert [path.name for path in sorted(folder.path.iterdir())] == ["best.safetensors", "step_000020"]
+    assert [path.name for path in sorted(folder.path.iterdir())] == ["best.safetensors", "step_000010"]
     assert damage(checkpoints(folder.path)[0]) is None
     again = start_program(*command, "--resume")
     output, errors = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, errors
-    assert f"{FIXED_BIT}: going on from step 20" in output
+    assert f"{FIXED_BIT}: going on from step 10" in output
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A real run from policy to report: what it leaves, what it proves, and what others can do with the folder it ships.
 
-Not here: runs that are cut short (test_resume.py), the report's looks (test_report_files.py).
+Not here: runs that are cut short (test_kills.py), the report's looks (test_report_files.py).
 """
 
 from __future__ import annotations
