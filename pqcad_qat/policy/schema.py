@@ -18,6 +18,7 @@ from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section
 from pqcad_qat.policy.value_types import (
     AutoCount,
+    AutoRate,
     Classes,
     Count,
     FloatSteps,
@@ -204,7 +205,11 @@ class TrainingPolicy(Section):
     """Settings that all training stages share."""
 
     batch_size: Count = Field(32, description="states in a batch, at mixed time steps")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak rate of the optimizer")
+    learning_rate: AutoRate = Field(
+        "auto",
+        description="peak rate of the optimizer; auto: each stage tries a few for 20 training steps each, and takes "
+        "that of the lowest held-out loss",
+    )
     max_steps: Count = Field(2000, description="largest number of training steps of a stage whose steps are auto")
     minutes: float | None = Field(
         60.0,

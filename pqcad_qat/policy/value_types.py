@@ -28,6 +28,9 @@ Count = Annotated[int, Field(ge=1)]
 AutoCount = Literal["auto"] | Count
 
 
+AutoRate = Literal["auto"] | Annotated[float, Field(gt=0, le=1)]
+
+
 FloatSteps = Literal["auto"] | Annotated[int, Field(ge=0, le=1000)]
 
 

@@ -5,6 +5,7 @@ Not here: the decision (training/stopping_rule.py), and the page (page.py).
 
 from __future__ import annotations
 
+from pqcad_qat.training.rate_search import TRIAL_STEPS
 from pqcad_qat.training.stage_end import StageEnd
 
 WIDE_GAP = 1.25
@@ -39,7 +40,7 @@ def end_sentence(stage: str, end: StageEnd) -> str:
     if given is not None and now is not None:
         change += f", held-out images {given:.1f} to {now:.1f} dB"
     text = f"{stage} ended after {end.steps} steps, because {_CAUSES[end.cause]}; {_KEPT[end.kept]}{change}."
-    text += _passed_over(end)
+    text += _passed_over(end) + _found_rate(end)
     gap = held_out_gap(end)
     if gap is None or gap <= WIDE_GAP:
         return text
@@ -60,6 +61,21 @@ def _passed_over(end: StageEnd) -> str:
         f" Images of the {_WEIGHTS[nearest]} are nearer one by one, {psnrs[nearest]:.1f} dB, but as a set they have "
         f"moved away from full precision's: their patches are {after / before:.1f} times as far as at the start."
     )
+
+
+def _found_rate(end: StageEnd) -> str:
+    """How the learning rate was found; empty where it was given."""
+    if not end.rate_trials:
+        return ""
+    losses = (f"{trial.rate:g} ({_loss_text(trial.held_out)})" for trial in end.rate_trials)
+    return (
+        f" Its learning rate is {end.learning_rate:g}, by the held-out loss after {TRIAL_STEPS} training steps at each "
+        f"of {', '.join(losses)}."
+    )
+
+
+def _loss_text(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.3g}"
 
 
 def held_out_gap(end: StageEnd) -> float | None:

@@ -32,7 +32,6 @@ from pqcad_qat.machine.content_store import content_digest
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed, exchanged, is_first
 from pqcad_qat.machine.progress import working
-from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, PQ, STEP_COSTS, TRAINED, WIDTHS, stages_of
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sensitivities
@@ -52,12 +51,14 @@ from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.short_training import train_shortly
 from pqcad_qat.stages.stage_records import FloatStepsRecord, StepCostsRecord, TrainingRecord, WidthsRecord
 from pqcad_qat.stages.train import matched_states
 from pqcad_qat.stages.width_search import Plan, left_float, search
 from pqcad_qat.training.callback import BatchSource
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
-from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
+from pqcad_qat.training.rate_search import FIRST, RATES
+from pqcad_qat.training.trainer import LoopSettings
 
 STATES = 16
 """Number of states on which a layer's error is measured."""
@@ -132,21 +133,18 @@ class Trials:
         """The model after a short training at its present widths; unchanged where that diverges."""
         training = self.policy.training
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        accelerator = new_accelerator(training.precision)
         settings = LoopSettings(
             self.steps,
-            training.learning_rate,
+            RATES[FIRST] if training.learning_rate == "auto" else training.learning_rate,
             warmup=self.steps // 10,
             accumulation=training.gradient_accumulation,
             max_grad_norm=training.max_grad_norm,
         )
-        state = new_state(model, settings, accelerator)
         try:
-            with recomputed_activations(model, training.activation_checkpointing):
-                fit(state, [FullPrecisionMatching()], self.batches, settings, accelerator=accelerator)
+            train_shortly(model, [FullPrecisionMatching()], self.batches, loop=settings, training=training)
         except DivergedError:
-            state.model.load_state_dict(before)
-        return released(state, accelerator).cpu()
+            model.load_state_dict(before)
+        return model.cpu()
 
 
 def choose_widths(

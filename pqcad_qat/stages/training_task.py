@@ -10,9 +10,10 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import get_args
 
 from pydantic import TypeAdapter
@@ -26,10 +27,11 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import TRAINED, stages_of
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
 from pqcad_qat.report.stage_ends import end_sentence
+from pqcad_qat.stages.found_rate import rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
@@ -39,7 +41,8 @@ from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.held_out import HeldOutLoss, best_weights, weights_of
-from pqcad_qat.training.stage_end import Ending, Kept, StageEnd
+from pqcad_qat.training.rate_search import best
+from pqcad_qat.training.stage_end import Ending, Kept, RateTrial, StageEnd
 from pqcad_qat.training.stopping_rule import Budget
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
@@ -103,25 +106,56 @@ def train(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, 
 
 def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, folder: Path) -> None:
     """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
-    start = at_target_widths(task.model)
+    given = at_target_widths(task.model)
     held_out = _held_out_loss(policy, run, task)
+    rate, trials = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
+    start = weights_of(given)
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
-    settings, warn = _stage_settings(policy, run, task), partial(run.warn, console=console)
+    settings, warn = _stage_settings(policy, run, task, rate), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
     with agreed() as first:
         if first:
-            end = _stage_end(task, state, start, held_out)
+            end = replace(_stage_end(task, state, start, held_out), learning_rate=rate, rate_trials=trials)
             console.print(Text(end_sentence(task.stage, end)), soft_wrap=True)
             _keep_trained(run, task, end, folder=folder)
 
 
-def at_target_widths(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that a stage is given, at the widths that it has to reach, with the ranges of these widths."""
+def _learning_rate(
+    policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, given: nn.Module, held_out: HeldOutLoss
+) -> tuple[float, tuple[RateTrial, ...]]:
+    """The stage's peak learning rate, and the trials that found it.
+
+    Fixed-bit training begins with the weights, the states and the loss of progressive quantization's trials, so these
+    are not made again.
+    """
+    if policy.training.learning_rate != "auto":
+        return policy.training.learning_rate, ()
+    if task.stage == FIXED_BIT and PQ in stages_of(policy.evaluation.variants):
+        end = run.read_always(PQ, TrainingRecord).end
+        if end is not None and end.learning_rate is not None:
+            return end.learning_rate, ()
+    begun, file = monotonic(), run.path / "checkpoints" / task.stage / "rates.json"
+    trials = rate_trials(
+        policy.training,
+        console,
+        given,
+        task.loss,
+        stage=task.stage,
+        batches=task.batches,
+        held_out=task.held_out,
+        file=file,
+    )
+    held_out.spend(monotonic() - begun)
+    return best(trials), trials
+
+
+def at_target_widths(model: nn.Module) -> nn.Module:
+    """The model that a stage is given, at the widths that it has to reach, with the ranges of these widths."""
     given = copy.deepcopy(model)
     for layer in quantized_layers(given).values():
         if read_bits(layer)[0] != layer.plan.weights.bits:
             set_weight_bits(layer, layer.plan.weights.bits)
-    return weights_of(given)
+    return given
 
 
 def _held_out_loss(policy: Policy, run: RunFolder, task: TrainingTask) -> HeldOutLoss:
@@ -198,12 +232,12 @@ def _keep_trained(run: RunFolder, task: TrainingTask, end: StageEnd, *, folder: 
         shutil.copy2(run.path / "logs" / f"{name}.jsonl", folder / "logs")
 
 
-def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask) -> StageSettings:
+def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, rate: float) -> StageSettings:
     training, steps = policy.training, _steps_of(policy, task)
     automatic = training_steps(policy, task.stage) is None
     loop = LoopSettings(
         steps=steps,
-        learning_rate=training.learning_rate,
+        learning_rate=rate,
         warmup=min(LONGEST_WARM_UP, (training.max_steps if automatic else steps) // 10),
         shape="held" if automatic else "cosine",
         ema=training.ema,

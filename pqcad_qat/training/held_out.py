@@ -142,6 +142,10 @@ class HeldOutLoss(Callback):
         """Wall time of the stage's training so far, over all processes that took part one after another."""
         return self._seconds + (0.0 if self._resumed_at is None else monotonic() - self._resumed_at)
 
+    def spend(self, seconds: float) -> None:
+        """Count wall time that the stage took before its first step."""
+        self._seconds += seconds
+
     def before_step(self, state: TrainState) -> None:
         """Decide whether the stage is to end; all processes follow the first one's measurement and clock."""
         if self._resumed_at is None:

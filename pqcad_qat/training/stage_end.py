@@ -33,6 +33,14 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class RateTrial:
+    """A learning rate that was tried before a stage, and the held-out loss after it; None where it diverged."""
+
+    rate: float
+    held_out: float | None
+
+
+@dataclass(frozen=True)
 class StageEnd:
     """What a training stage came to.
 
@@ -46,7 +54,9 @@ class StageEnd:
             kept whose distance has not grown beyond training/held_out.py's bound.
         trained: loss of as many states of the trained trajectories, under the start's weights and the kept ones.
         decay_from: training step from which the learning rate fell, None where it fell all the way.
-        training_s: wall time of its training steps in seconds.
+        training_s: wall time of its training steps in seconds, with the trials of learning rates.
+        learning_rate: its peak learning rate.
+        rate_trials: learning rates that were tried before it; empty where the rate was given.
     """
 
     steps: int
@@ -58,3 +68,5 @@ class StageEnd:
     trained: Mapping[str, float | None] = field(default_factory=dict)
     decay_from: int | None = None
     training_s: float = 0.0
+    learning_rate: float | None = None
+    rate_trials: tuple[RateTrial, ...] = ()

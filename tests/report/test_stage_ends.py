@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pqcad_qat.report.stage_ends import end_sentence
-from pqcad_qat.training.stage_end import StageEnd
+from pqcad_qat.training.stage_end import RateTrial, StageEnd
 
 END = StageEnd(
     steps=210,
@@ -45,3 +45,12 @@ def test_nearer_images_that_were_passed_over_are_named_with_the_reason() -> None
 
 def test_what_was_not_measured_is_left_out() -> None:
     assert "dB" not in end_sentence("pq", replace(END, images={}, distances={}))
+
+
+def test_a_learning_rate_that_was_found_is_told_with_what_was_tried() -> None:
+    trials = (RateTrial(1e-4, 0.31), RateTrial(3e-5, 0.2), RateTrial(1e-5, None))
+    assert end_sentence("pq", replace(END, learning_rate=3e-5, rate_trials=trials)).endswith(
+        " Its learning rate is 3e-05, by the held-out loss after 20 training steps at each of 0.0001 (0.31), 3e-05 "
+        "(0.2), 1e-05 (diverged)."
+    )
+    assert "learning rate" not in end_sentence("pq", replace(END, learning_rate=3e-5))

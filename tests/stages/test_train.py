@@ -71,7 +71,7 @@ def test_what_pq_is_given_is_the_post_training_model_at_its_target_widths(tiny_f
     prepared = prepare(policy)
     calibration, _ = calibration_set(prepared.model, calibration_recipe(policy, prepared), 4, tmp_path)
     models = QuantizedModels(policy, prepared, calibration)
-    given, wanted = at_target_widths(models.at_first_widths()), models.at_targets()
+    given, wanted = at_target_widths(models.at_first_widths()).state_dict(), models.at_targets()
     assert given.keys() == wanted.state_dict().keys()
     assert [name for name, value in wanted.state_dict().items() if not torch.equal(given[name], value)] == []
 

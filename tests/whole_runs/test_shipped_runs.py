@@ -50,6 +50,7 @@ SMALL = (
     "evaluation.images=4",
     "evaluation.batch_size=4",
     "export.latency_runs=1",
+    "training.learning_rate=0.0001",
 )
 WITH_BASELINES = ("w8a8-flux", "w8a8-pixart", "w8a8-sd15", "w8a8-sd3", "w8a8-sdxl")
 """Policies whose baselines are made too, one of each layout; test_conditional_runs.py has those of labelled models."""

@@ -1,0 +1,75 @@
+"""The learning rate of a training stage: as the policy says, or found by short trials before its first step.
+
+What was found is kept beside the stage's checkpoints, so that a run that goes on does so at the same rate.
+
+Not here: which rates are tried (training/rate_search.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.errors import DivergedError
+from pqcad_qat.machine.files import write_file
+from pqcad_qat.machine.processes import exchanged, is_first
+from pqcad_qat.machine.progress import working
+from pqcad_qat.policy.schema import TrainingPolicy
+from pqcad_qat.stages.short_training import train_shortly
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, averaged_weights
+from pqcad_qat.training.held_out import measured
+from pqcad_qat.training.rate_search import TRIAL_STEPS, searched
+from pqcad_qat.training.stage_end import RateTrial
+from pqcad_qat.training.trainer import LoopSettings
+
+_TRIALS = TypeAdapter(tuple[RateTrial, ...])
+
+
+def rate_trials(
+    training: TrainingPolicy,
+    console: Console,
+    model: nn.Module,
+    loss: Callback,
+    *,
+    stage: str,
+    batches: BatchSource,
+    held_out: Batch,
+    file: Path,
+) -> tuple[RateTrial, ...]:
+    """Try learning rates from the model's weights, or read back from the file what was tried; the model stays as it is.
+
+    Raises:
+        InterruptedByUserError: Ctrl-C; all trials are then made again.
+    """
+    if file.exists():
+        return _TRIALS.validate_json(file.read_bytes())
+    with working(console, f"{stage}: learning rate, {TRIAL_STEPS} training steps at each of a few"):
+
+        def trial(rate: float) -> float:
+            loop = LoopSettings(
+                TRIAL_STEPS,
+                rate,
+                shape="constant",
+                ema=training.ema,
+                accumulation=training.gradient_accumulation,
+                max_grad_norm=training.max_grad_norm,
+            )
+            try:
+                state = train_shortly(copy.deepcopy(model), [loss], batches, loop=loop, training=training)
+            except DivergedError:
+                return math.inf
+            with averaged_weights(state):
+                own = measured(state, held_out, [loss])
+            return exchanged(own)[0][0]  # all processes go on with the first one's measurement
+
+        trials = searched(trial)
+    if is_first():
+        write_file(file, json.dumps([asdict(found) for found in trials]))
+    return trials

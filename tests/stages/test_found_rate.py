@@ -1,0 +1,101 @@
+"""The learning rate that a stage finds: the trials are those of the stage, leave it as it was, and are made once.
+
+Not here: which rates are tried (tests/training/test_rate_search.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from small_stage import Matching, batches, network
+from tiny_runs import POLICIES, tiny_overrides
+
+from pqcad_qat.commands import run as pipeline
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD
+from pqcad_qat.quantization.conversion import quantized_layers
+from pqcad_qat.stages import found_rate
+from pqcad_qat.stages.found_rate import rate_trials
+from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_records import TrainingRecord
+from pqcad_qat.training.rate_search import RATES, best
+from pqcad_qat.training.stage_end import RateTrial, StageEnd
+
+SMOKE = POLICIES / "smoke.yaml"
+
+
+def tried(model: torch.nn.Module, file: Path) -> tuple[RateTrial, ...]:
+    return rate_trials(
+        load_policy(SMOKE).training,
+        Console(quiet=True),
+        model,
+        Matching(quantized_layers(model)),
+        stage=PQ,
+        batches=batches,
+        held_out=batches(10**6),
+        file=file,
+    )
+
+
+def test_the_model_stays_as_it_was_and_what_was_tried_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, file = network(), tmp_path / "rates.json"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trials = tried(model, file)
+    assert len(trials) >= 3
+    assert all(trial.held_out is not None and math.isfinite(trial.held_out) for trial in trials)
+    assert len({trial.held_out for trial in trials}) == len(trials)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(found_rate, "searched", None)
+    assert tried(model, file) == trials
+
+
+def test_a_rate_that_breaks_a_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate far too high among the tried ones ends at a loss above the start's."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("pqcad_qat.training.rate_search.RATES", (1e-4, 30.0))
+    monkeypatch.setattr("pqcad_qat.training.rate_search.FIRST", 1)
+    low, high = sorted(tried(network(), tmp_path / "rates.json"), key=lambda trial: trial.rate)
+    assert low.held_out is not None
+    assert high.held_out is None or high.held_out > low.held_out
+    assert best((low, high)) == 1e-4
+
+
+def ended(path: Path, stage: str) -> StageEnd:
+    record = RunFolder(path).read(stage, TrainingRecord)
+    assert record is not None
+    assert record.end is not None
+    return record.end
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_run_train_at_the_rate_that_they_found(tiny_folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    overrides = (
+        "training.learning_rate=auto",
+        "progressive.steps=4",
+        "distillation.steps=4",
+        "evaluation.features=none",
+        f"evaluation.variants=[{FIXED_BIT}, {PQ}, {PQCAD}]",
+    )
+    printed = io.StringIO()
+    policy = load_policy(SMOKE, tiny_overrides(tiny_folder, *overrides))
+    pipeline.run(policy, tmp_path, "command", Console(file=printed, width=500))
+    pq, control, student = (ended(tmp_path, stage) for stage in (PQ, FIXED_BIT, PQCAD))
+    assert control.learning_rate == pq.learning_rate
+    assert control.rate_trials == ()
+    for stage, end in ((PQ, pq), (PQCAD, student)):
+        assert end.learning_rate == best(end.rate_trials)
+        assert end.learning_rate in RATES
+        rows = (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()
+        assert json.loads(rows[0])["learning_rate"] == pytest.approx(end.learning_rate)
+        assert f"{stage} ended" in printed.getvalue()
+    assert printed.getvalue().count("Its learning rate is ") == 2
