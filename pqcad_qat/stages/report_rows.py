@@ -1,13 +1,14 @@
-"""Conversion of the records of a run's stages into its report: variants, targets, layers, curves.
+"""Conversion of the records of a run's stages into its report: variants, layers, storage, curves.
 
-Not here: measuring (timing/, quality/), the report's definition (report/record.py) or its looks (report/page.py).
+Not here: measuring (timing/, quality/), the report's definition (report/record.py), targets (report/targets.py) or its
+looks (report/page.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,15 +19,7 @@ from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
-    FIXED_BIT,
-    FP32,
-    FP32_HALF,
-    OV_BF16,
-    OV_FP32,
     PQ,
-    PQ_DISTILLED,
-    PQCAD,
-    PQCAD_OPENVINO,
     QUANTIZATION_AWARE,
     TRAINED,
     VARIANTS,
@@ -39,7 +32,6 @@ from pqcad_qat.quantization.plan_facts import executes_int8, float_layers, store
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
 from pqcad_qat.report.record import (
     HELD_OUT,
-    UNSTEADY,
     Curves,
     Execution,
     LayerRow,
@@ -48,11 +40,9 @@ from pqcad_qat.report.record import (
     Reproduction,
     Series,
     StorageRow,
-    Target,
     VariantRow,
-    target,
-    unsteady_variants,
 )
+from pqcad_qat.report.targets import targets_of
 from pqcad_qat.sampling.ddpm_schedule import Walk
 from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.serving.packing import PACKED_WIDTHS
@@ -67,25 +57,6 @@ from pqcad_qat.stages.stage_records import (
 )
 from pqcad_qat.training.metrics_log import read_metrics
 from pqcad_qat.training.stage_end import StageEnd
-
-CLEARLY = 0.95
-"""Ratio of two Frechet distances at or below which the first counts as clearly better."""
-
-SAME = 1.02
-"""Ratio of two distances or errors at or below which the first counts as no worse."""
-
-LOW_BITS = 3
-"""Width in bits below which progressive quantization has to beat fixed-bit training."""
-
-FIGURES = {
-    "latency_ms_per_image": "milliseconds an image",
-    "fid_real": "Frechet distance to {against}",
-    "psnr_fp": "squared error to full precision",
-}
-"""Mapping from a figure that targets compare to its words; a PSNR is compared as the squared error behind it."""
-
-TIMES = ("latency_ms_per_image",)
-"""Keys of FIGURES that are computed from a timing."""
 
 OF_IMAGES = tuple({f.name for f in fields(FidelityFigures)} & {f.name for f in fields(VariantRow)})
 """Fields that a row of the report has from the record of evaluation, under the same names."""
@@ -136,7 +107,7 @@ def report_of(facts: RunFacts) -> Report:
     """Build the whole report; rows, targets and parts that belong to stages that did not run are absent."""
     variants = tuple(_variants(facts))
     policy, benchmark, export = facts.policy, facts.benchmark, facts.export
-    return Report(
+    report = Report(
         policy=policy.model_dump(mode="json"),
         seed=policy.training.seed,
         hardware=(benchmark or facts.evaluation).hardware,
@@ -146,7 +117,6 @@ def report_of(facts: RunFacts) -> Report:
         parity=_parity(export) if export else None,
         execution=_execution(facts, export) if export else None,
         timings_s=facts.seconds,
-        targets=tuple(_targets(facts, {variant.name: variant for variant in variants})),
         warnings=facts.warnings,
         quality_note=facts.evaluation.note,
         clip=facts.evaluation.clip,
@@ -161,6 +131,7 @@ def report_of(facts: RunFacts) -> Report:
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return replace(report, targets=tuple(targets_of(report, export.packed_bytes if export else None)))
 
 
 def _variants(facts: RunFacts) -> Iterator[VariantRow]:
@@ -227,64 +198,6 @@ def _execution(facts: RunFacts, export: ExportRecord) -> Execution:
         needs_vnni=export.needs_vnni,
         attention=export.attention,
     )
-
-
-def _targets(facts: RunFacts, rows: Mapping[str, VariantRow]) -> Iterator[Target]:
-    """Targets that concern the variants of the run."""
-    if facts.export:
-        execution, parity = _execution(facts, facts.export), _parity(facts.export)
-        yield target(
-            "planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, unit="layers"
-        )
-        yield target(
-            "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, unit="layers"
-        )
-    variants = run_variants(facts.policy.evaluation.variants)
-    low = min(layer.weights.bits for layer in facts.plan) < LOW_BITS
-    comparisons = (
-        (PQCAD_OPENVINO, OV_BF16, "latency_ms_per_image", 0.45),
-        (PQCAD_OPENVINO, OV_FP32, "latency_ms_per_image", 0.20),
-        (PQCAD_OPENVINO, FP32, "latency_ms_per_image", 0.10),
-        (PQCAD, FP32, "fid_real", 1.10),
-        (PQCAD, FP32_HALF, "fid_real", CLEARLY),
-        (PQCAD, PQ_DISTILLED, "fid_real", CLEARLY),
-        (PQ, FIXED_BIT, "fid_real", CLEARLY if low else SAME),
-        # beside the distances, since either kind of figure alone can mislead
-        (PQCAD, FP32_HALF, "psnr_fp", SAME),
-        (PQCAD, PQ_DISTILLED, "psnr_fp", SAME),
-        (PQ, FIXED_BIT, "psnr_fp", SAME),
-    )
-    protocol = facts.evaluation.protocol
-    for variant, against, figure, bound in comparisons:
-        if variant in variants and against in variants and (figure != "fid_real" or protocol):
-            note = _why_not(facts, rows, variant, against, figure=figure)
-            measured = None if note else _ratio(rows, variant, against, figure)
-            words = FIGURES[figure].format(against=protocol.against if protocol else "real")
-            yield target(f"{words}: {variant} / {against}", measured, "<=", bound, unit="x", note=note)
-    if facts.export and facts.benchmark:
-        packed = facts.export.packed_bytes / facts.benchmark.sizes[FP32]
-        yield target("bytes packed, all files / float32 weights", packed, "<=", 0.16, unit="x")
-
-
-def _why_not(facts: RunFacts, rows: Mapping[str, VariantRow], variant: str, against: str, *, figure: str) -> str:
-    """Reason why two variants cannot be compared; empty if they can."""
-    if against not in rows:
-        return "BF16 is not native on this CPU"
-    if dead := [name for name in (variant, against) if rows[name].did_not_run]:
-        return f"{' and '.join(dead)} did not run"
-    unsteady = unsteady_variants(facts.benchmark.timings) if facts.benchmark and figure in TIMES else frozenset()
-    if wide := [name for name in (variant, against) if name in unsteady]:
-        return f"the times of {' and '.join(wide)} are {UNSTEADY}: their quartiles lie too far apart"
-    return ""
-
-
-def _ratio(rows: Mapping[str, VariantRow], variant: str, against: str, figure: str) -> float | None:
-    own, other = (getattr(rows[name], figure) if name in rows else None for name in (variant, against))
-    if own is None or other is None:
-        return None
-    if figure == "psnr_fp":
-        return float(10 ** ((other - own) / 10))
-    return float(own / other) if other else None
 
 
 def _layers(facts: RunFacts) -> Iterator[LayerRow]:
