@@ -44,6 +44,7 @@ TINY = (
     "progressive.steps=4",
     "distillation.steps=2",
     "training.batch_size=4",
+    "training.learning_rate=0.0001",
     "training.gradient_accumulation=1",
     "training.precision=fp32",
     "evaluation.images=6",
