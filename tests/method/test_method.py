@@ -4,8 +4,8 @@ A trained model is re-expressed exactly for each of them (reexpressed_model.py).
 student whose images, in half the steps, are as good as full precision's in all of them: a Frechet distance to the real
 images within 10 %. Where no sampler exists, the run has to be refused with the reason.
 
-Every cell is a whole run of minutes, so they are left to `tox -e method`: with 60 and 80 training steps students stay 11
-and 17 % behind. Without it the models themselves are tested, and the cells that are refused.
+Every cell is a whole run of minutes, so they are left to `tox -e method`: with 60 and 80 training steps students stay
+11 and 17 % behind. Without it the models themselves are tested, and the cells that are refused.
 """
 
 from __future__ import annotations
