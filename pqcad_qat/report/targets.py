@@ -19,7 +19,7 @@ from pqcad_qat.policy.variants import (
     PQCAD_OPENVINO,
     run_variants,
 )
-from pqcad_qat.report.record import UNSTEADY, Report, Target, target
+from pqcad_qat.report.record import UNSTEADY, Report, Target, VariantRow, target
 
 CLEARLY = 0.95
 """Ratio of two Frechet distances at or below which the first counts as clearly better."""
@@ -72,16 +72,17 @@ def targets_of(report: Report, packed_bytes: int | None) -> Iterator[Target]:
             "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, unit="layers"
         )
     variants = run_variants(report.policy["evaluation"]["variants"])  # type: ignore[index,call-overload,arg-type]
+    rows = {row.name: row for row in report.variants}
     low = min((row.weight_bits for row in report.layers if row.weight_bits is not None), default=8) < LOW_BITS
     for variant, against, figure, bound in COMPARISONS:
         if variant in variants and against in variants and (figure != "fid_real" or report.fid_protocol):
             note = _why_not(report, variant, against, figure=figure)
-            measured = None if note else _ratio(report, variant, against, figure=figure)
+            measured = None if note else _ratio(rows.get(variant), rows.get(against), figure)
             words = FIGURES[figure].format(against=report.against)
             clearly = low and (variant, figure) == (PQ, "fid_real")
             most = CLEARLY if clearly else bound
             yield target(f"{words}: {variant} / {against}", measured, "<=", most, unit="x", note=note)
-    size = next((row.size_bytes for row in report.variants if row.name == FP32), None)
+    size = rows[FP32].size_bytes if FP32 in rows else None
     if packed_bytes is not None and size:
         yield target("bytes packed, all files / float32 weights", packed_bytes / size, "<=", PACKED, unit="x")
 
@@ -99,9 +100,8 @@ def _why_not(report: Report, variant: str, against: str, *, figure: str) -> str:
     return ""
 
 
-def _ratio(report: Report, variant: str, against: str, *, figure: str) -> float | None:
-    rows = {row.name: row for row in report.variants}
-    own, other = (getattr(rows[name], figure) if name in rows else None for name in (variant, against))
+def _ratio(variant: VariantRow | None, against: VariantRow | None, figure: str) -> float | None:
+    own, other = (None if row is None else getattr(row, figure) for row in (variant, against))
     if own is None or other is None:
         return None
     if figure == "psnr_fp":

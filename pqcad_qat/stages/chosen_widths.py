@@ -137,8 +137,6 @@ class Trials:
             self.steps,
             RATES[FIRST] if training.learning_rate == "auto" else training.learning_rate,
             warmup=self.steps // 10,
-            accumulation=training.gradient_accumulation,
-            max_grad_norm=training.max_grad_norm,
         )
         try:
             train_shortly(model, [FullPrecisionMatching()], self.batches, loop=settings, training=training)

@@ -1,4 +1,4 @@
-"""The learning rate of a training stage: as the policy says, or found by short trials before its first step.
+"""The short trials by which a training stage finds its learning rate, before its first step.
 
 What was found is kept beside the stage's checkpoints, so that a run that goes on does so at the same rate.
 
@@ -53,14 +53,7 @@ def rate_trials(
     with working(console, f"{stage}: learning rate, {TRIAL_STEPS} training steps at each of a few"):
 
         def trial(rate: float) -> float:
-            loop = LoopSettings(
-                TRIAL_STEPS,
-                rate,
-                shape="constant",
-                ema=training.ema,
-                accumulation=training.gradient_accumulation,
-                max_grad_norm=training.max_grad_norm,
-            )
+            loop = LoopSettings(TRIAL_STEPS, rate, shape="constant", ema=training.ema)
             try:
                 state = train_shortly(copy.deepcopy(model), [loss], batches, loop=loop, training=training)
             except DivergedError:

@@ -6,6 +6,7 @@ Nothing of it is kept or logged. Not here: the training of a stage (training_tas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -25,6 +26,7 @@ def train_shortly(
 ) -> TrainState:
     """Train the model in place at its present widths, and return the state after the last step.
 
+    Accumulation and the largest gradient norm are those of the policy's training, whatever the loop says.
     The state's model is released from Accelerate, in float32, and stays on the device where it was trained.
 
     Raises:
@@ -32,6 +34,7 @@ def train_shortly(
         InterruptedByUserError: Ctrl-C.
     """
     accelerator = new_accelerator(training.precision)
+    loop = replace(loop, accumulation=training.gradient_accumulation, max_grad_norm=training.max_grad_norm)
     state = new_state(model, loop, accelerator)
     try:
         with recomputed_activations(model, training.activation_checkpointing):

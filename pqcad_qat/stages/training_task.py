@@ -109,7 +109,7 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     given = at_target_widths(task.model)
     held_out = _held_out_loss(policy, run, task)
     rate, trials = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
-    start = weights_of(given)
+    start = given.state_dict()  # no copy: nothing trains `given` itself
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
     settings, warn = _stage_settings(policy, run, task, rate), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)

@@ -218,8 +218,9 @@ def best_weights(
     """Leave in the model the weights whose held-out images are nearest to full precision's.
 
     Weights without a finite loss lose against any other, and so do weights whose images, as a set, are further from
-    full precision's than those of the start: an image can be near to its own while all of them have lost the same
-    thing. Of equals the moving average is kept, then the last, then those of the lowest held-out loss.
+    full precision's than those of the start by more than `WORSE` allows: an image can be near to its own while all of
+    them have lost the same thing. Of equals the moving average is kept, then the last, then those of the lowest
+    held-out loss.
 
     Args:
         state: state after the last training step.

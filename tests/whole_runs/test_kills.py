@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder, *only)]
     command = ["run", POLICIES / "smoke.yaml", "--out", path, *flags]
     process = start_program(*command)
-    folder = CheckpointFolder(path / "checkpoints" / FIXED_BIT, 20)
+    folder = CheckpointFolder(path / "checkpoints" / FIXED_BIT, 10)
     wait_for(folder.path / "step_000010" / "digests.json", process)
     size = (folder.path / "step_000010" / "model.safetensors").stat().st_size
     # the weights still fit, as those of the lowest held-out loss are written too; the optimizer's two moments do not
