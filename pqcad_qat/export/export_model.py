@@ -42,7 +42,7 @@ from pqcad_qat.models.families.latent_rows import THOUSANDTHS
 from pqcad_qat.models.families.plain_module import OWN_MODULE
 from pqcad_qat.models.families.table import family_of
 from pqcad_qat.models.module_preparation import one_line
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.sampling.trajectory import noise_schedule, written_out
 from pqcad_qat.serving.deployed_folder import (
     MODEL_INDEX,
@@ -90,7 +90,7 @@ class ExportRequest:
         attention: modules whose attention is computed in INT8, and the ranges of what their products read.
         pipeline_parts: pipeline parts written beside the denoiser; None for a denoiser alone.
         full: full-precision denoiser that computes the float steps; None where there are none.
-        float_start: time from which on it computes.
+        in_float: the steps that it computes.
     """
 
     model: nn.Module
@@ -104,7 +104,7 @@ class ExportRequest:
     attention: Mapping[str, AttentionRange] = field(default_factory=dict)
     pipeline_parts: PartsToDeploy | None = None
     full: nn.Module | None = None
-    float_start: float = NO_FLOAT_STEPS
+    in_float: StepsInFloat = field(default_factory=StepsInFloat)
 
 
 def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "int8") -> ExportedFolder:
@@ -148,7 +148,8 @@ def export_model(request: ExportRequest, folder: Path, weights: WeightFormat = "
         "cpu": cpu_entry(entries),
         "layers": entries,
         "attention": {path: asdict(ranges) for path, ranges in request.attention.items()},
-        "float_start": None if request.full is None else request.float_start,
+        "float_start": None if request.full is None else request.in_float.start,
+        "float_stops": [list(times) for times in request.in_float.stops],
         "versions": {"pqcad-qat": __version__}
         | {name: version(name) for name in ("openvino", "nncf", "torch", "diffusers")},
     }

@@ -105,7 +105,8 @@ class SamplerPolicy(Section):
         "auto",
         description="number of first steps that full precision computes in a quantized model's place, where rounding "
         "would decide the picture; auto: as many as trajectories that nothing was trained on ask for, none where the "
-        "model does not predict epsilon",
+        "model does not predict epsilon or the student learns guidance. A student's are taken in its teacher's shorter "
+        "steps where that is measured to be worth the denoiser calls",
     )
     guidance_scale: float = Field(
         1.0,
@@ -297,9 +298,14 @@ class Policy(PolicyFile):
         """Whether all images are evaluated as pictures, so that latents have to be decoded."""
         return self.features is not None or self.evaluation.clip is not None
 
+    @property
+    def learns_guidance(self) -> bool:
+        """Whether students learn to do in one denoiser call a step what guidance does in two."""
+        return self.distillation.guidance == "distill" and self.sampler.guidance_scale != 1.0
+
     def guidance_scale(self, variant: str) -> float:
         """Return the guidance scale with which a variant samples: 1 where one denoiser call a step is enough."""
-        once = self.distillation.guidance == "distill" and VARIANTS[variant].distilled
+        once = self.learns_guidance and VARIANTS[variant].distilled
         return 1.0 if once else self.sampler.guidance_scale
 
     def sampling_steps(self, variant: str) -> int:
@@ -315,6 +321,10 @@ class Policy(PolicyFile):
             keys = (("sampler", "float_steps"), ("sampler", "steps"), ("distillation", "student_steps"))
             allowed = f"auto or at most {steps - steps // student}, so that the student has a step of its own"
             yield Fault(keys, str(float_steps), allowed)
+        if self.learns_guidance and self.sampler.float_steps not in ("auto", 0):
+            keys = (("sampler", "float_steps"), ("distillation", "guidance"), ("sampler", "guidance_scale"))
+            allowed = "auto or 0, as full precision has not learned guidance in one denoiser call"
+            yield Fault(keys, str(self.sampler.float_steps), allowed)
         if (clip := self.evaluation.clip) is not None and self.conditions.prompts is None:
             yield Fault(
                 (("evaluation", "clip"), ("conditions", "prompts")), repr(clip), "null, as no prompts are given"

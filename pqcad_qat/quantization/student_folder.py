@@ -34,7 +34,7 @@ from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, 
 from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out
 
@@ -44,8 +44,10 @@ STATE = Path("quantization") / "model.safetensors"
 """Path of the quantized model's state within the folder."""
 FULL = Path("quantization") / "full_precision.safetensors"
 """Path of the full-precision weights within the folder, if they compute first sampling steps."""
-START = "float_start"
-"""Key of the plan's file: the time from which on full precision computes."""
+START, STOPS = "float_start", "float_stops"
+"""Keys of the plan's file: the time from which on full precision computes, and the times of steps that it takes in
+parts.
+"""
 
 
 def save_quantized(
@@ -57,7 +59,7 @@ def save_quantized(
     scheduler_config: Mapping[str, Any],
     steps: int,
     full: nn.Module | None = None,
-    float_start: float = NO_FLOAT_STEPS,
+    in_float: StepsInFloat = StepsInFloat(),  # noqa: B008  # frozen
 ) -> None:
     """Write a quantized model.
 
@@ -71,13 +73,13 @@ def save_quantized(
         scheduler_config: config of its scheduler.
         steps: number of sampling steps that it is for.
         full: full-precision denoiser that computes its first sampling steps; None where there are none.
-        float_start: time from which on it computes.
+        in_float: the steps that it computes.
     """
     scheduler = written_out(scheduler_config, noise_schedule(scheduler_config))
     save_model(_rounded(model), {**scheduler, STEPS: steps}, folder)
     content: dict[str, Any] = {"split_shortcuts": splits, "layers": [asdict(layer) for layer in plan]}
     if full is not None:
-        content[START] = float_start
+        content |= {START: in_float.start, STOPS: in_float.stops}
         _save_state(full, folder / FULL)
     write_json(folder / PLAN, content)
     _save_state(model, folder / STATE)
@@ -134,8 +136,8 @@ def load_quantized(folder: Path, own: OwnModel | None = None) -> tuple[Diffusion
         ) from error
 
 
-def load_full_precision(folder: Path, own: OwnModel | None = None) -> tuple[nn.Module, float] | None:
-    """(the full-precision denoiser, the time from which on it computes) of a folder that `save_quantized` wrote.
+def load_full_precision(folder: Path, own: OwnModel | None = None) -> tuple[nn.Module, StepsInFloat] | None:
+    """(the full-precision denoiser, the steps that it computes) of a folder that `save_quantized` wrote.
 
     None where the folder's model computes every step itself.
 
@@ -149,7 +151,8 @@ def load_full_precision(folder: Path, own: OwnModel | None = None) -> tuple[nn.M
     denoiser = untrained_denoiser(read_json(path), str(path)) if own is None else built(own)
     try:
         denoiser.load_state_dict(load_file(folder / FULL), strict=True)
-        return denoiser.eval(), float(content[START])
+        stops = tuple(tuple(map(float, times)) for times in content.get(STOPS, ()))
+        return denoiser.eval(), StepsInFloat(float(content[START]), stops)
     except (TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder / FULL}: got damaged weights: {error}; allowed the file as `run` wrote it"

@@ -97,6 +97,14 @@ class FloatStepsTrial:
 
 
 @dataclass(frozen=True)
+class StepsInPartsTrial:
+    """How near full precision comes to its images in all steps if it takes the student's steps, the first in parts."""
+
+    in_parts: int  # number of first steps that are taken in the teacher's shorter ones
+    psnr: float  # dB, image by image against full precision in all steps
+
+
+@dataclass(frozen=True)
 class VariantRow:
     """One row of the result; a number that was not measured is None, never 0."""
 
@@ -104,7 +112,7 @@ class VariantRow:
     runtime: str  # runtime of the variant in policy.variants.VARIANTS
     weight_bits: float | None  # bits; mean over planned layers by parameters, or the single width
     activation_bits: float | None
-    steps: int  # number of sampling steps of one image
+    steps: int  # number of sampling steps of one image, a step that is taken in parts counted as its parts
     size_bytes: int | None = None  # bytes of every file needed to run the denoiser, the same files that were timed
     latency_ms_per_step: float | None = None  # median for one image, unless the policy's export batch differs
     latency_ms_per_image: float | None = None
@@ -260,6 +268,7 @@ class Report:
     storage: tuple[StorageRow, ...] = ()  # storage of the deployed variant
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
     float_steps: tuple[FloatStepsTrial, ...] = ()  # what decided how many first steps full precision computes
+    steps_in_parts: tuple[StepsInPartsTrial, ...] = ()  # what decided how many of the student's it takes in parts
     widths: WidthChoice | None = None  # layers' widths that were measured; None where the policy's rules give them
     training: Mapping[str, StageEnd] = field(default_factory=dict)  # training stage -> what it came to
     reproduction: Reproduction | None = None

@@ -72,12 +72,22 @@ def ddim_step(
 
 
 def ddim_inverse(
-    x_t: Array, x_s: Array, alpha_bar_t: Any, alpha_bar_s: Any, *, prediction_type: PredictionType
+    x_t: Array,
+    x_s: Array,
+    alpha_bar_t: Any,
+    alpha_bar_s: Any,
+    *,
+    prediction_type: PredictionType,
+    clip_sample_range: float | None = None,
 ) -> Array:
     """Return the prediction that takes x_t to x_s in one DDIM step (Salimans and Ho 2022, appendix G).
 
     It is `ddim_step` solved for the prediction. x_t and x_s give two linear equations in (x_0, eps). Their determinant
     is 0 only where t and s are the same timestep.
+
+    Where that x_0 lies beyond the bound, the clipped step does not land on x_s from it. Another x_0, beyond the other
+    bound, does: there x_0 stays at the bound while eps alone moves the landing (training/clipped_targets.py has the
+    picture of it). A step that ends in the image has no such second way, and takes the bound.
     """
     signal_t, noise_t = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
     signal_s, noise_s = alpha_bar_s**0.5, (1.0 - alpha_bar_s) ** 0.5
@@ -85,6 +95,14 @@ def ddim_inverse(
     t, s = cast(Any, x_t), cast(Any, x_s)
     x_0 = (t * noise_s - s * noise_t) / determinant
     eps = (s * signal_t - t * signal_s) / determinant
+    if (bound := clip_sample_range) is not None:
+        # how much faster the landing moves with an x_0 within the bounds than with one beyond them
+        slopes = signal_s * noise_t / (noise_s * signal_t) - 1.0 if noise_s else None
+        above, below = x_0 > bound, x_0 < -bound
+        high = -bound - (x_0 + bound) * slopes if slopes is not None else bound + 0.0 * x_0
+        low = bound - (x_0 - bound) * slopes if slopes is not None else -bound + 0.0 * x_0
+        moved = above * (high - x_0) + below * (low - x_0)
+        x_0, eps = x_0 + moved, eps - moved * (signal_t / noise_t)
     return cast(Array, join_prediction(x_0, eps, alpha_bar_t, prediction_type))
 
 

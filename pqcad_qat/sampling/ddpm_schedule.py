@@ -156,6 +156,17 @@ class DDPMSchedule:
         """Return the prediction that takes x_t to x_s in one step without clipping of x_0."""
         return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), prediction_type=self.prediction_type)
 
+    def prediction_to(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
+        """Return a prediction from which `step` lands on x_s, clipping of x_0 included."""
+        return ddim_inverse(
+            x_t,
+            x_s,
+            self.alpha_bar_at(t),
+            self.alpha_bar_at(s),
+            prediction_type=self.prediction_type,
+            clip_sample_range=self.clip_sample_range,
+        )
+
     def moves(self, t: float, s: float) -> bool:
         """Return whether a step changes the state: between times of equal alpha_bar it does not."""
         return self.alpha_bar_at(t) != self.alpha_bar_at(s)

@@ -130,6 +130,10 @@ class FlowSchedule:
         """Return the prediction that takes x_t to x_s in one step."""
         return euler_inverse(x_t, x_s, t / self.train_timesteps, s / self.train_timesteps)
 
+    def prediction_to(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
+        """Return the prediction from which `step` lands on x_s; this sampler clips nothing."""
+        return self.inverse(x_t, x_s, t, s)
+
     def moves(self, t: float, s: float) -> bool:
         """Return whether a step changes the state."""
         return t != s

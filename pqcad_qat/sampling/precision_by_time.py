@@ -8,17 +8,24 @@ hardly shows. So those few steps are computed in full precision, and all later o
 Which network computes a step is decided by its time alone: a time is the same whatever the sampler and its number of
 steps, and a student visits its teacher's times. Times fall while sampling proceeds.
 
-Not here: how many such steps a model needs (stages/float_steps.py).
+No training reaches a step that full precision computes, so nothing mends what a student loses by its longer steps
+there. Such a step can be taken in its teacher's shorter ones: one prediction then stands for several calls. It is the
+prediction from which the sampler's one step lands where the shorter ones do, so any sampling loop goes on as before.
+
+Not here: how many such steps a model needs, and which are taken in parts (stages/float_steps.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pqcad_qat.sampling.ddim import Array
 from pqcad_qat.sampling.ddpm_schedule import Walk
+from pqcad_qat.sampling.trajectory import NoiseSchedule, landing
 
 NO_FLOAT_STEPS = math.inf
 """Time from which full precision computes, where it computes no step."""
@@ -37,10 +44,48 @@ def float_steps(walk: Walk, start: float) -> int:
     return sum(t >= start for t, _ in walk)
 
 
-def by_time(full: Prediction[Array], quantized: Prediction[Array], start: float) -> Prediction[Array]:
-    """Return the denoiser that is `full` at the time `start` and above, and `quantized` below it."""
+@dataclass(frozen=True)
+class StepsInFloat:
+    """The sampling steps that full precision computes.
+
+    Attributes:
+        start: time at which and above which full precision computes; NO_FLOAT_STEPS where it computes no step.
+        stops: for each step that it takes in parts, the times from the step's start to its end.
+    """
+
+    start: float = NO_FLOAT_STEPS
+    stops: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def parts(self) -> Mapping[float, Walk]:
+        """Start of a step that is taken in parts -> the parts."""
+        return {times[0]: tuple(pairwise(times)) for times in self.stops}
+
+    def walk(self, walk: Walk) -> Walk:
+        """Return the steps that full precision computes along this walk, parts in place of their whole."""
+        parts = self.parts
+        return tuple(part for step in walk if step[0] >= self.start for part in parts.get(step[0], (step,)))
+
+
+def in_parts(full: Prediction[Array], schedule: NoiseSchedule, parts: Mapping[float, Walk]) -> Prediction[Array]:
+    """Return the full-precision denoiser whose predictions at the starts of `parts` land where these steps do."""
 
     def call(x_t: Array, t: float, condition: Mapping[str, Any]) -> Array:
-        return (full if t >= start else quantized)(x_t, t, condition)
+        if (walk := parts.get(t)) is None:
+            return full(x_t, t, condition)
+        x_s = landing(walk, lambda state, time: full(state, time, condition), x_t, schedule)
+        return schedule.prediction_to(x_t, x_s, t, walk[-1][1])
+
+    return call
+
+
+def by_time(
+    full: Prediction[Array], quantized: Prediction[Array], schedule: NoiseSchedule, in_float: StepsInFloat
+) -> Prediction[Array]:
+    """Return the denoiser that is `full` in the steps that full precision computes, and `quantized` in all others."""
+    first = in_parts(full, schedule, in_float.parts)
+
+    def call(x_t: Array, t: float, condition: Mapping[str, Any]) -> Array:
+        return (first if t >= in_float.start else quantized)(x_t, t, condition)
 
     return call

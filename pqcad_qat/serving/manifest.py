@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -253,6 +254,13 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_falling(times: Any) -> bool:
+    """Whether these are the times of a step that is taken in parts."""
+    if not isinstance(times, list) or len(times) < 2 or not all(_is_number(time, 0.0) for time in times):
+        return False
+    return all(later < earlier for earlier, later in pairwise(times))
+
+
 def _optional_steps(provenance: Any) -> bool:
     """Whether the counts of sampling steps in the provenance, where there are any, are valid."""
     steps = (
@@ -291,6 +299,10 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
     "float_start": (
         lambda value: value is None or _is_number(value, 0.0),
         "null, or a time from 0, from which on full precision computes",
+    ),
+    "float_stops": (
+        lambda value: isinstance(value, list) and all(map(_is_falling, value)),
+        "for each step that full precision takes in parts, a list of its times, falling, the last 0 or more",
     ),
 }
 """Check and description of the allowed values, by key of the manifest."""

@@ -10,18 +10,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
-from pqcad_qat.sampling.trajectory import noise_schedule
+from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
 from pqcad_qat.serving.compiled_graph import (
     Requests,
     compile_graph,
@@ -33,16 +33,16 @@ from pqcad_qat.serving.deployed_folder import (
     MANIFEST,
     copy_folder,
     denoiser_config,
-    read_float_graph,
     read_graph,
     read_manifest,
     scheduler_config,
 )
 from pqcad_qat.serving.diffusers_calls import Call, as_array, read_call
 from pqcad_qat.serving.diffusers_stand_in import ModelMixin, StandIn, UNetConfig
+from pqcad_qat.serving.float_steps import float_requests, in_full_precision, steps_in_float
 from pqcad_qat.serving.graph_checks import check_graph
 from pqcad_qat.serving.graph_inputs import SAMPLE, TIME, port_values, prediction
-from pqcad_qat.serving.manifest import FLOAT_GRAPH, SCHEDULER_CONFIG
+from pqcad_qat.serving.manifest import SCHEDULER_CONFIG
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.vnni import warn_without_vnni
 
@@ -51,9 +51,6 @@ __all__ = ["ModelMixin", "OVUNet2DModel", "UNetConfig", "UNetOutput"]
 Float32 = npt.NDArray[np.float32]
 """Array of float32."""
 
-
-FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
-"""OpenVINO property of the graph that computes the float steps."""
 
 TIME_TOLERANCE = 2.0**-8
 """Largest relative difference between a caller's continuous time and the sampler's: pipelines in bfloat16 round times
@@ -100,7 +97,7 @@ class OVUNet2DModel(StandIn):
         batch_size: number of samples in one run of the graph.
         conditions: inputs besides sample and timestep, in order: {name, shape for one sample, dtype, bound}.
         inference_precision: OpenVINO's INFERENCE_PRECISION_HINT in use, the precision of layers outside the plan.
-        float_start: time from which on the full-precision graph of the folder computes; infinity without one.
+        in_float: the steps that the full-precision graph of the folder computes.
         training: always False, because it only predicts.
     """
 
@@ -117,7 +114,8 @@ class OVUNet2DModel(StandIn):
         self._train_timesteps: int = self.manifest["train_timesteps"]
         self._timestep_dtype: str = self.manifest.get("timestep_dtype", "int64")
         self.conditions: tuple[dict[str, Any], ...] = tuple(self.manifest.get("conditions", ()))
-        self._times = _student_times(self.scheduler_config, folder / SCHEDULER_CONFIG)
+        self._schedule = noise_schedule(self.scheduler_config, str(folder / SCHEDULER_CONFIG))
+        self._times = _student_times(self.scheduler_config.get(STEPS), self._schedule, folder / SCHEDULER_CONFIG)
         self._warned_of_times = False
         warn_without_vnni(self.manifest, folder)
         graph = read_graph(folder, core := shared_core())
@@ -126,19 +124,9 @@ class OVUNet2DModel(StandIn):
         self.compiled = compile_graph(graph, core, device, properties)
         self.inference_precision: str = inference_precision(self.compiled)
         self._requests = Requests(self.compiled)
-        start = self.manifest.get("float_start")
-        self.float_start: float = NO_FLOAT_STEPS if start is None else start
-        self._float_requests = None if start is None else self._full_precision(core, device, properties)
-
-    def _full_precision(self, core: ov.Core, device: str, properties: Mapping[str, Any] | None) -> Requests:
-        """The graph of the float steps, compiled in float32: BF16 would round as coarsely as INT8.
-
-        Raises:
-            ModelError: the graph is damaged, or OpenVINO cannot compile it.
-        """
-        graph = read_float_graph(self.folder, self.manifest, core)
-        check_graph(graph, {**self.manifest, "graph": FLOAT_GRAPH, "layers": {}}, self.folder)
-        return Requests(compile_graph(graph, core, device, {**FULL_PRECISION, **(properties or {})}))
+        self.in_float = steps_in_float(self.manifest, folder)
+        if self.in_float.start != NO_FLOAT_STEPS:
+            self._float_requests = float_requests(self.manifest, folder, core, device=device, properties=properties)
 
     @classmethod
     def from_pretrained(
@@ -288,17 +276,20 @@ class OVUNet2DModel(StandIn):
         if missing:
             values = [np.concatenate([array, np.repeat(array[-1:], missing, 0)]) for array in values]
         names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
-        inputs = port_values(
-            self._ports, dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True))
-        )
-        in_float = np.asarray(values[1]) >= self.float_start  # one for each sample, as pipelines may mix times
-        output = None if in_float.all() else self._requests.infer(inputs, [0])[0]
-        if in_float.any():
-            assert self._float_requests is not None  # float_start is finite
-            full = self._float_requests.infer(inputs, [0])[0]
-            output = full if output is None else np.where(in_float.reshape(-1, *[1] * (full.ndim - 1)), full, output)
-        assert output is not None
-        return prediction(output[: self.batch_size - missing], *self.sample_shape[1:])
+        inputs = dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True))
+        times = np.asarray(values[1])  # one for each sample, as pipelines may mix times
+        in_float = times >= self.in_float.start
+        answer = None if in_float.all() else self._infer(self._requests, inputs)
+        for t in np.unique(times[in_float]):
+            infer = partial(self._infer, self._float_requests)
+            full = in_full_precision(infer, inputs, t, schedule=self._schedule, steps=self.in_float)
+            answer = full if answer is None else np.where((times == t).reshape(-1, 1, 1, 1), full, answer)
+        assert answer is not None
+        return answer[: self.batch_size - missing]
+
+    def _infer(self, requests: Requests, inputs: Mapping[str, npt.NDArray[Any]]) -> Float32:
+        """Predictions (B, C, H, W) of a graph for a whole batch."""
+        return prediction(requests.infer(port_values(self._ports, inputs), [0])[0], *self.sample_shape[1:])
 
     def _warn_of_unknown_times(self, times: npt.NDArray[np.float64]) -> None:
         """Warn once if a call's time is not one of the student's times.
@@ -323,11 +314,10 @@ class OVUNet2DModel(StandIn):
         )
 
 
-def _student_times(scheduler_config: Mapping[str, Any], path: Path) -> npt.NDArray[np.float64] | None:
-    """The times that the model's own sampler visits; None where the config does not state the number of sampling steps.
+def _student_times(steps: int | None, schedule: NoiseSchedule, path: Path) -> npt.NDArray[np.float64] | None:
+    """The times that the model's own sampler visits; None where the config at `path` does not state its steps.
 
     Raises:
-        ModelError: the config at `path` describes no schedule that we know.
+        ModelError: no sampler has this number of steps.
     """
-    schedule, steps = noise_schedule(scheduler_config, str(path)), scheduler_config.get(STEPS)
     return None if steps is None else np.array([t for t, _ in schedule.walk(steps, f"{path}: {STEPS}")], np.float64)

@@ -163,7 +163,7 @@ def choose_widths(
         return prepared
     with run.stage(WIDTHS, together=True) as stage:
         if stage.new:
-            start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+            in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQ)
             costs = run.read_always(STEP_COSTS, StepCostsRecord).costs
             trains = not set(TRAINED).isdisjoint(stages_of(policy.evaluation.variants))
             with working(console, "widths: each layer's error at each width") as tell:
@@ -172,7 +172,7 @@ def choose_widths(
                     prepared,
                     untrained,
                     matched_states(policy, calibration, costs)[0],
-                    measured_images(policy, prepared, calibration, variant=PQ, start=start),
+                    measured_images(policy, prepared, calibration, variant=PQ, in_float=in_float),
                     steps=STEPS if trains else 0,
                     folder=run.unfinished(WIDTHS),
                     tell=tell,

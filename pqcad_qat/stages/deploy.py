@@ -118,7 +118,7 @@ def _save_student(
     policy: Policy, prepared: Prepared, run: RunFolder, student: nn.Module, *, scheduler: Mapping[str, Any]
 ) -> None:
     """Write the student as a PyTorch folder with its exact quantizers."""
-    folder, start = run.path / "student", run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+    folder, in_float = run.path / "student", run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQCAD)
     with room_for(folder, 3 * expected_bytes(prepared.split, (), packed=False)):
         save_quantized(
             folder,
@@ -127,8 +127,8 @@ def _save_student(
             policy.quantization.split_shortcuts,
             scheduler_config=scheduler,
             steps=policy.distillation.student_steps,
-            full=None if start == NO_FLOAT_STEPS else prepared.model.denoiser,
-            float_start=start,
+            full=None if in_float.start == NO_FLOAT_STEPS else prepared.model.denoiser,
+            in_float=in_float,
         )
 
 
@@ -145,7 +145,7 @@ def _export_request(
     """Everything that an OpenVINO folder of the student is made from."""
     model = prepared.model
     layers = integer_layers(student)
-    start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQCAD)
     conditions = exported_inputs(model.condition_inputs, prepared.conditions)
     return ExportRequest(
         model=student,
@@ -158,8 +158,8 @@ def _export_request(
         visited=calibration.timesteps,
         attention=_attention(policy, console, calibration, student),
         pipeline_parts=_parts_to_deploy(prepared, calibration, conditions),
-        full=None if start == NO_FLOAT_STEPS else model.denoiser,
-        float_start=start,
+        full=None if in_float.start == NO_FLOAT_STEPS else model.denoiser,
+        in_float=in_float,
     )
 
 

@@ -7,6 +7,11 @@ rounding of inputs is judged so: training mends what narrow weights lose, but ca
 
 This is asked in the steps of the sampler and in the steps of its student, which are longer; the larger demand decides.
 
+No training reaches these steps, so what a student loses by making them twice as long is lost for good. Whether its
+first ones are taken in its teacher's shorter steps is measured in full precision alone: each further denoiser call has
+to bring the images nearer to those of all steps by WORTH. Under classifier-free guidance no step is taken in parts,
+since one call of the denoiser does not know where the guided steps land.
+
 Not here: why those steps need it, and which network computes a step (sampling/precision_by_time.py).
 """
 
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -25,9 +31,9 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FLOAT_STEPS, VARIANTS, stages_of
 from pqcad_qat.quality.fidelity import nearness_to
 from pqcad_qat.quantization.conversion import frozen_weights
-from pqcad_qat.report.record import FloatStepsTrial
+from pqcad_qat.report.record import FloatStepsTrial, StepsInPartsTrial
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.precision_by_time import float_from, float_steps
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, float_from, float_steps
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, landing
 from pqcad_qat.stages.fresh_images import Follow, fresh_follow, fresh_noise
 from pqcad_qat.stages.prepared import Prepared
@@ -65,9 +71,11 @@ def choose_float_steps(
 def measured(policy: Policy, schedule: NoiseSchedule) -> bool:
     """Whether the number is measured: where the policy says auto, and an error of the prediction can grow in x_0.
 
-    With v, x_0 or a velocity as the prediction, an error of x_0 is never larger than that of the prediction.
+    With v, x_0 or a velocity as the prediction, an error of x_0 is never larger than that of the prediction. A student
+    that learns guidance needs one denoiser call a step, and in one call full precision would not be guided.
     """
-    return policy.sampler.float_steps == "auto" and schedule.prediction_type == "epsilon"
+    grows = schedule.prediction_type == "epsilon"
+    return policy.sampler.float_steps == "auto" and grows and not policy.learns_guidance
 
 
 def may_have_float_steps(policy: Policy, schedule: NoiseSchedule) -> bool:
@@ -75,20 +83,42 @@ def may_have_float_steps(policy: Policy, schedule: NoiseSchedule) -> bool:
     return measured(policy, schedule) or policy.sampler.float_steps not in ("auto", 0)
 
 
+def students_sampled(policy: Policy) -> bool:
+    """Whether a quantized variant takes the student's steps."""
+    return any(VARIANTS[name].quantized and VARIANTS[name].student_steps for name in policy.evaluation.variants)
+
+
+def parts_measured(policy: Policy, schedule: NoiseSchedule) -> bool:
+    """Whether it is measured how many of the student's float steps are taken in parts."""
+    return policy.sampler.guidance_scale == 1.0 and may_have_float_steps(policy, schedule) and students_sampled(policy)
+
+
 def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: QuantizedModels) -> FloatStepsRecord:
-    schedule, steps = prepared.schedule, policy.sampler.steps
-    walk, count = schedule.walk(steps), policy.sampler.float_steps
-    if count != "auto":
-        return _record(walk, float_from(walk, count), ())
-    if not measured(policy, schedule):
-        return FloatStepsRecord()
-    student_steps = policy.distillation.student_steps
-    walks = {walk: schedule}
-    if any(VARIANTS[name].quantized and VARIANTS[name].student_steps for name in policy.evaluation.variants):
+    walk, count = prepared.schedule.walk(policy.sampler.steps), policy.sampler.float_steps
+    start = NO_FLOAT_STEPS if count == "auto" else float_from(walk, count)
+    trials: tuple[FloatStepsTrial, ...] = ()
+    if measured(policy, prepared.schedule):
+        start, trials = _measured_start(policy, prepared, console, untrained)
+    if start == NO_FLOAT_STEPS:
+        return FloatStepsRecord(trials=trials)
+    record = FloatStepsRecord(float_steps(walk, start), start, trials)
+    if not parts_measured(policy, prepared.schedule):
+        return record
+    stops, parts_trials = _measured_parts(policy, prepared, console, start)
+    return replace(record, stops=stops, parts_trials=parts_trials)
+
+
+def _measured_start(
+    policy: Policy, prepared: Prepared, console: Console, untrained: QuantizedModels
+) -> tuple[float, tuple[FloatStepsTrial, ...]]:
+    """Return the time from which on full precision computes, and what was measured."""
+    schedule = prepared.schedule
+    walks = {schedule.walk(policy.sampler.steps): schedule}
+    if students_sampled(policy):
         student = prepared.student_schedule(policy)
-        walks[student.walk(student_steps)] = student
+        walks[student.walk(policy.distillation.student_steps)] = student
     trials: list[FloatStepsTrial] = []
-    start = math.inf
+    start = NO_FLOAT_STEPS
     with working(console, "float-steps: ranges of the untrained model") as tell:
         denoisers = prepared.model.denoiser, untrained.at_first_widths()
         for taken, by in walks.items():
@@ -98,21 +128,42 @@ def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: Qua
                 measurements = list(_trials(noise, full, ours, (taken, by), latent=latent, tell=tell))
             trials += measurements
             start = min(start, float_from(taken, wanted([trial.psnr for trial in measurements])))
-    return _record(walk, start, tuple(trials))
+    return start, tuple(trials)
 
 
-def _record(walk: Walk, start: float, trials: tuple[FloatStepsTrial, ...]) -> FloatStepsRecord:
-    return FloatStepsRecord(float_steps(walk, start), None if math.isinf(start) else start, trials)
+@torch.no_grad()
+def _measured_parts(
+    policy: Policy, prepared: Prepared, console: Console, start: float
+) -> tuple[tuple[tuple[float, ...], ...], tuple[StepsInPartsTrial, ...]]:
+    """Return the times of the student's float steps that are taken in parts, and what was measured."""
+    steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
+    factor, student = steps // student_steps, prepared.student_schedule(policy)
+    walk = student.walk(student_steps)
+    parts = student.finer(walk, factor)[: float_steps(walk, start)]
+    denoiser, noise = prepared.model.denoiser.eval(), fresh_noise(policy, prepared)
+    follow = fresh_follow(policy, prepared, denoiser)
+    trials = []
+    with working(console, "float-steps: images in all steps") as tell, on_accelerator(denoiser):
+        wanted_images = landing(prepared.schedule.walk(steps), follow, noise, prepared.schedule)
+        for count in range(len(parts) + 1):
+            tell(f"float-steps: images in {student_steps} steps, the first {count} of them in {factor} parts")
+            taken = (*(part for whole in parts[:count] for part in whole), *walk[count:])
+            images = landing(taken, follow, noise, student)
+            trials.append(StepsInPartsTrial(count, nearness_to(wanted_images, images, latent=prepared.model.latent)))
+    count = wanted([trial.psnr for trial in trials], calls=factor - 1)
+    stops = tuple((whole[0][0], *(end for _, end in whole)) for whole in parts[:count])
+    return stops, tuple(trials)
 
 
-def wanted(psnrs: list[float]) -> int:
-    """Return the number of float steps that is worth its time, from the PSNR with 0, 1, 2 ... of them.
+def wanted(psnrs: list[float], calls: int = 1) -> int:
+    """Return the number of steps that is worth its time, from the PSNR with 0, 1, 2 ... of them.
 
-    A step counts if it, or a later one, brings WORTH for each step: two steps may help together where one does not.
+    A step counts if it, or a later one, brings WORTH for each of the `calls` of the denoiser that it costs. Two steps
+    may help together where one does not.
     """
     best = 0
     for count, psnr in enumerate(psnrs):
-        if min(psnr, ENOUGH) - min(psnrs[best], ENOUGH) >= WORTH * (count - best):
+        if min(psnr, ENOUGH) - min(psnrs[best], ENOUGH) >= WORTH * calls * (count - best):
             best = count
     return best
 

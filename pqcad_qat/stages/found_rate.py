@@ -1,6 +1,7 @@
 """The short trials by which a training stage finds its learning rate, before its first step.
 
-What was found is kept beside the stage's checkpoints, so that a run that goes on does so at the same rate.
+What was found is kept beside the stage's checkpoints, so that a run that goes on does so at the same rate. The trials
+also tell how long a training step takes, before the first one of the stage.
 
 Not here: which rates are tried (training/rate_search.py).
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import monotonic
 
 from pydantic import TypeAdapter
 from rich.console import Console
@@ -29,7 +31,16 @@ from pqcad_qat.training.rate_search import TRIAL_STEPS, searched
 from pqcad_qat.training.stage_end import RateTrial
 from pqcad_qat.training.trainer import LoopSettings
 
-_TRIALS = TypeAdapter(tuple[RateTrial, ...])
+
+@dataclass(frozen=True)
+class RateTrials:
+    """The trials of a stage, in their order, and the wall time of one training step in them, in seconds."""
+
+    trials: tuple[RateTrial, ...]
+    step_s: float
+
+
+_TRIALS = TypeAdapter(RateTrials)
 
 
 def rate_trials(
@@ -42,7 +53,7 @@ def rate_trials(
     batches: BatchSource,
     held_out: Batch,
     file: Path,
-) -> tuple[RateTrial, ...]:
+) -> RateTrials:
     """Try learning rates from the model's weights, or read back from the file what was tried; the model stays as it is.
 
     Raises:
@@ -50,6 +61,7 @@ def rate_trials(
     """
     if file.exists():
         return _TRIALS.validate_json(file.read_bytes())
+    begun = monotonic()
     with working(console, f"{stage}: learning rate, {TRIAL_STEPS} training steps at each of a few"):
 
         def trial(rate: float) -> float:
@@ -63,6 +75,8 @@ def rate_trials(
             return exchanged(own)[0][0]  # all processes go on with the first one's measurement
 
         trials = searched(trial)
+    seconds = exchanged(monotonic() - begun)[0][0]
+    found = RateTrials(trials, seconds / (len(trials) * TRIAL_STEPS))
     if is_first():
-        write_file(file, json.dumps([asdict(found) for found in trials]))
-    return trials
+        write_file(file, json.dumps(asdict(found)))
+    return found

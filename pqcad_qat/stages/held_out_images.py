@@ -26,7 +26,7 @@ from pqcad_qat.quality.fidelity import nearness_to
 from pqcad_qat.quality.patch_distance import patch_distance
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
-from pqcad_qat.sampling.precision_by_time import by_time
+from pqcad_qat.sampling.precision_by_time import StepsInFloat, by_time
 from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.training.held_out import ImageFigures, divided
@@ -39,9 +39,9 @@ MeasuredImages = Callable[[nn.Module], ImageFigures]
 
 
 def measured_images(
-    policy: Policy, prepared: Prepared, calibration: CalibrationSet, *, variant: str, start: float
+    policy: Policy, prepared: Prepared, calibration: CalibrationSet, *, variant: str, in_float: StepsInFloat
 ) -> MeasuredImages:
-    """Return the measure for a variant, whose first sampling steps, at the time `start` and above, stay in float."""
+    """Return the measure for a variant, some of whose sampling steps full precision computes."""
     rows = range(len(calibration.states))[divided(len(calibration.states))[1]][:IMAGES]
     noise = torch.from_numpy(initial_noise(policy.calibration.seed, rows.start, len(rows), prepared.model.sample_shape))
     condition = {name: value[rows.start : rows.stop] for name, value in calibration.condition.items()}
@@ -59,7 +59,8 @@ def measured_images(
     def figures(model: nn.Module) -> ImageFigures:
         denoisers = prepared.model.denoiser, model
         with evaluating(denoisers[0]), evaluating(model), on_accelerator(*denoisers), frozen_weights(model):
-            own, wanted = images(by_time(full, partial(predict, model), start), variant), wanted_images()
+            quantized = by_time(full, partial(predict, model), prepared.sampled_by(policy, variant), in_float)
+            own, wanted = images(quantized, variant), wanted_images()
         psnr = nearness_to(wanted, own, latent=prepared.model.latent)
         shown = (own, wanted) if prepared.model.latent else (own.clamp(-1, 1), wanted.clamp(-1, 1))
         return ImageFigures(psnr, patch_distance(*shown))

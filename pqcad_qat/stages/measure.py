@@ -173,14 +173,14 @@ def _variant(
         conditions=prepared.conditions,
         guidance_scale=policy.guidance_scale(name),
     )
-    start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
     # a deployed folder holds the graph of its float steps, and its runtime chooses by itself
-    if not VARIANTS[name].quantized or VARIANTS[name].weights_from == "export" or start == NO_FLOAT_STEPS:
+    if VARIANTS[name].weights_from == "export" or in_float.start == NO_FLOAT_STEPS:
         return variant
     full = pytorch_variant(
         name, prepared.model.denoiser, variant.schedule, variant.steps, sample_shape=variant.sample_shape
     )
-    return with_float_steps(variant, full, start)
+    return with_float_steps(variant, full, in_float)
 
 
 def _sampler(

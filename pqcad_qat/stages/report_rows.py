@@ -44,7 +44,6 @@ from pqcad_qat.report.record import (
 )
 from pqcad_qat.report.targets import targets_of
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.serving.packing import PACKED_WIDTHS
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,
@@ -125,6 +124,7 @@ def report_of(facts: RunFacts) -> Report:
         profiles=benchmark.profiles if benchmark else {},
         storage=tuple(_storage(facts)) if export else (),
         float_steps=facts.float_steps.trials,
+        steps_in_parts=facts.float_steps.parts_trials,
         parts=export.parts if export else (),
         widths=None if facts.widths is None else facts.widths.choice,
         training=facts.ends,
@@ -152,8 +152,10 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
         step = timing.median_ms / policy.export.batch_size if timing else None
         quality = facts.evaluation.figures.get(name, _NOT_MEASURED)
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
-        in_float = float_steps(facts.walk(name), facts.float_steps.time) if spec.quantized else 0
-        image = _image_ms(facts, step, steps - in_float, in_float)
+        walk, in_float = facts.walk(name), facts.float_steps.of(name)
+        float_calls = len(in_float.walk(walk))
+        steps = float_calls + sum(t < in_float.start for t, _ in walk)
+        image = _image_ms(facts, step, steps - float_calls, float_calls)
         yield VariantRow(
             name=name,
             runtime=spec.runtime,
@@ -163,7 +165,7 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
             size_bytes=sizes.get(spec.timed_as),
             latency_ms_per_step=step,
             latency_ms_per_image=None if image is None else image * passes,
-            float_steps=in_float,
+            float_steps=float_calls,
             passes=passes,
             **{figure: getattr(quality, figure) for figure in OF_IMAGES},
         )

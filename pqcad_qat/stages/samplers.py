@@ -41,7 +41,7 @@ from pqcad_qat.models.vae import decoded
 from pqcad_qat.policy.schema import ConditionsPolicy
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import is_quantized_folder, load_full_precision, load_quantized
-from pqcad_qat.sampling.precision_by_time import by_time
+from pqcad_qat.sampling.precision_by_time import StepsInFloat, by_time
 from pqcad_qat.sampling.trajectory import NoiseSchedule, distilled_steps, initial_noise, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import MANIFEST
 from pqcad_qat.serving.manifest import PART_FOLDERS
@@ -124,9 +124,9 @@ def pytorch_variant(
     return Sampler(name, "pytorch", call, schedule, steps, sample_shape, modules=(denoiser,))
 
 
-def with_float_steps(variant: Sampler, full: Sampler, start: float) -> Sampler:
-    """Return the sampler whose predictions at the time `start` and above are those of `full`."""
-    predict = by_time(full.predict, variant.predict, start)
+def with_float_steps(variant: Sampler, full: Sampler, in_float: StepsInFloat) -> Sampler:
+    """Return the sampler some of whose steps `full` computes."""
+    predict = by_time(full.predict, variant.predict, variant.schedule, in_float)
     return replace(variant, predict=predict, modules=(*variant.modules, *full.modules))
 
 
@@ -216,9 +216,9 @@ def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sa
     variant = pytorch_variant(folder.name, model.denoiser, schedule, steps or own, sample_shape=model.sample_shape)
     full = load_full_precision(folder, module) if path and is_quantized_folder(folder) else None
     if full is not None:
-        denoiser, start = full
+        denoiser, in_float = full
         first = pytorch_variant(folder.name, denoiser, schedule, variant.steps, sample_shape=model.sample_shape)
-        variant = with_float_steps(variant, first, start)
+        variant = with_float_steps(variant, first, in_float)
     return (
         replace(variant, decode=decoder_of(model), undecoded=model.decoder),
         conditioned(model),

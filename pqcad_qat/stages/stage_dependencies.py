@@ -32,7 +32,7 @@ from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.asked_widths import widths_measured
-from pqcad_qat.stages.float_steps import measured
+from pqcad_qat.stages.float_steps import may_have_float_steps, measured, parts_measured, students_sampled
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
@@ -139,11 +139,15 @@ class _Table:
 
     def float_steps(self) -> Recipe:
         """Recipe of the number of float steps; only a number that is measured depends on how the model is quantized."""
-        values: dict[str, Any] = {"sampler.float_steps": self.policy.sampler.float_steps}
-        if not measured(self.policy, self.prepared.schedule):
+        policy, schedule = self.policy, self.prepared.schedule
+        values: dict[str, Any] = {"sampler.float_steps": policy.sampler.float_steps}
+        if may_have_float_steps(policy, schedule):
+            values["distillation.student_steps"] = (
+                policy.distillation.student_steps if students_sampled(policy) else None
+            )
+            values["in_parts"] = parts_measured(policy, schedule)
+        if not measured(policy, schedule):
             return Recipe(values, ("calibration",))
-        student = any(VARIANTS[name].student_steps for name in self.policy.evaluation.variants)
-        values["distillation.student_steps"] = self.policy.distillation.student_steps if student else None
         return Recipe({**values, **self.layers(ladders=True)}, ("calibration",), _versions("torch", "brevitas"))
 
     def step_costs(self) -> Recipe:

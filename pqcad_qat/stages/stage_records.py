@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pqcad_qat.export.part_parity import PartParity
+from pqcad_qat.policy.variants import VARIANTS
 from pqcad_qat.quality.fid_protocol import FidProtocol
 from pqcad_qat.quality.fidelity import FidelityFigures
-from pqcad_qat.report.record import FloatStepsTrial, Hardware, ProfileRow, Timing
+from pqcad_qat.report.record import FloatStepsTrial, Hardware, ProfileRow, StepsInPartsTrial, Timing
 from pqcad_qat.report.width_choice import WidthChoice
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.stages.run_folder import StageRecord
 from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.transition import Transition
@@ -34,11 +35,20 @@ class FloatStepsRecord(StageRecord):
     count: int = 0  # steps of the sampler that full precision computes
     start: float | None = None  # time of the last of them; None for no step
     trials: tuple[FloatStepsTrial, ...] = ()  # what was measured; none where nothing had to be
+    stops: tuple[tuple[float, ...], ...] = ()  # the student's steps that are taken in parts: times of each
+    parts_trials: tuple[StepsInPartsTrial, ...] = ()  # what decided how many of them are
 
     @property
     def time(self) -> float:
         """The time from which on full precision computes; infinity for no step."""
         return NO_FLOAT_STEPS if self.start is None else self.start
+
+    def of(self, variant: str) -> StepsInFloat:
+        """The steps of a variant that full precision computes: none of one that is full precision itself."""
+        spec = VARIANTS[variant]
+        if not spec.quantized:
+            return StepsInFloat()
+        return StepsInFloat(self.time, self.stops if spec.student_steps else ())
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,8 @@ def _figures(
     policy: Policy, prepared: Prepared, run: RunFolder, *, calibration: CalibrationSet, variant: str
 ) -> MeasuredImages:
     """The measure of a variant's held-out images, with the run's float steps."""
-    start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
-    return measured_images(policy, prepared, calibration, variant=variant, start=start)
+    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(variant)
+    return measured_images(policy, prepared, calibration, variant=variant, in_float=in_float)
 
 
 def _ending_of_pq(policy: Policy, run: RunFolder) -> Ending | None:
@@ -296,9 +296,9 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
     guidance = Guidance(chosen, prepared.conditions.unconditional, policy.guidance_scale(name))
     schedule = prepared.sampled_by(policy, name)
     walk = schedule.walk(policy.sampling_steps(name))
-    in_float = float_steps(walk, run.read_always(FLOAT_STEPS, FloatStepsRecord).time)
+    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
     with torch.no_grad():
-        states = landing(
-            walk[:in_float], guidance.follow(prepared.model.denoiser.eval(), noise.device), noise, schedule
-        )
-    return [log, TrainingSamples(states, schedule, walk[in_float:], policy.training.samples_every, guidance)]
+        full = guidance.follow(prepared.model.denoiser.eval(), noise.device)
+        states = landing(in_float.walk(walk), full, noise, schedule)
+    rest = tuple(step for step in walk if step[0] < in_float.start)
+    return [log, TrainingSamples(states, schedule, rest, policy.training.samples_every, guidance)]

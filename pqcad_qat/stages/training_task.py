@@ -31,7 +31,7 @@ from pqcad_qat.policy.variants import FIXED_BIT, PQ, TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
 from pqcad_qat.report.stage_ends import end_sentence
-from pqcad_qat.stages.found_rate import rate_trials
+from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
@@ -42,7 +42,7 @@ from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.held_out import HeldOutLoss, best_weights, weights_of
 from pqcad_qat.training.rate_search import best
-from pqcad_qat.training.stage_end import Ending, Kept, RateTrial, StageEnd
+from pqcad_qat.training.stage_end import Ending, Kept, StageEnd
 from pqcad_qat.training.stopping_rule import Budget
 from pqcad_qat.training.trainer import LoopSettings
 from pqcad_qat.training.training_stage import StageSettings, train_stage
@@ -53,6 +53,12 @@ _END = TypeAdapter(StageEnd)
 
 LONGEST_WARM_UP = 20
 """Largest number of training steps over which the learning rate rises."""
+
+ON_THE_WAY = 0.25
+"""Largest share of the training steps for which a stage has time that may pass above the target widths.
+
+Steps above them teach next to nothing about them. Where the clock allows few, layers therefore move faster.
+"""
 
 
 @dataclass(frozen=True)
@@ -108,34 +114,38 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
     given = at_target_widths(task.model)
     held_out = _held_out_loss(policy, run, task)
-    rate, trials = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
+    rate, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
+    if task.schedule is not None and found is not None:
+        hurry(task.schedule, held_out, found.step_s)
     start = given.state_dict()  # no copy: nothing trains `given` itself
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
     settings, warn = _stage_settings(policy, run, task, rate), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
     with agreed() as first:
         if first:
-            end = replace(_stage_end(task, state, start, held_out), learning_rate=rate, rate_trials=trials)
+            end = replace(
+                _stage_end(task, state, start, held_out), learning_rate=rate, rate_trials=found.trials if found else ()
+            )
             console.print(Text(end_sentence(task.stage, end)), soft_wrap=True)
             _keep_trained(run, task, end, folder=folder)
 
 
 def _learning_rate(
     policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, given: nn.Module, held_out: HeldOutLoss
-) -> tuple[float, tuple[RateTrial, ...]]:
-    """The stage's peak learning rate, and the trials that found it.
+) -> tuple[float, RateTrials | None]:
+    """The stage's peak learning rate, and the trials that found it, where it had trials of its own.
 
     Fixed-bit training begins with the weights, the states and the loss of progressive quantization's trials, so these
     are not made again.
     """
     if policy.training.learning_rate != "auto":
-        return policy.training.learning_rate, ()
+        return policy.training.learning_rate, None
     if task.stage == FIXED_BIT and PQ in stages_of(policy.evaluation.variants):
         end = run.read_always(PQ, TrainingRecord).end
         if end is not None and end.learning_rate is not None:
-            return end.learning_rate, ()
+            return end.learning_rate, None
     begun, file = monotonic(), run.path / "checkpoints" / task.stage / "rates.json"
-    trials = rate_trials(
+    found = rate_trials(
         policy.training,
         console,
         given,
@@ -146,7 +156,15 @@ def _learning_rate(
         file=file,
     )
     held_out.spend(monotonic() - begun)
-    return best(trials), trials
+    return best(found.trials), found
+
+
+def hurry(schedule: MomentumBitSchedule, held_out: HeldOutLoss, step_s: float) -> None:
+    """Bring the deadline of a bit schedule forward where the stage has time for few training steps."""
+    if held_out.budget.seconds is not None:
+        steps = max(0.0, held_out.budget.seconds - held_out.seconds) / step_s
+        deadline = min(schedule.settings.deadline, max(1, round(ON_THE_WAY * steps)))
+        schedule.settings = replace(schedule.settings, deadline=deadline)
 
 
 def at_target_widths(model: nn.Module) -> nn.Module:

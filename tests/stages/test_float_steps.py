@@ -18,17 +18,17 @@ from rich.console import Console
 from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, tiny_unet
 
 from pqcad_qat.commands.run import run
-from pqcad_qat.errors import ModelError
+from pqcad_qat.errors import ModelError, PolicyError
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
-from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule, trajectory
+from pqcad_qat.sampling.trajectory import initial_noise, landing, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder
 from pqcad_qat.serving.manifest import FLOAT_GRAPH, FLOAT_WEIGHTS
 from pqcad_qat.serving.runtime import OVUNet2DModel
-from pqcad_qat.stages.float_steps import WORTH, wanted
+from pqcad_qat.stages.float_steps import WORTH, measured, parts_measured, wanted
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.samplers import open_folder, sample_images
 from pqcad_qat.stages.stage_records import FloatStepsRecord
@@ -94,6 +94,37 @@ def test_a_model_of_epsilon_without_signal_gets_float_steps_by_measurement(ended
     assert measured[1] > measured[0] + WORTH
 
 
+def test_students_steps_are_taken_in_parts_where_that_brings_images_nearer_to_those_of_all_steps(ended: Ended) -> None:
+    record = RunFolder(ended.path).read("float-steps", FloatStepsRecord)
+    assert record is not None
+    psnrs = [trial.psnr for trial in record.parts_trials]
+    factor = ended.policy.sampler.steps // ended.policy.distillation.student_steps
+    assert len(psnrs) == 1 + -(-record.count // factor)
+    assert len(record.stops) == wanted(psnrs, factor - 1) > 0
+    assert psnrs[len(record.stops)] > psnrs[0] + WORTH
+    schedule = noise_schedule(load_model(ended.policy.model.source).scheduler_config)
+    visited = [t for t, _ in schedule.walk(ended.policy.sampler.steps)]
+    assert list(record.stops[0]) == visited[: factor + 1]
+
+
+def test_a_guided_run_takes_no_step_in_parts(tiny_folder: Path) -> None:
+    schedule = noise_schedule(EPSILON)
+    students = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, f"evaluation.variants=[{PQCAD}]"))
+    assert parts_measured(students, schedule)
+    for override in ("sampler.guidance_scale=2", f"evaluation.variants=[{PQ}]", "sampler.float_steps=0"):
+        overrides = tiny_overrides(tiny_folder, f"evaluation.variants=[{PQCAD}]", override)
+        assert not parts_measured(load_policy(POLICIES / "smoke.yaml", overrides), schedule)
+
+
+def test_a_student_that_learns_guidance_has_no_float_steps(tiny_folder: Path) -> None:
+    keeps, learns = ["sampler.guidance_scale=2"], ["sampler.guidance_scale=2", "distillation.guidance=distill"]
+    for overrides, asked in ((keeps, True), (learns, False)):
+        policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *overrides))
+        assert measured(policy, noise_schedule(EPSILON)) is asked
+    with pytest.raises(PolicyError, match=r"float_steps.*got 1; allowed auto or 0, as full precision has not learned"):
+        load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *learns, "sampler.float_steps=1"))
+
+
 def test_a_policys_own_number_is_taken_and_a_model_of_v_needs_none(ended: Ended, tiny_folder: Path) -> None:
     for source, number, count in ((tiny_folder, "auto", 0), (tiny_folder, "2", 2)):
         overrides = tiny_overrides(
@@ -113,10 +144,13 @@ def test_rows_count_the_float_steps_of_quantized_variants_alone(ended: Ended) ->
     record = RunFolder(ended.path).read("float-steps", FloatStepsRecord)
     assert record is not None
     factor = ended.policy.sampler.steps // ended.policy.distillation.student_steps
+    more = (factor - 1) * len(record.stops)  # a step in parts is as many calls as its teacher takes
     for name, row in ended.rows.items():
-        of_student = -(-record.count // factor)
-        count = of_student if VARIANTS[name].student_steps else record.count
-        assert row["float_steps"] == (count if VARIANTS[name].quantized else 0), name
+        spec = VARIANTS[name]
+        count = -(-record.count // factor) + more if spec.student_steps else record.count
+        assert row["float_steps"] == (count if spec.quantized else 0), name
+        steps = ended.policy.sampling_steps(name) + more * (spec.student_steps and spec.quantized)
+        assert row["steps"] == steps, name
     assert "in full precision" in (ended.path / "report.html").read_text()
 
 
@@ -132,8 +166,7 @@ def test_an_image_takes_the_time_of_both_kinds_of_step(ended: Ended) -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "packed"])
 def test_the_runtime_computes_these_steps_in_full_precision(ended: Ended, weights: Any, tmp_path: Path) -> None:
-    copy_folder(ended.path / "openvino", tmp_path / "folder", weights)
-    deployed = OVUNet2DModel.from_pretrained(tmp_path / "folder", properties={"INFERENCE_PRECISION_HINT": "f32"})
+    deployed = _deployed(ended, tmp_path / "folder", weights, float_stops=[])
     full = load_model(ended.policy.model.source).denoiser.eval()
     times = [t for t, _ in noise_schedule(deployed.scheduler_config).walk(ended.policy.distillation.student_steps)]
     x = initial_noise(3, 0, len(times), deployed.sample_shape)
@@ -141,13 +174,41 @@ def test_the_runtime_computes_these_steps_in_full_precision(ended: Ended, weight
         wanted_values = predict(full, torch.from_numpy(x), torch.tensor(times)).numpy()
     found = deployed.predict(x, np.array(times))  # times of both kinds in one call
     off = np.abs(found - wanted_values).max(axis=(1, 2, 3)) / np.abs(wanted_values).max()
-    in_float = np.array(times) >= deployed.float_start
+    in_float = np.array(times) >= deployed.in_float.start
     assert in_float.any()
     assert not in_float.all()
     assert off[in_float].max() < 1e-3
     assert off[~in_float].min() > 1e-3
     one_by_one = np.concatenate([deployed.predict(x[[k]], times[k]) for k in range(len(times))])
     np.testing.assert_array_equal(found, one_by_one)
+
+
+def test_the_runtime_lands_where_the_parts_of_a_step_land(ended: Ended, tmp_path: Path) -> None:
+    deployed = OVUNet2DModel.from_pretrained(ended.path / "openvino", properties=F32)
+    full = _deployed(ended, tmp_path / "folder", float_start=0, float_stops=[])  # one that never computes in INT8
+    schedule = noise_schedule(deployed.scheduler_config)
+    first = schedule.walk(ended.policy.distillation.student_steps)[0]
+    parts = deployed.in_float.parts[first[0]]
+    x = initial_noise(3, 0, 2, deployed.sample_shape)
+    landed = schedule.step(deployed.predict(x, first[0]), x, *first)
+    expected = landing(parts, full.predict, x, schedule)
+    # where there is hardly any signal, rounding a prediction to float32 moves x_0 by a thousandth
+    np.testing.assert_allclose(landed, expected, atol=1e-2)
+    in_one = schedule.step(full.predict(x, first[0]), x, *first)
+    assert np.abs(in_one - expected).max() > 0.1
+    with pytest.raises(ModelError, match=r"float_stops: got 1000; allowed times up to 999"):
+        _deployed(ended, tmp_path / "late", float_stops=[[1000, 999]])
+
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def _deployed(ended: Ended, folder: Path, weights: Any = None, **changes: Any) -> OVUNet2DModel:
+    """The run's deployed folder, with these keys of its manifest changed."""
+    copy_folder(ended.path / "openvino", folder, weights)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return OVUNet2DModel.from_pretrained(folder, properties=F32)
 
 
 def test_a_folder_without_its_float_graph_is_refused(ended: Ended, tmp_path: Path) -> None:

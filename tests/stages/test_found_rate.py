@@ -21,16 +21,21 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.stages import found_rate
-from pqcad_qat.stages.found_rate import rate_trials
+from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
+from pqcad_qat.stages.training_task import ON_THE_WAY, hurry
+from pqcad_qat.training.bit_schedule import MomentumBitSchedule
+from pqcad_qat.training.held_out import HeldOutLoss
 from pqcad_qat.training.rate_search import RATES, best
-from pqcad_qat.training.stage_end import RateTrial, StageEnd
+from pqcad_qat.training.stage_end import StageEnd
+from pqcad_qat.training.stopping_rule import Budget
+from pqcad_qat.training.transition_decision import BitScheduleSettings
 
 SMOKE = POLICIES / "smoke.yaml"
 
 
-def tried(model: torch.nn.Module, file: Path) -> tuple[RateTrial, ...]:
+def tried(model: torch.nn.Module, file: Path) -> RateTrials:
     return rate_trials(
         load_policy(SMOKE).training,
         Console(quiet=True),
@@ -49,13 +54,15 @@ def test_the_model_stays_as_it_was_and_what_was_tried_is_read_back(
     torch.manual_seed(0)
     model, file = network(), tmp_path / "rates.json"
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trials = tried(model, file)
+    found = tried(model, file)
+    trials = found.trials
     assert len(trials) >= 3
+    assert found.step_s > 0
     assert all(trial.held_out is not None and math.isfinite(trial.held_out) for trial in trials)
     assert len({trial.held_out for trial in trials}) == len(trials)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     monkeypatch.setattr(found_rate, "searched", None)
-    assert tried(model, file) == trials
+    assert tried(model, file) == found
 
 
 def test_a_rate_that_breaks_a_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +70,22 @@ def test_a_rate_that_breaks_a_model_is_not_taken(tmp_path: Path, monkeypatch: py
     torch.manual_seed(0)
     monkeypatch.setattr("pqcad_qat.training.rate_search.RATES", (1e-4, 30.0))
     monkeypatch.setattr("pqcad_qat.training.rate_search.FIRST", 1)
-    low, high = sorted(tried(network(), tmp_path / "rates.json"), key=lambda trial: trial.rate)
+    low, high = sorted(tried(network(), tmp_path / "rates.json").trials, key=lambda trial: trial.rate)
     assert low.held_out is not None
     assert high.held_out is None or high.held_out > low.held_out
     assert best((low, high)) == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spent", "deadline"), [(None, 0, 100), (10_000, 0, 100), (200, 40, round(ON_THE_WAY * 80)), (10, 20, 1)]
+)
+def test_layers_move_faster_where_the_clock_allows_few_steps(seconds: float | None, spent: int, deadline: int) -> None:
+    settings = BitScheduleSettings(momentum=0.9, perturbation=0.005, deadline=100)
+    schedule = MomentumBitSchedule(layers={}, plan=(), settings=settings)
+    held_out = HeldOutLoss({}, (), Budget(2_000, seconds))
+    held_out.spend(spent)
+    hurry(schedule, held_out, step_s=2.0)
+    assert schedule.settings.deadline == deadline
 
 
 def ended(path: Path, stage: str) -> StageEnd:

@@ -1,0 +1,70 @@
+"""The steps of a deployed model that full precision computes, from the second graph of its folder.
+
+Not here: which steps these are (stages/float_steps.py), how parts make up a step (sampling/precision_by_time.py), and
+the calls of the model (runtime.py). Needs openvino and numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from pqcad_qat.errors import ModelError
+from pqcad_qat.sampling.precision_by_time import StepsInFloat, in_parts
+from pqcad_qat.sampling.trajectory import NoiseSchedule
+from pqcad_qat.serving.compiled_graph import Requests, compile_graph
+from pqcad_qat.serving.deployed_folder import MANIFEST, read_float_graph
+from pqcad_qat.serving.graph_checks import check_graph
+from pqcad_qat.serving.graph_inputs import SAMPLE, TIME
+from pqcad_qat.serving.manifest import FLOAT_GRAPH
+
+Float32 = npt.NDArray[np.float32]
+"""Array of float32."""
+
+Inputs = Mapping[str, npt.NDArray[Any]]
+"""Inputs of a graph for a whole batch, by name."""
+
+FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
+"""OpenVINO property of the graph: BF16 would round as coarsely as INT8."""
+
+
+def steps_in_float(manifest: Mapping[str, Any], folder: Path) -> StepsInFloat:
+    """The steps that full precision computes, none in a folder of one graph.
+
+    Raises:
+        ModelError: the schedule has no such time.
+    """
+    start, last = manifest.get("float_start"), manifest["train_timesteps"] - 1
+    stops = tuple(tuple(times) for times in manifest.get("float_stops", ()))
+    if above := [time for times in stops for time in times if time > last]:
+        raise ModelError(f"{folder / MANIFEST}: float_stops: got {above[0]}; allowed times up to {last}")
+    return StepsInFloat() if start is None else StepsInFloat(start, stops)
+
+
+def float_requests(
+    manifest: Mapping[str, Any], folder: Path, core: ov.Core, *, device: str, properties: Mapping[str, Any] | None
+) -> Requests:
+    """Compile the graph of the float steps.
+
+    Raises:
+        ModelError: the graph is damaged, or OpenVINO cannot compile it.
+    """
+    graph = read_float_graph(folder, manifest, core)
+    check_graph(graph, {**manifest, "graph": FLOAT_GRAPH, "layers": {}}, folder)
+    return Requests(compile_graph(graph, core, device, {**FULL_PRECISION, **(properties or {})}))
+
+
+def in_full_precision(
+    infer: Callable[[Inputs], Float32], inputs: Inputs, t: float, *, schedule: NoiseSchedule, steps: StepsInFloat
+) -> Float32:
+    """Predictions (B, C, H, W) as if every sample were at time t; `infer` runs the graph of the float steps."""
+
+    def full(x_t: Float32, time: float, _condition: Mapping[str, Any]) -> Float32:
+        return infer({**inputs, SAMPLE: x_t, TIME: np.full_like(inputs[TIME], time)})
+
+    return np.asarray(in_parts(full, schedule, steps.parts)(inputs[SAMPLE], t, {}), np.float32)
