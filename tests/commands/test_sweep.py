@@ -230,10 +230,14 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
 
 
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
-    untimed = [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]"]
-    printed = io.StringIO()
-    sweep(load_study(STUDY, untimed), tmp_path, "beside", Console(file=printed, width=200), jobs=2)
-    for cell in swept.study.cells:
+    """Of one seed: as many cells as processes."""
+    study, printed = (
+        load_study(STUDY, [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]", "seeds=[0]"]),
+        io.StringIO(),
+    )
+    sweep(study, tmp_path, "beside", Console(file=printed, width=200), jobs=2)
+    assert [cell.name for cell in study.cells] == [CELLS[0], CELLS[2]]
+    for cell in study.cells:
         ours, theirs = (
             load_file(folder / cell.name / "models" / "pq.safetensors") for folder in (tmp_path, swept.folder)
         )

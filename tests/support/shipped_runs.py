@@ -94,7 +94,7 @@ def digits(folder: Path) -> Path:
 
 
 def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
-    """Run the policy, made small, on the pipeline in `source`."""
+    """Run the policy, made small, on the pipeline in `source`; return what was run."""
     policy = load_policy(POLICIES / f"{name}.yaml", [*SMALL, f"model.source={source}", *SMALLER.get(name, ()), *more])
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
