@@ -51,13 +51,17 @@ SMALL = (
     "export.latency_runs=1",
     "training.learning_rate=0.0001",
 )
-WITH_BASELINES = ("w8a8-flux", "w8a8-pixart", "w8a8-sd15", "w8a8-sd3", "w8a8-sdxl")
-"""Policies whose baselines are made too, one of each layout; test_conditional_runs.py has those of labelled models."""
+WITH_BASELINES = ("w4a8-dit", "w8a8-flux", "w8a8-pixart", "w8a8-sd15", "w8a8-sd3", "w8a8-sdxl")
+"""Policies whose baselines are made too, one of each layout of a model that makes latents."""
 
 GUIDANCE = 2.5
 """Guidance that Flux is given as an input; not the one that is taken where a policy says nothing."""
 
-SMALLER = {"w8a8-flux": (f"conditions.tokens={T5_TOKENS}", f"conditions.guidance={GUIDANCE}")}
+SMALLER = {
+    "w4a8-dit": ("sampler.guidance_scale=3.0",),
+    "w8a8-flux": (f"conditions.tokens={T5_TOKENS}", f"conditions.guidance={GUIDANCE}"),
+}
+"""What else a policy needs for its pipeline; that of a DiT says nothing of guidance."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class ShippedRun:
 
     @property
     def conditions(self) -> ConditionsPolicy:
-        """The embeddings of the run's prompts, which it keeps."""
+        """The embeddings of the run's prompts, which it keeps; those of its policy where there are no prompts."""
+        if self.policy.conditions.prompts is None:
+            return self.policy.conditions
         return ConditionsPolicy(embeddings=str(self.path / EMBEDDINGS))
 
     @property
