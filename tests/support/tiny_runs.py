@@ -67,7 +67,7 @@ TINY = (  # overrides of policies/smoke.yaml: a run that takes seconds, and stil
 
 
 QUIET = ("training.checkpoint_every=1000", "training.samples_every=0")
-"""Overrides of stages that train without a word: of which a test looks at the end alone."""
+"""Overrides for tests that look at what training ends with: no checkpoints and no samples on the way."""
 
 
 @dataclass(frozen=True)
