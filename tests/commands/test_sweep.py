@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, QUIET, tiny_overrides
 
 from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
@@ -64,9 +64,8 @@ class Swept:
 def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
     root = tmp_path_factory.mktemp("sweep")
-    overrides = tiny_overrides(
-        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", f"evaluation.variants=[{FP32}, {NNCF_INT8}, {PQ}]"
-    )
+    variants = f"evaluation.variants=[{FP32}, {NNCF_INT8}, {PQ}]"
+    overrides = tiny_overrides(tiny_folder, "progressive.steps=4", "seeds=[0, 1]", variants, *QUIET)
     made: dict[str, int] = {}
     torch.set_num_threads(1)
     printed = io.StringIO()
