@@ -60,8 +60,11 @@ GUIDANCE = 2.5
 SMALLER = {
     "w4a8-dit": ("sampler.guidance_scale=3.0",),
     "w8a8-flux": (f"conditions.tokens={T5_TOKENS}", f"conditions.guidance={GUIDANCE}"),
+    "w8a8-sd3": (f"conditions.tokens={T5_TOKENS}",),
 }
-"""What else a policy needs for its pipeline; that of a DiT says nothing of guidance."""
+"""What else makes a run small or sets it apart: few tokens where T5 would read hundreds (PixArt's own number stays), and
+guidance of a DiT, of which its policy says nothing.
+"""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pqcad_qat.machine.files import file_digest
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import packed, places, unpacked
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
@@ -64,7 +64,7 @@ def test_every_planned_layer_executes_in_int8_with_pytorchs_integers(flow_run: S
 def test_every_variant_is_sampled_and_compared_with_full_precision(flow_run: ShippedRun) -> None:
     rows = {row["name"]: row for row in flow_run.report["variants"]}
     assert {row["passes"] for row in rows.values()} == {2 if flow_run.name == SD3 else 1}
-    assert all(row["psnr_fp"] > 15 for name, row in rows.items() if name != FP32)
+    assert all(rows[name]["psnr_fp"] > 15 for name in rows if VARIANTS[name].sampled and name != FP32)
     manifest = json.loads((flow_run.path / "openvino" / "manifest.json").read_text())
     assert (manifest["timestep_dtype"], manifest["provenance"]["sampler"]) == ("float32", "euler")
 
