@@ -62,7 +62,7 @@ SMALLER = {
     "w8a8-flux": (f"conditions.tokens={T5_TOKENS}", f"conditions.guidance={GUIDANCE}"),
     "w8a8-sd3": (f"conditions.tokens={T5_TOKENS}",),
 }
-"""What else makes a run small or sets it apart: few tokens where T5 would read hundreds (PixArt's own number stays), and
+"""What else makes a run small or sets it apart: few tokens where T5 would read hundreds (PixArt keeps its own), and
 guidance of a DiT, of which its policy says nothing.
 """
 
