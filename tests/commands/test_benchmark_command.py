@@ -20,7 +20,7 @@ from small_networks import unet_config
 from tiny_runs import POLICIES, fixed_batch_graph
 
 from pqcad_qat.commands.benchmark import measure, measure_here, measure_speed, precision_hint
-from pqcad_qat.commands.benchmark_subject import Candidates, candidates, open_subject
+from pqcad_qat.commands.benchmark_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.execution import INT8
 from pqcad_qat.models.untrained import random_denoiser
@@ -32,13 +32,17 @@ from pqcad_qat.timing.latency import BF16, F32, size_bytes
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Candidates:
-    """A tiny architecture and its baselines at batch 2; ours was exported at batch 1."""
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A tiny architecture; ours was exported at batch 1."""
     folder = tmp_path_factory.mktemp("speed")
     (folder / "tiny.json").write_text(json.dumps(unet_config()), encoding="utf-8")
-    return candidates(
-        open_subject(str(folder / "tiny.json"), POLICIES / "w4a8.yaml", folder / "made"), 2, folder / "batch-2"
-    )
+    return open_subject(str(folder / "tiny.json"), POLICIES / "w4a8.yaml", folder / "made")
+
+
+@pytest.fixture(scope="module")
+def made(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Candidates:
+    """Ours, and its baselines at batch 2."""
+    return candidates(subject, 2, tmp_path_factory.mktemp("baselines") / "batch-2")
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +140,21 @@ def test_openvinos_default_is_left_alone_but_where_bf16_is_emulated(
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_left_out_or_refused_where_it_is_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, made: Candidates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of what was made already."""
+    monkeypatch.setattr("pqcad_qat.commands.benchmark.open_subject", lambda *_: subject)
+    monkeypatch.setattr("pqcad_qat.commands.benchmark.candidates", lambda *_: made)
     machine = replace(hardware(), isa=("avx2",))
     monkeypatch.setattr("pqcad_qat.commands.benchmark.hardware", lambda: machine)
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-    (tmp_path / "tiny.json").write_text(json.dumps(unet_config()), encoding="utf-8")
     console = Console(file=io.StringIO())
 
     def benchmark(*isas: str) -> object:
         return measure_speed(
-            str(tmp_path / "tiny.json"),
+            subject.source,
             POLICIES / "w4a8.yaml",
-            [1],
+            [2],
             isas,
             runs=1,
             throughput=False,
@@ -161,10 +167,10 @@ def test_an_instruction_set_that_the_cpu_lacks_is_left_out_or_refused_where_it_i
     ):
         benchmark("avx2_vnni", "avx512_core_vnni")
     report = benchmark("native", "avx2_vnni")
-    assert [(part.isa, part.batch) for part in report.measurements] == [("native", 1)]
+    assert [(part.isa, part.batch) for part in report.measurements] == [("native", 2)]
     assert (report.left_out, report.steps, report.weights) == (
         {"avx2_vnni": "this CPU has no avx_vnni"},
         None,
         "random",
     )
-    assert "batch 1, native: timing" in console.file.getvalue()
+    assert "batch 2, native: timing" in console.file.getvalue()

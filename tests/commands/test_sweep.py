@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, QUIET, tiny_overrides
 
 from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
@@ -64,9 +64,8 @@ class Swept:
 def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
     root = tmp_path_factory.mktemp("sweep")
-    overrides = tiny_overrides(
-        tiny_folder, "progressive.steps=4", "seeds=[0, 1]", f"evaluation.variants=[{FP32}, {NNCF_INT8}, {PQ}]"
-    )
+    variants = f"evaluation.variants=[{FP32}, {NNCF_INT8}, {PQ}]"
+    overrides = tiny_overrides(tiny_folder, "progressive.steps=4", "seeds=[0, 1]", variants, *QUIET)
     made: dict[str, int] = {}
     torch.set_num_threads(1)
     printed = io.StringIO()
@@ -230,10 +229,14 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
 
 
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
-    untimed = [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]"]
-    printed = io.StringIO()
-    sweep(load_study(STUDY, untimed), tmp_path, "beside", Console(file=printed, width=200), jobs=2)
-    for cell in swept.study.cells:
+    """Of one seed: as many cells as processes."""
+    study, printed = (
+        load_study(STUDY, [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]", "seeds=[0]"]),
+        io.StringIO(),
+    )
+    sweep(study, tmp_path, "beside", Console(file=printed, width=200), jobs=2)
+    assert [cell.name for cell in study.cells] == [CELLS[0], CELLS[2]]
+    for cell in study.cells:
         ours, theirs = (
             load_file(folder / cell.name / "models" / "pq.safetensors") for folder in (tmp_path, swept.folder)
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, tiny_overrides, without_images
 
 from pqcad_qat.commands.report import report
 from pqcad_qat.commands.run import preview, run
@@ -170,7 +170,8 @@ def test_an_interrupted_search_goes_on_with_what_was_measured(
     with pytest.raises(RuntimeError, match="the power went"):
         ended(policy, runs / "again")
     monkeypatch.setattr(chosen_widths, "layer_sensitivities", None)  # they were kept
-    choice, record, _ = ended(policy, runs / "again", resume=True)
+    with without_images():
+        choice, record, _ = ended(policy, runs / "again", resume=True)
     uninterrupted = RunFolder(runs / "quality").read_always(WIDTHS, WidthsRecord)
     assert record == uninterrupted
     assert len(calls) == len(choice.trials) + 1

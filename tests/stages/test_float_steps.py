@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, tiny_unet
+from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, tiny_unet, without_images
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import ModelError, PolicyError
@@ -60,7 +60,8 @@ def epsilon_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ended(epsilon_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """A run whose policy leaves the number of float steps to the measurement."""
-    overrides = tiny_overrides(epsilon_folder, f"evaluation.variants=[{', '.join(MADE)}]", "evaluation.images=4")
+    few = (*QUIET, "progressive.steps=2", "distillation.steps=2", "evaluation.images=4")
+    overrides = tiny_overrides(epsilon_folder, *few, f"evaluation.variants=[{', '.join(MADE)}]")
     policy = load_policy(POLICIES / "smoke.yaml", overrides)
     path = tmp_path_factory.mktemp("runs") / "epsilon"
     run(policy, path, "command", Console(quiet=True))
@@ -131,7 +132,8 @@ def test_a_policys_own_number_is_taken_and_a_model_of_v_needs_none(ended: Ended,
             source, f"sampler.float_steps={number}", f"evaluation.variants=[{PTQ}]", "evaluation.images=4"
         )
         path = ended.path.parent / f"number-{number}"
-        run(load_policy(POLICIES / "smoke.yaml", overrides), path, "command", Console(quiet=True))
+        with without_images():
+            run(load_policy(POLICIES / "smoke.yaml", overrides), path, "command", Console(quiet=True))
         record = RunFolder(path).read("float-steps", FloatStepsRecord)
         assert record is not None
         assert (record.count, record.trials) == (count, ())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_stage import Matching, batches, network
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, QUIET, tiny_overrides, without_images
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
@@ -103,11 +103,13 @@ def test_the_stages_of_a_run_train_at_the_rate_that_they_found(tiny_folder: Path
         "progressive.steps=4",
         "distillation.steps=4",
         "evaluation.features=none",
+        *QUIET,
         f"evaluation.variants=[{FIXED_BIT}, {PQ}, {PQCAD}]",
     )
     printed = io.StringIO()
     policy = load_policy(SMOKE, tiny_overrides(tiny_folder, *overrides))
-    pipeline.run(policy, tmp_path, "command", Console(file=printed, width=500))
+    with without_images():
+        pipeline.run(policy, tmp_path, "command", Console(file=printed, width=500))
     pq, control, student = (ended(tmp_path, stage) for stage in (PQ, FIXED_BIT, PQCAD))
     assert control.learning_rate == pq.learning_rate
     assert control.rate_trials == ()

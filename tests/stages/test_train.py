@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, QUIET, tiny_overrides
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
@@ -86,7 +86,8 @@ def ended(path: Path, stage: str) -> StageEnd:
 def run(model: Path, path: Path, *overrides: str) -> str:
     torch.set_num_threads(1)
     printed = io.StringIO()
-    policy = load_policy(SMOKE, tiny_overrides(model, "evaluation.features=none", *overrides))
+    few = ("evaluation.features=none", "evaluation.images=2", *QUIET)
+    policy = load_policy(SMOKE, tiny_overrides(model, *few, *overrides))
     pipeline.run(policy, path, "command", Console(file=printed, width=300))
     return printed.getvalue()
 

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before any hub client is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # fixes the order of sums, so that repeated runs can be bitwise equal
@@ -64,6 +66,10 @@ TINY = (  # overrides of policies/smoke.yaml: a run that takes seconds, and stil
 )
 
 
+QUIET = ("training.checkpoint_every=1000", "training.samples_every=0")
+"""Overrides for tests that look at what training ends with: no checkpoints and no samples on the way."""
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run that was made once, for tests that must not change it.
@@ -100,6 +106,18 @@ def tiny_unet() -> UNet2DModel:
 
 def tiny_overrides(model: Path, *more: str) -> list[str]:
     return [f"model.source={model}", *TINY, *more]
+
+
+def without_images() -> AbstractContextManager[object]:
+    """Runs that are made in this context end with their models: no images are sampled and compared, and no report is
+    written.
+    """
+    return patch.multiple(
+        "pqcad_qat.commands.run",
+        sample=lambda *_, **__: None,
+        evaluate=lambda *_: None,
+        report=lambda _policy, _prepared, run, _command: run.path / "report.html",
+    )
 
 
 def fixed_batch_graph(batch: int, sample_shape: tuple[int, ...], folder: Path) -> Path:

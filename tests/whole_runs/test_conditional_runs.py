@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conditional_models import Plain, conditions, saved, write_embeddings
+from conditional_models import Plain, conditions, saved
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_runs import POLICIES, SCHEDULER, TINY
@@ -36,11 +36,15 @@ from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.layer_rules import LayerRule, numbered
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy
-from pqcad_qat.policy.variants import FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32_HALF, PQCAD_OPENVINO, SIMULATED, VARIANTS
 from pqcad_qat.quantization.conversion import calibrate_ranges, frozen_weights, integer_layers, quantize_model
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.samplers import open_folder, sample_states
+
+pytest.importorskip("transformers")
+
+from shipped_runs import ShippedRun, shipped_run
 
 BATCH = 2
 
@@ -161,47 +165,24 @@ def test_a_label_outside_the_table_is_refused_at_run_time(deployed: Deployed, ru
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def made(name: str, policy: str, folder: Path, *overrides: str) -> Path:
-    """A run of the model of that name, guided, with full precision's own choice of conditions."""
-    saved(name, folder / "model")
-    source = [
-        f"model.source={folder / 'model'}",
-        "evaluation.features=none",
-        f"evaluation.variants=[{FP32_HALF},{PQCAD_OPENVINO}]",
-    ]
-    loaded = load_policy(POLICIES / policy, [*TINY, *source, "sampler.guidance_scale=3.0", *overrides])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        return run(loaded, folder / "runs" / "tiny", "command", Console(quiet=True)).parent
-
-
 @pytest.fixture(scope="module")
-def dit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dit_run(tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
     """Class labels and a learned variance; the student keeps both passes of guidance."""
-    return made(
-        "dit",
-        "w4a8-dit.yaml",
-        tmp_path_factory.mktemp("dit"),
-        f"evaluation.variants=[{FP32_HALF},{NNCF_INT8},{PQCAD_OPENVINO}]",
-    )
+    return shipped_run("w4a8-dit", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
     """Cross attention to text; the student learns the guided prediction."""
-    folder = tmp_path_factory.mktemp("text")
-    embeddings = write_embeddings("text_unet", folder / "text.safetensors")
-    return made(
-        "text_unet", "smoke.yaml", folder, f"conditions.embeddings={embeddings}", "distillation.guidance=distill"
-    )
+    return shipped_run("w4a8-sd15", tmp_path_factory)
 
 
 @pytest.mark.parametrize(("run_of", "passes"), [("dit_run", 2), ("text_run", 1)])
 def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
     run_of: str, passes: int, request: pytest.FixtureRequest
 ) -> None:
-    path: Path = request.getfixturevalue(run_of)
-    report = json.loads((path / "report.json").read_text())
+    found: ShippedRun = request.getfixturevalue(run_of)
+    path, report = found.path, found.report
     assert (
         report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
     )
@@ -210,16 +191,21 @@ def test_a_run_of_latents_ends_in_a_report_of_what_can_be_said(
     assert "No Frechet distance: evaluation.features names no feature network" in report["quality_note"]
     assert report["quality_note"] in (path / "report.html").read_text().replace("&#39;", "'")
     rows = {row["name"]: row for row in report["variants"]}
-    assert {name: row["passes"] for name, row in rows.items()} == {**dict.fromkeys(rows, 2), PQCAD_OPENVINO: passes}
-    for row in rows.values():
-        assert row["latency_ms_per_image"] == pytest.approx(row["steps"] * row["passes"] * row["latency_ms_per_step"])
+    assert {name: row["passes"] for name, row in rows.items()} == {
+        name: passes if VARIANTS[name].distilled else 2 for name in rows
+    }
+    for name, row in rows.items():
+        step = row["latency_ms_per_step"]
+        assert (step is None) == (VARIANTS[name].runtime == SIMULATED)
+        whole = None if step is None else pytest.approx(row["steps"] * row["passes"] * step)
+        assert row["latency_ms_per_image"] == whole
         assert (row["fid_real"], row["ssim_fp"]) == (None, None)
     assert 0 < rows[PQCAD_OPENVINO]["psnr_fp"] < 80
     assert not [target for target in report["targets"] if "Frechet" in target["name"]]
 
 
-def test_the_set_of_a_guided_run_holds_both_passes(text_run: Path) -> None:
-    model, found = load_model(str(text_run.parents[1] / "model")), read_calibration(text_run / "calibration")
+def test_the_set_of_a_guided_run_holds_both_passes(text_run: ShippedRun) -> None:
+    model, found = load_model(str(text_run.source)), read_calibration(text_run.path / "calibration")
     unconditional = {
         name: value.expand(len(found.states), *value.shape[1:]) for name, value in found.unconditional.items()
     }
@@ -241,28 +227,30 @@ def test_the_set_of_a_guided_run_holds_both_passes(text_run: Path) -> None:
 
 @pytest.mark.parametrize(("run_of", "scale"), [("dit_run", 3.0), ("text_run", 1.0)])
 def test_a_folder_is_sampled_as_it_was_distilled(run_of: str, scale: float, request: pytest.FixtureRequest) -> None:
-    path: Path = request.getfixturevalue(run_of)
-    section = load_policy(path / "policy.yaml").conditions
+    found: ShippedRun = request.getfixturevalue(run_of)
+    path = found.path
     sampled = load_file(path / "samples" / f"{PQCAD_OPENVINO}.safetensors")["latents"]
     for folder in ("openvino", "student"):
-        variant = open_folder(str(path / folder), conditions=section)
+        variant = open_folder(str(path / folder), conditions=found.conditions)
         assert (variant.guidance_scale, variant.steps, variant.latent) == (scale, 2, True)
-        again = sample_states(variant, 8, 1234, 8)
+        again = sample_states(variant, len(sampled), 1234, len(sampled))
         error = float((again - sampled).square().mean() / sampled.square().mean())
         assert error < (1e-6 if folder == "openvino" else 1e-2)
     manifest = json.loads((path / "openvino" / "manifest.json").read_text())
     assert manifest["provenance"]["guidance_scale"] == scale
 
 
-def test_a_learned_variance_is_no_part_of_what_is_deployed(dit_run: Path) -> None:
-    config = json.loads((dit_run / "openvino" / "transformer" / "config.json").read_text())
+def test_a_learned_variance_is_no_part_of_what_is_deployed(dit_run: ShippedRun) -> None:
+    config = json.loads((dit_run.path / "openvino" / "transformer" / "config.json").read_text())
     assert (config["in_channels"], config["out_channels"]) == (4, 4)
-    model = OVUNet2DModel.from_pretrained(dit_run / "openvino")
+    model = OVUNet2DModel.from_pretrained(dit_run.path / "openvino")
     assert model(torch.zeros(1, 4, 8, 8), 5, class_labels=torch.tensor([3])).sample.shape == (1, 4, 8, 8)
 
 
-def test_latents_beside_a_feature_network_are_refused_before_anything_is_made(dit_run: Path, tmp_path: Path) -> None:
-    policy = load_policy(dit_run / "policy.yaml", ["evaluation.features=embedded:digits"])
+def test_latents_beside_a_feature_network_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    saved("dit", tmp_path / "model")
+    own = [f"model.source={tmp_path / 'model'}", "evaluation.features=embedded:digits"]
+    policy = load_policy(POLICIES / "w4a8-dit.yaml", own)
     with pytest.raises(
         ModelError, match=r"evaluation\.features: got 'embedded:digits'; .* makes latents of 4 channels.*allowed none"
     ):

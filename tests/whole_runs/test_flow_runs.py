@@ -1,5 +1,5 @@
-"""Stable Diffusion 3's and Flux's denoisers from policy to deployed folder, and diffusers' own scheduler with what was
-deployed.
+"""Stable Diffusion 3's and Flux's denoisers in the runs of the policies that ship for them, and diffusers' own
+scheduler with what was deployed.
 
 Not here: flow matching itself (test_flow.py), and what the classes take (test_architectures.py).
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from conditional_models import saved, write_embeddings
+from conditional_models import saved
 from diffusers import FlowMatchEulerDiscreteScheduler
-from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, TINY
+from tiny_runs import POLICIES
 from torch import Tensor
 
-from pqcad_qat.commands.run import run
 from pqcad_qat.data.calibration import read_calibration
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.time_tables import GUIDANCES, TimestepTable, known_times
@@ -32,8 +29,7 @@ from pqcad_qat.machine.files import file_digest
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import packed, places, unpacked
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import ConditionsPolicy
-from pqcad_qat.policy.variants import FP32, FP32_HALF, NNCF_INT8, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.student_folder import load_quantized
 from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
@@ -42,68 +38,38 @@ from pqcad_qat.serving.transformer import OVTransformer2DModel
 from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.samplers import open_folder, sample_states
 
-VARIANTS = {"sd3": f"[{FP32_HALF},{NNCF_INT8},{PQCAD_OPENVINO}]", "flux": f"[{FP32_HALF},{PQCAD_OPENVINO}]"}
+pytest.importorskip("transformers")
+
+from shipped_runs import GUIDANCE, ShippedRun, shipped_run
+from text_pipelines import POOLED, T5_TOKENS, TEXT_TOKENS, WIDTH
+
+SD3, FLUX = "w8a8-sd3", "w8a8-flux"
 
 
-@dataclass(frozen=True)
-class FlowRun:
-    """A run of a tiny model by the policy that ships for its class."""
-
-    name: str
-    path: Path
-
-    @property
-    def conditions(self) -> ConditionsPolicy:
-        return load_policy(self.path / "policy.yaml").conditions
-
-    @property
-    def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path / "report.json").read_text())
-        return found
-
-
-@pytest.fixture(scope="module", params=["sd3", "flux"])
-def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
+@pytest.fixture(scope="module", params=[SD3, FLUX])
+def flow_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
     """Of SD3 guided in two passes; of Flux with the guidance that it is given as an input."""
-    folder = tmp_path_factory.mktemp(request.param)
-    saved(request.param, folder / "model")
-    embeddings = write_embeddings(request.param, folder / "prompts.safetensors")
-    own = [
-        f"model.source={folder / 'model'}",
-        f"conditions.embeddings={embeddings}",
-        f"evaluation.variants={VARIANTS[request.param]}",
-    ]
-    small = [
-        "conditions.prompts=null",
-        "conditions.tokens=null",
-        "calibration.batch_size=4",
-        "training.gradient_accumulation=1",
-    ]
-    policy = load_policy(POLICIES / f"w8a8-{request.param}.yaml", [*TINY, "evaluation.features=none", *own, *small])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        path = run(policy, folder / "runs" / "tiny", "command", Console(quiet=True)).parent
-    return FlowRun(request.param, path)
+    return shipped_run(request.param, tmp_path_factory)
 
 
-def test_every_planned_layer_executes_in_int8_with_pytorchs_integers(flow_run: FlowRun) -> None:
+def test_every_planned_layer_executes_in_int8_with_pytorchs_integers(flow_run: ShippedRun) -> None:
     report = flow_run.report
     assert (
         report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 25
     )
-    assert report["execution"]["float_layers"] == [{"sd3": "pos_embed.proj", "flux": "x_embedder"}[flow_run.name]]
+    assert report["execution"]["float_layers"] == [{SD3: "pos_embed.proj", FLUX: "x_embedder"}[flow_run.name]]
     assert report["parity"]["end_to_end_psnr"] > 30
 
 
-def test_every_variant_is_sampled_and_compared_with_full_precision(flow_run: FlowRun) -> None:
+def test_every_variant_is_sampled_and_compared_with_full_precision(flow_run: ShippedRun) -> None:
     rows = {row["name"]: row for row in flow_run.report["variants"]}
-    assert {row["passes"] for row in rows.values()} == {2 if flow_run.name == "sd3" else 1}
-    assert all(row["psnr_fp"] > 15 for name, row in rows.items() if name != FP32)
+    assert {row["passes"] for row in rows.values()} == {2 if flow_run.name == SD3 else 1}
+    assert all(rows[name]["psnr_fp"] > 15 for name in rows if VARIANTS[name].sampled and name != FP32)
     manifest = json.loads((flow_run.path / "openvino" / "manifest.json").read_text())
     assert (manifest["timestep_dtype"], manifest["provenance"]["sampler"]) == ("float32", "euler")
 
 
-def test_the_set_holds_the_times_of_the_sampler_and_of_its_student(flow_run: FlowRun) -> None:
+def test_the_set_holds_the_times_of_the_sampler_and_of_its_student(flow_run: ShippedRun) -> None:
     schedule = noise_schedule(
         json.loads((flow_run.path / "student" / "scheduler" / "scheduler_config.json").read_text())
     )
@@ -111,15 +77,15 @@ def test_the_set_holds_the_times_of_the_sampler_and_of_its_student(flow_run: Flo
     assert set(times) == {t for steps in (4, 2) for t, _ in schedule.walk(steps)}
 
 
-def test_a_folder_is_sampled_as_it_was_distilled(flow_run: FlowRun) -> None:
+def test_a_folder_is_sampled_as_it_was_distilled(flow_run: ShippedRun) -> None:
     sampled = load_file(flow_run.path / "samples" / f"{PQCAD_OPENVINO}.safetensors")["latents"]
     for folder, least in (("openvino", 60.0), ("student", 25.0)):
         variant = open_folder(str(flow_run.path / folder), conditions=flow_run.conditions)
         assert (variant.steps, variant.sample_shape, variant.schedule.sampler) == (2, (4, 8, 8), "euler")
-        assert decibels(sample_states(variant, 8, 1234, 8), sampled) > least
+        assert decibels(sample_states(variant, len(sampled), 1234, len(sampled)), sampled) > least
 
 
-def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(flow_run: FlowRun) -> None:
+def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(flow_run: ShippedRun) -> None:
     """As StableDiffusion3Pipeline and FluxPipeline do it, which the library transformers keeps from being imported."""
     folder = flow_run.path / "openvino"
     transformer, ours = (
@@ -130,15 +96,15 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
     steps = scheduler.config.num_inference_steps
     latents = torch.from_numpy(initial_noise(7, 0, 3, ours.sample_shape))
     condition = ours.conditions.drawn(7, 0, 3)
-    if flow_run.name == "flux":
+    if flow_run.name == FLUX:
         # mu has no say: the shift is settled
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
         latents = packed(latents)
     else:
         scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
-        if flow_run.name == "flux":
-            ids = {"img_ids": places(8, 8), "txt_ids": torch.zeros(5, 3)}
+        if flow_run.name == FLUX:
+            ids = {"img_ids": places(8, 8), "txt_ids": torch.zeros(T5_TOKENS, 3)}
             with transformer.cache_context("cond"):
                 (velocity,) = transformer(latents, timestep=t.expand(3) / 1000, **ids, **condition, return_dict=False)
         else:
@@ -148,12 +114,12 @@ def test_diffusers_scheduler_makes_the_same_image_with_the_deployed_transformer(
             without, text = output.sample.chunk(2)  # type: ignore[union-attr]
             velocity = without + ours.guidance_scale * (text - without)
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    found = unpacked(latents, 8, 8) if flow_run.name == "flux" else latents
+    found = unpacked(latents, 8, 8) if flow_run.name == FLUX else latents
     assert decibels(found, sample_states(ours, 3, 7, 3)) > 60
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: FlowRun, precision: str) -> None:
+def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: ShippedRun, precision: str) -> None:
     """BF16 would round a time of 899.6 to 900 and a guidance of 3550 to 3552: sines of the fastest would mean something
     else.
     """
@@ -172,14 +138,14 @@ def test_time_and_guidance_count_as_in_pytorch_in_any_precision(flow_run: FlowRu
         assert decibels(torch.from_numpy(deployed.predict(x.numpy(), t, arrays(condition))), wanted) > 38
 
 
-def test_the_graph_takes_no_sines_at_run_time(flow_run: FlowRun) -> None:
+def test_the_graph_takes_no_sines_at_run_time(flow_run: ShippedRun) -> None:
     graph = ov.Core().read_model(flow_run.path / "openvino" / "transformer" / "openvino_model.xml")
     assert {node.get_type_name() for node in graph.get_ops()}.isdisjoint({"Sin", "Cos"})
     assert graph.input("timestep").get_element_type() == ov.Type.f32
 
 
 def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipeline_hands_over(
-    flow_run: FlowRun,
+    flow_run: ShippedRun,
 ) -> None:
     folder = flow_run.path / "openvino"
     assert not (folder / "unet").exists()
@@ -188,18 +154,19 @@ def test_the_graph_lies_where_optimum_intel_looks_and_takes_what_diffusers_pipel
         port.get_any_name(): list(port.shape)
         for port in ov.Core().read_model(folder / "transformer" / "openvino_model.xml").inputs
     }
-    text = {"encoder_hidden_states": [1, 5, 24], "pooled_projections": [1, 12]}
-    if flow_run.name == "sd3":
+    tokens = TEXT_TOKENS["stable-diffusion-3" if flow_run.name == SD3 else "flux"]
+    text = {"encoder_hidden_states": [1, tokens, WIDTH], "pooled_projections": [1, POOLED]}
+    if flow_run.name == SD3:
         assert ports == {"hidden_states": [1, 4, 8, 8], "timestep": [1], **text}
     else:
-        more = {"guidance": [1], "img_ids": [16, 3], "txt_ids": [5, 3]}
+        more = {"guidance": [1], "img_ids": [16, 3], "txt_ids": [tokens, 3]}
         assert ports == {"hidden_states": [1, 16, 16], "timestep": [1], **text, **more}
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        assert scheduler["embedded_guidance"] == 3.5
+        assert scheduler["embedded_guidance"] == GUIDANCE
 
 
-def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: FlowRun, tmp_path: Path) -> None:
-    if flow_run.name == "flux":
+def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: ShippedRun, tmp_path: Path) -> None:
+    if flow_run.name == FLUX:
         pytest.skip("its graph was another one")
     now, before, core = flow_run.path / "openvino", tmp_path / "before", ov.Core()
     shutil.copytree(now, before)
@@ -220,19 +187,19 @@ def test_a_folder_of_before_that_has_its_transformer_in_unet_is_read(flow_run: F
     assert (tmp_path / "again" / "unet" / "openvino_model.xml.gz").is_file()
 
 
-def test_other_times_and_latents_than_the_graph_takes_are_refused(flow_run: FlowRun) -> None:
+def test_other_times_and_latents_than_the_graph_takes_are_refused(flow_run: ShippedRun) -> None:
     transformer = OVTransformer2DModel.from_pretrained(flow_run.path / "openvino")
     condition = arrays(
         open_folder(str(flow_run.path / "openvino"), conditions=flow_run.conditions).conditions.drawn(0, 0, 1)
     )
     with pytest.raises(ModelError, match=r"times: got 1000.5; allowed \[0, 1000\]"):
         transformer.predict(np.zeros((1, 4, 8, 8), np.float32), 1000.5, condition)
-    if flow_run.name == "flux":
+    if flow_run.name == FLUX:
         rows = np.zeros((1, 16, 16), np.float32)
         with pytest.raises(ModelError, match=r"got shape .*; allowed \(B, 16, 16\), the rows that latents of 8x8"):
             transformer(rows, timestep=0.5, img_ids=places(4, 16), **condition)
     with pytest.raises(ModelError, match=r"conditions: got .*; allowed encoder_hidden_states"):
-        transformer(rows if flow_run.name == "flux" else np.zeros((1, 4, 8, 8), np.float32), timestep=0.5)
+        transformer(rows if flow_run.name == FLUX else np.zeros((1, 4, 8, 8), np.float32), timestep=0.5)
 
 
 def test_a_table_of_continuous_time_finds_the_nearest_that_it_knows() -> None:

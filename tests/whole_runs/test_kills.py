@@ -199,7 +199,9 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
         f"evaluation.variants=[{FIXED_BIT}]",
         "progressive.steps=30",
         "training.checkpoint_every=10",
+        "training.samples_every=0",
         "evaluation.images=2",
+        "evaluation.features=none",
     ]
     flags = [f"--set={override}" for override in tiny_overrides(tiny_folder, *only)]
     command = ["run", POLICIES / "smoke.yaml", "--out", path, *flags]

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import REPOSITORY, SCHEDULER, FinishedRun
+from tiny_runs import REPOSITORY, SCHEDULER, FinishedRun, without_images
 from torch import nn
 
 from pqcad_qat.commands.run import run
@@ -360,7 +360,8 @@ def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: Finished
     evaluation = policy.evaluation.model_copy(update={"variants": (PQ,), "images": 2, "features": "none"})
     late = policy.model_copy(update={"progressive": progressive, "evaluation": evaluation})
     beside = tiny_run.path.with_name(f"late-{schedule}-{steps}")  # it finds the calibration set
-    path = run(late, beside, "command", Console(quiet=True)).parent
+    with without_images():
+        path = run(late, beside, "command", Console(quiet=True)).parent
     prepared = prepare(late)
     model = quantize_model(prepared.split, prepared.plan)
     model.load_state_dict(load_file(path / "models" / "pq.safetensors"))
@@ -435,8 +436,8 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
         return train_stage(model, callbacks, batches, settings, **rest)
 
     monkeypatch.setattr("pqcad_qat.stages.training_task.train_stage", counted)
-    evaluation = tiny_run.policy.evaluation.model_copy(update={"variants": (FIXED_BIT, PQ)})
-    blends = tiny_run.policy.model_copy(update={"evaluation": evaluation})
+    few = {"variants": (FIXED_BIT, PQ), "images": 2, "features": "none"}
+    blends = tiny_run.policy.model_copy(update={"evaluation": tiny_run.policy.evaluation.model_copy(update=few)})
     jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
     for name, policy in (("blends", blends), ("jumps", jumps)):
         run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)

@@ -24,7 +24,8 @@ import torch
 from clip_folder import clip_folder
 from rich.console import Console
 from safetensors.torch import load_file
-from text_pipelines import T5_TOKENS, TOKENS, WIDTH, flux_dev, stable_diffusion
+from shipped_runs import GUIDANCE, shipped_run
+from text_pipelines import T5_TOKENS, TOKENS, WIDTH, stable_diffusion
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from pqcad_qat import cli
@@ -83,39 +84,24 @@ def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Pa
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(tmp_path: Path) -> None:
+def test_a_run_of_flux_ends_in_a_folder_that_takes_prompts_through_t5(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """By the policy that ships, of a FLUX.1 dev: its guidance is an input, and the folder knows which it was trained
     with.
     """
-    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
-    own = [
-        f"model.source={flux_dev(tmp_path)}",
-        f"conditions.prompts={tmp_path / 'prompts.txt'}",
-        f"conditions.tokens={T5_TOKENS}",
-    ]
-    small = [
-        "evaluation.features=none",
-        "conditions.guidance=2.5",
-        "calibration.batch_size=4",
-        "training.gradient_accumulation=1",
-    ]
-    policy = load_policy(
-        POLICIES / "w8a8-flux.yaml", [*TINY, *SHORT, *own, *small, f"evaluation.variants=[{PQCAD_OPENVINO}]"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        path = run(policy, tmp_path / "runs" / "tiny", "command", Console(quiet=True)).parent
-    assert {name: part["format"] for name, part in read_manifest(path / "openvino")["parts"].items()} == {
+    made = shipped_run("w8a8-flux", tmp_path_factory)
+    assert {name: part["format"] for name, part in read_manifest(made.path / "openvino")["parts"].items()} == {
         "vae_decoder": "float",
         "text_encoder": "int8-weights",
         "text_encoder_2": "int8-weights",
     }
-    assert all(row["psnr"] > 30 for row in json.loads((path / "report.json").read_text())["parts"])
-    pipeline = TextToImage.from_pretrained(path)
+    assert all(row["psnr"] > 30 for row in made.report["parts"])
+    pipeline = TextToImage.from_pretrained(made.path)
     told = pipeline.embeddings("a cat")
-    assert (pipeline.steps, pipeline.guidance, float(told["guidance"][0])) == (2, 1.0, 2.5)
+    assert (pipeline.steps, pipeline.guidance, float(told["guidance"][0])) == (2, 1.0, GUIDANCE)
     assert told["encoder_hidden_states"].shape == (1, T5_TOKENS, WIDTH)
-    cli.main(["sample", str(path), "--prompt", "a cat", "--out", str(tmp_path / "cat.png")])
+    cli.main(["sample", str(made.path), "--prompt", "a cat", "--out", str(tmp_path / "cat.png")])
     with Image.open(tmp_path / "cat.png") as picture:
         assert picture.size == (96, 96)
 
