@@ -105,8 +105,8 @@ class SamplerPolicy(Section):
         "auto",
         description="number of first steps that full precision computes in a quantized model's place, where rounding "
         "would decide the picture; auto: as many as trajectories that nothing was trained on ask for, none where the "
-        "model does not predict epsilon or the student learns guidance. A student's are taken in its teacher's shorter "
-        "steps where that is measured to be worth the denoiser calls",
+        "model does not predict epsilon, and none in a run whose student learns guidance. Those of a student are taken "
+        "in its teacher's shorter steps where that is measured to be worth the denoiser calls",
     )
     guidance_scale: float = Field(
         1.0,
@@ -301,7 +301,8 @@ class Policy(PolicyFile):
     @property
     def learns_guidance(self) -> bool:
         """Whether students learn to do in one denoiser call a step what guidance does in two."""
-        return self.distillation.guidance == "distill" and self.sampler.guidance_scale != 1.0
+        distilled = any(VARIANTS[name].distilled for name in self.evaluation.variants)
+        return distilled and self.distillation.guidance == "distill" and self.sampler.guidance_scale != 1.0
 
     def guidance_scale(self, variant: str) -> float:
         """Return the guidance scale with which a variant samples: 1 where one denoiser call a step is enough."""

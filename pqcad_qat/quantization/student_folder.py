@@ -34,7 +34,7 @@ from pqcad_qat.quantization.conversion import dequantize_model, quantize_model, 
 from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
 from pqcad_qat.quantization.shortcuts import merge_shortcuts, split_shortcuts
-from pqcad_qat.sampling.precision_by_time import StepsInFloat
+from pqcad_qat.sampling.precision_by_time import StepsInFloat, are_stops
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import distilled_steps, noise_schedule, written_out
 
@@ -147,16 +147,18 @@ def load_full_precision(folder: Path, own: OwnModel | None = None) -> tuple[nn.M
     content = read_json(folder / PLAN)
     if START not in content:
         return None
+    stops = content.get(STOPS, [])
+    if not are_stops(stops):
+        raise ModelError(f"{folder / PLAN}: {STOPS}: got {stops}; allowed lists of three or more falling whole numbers")
     path = denoiser_folder(folder) / "config.json"
     denoiser = untrained_denoiser(read_json(path), str(path)) if own is None else built(own)
     try:
         denoiser.load_state_dict(load_file(folder / FULL), strict=True)
-        stops = tuple(tuple(map(float, times)) for times in content.get(STOPS, ()))
-        return denoiser.eval(), StepsInFloat(float(content[START]), stops)
     except (TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder / FULL}: got damaged weights: {error}; allowed the file as `run` wrote it"
         ) from error
+    return denoiser.eval(), StepsInFloat(float(content[START]), tuple(map(tuple, stops)))
 
 
 def layer_plan(entry: Mapping[str, Any]) -> LayerPlan:

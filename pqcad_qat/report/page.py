@@ -120,6 +120,7 @@ def summary(report: Report) -> str:
     steps = f"{ours.steps} sampling steps" + (f" in place of {full.steps}" if full and full.steps != ours.steps else "")
     if ours.float_steps:
         steps += f" of which full precision computes the first {ours.float_steps}"
+        steps += f" in {ours.float_calls} calls" if ours.float_calls > ours.float_steps else ""
     run = "executed by OpenVINO" if ours.name == OURS else "simulated in PyTorch"
     return f"Weights of {bits(ours.weight_bits)} and activations of {bits(ours.activation_bits)} bits, {steps}, {run}."
 

@@ -112,7 +112,7 @@ class VariantRow:
     runtime: str  # runtime of the variant in policy.variants.VARIANTS
     weight_bits: float | None  # bits; mean over planned layers by parameters, or the single width
     activation_bits: float | None
-    steps: int  # number of sampling steps of one image, a step that is taken in parts counted as its parts
+    steps: int  # number of sampling steps of one image
     size_bytes: int | None = None  # bytes of every file needed to run the denoiser, the same files that were timed
     latency_ms_per_step: float | None = None  # median for one image, unless the policy's export batch differs
     latency_ms_per_image: float | None = None
@@ -121,6 +121,7 @@ class VariantRow:
     psnr_fp: float | None = None  # dB, image by image against full precision on the same seeds
     ssim_fp: float | None = None  # 0 to 1, image by image against full precision on the same seeds
     float_steps: int = 0  # how many of the steps full precision computes, the first ones
+    float_calls: int = 0  # denoiser calls of these steps: more of them where one is taken in parts
     passes: int = 1  # denoiser calls a sampling step: 2 under classifier-free guidance, both counted in an image's time
     did_not_run: str = ""  # reason why a baseline could not be made or run; its figures are unknown
     kid_real: float | None = None  # kernel distance to the real reference, times 1,000
@@ -133,7 +134,9 @@ class VariantRow:
     @property
     def steps_text(self) -> str:
         """Number of sampling steps of an image, with how many of them full precision computes."""
-        return f"{self.steps} ({self.float_steps} float)" if self.float_steps else str(self.steps)
+        if self.float_calls == self.float_steps:
+            return f"{self.steps} ({self.float_steps} float)" if self.float_steps else str(self.steps)
+        return f"{self.steps} ({self.float_steps} float, {self.float_calls} calls)"
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ def ddim_inverse(
     It is `ddim_step` solved for the prediction. x_t and x_s give two linear equations in (x_0, eps). Their determinant
     is 0 only where t and s are the same timestep.
 
-    Where that x_0 lies beyond the bound, the clipped step does not land on x_s from it. Another x_0, beyond the other
-    bound, does: there x_0 stays at the bound while eps alone moves the landing (training/clipped_targets.py has the
-    picture of it). A step that ends in the image has no such second way, and takes the bound.
+    With `clip_sample_range` an x_0 beyond the bound becomes the bound, and eps follows, so that the pair still makes up
+    x_t. A clipped step then comes near to x_s. An x_0 far beyond the other bound would land on it, but mean something
+    else to every other sampler.
     """
     signal_t, noise_t = alpha_bar_t**0.5, (1.0 - alpha_bar_t) ** 0.5
     signal_s, noise_s = alpha_bar_s**0.5, (1.0 - alpha_bar_s) ** 0.5
@@ -95,14 +95,9 @@ def ddim_inverse(
     t, s = cast(Any, x_t), cast(Any, x_s)
     x_0 = (t * noise_s - s * noise_t) / determinant
     eps = (s * signal_t - t * signal_s) / determinant
-    if (bound := clip_sample_range) is not None:
-        # how much faster the landing moves with an x_0 within the bounds than with one beyond them
-        slopes = signal_s * noise_t / (noise_s * signal_t) - 1.0 if noise_s else None
-        above, below = x_0 > bound, x_0 < -bound
-        high = -bound - (x_0 + bound) * slopes if slopes is not None else bound + 0.0 * x_0
-        low = bound - (x_0 - bound) * slopes if slopes is not None else -bound + 0.0 * x_0
-        moved = above * (high - x_0) + below * (low - x_0)
-        x_0, eps = x_0 + moved, eps - moved * (signal_t / noise_t)
+    if clip_sample_range is not None:
+        within = cast(Any, x_0).clip(-clip_sample_range, clip_sample_range)
+        x_0, eps = within, eps + (x_0 - within) * (signal_t / noise_t)
     return cast(Array, join_prediction(x_0, eps, alpha_bar_t, prediction_type))
 
 

@@ -157,7 +157,9 @@ class DDPMSchedule:
         return ddim_inverse(x_t, x_s, self.alpha_bar_at(t), self.alpha_bar_at(s), prediction_type=self.prediction_type)
 
     def prediction_to(self, x_t: Array, x_s: Array, t: float, s: float) -> Array:
-        """Return a prediction from which `step` lands on x_s, clipping of x_0 included."""
+        """Return the prediction from which `step` comes nearest to x_s: lands on it, unless that needs an x_0 that is
+        clipped.
+        """
         return ddim_inverse(
             x_t,
             x_s,

@@ -10,7 +10,7 @@ steps, and a student visits its teacher's times. Times fall while sampling proce
 
 No training reaches a step that full precision computes, so nothing mends what a student loses by its longer steps
 there. Such a step can be taken in its teacher's shorter ones: one prediction then stands for several calls. It is the
-prediction from which the sampler's one step lands where the shorter ones do, so any sampling loop goes on as before.
+prediction from which DDIM's one step lands where the shorter ones do, so a sampling loop goes on as before.
 
 Not here: how many such steps a model needs, and which are taken in parts (stages/float_steps.py).
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -54,27 +54,40 @@ class StepsInFloat:
     """
 
     start: float = NO_FLOAT_STEPS
-    stops: tuple[tuple[float, ...], ...] = ()
+    stops: tuple[tuple[int, ...], ...] = ()
+
+    def along(self, walk: Walk) -> StepsInFloat:
+        """Return these steps for another walk: one is taken in parts only where the walk makes the same step."""
+        return replace(self, stops=tuple(times for times in self.stops if (times[0], times[-1]) in walk))
 
     @property
     def parts(self) -> Mapping[float, Walk]:
         """Start of a step that is taken in parts -> the parts."""
         return {times[0]: tuple(pairwise(times)) for times in self.stops}
 
-    def walk(self, walk: Walk) -> Walk:
-        """Return the steps that full precision computes along this walk, parts in place of their whole."""
-        parts = self.parts
-        return tuple(part for step in walk if step[0] >= self.start for part in parts.get(step[0], (step,)))
+    def calls(self, walk: Walk) -> int:
+        """Return the number of full-precision denoiser calls along this walk."""
+        parts = self.along(walk).parts
+        return sum(len(parts.get(t, ((t, s),))) for t, s in walk if t >= self.start)
 
 
-def in_parts(full: Prediction[Array], schedule: NoiseSchedule, parts: Mapping[float, Walk]) -> Prediction[Array]:
-    """Return the full-precision denoiser whose predictions at the starts of `parts` land where these steps do."""
+def are_stops(value: Any) -> bool:
+    """Whether a value read from a file is the times of steps that are taken in parts: whole numbers, falling to 0."""
+    if not isinstance(value, list) or not all(isinstance(times, list) and len(times) > 2 for times in value):
+        return False
+    whole = all(isinstance(time, int) and not isinstance(time, bool) for times in value for time in times)
+    return whole and all(0 <= later < earlier for times in value for earlier, later in pairwise(times))
 
-    def call(x_t: Array, t: float, condition: Mapping[str, Any]) -> Array:
+
+def in_parts(
+    full: Callable[[Array, float], Array], schedule: NoiseSchedule, parts: Mapping[float, Walk]
+) -> Callable[[Array, float], Array]:
+    """Return the full-precision denoiser (x_t, t) whose predictions at the starts of `parts` land where they do."""
+
+    def call(x_t: Array, t: float) -> Array:
         if (walk := parts.get(t)) is None:
-            return full(x_t, t, condition)
-        x_s = landing(walk, lambda state, time: full(state, time, condition), x_t, schedule)
-        return schedule.prediction_to(x_t, x_s, t, walk[-1][1])
+            return full(x_t, t)
+        return schedule.prediction_to(x_t, landing(walk, full, x_t, schedule), t, walk[-1][1])
 
     return call
 
@@ -83,9 +96,10 @@ def by_time(
     full: Prediction[Array], quantized: Prediction[Array], schedule: NoiseSchedule, in_float: StepsInFloat
 ) -> Prediction[Array]:
     """Return the denoiser that is `full` in the steps that full precision computes, and `quantized` in all others."""
-    first = in_parts(full, schedule, in_float.parts)
 
     def call(x_t: Array, t: float, condition: Mapping[str, Any]) -> Array:
-        return (first if t >= in_float.start else quantized)(x_t, t, condition)
+        if t < in_float.start:
+            return quantized(x_t, t, condition)
+        return in_parts(lambda state, time: full(state, time, condition), schedule, in_float.parts)(x_t, t)
 
     return call

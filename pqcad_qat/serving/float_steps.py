@@ -33,17 +33,28 @@ FULL_PRECISION: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32"}
 """OpenVINO property of the graph: BF16 would round as coarsely as INT8."""
 
 
-def steps_in_float(manifest: Mapping[str, Any], folder: Path) -> StepsInFloat:
+def steps_in_float(
+    manifest: Mapping[str, Any], folder: Path, schedule: NoiseSchedule, steps: int | None
+) -> StepsInFloat:
     """The steps that full precision computes, none in a folder of one graph.
 
+    Args:
+        manifest: the folder's manifest.
+        folder: the deployed folder.
+        schedule: noise schedule of its sampler.
+        steps: number of sampling steps that it was made for; None where its scheduler config names none.
+
     Raises:
-        ModelError: the schedule has no such time.
+        ModelError: its sampler makes no such step.
     """
-    start, last = manifest.get("float_start"), manifest["train_timesteps"] - 1
-    stops = tuple(tuple(times) for times in manifest.get("float_stops", ()))
-    if above := [time for times in stops for time in times if time > last]:
-        raise ModelError(f"{folder / MANIFEST}: float_stops: got {above[0]}; allowed times up to {last}")
-    return StepsInFloat() if start is None else StepsInFloat(start, stops)
+    if (start := manifest.get("float_start")) is None:
+        return StepsInFloat()
+    found = StepsInFloat(start, tuple(tuple(times) for times in manifest.get("float_stops", ())))
+    walk = [] if steps is None else [step for step in schedule.walk(steps) if step[0] >= start]
+    if other := [list(times) for times in found.stops if (times[0], times[-1]) not in walk]:
+        allowed = f"parts of the steps {', '.join(f'{t:g} to {s:g}' for t, s in walk) or 'of a sampler'}"
+        raise ModelError(f"{folder / MANIFEST}: float_stops: got {other[0]}; allowed {allowed}")
+    return found
 
 
 def float_requests(
@@ -60,11 +71,18 @@ def float_requests(
 
 
 def in_full_precision(
-    infer: Callable[[Inputs], Float32], inputs: Inputs, t: float, *, schedule: NoiseSchedule, steps: StepsInFloat
+    infer: Callable[[Inputs], Float32], inputs: Inputs, *, schedule: NoiseSchedule, steps: StepsInFloat
 ) -> Float32:
-    """Predictions (B, C, H, W) as if every sample were at time t; `infer` runs the graph of the float steps."""
+    """Predictions (B, C, H, W) of full precision for a whole batch; `infer` runs the graph of the float steps."""
 
-    def full(x_t: Float32, time: float, _condition: Mapping[str, Any]) -> Float32:
+    def full(x_t: Float32, time: float) -> Float32:
         return infer({**inputs, SAMPLE: x_t, TIME: np.full_like(inputs[TIME], time)})
 
-    return np.asarray(in_parts(full, schedule, steps.parts)(inputs[SAMPLE], t, {}), np.float32)
+    times, parts = inputs[TIME], steps.parts
+    divided = np.isin(times, list(parts))
+    answer = None if divided.all() else infer(inputs)
+    for t in np.unique(times[divided]):
+        own = np.asarray(in_parts(full, schedule, parts)(inputs[SAMPLE], t), np.float32)
+        answer = own if answer is None else np.where((times == t).reshape(-1, 1, 1, 1), own, answer)
+    assert answer is not None
+    return answer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -17,6 +16,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.models.families.table import families
+from pqcad_qat.sampling.precision_by_time import are_stops
 
 SCHEMA_VERSION = 1
 """Version of the manifest's format."""
@@ -254,13 +254,6 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_falling(times: Any) -> bool:
-    """Whether these are the times of a step that is taken in parts."""
-    if not isinstance(times, list) or len(times) < 2 or not all(_is_number(time, 0.0) for time in times):
-        return False
-    return all(later < earlier for earlier, later in pairwise(times))
-
-
 def _optional_steps(provenance: Any) -> bool:
     """Whether the counts of sampling steps in the provenance, where there are any, are valid."""
     steps = (
@@ -301,8 +294,8 @@ VALUES: Mapping[str, tuple[Fits, str]] = {
         "null, or a time from 0, from which on full precision computes",
     ),
     "float_stops": (
-        lambda value: isinstance(value, list) and all(map(_is_falling, value)),
-        "for each step that full precision takes in parts, a list of its times, falling, the last 0 or more",
+        are_stops,
+        "for each step that full precision takes in parts, a list of its times: three whole numbers or more, falling",
     ),
 }
 """Check and description of the allowed values, by key of the manifest."""

@@ -124,7 +124,7 @@ class OVUNet2DModel(StandIn):
         self.compiled = compile_graph(graph, core, device, properties)
         self.inference_precision: str = inference_precision(self.compiled)
         self._requests = Requests(self.compiled)
-        self.in_float = steps_in_float(self.manifest, folder)
+        self.in_float = steps_in_float(self.manifest, folder, self._schedule, self.scheduler_config.get(STEPS))
         if self.in_float.start != NO_FLOAT_STEPS:
             self._float_requests = float_requests(self.manifest, folder, core, device=device, properties=properties)
 
@@ -280,10 +280,10 @@ class OVUNet2DModel(StandIn):
         times = np.asarray(values[1])  # one for each sample, as pipelines may mix times
         in_float = times >= self.in_float.start
         answer = None if in_float.all() else self._infer(self._requests, inputs)
-        for t in np.unique(times[in_float]):
+        if in_float.any():
             infer = partial(self._infer, self._float_requests)
-            full = in_full_precision(infer, inputs, t, schedule=self._schedule, steps=self.in_float)
-            answer = full if answer is None else np.where((times == t).reshape(-1, 1, 1, 1), full, answer)
+            full = in_full_precision(infer, inputs, schedule=self._schedule, steps=self.in_float)
+            answer = full if answer is None else np.where(in_float.reshape(-1, 1, 1, 1), full, answer)
         assert answer is not None
         return answer[: self.batch_size - missing]
 

@@ -64,6 +64,7 @@ class TextToImage:
         """
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
         denoiser = OVUNet2DModel(path, device, properties)  # this checks every file
+        denoiser.in_float = denoiser.in_float.along(())  # a prompt may be guided, and then no step is taken in parts
         present = denoiser.manifest.get("parts", {})
         check_listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
         index = read_json(path / MODEL_INDEX)

@@ -8,8 +8,8 @@ rounding of inputs is judged so: training mends what narrow weights lose, but ca
 This is asked in the steps of the sampler and in the steps of its student, which are longer; the larger demand decides.
 
 No training reaches these steps, so what a student loses by making them twice as long is lost for good. Whether its
-first ones are taken in its teacher's shorter steps is measured in full precision alone: each further denoiser call has
-to bring the images nearer to those of all steps by WORTH. Under classifier-free guidance no step is taken in parts,
+first ones are taken in steps as short as its teacher's is measured in full precision alone: each further denoiser call
+has to bring the images nearer to those of all steps by WORTH. Under classifier-free guidance no step is taken in parts,
 since one call of the denoiser does not know where the guided steps land.
 
 Not here: why those steps need it, and which network computes a step (sampling/precision_by_time.py).
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from rich.console import Console
@@ -33,7 +34,13 @@ from pqcad_qat.quality.fidelity import nearness_to
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.report.record import FloatStepsTrial, StepsInPartsTrial
 from pqcad_qat.sampling.ddpm_schedule import Walk
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, float_from, float_steps
+from pqcad_qat.sampling.precision_by_time import (
+    NO_FLOAT_STEPS,
+    StepsInFloat,
+    float_from,
+    float_steps,
+    in_parts,
+)
 from pqcad_qat.sampling.trajectory import NoiseSchedule, along, landing
 from pqcad_qat.stages.fresh_images import Follow, fresh_follow, fresh_noise
 from pqcad_qat.stages.prepared import Prepared
@@ -90,7 +97,8 @@ def students_sampled(policy: Policy) -> bool:
 
 def parts_measured(policy: Policy, schedule: NoiseSchedule) -> bool:
     """Whether it is measured how many of the student's float steps are taken in parts."""
-    return policy.sampler.guidance_scale == 1.0 and may_have_float_steps(policy, schedule) and students_sampled(policy)
+    unguided, epsilon = policy.sampler.guidance_scale == 1.0, schedule.prediction_type == "epsilon"
+    return unguided and epsilon and policy.sampler.float_steps != 0 and students_sampled(policy)
 
 
 def _chosen(policy: Policy, prepared: Prepared, console: Console, untrained: QuantizedModels) -> FloatStepsRecord:
@@ -134,25 +142,26 @@ def _measured_start(
 @torch.no_grad()
 def _measured_parts(
     policy: Policy, prepared: Prepared, console: Console, start: float
-) -> tuple[tuple[tuple[float, ...], ...], tuple[StepsInPartsTrial, ...]]:
+) -> tuple[tuple[tuple[int, ...], ...], tuple[StepsInPartsTrial, ...]]:
     """Return the times of the student's float steps that are taken in parts, and what was measured."""
     steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
     factor, student = steps // student_steps, prepared.student_schedule(policy)
     walk = student.walk(student_steps)
-    parts = student.finer(walk, factor)[: float_steps(walk, start)]
+    # every step up to its own end, as the sampler makes it; a step of too few times has no parts
+    divided = [student.finer((step,), factor)[0] for step in walk[: float_steps(walk, start)]]
+    whole = takewhile(lambda parts: len(parts) > 1, divided)
+    stops = tuple(tuple(int(t) for t in (parts[0][0], *(end for _, end in parts))) for parts in whole)
     denoiser, noise = prepared.model.denoiser.eval(), fresh_noise(policy, prepared)
     follow = fresh_follow(policy, prepared, denoiser)
     trials = []
     with working(console, "float-steps: images in all steps") as tell, on_accelerator(denoiser):
         wanted_images = landing(prepared.schedule.walk(steps), follow, noise, prepared.schedule)
-        for count in range(len(parts) + 1):
+        for count in range(len(stops) + 1):
             tell(f"float-steps: images in {student_steps} steps, the first {count} of them in {factor} parts")
-            taken = (*(part for whole in parts[:count] for part in whole), *walk[count:])
-            images = landing(taken, follow, noise, student)
+            taken = in_parts(follow, student, StepsInFloat(start, stops[:count]).parts)
+            images = landing(walk, taken, noise, student)
             trials.append(StepsInPartsTrial(count, nearness_to(wanted_images, images, latent=prepared.model.latent)))
-    count = wanted([trial.psnr for trial in trials], calls=factor - 1)
-    stops = tuple((whole[0][0], *(end for _, end in whole)) for whole in parts[:count])
-    return stops, tuple(trials)
+    return stops[: wanted([trial.psnr for trial in trials], calls=factor - 1)], tuple(trials)
 
 
 def wanted(psnrs: list[float], calls: int = 1) -> int:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from torch import nn
 
@@ -34,10 +35,15 @@ from pqcad_qat.training.trainer import LoopSettings
 
 @dataclass(frozen=True)
 class RateTrials:
-    """The trials of a stage, in their order, and the wall time of one training step in them, in seconds."""
+    """The trials of a stage, in their order, and the wall time that they took, in seconds."""
 
     trials: tuple[RateTrial, ...]
-    step_s: float
+    seconds: float
+
+    @property
+    def step_s(self) -> float:
+        """Wall time of one training step, in seconds."""
+        return self.seconds / (len(self.trials) * TRIAL_STEPS)
 
 
 _TRIALS = TypeAdapter(RateTrials)
@@ -60,7 +66,8 @@ def rate_trials(
         InterruptedByUserError: Ctrl-C; all trials are then made again.
     """
     if file.exists():
-        return _TRIALS.validate_json(file.read_bytes())
+        with suppress(ValidationError):  # of a version that kept less; the trials are made again
+            return _TRIALS.validate_json(file.read_bytes())
     begun = monotonic()
     with working(console, f"{stage}: learning rate, {TRIAL_STEPS} training steps at each of a few"):
 
@@ -75,8 +82,7 @@ def rate_trials(
             return exchanged(own)[0][0]  # all processes go on with the first one's measurement
 
         trials = searched(trial)
-    seconds = exchanged(monotonic() - begun)[0][0]
-    found = RateTrials(trials, seconds / (len(trials) * TRIAL_STEPS))
+    found = RateTrials(trials, exchanged(monotonic() - begun)[0][0])  # all processes count the first one's time
     if is_first():
         write_file(file, json.dumps(asdict(found)))
     return found

@@ -44,6 +44,7 @@ from pqcad_qat.report.record import (
 )
 from pqcad_qat.report.targets import targets_of
 from pqcad_qat.sampling.ddpm_schedule import Walk
+from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.serving.packing import PACKED_WIDTHS
 from pqcad_qat.stages.stage_records import (
     BaselinesRecord,
@@ -152,10 +153,9 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
         step = timing.median_ms / policy.export.batch_size if timing else None
         quality = facts.evaluation.figures.get(name, _NOT_MEASURED)
         passes = 1 if policy.guidance_scale(name) == 1.0 else 2
-        walk, in_float = facts.walk(name), facts.float_steps.of(name)
-        float_calls = len(in_float.walk(walk))
-        steps = float_calls + sum(t < in_float.start for t, _ in walk)
-        image = _image_ms(facts, step, steps - float_calls, float_calls)
+        walk, first = facts.walk(name), facts.float_steps.of(name)
+        in_float, float_calls = float_steps(walk, first.start), first.calls(walk)
+        image = _image_ms(facts, step, steps - in_float, float_calls)
         yield VariantRow(
             name=name,
             runtime=spec.runtime,
@@ -165,18 +165,19 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
             size_bytes=sizes.get(spec.timed_as),
             latency_ms_per_step=step,
             latency_ms_per_image=None if image is None else image * passes,
-            float_steps=float_calls,
+            float_steps=in_float,
+            float_calls=float_calls,
             passes=passes,
             **{figure: getattr(quality, figure) for figure in OF_IMAGES},
         )
 
 
-def _image_ms(facts: RunFacts, step: float | None, steps: int, in_float: int) -> float | None:
+def _image_ms(facts: RunFacts, step: float | None, steps: int, float_calls: int) -> float | None:
     """Milliseconds of one image's denoiser calls; None where the time of one of them is unknown."""
-    if step is None or not in_float:
+    if step is None or not float_calls:
         return None if step is None else step * steps
     timing = None if facts.benchmark is None else facts.benchmark.float_step
-    return None if timing is None else step * steps + timing.median_ms / facts.policy.export.batch_size * in_float
+    return None if timing is None else step * steps + timing.median_ms / facts.policy.export.batch_size * float_calls
 
 
 def _mean_bits(plan: Sequence[LayerPlan], weights: bool) -> float:

@@ -187,16 +187,23 @@ def open_folder(
     Raises:
         ModelError: the folder is none of these, or its model takes other conditions.
     """
-    variant, takes, scheduler = _opened(source, steps, own)
+    variant, takes, scheduler = _opened(source, steps, guidance_scale, own)
     section = conditions or ConditionsPolicy()
     if section.unconditional_class is None:
         section = section.model_copy(update={"unconditional_class": scheduler.get(NULL_CLASS)})
-    chosen, scale = chosen_conditions(takes, section), guidance_scale or scheduler.get(GUIDANCE, 1.0)
+    chosen, scale = chosen_conditions(takes, section), _scale(guidance_scale, scheduler)
     check_guidance(scale, chosen)
     return replace(variant, conditions=chosen, guidance_scale=scale)
 
 
-def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sampler, Conditioned, Mapping[str, Any]]:
+def _scale(given: float | None, scheduler: Mapping[str, Any]) -> float:
+    """The guidance scale that is given, or the one that the folder's scheduler config names."""
+    return given or float(scheduler.get(GUIDANCE, 1.0))
+
+
+def _opened(
+    source: str, steps: int | None, guidance_scale: float | None, module: OwnModel | None
+) -> tuple[Sampler, Conditioned, Mapping[str, Any]]:
     """Return a folder's sampler without conditions, the conditions that its model takes, and its scheduler config."""
     path = local(source)
     folder = path or Path(source)
@@ -204,7 +211,10 @@ def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sa
         if path and (deployed / MANIFEST).is_file():
             runtime = OVUNet2DModel.from_pretrained(deployed)
             takes = Conditioned(source, condition_inputs(runtime.conditions))
-            return _deployed_variant(folder.name, runtime, steps), takes, runtime.scheduler_config
+            variant = _deployed_variant(folder.name, runtime, steps)
+            unguided = _scale(guidance_scale, runtime.scheduler_config) == 1.0
+            runtime.in_float = _as_sampled(runtime.in_float, variant, unguided)
+            return variant, takes, runtime.scheduler_config
     if path and is_quantized_folder(folder):
         model, _, own = load_quantized(folder, module)
     elif not path or (denoiser_folder(folder) / "config.json").is_file():
@@ -218,12 +228,21 @@ def _opened(source: str, steps: int | None, module: OwnModel | None) -> tuple[Sa
     if full is not None:
         denoiser, in_float = full
         first = pytorch_variant(folder.name, denoiser, schedule, variant.steps, sample_shape=model.sample_shape)
-        variant = with_float_steps(variant, first, in_float)
+        unguided = _scale(guidance_scale, model.scheduler_config) == 1.0
+        variant = with_float_steps(variant, first, _as_sampled(in_float, variant, unguided))
     return (
         replace(variant, decode=decoder_of(model), undecoded=model.decoder),
         conditioned(model),
         model.scheduler_config,
     )
+
+
+def _as_sampled(in_float: StepsInFloat, variant: Sampler, unguided: bool) -> StepsInFloat:
+    """The float steps of a sampler whose number of steps and guidance may be others than those of the folder.
+
+    One call of the denoiser cannot know where guided steps land, so under guidance no step is taken in parts.
+    """
+    return in_float.along(variant.schedule.walk(variant.steps) if unguided else ())
 
 
 def decoder_of(model: DiffusionModel) -> Callable[[Float32], Float32] | None:

@@ -32,7 +32,7 @@ from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.asked_widths import widths_measured
-from pqcad_qat.stages.float_steps import may_have_float_steps, measured, parts_measured, students_sampled
+from pqcad_qat.stages.float_steps import measured, parts_measured, students_sampled
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
 from pqcad_qat.stages.samplers import decoder_of
@@ -141,13 +141,12 @@ class _Table:
         """Recipe of the number of float steps; only a number that is measured depends on how the model is quantized."""
         policy, schedule = self.policy, self.prepared.schedule
         values: dict[str, Any] = {"sampler.float_steps": policy.sampler.float_steps}
-        if may_have_float_steps(policy, schedule):
-            values["distillation.student_steps"] = (
-                policy.distillation.student_steps if students_sampled(policy) else None
-            )
-            values["in_parts"] = parts_measured(policy, schedule)
+        student = policy.distillation.student_steps if students_sampled(policy) else None
+        if parts_measured(policy, schedule):
+            values |= {"in_parts": True, "distillation.student_steps": student}
         if not measured(policy, schedule):
             return Recipe(values, ("calibration",))
+        values["distillation.student_steps"] = student
         return Recipe({**values, **self.layers(ladders=True)}, ("calibration",), _versions("torch", "brevitas"))
 
     def step_costs(self) -> Recipe:

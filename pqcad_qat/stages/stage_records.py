@@ -35,7 +35,7 @@ class FloatStepsRecord(StageRecord):
     count: int = 0  # steps of the sampler that full precision computes
     start: float | None = None  # time of the last of them; None for no step
     trials: tuple[FloatStepsTrial, ...] = ()  # what was measured; none where nothing had to be
-    stops: tuple[tuple[float, ...], ...] = ()  # the student's steps that are taken in parts: times of each
+    stops: tuple[tuple[int, ...], ...] = ()  # the student's steps that are taken in parts: times of each
     parts_trials: tuple[StepsInPartsTrial, ...] = ()  # what decided how many of them are
 
     @property

@@ -27,7 +27,7 @@ from pqcad_qat.policy.schema import AUTO_DEADLINE_STEPS, Policy, TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.sampling.precision_by_time import float_steps
+from pqcad_qat.sampling.precision_by_time import float_steps, in_parts
 from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
@@ -299,6 +299,7 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
     in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
     with torch.no_grad():
         full = guidance.follow(prepared.model.denoiser.eval(), noise.device)
-        states = landing(in_float.walk(walk), full, noise, schedule)
-    rest = tuple(step for step in walk if step[0] < in_float.start)
+        first = tuple(step for step in walk if step[0] >= in_float.start)
+        states = landing(first, in_parts(full, schedule, in_float.parts), noise, schedule)
+    rest = walk[len(first) :]
     return [log, TrainingSamples(states, schedule, rest, policy.training.samples_every, guidance)]

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import get_args
 
 from pydantic import TypeAdapter
@@ -144,7 +143,7 @@ def _learning_rate(
         end = run.read_always(PQ, TrainingRecord).end
         if end is not None and end.learning_rate is not None:
             return end.learning_rate, None
-    begun, file = monotonic(), run.path / "checkpoints" / task.stage / "rates.json"
+    file = run.path / "checkpoints" / task.stage / "rates.json"
     found = rate_trials(
         policy.training,
         console,
@@ -155,7 +154,7 @@ def _learning_rate(
         held_out=task.held_out,
         file=file,
     )
-    held_out.spend(monotonic() - begun)
+    held_out.spend(found.seconds)
     return best(found.trials), found
 
 

@@ -130,7 +130,8 @@ class HeldOutLoss(Callback):
     _progress: Progress = field(default_factory=Progress)
     _latest: float | None = None
     _measured_at: int = -1
-    _seconds: float = 0.0
+    _before: float = 0.0
+    _in_steps: float = 0.0
     _resumed_at: float | None = None
     _logged: dict[str, float | None] = field(default_factory=dict)
 
@@ -140,11 +141,11 @@ class HeldOutLoss(Callback):
     @property
     def seconds(self) -> float:
         """Wall time of the stage's training so far, over all processes that took part one after another."""
-        return self._seconds + (0.0 if self._resumed_at is None else monotonic() - self._resumed_at)
+        return self._before + self._in_steps + (0.0 if self._resumed_at is None else monotonic() - self._resumed_at)
 
     def spend(self, seconds: float) -> None:
         """Count wall time that the stage took before its first step."""
-        self._seconds += seconds
+        self._before += seconds
 
     def before_step(self, state: TrainState) -> None:
         """Decide whether the stage is to end; all processes follow the first one's measurement and clock."""
@@ -153,9 +154,9 @@ class HeldOutLoss(Callback):
         if not self.automatic or state.ending is not None or state.step % EVERY:
             return
         own = self._latest if self._measured_at == state.step and self._latest is not None else math.nan
-        value, seconds = exchanged(own, self.seconds)[0]
+        value, seconds, before = exchanged(own, self.seconds, self._before)[0]
         self._progress = self._progress.updated(state.step, None if math.isnan(value) else value, self.settled())
-        state.ending = ending(state.step, self._progress, self.budget, seconds)
+        state.ending = ending(state.step, self._progress, self.budget, seconds, before=before)
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         """Measure the averaged weights, every few steps and at the end."""
@@ -189,6 +190,7 @@ class HeldOutLoss(Callback):
             "latest": self._latest,
             "measured_at": self._measured_at,
             "seconds": self.seconds,
+            "before": self._before,
             "best": self._best if math.isfinite(self._best) else None,
         }
 
@@ -197,7 +199,9 @@ class HeldOutLoss(Callback):
         self._progress = Progress(tuple(saved["losses"]), saved["settled_at"])
         self._latest, self._measured_at = saved["latest"], saved["measured_at"]
         self._best = math.inf if saved["best"] is None else saved["best"]
-        self._seconds, self._resumed_at = max(saved["seconds"], self.seconds), None
+        seconds = max(saved["seconds"], self.seconds)
+        self._before = max(saved.get("before", 0.0), self._before)
+        self._in_steps, self._resumed_at = seconds - self._before, None
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

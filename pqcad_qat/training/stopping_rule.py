@@ -81,7 +81,7 @@ def decay_steps(step: int) -> int:
     return max(SHORTEST_DECAY, step // 4)
 
 
-def ending(step: int, progress: Progress, budget: Budget, seconds: float) -> Ending | None:
+def ending(step: int, progress: Progress, budget: Budget, seconds: float, *, before: float = 0.0) -> Ending | None:
     """The end of a stage if its decay begins at `step`; None if the stage goes on until the next decision.
 
     A stage whose layers walk down to their target widths ends by plateau only when at least half of its steps are made
@@ -91,7 +91,8 @@ def ending(step: int, progress: Progress, budget: Budget, seconds: float) -> End
         step: number of finished training steps.
         progress: what was measured so far.
         budget: caps of the stage.
-        seconds: wall time of the stage's steps so far.
+        seconds: wall time that the stage has taken so far.
+        before: how much of it passed before the first step, and says nothing of how long a step takes.
     """
     last, following = step + decay_steps(step), step + EVERY
     if following + decay_steps(following) > budget.steps:
@@ -101,7 +102,7 @@ def ending(step: int, progress: Progress, budget: Budget, seconds: float) -> End
     if progress.on_plateau and last >= 2 * progress.settled_at:
         return Ending(step, last, "plateau")
     if budget.seconds is not None:
-        per_step = seconds / max(1, step)
+        per_step = (seconds - before) / max(1, step)
         if seconds + (EVERY + decay_steps(following)) * per_step > budget.seconds:
             return Ending(step, last, "minutes")
     return None

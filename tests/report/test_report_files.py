@@ -95,6 +95,7 @@ def test_json_has_the_keys_that_other_programs_read(folder: Path) -> None:
             "psnr_fp",
             "ssim_fp",
             "float_steps",
+            "float_calls",
             "passes",
             "did_not_run",
             "kid_real",

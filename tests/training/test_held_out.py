@@ -38,7 +38,7 @@ from pqcad_qat.training.held_out import (
 )
 from pqcad_qat.training.metrics_log import read_metrics
 from pqcad_qat.training.stage_end import Kept
-from pqcad_qat.training.stopping_rule import EVERY, Budget
+from pqcad_qat.training.stopping_rule import EVERY, SHORTEST_DECAY, Budget
 from pqcad_qat.training.trainer import LoopSettings, new_state
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 from pqcad_qat.training.transition_decision import BitScheduleSettings
@@ -89,7 +89,9 @@ def held_out_loss(
     return HeldOutLoss(fixed, [loss], budget, automatic, settled, best_file)
 
 
-def stage(folder: Path, until: int = -1, budget: Budget = BUDGET) -> tuple[TrainState, HeldOutLoss]:
+def stage(
+    folder: Path, until: int = -1, budget: Budget = BUDGET, *, spent: float = 0.0
+) -> tuple[TrainState, HeldOutLoss]:
     """An automatic stage of progressive quantization that dies before step `until`."""
     model = network()
     layers = quantized_layers(model)
@@ -103,6 +105,7 @@ def stage(folder: Path, until: int = -1, budget: Budget = BUDGET) -> tuple[Train
         layers, [layer.plan for layer in layers.values()], BitScheduleSettings(0.5, 0.002, 20)
     )
     measures = held_out_loss(layers, loss, budget, automatic=True, best_file=folder / "best.safetensors")
+    measures.spend(spent)
     loop = LoopSettings(budget.steps, learning_rate=1e-3, warmup=20, shape="held", ema=0.9)
     checkpoints = CheckpointFolder(folder / "checkpoints", every=4)
     settings = StageSettings("toy", loop, "fp32", checkpoints, folder / "logs", "rollback")
@@ -160,12 +163,29 @@ def test_a_stage_keeps_to_its_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (state.ending.cause, state.step < CAP) == ("minutes", True)
 
 
+def test_trials_before_a_stage_cost_it_their_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    for spent in (0.0, 500.0):
+        clock = iter(range(10**6))
+        monkeypatch.setattr(held_out_module, "monotonic", lambda clock=clock: float(next(clock)))
+        state, _ = stage(tmp_path / str(spent), budget=Budget(CAP, seconds=30.0 + spent), spent=spent)
+        assert state.ending is not None
+        assert state.ending.cause == "minutes"
+        steps.append(state.step)
+    assert steps[0] == steps[1] > SHORTEST_DECAY
+
+
 def test_the_time_of_a_stage_goes_on_where_a_checkpoint_left_it() -> None:
     measures = held_out_loss({}, Matching({}), Budget(CAP), automatic=True)
     measures.load_state_dict({**measures.state_dict(), "seconds": 100.0})
     assert measures.seconds == 100.0
     measures.load_state_dict({**measures.state_dict(), "seconds": 3.0})  # an earlier checkpoint: the time is spent
     assert measures.seconds == 100.0
+    saved = {**measures.state_dict(), "seconds": 130.0, "before": 40.0}
+    again = held_out_loss({}, Matching({}), Budget(CAP), automatic=True)
+    again.spend(1.0)  # what was tried is read back
+    again.load_state_dict(saved)
+    assert (again.seconds, again.state_dict()["before"]) == (130.0, 40.0)
 
 
 def prepared(ema: float = 0.9) -> tuple[TrainState, Matching]:

@@ -26,13 +26,15 @@ def losses_that_fall_by(share: float) -> list[float]:
     return list(accumulate(repeat(1.0 - share, 200), lambda loss, factor: loss * factor, initial=1.0))
 
 
-def walked(losses: list[float], budget: Budget, settled_at: int = 0, per_step: float = 0.0) -> Ending | None:
+def walked(
+    losses: list[float], budget: Budget, settled_at: int = 0, *, per_step: float = 0.0, before: float = 0.0
+) -> Ending | None:
     """The end that these losses lead to, one measurement at every decision after the first."""
     progress = Progress()
     for index in range(len(losses)):
         step = index * EVERY
         progress = progress.updated(step, losses[index - 1] if index else None, settled=step >= settled_at)
-        end = ending(step, progress, budget, per_step * step)
+        end = ending(step, progress, budget, before + per_step * step, before=before)
         if end is not None:
             return end
     return None
@@ -71,12 +73,19 @@ def test_a_cap_in_steps_is_met_with_a_decay_before_it(steps: int) -> None:
 
 
 @pytest.mark.parametrize("seconds", [30.0, 100.0, 1000.0])
-def test_a_cap_in_seconds_is_met_by_steps_of_the_speed_so_far(seconds: float) -> None:
-    end = walked(losses_that_fall_by(2 * PLATEAU), Budget(10**6, seconds), per_step=0.5)
+@pytest.mark.parametrize("before", [0.0, 300.0])
+def test_a_cap_in_seconds_is_met_by_steps_of_the_speed_so_far(seconds: float, before: float) -> None:
+    """Whatever has passed before the first step, such as trials of learning rates, says nothing of a step's length."""
+    end = walked(losses_that_fall_by(2 * PLATEAU), Budget(10**6, before + seconds), per_step=0.5, before=before)
     assert end is not None
     assert end.cause == "minutes"
     assert 0.5 * end.last <= seconds
     assert 0.5 * (end.last + 2 * EVERY) > seconds - 0.5 * EVERY
+
+
+def test_a_stage_without_time_left_makes_the_fewest_steps() -> None:
+    end = walked(losses_that_fall_by(2 * PLATEAU), Budget(10**6, 100.0), per_step=0.5, before=120.0)
+    assert end == Ending(0, SHORTEST_DECAY, "minutes")
 
 
 def test_at_least_half_of_the_steps_are_made_at_the_target_widths() -> None:

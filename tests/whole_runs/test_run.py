@@ -266,6 +266,7 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
         "latency_ms_per_step",
         "latency_ms_per_image",
         "float_steps",
+        "float_calls",
         "passes",
         "did_not_run",
         "kid_real",
