@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from pqcad_qat.quantization.mixed_precision import with_bits
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.report.width_choice import WidthChoice
+from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.stages import chosen_widths
 from pqcad_qat.stages.held_out_images import measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe, prepare
@@ -79,7 +79,7 @@ def nearness(policy: Policy, prepared: Prepared, record: WidthsRecord, runs: Pat
     calibration, _ = calibration_set(prepared.model, recipe, 4, runs / CALIBRATION, conditions=prepared.conditions)
     kept = [layer for layer in prepared.plan if layer.name in record.bits]
     model = QuantizedModels(policy, prepared, calibration).of(with_bits(kept, record.bits)).at_targets()
-    return measured_images(policy, prepared, calibration, variant=PQ, start=math.inf)(model).psnr
+    return measured_images(policy, prepared, calibration, variant=PQ, in_float=StepsInFloat())(model).psnr
 
 
 @pytest.fixture(scope="module")
