@@ -15,6 +15,7 @@ from pqcad_qat.policy.variants import (
     OV_FP32,
     PQ,
     PQ_DISTILLED,
+    PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
     run_variants,
@@ -50,6 +51,7 @@ COMPARISONS = (
     (PQ, FIXED_BIT, "fid_real", SAME),
     # beside the distances, since either kind of figure alone can mislead
     (PQCAD, FP32_HALF, "psnr_fp", SAME),
+    (PQCAD, PQ_HALF, "psnr_fp", SAME),  # as many denoiser calls, where full precision takes a step in parts
     (PQCAD, PQ_DISTILLED, "psnr_fp", SAME),
     (PQ, FIXED_BIT, "psnr_fp", SAME),
 )

@@ -20,7 +20,7 @@ from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.stages import found_rate
+from pqcad_qat.stages import found_rate, training_task
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
@@ -96,8 +96,12 @@ def ended(path: Path, stage: str) -> StageEnd:
 
 
 @pytest.mark.slow
-def test_the_stages_of_a_run_train_at_the_rate_that_they_found(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_stages_of_a_run_train_at_the_rate_that_they_found(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
+    timed: list[float] = []
+    monkeypatch.setattr(training_task, "hurry", lambda _schedule, _held_out, step_s: timed.append(step_s))
     overrides = (
         "training.learning_rate=auto",
         "progressive.steps=4",
@@ -113,6 +117,8 @@ def test_the_stages_of_a_run_train_at_the_rate_that_they_found(tiny_folder: Path
     pq, control, student = (ended(tmp_path, stage) for stage in (PQ, FIXED_BIT, PQCAD))
     assert control.learning_rate == pq.learning_rate
     assert control.rate_trials == ()
+    assert len(timed) == 1  # the stage whose layers move
+    assert timed[0] > 0
     for stage, end in ((PQ, pq), (PQCAD, student)):
         assert end.learning_rate == best(end.rate_trials)
         assert end.learning_rate in RATES
