@@ -167,8 +167,8 @@ class ProgressivePolicy(Section):
     deadline: Share = Field(
         0.5,
         description="share of the steps after which every layer is at its target at the latest; with steps: auto, of "
-        f"{AUTO_DEADLINE_STEPS} steps, or after a quarter of those for which training.minutes leaves time, where trials "
-        "of the learning rate have timed a step",
+        f"{AUTO_DEADLINE_STEPS} steps, or after a quarter of those for which training.minutes leaves time, where "
+        "trials of the learning rate have timed a step",
     )
 
     def faults(self) -> Iterator[Fault]:
