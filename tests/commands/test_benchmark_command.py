@@ -142,7 +142,7 @@ def test_openvinos_default_is_left_alone_but_where_bf16_is_emulated(
 def test_an_instruction_set_that_the_cpu_lacks_is_left_out_or_refused_where_it_is_all(
     subject: Subject, made: Candidates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what was made already."""
+    """The candidates are those that were made already."""
     monkeypatch.setattr("pqcad_qat.commands.benchmark.open_subject", lambda *_: subject)
     monkeypatch.setattr("pqcad_qat.commands.benchmark.candidates", lambda *_: made)
     machine = replace(hardware(), isa=("avx2",))

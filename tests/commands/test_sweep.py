@@ -229,7 +229,7 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
 
 
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
-    """Of one seed: as many cells as processes."""
+    """One seed makes as many cells as there are processes."""
     study, printed = (
         load_study(STUDY, [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]", "seeds=[0]"]),
         io.StringIO(),
