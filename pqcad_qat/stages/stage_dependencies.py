@@ -141,12 +141,14 @@ class _Table:
         """Recipe of the number of float steps; only a number that is measured depends on how the model is quantized."""
         policy, schedule = self.policy, self.prepared.schedule
         values: dict[str, Any] = {"sampler.float_steps": policy.sampler.float_steps}
-        student = policy.distillation.student_steps if students_sampled(policy) else None
-        if parts_measured(policy, schedule):
-            values |= {"in_parts": True, "distillation.student_steps": student}
-        if not measured(policy, schedule):
+        in_parts, number = parts_measured(policy, schedule), measured(policy, schedule)
+        if in_parts:
+            values["in_parts"] = True
+        if in_parts or number:
+            student_steps = policy.distillation.student_steps if students_sampled(policy) else None
+            values["distillation.student_steps"] = student_steps
+        if not number:
             return Recipe(values, ("calibration",))
-        values["distillation.student_steps"] = student
         return Recipe({**values, **self.layers(ladders=True)}, ("calibration",), _versions("torch", "brevitas"))
 
     def step_costs(self) -> Recipe:
