@@ -11,7 +11,6 @@ from pathlib import Path
 from textwrap import indent
 
 from rich.console import Console
-from torch import nn
 
 from pqcad_qat.machine.files import free_bytes, room_for, write_file
 from pqcad_qat.machine.processes import agreed
@@ -19,7 +18,7 @@ from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD, STUDENTS, stages_of
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, STUDENTS, stages_of
 from pqcad_qat.quantization.plan_facts import plan_json
 from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview
 from pqcad_qat.report.tables import plan_text
@@ -35,7 +34,8 @@ from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import most_steps, recipes, training_steps
 from pqcad_qat.stages.step_costs import measure_step_costs
-from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive
+from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive, teach
+from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.metrics_log import log_texts
 from pqcad_qat.training.trainer import new_accelerator
 
@@ -118,38 +118,39 @@ def _all_stages(
     if prepared.plan != untrained.prepared.plan:
         _show_plan(policy, prepared, run)
         untrained = untrained.of(prepared.plan)
-    models: dict[str, nn.Module] = {}
+    models = TrainedModels(run, untrained)
     for name, stage in ((PQ, progressive), (FIXED_BIT, fixed_bit)):
         if name in stages:
-            models[name] = stage(
+            stage(
                 policy,
                 prepared,
                 run,
                 console,
                 calibration=calibration,
-                models=untrained,
+                untrained=untrained,
                 shares_training=shares_training,
             )
     warn_of_lost_quality(policy, run, console)
     if "teacher" in stages:
+        teach(policy, prepared, run, console, calibration=calibration, models=models)
         for name in (name for name in STUDENTS if name in stages):
-            models[name] = distill(
+            distill(
                 policy,
                 prepared,
                 run,
                 console,
                 name=name,
                 calibration=calibration,
-                teacher=models[PQ],
+                models=models,
                 shares_training=shares_training,
             )
     if "export" in stages:
-        export(policy, prepared, run, console, calibration=calibration, student=models[PQCAD])
+        export(policy, prepared, run, console, calibration=calibration, models=models)
     if "baselines" in stages:
         make_baselines(policy, prepared, run, console, calibration=recorded)
     if "benchmark" in stages:
         benchmark(policy, prepared, run, console)
-    sample(policy, prepared, run, console, untrained=untrained, models=models, shares_training=shares_training)
+    sample(policy, prepared, run, console, models=models, shares_training=shares_training)
     evaluate(policy, prepared, run, console)
     return report(policy, prepared, run, command)
 

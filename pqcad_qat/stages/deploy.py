@@ -44,6 +44,7 @@ from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import BenchmarkRecord, ExportRecord, FloatStepsRecord, IntegerParity
+from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import size_bytes, time_denoisers
 from pqcad_qat.timing.node_profile import node_profile
@@ -62,7 +63,7 @@ def export(
     console: Console,
     *,
     calibration: CalibrationSet,
-    student: nn.Module,
+    models: TrainedModels,
 ) -> None:
     """Stage `export`: write the student as a PyTorch folder and as an OpenVINO folder, and prove the latter on the
     shipped file.
@@ -73,7 +74,7 @@ def export(
     with run.stage("export") as stage:
         if not stage.new:
             return
-        scheduler = _student_scheduler(policy, prepared)
+        student, scheduler = models.of(PQCAD), _student_scheduler(policy, prepared)
         _save_student(policy, prepared, run, student, scheduler=scheduler)
         request = _export_request(
             policy, prepared, run, console, calibration=calibration, student=student, scheduler=scheduler

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pqcad_qat.data.images import to_uint8
 from pqcad_qat.machine.content_store import parts_folder, shared_folder
@@ -36,7 +36,6 @@ from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.stages.baselines import openvino_files, runnable
 from pqcad_qat.stages.clip_scores import with_clip_scores
 from pqcad_qat.stages.prepared import SHARED, Prepared
-from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.reference_set import compared
 from pqcad_qat.stages.report_rows import RunFacts, curves_of, report_of
 from pqcad_qat.stages.run_folder import Record, RunFolder
@@ -62,6 +61,7 @@ from pqcad_qat.stages.stage_records import (
     TrainingRecord,
     WidthsRecord,
 )
+from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.timing.hardware import hardware
 
 NO_DISTANCE = (
@@ -92,8 +92,7 @@ def sample(
     run: RunFolder,
     console: Console,
     *,
-    untrained: QuantizedModels,
-    models: Mapping[str, nn.Module],
+    models: TrainedModels,
     shares_training: bool,
 ) -> None:
     """Sample images of every variant from the same seeds.
@@ -113,7 +112,6 @@ def sample(
                     run,
                     console,
                     name=name,
-                    untrained=untrained,
                     models=models,
                     folder=folder,
                     batch_folder=batch_folder,
@@ -141,12 +139,11 @@ def _make_images(
     console: Console,
     *,
     name: str,
-    untrained: QuantizedModels,
-    models: Mapping[str, nn.Module],
+    models: TrainedModels,
     folder: Path,
     batch_folder: Path,
 ) -> None:
-    variant = _variant(policy, prepared, run, name, untrained=untrained, models=models)
+    variant = _variant(policy, prepared, run, name, models=models)
     count, batch = policy.evaluation.images, policy.evaluation.batch_size
     with counting(console, f"sample {name}", count * variant.steps) as advance:
         kept = images_or_latents(prepared.model, decoded=policy.takes_pictures)
@@ -165,11 +162,10 @@ def _variant(
     run: RunFolder,
     name: str,
     *,
-    untrained: QuantizedModels,
-    models: Mapping[str, nn.Module],
+    models: TrainedModels,
 ) -> Sampler:
     variant = replace(
-        _sampler(policy, prepared, run, name, untrained=untrained, models=models),
+        _sampler(policy, prepared, run, name, models=models),
         conditions=prepared.conditions,
         guidance_scale=policy.guidance_scale(name),
     )
@@ -189,8 +185,7 @@ def _sampler(
     run: RunFolder,
     name: str,
     *,
-    untrained: QuantizedModels,
-    models: Mapping[str, nn.Module],
+    models: TrainedModels,
 ) -> Sampler:
     spec = VARIANTS[name]
     schedule, steps = prepared.sampled_by(policy, name), policy.sampling_steps(name)
@@ -204,9 +199,9 @@ def _sampler(
     if spec.weights_from is None:
         denoiser = prepared.model.denoiser
     elif spec.weights_from == "calibration":
-        denoiser = untrained.at_targets()
+        denoiser = models.untrained.at_targets()
     else:
-        denoiser = models[spec.weights_from]
+        denoiser = models.of(spec.weights_from)
     return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)
 
 

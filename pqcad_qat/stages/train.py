@@ -36,6 +36,7 @@ from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_dependencies import loss_weights
 from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, StepCostsRecord, TrainingRecord
 from pqcad_qat.stages.step_costs import step_costs, weights_by_time
+from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.stages.training_task import TrainingTask, train
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback
@@ -56,6 +57,8 @@ from pqcad_qat.training.weight_distance import WeightDistance
 
 SHOWN = 4
 """Number of images in the grid that shows the progress of training."""
+
+_TARGETS = "distillation/teacher.safetensors"
 
 
 def calibrate(policy: Policy, prepared: Prepared, run: RunFolder, console: Console) -> CalibrationSet:
@@ -97,15 +100,17 @@ def progressive(
     console: Console,
     *,
     calibration: CalibrationSet,
-    models: QuantizedModels,
+    untrained: QuantizedModels,
     shares_training: bool,
-) -> nn.Module:
+) -> None:
     """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
-    model = models.at_first_widths(calibrated=not run.finished(PQ))
-    schedule = bit_schedule(policy, prepared.plan, model)
-    task = _matching(policy, prepared, run, model, name=PQ, calibration=calibration)
-    train(policy, run, console, replace(task, schedule=schedule), shares_training=shares_training)
-    return model
+
+    def task() -> TrainingTask:
+        model = untrained.at_first_widths()
+        matching = _matching(policy, prepared, run, model, name=PQ, calibration=calibration)
+        return replace(matching, schedule=bit_schedule(policy, prepared.plan, model))
+
+    train(policy, run, console, name=PQ, task=task, shares_training=shares_training)
 
 
 def fixed_bit(
@@ -115,17 +120,20 @@ def fixed_bit(
     console: Console,
     *,
     calibration: CalibrationSet,
-    models: QuantizedModels,
+    untrained: QuantizedModels,
     shares_training: bool,
-) -> nn.Module:
+) -> None:
     """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step.
 
     Where `pq` has found its number of steps by itself, the control takes as many, at the same learning rates.
     """
-    model = models.at_targets(calibrated=not run.finished(FIXED_BIT))
-    task = _matching(policy, prepared, run, model, name=FIXED_BIT, calibration=calibration)
-    train(policy, run, console, replace(task, ending=_ending_of_pq(policy, run)), shares_training=shares_training)
-    return model
+
+    def task() -> TrainingTask:
+        model = untrained.at_targets()
+        matching = _matching(policy, prepared, run, model, name=FIXED_BIT, calibration=calibration)
+        return replace(matching, ending=_ending_of_pq(policy, run))
+
+    train(policy, run, console, name=FIXED_BIT, task=task, shares_training=shares_training)
 
 
 def _matching(
@@ -150,65 +158,62 @@ def distill(
     *,
     name: str,
     calibration: CalibrationSet,
-    teacher: nn.Module,
+    models: TrainedModels,
     shares_training: bool,
-) -> nn.Module:
+) -> None:
     """Train the student, which starts from its teacher, the model of `pq`, and keeps the teacher's quantizers."""
-    scale = policy.guidance_scale(name)
-    loss = CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional)
-    targets = _targets(policy, prepared, run, console, calibration=calibration, teacher=teacher)
-    student = copy.deepcopy(teacher)
-    callbacks = _shown(policy, prepared, run, student, name=name)
-    task = TrainingTask(
-        name,
-        student,
-        loss,
-        callbacks,
-        *distilled_states(policy, targets, calibration),
-        _figures(policy, prepared, run, calibration=calibration, variant=name),
-    )
-    train(policy, run, console, task, shares_training=shares_training)
-    return student
+
+    def task() -> TrainingTask:
+        student = copy.deepcopy(models.of(PQ))
+        scale = policy.guidance_scale(name)
+        targets = DistillationSet(**load_file(run.path / _TARGETS))
+        return TrainingTask(
+            name,
+            student,
+            CalibrationAssistedDistillation(*loss_weights(policy, name), scale, calibration.unconditional),
+            _shown(policy, prepared, run, student, name=name),
+            *distilled_states(policy, targets, calibration),
+            _figures(policy, prepared, run, calibration=calibration, variant=name),
+        )
+
+    train(policy, run, console, name=name, task=task, shares_training=shares_training)
 
 
-def _targets(
+def teach(
     policy: Policy,
     prepared: Prepared,
     run: RunFolder,
     console: Console,
     *,
     calibration: CalibrationSet,
-    teacher: nn.Module,
-) -> DistillationSet:
-    """Targets that all students learn from; the frozen teacher runs once for all of them."""
+    models: TrainedModels,
+) -> None:
+    """Stage `teacher`: the targets that all students learn from; the frozen model of `pq` runs once for all of them."""
     name = "teacher"
-    steps, student_steps = policy.sampler.steps, policy.distillation.student_steps
-    file = run.path / "distillation" / f"{name}.safetensors"
     with run.stage(name) as stage:
-        if stage.new:
-            scale, start = policy.guidance_scale(PQ), run.read_always(FLOAT_STEPS, FloatStepsRecord).time
-            taught = steps - float_steps(prepared.schedule.walk(steps), start)
-            calls = policy.calibration.trajectories * taught
-            costs = step_costs(policy, prepared, teacher.eval(), variant=PQCAD)
-            with counting(console, name, calls) as advance, on_accelerator(teacher), frozen_weights(teacher):
-                batch, batch_folder = policy.calibration.batch_size, run.unfinished(name)
-                targets = distillation_set(
-                    teacher,
-                    calibration,
-                    prepared.schedule,
-                    steps,
-                    student_steps=student_steps,
-                    weights=partial(weights_by_time, costs),
-                    batch_size=batch,
-                    advance=advance,
-                    guidance_scale=scale,
-                    start=start,
-                    parts_folder=batch_folder,
-                    stage=name,
-                )
-            save_tensors({key: value for key, value in vars(targets).items() if value is not None}, file)
-            stage.done()
-    return DistillationSet(**load_file(file))
+        if not stage.new:
+            return
+        teacher, steps = models.of(PQ), policy.sampler.steps
+        start = run.read_always(FLOAT_STEPS, FloatStepsRecord).time
+        calls = policy.calibration.trajectories * (steps - float_steps(prepared.schedule.walk(steps), start))
+        costs = step_costs(policy, prepared, teacher.eval(), variant=PQCAD)
+        with counting(console, name, calls) as advance, on_accelerator(teacher), frozen_weights(teacher):
+            targets = distillation_set(
+                teacher,
+                calibration,
+                prepared.schedule,
+                steps,
+                student_steps=policy.distillation.student_steps,
+                weights=partial(weights_by_time, costs),
+                batch_size=policy.calibration.batch_size,
+                advance=advance,
+                guidance_scale=policy.guidance_scale(PQ),
+                start=start,
+                parts_folder=run.unfinished(name),
+                stage=name,
+            )
+        save_tensors({key: value for key, value in vars(targets).items() if value is not None}, run.path / _TARGETS)
+        stage.done()
 
 
 def bit_schedule(policy: Policy, plan: Sequence[LayerPlan], model: nn.Module) -> MomentumBitSchedule:

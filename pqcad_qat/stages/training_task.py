@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import get_args
 from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_qat.machine.content_store import shared_folder
@@ -89,24 +88,34 @@ class TrainingTask:
     ending: Ending | None = None
 
 
-def train(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, shares_training: bool) -> None:
-    """Train a stage in place, or read back its results; afterwards the model holds the weights it keeps, on the CPU."""
-    with run.stage(task.stage, together=True) as stage:
-        if stage.new:
+def train(
+    policy: Policy,
+    run: RunFolder,
+    console: Console,
+    *,
+    name: str,
+    task: Callable[[], TrainingTask],
+    shares_training: bool,
+) -> None:
+    """Train the stage `name` and write its weights into the run's folder, unless that is done.
 
-            def make(folder: Path) -> None:
-                _fit(policy, run, console, task, folder=folder)
+    `task` builds the training, which takes a model of its own; it is called where the stage has to be trained.
+    """
+    with run.stage(name, together=True) as stage:
+        if not stage.new:
+            return
 
-            if shares_training:
-                trained = shared_folder(run.path.parent / SHARED, run.decides(task.stage), make)
-                shutil.copytree(trained, run.path, dirs_exist_ok=True)
-            else:
-                make(run.path)
-            transitions = (run.path / TRANSITIONS.format(task.stage)).read_bytes()
-            end = (run.path / ENDS.format(task.stage)).read_bytes()
-            stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True), _END.validate_json(end)))
-        task.model.load_state_dict(load_file(run.path / WEIGHTS.format(task.stage)), strict=True)
-        task.model.cpu()
+        def make(folder: Path) -> None:
+            _fit(policy, run, console, task(), folder=folder)
+
+        if shares_training:
+            trained = shared_folder(run.path.parent / SHARED, run.decides(name), make)
+            shutil.copytree(trained, run.path, dirs_exist_ok=True)
+        else:
+            make(run.path)
+        transitions = (run.path / TRANSITIONS.format(name)).read_bytes()
+        end = (run.path / ENDS.format(name)).read_bytes()
+        stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True), _END.validate_json(end)))
 
 
 def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, folder: Path) -> None:
