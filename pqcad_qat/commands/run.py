@@ -127,7 +127,7 @@ def _all_stages(
                 run,
                 console,
                 calibration=calibration,
-                untrained=untrained,
+                models=models,
                 shares_training=shares_training,
             )
     warn_of_lost_quality(policy, run, console)

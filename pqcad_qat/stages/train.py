@@ -31,7 +31,6 @@ from pqcad_qat.sampling.precision_by_time import float_steps, in_parts
 from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
-from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
 from pqcad_qat.stages.stage_dependencies import loss_weights
 from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, StepCostsRecord, TrainingRecord
@@ -100,17 +99,17 @@ def progressive(
     console: Console,
     *,
     calibration: CalibrationSet,
-    untrained: QuantizedModels,
+    models: TrainedModels,
     shares_training: bool,
 ) -> None:
     """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
 
     def task() -> TrainingTask:
-        model = untrained.at_first_widths()
+        model = models.untrained.at_first_widths()
         matching = _matching(policy, prepared, run, model, name=PQ, calibration=calibration)
         return replace(matching, schedule=bit_schedule(policy, prepared.plan, model))
 
-    train(policy, run, console, name=PQ, task=task, shares_training=shares_training)
+    train(policy, run, console, name=PQ, task=task, models=models, shares_training=shares_training)
 
 
 def fixed_bit(
@@ -120,7 +119,7 @@ def fixed_bit(
     console: Console,
     *,
     calibration: CalibrationSet,
-    untrained: QuantizedModels,
+    models: TrainedModels,
     shares_training: bool,
 ) -> None:
     """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step.
@@ -129,11 +128,11 @@ def fixed_bit(
     """
 
     def task() -> TrainingTask:
-        model = untrained.at_targets()
+        model = models.untrained.at_targets()
         matching = _matching(policy, prepared, run, model, name=FIXED_BIT, calibration=calibration)
         return replace(matching, ending=_ending_of_pq(policy, run))
 
-    train(policy, run, console, name=FIXED_BIT, task=task, shares_training=shares_training)
+    train(policy, run, console, name=FIXED_BIT, task=task, models=models, shares_training=shares_training)
 
 
 def _matching(
@@ -176,7 +175,7 @@ def distill(
             _figures(policy, prepared, run, calibration=calibration, variant=name),
         )
 
-    train(policy, run, console, name=name, task=task, shares_training=shares_training)
+    train(policy, run, console, name=name, task=task, models=models, shares_training=shares_training)
 
 
 def teach(

@@ -35,7 +35,10 @@ class TrainedModels:
         """Return the model that a finished training stage has kept, on the CPU: the same object every time."""
         if stage not in self._loaded:
             begins_at = self.untrained.at_targets if stage == FIXED_BIT else self.untrained.at_first_widths
-            model = begins_at(calibrated=False)
-            model.load_state_dict(load_file(self.run.path / WEIGHTS.format(stage)), strict=True)
-            self._loaded[stage] = model
+            self.keep(stage, begins_at(calibrated=False))
         return self._loaded[stage]
+
+    def keep(self, stage: str, model: nn.Module) -> None:
+        """Take a model of the stage's kind, and give it the weights that the finished stage has kept."""
+        model.load_state_dict(load_file(self.run.path / WEIGHTS.format(stage)), strict=True)
+        self._loaded[stage] = model.cpu()

@@ -35,6 +35,7 @@ from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import ENDS, TRANSITIONS, WEIGHTS, most_steps, training_steps
 from pqcad_qat.stages.stage_records import TrainingRecord
+from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
@@ -95,18 +96,22 @@ def train(
     *,
     name: str,
     task: Callable[[], TrainingTask],
+    models: TrainedModels,
     shares_training: bool,
 ) -> None:
-    """Train the stage `name` and write its weights into the run's folder, unless that is done.
+    """Train the stage `name`, write its weights into the run's folder and keep its model, unless that is done.
 
     `task` builds the training, which takes a model of its own; it is called where the stage has to be trained.
     """
     with run.stage(name, together=True) as stage:
         if not stage.new:
             return
+        fitted: list[nn.Module] = []
 
         def make(folder: Path) -> None:
-            _fit(policy, run, console, task(), folder=folder)
+            training = task()
+            _fit(policy, run, console, training, folder=folder)
+            fitted.append(training.model)
 
         if shares_training:
             trained = shared_folder(run.path.parent / SHARED, run.decides(name), make)
@@ -116,6 +121,8 @@ def train(
         transitions = (run.path / TRANSITIONS.format(name)).read_bytes()
         end = (run.path / ENDS.format(name)).read_bytes()
         stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True), _END.validate_json(end)))
+        if fitted:  # not where another run has trained it
+            models.keep(name, fitted[0])
 
 
 def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, folder: Path) -> None:
