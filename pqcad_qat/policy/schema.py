@@ -32,7 +32,7 @@ from pqcad_qat.policy.value_types import (
     Sides,
     Text,
 )
-from pqcad_qat.policy.variants import FIXED_BIT, VARIANTS
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, VARIANTS
 
 AUTO_DEADLINE_STEPS = 200
 """Number of training steps that progressive.deadline is a share of where the stage's own number is not known."""
@@ -209,8 +209,9 @@ class TrainingPolicy(Section):
     batch_size: Count = Field(32, description="states in a batch, at mixed time steps")
     learning_rate: AutoRate = Field(
         "auto",
-        description="peak rate of the optimizer; auto: each stage tries a few for 20 training steps each, and takes "
-        "that of the lowest held-out loss",
+        description="peak rate of the optimizer; auto: a few are tried for 20 training steps each, and the one of the "
+        f"lowest held-out loss is taken; {FIXED_BIT} takes the rate of {PQ}, and {PQCAD} that of {PQ_DISTILLED}, where "
+        "a run has both",
     )
     max_steps: Count = Field(2000, description="largest number of training steps of a stage whose steps are auto")
     minutes: float | None = Field(

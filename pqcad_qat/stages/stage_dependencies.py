@@ -16,9 +16,11 @@ from pqcad_qat.data.images import pictures_digest
 from pqcad_qat.models.model_folder import DECODERS
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
+    FIXED_BIT,
     FLOAT_STEPS,
     OPENVINO,
     PQ,
+    PQ_DISTILLED,
     PQCAD,
     QUANTIZATION_AWARE,
     STEP_COSTS,
@@ -58,6 +60,13 @@ BUDGET = ("max_steps", "minutes")
 
 SPARING = ("activation_checkpointing",)
 """Keys of the section `training` that save memory at the cost of time, and give the same weights."""
+
+RATE_OF: Mapping[str, str] = {FIXED_BIT: PQ, PQCAD: PQ_DISTILLED}
+"""Training stage -> the one whose learning rate it takes, where the run has both and `training.learning_rate` is auto.
+
+Both begin with the same weights at their target widths and learn from the same states, so trials are made once. Two
+stages that are compared then differ in what is compared alone.
+"""
 
 _CALIBRATION_KEYS = {
     "model_digest": "model",
@@ -225,9 +234,13 @@ class _Table:
             "distillation.calibration_weight": calibration_weight,
             "distillation.guidance": policy.guidance_scale(student),
         }
+        # without the other student, the trials of the learning rate are of this one's own loss
+        earlier = RATE_OF.get(student) if policy.training.learning_rate == "auto" else None
+        rate_of = (earlier,) if earlier is not None and earlier in self.stages else ()
+        after = ("calibration", FLOAT_STEPS, PQ, "teacher", *rate_of)
         return {
             "teacher": Recipe(taught, ("calibration", FLOAT_STEPS, PQ), _versions("torch", "brevitas")),
-            student: Recipe(learns, ("calibration", FLOAT_STEPS, PQ, "teacher"), circumstances, trained_paths(student)),
+            student: Recipe(learns, after, circumstances, trained_paths(student)),
         }
 
     def export(self) -> Recipe:

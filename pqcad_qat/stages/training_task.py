@@ -25,7 +25,7 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FIXED_BIT, PQ, TRAINED, stages_of
+from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
 from pqcad_qat.report.stage_ends import end_sentence
@@ -33,7 +33,7 @@ from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.stage_dependencies import ENDS, TRANSITIONS, WEIGHTS, most_steps, training_steps
+from pqcad_qat.stages.stage_dependencies import ENDS, RATE_OF, TRANSITIONS, WEIGHTS, most_steps, training_steps
 from pqcad_qat.stages.stage_records import TrainingRecord
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
@@ -148,15 +148,12 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
 def _learning_rate(
     policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, given: nn.Module, held_out: HeldOutLoss
 ) -> tuple[float, RateTrials | None]:
-    """The stage's peak learning rate, and the trials that found it, where it had trials of its own.
-
-    Fixed-bit training begins with the weights, the states and the loss of progressive quantization's trials, so these
-    are not made again.
-    """
+    """The stage's peak learning rate, and the trials that found it, where it had trials of its own."""
     if policy.training.learning_rate != "auto":
         return policy.training.learning_rate, None
-    if task.stage == FIXED_BIT and PQ in stages_of(policy.evaluation.variants):
-        end = run.read_always(PQ, TrainingRecord).end
+    earlier = RATE_OF.get(task.stage)
+    if earlier in stages_of(policy.evaluation.variants):
+        end = run.read_always(earlier, TrainingRecord).end
         if end is not None and end.learning_rate is not None:
             return end.learning_rate, None
     file = run.path / "checkpoints" / task.stage / "rates.json"

@@ -18,7 +18,7 @@ from tiny_runs import POLICIES, QUIET, tiny_overrides, without_images
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQ_DISTILLED, PQCAD
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.stages import found_rate, training_task
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
@@ -108,18 +108,19 @@ def test_the_stages_of_a_run_train_at_the_rate_that_they_found(
         "distillation.steps=4",
         "evaluation.features=none",
         *QUIET,
-        f"evaluation.variants=[{FIXED_BIT}, {PQ}, {PQCAD}]",
+        f"evaluation.variants=[{FIXED_BIT}, {PQ}, {PQ_DISTILLED}, {PQCAD}]",
     )
     printed = io.StringIO()
     policy = load_policy(SMOKE, tiny_overrides(tiny_folder, *overrides))
     with without_images():
         pipeline.run(policy, tmp_path, "command", Console(file=printed, width=500))
-    pq, control, student = (ended(tmp_path, stage) for stage in (PQ, FIXED_BIT, PQCAD))
-    assert control.learning_rate == pq.learning_rate
-    assert control.rate_trials == ()
+    pq, distilled = (ended(tmp_path, stage) for stage in (PQ, PQ_DISTILLED))
+    for earlier, later in ((pq, FIXED_BIT), (distilled, PQCAD)):
+        assert ended(tmp_path, later).learning_rate == earlier.learning_rate
+        assert ended(tmp_path, later).rate_trials == ()
     assert len(timed) == 1  # the stage whose layers move
     assert timed[0] > 0
-    for stage, end in ((PQ, pq), (PQCAD, student)):
+    for stage, end in ((PQ, pq), (PQ_DISTILLED, distilled)):
         assert end.learning_rate == best(end.rate_trials)
         assert end.learning_rate in RATES
         rows = (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()
