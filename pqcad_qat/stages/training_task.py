@@ -27,7 +27,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.quantization.layer_state import blend_state, read_bits, set_weight_bits
+from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits, set_weight_bits
 from pqcad_qat.report.stage_ends import end_sentence
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
@@ -132,7 +132,7 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     rate, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
     if task.schedule is not None and found is not None:
         hurry(task.schedule, held_out, found.step_s)
-    start = given.state_dict()  # no copy: nothing trains `given` itself
+    start = {key: value.clone() for key, value in given.state_dict().items()}
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
     settings, warn = _stage_settings(policy, run, task, rate), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
@@ -180,12 +180,21 @@ def hurry(schedule: MomentumBitSchedule, held_out: HeldOutLoss, step_s: float) -
 
 
 def at_target_widths(model: nn.Module) -> nn.Module:
-    """The model that a stage is given, at the widths that it has to reach, with the ranges of these widths."""
+    """The model that a stage is given, at the widths that it has to reach, with the ranges of these widths: the model
+    itself where it is there already, a copy otherwise.
+    """
+    if all(_reached(layer) for layer in quantized_layers(model).values()):
+        return model
     given = copy.deepcopy(model)
     for layer in quantized_layers(given).values():
-        if read_bits(layer)[0] != layer.plan.weights.bits:
+        if not _reached(layer):
             set_weight_bits(layer, layer.plan.weights.bits)
     return given
+
+
+def _reached(layer: QuantizedLayer) -> bool:
+    """Tell whether a quantized layer is at its target width."""
+    return read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None
 
 
 def _held_out_loss(policy: Policy, run: RunFolder, task: TrainingTask) -> HeldOutLoss:
@@ -195,7 +204,7 @@ def _held_out_loss(policy: Policy, run: RunFolder, task: TrainingTask) -> HeldOu
     layers = quantized_layers(task.model).values()
 
     def settled() -> bool:
-        return all(read_bits(layer)[0] == layer.plan.weights.bits and blend_state(layer) is None for layer in layers)
+        return all(map(_reached, layers))
 
     best_file = run.path / "checkpoints" / task.stage / "best.safetensors"
     return HeldOutLoss(task.held_out, [task.loss], budget, automatic, settled, best_file)
