@@ -37,15 +37,16 @@ from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.model_loading import DEFAULT_SCHEDULER, shapes_of_configs
 from pqcad_qat.models.untrained import random_denoiser
-from pqcad_qat.policy.variants import OURS, REFERENCE
+from pqcad_qat.policy.variants import FLOAT_STEPS, OURS, REFERENCE
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.record import Hardware, Throughput
 from pqcad_qat.serving.compiled_graph import shared_core
-from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
+from pqcad_qat.serving.deployed_folder import MANIFEST, float_graph, read_manifest
 from pqcad_qat.timing.baseline_trials import Inputs, reasons, try_out
 from pqcad_qat.timing.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.timing.latency import (
+    F32,
     PRECISIONS,
     PROFILING,
     FixedBatchError,
@@ -142,6 +143,8 @@ def _report(
         sample_shape=subject.sample_shape,
         steps=subject.steps,
         full_precision_steps=subject.full_precision_steps,
+        float_steps=subject.float_steps,
+        float_calls=subject.float_calls,
         measurements=tuple(measurements),
         loading=loading,
         left_out=left_out,
@@ -198,8 +201,12 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
         files = {name: file for name, file in files.items() if name not in died}
         left_out |= died
     denoiser = random_denoiser(timed.config, "config.json")
-    latencies = time_denoisers(denoiser, files, inputs, runs)
-    rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
+    graph = float_graph(files[OURS]) if OURS in files else None
+    float_graphs = {} if graph is None else {FLOAT_STEPS: graph}
+    latencies = time_denoisers(denoiser, files, inputs, runs, float_graphs=float_graphs)
+    calls = -(-runs // ROUNDS)
+    rates = _throughputs(denoiser, files, inputs, calls, float_graphs=float_graphs) if throughput else {}
+    of_float_steps = latencies.pop(FLOAT_STEPS, None), rates.pop(FLOAT_STEPS, None)
     known = list(quantizable_layers(denoiser))
     sizes = {REFERENCE: 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
     sizes |= {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
@@ -207,13 +214,18 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     for name, file in files.items():
         hint, calls = precision_hint(name, machine), min(runs, PROFILED_CALLS)
         rows[name] = _with_execution(rows[name], file, hint, inputs, known=known, calls=calls)
+    if OURS in rows:
+        rows[OURS] = replace(rows[OURS], float_latency=of_float_steps[0], float_throughput=of_float_steps[1])
     return Measurement(isa, timed.batch, machine, tuple(rows.values()), left_out)
 
 
-def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Throughput]:
+def _throughputs(
+    denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int, *, float_graphs: Mapping[str, Path]
+) -> dict[str, Throughput]:
     machine = hardware()
     with torch_threads_kept():
         loads = {name: openvino_load(file, precision_hint(name, machine), inputs) for name, file in files.items()}
+        loads |= {name: openvino_load(file, F32, inputs) for name, file in float_graphs.items()}
         return throughput_in_turns({REFERENCE: torch_load(denoiser, inputs), **loads}, len(inputs["sample"]), calls)
 
 

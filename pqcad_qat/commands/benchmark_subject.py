@@ -31,8 +31,10 @@ from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.variants import NNCF_INT8, OURS
 from pqcad_qat.quantization.conversion import taken_integers
+from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.sampling.trajectory import noise_schedule
-from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest
+from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_config, read_manifest, scheduler_config
+from pqcad_qat.serving.float_steps import steps_in_float
 from pqcad_qat.stages.untrained_models import Configs, blueprint, noise_attention, quantized_untrained
 from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, try_out
 from pqcad_qat.timing.float_graph import convert_float, example_inputs
@@ -59,6 +61,8 @@ class Subject:
         full_precision_steps: number of sampling steps of the model that it came from; None if unknown.
         weights: origin of the weights, "of the folder" or "random".
         conditions: inputs beside x_t and t, with every size known.
+        float_steps: number of its sampling steps that full precision computes.
+        float_calls: calls of the denoiser in these steps.
     """
 
     source: str
@@ -70,6 +74,8 @@ class Subject:
     full_precision_steps: int | None
     weights: str
     conditions: tuple[ConditionInput, ...] = ()
+    float_steps: int = 0
+    float_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,16 +141,21 @@ def _deployed(source: str, folder: Path) -> Subject:
     manifest = read_manifest(folder)
     provenance = manifest.get("provenance", {})
     channels, height, width = manifest["sample_shape"]
+    steps = provenance.get("sampling_steps")
+    schedule = noise_schedule(scheduler_config(folder, manifest))
+    walk, in_float = schedule.walk(steps) if steps else (), steps_in_float(manifest, folder, schedule, steps)
     return Subject(
         source=source,
         config=denoiser_config(folder, manifest),
         folder=folder,
         sample_shape=(channels, height, width),
         train_timesteps=manifest["train_timesteps"],
-        steps=provenance.get("sampling_steps"),
+        steps=steps,
         full_precision_steps=provenance.get("full_precision_steps"),
         weights="of the folder",
         conditions=condition_inputs(manifest.get("conditions", ())),
+        float_steps=float_steps(walk, in_float.start),
+        float_calls=in_float.calls(walk),
     )
 
 

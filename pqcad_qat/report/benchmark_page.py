@@ -21,7 +21,7 @@ from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.figures import largest_kinds, time_profile
 from pqcad_qat.report.page import TIMES, UNKNOWN, number_text, page_template
-from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing
+from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Hardware, ProfileRow, Throughput, Timing, steps_text
 from pqcad_qat.report.terminal_table import TerminalTable
 
 RATIO = f"ours / this, {TIMES}"
@@ -44,7 +44,7 @@ def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
     latency, rate = row.latency, row.throughput
     spread = f"{number_text(latency.lower_quartile_ms)} - {number_text(latency.upper_quartile_ms)}"
     images = UNKNOWN if rate is None else marked(rate.median, rate)
-    numbers = [images, _ratio(_ours(measurement), row, 1, 1), f"{row.size_bytes / 1e6:.2f}"]
+    numbers = [images, _ratio(_ours(measurement), row), f"{row.size_bytes / 1e6:.2f}"]
     return [
         row.name,
         marked(latency.median_ms, latency),
@@ -57,7 +57,11 @@ def cells(measurement: Measurement, row: SpeedRow) -> list[str]:
 
 def marked(value: float, measured: Timing | Throughput) -> str:
     """Text of a measured value, marked if its measurement is unsteady."""
-    return f"{number_text(value)} {UNSTEADY}" if measured.unsteady else number_text(value)
+    return _marked(value, measured.unsteady)
+
+
+def _marked(value: float, unsteady: bool) -> str:
+    return f"{number_text(value)} {UNSTEADY}" if unsteady else number_text(value)
 
 
 def image_headings(report: SpeedReport) -> list[str]:
@@ -79,13 +83,42 @@ def image_cells(report: SpeedReport, measurement: Measurement, row: SpeedRow) ->
     candidate's own number.
     """
     assert report.steps is not None
-    own, a_step = own_steps(report, row.name), row.latency.median_ms / measurement.batch
-    same = marked(a_step * report.steps, row.latency)
+    own, unsteady = own_steps(report, row.name), _unsteady(row)
+    same = _marked(_call_ms(report, row, report.steps) / measurement.batch, unsteady)
     if own is None:
         return [row.name, same, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]
-    rate = UNKNOWN if row.throughput is None else marked(row.throughput.median / own, row.throughput)
-    ratio = _ratio(_ours(measurement), row, report.steps, own)
-    return [row.name, same, str(own), marked(a_step * own, row.latency), rate, ratio]
+    in_float = row.float_latency is not None
+    steps = steps_text(own, report.float_steps, report.float_calls) if in_float else str(own)
+    image, ours = _call_ms(report, row, own), _ours(measurement)
+    ratio = UNKNOWN
+    if ours is not None and not unsteady and not _unsteady(ours):
+        ratio = number_text(_call_ms(report, ours, report.steps) / image)
+    return [row.name, same, steps, _marked(image / measurement.batch, unsteady), _rate(report, row, own), ratio]
+
+
+def _call_ms(report: SpeedReport, row: SpeedRow, steps: int) -> float:
+    """Milliseconds of all denoiser calls that take a batch through these sampling steps."""
+    if row.float_latency is None:
+        return row.latency.median_ms * steps
+    in_float = row.float_latency.median_ms * report.float_calls
+    return row.latency.median_ms * (steps - report.float_steps) + in_float
+
+
+def _rate(report: SpeedReport, row: SpeedRow, steps: int) -> str:
+    """Text of the images a second under load; unknown where it was not measured."""
+    if row.throughput is None:
+        return UNKNOWN
+    if row.float_latency is None:
+        return marked(row.throughput.median / steps, row.throughput)
+    if row.float_throughput is None:
+        return UNKNOWN
+    seconds = (steps - report.float_steps) / row.throughput.median + report.float_calls / row.float_throughput.median
+    return _marked(1 / seconds, row.throughput.unsteady or row.float_throughput.unsteady)
+
+
+def _unsteady(row: SpeedRow) -> bool:
+    """Tell whether a time of which an image's is made is unsteady."""
+    return row.latency.unsteady or (row.float_latency is not None and row.float_latency.unsteady)
 
 
 def own_steps(report: SpeedReport, name: str) -> int | None:
@@ -95,11 +128,11 @@ def own_steps(report: SpeedReport, name: str) -> int | None:
     return report.steps if name == OURS else report.full_precision_steps
 
 
-def _ratio(ours: Timing | None, row: SpeedRow, our_steps: int, own: int) -> str:
-    """Text of the ratio of our time to a row's; unknown if either time is missing or unsteady."""
-    if ours is None or ours.unsteady or row.latency.unsteady:
+def _ratio(ours: SpeedRow | None, row: SpeedRow) -> str:
+    """Text of the ratio of our time of a step to a row's; unknown if either time is missing or unsteady."""
+    if ours is None or ours.latency.unsteady or row.latency.unsteady:
         return UNKNOWN
-    return number_text(ours.median_ms * our_steps / (row.latency.median_ms * own))
+    return number_text(ours.latency.median_ms / row.latency.median_ms)
 
 
 LOADING = ("weights", "MB", "verify, ms", "read and unpack, ms", "compile, ms", "all, ms")
@@ -129,7 +162,8 @@ def precisions_text(row: SpeedRow) -> str:
 def title(report: SpeedReport, measurement: Measurement) -> str:
     """Title of one measurement's table."""
     full = f", full precision {report.full_precision_steps}" if report.full_precision_steps else ""
-    image = f"; an image takes ours {report.steps}{full}" if report.steps else ""
+    own = steps_text(report.steps, report.float_steps, report.float_calls) if report.steps else ""
+    image = f"; an image takes ours {own}{full}" if own else ""
     return f"{report.source}: batch {measurement.batch}, {measurement.isa}: one denoising step{image}"
 
 
@@ -149,7 +183,8 @@ def remarks(measurement: Measurement) -> list[str]:
             lines.insert(
                 0, f"{row.name}: {done} of {row.planned} planned layers and attentions executed in INT8{missed}"
             )
-    if any(row.latency.unsteady or (row.throughput and row.throughput.unsteady) for row in measurement.rows):
+    times = [time for row in measurement.rows for time in (row.throughput, row.float_latency, row.float_throughput)]
+    if any(row.latency.unsteady for row in measurement.rows) or any(time and time.unsteady for time in times):
         lines.append(UNSTEADY_NOTE)
     return lines
 
@@ -310,5 +345,5 @@ def _profiles(measurement: Measurement) -> dict[str, tuple[ProfileRow, ...]]:
     return {row.name: row.profile for row in measurement.rows if row.profile}
 
 
-def _ours(measurement: Measurement) -> Timing | None:
-    return next((row.latency for row in measurement.rows if row.name == OURS), None)
+def _ours(measurement: Measurement) -> SpeedRow | None:
+    return next((row for row in measurement.rows if row.name == OURS), None)

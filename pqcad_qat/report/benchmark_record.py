@@ -30,6 +30,9 @@ class SpeedRow:
     # OpenVINO's kernel name of a matrix node -> number of nodes
     kernels: Mapping[str, int] = field(default_factory=dict)
     profile: tuple[ProfileRow, ...] = ()
+    # of one call of the graph that computes the folder's float steps, where it has such steps
+    float_latency: Timing | None = None
+    float_throughput: Throughput | None = None
 
 
 @dataclass(frozen=True)
@@ -70,5 +73,7 @@ class SpeedReport:
     left_out: Mapping[str, str]  # instruction set -> reason why nothing was timed under it
     command: str
     created: str  # ISO 8601, UTC
+    float_steps: int = 0  # number of our sampling steps that full precision computes
+    float_calls: int = 0  # calls of the denoiser in these steps
     version: str = __version__
     schema_version: int = SCHEMA_VERSION

@@ -104,6 +104,13 @@ class StepsInPartsTrial:
     psnr: float  # dB, image by image against full precision in all steps
 
 
+def steps_text(steps: int, float_steps: int, float_calls: int) -> str:
+    """Number of sampling steps of an image, with how many of them full precision computes, in how many calls."""
+    if float_calls == float_steps:
+        return f"{steps} ({float_steps} float)" if float_steps else str(steps)
+    return f"{steps} ({float_steps} float, {float_calls} calls)"
+
+
 @dataclass(frozen=True)
 class VariantRow:
     """One row of the result; a number that was not measured is None, never 0."""
@@ -133,10 +140,7 @@ class VariantRow:
 
     @property
     def steps_text(self) -> str:
-        """Number of sampling steps of an image, with how many of them full precision computes."""
-        if self.float_calls == self.float_steps:
-            return f"{self.steps} ({self.float_steps} float)" if self.float_steps else str(self.steps)
-        return f"{self.steps} ({self.float_steps} float, {self.float_calls} calls)"
+        return steps_text(self.steps, self.float_steps, self.float_calls)
 
 
 @dataclass(frozen=True)

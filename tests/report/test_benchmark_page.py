@@ -106,6 +106,30 @@ def test_halved_steps_show_in_the_ratio_of_an_image() -> None:
     assert image_of(record(10), FULL)["ours / this, ×"] == "0.125"  # noqa: RUF001
 
 
+def test_steps_in_full_precision_cost_what_their_own_graph_costs() -> None:
+    """Two calls of 20 ms for the first of ten steps, then nine calls of 5 ms; under load two at 60 a second and nine
+    at 300.
+    """
+    ours = replace(
+        OURS, float_latency=Timing(20, 19, 19.5, 21, 9), float_throughput=Throughput(60, 62, 59, 61, 5, 8, 1)
+    )
+    report = replace(record(10, FULL, ours), float_steps=1, float_calls=2)
+    image = image_of(report, ours)
+    assert (image["own steps"], image["ms an image, own steps"]) == ("10 (1 float, 2 calls)", "42.5")
+    assert image["ms an image, 10 steps each"] == "42.5"
+    assert image["images/s, own steps"] == "15.8"
+    assert image_of(report, FULL)["ours / this, ×"] == "0.212"  # noqa: RUF001
+    assert image_of(report, FULL)["ms an image, own steps"] == "200"
+    assert "2 calls" in printed(report)
+    assert "1 of them in full precision (2 calls)" in render(report)
+    unsteady = replace(ours, float_latency=Timing(20, 9, 9.5, 51, 9))
+    assert unsteady.float_latency is not None
+    assert unsteady.float_latency.unsteady
+    image = image_of(replace(report, measurements=(replace(report.measurements[0], rows=(FULL, unsteady)),)), unsteady)
+    assert image["ms an image, own steps"] == "42.5 unsteady"
+    assert image["ours / this, ×"] == "–"  # noqa: RUF001
+
+
 def test_own_steps_that_a_folder_does_not_say_are_unknown() -> None:
     found = image_of(replace(record(10), full_precision_steps=None), FULL)
     assert found["ms an image, 10 steps each"] == "100"

@@ -18,13 +18,15 @@ import torch
 from rich.console import Console
 from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, tiny_unet, without_images
 
+from pqcad_qat.commands.benchmark import measure_here
+from pqcad_qat.commands.benchmark_subject import Candidates, open_subject
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import ModelError, PolicyError
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, OURS, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
 from pqcad_qat.sampling.ddim import split_prediction
 from pqcad_qat.sampling.trajectory import initial_noise, landing, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder
@@ -34,6 +36,7 @@ from pqcad_qat.stages.float_steps import WORTH, measured, parts_measured, wanted
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.samplers import open_folder, sample_images
 from pqcad_qat.stages.stage_records import FloatStepsRecord
+from pqcad_qat.timing.hardware import NATIVE
 
 EPSILON = {**SCHEDULER, "prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 1.0}
 MADE = (PTQ, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, NNCF_INT8)
@@ -169,6 +172,17 @@ def test_an_image_takes_the_time_of_both_kinds_of_step(ended: Ended) -> None:
     in_int8 = row["steps"] - row["float_steps"]
     whole = in_int8 * row["latency_ms_per_step"] + row["float_calls"] * record["float_step"]["median_ms"]
     assert row["latency_ms_per_image"] == pytest.approx(whole)
+
+
+def test_a_benchmark_of_the_folder_counts_its_float_steps_and_times_their_graph(ended: Ended, tmp_path: Path) -> None:
+    row = ended.rows[PQCAD_OPENVINO]
+    subject = open_subject(str(ended.path), Path("unread"), tmp_path)
+    assert (subject.float_steps, subject.float_calls) == (row["float_steps"], row["float_calls"])
+    timed = Candidates(subject.config, {OURS: subject.folder}, subject.sample_shape, batch=2)
+    found = {measured.name: measured for measured in measure_here(timed, NATIVE, 2, throughput=True).rows}
+    for name in (FP32, OURS):
+        in_float = found[name].float_latency, found[name].float_throughput
+        assert [time is not None for time in in_float] == [name == OURS] * 2
 
 
 # ---- what is deployed ------------------------------------------------------------------------------------------------
