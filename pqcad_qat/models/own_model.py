@@ -8,7 +8,7 @@ command line.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from pqcad_qat.errors import ModelError, PqcadError, UsageError, shortened
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.module_preparation import one_line, plain_module
-from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER
+from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, defaults_taken
 
 OWN = "module:"
 """Prefix of `model.source` where the model is a module of the user's own."""
@@ -77,6 +77,19 @@ def built(own: OwnModel) -> nn.Module:
             f"{own.source}: got {type(module).__name__} from its build function; allowed a torch.nn.Module"
         )
     return plain_module(module, own.source)
+
+
+def schedule_notes(source: str, scheduler_config: Mapping[str, Any]) -> Iterator[str]:
+    """Say which keys the scheduler config of a module leaves to diffusers' defaults.
+
+    No check can see that a schedule is not the one that the module was trained with: its images are wrong, no more.
+    """
+    if taken := defaults_taken(scheduler_config, source):
+        values = ", ".join(f"{key} {str(value).lower()}" for key, value in taken.items())
+        yield (
+            f"{source}: scheduler_config leaves keys to diffusers' defaults: {values}; give the values that the "
+            "module was trained with"
+        )
 
 
 def own_model_of(text: str, flag: str = "--module") -> OwnModel:

@@ -229,6 +229,23 @@ def ddim_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def defaults_taken(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys that decide what a model was trained on and how it is sampled, and that its config leaves out,
+    with the defaults that stand for them; none for flow matching.
+
+    Raises:
+        ModelError: as for `ddim_keys`.
+    """
+    if scheduler_class({"_class_name": DDIM_SCHEDULER, **config}, where) == FLOW_SCHEDULER:
+        return {}
+    whole = ddim_keys(config, where)
+    decisive = ["num_train_timesteps", "prediction_type", "timestep_spacing", "clip_sample"]
+    if whole["trained_betas"] is None:
+        drawn = whole["beta_schedule"] in DRAWN_BETWEEN
+        decisive += ["beta_schedule", *(("beta_start", "beta_end") if drawn else ())]
+    return {key: whole[key] for key in decisive if key not in config}
+
+
 def _trained_betas(keys: Keys, timesteps: int) -> list[float] | None:
     value = keys.config["trained_betas"]
     value = value.tolist() if hasattr(value, "tolist") else value  # configs made by a program may hold an array

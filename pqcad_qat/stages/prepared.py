@@ -21,7 +21,7 @@ from pqcad_qat.models.conditions import ConditionSet, check_choices, check_guida
 from pqcad_qat.models.denoiser import DiffusionModel, check_time_table, recomputed_activations
 from pqcad_qat.models.model_folder import DECODERS, scheduler_file
 from pqcad_qat.models.model_loading import load_model
-from pqcad_qat.models.own_model import OwnModel
+from pqcad_qat.models.own_model import OwnModel, schedule_notes
 from pqcad_qat.models.part_fit import check_decoder, check_text_width, picture_shape
 from pqcad_qat.models.pipeline_parts import PipelineParts, pipeline_parts
 from pqcad_qat.models.probing import check_predictions, constant_readers, probe_states
@@ -65,7 +65,7 @@ class Prepared:
         conditions: conditions that trajectories and images choose from.
         pipeline: parts of the model's pipeline; None for a denoiser alone.
         part_formats: part name -> format in which it is deployed, for the parts that are deployed.
-        remarks: remarks of the plan about patterns of its rules.
+        remarks: remarks on the user's own module, and of the plan about patterns of its rules.
         prompts: the prompts behind the conditions, in their order; () where they do not come from prompts.
     """
 
@@ -197,7 +197,8 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
     check_size(policy, split, plan)
     if model.own and "export" in stages_of(policy.evaluation.variants):
         try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
-    return split, plan, remarks
+    notes = schedule_notes(model.source, model.scheduler_config) if model.own else ()
+    return split, plan, (*notes, *remarks)
 
 
 def notes_on(policy: Policy, plan: Sequence[LayerPlan], remarks: Sequence[str], folder: Path | None) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.module_preparation import hold_statistics, plain_module
-from pqcad_qat.models.own_model import OwnModel, own_model_of
+from pqcad_qat.models.own_model import OwnModel, own_model_of, schedule_notes
 from pqcad_qat.policy.layer_rules import numbered
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
@@ -239,6 +239,23 @@ def test_plan_takes_a_module_from_a_file_of_the_users_own(file: Path, capsys: py
     cli.main(["plan", str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *flags])
     shown = capsys.readouterr().out
     assert all(layer in shown for layer in ("enter", "leave"))
+
+
+def test_what_a_schedule_leaves_to_defaults_is_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing can see that a schedule is the wrong one."""
+    more = ("evaluation.features=none", "quantization.attention=float", f"quantization.layers={CONVOLUTIONS}")
+    flags = [f"--set={override}" for override in (*TINY, *more)]
+    cli.main(["plan", str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *flags])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "note: module:mine: scheduler_config leaves keys to diffusers' defaults: prediction_type epsilon, "
+        "timestep_spacing leading, clip_sample true, beta_schedule linear, beta_start 0.0001, beta_end 0.02; give"
+    ) in said
+    whole = {"prediction_type": "epsilon", "timestep_spacing": "trailing", "clip_sample": False}
+    curve = {"num_train_timesteps": 9, **whole, "beta_schedule": "squaredcos_cap_v2"}
+    listed = {"num_train_timesteps": 2, **whole, "trained_betas": [0.1, 0.2]}
+    flowing = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    assert [list(schedule_notes("module:mine", config)) for config in (curve, listed, flowing)] == [[], [], []]
 
 
 @pytest.mark.parametrize(
