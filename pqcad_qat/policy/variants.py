@@ -255,8 +255,8 @@ DEFAULT_VARIANTS: Final = tuple(spec.name for spec in VARIANTS.values() if spec.
 """Variants of a policy that lists none."""
 
 UNTRAINED: Final = tuple(spec.name for spec in VARIANTS.values() if spec.bits is not None)
-"""Variants that depend neither on a policy's quantization nor on training. All runs with one model and one calibration
-set share them.
+"""Variants that are not trained and have the widths of their own kind, whatever the policy says. Runs with one model,
+one calibration set and equal float steps share them.
 """
 
 

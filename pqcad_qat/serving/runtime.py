@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import NoiseSchedule, noise_schedule
 from pqcad_qat.serving.compiled_graph import (
@@ -203,7 +203,12 @@ class OVUNet2DModel(StandIn):
         return self.predict(states, times, call.conditions)
 
     def predict(
-        self, sample: npt.NDArray[Any], timestep: npt.ArrayLike, condition: Mapping[str, npt.NDArray[Any]] | None = None
+        self,
+        sample: npt.NDArray[Any],
+        timestep: npt.ArrayLike,
+        condition: Mapping[str, npt.NDArray[Any]] | None = None,
+        *,
+        in_float: StepsInFloat | None = None,
     ) -> Float32:
         """Predict from numpy arrays alone, as `__call__` does.
 
@@ -211,6 +216,7 @@ class OVUNet2DModel(StandIn):
             sample: x_t, (B, C, H, W).
             timestep: t, of shape (), (1,) or (B,).
             condition: the conditions by name.
+            in_float: the steps that full precision computes in this call; None for the attribute `in_float`.
 
         Returns:
             The prediction, (B, C, H, W) float32.
@@ -229,7 +235,7 @@ class OVUNet2DModel(StandIn):
             *self._conditions(condition or {}, len(sample)),
         ]
         pieces = [
-            self._run([values[start : start + self.batch_size] for values in whole])
+            self._run([values[start : start + self.batch_size] for values in whole], in_float or self.in_float)
             for start in range(0, len(sample), self.batch_size)
         ]
         return np.concatenate(pieces)
@@ -270,7 +276,7 @@ class OVUNet2DModel(StandIn):
             )
         return np.broadcast_to(whole, (count,))
 
-    def _run(self, values: Sequence[npt.NDArray[Any]]) -> Float32:
+    def _run(self, values: Sequence[npt.NDArray[Any]], steps: StepsInFloat) -> Float32:
         """Run the graph once, on up to batch_size samples: states, time steps and conditions."""
         missing = self.batch_size - len(values[0])
         if missing:
@@ -278,14 +284,22 @@ class OVUNet2DModel(StandIn):
         names = (SAMPLE, TIME, *(condition["name"] for condition in self.conditions))
         inputs = dict(zip(names, (np.asarray(values[0], np.float32), *values[1:]), strict=True))
         times = np.asarray(values[1])  # one for each sample, as pipelines may mix times
-        in_float = times >= self.in_float.start
+        in_float = times >= self._float_from(steps.start)
         answer = None if in_float.all() else self._infer(self._requests, inputs)
         if in_float.any():
             infer = partial(self._infer, self._float_requests)
-            full = in_full_precision(infer, inputs, schedule=self._schedule, steps=self.in_float)
+            full = in_full_precision(infer, inputs, schedule=self._schedule, steps=steps)
             answer = full if answer is None else np.where(in_float.reshape(-1, 1, 1, 1), full, answer)
         assert answer is not None
         return answer[: self.batch_size - missing]
+
+    def _float_from(self, start: float) -> float:
+        """Time at and above which full precision computes; pipelines round continuous times, so those that are nearer
+        to `start` than to the sampler's next time count as well.
+        """
+        if self._timestep_dtype != "float32" or self._times is None:
+            return start
+        return (start + max((t for t in self._times if t < start), default=start)) / 2
 
     def _infer(self, requests: Requests, inputs: Mapping[str, npt.NDArray[Any]]) -> Float32:
         """Predictions (B, C, H, W) of a graph for a whole batch."""

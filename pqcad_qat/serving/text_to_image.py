@@ -64,7 +64,6 @@ class TextToImage:
         """
         path = Path(folder) / "openvino" if (Path(folder) / "openvino" / MANIFEST).is_file() else Path(folder)
         denoiser = OVUNet2DModel(path, device, properties)  # this checks every file
-        denoiser.in_float = denoiser.in_float.along(())  # a prompt may be guided, and then no step is taken in parts
         present = denoiser.manifest.get("parts", {})
         check_listed(denoiser.manifest, path / MANIFEST, MODEL_INDEX)
         index = read_json(path / MODEL_INDEX)
@@ -134,20 +133,26 @@ class TextToImage:
         condition = self.embeddings(prompt)
         unconditional = {} if scale == 1.0 else self._unconditional(condition, negative)
 
+        schedule, count_of_steps = (
+            noise_schedule(self.denoiser.scheduler_config),
+            self.steps if steps is None else steps,
+        )
+        # under guidance no step is taken in parts: they were measured without it
+        in_float = self.denoiser.in_float.along(() if unconditional else schedule.walk(count_of_steps))
+
         def follow(x_t: Float32, t: float) -> Float32:
             if not unconditional:
-                return self.denoiser.predict(x_t, t, condition)
+                return self.denoiser.predict(x_t, t, condition, in_float=in_float)
             # guidance: both passes run as one batch, conditional samples first
             both = {
                 name: np.repeat(np.concatenate([value, unconditional[name]]), len(x_t), 0)
                 for name, value in condition.items()
             }
-            prediction = self.denoiser.predict(np.concatenate([x_t, x_t]), t, both)
+            prediction = self.denoiser.predict(np.concatenate([x_t, x_t]), t, both, in_float=in_float)
             return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
 
         x = initial_noise(seed, 0, count, self.denoiser.sample_shape)
-        schedule = noise_schedule(self.denoiser.scheduler_config)
-        for step in trajectory(follow, x, schedule, self.steps if steps is None else steps):
+        for step in trajectory(follow, x, schedule, count_of_steps):
             x = np.asarray(step.x_s, np.float32)
             advance(count)
         return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)

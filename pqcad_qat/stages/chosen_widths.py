@@ -197,13 +197,16 @@ def warn_of_lost_quality(policy: Policy, run: RunFolder, console: Console) -> No
     """Warn where the trained model of `pq` has less than the quality that its widths were chosen for."""
     end = run.read_always(PQ, TrainingRecord).end
     reached, asked = (None if end is None else end.images.get(end.kept)), policy.quantization.quality
-    if reached is not None and asked is not None and reached < asked:
-        run.warn(
-            f"quantization.quality: {PQ} has {reached:.1f} dB after its training, and {asked:g} dB were asked for, "
-            f"which the short training of the stage {WIDTHS} had reached; more training.minutes or a quality "
-            "a little higher give it",
-            console,
-        )
+    if PQ not in stages_of(policy.evaluation.variants) or reached is None or asked is None or reached >= asked:
+        return
+    with agreed() as first:
+        if first:
+            run.warn(
+                f"{PQ}: it has {reached:.1f} dB after its training, and {asked:g} dB were asked for "
+                f"(quantization.quality), which the short training of the stage {WIDTHS} had reached; allowed in a new "
+                "run more training.minutes, or a quality a little higher",
+                console,
+            )
 
 
 def _chosen(trials: Trials, calibration: CalibrationSet) -> WidthsRecord:

@@ -148,6 +148,7 @@ def _export_request(
     layers = integer_layers(student)
     in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQCAD)
     conditions = exported_inputs(model.condition_inputs, prepared.conditions)
+    walk = prepared.student_schedule(policy).walk(policy.distillation.student_steps)
     return ExportRequest(
         model=student,
         scheduler_config=scheduler,
@@ -156,7 +157,8 @@ def _export_request(
         batch_size=policy.export.batch_size,
         provenance=_provenance(policy, prepared),
         conditions=conditions,
-        visited=calibration.timesteps,
+        # float steps are not among the calibration set's times, and the graph of float steps knows times too
+        visited=(*calibration.timesteps, *(t for t, _ in walk)),
         attention=_attention(policy, console, calibration, student),
         pipeline_parts=_parts_to_deploy(prepared, calibration, conditions),
         full=None if in_float.start == NO_FLOAT_STEPS else model.denoiser,

@@ -35,15 +35,18 @@ from pqcad_qat.training.trainer import LoopSettings
 
 @dataclass(frozen=True)
 class RateTrials:
-    """The trials of a stage, in their order, and the wall time that they took, in seconds."""
+    """The trials of a stage.
+
+    Attributes:
+        trials: the trials, in their order.
+        seconds: wall time that all of them took.
+        step_s: wall time of one training step in seconds, of the fastest trial: the first one may compile kernels.
+            None where every trial diverged.
+    """
 
     trials: tuple[RateTrial, ...]
     seconds: float
-
-    @property
-    def step_s(self) -> float:
-        """Wall time of one training step, in seconds."""
-        return self.seconds / (len(self.trials) * TRIAL_STEPS)
+    step_s: float | None
 
 
 _TRIALS = TypeAdapter(RateTrials)
@@ -68,21 +71,25 @@ def rate_trials(
     if file.exists():
         with suppress(ValidationError):  # of a version that kept less; the trials are made again
             return _TRIALS.validate_json(file.read_bytes())
-    begun = monotonic()
+    begun, step_times = monotonic(), list[float]()
     with working(console, f"{stage}: learning rate, {TRIAL_STEPS} training steps at each of a few"):
 
         def trial(rate: float) -> float:
             loop = LoopSettings(TRIAL_STEPS, rate, shape="constant", ema=training.ema)
+            copied, trial_begun = copy.deepcopy(model), monotonic()
             try:
-                state = train_shortly(copy.deepcopy(model), [loss], batches, loop=loop, training=training)
+                state = train_shortly(copied, [loss], batches, loop=loop, training=training)
             except DivergedError:
                 return math.inf
+            step_times.append((monotonic() - trial_begun) / TRIAL_STEPS)
             with averaged_weights(state):
                 own = measured(state, held_out, [loss])
             return exchanged(own)[0][0]  # all processes go on with the first one's measurement
 
         trials = searched(trial)
-    found = RateTrials(trials, exchanged(monotonic() - begun)[0][0])  # all processes count the first one's time
+    # all processes count the first one's time
+    seconds, fastest = exchanged(monotonic() - begun, min(step_times, default=math.nan))[0]
+    found = RateTrials(trials, seconds, fastest if math.isfinite(fastest) else None)
     if is_first():
         write_file(file, json.dumps(asdict(found)))
     return found

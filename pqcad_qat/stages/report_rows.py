@@ -250,7 +250,9 @@ def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = 
         if stage not in stages_of(policy.evaluation.variants):
             continue
         rows = read_metrics(logs / f"{stage}.jsonl")
-        losses += [_series(stage, key.removeprefix("loss/"), key, rows) for key in rows[0] if key.startswith("loss/")]
+        losses += [
+            _series(stage, key.removeprefix("loss/"), key, rows) for key in (rows or [{}])[0] if key.startswith("loss/")
+        ]
         losses += _held_out(stage, rows, (ends or {}).get(stage))
         if stage in QUANTIZATION_AWARE:
             distances.append(_series(stage, "weight_distance", "weight_distance", rows))

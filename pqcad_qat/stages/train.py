@@ -290,10 +290,11 @@ def _ending_of_pq(policy: Policy, run: RunFolder) -> Ending | None:
 def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module, *, name: str) -> list[Callback]:
     """Callbacks that log quantizers and sample images of the variant `name`, beside the loss and the schedule.
 
-    A latent model gets no images. Float steps do not change while a model is trained, so they are done here, once.
+    A latent model gets no images. Float steps do not change while a model is trained, so they are done here, once. A
+    run without images has the callback nevertheless, since a checkpoint has a place for every callback.
     """
-    log = QuantizerLog(quantized_layers(model))
-    if prepared.model.latent or not policy.training.samples_every:
+    log, every = QuantizerLog(quantized_layers(model)), policy.training.samples_every
+    if prepared.model.latent:
         return [log]
     noise = torch.from_numpy(initial_noise(policy.evaluation.seed, 0, SHOWN, prepared.model.sample_shape))
     chosen = prepared.conditions.drawn(policy.evaluation.seed, 0, SHOWN)
@@ -301,9 +302,11 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
     schedule = prepared.sampled_by(policy, name)
     walk = schedule.walk(policy.sampling_steps(name))
     in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
+    if not every:
+        return [log, TrainingSamples(noise, schedule, walk, every, guidance)]
     with torch.no_grad():
         full = guidance.follow(prepared.model.denoiser.eval(), noise.device)
         first = tuple(step for step in walk if step[0] >= in_float.start)
         states = landing(first, in_parts(full, schedule, in_float.parts), noise, schedule)
     rest = walk[len(first) :]
-    return [log, TrainingSamples(states, schedule, rest, policy.training.samples_every, guidance)]
+    return [log, TrainingSamples(states, schedule, rest, every, guidance)]

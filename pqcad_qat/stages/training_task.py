@@ -130,7 +130,7 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     given = at_target_widths(task.model)
     held_out = _held_out_loss(policy, run, task)
     rate, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
-    if task.schedule is not None and found is not None:
+    if task.schedule is not None and found is not None and found.step_s is not None:
         hurry(task.schedule, held_out, found.step_s)
     start = {key: value.clone() for key, value in given.state_dict().items()}
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]

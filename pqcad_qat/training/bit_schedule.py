@@ -9,7 +9,7 @@ blend (quantization/layer_state.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pqcad_qat.quantization.layer_state import (
@@ -149,12 +149,14 @@ class MomentumBitSchedule(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "deadline": self.settings.deadline,
             "pace": self._pace,
             "moves": {name: asdict(move) for name, move in self._moves.items()},
             "transitions": [asdict(transition) for transition in self.transitions],
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.settings = replace(self.settings, deadline=saved["deadline"])  # a sooner one would make layers jump
         self._pace = saved["pace"]
         self._moves = {name: Move(**move) for name, move in saved["moves"].items()}
         self.transitions[:] = [Transition(**transition) for transition in saved["transitions"]]

@@ -159,7 +159,8 @@ def load_checkpoint(path: Path, state: TrainState, callbacks: Sequence[Callback]
             f"{path}: got weights of another model: {error}; allowed those of this run's model"
         ) from error
     _load_optimizer(state.optimizer, load_file(path / "optimizer.safetensors"), facts["optimizer_groups"])
-    ema = {name: value.clone() for name, value in load_file(path / "ema.safetensors").items()}
+    saved = load_file(path / "ema.safetensors")  # to where the Parameters are, which may be an accelerator
+    ema = {name: value.to(state.parameters[name].device, copy=True) for name, value in saved.items()}
     state.ema = ema if facts["has_ema"] else None
     for name in ("step", "ema_since", "setbacks", "held_until"):
         setattr(state, name, facts[name])

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch.utils.tensorboard import SummaryWriter
 
+from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
 
@@ -94,7 +95,7 @@ class MetricsLog(Callback):
         """Drop the rows of steps that will be made again."""
         if self.enabled and self.file.exists():
             earlier = [row for row in read_metrics(self.file) if row["step"] <= step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in earlier), encoding="utf-8")
+            write_file(self.file, "".join(json.dumps(row) + "\n" for row in earlier))
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
         if not (self._writer and self._progress):

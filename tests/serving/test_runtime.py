@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -237,3 +239,11 @@ def test_a_file_that_openvino_cannot_read_is_refused(copied: Path) -> None:
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"got no manifest\.json; allowed a deployed folder"):
         OVUNet2DModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 925.0), ("int64", 950.0)])
+def test_continuous_times_that_a_pipeline_rounds_are_those_of_the_sampler(dtype: str, least: float) -> None:
+    """974.1078 in float32 is 974.10773 in diffusers' loop, and bfloat16 rounds to whole numbers."""
+    runtime = SimpleNamespace(_timestep_dtype=dtype, _times=np.array([1000.0, 950.0, 900.0]))
+    assert OVUNet2DModel._float_from(runtime, 950.0) == least  # type: ignore[arg-type]
+    assert OVUNet2DModel._float_from(runtime, math.inf) == math.inf  # type: ignore[arg-type]

@@ -29,7 +29,8 @@ from torch import Tensor
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import file_digest
 from pqcad_qat.models.families.latent_rows import packed
-from pqcad_qat.sampling.trajectory import initial_noise
+from pqcad_qat.sampling.precision_by_time import StepsInFloat
+from pqcad_qat.sampling.trajectory import initial_noise, noise_schedule
 from pqcad_qat.serving.deployed_folder import MANIFEST, MODEL_INDEX, read_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.serving.text_to_image import TextToImage
@@ -331,3 +332,22 @@ def test_a_padding_token_that_is_no_word_is_refused(plain: DeployedPipeline, tmp
 def test_a_negative_prompt_takes_guidance(ours: TextToImage) -> None:
     with pytest.raises(ModelError, match="guidance: got a scale of 1, at which there is no pass"):
         ours("a cat", "a dog", 1.0)
+
+
+def test_float_steps_are_taken_in_parts_where_nothing_is_guided(
+    ours: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they were measured; another number of steps has no such step."""
+    (t, s), *_ = noise_schedule(ours.denoiser.scheduler_config).walk(ours.steps)
+    in_float, taken = StepsInFloat(t, ((int(t), int(t + s) // 2, int(s)),)), list[StepsInFloat]()
+
+    def predicted(x_t: Any, _t: float, _condition: Any, *, in_float: StepsInFloat) -> Any:
+        taken.append(in_float)
+        return np.zeros_like(x_t)
+
+    monkeypatch.setattr(ours.denoiser, "in_float", in_float)
+    monkeypatch.setattr(ours.denoiser, "predict", predicted)
+    for guidance, steps in ((1.0, ours.steps), (SCALE, ours.steps), (1.0, 2 * ours.steps)):
+        ours("a cat", guidance=guidance, steps=steps)
+    assert list(dict.fromkeys(taken)) == [in_float, StepsInFloat(t)]
+    assert taken.count(in_float) == ours.steps

@@ -203,7 +203,7 @@ def test_a_model_that_lost_the_quality_in_its_training_is_told(tiny_folder: Path
             asked(tiny_folder, f"quantization.quality={quality}"), run_folder, Console(quiet=True)
         )
     (warning,) = run_folder.warnings()
-    assert warning.startswith("quantization.quality: pq has 29.4 dB after its training, and 30 dB were asked for")
+    assert warning.startswith("pq: it has 29.4 dB after its training, and 30 dB were asked for (quantization.quality)")
 
 
 def test_a_size_under_that_of_the_narrowest_widths_is_refused_at_the_start(tiny_folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +243,14 @@ def test_every_layer_is_listed_with_what_became_of_it(facts: RunFacts) -> None:
         for row in rows
         if row.layer in kept
     )
+
+
+def test_a_log_without_rows_has_curves_without_points(tiny_run: FinishedRun, tmp_path: Path) -> None:
+    """That of a stage whose process was killed after its last step, before its weights were chosen."""
+    for stage in TRAINED:
+        (tmp_path / f"{stage}.jsonl").write_text("")
+    curves = curves_of(tiny_run.policy, tmp_path)
+    assert {series.values for series in (*curves.losses, *curves.paces, *curves.distances)} <= {()}
 
 
 def test_curves_are_what_training_logged(tiny_run: FinishedRun) -> None:

@@ -25,7 +25,7 @@ from pqcad_qat.stages.prepared import calibration_recipe, prepare
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
-from pqcad_qat.stages.train import distilled_states, matched_states, whole_batch
+from pqcad_qat.stages.train import _shown, distilled_states, matched_states, whole_batch
 from pqcad_qat.stages.training_task import at_target_widths
 from pqcad_qat.training.distillation import DistillationSet
 from pqcad_qat.training.stage_end import StageEnd
@@ -74,6 +74,17 @@ def test_what_pq_is_given_is_the_post_training_model_at_its_target_widths(tiny_f
     given, wanted = at_target_widths(models.at_first_widths()).state_dict(), models.at_targets()
     assert given.keys() == wanted.state_dict().keys()
     assert [name for name, value in wanted.state_dict().items() if not torch.equal(given[name], value)] == []
+
+
+def test_a_checkpoint_of_a_run_that_shows_images_fits_one_that_does_not(tiny_folder: Path, tmp_path: Path) -> None:
+    """The callbacks that have a place in it are the same."""
+    names = []
+    for every in (0, 4):
+        policy = load_policy(SMOKE, tiny_overrides(tiny_folder, f"training.samples_every={every}"))
+        prepared = prepare(policy)
+        callbacks = _shown(policy, prepared, RunFolder(tmp_path), prepared.split, name=PQ)
+        names.append([callback.name for callback in callbacks])
+    assert names[0] == names[1]
 
 
 def ended(path: Path, stage: str) -> StageEnd:

@@ -6,6 +6,7 @@ Not here: the decision that it applies (test_transition_decision.py).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,7 +143,8 @@ def test_a_schedule_resumed_in_the_middle_of_a_transition_goes_on_as_the_uninter
 
     first, first_state, first_schedule = network(settings)
     walk(first_state, first_schedule, 3)
-    second, second_state, second_schedule = network(settings)
+    # a run that goes on with less time would have come to a sooner deadline
+    second, second_state, second_schedule = network(replace(settings, deadline=5))
     second.load_state_dict(first.state_dict(), strict=True)
     second_schedule.load_state_dict(json.loads(json.dumps(first_schedule.state_dict())))
     second_state.step = first_state.step
