@@ -174,7 +174,7 @@ def choose_widths(
                     matched_states(policy, calibration, costs)[0],
                     measured_images(policy, prepared, calibration, variant=PQ, in_float=in_float),
                     steps=STEPS if trains else 0,
-                    folder=run.unfinished(WIDTHS),
+                    folder=run.unfinished(measurements(run)),
                     tell=tell,
                     done={},
                 )
@@ -182,7 +182,20 @@ def choose_widths(
             stage.done(record)
             if is_first() and record.choice is not None:
                 console.print(Text(choice_text(record.choice)), soft_wrap=True)
+    if is_first():
+        run.drop_unfinished(measurements(run))
     return with_chosen_widths(policy, prepared, run)
+
+
+def measurements(run: RunFolder) -> str:
+    """Name under which a run keeps what the stage has measured so far, until it is done.
+
+    It depends on all that the stage depends on but for what is asked: a run that goes on with a quality within reach
+    measures nothing again.
+    """
+    asked = ("quantization.quality", "quantization.max_size")
+    decides = {key: value for key, value in run.decides(WIDTHS).items() if key not in asked}
+    return f"{WIDTHS}-{content_digest(decides)}"
 
 
 def with_chosen_widths(policy: Policy, prepared: Prepared, run: RunFolder) -> Prepared:

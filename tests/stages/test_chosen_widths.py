@@ -177,6 +177,16 @@ def test_an_interrupted_search_goes_on_with_what_was_measured(
     assert len(calls) == len(choice.trials) + 1
 
 
+def test_another_quality_asks_for_the_same_measurements_and_another_seed_for_others(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    names = []
+    for key in ("quantization.quality=30", "quantization.quality=20", "training.seed=5"):
+        policy = asked(tiny_folder, *dict.fromkeys(("quantization.quality=30", key)))
+        names.append(chosen_widths.measurements(RunFolder(tmp_path, recipes(policy, prepare(policy)))))
+    assert names[0] == names[1] != names[2]
+
+
 @pytest.mark.slow
 def test_the_widths_within_a_size_are_trained_and_told(
     tiny_folder: Path, runs: Path, bounds: tuple[float, float]
