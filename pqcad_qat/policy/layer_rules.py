@@ -45,7 +45,7 @@ class InputQuantizer(Section):
     """How a layer's input tensor is quantized, with one scale."""
 
     bits: Bits = Field(description="width in bits; every width executes in INT8 on a CPU")
-    symmetric: bool = Field(True, description="zero point fixed at 0; false is closer for lopsided inputs, and slower")
+    symmetric: bool = Field(True, description="zero point fixed at 0; false is closer for lopsided inputs")
     signed: bool | Literal["auto"] = Field(
         "auto", description="auto: unsigned if no calibrated value is negative; must be auto if symmetric is false"
     )
@@ -132,16 +132,13 @@ class QuantizationPolicy(Section):
         None,
         gt=0,
         le=90,
-        description="dB that images from held-out noise shall have to full precision's own, in as many steps, as the "
-        "mean of each image's PSNR after a short training; each layer gets a width of its ladder, by measurement, so "
-        "that the packed weights are as small as that allows; what 8 bits cannot serve stays in floating point; null: "
-        "the rules decide",
+        description="mean PSNR in dB of images from held-out noise to full precision's own, after a short training: "
+        "each layer gets the width of its ladder with which the packed weights are smallest; null: the rules decide",
     )
     max_size: SizeLimit | None = Field(
         None,
-        description="largest size of the deployed weights, as `plan` tells it, for the file has tables of the graph "
-        "besides (35 kB for the embedded models): megabytes of 10^6 bytes, as 2.5MB, or a share of float32, as 0.15x; "
-        "each layer gets the width of its ladder that serves best within it, by measurement; null: the rules decide",
+        description="largest size of the deployed weights, in megabytes of 10^6 bytes or as a share of float32: each "
+        "layer gets the width of its ladder that serves best within it; null: the rules decide",
         examples=["2.5MB", "0.15x"],
     )
     attention: Literal["float", "int8"] = Field(

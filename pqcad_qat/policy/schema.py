@@ -103,10 +103,9 @@ class SamplerPolicy(Section):
     steps: Count = Field(20, le=1000, description="sampling steps of an image, before distillation")
     float_steps: FloatSteps = Field(
         "auto",
-        description="number of first steps that full precision computes in a quantized model's place, where rounding "
-        "would decide the picture; auto: as many as trajectories that nothing was trained on ask for, none where the "
-        "model does not predict epsilon, and none in a run whose student learns guidance. Those of a student are taken "
-        "in its teacher's shorter steps where that is measured to be worth the denoiser calls",
+        description="number of first steps that full precision computes, since rounding there would change the whole "
+        "image; auto: measured before training, and 0 unless the model predicts epsilon; 0 where the student learns "
+        "guidance",
     )
     guidance_scale: float = Field(
         1.0,
@@ -166,9 +165,8 @@ class ProgressivePolicy(Section):
     )
     deadline: Share = Field(
         0.5,
-        description="share of the steps after which every layer is at its target at the latest; with steps: auto, of "
-        f"{AUTO_DEADLINE_STEPS} steps, or after a quarter of those for which training.minutes leaves time, where "
-        "trials of the learning rate have timed a step",
+        description="latest point at which every layer has its target width, as a share of the steps; with steps: auto, "
+        f"of {AUTO_DEADLINE_STEPS} steps, and sooner where training.minutes leaves time for few",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -217,8 +215,8 @@ class TrainingPolicy(Section):
     minutes: float | None = Field(
         60.0,
         gt=0,
-        description="wall time that the training stages of a run may take together, in minutes; it ends stages whose "
-        "steps are auto, each after its share of what is left; null: any; run --minutes sets it",
+        description="largest wall time of all training stages together, in minutes, as run --minutes sets it; each stage "
+        "whose steps are auto has an equal share of what is left; null: any",
     )
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
