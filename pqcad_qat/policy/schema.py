@@ -165,8 +165,8 @@ class ProgressivePolicy(Section):
     )
     deadline: Share = Field(
         0.5,
-        description="latest point at which every layer has its target width, as a share of the steps; with steps: auto, "
-        f"of {AUTO_DEADLINE_STEPS} steps, and sooner where training.minutes leaves time for few",
+        description="latest point at which every layer has its target width, as a share of the steps; with steps: "
+        f"auto, of {AUTO_DEADLINE_STEPS} steps, and sooner where training.minutes leaves time for few",
     )
 
     def faults(self) -> Iterator[Fault]:
@@ -215,8 +215,8 @@ class TrainingPolicy(Section):
     minutes: float | None = Field(
         60.0,
         gt=0,
-        description="largest wall time of all training stages together, in minutes, as run --minutes sets it; each stage "
-        "whose steps are auto has an equal share of what is left; null: any",
+        description="largest wall time of all training stages together, in minutes, as run --minutes sets it; each "
+        "stage whose steps are auto has an equal share of what is left; null: any",
     )
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
