@@ -160,6 +160,7 @@ def sweep(
     jobs: int = 1,
     dry_run: bool = False,
     page: str | None = None,
+    module: str | None = None,
 ) -> None:
     """Run every cell of a study as a run of its own, and compare them in one table; finished cells are kept.
 
@@ -174,6 +175,7 @@ def sweep(
         dry_run: show the cells and what each would do, or the faults that `plan` finds in them; nothing is run.
         page: Markdown file that also gets the table, between its lines <!-- NAME --> and <!-- end of NAME -->, or at
             its end.
+        module: module of your own, as for `run`, for the cells whose model.source is module:NAME.
     """
     from pqcad_qat.policy.study_cells import load_study
 
@@ -186,11 +188,20 @@ def sweep(
     folder = Path(out) if out else Path("runs") / "studies" / loaded.name
     table = None if page is None else Path(page)
     if dry_run:
-        cells = checked_cells(loaded, folder, console.PROGRESS, only=str(only), page=table)
+        cells = checked_cells(loaded, folder, console.PROGRESS, only=str(only), page=table, module=module)
         console.show(cells_table(cells, f"{loaded.name}: {len(cells)} cells in {folder}"))
         return
     at_a_time = whole_number("jobs", jobs)
-    comparison = run_cells(loaded, folder, command_line(), console.CONSOLE, jobs=at_a_time, only=str(only), page=table)
+    comparison = run_cells(
+        loaded,
+        folder,
+        command_line(),
+        console.CONSOLE,
+        jobs=at_a_time,
+        only=str(only),
+        page=table,
+        module=module,
+    )
     console.show(*comparison_tables(comparison))
     console.tell(f"page: {folder / STUDY_PAGE}")
 

@@ -27,6 +27,7 @@ from pqcad_qat.errors import CheckpointError, InterruptedByUserError, PqcadError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar, working
+from pqcad_qat.models.own_model import OwnModel, own_model_of
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.study_cells import Cell, Study
 from pqcad_qat.policy.variants import TRAINED, VARIANTS, stages_of
@@ -56,6 +57,7 @@ def sweep(
     jobs: int = 1,
     only: str = "*",
     page: Path | None = None,
+    module: str | None = None,
 ) -> Comparison:
     """Run every unfinished cell, and after each one write study.json, study.html and study.md of all finished cells.
 
@@ -63,9 +65,11 @@ def sweep(
         only: glob on the names of the cells to run.
         jobs: number of simultaneous cells, each in its own process with its share of the cores; small models benefit.
         page: Markdown file that gets the table too, as a section with the study's name.
+        module: FILE.py:FUNCTION of the user's own module, for the cells whose model.source is its `module:NAME`.
 
     Raises:
-        UsageError: the page is not text, or its folder does not exist; nothing has been run.
+        UsageError: the page is not text, or its folder does not exist, or the module is no OwnModel, or no cell's;
+            nothing has been run.
         CheckpointError: an existing cell belongs to another policy; nothing has been run.
         StudyError: as for `check_cells`, or cells that time models would run beside others, or `only` matches none;
             nothing has been run. Also raised if some cells failed; the others are in the table.
@@ -74,11 +78,11 @@ def sweep(
     if page is not None:
         with_section(_page_text(page), study.name, "")
     _refuse_changed(study, folder)
-    chosen = chosen_cells(study, only)
+    chosen, own = chosen_cells(study, only), _own_module(study, module)
     waiting = [cell for cell in chosen if not finished(folder / cell.name)]
     if jobs > 1:
         _refuse_timings(waiting, jobs)
-    check_cells(waiting, console)
+    check_cells(waiting, console, own)
     failed: dict[str, str] = {}
     with progress_bar(console, lines=False) as bar:
         task = bar.add_task(f"study {study.name}", total=len(chosen), completed=len(chosen) - len(waiting), note="")
@@ -95,9 +99,8 @@ def sweep(
                 console.print(Text.assemble(("failed:", "red"), f" {cell.name}: {fault}"), soft_wrap=True)
             bar.update(task, advance=1)
 
-        (_in_turn if jobs == 1 else partial(_side_by_side, jobs=jobs))(
-            waiting, folder, command, console, begin=begin, end=end
-        )
+        run_them = partial(_in_turn, own=own) if jobs == 1 else partial(_side_by_side, jobs=jobs, module=module)
+        run_them(waiting, folder, command, console, begin=begin, end=end)
     comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
@@ -109,7 +112,25 @@ def sweep(
     return comparison
 
 
-def check_cells(cells: Sequence[Cell], console: Console) -> None:
+def _own_module(study: Study, module: str | None) -> OwnModel | None:
+    """The user's own module, which some cell must name."""
+    if module is None:
+        return None
+    own = own_model_of(module)
+    if all(cell.policy.model.source != own.source for cell in study.cells):
+        raise UsageError(
+            f"--module: got {own.source}, which no cell names; allowed the model.source of a cell: "
+            f"{listed(sorted({cell.policy.model.source for cell in study.cells}))}"
+        )
+    return own
+
+
+def _module_of(policy: Policy, own: OwnModel | None) -> OwnModel | None:
+    """The user's own module, if this policy names it."""
+    return own if own is not None and policy.model.source == own.source else None
+
+
+def check_cells(cells: Sequence[Cell], console: Console, own: OwnModel | None = None) -> None:
     """Plan every cell on its model's configs; cells with equal plans are planned once.
 
     Raises:
@@ -123,7 +144,7 @@ def check_cells(cells: Sequence[Cell], console: Console) -> None:
         for place, group in enumerate(alike.values(), start=1):
             tell(f"study: plan {place} of {len(alike)}: {group[0].name}")
             try:
-                planned_shapes(group[0].policy)
+                planned_shapes(group[0].policy, _module_of(group[0].policy, own))
             except PqcadError as error:
                 faults.setdefault(str(error), []).extend(cell.name for cell in group)
     if faults:
@@ -176,14 +197,31 @@ End = Callable[[Cell, str | None], None]
 """Callbacks for a cell that begins, and for a cell that ended, with the fault if it failed."""
 
 
-def _in_turn(cells: Sequence[Cell], folder: Path, command: str, console: Console, *, begin: Begin, end: End) -> None:
+def _in_turn(
+    cells: Sequence[Cell],
+    folder: Path,
+    command: str,
+    console: Console,
+    *,
+    begin: Begin,
+    end: End,
+    own: OwnModel | None,
+) -> None:
     for cell in cells:
         begin(cell)
-        end(cell, _run_cell(cell, folder, command, console))
+        end(cell, _run_cell(cell, folder, command, console, own=own))
 
 
 def _side_by_side(
-    cells: Sequence[Cell], folder: Path, command: str, console: Console, *, begin: Begin, end: End, jobs: int
+    cells: Sequence[Cell],
+    folder: Path,
+    command: str,
+    console: Console,
+    *,
+    begin: Begin,
+    end: End,
+    jobs: int,
+    module: str | None,
 ) -> None:
     threads = max(1, usable_cores() // jobs)
     waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()
@@ -193,7 +231,7 @@ def _side_by_side(
                 while waiting and len(running) < jobs:
                     cell = waiting.pop()
                     begin(cell)
-                    running[pool.submit(_run_quietly, cell, folder, command, threads)] = cell
+                    running[pool.submit(_run_quietly, cell, folder, command, threads=threads, module=module)] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     cell = running.pop(future)
                     try:
@@ -208,18 +246,20 @@ def _side_by_side(
             raise
 
 
-def _run_quietly(cell: Cell, folder: Path, command: str, threads: int) -> str | None:
+def _run_quietly(cell: Cell, folder: Path, command: str, *, threads: int, module: str | None) -> str | None:
     """Run a cell in this process, which has no other work; its output goes to a file."""
     torch.set_num_threads(threads)
+    own = None if module is None else own_model_of(module)
     (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
     with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
-        return _run_cell(cell, folder, command, Console(file=file, width=160, markup=False))
+        return _run_cell(cell, folder, command, Console(file=file, width=160, markup=False), own=own)
 
 
-def _run_cell(cell: Cell, folder: Path, command: str, console: Console) -> str | None:
+def _run_cell(cell: Cell, folder: Path, command: str, console: Console, *, own: OwnModel | None) -> str | None:
     """Run or resume a cell; return its fault, or None."""
     try:
-        pipeline.run(cell.policy, folder / cell.name, command, console, resume=True, shares_training=True)
+        model = _module_of(cell.policy, own)
+        pipeline.run(cell.policy, folder / cell.name, command, console, resume=True, shares_training=True, model=model)
     except InterruptedByUserError:
         raise KeyboardInterrupt from None
     except PqcadError as error:
@@ -257,7 +297,13 @@ def _refuse_changed(study: Study, folder: Path) -> None:
 
 
 def checked_cells(
-    study: Study, folder: Path, console: Console, *, only: str = "*", page: Path | None = None
+    study: Study,
+    folder: Path,
+    console: Console,
+    *,
+    only: str = "*",
+    page: Path | None = None,
+    module: str | None = None,
 ) -> tuple[CellState, ...]:
     """List the work and the progress of every cell; nothing is run or written.
 
@@ -267,7 +313,7 @@ def checked_cells(
     if page is not None:
         with_section(_page_text(page), study.name, "")
     chosen = chosen_cells(study, only)
-    check_cells(chosen, console)
+    check_cells(chosen, console, _own_module(study, module))
     states = []
     for cell in chosen:
         stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
