@@ -106,6 +106,7 @@ def sensitivity(
     widths: tuple[int, ...] = (2, 3, 4, 7),
     states: int = 64,
     out: str | None = None,
+    module: str | None = None,
 ) -> None:
     """Measure the output's error when one layer alone is quantized, at every width; --max-size adds a mixed policy.
 
@@ -120,6 +121,7 @@ def sensitivity(
         states: number of states of the calibration set on which errors are measured.
         out: folder for sensitivity.json, sensitivity.html and policy.yaml; by default runs/NAME-sensitivity, where
             NAME is the policy's.
+        module: module of your own, as for `run`.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     sizes = [whole_number("widths", width, least=2, most=8) for width in several("widths", widths)]
@@ -129,12 +131,15 @@ def sensitivity(
     folder = output_folder(out or Path("runs") / f"{loaded.name}-sensitivity")
     size = None if max_size is None else size_limit("max-size", max_size)
     count = whole_number("states", states)
-    result = measure(loaded, sizes, count, size, folder=folder, command=command_line(), console=console.CONSOLE)
+    own, command = _own_model(module, model), command_line()
+    result = measure(loaded, sizes, count, size, folder=folder, command=command, console=console.CONSOLE, model=own)
     console.show(sensitivity_table(result.report), assignment_table(result.report))
     console.tell(f"page: {result.page}", *([f"policy: {result.policy}"] if result.policy else []))
 
 
-def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10) -> None:
+def profile(
+    policy: str, model: str | None = None, set: tuple[str, ...] = (), runs: int = 10, module: str | None = None
+) -> None:
     """Show the time and memory of one training step, part by part, quantized and in floating point.
 
     Args:
@@ -143,12 +148,14 @@ def profile(policy: str, model: str | None = None, set: tuple[str, ...] = (), ru
             gets random weights.
         set: override of one key, as KEY=VALUE; repeat the flag for further keys.
         runs: number of timed steps of each candidate; the candidates take turns.
+        module: module of your own, as for `run`.
     """
     loaded = load_policy(policy_file(policy), with_model(set, model))
     from pqcad_qat.commands.profile import profile as profile_policy
     from pqcad_qat.report.tables import costs_table
 
-    costs, states = profile_policy(loaded, whole_number("runs", runs), console.CONSOLE), loaded.training.batch_size
+    own, states = _own_model(module, model), loaded.training.batch_size
+    costs = profile_policy(loaded, whole_number("runs", runs), console.CONSOLE, own)
     console.CONSOLE.print(costs_table(costs, states, f"{loaded.name}: one step of {states} states"))
 
 

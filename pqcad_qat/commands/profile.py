@@ -17,12 +17,13 @@ from torch import nn
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.denoiser import recomputed_activations
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.quantization.plan import LayerPlan
-from pqcad_qat.stages.prepared import prepare, prepare_untrained
+from pqcad_qat.stages.prepared import prepare, prepare_untrained, with_own_model
 from pqcad_qat.stages.train import bit_schedule
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Callback
@@ -37,17 +38,18 @@ profiled.
 """
 
 
-def profile(policy: Policy, runs: int, console: Console) -> dict[str, StepProfile]:
+def profile(policy: Policy, runs: int, console: Console, own: OwnModel | None = None) -> dict[str, StepProfile]:
     """Time training steps of the policy's model, quantized and not, on noise; the values do not affect the cost of a
     step.
 
-    The model may be an architecture alone, which then gets random weights.
+    The model may be an architecture alone, which then gets random weights, or a module of the user's own.
 
     Raises:
         PqcadError: as for `stages.prepared.prepare`, or the machine does not support the precision.
     """
     device = new_accelerator(policy.training.precision).device
-    prepared = prepare_untrained(policy) or prepare(policy)
+    policy = with_own_model(policy, own)
+    prepared = (None if own else prepare_untrained(policy)) or prepare(policy, own=own)
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
     data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.drawn(0, 0, len(states)))

@@ -19,6 +19,7 @@ from pqcad_qat.errors import PlanError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar, working
 from pqcad_qat.models.denoiser import PredictArguments
+from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
@@ -35,7 +36,15 @@ from pqcad_qat.quantization.mixed_precision import (
 from pqcad_qat.quantization.plan import LayerPlan, plan_layers
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.sensitivity_page import Assignment, SensitivityReport, write_sensitivity
-from pqcad_qat.stages.prepared import CALIBRATION, RANGE_INPUTS, SHARED, Prepared, calibration_recipe, prepare
+from pqcad_qat.stages.prepared import (
+    CALIBRATION,
+    RANGE_INPUTS,
+    SHARED,
+    Prepared,
+    calibration_recipe,
+    prepare,
+    with_own_model,
+)
 
 OWN, CHOSEN = "the policy's own widths", "chosen"
 """Names of a report's assignments."""
@@ -65,10 +74,11 @@ def sensitivity(
     folder: Path,
     command: str,
     console: Console,
+    model: OwnModel | None = None,
 ) -> Sensitivity:
     """Call `measure_sensitivity` and write the results into a folder; the calibration set lies beside that folder."""
     report, mixed = measure_sensitivity(
-        policy, widths, states, size, cache=folder.parent / CALIBRATION, command=command, console=console
+        policy, widths, states, size, cache=folder.parent / CALIBRATION, command=command, console=console, model=model
     )
     page = write_sensitivity(report, folder)
     if mixed is None:
@@ -86,6 +96,7 @@ def measure_sensitivity(
     cache: Path,
     command: str,
     console: Console,
+    model: OwnModel | None = None,
 ) -> tuple[SensitivityReport, str | None]:
     """Measure every planned layer at every width on the calibration set; with a limit, also choose widths within it.
 
@@ -97,6 +108,7 @@ def measure_sensitivity(
         cache: folder in which the calibration set is found or recorded.
         command: command that repeats the measurement, for the report.
         console: console that shows the progress.
+        model: module of the user's own, in place of the policy's model.
 
     Returns:
         The report, and the text of a policy with the chosen widths, None without a limit.
@@ -105,16 +117,17 @@ def measure_sensitivity(
         PqcadError: as for `stages.prepared.prepare`.
         PlanError: even the smallest widths exceed the limit.
     """
-    prepared = prepare(policy, cache.parent / SHARED)
+    policy = with_own_model(policy, model)
+    prepared = prepare(policy, cache.parent / SHARED, model)
     own = {layer.name: layer.weights.bits for layer in prepared.plan}
     measured = sorted({*widths, *own.values()})
     sizes = weight_costs(prepared.split, prepared.plan, measured, packed=True)
     if size is not None:
         _refuse_too_small(sizes.at(widths), size, widths)
     calibration = _calibration(policy, prepared, cache, console)
-    model = _calibrated(policy, prepared, prepared.plan, calibration, console=console)
+    quantized = _calibrated(policy, prepared, prepared.plan, calibration, console=console)
     batches = tuple(calibration.inputs(states, policy.training.batch_size))
-    layers = _layers(model, measured, batches, console)
+    layers = _layers(quantized, measured, batches, console)
     assigned = {OWN: own}
     if size is not None:
         assigned[CHOSEN] = _choose(layers, sizes.at(widths), size)
@@ -131,7 +144,7 @@ def measure_sensitivity(
                 bits=bits,
                 bytes=sizes.total(bits),
                 predicted=sum(layer.error(bits[layer.name]) for layer in layers),
-                error=output_error(model, bits, batches),
+                error=output_error(quantized, bits, batches),
             )
             for name, bits in assigned.items()
         },

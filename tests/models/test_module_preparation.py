@@ -241,6 +241,23 @@ def test_plan_takes_a_module_from_a_file_of_the_users_own(file: Path, capsys: py
     assert all(layer in shown for layer in ("enter", "leave"))
 
 
+@pytest.mark.parametrize("command", ["sensitivity", "profile"])
+def test_a_module_is_measured_by_other_commands_too(
+    command: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("evaluation.features=none", "quantization.attention=float", f"quantization.layers={CONVOLUTIONS}")
+    flags = [f"--set={override}" for override in (*TINY, *more)]
+    few = {
+        "sensitivity": ["--states", "4", "--widths", "3", "--out", str(tmp_path / "measured")],
+        "profile": ["--runs", "1"],
+    }
+    cli.main([command, str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *few[command], *flags])
+    shown = capsys.readouterr().out
+    assert ("leave" if command == "sensitivity" else "fixed-bit") in shown
+    if command == "sensitivity":
+        assert json.loads((tmp_path / "measured" / "sensitivity.json").read_text())["model"] == "module:mine"
+
+
 def test_what_a_schedule_leaves_to_defaults_is_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing can see that a schedule is the wrong one."""
     more = ("evaluation.features=none", "quantization.attention=float", f"quantization.layers={CONVOLUTIONS}")
