@@ -278,7 +278,7 @@ def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, rate: fl
         steps=steps,
         learning_rate=rate,
         warmup=min(LONGEST_WARM_UP, (training.max_steps if automatic else steps) // 10),
-        shape="held" if automatic else "cosine",
+        shape="open" if automatic else "cosine",
         ema=training.ema,
         accumulation=training.gradient_accumulation,
         max_grad_norm=training.max_grad_norm,

@@ -1,10 +1,10 @@
 """The rule by which a stage of `steps: auto` ends: pure functions of the training step, the held-out loss and the time.
 
-The method. The rate is warmed up and held. Every few steps the loss of held-out states is measured. The mean of the
-last quarter of the measurements is compared with the mean of the quarter before. Once it is better by less than a
-threshold, the stage has reached its plateau. A cap in steps or in minutes may come first. Either way the stage then
-ends with a decay of the rate to 0, which takes about a quarter of the steps made so far. A cap is met by beginning the
-decay in time.
+The method. The rate is warmed up and then falls slowly. Every few steps the loss of held-out states is measured. The
+mean of the last quarter of the measurements is compared with the mean of the quarter before. Once it is better by less
+than a threshold, the stage has reached its plateau. A cap in steps or in minutes may come first. Either way the stage
+then ends with a decay of the rate to 0, which takes about a quarter of the steps made so far. A cap is met by beginning
+the decay in time.
 
 The quarters grow with the stage. An average of fixed length would take a slow model, whose loss falls by little from
 one measurement to the next and for long, for one that has stopped.

@@ -32,6 +32,7 @@ from pqcad_qat.models.module_preparation import hold_statistics
 from pqcad_qat.policy.value_types import Precision
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
+from pqcad_qat.training.rate_search import TRIAL_STEPS
 from pqcad_qat.training.stage_end import Ending
 
 SMALLEST_SCALE = 1.0
@@ -49,19 +50,20 @@ class LoopSettings:
         steps: number of optimizer steps, or the largest number where the stage ends by itself.
         learning_rate: peak learning rate.
         warmup: training steps over which the rate rises linearly to its peak.
-        shape: course after the warm-up; `cosine` falls to 0, `constant` stays, and `held` stays until the stage's end
-            is decided, then falls to 0 along a cosine.
+        shape: course after the warm-up; `cosine` falls to 0, and `constant` stays. `open`, for a stage whose end is not
+            known, stays for TRIAL_STEPS and then falls with the square root of the steps; once the end is decided, it
+            falls to 0 along a cosine as well.
         ema: decay of the Parameters' moving average, 0 for none. It starts lower, as min(ema, (1 + n) / (10 + n))
             after n steps.
         accumulation: number of micro-batches into which each process splits its part of a batch.
         max_grad_norm: norm down to which larger gradients are scaled.
-        ending: end of the stage, where it is known before its first step and `held` needs it.
+        ending: end of the stage, where it is known before its first step and `open` needs it.
     """
 
     steps: int
     learning_rate: float
     warmup: int = 0
-    shape: Literal["cosine", "constant", "held"] = "cosine"
+    shape: Literal["cosine", "constant", "open"] = "cosine"
     ema: float = 0.0
     accumulation: int = 1
     max_grad_norm: float = 1.0
@@ -70,8 +72,12 @@ class LoopSettings:
     def learning_rate_at(self, step: int, setbacks: int = 0, ending: Ending | None = None) -> float:
         """The learning rate of a step, halved for every divergence overcome before it."""
         rate = self.learning_rate * 0.5**setbacks * min(1.0, (step + 1) / (self.warmup + 1))
-        start, end = (ending.decay_from, ending.last) if self.shape == "held" and ending else (0, self.steps)
-        if self.shape == "constant" or (self.shape == "held" and (ending is None or step < start)):
+        start, end = (ending.decay_from, ending.last) if self.shape == "open" and ending else (0, self.steps)
+        if self.shape == "open":
+            # The rate that is best for a few steps is too high for many, whose noise does not average out: for N steps
+            # of stochastic gradient descent the best constant rate is proportional to 1 / sqrt(N).
+            rate *= min(1.0, TRIAL_STEPS / (step + 1)) ** 0.5
+        if self.shape == "constant" or (self.shape == "open" and (ending is None or step < start)):
             return rate
         return rate * 0.5 * (1.0 + math.cos(math.pi * (step - start) / (end - start)))
 

@@ -126,7 +126,7 @@ def _train(
         console,
         callbacks,
         accelerator.is_main_process,
-        automatic=settings.loop.shape == "held",
+        automatic=settings.loop.shape == "open",
     )
     watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]

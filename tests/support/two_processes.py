@@ -93,7 +93,7 @@ def stage(
     if automatic and launched()[0] == 0:  # each process has a clock of its own; the first one's says that time is up
         held_out.load_state_dict({**held_out.state_dict(), "seconds": 1e6})
     callbacks = [*([] if floating else [schedule]), loss, held_out, losses, meddling or Meddling()]
-    shape: Literal["cosine", "held"] = "held" if automatic else "cosine"
+    shape: Literal["cosine", "open"] = "open" if automatic else "cosine"
     loop = LoopSettings(budget.steps, RATE, shape=shape, ema=0.9, accumulation=accumulation)
     settings = StageSettings(
         "toy", loop, "fp32", CheckpointFolder(folder / "checkpoints", EVERY), folder / "logs", "rollback"

@@ -37,6 +37,7 @@ from pqcad_qat.training.held_out import (
     weights_of,
 )
 from pqcad_qat.training.metrics_log import read_metrics
+from pqcad_qat.training.rate_search import TRIAL_STEPS
 from pqcad_qat.training.stage_end import Kept
 from pqcad_qat.training.stopping_rule import EVERY, SHORTEST_DECAY, Budget
 from pqcad_qat.training.trainer import LoopSettings, new_state
@@ -106,7 +107,7 @@ def stage(
     )
     measures = held_out_loss(layers, loss, budget, automatic=True, best_file=folder / "best.safetensors")
     measures.spend(spent)
-    loop = LoopSettings(budget.steps, learning_rate=1e-3, warmup=20, shape="held", ema=0.9)
+    loop = LoopSettings(budget.steps, learning_rate=1e-3, warmup=20, shape="open", ema=0.9)
     checkpoints = CheckpointFolder(folder / "checkpoints", every=4)
     settings = StageSettings("toy", loop, "fp32", checkpoints, folder / "logs", "rollback")
     state = train_stage(model, [schedule, loss, measures], batches, settings, console=Console(quiet=True))
@@ -125,7 +126,10 @@ def test_a_stage_ends_by_itself_once_its_layers_are_at_their_targets_and_logs_th
     )
     rates = [row["learning_rate"] for row in rows]
     assert rates[:20] == sorted(rates[:20])
-    assert set(rates[20 : state.ending.decay_from]) == {1e-3}
+    steps = range(20, state.ending.decay_from)
+    assert rates[20 : state.ending.decay_from] == pytest.approx(
+        [1e-3 * (TRIAL_STEPS / (step + 1)) ** 0.5 for step in steps]
+    )
     decay = rates[state.ending.decay_from :]
     assert decay == sorted(decay, reverse=True)
     assert decay[-1] < 0.02 * 1e-3

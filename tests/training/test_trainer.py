@@ -24,6 +24,7 @@ from pqcad_qat.training.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from pqcad_qat.training.stage_end import Ending
 from pqcad_qat.training.trainer import LoopSettings, fit, new_state
 
 
@@ -144,6 +145,15 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert settings.learning_rate_at(50) == pytest.approx(0.5)
     assert settings.learning_rate_at(99) < 1e-3
     assert LoopSettings(steps=100, learning_rate=1.0, shape="constant").learning_rate_at(99) == 1.0
+
+
+def test_the_rate_of_a_stage_without_a_known_end_falls_with_the_root_of_its_steps_and_then_to_zero() -> None:
+    settings, end = LoopSettings(steps=1000, learning_rate=1.0, shape="open"), Ending(320, 400, "plateau")
+    rates = {step: settings.learning_rate_at(step - 1) for step in (1, 20, 80, 320)}
+    assert rates == {1: 1.0, 20: 1.0, 80: 0.5, 320: 0.25}
+    assert settings.learning_rate_at(319, ending=end) == 0.25
+    assert settings.learning_rate_at(360, ending=end) == pytest.approx(0.5 * (20 / 361) ** 0.5)
+    assert 0 < settings.learning_rate_at(399, ending=end) < 1e-3
 
 
 def test_divergence_is_named_with_its_step() -> None:
