@@ -3,7 +3,7 @@
 The method. The rate is warmed up and then falls slowly. Every few steps the loss of held-out states is measured. The
 mean of the last quarter of the measurements is compared with the mean of the quarter before. Once it is better by less
 than a threshold, the stage has reached its plateau. A cap in steps or in minutes may come first. Either way the stage
-then ends with a decay of the rate to 0, which takes about a quarter of the steps made so far. A cap is met by beginning
+then ends with a decay of the rate to 0, which takes half as many steps as were made so far. A cap is met by beginning
 the decay in time.
 
 The quarters grow with the stage. An average of fixed length would take a slow model, whose loss falls by little from
@@ -78,7 +78,7 @@ class Progress:
 
 def decay_steps(step: int) -> int:
     """Number of steps over which the rate decays if the decay begins at `step`."""
-    return max(SHORTEST_DECAY, step // 4)
+    return max(SHORTEST_DECAY, step // 2)
 
 
 def ending(step: int, progress: Progress, budget: Budget, seconds: float, *, before: float = 0.0) -> Ending | None:

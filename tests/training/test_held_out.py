@@ -44,7 +44,7 @@ from pqcad_qat.training.trainer import LoopSettings, new_state
 from pqcad_qat.training.training_stage import StageSettings, train_stage
 from pqcad_qat.training.transition_decision import BitScheduleSettings
 
-CAP = 200
+CAP = 300
 BUDGET = Budget(CAP)
 
 

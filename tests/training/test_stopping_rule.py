@@ -46,7 +46,7 @@ def test_a_stage_goes_on_while_the_loss_falls_and_ends_once_it_does_not() -> Non
     end = walked(losses_that_fall_by(PLATEAU / 4), budget)
     assert end is not None
     assert (end.decay_from, end.cause) == (OBSERVATIONS * EVERY, "plateau")
-    assert end.last == end.decay_from + max(SHORTEST_DECAY, end.decay_from // 4)
+    assert end.last == end.decay_from + max(SHORTEST_DECAY, end.decay_from // 2)
 
 
 def test_one_measurement_by_chance_ends_nothing() -> None:
