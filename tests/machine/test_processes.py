@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, SUPPORT, environment, tiny_overrides
+from tiny_runs import AT_START, POLICIES, SUPPORT, environment, tiny_overrides
 from torch import Tensor
 from two_processes import EVERY, MEDDLED, STEPS, stage
 
@@ -255,6 +255,7 @@ def test_a_launched_pretraining_has_the_losses_and_gradients_of_one_process_with
 def test_a_users_error_is_one_message_of_a_process_that_ends_with_code_2(late: int | None, tmp_path: Path) -> None:
     """Whichever process comes to it first: the launcher terminates a second one that is still loading."""
     (tmp_path / "sitecustomize.py").write_text(
+        f"{(AT_START / 'sitecustomize.py').read_text()}\n"
         f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(1)\n"
     )
     command = launcher("run", POLICIES / "smoke.yaml", "--out", tmp_path / "run", "--set=progressive.steps=0")

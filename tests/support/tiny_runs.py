@@ -7,6 +7,7 @@ Not here: fixtures (conftest.py), or any test. Nothing needs a network or a data
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLICIES = REPOSITORY / "policies"
 SUPPORT = Path(__file__).resolve().parent
+AT_START = SUPPORT / "at_start"
+"""Folder of the module that every process started by a test imports first."""
+
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(AT_START), os.environ.get("PYTHONPATH"))))
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -120,6 +125,19 @@ def without_images() -> AbstractContextManager[object]:
     )
 
 
+def without_nncf() -> AbstractContextManager[object]:
+    """Runs that are made in this context take full precision's graph for NNCF's. NNCF has seconds to do in a process of
+    its own, and few tests look at what it makes.
+    """
+    return patch("pqcad_qat.stages.baselines.nncf_baseline", _copied_graph)
+
+
+def _copied_graph(float_xml: Path, _inputs: object, folder: Path, _ways: object) -> Path:
+    for file in (float_xml, float_xml.with_suffix(".bin")):
+        shutil.copyfile(file, folder / file.name)
+    return folder / float_xml.name
+
+
 def fixed_batch_graph(batch: int, sample_shape: tuple[int, ...], folder: Path) -> Path:
     """Write a graph with a denoiser's inputs and a constant batch size; return its xml file."""
     ports = [
@@ -137,4 +155,5 @@ def program(arguments: Sequence[str | Path]) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Environment of a subprocess: this source tree, no network, one thread, plain text."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    search = os.pathsep.join(map(str, (AT_START, REPOSITORY)))
+    return {**os.environ, "PYTHONPATH": search, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
