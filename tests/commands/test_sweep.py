@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, tiny_overrides
+from tiny_runs import POLICIES, QUIET, tiny_overrides, without_nncf
 
 from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
@@ -62,17 +62,19 @@ class Swept:
 
 @pytest.fixture(scope="module")
 def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """Two schedules, two seeds, on the tiny model; what the cells share is counted."""
+    """Two schedules, two seeds, on the tiny model; what the cells share is counted. What stands for NNCF's graph is a
+    copy of full precision's, made as NNCF's is.
+    """
     root = tmp_path_factory.mktemp("sweep")
     variants = f"evaluation.variants=[{FP32}, {NNCF_INT8}, {PQ}]"
     overrides = tiny_overrides(tiny_folder, "progressive.steps=4", "seeds=[0, 1]", variants, *QUIET)
     made: dict[str, int] = {}
     torch.set_num_threads(1)
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
+    with without_nncf(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         for stage, name in ((baselines, "nncf_baseline"), (measure, "sample_rows")):
-            patch.setattr(stage, name, counting(made, getattr(stage, name)))
+            patch.setattr(stage, name, counting(made, name, getattr(stage, name)))
         sweep(
             load_study(STUDY, overrides),
             root / "tiny",
@@ -82,9 +84,9 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     return Swept(overrides, root / "tiny", made, printed.getvalue())
 
 
-def counting(made: dict[str, int], work: Any) -> Any:
+def counting(made: dict[str, int], work_name: str, work: Any) -> Any:
     def counted(*arguments: Any, **named: Any) -> Any:
-        name = getattr(arguments[0], "name", "") if work is sample_rows else work.__name__
+        name = getattr(arguments[0], "name", "") if work is sample_rows else work_name
         made[name] = made.get(name, 0) + 1
         return work(*arguments, **named)
 
@@ -229,11 +231,9 @@ def test_only_the_cells_asked_for_are_run_and_the_table_has_all_that_are_finishe
 
 
 def test_cells_that_run_beside_each_other_are_those_that_run_in_turn(swept: Swept, tmp_path: Path) -> None:
-    """One seed makes as many cells as there are processes."""
-    study, printed = (
-        load_study(STUDY, [*swept.overrides, f"evaluation.variants=[{FP32}, {PQ}]", "seeds=[0]"]),
-        io.StringIO(),
-    )
+    """One seed makes as many cells as there are processes. They are compared by their models, not by their images."""
+    few = (f"evaluation.variants=[{FP32}, {PQ}]", "evaluation.images=2", "evaluation.features=none", "seeds=[0]")
+    study, printed = load_study(STUDY, [*swept.overrides, *few]), io.StringIO()
     sweep(study, tmp_path, "beside", Console(file=printed, width=200), jobs=2)
     assert [cell.name for cell in study.cells] == [CELLS[0], CELLS[2]]
     for cell in study.cells:

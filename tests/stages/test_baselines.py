@@ -15,7 +15,7 @@ import nncf
 import openvino as ov
 import pytest
 from rich.console import Console
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, tiny_overrides, without_nncf
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import DiedError
@@ -66,6 +66,7 @@ def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothin
     small = (
         f"evaluation.variants=[{FP32}, {OV_FP32}, {NNCF_INT8}]",
         "evaluation.images=2",
+        "evaluation.features=none",
         "calibration.trajectories=2",
     )
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *small))
@@ -92,7 +93,8 @@ def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothin
     assert f"baselines: {NNCF_INT8} did not run: {WHY}" in read_report(died).warnings
     assert f"did not run: {WHY}" in (died / "report.html").read_text()
 
-    with pytest.MonkeyPatch.context() as patch:  # a run beside it finds full precision's graph, and makes NNCF's
+    # a run beside it finds full precision's graph, and makes what stands for NNCF's
+    with without_nncf(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         patch.setattr(baselines, "convert_float", dies)
         run(policy, fine, "command", Console(quiet=True))

@@ -7,6 +7,7 @@ Not here: any test. Needs transformers.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import torch
 from conditional_models import saved
 from rich.console import Console
 from text_pipelines import PIPELINES, T5_TOKENS
-from tiny_runs import POLICIES
+from tiny_runs import POLICIES, without_nncf
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import ConditionsPolicy, Policy
-from pqcad_qat.policy.variants import VARIANTS
+from pqcad_qat.policy.variants import NNCF_INT8, VARIANTS
 from pqcad_qat.stages.run_folder import EMBEDDINGS
 
 LAYOUTS = {
@@ -103,10 +104,13 @@ def digits(folder: Path) -> Path:
 
 
 def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
-    """Run the policy, made small, on the pipeline in `source`; return what was run."""
+    """Run the policy, made small, on the pipeline in `source`; return what was run. NNCF makes its graph for policies
+    that have a row of it.
+    """
     policy = load_policy(POLICIES / f"{name}.yaml", [*SMALL, f"model.source={source}", *SMALLER.get(name, ()), *more])
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    made = nullcontext() if NNCF_INT8 in policy.evaluation.variants else without_nncf()
+    with made, pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         run(policy, path, "command", Console(quiet=True))
     return policy

@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -125,14 +125,20 @@ def without_images() -> AbstractContextManager[object]:
     )
 
 
-def without_nncf() -> AbstractContextManager[object]:
-    """Runs that are made in this context take full precision's graph for NNCF's. NNCF has seconds to do in a process of
-    its own, and few tests look at what it makes.
+@contextmanager
+def without_nncf() -> Iterator[None]:
+    """Runs and benchmarks that are made in this context take a copy of full precision's graph for NNCF's. NNCF has
+    seconds to do in a process of its own, and few tests look at what it makes.
     """
-    return patch("pqcad_qat.stages.baselines.nncf_baseline", _copied_graph)
+    with (
+        patch("pqcad_qat.stages.baselines.nncf_baseline", _copied_graph),
+        patch("pqcad_qat.commands.benchmark_subject.nncf_baseline", _copied_graph),
+    ):
+        yield
 
 
 def _copied_graph(float_xml: Path, _inputs: object, folder: Path, _ways: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     for file in (float_xml, float_xml.with_suffix(".bin")):
         shutil.copyfile(file, folder / file.name)
     return folder / float_xml.name
