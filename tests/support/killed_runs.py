@@ -1,13 +1,16 @@
-"""A program for test_kills.py: one small run through every stage in forked processes, interrupted again and again until
-it ends by itself.
+"""A program for test_kills.py: small runs through every stage in forked processes, interrupted again and again until
+they end by themselves.
 
-    python killed_runs.py MODEL ROOT KINDS SEED
+    python killed_runs.py MODEL ROOT KINDS SEED [ROOT KINDS SEED ...]
 
 KINDS, joined by +, are the interruptions of successive processes, each at a moment of its own in one of the stages:
 SIGKILL, SIGINT, or `full`, which fills the disk at ROOT until the process has ended. With SEED 0 every stage is
 interrupted once, training late enough for a checkpoint, and the newest checkpoint of `pq` is damaged. Otherwise 30
 moments are spread over the stages. KINDS `none` is an uninterrupted run, which must come first. The program prints as
-JSON how each process ended, and in which stage.
+JSON, for each root, how each process ended, and in which stage.
+
+Unless PQCAD_KILLS=all is set, images are made of one variant of each kind: in PyTorch and by OpenVINO, shared by runs
+and not, in the steps of the sampler and of its student. A copy of full precision's graph then stands for NNCF's.
 
 The processes are forked from one that has imported everything and used nothing. Not here: any test.
 """
@@ -22,7 +25,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
@@ -30,7 +33,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from tiny_runs import POLICIES, SCHEDULER, tiny_overrides
+from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, without_nncf
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pqcad_qat import cli
@@ -40,14 +43,21 @@ from pqcad_qat.policy.variants import (
     DEFAULT_VARIANTS,
     FIXED_BIT,
     FLOAT_STEPS,
+    FP32,
+    NNCF_INT8,
     PQ,
     PQ_DISTILLED,
     PQCAD,
+    PQCAD_OPENVINO,
     STEP_COSTS,
     TRAINED,
     VARIANTS,
 )
 from pqcad_qat.stages.run_folder import RunFolder, Stage
+
+ALL = os.environ.get("PQCAD_KILLS") == "all"
+MADE = DEFAULT_VARIANTS if ALL else (FP32, NNCF_INT8, FIXED_BIT, PQ_DISTILLED, PQCAD_OPENVINO)
+"""Variants of the runs, in the order of the tables; every stage is needed by one of them."""
 
 SMALL = (  # overrides in addition to tiny_runs.TINY
     "sampler.steps=2",
@@ -61,6 +71,7 @@ SMALL = (  # overrides in addition to tiny_runs.TINY
     "evaluation.features=none",
     "evaluation.images=4",
     "evaluation.batch_size=1",
+    f"evaluation.variants=[{', '.join(MADE)}]",
     "export.latency_runs=1",
 )
 
@@ -76,7 +87,7 @@ STAGES = {  # stage -> number of moments in it
     "export": 3,
     "baselines": 2,
     "benchmark": 1,
-    **{f"samples-{name}": 1 for name in DEFAULT_VARIANTS if VARIANTS[name].sampled},
+    **{f"samples-{name}": 1 for name in MADE if VARIANTS[name].sampled},
     "evaluation": 1,
 }
 EVENTS = "events.json"
@@ -120,16 +131,24 @@ class Ending:
     finished: Mapping[str, int]
 
 
-def main(model: Path, root: Path, kinds: str, seed: int) -> None:
+def main(model: Path, *chains: str) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # the forked processes need not collect what is imported
     if not model.exists():
         torch.manual_seed(0)
         save_model(network().eval(), SCHEDULER, model)
-    found = (
-        [ended(started(model, root, None))] if kinds == "none" else list(cut_off(model, root, kinds.split("+"), seed))
-    )
-    print(json.dumps([asdict(ending) for ending in found]))
+    found = []
+    with nullcontext() if ALL else without_nncf():
+        for root, kinds, seed in zip(chains[::3], chains[1::3], chains[2::3], strict=True):
+            found.append([asdict(ending) for ending in endings(model, Path(root), kinds, int(seed))])
+    print(json.dumps(found))
+
+
+def endings(model: Path, root: Path, kinds: str, seed: int) -> Iterator[Ending]:
+    if kinds == "none":
+        yield ended(started(model, root, None))
+    else:
+        yield from cut_off(model, root, kinds.split("+"), seed)
 
 
 def network() -> UNet2DModel:
@@ -272,4 +291,4 @@ def ended(process: Process) -> Ending:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

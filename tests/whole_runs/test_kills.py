@@ -82,22 +82,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("chains")
 
 
-def chain(base: Path, name: str, kinds: str, seed: int) -> Chain:
-    (base / name).mkdir(exist_ok=True)
-    command = [sys.executable, str(SUPPORT / "killed_runs.py"), str(base / "model"), str(base / name), kinds, str(seed)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return Chain(base / name, json.loads(done.stdout.splitlines()[-1]))
-
-
-@pytest.fixture(scope="module")
-def whole(base: Path) -> Chain:
-    """The run that is left alone."""
-    found = chain(base, "whole", "none", 0)
-    assert [ending["code"] for ending in found.endings] == [0], found.endings[0]["said"]
-    return found
-
-
 @pytest.fixture(scope="module")
 def disk(base: Path) -> Iterator[str | None]:
     """A small file system of its own, by its name below the folder of all chains; None where none can be mounted."""
@@ -114,13 +98,38 @@ def disk(base: Path) -> Iterator[str | None]:
     (base / "disk").rmdir()
 
 
-@pytest.fixture(scope="module", params=CHAINS, ids=lambda chosen: chosen[0])
-def cut(request: pytest.FixtureRequest, disk: str | None, base: Path, whole: Chain) -> Chain:
-    """The run that is cut off in every stage; `whole` comes before it."""
-    kinds, seed = request.param
-    if disk is None and kinds == "full":
+@pytest.fixture(scope="module")
+def chains(base: Path, disk: str | None) -> dict[str, Chain]:
+    """All runs by what cuts them off, made by one program; `none` is the run that is left alone. A disk is filled where
+    one can be mounted.
+    """
+    cut_off = [(kinds, seed) for kinds, seed in CHAINS if disk or kinds != "full"]
+    roots = {kinds: base / (disk if disk and "full" in kinds else kinds) for kinds, _ in (("none", 0), *cut_off)}
+    arguments = [str(base / "model")]
+    for kinds, seed in (("none", 0), *cut_off):
+        roots[kinds].mkdir(exist_ok=True)
+        arguments += [str(roots[kinds]), kinds if disk else kinds.removesuffix("+full"), str(seed)]
+    command = [sys.executable, str(SUPPORT / "killed_runs.py"), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    endings = json.loads(done.stdout.splitlines()[-1])
+    return {kinds: Chain(roots[kinds], found) for kinds, found in zip(roots, endings, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def whole(chains: dict[str, Chain]) -> Chain:
+    """The run that is left alone."""
+    found = chains["none"]
+    assert [ending["code"] for ending in found.endings] == [0], found.endings[0]["said"]
+    return found
+
+
+@pytest.fixture(scope="module", params=[kinds for kinds, _ in CHAINS])
+def cut(request: pytest.FixtureRequest, chains: dict[str, Chain]) -> Chain:
+    """The run that is cut off in every stage."""
+    if request.param not in chains:
         pytest.skip("no file system can be mounted here")
-    return chain(base, disk or kinds, kinds if disk else kinds.removesuffix("+full"), seed)
+    return chains[request.param]
 
 
 def test_a_run_that_is_cut_off_in_every_stage_ends_with_the_bits_of_one_left_alone(cut: Chain, whole: Chain) -> None:
@@ -197,7 +206,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_is_an_error_and_the_
     path = tmp_path / "run"
     only = [
         f"evaluation.variants=[{FIXED_BIT}]",
-        "progressive.steps=30",
+        "progressive.steps=21",
         "training.checkpoint_every=10",
         "training.samples_every=0",
         "evaluation.images=2",
