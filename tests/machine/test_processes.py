@@ -172,7 +172,7 @@ def launcher(*arguments: str | Path) -> list[str]:
 
 
 def flags(model: Path, *more: str) -> list[str]:
-    only = (f"evaluation.variants=[{PQ}]", "evaluation.images=2", "evaluation.batch_size=2", "training.samples_every=4")
+    only = (f"evaluation.variants=[{PQ}]", "evaluation.images=2", "evaluation.batch_size=2", "evaluation.features=none")
     return [f"--set={override}" for override in tiny_overrides(model, *only, *more)]
 
 

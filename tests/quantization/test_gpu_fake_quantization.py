@@ -21,7 +21,9 @@ from tiny_runs import SUPPORT
 )
 def test_kernels_give_the_eager_values_and_gradients() -> None:
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / "gpu_kernels.py")]
+    # without the fixtures of all tests, which import everything
+    options = ["-q", "-p", "no:cacheprovider", "--noconftest"]
+    command = [sys.executable, "-m", "pytest", *options, str(SUPPORT / "gpu_kernels.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

@@ -274,7 +274,7 @@ def test_only_the_graph_that_the_manifest_names_is_read(whole: Path, tmp_path: P
 def test_a_graph_that_unfolds_to_gigabytes_is_refused_before_it_does(packed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(packed, tmp_path / "openvino"))
     text = folder / "unet" / "openvino_model.xml.gz"
-    text.write_bytes(b"".join(gzip.compress(b" " * 2**24) for _ in range(200)))  # 3.4 GB
+    text.write_bytes(200 * gzip.compress(b" " * 2**24))  # 3.4 GB
     resealed(folder, "unet/openvino_model.xml.gz")
     with bounded(60, 10**9), pytest.raises(ModelError, match=r"xml.gz: got a graph's text of more than 67108864 bytes"):
         OVUNet2DModel.from_pretrained(folder)

@@ -29,7 +29,7 @@ import pytest
 from forked_program import ForkedProgram
 from killed_runs import DAMAGED, REPORT, STAGES
 from safetensors import SafetensorError
-from tiny_runs import POLICIES, SUPPORT, environment, program, tiny_overrides
+from tiny_runs import POLICIES, SUPPORT, environment, fixed_batch_graph, program, tiny_overrides
 
 from pqcad_qat import cli
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQCAD_OPENVINO, TRAINED
@@ -266,16 +266,14 @@ def test_any_other_fault_of_the_machine_keeps_its_traceback(monkeypatch: pytest.
 def test_ctrl_c_after_a_benchmark_is_no_segmentation_fault(tmp_path: Path) -> None:
     """Compiled graphs that go in the order in which they came leave a stack for signals behind; see shared_core."""
     script = (
-        "import gc, signal, sys\nfrom pathlib import Path\n"
-        "from tiny_runs import fixed_batch_graph\n"
+        "import no_usage_reports, gc, signal, sys\nfrom pathlib import Path\n"
         "from pqcad_qat.timing.latency import compile_for_latency\n"
-        "xml = fixed_batch_graph(1, (1, 8, 8), Path(sys.argv[1]))\n"
-        "graphs = [compile_for_latency(xml, {}) for _ in range(2)]\n"
+        "graphs = [compile_for_latency(Path(sys.argv[1]), {}) for _ in range(2)]\n"
         "while graphs: del graphs[0]; gc.collect()\n"
         "try: signal.raise_signal(signal.SIGINT)\n"
         "except KeyboardInterrupt: print('told')\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    command = [sys.executable, "-c", script, str(fixed_batch_graph(1, (1, 8, 8), tmp_path))]
     done = subprocess.run(
         command, cwd=SUPPORT, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE
     )
