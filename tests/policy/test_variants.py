@@ -155,7 +155,8 @@ assert "another" in figure_chart(comparison.parts[0])
 
 @pytest.mark.slow
 def test_a_row_more_is_in_the_schema_in_a_run_and_in_its_report_and_charts(tiny_folder: Path, tmp_path: Path) -> None:
-    overrides = tiny_overrides(tiny_folder, "evaluation.variants=[another]", "progressive.steps=2", *QUIET)
+    few = ("progressive.steps=2", "evaluation.images=2", "evaluation.features=none", *QUIET)
+    overrides = tiny_overrides(tiny_folder, "evaluation.variants=[another]", *few)
     command = [sys.executable, "-c", ANOTHER, POLICIES / "smoke.yaml", tmp_path]
     command += [text for override in overrides for text in ("--set", override)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)

@@ -88,7 +88,13 @@ def test_a_student_of_every_class_samples_as_the_ddim_that_is_written_for_it(nam
 def test_a_run_deploys_it_and_diffusers_pictures_are_ours(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
     scheduler = getattr(diffusers, name)(**keys)
     diffusers.DDPMPipeline(unet=pixels(), scheduler=scheduler).save_pretrained(tmp_path / "model")
-    budget = ("progressive.steps=2", "distillation.steps=2", "evaluation.features=none", "training.samples_every=1")
+    budget = (
+        "progressive.steps=2",
+        "distillation.steps=2",
+        "training.samples_every=2",
+        "evaluation.features=none",
+        "evaluation.images=2",
+    )
     steps = (
         f"sampler.steps={2 * STEPS}",
         f"distillation.student_steps={STEPS}",

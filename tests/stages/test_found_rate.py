@@ -99,7 +99,9 @@ def ended(path: Path, stage: str) -> StageEnd:
 def test_the_stages_of_a_run_train_at_the_rate_that_they_found(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The trials are shorter than they are in use."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(found_rate, "TRIAL_STEPS", 4)
     timed: list[float] = []
     monkeypatch.setattr(training_task, "hurry", lambda _schedule, _held_out, step_s: timed.append(step_s))
     overrides = (

@@ -160,12 +160,17 @@ def run(model: Path, path: Path, *overrides: str, resume: bool = False) -> str:
 def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_for_bit(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    shorter = ("progressive.steps=3", "distillation.steps=3", "evaluation.images=2", "calibration.trajectories=2")
+    shorter = (
+        "progressive.steps=3",
+        "distillation.steps=3",
+        "calibration.trajectories=2",
+        "evaluation.images=2",
+        "evaluation.features=none",
+    )
     changes = (
         *shorter,
         "distillation.calibration_weight=0.5",
         "training.samples_every=0",
-        "evaluation.features=none",
         "evaluation.seed=3",
     )
     run(tiny_folder, tmp_path / "one" / "run", *shorter)

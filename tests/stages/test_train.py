@@ -27,6 +27,7 @@ from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
 from pqcad_qat.stages.train import _shown, distilled_states, matched_states, whole_batch
 from pqcad_qat.stages.training_task import at_target_widths
+from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.distillation import DistillationSet
 from pqcad_qat.training.stage_end import StageEnd
 
@@ -118,12 +119,17 @@ def test_a_stage_that_training_makes_worse_returns_what_it_was_given(tiny_folder
     assert torch.equal(images[PQ], images[PTQ])
 
 
-def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(tiny_folder: Path, tmp_path: Path) -> None:
-    auto = ("progressive.steps=auto", "distillation.steps=auto", "training.max_steps=30", "training.learning_rate=1e-3")
+def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate may decay in half as many steps as in use, so that fewer are enough for a stage that holds it before."""
+    monkeypatch.setattr(stopping_rule, "SHORTEST_DECAY", stopping_rule.SHORTEST_DECAY // 2)
+    auto = ("progressive.steps=auto", "distillation.steps=auto", "training.max_steps=20", "training.learning_rate=1e-3")
     run(tiny_folder, tmp_path, *auto, f"evaluation.variants=[{FP32}, {FIXED_BIT}, {PQ}, {PQCAD}]")
     pq, control, student = (ended(tmp_path, stage) for stage in (PQ, FIXED_BIT, PQCAD))
-    assert (pq.steps, pq.cause, student.steps, student.cause) == (30, "max_steps", 30, "max_steps")
+    assert (pq.steps, pq.cause, student.steps, student.cause) == (20, "max_steps", 20, "max_steps")
     assert (control.steps, control.decay_from, control.cause) == (pq.steps, pq.decay_from, "steps")
+    assert pq.decay_from == 10
     rates = [
         [json.loads(row)["learning_rate"] for row in (tmp_path / "logs" / f"{stage}.jsonl").read_text().splitlines()]
         for stage in (PQ, FIXED_BIT)
@@ -132,6 +138,6 @@ def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(tiny_fol
     report, curves = read_record(tmp_path)
     assert report.training == {PQ: pq, FIXED_BIT: control, PQCAD: student}
     held_out = [series for series in curves.losses if series.name == "held_out"]
-    assert [series.steps for series in held_out] == [(0, 10, 20, 30)] * 3
+    assert [series.steps for series in held_out] == [(0, 10, 20)] * 3
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "pq ended after 30 steps, because training.max_steps allows no more" in page
+    assert "pq ended after 20 steps, because training.max_steps allows no more" in page

@@ -32,6 +32,7 @@ from pqcad_qat.errors import ExportError
 from pqcad_qat.export.execution import INT8, ExecutionReport, refuse_float
 from pqcad_qat.models.denoiser import DiffusionModel, predict
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
     FIXED_BIT,
     FLOAT_STEPS,
@@ -354,12 +355,18 @@ def test_the_report_says_how_to_make_it_again(report: Mapping[str, Any], tiny_ru
     assert report["policy"] == tiny_run.policy.model_dump(mode="json")
 
 
+def quiet(policy: Policy) -> Policy:
+    """The policy without checkpoints and samples on the way, for runs of which only the end is looked at."""
+    training = policy.training.model_copy(update={"checkpoint_every": 1000, "samples_every": 0})
+    return policy.model_copy(update={"training": training})
+
+
 @pytest.mark.parametrize(("schedule", "steps"), [("momentum", 9), ("fixed", 9), ("momentum", 1)])
 def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, schedule: str, steps: int) -> None:
     policy = tiny_run.policy
     progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
     evaluation = policy.evaluation.model_copy(update={"variants": (PQ,), "images": 2, "features": "none"})
-    late = policy.model_copy(update={"progressive": progressive, "evaluation": evaluation})
+    late = quiet(policy.model_copy(update={"progressive": progressive, "evaluation": evaluation}))
     beside = tiny_run.path.with_name(f"late-{schedule}-{steps}")  # it finds the calibration set
     with without_images():
         path = run(late, beside, "command", Console(quiet=True)).parent
@@ -438,7 +445,8 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
 
     monkeypatch.setattr("pqcad_qat.stages.training_task.train_stage", counted)
     few = {"variants": (FIXED_BIT, PQ), "images": 2, "features": "none"}
-    blends = tiny_run.policy.model_copy(update={"evaluation": tiny_run.policy.evaluation.model_copy(update=few)})
+    whole = quiet(tiny_run.policy)
+    blends = whole.model_copy(update={"evaluation": whole.evaluation.model_copy(update=few)})
     jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
     for name, policy in (("blends", blends), ("jumps", jumps)):
         run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)
