@@ -30,15 +30,20 @@ def test_every_policy_for_a_model_that_does_not_ship_is_run() -> None:
 def test_each_goes_through_training_distillation_export_and_proof(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """As it is, and trained alone with activations computed again if they were not, or kept if they were: to the same
-    weights.
-    """
     whole = shipped_run(name, tmp_path_factory)
     report = whole.report
     assert (
         report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
     )
     assert {row["name"] for row in report["variants"]} >= {*whole.policy.evaluation.variants} - {OV_BF16}
+
+
+@pytest.mark.parametrize("name", {layout: name for name, layout in reversed(LAYOUTS.items())}.values())
+def test_one_of_each_layout_trains_alone_to_the_same_weights(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With activations computed again if they were not, or kept if they were. Layouts decide which modules do that."""
+    whole = shipped_run(name, tmp_path_factory)
     other, trained = str(not whole.policy.training.activation_checkpointing).lower(), whole.path.with_name("trained")
     only = (f"training.activation_checkpointing={other}", f"evaluation.variants=[{PQCAD}]")
     with without_images():
