@@ -61,10 +61,12 @@ GUIDANCE = 2.5
 SMALLER = {
     "w4a8-dit": ("sampler.guidance_scale=3.0",),
     "w8a8-flux": (f"conditions.tokens={T5_TOKENS}", f"conditions.guidance={GUIDANCE}"),
+    "w8a8-sd15": ("sampler.guidance_scale=3.0", "distillation.guidance=keep", "quantization.attention=int8"),
     "w8a8-sd3": (f"conditions.tokens={T5_TOKENS}",),
 }
-"""What else makes a run small or sets it apart: few tokens where T5 would read hundreds (PixArt keeps its own), and
-guidance of a DiT, of which its policy says nothing.
+"""What else makes a run small or sets it apart: few tokens where T5 would read hundreds (PixArt keeps its own),
+guidance of a DiT, of which its policy says nothing, and a student of Stable Diffusion that keeps guidance and computes
+attention in INT8, beside one that does neither.
 """
 
 

@@ -1,5 +1,5 @@
-"""A whole run of a text-to-image pipeline, from prompts to a folder that takes prompts; and what the commands make of
-it.
+"""A whole run of a text-to-image pipeline by a policy that ships, from prompts to a folder that takes prompts; and what
+the commands make of it.
 
 Not here: what the parts compute (test_part_export.py), and other conditional models (test_conditional_runs.py).
 """
@@ -24,8 +24,8 @@ import torch
 from clip_folder import clip_folder
 from rich.console import Console
 from safetensors.torch import load_file
-from shipped_runs import GUIDANCE, shipped_run
-from text_pipelines import T5_TOKENS, TOKENS, WIDTH, stable_diffusion
+from shipped_runs import GUIDANCE, ShippedRun, shipped_run
+from text_pipelines import T5_TOKENS, TOKENS, WIDTH
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from pqcad_qat import cli
@@ -33,6 +33,7 @@ from pqcad_qat.commands.run import run
 from pqcad_qat.errors import ModelError, PolicyError
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.pipeline_parts import VAE, pipeline_parts
+from pqcad_qat.models.prompts import read_prompts
 from pqcad_qat.policy.loading import dump_policy, load_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.quality.clip_score import clip_digest
@@ -57,13 +58,14 @@ def policy_of(folder: Path, *more: str) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    stable_diffusion(folder)
-    (folder / "prompts.txt").write_text("a cat\ntwo dogs\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        return run(policy_of(folder), folder / "runs" / "tiny", "command", Console(quiet=True)).parent
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> ShippedRun:
+    """Guided in two passes, by its student too."""
+    return shipped_run("w8a8-sd15", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def made(shipped: ShippedRun) -> Path:
+    return shipped.path
 
 
 def test_the_folder_of_a_run_holds_the_whole_pipeline_and_takes_prompts(made: Path) -> None:
@@ -142,13 +144,16 @@ def test_a_report_shows_pictures_that_the_full_precision_vae_decodes(made: Path)
         assert np.abs(found["pictures"].numpy() - wanted).max() <= 1
 
 
-def test_embeddings_are_kept_beside_the_run_and_in_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_kept_beside_the_run_and_in_it(shipped: ShippedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, prompts = shipped.path, shipped.policy.conditions.prompts
+    assert prompts is not None
     tensors = load_file(made / "conditions.safetensors")
-    assert tensors["encoder_hidden_states"].shape == (2, TOKENS, 24)
+    assert tensors["encoder_hidden_states"].shape == (len(read_prompts(Path(prompts))), TOKENS, WIDTH)
     kept = list((made.parent / ".shared").glob("*/embeddings.safetensors"))
     assert len(kept) == 1
+    again = shutil.copytree(made, made.with_name("again"), symlinks=True)
     monkeypatch.setattr("pqcad_qat.models.prompts.encode_prompts", None)  # nothing is encoded again
-    run(policy_of(made.parents[1]), made, "command", Console(quiet=True), resume=True)
+    run(shipped.policy, again, "command", Console(quiet=True), resume=True)
 
 
 def test_latents_of_a_run_are_sampled_as_pictures_or_as_they_are(made: Path, tmp_path: Path) -> None:
@@ -230,7 +235,10 @@ def test_parts_that_are_not_there_end_a_run_before_anything_is_made(
 
 @pytest.fixture(scope="module")
 def scored(made: Path) -> Path:
-    """A run of the same pipeline without training, scored by a CLIP model that lies beside the pipeline."""
+    """A run of the same pipeline without training, with two prompts, scored by a CLIP model that lies beside the
+    pipeline.
+    """
+    (made.parents[1] / "prompts.txt").write_text("a cat\ntwo dogs\n")
     clip = f"evaluation.clip={clip_folder(made.parents[1])}"
     policy = policy_of(made.parents[1], f"evaluation.variants=[{PTQ}]", clip)
     return run(policy, made.with_name("scored"), "command", Console(quiet=True)).parent
