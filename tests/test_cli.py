@@ -35,7 +35,7 @@ from tiny_runs import (
 from pqcad_qat import __version__, cli, console
 from pqcad_qat.arguments import fire_arguments
 from pqcad_qat.errors import UsageError
-from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_FP32, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_BF16, OV_FP32, PQCAD_OPENVINO
 from pqcad_qat.stages.open_run import open_run
 
 SMOKE = str(POLICIES / "smoke.yaml")
@@ -605,6 +605,12 @@ def test_benchmark_of_an_architecture_under_a_smaller_instruction_set_says_so_in
     assert (done.returncode, done.stderr) == (0, "")
     (measurement,) = json.loads((tmp_path / "found" / "benchmark.json").read_text())["measurements"]
     assert (measurement["isa"], measurement["hardware"]["settings"]["ONEDNN_MAX_CPU_ISA"]) == ("avx2", "AVX2")
+    assert measurement["left_out"] == {OV_BF16: "bfloat16 is emulated here"}
+    rows = {row["name"]: row for row in measurement["rows"]}
+    assert set(rows) == {FP32, OV_FP32, NNCF_INT8, PQCAD_OPENVINO}
+    assert {row["throughput"] for row in rows.values()} == {None}
+    ours = rows[PQCAD_OPENVINO]
+    assert (ours["inference_precision"], ours["planned_float"]) == ("f32", [])
     kernels = [kernel for row in measurement["rows"] for kernel in row["kernels"]]
     assert kernels
     assert not [kernel for kernel in kernels if "avx512" in kernel or "amx" in kernel]

@@ -1,7 +1,7 @@
-"""What a benchmark records of each candidate, in this process and in one that computes as on a smaller CPU; nothing
-here asserts a speed.
+"""What a benchmark records of each candidate in this process; nothing here asserts a speed.
 
-Not here: how it looks (test_benchmark_page.py), how a call or a burst is timed (test_latency.py, test_throughput.py).
+Not here: what it records in a process that computes as on a smaller CPU (test_cli.py), how it looks
+(test_benchmark_page.py), how a call or a burst is timed (test_latency.py, test_throughput.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from small_networks import unet_config
 from tiny_runs import POLICIES, fixed_batch_graph
 
+from pqcad_qat.commands import benchmark
 from pqcad_qat.commands.benchmark import measure, measure_here, measure_speed, precision_hint
 from pqcad_qat.commands.benchmark_subject import Candidates, Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError
@@ -106,18 +108,20 @@ def test_the_profile_says_where_the_time_went(native: Measurement) -> None:
         assert ("Convolution" in {part.kind for part in row.profile}) is (row.name != FP32)
 
 
-def test_a_smaller_instruction_set_is_forced_on_a_process_of_its_own(
-    made: Candidates, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Thread(ThreadPoolExecutor):
+    """In place of another process: a thread of this one, started with the same environment."""
+
+    def __init__(self, count: int, _context: object) -> None:
+        super().__init__(count)
+
+
+def test_a_smaller_instruction_set_is_asked_of_the_other_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What such a process then finds is tested by the command line (test_cli.py)."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    found = measure(made, "avx2", runs=1, throughput=False)
-    assert found.isa == "avx2"
-    assert found.hardware.settings["ONEDNN_MAX_CPU_ISA"] == "AVX2"
-    assert found.left_out == {OV_BF16: "bfloat16 is emulated here"}
-    assert {row.throughput for row in found.rows} == {None}
-    ours = rows(found)[OURS]
-    assert (ours.inference_precision, ours.planned_float) == ("f32", ())
-    assert not [kernel for row in found.rows for kernel in row.kernels if "avx512" in kernel or "amx" in kernel]
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Thread)
+    monkeypatch.setattr(benchmark, "measure_here", lambda *given: (given, os.environ["ONEDNN_MAX_CPU_ISA"]))
+    timed = Candidates({}, {}, (1, 8, 8), 2)
+    assert measure(timed, "avx2", runs=1, throughput=False) == ((timed, "avx2", 1, False), "AVX2")
     assert "ONEDNN_MAX_CPU_ISA" not in os.environ
 
 
