@@ -41,7 +41,7 @@ from pqcad_qat.models.model_loading import load_model, save_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 
-SHARED = (r"\btiny_run: ", r"\bfloat_pipeline\(", r"\bshipped_run\(")
+SHARED = (r"\btiny_run: ", r"\bfloat_pipeline\(", r"\bshipped_run\(", r"\bdeployed_unet\(")
 """What makes a test file use things that are made once in a process, for several files."""
 
 

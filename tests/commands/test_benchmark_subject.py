@@ -6,12 +6,13 @@ Not here: its timing (test_benchmark_command.py).
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 import pytest
-from deployed_fixture import quantized_unet
+from deployed_fixture import deployed_unet
 from small_networks import unet_config
 from tiny_runs import POLICIES, SCHEDULER
 
@@ -54,8 +55,10 @@ def test_another_policys_rules_are_taken_where_it_is_named(tmp_path: Path) -> No
     assert {entry["weight_bits"] for entry in read_manifest(found.folder)["layers"].values()} == {8}
 
 
-def test_a_deployed_folder_and_the_run_that_holds_it_are_taken_as_they_are(tmp_path: Path) -> None:
-    folder = quantized_unet({"bits": 4}, {"bits": 8}).export(tmp_path / "run" / "openvino")
+def test_a_deployed_folder_and_the_run_that_holds_it_are_taken_as_they_are(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = Path(shutil.copytree(deployed_unet(tmp_path_factory).int8, tmp_path / "run" / "openvino"))
     for source in (tmp_path / "run", folder):
         found = open_subject(str(source), Path("no-such-policy.yaml"), tmp_path / "made")
         assert (found.folder, found.sample_shape, found.steps, found.weights) == (
@@ -67,8 +70,10 @@ def test_a_deployed_folder_and_the_run_that_holds_it_are_taken_as_they_are(tmp_p
     assert not (tmp_path / "made").exists()
 
 
-def test_the_steps_of_an_image_are_those_that_the_folder_says(tmp_path: Path) -> None:
-    folder = quantized_unet({"bits": 4}, {"bits": 8}).export(tmp_path / "deployed")
+def test_the_steps_of_an_image_are_those_that_the_folder_says(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = Path(shutil.copytree(deployed_unet(tmp_path_factory).int8, tmp_path / "deployed"))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["provenance"]["sampling_steps"] = 7
     written(folder / "manifest.json", manifest)

@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from deployed_fixture import BATCH, PROVENANCE, SHAPE, Quantized, quantized_small, quantized_unet
+from deployed_fixture import BATCH, PROVENANCE, SHAPE, Quantized, deployed_unet, quantized_small
 from tiny_runs import SCHEDULER
 from torch import nn
 
@@ -28,18 +28,18 @@ INPUTS = {"bits": 8, "symmetric": False}
 
 
 @pytest.fixture(scope="module")
-def unet() -> Quantized:
-    return quantized_unet({"bits": 4}, INPUTS)
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    return deployed_unet(tmp_path_factory).quantized
 
 
 @pytest.fixture(scope="module")
-def folder(unet: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unet.export(tmp_path_factory.mktemp("int8") / "openvino")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deployed_unet(tmp_path_factory).int8
 
 
 @pytest.fixture(scope="module")
-def packed(unet: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unet.export(tmp_path_factory.mktemp("packed") / "openvino", "packed")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deployed_unet(tmp_path_factory).packed
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deployed_fixture import Quantized, quantized_small, quantized_unet
+from deployed_fixture import Quantized, deployed_unet, quantized_small
 from tiny_runs import REPOSITORY, SUPPORT
 
 from pqcad_qat.errors import ExportError
@@ -25,13 +25,13 @@ A8: dict[str, Any] = {"bits": 8, "symmetric": False}
 
 
 @pytest.fixture(scope="module")
-def quantized() -> Quantized:
-    return quantized_unet(W4, A8)
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    return deployed_unet(tmp_path_factory).quantized
 
 
 @pytest.fixture(scope="module")
-def folder(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized.export(tmp_path_factory.mktemp("deployed") / "openvino")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deployed_unet(tmp_path_factory).int8
 
 
 @pytest.mark.parametrize(

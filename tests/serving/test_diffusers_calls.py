@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from deployed_fixture import SHAPE, quantized_unet
+from deployed_fixture import SHAPE, deployed_unet
 from diffusers import DDIMPipeline, DDPMPipeline
 from tiny_runs import SCHEDULER, tiny_unet
 
@@ -174,7 +174,7 @@ def test_pipelines_read_of_a_config_what_most_have_not() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny UNet, for 5 steps."""
-    made = quantized_unet({"bits": 8}, {"bits": 8})
+    made = deployed_unet(tmp_path_factory).quantized
     path = tmp_path_factory.mktemp("deployed") / "openvino"
     request = ExportRequest(made.model, {**SCHEDULER, "num_inference_steps": 5}, made.layers, SHAPE, batch_size=2)
     return export_model(request, path).path

@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from deployed_fixture import BATCH, SHAPE, Quantized, quantized_unet
+from deployed_fixture import BATCH, SHAPE, Quantized, deployed_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from tiny_runs import SCHEDULER, tiny_unet
 
@@ -29,13 +29,13 @@ NEAR_DB = 40.0
 
 
 @pytest.fixture(scope="module")
-def quantized() -> Quantized:
-    return quantized_unet({"bits": 4}, {"bits": 8, "symmetric": False})
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    return deployed_unet(tmp_path_factory).quantized
 
 
 @pytest.fixture(scope="module")
-def folder(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized.export(tmp_path_factory.mktemp("deployed") / "openvino", "packed")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deployed_unet(tmp_path_factory).packed
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deployed_fixture import BATCH, SHAPE, Quantized, quantized_unet
+from deployed_fixture import BATCH, SHAPE, deployed_unet
 from diffusers import DDIMPipeline, DDIMScheduler
 from tiny_runs import SCHEDULER, environment
 
@@ -26,13 +26,8 @@ from pqcad_qat.serving.runtime import OVUNet2DModel, UNetOutput
 
 
 @pytest.fixture(scope="module")
-def quantized() -> Quantized:
-    return quantized_unet({"bits": 4}, {"bits": 8, "symmetric": False})
-
-
-@pytest.fixture(scope="module")
-def folder(quantized: Quantized, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantized.export(tmp_path_factory.mktemp("deployed") / "openvino", "packed")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deployed_unet(tmp_path_factory).packed
 
 
 @pytest.fixture(scope="module")

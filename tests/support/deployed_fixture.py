@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from pqcad_qat.quantization.integer_layer import IntegerLayer
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.shortcuts import split_shortcuts
 from pqcad_qat.serving.packing import WeightFormat
+
+if TYPE_CHECKING:
+    import pytest
 
 SHAPE = (1, 32, 32)
 BATCH = 2
@@ -49,6 +52,27 @@ def quantized_unet(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Qua
     """The tiny UNet, quantized, with its shortcuts split."""
     torch.manual_seed(0)
     return quantized(tiny_unet(), weights, inputs)
+
+
+@dataclass(frozen=True)
+class DeployedUnet:
+    """The tiny UNet at 4 bits, and its folder in each format."""
+
+    quantized: Quantized
+    int8: Path
+    packed: Path
+
+
+_MADE: list[DeployedUnet] = []
+
+
+def deployed_unet(factory: pytest.TempPathFactory) -> DeployedUnet:
+    """Quantized and exported once in a process, for all tests, which must not change it."""
+    if not _MADE:
+        made, root = quantized_unet({"bits": 4}, {"bits": 8, "symmetric": False}), factory.mktemp("deployed-unet")
+        int8, packed = made.export(root / "int8" / "openvino"), made.export(root / "packed" / "openvino", "packed")
+        _MADE.append(DeployedUnet(made, int8, packed))
+    return _MADE[0]
 
 
 def quantized_small(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Quantized:
