@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from pqcad_qat.stages import chosen_widths
 from pqcad_qat.stages.held_out_images import measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe, prepare
 from pqcad_qat.stages.quantized_models import QuantizedModels
-from pqcad_qat.stages.recipe import reason_to_repeat, record_of
+from pqcad_qat.stages.recipe import Recipe, reason_to_repeat, record_of
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import recipes
 from pqcad_qat.stages.stage_records import TrainingRecord, WidthsRecord
@@ -241,6 +242,12 @@ def test_a_preview_says_what_will_be_measured(tiny_folder: Path, tmp_path: Path)
     assert WIDTHS not in [stage.name for stage in without.stages]
 
 
+@cache
+def recipes_of(model: Path, *overrides: str) -> dict[str, Recipe]:
+    policy = asked(model, "quantization.quality=30", *overrides, variants=PQ)
+    return recipes(policy, prepare(policy))
+
+
 @pytest.mark.parametrize(
     ("override", "again"),
     [
@@ -256,9 +263,6 @@ def test_a_preview_says_what_will_be_measured(tiny_folder: Path, tmp_path: Path)
 def test_what_was_measured_is_measured_again_where_it_would_differ(
     override: str, again: set[str], tiny_folder: Path
 ) -> None:
-    was, now = (
-        recipes(policy, prepare(policy))
-        for policy in (asked(tiny_folder, "quantization.quality=30", *more, variants=PQ) for more in ((), (override,)))
-    )
+    was, now = recipes_of(tiny_folder), recipes_of(tiny_folder, override)
     repeated = {stage for stage in now if reason_to_repeat(record_of(was, stage), record_of(now, stage)) is not None}
     assert repeated - {f"samples-{PQ}", "evaluation"} == again

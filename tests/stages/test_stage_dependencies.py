@@ -34,7 +34,7 @@ from pqcad_qat.policy.variants import (
     STEP_COSTS,
     VARIANTS,
 )
-from pqcad_qat.stages.prepared import prepare
+from pqcad_qat.stages.prepared import Prepared, prepare
 from pqcad_qat.stages.recipe import decides, reason_to_repeat, record_of
 from pqcad_qat.stages.stage_dependencies import recipes
 
@@ -91,12 +91,18 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
 
 @pytest.fixture(scope="module")
 def records(tiny_folder: Path) -> Callable[[str], Records]:
-    """The records of every stage under an override."""
+    """The records of every stage under an override. A model is prepared once for each of the sections that a plan is
+    made of.
+    """
+    made: dict[str, Prepared] = {}
 
     @lru_cache
     def under(override: str) -> Records:
         policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *([override] if override else [])))
-        table = recipes(policy, prepare(policy))
+        planned = policy.model_dump_json(include={"model", "conditions", "quantization", "pipeline"})
+        if planned not in made:
+            made[planned] = prepare(policy)
+        table = recipes(policy, made[planned])
         return {stage: record_of(table, stage) for stage in table}
 
     return under
