@@ -1,5 +1,5 @@
-"""`python -m pqcad_qat ARGUMENTS` as a process that begins at once: it is forked from a server that has imported
-everything and used nothing.
+"""`python -m pqcad_qat ARGUMENTS`, or another program of this folder, as a process that begins at once: it is forked
+from a server that has imported everything and used nothing.
 
 A forked program has the process id, the signals and the exit code of one that was started by itself. Not here: any
 test, or programs that start other Python processes, which would import this file in place of the package's entry point.
@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class ForkedProgram:
 
 @contextmanager
 def program_server(environment: dict[str, str]) -> Iterator[Callable[..., ForkedProgram]]:
-    """Function that starts a program with these arguments, in a server's environment."""
+    """Function that starts a program with these arguments, in a server's environment: the function `main` of a module,
+    which takes them from the command line.
+    """
     server = subprocess.Popen(
         [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -67,9 +70,9 @@ def program_server(environment: dict[str, str]) -> Iterator[Callable[..., Forked
         print(json.dumps(request), file=requests, flush=True)
         return json.loads(answers.readline())
 
-    def start(*arguments: str | Path) -> ForkedProgram:
+    def start(*arguments: str | Path, program: str = "pqcad_qat.cli") -> ForkedProgram:
         folder = Path(tempfile.mkdtemp(dir=root))
-        return ForkedProgram(ask("start", str(folder), *map(str, arguments)), folder, ask)
+        return ForkedProgram(ask("start", str(folder), program, *map(str, arguments)), folder, ask)
 
     with server, tempfile.TemporaryDirectory() as root:
         yield start
@@ -90,15 +93,15 @@ def serve() -> None:
     gc.freeze()  # the programs need not collect what is imported
     for line in sys.stdin:
         match json.loads(line):
-            case ["start", folder, *arguments]:
-                answer: int | None = started(Path(folder), arguments)
+            case ["start", folder, program, *arguments]:
+                answer: int | None = started(Path(folder), program, arguments)
             case ["poll", number]:
                 ended, status = os.waitpid(number, os.WNOHANG)
                 answer = os.waitstatus_to_exitcode(status) if ended else None
         print(json.dumps(answer), flush=True)
 
 
-def started(folder: Path, arguments: list[str]) -> int:
+def started(folder: Path, program: str, arguments: list[str]) -> int:
     """Fork a process that runs the program, with its output in this folder; return its number."""
     if number := os.fork():
         return number
@@ -107,10 +110,8 @@ def started(folder: Path, arguments: list[str]) -> int:
         for stream, file in enumerate((Path(os.devnull), folder / "output", folder / "errors")):
             os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), stream)
         sys.argv[1:] = arguments
-        from pqcad_qat.cli import main
-
         try:
-            main()
+            import_module(program).main()
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)

@@ -131,7 +131,8 @@ class Ending:
     finished: Mapping[str, int]
 
 
-def main(model: Path, *chains: str) -> None:
+def main() -> None:
+    model, chains = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     gc.freeze()  # the forked processes need not collect what is imported
     if not model.exists():
@@ -291,4 +292,4 @@ def ended(process: Process) -> Ending:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main()

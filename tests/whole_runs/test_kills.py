@@ -99,7 +99,7 @@ def disk(base: Path) -> Iterator[str | None]:
 
 
 @pytest.fixture(scope="module")
-def chains(base: Path, disk: str | None) -> dict[str, Chain]:
+def chains(base: Path, disk: str | None, start_program: Callable[..., ForkedProgram]) -> dict[str, Chain]:
     """All runs by what cuts them off, made by one program; `none` is the run that is left alone. A disk is filled where
     one can be mounted.
     """
@@ -109,10 +109,10 @@ def chains(base: Path, disk: str | None) -> dict[str, Chain]:
     for kinds, seed in (("none", 0), *cut_off):
         roots[kinds].mkdir(exist_ok=True)
         arguments += [str(roots[kinds]), kinds if disk else kinds.removesuffix("+full"), str(seed)]
-    command = [sys.executable, str(SUPPORT / "killed_runs.py"), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    endings = json.loads(done.stdout.splitlines()[-1])
+    program = start_program(*arguments, program="killed_runs")
+    output, errors = program.communicate(timeout=PATIENCE)
+    assert program.returncode == 0, errors
+    endings = json.loads(output.splitlines()[-1])
     return {kinds: Chain(roots[kinds], found) for kinds, found in zip(roots, endings, strict=True)}
 
 
