@@ -29,7 +29,7 @@ from tiny_runs import (
     environment,
     program,
     tiny_overrides,
-    without_nncf,
+    without_trials,
 )
 
 from pqcad_qat import __version__, cli, console
@@ -571,8 +571,8 @@ def test_an_embedded_model_is_evaluated_with_the_features_of_its_data(call: Call
 def test_benchmark_of_a_run_counts_whole_images_and_leaves_json_and_a_page(
     call: Call, tiny_run: FinishedRun, tmp_path: Path
 ) -> None:
-    """What stands for NNCF's graph is a copy of full precision's."""
-    with without_nncf():
+    """A copy of full precision's graph stands for NNCF's."""
+    with without_trials():
         code, output, _ = call("benchmark", tiny_run.path, "--batches", "2", "--runs", "1", "--nothroughput")
     assert code == 0
     for name in (FP32, OV_FP32, NNCF_INT8, PQCAD_OPENVINO):

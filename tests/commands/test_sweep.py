@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, tiny_overrides, without_nncf
+from tiny_runs import POLICIES, QUIET, tiny_overrides, without_page, without_trials
 
 from pqcad_qat import cli, console
 from pqcad_qat.commands import run as pipeline
@@ -71,7 +72,7 @@ def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     made: dict[str, int] = {}
     torch.set_num_threads(1)
     printed = io.StringIO()
-    with without_nncf(), pytest.MonkeyPatch.context() as patch:
+    with without_trials(), without_page(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         for stage, name in ((baselines, "nncf_baseline"), (measure, "sample_rows")):
             patch.setattr(stage, name, counting(made, name, getattr(stage, name)))
@@ -94,10 +95,11 @@ def counting(made: dict[str, int], work_name: str, work: Any) -> Any:
 
 
 @pytest.fixture
-def copied(swept: Swept, tmp_path: Path) -> Swept:
+def copied(swept: Swept, tmp_path: Path) -> Iterator[Swept]:
     """The swept study in a folder of one's own, to damage."""
     shutil.copytree(swept.folder, tmp_path / "tiny", symlinks=True)
-    return Swept(swept.overrides, tmp_path / "tiny", {}, "")
+    with without_page():
+        yield Swept(swept.overrides, tmp_path / "tiny", {}, "")
 
 
 def again(swept: Swept) -> None:

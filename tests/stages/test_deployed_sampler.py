@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from rich.console import Console
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, tiny_overrides, without_page
 from torch import Tensor
 
 from pqcad_qat.commands import run as pipeline
@@ -101,7 +101,8 @@ def test_a_run_deploys_it_and_diffusers_pictures_are_ours(name: str, keys: dict[
         f"evaluation.variants=[{FP32},{FP32_HALF},{PQCAD},{PQCAD_OPENVINO}]",
     )
     policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tmp_path / "model", *budget, *steps))
-    pipeline.run(policy, tmp_path / "run", "python -m pqcad_qat run", Console(file=io.StringIO()))
+    with without_page():
+        pipeline.run(policy, tmp_path / "run", "python -m pqcad_qat run", Console(file=io.StringIO()))
     for folder in (tmp_path / "run" / "openvino", tmp_path / "run" / "student"):
         index, config = (
             json.loads((folder / name).read_text()) for name in ("model_index.json", "scheduler/scheduler_config.json")

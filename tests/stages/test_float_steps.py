@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, tiny_unet, without_images, without_nncf
+from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, tiny_unet, without_images, without_trials
 
 from pqcad_qat.commands.benchmark import measure_here
 from pqcad_qat.commands.benchmark_subject import Candidates, open_subject
@@ -71,7 +71,7 @@ def ended(epsilon_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> End
     overrides = tiny_overrides(epsilon_folder, *few, f"evaluation.variants=[{', '.join(MADE)}]")
     policy = load_policy(POLICIES / "smoke.yaml", overrides)
     path = tmp_path_factory.mktemp("runs") / "epsilon"
-    with without_nncf():
+    with without_trials():
         run(policy, path, "command", Console(quiet=True))
     return Ended(path, policy)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, tiny_overrides, without_page
 
 from pqcad_qat import cli
 from pqcad_qat.commands.run import run
@@ -76,7 +76,8 @@ def test_runs_side_by_side_compute_the_references_features_once(
     compared: Path, tiny_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference_set, "load_pictures", None)  # so that reading them again would fail
-    again = finished(tiny_folder, compared.with_name("second"), f"evaluation.reference={pictures}")
+    with without_page():
+        again = finished(tiny_folder, compared.with_name("second"), f"evaluation.reference={pictures}")
     first = json.loads((compared / "report.json").read_text())
     assert again["fid_protocol"] == first["fid_protocol"]
     assert [row["kid_real"] for row in again["variants"]] == [row["kid_real"] for row in first["variants"]]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, tiny_overrides
+from tiny_runs import POLICIES, tiny_overrides, without_page
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
@@ -159,7 +159,8 @@ def run(model: Path, path: Path, *overrides: str, resume: bool = False) -> str:
     policy = load_policy(
         POLICIES / "smoke.yaml", tiny_overrides(model, f"evaluation.variants=[{FP32}, {PQ}, {PQCAD}]", *overrides)
     )
-    pipeline.run(policy, path, "command", Console(file=printed, width=300), resume=resume)
+    with without_page():
+        pipeline.run(policy, path, "command", Console(file=printed, width=300), resume=resume)
     return printed.getvalue()
 
 

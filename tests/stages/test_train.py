@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, tiny_overrides
+from tiny_runs import POLICIES, QUIET, tiny_overrides, without_page
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
@@ -106,7 +106,8 @@ def run(model: Path, path: Path, *overrides: str) -> str:
 
 def test_a_stage_that_training_makes_worse_returns_what_it_was_given(tiny_folder: Path, tmp_path: Path) -> None:
     harmful = ("training.learning_rate=0.002", "progressive.steps=5")
-    printed = run(tiny_folder, tmp_path, *harmful, f"evaluation.variants=[{FP32}, {PTQ}, {FIXED_BIT}, {PQ}]")
+    with without_page():
+        printed = run(tiny_folder, tmp_path, *harmful, f"evaluation.variants=[{FP32}, {PTQ}, {FIXED_BIT}, {PQ}]")
     for stage in (FIXED_BIT, PQ):
         end = ended(tmp_path, stage)
         assert end.kept == "start", stage

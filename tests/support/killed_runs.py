@@ -10,7 +10,7 @@ moments are spread over the stages. KINDS `none` is an uninterrupted run, which 
 JSON, for each root, how each process ended, and in which stage.
 
 Unless PQCAD_KILLS=all is set, images are made of one variant of each kind: in PyTorch and by OpenVINO, shared by runs
-and not, in the steps of the sampler and of its student. A copy of full precision's graph then stands for NNCF's.
+and not, in the steps of the sampler and of its student. Baselines are then not tried out in processes of their own.
 
 The processes are forked from one that has imported everything and used nothing. Not here: any test.
 """
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, without_nncf
+from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, without_trials
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pqcad_qat import cli
@@ -139,7 +139,7 @@ def main() -> None:
         torch.manual_seed(0)
         save_model(network().eval(), SCHEDULER, model)
     found = []
-    with nullcontext() if ALL else without_nncf():
+    with nullcontext() if ALL else without_trials():
         for root, kinds, seed in zip(chains[::3], chains[1::3], chains[2::3], strict=True):
             found.append([asdict(ending) for ending in endings(model, Path(root), kinds, int(seed))])
     print(json.dumps(found))

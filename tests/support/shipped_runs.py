@@ -17,7 +17,7 @@ import torch
 from conditional_models import saved
 from rich.console import Console
 from text_pipelines import PIPELINES, T5_TOKENS
-from tiny_runs import POLICIES, without_nncf
+from tiny_runs import POLICIES, without_trials
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.policy.loading import load_policy
@@ -106,12 +106,12 @@ def digits(folder: Path) -> Path:
 
 
 def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
-    """Run the policy, made small, on the pipeline in `source`; return what was run. NNCF makes its graph for policies
-    that have a row of it.
+    """Run the policy, made small, on the pipeline in `source`; return what was run. Baselines are tried out where the
+    policy has a row of NNCF.
     """
     policy = load_policy(POLICIES / f"{name}.yaml", [*SMALL, f"model.source={source}", *SMALLER.get(name, ()), *more])
     torch.set_num_threads(1)
-    made = nullcontext() if NNCF_INT8 in policy.evaluation.variants else without_nncf()
+    made = nullcontext() if NNCF_INT8 in policy.evaluation.variants else without_trials()
     with made, pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         run(policy, path, "command", Console(quiet=True))

@@ -125,14 +125,23 @@ def without_images() -> AbstractContextManager[object]:
     )
 
 
-@contextmanager
-def without_nncf() -> Iterator[None]:
-    """Runs and benchmarks that are made in this context take a copy of full precision's graph for NNCF's. NNCF has
-    seconds to do in a process of its own, and few tests look at what it makes.
+def without_page() -> AbstractContextManager[object]:
+    """Reports that are written in this context have an empty page: charts take a second, and other runs of the same
+    variants draw them.
     """
+    return patch("pqcad_qat.report.report_files.render_page", lambda *_: "")
+
+
+@contextmanager
+def without_trials() -> Iterator[None]:
+    """Runs and benchmarks that are made in this context start no processes for their baselines: full precision's graph
+    is not tried out before it is timed, and a copy of it stands for NNCF's, which takes seconds to make. Few tests look
+    at what comes of either.
+    """
+    for_baselines = {"nncf_baseline": _copied_graph, "try_out": lambda *_: None}
     with (
-        patch("pqcad_qat.stages.baselines.nncf_baseline", _copied_graph),
-        patch("pqcad_qat.commands.benchmark_subject.nncf_baseline", _copied_graph),
+        patch.multiple("pqcad_qat.stages.baselines", **for_baselines),
+        patch.multiple("pqcad_qat.commands.benchmark_subject", **for_baselines),
     ):
         yield
 

@@ -16,7 +16,7 @@ from paper_models import FACTOR, SIDE, ddpm, latent_diffusion
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, without_nncf
+from tiny_runs import POLICIES, without_trials
 
 from pqcad_qat.commands.evaluate import evaluate
 from pqcad_qat.commands.sweep import STUDY_PAGE, sweep
@@ -81,7 +81,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (POLICIES / "studies" / "paper.yaml").read_text()
     head = text[: text.index("  - ")]
     (root / "study.yaml").write_text(head + "".join(f"  - {name}.yaml\n" for name in MODELS))
-    with without_nncf(), pytest.MonkeyPatch.context() as patch:
+    with without_trials(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         sweep(load_study(root / "study.yaml", TINY), root / "runs", "command", Console(quiet=True))
     return root / "runs"

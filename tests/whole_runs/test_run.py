@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import REPOSITORY, SCHEDULER, FinishedRun, without_images
+from tiny_runs import REPOSITORY, SCHEDULER, FinishedRun, without_images, without_page
 from torch import nn
 
 from pqcad_qat.commands.run import run
@@ -449,7 +449,8 @@ def test_runs_of_a_study_train_what_they_have_in_common_once(
     blends = whole.model_copy(update={"evaluation": whole.evaluation.model_copy(update=few)})
     jumps = blends.model_copy(update={"progressive": blends.progressive.model_copy(update={"transition": "jump"})})
     for name, policy in (("blends", blends), ("jumps", jumps)):
-        run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)
+        with without_page():
+            run(policy, tmp_path / name, "sweep", Console(quiet=True), shares_training=True)
     assert sorted(trained) == [FIXED_BIT, PQ, PQ]
     one, other = (tmp_path / name for name in ("blends", "jumps"))
     for file in (f"models/{FIXED_BIT}.safetensors", f"logs/{FIXED_BIT}.jsonl", f"samples/{FIXED_BIT}.safetensors"):

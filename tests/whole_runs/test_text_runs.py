@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import POLICIES, TINY
+from tiny_runs import POLICIES, TINY, without_page
 
 from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO, PTQ
 
@@ -153,7 +153,8 @@ def test_embeddings_are_kept_beside_the_run_and_in_it(shipped: ShippedRun, monke
     assert len(kept) == 1
     again = shutil.copytree(made, made.with_name("again"), symlinks=True)
     monkeypatch.setattr("pqcad_qat.models.prompts.encode_prompts", None)  # nothing is encoded again
-    run(shipped.policy, again, "command", Console(quiet=True), resume=True)
+    with without_page():
+        run(shipped.policy, again, "command", Console(quiet=True), resume=True)
 
 
 def test_latents_of_a_run_are_sampled_as_pictures_or_as_they_are(made: Path, tmp_path: Path) -> None:
