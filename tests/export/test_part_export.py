@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 from conditional_models import saved
 from paper_models import SIDE, latent_diffusion
 from safetensors.torch import load_file, save_file
-from text_pipelines import PIPELINES, T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
+from text_pipelines import T5_TOKENS, TOKENS, DeployedPipeline, deployed, float_pipeline, stable_diffusion
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from pqcad_qat.errors import ExportError, ModelError
@@ -257,7 +257,8 @@ def test_a_tokenizer_of_the_older_files_gets_the_newer_one_beside_them(tmp_path:
 def test_a_pipeline_of_classes_is_diffusers_own_with_the_vae_of_its_source(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    where = deployed("dit", tmp_path_factory.mktemp("dit"), AUTO)
+    where = float_pipeline("dit", tmp_path_factory)
+    assert chosen_formats(where.source, AUTO, "it") == {VAE: "float"}
     vae, unet = where.source.load(VAE), OVUNet2DModel.from_pretrained(where.folder)
     pipeline = DiTPipeline.from_pretrained(where.folder, vae=vae)
     assert isinstance(pipeline.transformer, OVUNet2DModel)
@@ -278,8 +279,11 @@ MEAN, DEVIATION = [0.1, -0.2, 0.3, -0.4], [0.5, 1.5, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "unknown"])
-def test_latents_are_scaled_as_diffusers_pipeline_of_that_class_scales_them(kind: str, tmp_path: Path) -> None:
-    source = PIPELINES["stable-diffusion" if kind == "unknown" else kind](tmp_path)
+def test_latents_are_scaled_as_diffusers_pipeline_of_that_class_scales_them(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = float_pipeline("stable-diffusion" if kind == "unknown" else kind, tmp_path_factory)
+    source = Path(shutil.copytree(made.source.folder, tmp_path / "pipeline"))
     config = source / "vae" / "config.json"
     told = {"latents_mean": MEAN, "latents_std": DEVIATION, "shift_factor": 0.25}
     config.write_text(json.dumps({**json.loads(config.read_text()), **told}))

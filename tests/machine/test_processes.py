@@ -183,11 +183,9 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     capped = environment() | CAPS["avx2"]
     path = tmp_path / "two"
     command = launcher("run", POLICIES / "smoke.yaml", "--out", path, *flags(tiny_folder))
-    with subprocess.Popen(command, env=capped, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + PATIENCE
-        while process.poll() is None and not (path / "checkpoints/pq/step_000003/digests.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=capped, **pipes) as process:
+        wait_for(path / "checkpoints/pq/step_000003/digests.json", process)
         os.kill(second_process(process.pid), signal.SIGKILL)
         output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
@@ -202,7 +200,11 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
 
     alone = [sys.executable, "-m", "pqcad_qat", "run", str(POLICIES / "smoke.yaml"), "--out", str(tmp_path / "one")]
     alone += flags(tiny_folder, "training.batch_size=8")
-    subprocess.run(alone, env=capped, capture_output=True, check=True, timeout=PATIENCE)
+    with subprocess.Popen(alone, env=capped, **pipes) as process:
+        wait_for(tmp_path / "one/stages/pq.json", process)
+        process.kill()  # what comes after its training is not compared
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert (tmp_path / "one/stages/pq.json").exists(), output
     one, two = (read_metrics(tmp_path / name / "logs" / "pq.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in two] == [row["step"] for row in one]
     # of the first step alone: at which one a value is rounded the other way depends on the CPU
@@ -217,6 +219,13 @@ def test_a_launched_run_of_which_one_process_is_killed_goes_on_to_the_result_of_
     weights = [load_file(tmp_path / name / "models" / "pq.safetensors") for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=5e-4)
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and not file.exists():
+        assert time.monotonic() < deadline, f"no {file} after {PATIENCE} s"
+        time.sleep(0.01)
 
 
 def second_process(parent: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from conditional_models import saved
 from rich.console import Console
 from text_pipelines import PIPELINES, T5_TOKENS
-from tiny_runs import POLICIES, without_trials
+from tiny_runs import POLICIES, without_page, without_trials
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.policy.loading import load_policy
@@ -54,6 +54,9 @@ SMALL = (
 )
 WITH_BASELINES = ("w4a8-dit", "w8a8-flux", "w8a8-pixart", "w8a8-sd15", "w8a8-sd3", "w8a8-sdxl")
 """Policies whose baselines are made too, one of each layout of a model that makes latents."""
+
+WITHOUT_PAGE = ("w8a8-dit-xl-2", "w8a8-flux", "w8a8-pixart", "w8a8-sdxl")
+"""Policies whose reports get no page: those of others have the same rows and notes."""
 
 GUIDANCE = 2.5
 """Guidance that Flux is given as an input; not the one that is taken where a policy says nothing."""
@@ -111,8 +114,9 @@ def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
     """
     policy = load_policy(POLICIES / f"{name}.yaml", [*SMALL, f"model.source={source}", *SMALLER.get(name, ()), *more])
     torch.set_num_threads(1)
-    made = nullcontext() if NNCF_INT8 in policy.evaluation.variants else without_trials()
-    with made, pytest.MonkeyPatch.context() as patch:
+    baselines = nullcontext() if NNCF_INT8 in policy.evaluation.variants else without_trials()
+    page = without_page() if name in WITHOUT_PAGE else nullcontext()
+    with baselines, page, pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         run(policy, path, "command", Console(quiet=True))
     return policy
