@@ -1,48 +1,31 @@
-"""Fixtures shared by several test files: a tiny full-precision model in diffusers layout, a policy for it, and one real
-run.
+"""How the tests are divided among processes, and what every process that runs tests does with its memory and fixtures.
 
-Not here: any test, or helpers that no fixture needs (support/).
+Not here: any test, or the fixtures themselves (support/shared_fixtures.py).
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import re
-import subprocess
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-# imported before torch, because it sets the environment
-from tiny_runs import (
-    POLICIES,
-    REPOSITORY,
-    SCHEDULER,
-    CommandLine,
-    FinishedRun,
-    environment,
-    program,
-    tiny_overrides,
-    tiny_unet,
-)
-
-# isort: split
-
 import pytest
-import torch
-from forked_program import ForkedProgram, program_server
-from rich.console import Console
 from xdist.scheduler import LoadFileScheduling
 
-from pqcad_qat.models.denoiser import DiffusionModel
-from pqcad_qat.models.model_loading import load_model, save_model
-from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import Policy
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 SHARED = (r"\btiny_run: ", r"\bfloat_pipeline\(", r"\bshipped_run\(", r"\bdeployed_unet\(")
 """What makes a test file use things that are made once in a process, for several files."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures that all tests share, but not in a process that only divides tests among others: they import
+    everything.
+    """
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 class _FilesThatShare(LoadFileScheduling):
@@ -82,65 +65,3 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let the interpreter's end collect everything: triton would tell of leaks otherwise."""
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Use one thread, whatever an earlier test has set, so that sums have one order and repeated runs can be bitwise
-    equal.
-    """
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    save_model(tiny_unet().eval(), SCHEDULER, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tiny_folder: Path) -> DiffusionModel:
-    return load_model(str(tiny_folder))
-
-
-@pytest.fixture(scope="session")
-def tiny_policy(tiny_folder: Path) -> Policy:
-    return load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder))
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """One real run from policy to report, made in this process."""
-    from pqcad_qat.commands import run as pipeline
-
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    torch.set_num_threads(1)  # an earlier test may have timed something on all cores
-    printed = io.StringIO()
-    console = Console(file=printed, width=200)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)  # tests do not check timings
-        page = pipeline.run(tiny_policy, path, "python -m pqcad_qat run tiny.yaml", console)
-    return FinishedRun(path, page, tiny_policy, printed.getvalue())
-
-
-@pytest.fixture(scope="session")
-def command_line() -> CommandLine:
-    """Function that runs `python -m pqcad_qat ARGUMENTS` in a separate process."""
-
-    def call(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            program(arguments), cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=300
-        )
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def start_program() -> Iterator[Callable[..., ForkedProgram]]:
-    """Function that starts `python -m pqcad_qat ARGUMENTS` as a process which need not import anything."""
-    with program_server(environment()) as start:
-        yield start

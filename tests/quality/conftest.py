@@ -1,6 +1,6 @@
 """What all tests of feature networks share.
 
-Not here: fixtures of other tests (tests/conftest.py).
+Not here: fixtures of other tests (support/shared_fixtures.py).
 """
 
 from __future__ import annotations

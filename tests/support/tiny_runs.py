@@ -1,7 +1,7 @@
 """A tiny full-precision model, the overrides with which a run of it takes seconds, and helpers with which tests start
 processes.
 
-Not here: fixtures (conftest.py), or any test. Nothing needs a network or a data set.
+Not here: fixtures (shared_fixtures.py), or any test. Nothing needs a network or a data set.
 """
 
 from __future__ import annotations
