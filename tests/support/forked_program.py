@@ -86,6 +86,8 @@ def serve() -> None:
 
     keep_freed_memory()
     report_no_usage()  # as the program does before it imports anything
+    import torchmetrics.image  # noqa: F401  # which runs import late, as it takes two seconds
+
     from pqcad_qat.commands import run  # noqa: F401  # all of it, before any fork
     from pqcad_qat.report import page, tables  # noqa: F401
 
