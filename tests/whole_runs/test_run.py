@@ -361,7 +361,7 @@ def quiet(policy: Policy) -> Policy:
     return policy.model_copy(update={"training": training})
 
 
-@pytest.mark.parametrize(("schedule", "steps"), [("momentum", 9), ("fixed", 9), ("momentum", 1)])
+@pytest.mark.parametrize(("schedule", "steps"), [("momentum", 5), ("fixed", 5), ("momentum", 1)])
 def test_a_deadline_at_the_very_end_still_ends_at_the_targets(tiny_run: FinishedRun, schedule: str, steps: int) -> None:
     policy = tiny_run.policy
     progressive = policy.progressive.model_copy(update={"deadline": 1.0, "schedule": schedule, "steps": steps})
