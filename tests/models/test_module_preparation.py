@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from own_networks import DEPLOYED, REFUSED, SHAPE, WIDTH, Network, conv, image, network, rows
 from rich.console import Console
 from small_networks import rule
-from tiny_runs import POLICIES, TINY
+from tiny_runs import POLICIES, QUIET, TINY
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -164,9 +164,8 @@ class Everything(Network):
 
 def test_a_run_ends_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-    policy, own = given(
-        "everything", Everything, f"evaluation.variants=[{FP32},{PQCAD_OPENVINO}]", "training.samples_every=0"
-    )
+    few = ("progressive.steps=2", "distillation.steps=2", *QUIET)
+    policy, own = given("everything", Everything, f"evaluation.variants=[{FP32},{PQCAD_OPENVINO}]", *few)
     path = pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True), model=own).parent
     plan, report = (json.loads((path / name).read_text()) for name in ("plan.json", "report.json"))
     planned = [layer["name"] for layer in plan["layers"]]

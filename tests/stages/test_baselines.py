@@ -15,7 +15,7 @@ import nncf
 import openvino as ov
 import pytest
 from rich.console import Console
-from tiny_runs import POLICIES, tiny_overrides, without_trials
+from tiny_runs import POLICIES, tiny_overrides, without_page, without_trials
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import DiedError
@@ -94,7 +94,7 @@ def test_a_run_goes_on_without_a_baseline_that_dies_and_what_dies_poisons_nothin
     assert f"did not run: {WHY}" in (died / "report.html").read_text()
 
     # a run beside it finds full precision's graph, and makes what stands for NNCF's
-    with without_trials(), pytest.MonkeyPatch.context() as patch:
+    with without_trials(), without_page(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
         patch.setattr(baselines, "convert_float", dies)
         run(policy, fine, "command", Console(quiet=True))

@@ -18,7 +18,7 @@ import torch
 from conditional_models import Plain, conditions, saved
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny_runs import POLICIES, SCHEDULER, TINY
+from tiny_runs import POLICIES, QUIET, SCHEDULER, TINY, without_page
 from torch import Tensor, nn
 
 from pqcad_qat.commands.run import run
@@ -270,10 +270,12 @@ def test_a_plain_module_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.Mon
     overrides = [
         f"conditions.embeddings={tmp_path / 'tones.safetensors'}",
         f"quantization.layers={rules}",
+        f"evaluation.variants=[{FP32_HALF},{PQCAD_OPENVINO}]",
     ]
-    variants = f"evaluation.variants=[{FP32_HALF},{PQCAD_OPENVINO}]"
-    policy = load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides, "evaluation.features=none", variants])
-    path = run(policy, tmp_path / "runs" / "plain", "command", Console(quiet=True), model=own).parent
+    few = ("progressive.steps=2", "distillation.steps=2", "evaluation.features=none", *QUIET)
+    policy = load_policy(POLICIES / "smoke.yaml", [*TINY, *overrides, *few])
+    with without_page():
+        path = run(policy, tmp_path / "runs" / "plain", "command", Console(quiet=True), model=own).parent
     report = json.loads((path / "report.json").read_text())
     assert (
         report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] == 3
