@@ -283,7 +283,8 @@ def test_every_variant_is_a_row_in_the_order_of_the_tables(rows: Mapping[str, An
 def test_every_planned_layer_executed_in_int8_and_gave_pytorchs_integers(
     tiny_run: FinishedRun, report: Mapping[str, Any], plan: Mapping[str, Any]
 ) -> None:
-    left = float_layers(prepare(tiny_run.policy).split, prepare(tiny_run.policy).plan)
+    prepared = prepare(tiny_run.policy)
+    left = float_layers(prepared.split, prepared.plan)
     attention = report["execution"].pop("attention")
     assert len(attention) == 4
     assert set(attention.values()) <= set(INT8)
