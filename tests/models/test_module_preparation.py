@@ -34,7 +34,7 @@ from pqcad_qat.models.own_model import OwnModel, own_model_of, schedule_notes
 from pqcad_qat.policy.layer_rules import numbered
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FP32, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQCAD_OPENVINO
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes, float_layers
 from pqcad_qat.quantization.quantizable_layers import float_kind, quantizable_layers
@@ -252,7 +252,7 @@ def test_a_module_is_measured_by_other_commands_too(
     }
     cli.main([command, str(POLICIES / "smoke.yaml"), "--module", f"{file}:mine", *few[command], *flags])
     shown = capsys.readouterr().out
-    assert ("leave" if command == "sensitivity" else "fixed-bit") in shown
+    assert ("leave" if command == "sensitivity" else FIXED_BIT) in shown
     if command == "sensitivity":
         assert json.loads((tmp_path / "measured" / "sensitivity.json").read_text())["model"] == "module:mine"
 

@@ -58,7 +58,6 @@ LARGE = ("w4a8-sd15", "w8a8-sd15", "w8a8-sdxl", "w8a8-dit-xl-2", "w8a8-pixart")
 """On models of the hub (test_large_policies.py)."""
 
 STUDIES = {
-    "anime64": (1, 3),
     "data-sets": (3, 3),  # combinations, seeds
     "bits": (42, 3),
     "bits-digits": (42, 3),

@@ -214,7 +214,7 @@ def test_a_model_that_lost_the_quality_in_its_training_is_told(tiny_folder: Path
     run_folder.finish(PQ, 1.0, TrainingRecord((), kept))
     for quality in (29, 30):
         chosen_widths.warn_of_lost_quality(
-            asked(tiny_folder, f"quantization.quality={quality}"), run_folder, Console(quiet=True)
+            asked(tiny_folder, f"quantization.quality={quality}", variants=PQ), run_folder, Console(quiet=True)
         )
     (warning,) = run_folder.warnings()
     assert warning.startswith("pq: it has 29.4 dB after its training, and 30 dB were asked for (quantization.quality)")
