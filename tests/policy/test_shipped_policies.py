@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conditional_models import saved, write_embeddings
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 from tiny_runs import POLICIES
@@ -112,7 +113,8 @@ def test_all_of_them_ship() -> None:
 def test_each_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
     modeline, *lines = path.read_text(encoding="utf-8").splitlines()
     header = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
-    command = "sweep" if path.parent.name == "studies" else "pretrain" if path.stem.startswith("pretrain-") else "run"
+    kind = yaml.safe_load(path.read_text(encoding="utf-8")).get("kind")
+    command = {"study": "sweep", "pretrain": "pretrain"}.get(kind, "run")
     schema = re.fullmatch(r"# yaml-language-server: \$schema=(.*)", modeline)
     assert schema is not None
     assert (path.parent / schema[1]).resolve() == (POLICIES / SCHEMA).resolve()
