@@ -133,6 +133,16 @@ def test_every_key_of_a_policy_is_tried() -> None:
         assert {key for key in whole[section] if f"{section}.{key}" not in tried} == optimizer
 
 
+def test_a_student_depends_on_the_other_one_where_that_finds_its_rate(tiny_folder: Path) -> None:
+    read = {}
+    for variants in ((PQ_DISTILLED, PQCAD), (PQCAD,)):
+        for rate in ("auto", "0.001"):
+            overrides = (f"evaluation.variants=[{', '.join(variants)}]", f"training.learning_rate={rate}")
+            policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *overrides))
+            read[variants, rate] = PQ_DISTILLED in recipes(policy, prepare(policy))[PQCAD].after
+    assert [key for key, found in read.items() if found] == [((PQ_DISTILLED, PQCAD), "auto")]
+
+
 def test_rules_in_other_words_and_layers_that_may_run_in_float_are_trained_alike(tiny_folder: Path) -> None:
     """What an export refuses is listed as an exception, by a rule of its own before the others; nothing is trained
     again for it.
