@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, tiny_overrides, without_page
+from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, without_page
+from torch import nn
 
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
+from pqcad_qat.errors import InterruptedByUserError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQCAD, PTQ
 from pqcad_qat.report.report_files import read_record
+from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.prepared import calibration_recipe, prepare
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
-from pqcad_qat.stages.train import _shown, distilled_states, matched_states, whole_batch
+from pqcad_qat.stages.train import _shown, distilled_states, matched_states, teach, whole_batch
 from pqcad_qat.stages.training_task import at_target_widths
 from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.distillation import DistillationSet
@@ -86,6 +92,28 @@ def test_a_checkpoint_of_a_run_that_shows_images_fits_one_that_does_not(tiny_fol
         callbacks = _shown(policy, prepared, RunFolder(tmp_path), prepared.split, name=PQ)
         names.append([callback.name for callback in callbacks])
     assert names[0] == names[1]
+
+
+def test_the_teacher_is_guided_as_its_images_are(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its targets are what the student learns from, so they are those of the sampler's guidance."""
+    scales: list[float] = []
+
+    def recorded(*_: object, guidance_scale: float, **__: object) -> None:
+        scales.append(guidance_scale)
+        raise InterruptedByUserError("enough")
+
+    stand_ins = {"distillation_set": recorded, "step_costs": lambda *_, **__: ()}
+    for name, stand_in in {**stand_ins, "on_accelerator": nullcontext, "frozen_weights": nullcontext}.items():
+        monkeypatch.setattr(f"pqcad_qat.stages.train.{name}", stand_in)
+    models: Any = SimpleNamespace(of=lambda _stage: nn.Identity())
+    prepared: Any = SimpleNamespace(schedule=noise_schedule(SCHEDULER))
+    for scale in (1.0, 2.5):
+        policy = load_policy(SMOKE, tiny_overrides(tiny_folder, f"sampler.guidance_scale={scale}"))
+        with pytest.raises(InterruptedByUserError):
+            teach(policy, prepared, RunFolder(tmp_path), Console(quiet=True), calibration=models, models=models)
+    assert scales == [1.0, 2.5]
 
 
 def ended(path: Path, stage: str) -> StageEnd:
