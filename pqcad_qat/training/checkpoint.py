@@ -26,7 +26,7 @@ from pqcad_qat.machine.files import file_digest, room_for
 from pqcad_qat.training.callback import Callback, TrainState
 from pqcad_qat.training.stage_end import Ending
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint format; others are refused."""
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 """Files of a checkpoint, each with a digest in digests.json."""
