@@ -42,7 +42,7 @@ from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.record import Hardware, Throughput
 from pqcad_qat.serving.compiled_graph import shared_core
-from pqcad_qat.serving.deployed_folder import MANIFEST, float_graph, read_manifest
+from pqcad_qat.serving.deployed_folder import MANIFEST, read_manifest
 from pqcad_qat.timing.baseline_trials import Inputs, reasons, try_out
 from pqcad_qat.timing.hardware import CAPS, NATIVE, hardware, lacking
 from pqcad_qat.timing.latency import (
@@ -51,6 +51,7 @@ from pqcad_qat.timing.latency import (
     PROFILING,
     FixedBatchError,
     compile_for_latency,
+    float_graphs,
     native,
     precision_hint,
     read_source,
@@ -201,11 +202,8 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
         files = {name: file for name, file in files.items() if name not in died}
         left_out |= died
     denoiser = random_denoiser(timed.config, "config.json")
-    graph = float_graph(files[OURS]) if OURS in files else None
-    float_graphs = {} if graph is None else {FLOAT_STEPS: graph}
-    latencies = time_denoisers(denoiser, files, inputs, runs, float_graphs=float_graphs)
-    calls = -(-runs // ROUNDS)
-    rates = _throughputs(denoiser, files, inputs, calls, float_graphs=float_graphs) if throughput else {}
+    latencies = time_denoisers(denoiser, files, inputs, runs)
+    rates = _throughputs(denoiser, files, inputs, -(-runs // ROUNDS)) if throughput else {}
     of_float_steps = latencies.pop(FLOAT_STEPS, None), rates.pop(FLOAT_STEPS, None)
     known = list(quantizable_layers(denoiser))
     sizes = {REFERENCE: 4 * sum(parameter.numel() for parameter in denoiser.parameters())}
@@ -219,13 +217,11 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     return Measurement(isa, timed.batch, machine, tuple(rows.values()), left_out)
 
 
-def _throughputs(
-    denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int, *, float_graphs: Mapping[str, Path]
-) -> dict[str, Throughput]:
+def _throughputs(denoiser: nn.Module, files: Mapping[str, Path], inputs: Inputs, calls: int) -> dict[str, Throughput]:
     machine = hardware()
     with torch_threads_kept():
         loads = {name: openvino_load(file, precision_hint(name, machine), inputs) for name, file in files.items()}
-        loads |= {name: openvino_load(file, F32, inputs) for name, file in float_graphs.items()}
+        loads |= {name: openvino_load(file, F32, inputs) for name, file in float_graphs(files).items()}
         return throughput_in_turns({REFERENCE: torch_load(denoiser, inputs), **loads}, len(inputs["sample"]), calls)
 
 

@@ -99,8 +99,13 @@ def sweep(
                 console.print(Text.assemble(("failed:", "red"), f" {cell.name}: {fault}"), soft_wrap=True)
             bar.update(task, advance=1)
 
-        run_them = partial(_in_turn, own=own) if jobs == 1 else partial(_side_by_side, jobs=jobs, module=module)
-        run_them(waiting, folder, command, console, begin=begin, end=end)
+        if jobs == 1:
+            in_turn = partial(_run_cell, folder=folder, command=command, console=console, own=own)
+            _in_turn(waiting, in_turn, begin=begin, end=end)
+        else:
+            threads = max(1, usable_cores() // jobs)
+            apart = partial(_run_quietly, folder=folder, command=command, threads=threads, module=module)
+            _side_by_side(waiting, apart, folder, console, begin=begin, end=end, jobs=jobs)
     comparison = _write_table(study, folder, command)
     if failed:
         listed = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
@@ -196,34 +201,19 @@ Begin = Callable[[Cell], None]
 End = Callable[[Cell, str | None], None]
 """Callbacks for a cell that begins, and for a cell that ended, with the fault if it failed."""
 
+RunCell = Callable[[Cell], str | None]
+"""Function that runs or resumes a cell and returns its fault, or None."""
 
-def _in_turn(
-    cells: Sequence[Cell],
-    folder: Path,
-    command: str,
-    console: Console,
-    *,
-    begin: Begin,
-    end: End,
-    own: OwnModel | None,
-) -> None:
+
+def _in_turn(cells: Sequence[Cell], run_cell: RunCell, *, begin: Begin, end: End) -> None:
     for cell in cells:
         begin(cell)
-        end(cell, _run_cell(cell, folder, command, console, own=own))
+        end(cell, run_cell(cell))
 
 
 def _side_by_side(
-    cells: Sequence[Cell],
-    folder: Path,
-    command: str,
-    console: Console,
-    *,
-    begin: Begin,
-    end: End,
-    jobs: int,
-    module: str | None,
+    cells: Sequence[Cell], run_cell: RunCell, folder: Path, console: Console, *, begin: Begin, end: End, jobs: int
 ) -> None:
-    threads = max(1, usable_cores() // jobs)
     waiting, running = list(reversed(cells)), dict[Future[str | None], Cell]()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         try:
@@ -231,7 +221,7 @@ def _side_by_side(
                 while waiting and len(running) < jobs:
                     cell = waiting.pop()
                     begin(cell)
-                    running[pool.submit(_run_quietly, cell, folder, command, threads=threads, module=module)] = cell
+                    running[pool.submit(run_cell, cell)] = cell
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     cell = running.pop(future)
                     try:
@@ -246,16 +236,17 @@ def _side_by_side(
             raise
 
 
-def _run_quietly(cell: Cell, folder: Path, command: str, *, threads: int, module: str | None) -> str | None:
+def _run_quietly(cell: Cell, *, folder: Path, command: str, threads: int, module: str | None) -> str | None:
     """Run a cell in this process, which has no other work; its output goes to a file."""
     torch.set_num_threads(threads)
     own = None if module is None else own_model_of(module)
     (folder / CONSOLES).mkdir(parents=True, exist_ok=True)
     with (folder / CONSOLES / f"{cell.name}.txt").open("a", encoding="utf-8") as file:
-        return _run_cell(cell, folder, command, Console(file=file, width=160, markup=False), own=own)
+        console = Console(file=file, width=160, markup=False)
+        return _run_cell(cell, folder=folder, command=command, console=console, own=own)
 
 
-def _run_cell(cell: Cell, folder: Path, command: str, console: Console, *, own: OwnModel | None) -> str | None:
+def _run_cell(cell: Cell, *, folder: Path, command: str, console: Console, own: OwnModel | None) -> str | None:
     """Run or resume a cell; return its fault, or None."""
     try:
         model = _module_of(cell.policy, own)

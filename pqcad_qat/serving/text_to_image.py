@@ -133,12 +133,10 @@ class TextToImage:
         condition = self.embeddings(prompt)
         unconditional = {} if scale == 1.0 else self._unconditional(condition, negative)
 
-        schedule, count_of_steps = (
-            noise_schedule(self.denoiser.scheduler_config),
-            self.steps if steps is None else steps,
-        )
+        taken = self.steps if steps is None else steps
+        schedule = noise_schedule(self.denoiser.scheduler_config)
         # under guidance no step is taken in parts: they were measured without it
-        in_float = self.denoiser.in_float.along(() if unconditional else schedule.walk(count_of_steps))
+        in_float = self.denoiser.in_float.along(() if unconditional else schedule.walk(taken))
 
         def follow(x_t: Float32, t: float) -> Float32:
             if not unconditional:
@@ -152,7 +150,7 @@ class TextToImage:
             return guided(prediction[: len(x_t)], prediction[len(x_t) :], scale)
 
         x = initial_noise(seed, 0, count, self.denoiser.sample_shape)
-        for step in trajectory(follow, x, schedule, count_of_steps):
+        for step in trajectory(follow, x, schedule, taken):
             x = np.asarray(step.x_s, np.float32)
             advance(count)
         return np.asarray(np.rint((self.decoder(x).clip(-1, 1) + 1) * 127.5), np.uint8)

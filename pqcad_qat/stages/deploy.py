@@ -30,14 +30,14 @@ from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, OURS, PQCAD, REFERENCE, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQCAD, REFERENCE, VARIANTS
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
-from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder, float_graph
+from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
@@ -272,9 +272,7 @@ def benchmark(policy: Policy, prepared: Prepared, run: RunFolder, console: Conso
         runs, files = policy.export.latency_runs, openvino_files(policy, run)
         inputs = example_of(policy, prepared)
         with working(console, f"benchmark: every candidate in turns, {runs} runs each"):
-            graph = float_graph(files[OURS]) if OURS in files else None
-            float_graphs = {} if graph is None else {FLOAT_STEPS: graph}
-            timings = time_denoisers(prepared.model.denoiser, files, inputs, runs, float_graphs=float_graphs)
+            timings = time_denoisers(prepared.model.denoiser, files, inputs, runs)
             profiles = {name: node_profile(files[name], {}, inputs) for name in PROFILED if name in files}
         sizes = {name: size_bytes(file.parent if file.suffix else file) for name, file in files.items()}
         stage.done(

@@ -302,11 +302,8 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
     schedule = prepared.sampled_by(policy, name)
     walk = schedule.walk(policy.sampling_steps(name))
     in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
-    if not every:
-        return [log, TrainingSamples(noise, schedule, walk, every, guidance)]
+    first = tuple(step for step in walk if step[0] >= in_float.start) if every else ()
     with torch.no_grad():
         full = guidance.follow(prepared.model.denoiser.eval(), noise.device)
-        first = tuple(step for step in walk if step[0] >= in_float.start)
         states = landing(first, in_parts(full, schedule, in_float.parts), noise, schedule)
-    rest = walk[len(first) :]
-    return [log, TrainingSamples(states, schedule, rest, every, guidance)]
+    return [log, TrainingSamples(states, schedule, walk[len(first) :], every, guidance)]

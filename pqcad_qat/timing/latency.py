@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import openvino as ov
@@ -22,10 +21,10 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import PLACES
-from pqcad_qat.policy.variants import REFERENCE, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, OURS, REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, reason, shared_core
-from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, read_graph
+from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, float_graph, read_graph
 from pqcad_qat.serving.graph_inputs import port_values
 from pqcad_qat.timing.baseline_trials import Inputs
 from pqcad_qat.timing.hardware import hardware
@@ -247,23 +246,26 @@ def size_bytes(path: Path) -> int:
     return sum(entry.stat().st_size for entry in files)
 
 
+def float_graphs(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The graph of our folder's float steps under the name FLOAT_STEPS; nothing where it has none, or is not timed."""
+    graph = float_graph(files[OURS]) if OURS in files else None
+    return {} if graph is None else {FLOAT_STEPS: graph}
+
+
 def time_denoisers(
     denoiser: nn.Module,
     files: Mapping[str, Path],
     inputs: Inputs,
     runs: int,
-    *,
-    float_graphs: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Timing]:
     """Milliseconds of one denoiser call (one sampling step of a batch), with all candidates in turns in this process.
 
     Args:
         denoiser: full precision, run by PyTorch as the candidate REFERENCE.
         files: what OpenVINO runs, by variant: a graph's xml or a deployed folder. Variants that are not `native` are
-            left out.
+            left out. The graph of our folder's float steps is timed too, in float32, as FLOAT_STEPS.
         inputs: inputs of every candidate.
         runs: number of timed calls of each candidate.
-        float_graphs: further graphs, which are timed in float32.
     """
     machine = hardware()
     with torch_threads_kept():
@@ -271,7 +273,7 @@ def time_denoisers(
         for name, file in files.items():
             if native(name, machine):
                 candidates[name] = openvino_candidate(file, precision_hint(name, machine), inputs)
-        for name, file in float_graphs.items():
+        for name, file in float_graphs(files).items():
             candidates[name] = openvino_candidate(file, F32, inputs)
         return time_interleaved(candidates, runs, WARM_UP)
 
