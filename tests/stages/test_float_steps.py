@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, tiny_unet, without_images, without_trials
+from tiny_runs import POLICIES, QUIET, SCHEDULER, saved_tiny_unet, tiny_overrides, without_images, without_trials
 
 from pqcad_qat.commands.benchmark import measure_here
 from pqcad_qat.commands.benchmark_subject import Candidates, open_subject
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import ModelError, PolicyError
 from pqcad_qat.models.denoiser import predict
-from pqcad_qat.models.model_loading import load_model, save_model
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FP32, NNCF_INT8, OURS, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
@@ -56,10 +56,7 @@ class Ended:
 @pytest.fixture(scope="module")
 def epsilon_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that predicts epsilon, on a schedule that begins with hardly any signal."""
-    folder = tmp_path_factory.mktemp("epsilon") / "model"
-    torch.manual_seed(0)
-    save_model(tiny_unet().eval(), EPSILON, folder)
-    return folder
+    return saved_tiny_unet(tmp_path_factory.mktemp("epsilon") / "model", EPSILON)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from tiny_runs import (
     FinishedRun,
     environment,
     program,
+    saved_tiny_unet,
     tiny_overrides,
-    tiny_unet,
 )
 
 # isort: split
@@ -32,7 +32,7 @@ from forked_program import ForkedProgram, program_server
 from rich.console import Console
 
 from pqcad_qat.models.denoiser import DiffusionModel
-from pqcad_qat.models.model_loading import load_model, save_model
+from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 
@@ -48,10 +48,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Diffusers folder: UNet2DModel of 32x32, one channel, attention at the lower level, seeded random weights."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    save_model(tiny_unet().eval(), SCHEDULER, folder)
-    return folder
+    return saved_tiny_unet(tmp_path_factory.mktemp("model") / "tiny", SCHEDULER)
 
 
 @pytest.fixture(scope="session")

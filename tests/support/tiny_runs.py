@@ -28,8 +28,10 @@ import seldom_collected  # noqa: F401
 
 import numpy as np
 import openvino as ov
+import torch
 from diffusers import UNet2DModel
 
+from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.timing.baseline_trials import save_openvino
 
@@ -107,6 +109,13 @@ def tiny_unet() -> UNet2DModel:
         attention_head_dim=32,
         norm_num_groups=8,
     )
+
+
+def saved_tiny_unet(folder: Path, scheduler: dict[str, object]) -> Path:
+    """Write the tiny UNet with seeded random weights as a diffusers folder, and return the folder."""
+    torch.manual_seed(0)
+    save_model(tiny_unet().eval(), scheduler, folder)
+    return folder
 
 
 def tiny_overrides(model: Path, *more: str) -> list[str]:
