@@ -262,6 +262,17 @@ def size_limit(flag: str, text: str) -> str:
     return text
 
 
+def height_and_width(flag: str, text: str) -> tuple[int, int]:
+    """Value of a flag that takes one number for both sides, or two as 64,96.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if (sides := re.fullmatch(r"\[?(\d{1,4})(?:, ?(\d{1,4}))?\]?", text)) is None or int(sides[1]) < 1:
+        raise UsageError(f"--{flag}: got {shortened(text)!r}; allowed one number, or height and width as 64,96")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
 def with_model(overrides: Sequence[str], model: str | None) -> list[str]:
     """Overrides of a policy, including the one of its model if --model is given."""
     return [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]

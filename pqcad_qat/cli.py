@@ -29,7 +29,7 @@ from pqcad_qat.arguments import (
     with_model,
 )
 from pqcad_qat.errors import UsageError
-from pqcad_qat.folder_commands import benchmark, compare, evaluate, features, report, sample
+from pqcad_qat.folder_commands import benchmark, compare, evaluate, export, features, report, sample
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, reported_endings
 from pqcad_qat.machine.usage_reports import report_no_usage
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
@@ -291,6 +291,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         sensitivity,
         profile,
         report,
+        export,
         compare,
         sweep,
         pretrain,

@@ -78,8 +78,7 @@ def show_result(folder: Path, page: Path) -> None:
     report = read_report(folder)
     CONSOLE.print(result_table(report, folder))
     tell(*result_remarks(report), f"report:   {page}")
-    if (folder / "openvino").exists():
-        tell(f"deployed: {folder / 'openvino'}")
+    tell(*(f"deployed: {deployed}" for deployed in sorted(folder.glob("openvino*"))))
 
 
 def show(*tables: RenderableType) -> None:

@@ -11,9 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pqcad_qat import console
-from pqcad_qat.arguments import command_line, guidance_scale, one_of, output_folder, several, whole_number
+from pqcad_qat.arguments import (
+    command_line,
+    guidance_scale,
+    height_and_width,
+    one_of,
+    output_folder,
+    several,
+    whole_number,
+)
 from pqcad_qat.errors import UsageError
 from pqcad_qat.policy.shipped import policy_file
+from pqcad_qat.policy.variants import DEPLOYED
 
 
 def report(folder: str) -> None:
@@ -25,6 +34,46 @@ def report(folder: str) -> None:
     from pqcad_qat.commands.report import report as report_again
 
     console.show_result(Path(folder), report_again(Path(folder)))
+
+
+def export(
+    run: str,
+    out: str,
+    variant: str | None = None,
+    weights: str | None = None,
+    batch_size: int | None = None,
+    size: str | None = None,
+    module: str | None = None,
+) -> None:
+    """Deploy what a run has trained or calibrated in another format, batch or size; nothing is trained again.
+
+    Args:
+        run: folder of the run.
+        out: folder to write; an older deployed folder there is replaced.
+        variant: ptq, fixed-bit, pq, pq-distilled or pqcad; by default the first that the run deploys.
+        weights: format on disk, int8 or packed; by default the policy's.
+        batch_size: fixed batch size; by default the policy's.
+        size: height and width of x_t, as 64 or as 64,96; by default the run's.
+        module: module of your own that the run was made with, as FILE.py:FUNCTION.
+    """
+    from pqcad_qat.commands.export import FolderAsked
+    from pqcad_qat.commands.export import export as export_variant
+    from pqcad_qat.models.own_model import own_model_of
+    from pqcad_qat.serving.packing import PACKED_WIDTHS
+
+    if variant is not None:
+        one_of("variant", [variant], tuple(DEPLOYED))
+    if weights is not None:
+        one_of("weights", [weights], tuple(PACKED_WIDTHS))
+    asked = FolderAsked(
+        variant,
+        next((name for name in PACKED_WIDTHS if name == weights), None),
+        None if batch_size is None else whole_number("batch-size", batch_size),
+        None if size is None else height_and_width("size", size),
+    )
+    own, folder = None if module is None else own_model_of(module), output_folder(out)
+    done = export_variant(Path(run), asked, out=folder, console=console.CONSOLE, own=own)
+    console.tell(*done.facts(), f"deployed: {folder}")
 
 
 def compare(*runs: str, out: str | None = None) -> None:

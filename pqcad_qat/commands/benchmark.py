@@ -37,7 +37,7 @@ from pqcad_qat.export.traceable_modules import traced_path
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.model_loading import DEFAULT_SCHEDULER, shapes_of_configs
 from pqcad_qat.models.untrained import random_denoiser
-from pqcad_qat.policy.variants import FLOAT_STEPS, OURS, REFERENCE
+from pqcad_qat.policy.variants import FLOAT_STEPS, REFERENCE
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
 from pqcad_qat.report.record import Hardware, Throughput
@@ -146,6 +146,7 @@ def _report(
         full_precision_steps=subject.full_precision_steps,
         float_steps=subject.float_steps,
         float_calls=subject.float_calls,
+        ours=subject.ours,
         measurements=tuple(measurements),
         loading=loading,
         left_out=left_out,
@@ -195,7 +196,7 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
             {
                 name: partial(try_out, file, inputs, ways_of(name, machine))
                 for name, file in files.items()
-                if name != OURS
+                if name != timed.ours
             }
         )
         # A baseline that fails under this instruction set is left out with its reason; the other candidates are timed.
@@ -212,8 +213,9 @@ def measure_here(timed: Candidates, isa: str, runs: int, throughput: bool) -> Me
     for name, file in files.items():
         hint, calls = precision_hint(name, machine), min(runs, PROFILED_CALLS)
         rows[name] = _with_execution(rows[name], file, hint, inputs, known=known, calls=calls)
-    if OURS in rows:
-        rows[OURS] = replace(rows[OURS], float_latency=of_float_steps[0], float_throughput=of_float_steps[1])
+    if timed.ours in rows:
+        latency, rate = of_float_steps
+        rows[timed.ours] = replace(rows[timed.ours], float_latency=latency, float_throughput=rate)
     return Measurement(isa, timed.batch, machine, tuple(rows.values()), left_out)
 
 

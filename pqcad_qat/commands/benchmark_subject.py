@@ -29,7 +29,7 @@ from pqcad_qat.models.untrained import (
 from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
-from pqcad_qat.policy.variants import NNCF_INT8, OURS
+from pqcad_qat.policy.variants import DEPLOYED, NNCF_INT8, PQCAD, PQCAD_OPENVINO
 from pqcad_qat.quantization.conversion import taken_integers
 from pqcad_qat.sampling.precision_by_time import float_steps
 from pqcad_qat.sampling.trajectory import noise_schedule
@@ -63,6 +63,7 @@ class Subject:
         conditions: inputs beside x_t and t, with every size known.
         float_steps: number of its sampling steps that full precision computes.
         float_calls: calls of the denoiser in these steps.
+        ours: name of its row in the result.
     """
 
     source: str
@@ -76,6 +77,7 @@ class Subject:
     conditions: tuple[ConditionInput, ...] = ()
     float_steps: int = 0
     float_calls: int = 0
+    ours: str = PQCAD_OPENVINO
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Candidates:
         batch: number of images a call.
         conditions: condition inputs of every call, with every size known.
         died: baseline that cannot be run -> reason.
+        ours: which of the files is not a baseline.
     """
 
     config: Mapping[str, Any]
@@ -97,6 +100,7 @@ class Candidates:
     batch: int
     conditions: tuple[ConditionInput, ...] = ()
     died: Mapping[str, str] = field(default_factory=dict)
+    ours: str = PQCAD_OPENVINO
 
     def inputs(self, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
         """Inputs of one call, by the names in the exported graph."""
@@ -156,6 +160,7 @@ def _deployed(source: str, folder: Path) -> Subject:
         conditions=condition_inputs(manifest.get("conditions", ())),
         float_steps=float_steps(walk, in_float.start),
         float_calls=in_float.calls(walk),
+        ours=DEPLOYED.get(provenance.get("variant", PQCAD), PQCAD_OPENVINO),
     )
 
 
@@ -174,14 +179,15 @@ def candidates(subject: Subject, batch: int, folder: Path) -> Candidates:
         times=subject.train_timesteps,
         condition=condition,
     )
-    empty, machine = Candidates(subject.config, {}, shape, batch, subject.conditions), hardware()
+    empty = Candidates(subject.config, {}, shape, batch, subject.conditions, ours=subject.ours)
     inputs = [empty.inputs(seed) for seed in range(math.ceil(sum(CALIBRATION_BATCHES) / batch))]
+    machine = hardware()
     timed = [name for name in PRECISIONS if native(name, machine)]
     died = reasons(
         {name: partial(try_out, float_xml, inputs[0], ways_of(name, machine)) for name in timed}
         | {NNCF_INT8: partial(nncf_baseline, float_xml, inputs, nncf_xml.parent, ways_of(NNCF_INT8, machine))}
     )
-    files = {**dict.fromkeys(PRECISIONS, float_xml), NNCF_INT8: nncf_xml, OURS: subject.folder}
+    files = {**dict.fromkeys(PRECISIONS, float_xml), NNCF_INT8: nncf_xml, subject.ours: subject.folder}
     return replace(empty, files={name: file for name, file in files.items() if name not in died}, died=died)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pqcad_qat.machine.files import free_bytes, room_for, write_file
 from pqcad_qat.machine.processes import agreed
+from pqcad_qat.machine.progress import working
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
@@ -62,8 +63,9 @@ def run(
     policy = with_own_model(policy, model)
     with located(policy), agreed():
         new_accelerator(policy.training.precision)
-        prepared = prepare(policy, path.parent / SHARED, model)
-        table = recipes(policy, prepared)
+        with working(console, "checking the policy and its model"):
+            prepared = prepare(policy, path.parent / SHARED, model)
+            table = recipes(policy, prepared)
     with located(policy), open_run(path, policy, resume, table, console=console) as folder, room_for(path):
         to_do = [stage for stage in table if not folder.finished(stage)]
         if (warning := room_warning(policy, prepared, table, to_do, path=path)) is not None:
@@ -105,7 +107,7 @@ def _all_stages(
     policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, command: str, shares_training: bool
 ) -> Path:
     """Do the stages that the policy's variants need, in order; return the path of the report's page."""
-    stages = stages_of(policy.evaluation.variants)
+    stages = stages_of(policy.variants)
     for note in notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder):
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     _show_plan(policy, prepared, run)
@@ -144,8 +146,8 @@ def _all_stages(
                 models=models,
                 shares_training=shares_training,
             )
-    if "export" in stages:
-        export(policy, prepared, run, console, calibration=calibration, models=models)
+    for name in policy.deployed:
+        export(policy, prepared, run, console, name=name, calibration=calibration, models=models)
     if "baselines" in stages:
         make_baselines(policy, prepared, run, console, calibration=recorded)
     if "benchmark" in stages:

@@ -262,7 +262,7 @@ def _run_cell(cell: Cell, *, folder: Path, command: str, console: Console, own: 
 
 
 def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
-    timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.evaluation.variants)]
+    timing = [cell.name for cell in cells if "benchmark" in stages_of(cell.policy.variants)]
     timed = [name for name, spec in VARIANTS.items() if "benchmark" in spec.stages]
     if timing:
         raise StudyError(
@@ -307,12 +307,12 @@ def checked_cells(
     check_cells(chosen, console, _own_module(study, module))
     states = []
     for cell in chosen:
-        stages = [stage for stage in stages_of(cell.policy.evaluation.variants) if stage in TRAINED]
+        stages = [stage for stage in stages_of(cell.policy.variants) if stage in TRAINED]
         path = folder / cell.name
         state = "finished" if finished(path) else "begun" if (path / POLICY).is_file() else "new"
         steps = sum(most_steps(cell.policy, stage) for stage in stages)
         automatic = any(training_steps(cell.policy, stage) is None for stage in stages)
-        states.append(CellState(cell.name, cell.policy.evaluation.variants, tuple(stages), steps, state, automatic))
+        states.append(CellState(cell.name, cell.policy.variants, tuple(stages), steps, state, automatic))
     return tuple(states)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pqcad_qat.policy.sections import Section
 from pqcad_qat.policy.value_types import Count, Seed, Text, Variants
-from pqcad_qat.policy.variants import DEFAULT_VARIANTS, PTQ, REFERENCE
+from pqcad_qat.policy.variants import PQCAD, REFERENCE
 
 EMBEDDED = "embedded:"
 """Prefix of the names of the models and feature networks that ship with the package."""
@@ -24,10 +24,11 @@ EFFICIENTNET_LITE0 = "efficientnet-lite0"
 class EvaluationPolicy(Section):
     """Which variants a run makes, and how they are compared."""
 
-    variants: Variants = Field(
-        DEFAULT_VARIANTS,
-        description=f"variants that a run makes, which decide its stages; {REFERENCE} is always made, {PTQ} only "
-        "where listed",
+    variants: Variants | None = Field(
+        None,
+        description=f"variants that a run makes, which decide its stages; {REFERENCE} and what is deployed are always "
+        f"made; null: what is deployed, what it is made from, and the baselines; for {PQCAD} every other way that "
+        "trains, too",
     )
     images: int = Field(256, ge=2, description="images of each variant, from the same seeds")
     batch_size: Count = Field(64, description="images sampled at a time")

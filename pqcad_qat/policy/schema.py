@@ -16,26 +16,25 @@ from pqcad_qat.policy.evaluation import EMBEDDED, NO_FEATURES, EvaluationPolicy
 from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section
+from pqcad_qat.policy.training_sections import DistillationPolicy, ProgressivePolicy, TrainingPolicy
 from pqcad_qat.policy.value_types import (
-    AutoCount,
-    AutoRate,
     Classes,
     Count,
+    Deployed,
     FloatSteps,
-    Ladder,
-    Momentum,
     Name,
-    Precision,
     Seed,
-    Share,
     Side,
     Sides,
     Text,
 )
-from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQ_DISTILLED, PQCAD, VARIANTS
-
-AUTO_DEADLINE_STEPS = 200
-"""Number of training steps that progressive.deadline is a share of where the stage's own number is not known."""
+from pqcad_qat.policy.variants import (
+    DEPLOYED,
+    PQCAD,
+    VARIANTS,
+    default_variants,
+    run_variants,
+)
 
 
 class ModelPolicy(Section):
@@ -134,113 +133,6 @@ class CalibrationPolicy(Section):
     )
 
 
-class ProgressivePolicy(Section):
-    """Progressive quantization: the walk from the ladder's first width to each layer's target."""
-
-    steps: AutoCount = Field(
-        "auto",
-        description="training steps of the stage; auto: until the loss of held-out states stops improving; "
-        f"{FIXED_BIT} takes as many",
-    )
-    ladder: Ladder = Field(
-        (8,),
-        description="weight widths in bits, strictly descending, that a layer passes on its way to its target width; "
-        "with quantization.quality or quantization.max_size, those that it may get",
-    )
-    schedule: Literal["momentum", "fixed"] = Field(
-        "momentum",
-        description="momentum: each layer moves as fast as the bound on the change of its weights allows; fixed: all "
-        "layers move evenly until the deadline",
-    )
-    momentum: Momentum = Field(
-        0.9, description="decay per training step of the pace of the transitions, which begins at 0"
-    )
-    transition: Literal["blend", "jump"] = Field(
-        "blend",
-        description="blend: the next width's share grows with each training step; jump: a layer changes its width at "
-        "once when a blend would be over",
-    )
-    perturbation: float = Field(
-        0.005, gt=0, description="largest relative change of a layer's weights in one training step of a transition"
-    )
-    deadline: Share = Field(
-        0.5,
-        description="latest point at which every layer has its target width, as a share of the steps; with steps: "
-        f"auto, of {AUTO_DEADLINE_STEPS} steps, and sooner where training.minutes leaves time for few",
-    )
-
-    def faults(self) -> Iterator[Fault]:
-        if any(low >= high for high, low in zip(self.ladder, self.ladder[1:], strict=False)):
-            yield Fault((("ladder",),), str(list(self.ladder)), "widths in strictly descending order")
-
-
-class DistillationPolicy(Section):
-    """Calibration-assisted distillation to fewer sampling steps."""
-
-    steps: AutoCount = Field(
-        "auto",
-        description="training steps of the stage; auto: until the loss of held-out states stops improving",
-    )
-    student_steps: Count = Field(10, description="sampling steps of the student; must divide sampler.steps")
-    teacher_weight: float = Field(
-        0.25, ge=0, description="weight of the loss against the quantized teacher; 0 leaves it out"
-    )
-    calibration_weight: float = Field(
-        1.0, ge=0, description="weight of the loss against the full-precision trajectories; 0: plain distillation"
-    )
-    guidance: Literal["keep", "distill"] = Field(
-        "keep",
-        description="for a guided sampler: keep leaves the student both denoiser calls; distill teaches it the guided "
-        "prediction in one",
-    )
-
-    def faults(self) -> Iterator[Fault]:
-        if self.teacher_weight == 0 and self.calibration_weight == 0:
-            yield Fault(
-                (("calibration_weight",), ("teacher_weight",)), "0", "a number over 0, as teacher_weight is 0 too"
-            )
-
-
-class TrainingPolicy(Section):
-    """Settings that all training stages share."""
-
-    batch_size: Count = Field(32, description="states in a batch, at mixed time steps")
-    learning_rate: AutoRate = Field(
-        "auto",
-        description="peak rate of the optimizer; auto: a few are tried for 20 training steps each, and the one of the "
-        f"lowest held-out loss is taken; {FIXED_BIT} takes the rate of {PQ}, and {PQCAD} that of {PQ_DISTILLED}, where "
-        "a run has both",
-    )
-    max_steps: Count = Field(2000, description="largest number of training steps of a stage whose steps are auto")
-    minutes: float | None = Field(
-        60.0,
-        gt=0,
-        description="largest wall time of all training stages together, in minutes, as run --minutes sets it; each "
-        "stage whose steps are auto has an equal share of what is left; null: any",
-    )
-    precision: Precision = Field(
-        "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
-    )
-    gradient_accumulation: Count = Field(1, description="batches that each process adds to a training step")
-    activation_checkpointing: bool = Field(
-        False,
-        description="compute activations again in the backward pass rather than keep them: less memory, more time",
-    )
-    ema: Momentum = Field(
-        0.999, description="decay of the weights' exponential moving average, per step; 0 switches it off"
-    )
-    seed: Seed = Field(0, description="seed of everything random in training")
-    checkpoint_every: Count = Field(100, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(2, description="number of newest checkpoints that are kept")
-    samples_every: int = Field(50, ge=0, description="steps between sample grids in TensorBoard; 0 for none")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
-    on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(
-        "rollback",
-        description="rollback: back to the last good checkpoint, at half the learning rate; lower_rate: on from where "
-        "it is, at half the rate; both up to 3 times; stop: an error",
-    )
-
-
 class PipelinePolicy(Section):
     """The parts of a pipeline beside its denoiser, which are exported into the deployed folder with it."""
 
@@ -274,6 +166,11 @@ class Policy(PolicyFile):
     kind: Literal["quantize"] = Field("quantize", description="tells this kind of policy from a pretraining policy")
     name: Name = Field(description="name of the run and of its folder")
     model: ModelPolicy
+    deploy: Deployed | None = Field(
+        None,
+        description=f"what becomes a folder to deploy: one of {', '.join(DEPLOYED)}, or a list, of which the first is "
+        f"openvino/ and each other openvino-NAME/; null: {PQCAD}, or what evaluation.variants lists",
+    )
     conditions: ConditionsPolicy = ConditionsPolicy()
     sampler: SamplerPolicy = SamplerPolicy()
     calibration: CalibrationPolicy = CalibrationPolicy()
@@ -284,6 +181,26 @@ class Policy(PolicyFile):
     evaluation: EvaluationPolicy = EvaluationPolicy()
     export: ExportPolicy = ExportPolicy()
     pipeline: PipelinePolicy = PipelinePolicy()
+
+    @property
+    def deployed(self) -> tuple[str, ...]:
+        """Variants that are deployed, keys of variants.DEPLOYED: the first one becomes `openvino/`."""
+        if self.deploy is not None:
+            return self.deploy
+        listed = self.evaluation.variants
+        return (PQCAD,) if listed is None else tuple(name for name, row in DEPLOYED.items() if row in listed)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Variants that a run makes, in the order of its tables."""
+        listed, deployed = self.evaluation.variants, self.deployed
+        if listed is None:
+            return default_variants(deployed)
+        return run_variants({*listed, *(DEPLOYED[name] for name in deployed)})
+
+    def folder_of(self, variant: str) -> str:
+        """Return the name of a variant's deployed folder in its run's."""
+        return "openvino" if variant == self.deployed[0] else f"openvino-{variant}"
 
     @property
     def features(self) -> str | None:
@@ -301,7 +218,7 @@ class Policy(PolicyFile):
     @property
     def learns_guidance(self) -> bool:
         """Whether students learn to do in one denoiser call a step what guidance does in two."""
-        distilled = any(VARIANTS[name].distilled for name in self.evaluation.variants)
+        distilled = any(VARIANTS[name].distilled for name in self.variants)
         return distilled and self.distillation.guidance == "distill" and self.sampler.guidance_scale != 1.0
 
     def guidance_scale(self, variant: str) -> float:
@@ -330,8 +247,19 @@ class Policy(PolicyFile):
             yield Fault(
                 (("evaluation", "clip"), ("conditions", "prompts")), repr(clip), "null, as no prompts are given"
             )
+        yield from self._faults_of_deploy()
         first = self.progressive.ladder[0]
         for name, rule in self.quantization.layers.items():
             if rule.weights is not None and rule.weights.bits > first:
                 keys = (("quantization", "layers", name, "weights", "bits"), ("progressive", "ladder"))
                 yield Fault(keys, str(rule.weights.bits), f"at most {first}, the first width of progressive.ladder")
+
+    def _faults_of_deploy(self) -> Iterator[Fault]:
+        if self.deploy is None:
+            return
+        if len(set(self.deploy)) < len(self.deploy):
+            yield Fault((("deploy",),), str(list(self.deploy)), "each name once")
+        for name, row in DEPLOYED.items():
+            if row in (self.evaluation.variants or ()) and name not in self.deploy:
+                keys: tuple[Location, ...] = (("evaluation", "variants"), ("deploy",))
+                yield Fault(keys, row, f"no deployed variant that deploy does not name ({', '.join(self.deploy)})")

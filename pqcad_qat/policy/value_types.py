@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from pqcad_qat.policy.variants import VariantName
+from pqcad_qat.policy.variants import DeployedName, VariantName
 
 
 def _one_or_more(value: object) -> object:
@@ -74,6 +74,17 @@ Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), OneOr
 
 
 Variants = Annotated[tuple[VariantName, ...], Strict(False), Field(min_length=1)]
+
+
+Deployed = Annotated[
+    tuple[DeployedName, ...],
+    Strict(False),
+    Field(min_length=1),
+    BeforeValidator(
+        _one_or_more,
+        json_schema_input_type=DeployedName | Annotated[tuple[DeployedName, ...], Field(min_length=1)],
+    ),
+]
 
 
 Precision = Literal["fp32", "bf16", "fp16"]

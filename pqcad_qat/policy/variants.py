@@ -21,14 +21,15 @@ PQ: Final = "pq"
 PQ_HALF: Final = "pq-half"
 PQ_DISTILLED: Final = "pq-distilled"
 PQCAD: Final = "pqcad"
+PTQ_OPENVINO: Final = "ptq-openvino"
+FIXED_BIT_OPENVINO: Final = "fixed-bit-openvino"
+PQ_OPENVINO: Final = "pq-openvino"
+PQ_DISTILLED_OPENVINO: Final = "pq-distilled-openvino"
 PQCAD_OPENVINO: Final = "pqcad-openvino"
 """Names of the variants, which VARIANTS describes."""
 
 REFERENCE: Final = FP32
 """Variant that every run makes, with which the others are compared."""
-
-OURS: Final = PQCAD_OPENVINO
-"""Variant that is deployed."""
 
 QUANTIZATION_AWARE: Final = (PQ, FIXED_BIT)
 """Stages that train against the full-precision prediction, each named like the variant that it makes."""
@@ -48,6 +49,21 @@ WIDTHS: Final = "widths"
 TRAINED: Final = (*QUANTIZATION_AWARE, *STUDENTS)
 """Stages that train."""
 
+DEPLOYED: Final = {
+    PTQ: PTQ_OPENVINO,
+    FIXED_BIT: FIXED_BIT_OPENVINO,
+    PQ: PQ_OPENVINO,
+    PQ_DISTILLED: PQ_DISTILLED_OPENVINO,
+    PQCAD: PQCAD_OPENVINO,
+}
+"""Variant that can be deployed -> the variant that its deployed folder is."""
+
+
+def exporting(variant: str) -> str:
+    """Name of the stage that deploys a variant, one of the keys of DEPLOYED."""
+    return f"export-{variant}"
+
+
 EVERY_RUN: Final = ("calibration", "samples", "evaluation")
 """Stages that every run needs."""
 
@@ -59,7 +75,7 @@ STAGES: Final = (
     *QUANTIZATION_AWARE,
     "teacher",
     *STUDENTS,
-    "export",
+    *map(exporting, DEPLOYED),
     "baselines",
     "benchmark",
     "samples",
@@ -86,9 +102,11 @@ class VariantSpec:
         student_steps: whether it samples in the student's steps rather than in the teacher's.
         stages: stages that it needs beside those of every run, in any order.
         sampled: whether images are sampled from it, rather than only its time measured.
-        file: folder, relative to the run's, of the model that OpenVINO runs.
+        file: folder, relative to the run's, of the model that OpenVINO runs; None also for what is deployed, whose
+            folder depends on what else is (Policy.folder_of).
         precision: floating-point precision requested from OpenVINO; None for OpenVINO's own choice.
-        listed: whether a policy that lists no variants gets it.
+        deploys: variant that is deployed as this one.
+        shown_with: variants that stand beside this deployed one where a policy lists none.
         baseline: name in headlines that compare the deployed variant with it.
         colour: colour of its points in charts of several runs, a key of report.canvas.COLOURS.
     """
@@ -103,7 +121,8 @@ class VariantSpec:
     sampled: bool = True
     file: str | None = None
     precision: Literal["f32", "bf16"] | None = None
-    listed: bool = True
+    deploys: str | None = None
+    shown_with: tuple[str, ...] = ()
     baseline: str = ""
     colour: str = "grey"
 
@@ -126,6 +145,22 @@ class VariantSpec:
 
 
 _FLOAT, _BASELINES = (32, 32), ("baselines", "benchmark")
+
+
+def _deployed(variant: str, *, shown_with: tuple[str, ...], colour: str, stages: tuple[str, ...] = ()) -> VariantSpec:
+    """The deployed form of a variant, which other stages than its export have made."""
+    return VariantSpec(
+        name=DEPLOYED[variant],
+        summary=f"{variant} exported and executed by OpenVINO in INT8",
+        runtime=OPENVINO,
+        weights_from=exporting(variant),
+        student_steps=variant in STUDENTS,
+        stages=(*stages, exporting(variant), "benchmark"),
+        deploys=variant,
+        shown_with=shown_with,
+        colour=colour,
+    )
+
 
 VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
     {
@@ -185,7 +220,6 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
                 summary="post-training quantization by ours: as calibrated, at the target widths, not trained",
                 runtime=SIMULATED,
                 weights_from="calibration",
-                listed=False,
                 colour="amber",
             ),
             VariantSpec(
@@ -230,14 +264,20 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
                 stages=(PQ, "teacher", PQCAD),
                 colour="blue",
             ),
-            VariantSpec(
-                name=PQCAD_OPENVINO,
-                summary="pqcad exported and executed by OpenVINO in INT8",
-                runtime=OPENVINO,
-                weights_from="export",
-                student_steps=True,
-                stages=(PQ, "teacher", PQCAD, "export", "benchmark"),
-                file="openvino",
+            _deployed(PTQ, shown_with=(PTQ,), colour="amber"),
+            _deployed(FIXED_BIT, shown_with=(PTQ, FIXED_BIT), stages=(FIXED_BIT,), colour="violet"),
+            _deployed(PQ, shown_with=(PTQ, PQ), stages=(PQ,), colour="accent"),
+            _deployed(
+                PQ_DISTILLED,
+                shown_with=(FP32_HALF, PQ, PQ_HALF, PQ_DISTILLED),
+                stages=(PQ, "teacher", PQ_DISTILLED),
+                colour="rose",
+            ),
+            _deployed(
+                PQCAD,
+                # and every other way to its widths and steps
+                shown_with=(FP32_HALF, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD),
+                stages=(PQ, "teacher", PQCAD),
                 colour="blue",
             ),
         )
@@ -247,12 +287,14 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
 
 if TYPE_CHECKING:
     VariantName = str
+    DeployedName = str
 else:
     VariantName = Literal[tuple(VARIANTS)]
-"""Names that a policy may list."""
+    DeployedName = Literal[tuple(DEPLOYED)]
+"""Names that a policy may list, and those of what it may deploy."""
 
-DEFAULT_VARIANTS: Final = tuple(spec.name for spec in VARIANTS.values() if spec.listed)
-"""Variants of a policy that lists none."""
+BASELINES: Final = (FP32, OV_FP32, OV_BF16, NNCF_INT8)
+"""Variants of every policy that lists none."""
 
 UNTRAINED: Final = tuple(spec.name for spec in VARIANTS.values() if spec.bits is not None)
 """Variants that are not trained and have the widths of their own kind, whatever the policy says. Runs with one model,
@@ -263,6 +305,13 @@ one calibration set and equal float steps share them.
 def summary_of(name: str) -> str:
     """Return the summary of a variant; empty for a name that no run makes."""
     return VARIANTS[name].summary if name in VARIANTS else ""
+
+
+def default_variants(deployed: Collection[str]) -> tuple[str, ...]:
+    """Return the variants of a policy that lists none and deploys these."""
+    rows = {*BASELINES, *(DEPLOYED[name] for name in deployed)}
+    rows |= {shown for name in deployed for shown in VARIANTS[DEPLOYED[name]].shown_with}
+    return run_variants(rows)
 
 
 def run_variants(listed: Collection[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pqcad_qat import __version__
+from pqcad_qat.policy.variants import PQCAD_OPENVINO
 from pqcad_qat.report.record import Hardware, ProfileRow, Throughput, Timing
 
 SCHEMA_VERSION = 1
@@ -75,5 +76,6 @@ class SpeedReport:
     created: str  # ISO 8601, UTC
     float_steps: int = 0  # number of our sampling steps that full precision computes
     float_calls: int = 0  # calls of the denoiser in these steps
+    ours: str = PQCAD_OPENVINO  # name of our folder's row
     version: str = __version__
     schema_version: int = SCHEMA_VERSION

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pqcad_qat.policy.variants import OPENVINO, OURS, PQ
+from pqcad_qat.policy.variants import OPENVINO, PQ
 from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.record import HELD_OUT, Curves, ProfileRow, Report, Series, StorageRow
 from pqcad_qat.training.transition import Transition
@@ -31,7 +31,7 @@ def quality_latency(report: Report) -> str | None:
     with canvas("quality", 5.4, 3.5) as drawn:
         axes = drawn.figure.subplots()
         for row in rows:
-            ours = row.name == OURS
+            ours = row.name == report.ours
             colour = COLOURS["accent" if ours else "blue" if row.runtime == OPENVINO else "grey"]
             x, y = row.latency_ms_per_image or 0.0, row.fid_real or 0.0
             (point,) = axes.plot([x], [y], "o", ms=11 if ours else 8, color=colour, mec=COLOURS["surface"], mew=1.2)

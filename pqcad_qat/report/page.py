@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from pqcad_qat.policy.variants import FP32, OURS, PQCAD, REFERENCE, VARIANTS, summary_of
+from pqcad_qat.policy.variants import FP32, REFERENCE, VARIANTS, summary_of
 from pqcad_qat.quality.fid_protocol import error_text
 from pqcad_qat.report import figures
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
@@ -88,7 +88,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         error_text=error_text,
         target_text=target_text,
         spread=spread,
-        ours=OURS,
+        ours=report.ours,
         unknown=UNKNOWN,
         float_kinds={row.layer: row.kind for row in report.layers if row.weight_bits is None},
         simulated=[
@@ -114,14 +114,15 @@ def _text(name: str) -> str:
 def summary(report: Report) -> str:
     """One sentence on the result: widths, sampling steps, runtime."""
     rows = {row.name: row for row in report.variants}
-    ours, full = rows.get(OURS) or rows.get(PQCAD), rows.get(FP32)
+    simulated = VARIANTS[report.ours].deploys
+    ours, full = rows.get(report.ours) or rows.get(simulated or ""), rows.get(FP32)
     if ours is None:
         return "No quantized model is part of this report."
     steps = f"{ours.steps} sampling steps" + (f" in place of {full.steps}" if full and full.steps != ours.steps else "")
     if ours.float_steps:
         steps += f" of which full precision computes the first {ours.float_steps}"
         steps += f" in {ours.float_calls} calls" if ours.float_calls > ours.float_steps else ""
-    run = "executed by OpenVINO" if ours.name == OURS else "simulated in PyTorch"
+    run = "executed by OpenVINO" if ours.name == report.ours else "simulated in PyTorch"
     return f"Weights of {bits(ours.weight_bits)} and activations of {bits(ours.activation_bits)} bits, {steps}, {run}."
 
 
@@ -132,13 +133,13 @@ def headlines(report: Report) -> list[Headline]:
     """
     rows = {row.name: row for row in report.variants}
     steady = {name: row for name, row in rows.items() if name not in report.unsteady}
-    shown = [speed for name in BASELINES if (speed := _speed(steady, name))]
-    ours, full = rows.get(OURS), rows.get(FP32)
+    shown = [speed for name in BASELINES if (speed := _speed(steady, name, report.ours))]
+    ours, full = rows.get(report.ours), rows.get(FP32)
     if ours and full and ours.size_bytes and full.size_bytes:
         basis = f"{size(full.size_bytes)} to {size(ours.size_bytes)}"
         ratio = ours.size_bytes / full.size_bytes
         shown.append(Headline(f"{ratio:.2f}{TIMES}", "the size of full precision", basis, ratio < 1))
-    if quality := _quality(rows, report.distance):
+    if quality := _quality(report, rows):
         shown.append(quality)
     if report.execution:
         done = f"{report.execution.executed_int8}/{report.execution.planned}"
@@ -152,28 +153,28 @@ def headlines(report: Report) -> list[Headline]:
     return shown
 
 
-def _speed(rows: Mapping[str, VariantRow], baseline: str) -> Headline | None:
-    times = [rows[name].latency_ms_per_image if name in rows else None for name in (baseline, OURS)]
+def _speed(rows: Mapping[str, VariantRow], baseline: str, deployed: str) -> Headline | None:
+    times = [rows[name].latency_ms_per_image if name in rows else None for name in (baseline, deployed)]
     theirs, ours = times
     if not theirs or not ours:
         return None
     ratio, word = (theirs / ours, "faster") if theirs >= ours else (ours / theirs, "slower")
-    steps = rows[baseline].steps / rows[OURS].steps
+    steps = rows[baseline].steps / rows[deployed].steps
     share = f"{steps:.3g}{TIMES} from the number of steps, {theirs / ours / steps:.2f}{TIMES} from the time of each"
     basis = f"{number_text(theirs)} to {number_text(ours)} ms an image: {share}"
     return Headline(f"{ratio:.1f}{TIMES}", f"{word} than {BASELINES[baseline]}", basis, word == "faster")
 
 
-def _quality(rows: Mapping[str, VariantRow], distance: str) -> Headline | None:
-    full = rows.get(FP32)
-    name = next((name for name in (OURS, PQCAD) if name in rows and rows[name].fid_real is not None), None)
+def _quality(report: Report, rows: Mapping[str, VariantRow]) -> Headline | None:
+    full, forms = rows.get(FP32), (report.ours, VARIANTS[report.ours].deploys or "")
+    name = next((name for name in forms if name in rows and rows[name].fid_real is not None), None)
     if full is None or not full.fid_real or name is None:
         return None
     ours = rows[name].fid_real or 0.0
     change = ours / full.fid_real - 1
     word = "better" if change < 0 else "worse"
     basis = f"{full.fid_real:.2f} to {ours:.2f}, {full.steps} to {rows[name].steps} steps ({name})"
-    return Headline(f"{100 * change:+.1f} %", f"{distance}, {word} than full precision", basis, change <= 0)
+    return Headline(f"{100 * change:+.1f} %", f"{report.distance}, {word} than full precision", basis, change <= 0)
 
 
 def verdict(targets: Sequence[Target]) -> str:
@@ -203,7 +204,7 @@ def latency_bars(report: Report) -> list[Bar]:
     longest = max((value for _, value in timed), default=1.0)
     marks = dict.fromkeys(report.unsteady, f", {UNSTEADY}")
     return [
-        Bar(row.name, f"{number_text(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == OURS)
+        Bar(row.name, f"{number_text(value, 3)} ms{marks.get(row.name, '')}", value / longest, row.name == report.ours)
         for row, value in timed
     ]
 

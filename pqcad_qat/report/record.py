@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from pqcad_qat.export.part_parity import PartParity
-from pqcad_qat.policy.variants import VARIANTS
+from pqcad_qat.policy.variants import PQCAD_OPENVINO, VARIANTS
 from pqcad_qat.quality.fid_protocol import FD, FidProtocol
 from pqcad_qat.report.width_choice import WidthChoice
 from pqcad_qat.training.stage_end import StageEnd
@@ -167,6 +167,15 @@ class Execution:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What a deployed folder was proven to compute."""
+
+    folder: str  # its name in the run's folder
+    execution: Execution
+    parity: Parity
+
+
+@dataclass(frozen=True)
 class Target:
     """A target, its measured value, and whether it holds (None: not measured here)."""
 
@@ -260,8 +269,10 @@ class Report:
     variants: tuple[VariantRow, ...] = ()
     fid_protocol: FidProtocol | None = None
     bit_schedule: tuple[Transition, ...] = ()
+    ours: str = PQCAD_OPENVINO  # deployed variant in openvino/, if there is one; the next two fields are its proof
     parity: Parity | None = None
     execution: Execution | None = None
+    also_deployed: Mapping[str, Proof] = field(default_factory=dict)  # further deployed variants
     timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> wall time in seconds, in order
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()

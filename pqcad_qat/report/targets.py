@@ -5,7 +5,7 @@ Not here: the variants' figures (stages/report_rows.py), and how a target is sho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pqcad_qat.policy.variants import (
     FIXED_BIT,
@@ -18,9 +18,8 @@ from pqcad_qat.policy.variants import (
     PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
-    run_variants,
 )
-from pqcad_qat.report.record import UNSTEADY, Report, Target, VariantRow, target
+from pqcad_qat.report.record import UNSTEADY, Execution, Parity, Report, Target, VariantRow, target
 
 CLEARLY = 0.95
 """Ratio of two Frechet distances at or below which the first counts as clearly better."""
@@ -61,19 +60,15 @@ PACKED = 0.16
 """Largest share of the float32 weights' bytes that all files of the packed folder may take."""
 
 
-def targets_of(report: Report, packed_bytes: int | None) -> Iterator[Target]:
-    """Targets that concern the variants of a report; `packed_bytes` is the size of the packed folder, where there is
-    one.
+def targets_of(report: Report, variants: Collection[str], packed_bytes: int | None) -> Iterator[Target]:
+    """Targets that concern the variants of a run, which its report may lack where the machine cannot run them.
+
+    `packed_bytes` is the size of the packed folder, where there is one.
     """
     if report.execution and report.parity:
-        execution, parity = report.execution, report.parity
-        yield target(
-            "planned layers that executed in INT8", execution.executed_int8, "==", execution.planned, unit="layers"
-        )
-        yield target(
-            "layers whose integers equal PyTorch's", parity.layers_exact, "==", parity.layers_checked, unit="layers"
-        )
-    variants = run_variants(report.policy["evaluation"]["variants"])  # type: ignore[index,call-overload,arg-type]
+        yield from _proven(report.execution, report.parity)
+    for name, proof in report.also_deployed.items():
+        yield from _proven(proof.execution, proof.parity, f" ({name})")
     rows = {row.name: row for row in report.variants}
     low = min((row.weight_bits for row in report.layers if row.weight_bits is not None), default=8) < LOW_BITS
     for variant, against, figure, bound in COMPARISONS:
@@ -87,6 +82,15 @@ def targets_of(report: Report, packed_bytes: int | None) -> Iterator[Target]:
     size = rows[FP32].size_bytes if FP32 in rows else None
     if packed_bytes is not None and size:
         yield target("bytes packed, all files / float32 weights", packed_bytes / size, "<=", PACKED, unit="x")
+
+
+def _proven(execution: Execution, parity: Parity, of: str = "") -> Iterator[Target]:
+    yield target(
+        f"planned layers that executed in INT8{of}", execution.executed_int8, "==", execution.planned, unit="layers"
+    )
+    yield target(
+        f"layers whose integers equal PyTorch's{of}", parity.layers_exact, "==", parity.layers_checked, unit="layers"
+    )
 
 
 def _why_not(report: Report, variant: str, against: str, *, figure: str) -> str:

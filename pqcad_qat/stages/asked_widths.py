@@ -23,9 +23,7 @@ STEPS = 40
 
 def widths_measured(policy: Policy) -> bool:
     """Whether a run gives layers their widths by measurement: the policy asks for it, and quantizes."""
-    return policy.quantization.measured_widths and any(
-        VARIANTS[name].bits is None for name in policy.evaluation.variants
-    )
+    return policy.quantization.measured_widths and any(VARIANTS[name].bits is None for name in policy.variants)
 
 
 def check_size(policy: Policy, split: nn.Module, plan: Sequence[LayerPlan]) -> None:

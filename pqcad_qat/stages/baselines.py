@@ -21,7 +21,7 @@ from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.files import room_for
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS, run_variants
+from pqcad_qat.policy.variants import NNCF_INT8, OV_FP32, VARIANTS
 from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS
@@ -53,7 +53,7 @@ def make_baselines(
         for name, attempt in _attempts(policy, prepared, run, calibration).items():
             with working(console, f"baselines: {name}"):
                 died |= reasons({name: attempt})
-        for name in died.keys() & set(run_variants(policy.evaluation.variants)):
+        for name in died.keys() & set(policy.variants):
             run.warn(f"baselines: {name} did not run: {died[name]}", console)
         stage.done(BaselinesRecord(died))
 
@@ -137,12 +137,16 @@ def runnable(policy: Policy, run: RunFolder) -> tuple[str, ...]:
     """Variants that the run makes, without the baselines that failed."""
     baselines = run.read("baselines", BaselinesRecord)
     died = {} if baselines is None else baselines.died
-    return tuple(name for name in run_variants(policy.evaluation.variants) if name not in died)
+    return tuple(name for name in policy.variants if name not in died)
 
 
 def openvino_files(policy: Policy, run: RunFolder) -> dict[str, Path]:
     """Variant -> path of the file or folder that OpenVINO runs, for the variants that are made and can run."""
-    files = {name: run.path / file for name in runnable(policy, run) if (file := VARIANTS[name].file)}
-    return {
-        name: file / XML_FILE if VARIANTS[name].weights_from == "baselines" else file for name, file in files.items()
-    }
+    files = {}
+    for name in runnable(policy, run):
+        spec = VARIANTS[name]
+        if spec.deploys is not None:
+            files[name] = run.path / policy.folder_of(spec.deploys)
+        elif spec.file is not None:
+            files[name] = run.path / spec.file / XML_FILE
+    return files

@@ -165,7 +165,7 @@ def choose_widths(
         if stage.new:
             in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQ)
             costs = run.read_always(STEP_COSTS, StepCostsRecord).costs
-            trains = not set(TRAINED).isdisjoint(stages_of(policy.evaluation.variants))
+            trains = not set(TRAINED).isdisjoint(stages_of(policy.variants))
             with working(console, "widths: each layer's error at each width") as tell:
                 trials = Trials(
                     policy,
@@ -210,7 +210,7 @@ def warn_of_lost_quality(policy: Policy, run: RunFolder, console: Console) -> No
     """Warn where the trained model of `pq` has less than the quality that its widths were chosen for."""
     end = run.read_always(PQ, TrainingRecord).end
     reached, asked = (None if end is None else end.images.get(end.kept)), policy.quantization.quality
-    if PQ not in stages_of(policy.evaluation.variants) or reached is None or asked is None or reached >= asked:
+    if PQ not in stages_of(policy.variants) or reached is None or asked is None or reached >= asked:
         return
     with agreed() as first:
         if first:

@@ -1,12 +1,13 @@
-"""The stages `export` and `benchmark`: the OpenVINO folder with its proofs, and its timing beside that of the baselines
-(baselines.py).
+"""The stages `export-NAME` and `benchmark`: OpenVINO folders with their proofs, and their timing beside that of the
+baselines (baselines.py).
 
 Not here: how a folder is written and verified (export/), and how it is timed (timing/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,14 @@ from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQCAD, REFERENCE, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, REFERENCE, VARIANTS, exporting
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
-from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS
+from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
 from pqcad_qat.sampling.trajectory import written_out
 from pqcad_qat.serving.deployed_folder import EMBEDDED_GUIDANCE, copy_folder
-from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.serving.runtime import OVUNet2DModel
 from pqcad_qat.stages.baselines import example_of, openvino_files
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared
@@ -62,72 +62,117 @@ def export(
     run: RunFolder,
     console: Console,
     *,
+    name: str,
     calibration: CalibrationSet,
     models: TrainedModels,
 ) -> None:
-    """Stage `export`: write the student as a PyTorch folder and as an OpenVINO folder, and prove the latter on the
-    shipped file.
+    """Stage `export-NAME`: write a variant's model as a PyTorch folder and as an OpenVINO folder, and prove the latter
+    on the shipped file.
 
     Raises:
         ExportError: a planned layer did not execute in INT8, and the policy does not list it as an exception.
     """
-    with run.stage("export") as stage:
+    with run.stage(exporting(name)) as stage:
         if not stage.new:
             return
-        student, scheduler = models.of(PQCAD), _student_scheduler(policy, prepared)
-        _save_student(policy, prepared, run, student, scheduler=scheduler)
-        request = _export_request(
-            policy, prepared, run, console, calibration=calibration, student=student, scheduler=scheduler
+        model, in_float = models.of(name), run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
+        shipped = run.path / policy.folder_of(name)
+        _save_in_pytorch(policy, prepared, run, name, models=models, in_float=in_float)
+        record = write_proven(
+            policy,
+            prepared,
+            console,
+            name=name,
+            model=model,
+            in_float=in_float,
+            calibration=calibration,
+            folder=shipped,
         )
-        deployed = request.pipeline_parts
-        shipped, packed = run.path / "openvino", run.path / "baselines" / "packed"
-        with working(console, "export: writing and verifying the OpenVINO folder"):
-            _write(request, prepared, shipped, policy.export.weights)
-            with room_for(packed, expected_bytes(prepared.split, prepared.plan, packed=True)):
-                copy_folder(shipped, packed, "packed", pipeline_parts=False)
-            # The proofs read the shipped folder, not the model in memory. The execution graph must show the planned
-            # layers in INT8, except those that the policy lists. Then the predictions are compared with PyTorch's end
-            # to end, and each layer's integers on equal inputs.
-            executed, psnr = _whole_proofs(prepared, request, shipped, calibration)
-            states = next(calibration.inputs(policy.export.batch_size, policy.export.batch_size))
-            with recorded_inputs(student, states, run.path) as inputs:
-                parity = layer_parity(shipped, request.layers, inputs)
-        stage.done(
-            ExportRecord(
-                precisions=dict(executed.precisions),
-                attention=dict(executed.attention),
-                inference_precision=executed.inference_precision,
-                needs_vnni=tuple(name for name, layer in request.layers.items() if needs_vnni(layer)),
-                parity=_integer_parity(parity),
-                end_to_end_psnr=psnr,
-                parts=() if deployed is None else part_parity(deployed, shipped),
-                packed_bytes=size_bytes(packed),
-            )
+        packed = run.path / "baselines" / shipped.name.replace("openvino", "packed")
+        with room_for(packed, expected_bytes(prepared.split, prepared.plan, packed=True)):
+            copy_folder(shipped, packed, "packed", pipeline_parts=False)
+        stage.done(replace(record, packed_bytes=size_bytes(packed)))
+
+
+def write_proven(
+    policy: Policy,
+    prepared: Prepared,
+    console: Console,
+    *,
+    name: str,
+    model: nn.Module,
+    in_float: StepsInFloat,
+    calibration: CalibrationSet,
+    folder: Path,
+) -> ExportRecord:
+    """Write the OpenVINO folder of a variant's model, and prove it.
+
+    The proofs read the folder, not the model in memory. The execution graph must show the planned layers in INT8,
+    except those that the policy lists. Then the predictions are compared with PyTorch's end to end, and each layer's
+    integers on equal inputs.
+
+    Args:
+        policy, prepared: policy and full-precision model that it was made by.
+        console: where progress is shown.
+        name: the variant, one of the keys of DEPLOYED.
+        model: its quantized model.
+        in_float: the steps that full precision computes.
+        calibration: states on which attention has its ranges, and on which the proofs are made.
+        folder: where it is written; an older deployed folder there is replaced.
+
+    Raises:
+        ExportError: a layer has no INT8 form or did not execute in it, or the folder holds something else.
+    """
+    request = _export_request(
+        policy, prepared, console, name=name, calibration=calibration, model=model, in_float=in_float
+    )
+    deployed, batch = request.pipeline_parts, policy.export.batch_size
+    with working(console, f"export {name}: writing and verifying the OpenVINO folder"):
+        with room_for(folder, expected_bytes(prepared.split, prepared.plan, packed=policy.export.weights != "int8")):
+            export_model(request, folder, policy.export.weights)
+        executed, psnr = _whole_proofs(prepared, request, folder, calibration)
+        states = next(calibration.inputs(batch, batch))
+        with recorded_inputs(model, states, folder.parent) as inputs:
+            parity = layer_parity(folder, request.layers, inputs)
+        return ExportRecord(
+            precisions=dict(executed.precisions),
+            attention=dict(executed.attention),
+            inference_precision=executed.inference_precision,
+            needs_vnni=tuple(name for name, layer in request.layers.items() if needs_vnni(layer)),
+            parity=_integer_parity(parity),
+            end_to_end_psnr=psnr,
+            parts=() if deployed is None else part_parity(deployed, folder),
         )
 
 
-def _student_scheduler(policy: Policy, prepared: Prepared) -> dict[str, Any]:
-    """Scheduler config of the student: its noise schedule written out, its sampling steps and its guidance."""
+def _scheduler(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
+    """Scheduler config of a variant: its noise schedule written out, its sampling steps and its guidance."""
     return {
-        **written_out(prepared.model.scheduler_config, prepared.student_schedule(policy)),
-        STEPS: policy.distillation.student_steps,
-        **_guidance(policy, prepared),
+        **written_out(prepared.model.scheduler_config, prepared.sampled_by(policy, name)),
+        STEPS: policy.sampling_steps(name),
+        **_guidance(policy, prepared, name),
     }
 
 
-def _save_student(
-    policy: Policy, prepared: Prepared, run: RunFolder, student: nn.Module, *, scheduler: Mapping[str, Any]
+def _save_in_pytorch(
+    policy: Policy,
+    prepared: Prepared,
+    run: RunFolder,
+    name: str,
+    *,
+    models: TrainedModels,
+    in_float: StepsInFloat,
 ) -> None:
-    """Write the student as a PyTorch folder with its exact quantizers."""
-    folder, in_float = run.path / "student", run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQCAD)
+    """Write a variant's model as a PyTorch folder with its exact quantizers, beside its OpenVINO folder."""
+    folder = run.path / policy.folder_of(name).replace("openvino", "student")
     with room_for(folder, 3 * expected_bytes(prepared.split, (), packed=False)):
         save_quantized(
             folder,
-            student,
-            prepared.plan,
+            models.of(name),
+            models.plan_of(name),
             policy.quantization.split_shortcuts,
-            scheduler_config=scheduler,
-            steps=policy.distillation.student_steps,
+            scheduler_config=_scheduler(policy, prepared, name),
+            steps=policy.sampling_steps(name),
             full=None if in_float.start == NO_FLOAT_STEPS else prepared.model.denoiser,
             in_float=in_float,
         )
@@ -136,54 +181,48 @@ def _save_student(
 def _export_request(
     policy: Policy,
     prepared: Prepared,
-    run: RunFolder,
     console: Console,
     *,
+    name: str,
     calibration: CalibrationSet,
-    student: nn.Module,
-    scheduler: Mapping[str, Any],
+    model: nn.Module,
+    in_float: StepsInFloat,
 ) -> ExportRequest:
-    """Everything that an OpenVINO folder of the student is made from."""
-    model = prepared.model
-    layers = integer_layers(student)
-    in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQCAD)
-    conditions = exported_inputs(model.condition_inputs, prepared.conditions)
-    walk = prepared.student_schedule(policy).walk(policy.distillation.student_steps)
+    """Everything that an OpenVINO folder of a variant's model is made from."""
+    full = prepared.model
+    layers = integer_layers(model)
+    conditions = exported_inputs(full.condition_inputs, prepared.conditions)
+    walk = prepared.sampled_by(policy, name).walk(policy.sampling_steps(name))
     return ExportRequest(
-        model=student,
-        scheduler_config=scheduler,
+        model=model,
+        scheduler_config=_scheduler(policy, prepared, name),
         layers=layers,
-        sample_shape=model.sample_shape,
+        sample_shape=full.sample_shape,
         batch_size=policy.export.batch_size,
-        provenance=_provenance(policy, prepared),
+        provenance=_provenance(policy, prepared, name),
         conditions=conditions,
         # float steps are not among the calibration set's times, and the graph of float steps knows times too
         visited=(*calibration.timesteps, *(t for t, _ in walk)),
-        attention=_attention(policy, console, calibration, student),
+        attention=_attention(policy, console, calibration, model),
         pipeline_parts=_parts_to_deploy(prepared, calibration, conditions),
-        full=None if in_float.start == NO_FLOAT_STEPS else model.denoiser,
+        full=None if in_float.start == NO_FLOAT_STEPS else full.denoiser,
         in_float=in_float,
     )
 
 
-def _provenance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
+def _provenance(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
     """Origin of the deployed model, as its manifest states it."""
     return {
         "policy": policy.name,
+        "variant": name,
         "model": prepared.model.source,
         "model_digest": prepared.model.digest,
         "sampler": prepared.schedule.sampler,
-        "sampling_steps": policy.distillation.student_steps,
+        "sampling_steps": policy.sampling_steps(name),
         "full_precision_steps": policy.sampler.steps,
         "training_seed": policy.training.seed,
-        **_guidance(policy, prepared),
+        **_guidance(policy, prepared, name),
     }
-
-
-def _write(request: ExportRequest, prepared: Prepared, folder: Path, weights: WeightFormat) -> None:
-    """Write one OpenVINO folder, if the disk has room for it."""
-    with room_for(folder, expected_bytes(prepared.split, prepared.plan, packed=weights != "int8")):
-        export_model(request, folder, weights)
 
 
 def _integer_parity(parity: ParityReport) -> IntegerParity:
@@ -196,15 +235,15 @@ def _integer_parity(parity: ParityReport) -> IntegerParity:
     )
 
 
-def _guidance(policy: Policy, prepared: Prepared) -> dict[str, Any]:
-    """Settings for sampling the student of a conditional model: its guidance scale, and the label of the unconditional
+def _guidance(policy: Policy, prepared: Prepared, name: str) -> dict[str, Any]:
+    """Settings for sampling a variant of a conditional model: its guidance scale, and the label of the unconditional
     pass if there is one.
 
     If the denoiser also takes guidance as an input and every condition has the same value, that value is included.
     """
     if not prepared.conditions.choices:
         return {}
-    scale, null = policy.guidance_scale(PQCAD), prepared.conditions.null_class
+    scale, null = policy.guidance_scale(name), prepared.conditions.null_class
     embedded = {round(value, 4) for value in prepared.conditions.choices.get("guidance", torch.zeros(0)).tolist()}
     return (
         {GUIDANCE: scale}
@@ -224,15 +263,15 @@ def _parts_to_deploy(
 
 
 def _attention(
-    policy: Policy, console: Console, calibration: CalibrationSet, student: nn.Module
+    policy: Policy, console: Console, calibration: CalibrationSet, model: nn.Module
 ) -> dict[str, AttentionRange]:
     """Ranges that the matrix products of attention read on states of the calibration set; empty unless attention runs
     in INT8.
     """
     if policy.quantization.attention == "float":
         return {}
-    with working(console, "export: ranges of attention"), frozen_weights(student.eval()):
-        return attention_ranges(student, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
+    with working(console, "export: ranges of attention"), frozen_weights(model.eval()):
+        return attention_ranges(model, calibration.inputs(RANGE_INPUTS, policy.training.batch_size))
 
 
 def _whole_proofs(
@@ -250,14 +289,14 @@ def _whole_proofs(
 
 
 @torch.no_grad()
-def _end_to_end(deployed: OVUNet2DModel, student: nn.Module, calibration: CalibrationSet) -> float:
+def _end_to_end(deployed: OVUNet2DModel, model: nn.Module, calibration: CalibrationSet) -> float:
     """PSNR in dB between the predictions of the deployed model and of the quantized PyTorch model, on states of the
     calibration set.
     """
     ours, theirs = [], []
-    with frozen_weights(student.eval()):
+    with frozen_weights(model.eval()):
         for x, t, condition in calibration.inputs(PARITY_INPUTS, 32):
-            theirs.append(predict(student, x, t, condition).numpy())
+            theirs.append(predict(model, x, t, condition).numpy())
             ours.append(
                 deployed.predict(x.numpy(), t.numpy(), {name: value.numpy() for name, value in condition.items()})
             )

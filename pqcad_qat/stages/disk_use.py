@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pqcad_qat.machine.files import free_bytes
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import DEPLOYED, exporting
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.float_steps import may_have_float_steps
 from pqcad_qat.stages.prepared import Prepared
@@ -58,4 +59,6 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
         return 2 * policy.evaluation.images * ((state if prepared.model.latent else state // 4) + decoded)
     # full-precision weights for float steps: in float32 beside the student, in float16 in two deployed folders
     in_float = 2 * weights if may_have_float_steps(policy, prepared.schedule) else 0
-    return {"export": 3 * weights + in_float, "baselines": 2 * weights}.get(stage, 0)
+    if stage in map(exporting, DEPLOYED):
+        return 3 * weights + in_float
+    return 2 * weights if stage == "baselines" else 0

@@ -67,7 +67,7 @@ def choose_float_steps(
     untrained: QuantizedModels,
 ) -> FloatStepsRecord:
     """Stage `float-steps`: the policy's number, or the one that is measured where the policy says auto."""
-    if FLOAT_STEPS not in stages_of(policy.evaluation.variants):
+    if FLOAT_STEPS not in stages_of(policy.variants):
         return FloatStepsRecord()
     with run.stage(FLOAT_STEPS) as stage:
         if stage.new:
@@ -92,7 +92,7 @@ def may_have_float_steps(policy: Policy, schedule: NoiseSchedule) -> bool:
 
 def students_sampled(policy: Policy) -> bool:
     """Whether a quantized variant takes the student's steps."""
-    return any(VARIANTS[name].quantized and VARIANTS[name].student_steps for name in policy.evaluation.variants)
+    return any(VARIANTS[name].quantized and VARIANTS[name].student_steps for name in policy.variants)
 
 
 def parts_measured(policy: Policy, schedule: NoiseSchedule) -> bool:

@@ -24,7 +24,7 @@ from pqcad_qat.errors import DivergedError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import exchanged, is_first
 from pqcad_qat.machine.progress import working
-from pqcad_qat.policy.schema import TrainingPolicy
+from pqcad_qat.policy.training_sections import TrainingPolicy
 from pqcad_qat.stages.short_training import train_shortly
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, averaged_weights
 from pqcad_qat.training.held_out import measured

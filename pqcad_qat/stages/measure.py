@@ -26,7 +26,17 @@ from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.evaluation import EMBEDDED
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, PQ, REFERENCE, TRAINED, UNTRAINED, VARIANTS, WIDTHS
+from pqcad_qat.policy.variants import (
+    FLOAT_STEPS,
+    OPENVINO,
+    PQ,
+    REFERENCE,
+    TRAINED,
+    UNTRAINED,
+    VARIANTS,
+    WIDTHS,
+    exporting,
+)
 from pqcad_qat.quality.clip_score import clip_name
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.quality.fidelity import SSIM_WINDOW, evaluate_images, evaluate_latents, fid_protocol, has_ssim, own_floor
@@ -171,7 +181,7 @@ def _variant(
     )
     in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
     # a deployed folder holds the graph of its float steps, and its runtime chooses by itself
-    if VARIANTS[name].weights_from == "export" or in_float.start == NO_FLOAT_STEPS:
+    if VARIANTS[name].deploys is not None or in_float.start == NO_FLOAT_STEPS:
         return variant
     full = pytorch_variant(
         name, prepared.model.denoiser, variant.schedule, variant.steps, sample_shape=variant.sample_shape
@@ -191,7 +201,7 @@ def _sampler(
     schedule, steps = prepared.sampled_by(policy, name), policy.sampling_steps(name)
     if spec.runtime == OPENVINO:
         file = openvino_files(policy, run)[name]
-        if spec.weights_from == "export":
+        if spec.deploys is not None:
             return openvino_variant(name, file, steps)
         return openvino_file_variant(
             name, file, schedule, steps, sample_shape=prepared.model.sample_shape, batch_size=policy.export.batch_size
@@ -199,7 +209,7 @@ def _sampler(
     if spec.weights_from is None:
         denoiser = prepared.model.denoiser
     elif spec.weights_from == "calibration":
-        denoiser = models.untrained.at_targets()
+        denoiser = models.of(name)
     else:
         denoiser = models.of(spec.weights_from)
     return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)
@@ -287,7 +297,7 @@ def _write_report(policy: Policy, prepared: Prepared, run: RunFolder, command: s
         widths=noted(WIDTHS, WidthsRecord),
         progressive=noted(PQ, TrainingRecord),
         ends=ends,
-        export=noted("export", ExportRecord),
+        exports={name: record for name in policy.deployed if (record := noted(exporting(name), ExportRecord))},
         baselines=noted("baselines", BaselinesRecord),
         benchmark=noted("benchmark", BenchmarkRecord),
         seconds=seconds,

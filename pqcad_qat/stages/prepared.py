@@ -30,7 +30,7 @@ from pqcad_qat.models.untrained import fixed_inputs, noise_condition, shapes_of,
 from pqcad_qat.policy.evaluation import EFFICIENTNET_LITE0
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import VARIANTS, stages_of
+from pqcad_qat.policy.variants import VARIANTS
 from pqcad_qat.quality.clip_score import check_clip
 from pqcad_qat.quality.feature_network import check_shape, load_features
 from pqcad_qat.quantization.layer_matching import listed
@@ -195,7 +195,7 @@ def _planned(policy: Policy, model: DiffusionModel) -> tuple[nn.Module, tuple[La
         split, policy.quantization.layers, policy.progressive.ladder, model.example, constant=constant
     )
     check_size(policy, split, plan)
-    if model.own and "export" in stages_of(policy.evaluation.variants):
+    if model.own and policy.deployed:
         try_training_and_export(model, split, plan, policy.quantization.attention == "int8")
     notes = schedule_notes(model.source, model.scheduler_config) if model.own else ()
     return split, plan, (*notes, *remarks)

@@ -37,6 +37,11 @@ class QuantizedModels:
     calibration: CalibrationSet
     _seen: Mapping[str, InputRange] = field(default_factory=dict, repr=False)
 
+    @property
+    def target_plan(self) -> tuple[LayerPlan, ...]:
+        """The plan with layers at their target widths from the start."""
+        return tuple(replace(layer, ladder=(layer.weights.bits,)) for layer in self.prepared.plan)
+
     def of(self, plan: Sequence[LayerPlan]) -> QuantizedModels:
         """Return the copies by another plan, which quantizes the same layers or fewer, with the same ranges."""
         return replace(self, prepared=replace(self.prepared, plan=tuple(plan)))
@@ -50,8 +55,7 @@ class QuantizedModels:
 
     def at_targets(self, calibrated: bool = True) -> nn.Module:
         """Return a copy at the target widths: the start of fixed-bit training, and the variant `ptq`."""
-        plan = [replace(layer, ladder=(layer.weights.bits,)) for layer in self.prepared.plan]
-        return self._copy(plan, calibrated)
+        return self._copy(self.target_plan, calibrated)
 
     def _copy(self, plan: Sequence[LayerPlan], calibrated: bool) -> nn.Module:
         model = quantize_model(copy.deepcopy(self.prepared.split), plan)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
@@ -19,11 +20,12 @@ from pqcad_qat.export.execution import INT8
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
+    DEPLOYED,
     PQ,
+    PQCAD,
     QUANTIZATION_AWARE,
     TRAINED,
     VARIANTS,
-    run_variants,
     stages_of,
 )
 from pqcad_qat.quality.fidelity import FidelityFigures
@@ -36,6 +38,7 @@ from pqcad_qat.report.record import (
     Execution,
     LayerRow,
     Parity,
+    Proof,
     Report,
     Reproduction,
     Series,
@@ -74,8 +77,9 @@ class RunFacts:
         model: denoiser that the plan was made for.
         walks: sampling steps of the full number, and of the student's.
         float_steps: first steps that full precision computes.
-        evaluation, widths, progressive, export, baselines, benchmark: records of these stages; None for stages that the
-            run does not take.
+        evaluation, widths, progressive, baselines, benchmark: records of these stages; None for stages that the run
+            does not take.
+        exports: records of what was deployed, by the variant that it was made from, in the policy's order.
         ends: what each training stage came to.
         seconds: wall time by stage, in order.
         warnings: warnings shown while the run worked.
@@ -90,13 +94,18 @@ class RunFacts:
     evaluation: EvaluationRecord
     widths: WidthsRecord | None
     progressive: TrainingRecord | None
-    export: ExportRecord | None
+    exports: Mapping[str, ExportRecord]
     baselines: BaselinesRecord | None
     benchmark: BenchmarkRecord | None
     ends: Mapping[str, StageEnd]
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     command: str
+
+    @property
+    def export(self) -> ExportRecord | None:
+        """Record of the first deployed variant; None where nothing is deployed."""
+        return next(iter(self.exports.values()), None)
 
     def walk(self, variant: str) -> Walk:
         """Sampling steps of a variant."""
@@ -114,8 +123,13 @@ def report_of(facts: RunFacts) -> Report:
         variants=variants,
         fid_protocol=facts.evaluation.protocol,
         bit_schedule=facts.progressive.transitions if facts.progressive else (),
+        ours=DEPLOYED[next(iter(facts.exports), PQCAD)],
         parity=_parity(export) if export else None,
         execution=_execution(facts, export) if export else None,
+        also_deployed={
+            DEPLOYED[name]: Proof(policy.folder_of(name), _execution(facts, record), _parity(record))
+            for name, record in islice(facts.exports.items(), 1, None)
+        },
         timings_s=facts.seconds,
         warnings=facts.warnings,
         quality_note=facts.evaluation.note,
@@ -132,7 +146,7 @@ def report_of(facts: RunFacts) -> Report:
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return replace(report, targets=tuple(targets_of(report, export.packed_bytes if export else None)))
+    return replace(report, targets=tuple(targets_of(report, policy.variants, export.packed_bytes if export else None)))
 
 
 def _variants(facts: RunFacts) -> Iterator[VariantRow]:
@@ -140,7 +154,7 @@ def _variants(facts: RunFacts) -> Iterator[VariantRow]:
     timings, sizes = (benchmark.timings, benchmark.sizes) if benchmark else ({}, {})
     planned = _mean_bits(facts.plan, weights=True), _mean_bits(facts.plan, weights=False)
     died = facts.baselines.died if facts.baselines else {}
-    for name in run_variants(policy.evaluation.variants):
+    for name in policy.variants:
         spec = VARIANTS[name]
         weight_bits, input_bits = spec.bits or planned
         steps = policy.sampling_steps(name)
@@ -247,7 +261,7 @@ def curves_of(policy: Policy, logs: Path, ends: Mapping[str, StageEnd] | None = 
     """Series of the training logs for the report's charts; the held-out losses begin with those of the start."""
     losses, paces, distances = [], [], []
     for stage in TRAINED:
-        if stage not in stages_of(policy.evaluation.variants):
+        if stage not in stages_of(policy.variants):
             continue
         rows = read_metrics(logs / f"{stage}.jsonl")
         losses += [

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 
 from pqcad_qat.models.denoiser import recomputed_activations
-from pqcad_qat.policy.schema import TrainingPolicy
+from pqcad_qat.policy.training_sections import TrainingPolicy
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pqcad_qat.data.images import pictures_digest
-from pqcad_qat.models.model_folder import DECODERS
+from pqcad_qat.models.model_folder import DECODERS, TEXT_ENCODERS
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
     FIXED_BIT,
@@ -27,12 +27,13 @@ from pqcad_qat.policy.variants import (
     STUDENTS,
     VARIANTS,
     WIDTHS,
-    run_variants,
+    exporting,
     stages_of,
 )
 from pqcad_qat.quality.clip_score import clip_digest
 from pqcad_qat.quality.feature_network import load_features
 from pqcad_qat.sampling.trajectory import noise_schedule
+from pqcad_qat.serving.deployed_folder import tokenizer_of
 from pqcad_qat.stages.asked_widths import widths_measured
 from pqcad_qat.stages.float_steps import measured, parts_measured, students_sampled
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
@@ -83,7 +84,7 @@ _CALIBRATION_KEYS = {
 def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
     """Stage -> recipe, for all stages that the policy's variants need, in the order in which they run."""
     table = _Table(policy, prepared)
-    stages = stages_of(policy.evaluation.variants)
+    stages = stages_of(policy.variants)
     rows = {"calibration": table.calibration()}
     if FLOAT_STEPS in stages:
         rows[FLOAT_STEPS] = table.float_steps()
@@ -97,7 +98,8 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
     for name in STUDENTS:
         if name in stages:
             rows |= table.distilled(name)
-    for name, stage in (("export", table.export), ("baselines", table.baselines), ("benchmark", table.benchmark)):
+    rows |= {exporting(name): table.export(name) for name in policy.deployed}
+    for name, stage in (("baselines", table.baselines), ("benchmark", table.benchmark)):
         if name in stages:
             rows[name] = stage()
     rows |= {sampling(name): table.samples(name) for name in sampled(policy)}
@@ -117,7 +119,7 @@ def sampling(variant: str) -> str:
 
 def sampled(policy: Policy) -> tuple[str, ...]:
     """Variants that images are made of."""
-    return tuple(name for name in run_variants(policy.evaluation.variants) if VARIANTS[name].sampled)
+    return tuple(name for name in policy.variants if VARIANTS[name].sampled)
 
 
 def loss_weights(policy: Policy, student: str) -> tuple[float, float]:
@@ -135,7 +137,7 @@ class _Table:
     def __init__(self, policy: Policy, prepared: Prepared) -> None:
         self.policy, self.prepared = policy, prepared
         self.whole = policy.model_dump(mode="json")
-        self.stages = stages_of(policy.evaluation.variants)
+        self.stages = stages_of(policy.variants)
         self.widths_measured = (WIDTHS,) if widths_measured(policy) else ()
         self.model = {"model": prepared.model.digest, "conditions": prepared.conditions.digest}
 
@@ -243,27 +245,39 @@ class _Table:
             student: Recipe(learns, after, circumstances, trained_paths(student)),
         }
 
-    def export(self) -> Recipe:
+    def export(self, variant: str) -> Recipe:
+        """Recipe of the folder that a variant is deployed to."""
+        policy, trained = self.policy, VARIANTS[variant].weights_from
+        assert trained is not None
+        widths = self.widths_measured if trained == "calibration" else ()
         values = {
-            "name": self.policy.name,
+            "name": policy.name,
+            "folder": policy.folder_of(variant),
+            "sampling_steps": policy.sampling_steps(variant),
+            "guidance": policy.guidance_scale(variant),
             "model.source": self.prepared.model.source,
             "quantization.layers": [asdict(layer) for layer in self.prepared.plan],
-            "quantization.attention": self.policy.quantization.attention,
+            "quantization.attention": policy.quantization.attention,
             **self.section("export", "latency_runs"),
             **self.section("pipeline"),
         }
-        return Recipe(values, ("calibration", FLOAT_STEPS, PQCAD), _versions("openvino", "nncf", "torch", "diffusers"))
+        if (pipeline := self.prepared.pipeline) is not None and (parts := self.prepared.part_formats):
+            values["parts"] = pipeline.digest(*parts, *(tokenizer_of(part) for part in parts if part in TEXT_ENCODERS))
+        after = dict.fromkeys(("calibration", FLOAT_STEPS, *widths, trained))
+        return Recipe(values, tuple(after), _versions("openvino", "nncf", "torch", "diffusers"))
 
     def baselines(self) -> Recipe:
         values = {"inputs": BASELINE_INPUTS, "export.batch_size": self.policy.export.batch_size}
         return Recipe(values, ("calibration",), _versions("nncf", "openvino", "torch"))
 
     def benchmark(self) -> Recipe:
-        stages = stages_of(self.policy.evaluation.variants)
-        timed = [name for name in run_variants(self.policy.evaluation.variants) if VARIANTS[name].runtime == OPENVINO]
+        stages = stages_of(self.policy.variants)
+        timed = [name for name in self.policy.variants if VARIANTS[name].runtime == OPENVINO]
         values = {**self.model, "evaluation.variants": timed, **self.section("export", "weights")}
         return Recipe(
-            values, tuple(name for name in ("export", "baselines") if name in stages), _versions("openvino", "torch")
+            values,
+            (*map(exporting, self.policy.deployed), *(("baselines",) if "baselines" in stages else ())),
+            _versions("openvino", "torch"),
         )
 
     def samples(self, variant: str) -> Recipe:

@@ -94,7 +94,7 @@ class ExportRecord(StageRecord):
     needs_vnni: tuple[str, ...]  # layers whose sums may overflow on CPUs without VNNI
     parity: IntegerParity
     end_to_end_psnr: float  # PSNR in dB
-    packed_bytes: int  # size of the same model in packed format
+    packed_bytes: int = 0  # size of the same model in packed format; 0 where it was not written
     # planned attention -> precision its matrix products executed in
     attention: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder

@@ -52,7 +52,7 @@ def measure_step_costs(
     policy: Policy, prepared: Prepared, run: RunFolder, console: Console, *, untrained: QuantizedModels
 ) -> StepCostsRecord:
     """Stage `step-costs`: measure the costs in the steps of the sampler, before anything is trained."""
-    if STEP_COSTS not in stages_of(policy.evaluation.variants):
+    if STEP_COSTS not in stages_of(policy.variants):
         return StepCostsRecord()
     with run.stage(STEP_COSTS) as stage:
         if stage.new:

@@ -23,7 +23,8 @@ from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
-from pqcad_qat.policy.schema import AUTO_DEADLINE_STEPS, Policy, TrainingPolicy
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.training_sections import AUTO_DEADLINE_STEPS, TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.plan import LayerPlan
@@ -279,7 +280,7 @@ def _figures(
 
 def _ending_of_pq(policy: Policy, run: RunFolder) -> Ending | None:
     """The end that `pq` has found, for its control; None where the steps are given or the run has no `pq`."""
-    if isinstance(policy.progressive.steps, int) or PQ not in stages_of(policy.evaluation.variants):
+    if isinstance(policy.progressive.steps, int) or PQ not in stages_of(policy.variants):
         return None
     end = run.read_always(PQ, TrainingRecord).end
     assert end is not None

@@ -1,4 +1,4 @@
-"""The models that training stages have left in a run, each read back when something first needs it.
+"""The quantized models of a run, each read back from its training stage when something first needs it.
 
 A run that goes on late, or makes its report again, thus loads what is still used and no more.
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from safetensors.torch import load_file
 from torch import nn
 
-from pqcad_qat.policy.variants import FIXED_BIT
+from pqcad_qat.policy.variants import FIXED_BIT, PTQ
+from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import WEIGHTS
@@ -20,7 +21,7 @@ from pqcad_qat.stages.stage_dependencies import WEIGHTS
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """The trained models of one run.
+    """The quantized models of one run, by the names of variants.
 
     Attributes:
         run: the run whose stages have trained them.
@@ -31,12 +32,21 @@ class TrainedModels:
     untrained: QuantizedModels
     _loaded: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
-    def of(self, stage: str) -> nn.Module:
-        """Return the model that a finished training stage has kept, on the CPU: the same object every time."""
-        if stage not in self._loaded:
-            begins_at = self.untrained.at_targets if stage == FIXED_BIT else self.untrained.at_first_widths
-            self.keep(stage, begins_at(calibrated=False))
-        return self._loaded[stage]
+    def of(self, variant: str) -> nn.Module:
+        """Return the model that a finished training stage has kept, or that calibration alone makes for `ptq`, on the
+        CPU: the same object every time.
+        """
+        if variant == PTQ and variant not in self._loaded:
+            self._loaded[variant] = self.untrained.at_targets()
+        if variant not in self._loaded:
+            begins_at = self.untrained.at_targets if variant == FIXED_BIT else self.untrained.at_first_widths
+            self.keep(variant, begins_at(calibrated=False))
+        return self._loaded[variant]
+
+    def plan_of(self, variant: str) -> tuple[LayerPlan, ...]:
+        """Return the plan by which a variant's model is quantized before its weights are loaded."""
+        untrained = self.untrained
+        return untrained.target_plan if variant in (PTQ, FIXED_BIT) else untrained.prepared.plan
 
     def keep(self, stage: str, model: nn.Module) -> None:
         """Take a model of the stage's kind, and give it the weights that the finished stage has kept."""

@@ -152,7 +152,7 @@ def _learning_rate(
     if policy.training.learning_rate != "auto":
         return policy.training.learning_rate, None
     earlier = RATE_OF.get(task.stage)
-    if earlier in stages_of(policy.evaluation.variants):
+    if earlier in stages_of(policy.variants):
         end = run.read_always(earlier, TrainingRecord).end
         if end is not None and end.learning_rate is not None:
             return end.learning_rate, None
@@ -219,7 +219,7 @@ def _seconds_left(policy: Policy, run: RunFolder, stage: str) -> float | None:
     """Wall time that a stage may take: an equal share of what earlier stages have left to it and to later ones."""
     if policy.training.minutes is None:
         return None
-    stages: list[str] = [name for name in TRAINED if name in stages_of(policy.evaluation.variants)]
+    stages: list[str] = [name for name in TRAINED if name in stages_of(policy.variants)]
     position = stages.index(stage)
     records = [run.read(name, TrainingRecord) for name in stages[:position]]
     spent = sum(record.end.training_s for record in records if record is not None and record.end is not None)

@@ -21,7 +21,7 @@ from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.cores import usable_cores
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.latent_rows import PLACES
-from pqcad_qat.policy.variants import FLOAT_STEPS, OURS, REFERENCE, VARIANTS
+from pqcad_qat.policy.variants import FLOAT_STEPS, REFERENCE, VARIANTS
 from pqcad_qat.report.record import Hardware, Timing
 from pqcad_qat.serving.compiled_graph import compile_graph, reason, shared_core
 from pqcad_qat.serving.deployed_folder import MANIFEST, denoiser_bytes, float_graph, read_graph
@@ -247,9 +247,13 @@ def size_bytes(path: Path) -> int:
 
 
 def float_graphs(files: Mapping[str, Path]) -> dict[str, Path]:
-    """The graph of our folder's float steps under the name FLOAT_STEPS; nothing where it has none, or is not timed."""
-    graph = float_graph(files[OURS]) if OURS in files else None
-    return {} if graph is None else {FLOAT_STEPS: graph}
+    """The graph of float steps under the name FLOAT_STEPS; nothing where no timed folder has one.
+
+    All folders of a run have the same one.
+    """
+    graphs = [float_graph(file) for file in files.values() if (file / MANIFEST).is_file()]
+    found = [graph for graph in graphs if graph is not None]
+    return {FLOAT_STEPS: found[0]} if found else {}
 
 
 def time_denoisers(

@@ -26,7 +26,7 @@ from pqcad_qat.commands.benchmark_subject import Candidates, Subject, candidates
 from pqcad_qat.errors import ModelError
 from pqcad_qat.export.execution import INT8
 from pqcad_qat.models.untrained import random_denoiser
-from pqcad_qat.policy.variants import FP32, NNCF_INT8, OURS, OV_BF16, OV_FP32
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, OV_BF16, OV_FP32, PQCAD_OPENVINO
 from pqcad_qat.report.benchmark_record import Measurement, SpeedRow
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.timing.hardware import Hardware, hardware
@@ -59,7 +59,7 @@ def rows(measurement: Measurement) -> Mapping[str, SpeedRow]:
 
 
 def test_every_candidate_that_the_machine_can_run_is_timed_alone_and_under_load(native: Measurement) -> None:
-    expected = {FP32, OV_FP32, NNCF_INT8, OURS} | ({OV_BF16} if hardware().native_bf16 else set())
+    expected = {FP32, OV_FP32, NNCF_INT8, PQCAD_OPENVINO} | ({OV_BF16} if hardware().native_bf16 else set())
     assert set(rows(native)) == expected
     assert set(native.left_out) == {OV_BF16} - expected
     for row in native.rows:
@@ -71,7 +71,7 @@ def test_every_candidate_that_the_machine_can_run_is_timed_alone_and_under_load(
 def test_ours_takes_the_batch_that_is_timed_and_every_planned_layer_stays_in_int8(
     native: Measurement, made: Candidates
 ) -> None:
-    ours, manifest = rows(native)[OURS], read_manifest(made.files[OURS])
+    ours, manifest = rows(native)[PQCAD_OPENVINO], read_manifest(made.files[PQCAD_OPENVINO])
     planned = {*manifest["layers"], *manifest["attention"]}
     assert manifest["attention"]
     assert native.batch == 2
@@ -100,7 +100,7 @@ def test_sizes_are_of_the_files_that_were_timed(native: Measurement, made: Candi
         parameter.numel() for parameter in random_denoiser(unet_config(), "config").parameters()
     )
     assert found[OV_FP32].size_bytes == size_bytes(made.files[OV_FP32].parent)
-    assert found[OURS].size_bytes == size_bytes(made.files[OURS])
+    assert found[PQCAD_OPENVINO].size_bytes == size_bytes(made.files[PQCAD_OPENVINO])
 
 
 def test_the_profile_says_where_the_time_went(native: Measurement) -> None:
@@ -127,10 +127,15 @@ def test_a_smaller_instruction_set_is_asked_of_the_other_process_alone(monkeypat
 
 def test_a_graph_with_a_fixed_batch_is_left_out_with_the_reason(made: Candidates, tmp_path: Path) -> None:
     fixed = replace(
-        made, files={OV_FP32: fixed_batch_graph(2, made.sample_shape, tmp_path), OURS: made.files[OURS]}, batch=3
+        made,
+        files={
+            OV_FP32: fixed_batch_graph(2, made.sample_shape, tmp_path),
+            PQCAD_OPENVINO: made.files[PQCAD_OPENVINO],
+        },
+        batch=3,
     )
     found = measure_here(fixed, "native", runs=1, throughput=False)
-    assert set(rows(found)) == {FP32, OURS}
+    assert set(rows(found)) == {FP32, PQCAD_OPENVINO}
     assert found.left_out[OV_FP32] == "got a batch of 3; allowed 2, which is fixed in its graph"
 
 
@@ -139,7 +144,7 @@ def test_openvinos_default_is_left_alone_but_where_bf16_is_emulated(
     native_bf16: bool | None, default: Mapping[str, str]
 ) -> None:
     machine = Hardware("some CPU", ("avx2",), 1, {}, native_bf16)
-    assert precision_hint(OURS, machine) == precision_hint(NNCF_INT8, machine) == default
+    assert precision_hint(PQCAD_OPENVINO, machine) == precision_hint(NNCF_INT8, machine) == default
     assert (precision_hint(OV_FP32, machine), precision_hint(OV_BF16, machine)) == (F32, BF16)
 
 

@@ -19,7 +19,7 @@ from tiny_runs import POLICIES, SCHEDULER
 from pqcad_qat.commands.benchmark_subject import Subject, candidates, open_subject
 from pqcad_qat.errors import ModelError, PlanError, PolicyError
 from pqcad_qat.export.execution import execution_precision
-from pqcad_qat.policy.variants import NNCF_INT8, OURS, OV_BF16, OV_FP32
+from pqcad_qat.policy.variants import NNCF_INT8, OV_BF16, OV_FP32, PQCAD_OPENVINO
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.timing.latency import size_bytes
 
@@ -92,8 +92,8 @@ def test_a_folder_in_diffusers_layout_is_an_architecture_with_its_schedulers_tim
 
 def test_baselines_are_made_for_the_batch_and_of_the_same_architecture(architecture: Subject, tmp_path: Path) -> None:
     made = candidates(architecture, 3, tmp_path)
-    assert set(made.files) == {OV_FP32, OV_BF16, NNCF_INT8, OURS}
-    assert made.files[OURS] == architecture.folder
+    assert set(made.files) == {OV_FP32, OV_BF16, NNCF_INT8, PQCAD_OPENVINO}
+    assert made.files[PQCAD_OPENVINO] == architecture.folder
     for name in (OV_FP32, NNCF_INT8):
         model = ov.Core().read_model(made.files[name])
         assert [list(port.shape) for port in model.inputs] == [[3, 1, 8, 8], [3]]

@@ -735,6 +735,7 @@ FLAGS = ("--set", "--model", "--out", "--policy", "--only", "--jobs", "--dry_run
          "--steps", "--prompt",
          "--negative", "--conditions", "--guidance", "--batches", "--isa", "--runs", "--throughput", "--widths",
          "--states", "--max-size",
+         "--variant", "--weights", "--batch_size",
          "--images", "--features", "--data", "--path", "--size", "--resume", "--states=", "-o", "-s", "-m",
          "-c")  # fmt: skip
 ARGUMENTS = st.one_of(
@@ -763,6 +764,7 @@ WORK = (  # where a command's own work begins
     "pqcad_qat.commands.sensitivity.measure_sensitivity",
     "pqcad_qat.commands.profile.profile",
     "pqcad_qat.commands.open_folder.open_folder",
+    "pqcad_qat.commands.export.export",
     "pqcad_qat.commands.benchmark.measure_speed",
     "pqcad_qat.commands.rehearse.rehearse",
     "pqcad_qat.commands.features.make_features",

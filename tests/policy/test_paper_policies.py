@@ -40,7 +40,7 @@ def test_each_halves_its_steps_and_compares_50000_images_by_fid(name: str) -> No
     assert (policy.sampler.steps, policy.distillation.student_steps) == (FULL_SIZE[name][2], FULL_SIZE[name][2] // 2)
     assert policy.evaluation.images == 50_000
     assert policy.features == str(PAPER / "files" / INCEPTION_FILE)
-    assert set(policy.evaluation.variants) >= ROWS
+    assert set(policy.variants) >= ROWS
 
 
 def test_no_two_of_them_have_one_reference() -> None:

@@ -16,7 +16,7 @@ import pytest
 from tiny_runs import POLICIES, QUIET, REPOSITORY, environment, tiny_overrides
 
 from pqcad_qat.policy.variants import (
-    DEFAULT_VARIANTS,
+    DEPLOYED,
     EVERY_RUN,
     FIXED_BIT,
     FLOAT_STEPS,
@@ -33,13 +33,34 @@ from pqcad_qat.policy.variants import (
     STEP_COSTS,
     TRAINED,
     VARIANTS,
+    default_variants,
+    exporting,
     run_variants,
     stages_of,
 )
 
 
-def test_by_default_a_run_makes_all_but_what_takes_no_training() -> None:
-    assert set(DEFAULT_VARIANTS) == set(VARIANTS) - {PTQ}
+def test_by_default_a_run_makes_all_but_what_takes_no_training_and_deploys_the_student() -> None:
+    assert set(default_variants((PQCAD,))) == set(VARIANTS) - {PTQ, *DEPLOYED.values()} | {PQCAD_OPENVINO}
+
+
+@pytest.mark.parametrize(
+    ("deployed", "trains"),
+    [
+        ((PTQ,), []),
+        ((FIXED_BIT,), [FIXED_BIT]),
+        ((PQ,), [PQ]),
+        ((PQ_DISTILLED,), [PQ, PQ_DISTILLED]),
+        ((PTQ, FIXED_BIT), [FIXED_BIT]),
+        ((PQCAD,), [PQ, FIXED_BIT, PQ_DISTILLED, PQCAD]),
+    ],
+)
+def test_what_is_deployed_decides_what_is_trained(deployed: tuple[str, ...], trains: list[str]) -> None:
+    rows = default_variants(deployed)
+    stages = stages_of(rows)
+    assert [stage for stage in stages if stage in TRAINED] == trains
+    assert [stage for stage in stages if stage.startswith("export")] == [*map(exporting, deployed)]
+    assert {*deployed, *(DEPLOYED[name] for name in deployed)} < {*rows}
 
 
 def test_no_stage_is_of_no_run_and_every_stage_that_leaves_weights_runs() -> None:
@@ -50,9 +71,9 @@ def test_no_stage_is_of_no_run_and_every_stage_that_leaves_weights_runs() -> Non
 
 
 def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None:
-    assert stages_of(DEFAULT_VARIANTS) == (
+    assert stages_of(default_variants((PQCAD,))) == (
         *("calibration", FLOAT_STEPS, STEP_COSTS, PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
-        *("export", "baselines", "benchmark", "samples", "evaluation"),
+        *(exporting(PQCAD), "baselines", "benchmark", "samples", "evaluation"),
     )
 
 
@@ -65,7 +86,7 @@ def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None
         ((PQ,), (FLOAT_STEPS, STEP_COSTS, PQ)),
         ((PQ_DISTILLED,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQ_DISTILLED)),
         ((FIXED_BIT, PQCAD), (FLOAT_STEPS, STEP_COSTS, PQ, FIXED_BIT, "teacher", PQCAD)),
-        ((PQCAD_OPENVINO,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQCAD, "export", "benchmark")),
+        ((PQCAD_OPENVINO,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQCAD, exporting(PQCAD), "benchmark")),
         ((NNCF_INT8,), (FLOAT_STEPS, "baselines", "benchmark")),
     ],
 )
@@ -89,7 +110,14 @@ LISTED = re.compile(r"variants=\[(.*)\]")
 """Where a policy lists them."""
 
 ARITHMETIC = {
-    FP32: ("weight_files.py", "schema.py", "value_types.py", "trainer.py", "test_policy_schema.py", "two_processes.py")
+    FP32: (
+        "weight_files.py",
+        "training_sections.py",
+        "value_types.py",
+        "trainer.py",
+        "test_policy_schema.py",
+        "two_processes.py",
+    )
 }
 """Where a name is that of a floating-point format; tests of training have it too."""
 

@@ -26,7 +26,7 @@ from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FP32, NNCF_INT8, OURS, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, PQ, PQ_HALF, PQCAD, PQCAD_OPENVINO, PTQ, VARIANTS
 from pqcad_qat.sampling.ddim import split_prediction
 from pqcad_qat.sampling.trajectory import initial_noise, landing, noise_schedule, trajectory
 from pqcad_qat.serving.deployed_folder import copy_folder
@@ -181,11 +181,11 @@ def test_a_benchmark_of_the_folder_counts_its_float_steps_and_times_their_graph(
     row = ended.rows[PQCAD_OPENVINO]
     subject = open_subject(str(ended.path), Path("unread"), tmp_path)
     assert (subject.float_steps, subject.float_calls) == (row["float_steps"], row["float_calls"])
-    timed = Candidates(subject.config, {OURS: subject.folder}, subject.sample_shape, batch=2)
+    timed = Candidates(subject.config, {PQCAD_OPENVINO: subject.folder}, subject.sample_shape, batch=2)
     found = {measured.name: measured for measured in measure_here(timed, NATIVE, 2, throughput=True).rows}
-    for name in (FP32, OURS):
+    for name in (FP32, PQCAD_OPENVINO):
         in_float = found[name].float_latency, found[name].float_throughput
-        assert [time is not None for time in in_float] == [name == OURS] * 2
+        assert [time is not None for time in in_float] == [name == PQCAD_OPENVINO] * 2
 
 
 # ---- what is deployed ------------------------------------------------------------------------------------------------

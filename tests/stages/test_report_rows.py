@@ -28,6 +28,7 @@ from pqcad_qat.policy.variants import (
     PQCAD,
     PQCAD_OPENVINO,
     TRAINED,
+    exporting,
 )
 from pqcad_qat.quantization.plan_facts import float_layers
 from pqcad_qat.report.page import headlines, render_page
@@ -77,7 +78,7 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
         evaluation=replace(evaluation, figures=figures),
         widths=None,
         progressive=folder.read(PQ, TrainingRecord),
-        export=folder.read("export", ExportRecord),
+        exports={PQCAD: read_export(folder)},
         baselines=folder.read("baselines", BaselinesRecord),
         benchmark=replace(benchmark, timings={name: steady(median) for name, median in MEDIANS.items()}),
         ends=ends_of(folder),
@@ -85,6 +86,12 @@ def facts(tiny_run: FinishedRun) -> RunFacts:
         warnings=("a warning",),
         command="command",
     )
+
+
+def read_export(folder: RunFolder) -> ExportRecord:
+    record = folder.read(exporting(PQCAD), ExportRecord)
+    assert record is not None
+    return record
 
 
 def ends_of(folder: RunFolder) -> dict[str, StageEnd]:
@@ -156,8 +163,9 @@ def test_a_target_that_is_missed_says_so_as_it_is(facts: RunFacts) -> None:
 
 
 def test_a_layer_that_left_int8_lowers_the_count_and_is_named(facts: RunFacts) -> None:
-    precisions = {**facts.export.precisions, "conv_out": "bf16"}
-    report = report_of(changed(facts, "export", precisions=precisions))
+    found = facts.exports[PQCAD]
+    export = replace(found, precisions={**found.precisions, "conv_out": "bf16"})
+    report = report_of(replace(facts, exports={PQCAD: export}))
     assert report.execution is not None
     assert report.execution.planned - report.execution.executed_int8 == 1
     assert report.execution.float_layers == ("conv_out", *float_layers(facts.model, facts.plan))

@@ -20,7 +20,7 @@ from tiny_runs import POLICIES, tiny_overrides, without_page
 from pqcad_qat.commands import run as pipeline
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.variants import (
-    DEFAULT_VARIANTS,
+    DEPLOYED,
     FIXED_BIT,
     FLOAT_STEPS,
     FP32,
@@ -31,8 +31,11 @@ from pqcad_qat.policy.variants import (
     PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
+    PTQ,
     STEP_COSTS,
     VARIANTS,
+    default_variants,
+    exporting,
 )
 from pqcad_qat.stages.prepared import Prepared, prepare
 from pqcad_qat.stages.recipe import decides, reason_to_repeat, record_of
@@ -40,10 +43,10 @@ from pqcad_qat.stages.stage_dependencies import recipes
 
 Records = dict[str, dict[str, object]]
 
-DEPLOYED = {"export", "benchmark", f"samples-{PQCAD_OPENVINO}", "evaluation"}
+OF_THE_FOLDER = {exporting(PQCAD), "benchmark", f"samples-{PQCAD_OPENVINO}", "evaluation"}
 FLOATING = {f"samples-{FP32}", f"samples-{FP32_HALF}"}
-IMAGES = {f"samples-{name}" for name in DEFAULT_VARIANTS if VARIANTS[name].sampled}
-STUDENTS = {PQCAD, f"samples-{PQCAD}", *DEPLOYED}
+IMAGES = {f"samples-{name}" for name in default_variants((PQCAD,)) if VARIANTS[name].sampled}
+STUDENTS = {PQCAD, f"samples-{PQCAD}", *OF_THE_FOLDER}
 DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
 QUANTIZED = {PQ, f"samples-{PQ}", f"samples-{PQ_HALF}", "teacher", *DISTILLED}
 CONTROL = {FIXED_BIT, f"samples-{FIXED_BIT}"}
@@ -66,11 +69,11 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "evaluation.images=4": {*IMAGES, "evaluation"},
     "evaluation.batch_size=4": {*IMAGES, "evaluation"},
     "export.latency_runs=9": {"benchmark"},
-    "export.weights=packed": DEPLOYED,
-    "export.batch_size=2": {*DEPLOYED, "baselines", f"samples-{NNCF_INT8}"},
-    "quantization.attention=float": DEPLOYED,
-    "name=other": DEPLOYED,
-    "pipeline.vae=none": DEPLOYED,
+    "export.weights=packed": OF_THE_FOLDER,
+    "export.batch_size=2": {*OF_THE_FOLDER, "baselines", f"samples-{NNCF_INT8}"},
+    "quantization.attention=float": OF_THE_FOLDER,
+    "name=other": OF_THE_FOLDER,
+    "pipeline.vae=none": OF_THE_FOLDER,
     "distillation.calibration_weight=0.5": STUDENTS,
     "distillation.steps=8": DISTILLED,
     "distillation.teacher_weight=0.5": DISTILLED,
@@ -120,6 +123,22 @@ def test_a_change_of_the_policy_does_again_what_depends_on_it_and_nothing_else(
     assert {stage for stage in now if reason_to_repeat(was[stage], now[stage]) is not None} == AGAIN[override]
 
 
+def test_what_is_deployed_too_does_nothing_again_but_its_times_and_the_evaluation(
+    records: Callable[[str], Records],
+) -> None:
+    was, now = records(""), records(f"deploy=[{PQCAD}, {PTQ}]")
+    assert {*now} - {*was} == {exporting(PTQ), f"samples-{PTQ}", f"samples-{DEPLOYED[PTQ]}"}
+    again = {stage for stage in was if reason_to_repeat(was[stage], now[stage]) is not None}
+    assert again == {"benchmark", "evaluation"}
+
+
+def test_another_order_writes_both_folders_again(records: Callable[[str], Records]) -> None:
+    first, second = (records(f"deploy=[{order}]") for order in (f"{PQCAD}, {PTQ}", f"{PTQ}, {PQCAD}"))
+    again = {stage for stage in first if reason_to_repeat(first[stage], second[stage]) is not None}
+    images = {f"samples-{DEPLOYED[name]}" for name in (PTQ, PQCAD)}
+    assert again == {exporting(PTQ), exporting(PQCAD), *images, "benchmark", "evaluation"}
+
+
 def test_every_key_of_a_policy_is_tried() -> None:
     """A key that is new must say here what depends on it; these sections decide which model is loaded, or are one
     recipe as a whole.
@@ -153,7 +172,7 @@ def test_rules_in_other_words_and_layers_that_may_run_in_float_are_trained_alike
     listed = policy.quantization.model_copy(update={"layers": {"excepted": excepted, **rules}})
     was, now = (recipes(one, prepare(one)) for one in (policy, policy.model_copy(update={"quantization": listed})))
     again = {stage for stage in now if reason_to_repeat(record_of(was, stage), record_of(now, stage)) is not None}
-    assert again == DEPLOYED
+    assert again == OF_THE_FOLDER
 
 
 def test_what_runs_share_is_named_by_libraries_too(records: Callable[[str], Records], tiny_folder: Path) -> None:

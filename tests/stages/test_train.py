@@ -23,7 +23,7 @@ from pqcad_qat.commands import run as pipeline
 from pqcad_qat.data.calibration import CalibrationSet, calibration_set
 from pqcad_qat.errors import InterruptedByUserError
 from pqcad_qat.policy.loading import load_policy
-from pqcad_qat.policy.schema import TrainingPolicy
+from pqcad_qat.policy.training_sections import TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQCAD, PTQ
 from pqcad_qat.report.report_files import read_record
 from pqcad_qat.sampling.trajectory import noise_schedule

@@ -40,7 +40,6 @@ from pqcad_qat import cli
 from pqcad_qat.commands import run  # noqa: F401 (the whole of it, before any fork)
 from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.variants import (
-    DEFAULT_VARIANTS,
     FIXED_BIT,
     FLOAT_STEPS,
     FP32,
@@ -52,11 +51,13 @@ from pqcad_qat.policy.variants import (
     STEP_COSTS,
     TRAINED,
     VARIANTS,
+    default_variants,
+    exporting,
 )
 from pqcad_qat.stages.run_folder import RunFolder, Stage
 
 ALL = os.environ.get("PQCAD_KILLS") == "all"
-MADE = DEFAULT_VARIANTS if ALL else (FP32, NNCF_INT8, FIXED_BIT, PQ_DISTILLED, PQCAD_OPENVINO)
+MADE = default_variants((PQCAD,)) if ALL else (FP32, NNCF_INT8, FIXED_BIT, PQ_DISTILLED, PQCAD_OPENVINO)
 """Variants of the runs, in the order of the tables; every stage is needed by one of them."""
 
 SMALL = (  # overrides in addition to tiny_runs.TINY
@@ -84,7 +85,7 @@ STAGES = {  # stage -> number of moments in it
     "teacher": 2,
     PQ_DISTILLED: 2,
     PQCAD: 2,
-    "export": 3,
+    exporting(PQCAD): 3,
     "baselines": 2,
     "benchmark": 1,
     **{f"samples-{name}": 1 for name in MADE if VARIANTS[name].sampled},

@@ -114,7 +114,7 @@ def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
     """
     policy = load_policy(POLICIES / f"{name}.yaml", [*SMALL, f"model.source={source}", *SMALLER.get(name, ()), *more])
     torch.set_num_threads(1)
-    baselines = nullcontext() if NNCF_INT8 in policy.evaluation.variants else without_trials()
+    baselines = nullcontext() if NNCF_INT8 in policy.variants else without_trials()
     page = without_page() if name in WITHOUT_PAGE else nullcontext()
     with baselines, page, pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
@@ -130,7 +130,7 @@ def shipped_run(name: str, factory: pytest.TempPathFactory) -> ShippedRun:
     if name not in _MADE:
         folder = factory.mktemp(name)
         source = {**PIPELINES, "digits": digits}[LAYOUTS[name]](folder)
-        listed = load_policy(POLICIES / f"{name}.yaml").evaluation.variants
+        listed = load_policy(POLICIES / f"{name}.yaml").variants
         chosen = [spec for spec in listed if name in WITH_BASELINES or VARIANTS[spec].weights_from != "baselines"]
         path = folder / "runs" / "whole"
         policy = run_of(name, source, path, f"evaluation.variants=[{', '.join(chosen)}]")
