@@ -115,7 +115,9 @@ class TrainingPolicy(Section):
     )
     seed: Seed = Field(0, description="seed of everything random in training")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
-    keep_checkpoints: Count = Field(2, description="number of newest checkpoints that are kept")
+    keep_checkpoints: Count = Field(
+        2, description="number of newest checkpoints that are kept while a stage trains; when it is done, none are"
+    )
     samples_every: int = Field(50, ge=0, description="steps between sample grids in TensorBoard; 0 for none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     on_divergence: Literal["rollback", "lower_rate", "stop"] = Field(

@@ -5,7 +5,9 @@ Not here: how it is computed (commands/run.py), or how it looks (tables.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from torch import nn
@@ -17,6 +19,25 @@ KEPT, AGAIN, GOES_ON, TO_DO = "kept", "again", "goes on", "to do"
 
 
 @dataclass(frozen=True)
+class StageBytes:
+    """Estimate of the bytes that a stage occupies on disk.
+
+    Attributes:
+        working: largest number while it works.
+        left: number when it is done; None for as many.
+    """
+
+    working: int
+    left: int | None = None
+
+
+def bytes_wanted(stages: Sequence[StageBytes]) -> int:
+    """Largest number of bytes that stages occupy together while they work one after the other."""
+    before = accumulate((stage.working if stage.left is None else stage.left for stage in stages), initial=0)
+    return max((there + stage.working for there, stage in zip(before, stages, strict=False)), default=0)
+
+
+@dataclass(frozen=True)
 class StagePreview:
     """One stage of a preview.
 
@@ -25,7 +46,7 @@ class StagePreview:
         state: one of KEPT, AGAIN, GOES_ON and TO_DO.
         reason: reason why the stage is repeated; empty otherwise.
         training_steps: number of training steps; None for a stage that does not train.
-        size_bytes: estimate of the largest number of bytes that it occupies on disk.
+        size: bytes that it occupies on disk.
         automatic: whether the stage finds its number of steps by itself, up to `training_steps`.
     """
 
@@ -33,7 +54,7 @@ class StagePreview:
     state: str
     reason: str
     training_steps: int | None
-    size_bytes: int
+    size: StageBytes
     automatic: bool = False
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from pqcad_qat.machine.files import free_bytes
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import DEPLOYED, exporting
+from pqcad_qat.report.run_preview import StageBytes, bytes_wanted
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.float_steps import may_have_float_steps
 from pqcad_qat.stages.prepared import Prepared
@@ -25,7 +26,7 @@ def room_warning(
     policy: Policy, prepared: Prepared, recipes: Recipes, to_do: Collection[str], *, path: Path
 ) -> str | None:
     """Warning for the case that the stages to do need more bytes than are free; None if there is room."""
-    wanted = sum(stage_bytes(policy, prepared, recipes, stage) for stage in to_do)
+    wanted = bytes_wanted([stage_bytes(policy, prepared, recipes, stage) for stage in to_do])
     free = free_bytes(path)
     if wanted <= free:
         return None
@@ -36,29 +37,31 @@ def room_warning(
     )
 
 
-def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str) -> int:
-    """Estimate the largest number of bytes that a stage occupies, both while it works and when it is done."""
+def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str) -> StageBytes:
+    """Estimate the largest numbers of bytes that a stage occupies, while it works and when it is done."""
     weights = 4 * sum(parameter.numel() for parameter in prepared.split.parameters())
     state = 4 * math.prod(prepared.model.sample_shape)
     trajectories = policy.calibration.trajectories
     # A checkpoint holds the weights, their averages and two Adam moments of each weight; one more checkpoint exists
     # while it is written, and so do the best weights.
     if recipes[stage].trained:
-        return weights * (3 + 4 * (policy.training.keep_checkpoints + 1))
+        return StageBytes(weights * (3 + 4 * (policy.training.keep_checkpoints + 1)), weights)
     if stage == "calibration":
         steps = noise_schedule(prepared.model.scheduler_config).passing(
             policy.sampler.steps, (policy.distillation.student_steps,)
         )
         columns = 2 if policy.sampler.guidance_scale == 1.0 else 3
         # finished batches lie beside the whole file while it is written
-        return 2 * trajectories * (len(steps) * columns + 1) * state
+        trajectory = (len(steps) * columns + 1) * state
+        return StageBytes(2 * trajectories * trajectory, trajectories * trajectory)
     if stage == "teacher":
-        return 4 * trajectories * policy.sampler.steps * state
+        return StageBytes(4 * trajectories * policy.sampler.steps * state)
     if stage.startswith("samples-"):
         decoded = math.prod(prepared.picture_shape) if prepared.model.latent and policy.takes_pictures else 0
-        return 2 * policy.evaluation.images * ((state if prepared.model.latent else state // 4) + decoded)
+        images = policy.evaluation.images * ((state if prepared.model.latent else state // 4) + decoded)
+        return StageBytes(2 * images, images)
     # full-precision weights for float steps: in float32 beside the student, in float16 in two deployed folders
     in_float = 2 * weights if may_have_float_steps(policy, prepared.schedule) else 0
     if stage in map(exporting, DEPLOYED):
-        return 3 * weights + in_float
-    return 2 * weights if stage == "baselines" else 0
+        return StageBytes(3 * weights + in_float)
+    return StageBytes(2 * weights if stage == "baselines" else 0)

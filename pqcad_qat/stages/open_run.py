@@ -24,7 +24,7 @@ from pqcad_qat.policy.loading import difference, dump_policy, load_policy, load_
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.stages.recipe import Recipes
-from pqcad_qat.stages.run_folder import WARNINGS, RunFolder, read_marker
+from pqcad_qat.stages.run_folder import CHECKPOINTS, WARNINGS, RunFolder, read_marker
 
 POLICY, LAUNCH = "policy.yaml", "launch.json"
 """Files that hold what determines a run besides its command: the resolved policy, and the number of processes."""
@@ -166,7 +166,7 @@ def _drop_warnings(file: Path, stage: str) -> None:
         remaining = [
             message
             for message in messages
-            if not message.startswith(f"{stage}: ") and f"checkpoints/{stage}/" not in message
+            if not message.startswith(f"{stage}: ") and f"{CHECKPOINTS}/{stage}/" not in message
         ]
         write_file(file, json.dumps(remaining, indent=1))
 

@@ -34,6 +34,9 @@ WARNINGS = "warnings.json"
 SUPERSEDED = "superseded"
 """Name of the folder for what was trained under a policy that the run no longer has."""
 
+CHECKPOINTS = "checkpoints"
+"""Name of the folder in a run's that holds a folder for each stage that trains, until the stage is done."""
+
 _DAMAGED = (
     "{}: got a damaged file: {}; allowed what the stage wrote: delete the file, and --resume does the stage again"
 )
@@ -119,9 +122,11 @@ class RunFolder:
         return self.path / ".parts" / stage
 
     def drop_unfinished(self, stage: str) -> None:
-        shutil.rmtree(self.unfinished(stage), ignore_errors=True)
-        with suppress(OSError):  # that of other stages is still there
-            self.unfinished(stage).parent.rmdir()
+        """Delete a stage's results so far, its checkpoints among them, which take many times the size of its model."""
+        for folder in (self.unfinished(stage), self.path / CHECKPOINTS / stage):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # that of other stages is still there
+                folder.parent.rmdir()
 
     @contextmanager
     def stage(self, name: str, together: bool = False) -> Iterator[Stage]:

@@ -38,6 +38,7 @@ from pqcad_qat.stages.asked_widths import widths_measured
 from pqcad_qat.stages.float_steps import measured, parts_measured, students_sampled
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
+from pqcad_qat.stages.run_folder import CHECKPOINTS
 from pqcad_qat.stages.samplers import decoder_of
 from pqcad_qat.training.held_out import SHARE
 
@@ -109,7 +110,7 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
 def trained_paths(stage: str) -> tuple[str, ...]:
     """Paths in a run's folder that a training stage leaves."""
     files = (path.format(stage) for path in (WEIGHTS, TRANSITIONS, ENDS))
-    return (*files, f"logs/{stage}.jsonl", f"checkpoints/{stage}")
+    return (*files, f"logs/{stage}.jsonl", f"{CHECKPOINTS}/{stage}")
 
 
 def sampling(variant: str) -> str:

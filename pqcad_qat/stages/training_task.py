@@ -32,7 +32,7 @@ from pqcad_qat.report.stage_ends import end_sentence
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
 from pqcad_qat.stages.prepared import SHARED
-from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.run_folder import CHECKPOINTS, RunFolder
 from pqcad_qat.stages.stage_dependencies import ENDS, RATE_OF, TRANSITIONS, WEIGHTS, most_steps, training_steps
 from pqcad_qat.stages.stage_records import TrainingRecord
 from pqcad_qat.stages.trained_models import TrainedModels
@@ -156,7 +156,7 @@ def _learning_rate(
         end = run.read_always(earlier, TrainingRecord).end
         if end is not None and end.learning_rate is not None:
             return end.learning_rate, None
-    file = run.path / "checkpoints" / task.stage / "rates.json"
+    file = run.path / CHECKPOINTS / task.stage / "rates.json"
     found = rate_trials(
         policy.training,
         console,
@@ -206,7 +206,7 @@ def _held_out_loss(policy: Policy, run: RunFolder, task: TrainingTask) -> HeldOu
     def settled() -> bool:
         return all(map(_reached, layers))
 
-    best_file = run.path / "checkpoints" / task.stage / "best.safetensors"
+    best_file = run.path / CHECKPOINTS / task.stage / "best.safetensors"
     return HeldOutLoss(task.held_out, [task.loss], budget, automatic, settled, best_file)
 
 
@@ -285,7 +285,7 @@ def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, rate: fl
         ending=task.ending,
     )
     checkpoints = CheckpointFolder(
-        run.path / "checkpoints" / task.stage, training.checkpoint_every, training.keep_checkpoints
+        run.path / CHECKPOINTS / task.stage, training.checkpoint_every, training.keep_checkpoints
     )
     return StageSettings(
         task.stage,

@@ -73,7 +73,7 @@ RECIPES = {
         {"training.learning_rate": 0.1},
         ("calibration",),
         {"torch": "1"},
-        trained=("models/pq.safetensors", "checkpoints/pq"),
+        trained=("models/pq.safetensors", "logs/pq.jsonl", "checkpoints/pq"),
     ),
     "export": Recipe({"export.batch_size": 1}, (PQ,)),
     "evaluation": Recipe({"evaluation.features": None}, (PQ,)),
@@ -91,7 +91,7 @@ def half(policy: Policy, tmp_path: Path) -> Path:
         for name in ("calibration", PQ, "export"):
             with folder.stage(name) as stage:
                 stage.done()
-    for file in ("models/pq.safetensors", "checkpoints/pq/step_000009/state.json", "openvino/manifest.json"):
+    for file in ("models/pq.safetensors", "logs/pq.jsonl", "openvino/manifest.json"):
         (tmp_path / "half" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "half" / file).write_text(file)
     return tmp_path / "half"
@@ -145,7 +145,7 @@ def test_what_was_trained_is_moved_aside_whole_and_what_was_not_stays_until_it_i
     aside = half / "superseded"
     assert [path.name for path in sorted(aside.iterdir())] == ["pq-1", "pq-2"]
     assert (aside / "pq-1" / "models" / "pq.safetensors").read_text() == "models/pq.safetensors"
-    assert (aside / "pq-1" / "checkpoints" / PQ / "step_000009" / "state.json").exists()
+    assert (aside / "pq-1" / "logs" / "pq.jsonl").exists()
     assert (aside / "pq-1" / "stages" / "pq.json").exists()
     assert (aside / "pq-2" / "models" / "pq.safetensors").read_text() == "0.2"
     assert (half / "models" / "pq.safetensors").read_text() == "0.3"
@@ -164,6 +164,18 @@ def test_checkpoints_of_a_stage_that_was_begun_by_another_recipe_are_not_gone_on
     assert "again: pq (training.learning_rate 0.1 -> 0.2)" in told
     assert not (tmp_path / "run" / "checkpoints" / PQ).exists()
     assert (tmp_path / "run" / "superseded" / "pq-1" / "checkpoints" / PQ).exists()
+
+
+def test_a_stage_that_is_done_leaves_no_checkpoints(policy: Policy, tmp_path: Path) -> None:
+    """Neither one that has just ended, nor one whose process was killed before it deleted them."""
+    checkpoint = tmp_path / "run" / "checkpoints" / PQ / "step_000009"
+    with open_run(tmp_path / "run", policy, False, RECIPES) as folder, folder.stage(PQ) as stage:
+        checkpoint.mkdir(parents=True)
+        stage.done()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    checkpoint.mkdir(parents=True)
+    resumed(tmp_path / "run", policy, RECIPES)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_libraries_of_another_version_are_no_reason_to_do_a_stage_again(half: Path, policy: Policy) -> None:
@@ -211,7 +223,7 @@ def test_whoever_is_killed_while_a_stage_is_set_aside_sets_it_aside_the_next_tim
     assert aside == [
         "pq-1/models/pq.safetensors",
         "pq-1/stages/pq.json",
-        "pq-2/checkpoints/pq/step_000009/state.json",
+        "pq-2/logs/pq.jsonl",
         "pq-2/recipes/pq.json",
     ]
 

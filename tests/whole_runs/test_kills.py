@@ -151,7 +151,7 @@ def test_training_goes_on_from_the_last_good_checkpoint(cut: Chain) -> None:
     pairs = list(zip(cut.endings, cut.endings[1:], strict=False))
     went_on = {before["stage"] for before, after in pairs if f"{before['stage']}: going on from step " in after["said"]}
     assert went_on
-    if (cut.root / "run" / DAMAGED).exists():
+    if os.environ.get("PQCAD_KILLS") != "all":  # then the newest checkpoint of `pq` was damaged
         assert went_on == {*TRAINED}
         told = json.loads((cut.root / "run" / "report.json").read_text())["warnings"]
         damaged = f"{Path(DAMAGED).name}: got no digests.json that can be read; using the one before it"
