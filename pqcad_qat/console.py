@@ -78,7 +78,9 @@ def show_result(folder: Path, page: Path) -> None:
     report = read_report(folder)
     CONSOLE.print(result_table(report, folder))
     tell(*result_remarks(report), f"report:   {page}")
-    tell(*(f"deployed: {deployed}" for deployed in sorted(folder.glob("openvino*"))))
+    first = ["openvino"] if report.execution is not None else []
+    others = [proof.folder for proof in report.also_deployed.values()]
+    tell(*(f"deployed: {folder / name}" for name in (*first, *others)))
 
 
 def show(*tables: RenderableType) -> None:

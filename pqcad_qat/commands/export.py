@@ -20,7 +20,7 @@ from pqcad_qat.errors import ModelError, UsageError
 from pqcad_qat.export.execution import INT8
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.models.own_model import OwnModel
-from pqcad_qat.policy.evaluation import NO_FEATURES, EvaluationPolicy
+from pqcad_qat.policy.evaluation import NO_FEATURES
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.value_types import Sides
 from pqcad_qat.policy.variants import DEPLOYED, FLOAT_STEPS, VARIANTS, WIDTHS, stages_of
@@ -93,12 +93,14 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
     """Write and prove a deployed folder of a run's variant at `out`; nothing in the run changes.
 
     Raises:
-        UsageError: the run does not make the variant.
+        UsageError: the run does not make the variant, or `out` is inside it.
         CheckpointError: the run has not finished the stages that the variant needs.
         ModelError: the model cannot be loaded, or has no such size.
         ExportError: the folder holds something else, or a proof fails.
     """
     check_replaceable(out)
+    if out.resolve().is_relative_to(path.resolve()):
+        raise UsageError(f"--out: got {str(out)!r}, in the run's own folder; allowed another, as `run` writes there")
 
     def needed(policy: Policy, table: Recipes) -> list[str]:
         weights_from = VARIANTS[_variant(policy, asked)].weights_from
@@ -108,11 +110,12 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
         variant = _variant(policy, asked)
         prepared = with_chosen_widths(policy, planned, run)
         floats = run.read_always(FLOAT_STEPS, FloatStepsRecord)
-        calibration = calibrate(policy, prepared, run, console).below(floats.time)
-        models = TrainedModels(run, QuantizedModels(policy, prepared, calibration))
+        recorded = calibrate(policy, prepared, run, console)
+        calibration = recorded.below(floats.time)
+        models = TrainedModels(run, QuantizedModels(policy, prepared, recorded))
         with working(console, f"export {variant}: its weights"):
             model = models.of(variant)
-        wanted = _as_asked(policy, asked)
+        wanted = as_asked(policy, asked)
         if asked.size is not None:
             prepared = with_chosen_widths(policy, prepare(wanted, path.parent / SHARED, own), run)
             model = _resized(model, models.plan_of(variant), prepared, asked.size)
@@ -145,7 +148,7 @@ def _variant(policy: Policy, asked: FolderAsked) -> str:
     return variant
 
 
-def _as_asked(policy: Policy, asked: FolderAsked) -> Policy:
+def as_asked(policy: Policy, asked: FolderAsked) -> Policy:
     """The run's policy with the format, batch and size that are asked for; no images are compared."""
     export, model = policy.export, policy.model
     folder = {"weights": asked.weights or export.weights, "batch_size": asked.batch_size or export.batch_size}
@@ -153,7 +156,9 @@ def _as_asked(policy: Policy, asked: FolderAsked) -> Policy:
         update={
             "export": export.model_copy(update=folder),
             "model": model.model_copy(update={"sample_size": asked.size or model.sample_size}),
-            "evaluation": EvaluationPolicy(features=NO_FEATURES),
+            "evaluation": policy.evaluation.model_copy(
+                update={"features": NO_FEATURES, "reference": None, "clip": None}
+            ),
         }
     )
 

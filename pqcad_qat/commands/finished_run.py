@@ -14,7 +14,7 @@ from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.stages.open_run import POLICY, open_run
+from pqcad_qat.stages.open_run import POLICY, locked
 from pqcad_qat.stages.prepared import SHARED, Prepared, prepare, with_own_model
 from pqcad_qat.stages.recipe import Recipes
 from pqcad_qat.stages.run_folder import RunFolder
@@ -30,7 +30,7 @@ def finished_run(
 
     Raises:
         ModelError: the folder holds no run, or its model cannot be loaded.
-        CheckpointError: a needed stage is still to do, or would be repeated.
+        CheckpointError: a needed stage is still to do or would be repeated, or another process works in the folder.
     """
     if not (path / POLICY).is_file():
         raise ModelError(f"{path}: got a folder without {POLICY}; allowed the folder of a run")
@@ -45,5 +45,5 @@ def finished_run(
             f"{path}: got a run whose stages {', '.join(to_do)} are to do; allowed one that has finished them: "
             f"`run {path / POLICY} --out {path} --resume` goes on with it"
         )
-    with located(policy), open_run(path, policy, resume=True, recipes=table) as opened:
-        yield policy, prepared, opened
+    with located(policy), locked(path):
+        yield policy, prepared, folder

@@ -268,7 +268,7 @@ def _refuse_timings(cells: Sequence[Cell], jobs: int) -> None:
         raise StudyError(
             f"--jobs: got {jobs}, but {len(timing)} cells time models, which others beside them would "
             f"disturb: {timing[0]}, ...; "
-            f"allowed 1, or evaluation.variants without {', '.join(timed)}"
+            f"allowed 1, or no deploy and evaluation.variants without {', '.join(timed)}"
         )
 
 

@@ -187,8 +187,8 @@ class Policy(PolicyFile):
         """Variants that are deployed, keys of variants.DEPLOYED: the first one becomes `openvino/`."""
         if self.deploy is not None:
             return self.deploy
-        listed = self.evaluation.variants
-        return (PQCAD,) if listed is None else tuple(name for name, row in DEPLOYED.items() if row in listed)
+        listed, deploys = self.evaluation.variants, {row: name for name, row in DEPLOYED.items()}
+        return (PQCAD,) if listed is None else tuple(deploys[row] for row in listed if row in deploys)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -262,4 +262,6 @@ class Policy(PolicyFile):
         for name, row in DEPLOYED.items():
             if row in (self.evaluation.variants or ()) and name not in self.deploy:
                 keys: tuple[Location, ...] = (("evaluation", "variants"), ("deploy",))
-                yield Fault(keys, row, f"no deployed variant that deploy does not name ({', '.join(self.deploy)})")
+                yield Fault(
+                    keys, row, f"no deployed variant that deploy does not name ({', '.join(self.deploy)}), or null"
+                )

@@ -173,8 +173,8 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _policy(report: Report) -> str:
-    """Policy as JSON without its name, its seed and its list of variants: what determines a variant's figures."""
-    policy: dict[str, Any] = {**report.policy, "name": None}
+    """Policy as JSON without its name, its seed and what it makes and deploys: what determines a variant's figures."""
+    policy: dict[str, Any] = {**report.policy, "name": None, "deploy": None}
     for section, key in (("training", "seed"), ("evaluation", "variants")):
         policy[section] = {**policy.get(section, {}), key: None}
     return json.dumps(policy, sort_keys=True)

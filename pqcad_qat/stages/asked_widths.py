@@ -11,7 +11,7 @@ from torch import nn
 
 from pqcad_qat.errors import PlanError
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import VARIANTS
+from pqcad_qat.policy.variants import TRAINED, VARIANTS, stages_of
 from pqcad_qat.quantization.mixed_precision import limit_in_bytes
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
@@ -50,10 +50,12 @@ def measurement_notes(policy: Policy) -> Iterator[str]:
         return
     key = "max_size" if policy.quantization.quality is None else "quality"
     # a search among widths, or one among float layers after the two ends of the first
-    trainings = "one short training" if key == "max_size" else f"up to {MEASURED + 1} short trainings"
+    some = "one {}" if key == "max_size" else f"up to {MEASURED + 1} {{}}s"
+    trains = not set(TRAINED).isdisjoint(stages_of(policy.variants))
+    after = some.format("short training") + f" of {STEPS} steps" if trains else some.format("choice of widths")
     yield (
         f"quantization.{key}: this plan shows the narrowest widths; the run gives each layer a width of its ladder, "
-        f"after it has measured each layer's error, and held-out images after {trainings} of {STEPS} steps"
+        f"after it has measured each layer's error, and held-out images after {after}"
     )
     if policy.export.weights != "packed":
         yield (

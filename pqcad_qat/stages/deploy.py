@@ -31,7 +31,7 @@ from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FLOAT_STEPS, OPENVINO, REFERENCE, VARIANTS, exporting
+from pqcad_qat.policy.variants import DEPLOYED, FLOAT_STEPS, OPENVINO, REFERENCE, VARIANTS, exporting
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.quantization.student_folder import save_quantized
@@ -77,6 +77,7 @@ def export(
             return
         model, in_float = models.of(name), run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
         shipped = run.path / policy.folder_of(name)
+        _take_folder(run, name, shipped.name)
         _save_in_pytorch(policy, prepared, run, name, models=models, in_float=in_float)
         record = write_proven(
             policy,
@@ -92,6 +93,14 @@ def export(
         with room_for(packed, expected_bytes(prepared.split, prepared.plan, packed=True)):
             copy_folder(shipped, packed, "packed", pipeline_parts=False)
         stage.done(replace(record, packed_bytes=size_bytes(packed)))
+
+
+def _take_folder(run: RunFolder, name: str, folder: str) -> None:
+    """Forget the export of another variant to this folder, under an earlier policy: its folder is replaced now."""
+    for stage in (exporting(other) for other in DEPLOYED if other != name):
+        begun = run.begun(stage)
+        if begun is not None and begun["values"].get("folder") == folder:
+            run.forget(stage)
 
 
 def write_proven(

@@ -29,7 +29,7 @@ from pqcad_qat.stages.run_folder import CHECKPOINTS, WARNINGS, RunFolder, read_m
 POLICY, LAUNCH = "policy.yaml", "launch.json"
 """Files that hold what determines a run besides its command: the resolved policy, and the number of processes."""
 
-DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png|safetensors))\.\d+|\.(openvino|packed|inputs)-\w+")
+DRAFT = re.compile(r"\.(step_\d+|[\w-]+\.(yaml|json|html|png|safetensors))\.\d+|\.(openvino|packed|inputs)-[\w-]+")
 """Pattern of temporary names, under which files and folders are written before they are moved into place."""
 
 
@@ -58,7 +58,7 @@ def open_run(
         with agreed() as first:
             if first:
                 before = _begin(path, policy, resume, process_count())
-                stack.enter_context(_locked(path))
+                stack.enter_context(locked(path))
                 _drop_drafts(folder)
                 if before is not None:
                     _go_on(folder, before, policy, console or Console(quiet=True))
@@ -151,12 +151,13 @@ def _tell(folder: RunFolder, changes: Sequence[str], again: Mapping[str, str], c
 
 
 def _as_by_default(policy: Policy | PretrainPolicy) -> Policy | PretrainPolicy:
-    """Return the policy with its feature network written out; an older version left it out where it followed from the
-    model.
+    """Return the policy with its feature network, its variants and what it deploys written out; other versions leave
+    out what follows from other keys, or do not.
     """
     if not isinstance(policy, Policy):
         return policy
-    return policy.model_copy(update={"evaluation": policy.evaluation.model_copy(update={"features": policy.features})})
+    evaluation = policy.evaluation.model_copy(update={"features": policy.features, "variants": policy.variants})
+    return policy.model_copy(update={"evaluation": evaluation, "deploy": policy.deployed or None})
 
 
 def _drop_warnings(file: Path, stage: str) -> None:
@@ -200,7 +201,7 @@ def _drop_drafts(folder: RunFolder) -> None:
 
 def check_policy(written: Path, policy: Policy | PretrainPolicy) -> None:
     """Raise CheckpointError that lists every difference unless the run's stored policy equals this one."""
-    if changes := difference(_policy_there(written, policy), policy):
+    if changes := difference(_as_by_default(_policy_there(written, policy)), _as_by_default(policy)):
         _refuse_changes(written, changes, "it stands in one table with others")
 
 
@@ -218,7 +219,12 @@ def _refuse_changes(written: Path, changes: Sequence[str], why: str) -> NoReturn
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
     with (path / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,8 @@ class Recipe:
         after: names of the stages that it reads; whatever determines them determines this stage too.
         circumstances: settings that may change only the last bits, or only how training continues after a divergence. A
             finished stage stays valid when they change; runs side by side share it only if they are equal.
-        trained: paths in the run's folder of what the stage has trained, which is never deleted.
+        trained: paths in the folder of what the stage has trained: never deleted, but for the checkpoints of a stage
+            that is done.
     """
 
     values: Mapping[str, Any]

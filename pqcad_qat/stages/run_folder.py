@@ -225,6 +225,11 @@ class RunFolder:
                 path.rename(to / path.relative_to(self.path))
         return to
 
+    def forget(self, stage: str) -> None:
+        """Mark a stage as one that this run has never begun; its files stay until they are replaced."""
+        self._marker(stage).unlink(missing_ok=True)
+        self._record(stage).unlink(missing_ok=True)
+
     def decides(self, stage: str) -> dict[str, Any]:
         """Everything that determines the results of a stage to the last bit."""
         return decides(self.recipes, stage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,14 @@ class _Table:
         self.widths_measured = (WIDTHS,) if widths_measured(policy) else ()
         self.model = {"model": prepared.model.digest, "conditions": prepared.conditions.digest}
 
+    @cached_property
+    def parts(self) -> str:
+        """Digest of the pipeline parts that are deployed; empty where there are none."""
+        pipeline, parts = self.prepared.pipeline, self.prepared.part_formats
+        if pipeline is None or not parts:
+            return ""
+        return pipeline.digest(*parts, *(tokenizer_of(part) for part in parts if part in TEXT_ENCODERS))
+
     def section(self, name: str, *without: str) -> dict[str, Any]:
         return {f"{name}.{key}": value for key, value in self.whole[name].items() if key not in without}
 
@@ -262,8 +271,8 @@ class _Table:
             **self.section("export", "latency_runs"),
             **self.section("pipeline"),
         }
-        if (pipeline := self.prepared.pipeline) is not None and (parts := self.prepared.part_formats):
-            values["parts"] = pipeline.digest(*parts, *(tokenizer_of(part) for part in parts if part in TEXT_ENCODERS))
+        if self.parts:
+            values["parts"] = self.parts
         after = dict.fromkeys(("calibration", FLOAT_STEPS, *widths, trained))
         return Recipe(values, tuple(after), _versions("openvino", "nncf", "torch", "diffusers"))
 

@@ -326,13 +326,14 @@ def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, pol
     drafts = [
         path / "checkpoints" / PQ / ".step_000050.4242",
         path / ".openvino-x7_k2",
+        path / ".openvino-fixed-bit-x7_k2",
         path / "stages" / ".pq.json.17",
     ]
-    for draft in drafts[:2]:
+    for draft in drafts[:3]:
         draft.mkdir(parents=True)
         (draft / "half.bin").write_bytes(b"half")
-    drafts[2].parent.mkdir(exist_ok=True)
-    drafts[2].write_text("{")
+    drafts[3].parent.mkdir(exist_ok=True)
+    drafts[3].write_text("{")
     mine = path / ".gitignore"
     mine.write_text("*")
     enter(path, policy, resume=True)

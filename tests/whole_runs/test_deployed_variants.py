@@ -16,11 +16,11 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, FinishedRun, tiny_overrides, without_trials
+from tiny_runs import POLICIES, FinishedRun, without_images, without_page
 
 from pqcad_qat import cli
 from pqcad_qat.commands import run as pipeline
-from pqcad_qat.commands.export import FolderAsked, export
+from pqcad_qat.commands.export import FolderAsked, as_asked, export
 from pqcad_qat.errors import CheckpointError, ModelError, UsageError
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.policy.loading import load_policy
@@ -47,15 +47,20 @@ QUIETLY = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def two(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that deploys `ptq` and, beside it, fixed-bit training."""
-    path = tmp_path_factory.mktemp("two") / "run"
-    few = ("evaluation.features=none", "evaluation.images=2", "progressive.steps=2", "training.learning_rate=0.0001")
-    more = (f"deploy=[{PTQ}, {FIXED_BIT}]", *few, *QUIET)
-    policy = load_policy(POLICIES / "smoke.yaml", tiny_overrides(tiny_folder, *more))
-    with without_trials(), pytest.MonkeyPatch.context() as patch:
+def two(tiny_run: FinishedRun) -> Path:
+    """A run beside the tiny one that deploys `ptq` and, as a second folder, fixed-bit training."""
+    whole = tiny_run.policy
+    training = whole.training.model_copy(update={"checkpoint_every": 1000, "samples_every": 0, "learning_rate": 1e-4})
+    changes = {
+        "deploy": (PTQ, FIXED_BIT),
+        "progressive": whole.progressive.model_copy(update={"steps": 2}),
+        "sampler": whole.sampler.model_copy(update={"float_steps": 1}),
+        "training": training,
+    }
+    path = tiny_run.path.with_name("two")
+    with without_page(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)
-        pipeline.run(policy, path, "command", QUIETLY)
+        pipeline.run(whole.model_copy(update=changes), path, "command", QUIETLY)
     return path
 
 
@@ -65,7 +70,7 @@ def rows(path: Path) -> dict[str, dict[str, Any]]:
 
 def states(shape: tuple[int, ...], count: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(5)
-    return torch.randn(count, *shape), torch.tensor([999, 499, 249, 749][:count])
+    return torch.randn(count, *shape), torch.tensor([499, 249][:count])  # no float step
 
 
 def nearness(folder: Path, model: torch.nn.Module, shape: tuple[int, ...]) -> float:
@@ -144,9 +149,27 @@ def test_the_student_is_exported_for_another_size_as_its_pytorch_folder_computes
     assert nearness(tmp_path / "small", model.denoiser, (1, 16, 24)) > 45
 
 
+def test_what_is_exported_again_is_the_folder_that_the_run_has_left(two: Path, tmp_path: Path) -> None:
+    """Ranges of `ptq` come from all states, also those of float steps, which no quantized model computes."""
+    export(two, FolderAsked(PTQ), out=tmp_path / "again", console=QUIETLY)
+    graphs = [folder / "unet" / "openvino_model.bin" for folder in (two / "openvino", tmp_path / "again")]
+    assert graphs[0].read_bytes() == graphs[1].read_bytes()
+    assert read_manifest(tmp_path / "again")["float_start"] == 999
+
+
+def test_a_student_that_learned_guidance_is_deployed_without_it_whatever_else_the_run_deploys() -> None:
+    listed = f"evaluation.variants=[{PQ}, {PQCAD}]"
+    policy = load_policy(POLICIES / "w4a8-digits-classes.yaml", [f"deploy={PQ}", listed])
+    asked = as_asked(policy, FolderAsked(batch_size=2))
+    assert policy.guidance_scale(PQCAD) == asked.guidance_scale(PQCAD) == 1.0
+    assert (asked.export.batch_size, asked.features, asked.variants) == (2, None, policy.variants)
+
+
 def test_what_a_run_has_not_made_is_not_exported(two: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"--variant: got '{PQ}'; allowed what this run makes: {PTQ}, {FIXED_BIT}$"):
         export(two, FolderAsked(PQ), out=tmp_path / "out", console=QUIETLY)
+    with pytest.raises(UsageError, match=r"--out: got .*, in the run's own folder; allowed another"):
+        export(two, FolderAsked(), out=two / "openvino", console=QUIETLY)
     with pytest.raises(ModelError, match=r"got a folder without policy\.yaml"):
         export(two / "logs", FolderAsked(), out=tmp_path / "out", console=QUIETLY)
     marker = two / "stages" / f"{FIXED_BIT}.json"
@@ -177,6 +200,23 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_is_loaded(
     assert ended.value.code == 2
     told = " ".join(capfd.readouterr().err.split())
     assert re.search(error, told), told
+
+
+def test_a_folder_that_another_variant_had_meanwhile_is_written_again(two: Path) -> None:
+    policy = load_policy(two / "policy.yaml")
+    for deploy in ((FIXED_BIT,), policy.deployed):
+        with without_images():
+            pipeline.run(policy.model_copy(update={"deploy": deploy}), two, "command", QUIETLY, resume=True)
+        assert read_manifest(two / "openvino")["provenance"]["variant"] == deploy[0]
+        assert load_file(two / "student" / STATE).keys() == load_file(two / f"student-{FIXED_BIT}" / STATE).keys()
+    assert read_manifest(two / f"openvino-{FIXED_BIT}")["provenance"]["variant"] == FIXED_BIT
+
+
+def test_the_first_deployed_variant_that_a_policy_lists_is_openvino() -> None:
+    listed = f"evaluation.variants=[{DEPLOYED[PQCAD]}, {DEPLOYED[PTQ]}]"
+    policy = load_policy(POLICIES / "smoke.yaml", [listed])
+    assert (policy.deployed, policy.folder_of(PTQ)) == ((PQCAD, PTQ), f"openvino-{PTQ}")
+    assert load_policy(POLICIES / "smoke.yaml", [f"evaluation.variants=[{PQ}]"]).deployed == ()
 
 
 def test_every_variant_that_can_be_deployed_says_of_what_it_is_the_deployed_form() -> None:
