@@ -35,6 +35,9 @@ from pqcad_qat.machine.usage_reports import report_no_usage
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
 from pqcad_qat.policy.shipped import policy_file
 
+TARGET_MISSED = 3
+"""Exit code of `run --check` where a target does not hold."""
+
 if TYPE_CHECKING:
     from pqcad_qat.models.own_model import OwnModel
     from pqcad_qat.report.rehearsal_record import StageCost
@@ -49,6 +52,7 @@ def run(
     dry_run: bool = False,
     module: str | None = None,
     minutes: float | None = None,
+    check: bool = False,
 ) -> None:
     """Take a policy's full-precision model to an INT8 OpenVINO folder and a report.
 
@@ -62,6 +66,7 @@ def run(
         module: module of your own in place of model.source, as FILE.py:FUNCTION. The file is run, and the function
             returns a pqcad_qat.models.own_model.OwnModel.
         minutes: training.minutes, the wall time of all training stages whose steps are auto.
+        check: end with exit code 3 if a target of the policy does not hold.
     """
     loaded = load_policy(policy_file(policy), with_minutes(with_model(set, model), minutes))
     from pqcad_qat.commands.run import preview
@@ -76,7 +81,10 @@ def run(
         console.tell(*(f"note: {note}" for note in ahead.notes), f"folder: {folder}")
         return
     page = run_policy(loaded, folder, command_line(), console.CONSOLE, resume=resume, model=own)
-    console.show_result(folder, page)
+    report = console.show_result(folder, page)
+    if check and (missed := [target.name for target in report.targets if target.holds is False]):
+        console.tell(f"--check: {len(missed)} of {len(report.targets)} targets do not hold")
+        sys.exit(TARGET_MISSED)
 
 
 def plan(policy: str, model: str | None = None, set: tuple[str, ...] = (), module: str | None = None) -> None:

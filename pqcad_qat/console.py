@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console, RenderableType
 
 from pqcad_qat.machine.processes import launched
+
+if TYPE_CHECKING:
+    from pqcad_qat.report.record import Report
 
 PIPED_WIDTH = 130
 """Width in columns of output that does not go to a terminal."""
@@ -70,8 +73,8 @@ def _end_quietly() -> NoReturn:
     sys.exit(CLOSED_PIPE)
 
 
-def show_result(folder: Path, page: Path) -> None:
-    """Print a short form of a run's report, and the paths of its page and of its deployed folder."""
+def show_result(folder: Path, page: Path) -> Report:
+    """Print a short form of a run's report and the paths of its page and deployed folders; return the report."""
     from pqcad_qat.report.report_files import read_report
     from pqcad_qat.report.tables import result_remarks, result_table
 
@@ -81,6 +84,7 @@ def show_result(folder: Path, page: Path) -> None:
     first = ["openvino"] if report.execution is not None else []
     others = [proof.folder for proof in report.also_deployed.values()]
     tell(*(f"deployed: {folder / name}" for name in (*first, *others)))
+    return report
 
 
 def show(*tables: RenderableType) -> None:

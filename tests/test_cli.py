@@ -552,6 +552,19 @@ def test_the_version_is_that_of_the_package(call: Call) -> None:
     assert call("--version") == (0, f"pqcad-qat {__version__}\n", "")
 
 
+@pytest.mark.parametrize(("holds", "code"), [(True, 0), (None, 0), (False, 3)])
+def test_check_ends_with_a_code_of_its_own_where_a_target_does_not_hold(
+    call: Call, tiny_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool | None, code: int
+) -> None:
+    report = json.loads((tiny_run.path / "report.json").read_text())
+    goal = {"name": "a goal", "measured": 1.0, "comparison": "<=", "bound": 2.0, "holds": holds, "unit": "", "note": ""}
+    (tmp_path / "report.json").write_text(json.dumps({**report, "targets": [goal]}))
+    monkeypatch.setattr("pqcad_qat.commands.run.run", lambda *_, **__: tmp_path / "report.html")
+    ended, output, _ = call("run", SMOKE, "--out", tmp_path, "--check")
+    assert (ended, "1 of 1 targets do not hold" in output) == (code, code == 3)
+    assert call("run", SMOKE, "--out", tmp_path)[0] == 0
+
+
 def test_evaluate_prints_json_that_agrees_with_the_runs_own_report(call: Call, tiny_run: FinishedRun) -> None:
     code, output, _ = call("evaluate", tiny_run.path, "--images", "8")
     assert code == 0

@@ -31,7 +31,7 @@ def markdown_reference() -> str:
 def _tables(schema: Schema) -> str:
     names = schema.keys(schema.root)
     single = [name for name in names if not schema.is_section((name,))]
-    tables = [_table(schema, [(name,) for name in single])]
+    tables = [_table(schema, [place for name in single for place in ((name,), *_below(schema, (name, ANY_NAME)))])]
     for name in names:
         if name not in single:
             summary = schema.follow((name,))[0]["description"]

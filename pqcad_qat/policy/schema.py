@@ -16,6 +16,7 @@ from pqcad_qat.policy.evaluation import EMBEDDED, NO_FEATURES, EvaluationPolicy
 from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section
+from pqcad_qat.policy.targets import Targets, faults_of_names
 from pqcad_qat.policy.training_sections import DistillationPolicy, ProgressivePolicy, TrainingPolicy
 from pqcad_qat.policy.value_types import (
     Classes,
@@ -181,6 +182,14 @@ class Policy(PolicyFile):
     evaluation: EvaluationPolicy = EvaluationPolicy()
     export: ExportPolicy = ExportPolicy()
     pipeline: PipelinePolicy = PipelinePolicy()
+    targets: Targets = Field(
+        {},
+        description="targets by name, which the report holds beside the figures and `run --check` by its exit code; "
+        "null drops one of the policy below",
+    )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.model, self.quantization, self.training, tuple(self.targets.items())))
 
     @property
     def deployed(self) -> tuple[str, ...]:
@@ -248,6 +257,7 @@ class Policy(PolicyFile):
                 (("evaluation", "clip"), ("conditions", "prompts")), repr(clip), "null, as no prompts are given"
             )
         yield from self._faults_of_deploy()
+        yield from faults_of_names(self.targets)
         first = self.progressive.ladder[0]
         for name, rule in self.quantization.layers.items():
             if rule.weights is not None and rule.weights.bits > first:

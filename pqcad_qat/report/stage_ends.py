@@ -5,7 +5,6 @@ Not here: the decision (training/stopping_rule.py), and the page (page.py).
 
 from __future__ import annotations
 
-from pqcad_qat.training.rate_search import TRIAL_STEPS
 from pqcad_qat.training.stage_end import StageEnd
 
 WIDE_GAP = 1.25
@@ -69,8 +68,8 @@ def _found_rate(end: StageEnd) -> str:
         return ""
     losses = (f"{trial.rate:g} ({_loss_text(trial.held_out)})" for trial in end.rate_trials)
     return (
-        f" Its learning rate is {end.learning_rate:g}, by the held-out loss after {TRIAL_STEPS} training steps at each "
-        f"of {', '.join(losses)}."
+        f" Its learning rate is {end.learning_rate:g}, by the held-out loss after {end.trial_steps} training steps at "
+        f"each of {', '.join(losses)}."
     )
 
 

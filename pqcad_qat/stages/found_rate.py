@@ -26,9 +26,9 @@ from pqcad_qat.machine.processes import exchanged, is_first
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.training_sections import TrainingPolicy
 from pqcad_qat.stages.short_training import train_shortly
-from pqcad_qat.training.callback import Batch, BatchSource, Callback, averaged_weights
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.held_out import measured
-from pqcad_qat.training.rate_search import TRIAL_STEPS, searched
+from pqcad_qat.training.rate_search import FIRST, RATES, searched, trial_steps
 from pqcad_qat.training.stage_end import RateTrial
 from pqcad_qat.training.trainer import LoopSettings
 
@@ -42,11 +42,13 @@ class RateTrials:
         seconds: wall time that all of them took.
         step_s: wall time of one training step in seconds, of the fastest trial: the first one may compile kernels.
             None where every trial diverged.
+        steps: training steps of each trial.
     """
 
     trials: tuple[RateTrial, ...]
     seconds: float
     step_s: float | None
+    steps: int
 
 
 _TRIALS = TypeAdapter(RateTrials)
@@ -62,8 +64,11 @@ def rate_trials(
     batches: BatchSource,
     held_out: Batch,
     file: Path,
+    stage_s: float | None,
 ) -> RateTrials:
     """Try learning rates from the model's weights, or read back from the file what was tried; the model stays as it is.
+
+    The stage may take `stage_s` seconds, None for any number; where that is little, trials are short.
 
     Raises:
         InterruptedByUserError: Ctrl-C; all trials are then made again.
@@ -72,16 +77,19 @@ def rate_trials(
         with suppress(ValidationError):  # of a version that kept less; the trials are made again
             return _TRIALS.validate_json(file.read_bytes())
     begun, step_times = monotonic(), list[float]()
-    with working(console, f"{stage}: learning rate, {TRIAL_STEPS} training steps at each of a few"):
+    with working(console, f"{stage}: time of a training step") as tell:
+        # all processes make trials of the first one's number of steps
+        steps = round(exchanged(_steps_of_a_trial(training, model, loss, batches, stage_s=stage_s))[0][0])
+        tell(f"{stage}: learning rate, {steps} training steps at each of a few")
 
         def trial(rate: float) -> float:
-            loop = LoopSettings(TRIAL_STEPS, rate, shape="constant", ema=training.ema)
+            loop = LoopSettings(steps, rate, shape="constant", ema=training.ema)
             copied, trial_begun = copy.deepcopy(model), monotonic()
             try:
                 state = train_shortly(copied, [loss], batches, loop=loop, training=training)
             except DivergedError:
                 return math.inf
-            step_times.append((monotonic() - trial_begun) / TRIAL_STEPS)
+            step_times.append((monotonic() - trial_begun) / steps)
             with averaged_weights(state):
                 own = measured(state, held_out, [loss])
             return exchanged(own)[0][0]  # all processes go on with the first one's measurement
@@ -89,7 +97,33 @@ def rate_trials(
         trials = searched(trial)
     # all processes count the first one's time
     seconds, fastest = exchanged(monotonic() - begun, min(step_times, default=math.nan))[0]
-    found = RateTrials(trials, seconds, fastest if math.isfinite(fastest) else None)
+    found = RateTrials(trials, seconds, fastest if math.isfinite(fastest) else None, steps)
     if is_first():
         write_file(file, json.dumps(asdict(found)))
     return found
+
+
+def _steps_of_a_trial(
+    training: TrainingPolicy, model: nn.Module, loss: Callback, batches: BatchSource, *, stage_s: float | None
+) -> int:
+    """Number of training steps of a trial, by the time of one. The first step may compile kernels, the second tells."""
+    if stage_s is None:
+        return trial_steps(None, math.inf)
+    clock = _StepTimes("clock")
+    loop = LoopSettings(2, RATES[FIRST], shape="constant", ema=training.ema)
+    with suppress(DivergedError):
+        train_shortly(copy.deepcopy(model), [loss, clock], batches, loop=loop, training=training)
+    return trial_steps(stage_s, min(clock.seconds, default=0.001))
+
+
+class _StepTimes(Callback):
+    """Notes the wall time of every training step."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seconds, self._begun = name, list[float](), 0.0
+
+    def before_step(self, state: TrainState) -> None:
+        self._begun = monotonic()
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        self.seconds.append(monotonic() - self._begun)

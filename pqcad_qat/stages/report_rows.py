@@ -146,7 +146,10 @@ def report_of(facts: RunFacts) -> Report:
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return replace(report, targets=tuple(targets_of(report, policy.variants, export.packed_bytes if export else None)))
+    return replace(
+        report,
+        targets=tuple(targets_of(report, policy.targets, policy.variants, export.packed_bytes if export else None)),
+    )
 
 
 def _variants(facts: RunFacts) -> Iterator[VariantRow]:

@@ -40,7 +40,7 @@ from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
 from pqcad_qat.training.held_out import HeldOutLoss, best_weights, weights_of
-from pqcad_qat.training.rate_search import best
+from pqcad_qat.training.rate_search import TRIAL_STEPS, best
 from pqcad_qat.training.stage_end import Ending, Kept, StageEnd
 from pqcad_qat.training.stopping_rule import Budget
 from pqcad_qat.training.trainer import LoopSettings
@@ -129,17 +129,20 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
     given = at_target_widths(task.model)
     held_out = _held_out_loss(policy, run, task)
-    rate, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
+    rate, hold, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
     if task.schedule is not None and found is not None and found.step_s is not None:
         hurry(task.schedule, held_out, found.step_s)
     start = {key: value.clone() for key, value in given.state_dict().items()}
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
-    settings, warn = _stage_settings(policy, run, task, rate), partial(run.warn, console=console)
+    settings, warn = _stage_settings(policy, run, task, rate=rate, hold=hold), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
     with agreed() as first:
         if first:
             end = replace(
-                _stage_end(task, state, start, held_out), learning_rate=rate, rate_trials=found.trials if found else ()
+                _stage_end(task, state, start, held_out),
+                learning_rate=rate,
+                rate_trials=found.trials if found else (),
+                trial_steps=hold,
             )
             console.print(Text(end_sentence(task.stage, end)), soft_wrap=True)
             _keep_trained(run, task, end, folder=folder)
@@ -147,15 +150,17 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
 
 def _learning_rate(
     policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, given: nn.Module, held_out: HeldOutLoss
-) -> tuple[float, RateTrials | None]:
-    """The stage's peak learning rate, and the trials that found it, where it had trials of its own."""
+) -> tuple[float, int, RateTrials | None]:
+    """The stage's peak learning rate, the steps for which it holds, and the trials that found it, where it had trials
+    of its own.
+    """
     if policy.training.learning_rate != "auto":
-        return policy.training.learning_rate, None
+        return policy.training.learning_rate, TRIAL_STEPS, None
     earlier = RATE_OF.get(task.stage)
     if earlier in stages_of(policy.variants):
         end = run.read_always(earlier, TrainingRecord).end
         if end is not None and end.learning_rate is not None:
-            return end.learning_rate, None
+            return end.learning_rate, end.trial_steps, None
     file = run.path / CHECKPOINTS / task.stage / "rates.json"
     found = rate_trials(
         policy.training,
@@ -166,9 +171,10 @@ def _learning_rate(
         batches=task.batches,
         held_out=task.held_out,
         file=file,
+        stage_s=held_out.budget.seconds,
     )
     held_out.spend(found.seconds)
-    return best(found.trials), found
+    return best(found.trials), found.steps, found
 
 
 def hurry(schedule: MomentumBitSchedule, held_out: HeldOutLoss, step_s: float) -> None:
@@ -271,18 +277,19 @@ def _keep_trained(run: RunFolder, task: TrainingTask, end: StageEnd, *, folder: 
         shutil.copy2(run.path / "logs" / f"{name}.jsonl", folder / "logs")
 
 
-def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, rate: float) -> StageSettings:
+def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, *, rate: float, hold: int) -> StageSettings:
     training, steps = policy.training, _steps_of(policy, task)
     automatic = training_steps(policy, task.stage) is None
     loop = LoopSettings(
         steps=steps,
         learning_rate=rate,
-        warmup=min(LONGEST_WARM_UP, (training.max_steps if automatic else steps) // 10),
+        warmup=min(LONGEST_WARM_UP, hold, (training.max_steps if automatic else steps) // 10),
         shape="open" if automatic else "cosine",
         ema=training.ema,
         accumulation=training.gradient_accumulation,
         max_grad_norm=training.max_grad_norm,
         ending=task.ending,
+        hold=hold,
     )
     checkpoints = CheckpointFolder(
         run.path / CHECKPOINTS / task.stage, training.checkpoint_every, training.keep_checkpoints

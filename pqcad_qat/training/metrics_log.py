@@ -30,6 +30,9 @@ LAYER = "layer/"
 LINE_EVERY = 50
 """Training steps between two lines of a stage that has not decided yet when it ends."""
 
+LINE_SECONDS = 30.0
+"""Seconds after which a line is printed at the latest, where training steps are slow."""
+
 
 @dataclass
 class MetricsLog(Callback):
@@ -63,6 +66,7 @@ class MetricsLog(Callback):
     _task: TaskID = field(default=TaskID(0), init=False)
     _began: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
+    _told: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.name = f"log-{self.stage}"
@@ -79,7 +83,8 @@ class MetricsLog(Callback):
             self._progress = progress_bar(self.console, lines=False)
             self._progress.start()
             self._task = self._progress.add_task(self.stage, total=self.steps, note="")
-            self._began, self._steps = monotonic(), 0
+            self._began = self._told = monotonic()
+            self._steps = 0
         return self
 
     def __exit__(
@@ -116,26 +121,31 @@ class MetricsLog(Callback):
     def _show(self, state: TrainState, report: StepReport, row: Mapping[str, float]) -> None:
         """Update the progress line; where there is no terminal, print a line from time to time.
 
-        That is at every tenth of the stage, or at every `LINE_EVERY` steps until its number of steps is decided.
+        That is at every tenth of the stage, or at every `LINE_EVERY` steps until its number of steps is decided, and
+        after `LINE_SECONDS`.
         """
         assert self._progress is not None
+        now = monotonic()
         step, steps = state.step, self.steps if state.ending is None else state.ending.last
         self.loss = report.loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * report.loss
         bits = f" bits {row['mean_bits']:.2f}" if "mean_bits" in row else ""
         self._steps += 1
-        seconds = (monotonic() - self._began) / self._steps  # per step
+        seconds = (now - self._began) / self._steps  # per step
         self._held_out = row.get("held_out", self._held_out)
         held_out = "" if self._held_out is None else f" held out {self._held_out:.5f}"
         note = f"loss {self.loss:.5f}{held_out}{bits} {report.samples / seconds:.3g} images/s"
         self._progress.update(self._task, completed=step, total=steps, note=note)
         if not self._progress.disable:
             return
-        time_left = timedelta(seconds=round((steps - step) * seconds))
         if self.automatic and state.ending is None:
-            if step % LINE_EVERY == 0:
-                self.console.print(f"{self.stage}: step {step} of at most {steps}, {note}")
-        elif step * 10 // steps > (step - 1) * 10 // steps:
-            self.console.print(f"{self.stage}: step {step} of {steps}, {note}, {time_left} left")
+            due, text = step % LINE_EVERY == 0, f"step {step} of at most {steps}, {note}"
+        else:
+            time_left = timedelta(seconds=round((steps - step) * seconds))
+            due = step * 10 // steps > (step - 1) * 10 // steps
+            text = f"step {step} of {steps}, {note}, {time_left} left"
+        if due or now - self._told >= LINE_SECONDS:
+            self._told = now
+            self.console.print(f"{self.stage}: {text}")
 
 
 def log_texts(folder: Path, texts: Mapping[str, str]) -> None:

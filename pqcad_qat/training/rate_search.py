@@ -6,6 +6,11 @@ the weights that the stage is given, each for TRIAL_STEPS training steps, and th
 loss of the averaged weights is the lowest. The search goes from FIRST downwards or upwards for as long as that helps.
 Where 20 steps end is not where 200 do. What was measured of that is in NOTES.md.
 
+Where the clock allows few training steps, trials are shorter, so that they take no more than a share of them. The rate
+that is best for N steps falls with the square root of N, and a stage holds the rate that it has found for as many steps
+as a trial has before it does so too (trainer.py). So a shorter trial finds a higher rate, and the stage leaves it
+sooner.
+
 Not here: a trial itself (stages/found_rate.py), and the course of the rate in a stage (trainer.py).
 """
 
@@ -23,7 +28,25 @@ FIRST = RATES.index(1e-4)
 """Place in RATES of the first one that is tried."""
 
 TRIAL_STEPS = 20
-"""Number of training steps of a trial."""
+"""Number of training steps of a trial, where there is time for them."""
+
+FEWEST_STEPS = 5
+"""Smallest number of training steps of a trial."""
+
+TRIALS = 4
+"""Number of trials that a search takes, as a rule, with the measurements after them."""
+
+SHARE = 0.2
+"""Largest share of a stage's time that so many trials of more than FEWEST_STEPS may take."""
+
+
+def trial_steps(seconds: float | None, step_s: float) -> int:
+    """Return the number of training steps of a trial in a stage of so many seconds (None for any number), each of whose
+    steps takes `step_s`.
+    """
+    if seconds is None:
+        return TRIAL_STEPS
+    return max(FEWEST_STEPS, min(TRIAL_STEPS, int(SHARE * seconds / (TRIALS * step_s))))
 
 
 def searched(trial: Callable[[float], float]) -> tuple[RateTrial, ...]:

@@ -57,6 +57,7 @@ class StageEnd:
         training_s: wall time of its training steps in seconds, with the trials of learning rates.
         learning_rate: its peak learning rate.
         rate_trials: learning rates that were tried before it; empty where the rate was given.
+        trial_steps: training steps of each trial that found its rate, also where another stage made the trials.
     """
 
     steps: int
@@ -70,3 +71,4 @@ class StageEnd:
     training_s: float = 0.0
     learning_rate: float | None = None
     rate_trials: tuple[RateTrial, ...] = ()
+    trial_steps: int = 20

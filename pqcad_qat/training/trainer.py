@@ -51,13 +51,14 @@ class LoopSettings:
         learning_rate: peak learning rate.
         warmup: training steps over which the rate rises linearly to its peak.
         shape: course after the warm-up; `cosine` falls to 0, and `constant` stays. `open`, for a stage whose end is not
-            known, stays for TRIAL_STEPS and then falls with the square root of the steps; once the end is decided, it
+            known, stays for `hold` steps and then falls with the square root of the steps; once the end is decided, it
             falls to 0 along a cosine as well.
         ema: decay of the Parameters' moving average, 0 for none. It starts lower, as min(ema, (1 + n) / (10 + n))
             after n steps.
         accumulation: number of micro-batches into which each process splits its part of a batch.
         max_grad_norm: norm down to which larger gradients are scaled.
         ending: end of the stage, where it is known before its first step and `open` needs it.
+        hold: training steps for which `open` stays: as many as the trials had that found the rate.
     """
 
     steps: int
@@ -68,6 +69,7 @@ class LoopSettings:
     accumulation: int = 1
     max_grad_norm: float = 1.0
     ending: Ending | None = None
+    hold: int = TRIAL_STEPS
 
     def learning_rate_at(self, step: int, setbacks: int = 0, ending: Ending | None = None) -> float:
         """The learning rate of a step, halved for every divergence overcome before it."""
@@ -76,7 +78,7 @@ class LoopSettings:
         if self.shape == "open":
             # The rate that is best for a few steps is too high for many, whose noise does not average out: for N steps
             # of stochastic gradient descent the best constant rate is proportional to 1 / sqrt(N).
-            rate *= min(1.0, TRIAL_STEPS / (step + 1)) ** 0.5
+            rate *= min(1.0, self.hold / (step + 1)) ** 0.5
         if self.shape == "constant" or (self.shape == "open" and (ending is None or step < start)):
             return rate
         return rate * 0.5 * (1.0 + math.cos(math.pi * (step - start) / (end - start)))

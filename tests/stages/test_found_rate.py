@@ -27,7 +27,7 @@ from pqcad_qat.stages.stage_records import TrainingRecord
 from pqcad_qat.stages.training_task import ON_THE_WAY, hurry
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.held_out import HeldOutLoss
-from pqcad_qat.training.rate_search import RATES, best
+from pqcad_qat.training.rate_search import FEWEST_STEPS, RATES, TRIAL_STEPS, best
 from pqcad_qat.training.stage_end import StageEnd
 from pqcad_qat.training.stopping_rule import Budget
 from pqcad_qat.training.transition_decision import BitScheduleSettings
@@ -35,7 +35,7 @@ from pqcad_qat.training.transition_decision import BitScheduleSettings
 SMOKE = POLICIES / "smoke.yaml"
 
 
-def tried(model: torch.nn.Module, file: Path) -> RateTrials:
+def tried(model: torch.nn.Module, file: Path, stage_s: float | None = None) -> RateTrials:
     return rate_trials(
         load_policy(SMOKE).training,
         Console(quiet=True),
@@ -45,6 +45,7 @@ def tried(model: torch.nn.Module, file: Path) -> RateTrials:
         batches=batches,
         held_out=batches(10**6),
         file=file,
+        stage_s=stage_s,
     )
 
 
@@ -63,6 +64,12 @@ def test_the_model_stays_as_it_was_and_what_was_tried_is_read_back(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     monkeypatch.setattr(found_rate, "searched", None)
     assert tried(model, file) == found
+
+
+def test_trials_are_short_where_the_clock_allows_few_steps(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    steps = [tried(network(), tmp_path / f"{index}.json", stage_s).steps for index, stage_s in enumerate((1e-6, 1e6))]
+    assert steps == [FEWEST_STEPS, TRIAL_STEPS]
 
 
 def test_a_rate_that_breaks_a_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +108,7 @@ def test_the_stages_of_a_run_train_at_the_rate_that_they_found(
 ) -> None:
     """The trials are shorter than they are in use."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(found_rate, "TRIAL_STEPS", 4)
+    monkeypatch.setattr("pqcad_qat.training.rate_search.TRIAL_STEPS", 4)
     timed: list[float] = []
     monkeypatch.setattr(training_task, "hurry", lambda _schedule, _held_out, step_s: timed.append(step_s))
     overrides = (

@@ -112,6 +112,15 @@ def test_where_there_is_no_terminal_a_tenth_of_the_steps_is_one_line(tmp_path: P
     assert re.fullmatch(r"pq: step 40 of 40, loss .* left", lines[-1])
 
 
+def test_slow_steps_are_told_of_after_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr("pqcad_qat.training.metrics_log.monotonic", lambda: float(next(clock)))
+    console = quiet()
+    log_steps(MetricsLog(PQ, tmp_path, 1000, console), range(1, 7))
+    assert isinstance(console.file, io.StringIO)
+    assert re.findall(r"pq: step (\d+) of 1000", console.file.getvalue()) == ["2", "4", "6"]
+
+
 def test_the_progress_line_counts_the_images_of_whole_batches_and_the_time_that_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

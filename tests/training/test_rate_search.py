@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from pqcad_qat.training.rate_search import FIRST, RATES, best, searched
+from pqcad_qat.training.rate_search import FIRST, RATES, SHARE, TRIALS, best, searched, trial_steps
 from pqcad_qat.training.stage_end import RateTrial
 
 
@@ -35,6 +35,13 @@ def test_the_search_follows_the_falling_loss_and_ends_behind_its_lowest(
 ) -> None:
     rates, rate = found(losses)
     assert (sorted(rates), rate) == (sorted(tried), taken)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(None, 20), (2_000, 20), (600, 10), (10, 5)])
+def test_trials_take_a_share_of_the_stage_at_most_but_for_a_few_steps(seconds: float | None, steps: int) -> None:
+    found = trial_steps(seconds, 3.0)
+    assert found == steps
+    assert seconds is None or found == 5 or TRIALS * found * 3.0 <= SHARE * seconds
 
 
 def test_it_ends_at_the_ends_of_the_range() -> None:
