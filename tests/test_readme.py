@@ -35,6 +35,8 @@ def test_the_policy_reference_has_every_key_of_a_policy_file() -> None:
     keys = set(re.findall(r"^\| `([A-Za-z0-9_.]+)` \|", POLICIES, flags=re.MULTILINE))
     policy = yaml.safe_load((ROOT / "policies" / "w4a8.yaml").read_text(encoding="utf-8"))
     sections = {name: value for name, value in policy.items() if isinstance(value, dict)}
+    targets = sections.pop("targets")
+    assert {f"targets.NAME.{key}" for target in targets.values() for key in target} <= keys
     assert {f"{name}.{key}" for name, section in sections.items() for key in section} <= keys
 
 

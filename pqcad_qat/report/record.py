@@ -269,11 +269,11 @@ class Report:
     variants: tuple[VariantRow, ...] = ()
     fid_protocol: FidProtocol | None = None
     bit_schedule: tuple[Transition, ...] = ()
-    ours: str = PQCAD_OPENVINO  # deployed variant in openvino/, if there is one; the next two fields are its proof
     parity: Parity | None = None
     execution: Execution | None = None
-    also_deployed: Mapping[str, Proof] = field(default_factory=dict)  # further deployed variants
     timings_s: Mapping[str, float] = field(default_factory=dict)  # stage -> wall time in seconds, in order
+    ours: str = PQCAD_OPENVINO  # deployed variant in openvino/, if there is one: `parity` and `execution` are its proof
+    also_deployed: Mapping[str, Proof] = field(default_factory=dict)  # further deployed variants
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
     clip: str = ""  # name and SHA-256 of the CLIP model of the CLIP scores; empty for none

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from deployed_fixture import Quantized, deployed_unet, quantized_small
 from tiny_runs import REPOSITORY, SUPPORT
+from vnni_here import NEEDS_VNNI
 
 from pqcad_qat.errors import ExportError
 from pqcad_qat.export.execution import execution_precision
@@ -38,7 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("weights", "inputs"),
     [
         (W4, {"bits": 4, "symmetric": True, "signed": True}),
-        ({"bits": 8, "granularity": "per_tensor"}, {"bits": 8, "symmetric": True, "signed": True}),
+        pytest.param(
+            {"bits": 8, "granularity": "per_tensor"},
+            {"bits": 8, "symmetric": True, "signed": True},
+            marks=NEEDS_VNNI,
+        ),
         ({"bits": 4, "symmetric": False}, {"bits": 7, "symmetric": False}),
         ({"bits": 3}, {"bits": 6, "symmetric": True, "signed": True}),
         ({"bits": 2}, {"bits": 5, "symmetric": True, "signed": "auto"}),

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conditional_models import FLOW
 from tiny_runs import POLICIES
+from vnni_here import VNNI
 
 from pqcad_qat.commands.rehearse import rehearse
 from pqcad_qat.models import families as folder
@@ -70,7 +71,8 @@ def test_a_family_is_added_in_one_file_and_deployed_in_int8(sana: DiffusionModel
         assert torch.equal(predict(sana.denoiser, x, t, condition), own_call)
     policy = load_policy(POLICIES / "w8a8.yaml", [f"model.source={sana.source}", ALL_IN_INT8])
     rehearsal, _ = rehearse(policy, tmp_path / "rehearsed", "rehearse", lambda _: None)
-    assert rehearsal.planned == rehearsal.executed_int8 == rehearsal.exact > 20
+    assert rehearsal.planned == rehearsal.executed_int8 > 20
+    assert rehearsal.exact == rehearsal.planned or not VNNI
     deployed = OVUNet2DModel.from_pretrained(tmp_path / "rehearsed" / "openvino")
     by_name = {name: value.numpy() for name, value in condition.items()}
     text, mask = by_name.values()

