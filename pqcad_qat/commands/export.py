@@ -44,6 +44,10 @@ proofs.
 """
 
 
+SIZE_KEY = "model.sample_size"
+"""The key of a policy in whose place `--size` stands."""
+
+
 @dataclass(frozen=True)
 class FolderAsked:
     """What is asked for; None keeps what the run's policy says.
@@ -117,7 +121,7 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
             model = models.of(variant)
         wanted = as_asked(policy, asked)
         if asked.size is not None:
-            prepared = with_chosen_widths(policy, prepare(wanted, path.parent / SHARED, own), run)
+            prepared = with_chosen_widths(policy, _prepared(wanted, path, own), run)
             model = _resized(model, models.plan_of(variant), prepared, asked.size)
             calibration = _states(wanted, prepared, console).below(floats.time)
         proofs = write_proven(
@@ -161,6 +165,21 @@ def as_asked(policy: Policy, asked: FolderAsked) -> Policy:
             ),
         }
     )
+
+
+def _prepared(wanted: Policy, path: Path, own: OwnModel | None) -> Prepared:
+    """The full-precision model for the size that is asked for.
+
+    Raises:
+        UsageError: it has no such size.
+    """
+    try:
+        return prepare(wanted, path.parent / SHARED, own)
+    except ModelError as error:
+        _, key, fault = str(error).partition(f"{SIZE_KEY}: ")
+        if not key:
+            raise
+        raise UsageError(f"--size: {fault}") from error
 
 
 def _resized(model: nn.Module, plan: Sequence[LayerPlan], prepared: Prepared, size: Sides) -> nn.Module:

@@ -132,8 +132,8 @@ class MetricsLog(Callback):
         self._steps += 1
         seconds = (now - self._began) / self._steps  # per step
         self._held_out = row.get("held_out", self._held_out)
-        held_out = "" if self._held_out is None else f" held out {self._held_out:.5f}"
-        note = f"loss {self.loss:.5f}{held_out}{bits} {report.samples / seconds:.3g} images/s"
+        held_out = "" if self._held_out is None else f" held out {self._held_out:.3g}"
+        note = f"loss {self.loss:.3g}{held_out}{bits} {report.samples / seconds:.3g} images/s"
         self._progress.update(self._task, completed=step, total=steps, note=note)
         if not self._progress.disable:
             return

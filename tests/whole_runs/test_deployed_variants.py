@@ -147,6 +147,8 @@ def test_the_student_is_exported_for_another_size_as_its_pytorch_folder_computes
     model, _, _ = load_quantized(tiny_run.path / "student")
     assert len(quantized_layers(model.denoiser)) == len(done.proofs.precisions)
     assert nearness(tmp_path / "small", model.denoiser, (1, 16, 24)) > 45
+    with pytest.raises(UsageError, match=r"^--size: got \[15, 24\]; allowed multiples of 2"):
+        export(tiny_run.path, FolderAsked(size=(15, 24)), out=tmp_path / "odd", console=QUIETLY)
 
 
 def test_what_is_exported_again_is_the_folder_that_the_run_has_left(two: Path, tmp_path: Path) -> None:
