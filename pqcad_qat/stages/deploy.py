@@ -77,7 +77,7 @@ def export(
             return
         model, in_float = models.of(name), run.read_always(FLOAT_STEPS, FloatStepsRecord).of(name)
         shipped = run.path / policy.folder_of(name)
-        _take_folder(run, name, shipped.name)
+        take_folder(run, name, shipped.name)
         _save_in_pytorch(policy, prepared, run, name, models=models, in_float=in_float)
         record = write_proven(
             policy,
@@ -95,7 +95,7 @@ def export(
         stage.done(replace(record, packed_bytes=size_bytes(packed)))
 
 
-def _take_folder(run: RunFolder, name: str, folder: str) -> None:
+def take_folder(run: RunFolder, name: str, folder: str) -> None:
     """Forget the export of another variant to this folder, under an earlier policy: its folder is replaced now."""
     for stage in (exporting(other) for other in DEPLOYED if other != name):
         begun = run.begun(stage)

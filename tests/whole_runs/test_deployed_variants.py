@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, FinishedRun, without_images, without_page
+from tiny_runs import POLICIES, FinishedRun, without_page
 
 from pqcad_qat import cli
 from pqcad_qat.commands import run as pipeline
@@ -34,6 +34,7 @@ from pqcad_qat.policy.variants import (
     PTQ,
     PTQ_OPENVINO,
     TRAINED,
+    exporting,
 )
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
 from pqcad_qat.quantization.student_folder import STATE, load_quantized
@@ -42,6 +43,9 @@ from pqcad_qat.report.record import Curves
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.serving.deployed_folder import read_manifest
 from pqcad_qat.serving.runtime import OVUNet2DModel
+from pqcad_qat.stages.deploy import take_folder
+from pqcad_qat.stages.recipe import Recipe
+from pqcad_qat.stages.run_folder import RunFolder
 
 QUIETLY = Console(quiet=True)
 
@@ -204,14 +208,21 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_is_loaded(
     assert re.search(error, told), told
 
 
-def test_a_folder_that_another_variant_had_meanwhile_is_written_again(two: Path) -> None:
-    policy = load_policy(two / "policy.yaml")
-    for deploy in ((FIXED_BIT,), policy.deployed):
-        with without_images():
-            pipeline.run(policy.model_copy(update={"deploy": deploy}), two, "command", QUIETLY, resume=True)
-        assert read_manifest(two / "openvino")["provenance"]["variant"] == deploy[0]
-        assert load_file(two / "student" / STATE).keys() == load_file(two / f"student-{FIXED_BIT}" / STATE).keys()
-    assert read_manifest(two / f"openvino-{FIXED_BIT}")["provenance"]["variant"] == FIXED_BIT
+def test_a_folder_that_another_variant_takes_is_no_longer_that_ones_own(tmp_path: Path) -> None:
+    """So that a run that deploys it again, under its first policy, does not trust what now lies there."""
+    table = {
+        exporting(name): Recipe({"folder": folder})
+        for name, folder in ((PTQ, "openvino"), (FIXED_BIT, f"openvino-{FIXED_BIT}"))
+    }
+    run = RunFolder(tmp_path, table)
+    for stage in table:
+        with run.stage(stage) as begun:
+            begun.done()
+    take_folder(run, PQCAD, "openvino")
+    assert [stage for stage in table if run.finished(stage)] == [exporting(FIXED_BIT)]
+    assert run.begun(exporting(PTQ)) is None
+    take_folder(run, FIXED_BIT, f"openvino-{FIXED_BIT}")
+    assert run.finished(exporting(FIXED_BIT))
 
 
 def test_the_first_deployed_variant_that_a_policy_lists_is_openvino() -> None:
