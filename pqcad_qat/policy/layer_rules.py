@@ -5,7 +5,6 @@ Not here: the other sections (schema.py), and what the rules make of a model (qu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import rule_text
-from pqcad_qat.policy.sections import Fault, Section
+from pqcad_qat.policy.sections import Fault, Section, faults_of_names, without_nulls
 from pqcad_qat.policy.value_types import Bits, Patterns, SizeLimit
 
 INPUT, OUTPUT, TIME = ROLES = ("role:input", "role:output", "role:time")
@@ -99,11 +98,8 @@ def numbered(rules: Iterable[Any]) -> dict[str, Any]:
 def _named(value: object) -> object:
     """Return rules by name. A rule that is null is left out: so a policy drops a rule of the one that it extends."""
     if isinstance(value, Mapping):
-        return {name: rule for name, rule in value.items() if rule is not None}
+        return without_nulls(value)
     return numbered(value) if isinstance(value, list | tuple) and value else value
-
-
-RULE_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 
 Rules = Annotated[
@@ -161,11 +157,9 @@ class QuantizationPolicy(Section):
         """
         if self.quality is not None and self.max_size is not None:
             yield Fault((("max_size",), ("quality",)), repr(self.max_size), "null, as quality is given")
+        yield from faults_of_names("layers", self.layers, "rule")
         first: dict[str, str] = {}
         for name, rule in self.layers.items():
-            if not RULE_NAME.fullmatch(name):
-                allowed = "a name of at most 60 letters, digits, - and _"
-                yield Fault((("layers", name),), f"a rule named {shortened(repr(name))}", allowed)
             for pattern in rule.match:
                 before = first.setdefault(pattern, name)
                 if self.layers[before].model_copy(update={"match": rule.match}) != rule:

@@ -15,8 +15,8 @@ from pydantic import Field
 from pqcad_qat.policy.evaluation import EMBEDDED, NO_FEATURES, EvaluationPolicy
 from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
-from pqcad_qat.policy.sections import Fault, PolicyFile, Section
-from pqcad_qat.policy.targets import Targets, faults_of_names
+from pqcad_qat.policy.sections import Fault, PolicyFile, Section, faults_of_names
+from pqcad_qat.policy.targets import Targets
 from pqcad_qat.policy.training_sections import DistillationPolicy, ProgressivePolicy, TrainingPolicy
 from pqcad_qat.policy.value_types import (
     Classes,
@@ -257,7 +257,7 @@ class Policy(PolicyFile):
                 (("evaluation", "clip"), ("conditions", "prompts")), repr(clip), "null, as no prompts are given"
             )
         yield from self._faults_of_deploy()
-        yield from faults_of_names(self.targets)
+        yield from faults_of_names("targets", self.targets, "target")
         first = self.progressive.ladder[0]
         for name, rule in self.quantization.layers.items():
             if rule.weights is not None and rule.weights.bits > first:

@@ -6,13 +6,15 @@ Not here: any section of a policy (schema.py, layer_rules.py, pretraining.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
+from pqcad_qat.errors import shortened
 from pqcad_qat.policy.origins import Location, Origins
 
 
@@ -24,6 +26,23 @@ class Fault(NamedTuple):
     keys: tuple[Location, ...]
     got: str
     allowed: str
+
+
+KEY_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
+"""Pattern of the names that users give to rules and targets, which `--set` has to be able to spell."""
+
+
+def faults_of_names(key: str, names: Iterable[str], kind: str) -> Iterator[Fault]:
+    """Faults of the names that the mapping below a key has for things of a kind, such as rules."""
+    for name in names:
+        if not KEY_NAME.fullmatch(name):
+            got = f"a {kind} named {shortened(repr(name))}"
+            yield Fault(((key, name),), got, "a name of at most 60 letters, digits, - and _")
+
+
+def without_nulls(named: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Leave out names whose value is null: so a policy drops a rule or a target of the one that it extends."""
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def known_keys(known: Collection[str], unknown: str) -> str:

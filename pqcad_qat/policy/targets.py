@@ -5,14 +5,13 @@ Not here: what was measured beside them (report/targets.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from pqcad_qat.policy.sections import Fault, Section
+from pqcad_qat.policy.sections import Fault, Section, without_nulls
 from pqcad_qat.policy.variants import VariantName
 
 
@@ -38,10 +37,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "clip": Metric("clip_score", "CLIP score", "", subtracted=True),
         "ms": Metric("latency_ms_per_image", "milliseconds an image", "ms", subtracted=False),
         "bytes": Metric("size_bytes", "bytes", "bytes", subtracted=False),
-        "packed_bytes": Metric("packed_bytes", "bytes packed", "bytes", subtracted=False),
+        "packed_bytes": Metric("size_bytes", "bytes packed", "bytes", subtracted=False),
     }
 )
-"""Metrics by the names that a policy has for them. `packed_bytes` is of the first deployed folder."""
+"""Metrics by the names that a policy has for them. `packed_bytes` is of the first deployed folder in packed form, which
+no row of a report has; its field is what it is compared with."""
 
 if TYPE_CHECKING:
     MetricName = str
@@ -73,23 +73,10 @@ class TargetPolicy(Section):
 
 
 def _without_dropped(value: object) -> object:
-    """Leave out targets that are null: so a policy drops a target of the one that it extends."""
-    if isinstance(value, Mapping):
-        return {name: target for name, target in value.items() if target is not None}
-    return value
+    return without_nulls(value) if isinstance(value, Mapping) else value
 
 
 Targets = Annotated[
     Mapping[str, TargetPolicy],
     BeforeValidator(_without_dropped, json_schema_input_type=dict[str, TargetPolicy | None]),
 ]
-
-TARGET_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
-
-
-def faults_of_names(targets: Targets) -> Iterator[Fault]:
-    """Faults of the names of targets, which `--set` has to be able to spell."""
-    for name in targets:
-        if not TARGET_NAME.fullmatch(name):
-            allowed = "a name of at most 60 letters, digits, - and _"
-            yield Fault((("targets", name),), f"a target named {name[:60]!r}", allowed)

@@ -91,7 +91,8 @@ class TrainingPolicy(Section):
     batch_size: Count = Field(32, description="states in a batch, at mixed time steps")
     learning_rate: AutoRate = Field(
         "auto",
-        description="peak rate of the optimizer; auto: a few are tried for 20 training steps each, and the one of the "
+        description="peak rate of the optimizer; auto: a few are tried for 20 training steps each, or fewer where "
+        "there is little time, and the one of the "
         f"lowest held-out loss is taken; {FIXED_BIT} takes the rate of {PQ}, and {PQCAD} that of {PQ_DISTILLED}, where "
         "a run has both",
     )

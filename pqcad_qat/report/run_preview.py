@@ -30,10 +30,15 @@ class StageBytes:
     working: int
     left: int | None = None
 
+    @property
+    def kept(self) -> int:
+        """Number when it is done."""
+        return self.working if self.left is None else self.left
+
 
 def bytes_wanted(stages: Sequence[StageBytes]) -> int:
     """Largest number of bytes that stages occupy together while they work one after the other."""
-    before = accumulate((stage.working if stage.left is None else stage.left for stage in stages), initial=0)
+    before = accumulate((stage.kept for stage in stages), initial=0)
     return max((there + stage.working for there, stage in zip(before, stages, strict=False)), default=0)
 
 

@@ -12,7 +12,7 @@ from pqcad_qat.policy.targets import METRICS, TargetPolicy, Targets
 from pqcad_qat.report.record import UNSTEADY, Execution, Parity, Report, Target, VariantRow, target
 
 PACKED = "packed_bytes"
-"""The metric that no row of a report has; it is compared with the size of what it is compared with."""
+"""The metric that no row of a report has."""
 
 TIMES = ("ms",)
 """Metrics that are computed from a timing."""
@@ -84,11 +84,10 @@ def _why_not(report: Report, goal: TargetPolicy) -> str:
 def _measured(rows: dict[str, VariantRow], goal: TargetPolicy, packed_bytes: int | None) -> float | None:
     """A figure, or its difference from another variant's, or their ratio; None where one is unknown."""
     metric = METRICS[goal.metric]
-    field = "size_bytes" if goal.metric == PACKED else metric.field
-    own = packed_bytes if goal.metric == PACKED else getattr(rows[goal.variant], field)
+    own = packed_bytes if goal.metric == PACKED else getattr(rows[goal.variant], metric.field)
     if goal.against is None or own is None:
         return None if own is None else float(own)
-    other = getattr(rows[goal.against], field)
+    other = getattr(rows[goal.against], metric.field)
     if other is None:
         return None
     if metric.subtracted:

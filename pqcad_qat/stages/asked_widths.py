@@ -26,6 +26,11 @@ def widths_measured(policy: Policy) -> bool:
     return policy.quantization.measured_widths and any(VARIANTS[name].bits is None for name in policy.variants)
 
 
+def trains(policy: Policy) -> bool:
+    """Whether a run of the policy trains; widths are then tried with a short training."""
+    return not set(TRAINED).isdisjoint(stages_of(policy.variants))
+
+
 def check_size(policy: Policy, split: nn.Module, plan: Sequence[LayerPlan]) -> None:
     """Check that the layers at their narrowest widths are within quantization.max_size.
 
@@ -51,8 +56,7 @@ def measurement_notes(policy: Policy) -> Iterator[str]:
     key = "max_size" if policy.quantization.quality is None else "quality"
     # a search among widths, or one among float layers after the two ends of the first
     some = "one {}" if key == "max_size" else f"up to {MEASURED + 1} {{}}s"
-    trains = not set(TRAINED).isdisjoint(stages_of(policy.variants))
-    after = some.format("short training") + f" of {STEPS} steps" if trains else some.format("choice of widths")
+    after = some.format("short training") + f" of {STEPS} steps" if trains(policy) else some.format("choice of widths")
     yield (
         f"quantization.{key}: this plan shows the narrowest widths; the run gives each layer a width of its ladder, "
         f"after it has measured each layer's error, and held-out images after {after}"

@@ -33,7 +33,7 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed, exchanged, is_first
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FLOAT_STEPS, PQ, STEP_COSTS, TRAINED, WIDTHS, stages_of
+from pqcad_qat.policy.variants import FLOAT_STEPS, PQ, STEP_COSTS, WIDTHS, stages_of
 from pqcad_qat.quantization.layer_sensitivity import LayerSensitivity, layer_sensitivities
 from pqcad_qat.quantization.mixed_precision import (
     Option,
@@ -46,7 +46,7 @@ from pqcad_qat.quantization.mixed_precision import (
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.width_choice import WidthChoice, WidthTrial, choice_text
-from pqcad_qat.stages.asked_widths import STEPS, widths_measured
+from pqcad_qat.stages.asked_widths import STEPS, trains, widths_measured
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
@@ -165,7 +165,6 @@ def choose_widths(
         if stage.new:
             in_float = run.read_always(FLOAT_STEPS, FloatStepsRecord).of(PQ)
             costs = run.read_always(STEP_COSTS, StepCostsRecord).costs
-            trains = not set(TRAINED).isdisjoint(stages_of(policy.variants))
             with working(console, "widths: each layer's error at each width") as tell:
                 trials = Trials(
                     policy,
@@ -173,7 +172,7 @@ def choose_widths(
                     untrained,
                     matched_states(policy, calibration, costs)[0],
                     measured_images(policy, prepared, calibration, variant=PQ, in_float=in_float),
-                    steps=STEPS if trains else 0,
+                    steps=STEPS if trains(policy) else 0,
                     folder=run.unfinished(measurements(run)),
                     tell=tell,
                     done={},

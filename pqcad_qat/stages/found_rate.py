@@ -109,7 +109,7 @@ def _steps_of_a_trial(
     """Number of training steps of a trial, by the time of one. The first step may compile kernels, the second tells."""
     if stage_s is None:
         return trial_steps(None, math.inf)
-    clock = _StepTimes("clock")
+    clock = _StepTimes()
     loop = LoopSettings(2, RATES[FIRST], shape="constant", ema=training.ema)
     with suppress(DivergedError):
         train_shortly(copy.deepcopy(model), [loss, clock], batches, loop=loop, training=training)
@@ -119,8 +119,10 @@ def _steps_of_a_trial(
 class _StepTimes(Callback):
     """Notes the wall time of every training step."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.seconds, self._begun = name, list[float](), 0.0
+    name = "clock"
+
+    def __init__(self) -> None:
+        self.seconds, self._begun = list[float](), 0.0
 
     def before_step(self, state: TrainState) -> None:
         self._begun = monotonic()

@@ -101,7 +101,7 @@ def test_the_estimate_covers_what_a_run_leaves_and_is_no_more_than_four_times_th
         file.stat().st_size for file in [*path.rglob("*"), *(path.parent / ".calibration").rglob("*")] if file.is_file()
     )
     stages = [disk_use.stage_bytes(policy, prepared, table, stage) for stage in table]
-    estimate = sum(stage.working if stage.left is None else stage.left for stage in stages)
+    estimate = sum(stage.kept for stage in stages)
     assert left < 1.5 * estimate
     assert estimate < 4 * left
     assert estimate < bytes_wanted(stages)
