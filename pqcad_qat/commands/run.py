@@ -19,7 +19,7 @@ from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import FIXED_BIT, PQ, STUDENTS, stages_of
+from pqcad_qat.policy.variants import FIXED_BIT, PQ, PTQ, STUDENTS, stages_of
 from pqcad_qat.quantization.plan_facts import plan_json
 from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview
 from pqcad_qat.report.tables import plan_text
@@ -30,6 +30,7 @@ from pqcad_qat.stages.disk_use import room_warning, stage_bytes
 from pqcad_qat.stages.float_steps import choose_float_steps
 from pqcad_qat.stages.measure import evaluate, report, sample
 from pqcad_qat.stages.open_run import holds_run, open_run
+from pqcad_qat.stages.post_train import post_train
 from pqcad_qat.stages.prepared import SHARED, Prepared, notes_on, prepare, with_own_model
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
@@ -121,6 +122,8 @@ def _all_stages(
         _show_plan(policy, prepared, run)
         untrained = untrained.of(prepared.plan)
     models = TrainedModels(run, untrained)
+    if PTQ in stages:
+        post_train(policy, run, console, calibration=calibration, models=models, shares_training=shares_training)
     for name, stage in ((PQ, progressive), (FIXED_BIT, fixed_bit)):
         if name in stages:
             stage(

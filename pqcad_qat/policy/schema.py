@@ -17,7 +17,12 @@ from pqcad_qat.policy.layer_rules import QuantizationPolicy
 from pqcad_qat.policy.origins import Location
 from pqcad_qat.policy.sections import Fault, PolicyFile, Section, faults_of_names
 from pqcad_qat.policy.targets import Targets
-from pqcad_qat.policy.training_sections import DistillationPolicy, ProgressivePolicy, TrainingPolicy
+from pqcad_qat.policy.training_sections import (
+    DistillationPolicy,
+    PostTrainingPolicy,
+    ProgressivePolicy,
+    TrainingPolicy,
+)
 from pqcad_qat.policy.value_types import (
     Classes,
     Count,
@@ -176,6 +181,7 @@ class Policy(PolicyFile):
     sampler: SamplerPolicy = SamplerPolicy()
     calibration: CalibrationPolicy = CalibrationPolicy()
     quantization: QuantizationPolicy
+    post_training: PostTrainingPolicy = PostTrainingPolicy()
     progressive: ProgressivePolicy = ProgressivePolicy()
     distillation: DistillationPolicy = DistillationPolicy()
     training: TrainingPolicy = TrainingPolicy()

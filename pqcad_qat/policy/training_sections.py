@@ -1,4 +1,4 @@
-"""The sections `progressive`, `distillation` and `training` of a policy: how its stages train.
+"""The sections `post_training`, `progressive`, `distillation` and `training` of a policy: how its stages find weights.
 
 Not here: the other sections (schema.py, layer_rules.py, evaluation.py).
 """
@@ -16,6 +16,22 @@ from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQ_DISTILLED, PQCAD
 
 AUTO_DEADLINE_STEPS = 200
 """Number of training steps that progressive.deadline is a share of where the stage's own number is not known."""
+
+
+class PostTrainingPolicy(Section):
+    """Post-training quantization: how weights are rounded to their target widths, before anything is trained."""
+
+    rounding: Literal["gptq", "nearest"] = Field(
+        "gptq",
+        description="gptq: the weights of an output make up for each other's rounding, by what their layer reads "
+        "(GPTQ); layers without a learned weight scale keep nearest; nearest: each weight by itself",
+    )
+    states: Count = Field(256, description="states of the calibration set that show what layers read")
+    passes: Count = Field(
+        8,
+        description="calls of the model on these states; each rounds the next layers by what the rounded ones before "
+        "them give",
+    )
 
 
 class ProgressivePolicy(Section):

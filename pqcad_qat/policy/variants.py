@@ -72,6 +72,7 @@ STAGES: Final = (
     FLOAT_STEPS,
     STEP_COSTS,
     WIDTHS,
+    PTQ,
     *QUANTIZATION_AWARE,
     "teacher",
     *STUDENTS,
@@ -217,9 +218,10 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
             ),
             VariantSpec(
                 name=PTQ,
-                summary="post-training quantization by ours: as calibrated, at the target widths, not trained",
+                summary="post-training quantization by ours: calibrated and rounded to the target widths, not trained",
                 runtime=SIMULATED,
-                weights_from="calibration",
+                weights_from=PTQ,
+                stages=(PTQ,),
                 colour="amber",
             ),
             VariantSpec(
@@ -264,7 +266,7 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
                 stages=(PQ, "teacher", PQCAD),
                 colour="blue",
             ),
-            _deployed(PTQ, shown_with=(PTQ,), colour="amber"),
+            _deployed(PTQ, shown_with=(PTQ,), stages=(PTQ,), colour="amber"),
             _deployed(FIXED_BIT, shown_with=(PTQ, FIXED_BIT), stages=(FIXED_BIT,), colour="violet"),
             _deployed(PQ, shown_with=(PTQ, PQ), stages=(PQ,), colour="accent"),
             _deployed(
@@ -328,5 +330,5 @@ def stages_of(listed: Collection[str]) -> tuple[str, ...]:
     if any(VARIANTS[name].quantized for name in listed):
         needed.add(FLOAT_STEPS)
     if not needed.isdisjoint(TRAINED):
-        needed.add(STEP_COSTS)
+        needed |= {STEP_COSTS, PTQ}
     return tuple(stage for stage in STAGES if stage in needed)

@@ -17,7 +17,13 @@ from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
 from pqcad_qat.quantization.integer_layer import IntegerLayer, integer_layer
-from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight, read_bits, set_input_range
+from pqcad_qat.quantization.layer_state import (
+    QuantizedLayer,
+    estimate_weight_range,
+    quantized_weight,
+    read_bits,
+    set_input_range,
+)
 from pqcad_qat.quantization.plan import LayerPlan, evaluating
 from pqcad_qat.quantization.quantizable_layers import quantizable_layers
 from pqcad_qat.quantization.quantized_layer import float_layer, quantized_layer, share_input, share_results
@@ -138,6 +144,16 @@ def set_ranges(model: nn.Module, seen: Mapping[str, InputRange]) -> None:
     for layer in quantized_layers(model).values():
         if layer.plan.input_group == layer.plan.name:
             _set_range(layer, seen[layer.plan.name])
+
+
+def take_weights(model: nn.Module, other: nn.Module) -> None:
+    """Give the quantized layers the weights of another quantized copy, and find the ranges of these weights anew, at
+    the model's own widths.
+    """
+    others = quantized_layers(other)
+    for name, layer in quantized_layers(model).items():
+        layer.weight.data.copy_(others[name].weight)
+        estimate_weight_range(layer)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pqcad_qat.machine.files import free_bytes
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.policy.variants import DEPLOYED, exporting
+from pqcad_qat.policy.variants import DEPLOYED, PTQ, exporting
 from pqcad_qat.report.run_preview import StageBytes, bytes_wanted
 from pqcad_qat.sampling.trajectory import noise_schedule
 from pqcad_qat.stages.float_steps import may_have_float_steps
@@ -64,4 +64,6 @@ def stage_bytes(policy: Policy, prepared: Prepared, recipes: Recipes, stage: str
     in_float = 2 * weights if may_have_float_steps(policy, prepared.schedule) else 0
     if stage in map(exporting, DEPLOYED):
         return StageBytes(3 * weights + in_float)
+    if stage == PTQ:
+        return StageBytes(weights)
     return StageBytes(2 * weights if stage == "baselines" else 0)

@@ -206,12 +206,7 @@ def _sampler(
         return openvino_file_variant(
             name, file, schedule, steps, sample_shape=prepared.model.sample_shape, batch_size=policy.export.batch_size
         )
-    if spec.weights_from is None:
-        denoiser = prepared.model.denoiser
-    elif spec.weights_from == "calibration":
-        denoiser = models.of(name)
-    else:
-        denoiser = models.of(spec.weights_from)
+    denoiser = prepared.model.denoiser if spec.weights_from is None else models.of(spec.weights_from)
     return pytorch_variant(name, denoiser, schedule, steps, sample_shape=prepared.model.sample_shape)
 
 

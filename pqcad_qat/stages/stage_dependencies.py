@@ -23,6 +23,7 @@ from pqcad_qat.policy.variants import (
     PQ,
     PQ_DISTILLED,
     PQCAD,
+    PTQ,
     QUANTIZATION_AWARE,
     STEP_COSTS,
     STUDENTS,
@@ -94,6 +95,8 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
         rows[STEP_COSTS] = table.step_costs()
     if table.widths_measured:
         rows[WIDTHS] = table.widths()
+    if PTQ in stages:
+        rows[PTQ] = table.post_training()
     for name in QUANTIZATION_AWARE:
         if name in stages:
             rows[name] = table.quantization_aware(name)
@@ -215,6 +218,10 @@ class _Table:
         values |= {"held_out": SHARE} | ({"training.max_steps": training["max_steps"]} if automatic else {})
         return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
 
+    def post_training(self) -> Recipe:
+        values = {**self.layers(ladders=False), **self.section("post_training")}
+        return Recipe(values, ("calibration", FLOAT_STEPS, *self.widths_measured), _versions("torch", "brevitas"))
+
     def quantization_aware(self, name: str) -> Recipe:
         values, circumstances = self.training(name)
         progressive = (
@@ -222,7 +229,7 @@ class _Table:
         )
         # fixed-bit training takes as many steps as `pq` has found
         follows = name != PQ and training_steps(self.policy, PQ) is None and PQ in self.stages
-        after = ("calibration", FLOAT_STEPS, STEP_COSTS, *self.widths_measured, *((PQ,) if follows else ()))
+        after = ("calibration", FLOAT_STEPS, STEP_COSTS, PTQ, *((PQ,) if follows else ()))
         return Recipe({**self.layers(name == PQ), **values, **progressive}, after, circumstances, trained_paths(name))
 
     def distilled(self, student: str) -> dict[str, Recipe]:
@@ -259,7 +266,6 @@ class _Table:
         """Recipe of the folder that a variant is deployed to."""
         policy, trained = self.policy, VARIANTS[variant].weights_from
         assert trained is not None
-        widths = self.widths_measured if trained == "calibration" else ()
         values = {
             "name": policy.name,
             "folder": policy.folder_of(variant),
@@ -273,8 +279,9 @@ class _Table:
         }
         if self.parts:
             values["parts"] = self.parts
-        after = dict.fromkeys(("calibration", FLOAT_STEPS, *widths, trained))
-        return Recipe(values, tuple(after), _versions("openvino", "nncf", "torch", "diffusers"))
+        return Recipe(
+            values, ("calibration", FLOAT_STEPS, trained), _versions("openvino", "nncf", "torch", "diffusers")
+        )
 
     def baselines(self) -> Recipe:
         values = {"inputs": BASELINE_INPUTS, "export.batch_size": self.policy.export.batch_size}
@@ -310,11 +317,8 @@ class _Table:
                 values["decoded"] = "all"
         if spec.weights_from is None:
             values["model"] = self.prepared.model.digest
-        if spec.weights_from == "calibration":
-            values |= self.layers(ladders=False)
         earlier = (
             *((FLOAT_STEPS,) if spec.quantized else ()),
-            *(self.widths_measured if spec.weights_from == "calibration" else ()),
             *(() if spec.weights_from is None else (spec.weights_from,)),
         )
         return Recipe(values, earlier, _versions("torch", "openvino"))

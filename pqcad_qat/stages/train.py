@@ -25,8 +25,8 @@ from pqcad_qat.models.conditions import save_conditions
 from pqcad_qat.models.guidance import Guidance
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.training_sections import AUTO_DEADLINE_STEPS, TrainingPolicy
-from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, STEP_COSTS, stages_of
-from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
+from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, PTQ, STEP_COSTS, stages_of
+from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers, take_weights
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.sampling.precision_by_time import float_steps, in_parts
 from pqcad_qat.sampling.trajectory import initial_noise, landing
@@ -103,12 +103,16 @@ def progressive(
     models: TrainedModels,
     shares_training: bool,
 ) -> None:
-    """Stage `pq`: train down the ladder to the target widths against the full-precision prediction."""
+    """Stage `pq`: train down the ladder to the target widths against the full-precision prediction.
+
+    It begins with the weights of `ptq`, which lie on the grids of the target widths, at the ladder's first widths.
+    """
 
     def task() -> TrainingTask:
-        model = models.untrained.at_first_widths()
+        given, model = models.of(PTQ), models.untrained.at_first_widths()
+        take_weights(model, given)
         matching = _matching(policy, prepared, run, model, name=PQ, calibration=calibration)
-        return replace(matching, schedule=bit_schedule(policy, prepared.plan, model))
+        return replace(matching, given=given, schedule=bit_schedule(policy, prepared.plan, model))
 
     train(policy, run, console, name=PQ, task=task, models=models, shares_training=shares_training)
 
@@ -123,13 +127,14 @@ def fixed_bit(
     models: TrainedModels,
     shares_training: bool,
 ) -> None:
-    """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step.
+    """Train the fixed-bit control: the same seed, steps and data, at the target widths from the first training step,
+    beginning with the model of `ptq`.
 
     Where `pq` has found its number of steps by itself, the control takes as many, at the same learning rates.
     """
 
     def task() -> TrainingTask:
-        model = models.untrained.at_targets()
+        model = copy.deepcopy(models.of(PTQ))
         matching = _matching(policy, prepared, run, model, name=FIXED_BIT, calibration=calibration)
         return replace(matching, ending=_ending_of_pq(policy, run))
 

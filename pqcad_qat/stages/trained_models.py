@@ -1,4 +1,4 @@
-"""The quantized models of a run, each read back from its training stage when something first needs it.
+"""The quantized models of a run, each read back from its stage when something first needs it.
 
 A run that goes on late, or makes its report again, thus loads what is still used and no more.
 
@@ -18,6 +18,9 @@ from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import WEIGHTS
 
+AT_TARGETS = (PTQ, FIXED_BIT)
+"""Stages whose models have their target widths from the start; those of the others come down a ladder."""
+
 
 @dataclass(frozen=True)
 class TrainedModels:
@@ -33,20 +36,17 @@ class TrainedModels:
     _loaded: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def of(self, variant: str) -> nn.Module:
-        """Return the model that a finished training stage has kept, or that calibration alone makes for `ptq`, on the
-        CPU: the same object every time.
-        """
-        if variant == PTQ and variant not in self._loaded:
-            self._loaded[variant] = self.untrained.at_targets()
+        """Return the model that a finished stage has kept, on the CPU: the same object every time."""
         if variant not in self._loaded:
-            begins_at = self.untrained.at_targets if variant == FIXED_BIT else self.untrained.at_first_widths
+            untrained = self.untrained
+            begins_at = untrained.at_targets if variant in AT_TARGETS else untrained.at_first_widths
             self.keep(variant, begins_at(calibrated=False))
         return self._loaded[variant]
 
     def plan_of(self, variant: str) -> tuple[LayerPlan, ...]:
         """Return the plan by which a variant's model is quantized before its weights are loaded."""
         untrained = self.untrained
-        return untrained.target_plan if variant in (PTQ, FIXED_BIT) else untrained.prepared.plan
+        return untrained.target_plan if variant in AT_TARGETS else untrained.prepared.plan
 
     def keep(self, stage: str, model: nn.Module) -> None:
         """Take a model of the stage's kind, and give it the weights that the finished stage has kept."""

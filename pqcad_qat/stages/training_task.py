@@ -5,7 +5,6 @@ Not here: which stages there are and what they learn (train.py), and the loop (t
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -27,7 +26,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
-from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits, set_weight_bits
+from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits
 from pqcad_qat.report.stage_ends import end_sentence
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
@@ -75,6 +74,7 @@ class TrainingTask:
         trained: as many states of the trajectories that are trained on.
         schedule: the bit schedule, where widths change during the stage.
         ending: end of the stage, where another stage has decided it.
+        given: the model at its target widths, where `model` comes down to them; otherwise it is `model` itself.
     """
 
     stage: str
@@ -87,6 +87,7 @@ class TrainingTask:
     figures: MeasuredImages
     schedule: MomentumBitSchedule | None = None
     ending: Ending | None = None
+    given: nn.Module | None = None
 
 
 def train(
@@ -127,7 +128,7 @@ def train(
 
 def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *, folder: Path) -> None:
     """Train, and write into `folder` the files that a run's folder holds for a trained stage."""
-    given = at_target_widths(task.model)
+    given = task.model if task.given is None else task.given
     held_out = _held_out_loss(policy, run, task)
     rate, hold, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
     if task.schedule is not None and found is not None and found.step_s is not None:
@@ -183,19 +184,6 @@ def hurry(schedule: MomentumBitSchedule, held_out: HeldOutLoss, step_s: float) -
         steps = max(0.0, held_out.budget.seconds - held_out.seconds) / step_s
         deadline = min(schedule.settings.deadline, max(1, round(ON_THE_WAY * steps)))
         schedule.settings = replace(schedule.settings, deadline=deadline)
-
-
-def at_target_widths(model: nn.Module) -> nn.Module:
-    """The model that a stage is given, at the widths that it has to reach, with the ranges of these widths: the model
-    itself where it is there already, a copy otherwise.
-    """
-    if all(_reached(layer) for layer in quantized_layers(model).values()):
-        return model
-    given = copy.deepcopy(model)
-    for layer in quantized_layers(given).values():
-        if not _reached(layer):
-            set_weight_bits(layer, layer.plan.weights.bits)
-    return given
 
 
 def _reached(layer: QuantizedLayer) -> bool:

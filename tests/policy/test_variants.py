@@ -72,7 +72,7 @@ def test_no_stage_is_of_no_run_and_every_stage_that_leaves_weights_runs() -> Non
 
 def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None:
     assert stages_of(default_variants((PQCAD,))) == (
-        *("calibration", FLOAT_STEPS, STEP_COSTS, PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
+        *("calibration", FLOAT_STEPS, STEP_COSTS, PTQ, PQ, FIXED_BIT, "teacher", PQ_DISTILLED, PQCAD),
         *(exporting(PQCAD), "baselines", "benchmark", "samples", "evaluation"),
     )
 
@@ -81,12 +81,12 @@ def test_by_default_every_stage_runs_and_a_stage_follows_what_it_needs() -> None
     ("listed", "stages"),
     [
         ((FP32, FP32_HALF), ()),
-        ((PTQ,), (FLOAT_STEPS,)),
-        ((FIXED_BIT,), (FLOAT_STEPS, STEP_COSTS, FIXED_BIT)),
-        ((PQ,), (FLOAT_STEPS, STEP_COSTS, PQ)),
-        ((PQ_DISTILLED,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQ_DISTILLED)),
-        ((FIXED_BIT, PQCAD), (FLOAT_STEPS, STEP_COSTS, PQ, FIXED_BIT, "teacher", PQCAD)),
-        ((PQCAD_OPENVINO,), (FLOAT_STEPS, STEP_COSTS, PQ, "teacher", PQCAD, exporting(PQCAD), "benchmark")),
+        ((PTQ,), (FLOAT_STEPS, PTQ)),
+        ((FIXED_BIT,), (FLOAT_STEPS, STEP_COSTS, PTQ, FIXED_BIT)),
+        ((PQ,), (FLOAT_STEPS, STEP_COSTS, PTQ, PQ)),
+        ((PQ_DISTILLED,), (FLOAT_STEPS, STEP_COSTS, PTQ, PQ, "teacher", PQ_DISTILLED)),
+        ((FIXED_BIT, PQCAD), (FLOAT_STEPS, STEP_COSTS, PTQ, PQ, FIXED_BIT, "teacher", PQCAD)),
+        ((PQCAD_OPENVINO,), (FLOAT_STEPS, STEP_COSTS, PTQ, PQ, "teacher", PQCAD, exporting(PQCAD), "benchmark")),
         ((NNCF_INT8,), (FLOAT_STEPS, "baselines", "benchmark")),
     ],
 )

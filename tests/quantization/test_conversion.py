@@ -21,10 +21,11 @@ from pqcad_qat.quantization.conversion import (
     integer_layers,
     quantize_model,
     quantized_layers,
+    take_weights,
     unquantized,
 )
 from pqcad_qat.quantization.integer_layer import input_parameters
-from pqcad_qat.quantization.layer_state import quantized_weight, set_weight_bits
+from pqcad_qat.quantization.layer_state import quantized_weight, read_bits, set_weight_bits
 from pqcad_qat.quantization.plan import plan_layers
 
 
@@ -235,3 +236,18 @@ def test_integer_layers_cover_every_quantized_layer() -> None:
     assert integers["to_v"].bias is None
     assert integers["to_q"].weight_int.shape == (8, 8)
     assert integers["conv_in"].kind == "Conv2d"
+
+
+def test_weights_of_another_copy_are_taken_with_their_ranges_at_the_models_own_widths() -> None:
+    """Weights on the grid of 4 bits are nearly those at 8 bits, and exactly those at 4 bits again."""
+    narrow, wide = quantized_network(calibrated=False), quantized_network(seed=1, calibrated=False)
+    for layer in quantized_layers(narrow).values():
+        set_weight_bits(layer, 4)
+        layer.weight.data.copy_(quantized_weight(layer))
+    take_weights(wide, narrow)
+    for name, layer in quantized_layers(wide).items():
+        wanted = quantized_weight(quantized_layers(narrow)[name])
+        assert read_bits(layer)[0] == 8
+        assert 0 < (quantized_weight(layer) - wanted).norm() / wanted.norm() < 0.01
+        set_weight_bits(layer, 4)
+        torch.testing.assert_close(quantized_weight(layer), wanted)

@@ -16,23 +16,21 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, SCHEDULER, tiny_overrides, without_page
+from tiny_runs import POLICIES, QUIET, SCHEDULER, FinishedRun, tiny_overrides, without_page
 from torch import nn
 
 from pqcad_qat.commands import run as pipeline
-from pqcad_qat.data.calibration import CalibrationSet, calibration_set
+from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.errors import InterruptedByUserError
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.training_sections import TrainingPolicy
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, PQ, PQCAD, PTQ
 from pqcad_qat.report.report_files import read_record
 from pqcad_qat.sampling.trajectory import noise_schedule
-from pqcad_qat.stages.prepared import calibration_recipe, prepare
-from pqcad_qat.stages.quantized_models import QuantizedModels
+from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
 from pqcad_qat.stages.train import _shown, distilled_states, matched_states, teach, whole_batch
-from pqcad_qat.stages.training_task import at_target_widths
 from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.distillation import DistillationSet
 from pqcad_qat.training.stage_end import StageEnd
@@ -73,14 +71,11 @@ def test_a_trajectory_that_is_held_out_is_in_no_training_batch(distilled: bool) 
     assert {int(row) for step in range(60) for row in batches(step)["condition.label"]} == seen
 
 
-def test_what_pq_is_given_is_the_post_training_model_at_its_target_widths(tiny_folder: Path, tmp_path: Path) -> None:
-    policy = load_policy(SMOKE, tiny_overrides(tiny_folder))
-    prepared = prepare(policy)
-    calibration, _ = calibration_set(prepared.model, calibration_recipe(policy, prepared), 4, tmp_path)
-    models = QuantizedModels(policy, prepared, calibration)
-    given, wanted = at_target_widths(models.at_first_widths()).state_dict(), models.at_targets()
-    assert given.keys() == wanted.state_dict().keys()
-    assert [name for name, value in wanted.state_dict().items() if not torch.equal(given[name], value)] == []
+def test_pq_and_its_control_are_given_the_model_of_ptq(tiny_run: FinishedRun) -> None:
+    ends = [RunFolder(tiny_run.path).read_always(name, TrainingRecord).end for name in (PQ, FIXED_BIT)]
+    losses = [end.held_out["start"] for end in ends if end is not None]
+    assert len(losses) == 2
+    assert losses[0] == losses[1] is not None
 
 
 def test_a_checkpoint_of_a_run_that_shows_images_fits_one_that_does_not(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""The stage `ptq`: post-training quantization, whose model is deployed as it is or trained further.
+
+Not here: the method (quantization/post_training.py), and training (train.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+from torch import nn
+
+from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.machine.accelerators import on_accelerator
+from pqcad_qat.machine.content_store import shared_folder
+from pqcad_qat.machine.processes import agreed
+from pqcad_qat.machine.progress import counting
+from pqcad_qat.machine.tensor_files import save_tensors
+from pqcad_qat.policy.schema import Policy
+from pqcad_qat.policy.variants import PTQ
+from pqcad_qat.quantization.post_training import round_weights, rounded_layers
+from pqcad_qat.stages.prepared import SHARED
+from pqcad_qat.stages.run_folder import RunFolder
+from pqcad_qat.stages.stage_dependencies import WEIGHTS
+from pqcad_qat.stages.trained_models import TrainedModels
+from pqcad_qat.training.held_out import weights_of
+
+
+def post_train(
+    policy: Policy,
+    run: RunFolder,
+    console: Console,
+    *,
+    calibration: CalibrationSet,
+    models: TrainedModels,
+    shares_training: bool,
+) -> None:
+    """Stage `ptq`: round the weights of the calibrated model at its target widths, and keep it.
+
+    With `shares_training`, a run beside this one with an equal recipe has done it for both.
+    """
+    with run.stage(PTQ, together=True) as stage:
+        if not stage.new:
+            return
+
+        def make(folder: Path) -> None:
+            model = models.untrained.at_targets()
+            _round(policy, model, console, calibration)
+            with agreed() as first:
+                if first:
+                    save_tensors(weights_of(model), folder / WEIGHTS.format(PTQ))
+
+        if shares_training:
+            shutil.copytree(
+                shared_folder(run.path.parent / SHARED, run.decides(PTQ), make), run.path, dirs_exist_ok=True
+            )
+        else:
+            make(run.path)
+        stage.done()
+
+
+def _round(policy: Policy, model: nn.Module, console: Console, calibration: CalibrationSet) -> None:
+    section = policy.post_training
+    if section.rounding == "nearest":
+        return
+    states = list(calibration.inputs(section.states, policy.calibration.batch_size))
+    with counting(console, "ptq: layers", len(rounded_layers(model))) as advance, on_accelerator(model):
+        round_weights(model, states, section.passes, advance)
