@@ -271,14 +271,14 @@ VARIANTS: Mapping[str, VariantSpec] = MappingProxyType(
             _deployed(PQ, shown_with=(PTQ, PQ), stages=(PQ,), colour="accent"),
             _deployed(
                 PQ_DISTILLED,
-                shown_with=(FP32_HALF, PQ, PQ_HALF, PQ_DISTILLED),
+                shown_with=(FP32_HALF, PTQ, PQ, PQ_HALF, PQ_DISTILLED),
                 stages=(PQ, "teacher", PQ_DISTILLED),
                 colour="rose",
             ),
             _deployed(
                 PQCAD,
                 # and every other way to its widths and steps
-                shown_with=(FP32_HALF, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD),
+                shown_with=(FP32_HALF, PTQ, FIXED_BIT, PQ, PQ_HALF, PQ_DISTILLED, PQCAD),
                 stages=(PQ, "teacher", PQCAD),
                 colour="blue",
             ),

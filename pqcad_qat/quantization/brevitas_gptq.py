@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from brevitas.graph.gptq import GPTQ
     from brevitas.graph.gpxq import LayerHandler
 
-BLOCK = 128
+BLOCK = 64
 """Number of columns after which errors are passed on to all columns beyond, instead of after each one."""
 
 

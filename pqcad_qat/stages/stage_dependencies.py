@@ -62,6 +62,9 @@ OF_SHORT_TRAINING = ("batch_size", "learning_rate", "precision", "gradient_accum
 BUDGET = ("max_steps", "minutes")
 """Keys of the section `training` that matter only where a stage finds its number of steps by itself."""
 
+OF_GPTQ = ("states", "passes")
+"""Keys of the section `post_training` that matter only for GPTQ."""
+
 SPARING = ("activation_checkpointing",)
 """Keys of the section `training` that save memory at the cost of time, and give the same weights."""
 
@@ -219,7 +222,8 @@ class _Table:
         return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
 
     def post_training(self) -> Recipe:
-        values = {**self.layers(ladders=False), **self.section("post_training")}
+        nearest = self.policy.post_training.rounding == "nearest"
+        values = self.layers(ladders=False) | self.section("post_training", *(OF_GPTQ if nearest else ()))
         return Recipe(values, ("calibration", FLOAT_STEPS, *self.widths_measured), _versions("torch", "brevitas"))
 
     def quantization_aware(self, name: str) -> Recipe:

@@ -41,7 +41,7 @@ from pqcad_qat.policy.variants import (
 
 
 def test_by_default_a_run_makes_all_but_what_takes_no_training_and_deploys_the_student() -> None:
-    assert set(default_variants((PQCAD,))) == set(VARIANTS) - {PTQ, *DEPLOYED.values()} | {PQCAD_OPENVINO}
+    assert set(default_variants((PQCAD,))) == set(VARIANTS) - {*DEPLOYED.values()} | {PQCAD_OPENVINO}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ STUDENTS = {PQCAD, f"samples-{PQCAD}", *OF_THE_FOLDER}
 DISTILLED = {PQ_DISTILLED, f"samples-{PQ_DISTILLED}", *STUDENTS}
 QUANTIZED = {PQ, f"samples-{PQ}", f"samples-{PQ_HALF}", "teacher", *DISTILLED}
 CONTROL = {FIXED_BIT, f"samples-{FIXED_BIT}"}
-ALL = {"calibration", FLOAT_STEPS, STEP_COSTS, "baselines", *CONTROL, *QUANTIZED, *IMAGES}
+ROUNDED = {PTQ, f"samples-{PTQ}", *CONTROL, *QUANTIZED}
+ALL = {"calibration", FLOAT_STEPS, STEP_COSTS, "baselines", *ROUNDED, *IMAGES}
 
 AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.samples_every=0": set(),
@@ -82,11 +83,14 @@ AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.learning_rate=0.01": {*CONTROL, *QUANTIZED},
     "training.seed=3": {*CONTROL, *QUANTIZED},
     "training.precision=bf16": {*CONTROL, *QUANTIZED},
-    "quantization.layers.body.weights.bits=3": {STEP_COSTS, *CONTROL, *QUANTIZED},
-    "quantization.split_shortcuts=false": {STEP_COSTS, *CONTROL, *QUANTIZED},
+    "quantization.layers.body.weights.bits=3": {STEP_COSTS, *ROUNDED},
+    "quantization.split_shortcuts=false": {STEP_COSTS, *ROUNDED},
+    "post_training.rounding=gptq": ROUNDED,
+    "post_training.states=9": set(),  # of GPTQ
+    "post_training.passes=9": set(),
     "calibration.seed=3": ALL - FLOATING,
     "calibration.trajectories=6": ALL - FLOATING,
-    "sampler.float_steps=1": {FLOAT_STEPS, *CONTROL, *QUANTIZED, f"samples-{NNCF_INT8}"},
+    "sampler.float_steps=1": {FLOAT_STEPS, *ROUNDED, f"samples-{NNCF_INT8}"},
     "sampler.steps=8": ALL - {f"samples-{FP32_HALF}"},
     "distillation.student_steps=1": {*DISTILLED, "teacher", f"samples-{FP32_HALF}", f"samples-{PQ_HALF}"},
 }
@@ -127,7 +131,7 @@ def test_what_is_deployed_too_does_nothing_again_but_its_times_and_the_evaluatio
     records: Callable[[str], Records],
 ) -> None:
     was, now = records(""), records(f"deploy=[{PQCAD}, {PTQ}]")
-    assert {*now} - {*was} == {exporting(PTQ), f"samples-{PTQ}", f"samples-{DEPLOYED[PTQ]}"}
+    assert {*now} - {*was} == {exporting(PTQ), f"samples-{DEPLOYED[PTQ]}"}
     again = {stage for stage in was if reason_to_repeat(was[stage], now[stage]) is not None}
     assert again == {"benchmark", "evaluation"}
 
@@ -147,7 +151,7 @@ def test_every_key_of_a_policy_is_tried() -> None:
     # by test_reference_set.py, which has pictures, and by test_text_runs.py, which has prompts
     tried |= {"evaluation.reference", "evaluation.clip"}
     whole = load_policy(POLICIES / "smoke.yaml").model_dump()
-    for section in ("training", "evaluation", "export"):
+    for section in ("post_training", "training", "evaluation", "export"):
         optimizer = {"batch_size", "gradient_accumulation", "ema", "max_grad_norm"} if section == "training" else set()
         assert {key for key in whole[section] if f"{section}.{key}" not in tried} == optimizer
 
@@ -212,7 +216,7 @@ def test_a_run_that_goes_on_under_another_policy_ends_as_a_new_one_under_it_bit_
     run(tiny_folder, tmp_path / "one" / "run", *shorter)
     pq = (tmp_path / "one" / "run" / "stages" / "pq.json").stat().st_mtime_ns
     told = run(tiny_folder, tmp_path / "one" / "run", *changes, resume=True)
-    assert "kept: calibration, float-steps, step-costs, pq, teacher" in told
+    assert "kept: calibration, float-steps, step-costs, ptq, pq, teacher" in told
     assert (
         f"again: pqcad (distillation.calibration_weight 1.0 -> 0.5), samples-{FP32} (evaluation.seed 1234 -> 3)" in told
     )

@@ -61,6 +61,7 @@ TINY = (  # overrides of policies/smoke.yaml: a run that takes seconds, and stil
     "distillation.student_steps=2",
     "calibration.trajectories=4",
     "calibration.batch_size=4",
+    "post_training.rounding=nearest",
     "progressive.steps=9",
     "distillation.steps=6",
     "training.batch_size=4",

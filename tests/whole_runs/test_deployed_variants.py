@@ -57,6 +57,7 @@ def two(tiny_run: FinishedRun) -> Path:
     training = whole.training.model_copy(update={"checkpoint_every": 1000, "samples_every": 0, "learning_rate": 1e-4})
     changes = {
         "deploy": (PTQ, FIXED_BIT),
+        "post_training": whole.post_training.model_copy(update={"rounding": "gptq", "states": 16, "passes": 2}),
         "progressive": whole.progressive.model_copy(update={"steps": 2}),
         "sampler": whole.sampler.model_copy(update={"float_steps": 1}),
         "training": training,
