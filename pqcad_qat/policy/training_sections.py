@@ -24,7 +24,7 @@ class PostTrainingPolicy(Section):
     rounding: Literal["gptq", "nearest"] = Field(
         "gptq",
         description="gptq: the weights of an output make up for each other's rounding, by what their layer reads "
-        "(GPTQ); layers without a learned weight scale keep nearest; nearest: each weight by itself",
+        "(GPTQ), but for layers of 2 bits or without a learned weight scale; nearest: each weight by itself",
     )
     states: Count = Field(256, description="states of the calibration set that show what layers read")
     passes: Count = Field(

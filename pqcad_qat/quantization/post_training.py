@@ -19,8 +19,13 @@ from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.brevitas_gptq import LayerRounding
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
-from pqcad_qat.quantization.layer_state import QuantizedLayer, weight_quantizer_of
+from pqcad_qat.quantization.layer_state import QuantizedLayer, read_bits, weight_quantizer_of
 from pqcad_qat.quantization.plan import evaluating
+
+LEAST_BITS = 3
+"""Least width of weights that are rounded so. At 2 bits they make up for so much that training, which such a model
+needs, ends far behind training that begins with weights rounded each by itself (NOTES.md).
+"""
 
 COLUMNS = 4
 """Number of a layer's columns, over all states, for each weight of an output; four times as many bring no more."""
@@ -37,9 +42,12 @@ class _AllReadError(Exception):
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers that `round_weights` rounds, by path: those whose weights have a learned range."""
-    layers = quantized_layers(model).items()
-    return {name: layer for name, layer in layers if weight_quantizer_of(layer).learned}
+    """The layers that `round_weights` rounds, by path: those of LEAST_BITS or more whose weights have a learned range."""
+    return {
+        name: layer
+        for name, layer in quantized_layers(model).items()
+        if weight_quantizer_of(layer).learned and read_bits(layer)[0] >= LEAST_BITS
+    }
 
 
 def round_weights(
@@ -48,7 +56,7 @@ def round_weights(
     passes: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write weights into a calibrated model that lie on their grids, at its present widths and ranges.
+    """Round the weights of a calibrated model's `rounded_layers` onto their grids, at present widths and ranges.
 
     Args:
         model: the quantized model.

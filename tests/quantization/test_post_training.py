@@ -19,6 +19,7 @@ from small_networks import (
 from torch import Tensor, nn
 
 from pqcad_qat.models.denoiser import predict
+from pqcad_qat.policy.layer_rules import LayerRule
 from pqcad_qat.quantization import post_training
 from pqcad_qat.quantization.brevitas_gptq import LayerRounding, convolved_columns
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers, unquantized
@@ -169,9 +170,10 @@ def test_every_layer_is_rounded_once_and_for_what_rounded_layers_give(monkeypatc
         assert torch.equal(value, few.state_dict()[name]), name
 
 
-def test_ranges_stay_and_layers_whose_range_is_computed_from_their_weights_stay_as_they_are() -> None:
+@pytest.mark.parametrize("other", [rule("0", scale="statistics"), rule("0", bits=2)], ids=["computed", "2 bits"])
+def test_ranges_stay_and_layers_of_computed_ranges_or_of_2_bits_stay_as_they_are(other: LayerRule) -> None:
     model = Timeless(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)).eval()
-    rules = {"computed": rule("0", scale="statistics"), "learned": EVERYTHING}
+    rules = {"other": other, "rest": EVERYTHING}
     quantize_model(model, plan_layers(model, rules, (), example()))
     calibrate_ranges(model, batches())
     before = {name: value.clone() for name, value in model.state_dict().items()}
