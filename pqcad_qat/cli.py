@@ -76,7 +76,7 @@ def run(
     own = _own_model(module, model)
     folder = Path(out) if out else Path("runs") / loaded.name
     if dry_run:
-        ahead = preview(loaded, folder, resume, own)
+        ahead = preview(loaded, folder, resume, own, console=console.CONSOLE)
         console.show(plan_table(ahead.layers, ahead.denoiser), stages_ahead(ahead))
         console.tell(*(f"note: {note}" for note in ahead.notes), f"folder: {folder}")
         return

@@ -7,10 +7,12 @@ not change what determines it (stages/stage_dependencies.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
 from rich.console import Console
+from rich.text import Text
 
 from pqcad_qat.machine.files import free_bytes, room_for, write_file
 from pqcad_qat.machine.processes import agreed
@@ -21,7 +23,7 @@ from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PTQ, STUDENTS, stages_of
 from pqcad_qat.quantization.plan_facts import plan_json
-from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview
+from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview, time_ahead
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.chosen_widths import choose_widths, warn_of_lost_quality
@@ -36,6 +38,7 @@ from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import most_steps, recipes, training_steps
 from pqcad_qat.stages.step_costs import measure_step_costs
+from pqcad_qat.stages.time_estimate import estimated_seconds, measured_pace
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive, teach
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.metrics_log import log_texts
@@ -71,10 +74,21 @@ def run(
         to_do = [stage for stage in table if not folder.finished(stage)]
         if (warning := room_warning(policy, prepared, table, to_do, path=path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        if to_do:
+            console.print(Text(time_ahead(_seconds(policy, prepared, console, to_do))), soft_wrap=True)
         return _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
 
 
-def preview(policy: Policy, path: Path, resume: bool = False, model: OwnModel | None = None) -> RunPreview:
+def _seconds(policy: Policy, prepared: Prepared, console: Console, to_do: Sequence[str]) -> dict[str, float]:
+    """The time that each of the stages is expected to take."""
+    with working(console, "timing a call of the model and a training step"):
+        pace = measured_pace(policy, prepared, to_do)
+    return estimated_seconds(policy, prepared, to_do, pace)
+
+
+def preview(
+    policy: Policy, path: Path, resume: bool = False, model: OwnModel | None = None, *, console: Console
+) -> RunPreview:
     """Preview what `run` would do in that folder; nothing is written.
 
     Raises:
@@ -87,6 +101,8 @@ def preview(policy: Policy, path: Path, resume: bool = False, model: OwnModel | 
         table = recipes(policy, prepared)
     folder = RunFolder(path, table)
     again = folder.outdated() if holds_run(path, resume) else {}
+    to_do = [stage for stage in table if stage in again or not folder.finished(stage)]
+    seconds = _seconds(policy, prepared, console, to_do) if to_do else {}
     stages = []
     for stage in table:
         if stage in again:
@@ -99,7 +115,7 @@ def preview(policy: Policy, path: Path, resume: bool = False, model: OwnModel | 
         steps = most_steps(policy, stage) if trains else None
         size = stage_bytes(policy, prepared, table, stage)
         automatic = trains and training_steps(policy, stage) is None
-        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size, automatic))
+        stages.append(StagePreview(stage, state, again.get(stage, ""), steps, size, automatic, seconds.get(stage, 0.0)))
     notes = notes_on(policy, prepared.plan, prepared.remarks, prepared.model.folder)
     return RunPreview(path, prepared.split, prepared.plan, notes, tuple(stages), free_bytes(path))
 

@@ -42,7 +42,7 @@ class _AllReadError(Exception):
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers that `round_weights` rounds, by path: those of LEAST_BITS or more whose weights have a learned range."""
+    """The layers that `round_weights` rounds, by path: of LEAST_BITS or more, with a learned range of their weights."""
     return {
         name: layer
         for name, layer in quantized_layers(model).items()

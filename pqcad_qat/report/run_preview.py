@@ -5,13 +5,14 @@ Not here: how it is computed (commands/run.py), or how it looks (tables.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 from torch import nn
 
+from pqcad_qat.policy.variants import TRAINED
 from pqcad_qat.quantization.plan import LayerPlan
 
 KEPT, AGAIN, GOES_ON, TO_DO = "kept", "again", "goes on", "to do"
@@ -42,6 +43,21 @@ def bytes_wanted(stages: Sequence[StageBytes]) -> int:
     return max((there + stage.working for there, stage in zip(before, stages, strict=False)), default=0)
 
 
+def time_ahead(seconds: Mapping[str, float]) -> str:
+    """Sentence on the time that stages are expected to take."""
+    training = sum(seconds.get(stage, 0.0) for stage in TRAINED)
+    at_most = f", training {duration(training)} of it at most" if training else ""
+    return f"the stages to do take about {duration(sum(seconds.values()))} on this machine{at_most}"
+
+
+def duration(seconds: float) -> str:
+    """A time in a few words."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "a minute"
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
 @dataclass(frozen=True)
 class StagePreview:
     """One stage of a preview.
@@ -53,6 +69,7 @@ class StagePreview:
         training_steps: number of training steps; None for a stage that does not train.
         size: bytes that it occupies on disk.
         automatic: whether the stage finds its number of steps by itself, up to `training_steps`.
+        seconds: wall time that it is expected to take; 0 for one that is kept.
     """
 
     name: str
@@ -61,6 +78,7 @@ class StagePreview:
     training_steps: int | None
     size: StageBytes
     automatic: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

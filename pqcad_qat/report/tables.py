@@ -24,7 +24,7 @@ from pqcad_qat.quantization.plan_facts import executes_int8, expected_bytes, flo
 from pqcad_qat.quantization.quantizable_layers import float_kind, parameter_count
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Report
 from pqcad_qat.report.rehearsal_record import Rehearsal
-from pqcad_qat.report.run_preview import KEPT, RunPreview, bytes_wanted
+from pqcad_qat.report.run_preview import KEPT, RunPreview, bytes_wanted, time_ahead
 from pqcad_qat.report.terminal_table import TerminalTable
 from pqcad_qat.report.width_choice import choice_text
 from pqcad_qat.training.step_profile import PARTS, StepProfile
@@ -162,7 +162,10 @@ def stages_ahead(preview: RunPreview) -> TerminalTable:
     """Table of what a run would do in each stage, and whether its disk has enough space."""
     ahead = [stage for stage in preview.stages if stage.state != KEPT]
     wanted = bytes_wanted([stage.size for stage in ahead])
-    caption = f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(preview.free_bytes)} MB are free"
+    caption = (
+        f"{time_ahead({stage.name: stage.seconds for stage in ahead})}\n"
+        f"about {_megabytes(wanted)} MB are wanted at most, {_megabytes(preview.free_bytes)} MB are free"
+    )
     table = TerminalTable(
         title=f"{len(ahead)} of {len(preview.stages)} stages to do",
         caption=caption,
@@ -171,13 +174,14 @@ def stages_ahead(preview: RunPreview) -> TerminalTable:
     )
     for heading in ("stage", "is"):
         table.add_column(heading)
-    for heading in ("training steps", "MB"):
+    for heading in ("training steps", "minutes", "MB"):
         table.add_column(heading, justify="right")
     for stage in preview.stages:
         state = f"{stage.state}: {stage.reason}" if stage.reason else stage.state
         steps = "" if stage.training_steps is None else _steps(stage.training_steps, stage.automatic)
         size = "" if stage.state == KEPT or not stage.size.working else f"{stage.size.working / 1e6:,.1f}"
-        table.add_row(*map(Text, (stage.name, state, steps, size)))
+        minutes = "" if stage.state == KEPT else f"{stage.seconds / 60:.1f}"
+        table.add_row(*map(Text, (stage.name, state, steps, minutes, size)))
     return table
 
 

@@ -109,14 +109,14 @@ def _steps_of_a_trial(
     """Number of training steps of a trial, by the time of one. The first step may compile kernels, the second tells."""
     if stage_s is None:
         return trial_steps(None, math.inf)
-    clock = _StepTimes()
+    clock = StepTimes()
     loop = LoopSettings(2, RATES[FIRST], shape="constant", ema=training.ema)
     with suppress(DivergedError):
         train_shortly(copy.deepcopy(model), [loss, clock], batches, loop=loop, training=training)
     return trial_steps(stage_s, min(clock.seconds, default=0.001))
 
 
-class _StepTimes(Callback):
+class StepTimes(Callback):
     """Notes the wall time of every training step."""
 
     name = "clock"

@@ -235,13 +235,17 @@ def test_quality_and_size_are_not_asked_for_together(tiny_folder: Path) -> None:
 
 
 def test_a_preview_says_what_will_be_measured(tiny_folder: Path, tmp_path: Path) -> None:
-    shown = preview(asked(tiny_folder, "quantization.quality=30", "export.weights=int8", variants=PQ), tmp_path / "run")
+    shown = preview(
+        asked(tiny_folder, "quantization.quality=30", "export.weights=int8", variants=PQ),
+        tmp_path / "run",
+        console=Console(quiet=True),
+    )
     assert WIDTHS in [stage.name for stage in shown.stages]
     notes = "\n".join(shown.notes)
     assert "quantization.quality: this plan shows the narrowest widths" in notes
     assert "held-out images after up to 9 short trainings of 40 steps" in notes
     assert "export.weights: int8 stores every width in a byte" in notes
-    without = preview(asked(tiny_folder, variants=PQ), tmp_path / "run")
+    without = preview(asked(tiny_folder, variants=PQ), tmp_path / "run", console=Console(quiet=True))
     assert WIDTHS not in [stage.name for stage in without.stages]
 
 
@@ -254,13 +258,13 @@ def recipes_of(model: Path, *overrides: str) -> dict[str, Recipe]:
 @pytest.mark.parametrize(
     ("override", "again"),
     [
-        ("quantization.quality=31", {WIDTHS, PQ}),
-        ("export.weights=int8", {WIDTHS, PQ}),
-        ("training.learning_rate=0.01", {WIDTHS, PQ}),
+        ("quantization.quality=31", {WIDTHS, PTQ, PQ}),
+        ("export.weights=int8", {WIDTHS, PTQ, PQ}),
+        ("training.learning_rate=0.01", {WIDTHS, PTQ, PQ}),
         ("progressive.steps=8", {PQ}),
-        ("progressive.ladder=[8, 4, 2]", {WIDTHS, PQ}),
-        ("quantization.layers.body.weights.bits=3", {STEP_COSTS, WIDTHS, PQ}),
-        ("sampler.float_steps=1", {FLOAT_STEPS, WIDTHS, PQ}),
+        ("progressive.ladder=[8, 4, 2]", {WIDTHS, PTQ, PQ}),
+        ("quantization.layers.body.weights.bits=3", {STEP_COSTS, WIDTHS, PTQ, PQ}),
+        ("sampler.float_steps=1", {FLOAT_STEPS, WIDTHS, PTQ, PQ}),
     ],
 )
 def test_what_was_measured_is_measured_again_where_it_would_differ(
