@@ -61,8 +61,9 @@ def test_what_layers_read_is_watched_once_by_the_first_stage_that_is_to_do(
 def test_gptq_takes_half_a_call_for_each_pass(tiny_folder: Path, prepared: Prepared) -> None:
     few, many = (
         estimate(tiny_folder, prepared, "post_training.rounding=gptq", *more, of=PTQ)
-        for more in (("post_training.states=10",), ("post_training.states=10", "post_training.passes=12")  # for smoke's 2)
+        for more in (("post_training.states=10",), ("post_training.states=10", "post_training.passes=12"))
     )
+    # in place of smoke's 2 passes
     assert many - few == pytest.approx(10 / 2 * 10 * PACE.quantized)
 
 
