@@ -27,8 +27,8 @@ LEAST_BITS = 3
 needs, ends far behind training that begins with weights rounded each by itself (NOTES.md).
 """
 
-COLUMNS = 4
-"""Number of a layer's columns, over all states, for each weight of an output; four times as many bring no more."""
+COLUMNS = 2
+"""Number of a layer's columns, over all states, for each weight of an output; more of them bring no more."""
 
 FEWEST = 4096
 """Least number of a layer's columns over all states, where an output has few weights."""
