@@ -48,7 +48,7 @@ def export(
     """Deploy what a run has trained or calibrated in another format, batch or size; nothing is trained again.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a PyTorch folder that it has left (student/), wherever that lies now.
         out: folder to write; an older deployed folder there is replaced.
         variant: ptq, fixed-bit, pq, pq-distilled or pqcad; by default the first that the run deploys.
         weights: format on disk, int8 or packed; by default the policy's.

@@ -1,5 +1,5 @@
-"""The command `export`: deploy a variant that a run has trained or calibrated, in another format, batch or size.
-Nothing is trained again.
+"""The command `export`: deploy a variant that a run has trained or calibrated, in another format, batch or size; from
+the run, or from the PyTorch folder that it has left. Nothing is trained again.
 
 Not here: how a folder is written and proven (stages/deploy.py), and the folder that `run` leaves (run.py).
 """
@@ -21,16 +21,25 @@ from pqcad_qat.export.execution import INT8
 from pqcad_qat.machine.progress import counting, working
 from pqcad_qat.models.own_model import OwnModel
 from pqcad_qat.policy.evaluation import NO_FEATURES
+from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.value_types import Sides
 from pqcad_qat.policy.variants import DEPLOYED, FLOAT_STEPS, VARIANTS, WIDTHS, stages_of
 from pqcad_qat.quantization.conversion import quantize_model
 from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.student_folder import (
+    POLICY,
+    is_quantized_folder,
+    load_full_precision,
+    load_quantized,
+)
+from pqcad_qat.sampling.precision_by_time import StepsInFloat
 from pqcad_qat.serving.deployed_folder import check_replaceable
 from pqcad_qat.serving.packing import WeightFormat
 from pqcad_qat.stages.chosen_widths import with_chosen_widths
 from pqcad_qat.stages.deploy import write_proven
-from pqcad_qat.stages.prepared import SHARED, Prepared, calibration_recipe, prepare
+from pqcad_qat.stages.prepared import SHARED, Prepared, calibration_recipe, prepare, with_own_model
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.recipe import Recipes
 from pqcad_qat.stages.stage_records import ExportRecord, FloatStepsRecord
@@ -94,10 +103,17 @@ class Exported:
 
 
 def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: OwnModel | None = None) -> Exported:
-    """Write and prove a deployed folder of a run's variant at `out`; nothing in the run changes.
+    """Write and prove a deployed folder of a run's variant at `out`; nothing in `path` changes.
+
+    Args:
+        path: folder of a run, or a PyTorch folder that a run has left (`student/`), wherever it lies now.
+        asked: what is asked for.
+        out: folder to write.
+        console: where progress is shown.
+        own: module of the user's own that the run was made with.
 
     Raises:
-        UsageError: the run does not make the variant, or `out` is inside it.
+        UsageError: the folder does not hold the variant, or `out` is inside it.
         CheckpointError: the run has not finished the stages that the variant needs.
         ModelError: the model cannot be loaded, or has no such size.
         ExportError: the folder holds something else, or a proof fails.
@@ -105,6 +121,8 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
     check_replaceable(out)
     if out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out: got {str(out)!r}, in the run's own folder; allowed another, as `run` writes there")
+    if is_quantized_folder(path):
+        return _exported_again(path, asked, out=out, console=console, own=own)
 
     def needed(policy: Policy, table: Recipes) -> list[str]:
         weights_from = VARIANTS[_variant(policy, asked)].weights_from
@@ -121,7 +139,7 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
             model = models.of(variant)
         wanted = as_asked(policy, asked)
         if asked.size is not None:
-            prepared = with_chosen_widths(policy, _prepared(wanted, path, own), run)
+            prepared = with_chosen_widths(policy, _prepared(wanted, path.parent / SHARED, own), run)
             model = _resized(model, models.plan_of(variant), prepared, asked.size)
             calibration = _states(wanted, prepared, console).below(floats.time)
         proofs = write_proven(
@@ -134,6 +152,38 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
             calibration=calibration,
             folder=out,
         )
+    return Exported(variant, prepared.model.sample_shape, wanted.export.batch_size, size_bytes(out), proofs)
+
+
+def _exported_again(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: OwnModel | None) -> Exported:
+    """As `export`, from a PyTorch folder: states for the proofs are recorded anew, with its policy's model."""
+    if not (path / POLICY).is_file():
+        raise ModelError(
+            f"{path / POLICY}: got no such file, as in folders before 2026-11-29; allowed the folder of the run"
+        )
+    policy = load_policy(path / POLICY)
+    (variant,) = policy.deployed
+    if asked.variant not in (None, variant):
+        raise UsageError(f"--variant: got {asked.variant!r}; allowed {variant}, which {path} holds")
+    with working(console, f"export {variant}: its weights"):
+        shell, plan, _ = load_quantized(path, own)
+        held = load_full_precision(path, own)
+    wanted = as_asked(with_own_model(policy, own), asked)
+    with located(policy):
+        prepared = replace(_prepared(wanted, None, own), plan=plan)
+    in_float, model = StepsInFloat() if held is None else held[1], shell.denoiser
+    if asked.size is not None:
+        model = _resized(model, plan, prepared, asked.size)
+    proofs = write_proven(
+        wanted,
+        prepared,
+        console,
+        name=variant,
+        model=model,
+        in_float=in_float,
+        calibration=_states(wanted, prepared, console).below(in_float.start),
+        folder=out,
+    )
     return Exported(variant, prepared.model.sample_shape, wanted.export.batch_size, size_bytes(out), proofs)
 
 
@@ -167,14 +217,14 @@ def as_asked(policy: Policy, asked: FolderAsked) -> Policy:
     )
 
 
-def _prepared(wanted: Policy, path: Path, own: OwnModel | None) -> Prepared:
+def _prepared(wanted: Policy, store: Path | None, own: OwnModel | None) -> Prepared:
     """The full-precision model for the size that is asked for.
 
     Raises:
         UsageError: it has no such size.
     """
     try:
-        return prepare(wanted, path.parent / SHARED, own)
+        return prepare(wanted, store, own)
     except ModelError as error:
         _, key, fault = str(error).partition(f"{SIZE_KEY}: ")
         if not key:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
+from time import monotonic
 
 from rich.console import Console
 from rich.text import Text
@@ -23,7 +24,7 @@ from pqcad_qat.policy.origins import located
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PTQ, STUDENTS, stages_of
 from pqcad_qat.quantization.plan_facts import plan_json
-from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview, time_ahead
+from pqcad_qat.report.run_preview import AGAIN, GOES_ON, KEPT, TO_DO, RunPreview, StagePreview, about, time_ahead
 from pqcad_qat.report.tables import plan_text
 from pqcad_qat.stages.baselines import make_baselines
 from pqcad_qat.stages.chosen_widths import choose_widths, warn_of_lost_quality
@@ -74,9 +75,15 @@ def run(
         to_do = [stage for stage in table if not folder.finished(stage)]
         if (warning := room_warning(policy, prepared, table, to_do, path=path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        seconds = _seconds(policy, prepared, console, to_do) if to_do else {}
         if to_do:
-            console.print(Text(time_ahead(_seconds(policy, prepared, console, to_do))), soft_wrap=True)
-        return _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
+            console.print(Text(time_ahead(seconds)), soft_wrap=True)
+        begun = monotonic()
+        page = _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
+        if to_do:
+            took, expected = about(monotonic() - begun), about(sum(seconds.values()))
+            console.print(Text(f"the stages took {took}; about {expected} had been expected"), soft_wrap=True)
+        return page
 
 
 def _seconds(policy: Policy, prepared: Prepared, console: Console, to_do: Sequence[str]) -> dict[str, float]:

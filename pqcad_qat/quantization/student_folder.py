@@ -4,7 +4,8 @@ The folder holds:
 
 - unet/ (or transformer/): the model in floating point, with its weights rounded to their grid, for diffusers.
 - quantization/: plan.json and model.safetensors, with every Parameter, scale, zero point and width, for this package;
-  and full_precision.safetensors, if full precision computes the first sampling steps.
+  full_precision.safetensors, if full precision computes the first sampling steps; and policy.yaml, the policy that made
+  it, which `export` reads.
 - scheduler/: the scheduler, with the student's number of sampling steps.
 
 Not here: the folder that OpenVINO runs (export/export_model.py).
@@ -44,6 +45,8 @@ STATE = Path("quantization") / "model.safetensors"
 """Path of the quantized model's state within the folder."""
 FULL = Path("quantization") / "full_precision.safetensors"
 """Path of the full-precision weights within the folder, if they compute first sampling steps."""
+POLICY = Path("quantization") / "policy.yaml"
+"""Path of the policy within the folder; its `deploy` names the variant that the folder holds."""
 START, STOPS = "float_start", "float_stops"
 """Keys of the plan's file: the time from which on full precision computes, and the times of steps that it takes in
 parts.

@@ -1,4 +1,4 @@
-"""The report that a run writes: report.json (also read back here), samples.png and report.html.
+"""The report that a run writes: report.json (also read back here), report.csv, samples.png and report.html.
 
 Not here: the definition of the data (record.py), the pictures (figures.py), the page's contents (page.py), or any
 measurement.
@@ -6,9 +6,12 @@ measurement.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from pydantic import TypeAdapter, ValidationError
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.report.page import render_page
-from pqcad_qat.report.record import SCHEMA_VERSION, Curves, Report
+from pqcad_qat.report.record import SCHEMA_VERSION, Curves, Report, VariantRow
 from pqcad_qat.report.sample_sheets import sheet
 
 REPORT_FILE = "report.json"
+TABLE_FILE = "report.csv"
 PAGE_FILE = "report.html"
 SAMPLES_FILE = "samples.png"
 
@@ -30,7 +34,7 @@ _CURVES = TypeAdapter(Curves)
 
 
 def write_report(folder: Path, report: Report, curves: Curves, samples: Mapping[str, np.ndarray]) -> None:
-    """Write report.json, samples.png and report.html into ``folder``, each completely or not at all.
+    """Write report.json, report.csv, samples.png and report.html into ``folder``, each completely or not at all.
 
     ``samples`` maps each variant to images (K, C, H, W) in [-1, 1], C 1 or 3, from the same K seeds for every variant.
 
@@ -38,6 +42,7 @@ def write_report(folder: Path, report: Report, curves: Curves, samples: Mapping[
         ModelError: the images have another form, or a number that must be known is not finite.
     """
     seen, seen_curves = save_record(folder, report, curves)
+    write_file(folder / TABLE_FILE, table(seen).encode())
     if samples:
         write_file(folder / SAMPLES_FILE, sheet(samples))
     write_file(folder / PAGE_FILE, render_page(seen, seen_curves, samples).encode())
@@ -56,6 +61,16 @@ def to_json(report: Report, curves: Curves | None = None) -> dict[str, Any]:
         shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
         document["warnings"].append(f"not finite, recorded as unknown (null): {shown}")
     return document
+
+
+def table(report: Report) -> str:
+    """Content of report.csv: a line for each variant under the names of report.json; what is not known is empty."""
+    text = StringIO(newline="")
+    names = [field.name for field in fields(VariantRow)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in report.variants)
+    return text.getvalue()
 
 
 def from_json(document: Mapping[str, Any], where: str = REPORT_FILE) -> tuple[Report, Curves]:

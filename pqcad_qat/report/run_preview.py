@@ -46,12 +46,12 @@ def bytes_wanted(stages: Sequence[StageBytes]) -> int:
 def time_ahead(seconds: Mapping[str, float]) -> str:
     """Sentence on the time that stages are expected to take."""
     training = sum(seconds.get(stage, 0.0) for stage in TRAINED)
-    at_most = f", training {duration(training)} of it at most" if training else ""
-    return f"the stages to do take about {duration(sum(seconds.values()))} on this machine{at_most}"
+    at_most = f", training {about(training)} of it at most" if training else ""
+    return f"the stages to do take about {about(sum(seconds.values()))} on this machine{at_most}"
 
 
-def duration(seconds: float) -> str:
-    """A time in a few words."""
+def about(seconds: float) -> str:
+    """A time in a few words, as precise as an estimate is."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return "a minute"

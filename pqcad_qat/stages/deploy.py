@@ -25,15 +25,17 @@ from pqcad_qat.export.part_export import PartsToDeploy
 from pqcad_qat.export.part_psnr import part_parity
 from pqcad_qat.export.proof import ParityReport, end_to_end_psnr, layer_parity
 from pqcad_qat.export.traceable_modules import needs_vnni
-from pqcad_qat.machine.files import room_for
+from pqcad_qat.machine.files import room_for, write_file
 from pqcad_qat.machine.progress import working
 from pqcad_qat.models.conditions import GUIDANCE, NULL_CLASS, exported_inputs
 from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
+from pqcad_qat.policy.loading import dump_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import DEPLOYED, FLOAT_STEPS, OPENVINO, REFERENCE, VARIANTS, exporting
 from pqcad_qat.quantization.conversion import frozen_weights, integer_layers
 from pqcad_qat.quantization.plan_facts import expected_bytes
+from pqcad_qat.quantization.student_folder import POLICY as OWN_POLICY
 from pqcad_qat.quantization.student_folder import save_quantized
 from pqcad_qat.sampling.precision_by_time import NO_FLOAT_STEPS, StepsInFloat
 from pqcad_qat.sampling.schedulers import STEPS
@@ -185,6 +187,9 @@ def _save_in_pytorch(
             full=None if in_float.start == NO_FLOAT_STEPS else prepared.model.denoiser,
             in_float=in_float,
         )
+        evaluation = policy.evaluation.model_copy(update={"variants": None})
+        alone = policy.model_copy(update={"deploy": (name,), "evaluation": evaluation, "targets": {}})
+        write_file(folder / OWN_POLICY, dump_policy(alone))
 
 
 def _export_request(

@@ -33,7 +33,7 @@ from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
 from pqcad_qat.stages.prepared import CALIBRATION, Prepared, calibration_recipe
 from pqcad_qat.stages.run_folder import EMBEDDINGS, RunFolder
-from pqcad_qat.stages.stage_dependencies import loss_weights
+from pqcad_qat.stages.stage_dependencies import loss_weights, most_steps
 from pqcad_qat.stages.stage_records import CalibrationRecord, FloatStepsRecord, StepCostsRecord, TrainingRecord
 from pqcad_qat.stages.step_costs import step_costs, weights_by_time
 from pqcad_qat.stages.trained_models import TrainedModels
@@ -312,4 +312,5 @@ def _shown(policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module,
     with torch.no_grad():
         full = guidance.follow(prepared.model.denoiser.eval(), noise.device)
         states = landing(first, in_parts(full, schedule, in_float.parts), noise, schedule)
-    return [log, TrainingSamples(states, schedule, walk[len(first) :], every, guidance)]
+    last = most_steps(policy, name)
+    return [log, TrainingSamples(states, schedule, walk[len(first) :], every, guidance, last)]

@@ -27,6 +27,23 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState
 LAYER = "layer/"
 """Prefix of scalars of single layers, which go to TensorBoard but not to the file that the report reads."""
 
+FIRST = (
+    "loss",
+    "held_out",
+    "learning_rate",
+    "gradient_norm",
+    "mean_bits",
+    "blend_lambda",
+    "weight_change",
+    "weight_distance",
+    "loss/teacher",
+    "loss/calibration",
+)
+"""Scalars that a person reads first."""
+
+MORE = "more/"
+"""Prefix of all other scalars in TensorBoard."""
+
 LINE_EVERY = 50
 """Training steps between two lines of a stage that has not decided yet when it ends."""
 
@@ -38,11 +55,12 @@ LINE_SECONDS = 30.0
 class MetricsLog(Callback):
     """Writes loss terms, scalars and images of a stage to TensorBoard, and the numbers also to `FOLDER/STAGE.jsonl`.
 
-    Scalars and images come from the other callbacks. The log is a context manager around `fit`. When a run is resumed,
-    the rows of later steps are dropped.
+    In TensorBoard every stage is a run, `FOLDER/STAGE`, so that stages lie in one chart. Scalars and images come from
+    the other callbacks. The log is a context manager around `fit`. When a run is resumed, the rows of later steps are
+    dropped.
 
     Attributes:
-        stage: name of the stage, which begins every tag and names the file.
+        stage: name of the stage, which names the file and the run in TensorBoard.
         folder: where TensorBoard's events and the file are written.
         steps: training steps of the stage, for the progress line; the largest number where it ends by itself.
         console: where the progress line is shown.
@@ -79,7 +97,7 @@ class MetricsLog(Callback):
     def __enter__(self) -> MetricsLog:
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._writer = SummaryWriter(str(self.folder))
+            self._writer = SummaryWriter(str(self.folder / self.stage))
             self._progress = progress_bar(self.console, lines=False)
             self._progress.start()
             self._task = self._progress.add_task(self.stage, total=self.steps, note="")
@@ -110,9 +128,9 @@ class MetricsLog(Callback):
         for callback in self.callbacks:
             row |= callback.scalars()
             for name, pictures in callback.images().items():
-                self._writer.add_images(f"{self.stage}/{name}", pictures, state.step)
+                self._writer.add_images(name, pictures, state.step)
         for name, value in row.items():
-            self._writer.add_scalar(f"{self.stage}/{name}", value, state.step)
+            self._writer.add_scalar(name if name in FIRST else MORE + name, value, state.step)
         with self.file.open("a", encoding="utf-8") as file:
             stage_scalars = {name: value for name, value in row.items() if not name.startswith(LAYER)}
             file.write(json.dumps({"step": state.step, **stage_scalars}) + "\n")
@@ -151,7 +169,7 @@ class MetricsLog(Callback):
 def log_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write Markdown texts to TensorBoard, by name.
 
-    A folder that already has events is left alone, so that a resumed run does not show them twice.
+    A folder that has events of its own is left alone, so that a resumed run does not show them twice.
     """
     if not any(folder.glob("events.*")):
         with SummaryWriter(str(folder)) as writer:

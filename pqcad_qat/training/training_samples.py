@@ -22,13 +22,15 @@ from pqcad_qat.training.callback import Callback, StepReport, TrainState, averag
 
 @dataclass
 class TrainingSamples(Callback):
-    """Samples images from the averaged weights at regular steps, in the first process while the others wait.
+    """Samples images from the averaged weights at regular steps and at the last, in the first process while the others
+    wait.
 
     Attributes:
         states: (N, C, H, W), the states at which the sampling steps begin.
         schedule: noise schedule of the model.
         walk: the sampling steps.
         every: training steps between two sets of images; 0 for none.
+        last: last training step, where nothing decides it during training.
         guidance: conditions of the images and how they are guided.
     """
 
@@ -37,14 +39,16 @@ class TrainingSamples(Callback):
     walk: Walk
     every: int
     guidance: Guidance = field(default_factory=Guidance)
+    last: int | None = None
 
     def __post_init__(self) -> None:
         self.name = "training-samples"
         self._sampled: Tensor | None = None
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        due = self.every > 0 and state.step % self.every == 0 and is_first()
-        self._sampled = self._sample(state) if due else None
+        last = self.last if state.ending is None else state.ending.last
+        due = self.every > 0 and (state.step % self.every == 0 or state.step == last)
+        self._sampled = self._sample(state) if due and is_first() else None
 
     def images(self) -> Mapping[str, Tensor]:
         """Images for the log, uint8 (N, C, H, W)."""

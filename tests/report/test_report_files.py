@@ -5,6 +5,7 @@ Not here: charts (test_figures.py) and sample sheets (test_sample_sheets.py).
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -68,6 +69,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_table_has_the_figures_of_report_json_and_nothing_for_what_is_not_known(folder: Path) -> None:
+    with (folder / "report.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = json.loads((folder / "report.json").read_text(encoding="utf-8"))["variants"]
+    assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in wanted] == rows
+    assert "" in {row["fid_real"] for row in rows}
 
 
 def strict(text: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.policy.variants import PQ
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
-from pqcad_qat.training.metrics_log import LAYER, MetricsLog, log_texts, read_metrics
+from pqcad_qat.training.metrics_log import FIRST, LAYER, MetricsLog, log_texts, read_metrics
 
 
 def quiet() -> Console:
@@ -70,12 +70,14 @@ def test_every_step_is_a_row_with_its_terms_and_the_callbacks_scalars_but_not_si
     }
 
 
-def test_tensorboard_gets_every_scalar_under_its_stage_single_layers_too(tmp_path: Path) -> None:
+def test_tensorboard_has_a_run_of_the_stage_with_what_is_read_first_and_the_rest_below_more(tmp_path: Path) -> None:
     log_steps(MetricsLog(PQ, tmp_path, 3, quiet(), [Widths()]), range(1, 4))
-    events = EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path / PQ))
     events.Reload()
-    assert set(events.Tags()["scalars"]) >= {"pq/loss", "pq/loss/teacher", "pq/mean_bits", "pq/layer/conv_in/bits"}
-    assert [(event.step, event.value) for event in events.Scalars("pq/loss")] == [
+    first = {"loss", "loss/teacher", "loss/calibration", "gradient_norm", "learning_rate", "mean_bits"}
+    assert set(events.Tags()["scalars"]) == {*first, "more/layer/conv_in/bits"}
+    assert first < set(FIRST)
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (1, 1.0),
         (2, 0.5),
         (3, pytest.approx(1 / 3)),
@@ -141,13 +143,11 @@ def test_tensorboard_gets_the_callbacks_images_and_texts_once(tmp_path: Path) ->
     for text in ("first", "again"):
         log_texts(tmp_path, {"policy": text})
     log_steps(MetricsLog(PQ, tmp_path, 2, quiet(), [Pictures()]), range(1, 3))
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(image.step, image.height, image.width) for image in events.Images("pq/samples")] == [
-        (1, 8, 32),
-        (2, 8, 32),
-    ]
-    (text,) = events.Tensors("policy/text_summary")
+    stage, run = EventAccumulator(str(tmp_path / PQ)), EventAccumulator(str(tmp_path))
+    stage.Reload()
+    run.Reload()
+    assert [(image.step, image.height, image.width) for image in stage.Images("samples")] == [(1, 8, 32), (2, 8, 32)]
+    (text,) = run.Tensors("policy/text_summary")
     assert text.tensor_proto.string_val == [b"first"]
 
 

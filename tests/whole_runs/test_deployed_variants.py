@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from pqcad_qat.policy.variants import (
     exporting,
 )
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
-from pqcad_qat.quantization.student_folder import STATE, load_quantized
+from pqcad_qat.quantization.student_folder import POLICY, STATE, load_quantized
 from pqcad_qat.report.page import render_page
 from pqcad_qat.report.record import Curves
 from pqcad_qat.report.report_files import read_report
@@ -162,6 +163,24 @@ def test_what_is_exported_again_is_the_folder_that_the_run_has_left(two: Path, t
     graphs = [folder / "unet" / "openvino_model.bin" for folder in (two / "openvino", tmp_path / "again")]
     assert graphs[0].read_bytes() == graphs[1].read_bytes()
     assert read_manifest(tmp_path / "again")["float_start"] == 999
+
+
+def test_a_pytorch_folder_is_deployed_by_itself_as_its_run_would(two: Path, tmp_path: Path) -> None:
+    """Attention has ranges of other states there, so its products are compared by what they give."""
+    moved = tmp_path / "moved"
+    shutil.copytree(two / f"student-{FIXED_BIT}", moved)
+    done = export(moved, FolderAsked(batch_size=2), out=tmp_path / "out", console=QUIETLY)
+    manifest = read_manifest(tmp_path / "out")
+    assert (done.variant, manifest["provenance"]["variant"], manifest["batch_size"]) == (FIXED_BIT, FIXED_BIT, 2)
+    assert (manifest["float_start"], manifest["provenance"]["sampling_steps"]) == (999, 4)
+    assert done.proofs.parity.layers_exact == done.proofs.parity.layers_checked > 10
+    model, _, _ = load_quantized(moved)
+    assert nearness(tmp_path / "out", model.denoiser, model.sample_shape) > 45
+    with pytest.raises(UsageError, match=rf"--variant: got '{PTQ}'; allowed {FIXED_BIT}, which .*moved holds"):
+        export(moved, FolderAsked(PTQ), out=tmp_path / "other", console=QUIETLY)
+    (moved / POLICY).unlink()
+    with pytest.raises(ModelError, match=r"policy\.yaml: got no such file"):
+        export(moved, FolderAsked(), out=tmp_path / "other", console=QUIETLY)
 
 
 def test_a_student_that_learned_guidance_is_deployed_without_it_whatever_else_the_run_deploys() -> None:
