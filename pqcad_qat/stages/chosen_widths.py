@@ -6,8 +6,8 @@ all layers at their best width, layers stay in floating point, those with the la
 2509.23582) measures the errors after a short training; here that left the order of the layers as it was (NOTES.md).
 
 For a size, the choice of least error within it is taken. For a quality, the smallest choice that has it is searched: a
-choice is trained shortly, and its images from held-out noise are compared with full precision's own. The errors tell
-where to look, and what counts is what was measured.
+choice is rounded as post-training quantization rounds it, trained shortly, and its images from held-out noise are
+compared with full precision's own. The errors tell where to look, and what counts is what was measured.
 
 Not here: the order of choices (quantization/mixed_precision.py), and the training of the chosen one (train.py).
 """
@@ -48,6 +48,7 @@ from pqcad_qat.quantization.plan_facts import expected_bytes
 from pqcad_qat.report.width_choice import WidthChoice, WidthTrial, choice_text
 from pqcad_qat.stages.asked_widths import STEPS, trains, widths_measured
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
+from pqcad_qat.stages.post_train import round_as_asked
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
@@ -76,6 +77,7 @@ class Trials:
     Attributes:
         policy, prepared: what is quantized.
         models: quantized copies, with the ranges of one calibration.
+        calibration: states by which their weights are rounded.
         batches: batches of the trained trajectories.
         figures: measure of held-out images.
         steps: number of training steps; 0 for a run that trains nothing.
@@ -87,6 +89,7 @@ class Trials:
     policy: Policy
     prepared: Prepared
     models: QuantizedModels
+    calibration: CalibrationSet
     batches: BatchSource
     figures: MeasuredImages
     steps: int
@@ -122,6 +125,7 @@ class Trials:
         psnr = known.get(key)
         if psnr is None:
             model = self.models.of(plan).at_targets()
+            round_as_asked(self.policy, model, self.calibration)
             psnrs = [self.figures(model).psnr, *([self.figures(self.trained(model)).psnr] if self.steps else [])]
             psnr = max((psnr for psnr in psnrs if math.isfinite(psnr)), default=0.0)
         psnr = exchanged(psnr)[0][0]  # all processes go on with the first one's measurement
@@ -170,6 +174,7 @@ def choose_widths(
                     policy,
                     prepared,
                     untrained,
+                    calibration,
                     matched_states(policy, calibration, costs)[0],
                     measured_images(policy, prepared, calibration, variant=PQ, in_float=in_float),
                     steps=STEPS if trains(policy) else 0,

@@ -6,6 +6,7 @@ Not here: the method (quantization/post_training.py), and training (train.py).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +47,8 @@ def post_train(
 
         def make(folder: Path) -> None:
             model = models.untrained.at_targets()
-            _round(policy, model, console, calibration)
+            with counting(console, "ptq: layers", len(rounded_layers(model))) as advance:
+                round_as_asked(policy, model, calibration, advance)
             with agreed() as first:
                 if first:
                     save_tensors(weights_of(model), folder / WEIGHTS.format(PTQ))
@@ -60,10 +62,12 @@ def post_train(
         stage.done()
 
 
-def _round(policy: Policy, model: nn.Module, console: Console, calibration: CalibrationSet) -> None:
+def round_as_asked(
+    policy: Policy, model: nn.Module, calibration: CalibrationSet, advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """Round the weights of a calibrated model, on the CPU, as the policy says; `advance` is called after each layer."""
     section = policy.post_training
-    if section.rounding == "nearest":
-        return
-    states = list(calibration.inputs(section.states, policy.calibration.batch_size))
-    with counting(console, "ptq: layers", len(rounded_layers(model))) as advance, on_accelerator(model):
-        round_weights(model, states, section.passes, advance)
+    if section.rounding == "gptq":
+        states = list(calibration.inputs(section.states, policy.calibration.batch_size))
+        with on_accelerator(model):
+            round_weights(model, states, section.passes, advance)

@@ -191,6 +191,7 @@ class _Table:
             "quantization.max_size": section.max_size,
             "export.weights": self.policy.export.weights,
             **self.layers(ladders=True),
+            **self.rounding(),
             **{f"training.{key}": training[key] for key in OF_SHORT_TRAINING},
             "held_out": SHARE,
         }
@@ -221,9 +222,12 @@ class _Table:
         values |= {"held_out": SHARE} | ({"training.max_steps": training["max_steps"]} if automatic else {})
         return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
 
-    def post_training(self) -> Recipe:
+    def rounding(self) -> dict[str, Any]:
         nearest = self.policy.post_training.rounding == "nearest"
-        values = self.layers(ladders=False) | self.section("post_training", *(OF_GPTQ if nearest else ()))
+        return self.section("post_training", *(OF_GPTQ if nearest else ()))
+
+    def post_training(self) -> Recipe:
+        values = self.layers(ladders=False) | self.rounding()
         return Recipe(values, ("calibration", FLOAT_STEPS, *self.widths_measured), _versions("torch", "brevitas"))
 
     def quantization_aware(self, name: str) -> Recipe:

@@ -260,6 +260,7 @@ def recipes_of(model: Path, *overrides: str) -> dict[str, Recipe]:
     [
         ("quantization.quality=31", {WIDTHS, PTQ, PQ}),
         ("export.weights=int8", {WIDTHS, PTQ, PQ}),
+        ("post_training.rounding=gptq", {WIDTHS, PTQ, PQ}),
         ("training.learning_rate=0.01", {WIDTHS, PTQ, PQ}),
         ("progressive.steps=8", {PQ}),
         ("progressive.ladder=[8, 4, 2]", {WIDTHS, PTQ, PQ}),
