@@ -238,6 +238,7 @@ def test_the_report_has_the_keys_that_other_programs_read(report: Mapping[str, A
         "calibration",
         FLOAT_STEPS,
         STEP_COSTS,
+        PTQ,
         PQ,
         FIXED_BIT,
         "teacher",
