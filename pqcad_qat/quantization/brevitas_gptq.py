@@ -79,7 +79,7 @@ class LayerRounding(GPTQ):
         x, layer = self.layer.input_quant(inp[0]).float(), self.layer
         if isinstance(layer, QuantizedConv2d):
             return convolved_columns(layer, x, lambda places: self._drawn(len(x), places).to(x.device))
-        rows = x.reshape(len(x), -1, x.shape[-1])
+        rows = x.reshape(-1, 1, x.shape[-1]) if x.dim() < 3 else x.reshape(len(x), -1, x.shape[-1])
         drawn = self._drawn(len(rows), rows.shape[1]).to(x.device)
         states = torch.arange(len(rows), device=x.device)[:, None]
         columns: Tensor = rows[states, drawn].reshape(1, -1, x.shape[-1]).mT

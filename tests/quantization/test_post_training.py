@@ -118,6 +118,14 @@ def _applied(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def test_a_vector_that_belongs_to_no_state_is_one_column() -> None:
+    layer = quantized(nn.Linear(16, 8))
+    rounding = LayerRounding(layer, 8, 0)
+    rounding.watch(torch.linspace(-1, 2, 16))
+    read = layer.input_quant(torch.linspace(-1, 2, 16))
+    torch.testing.assert_close(rounding.H[0], 2 * torch.outer(read, read))
+
+
 def quantized_network(seed: int = 0) -> nn.Module:
     model = skip_network(seed)
     quantize_model(model, plan_layers(model, {"all": EVERYTHING}, (), example()))
