@@ -15,7 +15,7 @@ from pqcad_qat.stages.open_run import POLICY
 
 
 def report(path: Path) -> Path:
-    """Rebuild report.json, report.html and samples.png of a finished run; return the path of the page.
+    """Rebuild report.json, report.csv, report.html and samples.png of a finished run; return the path of the page.
 
     Raises:
         ModelError: the folder holds no run, or its model cannot be loaded.

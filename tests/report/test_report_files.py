@@ -176,8 +176,8 @@ def test_a_number_that_must_be_known_may_not_be_nan(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_leaves_the_three_files_and_nothing_beside(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.json", "samples.png"]
+def test_writing_leaves_its_files_and_nothing_beside(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["report.csv", "report.html", "report.json", "samples.png"]
 
 
 def test_writing_again_replaces(tmp_path: Path) -> None:
