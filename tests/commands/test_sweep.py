@@ -170,7 +170,7 @@ def test_a_cell_that_was_cut_off_goes_on(copied: Swept) -> None:
     before = times(copied.folder)
     again(copied)
     changed = {path for path, time in times(copied.folder).items() if before.get(path) != time}
-    written = {"report.html", "report.json", "samples.png", "plan.json", "samples/pq.safetensors"}
+    written = {"report.csv", "report.html", "report.json", "samples.png", "plan.json", "samples/pq.safetensors"}
     stages = {f"{folder}/{name}.json" for folder in ("recipes", "stages") for name in ("evaluation", f"samples-{PQ}")}
     assert changed == {*(f"{CELLS[1]}/{path}" for path in written | stages), "study.html", "study.json", "study.md"}
 
