@@ -75,19 +75,21 @@ def run(
         to_do = [stage for stage in table if not folder.finished(stage)]
         if (warning := room_warning(policy, prepared, table, to_do, path=path)) is not None:
             console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-        seconds = _seconds(policy, prepared, console, to_do) if to_do else {}
-        if to_do:
+        seconds = _seconds(policy, prepared, console, to_do)
+        if seconds:
             console.print(Text(time_ahead(seconds)), soft_wrap=True)
         begun = monotonic()
         page = _all_stages(policy, prepared, folder, console, command=command, shares_training=shares_training)
-        if to_do:
+        if seconds:
             took, expected = about(monotonic() - begun), about(sum(seconds.values()))
             console.print(Text(f"the stages took {took}; about {expected} had been expected"), soft_wrap=True)
         return page
 
 
 def _seconds(policy: Policy, prepared: Prepared, console: Console, to_do: Sequence[str]) -> dict[str, float]:
-    """The time that each of the stages is expected to take."""
+    """The time that each of the stages is expected to take; nothing is timed for a comparison alone."""
+    if set(to_do) <= {"evaluation"}:
+        return {}
     with working(console, "timing a call of the model and a training step"):
         pace = measured_pace(policy, prepared, to_do)
     return estimated_seconds(policy, prepared, to_do, pace)
@@ -109,7 +111,7 @@ def preview(
     folder = RunFolder(path, table)
     again = folder.outdated() if holds_run(path, resume) else {}
     to_do = [stage for stage in table if stage in again or not folder.finished(stage)]
-    seconds = _seconds(policy, prepared, console, to_do) if to_do else {}
+    seconds = _seconds(policy, prepared, console, to_do)
     stages = []
     for stage in table:
         if stage in again:

@@ -52,13 +52,13 @@ from pqcad_qat.stages.post_train import round_as_asked
 from pqcad_qat.stages.prepared import Prepared
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.short_training import train_shortly
 from pqcad_qat.stages.stage_records import FloatStepsRecord, StepCostsRecord, TrainingRecord, WidthsRecord
 from pqcad_qat.stages.train import matched_states
 from pqcad_qat.stages.width_search import Plan, left_float, search
 from pqcad_qat.training.callback import BatchSource
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
 from pqcad_qat.training.rate_search import FIRST, RATES
+from pqcad_qat.training.short_training import train_shortly
 from pqcad_qat.training.trainer import LoopSettings
 
 STATES = 16

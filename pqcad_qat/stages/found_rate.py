@@ -25,10 +25,10 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import exchanged, is_first
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.training_sections import TrainingPolicy
-from pqcad_qat.stages.short_training import train_shortly
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.held_out import measured
 from pqcad_qat.training.rate_search import FIRST, RATES, searched, trial_steps
+from pqcad_qat.training.short_training import train_shortly
 from pqcad_qat.training.stage_end import RateTrial
 from pqcad_qat.training.trainer import LoopSettings
 

@@ -23,7 +23,7 @@ from pqcad_qat.policy.variants import PTQ
 from pqcad_qat.quantization.post_training import round_weights, rounded_layers
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.stage_dependencies import WEIGHTS
+from pqcad_qat.stages.trained_files import WEIGHTS
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.held_out import weights_of
 

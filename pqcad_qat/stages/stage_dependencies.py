@@ -40,15 +40,12 @@ from pqcad_qat.stages.asked_widths import widths_measured
 from pqcad_qat.stages.float_steps import measured, parts_measured, students_sampled
 from pqcad_qat.stages.prepared import Prepared, calibration_recipe
 from pqcad_qat.stages.recipe import Recipe
-from pqcad_qat.stages.run_folder import CHECKPOINTS
 from pqcad_qat.stages.samplers import decoder_of
+from pqcad_qat.stages.trained_files import trained_paths
 from pqcad_qat.training.held_out import SHARE
 
 BASELINE_INPUTS = 300
 """Number of model inputs that calibrate NNCF's post-training baseline; it equals NNCF's own default."""
-
-WEIGHTS, TRANSITIONS, ENDS = "models/{}.safetensors", "models/{}.json", "models/{}-end.json"
-"""Paths in a run's folder of what a trained stage leaves beside its log: weights, transitions, and how it ended."""
 
 INDIFFERENT = ("samples_every",)
 """Keys of the section `training` that do not affect the weights."""
@@ -112,12 +109,6 @@ def recipes(policy: Policy, prepared: Prepared) -> dict[str, Recipe]:
             rows[name] = stage()
     rows |= {sampling(name): table.samples(name) for name in sampled(policy)}
     return {**rows, "evaluation": table.evaluation()}
-
-
-def trained_paths(stage: str) -> tuple[str, ...]:
-    """Paths in a run's folder that a training stage leaves."""
-    files = (path.format(stage) for path in (WEIGHTS, TRANSITIONS, ENDS))
-    return (*files, f"logs/{stage}.jsonl", f"{CHECKPOINTS}/{stage}")
 
 
 def sampling(variant: str) -> str:

@@ -40,13 +40,13 @@ from pqcad_qat.stages.float_steps import measured, students_sampled
 from pqcad_qat.stages.found_rate import StepTimes
 from pqcad_qat.stages.fresh_images import IMAGES
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe
-from pqcad_qat.stages.short_training import train_shortly
 from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS, most_steps, sampling, training_steps
 from pqcad_qat.stages.step_costs import POINTS
 from pqcad_qat.stages.train import whole_batch
 from pqcad_qat.training.callback import Batch, with_condition
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
 from pqcad_qat.training.rate_search import FIRST, RATES
+from pqcad_qat.training.short_training import train_shortly
 from pqcad_qat.training.trainer import LoopSettings
 
 SECONDS = 0.5

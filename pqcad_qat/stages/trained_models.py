@@ -16,7 +16,7 @@ from pqcad_qat.policy.variants import FIXED_BIT, PTQ
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.stages.quantized_models import QuantizedModels
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.stage_dependencies import WEIGHTS
+from pqcad_qat.stages.trained_files import WEIGHTS
 
 AT_TARGETS = (PTQ, FIXED_BIT)
 """Stages whose models have their target widths from the start; those of the others come down a ladder."""

@@ -32,8 +32,9 @@ from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
 from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import CHECKPOINTS, RunFolder
-from pqcad_qat.stages.stage_dependencies import ENDS, RATE_OF, TRANSITIONS, WEIGHTS, most_steps, training_steps
+from pqcad_qat.stages.stage_dependencies import RATE_OF, most_steps, training_steps
 from pqcad_qat.stages.stage_records import TrainingRecord
+from pqcad_qat.stages.trained_files import ENDS, TRANSITIONS, WEIGHTS
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState

@@ -92,7 +92,7 @@ def test_other_pictures_repeat_the_comparison_alone(
     arguments = ["run", str(POLICIES / "smoke.yaml"), *flags, "--set", f"evaluation.reference={tmp_path}"]
     cli.main([*arguments, "--out", str(compared), "--resume", "--dry-run"])
     output = " ".join(capsys.readouterr().out.split())
-    assert "1 of 5 stages to do" in output
+    assert "1 of 6 stages to do" in output
 
 
 def test_without_pictures_a_network_of_others_compares_with_full_precisions_other_samples(

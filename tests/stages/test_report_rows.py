@@ -28,7 +28,7 @@ from pqcad_qat.policy.variants import (
     PQ_HALF,
     PQCAD,
     PQCAD_OPENVINO,
-    PTQ,
+    PTQ_OPENVINO,
     TRAINED,
     exporting,
 )
@@ -185,7 +185,7 @@ def test_a_policys_own_targets_are_of_a_figure_or_of_two(facts: RunFacts) -> Non
     wanted = (
         f"targets.sharp={{metric: psnr, variant: {PQ}, at_least: 31.5}}",
         f"targets.small={{metric: bytes, variant: {PQCAD_OPENVINO}, against: fp32, at_most: 2}}",
-        f"targets.absent={{metric: psnr, variant: {PTQ}, at_least: 1}}",
+        f"targets.absent={{metric: psnr, variant: {PTQ_OPENVINO}, at_least: 1}}",
         "targets.student=null",
     )
     policy = load_policy(POLICIES / "smoke.yaml", wanted)
@@ -193,7 +193,7 @@ def test_a_policys_own_targets_are_of_a_figure_or_of_two(facts: RunFacts) -> Non
     assert (goals["PSNR to full precision: pq"].measured, goals["PSNR to full precision: pq"].holds) == (31, False)
     assert goals["PSNR to full precision: pq"].unit == "dB"
     assert goals[f"bytes: {PQCAD_OPENVINO} / fp32"].holds
-    assert not any(PTQ in name.split() for name in goals)
+    assert not any(PTQ_OPENVINO in name.split() for name in goals)
     assert "Frechet distance to real: pqcad / fp32" not in goals
 
 

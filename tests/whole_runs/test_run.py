@@ -138,7 +138,7 @@ def plan(tiny_run: FinishedRun) -> dict[str, dict[str, Any]]:
 def test_everything_that_a_run_promises_is_there(tiny_run: FinishedRun) -> None:
     assert [path for path in LEFT if not (tiny_run.path / path).exists()] == []
     assert tiny_run.page == tiny_run.path / "report.html"
-    trained = {FIXED_BIT, PQ, PQ_DISTILLED, PQCAD}
+    trained = {PTQ, FIXED_BIT, PQ, PQ_DISTILLED, PQCAD}
     assert {path.stem for path in (tiny_run.path / "models").glob("*.safetensors")} == trained
     assert not (tiny_run.path / "checkpoints").exists()
 
@@ -395,7 +395,7 @@ def test_a_run_of_few_variants_makes_their_rows_and_trains_nothing_else(
     report = json.loads((partial_run / "report.json").read_text())
     found = {row["name"]: row for row in report["variants"]}
     assert list(found) == [FP32, FP32_HALF, PTQ, FIXED_BIT]
-    assert [path.stem for path in (partial_run / "models").glob("*.safetensors")] == [FIXED_BIT]
+    assert {path.stem for path in (partial_run / "models").glob("*.safetensors")} == {PTQ, FIXED_BIT}
     assert not (partial_run / "openvino").exists()
     assert {name: found[name]["fid_real"] for name in (FP32, FIXED_BIT)} == {
         name: rows[name]["fid_real"] for name in (FP32, FIXED_BIT)

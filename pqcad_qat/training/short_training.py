@@ -1,6 +1,6 @@
-"""A short training before a measurement: of widths (chosen_widths.py) and of learning rates (found_rate.py).
+"""A short training before a measurement: of widths, of learning rates, or of the time of a step.
 
-Nothing of it is kept or logged. Not here: the training of a stage (training_task.py).
+Nothing of it is kept or logged. Not here: the training of a stage (training_stage.py).
 """
 
 from __future__ import annotations
