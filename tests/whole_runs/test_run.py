@@ -160,44 +160,41 @@ def test_the_calibration_link_holds_when_all_runs_move(tiny_run: FinishedRun) ->
     assert found.states.shape == (4, 5, 1, 32, 32)
 
 
-def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run: FinishedRun) -> None:
-    events = EventAccumulator(str(tiny_run.path / "logs"))
+def logged(run: FinishedRun, stage: str = "") -> EventAccumulator:
+    """What TensorBoard has of a stage, or of the run as a whole."""
+    events = EventAccumulator(str(run.path / "logs" / stage))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {f"{stage}/loss" for stage in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD)} <= tags
-    assert {
-        "pq/weight_change",
-        "pq/pace",
-        "pq/mean_bits",
-        "pqcad/loss/teacher",
-        "pqcad/loss/calibration",
-    } <= tags
-    assert {f"{stage}/mean_bits" for stage in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD)} <= tags
+    return events
+
+
+def test_training_is_in_tensorboard_with_every_quantity_of_the_schedule(tiny_run: FinishedRun) -> None:
+    tags = {stage: set(logged(tiny_run, stage).Tags()["scalars"]) for stage in (PQ, FIXED_BIT, PQ_DISTILLED, PQCAD)}
+    assert all({"loss", "held_out", "mean_bits"} <= found for found in tags.values())
+    assert {"weight_change", "more/pace"} <= tags[PQ]
+    assert {"loss/teacher", "loss/calibration"} <= tags[PQCAD]
+    progressive, student = logged(tiny_run, PQ), logged(tiny_run, PQCAD)
     for layer in json.loads((tiny_run.path / "plan.json").read_text())["layers"]:
-        watched = {
-            f"{stage}/layer/{layer['name']}/{what}"
-            for stage in (PQ, PQCAD)
-            for what in ("bits", "weight_range", "input_range")
-        }
-        assert watched | {f"pq/layer/{layer['name']}/perturbation"} <= tags
-        ends = events.Scalars(f"pq/layer/{layer['name']}/bits")
+        of_layer = f"more/layer/{layer['name']}"
+        watched = {f"{of_layer}/{what}" for what in ("bits", "weight_range", "input_range")}
+        assert watched <= tags[PQCAD]
+        assert watched | {f"{of_layer}/perturbation"} <= tags[PQ]
+        ends = progressive.Scalars(f"{of_layer}/bits")
         assert layer["weights"]["bits"] < ends[0].value <= 8  # the first step moves a little already
-        assert events.Scalars(f"pqcad/layer/{layer['name']}/bits")[-1].value == layer["weights"]["bits"]
-        assert all(event.value > 0 for event in events.Scalars(f"pqcad/layer/{layer['name']}/weight_range"))
-    assert len(events.Scalars("pq/loss")) == tiny_run.policy.progressive.steps
+        assert student.Scalars(f"{of_layer}/bits")[-1].value == layer["weights"]["bits"]
+        assert all(event.value > 0 for event in student.Scalars(f"{of_layer}/weight_range"))
+    assert len(progressive.Scalars("loss")) == tiny_run.policy.progressive.steps
 
 
 def test_tensorboard_shows_samples_of_the_same_noise_through_training_the_policy_and_the_plan(
     tiny_run: FinishedRun,
 ) -> None:
-    events = EventAccumulator(str(tiny_run.path / "logs"))
-    events.Reload()
-    for stage, steps in ((PQ, [4, 8]), (FIXED_BIT, [4, 8]), (PQ_DISTILLED, [4]), (PQCAD, [4])):
-        grids = events.Images(f"{stage}/samples")
+    """At every fourth step, and at the last."""
+    for stage, steps in ((PQ, [4, 8, 9]), (FIXED_BIT, [4, 8, 9]), (PQ_DISTILLED, [4, 6]), (PQCAD, [4, 6])):
+        grids = logged(tiny_run, stage).Images("samples")
         assert [grid.step for grid in grids] == steps
         assert all(grid.width >= 4 * 32 for grid in grids)  # four images of 32 pixels in a row
     texts = {
-        tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        tag: logged(tiny_run).Tensors(tag)[0].tensor_proto.string_val[0].decode()
         for tag in ("policy/text_summary", "plan/text_summary")
     }
     assert "learning_rate: 0.0001" in texts["policy/text_summary"]
