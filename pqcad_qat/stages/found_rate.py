@@ -25,10 +25,10 @@ from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import exchanged, is_first
 from pqcad_qat.machine.progress import working
 from pqcad_qat.policy.training_sections import TrainingPolicy
-from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState, averaged_weights
+from pqcad_qat.training.callback import Batch, BatchSource, Callback, averaged_weights
 from pqcad_qat.training.held_out import measured
 from pqcad_qat.training.rate_search import FIRST, RATES, searched, trial_steps
-from pqcad_qat.training.short_training import train_shortly
+from pqcad_qat.training.short_training import step_seconds, train_shortly
 from pqcad_qat.training.stage_end import RateTrial
 from pqcad_qat.training.trainer import LoopSettings
 
@@ -106,26 +106,8 @@ def rate_trials(
 def _steps_of_a_trial(
     training: TrainingPolicy, model: nn.Module, loss: Callback, batches: BatchSource, *, stage_s: float | None
 ) -> int:
-    """Number of training steps of a trial, by the time of one. The first step may compile kernels, the second tells."""
+    """Number of training steps of a trial, by the time of one."""
     if stage_s is None:
         return trial_steps(None, math.inf)
-    clock = StepTimes()
-    loop = LoopSettings(2, RATES[FIRST], shape="constant", ema=training.ema)
-    with suppress(DivergedError):
-        train_shortly(copy.deepcopy(model), [loss, clock], batches, loop=loop, training=training)
-    return trial_steps(stage_s, min(clock.seconds, default=0.001))
-
-
-class StepTimes(Callback):
-    """Notes the wall time of every training step."""
-
-    name = "clock"
-
-    def __init__(self) -> None:
-        self.seconds, self._begun = list[float](), 0.0
-
-    def before_step(self, state: TrainState) -> None:
-        self._begun = monotonic()
-
-    def after_step(self, state: TrainState, report: StepReport) -> None:
-        self.seconds.append(monotonic() - self._begun)
+    seconds = step_seconds(copy.deepcopy(model), [loss], batches, RATES[FIRST], training=training)
+    return trial_steps(stage_s, 0.001 if seconds is None else seconds)

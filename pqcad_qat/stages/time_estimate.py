@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
 from torch import nn
 
-from pqcad_qat.errors import DivergedError
 from pqcad_qat.machine.accelerators import on_accelerator
 from pqcad_qat.models.denoiser import DenoiserInput, predict
 from pqcad_qat.models.untrained import noise_inputs
@@ -37,7 +35,6 @@ from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, qu
 from pqcad_qat.quantization.layer_state import set_input_range
 from pqcad_qat.stages import held_out_images
 from pqcad_qat.stages.float_steps import measured, students_sampled
-from pqcad_qat.stages.found_rate import StepTimes
 from pqcad_qat.stages.fresh_images import IMAGES
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe
 from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS, most_steps, sampling, training_steps
@@ -46,8 +43,7 @@ from pqcad_qat.stages.train import whole_batch
 from pqcad_qat.training.callback import Batch, with_condition
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
 from pqcad_qat.training.rate_search import FIRST, RATES
-from pqcad_qat.training.short_training import train_shortly
-from pqcad_qat.training.trainer import LoopSettings
+from pqcad_qat.training.short_training import step_seconds
 
 SECONDS = 0.5
 """Time for which calls are timed: as many states in one call as it allows."""
@@ -235,12 +231,10 @@ def _call_seconds(prepared: Prepared, denoiser: nn.Module, most: int) -> float:
 
 
 def _step_seconds(policy: Policy, prepared: Prepared, model: nn.Module) -> float | None:
-    """Seconds of one training step of the whole batch; the first one, which may compile kernels, is left out."""
-    count, clock = whole_batch(policy.training), StepTimes()
+    """Seconds of one training step of the whole batch."""
+    count = whole_batch(policy.training)
     x_t, t, condition = _inputs(prepared, count)
     states: Batch = {"x_t": x_t, "t": t, "target": torch.zeros_like(x_t), "weight": torch.ones(count)}
-    loop = LoopSettings(2, RATES[FIRST], shape="constant", ema=policy.training.ema)
-    losses = [FullPrecisionMatching(), clock]
-    with suppress(DivergedError), torch.random.fork_rng():
-        train_shortly(model, losses, lambda _: with_condition(states, condition), loop=loop, training=policy.training)
-    return min(clock.seconds, default=None)
+    batch, losses = with_condition(states, condition), [FullPrecisionMatching()]
+    with torch.random.fork_rng():
+        return step_seconds(model, losses, lambda _: batch, RATES[FIRST], training=policy.training)

@@ -6,13 +6,16 @@ Nothing of it is kept or logged. Not here: the training of a stage (training_sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from time import monotonic
 
 from torch import nn
 
+from pqcad_qat.errors import DivergedError
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.policy.training_sections import TrainingPolicy
-from pqcad_qat.training.callback import BatchSource, Callback, TrainState
+from pqcad_qat.training.callback import BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
 
 
@@ -42,3 +45,34 @@ def train_shortly(
     finally:
         state.network = released(state, accelerator)
     return state
+
+
+def step_seconds(
+    model: nn.Module, losses: Sequence[Callback], batches: BatchSource, rate: float, *, training: TrainingPolicy
+) -> float | None:
+    """Wall time of a training step, of two that change the model; None where it diverges at once.
+
+    The first step may compile kernels, the second tells.
+
+    Raises:
+        InterruptedByUserError: Ctrl-C.
+    """
+    clock, loop = _StepTimes(), LoopSettings(2, rate, shape="constant", ema=training.ema)
+    with suppress(DivergedError):
+        train_shortly(model, [*losses, clock], batches, loop=loop, training=training)
+    return min(clock.seconds, default=None)
+
+
+class _StepTimes(Callback):
+    """Notes the wall time of every training step."""
+
+    name = "clock"
+
+    def __init__(self) -> None:
+        self.seconds, self._begun = list[float](), 0.0
+
+    def before_step(self, state: TrainState) -> None:
+        self._begun = monotonic()
+
+    def after_step(self, state: TrainState, report: StepReport) -> None:
+        self.seconds.append(monotonic() - self._begun)
