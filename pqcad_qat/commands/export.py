@@ -142,17 +142,8 @@ def export(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: 
             prepared = with_chosen_widths(policy, _prepared(wanted, path.parent / SHARED, own), run)
             model = _resized(model, models.plan_of(variant), prepared, asked.size)
             calibration = _states(wanted, prepared, console).below(floats.time)
-        proofs = write_proven(
-            wanted,
-            prepared,
-            console,
-            name=variant,
-            model=model,
-            in_float=floats.of(variant),
-            calibration=calibration,
-            folder=out,
-        )
-    return Exported(variant, prepared.model.sample_shape, wanted.export.batch_size, size_bytes(out), proofs)
+        made = _Made(variant, model, floats.of(variant), calibration)
+        return _written(wanted, prepared, made, out=out, console=console)
 
 
 def _exported_again(path: Path, asked: FolderAsked, *, out: Path, console: Console, own: OwnModel | None) -> Exported:
@@ -174,17 +165,40 @@ def _exported_again(path: Path, asked: FolderAsked, *, out: Path, console: Conso
     in_float, model = StepsInFloat() if held is None else held[1], shell.denoiser
     if asked.size is not None:
         model = _resized(model, plan, prepared, asked.size)
+    made = _Made(variant, model, in_float, _states(wanted, prepared, console).below(in_float.start))
+    return _written(wanted, prepared, made, out=out, console=console)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A variant to deploy.
+
+    Attributes:
+        variant: a key of variants.DEPLOYED.
+        model: its quantized model.
+        in_float: the steps that full precision computes.
+        calibration: states for the ranges of attention and for the proofs.
+    """
+
+    variant: str
+    model: nn.Module
+    in_float: StepsInFloat
+    calibration: CalibrationSet
+
+
+def _written(wanted: Policy, prepared: Prepared, made: _Made, *, out: Path, console: Console) -> Exported:
+    """Write and prove the folder."""
     proofs = write_proven(
         wanted,
         prepared,
         console,
-        name=variant,
-        model=model,
-        in_float=in_float,
-        calibration=_states(wanted, prepared, console).below(in_float.start),
+        name=made.variant,
+        model=made.model,
+        in_float=made.in_float,
+        calibration=made.calibration,
         folder=out,
     )
-    return Exported(variant, prepared.model.sample_shape, wanted.export.batch_size, size_bytes(out), proofs)
+    return Exported(made.variant, prepared.model.sample_shape, wanted.export.batch_size, size_bytes(out), proofs)
 
 
 def _variant(policy: Policy, asked: FolderAsked) -> str:
