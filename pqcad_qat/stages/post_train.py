@@ -5,7 +5,6 @@ Not here: the method (quantization/post_training.py), and training (train.py).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +13,14 @@ from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.machine.accelerators import on_accelerator
-from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PTQ
 from pqcad_qat.quantization.post_training import round_weights, rounded_layers
-from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import RunFolder
-from pqcad_qat.stages.trained_files import WEIGHTS
+from pqcad_qat.stages.trained_files import WEIGHTS, make_in
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.held_out import weights_of
 
@@ -45,6 +42,8 @@ def post_train(
         if not stage.new:
             return
 
+        rounded: list[nn.Module] = []
+
         def make(folder: Path) -> None:
             model = models.untrained.at_targets()
             with counting(console, "ptq: layers", len(rounded_layers(model))) as advance:
@@ -52,14 +51,12 @@ def post_train(
             with agreed() as first:
                 if first:
                     save_tensors(weights_of(model), folder / WEIGHTS.format(PTQ))
+            rounded.append(model)
 
-        if shares_training:
-            shutil.copytree(
-                shared_folder(run.path.parent / SHARED, run.decides(PTQ), make), run.path, dirs_exist_ok=True
-            )
-        else:
-            make(run.path)
+        make_in(run, PTQ, make, shared=shares_training)
         stage.done()
+        if rounded:  # not where another run has rounded it
+            models.keep(PTQ, rounded[0])
 
 
 def round_as_asked(

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
-from pqcad_qat.machine.content_store import shared_folder
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.tensor_files import save_tensors
@@ -30,11 +29,10 @@ from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read
 from pqcad_qat.report.stage_ends import end_sentence
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
-from pqcad_qat.stages.prepared import SHARED
 from pqcad_qat.stages.run_folder import CHECKPOINTS, RunFolder
 from pqcad_qat.stages.stage_dependencies import RATE_OF, most_steps, training_steps
 from pqcad_qat.stages.stage_records import TrainingRecord
-from pqcad_qat.stages.trained_files import ENDS, TRANSITIONS, WEIGHTS
+from pqcad_qat.stages.trained_files import ENDS, TRANSITIONS, WEIGHTS, make_in
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
@@ -115,11 +113,7 @@ def train(
             _fit(policy, run, console, training, folder=folder)
             fitted.append(training.model)
 
-        if shares_training:
-            trained = shared_folder(run.path.parent / SHARED, run.decides(name), make)
-            shutil.copytree(trained, run.path, dirs_exist_ok=True)
-        else:
-            make(run.path)
+        make_in(run, name, make, shared=shares_training)
         transitions = (run.path / TRANSITIONS.format(name)).read_bytes()
         end = (run.path / ENDS.format(name)).read_bytes()
         stage.done(TrainingRecord(_TRANSITIONS.validate_json(transitions, by_name=True), _END.validate_json(end)))
