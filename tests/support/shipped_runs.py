@@ -43,6 +43,7 @@ SMALL = (
     "distillation.student_steps=2",
     "calibration.trajectories=4",
     "calibration.batch_size=4",
+    "post_training.passes=1",
     "progressive.steps=2",
     "distillation.steps=2",
     "training.batch_size=2",
