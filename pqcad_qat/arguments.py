@@ -291,6 +291,22 @@ def with_minutes(overrides: Sequence[str], minutes: object) -> list[str]:
     return [*overrides, f"training.minutes={float(minutes)}"]
 
 
+def scaled_file(text: str) -> tuple[str, float]:
+    """File and factor of FILE:FACTOR; the factor is 1 where there is none.
+
+    Raises:
+        UsageError: the factor is not a number.
+    """
+    file, colon, factor = text.rpartition(":")
+    if not colon or "/" in factor:
+        return text, 1.0
+    if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", factor) is None:
+        raise UsageError(
+            f"{shortened(text)}: got {shortened(factor)!r} after the colon; allowed a number, as in {file}:0.8"
+        )
+    return file, float(factor)
+
+
 def guidance_scale(value: object) -> float | None:
     """Value of --guidance; None without the flag.
 

@@ -29,7 +29,7 @@ from pqcad_qat.arguments import (
     with_model,
 )
 from pqcad_qat.errors import UsageError
-from pqcad_qat.folder_commands import benchmark, compare, evaluate, export, features, report, sample
+from pqcad_qat.folder_commands import assemble, benchmark, compare, evaluate, export, features, report, sample
 from pqcad_qat.machine.program import keep_freed_memory, keep_to_share_of_cores, reported_endings
 from pqcad_qat.machine.usage_reports import report_no_usage
 from pqcad_qat.policy.loading import load_policy, load_pretrain_policy
@@ -307,6 +307,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         evaluate,
         benchmark,
         rehearse,
+        assemble,
         features,
         policies,
         schema,

@@ -17,6 +17,7 @@ from pqcad_qat.arguments import (
     height_and_width,
     one_of,
     output_folder,
+    scaled_file,
     several,
     whole_number,
 )
@@ -34,6 +35,42 @@ def report(folder: str) -> None:
     from pqcad_qat.commands.report import report as report_again
 
     console.show_result(Path(folder), report_again(Path(folder)))
+
+
+def assemble(
+    source: str,
+    out: str,
+    config: str | None = None,
+    loras: tuple[str, ...] = (),
+    embeddings: tuple[str, ...] = (),
+) -> None:
+    """Make a folder in diffusers' layout of a checkpoint in a single file, LoRA files and textual inversions.
+
+    Args:
+        source: .safetensors file with a whole pipeline, diffusers folder, or hub id.
+        out: folder to write, in float32; new or empty. Give it to the other commands as --model.
+        config: for a single file, the diffusers folder or hub id of the same architecture; its weights are not read.
+        loras: LoRA files, which are added to the weights, each as FILE or as FILE:SCALE, such as style.safetensors:0.8.
+        embeddings: files of textual inversions; prompts write <NAME> for NAME.safetensors.
+    """
+    from pqcad_qat.commands.assemble import assemble as assemble_folder
+    from pqcad_qat.models.lora import Lora
+
+    folder = output_folder(out)
+    scaled = [Lora(Path(file), scale) for file, scale in map(scaled_file, loras)]
+    made = assemble_folder(
+        source,
+        folder,
+        config=config,
+        loras=scaled,
+        words=[Path(file) for file in embeddings],
+        console=console.CONSOLE,
+    )
+    console.tell(
+        *(f"added: {file}, {layers} layers" for file, layers in made.loras.items()),
+        *(f"in prompts: {word}" for word in made.words.values()),
+        f"{made.pipeline}: {folder}",
+    )
 
 
 def export(

@@ -15,7 +15,6 @@ from typing import Any
 
 from pqcad_qat.errors import ModelError
 from pqcad_qat.machine.json_files import read_json, shown
-from pqcad_qat.models.families import stable_diffusion
 from pqcad_qat.models.families.family import DENOISER_FOLDERS
 from pqcad_qat.models.families.table import FORMER_CLASS, OF_PICTURES
 from pqcad_qat.models.weight_files import FILE_VARIANTS, SAFETENSORS, has_weights
@@ -41,7 +40,7 @@ UNREAD = ("safety_checker", "feature_extractor")
 """Pipeline parts that read images and give the denoiser nothing."""
 
 SINGLE_FILES = (SAFETENSORS, ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""File name endings of checkpoints in a single file, which are refused."""
+"""File name endings of checkpoints in a single file, which are no sources (assembly.py makes folders of them)."""
 
 NO_CONFIG = "a denoiser's config in unet/config.json, transformer/config.json or config.json"
 LAYOUT = "a folder in diffusers' layout, with unet/config.json and scheduler/"
@@ -76,6 +75,10 @@ WEIGHTS_AND_CONFIGS = (
 """Files that a run downloads from a hub repository: a whole pipeline, without other formats and precisions of its
 weights (model.fp16.safetensors).
 """
+
+
+ARCHITECTURE = (*CONFIGS, *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")), "feature_extractor/*.json")
+"""Files of a hub repository that go with weights from elsewhere."""
 
 
 def local(source: str) -> Path | None:
@@ -201,10 +204,7 @@ def check_no_single_file(path: Path) -> None:
     if single:
         raise ModelError(
             f"{single[0]}: got a checkpoint in a single file; allowed a folder in diffusers' layout, "
-            "which diffusers makes of it: "
-            f"{stable_diffusion.FAMILY.pipelines[0].name}.from_single_file({single[0].name!r})"
-            ".save_pretrained(FOLDER), or "
-            "its pipeline's class"
+            "which `assemble FILE.safetensors --out FOLDER --config FOLDER` makes of one with a whole pipeline"
         )
 
 

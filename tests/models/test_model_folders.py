@@ -146,7 +146,7 @@ def test_a_checkpoint_in_a_single_file_says_what_makes_a_folder_of_it(tmp_path: 
         refused(
             source,
             r"v1-5\.safetensors: got a checkpoint in a single file; "
-            r".*from_single_file\('v1-5\.safetensors'\)\.save_pretrained",
+            r".*which `assemble FILE\.safetensors --out FOLDER --config FOLDER` makes of one",
         )
 
 
