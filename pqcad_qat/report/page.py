@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from pqcad_qat.policy.variants import FP32, REFERENCE, VARIANTS, summary_of
+from pqcad_qat.policy.variants import FP32, NNCF_INT8, REFERENCE, VARIANTS, summary_of
 from pqcad_qat.quality.fid_protocol import error_text
 from pqcad_qat.report import figures
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE, Curves, Report, Target, Timing, VariantRow
@@ -75,6 +75,7 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
         stages=time_bars(report.timings_s),
         rows=[(row, summary_of(row.name), report.latency.get(row.name)) for row in report.variants],
         float_step_trials=float_step_trials(report),
+        nncf=nncf_note(report),
         widths="" if report.widths is None else choice_text(report.widths),
         best=best_values(report),
         unsteady=report.unsteady,
@@ -237,6 +238,18 @@ def float_step_trials(report: Report) -> list[tuple[int, list[float]]]:
     """For each number of sampling steps, the PSNR with 0, 1, 2 ... first steps in full precision."""
     counts = dict.fromkeys(trial.steps for trial in report.float_steps)
     return [(steps, [trial.psnr for trial in report.float_steps if trial.steps == steps]) for steps in counts]
+
+
+def nncf_note(report: Report) -> str:
+    """Sentence on the setting of NNCF that its row has; empty where none were compared."""
+    errors = {name: error for name, error in report.nncf.items() if error is not None}
+    if not errors:
+        return ""
+    listed = ", ".join(f"{name} {number_text(report.nncf[name])}" for name in report.nncf)
+    return (
+        f"{NNCF_INT8} has the setting of NNCF that is nearest to full precision on held-out states: "
+        f"{min(errors, key=errors.__getitem__)}. Mean squared errors of its predictions: {listed}."
+    )
 
 
 def strips(report: Report, samples: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -287,6 +287,7 @@ class Report:
     parts: tuple[PartParity, ...] = ()  # pipeline parts of the deployed folder
     float_steps: tuple[FloatStepsTrial, ...] = ()  # what decided how many first steps full precision computes
     steps_in_parts: tuple[StepsInPartsTrial, ...] = ()  # what decided how many of the student's it takes in parts
+    nncf: Mapping[str, float | None] = field(default_factory=dict)  # setting of NNCF -> error on held-out states
     widths: WidthChoice | None = None  # layers' widths that were measured; None where the policy's rules give them
     training: Mapping[str, StageEnd] = field(default_factory=dict)  # training stage -> what it came to
     reproduction: Reproduction | None = None

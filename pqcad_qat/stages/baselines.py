@@ -26,10 +26,22 @@ from pqcad_qat.stages.prepared import SHARED, Prepared
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS
 from pqcad_qat.stages.stage_records import BaselinesRecord
-from pqcad_qat.timing.baseline_trials import XML_FILE, Inputs, nncf_baseline, reasons, try_out
+from pqcad_qat.timing.baseline_trials import (
+    NNCF_SETTINGS,
+    XML_FILE,
+    Inputs,
+    nncf_baseline,
+    nncf_errors,
+    reasons,
+    try_out,
+)
 from pqcad_qat.timing.float_graph import convert_float, example_inputs
 from pqcad_qat.timing.hardware import hardware
 from pqcad_qat.timing.latency import PRECISIONS, native, ways_of
+from pqcad_qat.training.held_out import divided
+
+COMPARED = 32
+"""Number of calls with held-out states on which NNCF's settings are compared."""
 
 NNCF = VARIANTS[NNCF_INT8].file or ""
 FLOAT = VARIANTS[OV_FP32].file or ""
@@ -55,7 +67,7 @@ def make_baselines(
                 died |= reasons({name: attempt})
         for name in died.keys() & set(policy.variants):
             run.warn(f"baselines: {name} did not run: {died[name]}", console)
-        stage.done(BaselinesRecord(died))
+        stage.done(BaselinesRecord(died, nncf_errors(run.path / NNCF)))
 
 
 def _attempts(
@@ -77,7 +89,8 @@ def _attempts(
 
 def _decides(run: RunFolder, baseline: str) -> dict[str, Any]:
     """Everything that determines the content of one of the shared files; it names the file in the shared folder."""
-    return {**run.decides("baselines"), "baseline": baseline}
+    settings = {"settings": NNCF_SETTINGS} if baseline == NNCF_INT8 else {}
+    return {**run.decides("baselines"), "baseline": baseline, **settings}
 
 
 def _float_file(policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet) -> Path:
@@ -112,13 +125,17 @@ def _try_float(
 def _make_nncf(
     policy: Policy, prepared: Prepared, run: RunFolder, calibration: CalibrationSet, *, ways: list[dict[str, object]]
 ) -> None:
-    def make(folder: Path) -> None:
+    def arrays(part: slice, count: int) -> list[Inputs]:
         batch = policy.export.batch_size
-        inputs = [
+        return [
             {"sample": x.numpy(), "timestep": t.numpy(), **{name: value.numpy() for name, value in condition.items()}}
-            for x, t, condition in calibration.inputs(BASELINE_INPUTS * batch, batch)
+            for x, t, condition in calibration.of(part).inputs(count * batch, batch)
         ]
-        nncf_baseline(file, inputs, folder, ways)
+
+    def make(folder: Path) -> None:
+        trained, held_out = divided(len(calibration.states))
+        compared = arrays(held_out, COMPARED)
+        nncf_baseline(file, arrays(trained, BASELINE_INPUTS), folder, ways, compared=compared)
 
     file = _float_file(policy, prepared, run, calibration)
     run.link(NNCF, shared_folder(run.path.parent / SHARED, _decides(run, NNCF_INT8), make))

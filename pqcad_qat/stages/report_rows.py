@@ -141,6 +141,7 @@ def report_of(facts: RunFacts) -> Report:
         float_steps=facts.float_steps.trials,
         steps_in_parts=facts.float_steps.parts_trials,
         parts=export.parts if export else (),
+        nncf=facts.baselines.nncf if facts.baselines else {},
         widths=None if facts.widths is None else facts.widths.choice,
         training=facts.ends,
         reproduction=Reproduction(facts.command, dump_policy(policy), pqcad_qat.__version__),

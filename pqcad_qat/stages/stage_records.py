@@ -105,6 +105,8 @@ class BaselinesRecord(StageRecord):
     """Record of the stage `baselines`."""
 
     died: Mapping[str, str] = field(default_factory=dict)  # variant that could not be made or run -> reason
+    # setting of NNCF -> mean squared error of its output on held-out states, None where it failed
+    nncf: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

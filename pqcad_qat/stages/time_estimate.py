@@ -40,6 +40,7 @@ from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, calibration_recipe
 from pqcad_qat.stages.stage_dependencies import BASELINE_INPUTS, most_steps, sampling, training_steps
 from pqcad_qat.stages.step_costs import POINTS
 from pqcad_qat.stages.train import whole_batch
+from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS
 from pqcad_qat.training.callback import Batch, with_condition
 from pqcad_qat.training.quantization_aware import FullPrecisionMatching
 from pqcad_qat.training.rate_search import FIRST, RATES
@@ -177,7 +178,7 @@ class _Estimate:
         return targets + self.step_costs() * self.student_steps / self.steps
 
     def baselines(self) -> float:
-        return BASELINES + 3 * OF_PARAMETER * self.parameters + BASELINE_INPUTS * self.pace.full
+        return BASELINES + 3 * OF_PARAMETER * self.parameters + len(NNCF_SETTINGS) * BASELINE_INPUTS * self.pace.full
 
     def benchmark(self) -> float:
         timed = [name for name in self.policy.variants if VARIANTS[name].runtime == OPENVINO or name == REFERENCE]

@@ -6,6 +6,8 @@ process needs no torch, so this file does not import it.
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,17 @@ Properties = Mapping[str, object]
 XML_FILE = "openvino_model.xml"
 """Name of a saved graph's file."""
 
+NNCF_SETTINGS = ("defaults", "preset MIXED", "model_type TRANSFORMER")
+"""Settings of `nncf.quantize` that are tried: its defaults, zero points for inputs, and what it recommends for
+attention, SmoothQuant among it.
+"""
+
+ERRORS_FILE = "errors.json"
+"""Name of the file with the error of every setting."""
+
+INPUTS, COMPARED = "inputs.npz", "compared.npz"
+"""Names of the files for the separate process, with the inputs of calibration, and those that are compared."""
+
 
 def save_openvino(model: ov.Model, folder: Path) -> Path:
     """Save a graph as ``folder``/openvino_model.xml and .bin without rounding any constant; return the xml's path."""
@@ -38,12 +51,21 @@ def save_openvino(model: ov.Model, folder: Path) -> Path:
 
 
 def nncf_baseline(
-    float_xml: Path, calibration_inputs: Sequence[Inputs], folder: Path, ways: Sequence[Properties] = ({},)
+    float_xml: Path,
+    calibration_inputs: Sequence[Inputs],
+    folder: Path,
+    ways: Sequence[Properties] = ({},),
+    *,
+    compared: Sequence[Inputs] = (),
 ) -> Path:
-    """Post-training INT8 quantization with NNCF's defaults; returns the saved graph's xml.
+    """Post-training INT8 quantization with NNCF; returns the saved graph's xml.
 
     It is calibrated on all ``calibration_inputs``. The saved graph is compiled in each of the ``ways`` and called once,
     because it is timed later from that file, as a user of it would run it.
+
+    With inputs that are ``compared``, every one of NNCF_SETTINGS is tried, and the graph is saved whose output is
+    nearest to full precision's on them, executed in the first way; ``errors.json`` beside it has the mean squared
+    errors. Without them NNCF has its defaults.
 
     Raises:
         ModelError: there are no calibration inputs.
@@ -53,15 +75,22 @@ def nncf_baseline(
         raise ModelError("NNCF's baseline: got no calibration input; allowed one or more")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        arrays = Path(temporary) / "inputs.npz"
-        _write(calibration_inputs, arrays)
+        _write(calibration_inputs, Path(temporary) / INPUTS)
+        if compared:
+            _write(compared, Path(temporary) / COMPARED)
         try:
-            run_apart(_quantize, str(float_xml), str(arrays), str(folder), [dict(way) for way in ways])
+            run_apart(_quantize, str(float_xml), temporary, str(folder), [dict(way) for way in ways])
         except DiedError:
             for unfinished in folder.glob(f"{Path(XML_FILE).stem}.*"):
                 unfinished.unlink()
             raise
     return folder / XML_FILE
+
+
+def nncf_errors(folder: Path) -> dict[str, float | None]:
+    """Mean squared error of each setting that was compared, None for one that failed; {} where none were."""
+    file = folder / ERRORS_FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def try_out(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
@@ -71,9 +100,8 @@ def try_out(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
         DiedError: OpenVINO fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        arrays = Path(temporary) / "inputs.npz"
-        _write([inputs], arrays)
-        run_apart(_try_out, str(xml), str(arrays), [dict(way) for way in ways])
+        _write([inputs], Path(temporary) / INPUTS)
+        run_apart(_try_out, str(xml), str(Path(temporary) / INPUTS), [dict(way) for way in ways])
 
 
 def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
@@ -87,22 +115,54 @@ def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
     return died
 
 
-def _quantize(float_xml: str, inputs: str, folder: str, ways: list[dict[str, object]]) -> None:
+def _quantize(float_xml: str, arrays: str, folder: str, ways: list[dict[str, object]]) -> None:
     """In the separate process: quantize with NNCF, save, compile and call."""
     # NNCF imports torch wherever it can, which takes a second, and needs it for graphs of torch alone.
     sys.modules["torch"] = None  # type: ignore[assignment]
     import nncf  # importing takes time, and only this baseline needs it
 
-    calibration_inputs = _read(inputs)
-    quantized = nncf.quantize(
-        ov.Core().read_model(float_xml), nncf.Dataset(calibration_inputs), subset_size=len(calibration_inputs)
-    )
-    _call(save_openvino(quantized, Path(folder)), calibration_inputs[0], ways)
+    settings: dict[str, dict[str, Any]] = {
+        "preset MIXED": {"preset": nncf.QuantizationPreset.MIXED},
+        "model_type TRANSFORMER": {"model_type": nncf.ModelType.TRANSFORMER},
+    }
+    calibration_inputs, core = _read(Path(arrays) / INPUTS), ov.Core()
+
+    def quantized(setting: str) -> ov.Model:
+        return nncf.quantize(
+            core.read_model(float_xml),
+            nncf.Dataset(calibration_inputs),
+            subset_size=len(calibration_inputs),
+            **settings.get(setting, {}),
+        )
+
+    chosen = NNCF_SETTINGS[0]
+    if (Path(arrays) / COMPARED).exists():
+        held_out, errors = _read(Path(arrays) / COMPARED), dict[str, float]()
+        full = _outputs(core.read_model(float_xml), held_out, ways[0])
+        for setting in NNCF_SETTINGS:
+            try:
+                outputs = _outputs(quantized(setting), held_out, ways[0])
+            except Exception:  # NNCF and OpenVINO raise many kinds; one that fails with its defaults fails below
+                errors[setting] = math.inf
+            else:
+                errors[setting] = float(np.mean(np.square(outputs - full), dtype=np.float64))
+        chosen = min(NNCF_SETTINGS, key=errors.__getitem__)
+        told = {setting: error if math.isfinite(error) else None for setting, error in errors.items()}
+        (Path(folder) / ERRORS_FILE).write_text(json.dumps(told), encoding="utf-8")
+    _call(save_openvino(quantized(chosen), Path(folder)), calibration_inputs[0], ways)
+
+
+def _outputs(graph: ov.Model, inputs: Sequence[Inputs], way: Properties) -> np.ndarray:
+    """The first output for each of the inputs, (N, B, C, H, W)."""
+    core = ov.Core()
+    compiled = compile_graph(graph, core, properties=way)
+    request, ports = compiled.create_infer_request(), [port.get_names() for port in compiled.inputs]
+    return np.stack([request.infer(port_values(ports, values))[0].copy() for values in inputs])
 
 
 def _try_out(xml: str, inputs: str, ways: list[dict[str, object]]) -> None:
     """In the separate process: compile and call."""
-    _call(Path(xml), _read(inputs)[0], ways)
+    _call(Path(xml), _read(Path(inputs))[0], ways)
 
 
 def _call(xml: Path, inputs: Inputs, ways: Sequence[Properties]) -> None:
@@ -120,7 +180,7 @@ def _write(inputs: Sequence[Inputs], file: Path) -> None:
         np.savez(written, **stacked)
 
 
-def _read(file: str) -> list[dict[str, np.ndarray]]:
+def _read(file: Path) -> list[dict[str, np.ndarray]]:
     """The inputs of several calls that `_write` wrote."""
     with np.load(file) as archive:
         arrays = {name: archive[name] for name in archive.files}

@@ -327,6 +327,13 @@ def test_page_without_one_part(part: str, missing: object) -> None:
     assert Page(render_page(replace(small, **changes), Curves(), fixture_samples(1))).open == []
 
 
+def test_page_says_which_setting_of_nncf_its_row_has() -> None:
+    errors = {"defaults": 0.02, "preset MIXED": 0.01, "model_type TRANSFORMER": None}
+    page = render_page(replace(fixture_report(), nncf=errors), fixture_curves(), fixture_samples())
+    assert "held-out states: preset MIXED. Mean squared errors" in page
+    assert f"defaults 0.020, preset MIXED 0.010, model_type TRANSFORMER {DASH}." in page
+
+
 def test_page_escapes_what_users_wrote() -> None:
     report = replace(minimal_report(), policy={"name": "<script>alert(1)</script>"}, warnings=("a < b & c",))
     shown = render_page(report, Curves(), {})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nncf
+import numpy as np
 import openvino as ov
 import pytest
 from rich.console import Console
@@ -26,7 +27,7 @@ from pqcad_qat.report.comparison import compare_runs, named_runs
 from pqcad_qat.report.comparison_page import cells, headings, markdown, remarks, render
 from pqcad_qat.report.report_files import read_report
 from pqcad_qat.stages import baselines
-from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, reasons, save_openvino, try_out
+from pqcad_qat.timing.baseline_trials import XML_FILE, nncf_baseline, nncf_errors, reasons, save_openvino, try_out
 from pqcad_qat.timing.float_graph import convert_float, example_inputs
 from pqcad_qat.timing.latency import F32, latency_properties
 
@@ -43,6 +44,30 @@ def test_nncf_makes_the_same_file_in_a_process_of_its_own(tiny_model: DiffusionM
     assert apart.with_suffix(".bin").read_bytes() == here.with_suffix(".bin").read_bytes()
     one, two = (ov.Core().compile_model(xml, "CPU", dict(F32))(inputs[0])[0] for xml in (apart, here))
     assert (one == two).all()
+
+
+def test_the_setting_of_nncf_is_the_nearest_one_on_other_states(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    """Each setting quantized here again, and its error with numpy."""
+    shape, way = tiny_model.sample_shape, latency_properties({})
+    plain = convert_float(tiny_model.denoiser, shape, 2, tmp_path / "float", times=1000)
+    inputs, others = ([example_inputs(shape, 2, seed) for seed in seeds] for seeds in (range(2), range(7, 9)))
+    xml = nncf_baseline(tmp_path / "float" / XML_FILE, inputs, tmp_path / "apart", [way], compared=others)
+    made = {
+        name: nncf.quantize(plain.clone(), nncf.Dataset(inputs), subset_size=len(inputs), **setting)
+        for name, setting in (
+            ("defaults", {}),
+            ("preset MIXED", {"preset": nncf.QuantizationPreset.MIXED}),
+            ("model_type TRANSFORMER", {"model_type": nncf.ModelType.TRANSFORMER}),
+        )
+    }
+    outputs = {
+        name: np.stack([ov.Core().compile_model(graph, "CPU", way)(values)[0] for values in others])
+        for name, graph in {**made, "full": plain}.items()
+    }
+    errors = {name: np.mean((outputs[name] - outputs["full"]) ** 2) for name in made}
+    assert nncf_errors(tmp_path / "apart") == pytest.approx(errors, rel=1e-3)
+    nearest = save_openvino(made[min(errors, key=errors.__getitem__)], tmp_path / "here")
+    assert xml.with_suffix(".bin").read_bytes() == nearest.with_suffix(".bin").read_bytes()
 
 
 def test_a_graph_that_cannot_be_run_is_a_reason_and_nothing_is_left_of_it(tmp_path: Path) -> None:

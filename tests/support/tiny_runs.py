@@ -156,7 +156,7 @@ def without_trials() -> Iterator[None]:
         yield
 
 
-def _copied_graph(float_xml: Path, _inputs: object, folder: Path, _ways: object) -> Path:
+def _copied_graph(float_xml: Path, _inputs: object, folder: Path, *_: object, **__: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for file in (float_xml, float_xml.with_suffix(".bin")):
         shutil.copyfile(file, folder / file.name)
