@@ -72,6 +72,7 @@ STUDIES = {
     "scales-digits": (9, 3),
     "extremes": (6, 3),
     "extremes-digits": (6, 3),
+    "post-training": (24, 1),
     "smoke": (2, 1),
     "paper": (4, 1),
 }
