@@ -135,21 +135,24 @@ def _quantize(float_xml: str, arrays: str, folder: str, ways: list[dict[str, obj
             **settings.get(setting, {}),
         )
 
-    chosen = NNCF_SETTINGS[0]
     if (Path(arrays) / COMPARED).exists():
-        held_out, errors = _read(Path(arrays) / COMPARED), dict[str, float]()
+        held_out, errors, graphs = _read(Path(arrays) / COMPARED), dict[str, float](), dict[str, ov.Model]()
         full = _outputs(core.read_model(float_xml), held_out, ways[0])
         for setting in NNCF_SETTINGS:
             try:
-                outputs = _outputs(quantized(setting), held_out, ways[0])
-            except Exception:  # NNCF and OpenVINO raise many kinds; one that fails with its defaults fails below
+                graphs[setting] = quantized(setting)
+                outputs = _outputs(graphs[setting], held_out, ways[0])
+                error = float(np.mean(np.square(outputs - full), dtype=np.float64))
+                errors[setting] = error if math.isfinite(error) else math.inf
+            except Exception:  # NNCF and OpenVINO raise many kinds
                 errors[setting] = math.inf
-            else:
-                errors[setting] = float(np.mean(np.square(outputs - full), dtype=np.float64))
-        chosen = min(NNCF_SETTINGS, key=errors.__getitem__)
         told = {setting: error if math.isfinite(error) else None for setting, error in errors.items()}
         (Path(folder) / ERRORS_FILE).write_text(json.dumps(told), encoding="utf-8")
-    _call(save_openvino(quantized(chosen), Path(folder)), calibration_inputs[0], ways)
+        chosen = min(NNCF_SETTINGS, key=errors.__getitem__)
+        graph = graphs[chosen] if math.isfinite(errors[chosen]) else quantized(NNCF_SETTINGS[0])  # for its error
+    else:
+        graph = quantized(NNCF_SETTINGS[0])
+    _call(save_openvino(graph, Path(folder)), calibration_inputs[0], ways)
 
 
 def _outputs(graph: ov.Model, inputs: Sequence[Inputs], way: Properties) -> np.ndarray:
