@@ -23,6 +23,7 @@ from pqcad_qat.policy.variants import FIXED_BIT, PQ
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.trained_part import TrainedPart
 from pqcad_qat.stages.prepared import prepare, prepare_untrained, with_own_model
 from pqcad_qat.stages.train import bit_schedule
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
@@ -78,6 +79,7 @@ def profile(policy: Policy, runs: int, console: Console, own: OwnModel | None = 
             batches,
             training.precision,
             training.ema,
+            trained=TrainedPart.asked(training),
             runs=runs,
             advance=lambda done: bar.update(task, advance=done),
         )

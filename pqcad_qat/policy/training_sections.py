@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from pqcad_qat.policy.sections import Fault, Section
-from pqcad_qat.policy.value_types import AutoCount, AutoRate, Count, Ladder, Momentum, Precision, Seed, Share
+from pqcad_qat.policy.value_types import AutoCount, AutoRate, Count, Ladder, Momentum, Precision, Seed, Share, Trainable
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQ_DISTILLED, PQCAD
 
 AUTO_DEADLINE_STEPS = 200
@@ -122,6 +122,12 @@ class TrainingPolicy(Section):
     precision: Precision = Field(
         "fp32", description="arithmetic of the forward and backward pass; quantizers keep float32; fp16 needs a GPU"
     )
+    trainable: Trainable = Field(
+        "all",
+        description="low_rank: an update of low rank for the weights of each quantized layer, in place of the weights "
+        "themselves, merged when the stage is over: far less memory; scales: learned ranges alone",
+    )
+    rank: Count = Field(16, description="rank of the updates of low_rank")
     gradient_accumulation: Count = Field(1, description="batches that each process adds to a training step")
     activation_checkpointing: bool = Field(
         False,

@@ -88,3 +88,6 @@ Deployed = Annotated[
 
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+Trainable = Literal["all", "low_rank", "scales"]

@@ -115,17 +115,19 @@ class QuantizedConv2d(brevitas.nn.QuantConv2d):
     Attributes:
         plan: plan of the layer.
         description: function from the layer to the text that is shown.
+        update: what training adds to the weight, where the weight itself is not trained (trained_part.py).
     """
 
     plan: LayerPlan
     description: Any  # layer -> str
+    update: nn.Module | None
 
     def reset_parameters(self) -> None:
         """Do nothing: Parameters come from the floating-point layer, and the random generator is not advanced."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, I, H, W) -> (B, O, H', W')."""
-        y: Tensor = self._conv_forward(self.input_quant(x), self.weight_quant(self.weight), self.bias)
+        y: Tensor = self._conv_forward(self.input_quant(x), self.weight_quant(trained_weight(self)), self.bias)
         return y
 
     def extra_repr(self) -> str:
@@ -138,11 +140,13 @@ class QuantizedLinear(brevitas.nn.QuantLinear):
     Attributes:
         plan: plan of the layer.
         description: function from the layer to the text that is shown.
+        update: what training adds to the weight, where the weight itself is not trained (trained_part.py).
         shared_input: shared result for the layers that read the same tensor, None where there are no others.
     """
 
     plan: LayerPlan
     description: Any  # layer -> str
+    update: nn.Module | None
     shared_input: SharedInput | None = None
 
     def reset_parameters(self) -> None:
@@ -152,10 +156,16 @@ class QuantizedLinear(brevitas.nn.QuantLinear):
         """x (..., I) -> (..., O)."""
         shared = None if self.input_quant.disable_quant else self.shared_input
         quantized = self.input_quant(x) if shared is None else shared.quantized(x, product_dtype(x), self.input_quant)
-        return F.linear(quantized, self.weight_quant(self.weight), self.bias)
+        return F.linear(quantized, self.weight_quant(trained_weight(self)), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.description(self)}"
+
+
+def trained_weight(layer: QuantizedConv2d | QuantizedLinear) -> Tensor:
+    """The weight before its quantizer, with the update that is trained where there is one."""
+    weight: Tensor = layer.weight if layer.update is None else layer.update(layer.weight)
+    return weight
 
 
 def weight_quantizer(plan: LayerPlan, weight: Tensor) -> Any:

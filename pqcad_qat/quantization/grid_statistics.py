@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pqcad_qat.quantization.brevitas_layers import trained_weight
 from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE, unclamped
 from pqcad_qat.quantization.layer_state import QuantizedLayer, input_quantizer_of, weight_quantizer_of
 
@@ -36,7 +37,7 @@ def weight_use(layer: QuantizedLayer, most: int) -> GridUse:
 
     Within a blend that is the earlier of its two widths.
     """
-    return _use(layer.weight, weight_quantizer_of(layer), most)
+    return _use(trained_weight(layer), weight_quantizer_of(layer), most)
 
 
 @torch.no_grad()
@@ -51,9 +52,10 @@ def not_finite(layer: QuantizedLayer) -> list[str]:
 
     It looks at weights, bias, and the ranges of both quantizers.
     """
-    tensors = {"weights": layer.weight, "bias": layer.bias}
+    weight = trained_weight(layer)
+    tensors = {"weights": weight, "bias": layer.bias}
     for kind, quant in (("weights", weight_quantizer_of(layer)), ("input", input_quantizer_of(layer))):
-        span, low, _ = quant.grid(layer.weight)
+        span, low, _ = quant.grid(weight)
         tensors |= {f"range of the {kind}": span, f"lower end of the range of the {kind}": low}
     counts = {name: int((~value.isfinite()).sum()) for name, value in tensors.items() if value is not None}
     return [f"{name} ({count} of {tensors[name].numel()} values)" for name, count in counts.items() if count]

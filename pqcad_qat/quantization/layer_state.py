@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pqcad_qat.errors import ModelError
-from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear
+from pqcad_qat.quantization.brevitas_layers import QuantizedConv2d, QuantizedLinear, trained_weight
 from pqcad_qat.quantization.buffer_values import buffer_value, write_buffer
 from pqcad_qat.quantization.fake_quantization import SMALLEST_RANGE
 from pqcad_qat.quantization.plan import quantizer_words
@@ -109,15 +109,16 @@ def blend_state(layer: QuantizedLayer) -> BlendState | None:
 def perturbation(layer: QuantizedLayer, to_bits: int) -> float:
     """|| Q_next(W) - Q_now(W) || / || Q_now(W) ||, with the range that the next width would get."""
     quant = weight_quantizer_of(layer)
-    now = quant.fused(layer.weight)
-    following = quant.at(layer.weight, to_bits, _range_factor(layer, to_bits))
+    weight = trained_weight(layer)
+    now = quant.fused(weight)
+    following = quant.at(weight, to_bits, _range_factor(layer, to_bits))
     return float((following - now).norm() / now.norm().clamp(min=SMALLEST_RANGE))
 
 
 @torch.no_grad()
 def quantized_weight(layer: QuantizedLayer) -> Tensor:
     """The weight that the layer computes with, detached."""
-    weight: Tensor = weight_quantizer_of(layer).fused(layer.weight)
+    weight: Tensor = weight_quantizer_of(layer).fused(trained_weight(layer))
     return weight
 
 
@@ -166,7 +167,7 @@ def range_sizes(layer: QuantizedLayer) -> tuple[float, float]:
 
     The former is the mean over the weights' scales.
     """
-    weight, _ = weight_quantizer_of(layer).grid(layer.weight)[:2]
+    weight, _ = weight_quantizer_of(layer).grid(trained_weight(layer))[:2]
     return float(weight.abs().mean()), float(input_quantizer_of(layer).grid(layer.weight)[0].abs())
 
 
@@ -194,7 +195,7 @@ def _weight_range(layer: QuantizedLayer, bits: int) -> tuple[Tensor, Tensor, Ten
     The weight should be represented over span * ratio, with the lower end low * ratio.
     """
     spec = layer.plan.weights
-    rows = weight_rows(layer.weight, spec.per_channel)
+    rows = weight_rows(trained_weight(layer), spec.per_channel)
     span = weight_span(rows, spec.symmetric).clamp(min=SMALLEST_RANGE)
     return span, rows.amin(dim=1).clamp(max=0), weight_ratio(rows, bits, spec.symmetric, spec.range)
 

@@ -37,7 +37,7 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, plan: LayerPlan) -> QuantizedL
         quantized = QuantizedLinear(
             layer.in_features, layer.out_features, layer.bias is not None, device=layer.weight.device, **quantizers
         )
-    quantized.plan, quantized.description = plan, describe
+    quantized.plan, quantized.description, quantized.update = plan, describe, None
     # Brevitas keeps a reference to the weight that a layer was built with, so that weight gives up its memory here.
     quantized.weight.data = torch.empty(0)
     # Assigning the weight makes Brevitas build the weight quantizer anew, on the weight's device.

@@ -135,7 +135,7 @@ def _make_nncf(
     def make(folder: Path) -> None:
         trained, held_out = divided(len(calibration.states))
         compared = arrays(held_out, COMPARED)
-        nncf_baseline(file, arrays(trained, BASELINE_INPUTS), folder, ways, compared=compared)
+        nncf_baseline(file, arrays(trained, BASELINE_INPUTS), folder, ways, compared=compared, settings=NNCF_SETTINGS)
 
     file = _float_file(policy, prepared, run, calibration)
     run.link(NNCF, shared_folder(run.path.parent / SHARED, _decides(run, NNCF_INT8), make))

@@ -45,6 +45,7 @@ from pqcad_qat.quantization.mixed_precision import (
 )
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.plan_facts import expected_bytes
+from pqcad_qat.quantization.trained_part import load_changing
 from pqcad_qat.report.width_choice import WidthChoice, WidthTrial, choice_text
 from pqcad_qat.stages.asked_widths import STEPS, trains, widths_measured
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
@@ -145,7 +146,7 @@ class Trials:
         try:
             train_shortly(model, [FullPrecisionMatching()], self.batches, loop=settings, training=training)
         except DivergedError:
-            model.load_state_dict(before)
+            load_changing(model, before, ())
         return model.cpu()
 
 

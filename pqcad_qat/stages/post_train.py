@@ -19,10 +19,10 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PTQ
 from pqcad_qat.quantization.post_training import round_weights, rounded_layers
+from pqcad_qat.quantization.trained_part import changing_state
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.trained_files import WEIGHTS, make_in
 from pqcad_qat.stages.trained_models import TrainedModels
-from pqcad_qat.training.held_out import weights_of
 
 
 def post_train(
@@ -50,7 +50,7 @@ def post_train(
                 round_as_asked(policy, model, calibration, advance)
             with agreed() as first:
                 if first:
-                    save_tensors(weights_of(model), folder / WEIGHTS.format(PTQ))
+                    save_tensors(changing_state(model, ()), folder / WEIGHTS.format(PTQ))
             rounded.append(model)
 
         make_in(run, PTQ, make, shared=shares_training)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pqcad_qat.data.images import pictures_digest
 from pqcad_qat.models.model_folder import DECODERS, TEXT_ENCODERS
+from pqcad_qat.policy.deciding_keys import of_post_training, of_short_training, of_training
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import (
     FIXED_BIT,
@@ -46,24 +47,6 @@ from pqcad_qat.training.held_out import SHARE
 
 BASELINE_INPUTS = 300
 """Number of model inputs that calibrate NNCF's post-training baseline; it equals NNCF's own default."""
-
-INDIFFERENT = ("samples_every",)
-"""Keys of the section `training` that do not affect the weights."""
-
-AFTER_DIVERGENCE = ("checkpoint_every", "keep_checkpoints", "on_divergence")
-"""Keys of the section `training` that matter only for how training continues after a divergence."""
-
-OF_SHORT_TRAINING = ("batch_size", "learning_rate", "precision", "gradient_accumulation", "seed", "max_grad_norm")
-"""Keys of the section `training` that affect a short training before a measurement."""
-
-BUDGET = ("max_steps", "minutes")
-"""Keys of the section `training` that matter only where a stage finds its number of steps by itself."""
-
-OF_GPTQ = ("states", "passes")
-"""Keys of the section `post_training` that matter only for GPTQ."""
-
-SPARING = ("activation_checkpointing",)
-"""Keys of the section `training` that save memory at the cost of time, and give the same weights."""
 
 RATE_OF: Mapping[str, str] = {FIXED_BIT: PQ, PQCAD: PQ_DISTILLED}
 """Training stage -> the one whose learning rate it takes, where the run has both and `training.learning_rate` is auto.
@@ -176,14 +159,14 @@ class _Table:
 
     def widths(self) -> Recipe:
         """Recipe of the widths that are measured, after a short training."""
-        section, training = self.policy.quantization, self.whole["training"]
+        section = self.policy.quantization
         values = {
             "quantization.quality": section.quality,
             "quantization.max_size": section.max_size,
             "export.weights": self.policy.export.weights,
             **self.layers(ladders=True),
-            **self.rounding(),
-            **{f"training.{key}": training[key] for key in OF_SHORT_TRAINING},
+            **of_post_training(self.policy.post_training),
+            **of_short_training(self.policy.training),
             "held_out": SHARE,
         }
         costs = (STEP_COSTS,) if STEP_COSTS in self.stages else ()
@@ -203,22 +186,12 @@ class _Table:
         }
 
     def training(self, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the `values` and the `circumstances` of a training stage's recipe.
-
-        Minutes are a circumstance: what a clock decides is not repeated to the last step anyway.
-        """
-        automatic = training_steps(self.policy, stage) is None
-        circumstances = (*AFTER_DIVERGENCE, *SPARING, *(("minutes",) if automatic else ()))
-        values, training = self.section("training", *INDIFFERENT, *BUDGET, *circumstances), self.whole["training"]
-        values |= {"held_out": SHARE} | ({"training.max_steps": training["max_steps"]} if automatic else {})
-        return values, {**{f"training.{key}": training[key] for key in circumstances}, **_versions("torch", "brevitas")}
-
-    def rounding(self) -> dict[str, Any]:
-        nearest = self.policy.post_training.rounding == "nearest"
-        return self.section("post_training", *(OF_GPTQ if nearest else ()))
+        """Return the `values` and the `circumstances` of a training stage's recipe."""
+        values, circumstances = of_training(self.policy.training, training_steps(self.policy, stage) is None)
+        return {**values, "held_out": SHARE}, {**circumstances, **_versions("torch", "brevitas")}
 
     def post_training(self) -> Recipe:
-        values = self.layers(ladders=False) | self.rounding()
+        values = self.layers(ladders=False) | of_post_training(self.policy.post_training)
         return Recipe(values, ("calibration", FLOAT_STEPS, *self.widths_measured), _versions("torch", "brevitas"))
 
     def quantization_aware(self, name: str) -> Recipe:

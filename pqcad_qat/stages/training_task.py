@@ -26,6 +26,7 @@ from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import TRAINED, stages_of
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits
+from pqcad_qat.quantization.trained_part import TrainedPart, changing_state, end_training
 from pqcad_qat.report.stage_ends import end_sentence
 from pqcad_qat.stages.found_rate import RateTrials, rate_trials
 from pqcad_qat.stages.held_out_images import MeasuredImages
@@ -37,7 +38,7 @@ from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder
-from pqcad_qat.training.held_out import HeldOutLoss, best_weights, weights_of
+from pqcad_qat.training.held_out import HeldOutLoss, best_weights
 from pqcad_qat.training.rate_search import TRIAL_STEPS, best
 from pqcad_qat.training.stage_end import Ending, Kept, StageEnd
 from pqcad_qat.training.stopping_rule import Budget
@@ -128,7 +129,7 @@ def _fit(policy: Policy, run: RunFolder, console: Console, task: TrainingTask, *
     rate, hold, found = _learning_rate(policy, run, console, task, given=given, held_out=held_out)
     if task.schedule is not None and found is not None and found.step_s is not None:
         hurry(task.schedule, held_out, found.step_s)
-    start = {key: value.clone() for key, value in given.state_dict().items()}
+    start = given.state_dict() if given is not task.model else changing_state(given, ())
     callbacks = [*([task.schedule] if task.schedule else []), task.loss, held_out, *task.callbacks]
     settings, warn = _stage_settings(policy, run, task, rate=rate, hold=hold), partial(run.warn, console=console)
     state = train_stage(task.model, callbacks, task.batches, settings, console=console, warn=warn)
@@ -229,6 +230,7 @@ def _stage_end(task: TrainingTask, state: TrainState, start: Mapping[str, Tensor
         figures=task.figures,
         best=measures.best,
     )
+    end_training(task.model, state.frozen)
     ending, kept = state.ending, choice.kept
     found = {kind: figures for kind, figures in choice.images.items() if figures is not None}
     return StageEnd(
@@ -251,7 +253,7 @@ def _finite(value: float | None) -> float | None:
 def _keep_trained(run: RunFolder, task: TrainingTask, end: StageEnd, *, folder: Path) -> None:
     name = task.stage
     transitions: Sequence[Transition] = task.schedule.transitions if task.schedule else ()
-    weights = {key: value.cpu().contiguous() for key, value in weights_of(task.model).items()}
+    weights = {key: value.cpu().contiguous() for key, value in changing_state(task.model, ()).items()}
     save_tensors(weights, folder / WEIGHTS.format(name))
     write_file(folder / TRANSITIONS.format(name), json.dumps([asdict(transition) for transition in transitions]))
     write_file(folder / ENDS.format(name), json.dumps(asdict(end)))
@@ -273,6 +275,7 @@ def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, *, rate:
         max_grad_norm=training.max_grad_norm,
         ending=task.ending,
         hold=hold,
+        part=TrainedPart.asked(training),
     )
     checkpoints = CheckpointFolder(
         run.path / CHECKPOINTS / task.stage, training.checkpoint_every, training.keep_checkpoints

@@ -57,13 +57,14 @@ def nncf_baseline(
     ways: Sequence[Properties] = ({},),
     *,
     compared: Sequence[Inputs] = (),
+    settings: Sequence[str] = NNCF_SETTINGS,
 ) -> Path:
     """Post-training INT8 quantization with NNCF; returns the saved graph's xml.
 
     It is calibrated on all ``calibration_inputs``. The saved graph is compiled in each of the ``ways`` and called once,
     because it is timed later from that file, as a user of it would run it.
 
-    With inputs that are ``compared``, every one of NNCF_SETTINGS is tried, and the graph is saved whose output is
+    With inputs that are ``compared``, every one of the ``settings`` is tried, and the graph is saved whose output is
     nearest to full precision's on them, executed in the first way; ``errors.json`` beside it has the mean squared
     errors. Without them NNCF has its defaults.
 
@@ -79,7 +80,8 @@ def nncf_baseline(
         if compared:
             _write(compared, Path(temporary) / COMPARED)
         try:
-            run_apart(_quantize, str(float_xml), temporary, str(folder), [dict(way) for way in ways])
+            how = {"ways": [dict(way) for way in ways], "settings": list(settings)}
+            run_apart(_quantize, str(float_xml), temporary, str(folder), how)
         except DiedError:
             for unfinished in folder.glob(f"{Path(XML_FILE).stem}.*"):
                 unfinished.unlink()
@@ -115,13 +117,16 @@ def reasons(attempts: Mapping[str, Callable[[], object]]) -> dict[str, str]:
     return died
 
 
-def _quantize(float_xml: str, arrays: str, folder: str, ways: list[dict[str, object]]) -> None:
-    """In the separate process: quantize with NNCF, save, compile and call."""
+def _quantize(float_xml: str, arrays: str, folder: str, how: dict[str, Any]) -> None:
+    """In the separate process: quantize with NNCF in each of the settings, save, compile and call in each of the
+    ways.
+    """
+    ways, settings = how["ways"], how["settings"]
     # NNCF imports torch wherever it can, which takes a second, and needs it for graphs of torch alone.
     sys.modules["torch"] = None  # type: ignore[assignment]
     import nncf  # importing takes time, and only this baseline needs it
 
-    settings: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "preset MIXED": {"preset": nncf.QuantizationPreset.MIXED},
         "model_type TRANSFORMER": {"model_type": nncf.ModelType.TRANSFORMER},
     }
@@ -132,13 +137,13 @@ def _quantize(float_xml: str, arrays: str, folder: str, ways: list[dict[str, obj
             core.read_model(float_xml),
             nncf.Dataset(calibration_inputs),
             subset_size=len(calibration_inputs),
-            **settings.get(setting, {}),
+            **options.get(setting, {}),
         )
 
     if (Path(arrays) / COMPARED).exists():
         held_out, errors, graphs = _read(Path(arrays) / COMPARED), dict[str, float](), dict[str, ov.Model]()
         full = _outputs(core.read_model(float_xml), held_out, ways[0])
-        for setting in NNCF_SETTINGS:
+        for setting in settings:
             try:
                 graphs[setting] = quantized(setting)
                 outputs = _outputs(graphs[setting], held_out, ways[0])
@@ -148,7 +153,7 @@ def _quantize(float_xml: str, arrays: str, folder: str, ways: list[dict[str, obj
                 errors[setting] = math.inf
         told = {setting: error if math.isfinite(error) else None for setting, error in errors.items()}
         (Path(folder) / ERRORS_FILE).write_text(json.dumps(told), encoding="utf-8")
-        chosen = min(NNCF_SETTINGS, key=errors.__getitem__)
+        chosen = min(settings, key=errors.__getitem__)
         graph = graphs[chosen] if math.isfinite(errors[chosen]) else quantized(NNCF_SETTINGS[0])  # for its error
     else:
         graph = quantized(NNCF_SETTINGS[0])

@@ -51,7 +51,8 @@ class TrainState:
         held_until: training step before which no transition may begin, after a divergence.
         ending: when and why the stage ends, once that is decided; None while the loop's number of steps holds.
         scaler: scales the loss of fp16 so that its gradients are neither 0 nor infinite; None in other precisions.
-        parameters: the model's Parameters by name, listed once, since they stay the same to the last step.
+        frozen: names of the Parameters that this training has frozen (quantization/trained_part.py).
+        parameters: the trained Parameters by name, listed once, since they stay the same to the last step.
     """
 
     model: nn.Module
@@ -64,10 +65,12 @@ class TrainState:
     held_until: int = 0
     ending: Ending | None = None
     scaler: torch.amp.GradScaler | None = None
+    frozen: frozenset[str] = frozenset()
     parameters: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = dict(self.model.named_parameters())
+        named = self.model.named_parameters()
+        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def restart_ema(self) -> None:
         """Begin averaging anew from the present weights, as after a change of width, which makes another function."""

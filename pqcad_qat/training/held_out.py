@@ -27,6 +27,7 @@ from pqcad_qat.machine.processes import exchanged, is_first
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.quantization.conversion import frozen_weights
 from pqcad_qat.quantization.plan import evaluating
+from pqcad_qat.quantization.trained_part import changing_state, load_changing
 from pqcad_qat.training.callback import Batch, Callback, StepReport, TrainState, averaged_weights
 from pqcad_qat.training.stage_end import Kept
 from pqcad_qat.training.stopping_rule import EVERY, Budget, Progress, ending
@@ -164,16 +165,16 @@ class HeldOutLoss(Callback):
         if state.step % EVERY == 0 or state.step == last:
             with averaged_weights(state):
                 self._latest, self._measured_at = measured(state, self.batch, self.losses), state.step
-                self._keep_best(state.model)
+                self._keep_best(state)
         self._logged = {"held_out": self._latest} if self._measured_at == state.step else {}
 
-    def _keep_best(self, model: nn.Module) -> None:
+    def _keep_best(self, state: TrainState) -> None:
         """Keep the model's present weights if they are the best so far."""
         if self.best_file is None or self._latest is None or not self._latest < self._best or not self.settled():
             return
         self._best = self._latest
         if is_first():
-            save_tensors(weights_of(model), self.best_file)
+            save_tensors(changing_state(state.model, state.frozen), self.best_file)
 
     @property
     def best(self) -> Mapping[str, Tensor] | None:
@@ -204,11 +205,6 @@ class HeldOutLoss(Callback):
         self._in_steps, self._resumed_at = seconds - self._before, None
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all Parameters and buffers."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
 def best_weights(
     state: TrainState,
     start: Mapping[str, Tensor],
@@ -228,7 +224,7 @@ def best_weights(
 
     Args:
         state: state after the last training step.
-        start: weights that the stage was given, in the form of the model's own.
+        start: weights that the stage was given, in the form of the model's own before its training.
         losses: callbacks whose loss terms are measured.
         held_out: states of the held-out trajectories.
         trained: states of the trained trajectories, to compare with.
@@ -238,18 +234,19 @@ def best_weights(
     candidates: dict[Kept, Mapping[str, Tensor]] = {}
     if state.ema is not None:
         with averaged_weights(state) as model:
-            candidates["average"] = weights_of(model)
-    candidates |= {"last": weights_of(state.model), **({} if best is None else {"best": best}), "start": start}
+            candidates["average"] = changing_state(model, state.frozen)
+    candidates["last"] = changing_state(state.model, state.frozen)
+    candidates |= {**({} if best is None else {"best": best}), "start": start}
     on_held_out: dict[Kept, float] = {}
     on_trained: dict[Kept, float] = {}
     images: dict[Kept, ImageFigures | None] = {}
     for kind, weights in candidates.items():
-        state.model.load_state_dict(weights)
+        load_changing(state.model, weights, state.frozen)
         on_held_out[kind] = measured(state, held_out, losses)
         on_trained[kind] = measured(state, trained, losses)
         images[kind] = figures(state.model) if math.isfinite(on_held_out[kind]) else None
     kept = nearest(images)
-    state.model.load_state_dict(candidates[kept])
+    load_changing(state.model, candidates[kept], state.frozen)
     return Choice(kept, on_held_out, on_trained, images)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pqcad_qat.errors import CheckpointError
 from pqcad_qat.machine.files import write_file
+from pqcad_qat.quantization.trained_part import changing_state, load_changing
 from pqcad_qat.training.callback import Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, checkpoints, damage, step_of
 from pqcad_qat.training.stage_end import Ending
@@ -56,7 +57,7 @@ class StageStart:
     def copied(cls, state: TrainState, callbacks: Sequence[Callback]) -> StageStart:
         """A copy of the state as it is now."""
         return cls(
-            {name: value.detach().clone() for name, value in state.model.state_dict().items()},
+            changing_state(state.model, state.frozen),
             copy.deepcopy(state.optimizer.state_dict()),
             {callback.name: copy.deepcopy(callback.state_dict()) for callback in callbacks},
             state.ending,
@@ -65,7 +66,7 @@ class StageStart:
 
     def restore(self, state: TrainState, callbacks: Sequence[Callback]) -> None:
         """Put the state and the callbacks back to the stage's start."""
-        state.model.load_state_dict(self.model)
+        load_changing(state.model, self.model, state.frozen)
         state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
         state.step, state.ending = 0, self.ending
         state.restart_ema()

@@ -15,6 +15,7 @@ from torch import nn
 from pqcad_qat.errors import DivergedError
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.policy.training_sections import TrainingPolicy
+from pqcad_qat.quantization.trained_part import TrainedPart
 from pqcad_qat.training.callback import BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state, released
 
@@ -29,15 +30,21 @@ def train_shortly(
 ) -> TrainState:
     """Train the model in place at its present widths, and return the state after the last step.
 
-    Accumulation and the largest gradient norm are those of the policy's training, whatever the loop says.
-    The state's model is released from Accelerate, in float32, and stays on the device where it was trained.
+    What is trained, accumulation and the largest gradient norm are those of the policy's training, whatever the loop
+    says. The state's model is released from Accelerate, in float32, and stays on the device where it was trained. What
+    was frozen stays so until `end_training`.
 
     Raises:
         DivergedError: as of `fit`.
         InterruptedByUserError: Ctrl-C.
     """
     accelerator = new_accelerator(training.precision)
-    loop = replace(loop, accumulation=training.gradient_accumulation, max_grad_norm=training.max_grad_norm)
+    loop = replace(
+        loop,
+        accumulation=training.gradient_accumulation,
+        max_grad_norm=training.max_grad_norm,
+        part=TrainedPart.asked(training),
+    )
     state = new_state(model, loop, accelerator)
     try:
         with recomputed_activations(model, training.activation_checkpointing):

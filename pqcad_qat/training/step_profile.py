@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from pqcad_qat.policy.value_types import Precision
+from pqcad_qat.quantization.conversion import quantized_layers
+from pqcad_qat.quantization.trained_part import ALL, TrainedPart
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.trainer import LoopSettings, fit, new_accelerator, new_state
 
@@ -50,12 +52,14 @@ class StepProfile:
         total: milliseconds per whole step, measured without any waiting that training does not do.
         kept_bytes: bytes that autograd keeps between the forward and the backward pass, without Parameters and
             buffers.
+        held_bytes: bytes that stay from step to step: Parameters, buffers, the optimizer's state, and averages.
         peak_bytes: largest number of bytes allocated at once, beyond those allocated before the step.
     """
 
     milliseconds: Mapping[str, float]
     total: float
     kept_bytes: int
+    held_bytes: int
     peak_bytes: int
 
 
@@ -116,6 +120,7 @@ def profile_steps(
     ema: float,
     *,
     runs: int,
+    trained: TrainedPart = ALL,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, StepProfile]:
     """Train every candidate for `runs` timed steps, in turns, so that a slow moment falls on all of them alike.
@@ -126,6 +131,7 @@ def profile_steps(
         precision: arithmetic of the forward and backward pass.
         ema: decay of the weights' moving averages.
         runs: number of timed steps per candidate.
+        trained: what is trained of those that are quantized.
         advance: function called with 1 after every step.
     """
     accelerator = new_accelerator(precision)
@@ -134,7 +140,8 @@ def profile_steps(
     timed_batches = watch.timed("batch", batches)
     states: dict[str, TrainState] = {}
     for name, (model, callbacks) in candidates.items():
-        states[name] = new_state(model, LoopSettings(1, learning_rate=1e-6, ema=ema), accelerator)
+        settings = LoopSettings(1, learning_rate=1e-6, ema=ema, part=trained if quantized_layers(model) else ALL)
+        states[name] = new_state(model, settings, accelerator)
         optimizer = states[name].optimizer
         optimizer.step = watch.timed("optimizer", optimizer.step)  # type: ignore[method-assign]
         for callback in callbacks:
@@ -155,7 +162,10 @@ def profile_steps(
                 if accelerator.device.type != "cpu":
                     timed_steps[name][-1]["total"] = watch.seconds_of(step)
             advance(1)
-    return {name: _medians(steps, kept_bytes[name], peak_bytes[name]) for name, steps in timed_steps.items()}
+    return {
+        name: _medians(steps, kept_bytes[name], _held_bytes(states[name]), peak_bytes[name])
+        for name, steps in timed_steps.items()
+    }
 
 
 def _train_once(
@@ -171,11 +181,19 @@ def _train_once(
     )
 
 
-def _medians(steps: Sequence[Mapping[str, float]], kept_bytes: int, peak_bytes: int) -> StepProfile:
+def _medians(steps: Sequence[Mapping[str, float]], kept_bytes: int, held_bytes: int, peak_bytes: int) -> StepProfile:
     """The medians over the timed steps, with the memory of a step."""
     median = {part: 1e3 * statistics.median(step.get(part, 0.0) for step in steps) for part in (*PARTS, "total")}
     total = median.pop("total")
-    return StepProfile(median, total, kept_bytes, peak_bytes)
+    return StepProfile(median, total, kept_bytes, held_bytes, peak_bytes)
+
+
+def _held_bytes(state: TrainState) -> int:
+    """Bytes that a training holds between two steps."""
+    moments = (value for entry in state.optimizer.state.values() for value in entry.values())
+    averages = (state.ema or {}).values()
+    tensors = [*state.model.parameters(), *state.model.buffers(), *averages, *moments]
+    return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
 
 
 def _kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:

@@ -30,6 +30,7 @@ from pqcad_qat.errors import DivergedError, InterruptedByUserError, PolicyError
 from pqcad_qat.machine.processes import agreed, all_alive, any_process, process_count, refuse_drift
 from pqcad_qat.models.module_preparation import hold_statistics
 from pqcad_qat.policy.value_types import Precision
+from pqcad_qat.quantization.trained_part import ALL, TrainedPart, begin_training
 from pqcad_qat.training.callback import Batch, BatchSource, Callback, StepReport, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, write_checkpoint
 from pqcad_qat.training.rate_search import TRIAL_STEPS
@@ -59,6 +60,7 @@ class LoopSettings:
         max_grad_norm: norm down to which larger gradients are scaled.
         ending: end of the stage, where it is known before its first step and `open` needs it.
         hold: training steps for which `open` stays: as many as the trials had that found the rate.
+        part: what of the model is trained.
     """
 
     steps: int
@@ -70,6 +72,7 @@ class LoopSettings:
     max_grad_norm: float = 1.0
     ending: Ending | None = None
     hold: int = TRIAL_STEPS
+    part: TrainedPart = ALL
 
     def learning_rate_at(self, step: int, setbacks: int = 0, ending: Ending | None = None) -> float:
         """The learning rate of a step, halved for every divergence overcome before it."""
@@ -127,13 +130,26 @@ def released(state: TrainState, accelerator: Accelerator) -> nn.Module:
 
 
 def new_state(model: nn.Module, settings: LoopSettings, accelerator: Accelerator) -> TrainState:
-    """A state before its first step, with AdamW over all Parameters, including scales, without weight decay."""
+    """A state before its first step, with AdamW over all trained Parameters, including scales, without weight decay.
+
+    Where a part of the model is trained, the rest is frozen until `end_training`.
+
+    Raises:
+        PolicyError: the model has no such part.
+    """
+    frozen = begin_training(model, settings.part)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A fused AdamW skips a step whose fp16 gradients overflow by itself, and Accelerate would not notice.
     fused = accelerator.scaler is None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     network, prepared = accelerator.prepare(model, optimizer)
     state = TrainState(
-        model=model, optimizer=prepared, network=network, ending=settings.ending, scaler=accelerator.scaler
+        model=model,
+        optimizer=prepared,
+        network=network,
+        ending=settings.ending,
+        scaler=accelerator.scaler,
+        frozen=frozen,
     )
     if settings.ema:
         state.ema = {}

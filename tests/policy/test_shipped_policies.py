@@ -73,6 +73,7 @@ STUDIES = {
     "extremes": (6, 3),
     "extremes-digits": (6, 3),
     "post-training": (24, 1),
+    "low-rank": (6, 3),
     "smoke": (2, 1),
     "paper": (4, 1),
 }

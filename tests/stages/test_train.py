@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import POLICIES, QUIET, SCHEDULER, FinishedRun, tiny_overrides, without_page
+from tiny_runs import POLICIES, QUIET, SCHEDULER, FinishedRun, tiny_overrides, without_images, without_page
 from torch import nn
 
 from pqcad_qat.commands import run as pipeline
@@ -31,6 +31,7 @@ from pqcad_qat.stages.prepared import prepare
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.stage_records import TrainingRecord
 from pqcad_qat.stages.train import _shown, distilled_states, matched_states, teach, whole_batch
+from pqcad_qat.stages.trained_files import WEIGHTS
 from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.distillation import DistillationSet
 from pqcad_qat.training.stage_end import StageEnd
@@ -165,3 +166,24 @@ def test_stages_that_find_their_steps_end_and_the_control_takes_as_many(
     assert [series.steps for series in held_out] == [(0, 10, 20)] * 3
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "pq ended after 20 steps, because training.max_steps allows no more" in page
+
+
+def test_a_run_of_low_rank_keeps_weights_that_differ_from_those_it_began_with_by_that_rank(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Here one stage keeps its last weights and one the best on the way."""
+    small = (f"evaluation.variants=[{PQCAD}]", "progressive.steps=30", "distillation.steps=20", *QUIET)
+    trained = ("training.trainable=low_rank", "training.rank=2", "training.learning_rate=0.0003", "training.ema=0")
+    policy = load_policy(SMOKE, tiny_overrides(tiny_folder, *small, *trained))
+    with without_images():
+        pipeline.run(policy, tmp_path / "run", "command", Console(quiet=True))
+    given, taught, student = (load_file(tmp_path / "run" / WEIGHTS.format(name)) for name in (PTQ, PQ, PQCAD))
+    assert given.keys() == taught.keys() == student.keys()
+    layers = [layer.name for layer in prepare(policy).plan]
+    for before, after in ((given, taught), (taught, student)):
+        moved = [(after[f"{name}.weight"] - before[f"{name}.weight"]).flatten(1).double() for name in layers]
+        ranks = {int(torch.linalg.matrix_rank(change, rtol=1e-3)) for change in moved}
+        assert ranks <= {0, 1, 2}
+        assert 2 in ranks
+    moved = {key for key in given if not key.startswith(tuple(layers)) and not torch.equal(given[key], taught[key])}
+    assert any(key.endswith("norm1.weight") for key in moved)

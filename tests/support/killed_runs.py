@@ -10,7 +10,8 @@ moments are spread over the stages. KINDS `none` is an uninterrupted run, which 
 JSON, for each root, how each process ended, and in which stage.
 
 Unless PQCAD_KILLS=all is set, images are made of one variant of each kind: in PyTorch and by OpenVINO, shared by runs
-and not, in the steps of the sampler and of its student. Baselines are then not tried out in processes of their own.
+and not, in the steps of the sampler and of its student. Baselines are then not tried out in processes of their own,
+and reports have no page.
 
 The processes are forked from one that has imported everything and used nothing. Not here: any test.
 """
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, without_trials
+from tiny_runs import POLICIES, SCHEDULER, tiny_overrides, without_page, without_timed_estimates, without_trials
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pqcad_qat import cli
@@ -142,7 +143,11 @@ def main() -> None:
         torch.manual_seed(0)
         save_model(network().eval(), SCHEDULER, model)
     found = []
-    with nullcontext() if ALL else without_trials():
+    with (
+        without_timed_estimates(),
+        nullcontext() if ALL else without_trials(),
+        nullcontext() if ALL else without_page(),
+    ):
         for root, kinds, seed in zip(chains[::3], chains[1::3], chains[2::3], strict=True):
             found.append([asdict(ending) for ending in endings(model, Path(root), kinds, int(seed))])
     print(json.dumps(found))
@@ -156,12 +161,13 @@ def endings(model: Path, root: Path, kinds: str, seed: int) -> Iterator[Ending]:
 
 
 def network() -> UNet2DModel:
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    """One level: the fewest layers that have attention, a shortcut and two depths of Python calls."""
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
     sizes = {
         "sample_size": 8,
-        "block_out_channels": (8, 16),
+        "block_out_channels": (8,),
         "layers_per_block": 1,
-        "attention_head_dim": 16,
+        "attention_head_dim": 8,
         "norm_num_groups": 4,
     }
     return UNet2DModel(in_channels=1, out_channels=1, **blocks, **sizes)

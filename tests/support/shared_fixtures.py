@@ -22,6 +22,8 @@ from tiny_runs import (
     program,
     saved_tiny_unet,
     tiny_overrides,
+    with_one_setting_of_nncf,
+    without_timed_estimates,
 )
 
 # isort: split
@@ -35,6 +37,7 @@ from pqcad_qat.models.denoiser import DiffusionModel
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
+from pqcad_qat.stages.time_estimate import measured_pace
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,13 @@ def one_thread() -> None:
     equal.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untimed_estimates() -> Iterator[None]:
+    """All runs of this process but `tiny_run`."""
+    with without_timed_estimates():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +81,9 @@ def tiny_run(tiny_policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> F
     torch.set_num_threads(1)  # an earlier test may have timed something on all cores
     printed = io.StringIO()
     console = Console(file=printed, width=200)
-    with pytest.MonkeyPatch.context() as patch:
+    with with_one_setting_of_nncf(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)  # tests do not check timings
+        patch.setattr("pqcad_qat.commands.run.measured_pace", measured_pace)
         page = pipeline.run(tiny_policy, path, "python -m pqcad_qat run tiny.yaml", console)
     return FinishedRun(path, page, tiny_policy, printed.getvalue())
 

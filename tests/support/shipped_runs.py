@@ -17,7 +17,7 @@ import torch
 from conditional_models import saved
 from rich.console import Console
 from text_pipelines import PIPELINES, T5_TOKENS
-from tiny_runs import POLICIES, without_page, without_trials
+from tiny_runs import POLICIES, with_one_setting_of_nncf, without_page, without_trials
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.policy.loading import load_policy
@@ -115,7 +115,7 @@ def run_of(name: str, source: Path, path: Path, *more: str) -> Policy:
     """
     policy = load_policy(POLICIES / f"{name}.yaml", [*SMALL, f"model.source={source}", *SMALLER.get(name, ()), *more])
     torch.set_num_threads(1)
-    baselines = nullcontext() if NNCF_INT8 in policy.variants else without_trials()
+    baselines = with_one_setting_of_nncf() if NNCF_INT8 in policy.variants else without_trials()
     page = without_page() if name in WITHOUT_PAGE else nullcontext()
     with baselines, page, pytest.MonkeyPatch.context() as patch:
         patch.setattr("pqcad_qat.timing.latency.usable_cores", lambda: 1)

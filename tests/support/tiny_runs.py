@@ -33,7 +33,8 @@ from diffusers import UNet2DModel
 
 from pqcad_qat.models.model_loading import save_model
 from pqcad_qat.policy.schema import Policy
-from pqcad_qat.timing.baseline_trials import save_openvino
+from pqcad_qat.stages.time_estimate import Pace
+from pqcad_qat.timing.baseline_trials import NNCF_SETTINGS, save_openvino
 
 # A shell's background job ignores Ctrl-C, and processes started by tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -154,6 +155,18 @@ def without_trials() -> Iterator[None]:
         patch.multiple("pqcad_qat.commands.benchmark_subject", **for_baselines),
     ):
         yield
+
+
+def without_timed_estimates() -> AbstractContextManager[object]:
+    """Runs that are made in this context print an estimate of no meaning: to time calls and training steps for it takes
+    seconds of each.
+    """
+    return patch("pqcad_qat.commands.run.measured_pace", lambda *_: Pace(full=1e-3, quantized=2e-3, step=1e-2))
+
+
+def with_one_setting_of_nncf() -> AbstractContextManager[object]:
+    """Runs that are made in this context try NNCF's defaults alone: each setting takes a quantization of its own."""
+    return patch("pqcad_qat.stages.baselines.NNCF_SETTINGS", NNCF_SETTINGS[:1])
 
 
 def _copied_graph(float_xml: Path, _inputs: object, folder: Path, *_: object, **__: object) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.quantization.layer_state import QuantizedLayer, blend_state, read_bits
+from pqcad_qat.quantization.trained_part import changing_state
 from pqcad_qat.training import held_out as held_out_module
 from pqcad_qat.training import stopping_rule
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
@@ -34,7 +35,6 @@ from pqcad_qat.training.held_out import (
     fixed_states,
     measured,
     nearest,
-    weights_of,
 )
 from pqcad_qat.training.metrics_log import read_metrics
 from pqcad_qat.training.rate_search import TRIAL_STEPS
@@ -203,7 +203,11 @@ def test_measuring_changes_neither_weights_nor_modes_nor_random_numbers() -> Non
     state.model.train()
     next(state.model.children()).eval()
     batch = batches(0)
-    before, modes, dice = weights_of(state.model), [m.training for m in state.model.modules()], torch.get_rng_state()
+    before, modes, dice = (
+        changing_state(state.model, ()),
+        [m.training for m in state.model.modules()],
+        torch.get_rng_state(),
+    )
     value = measured(state, batch, [loss])
     assert value == measured(state, batch, [loss])
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
@@ -241,7 +245,7 @@ def test_the_best_weights_of_a_stage_outlive_a_loss_that_rises_late(tmp_path: Pa
     state, loss = prepared(ema=0.0)
     measures = HeldOutLoss(batches(1), [loss], Budget(CAP), best_file=tmp_path / "best.safetensors")
     assert measures.best is None
-    good = weights_of(state.model)
+    good = changing_state(state.model, ())
     for step, by in ((EVERY, 3.0), (2 * EVERY, 0.0), (3 * EVERY, 5.0)):
         state.model.load_state_dict(shifted(good, by))
         state.step = step
@@ -263,7 +267,7 @@ def test_no_best_weights_are_kept_while_widths_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", ["average", "last", "start"])
 def test_the_weights_with_the_best_held_out_images_are_kept(wanted: str) -> None:
     state, loss = prepared()
-    good = weights_of(state.model)
+    good = changing_state(state.model, ())
     shifts = {kind: 0.0 if kind == wanted else 3.0 for kind in ("average", "last", "start")}
     assert state.ema is not None
     state.ema = {**state.ema, **{n: v for n, v in shifted(good, shifts["average"]).items() if n in state.ema}}
@@ -278,7 +282,7 @@ def test_the_weights_with_the_best_held_out_images_are_kept(wanted: str) -> None
 
 def test_equal_weights_are_called_the_average_and_what_is_not_finite_is_never_kept() -> None:
     state, loss = prepared()
-    start = weights_of(state.model)
+    start = changing_state(state.model, ())
     assert best(state, start, loss).kept == "average"
     assert state.ema is not None
     state.ema = {name: value * float("nan") for name, value in state.ema.items()}

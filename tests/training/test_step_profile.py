@@ -76,3 +76,5 @@ def test_kept_bytes_are_those_of_the_activations(hidden: int) -> None:
     (found,) = profile_steps({"m": (model, [Slow()])}, batch, "fp32", 0.0, runs=1).values()
     # the batch, tanh's output (also the second layer's input), the squared output
     assert found.kept_bytes == 4 * 16 * (4 + hidden + 1)
+    # weights, and the two moments and the number of steps of each of the four; nothing is averaged
+    assert found.held_bytes == 4 * (3 * (4 * hidden + hidden + hidden + 1) + 4)

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import POLICIES, without_images
 from vnni_here import exact_or_excused
 
-from pqcad_qat.policy.variants import OV_BF16, PQ, PQCAD
+from pqcad_qat.policy.variants import OV_BF16, PQ
 
 pytest.importorskip("transformers")
 
@@ -45,9 +45,8 @@ def test_one_of_each_layout_trains_alone_to_the_same_weights(
     """With activations computed again if they were not, or kept if they were. Layouts decide which modules do that."""
     whole = shipped_run(name, tmp_path_factory)
     other, trained = str(not whole.policy.training.activation_checkpointing).lower(), whole.path.with_name("trained")
-    only = (f"training.activation_checkpointing={other}", f"evaluation.variants=[{PQCAD}]")
+    only = (f"training.activation_checkpointing={other}", f"evaluation.variants=[{PQ}]")
     with without_images():
         run_of(name, whole.source, trained, *only)
-    for stage in (PQ, PQCAD):
-        one, two = (load_file(path / "models" / f"{stage}.safetensors") for path in (whole.path, trained))
-        assert [key for key, value in one.items() if not value.equal(two[key])] == []
+    one, two = (load_file(path / "models" / f"{PQ}.safetensors") for path in (whole.path, trained))
+    assert [key for key, value in one.items() if not value.equal(two[key])] == []
