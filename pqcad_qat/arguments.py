@@ -1,7 +1,7 @@
 """Arguments of the command line: checked and rewritten before Fire reads them, their values checked after it, and help.
 
-Not here: the commands (cli.py). Fire alone would run a command first and report an unknown flag afterwards, when a typo
-has already cost a whole run.
+Not here: the command line (cli.py). Fire alone would run a command first and report an unknown flag afterwards, when a
+typo has already cost a whole run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The commands that take a folder or data: each makes one call into commands/ and prints the result.
 
-Not here: the commands that take a policy (cli.py), nor any work. Heavy libraries are imported inside the functions, so
-that `--help` appears at once.
+Not here: the commands that take a policy (policy_commands.py), nor any work. Heavy libraries are imported inside the
+functions, so that `--help` appears at once.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Not here: how a step is timed (training/step_profile.py).
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
+from pqcad_qat.errors import UsageError
 from pqcad_qat.machine.progress import progress_bar
 from pqcad_qat.models.denoiser import recomputed_activations
 from pqcad_qat.models.own_model import OwnModel
@@ -39,11 +41,14 @@ profiled.
 """
 
 
-def profile(policy: Policy, runs: int, console: Console, own: OwnModel | None = None) -> dict[str, StepProfile]:
+def profile(
+    policy: Policy, runs: int, console: Console, own: OwnModel | None = None, *, only: str = "*"
+) -> dict[str, StepProfile]:
     """Time training steps of the policy's model, quantized and not, on noise; the values do not affect the cost of a
     step.
 
-    The model may be an architecture alone, which then gets random weights, or a module of the user's own.
+    The model may be an architecture alone, which then gets random weights, or a module of the user's own. `only` is a
+    glob on the names of the candidates, all of which are in memory at once.
 
     Raises:
         PqcadError: as for `stages.prepared.prepare`, or the machine does not support the precision.
@@ -54,21 +59,30 @@ def profile(policy: Policy, runs: int, console: Console, own: OwnModel | None = 
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
     data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.drawn(0, 0, len(states)))
-    settled, moving = (quantize_model(copy.deepcopy(prepared.split).to(device), prepared.plan) for _ in range(2))
-    inputs = [
-        (x.to(device), t, {name: value.to(device) for name, value in condition.items()})
-        for x, t, condition in data.inputs(16, 4)
-    ]
-    for model in (settled, moving):
-        calibrate_ranges(model, inputs)
-    _settle(settled)
-    schedule = _blend_halfway(policy, prepared.plan, moving)
-    candidates: dict[str, tuple[nn.Module, list[Callback]]] = {
-        "float": (copy.deepcopy(prepared.model.denoiser).to(device), [FullPrecisionMatching()]),
-        FIXED_BIT: (settled, [FullPrecisionMatching(), WeightDistance(quantized_layers(settled))]),
-        PQ: (moving, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]),
-    }
-    training = policy.training
+    training, (x, t, condition) = policy.training, next(data.inputs(1, 1))
+    seen = x.to(device), t, {name: value.to(device) for name, value in condition.items()}
+
+    def quantized() -> nn.Module:
+        model = quantize_model(copy.deepcopy(prepared.split).to(device), prepared.plan)
+        calibrate_ranges(model, [seen])
+        return model
+
+    def in_float() -> tuple[nn.Module, list[Callback]]:
+        return copy.deepcopy(prepared.model.denoiser).to(device), [FullPrecisionMatching()]
+
+    def settled() -> tuple[nn.Module, list[Callback]]:
+        model = quantized()
+        _settle(model)
+        return model, [FullPrecisionMatching(), WeightDistance(quantized_layers(model))]
+
+    def moving() -> tuple[nn.Module, list[Callback]]:
+        schedule = _blend_halfway(policy, prepared.plan, model := quantized())
+        return model, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]
+
+    made = {"float": in_float, FIXED_BIT: settled, PQ: moving}
+    if not (chosen := fnmatch.filter(made, only)):
+        raise UsageError(f"--only: got {only!r}, which matches no candidate; allowed a glob on {', '.join(made)}")
+    candidates = {name: made[name]() for name in chosen}
     batches = calibration_batches(data, training.batch_size, training.seed)
     with progress_bar(console) as bar, ExitStack() as stack:
         for model, _ in candidates.values():

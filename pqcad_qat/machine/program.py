@@ -1,6 +1,6 @@
 """The program around a command: its memory, its processes, and its end, with a message and an exit code.
 
-Not here: the commands (cli.py).
+Not here: the command line (cli.py).
 """
 
 from __future__ import annotations

@@ -206,7 +206,8 @@ def costs_table(costs: Mapping[str, StepProfile], states: int, title: str) -> Te
         table.add_row(part, *(f"{cost.milliseconds[part]:.1f}" for cost in costs.values()))
     table.add_section()
     table.add_row("all", *(f"{cost.total:.1f}" for cost in costs.values()))
-    table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
+    if "float" in costs:
+        table.add_row("times float", *(f"{cost.total / costs['float'].total:.2f}" for cost in costs.values()))
     table.add_row("states a second", *(f"{1e3 * states / cost.total:.1f}" for cost in costs.values()))
     table.add_row("MB kept for the backward pass", *(f"{cost.kept_bytes / 1e6:.0f}" for cost in costs.values()))
     table.add_row("MB held from step to step", *(f"{cost.held_bytes / 1e6:.0f}" for cost in costs.values()))

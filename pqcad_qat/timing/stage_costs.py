@@ -40,7 +40,7 @@ class StageMeter:
         Where the system does not measure single stages, it is that of the whole process.
         """
         known = [cost.peak_bytes for cost in self.costs if cost.peak_bytes is not None]
-        return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return max(known) if known else peak_resident()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -53,6 +53,11 @@ class StageMeter:
         _give_back()
         self.costs.append(StageCost(name, seconds, peak, _resident("VmRSS") if exact else None))
         self._tell(self.costs[-1])
+
+
+def peak_resident() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reset_peak() -> bool:

@@ -4,6 +4,7 @@ speed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,12 @@ def test_the_command_prints_every_part_and_writes_nothing_and_an_architecture_is
     for text in ("forward", "backward", "optimizer", "times float", "between two widths", "one step of 4 states"):
         assert text in printed
     assert "states a second" in printed
+    assert re.search(r"largest resident memory of this process: [\d,]+ MB", printed)
+    cli.main(["profile", str(POLICIES / "smoke.yaml"), "--runs", "1", "--only", "p*", *flags])
+    printed = capsys.readouterr().out
+    assert "between two widths" in printed
+    assert "floating point" not in printed
+    with pytest.raises(SystemExit):
+        cli.main(["profile", str(POLICIES / "smoke.yaml"), "--only", "x*", *flags])
+    assert "--only: got 'x*', which matches no candidate; allowed a glob on float, " in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*")} == {"config.json", "empty"}
