@@ -59,7 +59,8 @@ def profile(
     noise = torch.Generator().manual_seed(0)
     states = torch.randn((8, 4, *prepared.model.sample_shape), generator=noise)
     data = CalibrationSet(states, states[:, 1:], (900, 600, 300), prepared.conditions.drawn(0, 0, len(states)))
-    training, (x, t, condition) = policy.training, next(data.inputs(1, 1))
+    training, part = policy.training, TrainedPart.asked(policy.training)
+    x, t, condition = next(data.inputs(1, 1))
     seen = x.to(device), t, {name: value.to(device) for name, value in condition.items()}
 
     def quantized() -> nn.Module:
@@ -73,11 +74,11 @@ def profile(
     def settled() -> tuple[nn.Module, list[Callback]]:
         model = quantized()
         _settle(model)
-        return model, [FullPrecisionMatching(), WeightDistance(quantized_layers(model))]
+        return model, [FullPrecisionMatching(), WeightDistance(quantized_layers(model), part.freezes_weights)]
 
     def moving() -> tuple[nn.Module, list[Callback]]:
         schedule = _blend_halfway(policy, prepared.plan, model := quantized())
-        return model, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers)]
+        return model, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers, part.freezes_weights)]
 
     made = {"float": in_float, FIXED_BIT: settled, PQ: moving}
     if not (chosen := fnmatch.filter(made, only)):
@@ -93,7 +94,7 @@ def profile(
             batches,
             training.precision,
             training.ema,
-            trained=TrainedPart.asked(training),
+            trained=part,
             runs=runs,
             advance=lambda done: bar.update(task, advance=done),
         )

@@ -52,6 +52,11 @@ class TrainedPart:
         """The part that a policy's section asks for."""
         return cls(training.trainable, training.rank, training.seed)
 
+    @property
+    def freezes_weights(self) -> bool:
+        """Whether the weights of quantized layers stay as they are."""
+        return self.what != "all"
+
 
 ALL = TrainedPart()
 """All of the model."""

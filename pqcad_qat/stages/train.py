@@ -28,6 +28,7 @@ from pqcad_qat.policy.training_sections import AUTO_DEADLINE_STEPS, TrainingPoli
 from pqcad_qat.policy.variants import FIXED_BIT, FLOAT_STEPS, PQ, PQCAD, PTQ, STEP_COSTS, stages_of
 from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers, take_weights
 from pqcad_qat.quantization.plan import LayerPlan
+from pqcad_qat.quantization.trained_part import TrainedPart
 from pqcad_qat.sampling.precision_by_time import float_steps, in_parts
 from pqcad_qat.sampling.trajectory import initial_noise, landing
 from pqcad_qat.stages.held_out_images import MeasuredImages, measured_images
@@ -145,11 +146,15 @@ def _matching(
     policy: Policy, prepared: Prepared, run: RunFolder, model: nn.Module, *, name: str, calibration: CalibrationSet
 ) -> TrainingTask:
     """The training of a quantized model against the full-precision prediction."""
+    part = TrainedPart.asked(policy.training)
     return TrainingTask(
         name,
         model,
         FullPrecisionMatching(),
-        [WeightDistance(quantized_layers(model)), *_shown(policy, prepared, run, model, name=name)],
+        [
+            WeightDistance(quantized_layers(model), part.freezes_weights),
+            *_shown(policy, prepared, run, model, name=name),
+        ],
         *matched_states(policy, calibration, run.read_always(STEP_COSTS, StepCostsRecord).costs),
         _figures(policy, prepared, run, calibration=calibration, variant=name),
     )

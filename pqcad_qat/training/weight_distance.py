@@ -26,13 +26,17 @@ class WeightDistance(Callback):
 
     Attributes:
         layers: quantized layers by name, which hold their full-precision weights at construction.
+        frozen: whether these weights stay as they are, and updates are trained (quantization/trained_part.py). They are
+            then not copied.
     """
 
     layers: Mapping[str, QuantizedLayer]
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         self.name = "weight-distance"
-        self._start = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        own = {name: layer.weight.detach() for name, layer in self.layers.items()}
+        self._start = own if self.frozen else {name: weight.clone() for name, weight in own.items()}
         self._mean = self._measured()
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
