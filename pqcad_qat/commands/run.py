@@ -43,6 +43,7 @@ from pqcad_qat.stages.time_estimate import estimated_seconds, measured_pace
 from pqcad_qat.stages.train import calibrate, distill, fixed_bit, progressive, teach
 from pqcad_qat.stages.trained_models import TrainedModels
 from pqcad_qat.training.metrics_log import log_texts
+from pqcad_qat.training.trackers import check_trackers
 from pqcad_qat.training.trainer import new_accelerator
 
 
@@ -68,6 +69,7 @@ def run(
     policy = with_own_model(policy, model)
     with located(policy), agreed():
         new_accelerator(policy.training.precision)
+        check_trackers(policy.training.trackers)
         with working(console, "checking the policy and its model"):
             prepared = prepare(policy, path.parent / SHARED, model)
             table = recipes(policy, prepared)

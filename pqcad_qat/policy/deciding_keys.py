@@ -12,7 +12,7 @@ from typing import Any
 from pqcad_qat.policy.sections import Section
 from pqcad_qat.policy.training_sections import PostTrainingPolicy, TrainingPolicy
 
-INDIFFERENT = ("samples_every",)
+INDIFFERENT = ("samples_every", "trackers")
 """Keys of `training` that do not affect the weights."""
 
 AFTER_DIVERGENCE = ("checkpoint_every", "keep_checkpoints", "on_divergence")

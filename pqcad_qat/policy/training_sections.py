@@ -11,7 +11,18 @@ from typing import Literal
 from pydantic import Field
 
 from pqcad_qat.policy.sections import Fault, Section
-from pqcad_qat.policy.value_types import AutoCount, AutoRate, Count, Ladder, Momentum, Precision, Seed, Share, Trainable
+from pqcad_qat.policy.value_types import (
+    AutoCount,
+    AutoRate,
+    Count,
+    Ladder,
+    Momentum,
+    Precision,
+    Seed,
+    Share,
+    Trackers,
+    Trainable,
+)
 from pqcad_qat.policy.variants import FIXED_BIT, PQ, PQ_DISTILLED, PQCAD
 
 AUTO_DEADLINE_STEPS = 200
@@ -140,6 +151,11 @@ class TrainingPolicy(Section):
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(
         2, description="number of newest checkpoints that are kept while a stage trains; when it is done, none are"
+    )
+    trackers: Trackers = Field(
+        ("tensorboard",),
+        description="where scalars and images go as they come: tensorboard, wandb, mlflow; the last two are installed "
+        "by their names",
     )
     samples_every: int = Field(50, ge=0, description="steps between sample grids in TensorBoard; 0 for none")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")

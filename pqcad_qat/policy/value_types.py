@@ -91,3 +91,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 Trainable = Literal["all", "low_rank", "scales"]
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+Trackers = Annotated[tuple[TrackerName, ...], Strict(False)]

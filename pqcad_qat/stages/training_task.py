@@ -288,4 +288,5 @@ def _stage_settings(policy: Policy, run: RunFolder, task: TrainingTask, *, rate:
         run.path / "logs",
         training.on_divergence,
         training.activation_checkpointing,
+        training.trackers,
     )

@@ -1,6 +1,6 @@
-"""The log of a training stage: TensorBoard, a file of numbers for the report, and a progress line.
+"""The log of a training stage: its trackers, a file of numbers for the report, and a progress line.
 
-Not here: what the numbers mean; callbacks supply them by name.
+Not here: what the numbers mean; callbacks supply them by name. Nor the trackers (trackers.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pqcad_qat.machine.files import write_file
 from pqcad_qat.machine.progress import progress_bar
+from pqcad_qat.policy.value_types import TrackerName
 from pqcad_qat.training.callback import Callback, StepReport, TrainState
+from pqcad_qat.training.trackers import Tracker, opened_trackers
 
 LAYER = "layer/"
-"""Prefix of scalars of single layers, which go to TensorBoard but not to the file that the report reads."""
+"""Prefix of scalars of single layers, which go to trackers but not to the file that the report reads."""
 
 FIRST = (
     "loss",
@@ -42,7 +44,7 @@ FIRST = (
 """Scalars that a person reads first."""
 
 MORE = "more/"
-"""Prefix of all other scalars in TensorBoard."""
+"""Prefix of all other scalars in trackers."""
 
 LINE_EVERY = 50
 """Training steps between two lines of a stage that has not decided yet when it ends."""
@@ -53,7 +55,7 @@ LINE_SECONDS = 30.0
 
 @dataclass
 class MetricsLog(Callback):
-    """Writes loss terms, scalars and images of a stage to TensorBoard, and the numbers also to `FOLDER/STAGE.jsonl`.
+    """Sends loss terms, scalars and images of a stage to its trackers, and the numbers also to `FOLDER/STAGE.jsonl`.
 
     In TensorBoard every stage is a run, `FOLDER/STAGE`, so that stages lie in one chart. Scalars and images come from
     the other callbacks. The log is a context manager around `fit`. When a run is resumed, the rows of later steps are
@@ -67,6 +69,7 @@ class MetricsLog(Callback):
         callbacks: callbacks whose scalars and images are logged after every step.
         enabled: whether anything is written; False on all processes but the first.
         automatic: whether the stage ends by itself.
+        trackers: where scalars and images go besides.
         loss: smoothed loss that the progress line shows.
     """
 
@@ -77,9 +80,10 @@ class MetricsLog(Callback):
     callbacks: Sequence[Callback] = ()
     enabled: bool = True
     automatic: bool = False
+    trackers: Sequence[TrackerName] = ("tensorboard",)
     loss: float = math.nan
     _held_out: float | None = field(default=None, init=False)
-    _writer: SummaryWriter | None = field(default=None, init=False)
+    _trackers: Sequence[Tracker] = field(default=(), init=False)
     _progress: Progress | None = field(default=None, init=False)
     _task: TaskID = field(default=TaskID(0), init=False)
     _began: float = field(default=0.0, init=False)
@@ -97,7 +101,7 @@ class MetricsLog(Callback):
     def __enter__(self) -> MetricsLog:
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._writer = SummaryWriter(str(self.folder / self.stage))
+            self._trackers = opened_trackers(self.trackers, self.stage, self.folder, self._warn)
             self._progress = progress_bar(self.console, lines=False)
             self._progress.start()
             self._task = self._progress.add_task(self.stage, total=self.steps, note="")
@@ -108,11 +112,12 @@ class MetricsLog(Callback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writer and self._progress:
+        if self._progress:
             self._progress.stop()
             # closing writes: on a full disk it would fail again, and hide the error that is under way
             with suppress(OSError) if error else nullcontext():
-                self._writer.close()
+                for tracker in self._trackers:
+                    tracker.close()
 
     def start_at(self, step: int) -> None:
         """Drop the rows of steps that will be made again."""
@@ -121,20 +126,24 @@ class MetricsLog(Callback):
             write_file(self.file, "".join(json.dumps(row) + "\n" for row in earlier))
 
     def after_step(self, state: TrainState, report: StepReport) -> None:
-        if not (self._writer and self._progress):
+        if not self._progress:
             return
         row: dict[str, float] = {"loss": report.loss, **{f"loss/{name}": value for name, value in report.terms.items()}}
         row |= {"gradient_norm": report.gradient_norm, "learning_rate": report.learning_rate}
         for callback in self.callbacks:
             row |= callback.scalars()
-            for name, pictures in callback.images().items():
-                self._writer.add_images(name, pictures, state.step)
-        for name, value in row.items():
-            self._writer.add_scalar(name if name in FIRST else MORE + name, value, state.step)
+            if pictures := callback.images():
+                for tracker in self._trackers:
+                    tracker.images(pictures, state.step)
+        for tracker in self._trackers:
+            tracker.scalars({name if name in FIRST else MORE + name: value for name, value in row.items()}, state.step)
         with self.file.open("a", encoding="utf-8") as file:
             stage_scalars = {name: value for name, value in row.items() if not name.startswith(LAYER)}
             file.write(json.dumps({"step": state.step, **stage_scalars}) + "\n")
         self._show(state, report, row)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {self.stage}: {text}", markup=False, soft_wrap=True)
 
     def _show(self, state: TrainState, report: StepReport, row: Mapping[str, float]) -> None:
         """Update the progress line; where there is no terminal, print a line from time to time.

@@ -21,7 +21,7 @@ from torch import nn
 from pqcad_qat.errors import DivergedError
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.models.denoiser import recomputed_activations
-from pqcad_qat.policy.value_types import Precision
+from pqcad_qat.policy.value_types import Precision, TrackerName
 from pqcad_qat.quantization.conversion import quantized_layers
 from pqcad_qat.training.callback import BatchSource, Callback, TrainState
 from pqcad_qat.training.checkpoint import CheckpointFolder, latest_checkpoint, load_checkpoint, step_of
@@ -53,6 +53,7 @@ class StageSettings:
             at most `TRIES` times. "stop" raises the error.
         activation_checkpointing: whether activations are computed again in the backward pass, for less memory and more
             time.
+        trackers: where scalars and images go as they come.
     """
 
     name: str
@@ -62,6 +63,7 @@ class StageSettings:
     logs: Path
     on_divergence: Literal["rollback", "lower_rate", "stop"] = "stop"
     activation_checkpointing: bool = False
+    trackers: Sequence[TrackerName] = ("tensorboard",)
 
 
 def _silent(_message: str) -> None: ...
@@ -127,6 +129,7 @@ def _train(
         callbacks,
         accelerator.is_main_process,
         automatic=settings.loop.shape == "open",
+        trackers=settings.trackers,
     )
     watch = TroubleWatch(settings.name, quantized_layers(state.model), warn)
     everything = [*callbacks, log, watch]
