@@ -55,6 +55,7 @@ ALL = {"calibration", FLOAT_STEPS, STEP_COSTS, "baselines", *ROUNDED, *IMAGES}
 
 AGAIN: dict[str, set[str]] = {  # an override -> the stages that it does again
     "training.samples_every=0": set(),
+    "training.trackers=[]": set(),
     "training.checkpoint_every=2": set(),
     "training.keep_checkpoints=5": set(),
     "training.on_divergence=stop": set(),
