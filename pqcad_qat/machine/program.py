@@ -25,8 +25,11 @@ from pqcad_qat.machine.cores import cores_of_share
 from pqcad_qat.machine.files import disk_refusal
 from pqcad_qat.machine.processes import check_launch, close_group, is_reporter, launched, wait_for_report
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 """Options of mallopt."""
+
+_RETURNED = 2**25
+"""Size in bytes from which freed blocks go back to the system; glibc takes no larger one."""
 
 ERRORS = Console(stderr=True)
 """Console on which errors are printed."""
@@ -79,13 +82,17 @@ def keep_freed_memory() -> None:
     """Make glibc keep the memory that training frees in each training step and needs again in the next.
 
     torch, if it is not imported yet, also uses huge pages. Without this, page faults took an eighth of a training step,
-    and the page tables another twentieth of one between two widths.
+    and the page tables another twentieth of one between two widths. Blocks of `_RETURNED` bytes and more go back to the
+    system all the same: only large models have them, and kept blocks of many sizes would leave gaps of gigabytes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # for the processes of a sweep
+    os.environ |= {
+        "MALLOC_MMAP_THRESHOLD_": str(_RETURNED),
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    }  # for the processes of a sweep
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
         pass  # another system's allocator has no mallopt

@@ -31,9 +31,12 @@ Properties = Mapping[str, object]
 XML_FILE = "openvino_model.xml"
 """Name of a saved graph's file."""
 
-NNCF_SETTINGS = ("defaults", "preset MIXED", "model_type TRANSFORMER")
-"""Settings of `nncf.quantize` that are tried: its defaults, zero points for inputs, and what it recommends for
-attention, SmoothQuant among it.
+HYBRID = "hybrid"
+"""The setting of optimum-intel for diffusion models: of linear layers the weights alone are quantized."""
+
+NNCF_SETTINGS = ("defaults", "preset MIXED", "model_type TRANSFORMER", HYBRID)
+"""Settings of NNCF that are tried: its defaults, zero points for inputs, what it recommends for attention, SmoothQuant
+among it, and optimum-intel's.
 """
 
 ERRORS_FILE = "errors.json"
@@ -126,15 +129,27 @@ def _quantize(float_xml: str, arrays: str, folder: str, how: dict[str, Any]) -> 
     sys.modules["torch"] = None  # type: ignore[assignment]
     import nncf  # importing takes time, and only this baseline needs it
 
+    no_smoothing = nncf.AdvancedQuantizationParameters(
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1)
+    )
     options: dict[str, dict[str, Any]] = {
         "preset MIXED": {"preset": nncf.QuantizationPreset.MIXED},
         "model_type TRANSFORMER": {"model_type": nncf.ModelType.TRANSFORMER},
+        HYBRID: {"model_type": nncf.ModelType.TRANSFORMER, "advanced_parameters": no_smoothing},
     }
     calibration_inputs, core = _read(Path(arrays) / INPUTS), ov.Core()
 
     def quantized(setting: str) -> ov.Model:
+        graph = core.read_model(float_xml)
+        if setting == HYBRID:
+            options[HYBRID]["ignored_scope"] = nncf.IgnoredScope(names=linear_layers(graph), validate=False)
+            graph = nncf.compress_weights(
+                graph,
+                mode=nncf.CompressWeightsMode.INT8_ASYM,
+                ignored_scope=nncf.IgnoredScope(types=["Convolution"], validate=False),
+            )
         return nncf.quantize(
-            core.read_model(float_xml),
+            graph,
             nncf.Dataset(calibration_inputs),
             subset_size=len(calibration_inputs),
             **options.get(setting, {}),
@@ -158,6 +173,23 @@ def _quantize(float_xml: str, arrays: str, folder: str, how: dict[str, Any]) -> 
     else:
         graph = quantized(NNCF_SETTINGS[0])
     _call(save_openvino(graph, Path(folder)), calibration_inputs[0], ways)
+
+
+def linear_layers(graph: ov.Model) -> list[str]:
+    """Names of the products of a graph whose second factor is a constant."""
+    return [
+        node.get_friendly_name()
+        for node in graph.get_ordered_ops()
+        if node.get_type_name() == "MatMul" and any(map(_is_constant, node.input_values()))
+    ]
+
+
+def _is_constant(value: ov.Output) -> bool:
+    """Whether a value is a constant, perhaps converted or reshaped."""
+    node = value.get_node()
+    if node.get_type_name() in ("Convert", "Reshape", "Transpose"):
+        return _is_constant(node.input_value(0))
+    return bool(node.get_type_name() == "Constant")
 
 
 def _outputs(graph: ov.Model, inputs: Sequence[Inputs], way: Properties) -> np.ndarray:

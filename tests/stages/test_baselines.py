@@ -17,6 +17,7 @@ import openvino as ov
 import pytest
 from rich.console import Console
 from tiny_runs import POLICIES, tiny_overrides, without_page, without_trials
+from torch import nn
 
 from pqcad_qat.commands.run import run
 from pqcad_qat.errors import DiedError
@@ -30,6 +31,7 @@ from pqcad_qat.stages import baselines
 from pqcad_qat.timing.baseline_trials import (
     NNCF_SETTINGS,
     XML_FILE,
+    linear_layers,
     nncf_baseline,
     nncf_errors,
     reasons,
@@ -59,7 +61,10 @@ def test_the_setting_of_nncf_is_the_nearest_one_on_other_states(tiny_model: Diff
     shape, way = tiny_model.sample_shape, latency_properties({})
     plain = convert_float(tiny_model.denoiser, shape, 2, tmp_path / "float", times=1000)
     inputs, others = ([example_inputs(shape, 2, seed) for seed in seeds] for seeds in (range(2), range(7, 9)))
-    xml = nncf_baseline(tmp_path / "float" / XML_FILE, inputs, tmp_path / "apart", [way], compared=others)
+    tried = NNCF_SETTINGS[1:]  # the defaults are what all other tests take
+    xml = nncf_baseline(
+        tmp_path / "float" / XML_FILE, inputs, tmp_path / "apart", [way], compared=others, settings=tried
+    )
     mixed = nncf.quantize(
         plain.clone(), nncf.Dataset(inputs), subset_size=len(inputs), preset=nncf.QuantizationPreset.MIXED
     )
@@ -67,9 +72,17 @@ def test_the_setting_of_nncf_is_the_nearest_one_on_other_states(tiny_model: Diff
     full, *ours = (np.stack([run(values)[0] for values in others]) for run in compiled)
     of_mixed, of_saved = (float(np.mean((outputs - full) ** 2)) for outputs in ours)
     errors = {name: error for name, error in nncf_errors(tmp_path / "apart").items() if error is not None}
-    assert tuple(errors) == NNCF_SETTINGS
+    assert tuple(errors) == tried
     assert errors["preset MIXED"] == pytest.approx(of_mixed, rel=1e-3)
     assert min(errors.values()) == pytest.approx(of_saved, rel=1e-3)
+
+
+def test_linear_layers_of_a_graph_are_those_of_the_model(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    """Neither the products of attention nor convolutions are among them. That of the first of all times is folded."""
+    graph = convert_float(tiny_model.denoiser, tiny_model.sample_shape, 1, tmp_path, times=1000)
+    linear = [module for module in tiny_model.denoiser.modules() if isinstance(module, nn.Linear)]
+    products = sum(node.get_type_name() == "MatMul" for node in graph.get_ops())
+    assert len(linear_layers(graph)) == len(linear) == products
 
 
 def test_a_graph_that_cannot_be_run_is_a_reason_and_nothing_is_left_of_it(tmp_path: Path) -> None:
