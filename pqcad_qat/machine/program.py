@@ -86,10 +86,8 @@ def keep_freed_memory() -> None:
     system all the same: only large models have them, and kept blocks of many sizes would leave gaps of gigabytes.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ |= {
-        "MALLOC_MMAP_THRESHOLD_": str(_RETURNED),
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    }  # for the processes of a sweep
+    # for the processes of a sweep
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(_RETURNED), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)

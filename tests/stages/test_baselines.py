@@ -62,9 +62,8 @@ def test_the_setting_of_nncf_is_the_nearest_one_on_other_states(tiny_model: Diff
     plain = convert_float(tiny_model.denoiser, shape, 2, tmp_path / "float", times=1000)
     inputs, others = ([example_inputs(shape, 2, seed) for seed in seeds] for seeds in (range(2), range(7, 9)))
     tried = NNCF_SETTINGS[1:]  # the defaults are what all other tests take
-    xml = nncf_baseline(
-        tmp_path / "float" / XML_FILE, inputs, tmp_path / "apart", [way], compared=others, settings=tried
-    )
+    given = tmp_path / "float" / XML_FILE
+    xml = nncf_baseline(given, inputs, tmp_path / "apart", [way], compared=others, settings=tried)
     mixed = nncf.quantize(
         plain.clone(), nncf.Dataset(inputs), subset_size=len(inputs), preset=nncf.QuantizationPreset.MIXED
     )
@@ -78,7 +77,7 @@ def test_the_setting_of_nncf_is_the_nearest_one_on_other_states(tiny_model: Diff
 
 
 def test_linear_layers_of_a_graph_are_those_of_the_model(tiny_model: DiffusionModel, tmp_path: Path) -> None:
-    """Neither the products of attention nor convolutions are among them. That of the first of all times is folded."""
+    """Neither the products of attention nor convolutions are among them."""
     graph = convert_float(tiny_model.denoiser, tiny_model.sample_shape, 1, tmp_path, times=1000)
     linear = [module for module in tiny_model.denoiser.modules() if isinstance(module, nn.Linear)]
     products = sum(node.get_type_name() == "MatMul" for node in graph.get_ops())
