@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -11,8 +13,10 @@ import generated_pages
 import pytest
 import yaml
 
-from pqcad_qat.cli import main
+from pqcad_qat.arguments import fire_arguments
+from pqcad_qat.cli import COMMANDS, main
 from pqcad_qat.policy.loading import load_policy
+from pqcad_qat.policy.shipped import policy_file
 from pqcad_qat.policy.study_cells import load_study
 from pqcad_qat.policy.variants import VariantName
 
@@ -94,3 +98,27 @@ def leads_somewhere(page: Path, file: str, anchor: str) -> bool:
 def test_ci_finds_the_test_command() -> None:
     command = README.split("<!-- tests -->")[1].split("```")[1]
     assert "tox" in command
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words behind every `python -m pqcad_qat` of a page, in its code blocks and in its text."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [
+        shlex.split(found.split(" && ")[0], comments=True)
+        for found in re.findall(r"python -m pqcad_qat +([^`\n]+)", text)
+        if not found.startswith("...")
+    ]
+
+
+def test_every_command_that_a_page_shows_is_one_with_these_flags_and_keys() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("policies/**/*.md"), *ROOT.glob("pqcad_qat/**/*.md")]
+    tried = 0
+    for page in pages:
+        for words in commands_of(page):
+            fire_arguments(COMMANDS, words)
+            name, overrides = words[0], [after for word, after in pairwise(words) if word == "--set"]
+            if name in ("run", "plan", "rehearse", "profile") and words[1].lower() == words[1]:
+                file = policy_file(words[1])
+                load_policy(file if file.is_absolute() else ROOT / file, overrides)
+                tried += 1
+    assert tried > 15

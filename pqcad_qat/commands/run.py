@@ -108,6 +108,7 @@ def preview(
     policy = with_own_model(policy, model)
     with located(policy):
         new_accelerator(policy.training.precision)
+        check_trackers(policy.training.trackers)
         prepared = prepare(policy, own=model)
         table = recipes(policy, prepared)
     folder = RunFolder(path, table)

@@ -119,6 +119,10 @@ def _loaded(source: str, config: str | None) -> Any:
         ModelError: as for `assemble`.
     """
     path = local(source)
+    if path is None and source.endswith(SAFETENSORS):
+        raise ModelError(
+            f"{source}: got no such file; allowed a checkpoint, a folder in diffusers' layout, or a hub id"
+        )
     if path is None or path.is_dir():
         if config is not None:
             raise ModelError(f"--config: got {shown(config)} for {source}; allowed for a single file alone")
@@ -136,7 +140,11 @@ def _loaded(source: str, config: str | None) -> Any:
             "id of the same architecture, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     beside = local(config)
-    folder = downloaded(config, ARCHITECTURE) if beside is None else beside
+    try:
+        folder = downloaded(config, ARCHITECTURE) if beside is None else beside
+    except ModelError as error:
+        reason = str(error).partition(": ")[2] or str(error)
+        raise ModelError(f"--config: {reason}") from error
     kind = _pipeline_class(folder, config)
     # a safety checker judges pictures, and gives the denoiser nothing
     unread = {"safety_checker": None} if "safety_checker" in read_index(folder) else {}

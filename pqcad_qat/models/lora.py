@@ -69,10 +69,8 @@ def add_lora(pipeline: Any, lora: Lora) -> int:
     factors = _factors(lora.file)
     strangers = [name for name, pair in named.items() if pair.keys() != {A, B} or not _fits(pipeline, name, pair)]
     if strangers or not named:
-        raise ModelError(
-            f"{lora.file}: got {shown(strangers[:3]) if named else 'no layer'}; allowed a LoRA, no other adapter, of "
-            f"layers of this {kind.__name__}"
-        )
+        got = "; ".join(_described(pipeline, name, named[name]) for name in strangers[:3]) if named else "no layer"
+        raise ModelError(f"{lora.file}: got {got}; allowed a LoRA, no other adapter, of layers of this {kind.__name__}")
     for name, pair in named.items():
         weight, rank = _weight(pipeline, name), len(pair[A])
         added = pair[B].double().flatten(1) @ pair[A].double().flatten(1)
@@ -136,6 +134,17 @@ def _fits(pipeline: Any, name: str, pair: Mapping[str, Tensor]) -> bool:
         return False
     a, b = pair[A].flatten(1), pair[B].flatten(1)
     return b.shape[1] == len(a) and (len(b), a.shape[1]) == (len(weight), weight[0].numel())
+
+
+def _described(pipeline: Any, name: str, pair: Mapping[str, Tensor]) -> str:
+    """What is wrong with a layer's tensors, in a few words."""
+    try:
+        weight = tuple(_weight(pipeline, name).shape)
+    except AttributeError:
+        return f"{shown(name)}, which is no layer"
+    if pair.keys() != {A, B}:
+        return f"{shown(name)} with {', '.join(sorted(pair)) or 'neither of its two matrices'}"
+    return f"{shown(name)} with A {tuple(pair[A].shape)} and B {tuple(pair[B].shape)} for a weight {weight}"
 
 
 def _factors(file: Path) -> Any:

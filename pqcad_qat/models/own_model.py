@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import nn
 
 from pqcad_qat.errors import ModelError, PqcadError, UsageError, shortened
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.module_preparation import one_line, plain_module
+from pqcad_qat.policy.sections import known_keys
 from pqcad_qat.sampling.schedulers import DDIM_SCHEDULER, defaults_taken
 
 OWN = "module:"
@@ -64,6 +67,7 @@ def built(own: OwnModel) -> nn.Module:
         ModelError: building fails, the result is not a module, or the declared shapes are invalid.
     """
     _check_shapes(own)
+    _check_schedule(own)
     try:
         module = own.build()
     except PqcadError:
@@ -115,13 +119,18 @@ def own_model_of(text: str, flag: str = "--module") -> OwnModel:
     sys.modules[spec.name] = file  # dataclasses and pickle look modules up here
     try:
         spec.loader.exec_module(file)
-        own = getattr(file, function)()
+        maker = getattr(file, function, None)
+        own = maker() if callable(maker) and not isinstance(maker, nn.Module) else maker
     except PqcadError:
         raise
     except Exception as error:  # the user's code may raise anything
         raise UsageError(f"{flag}: got {one_line(error)} from {shortened(text)}; allowed an OwnModel") from error
+    if maker is None:
+        raise UsageError(f"{flag}: got {shortened(function)!r}, which {path.name} does not define; allowed a function")
     if not isinstance(own, OwnModel):
-        raise UsageError(f"{flag}: got {type(own).__name__} from {shortened(text)}; allowed an OwnModel")
+        raise UsageError(
+            f"{flag}: got {type(own).__name__} from {shortened(text)}; allowed a function that returns an OwnModel"
+        )
     return own
 
 
@@ -136,6 +145,18 @@ def _check_shapes(own: OwnModel) -> None:
             raise ModelError(
                 f"{own.source}: conditions: {wanted.name}: got shape {wanted.shape}; allowed whole numbers above 0, or "
                 "None"
+            )
+
+
+def _check_schedule(own: OwnModel) -> None:
+    """Refuse a key that diffusers' scheduler would ignore, such as a misspelt one."""
+    name = str(own.scheduler["_class_name"])
+    known = inspect.signature(getattr(diffusers, name, diffusers.DDIMScheduler).__init__).parameters
+    for key in own.scheduler_config:
+        if key not in known and not key.startswith("_"):
+            allowed = known_keys([key for key in known if key != "self"], key)
+            raise ModelError(
+                f"{own.source}: scheduler_config: got {shortened(key)!r}; allowed keys of {name}: {allowed}"
             )
 
 

@@ -138,7 +138,7 @@ class TrainingPolicy(Section):
         description="low_rank: an update of low rank for the weights of each quantized layer, in place of the weights "
         "themselves, merged when the stage is over: far less memory; scales: learned ranges alone",
     )
-    rank: Count = Field(16, description="rank of the updates of low_rank")
+    rank: Count = Field(16, description="rank of the updates of low_rank, at most a layer's own size")
     gradient_accumulation: Count = Field(1, description="batches that each process adds to a training step")
     activation_checkpointing: bool = Field(
         False,

@@ -107,11 +107,11 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
     Raises:
         PolicyError: a tracker's package is not installed, or nobody is logged in.
     """
-    for name in names:
-        if find_spec(name) is None:
-            raise PolicyError(
-                f"training.trackers: got {name}, which is not installed; allowed after: pip install {name}"
-            )
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise PolicyError(
+            f"training.trackers: got {', '.join(missing)}, not installed here; allowed after: pip install "
+            f"{' '.join(missing)}"
+        )
     if "wandb" in names and os.environ.get("WANDB_MODE") not in WITHOUT_LOGIN and not _logged_in():
         raise PolicyError(
             "training.trackers: got wandb, and nobody is logged in; allowed after `wandb login`, or with "

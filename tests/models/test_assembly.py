@@ -171,6 +171,8 @@ def test_what_cannot_be_used_is_one_error_and_leaves_nothing(folder: Path, lora:
     (tmp_path / "old.ckpt").write_bytes(b"pickle")
     (tmp_path / "half.safetensors").write_bytes(lora.read_bytes()[:100])
     save_file({"unet.down_blocks.9.to_q.lora_A.weight": torch.ones(2, 3)}, tmp_path / "other.safetensors")
+    wide = {f"unet.{QUERY}.lora_A.weight": torch.ones(2, 99), f"unet.{QUERY}.lora_B.weight": torch.ones(8, 2)}
+    save_file(wide, tmp_path / "large.safetensors")
     save_file({"emb_params": torch.ones(WIDTH + 1)}, tmp_path / "wide.safetensors")
     save_file({"clip_l": torch.ones(WIDTH), "clip_g": torch.ones(WIDTH)}, tmp_path / "xl.safetensors")
     out = tmp_path / "out"
@@ -181,7 +183,14 @@ def test_what_cannot_be_used_is_one_error_and_leaves_nothing(folder: Path, lora:
         ("--config: got", folder, {"config": str(folder)}),
         ("none.safetensors: got no such file", folder, {"loras": [Lora(tmp_path / "none.safetensors")]}),
         ("half.safetensors: got a file that cannot be read", folder, {"loras": [Lora(tmp_path / "half.safetensors")]}),
-        ("other.safetensors: got", folder, {"loras": [Lora(tmp_path / "other.safetensors")]}),
+        ("other.safetensors: got .*, which is no layer", folder, {"loras": [Lora(tmp_path / "other.safetensors")]}),
+        (
+            "large.safetensors: got .* with A .* and B .* for a weight",
+            folder,
+            {"loras": [Lora(tmp_path / "large.safetensors")]},
+        ),
+        ("none.safetensors: got no such file", "none.safetensors", {}),
+        ("^--config: got", lora, {"config": "no/such/model"}),
         ("wide.safetensors: got", folder, {"words": [tmp_path / "wide.safetensors"]}),
         ("xl.safetensors: got .* allowed a textual inversion", folder, {"words": [tmp_path / "xl.safetensors"]}),
         ("_class_name: got .*; allowed .*FluxPipeline", folder / "unet", {"loras": [Lora(lora)]}),

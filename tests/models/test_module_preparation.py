@@ -30,7 +30,7 @@ from pqcad_qat.models.denoiser import predict
 from pqcad_qat.models.families.family import ConditionInput
 from pqcad_qat.models.model_loading import load_model
 from pqcad_qat.models.module_preparation import hold_statistics, plain_module
-from pqcad_qat.models.own_model import OwnModel, own_model_of, schedule_notes
+from pqcad_qat.models.own_model import OwnModel, built, own_model_of, schedule_notes
 from pqcad_qat.policy.layer_rules import numbered
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
@@ -274,14 +274,22 @@ def test_what_a_schedule_leaves_to_defaults_is_told(file: Path, capsys: pytest.C
     assert [list(schedule_notes("module:mine", config)) for config in (curve, listed, flowing)] == [[], [], []]
 
 
+def test_a_misspelt_key_of_a_schedule_is_refused() -> None:
+    schedule = {"num_train_timesteps": 9, "beta_schedul": "linear"}
+    with pytest.raises(
+        ModelError, match=r"scheduler_config: got 'beta_schedul'; allowed keys of DDIMScheduler: .*beta_schedule"
+    ):
+        built(OwnModel("mine", lambda: nn.Conv2d(1, 1, 1), (1, 8, 8), schedule))
+
+
 @pytest.mark.parametrize(
     ("named", "said"),
     [
         ("nets.py", r"^--module: got 'nets\.py'; allowed FILE\.py:FUNCTION$"),
         ("nets:mine", r"^--module: got 'nets:mine'; allowed FILE\.py:FUNCTION$"),
         ("none.py:mine", r"^--module: got 'none\.py', where no file is; allowed a Python file$"),
-        ("nets.py:other", r"^--module: got AttributeError: .* from nets\.py:other; allowed an OwnModel$"),
-        ("nets.py:number", r"^--module: got int from nets\.py:number; allowed an OwnModel$"),
+        ("nets.py:other", r"^--module: got 'other', which nets\.py does not define; allowed a function$"),
+        ("nets.py:number", r"^--module: got int from nets\.py:number; allowed a function that returns an OwnModel$"),
         (
             "nets.py:failing",
             r"^--module: got OSError: weights\.pt: .* \(nets\.py:\d+\) from nets\.py:failing; allowed an OwnModel$",

@@ -69,7 +69,7 @@ def test_a_tracker_that_works_is_finished() -> None:
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "mlflow" else name)
     check_trackers(["tensorboard"])
-    with pytest.raises(PolicyError, match=r"trackers: got mlflow, which is not installed; allowed after: pip"):
+    with pytest.raises(PolicyError, match=r"got mlflow, not installed here; allowed after: pip install mlflow"):
         check_trackers(["tensorboard", "mlflow"])
 
 
