@@ -26,6 +26,7 @@ from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, 
 from pqcad_qat.quantization.layer_state import set_weight_bits
 from pqcad_qat.quantization.plan import LayerPlan
 from pqcad_qat.quantization.trained_part import TrainedPart
+from pqcad_qat.report.tables import PROFILED
 from pqcad_qat.stages.prepared import prepare, prepare_untrained, with_own_model
 from pqcad_qat.stages.train import bit_schedule
 from pqcad_qat.training.bit_schedule import MomentumBitSchedule
@@ -53,6 +54,8 @@ def profile(
     Raises:
         PqcadError: as for `stages.prepared.prepare`, or the machine does not support the precision.
     """
+    if not (chosen := fnmatch.filter(PROFILED, only)):
+        raise UsageError(f"--only: got {only!r}, which matches no candidate; allowed a glob on {', '.join(PROFILED)}")
     device = new_accelerator(policy.training.precision).device
     policy = with_own_model(policy, own)
     prepared = (None if own else prepare_untrained(policy)) or prepare(policy, own=own)
@@ -81,8 +84,6 @@ def profile(
         return model, [schedule, FullPrecisionMatching(), WeightDistance(schedule.layers, part.freezes_weights)]
 
     made = {"float": in_float, FIXED_BIT: settled, PQ: moving}
-    if not (chosen := fnmatch.filter(made, only)):
-        raise UsageError(f"--only: got {only!r}, which matches no candidate; allowed a glob on {', '.join(made)}")
     candidates = {name: made[name]() for name in chosen}
     batches = calibration_batches(data, training.batch_size, training.seed)
     with progress_bar(console) as bar, ExitStack() as stack:

@@ -69,7 +69,7 @@ def nncf_baseline(
 
     With inputs that are ``compared``, every one of the ``settings`` is tried, and the graph is saved whose output is
     nearest to full precision's on them, executed in the first way; ``errors.json`` beside it has the mean squared
-    errors. Without them NNCF has its defaults.
+    errors. Without them NNCF has the first one.
 
     Raises:
         ModelError: there are no calibration inputs.
@@ -140,9 +140,10 @@ def _quantize(float_xml: str, arrays: str, folder: str, how: dict[str, Any]) -> 
     calibration_inputs, core = _read(Path(arrays) / INPUTS), ov.Core()
 
     def quantized(setting: str) -> ov.Model:
-        graph = core.read_model(float_xml)
+        graph, chosen_options = core.read_model(float_xml), options.get(setting, {})
         if setting == HYBRID:
-            options[HYBRID]["ignored_scope"] = nncf.IgnoredScope(names=linear_layers(graph), validate=False)
+            linear = nncf.IgnoredScope(names=linear_layers(graph), validate=False)
+            chosen_options = {**chosen_options, "ignored_scope": linear}
             graph = nncf.compress_weights(
                 graph,
                 mode=nncf.CompressWeightsMode.INT8_ASYM,
@@ -152,7 +153,7 @@ def _quantize(float_xml: str, arrays: str, folder: str, how: dict[str, Any]) -> 
             graph,
             nncf.Dataset(calibration_inputs),
             subset_size=len(calibration_inputs),
-            **options.get(setting, {}),
+            **chosen_options,
         )
 
     if (Path(arrays) / COMPARED).exists():
@@ -169,9 +170,9 @@ def _quantize(float_xml: str, arrays: str, folder: str, how: dict[str, Any]) -> 
         told = {setting: error if math.isfinite(error) else None for setting, error in errors.items()}
         (Path(folder) / ERRORS_FILE).write_text(json.dumps(told), encoding="utf-8")
         chosen = min(settings, key=errors.__getitem__)
-        graph = graphs[chosen] if math.isfinite(errors[chosen]) else quantized(NNCF_SETTINGS[0])  # for its error
+        graph = graphs[chosen] if math.isfinite(errors[chosen]) else quantized(settings[0])  # for its error
     else:
-        graph = quantized(NNCF_SETTINGS[0])
+        graph = quantized(settings[0])
     _call(save_openvino(graph, Path(folder)), calibration_inputs[0], ways)
 
 

@@ -135,8 +135,9 @@ class MetricsLog(Callback):
             if pictures := callback.images():
                 for tracker in self._trackers:
                     tracker.images(pictures, state.step)
+        shown = {name if name in FIRST else MORE + name: value for name, value in row.items()}
         for tracker in self._trackers:
-            tracker.scalars({name if name in FIRST else MORE + name: value for name, value in row.items()}, state.step)
+            tracker.scalars(shown, state.step)
         with self.file.open("a", encoding="utf-8") as file:
             stage_scalars = {name: value for name, value in row.items() if not name.startswith(LAYER)}
             file.write(json.dumps({"step": state.step, **stage_scalars}) + "\n")

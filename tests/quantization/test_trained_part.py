@@ -145,14 +145,13 @@ def test_a_parameter_that_was_frozen_before_stays_so() -> None:
 
 def test_a_training_of_low_rank_that_was_cut_off_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole = trained(network())
-    half = LoopSettings(steps=12, learning_rate=0.01, ema=0.9, part=LOW_RANK)
     folder = CheckpointFolder(tmp_path, every=5)
-    trained(network(), half, folder)
+    trained(network(), SETTINGS, folder)
     accelerator = Accelerator(cpu=True)
-    resumed = new_state(network(), half, accelerator)
+    resumed = new_state(network(), SETTINGS, accelerator)
     load_checkpoint(checkpoints(tmp_path)[0], resumed, [Regression()])
     assert resumed.step == 5
-    fit(resumed, [Regression()], batches, half, accelerator=accelerator)
+    fit(resumed, [Regression()], batches, SETTINGS, accelerator=accelerator)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 

@@ -161,7 +161,7 @@ def endings(model: Path, root: Path, kinds: str, seed: int) -> Iterator[Ending]:
 
 
 def network() -> UNet2DModel:
-    """One level: the fewest layers that have attention, a shortcut and two depths of Python calls."""
+    """One level with attention and shortcuts, in as few layers as these take."""
     blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
     sizes = {
         "sample_size": 8,
