@@ -149,12 +149,16 @@ def _check_shapes(own: OwnModel) -> None:
 
 
 def _check_schedule(own: OwnModel) -> None:
-    """Refuse a key that diffusers' scheduler would ignore, such as a misspelt one."""
+    """Refuse a key that diffusers' scheduler would ignore, such as a misspelt one. A class that is no scheduler of
+    diffusers' is refused elsewhere.
+    """
     name = str(own.scheduler["_class_name"])
-    known = inspect.signature(getattr(diffusers, name, diffusers.DDIMScheduler).__init__).parameters
+    if (scheduler := getattr(diffusers, name, None)) is None:
+        return
+    known = inspect.signature(scheduler).parameters
     for key in own.scheduler_config:
         if key not in known and not key.startswith("_"):
-            allowed = known_keys([key for key in known if key != "self"], key)
+            allowed = known_keys(list(known), key)
             raise ModelError(
                 f"{own.source}: scheduler_config: got {shortened(key)!r}; allowed keys of {name}: {allowed}"
             )
