@@ -30,8 +30,12 @@ SPARING = ("activation_checkpointing",)
 OF_PART: Mapping[str, tuple[str, ...]] = {"all": (), "scales": ("trainable",), "low_rank": ("trainable", "rank")}
 """`trainable` -> keys of `training` that say what is trained, where that is not all of the model."""
 
-OF_GPTQ = ("states", "passes")
-"""Keys of `post_training` that matter only for GPTQ."""
+OF_ROUNDING: Mapping[str, tuple[str, ...]] = {
+    "nearest": (),
+    "gptq": ("states", "passes"),
+    "learned": ("states", "steps"),
+}
+"""`rounding` -> keys of `post_training` that say how."""
 
 
 def of_training(training: TrainingPolicy, automatic: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -54,8 +58,7 @@ def of_short_training(training: TrainingPolicy) -> dict[str, Any]:
 
 def of_post_training(section: PostTrainingPolicy) -> dict[str, Any]:
     """The values that decide how weights are rounded, by dotted key."""
-    without = OF_GPTQ if section.rounding == "nearest" else ()
-    return _of("post_training", section, [key for key in type(section).model_fields if key not in without])
+    return _of("post_training", section, ("rounding", *OF_ROUNDING[section.rounding]))
 
 
 def _of(name: str, section: Section, keys: Sequence[str]) -> dict[str, Any]:

@@ -32,17 +32,20 @@ AUTO_DEADLINE_STEPS = 200
 class PostTrainingPolicy(Section):
     """Post-training quantization: how weights are rounded to their target widths, before anything is trained."""
 
-    rounding: Literal["gptq", "nearest"] = Field(
+    rounding: Literal["gptq", "learned", "nearest"] = Field(
         "gptq",
         description="gptq: the weights of an output make up for each other's rounding, by what their layer reads "
-        "(GPTQ), but for layers of 2 bits or without a learned weight scale; nearest: each weight by itself",
+        "(GPTQ); learned: block by block, up or down is learned for all weights, by what the block returns (SignRound "
+        "on blocks), which pays under 8-bit inputs and 4-bit weights; nearest: each weight by itself, as always in "
+        "layers of 2 bits or without a learned weight scale",
     )
-    states: Count = Field(256, description="states of the calibration set that show what layers read")
+    states: Count = Field(256, description="states of the calibration set that show what layers read and return")
     passes: Count = Field(
         8,
-        description="calls of the model on these states; each rounds the next layers by what the rounded ones before "
-        "them give",
+        description="gptq: calls of the model on these states; each rounds the next layers by what the rounded ones "
+        "before them give",
     )
+    steps: Count = Field(100, description="learned: steps of 8 states for each block")
 
 
 class ProgressivePolicy(Section):

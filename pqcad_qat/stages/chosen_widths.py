@@ -126,7 +126,7 @@ class Trials:
         psnr = known.get(key)
         if psnr is None:
             model = self.models.of(plan).at_targets()
-            round_as_asked(self.policy, model, self.calibration)
+            round_as_asked(self.policy, model, self.calibration, full=self.prepared.split)
             psnrs = [self.figures(model).psnr, *([self.figures(self.trained(model)).psnr] if self.steps else [])]
             psnr = max((psnr for psnr in psnrs if math.isfinite(psnr)), default=0.0)
         psnr = exchanged(psnr)[0][0]  # all processes go on with the first one's measurement

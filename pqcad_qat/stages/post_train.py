@@ -18,6 +18,7 @@ from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PTQ
+from pqcad_qat.quantization.learned_rounding import learn_rounding
 from pqcad_qat.quantization.post_training import round_weights, rounded_layers
 from pqcad_qat.quantization.trained_part import changing_state
 from pqcad_qat.stages.run_folder import RunFolder
@@ -43,11 +44,14 @@ def post_train(
             return
 
         rounded: list[nn.Module] = []
+        parts = run.unfinished(PTQ)
 
         def make(folder: Path) -> None:
             model = models.untrained.at_targets()
             with counting(console, "ptq: layers", len(rounded_layers(model))) as advance:
-                round_as_asked(policy, model, calibration, advance)
+                round_as_asked(
+                    policy, model, calibration, full=models.untrained.prepared.split, kept=parts, advance=advance
+                )
             with agreed() as first:
                 if first:
                     save_tensors(changing_state(model, ()), folder / WEIGHTS.format(PTQ))
@@ -60,11 +64,30 @@ def post_train(
 
 
 def round_as_asked(
-    policy: Policy, model: nn.Module, calibration: CalibrationSet, advance: Callable[[int], None] = lambda _: None
+    policy: Policy,
+    model: nn.Module,
+    calibration: CalibrationSet,
+    *,
+    full: nn.Module,
+    kept: Path | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Round the weights of a calibrated model, on the CPU, as the policy says; `advance` is called after each layer."""
-    section = policy.post_training
-    if section.rounding == "gptq":
-        states = list(calibration.inputs(section.states, policy.calibration.batch_size))
-        with on_accelerator(model):
+    """Round the weights of a calibrated model, on the CPU, as the policy says.
+
+    Args:
+        policy: the policy.
+        model: the quantized model.
+        calibration: calibration set that shows what its layers read.
+        full: the model before it was quantized.
+        kept: folder in which long work is kept, for a process that goes on with it.
+        advance: called with 1 after each layer.
+    """
+    section, layers = policy.post_training, rounded_layers(model)
+    if section.rounding == "nearest" or not layers:
+        return
+    states = list(calibration.inputs(section.states, policy.calibration.batch_size))
+    with on_accelerator(model, full):
+        if section.rounding == "gptq":
             round_weights(model, states, section.passes, advance)
+        else:
+            learn_rounding(model, full, layers, states, steps=section.steps, kept=kept, advance=advance)

@@ -33,6 +33,7 @@ from pqcad_qat.policy.variants import (
 )
 from pqcad_qat.quantization.conversion import frozen_weights, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import set_input_range
+from pqcad_qat.quantization.learned_rounding import BATCH
 from pqcad_qat.stages import held_out_images
 from pqcad_qat.stages.float_steps import measured, students_sampled
 from pqcad_qat.stages.fresh_images import IMAGES
@@ -54,6 +55,9 @@ TRIALS = 4
 
 CANDIDATES = 4
 """Number of sets of weights of which a training stage samples images at its end."""
+
+LAYERS_OF_BLOCK, LEARNING = 6, 4
+"""Layers of a block whose rounding is learned, and calls that a step of one state takes as long as."""
 
 COLUMN, COLUMN_OF_OUTPUT = 5e-4, 2e-6
 """Seconds for which GPTQ works on one column of a weight: in any case, and for each output."""
@@ -156,6 +160,10 @@ class _Estimate:
         section = self.policy.post_training
         if section.rounding == "nearest":
             return 0.0
+        if section.rounding == "learned":
+            # a block is called on average after half of the model, whose call is cut short there
+            watched = len(self.prepared.plan) / LAYERS_OF_BLOCK * section.states / 2
+            return (section.steps * BATCH * LEARNING + watched) * self.pace.quantized + section.states * self.pace.full
         shapes = [self.prepared.split.get_parameter(f"{layer.name}.weight").shape for layer in self.prepared.plan]
         columns = sum(shape[1:].numel() * (COLUMN + COLUMN_OF_OUTPUT * shape[0]) for shape in shapes)
         # a pass ends at its last layer, so on average it is half a call

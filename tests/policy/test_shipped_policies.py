@@ -72,7 +72,7 @@ STUDIES = {
     "scales-digits": (9, 3),
     "extremes": (6, 3),
     "extremes-digits": (6, 3),
-    "post-training": (24, 1),
+    "post-training": (36, 1),
     "low-rank": (6, 3),
     "smoke": (2, 1),
     "paper": (4, 1),

@@ -11,19 +11,19 @@ from brevitas.graph.gptq import gptq_mode
 from small_networks import (
     EVERYTHING,
     Timeless,
+    calibrated_network,
+    error_of,
     example,
     quantized,
     rule,
-    skip_network,
+    several_batches,
 )
 from torch import Tensor, nn
 
-from pqcad_qat.models.denoiser import predict
 from pqcad_qat.policy.layer_rules import LayerRule
 from pqcad_qat.quantization import post_training
 from pqcad_qat.quantization.brevitas_gptq import LayerRounding, convolved_columns
-from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers, unquantized
-from pqcad_qat.quantization.layer_sensitivity import relative_error
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import plan_layers
 from pqcad_qat.quantization.post_training import round_weights, rounded_layers
@@ -126,41 +126,18 @@ def test_a_vector_that_belongs_to_no_state_is_one_column() -> None:
     torch.testing.assert_close(rounding.H[0], 2 * torch.outer(read, read))
 
 
-def quantized_network(seed: int = 0) -> nn.Module:
-    model = skip_network(seed)
-    quantize_model(model, plan_layers(model, {"all": EVERYTHING}, (), example()))
-    calibrate_ranges(model, batches())
-    return model
-
-
-def batches() -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    return [(*example(8, seed), {}) for seed in range(1, 5)]
-
-
-def error_of(model: nn.Module) -> float:
-    fresh = [(*example(8, seed), {}) for seed in range(11, 13)]
-    with torch.no_grad():
-        with unquantized(model):
-            reference = [predict(original(), *batch) for batch in fresh]
-        return relative_error(model, reference, fresh)
-
-
-def original() -> nn.Module:
-    return skip_network()
-
-
 def test_a_model_predicts_better_of_states_that_it_has_not_seen() -> None:
-    model = quantized_network()
+    model = calibrated_network()
     before = error_of(model)
-    round_weights(model, batches(), passes=3)
+    round_weights(model, several_batches(), passes=3)
     assert error_of(model) < 0.7 * before
 
 
 def test_every_layer_is_rounded_once_and_for_what_rounded_layers_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of one layer, also where the memory of their moments alone asks for them, give the same model."""
     calls: list[str] = []
-    one_by_one, few, done = quantized_network(), quantized_network(), []
-    round_weights(one_by_one, batches(), passes=100, advance=done.append)
+    one_by_one, few, done = calibrated_network(), calibrated_network(), []
+    round_weights(one_by_one, several_batches(), passes=100, advance=done.append)
     assert done == [1] * len(quantized_layers(one_by_one))
     monkeypatch.setattr(post_training, "LARGEST", 1)
     watch = LayerRounding.watch
@@ -170,8 +147,10 @@ def test_every_layer_is_rounded_once_and_for_what_rounded_layers_give(monkeypatc
         watch(rounding, x)
 
     monkeypatch.setattr(LayerRounding, "watch", noted)
-    round_weights(few, batches(), passes=1)
-    assert calls == [name for name in dict.fromkeys(calls) for _ in batches()], "a pass watches other layers too"
+    round_weights(few, several_batches(), passes=1)
+    assert calls == [name for name in dict.fromkeys(calls) for _ in several_batches()], (
+        "a pass watches other layers too"
+    )
     assert calls[0] == "conv_in"
     assert calls[-1] == "conv_out"
     for name, value in one_by_one.state_dict().items():
@@ -183,9 +162,9 @@ def test_ranges_stay_and_layers_of_computed_ranges_or_of_2_bits_stay_as_they_are
     model = Timeless(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)).eval()
     rules = {"other": other, "rest": EVERYTHING}
     quantize_model(model, plan_layers(model, rules, (), example()))
-    calibrate_ranges(model, batches())
+    calibrate_ranges(model, several_batches())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    round_weights(model, batches(), passes=2)
+    round_weights(model, several_batches(), passes=2)
     assert list(rounded_layers(model)) == ["1"]
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["1.weight"]

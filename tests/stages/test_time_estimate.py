@@ -10,10 +10,11 @@ from tiny_runs import POLICIES, FinishedRun, tiny_overrides
 from pqcad_qat.policy.loading import load_policy
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import FIXED_BIT, FP32, FP32_HALF, PQ, PQCAD, PTQ, STEP_COSTS, TRAINED
+from pqcad_qat.quantization.learned_rounding import BATCH
 from pqcad_qat.report.run_preview import about, time_ahead
 from pqcad_qat.stages.prepared import RANGE_INPUTS, Prepared, prepare
 from pqcad_qat.stages.stage_dependencies import recipes, sampling
-from pqcad_qat.stages.time_estimate import Pace, estimated_seconds, measured_pace
+from pqcad_qat.stages.time_estimate import LAYERS_OF_BLOCK, LEARNING, Pace, estimated_seconds, measured_pace
 
 PACE = Pace(full=1.0, quantized=10.0, step=100.0)
 
@@ -65,6 +66,17 @@ def test_gptq_takes_half_a_call_for_each_pass(tiny_folder: Path, prepared: Prepa
     )
     # in place of smoke's 2 passes
     assert many - few == pytest.approx(10 / 2 * 10 * PACE.quantized)
+
+
+def test_learned_rounding_takes_its_steps_and_watches_each_block(tiny_folder: Path, prepared: Prepared) -> None:
+    few, many, of_more_states = (
+        estimate(tiny_folder, prepared, "post_training.rounding=learned", *more, of=PTQ)
+        for more in (("post_training.steps=10",), ("post_training.steps=12",), ("post_training.states=34",))
+    )
+    assert many - few == pytest.approx(2 * BATCH * LEARNING * PACE.quantized)
+    # in place of smoke's 32 states; half a call of the quantized model for each block, and one of full precision
+    watched = 2 * (len(prepared.plan) / LAYERS_OF_BLOCK / 2 * PACE.quantized + PACE.full)
+    assert of_more_states - few == pytest.approx(90 * BATCH * LEARNING * PACE.quantized + watched)
 
 
 def test_a_training_step_is_timed_only_where_something_trains(tiny_policy: Policy, prepared: Prepared) -> None:

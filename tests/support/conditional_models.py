@@ -29,7 +29,7 @@ TOKENS = 5
 BLOCK = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
 CROSS = {
     "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "cross_attention_dim": 24,
     **BLOCK,
 }
@@ -37,7 +37,7 @@ CROSS = {
 
 def class_unet(**more: Any) -> nn.Module:
     """A UNet2DModel of 16x16 images with four classes, and a fifth embedding row for the unconditional pass."""
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",), **BLOCK}
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), **BLOCK}
     return UNet2DModel(in_channels=1, out_channels=1, **blocks, **{"sample_size": 16, "num_class_embeds": 5, **more})
 
 

@@ -162,13 +162,14 @@ def endings(model: Path, root: Path, kinds: str, seed: int) -> Iterator[Ending]:
 
 def network() -> UNet2DModel:
     """One level with attention and shortcuts, in as few layers as these take."""
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
     sizes = {
         "sample_size": 8,
         "block_out_channels": (8,),
         "layers_per_block": 1,
         "attention_head_dim": 8,
         "norm_num_groups": 4,
+        "add_attention": False,
     }
     return UNet2DModel(in_channels=1, out_channels=1, **blocks, **sizes)
 

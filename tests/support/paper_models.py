@@ -26,7 +26,8 @@ def small_unet(side: int) -> UNet2DModel:
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
         attention_head_dim=None,
         norm_num_groups=4,
     ).eval()

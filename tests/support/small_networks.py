@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pqcad_qat.models.denoiser import predict
 from pqcad_qat.policy.layer_rules import InputQuantizer, LayerRule, WeightQuantizer
+from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model
+from pqcad_qat.quantization.layer_sensitivity import relative_error
 from pqcad_qat.quantization.layer_state import QuantizedLayer, set_input_range
-from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec
+from pqcad_qat.quantization.plan import LayerPlan, QuantizerSpec, plan_layers
 from pqcad_qat.quantization.quantizable_layers import KINDS
 from pqcad_qat.quantization.quantized_layer import quantized_layer
 
@@ -55,6 +58,27 @@ class SkipNetwork(nn.Module):
 def skip_network(seed: int = 0) -> SkipNetwork:
     torch.manual_seed(seed)
     return SkipNetwork().eval()
+
+
+def calibrated_network(bits: int = 4) -> SkipNetwork:
+    """The network with all layers quantized, whose inputs have the ranges of `several_batches`."""
+    model = skip_network()
+    rules = {"all": rule("type:Conv2d", "type:Linear", bits=bits)}
+    quantize_model(model, plan_layers(model, rules, (), example()))
+    calibrate_ranges(model, several_batches())
+    return model
+
+
+def several_batches() -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    return [(*example(8, seed), {}) for seed in range(1, 5)]
+
+
+def error_of(model: nn.Module) -> float:
+    """Relative error of what a quantized copy of the network predicts of states that are in no batch."""
+    fresh = [(*example(8, seed), {}) for seed in range(11, 13)]
+    with torch.no_grad():
+        reference = [predict(skip_network(), *batch) for batch in fresh]
+        return relative_error(model, reference, fresh)
 
 
 def example(batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -135,7 +159,8 @@ def unet_config(**changed: Any) -> dict[str, Any]:
         "block_out_channels": [8, 16],
         "layers_per_block": 1,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "add_attention": False,
         "attention_head_dim": 16,
         "norm_num_groups": 4,
     }
