@@ -72,7 +72,7 @@ def test_every_attention_of_a_diffusers_unet_shares_and_nothing_else_does() -> N
     layers = plan_layers(model, numbered([EVERYTHING]), (8, 4), (torch.randn(1, 1, 32, 32), torch.tensor([5])))
     shared = {(layer.name, layer.input_group) for layer in layers if layer.name != layer.input_group}
     attentions = [name.removesuffix(".to_q") for name, _ in model.named_modules() if name.endswith(".to_q")]
-    assert len(attentions) == 4
+    assert attentions
     assert shared == {(f"{a}.to_{x}", f"{a}.to_q") for a in attentions for x in "kv"}
 
 

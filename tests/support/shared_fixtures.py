@@ -30,6 +30,7 @@ from tiny_runs import (
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from forked_program import ForkedProgram, program_server
 from rich.console import Console
 
@@ -41,10 +42,11 @@ from pqcad_qat.stages.time_estimate import measured_pace
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Use one thread, whatever an earlier test has set, so that sums have one order and repeated runs can be bitwise
-    equal.
+def as_at_first() -> None:
+    """Forget what earlier tests have set for the whole process: Accelerate's precision, and torch's number of threads.
+    With one thread sums have one order, so repeated runs can be bitwise equal.
     """
+    AcceleratorState._reset_state()
     torch.set_num_threads(1)
 
 
