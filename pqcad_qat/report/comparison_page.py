@@ -22,6 +22,8 @@ from pqcad_qat.report.canvas import COLOURS, Canvas, canvas
 from pqcad_qat.report.comparison import ALL, Comparison, Part, Row, Spread
 from pqcad_qat.report.page import UNKNOWN, number_text, page_template
 from pqcad_qat.report.record import UNSTEADY, UNSTEADY_NOTE
+from pqcad_qat.report.report_files import SAMPLES_FILE
+from pqcad_qat.report.sample_sheets import file_uri
 from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 2
@@ -173,25 +175,33 @@ def with_section(text: str, name: str, section: str) -> str:
 
 
 def render(comparison: Comparison) -> str:
-    """Render the self-contained page."""
+    """Render the self-contained page, with the pictures that the runs have left in their folders."""
     return page_template("comparison_template.html").render(
         comparison=comparison,
-        headings=headings(comparison),
+        headings=_figures_first(headings(comparison), comparison),
         labels=len(comparison.headings) + 1,
         count=len(comparison.rows),
         parts=[_part_context(comparison, part) for part in comparison.parts],
         variants={
             name: spec.summary for name, spec in VARIANTS.items() if any(row.variant == name for row in comparison.rows)
         },
+        pictures={run: file_uri(file) for run in comparison.runs if (file := Path(run) / SAMPLES_FILE).is_file()},
         unknown=UNKNOWN,
     )
+
+
+def _figures_first(texts: list[str], comparison: Comparison) -> list[str]:
+    """Put the figures of a row before its widths, steps and seeds: on a narrow screen the first columns are seen."""
+    labels = len(comparison.headings) + 1
+    facts = len(texts) - len(measured(comparison)) - labels
+    return [*texts[:labels], *texts[labels + facts :], *texts[labels : labels + facts]]
 
 
 def _part_context(comparison: Comparison, part: Part) -> dict[str, object]:
     """Values that the page's template reads for a part."""
     return {
         "model": part.model,
-        "rows": [cells(comparison, row) for row in part.rows],
+        "rows": [_figures_first(cells(comparison, row), comparison) for row in part.rows],
         "remarks": remarks(part),
         "protocol": protocol_text(part.protocol),
         "distance": FD if part.protocol is None else part.protocol.distance,

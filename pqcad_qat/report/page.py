@@ -99,12 +99,13 @@ def render_page(report: Report, curves: Curves, samples: Mapping[str, np.ndarray
 
 
 def page_template(name: str) -> Template:
-    """Load a page's template, which can use the common style sheet as `style`."""
+    """Load a page's template, which can use the common style sheet as `style`, and the script as `script`."""
     environment = Environment(
         loader=FunctionLoader(_text), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.filters.update(number=number_text, size=size, duration=duration, bits=bits)
     environment.globals["style"] = Markup(_text("page_style.css"))
+    environment.globals["script"] = Markup(_text("page_script.js"))
     return environment.get_template(name)
 
 

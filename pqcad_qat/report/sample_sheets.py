@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -80,7 +81,16 @@ def sheet(samples: Mapping[str, np.ndarray]) -> bytes:
 
 def strip_uri(images: np.ndarray) -> str:
     """Data URI of one variant's first images (K, H, W, 3) side by side, at their own resolution."""
-    return "data:image/png;base64," + base64.b64encode(_png(_strip(images[:STRIP_IMAGES]))).decode()
+    return _uri(_png(_strip(images[:STRIP_IMAGES])))
+
+
+def file_uri(png: Path) -> str:
+    """Data URI of a PNG file."""
+    return _uri(png.read_bytes())
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _strip(images: np.ndarray) -> Image.Image:

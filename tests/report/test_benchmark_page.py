@@ -13,10 +13,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from benchmark_fixture import FULL, LOADED, OURS, record
 from report_fixture import fixture_report
 from rich.console import Console
 
-from pqcad_qat.policy.variants import FP32, OV_BF16, PQCAD_OPENVINO
+from pqcad_qat.policy.variants import OV_BF16, PQCAD_OPENVINO
 from pqcad_qat.report.benchmark_page import (
     HEADINGS,
     cells,
@@ -31,46 +32,8 @@ from pqcad_qat.report.benchmark_page import (
     speed_tables,
     write_speed,
 )
-from pqcad_qat.report.benchmark_record import LoadTime, Measurement, SpeedReport, SpeedRow
+from pqcad_qat.report.benchmark_record import SpeedReport, SpeedRow
 from pqcad_qat.report.record import UNSTEADY_NOTE, ProfileRow, Throughput, Timing
-
-FULL = SpeedRow(FP32, Timing(20, 19, 19.5, 21, 9), Throughput(60, 62, 59, 61, 5, 8, 1), 4_000_000)
-OURS = SpeedRow(
-    PQCAD_OPENVINO,
-    Timing(5, 4, 4.6, 5.5, 9),
-    Throughput(300, 310, 290, 305, 5, 8, 2),
-    1_050_000,
-    "bf16",
-    {"a": "u8", "b": "i8", "c": "u8", "d": "bf16"},
-    3,
-    (),
-    {"brgconv_avx512_I8": 3},
-    (ProfileRow("Convolution", "u8", 3.5, 3), ProfileRow("MVN", "bf16", 0.5, 2)),
-)
-
-
-LOADED = LoadTime("packed", 600_000, Timing(1, 1, 1, 1, 3), Timing(20, 20, 20, 20, 3), Timing(300, 300, 300, 300, 3))
-
-
-def record(steps: int | None = 10, *rows: SpeedRow, batch: int = 2) -> SpeedReport:
-    measurement = Measurement(
-        "native", batch, fixture_report().hardware, rows or (FULL, OURS), {OV_BF16: "bfloat16 is emulated <here>"}
-    )
-    left_out = {"avx2_vnni": "this CPU has no avx_vnni"}
-    full = steps and 2 * steps
-    return SpeedReport(
-        "runs/mine",
-        "of the folder",
-        1_000_000,
-        (1, 8, 8),
-        steps,
-        full,
-        (measurement,),
-        (LOADED,),
-        left_out,
-        "again",
-        "2000-01-01",
-    )
 
 
 def row_of(report: SpeedReport, row: SpeedRow) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixture import fixture_report, minimal_report
+from report_fixture import fixture_report, fixture_samples, minimal_report
 from rich.console import Console
 
 from pqcad_qat.errors import StudyError, UsageError
@@ -32,7 +32,8 @@ from pqcad_qat.report.comparison_page import (
     with_section,
     write_comparison,
 )
-from pqcad_qat.report.record import UNSTEADY_NOTE, Report, Timing
+from pqcad_qat.report.record import UNSTEADY_NOTE, Curves, Report, Timing
+from pqcad_qat.report.report_files import write_report
 
 DISTANCES = (8.0, 8.5, 9.5)
 
@@ -171,7 +172,7 @@ def test_runs_of_different_models_are_tables_of_their_own_each_with_its_protocol
     assert "| w4a8 | pqcad" in first
     assert "| w4a8-other | pqcad" not in first
     assert "| w4a8-other | pqcad" in second
-    assert page.count("<table>") == page.count('<h2 id="h-picture') == 2
+    assert page.count('<table class="sortable">') == page.count('<h2 id="h-picture') == 2
     assert "three: embedded:other" in [table.title for table in comparison_tables(found) if not isinstance(table, str)]
 
 
@@ -267,3 +268,16 @@ def test_a_page_without_the_studys_section_gets_it_at_its_end() -> None:
 def test_a_page_whose_markers_do_not_match_is_refused(page: str) -> None:
     with pytest.raises(UsageError, match="both once, or none"):
         with_section(page, "bits", "")
+
+
+def test_the_page_shows_the_pictures_that_the_runs_have_left(tmp_path: Path) -> None:
+    """Of runs whose folders have some; on the page the figures come before widths and steps."""
+    reports = {str(tmp_path / name): report(name) for name in ("w4a8", "w8a8")}
+    write_report(tmp_path / "w4a8", reports[str(tmp_path / "w4a8")], Curves(), fixture_samples(2))
+    write_comparison(compare(reports), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img class="sheet" src="data:image/png;base64,') == 1
+    assert f"<summary>{tmp_path / 'w4a8'}</summary>" in page
+    shown = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', page)
+    assert sorted(shown) == sorted(headings(compare(reports)))
+    assert shown[-3:] == ["bits W/A", "steps", "seeds"]
