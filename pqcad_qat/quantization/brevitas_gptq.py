@@ -8,7 +8,7 @@ by the columns that are still to be rounded.
 Brevitas's own loop over a model (gptq_mode) is not used: it runs the model once for each layer, holds the matrices H of
 all layers at once, and reads every pixel.
 
-Not here: the layers of a whole model (post_training.py), and ranges (ranges.py), which stay as they are.
+Not here: the layers of a whole model (gptq_rounding.py), and ranges (ranges.py), which stay as they are.
 """
 # Brevitas ships no types, so mypy treats its classes as Any:
 # mypy: disable-error-code="misc"

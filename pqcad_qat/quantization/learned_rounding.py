@@ -8,7 +8,7 @@ straight-through estimator. The blocks come in the order of their calls. Each re
 give, so it makes up for their errors too, and the states are those of the calibration set, their time steps mixed
 (BRECQ: Li et al. 2021, arXiv 2102.05426; Q-Diffusion: Li et al. 2023, arXiv 2302.04304).
 
-Not here: what blocks are (model_blocks.py), GPTQ (post_training.py), and ranges, which stay as they are: learned in the
+Not here: what blocks are (model_blocks.py), GPTQ (gptq_rounding.py), and ranges, which stay as they are: learned in the
 same way, those of inputs made a model worse (NOTES.md).
 """
 

@@ -1,6 +1,6 @@
 """The stage `ptq`: post-training quantization, whose model is deployed as it is or trained further.
 
-Not here: the method (quantization/post_training.py), and training (train.py).
+Not here: the method (quantization/gptq_rounding.py), and training (train.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.policy.schema import Policy
 from pqcad_qat.policy.variants import PTQ
+from pqcad_qat.quantization.gptq_rounding import round_weights, rounded_layers
 from pqcad_qat.quantization.learned_rounding import learn_rounding
-from pqcad_qat.quantization.post_training import round_weights, rounded_layers
 from pqcad_qat.quantization.trained_part import changing_state
 from pqcad_qat.stages.run_folder import RunFolder
 from pqcad_qat.stages.trained_files import WEIGHTS, make_in

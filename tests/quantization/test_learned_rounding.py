@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pqcad_qat.quantization import learned_rounding
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.gptq_rounding import round_weights, rounded_layers
 from pqcad_qat.quantization.layer_state import quantized_weight, weight_quantizer_of
 from pqcad_qat.quantization.learned_rounding import learn_rounding
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.post_training import round_weights, rounded_layers
 
 STEPS = 100
 

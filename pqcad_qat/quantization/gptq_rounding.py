@@ -4,7 +4,8 @@ A layer has to make up for errors on what it really reads, which layers before i
 model runs in passes. Each rounds the next layers by what they read, once all before them are rounded, and ends at the
 last of them. More passes take more time. With a single one, layers would be rounded for what no layer gives any more.
 
-Not here: one layer's rounding (brevitas_gptq.py), and the ranges of inputs (conversion.py).
+Not here: one layer's rounding (brevitas_gptq.py), rounding that is learned (learned_rounding.py), and the ranges of
+inputs (conversion.py).
 """
 
 from __future__ import annotations

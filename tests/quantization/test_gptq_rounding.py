@@ -21,12 +21,12 @@ from small_networks import (
 from torch import Tensor, nn
 
 from pqcad_qat.policy.layer_rules import LayerRule
-from pqcad_qat.quantization import post_training
+from pqcad_qat.quantization import gptq_rounding
 from pqcad_qat.quantization.brevitas_gptq import LayerRounding, convolved_columns
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
+from pqcad_qat.quantization.gptq_rounding import round_weights, rounded_layers
 from pqcad_qat.quantization.layer_state import quantized_weight
 from pqcad_qat.quantization.plan import plan_layers
-from pqcad_qat.quantization.post_training import round_weights, rounded_layers
 
 LAYERS = {
     "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 6, 6)),
@@ -139,7 +139,7 @@ def test_every_layer_is_rounded_once_and_for_what_rounded_layers_give(monkeypatc
     one_by_one, few, done = calibrated_network(), calibrated_network(), []
     round_weights(one_by_one, several_batches(), passes=100, advance=done.append)
     assert done == [1] * len(quantized_layers(one_by_one))
-    monkeypatch.setattr(post_training, "LARGEST", 1)
+    monkeypatch.setattr(gptq_rounding, "LARGEST", 1)
     watch = LayerRounding.watch
 
     def noted(rounding: LayerRounding, x: Tensor) -> None:
