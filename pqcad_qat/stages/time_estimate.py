@@ -56,7 +56,7 @@ TRIALS = 4
 CANDIDATES = 4
 """Number of sets of weights of which a training stage samples images at its end."""
 
-LAYERS_OF_BLOCK, LEARNING = 6, 4
+LAYERS_OF_BLOCK, LEARNING = 5, 6
 """Layers of a block whose rounding is learned, and calls that a step of one state takes as long as."""
 
 COLUMN, COLUMN_OF_OUTPUT = 5e-4, 2e-6

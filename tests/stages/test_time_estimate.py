@@ -70,10 +70,14 @@ def test_gptq_takes_half_a_call_for_each_pass(tiny_folder: Path, prepared: Prepa
 def test_learned_rounding_takes_its_steps_and_watches_each_block(tiny_folder: Path, prepared: Prepared) -> None:
     few, many, of_more_states = (
         estimate(tiny_folder, prepared, "post_training.rounding=learned", *more, of=PTQ)
-        for more in (("post_training.steps=10",), ("post_training.steps=12",), ("post_training.states=34",))
+        for more in (
+            ("post_training.steps=10",),
+            ("post_training.steps=12",),
+            ("post_training.steps=10", "post_training.states=34"),
+        )
     )
     assert many - few == pytest.approx(2 * BATCH * LEARNING * PACE.quantized)
-    # in place of smoke's 10 steps and 32 states; half a call of the quantized model for each block, and one of full precision
+    # in place of smoke's 32 states; half a call of the quantized model for each block, and one of full precision
     watched = 2 * (len(prepared.plan) / LAYERS_OF_BLOCK / 2 * PACE.quantized + PACE.full)
     assert of_more_states - few == pytest.approx(watched)
 

@@ -43,7 +43,7 @@ SMALL = (
     "distillation.student_steps=2",
     "calibration.trajectories=4",
     "calibration.batch_size=4",
-    "post_training.steps=1",
+    "post_training.passes=1",
     "progressive.steps=2",
     "distillation.steps=2",
     "training.batch_size=2",
@@ -63,14 +63,14 @@ GUIDANCE = 2.5
 """Guidance that Flux is given as an input; not the one that is taken where a policy says nothing."""
 
 SMALLER = {
-    "w4a8-dit": ("sampler.guidance_scale=3.0"),
+    "w4a8-dit": ("sampler.guidance_scale=3.0", "post_training.rounding=learned", "post_training.steps=2"),
     "w8a8-flux": (f"conditions.tokens={T5_TOKENS}", f"conditions.guidance={GUIDANCE}"),
     "w8a8-sd15": ("sampler.guidance_scale=3.0", "distillation.guidance=keep", "quantization.attention=int8"),
     "w8a8-sd3": (f"conditions.tokens={T5_TOKENS}",),
 }
 """What else makes a run small or sets it apart: few tokens where T5 would read hundreds (PixArt keeps its own),
-guidance of a DiT, of which its policy says nothing, and a student of Stable Diffusion that keeps guidance and computes
-attention in INT8, beside one that does neither.
+guidance of a DiT and learned rounding, of which its policy says nothing, and a student of Stable Diffusion that keeps
+guidance and computes attention in INT8, beside one that does neither.
 """
 
 
