@@ -24,8 +24,8 @@ from pqcad_qat.quantization.layer_state import QuantizedLayer, read_bits, weight
 from pqcad_qat.quantization.plan import evaluating
 
 LEAST_BITS = 3
-"""Least width of weights that are rounded so. At 2 bits they make up for so much that training, which such a model
-needs, ends far behind training that begins with weights rounded each by itself (NOTES.md).
+"""Least width of weights that are not rounded each by itself. At 2 bits GPTQ's make up for so much that training, which
+such a model needs, ends far behind (NOTES.md). With learned rounding it is not known.
 """
 
 COLUMNS = 2
@@ -43,7 +43,7 @@ class _AllReadError(Exception):
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers that `round_weights` rounds, by path: of LEAST_BITS or more, with a learned range of their weights."""
+    """The layers that GPTQ or learned rounding rounds, by path: of LEAST_BITS or more, with learned ranges of weights."""
     return {
         name: layer
         for name, layer in quantized_layers(model).items()

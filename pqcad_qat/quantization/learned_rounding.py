@@ -8,8 +8,8 @@ straight-through estimator. The blocks come in the order of their calls. Each re
 give, so it makes up for their errors too, and the states are those of the calibration set, their time steps mixed
 (BRECQ: Li et al. 2021, arXiv 2102.05426; Q-Diffusion: Li et al. 2023, arXiv 2302.04304).
 
-Not here: what blocks are (model_blocks.py), GPTQ (gptq_rounding.py), and ranges, which stay as they are: learned in the
-same way, those of inputs made a model worse (NOTES.md).
+Not here: what blocks are (model_blocks.py), GPTQ, and which layers are rounded (gptq_rounding.py). Ranges stay as they
+are: learned in the same way, those of inputs made a model worse (NOTES.md).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pqcad_qat.machine.processes import is_first
 from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.denoiser import DenoiserInput
+from pqcad_qat.quantization.layer_matching import listed
 from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight, weight_quantizer_of
 from pqcad_qat.quantization.model_blocks import Block, BlockArguments, arguments_of, blocks_of, results_of
 from pqcad_qat.quantization.plan import evaluating
@@ -33,11 +35,11 @@ BATCH = 8
 """States of a step."""
 
 APART = 4
-"""Every so many states teaches nothing; by these it is decided whether a block's shifts are kept."""
+"""One of so many states teaches nothing; by these it is decided whether a block's shifts are kept."""
 
 LARGEST = 2**31
-"""Most bytes of what a block reads, and of what blocks return that are looked at together. Where one state of a block
-takes much, fewer states are used.
+"""Most bytes of what a block reads or returns, and of what blocks return that are looked at together. Where a state
+takes much, a block learns from fewer states, but at least from those of one step.
 """
 
 
@@ -50,8 +52,11 @@ def learn_rounding(
     steps: int,
     kept: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Round the weights of `layers` onto their grids, at present widths and ranges.
+
+    A layer that is in no block keeps its weights, which are rounded each by itself.
 
     Args:
         model: the quantized model.
@@ -60,18 +65,22 @@ def learn_rounding(
         batches: inputs of the model from the calibration set.
         steps: number of steps for each block.
         kept: folder for the weights of each finished block; blocks whose weights are there are not learned again.
-        advance: called with 1 after each layer.
+        advance: called with the number of layers that are done since the last call.
+        warn: receives a message for layers that are in no block, and for blocks that learn from fewer states.
     """
     blocks = blocks_of(model, layers, batches[0])
-    batches = batches[: min((_fitting(block, batches) for block in blocks), default=0)]
+    counts = {block.name: _fitting(block, batches) for block in blocks}
+    for message in _not_as_asked(layers, blocks, counts, sum(len(x_t) for x_t, *_ in batches)):
+        warn(message)
     learned = {block.name for place, block in enumerate(blocks) if kept is not None and _taken(block, kept, place)}
     targets: dict[str, list[Tensor]] = {}
     for place, block in enumerate(blocks):
         if block.name not in learned:
+            states = _first(batches, counts[block.name])
             if block.name not in targets:
-                targets = results_of(full, _beside(blocks[place:], batches), batches)
+                targets = results_of(full, _beside(blocks[place:], counts), states)
             results = targets.pop(block.name)
-            arguments = arguments_of(model, block, batches)
+            arguments = arguments_of(model, block, states)
             with evaluating(model):
                 _learn(model.get_submodule(block.name), block, arguments, results, steps=steps, seed=place)
             if kept is not None and is_first():
@@ -86,26 +95,54 @@ def _file(kept: Path, place: int) -> Path:
 @torch.no_grad()
 def _taken(block: Block, kept: Path, place: int) -> bool:
     """Give the block's layers the weights that an earlier process has learned, and tell whether it has."""
-    if not _file(kept, place).exists():
+    try:
+        weights = load_file(_file(kept, place))
+    except (OSError, SafetensorError):  # not there, or damaged
         return False
-    for name, weight in load_file(_file(kept, place)).items():
+    if {name: value.shape for name, value in weights.items()} != {
+        name: layer.weight.shape for name, layer in block.layers.items()
+    }:
+        return False
+    for name, weight in weights.items():
         block.layers[name].weight.copy_(weight)
     return True
 
 
 def _fitting(block: Block, batches: Sequence[DenoiserInput]) -> int:
-    """Number of batches whose states can be held."""
-    of_batch = max(block.bytes_read, block.bytes_returned) * len(batches[0][0])
-    return max(1, min(len(batches), LARGEST // max(1, of_batch)))
+    """Number of states that a block learns from."""
+    of_state = max(1, block.bytes_read, block.bytes_returned)
+    return min(sum(len(x_t) for x_t, *_ in batches), max(BATCH, LARGEST // of_state))
 
 
-def _beside(blocks: Sequence[Block], batches: Sequence[DenoiserInput]) -> list[Block]:
-    """The first of the blocks, and those after it whose results can be held beside its own."""
-    states, taken = sum(len(x_t) for x_t, *_ in batches), 0
+def _not_as_asked(
+    layers: Mapping[str, QuantizedLayer], blocks: Sequence[Block], counts: Mapping[str, int], asked: int
+) -> Iterator[str]:
+    """What differs from a policy that asks for so many states."""
+    inside = {name for block in blocks for name in block.layers}
+    if left := [name for name in layers if name not in inside]:
+        yield f"ptq: weights are rounded each by itself in layers that can be learned in no block: {listed(left)}"
+    if fewer := [name for name, count in counts.items() if count < asked]:
+        least = f"at least {min(counts.values())}: more take too much memory"
+        yield f"ptq: {listed(fewer)} learned from fewer than {asked} states, {least}"
+
+
+def _first(batches: Sequence[DenoiserInput], count: int) -> list[DenoiserInput]:
+    """The first states of all batches."""
+    found: list[DenoiserInput] = []
+    for x_t, t, condition in batches:
+        if count > 0:
+            found.append((x_t[:count], t[:count], {name: value[:count] for name, value in condition.items()}))
+        count -= len(x_t)
+    return found
+
+
+def _beside(blocks: Sequence[Block], counts: Mapping[str, int]) -> list[Block]:
+    """The first of the blocks, and those after it that learn from as many states and whose results can be held too."""
+    states, taken = counts[blocks[0].name], 0
     found: list[Block] = []
     for block in blocks:
         taken += block.bytes_returned * states
-        if found and taken > LARGEST:
+        if found and (taken > LARGEST or counts[block.name] != states):
             break
         found.append(block)
     return found
@@ -115,8 +152,11 @@ def _learn(
     module: nn.Module, block: Block, arguments: BlockArguments, results: Sequence[Tensor], *, steps: int, seed: int
 ) -> None:
     """Learn the rounding of one block, and write the rounded weights into its layers."""
-    every, dice = torch.arange(len(results[0])), torch.Generator().manual_seed(seed)
-    apart, taught = every[::APART], every if len(every) == 1 else every[every % APART != 0]
+    dice = torch.Generator().manual_seed(seed)
+    # by chance: every second state may belong to the unconditional pass
+    mixed = torch.randperm(len(results[0]), generator=dice)
+    share = -(-len(mixed) // APART)
+    apart, taught = mixed[:share], mixed[share:] if len(mixed) > 1 else mixed
     sizes = [max(float(result.var()), torch.finfo().tiny) for result in results]
     levels = {name: _level(layer) for name, layer in block.layers.items()}
     shifts = {name: torch.zeros_like(layer.weight) for name, layer in block.layers.items()}

@@ -1,7 +1,8 @@
 """The blocks of a quantized model, and what they read and return while the model runs.
 
 A block is the largest module of a few quantized layers that the model calls once, such as a residual or a transformer
-block. It is found by watching a call, so any model has blocks; where a module does not fit, its parts are taken.
+block, and that can be called with the rows of some states. It is found by watching a call, so any model has blocks;
+where a module does not fit, its parts are taken.
 
 Not here: what is done with blocks (learned_rounding.py).
 """
@@ -26,6 +27,10 @@ from pqcad_qat.quantization.plan import evaluating
 
 MOST = 14
 """Largest number of quantized layers of a block with several: those of a transformer block with its projections."""
+
+
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Types of values that hold no tensor of states."""
 
 
 class _CalledError(Exception):
@@ -53,10 +58,13 @@ class Block:
 
 @dataclass
 class _Call:
-    """Shapes of the tensors of a module's first call, and the number of all calls."""
+    """Shapes of the tensors of a module's first call, whether it got or gave anything that nobody can take apart, and
+    the number of all calls.
+    """
 
     arguments: list[torch.Size] = field(default_factory=list)
     results: list[torch.Size] = field(default_factory=list)
+    opaque: bool = False
     times: int = 0
 
 
@@ -85,6 +93,8 @@ class BlockArguments:
 def blocks_of(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch: DenoiserInput) -> list[Block]:
     """The blocks of a quantized model that hold `layers`, in the order of their calls.
 
+    A layer is in no block if it is never called, or reads or returns tensors whose rows are not states.
+
     Args:
         model: the quantized model.
         layers: the layers that matter; others belong to no block.
@@ -95,10 +105,9 @@ def blocks_of(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch: Den
 
     def chosen(path: str, module: nn.Module) -> Iterator[Block]:
         inside = {name: layer for name, layer in layers.items() if name == path or name.startswith(f"{path}.")}
-        call = one.get(path, _Call())
-        fits = path in layers or (call.times == 1 and bool(call.results) and len(inside) <= MOST)
-        if inside and fits and call.times:
-            more = two[path]
+        call, more = one.get(path, _Call()), two.get(path, _Call())
+        small = path in layers or (call.times == 1 and len(inside) <= MOST)
+        if inside and small and _by_rows(call, more):
             of_states = tuple(a != b for a, b in zip(call.arguments, more.arguments, strict=True))
             read = sum(shape.numel() for shape, grows in zip(call.arguments, of_states, strict=True) if grows)
             yield Block(path, inside, of_states, 4 * read, 4 * sum(shape.numel() for shape in call.results))
@@ -137,7 +146,8 @@ def results_of(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Deno
     seen: list[dict[str, list[Tensor]]] = []
 
     def see(name: str, _module: nn.Module, _arguments: object, output: Any) -> None:
-        seen[-1].setdefault(name, [value.cpu() for value in _tensors(output)])
+        # copies, since what the model does next may change them in place
+        seen[-1].setdefault(name, [value.to("cpu", copy=True) for value in _tensors(output)])
         if name == blocks[-1].name:
             raise _CalledError
 
@@ -177,17 +187,34 @@ def _watched(model: nn.Module, calls: dict[str, _Call]) -> Iterator[None]:
         call = calls.setdefault(path, _Call())
         call.times += 1
         if call.times == 1:
-            call.arguments = _shapes((arguments, named))
+            call.arguments, call.opaque = _shapes((arguments, named)), _opaque((arguments, named))
 
     def end(path: str, _module: nn.Module, _arguments: object, output: Any) -> None:
         if calls[path].times == 1:
             calls[path].results = _shapes(output)
+            calls[path].opaque |= _opaque(output)
 
     with ExitStack() as watching:
         for path, module in model.named_modules():
             watching.enter_context(module.register_forward_pre_hook(partial(begin, path), with_kwargs=True))
             watching.enter_context(module.register_forward_hook(partial(end, path)))
         yield
+
+
+def _by_rows(one: _Call, two: _Call) -> bool:
+    """Whether a module that was called for one state and for two read and returned a row for each."""
+    grown = [
+        (a, b)
+        for first, second in ((one.arguments, two.arguments), (one.results, two.results))
+        for a, b in zip(first, second, strict=True)
+        if a != b or first is one.results
+    ]
+    rows = all(a[:1] == (1,) and b[:1] == (2,) and a[1:] == b[1:] for a, b in grown)
+    return bool(one.results) and rows and not one.opaque
+
+
+def _opaque(values: Any) -> bool:
+    return any(not isinstance(leaf, (*PLAIN, Tensor)) for leaf in tree_flatten(values)[0])
 
 
 def _states(batch: DenoiserInput, rows: list[int]) -> DenoiserInput:

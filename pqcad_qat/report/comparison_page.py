@@ -6,10 +6,12 @@ Not here: the content of the table (comparison.py).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -27,6 +29,10 @@ from pqcad_qat.report.sample_sheets import file_uri
 from pqcad_qat.report.terminal_table import TerminalTable
 
 SCHEMA_VERSION = 2
+
+LARGEST_PICTURES = 8_000_000
+"""Most bytes of pictures that are put into a page."""
+
 HEADINGS = {
     "fid_real": "{distance} to {against}",
     "kid_real": "KID to {against}",
@@ -45,7 +51,7 @@ def write_comparison(comparison: Comparison, page: Path) -> None:
     document = {"schema_version": SCHEMA_VERSION, **asdict(comparison)}
     write_file(page.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode())
     write_file(page.with_suffix(".md"), markdown(comparison).encode())
-    write_file(page, render(comparison).encode())
+    write_file(page, render(comparison, page.parent).encode())
 
 
 def headings(comparison: Comparison) -> list[str]:
@@ -174,8 +180,11 @@ def with_section(text: str, name: str, section: str) -> str:
     return before + begin + section + end + rest.split(end)[1]
 
 
-def render(comparison: Comparison) -> str:
-    """Render the self-contained page, with the pictures that the runs have left in their folders."""
+def render(comparison: Comparison, beside: Path = Path()) -> str:
+    """Render the page, which will lie in the folder `beside`, with the pictures that the runs have left.
+
+    It needs no other file, unless the pictures are so large that it refers to them instead.
+    """
     return page_template("comparison_template.html").render(
         comparison=comparison,
         headings=_figures_first(headings(comparison), comparison),
@@ -185,9 +194,17 @@ def render(comparison: Comparison) -> str:
         variants={
             name: spec.summary for name, spec in VARIANTS.items() if any(row.variant == name for row in comparison.rows)
         },
-        pictures={run: file_uri(file) for run in comparison.runs if (file := Path(run) / SAMPLES_FILE).is_file()},
+        pictures=_pictures(comparison, beside),
         unknown=UNKNOWN,
     )
+
+
+def _pictures(comparison: Comparison, beside: Path) -> dict[str, str]:
+    """Run -> address of its pictures, for the runs that have some."""
+    files = {run: file for run in comparison.runs if (file := Path(run) / SAMPLES_FILE).is_file()}
+    if sum(file.stat().st_size for file in files.values()) <= LARGEST_PICTURES:
+        return {run: file_uri(file) for run, file in files.items()}
+    return {run: quote(os.path.relpath(file, beside)) for run, file in files.items()}
 
 
 def _figures_first(texts: list[str], comparison: Comparison) -> list[str]:

@@ -11,7 +11,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const sign = heading.ariaSort === "ascending" ? -1 : 1;
       table.tHead.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
       heading.ariaSort = sign > 0 ? "ascending" : "descending";
-      const sorted = [...body.rows].map(row => [row, value(row, column), parseFloat(value(row, column))]);
+      const sorted = [...body.rows].map(row => [row, value(row, column), parseFloat(value(row, column).replaceAll(",", ""))]);
       const known = sorted.filter(([, , number]) => !Number.isNaN(number)).length;
       const texts = known === 0;
       sorted.sort(([, a, x], [, b, y]) => {

@@ -1,6 +1,6 @@
 """The stage `ptq`: post-training quantization, whose model is deployed as it is or trained further.
 
-Not here: the method (quantization/gptq_rounding.py), and training (train.py).
+Not here: the methods (quantization/gptq_rounding.py, learned_rounding.py), and training (train.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 
 from pqcad_qat.data.calibration import CalibrationSet
 from pqcad_qat.machine.accelerators import on_accelerator
+from pqcad_qat.machine.content_store import parts_folder
 from pqcad_qat.machine.processes import agreed
 from pqcad_qat.machine.progress import counting
 from pqcad_qat.machine.tensor_files import save_tensors
@@ -44,13 +45,19 @@ def post_train(
             return
 
         rounded: list[nn.Module] = []
-        parts = run.unfinished(PTQ)
 
         def make(folder: Path) -> None:
             model = models.untrained.at_targets()
+            kept = parts_folder(folder) if shares_training else run.unfinished(PTQ)
             with counting(console, "ptq: layers", len(rounded_layers(model))) as advance:
                 round_as_asked(
-                    policy, model, calibration, full=models.untrained.prepared.split, kept=parts, advance=advance
+                    policy,
+                    model,
+                    calibration,
+                    full=models.untrained.prepared.split,
+                    kept=kept,
+                    advance=advance,
+                    warn=lambda message: run.warn(message, console),
                 )
             with agreed() as first:
                 if first:
@@ -71,6 +78,7 @@ def round_as_asked(
     full: nn.Module,
     kept: Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Round the weights of a calibrated model, on the CPU, as the policy says.
 
@@ -80,7 +88,8 @@ def round_as_asked(
         calibration: calibration set that shows what its layers read.
         full: the model before it was quantized.
         kept: folder in which long work is kept, for a process that goes on with it.
-        advance: called with 1 after each layer.
+        advance: called with the number of layers that are done since the last call.
+        warn: receives a message for all that is not as the policy says.
     """
     section, layers = policy.post_training, rounded_layers(model)
     if section.rounding == "nearest" or not layers:
@@ -90,4 +99,4 @@ def round_as_asked(
         if section.rounding == "gptq":
             round_weights(model, states, section.passes, advance)
         else:
-            learn_rounding(model, full, layers, states, steps=section.steps, kept=kept, advance=advance)
+            learn_rounding(model, full, layers, states, steps=section.steps, kept=kept, advance=advance, warn=warn)

@@ -4,18 +4,25 @@ weights again after an interruption.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conditional_models import class_unet, conditions
+from safetensors.torch import save_file
 from small_networks import SkipNetwork, calibrated_network, error_of, example, rule, several_batches, skip_network
-from torch import Tensor
+from torch import Tensor, nn
 
+from pqcad_qat.models.denoiser import DenoiserInput, predict
 from pqcad_qat.quantization import learned_rounding
 from pqcad_qat.quantization.conversion import calibrate_ranges, quantize_model, quantized_layers
 from pqcad_qat.quantization.gptq_rounding import round_weights, rounded_layers
+from pqcad_qat.quantization.layer_sensitivity import relative_error
 from pqcad_qat.quantization.layer_state import quantized_weight, weight_quantizer_of
-from pqcad_qat.quantization.learned_rounding import learn_rounding
+from pqcad_qat.quantization.learned_rounding import BATCH, learn_rounding
+from pqcad_qat.quantization.model_blocks import Block
 from pqcad_qat.quantization.plan import plan_layers
 
 STEPS = 100
@@ -24,7 +31,13 @@ BLOCKS = 8
 """Of the network: its layers, since no module of it holds some of them."""
 
 
-def learned(steps: int = STEPS, kept: Path | None = None, bits: int = 4, done: list[int] | None = None) -> SkipNetwork:
+def learned(
+    steps: int = STEPS,
+    kept: Path | None = None,
+    bits: int = 4,
+    done: list[int] | None = None,
+    warn: Callable[[str], None] = pytest.fail,
+) -> SkipNetwork:
     model = calibrated_network(bits)
     advance = [].append if done is None else done.append
     learn_rounding(
@@ -35,6 +48,7 @@ def learned(steps: int = STEPS, kept: Path | None = None, bits: int = 4, done: l
         steps=steps,
         kept=kept,
         advance=advance,  # type: ignore[arg-type]
+        warn=warn,
     )
     return model
 
@@ -62,12 +76,6 @@ def test_weights_lie_on_the_grid_that_they_had_next_to_where_they_were() -> None
         assert layer.weight_quant.frozen is None
         assert all(parameter.requires_grad for parameter in layer.parameters())
     assert moved > 50
-
-
-def test_a_block_keeps_its_rounding_where_nothing_is_learned() -> None:
-    before, model = quantized_layers(calibrated_network()), learned(steps=0)
-    for name, layer in quantized_layers(model).items():
-        torch.testing.assert_close(quantized_weight(layer), quantized_weight(before[name]), rtol=1e-6, atol=1e-7)
 
 
 def test_shifts_that_states_apart_do_not_confirm_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,25 +108,85 @@ def test_what_is_interrupted_goes_on_after_the_last_finished_block_and_ends_with
 
 
 def test_few_states_fit_where_a_block_reads_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    """Then that block alone learns from fewer, whatever the size of batches is, and it is told."""
+    seen: dict[str, int] = {}
     learn = learned_rounding._learn
 
-    def noted(module: object, block: object, arguments: object, results: list[Tensor], **named: object) -> None:
-        seen.append(len(results[0]))
+    def noted(module: object, block: Block, arguments: object, results: list[Tensor], **named: object) -> None:
+        seen[block.name] = len(results[0])
         learn(module, block, arguments, results, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(learned_rounding, "_learn", noted)
-    learned(steps=1)
-    assert set(seen) == {32}
-    seen.clear()
-    largest = 4 * 16 * 8 * 8  # bytes of what conv1 reads of one state
-    monkeypatch.setattr(learned_rounding, "LARGEST", 20 * largest)
-    learned(steps=1)
-    assert set(seen) == {16}
-    seen.clear()
+    learned(steps=1, warn=[].append)
+    assert set(seen.values()) == {32}
+    of_state = 4 * 16 * 8 * 8  # bytes of what conv1 and the shortcut read of one state
+    told: list[str] = []
+    monkeypatch.setattr(learned_rounding, "LARGEST", 20 * of_state)
+    learned(steps=1, warn=told.append)
+    assert {name for name, count in seen.items() if count == 20} == {"conv1", "conv_shortcut"}
+    assert told == [
+        "ptq: conv1, conv_shortcut learned from fewer than 32 states, at least 20: more take too much memory"
+    ]
     monkeypatch.setattr(learned_rounding, "LARGEST", 1)
-    learned(steps=1)
-    assert set(seen) == {8}
+    learned(steps=1, warn=told.append)
+    assert set(seen.values()) == {BATCH}
+
+
+def test_a_damaged_file_of_an_earlier_process_is_learned_anew(tmp_path: Path) -> None:
+    whole = learned(kept=tmp_path)
+    files = sorted(tmp_path.iterdir())
+    files[0].write_bytes(b"")
+    save_file({"other": torch.zeros(1)}, files[1])
+    again = learned(kept=tmp_path)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_blocks_of_several_layers_and_conditions_learn_to_be_nearer() -> None:
+    def batch(seed: int) -> DenoiserInput:
+        dice = torch.Generator().manual_seed(seed)
+        x_t = torch.randn(16, 1, 16, 16, generator=dice)
+        return x_t, torch.randint(0, 1000, (16,), generator=dice), conditions("class_unet", 16, seed)
+
+    full = class_unet().eval()
+    states = [batch(seed) for seed in range(4)]
+    model = quantize_model(copy.deepcopy(full), plan_layers(full, {"all": rule("*", bits=3)}, (), states[0]))
+    calibrate_ranges(model, states)
+    with torch.no_grad():
+        reference = [predict(full, *batch(9))]
+        before = relative_error(model, reference, [batch(9)])
+        learn_rounding(model, full, rounded_layers(model), states, steps=60)
+        assert relative_error(model, reference, [batch(9)]) < 0.8 * before
+
+
+class InPlace(nn.Module):
+    """A denoiser whose activation overwrites what the layer before it has returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.act, self.two = (
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 1, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y: Tensor = self.two(self.act(self.one(x)))
+        return y
+
+
+def test_what_is_overwritten_later_is_what_a_block_has_to_return() -> None:
+    torch.manual_seed(0)
+    full = InPlace().eval()
+    states = [example(8, seed) for seed in range(4)]
+    model = quantize_model(copy.deepcopy(full), plan_layers(full, {"all": rule("*", bits=3)}, (), states[0]))
+    calibrate_ranges(model, states)
+    fresh = [example(8, 9)]
+    with torch.no_grad():
+        reference = [predict(full, *fresh[0])]
+        before = relative_error(model, reference, fresh)
+        learn_rounding(model, full, rounded_layers(model), [(*batch, {}) for batch in states], steps=STEPS)
+        assert relative_error(model, reference, fresh) < before
 
 
 def test_narrow_inputs_are_made_up_for_where_gptq_cannot() -> None:

@@ -119,3 +119,32 @@ def test_a_condition_of_a_users_own_module_has_a_row_for_each_state() -> None:
     assert {block.name: block.of_states for block in blocks}["tone"] == (True,)
     with torch.no_grad():
         assert predict(model, *data).shape == x_t.shape
+
+
+class Merged(nn.Module):
+    """A denoiser one part of which reads rows that are pixels, and another an object with a tensor of states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels, self.held, self.last = nn.Linear(1, 1), Held(), nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = self.pixels(x.reshape(-1, 1)).reshape(x.shape)
+        out: Tensor = self.last(self.held(Result(y)))
+        return out
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Result) -> Tensor:
+        y: Tensor = self.conv(x.value)
+        return y
+
+
+def test_what_cannot_be_called_with_the_rows_of_some_states_is_no_block() -> None:
+    data = (torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), {})
+    model = planned(Merged(), data)
+    assert [block.name for block in blocks_of(model, quantized_layers(model), data)] == ["held.conv", "last"]

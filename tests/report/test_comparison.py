@@ -270,13 +270,16 @@ def test_a_page_whose_markers_do_not_match_is_refused(page: str) -> None:
         with_section(page, "bits", "")
 
 
-def test_the_page_shows_the_pictures_that_the_runs_have_left(tmp_path: Path) -> None:
+def test_the_page_shows_the_pictures_that_the_runs_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of runs whose folders have some; on the page the figures come before widths and steps."""
     reports = {str(tmp_path / name): report(name) for name in ("w4a8", "w8a8")}
     write_report(tmp_path / "w4a8", reports[str(tmp_path / "w4a8")], Curves(), fixture_samples(2))
     write_comparison(compare(reports), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count('<img class="sheet" src="data:image/png;base64,') == 1
+    monkeypatch.setattr("pqcad_qat.report.comparison_page.LARGEST_PICTURES", 1)
+    write_comparison(compare(reports), tmp_path / "large.html")
+    assert '<img class="sheet" src="w4a8/samples.png"' in (tmp_path / "large.html").read_text()
     assert f"<summary>{tmp_path / 'w4a8'}</summary>" in page
     shown = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', page)
     assert sorted(shown) == sorted(headings(compare(reports)))

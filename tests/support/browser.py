@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from selenium import webdriver
@@ -23,8 +24,6 @@ WIDTHS = (390, 768, 1440)
 SCHEMES = ("light", "dark")
 CONTRAST = 4.5
 """Least contrast of text with what is behind it (WCAG 2.1, level AA)."""
-
-PROGRAM = "/usr/bin/chromium", "/usr/bin/chromedriver"
 
 CUT = """
 return [...document.querySelectorAll("body *")].filter(element => {
@@ -80,12 +79,13 @@ return [...document.querySelectorAll("table")].filter(table => table.offsetWidth
 @contextmanager
 def chromium() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
-    options.binary_location = PROGRAM[0]
+    options.binary_location = which("chromium")
     with tempfile.TemporaryDirectory() as profile:
         for flag in (
             "headless",
             "no-sandbox",
             "disable-gpu",
+            "disable-dev-shm-usage",
             "disable-quic",
             "no-first-run",
             "disable-background-networking",
@@ -95,7 +95,7 @@ def chromium() -> Iterator[Any]:
         ):
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        browser = webdriver.Chrome(options, Service(PROGRAM[1]))
+        browser = webdriver.Chrome(options, Service(which("chromedriver")))
         try:
             yield browser
         finally:
@@ -134,7 +134,7 @@ def unsorted(browser: Any) -> Iterator[str]:
             for sign in (1, -1):
                 button.click()
                 now = column_of(table, column)
-                numbers = [float(text.split()[0].split("/")[0]) for text in now if text[:1].isdigit()]
+                numbers = [float(text.replace(",", "").split()[0].split("/")[0]) for text in now if text[:1].isdigit()]
                 texts = now if not numbers else []
                 if sorted(now) != before:
                     yield f"sorting column {column} changes what is in it"
@@ -161,4 +161,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).resolve())

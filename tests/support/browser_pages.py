@@ -39,7 +39,9 @@ def study(folder: Path) -> None:
         for seed in (0, 1):
             cell = folder / "study" / f"w{bits}a8-momentum-0.9-seed{seed}"
             rows = tuple(
-                replace(row, fid_real=8.0 + 10 / bits + seed / 10) if row.name == PQCAD else row
+                replace(row, fid_real=8.0 + 10 / bits + seed / 10, latency_ms_per_image=4000.0 / bits)
+                if row.name == PQCAD
+                else row
                 for row in report.variants
             )
             policy = {**report.policy, "name": f"w{bits}a8", "training": {"seed": seed}}
