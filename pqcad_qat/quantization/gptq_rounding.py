@@ -43,7 +43,7 @@ class _AllReadError(Exception):
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers that GPTQ or learned rounding rounds, by path: of LEAST_BITS or more, with learned ranges of weights."""
+    """Layers that GPTQ or learned rounding rounds, by path: of LEAST_BITS or more, with a learned range of weights."""
     return {
         name: layer
         for name, layer in quantized_layers(model).items()
