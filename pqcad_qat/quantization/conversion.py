@@ -7,7 +7,7 @@ Not here: a single layer (quantized_layer.py), its ranges and widths (layer_stat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,18 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, proxy, "frozen", proxy.frozen)
             proxy.frozen = quantized_weight(layer)
         yield
+
+
+class CallEndedError(Exception):
+    """Ends a call of a model within `run_frozen`, when a hook has seen all that it wants."""
+
+
+def run_frozen(model: nn.Module, batches: Iterable[PredictArguments]) -> None:
+    """Call the model with each batch, for the hooks that watch it; a hook may end a call by a CallEndedError."""
+    with evaluating(model), frozen_weights(model):
+        for batch in batches:
+            with suppress(CallEndedError):
+                predict(model, *batch)
 
 
 def _watch(

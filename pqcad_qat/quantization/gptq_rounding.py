@@ -11,7 +11,7 @@ inputs (conversion.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pqcad_qat.models.denoiser import PredictArguments, predict
 from pqcad_qat.models.watched_layers import watched_inputs
 from pqcad_qat.quantization.brevitas_gptq import LayerRounding
-from pqcad_qat.quantization.conversion import frozen_weights, quantized_layers
+from pqcad_qat.quantization.conversion import CallEndedError, quantized_layers, run_frozen
 from pqcad_qat.quantization.layer_state import QuantizedLayer, read_bits, weight_quantizer_of
 from pqcad_qat.quantization.plan import evaluating
 
@@ -36,10 +36,6 @@ FEWEST = 4096
 
 LARGEST = 2**31
 """Most bytes of the moments of one pass, which has fewer layers where theirs are larger."""
-
-
-class _AllReadError(Exception):
-    """Ends a call of the model when the last layer of a pass has got its input."""
 
 
 def rounded_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -71,10 +67,8 @@ def round_weights(
             LayerRounding(layers[name], _columns_of_state(layers[name], states), seed)
             for seed, name in enumerate(names)
         ]
-        with evaluating(model), frozen_weights(model), _watched(roundings):
-            for batch in batches:
-                with suppress(_AllReadError):
-                    predict(model, *batch)
+        with _watched(roundings):
+            run_frozen(model, batches)
         while roundings:  # each gives up its memory when it is done
             roundings.pop(0).round()
             advance(1)
@@ -126,6 +120,6 @@ def _watched(roundings: Sequence[LayerRounding]) -> AbstractContextManager[None]
     def see(rounding: LayerRounding, x: Tensor) -> None:
         rounding.watch(x)
         if rounding is roundings[-1]:
-            raise _AllReadError
+            raise CallEndedError
 
     return watched_inputs([(rounding.layer, partial(see, rounding)) for rounding in roundings])

@@ -28,7 +28,7 @@ from pqcad_qat.machine.tensor_files import save_tensors
 from pqcad_qat.models.denoiser import DenoiserInput
 from pqcad_qat.quantization.layer_matching import listed
 from pqcad_qat.quantization.layer_state import QuantizedLayer, quantized_weight, weight_quantizer_of
-from pqcad_qat.quantization.model_blocks import Block, BlockArguments, arguments_of, blocks_of, results_of
+from pqcad_qat.quantization.model_blocks import Block, BlockArguments, arguments_of, blocks_of, results_of, rows_of
 from pqcad_qat.quantization.plan import evaluating
 
 BATCH = 8
@@ -129,10 +129,10 @@ def _not_as_asked(
 def _first(batches: Sequence[DenoiserInput], count: int) -> list[DenoiserInput]:
     """The first states of all batches."""
     found: list[DenoiserInput] = []
-    for x_t, t, condition in batches:
+    for batch in batches:
         if count > 0:
-            found.append((x_t[:count], t[:count], {name: value[:count] for name, value in condition.items()}))
-        count -= len(x_t)
+            found.append(rows_of(batch, slice(count)))
+        count -= len(batch[0])
     return found
 
 

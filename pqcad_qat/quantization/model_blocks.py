@@ -10,7 +10,7 @@ Not here: what is done with blocks (learned_rounding.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # as diffusers does: torch has no public one
 
 from pqcad_qat.machine.accelerators import device_of
-from pqcad_qat.models.denoiser import DenoiserInput, predict
-from pqcad_qat.quantization.conversion import frozen_weights
+from pqcad_qat.models.denoiser import DenoiserInput
+from pqcad_qat.quantization.conversion import CallEndedError, run_frozen
 from pqcad_qat.quantization.layer_state import QuantizedLayer
-from pqcad_qat.quantization.plan import evaluating
 
 MOST = 14
 """Largest number of quantized layers of a block with several: those of a transformer block with its projections."""
@@ -31,10 +30,6 @@ MOST = 14
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 """Types of values that hold no tensor of states."""
-
-
-class _CalledError(Exception):
-    """Ends a call of the model when the last block that is watched has been called."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def blocks_of(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch: Den
         batch: inputs of the model, of which the first state is used.
     """
     # Only a tensor of states grows with their number, whatever its first dimension may be otherwise.
-    one, two = (_calls(model, _states(batch, rows)) for rows in ([0], [0, 0]))
+    one, two = (_calls(model, rows_of(batch, rows)) for rows in ([0], [0, 0]))
 
     def chosen(path: str, module: nn.Module) -> Iterator[Block]:
         inside = {name: layer for name, layer in layers.items() if name == path or name.startswith(f"{path}.")}
@@ -126,10 +121,10 @@ def arguments_of(model: nn.Module, block: Block, batches: Sequence[DenoiserInput
 
     def see(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen.append(tree_flatten((arguments, named)))
-        raise _CalledError
+        raise CallEndedError
 
     with model.get_submodule(block.name).register_forward_pre_hook(see, with_kwargs=True):
-        _run(model, batches)
+        run_frozen(model, batches)
     (leaves, form), numbers = seen[0], iter(block.of_states)
     merged = [
         torch.cat([others[place].cpu() for others, _ in seen]) if isinstance(leaf, Tensor) and next(numbers) else leaf
@@ -149,7 +144,7 @@ def results_of(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Deno
         # copies, since what the model does next may change them in place
         seen[-1].setdefault(name, [value.to("cpu", copy=True) for value in _tensors(output)])
         if name == blocks[-1].name:
-            raise _CalledError
+            raise CallEndedError
 
     def begin(*_: object) -> None:
         seen.append({})
@@ -158,26 +153,18 @@ def results_of(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Deno
         watching.enter_context(model.register_forward_pre_hook(begin))
         for block in blocks:
             watching.enter_context(model.get_submodule(block.name).register_forward_hook(partial(see, block.name)))
-        _run(model, batches)
+        run_frozen(model, batches)
     return {
         block.name: [torch.cat(parts) for parts in zip(*(of_batch[block.name] for of_batch in seen), strict=True)]
         for block in blocks
     }
 
 
-def _run(model: nn.Module, batches: Sequence[DenoiserInput]) -> None:
-    """Call the model with each batch; a call ends early where a hook says so."""
-    with evaluating(model), frozen_weights(model):
-        for batch in batches:
-            with suppress(_CalledError):
-                predict(model, *batch)
-
-
 def _calls(model: nn.Module, batch: DenoiserInput) -> dict[str, _Call]:
     """The modules that a call of the model calls, in order, by path."""
     calls: dict[str, _Call] = {}
-    with evaluating(model), frozen_weights(model), _watched(model, calls):
-        predict(model, *batch)
+    with _watched(model, calls):
+        run_frozen(model, [batch])
     return calls
 
 
@@ -217,7 +204,8 @@ def _opaque(values: Any) -> bool:
     return any(not isinstance(leaf, (*PLAIN, Tensor)) for leaf in tree_flatten(values)[0])
 
 
-def _states(batch: DenoiserInput, rows: list[int]) -> DenoiserInput:
+def rows_of(batch: DenoiserInput, rows: list[int] | slice) -> DenoiserInput:
+    """Some states of a batch."""
     x_t, t, condition = batch
     return x_t[rows], t[rows], {name: value[rows] for name, value in condition.items()}
 

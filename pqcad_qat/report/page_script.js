@@ -12,8 +12,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       table.tHead.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
       heading.ariaSort = sign > 0 ? "ascending" : "descending";
       const sorted = [...body.rows].map(row => [row, value(row, column), parseFloat(value(row, column).replaceAll(",", ""))]);
-      const known = sorted.filter(([, , number]) => !Number.isNaN(number)).length;
-      const texts = known === 0;
+      const texts = sorted.every(([, , number]) => Number.isNaN(number));
       sorted.sort(([, a, x], [, b, y]) => {
         if (texts) return sign * a.localeCompare(b, "en", { numeric: true });
         if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);

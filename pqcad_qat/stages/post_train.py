@@ -95,8 +95,9 @@ def round_as_asked(
     if section.rounding == "nearest" or not layers:
         return
     states = list(calibration.inputs(section.states, policy.calibration.batch_size))
-    with on_accelerator(model, full):
-        if section.rounding == "gptq":
+    if section.rounding == "gptq":
+        with on_accelerator(model):
             round_weights(model, states, section.passes, advance)
-        else:
+    else:
+        with on_accelerator(model, full):
             learn_rounding(model, full, layers, states, steps=section.steps, kept=kept, advance=advance, warn=warn)

@@ -271,7 +271,7 @@ def test_a_page_whose_markers_do_not_match_is_refused(page: str) -> None:
 
 
 def test_the_page_shows_the_pictures_that_the_runs_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of runs whose folders have some; on the page the figures come before widths and steps."""
+    """Runs whose folders have none show none; on the page the figures come before widths and steps."""
     reports = {str(tmp_path / name): report(name) for name in ("w4a8", "w8a8")}
     write_report(tmp_path / "w4a8", reports[str(tmp_path / "w4a8")], Curves(), fixture_samples(2))
     write_comparison(compare(reports), tmp_path / "page.html")
